@@ -1,0 +1,1 @@
+"""Source rewriting: text in, text out, nothing is executed."""

@@ -1,0 +1,105 @@
+"""Ownership: which file a person edits to change a plan, and which files are written from it.
+
+Every plan literal is hand-written, owned by a modular file, inherited (a modular file's class does not name it) or a
+copy in a generated file. A copy's owner is found by following the modular file's class, then its bases, from file to
+file: a base imported from another model's configuration file leads on through that file's own modular file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from codemods.literals import ClassPlans, Module, Opaque, PlanLiteral, read_module
+from codemods.sources import Source, read_source
+
+__all__ = ["Lost", "Place", "Tree"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a plan is assigned: a file, a class and an attribute."""
+
+    path: Path
+    class_name: str
+    attribute: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An owner that could not be found, with the reason in words and the finding's code."""
+
+    code: str
+    reason: str
+
+
+@dataclass
+class Tree:
+    """Reads each file at most once and answers who owns a plan."""
+
+    _sources: dict[Path, Source] = field(default_factory=dict)
+    _modules: dict[Path, Module] = field(default_factory=dict)
+
+    def source(self, path: Path) -> Source:
+        """Return a file, read once."""
+        if path not in self._sources:
+            self._sources[path] = read_source(path)
+        return self._sources[path]
+
+    def forget(self, path: Path) -> None:
+        """Drop a file that holds nothing of interest."""
+        self._sources.pop(path, None)
+
+    def module(self, path: Path) -> Module:
+        """Return what a file says of plans, parsed once."""
+        if path not in self._modules:
+            self._modules[path] = read_module(self.source(path))
+        return self._modules[path]
+
+    def plan(self, place: Place) -> PlanLiteral | Opaque:
+        """Return what is assigned at a place that exists."""
+        return self.module(place.path).classes[place.class_name].plans[place.attribute]
+
+    def owner(self, place: Place) -> Place | Lost:
+        """Return the place a person edits to change the plan at `place`."""
+        return self._find(place, frozenset())
+
+    def _find(self, place: Place, seen: frozenset[Place]) -> Place | Lost:
+        if place in seen:
+            return Lost("MIG303", f"{place.class_name} inherits its {place.attribute} from itself")
+        seen |= {place}
+        generated_from = self.source(place.path).generated_from
+        if generated_from is not None:
+            modular = place.path.parent / generated_from
+            if not modular.is_file():
+                return Lost("MIG302", f"{generated_from} does not exist")
+            return self._find(Place(modular, place.class_name, place.attribute), seen)
+        found = self.module(place.path).classes.get(place.class_name)
+        if found is None:
+            return Lost("MIG302", f"{place.path.name} has no class {place.class_name}")
+        if place.attribute in found.plans:
+            return place
+        return self._find_in_bases(place, found, seen)
+
+    def _find_in_bases(self, place: Place, found: ClassPlans, seen: frozenset[Place]) -> Place | Lost:
+        lost: Lost | None = None
+        for base in found.bases:
+            path = place.path if base in self.module(place.path).classes else self._imported_from(place.path, base)
+            if path is None:
+                continue
+            result = self._find(Place(path, base.rpartition(".")[2], place.attribute), seen)
+            if isinstance(result, Place) or result.code == "MIG303":
+                return result
+            lost = lost or result
+        return lost or Lost("MIG302", f"no base of {place.class_name} in {place.path.name} assigns {place.attribute}")
+
+    def _imported_from(self, path: Path, name: str) -> Path | None:
+        """Return the file that a relative import brings a class from, None for anything outside the models."""
+        level, module = self.module(path).imports.get(name, (0, ""))
+        return _module_file(path.parents[level - 1].joinpath(*module.split("."))) if level else None
+
+
+def _module_file(module: Path) -> Path | None:
+    """Return the file of a module, or the configuration file of a model package that re-exports it."""
+    candidates = (module.with_suffix(".py"), module / f"configuration_{module.name}.py")
+    return next((path for path in candidates if path.is_file()), None)

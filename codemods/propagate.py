@@ -1,0 +1,125 @@
+"""Owners to copies: which plans change together, and whether they may."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from codemods.layouts import read_layouts
+from codemods.literals import PlanLiteral
+from codemods.ownership import Lost, Place, Tree
+from plans.decompose import Decomposition, LayoutReader, decompose
+from plans.errors import MigratorError
+from plans.layout import ExpertLayout
+from plans.rule import Finding, rule
+
+__all__ = ["Family", "Verdict", "families", "judge"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An owner with every generated copy of its plan.
+
+    Args:
+        owner: where a person edits.
+        copies: where the modular converter writes the same plan.
+    """
+
+    owner: Place
+    copies: tuple[Place, ...]
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The owner first, then the copies."""
+        return (self.owner, *self.copies)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done to a family and said of it, each with the place it belongs to."""
+
+    decomposition: Decomposition
+    findings: tuple[tuple[Place, Finding], ...]
+
+
+def families(
+    tree: Tree, places: Iterable[Place], errors: list[MigratorError]
+) -> tuple[list[Family], list[tuple[Place, Finding]]]:
+    """Group plan literals under their owners; copies whose owner is lost become findings.
+
+    Args:
+        tree: reads files.
+        places: where plans are assigned.
+        errors: takes those of files on the way to an owner that cannot be read.
+    """
+    copies: dict[Place, list[Place]] = {}
+    lost: list[tuple[Place, Finding]] = []
+    for place in places:
+        try:
+            owner = tree.owner(place)
+        except MigratorError as error:
+            errors.append(error)
+            continue
+        if isinstance(owner, Lost):
+            lost.append((place, _about(tree, place, owner.code, owner.reason)))
+            continue
+        known = copies.setdefault(owner, [])
+        if owner != place:
+            known.append(place)
+    return [Family(owner, tuple(found)) for owner, found in copies.items()], lost
+
+
+def judge(tree: Tree, family: Family, reachable: frozenset[Path]) -> Verdict:
+    """Decide a family's edits: all of its places or none.
+
+    Args:
+        tree: reads files.
+        family: an owner with its copies.
+        reachable: the files that may be written.
+    """
+    literal = tree.plan(family.owner)
+    plan = literal.plan if isinstance(literal, PlanLiteral) else {}
+    if at_odds := list(_at_odds(tree, family)):
+        return Verdict(Decomposition((), ()), tuple(at_odds))
+    decomposition = decompose(plan, _layout_reader([place.path.parent for place in family.places]))
+    outside = [place.path for place in family.places if place.path not in reachable]
+    if decomposition.edits and outside:
+        named = [place for place in family.places if place.path in reachable]
+        found = [(place, _about(tree, place, "MIG304", str(outside[0]))) for place in named]
+        return Verdict(Decomposition((), ()), tuple(found))
+    return Verdict(decomposition, tuple((family.owner, finding) for finding in decomposition.findings))
+
+
+def _at_odds(tree: Tree, family: Family) -> Iterator[tuple[Place, Finding]]:
+    owner = tree.plan(family.owner)
+    wanted = [(entry.key, entry.style) for entry in owner.entries] if isinstance(owner, PlanLiteral) else []
+    for place in family.copies:
+        copy = tree.plan(place)
+        if isinstance(copy, PlanLiteral) and [(entry.key, entry.style) for entry in copy.entries] != wanted:
+            yield place, _about(tree, place, "MIG301", family.owner.path.name)
+
+
+def _layout_reader(folders: Sequence[Path]) -> LayoutReader:
+    """Return a reader that lets every model speak that uses the plan: the first irregular layout decides."""
+
+    @cache
+    def read(_experts: str) -> ExpertLayout | None:
+        layouts = [layout for folder in dict.fromkeys(folders) for layout in read_layouts(folder)]
+        if not layouts or None in layouts:
+            return None
+        known = [layout for layout in layouts if layout is not None]
+        return next((layout for layout in known if layout.irregularity), known[0])
+
+    return read
+
+
+def _about(tree: Tree, place: Place, code: str, where: str) -> Finding:
+    """Return a finding about the first experts entry of the plan at a place."""
+    literal = tree.plan(place)
+    keys = (
+        [entry.key for entry in literal.entries if "experts" in entry.key] if isinstance(literal, PlanLiteral) else []
+    )
+    key = keys[0] if keys else place.attribute
+    return Finding(code, key, rule(code).message.format(key=key, where=where))

@@ -1,0 +1,91 @@
+"""The only module that prints: data to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+
+from plans.errors import MigratorError
+
+__all__ = ["Advance", "emit", "emit_bytes", "emit_json", "error", "internal_error", "progress", "say", "table"]
+
+
+class Advance(Protocol):
+    """Takes the progress of a piece of work."""
+
+    def __call__(self, done: int, total: int, current: str) -> None:
+        """Report bytes done, bytes in all, and what is being worked on."""
+
+
+def emit(text: str = "") -> None:
+    """Print a line of the result."""
+    click.echo(text)
+
+
+def emit_bytes(data: bytes) -> None:
+    """Print a piece of the result as it is."""
+    click.echo(data, nl=False)
+
+
+def emit_json(value: object) -> None:
+    """Print the result as JSON."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not the result."""
+    click.echo(text, err=True)
+
+
+def error(problem: MigratorError) -> None:
+    """Tell a person what is wrong and what to do."""
+    say(f"{click.style('error:', fg='red', bold=True)} {problem.message}")
+    say(f"{click.style('hint:', fg='cyan')} {problem.hint}")
+
+
+def internal_error(problem: Exception) -> None:
+    """Tell a person that the fault is ours."""
+    say(f"{click.style('internal error:', fg='red', bold=True)} {type(problem).__name__}: {problem}")
+    say(f"{click.style('hint:', fg='cyan')} run again with MIGRATOR_DEBUG=1 and report the traceback")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of the result, as wide as it needs when no terminal limits it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(drawn)
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
+    """Show bytes, rate and time left on standard error; silent when it is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    terminal = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[current]}"),
+    )
+    with Progress(*columns, console=terminal, disable=quiet or not terminal.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None, current="")
+
+        def advance(done: int, total: int, current: str) -> None:
+            bar.update(task, completed=done, total=total, current=current)
+
+        yield advance

@@ -1,0 +1,1 @@
+"""The language all of migrator speaks: styles, placements, meshes, dialects, plans, rules and errors."""

@@ -1,0 +1,125 @@
+"""Dialects: named vocabularies of styles, one TOML file each under `plans/dialects/`.
+
+Names alone mean nothing: `packed_colwise` shards another tensor dim before 5.16 than after it. A dialect file holds
+`name`, `releases` (the transformers minor versions that speak it), optionally `extends` (another dialect's name) with
+`removed` (styles it no longer has), and one table per style.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+
+from plans.errors import UnknownStyleError, UsageError
+from plans.placement import Packed, Placement, Replicate, Shard
+from plans.style import PlacementRule, Style
+
+__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect"]
+
+PARAM_LEVEL = "param-level"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A named vocabulary of styles."""
+
+    name: str
+    releases: tuple[str, ...]
+    styles: Mapping[str, Style]
+
+    def style(self, name: str, key: str) -> Style:
+        """Return the style that a plan entry names.
+
+        Raises:
+            UnknownStyleError: this dialect has no such style.
+        """
+        try:
+            return self.styles[name]
+        except KeyError:
+            raise UnknownStyleError(
+                f"{key!r}: the dialect {self.name} has no style {name!r}",
+                hint="styles it has: " + ", ".join(sorted(self.styles)),
+                key=key,
+                style=name,
+                dialect=self.name,
+            ) from None
+
+    def overlaid(self, upper: Dialect) -> Dialect:
+        """Return this dialect with another one's styles added; where both have a name the upper one decides."""
+        return replace(self, name=f"{self.name}+{upper.name}", styles={**self.styles, **upper.styles})
+
+
+def dialect_names() -> tuple[str, ...]:
+    """Return the names of all dialects that ship with migrator."""
+    folder = files("plans") / "dialects"
+    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+
+
+@cache
+def load_dialect(name: str) -> Dialect:
+    """Read a dialect by name.
+
+    Raises:
+        UsageError: there is no such dialect.
+    """
+    if name not in dialect_names():
+        raise UsageError(f"no dialect is called {name!r}", hint="choose among " + ", ".join(dialect_names()), name=name)
+    table = tomllib.loads((files("plans") / "dialects" / f"{name}.toml").read_text("utf-8"))
+    base = load_dialect(table["extends"]).styles if "extends" in table else {}
+    kept = {style: base[style] for style in base if style not in table.get("removed", ())}
+    added = {style: _style(style, row) for style, row in table.get("styles", {}).items()}
+    return Dialect(table["name"], tuple(table["releases"]), MappingProxyType({**kept, **added}))
+
+
+def dialect_for_release(version: str) -> Dialect:
+    """Return the dialect that a transformers release speaks; releases newer than all known speak the newest.
+
+    Raises:
+        UsageError: the release is older than every known dialect.
+    """
+    wanted = _minor(version)
+    known = sorted((_minor(release), name) for name in dialect_names() for release in load_dialect(name).releases)
+    older = [name for release, name in known if release <= wanted]
+    if not older:
+        oldest = ".".join(str(part) for part in known[0][0])
+        raise UsageError(
+            f"transformers {version} is older than every known dialect",
+            hint=f"install transformers {oldest} or newer",
+            version=version,
+        )
+    return load_dialect(older[-1])
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int("".join(character for character in minor if character.isdigit()))
+
+
+def _style(name: str, row: Mapping[str, Any]) -> Style:
+    return Style(
+        name=name,
+        job=row["job"],
+        does=row["does"],
+        output=row.get("output", "whole"),
+        rules=tuple(_rule(rule) for rule in row.get("placements", ())),
+    )
+
+
+def _rule(row: Mapping[str, Any]) -> PlacementRule:
+    return PlacementRule(_placement(row["place"]), row.get("owner"), row.get("rank"), row.get("parameter"))
+
+
+def _placement(value: str) -> Placement:
+    match value.split():
+        case ["replicate"]:
+            return Replicate()
+        case ["shard", dim]:
+            return Shard(int(dim))
+        case ["packed", dim, groups]:
+            return Packed(int(dim), int(groups))
+    raise AssertionError(f"dialect files say replicate, shard DIM or packed DIM GROUPS, not {value!r}")

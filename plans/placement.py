@@ -1,0 +1,93 @@
+"""Placements: how one mesh axis lays a tensor over its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from plans.errors import HeaderError
+
+__all__ = ["Packed", "Placement", "Replicate", "Shard", "placement_from_json", "placement_to_json"]
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Every rank of the axis holds the whole tensor."""
+
+    def __str__(self) -> str:
+        return "Replicate"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank r of the axis holds the r-th chunk along `dim`, as `torch.chunk` cuts; uneven and empty allowed."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"Shard({self.dim})"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`groups` equal tensors are packed along `dim`; rank r holds the r-th chunk of each, in order.
+
+    For `[experts, 2 * intermediate, hidden]` with gate and up concatenated this is `Packed(1, 2)`: a rank holds
+    its rows of gate, then its rows of up. Each group must divide evenly. torch calls it
+    `_StridedShard(dim, split_factor=groups)`.
+    """
+
+    dim: int
+    groups: int
+
+    def __str__(self) -> str:
+        return f"Packed({self.dim}, {self.groups})"
+
+
+Placement = Replicate | Shard | Packed
+
+
+def placement_to_json(placement: Placement) -> dict[str, object]:
+    """Return the manifest form: `{"replicate": true}`, `{"shard": dim}` or `{"packed": [dim, groups]}`."""
+    match placement:
+        case Replicate():
+            return {"replicate": True}
+        case Shard(dim):
+            return {"shard": dim}
+        case Packed(dim, groups):
+            return {"packed": [dim, groups]}
+
+
+def placement_from_json(value: object) -> Placement:
+    """Read the manifest form back.
+
+    Raises:
+        HeaderError: the value is none of the three forms.
+    """
+    match value:
+        case {"replicate": True, **rest} if not rest:
+            return Replicate()
+        case {"shard": int(dim), **rest} if not rest and dim >= 0 and not isinstance(dim, bool):
+            return Shard(dim)
+        case {"packed": [int(dim), int(groups)], **rest} if not rest and dim >= 0 and groups > 0:
+            return Packed(dim, groups)
+    raise HeaderError(
+        f"{value!r} is not a placement",
+        hint='a placement is {"replicate": true}, {"shard": dim} or {"packed": [dim, groups]}',
+        value=value,
+    )
+
+
+def normalized(placements: Sequence[Placement], ndim: int) -> tuple[Placement, ...]:
+    """Return the placements with negative tensor dims counted from the front of an `ndim`-dimensional tensor."""
+    table: Mapping[int, int] = {dim: dim % ndim for dim in range(-ndim, ndim)}
+    result: list[Placement] = []
+    for placement in placements:
+        match placement:
+            case Replicate():
+                result.append(placement)
+            case Shard(dim):
+                result.append(Shard(table[dim]))
+            case Packed(dim, groups):
+                result.append(Packed(table[dim], groups))
+    return tuple(result)

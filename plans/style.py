@@ -1,0 +1,61 @@
+"""Styles: what one plan entry does to a parameter and to a module's forward, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plans.placement import Placement, normalized
+
+__all__ = ["Job", "Owner", "PlacementRule", "Style"]
+
+Job = Literal["parameter", "module", "both"]
+Owner = Literal["linear", "embedding", "module"]
+
+
+@dataclass(frozen=True)
+class PlacementRule:
+    """One row of a style's placement table; a field that is None matches anything.
+
+    Args:
+        place: the placement, whose tensor dims may count from the back.
+        owner: the kind of module that owns the parameter.
+        rank: the parameter's number of dims.
+        parameter: the parameter's own name, `bias`.
+    """
+
+    place: Placement
+    owner: Owner | None = None
+    rank: int | None = None
+    parameter: str | None = None
+
+    def matches(self, owner: Owner, rank: int, parameter: str) -> bool:
+        """Say whether this row speaks of such a parameter."""
+        return self.owner in (None, owner) and self.rank in (None, rank) and self.parameter in (None, parameter)
+
+
+@dataclass(frozen=True)
+class Style:
+    """A style of one dialect.
+
+    Args:
+        name: as plans spell it.
+        job: `parameter` shards only, `module` hooks a forward only, `both` does both when the key names a module
+            and shards only when it names a parameter.
+        does: one line on what it communicates.
+        output: how a hooked Linear leaves its output: `sharded` by feature or `whole` on every rank.
+        rules: placement rows, first match decides.
+    """
+
+    name: str
+    job: Job
+    does: str
+    output: Literal["sharded", "whole"] = "whole"
+    rules: tuple[PlacementRule, ...] = ()
+
+    def placement(self, owner: Owner, rank: int, parameter: str) -> Placement | None:
+        """Return where the style puts a parameter, dims counted from the front, or None if it says nothing of it."""
+        for rule in self.rules:
+            if rule.matches(owner, rank, parameter):
+                return normalized([rule.place], rank)[0]
+        return None

@@ -1,0 +1,1 @@
+"""Checkpoints, parallel models and their proof."""
