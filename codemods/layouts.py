@@ -17,6 +17,7 @@ from plans.layout import ExpertLayout
 __all__ = ["read_layouts"]
 
 _EXPERT_PARAMETER = re.compile(rb"up_proj = nn\.Parameter\(")
+_DECORATORS = 2000  # bytes above a class in which its decorators are looked for
 _TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
 
 
@@ -38,11 +39,10 @@ def _layouts_of_file(path: Path) -> Iterator[ExpertLayout | None]:
             yield None
         elif definition.name not in seen:
             seen.add(definition.name)
-            nodes = tuple(ast.walk(definition))
-            shapes = _parameter_shapes(nodes)
+            shapes = _parameter_shapes(definition)
             if _is_experts(shapes):
                 flags = _decorator_flags(definition)
-                flags["is_concatenated"] = flags.get("is_concatenated", True) and not _steps_by_two(nodes)
+                flags["is_concatenated"] = flags.get("is_concatenated", True) and not _steps_by_two(definition)
                 yield _layout(f"{path.name}:{definition.name}", shapes, flags)
 
 
@@ -66,16 +66,18 @@ def _enclosing_class(data: bytes, place: int) -> ast.ClassDef | None:
 
 
 def _with_decorators(data: bytes, start: int) -> int:
-    """Move the start of a class up over its decorators: the unbroken run of lines above it that a blank line ends."""
-    blank = data.rfind(b"\n\n", 0, start)
-    above = data[blank + 2 : start] if blank >= 0 else b""
-    return start - len(above) if above.startswith(b"@") else start
+    """Move the start of a class up over its decorators."""
+    while above := list(_TOP_LEVEL.finditer(data, max(0, start - _DECORATORS), start)):
+        if not data.startswith(b"@", above[-1].start()):
+            break
+        start = above[-1].start()
+    return start
 
 
-def _parameter_shapes(nodes: Iterable[ast.AST]) -> dict[str, tuple[str, ...]]:
+def _parameter_shapes(definition: ast.ClassDef) -> dict[str, tuple[str, ...]]:
     """Return the dims of every `self.NAME = nn.Parameter(torch.empty(…))` as source text."""
     shapes: dict[str, tuple[str, ...]] = {}
-    for node in nodes:
+    for node in _statements(definition.body):
         match node:
             case ast.Assign(
                 targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)],
@@ -121,7 +123,15 @@ def _decorator_flags(definition: ast.ClassDef) -> dict[str, bool]:
     }
 
 
-def _steps_by_two(nodes: Iterable[ast.AST]) -> bool:
+def _steps_by_two(definition: ast.ClassDef) -> bool:
     """Say whether the forward separates gate from up by `[..., ::2]`, which means that they alternate."""
-    steps = (node.step for node in nodes if isinstance(node, ast.Slice))
+    steps = (node.step for node in ast.walk(definition) if isinstance(node, ast.Slice))
     return any(isinstance(step, ast.Constant) and step.value == 2 for step in steps)
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield every statement at any depth; walking expressions too would take ten times as long."""
+    for statement in body:
+        yield statement
+        for nested in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, nested, ()))

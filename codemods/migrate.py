@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from typing import Literal
 from codemods.literals import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import families, judge
-from codemods.sources import Source, find_sources, replace_source
+from codemods.sources import Source, find_sources, read_source, replace_source
 from plans.decompose import Edit, InsertEntry, is_decomposed_plan
 from plans.errors import MigratorError
 from plans.rule import Finding
@@ -21,8 +22,10 @@ __all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "plan_rewrites
 
 Role = Literal["owner", "copy"]
 
+_WRITERS = 8
 _PLAN = b"_plan"
-_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*:")
+# An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
+_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*:\s*[\"'](?!grouped_gemm|ep_)")
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,10 @@ def plan_rewrites(paths: Sequence[Path]) -> Outcome:
     errors: list[MigratorError] = []
     places: list[Place] = []
     plan_files = 0
+    named = frozenset(paths)
     for path in _with_context(paths, reachable):
         try:
-            mentions, found = _expert_plans(tree, path, named=path in paths)
+            mentions, found = _expert_plans(tree, path, named=path in named)
             plan_files += mentions
             places += found
         except MigratorError as error:
@@ -113,19 +117,27 @@ def plan_rewrites(paths: Sequence[Path]) -> Outcome:
     return Outcome(tuple(changes), tuple(kept), tuple(errors), len(reachable), plan_files)
 
 
-def write_changes(changes: Iterable[Change]) -> list[MigratorError]:
-    """Write every file, owners first; one that cannot be written does not stop the others.
+def write_changes(changes: Sequence[Change]) -> list[MigratorError]:
+    """Write every file, owners before copies; one that cannot be written does not stop the others.
 
     Returns:
         The errors met.
     """
-    errors: list[MigratorError] = []
-    for change in changes:
-        try:
-            replace_source(change.source, change.data)
-        except MigratorError as error:
-            errors.append(error)
+    # Each write waits for the disk: side by side they wait together.
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        errors: list[MigratorError] = []
+        for role in ("owner", "copy"):
+            wanted = [change for change in changes if change.role == role]
+            errors += filter(None, writers.map(_write, wanted))
     return errors
+
+
+def _write(change: Change) -> MigratorError | None:
+    try:
+        replace_source(change.source, change.data)
+    except MigratorError as error:
+        return error
+    return None
 
 
 def _with_context(paths: Sequence[Path], reachable: Sequence[Path]) -> list[Path]:
@@ -142,11 +154,11 @@ def _is_model_path(path: Path) -> bool:
 
 def _expert_plans(tree: Tree, path: Path, *, named: bool) -> tuple[bool, list[Place]]:
     """Return whether a file mentions a plan, and its plans with expert entries; most files are not even parsed."""
-    data = tree.source(path).data
-    mentions = _PLAN in data
-    if not mentions or not (named or _EXPERTS_ENTRY.search(data)):
-        tree.forget(path)
+    source = read_source(path)
+    mentions = _PLAN in source.data
+    if not mentions or not (named or _EXPERTS_ENTRY.search(source.data)):
         return mentions, []
+    tree.add(source)
     return mentions, [
         Place(path, owner.name, attribute)
         for owner in tree.module(path).classes.values()

@@ -46,9 +46,9 @@ class Tree:
             self._sources[path] = read_source(path)
         return self._sources[path]
 
-    def forget(self, path: Path) -> None:
-        """Drop a file that holds nothing of interest."""
-        self._sources.pop(path, None)
+    def add(self, source: Source) -> None:
+        """Take a file that was read already."""
+        self._sources[source.path] = source
 
     def module(self, path: Path) -> Module:
         """Return what a file says of plans, parsed once."""

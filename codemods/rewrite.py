@@ -40,14 +40,15 @@ def rewrite_statement(text: str, edits: Sequence[Edit]) -> str:
         text: one statement without its indentation, `base_model_tp_plan = {…}`.
         edits: for keys that the display holds as string constants.
     """
-    line = cst.parse_statement(text)
+    newline = next((found for found in ("\r\n", "\r") if found in text), "\n")
+    line = cst.parse_statement(text, cst.PartialParserConfig(default_newline=newline))
     assert isinstance(line, cst.SimpleStatementLine)
     assignment = line.body[0]
     assert isinstance(assignment, (cst.Assign, cst.AnnAssign))
     assert isinstance(assignment.value, cst.Dict)
     plan = assignment.value.with_changes(elements=list(_edited(assignment.value.elements, edits)))
     edited = line.with_changes(body=[assignment.with_changes(value=plan), *line.body[1:]])
-    return cst.Module(body=[edited]).code.removesuffix("\n")
+    return cst.Module(body=[edited], default_newline=newline).code.removesuffix(newline)
 
 
 def _edited(elements: Sequence[cst.BaseDictElement], edits: Sequence[Edit]) -> Iterator[cst.BaseDictElement]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from importlib.metadata import version
 
 import click
 
@@ -34,7 +33,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("plan-migrator"), prog_name="migrator")
+@click.version_option(package_name="plan-migrator", prog_name="migrator")
 def group() -> None:
     """Move models from module-level to param-level parallel plans, and take their checkpoints along.
 

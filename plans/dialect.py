@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,8 @@ from plans.style import PlacementRule, Style
 __all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect"]
 
 PARAM_LEVEL = "param-level"
+
+_FOLDER = Path(__file__).with_name("dialects")
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class Dialect:
 
 def dialect_names() -> tuple[str, ...]:
     """Return the names of all dialects that ship with migrator."""
-    folder = files("plans") / "dialects"
-    return tuple(sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")))
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
 
 
 @cache
@@ -69,7 +70,7 @@ def load_dialect(name: str) -> Dialect:
     """
     if name not in dialect_names():
         raise UsageError(f"no dialect is called {name!r}", hint="choose among " + ", ".join(dialect_names()), name=name)
-    table = tomllib.loads((files("plans") / "dialects" / f"{name}.toml").read_text("utf-8"))
+    table = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
     base = load_dialect(table["extends"]).styles if "extends" in table else {}
     kept = {style: base[style] for style in base if style not in table.get("removed", ())}
     added = {style: _style(style, row) for style, row in table.get("styles", {}).items()}

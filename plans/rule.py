@@ -6,11 +6,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 __all__ = ["Finding", "Rule", "Severity", "all_rules", "rule"]
+
+_FOLDER = Path(__file__).with_name("rules")
 
 Severity = Literal["note", "warning", "error"]
 
@@ -73,10 +75,9 @@ class Finding:
 def all_rules() -> Mapping[str, Rule]:
     """Return every rule by its code, in the order of the codes."""
     rules: dict[str, Rule] = {}
-    for entry in sorted((files("plans") / "rules").iterdir(), key=lambda file: file.name):
-        if entry.name.endswith(".toml"):
-            row = tomllib.loads(entry.read_text("utf-8"))
-            rules[row["code"]] = Rule(**{**row, "rewrites": tuple(row.get("rewrites", ()))})
+    for path in sorted(_FOLDER.glob("*.toml")):
+        row = tomllib.loads(path.read_text("utf-8"))
+        rules[row["code"]] = Rule(**{**row, "rewrites": tuple(row.get("rewrites", ()))})
     return MappingProxyType(rules)
 
 

@@ -1,0 +1,31 @@
+# make demo   the whole story on a tiny model, in a fresh clone
+# make test   lint, types, import contracts and tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-full lint bench
+
+demo: .venv/installed
+	$(BIN)/python benchmarks/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/rewrite.py
+
+# torch first and pinned: installed through a bare range it brings several GB of CUDA packages along.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable '.[runtime,dev]'
+	touch $@

@@ -1,0 +1,67 @@
+"""The layout guard on source, and on every experts class of the installed transformers."""
+
+from __future__ import annotations
+
+import pytest
+
+from codemods.layouts import read_layouts
+from plans.layout import ExpertLayout
+from tests.codemods.helpers import REGULAR, write_tree
+
+
+def layouts(root, source):
+    return read_layouts(write_tree(root, {"modeling_toy.py": source}))
+
+
+def test_the_regular_layout(tmp_path):
+    assert layouts(tmp_path, REGULAR) == (ExpertLayout("modeling_toy.py:ToyExperts"),)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("2 * self.intermediate_dim", "self.intermediate_dim * 2"),
+        ("torch.empty(self.num_experts,", "torch.zeros(self.num_experts + self.zero_experts,"),
+        ("(torch.empty(", "(torch.empty(*[],"),
+    ],
+)
+def test_other_ways_to_write_it(tmp_path, old, new):
+    found = layouts(tmp_path, REGULAR.replace(old, new))
+    assert found == ((ExpertLayout("modeling_toy.py:ToyExperts"),) if "*[]" not in new else (None,))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (("_implementation\n", "_implementation(is_concatenated=False)\n"), "MIG102"),
+        ((".chunk(2, dim=-1)", "[..., ::2]"), "MIG102"),
+        (("_implementation\n", "_implementation(is_transposed=True)\n"), "MIG101"),
+        (("_implementation\n", "_implementation(has_gate=False)\n"), "MIG103"),
+        (("_implementation\n", "_implementation(has_bias=True)\n"), "MIG105"),
+        (
+            (
+                "    def forward",
+                "        self.gate_up_proj_bias = nn.Parameter(torch.zeros(2, 2))\n\n    def forward",
+            ),
+            "MIG105",
+        ),
+    ],
+)
+def test_what_makes_a_layout_irregular(tmp_path, change, code):
+    (found,) = layouts(tmp_path, REGULAR.replace(*change))
+    assert found is not None
+    assert found.irregularity == code
+
+
+def test_shapes_that_do_not_fit_are_not_guessed(tmp_path):
+    assert layouts(tmp_path, REGULAR.replace("2 * self.intermediate_dim", "self.width")) == (None,)
+    assert layouts(tmp_path, REGULAR.replace("self.down_proj =", "self.other =")) == (None,)
+
+
+def test_dense_modules_are_no_experts(tmp_path):
+    dense = REGULAR.replace("self.num_experts, ", "")
+    assert layouts(tmp_path, dense) == ()
+    separate = REGULAR.replace("gate_up_proj", "up_proj").replace(
+        "        self.down_proj", "        self.gate_proj = nn.Parameter(torch.empty(1, 2, 3))\n        self.down_proj"
+    )
+    assert layouts(tmp_path, separate) == ()

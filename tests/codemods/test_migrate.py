@@ -1,0 +1,277 @@
+"""Plans in a model tree, from file to file."""
+
+from __future__ import annotations
+
+import pytest
+
+from codemods.migrate import plan_rewrites, write_changes
+from tests.codemods.helpers import (
+    MIGRATED,
+    PACKED,
+    REGULAR,
+    check_noop,
+    check_transformed,
+    codes,
+    generated,
+    rewrite,
+    write_tree,
+)
+
+
+def test_both_parameters_of_the_experts_get_their_own_styles(tmp_path):
+    outcome = check_transformed(tmp_path, PACKED, MIGRATED)
+    assert [(edit.line, edit.edit.code) for edit in outcome.changes[0].edits] == [(3, "MIG001"), (4, "MIG002")]
+
+
+def test_annotated_assignments_count(tmp_path):
+    check_transformed(
+        tmp_path,
+        PACKED.replace("base_model_tp_plan =", "base_model_tp_plan: dict[str, str] ="),
+        MIGRATED.replace("base_model_tp_plan =", "base_model_tp_plan: dict[str, str] ="),
+    )
+
+
+@pytest.mark.parametrize("style", ["rowwise", "rowwise_allreduce", "local_rowwise"])
+def test_every_row_style_of_down_proj(tmp_path, style):
+    check_transformed(tmp_path, PACKED.replace('"rowwise"', f'"{style}"'), MIGRATED)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["layers.*.experts", "layers.*.block_sparse_moe.experts", "layers.*.mlp.text_moe.experts", "experts"]
+)
+def test_every_path_to_the_experts(tmp_path, prefix):
+    check_transformed(tmp_path, *(text.replace("layers.*.mlp.experts", prefix) for text in (PACKED, MIGRATED)))
+
+
+def test_comments_quotes_and_layout_stay(tmp_path):
+    before = """
+    class ToyConfig(PreTrainedConfig):
+        base_model_tp_plan = {  # the plan
+            'layers.*.mlp.experts.gate_up_proj': 'packed_colwise',  # row because not linear
+
+            # down
+            "layers.*.mlp.experts.down_proj"   :   "rowwise"  ,
+            "layers.*.mlp.gate_up_proj": "packed_colwise", "layers.*.mlp.down_proj": "rowwise" }; other = 1
+    """
+    after = before.replace("'packed_colwise'", "'moe_tp_gate_up_colwise'").replace(
+        '"rowwise"  ,', '"moe_tp_down_rowwise"  ,'
+    )
+    check_transformed(tmp_path, before, after)
+
+
+def test_a_module_that_sharded_gets_its_parameter_entries_before_it(tmp_path):
+    before = """
+    class ToyConfig(PreTrainedConfig):
+        base_model_sp_plan = {
+            "layers.*.self_attn.q_proj": "colwise",  # attention
+            # the experts
+            "layers.*.mlp.experts": "moe_experts_allreduce",  # hook
+            "layers.*.mlp.gate": "replicated",
+        }
+    """
+    after = """
+    class ToyConfig(PreTrainedConfig):
+        base_model_sp_plan = {
+            "layers.*.self_attn.q_proj": "colwise",  # attention
+            # the experts
+            "layers.*.mlp.experts.gate_up_proj": "moe_tp_gate_up_colwise",
+            "layers.*.mlp.experts.down_proj": "moe_tp_down_rowwise",
+            "layers.*.mlp.experts": "moe_experts_allreduce",  # hook
+            "layers.*.mlp.gate": "replicated",
+        }
+    """
+    outcome = check_transformed(tmp_path, before, after)
+    assert [edit.edit.code for edit in outcome.changes[0].edits] == ["MIG003", "MIG003"]
+
+
+def test_entries_are_inserted_on_one_line_where_the_plan_is_one(tmp_path):
+    write_tree(
+        tmp_path,
+        {
+            "toy/configuration_toy.py": "class ToyConfig:\n"
+            '    base_model_tp_plan = {"experts": "moe_experts_allreduce"}\n',
+            "toy/modeling_toy.py": REGULAR,
+        },
+    )
+    rewrite(tmp_path)
+    assert (tmp_path / "toy/configuration_toy.py").read_text() == (
+        'class ToyConfig:\n    base_model_tp_plan = {"experts.gate_up_proj": "moe_tp_gate_up_colwise", '
+        '"experts.down_proj": "moe_tp_down_rowwise", "experts": "moe_experts_allreduce"}\n'
+    )
+
+
+def test_intermediate_names_are_renamed(tmp_path):
+    before = MIGRATED.replace("moe_tp_gate", "moe_gate").replace("moe_tp_down", "moe_down")
+    outcome = check_transformed(tmp_path, before, MIGRATED)
+    assert [edit.edit.code for edit in outcome.changes[0].edits] == ["MIG004", "MIG005"]
+
+
+def test_expert_parallel_plans_stay(tmp_path):
+    check_noop(tmp_path, PACKED.replace("base_model_tp_plan", "base_model_ep_plan"))
+    check_noop(tmp_path, PACKED.replace("base_model_tp_plan", "base_model_tp_ep_plan"))
+
+
+def test_dense_layers_and_shared_experts_stay(tmp_path):
+    check_noop(tmp_path, PACKED.replace("mlp.experts", "mlp.shared_experts"))
+    check_noop(tmp_path, PACKED.replace("mlp.experts", "mlp"))
+
+
+def test_a_plan_without_classes_or_strings_stays(tmp_path):
+    check_noop(tmp_path, PACKED.replace("class ToyConfig(PreTrainedConfig):", "if True:"))
+    check_noop(tmp_path, PACKED.replace('"packed_colwise"', "PACKED").replace('"rowwise"', "ROW"))
+
+
+def test_the_dropped_style_is_found(tmp_path):
+    outcome = check_noop(tmp_path, PACKED.replace("packed_colwise", "moe_gate_up_colwise_alt"))
+    assert codes(outcome) == ["MIG201"]
+
+
+def test_half_a_pair_is_found(tmp_path):
+    outcome = check_noop(tmp_path, PACKED.replace('"rowwise"', '"colwise"'))
+    assert codes(outcome) == ["MIG202"]
+
+
+def test_without_modeling_source_nothing_is_guessed(tmp_path):
+    outcome = check_noop(tmp_path, PACKED, modeling=None)
+    assert codes(outcome) == ["MIG203"]
+    assert outcome.findings[0].line == 3
+
+
+def chain(root, *, depth=3, last=""):
+    """toy is hand-written; each next model's modular file inherits its config from the one before."""
+    files = {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR}
+    before, title_before = "toy", "Toy"
+    for number in range(depth):
+        name, title = f"m{number}", f"M{number}"
+        rest = last if number == depth - 1 else ""
+        files[f"{name}/modular_{name}.py"] = (
+            f"from ..{before}.configuration_{before} import {title_before}Config\n"
+            f"class {title}Config({title_before}Config):\n    size = {number}\n{rest}"
+        )
+        files[f"{name}/configuration_{name}.py"] = generated(name, PACKED.replace("ToyConfig", f"{title}Config"))
+        files[f"{name}/modeling_{name}.py"] = REGULAR
+        before, title_before = name, title
+    return write_tree(root, files)
+
+
+def test_copies_follow_their_owner_over_any_depth(tmp_path):
+    outcome = rewrite(chain(tmp_path))
+    assert [(change.path.name, change.role) for change in outcome.changes] == [
+        ("configuration_toy.py", "owner"),
+        ("configuration_m0.py", "copy"),
+        ("configuration_m1.py", "copy"),
+        ("configuration_m2.py", "copy"),
+    ]
+    for name in ("m0", "m1", "m2"):
+        assert "moe_tp_down_rowwise" in (tmp_path / name / f"configuration_{name}.py").read_text()
+
+
+def test_a_modular_file_that_assigns_the_plan_owns_it(tmp_path):
+    own = "    base_model_tp_plan = {\n" + "\n".join(PACKED.splitlines()[3:]) + "\n"
+    outcome = rewrite(chain(tmp_path, depth=1, last=own))
+    assert [(change.path.name, change.role) for change in outcome.changes] == [
+        ("modular_m0.py", "owner"),
+        ("configuration_toy.py", "owner"),
+        ("configuration_m0.py", "copy"),
+    ]
+
+
+def test_one_irregular_descendant_holds_back_the_family(tmp_path):
+    chain(tmp_path, depth=2)
+    transposed = REGULAR.replace(
+        "2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.intermediate_dim"
+    ).replace("self.hidden_dim, self.intermediate_dim))", "self.intermediate_dim, self.hidden_dim))")
+    (tmp_path / "m1/modeling_m1.py").write_text(transposed)
+    outcome = rewrite(tmp_path)
+    assert outcome.changes == ()
+    assert codes(outcome) == ["MIG101"]
+    assert "modeling_m1.py:ToyExperts" in outcome.findings[0].finding.message
+
+
+def test_a_copy_that_differs_from_its_owner_is_left_with_it(tmp_path):
+    chain(tmp_path, depth=1)
+    path = tmp_path / "m0/configuration_m0.py"
+    path.write_text(path.read_text().replace("moe_tp_experts", "all_reduce"))
+    outcome = rewrite(tmp_path)
+    assert outcome.changes == ()
+    assert codes(outcome) == ["MIG301"]
+
+
+def test_a_copy_without_its_modular_file_is_left_alone(tmp_path):
+    chain(tmp_path, depth=1)
+    (tmp_path / "m0/modular_m0.py").unlink()
+    outcome = rewrite(tmp_path)
+    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+    assert codes(outcome) == ["MIG302"]
+
+
+def test_a_cycle_is_found_and_does_not_hang(tmp_path):
+    files = {}
+    for name, other in (("a", "b"), ("b", "a")):
+        files[f"{name}/modular_{name}.py"] = (
+            f"from ..{other}.configuration_{other} import {other.upper()}Config\n"
+            f"class {name.upper()}Config({other.upper()}Config):\n    pass\n"
+        )
+        files[f"{name}/configuration_{name}.py"] = generated(name, PACKED.replace("ToyConfig", f"{name.upper()}Config"))
+    outcome = rewrite(write_tree(tmp_path, files))
+    assert outcome.changes == ()
+    assert codes(outcome) == ["MIG303", "MIG303"]
+
+
+@pytest.mark.parametrize("given", ["toy", "toy/configuration_toy.py", "m1"])
+def test_a_family_is_never_changed_in_part(tmp_path, given):
+    chain(tmp_path)
+    outcome = plan_rewrites([tmp_path / given])
+    assert outcome.changes == ()
+    assert set(codes(outcome)) == {"MIG304"}
+
+
+def test_a_file_that_does_not_parse_stops_no_other(tmp_path):
+    write_tree(
+        tmp_path,
+        {
+            "toy/configuration_toy.py": PACKED,
+            "toy/modeling_toy.py": REGULAR,
+            "bad/configuration_bad.py": PACKED + "\ndef broken(:\n",
+        },
+    )
+    outcome = plan_rewrites([tmp_path])
+    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+    assert len(outcome.errors) == 1
+    assert "configuration_bad.py:8: does not parse" in outcome.errors[0].message
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bom", "newline"),
+    [("utf-8", b"", "\r\n"), ("utf-8", b"\xef\xbb\xbf", "\n"), ("latin-1", b"", "\n"), ("utf-8", b"", "\r")],
+)
+def test_encoding_bom_and_newlines_stay(tmp_path, encoding, bom, newline):
+    cookie = f"# -*- coding: {encoding} -*-\n# caf\u00e9 \u00fc\n"
+    text = (cookie + PACKED.lstrip().rstrip("\n")).replace("\n", newline)
+    write_tree(tmp_path, {"toy/modeling_toy.py": REGULAR})
+    path = tmp_path / "toy/configuration_toy.py"
+    path.write_bytes(bom + text.encode(encoding))
+    rewrite(tmp_path)
+    expected = text.replace("packed_colwise", "moe_tp_gate_up_colwise").replace('"rowwise"', '"moe_tp_down_rowwise"')
+    assert path.read_bytes() == bom + expected.encode(encoding)
+
+
+def test_mode_bits_stay(tmp_path):
+    write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
+    path = tmp_path / "toy/configuration_toy.py"
+    path.chmod(0o754)
+    rewrite(tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o754
+    assert sorted(found.name for found in path.parent.iterdir()) == ["configuration_toy.py", "modeling_toy.py"], (
+        "no temporary file stays"
+    )
+
+
+def test_a_file_changed_meanwhile_is_refused(tmp_path):
+    write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
+    outcome = plan_rewrites([tmp_path])
+    path = tmp_path / "toy/configuration_toy.py"
+    path.write_text(PACKED + "# mine\n")
+    errors = write_changes(outcome.changes)
+    assert "changed by someone else" in errors[0].message
+    assert path.read_text() == PACKED + "# mine\n"

@@ -1,0 +1,170 @@
+"""The shared language: placements, meshes, dialects, keys, rules, errors."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+import plans.errors
+from plans.decompose import apply_edits, decompose, is_decomposed_plan
+from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
+from plans.errors import HeaderError, MigratorError, UnknownStyleError, UsageError
+from plans.layout import ExpertLayout
+from plans.mesh import Mesh
+from plans.placement import Packed, Replicate, Shard, normalized, placement_from_json, placement_to_json
+from plans.plan import lookup, unmatched_keys, wildcard
+from plans.rule import all_rules
+
+
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(3), Packed(1, 2)])
+def test_placements_survive_json(placement):
+    assert placement_from_json(placement_to_json(placement)) == placement
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {},
+        {"shard": -1},
+        {"shard": True},
+        {"shard": "0"},
+        {"packed": [0]},
+        {"packed": [0, 0]},
+        {"replicate": False},
+        {"shard": 0, "packed": [0, 2]},
+        ["shard", 0],
+    ],
+)
+def test_other_json_is_no_placement(value):
+    with pytest.raises(HeaderError):
+        placement_from_json(value)
+
+
+def test_dims_count_from_the_front():
+    assert normalized([Packed(-2, 2), Shard(-1), Replicate()], 3) == (Packed(1, 2), Shard(2), Replicate())
+
+
+def test_the_two_meshes_of_one_job():
+    mesh = Mesh(tp=2, ep=4, fsdp=4)
+    assert (mesh.world_size, mesh.efsdp) == (8, 2)
+    assert [mesh.coordinates("dense", rank) for rank in range(8)] == [(rank // 2, rank % 2) for rank in range(8)]
+    assert [mesh.coordinates("experts", rank) for rank in range(8)] == [(rank // 4, rank % 4) for rank in range(8)]
+
+
+def test_impossible_meshes_name_the_sizes_that_work():
+    with pytest.raises(UsageError) as caught:
+        Mesh(tp=2, ep=3, fsdp=2)
+    assert "2, 4" in caught.value.hint
+    with pytest.raises(UsageError):
+        Mesh(tp=0)
+
+
+def test_keys_are_names_with_their_layer_numbers_as_wildcards():
+    assert wildcard("model.layers.3.mlp.experts.12.w1") == "model.layers.*.mlp.experts.*.w1"
+    assert wildcard("layers.0") == "layers.*"
+    assert wildcard("w2.weight") == "w2.weight"
+
+
+def test_a_parameters_own_entry_wins_over_its_modules():
+    plan = {"layers.*.mlp.experts": "module", "layers.*.mlp.experts.down_proj": "own", "layers.*.q": "q"}
+    assert lookup(plan, "layers.1.mlp.experts.down_proj", is_parameter=True) == "layers.*.mlp.experts.down_proj"
+    assert lookup(plan, "layers.1.mlp.experts.gate_up_proj", is_parameter=True) == "layers.*.mlp.experts"
+    assert lookup(plan, "layers.1.q.weight", is_parameter=True) == "layers.*.q"
+    assert lookup(plan, "layers.1.q.act", is_parameter=False) is None
+    assert unmatched_keys(plan, ["layers.0.q", "layers.0.mlp.experts"]) == ["layers.*.mlp.experts.down_proj"]
+
+
+def test_dialects_know_their_releases():
+    assert dialect_for_release("5.17.0").name == "transformers-5.16"
+    assert dialect_for_release("5.23.0").name == "transformers-5.23"
+    assert dialect_for_release("6.0.1.dev0").name == "transformers-5.23"
+    with pytest.raises(UsageError):
+        dialect_for_release("4.2.0")
+    with pytest.raises(UsageError):
+        load_dialect("klingon")
+
+
+def test_the_param_level_names_are_in_no_release_except_grouped_gemm():
+    overlay = set(load_dialect(PARAM_LEVEL).styles) - {"grouped_gemm"}
+    for name in dialect_names():
+        if name != PARAM_LEVEL:
+            assert overlay.isdisjoint(load_dialect(name).styles)
+
+
+def test_an_unknown_style_names_those_there_are():
+    with pytest.raises(UnknownStyleError) as caught:
+        load_dialect(PARAM_LEVEL).style("colwize", "layers.*.q_proj")
+    assert "layers.*.q_proj" in caught.value.message
+    assert "moe_tp_down_rowwise" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("dialect", "style", "owner", "rank", "parameter", "expected"),
+    [
+        ("transformers-5.23", "packed_colwise", "module", 3, "gate_up_proj", Packed(1, 2)),
+        ("transformers-5.23", "packed_colwise", "linear", 2, "weight", Packed(0, 2)),
+        ("transformers-5.23", "rowwise", "linear", 1, "bias", Replicate()),
+        ("transformers-5.23", "rowwise", "module", 3, "down_proj", Shard(2)),
+        ("transformers-5.23", "colwise", "linear", 1, "bias", Shard(0)),
+        ("transformers-5.16", "colwise", "embedding", 2, "weight", Shard(1)),
+        ("transformers-5.16", "rowwise", "embedding", 2, "weight", Shard(0)),
+        ("param-level", "moe_tp_gate_up_colwise", "module", 3, "gate_up_proj", Packed(1, 2)),
+        ("param-level", "moe_tp_down_rowwise", "module", 3, "down_proj", Shard(2)),
+        ("transformers-5.23", "moe_tp_experts", "module", 3, "gate_up_proj", None),
+    ],
+)
+def test_what_a_style_does_to_a_parameter(dialect, style, owner, rank, parameter, expected):
+    assert load_dialect(dialect).style(style, "k").placement(owner, rank, parameter) == expected
+
+
+LAYOUTS = {
+    "MIG101": ExpertLayout("m.py:E", transposed=True),
+    "MIG102": ExpertLayout("m.py:E", concatenated=False),
+    "MIG103": ExpertLayout("m.py:E", gated=False),
+    "MIG105": ExpertLayout("m.py:E", biased=True),
+    "MIG203": None,
+}
+
+
+@pytest.mark.parametrize("code", [code for code in all_rules() if not code.startswith("MIG3")])
+def test_every_rule_does_what_its_example_says(code):
+    rule = all_rules()[code]
+    before, after = (ast.literal_eval(text.split("=", 1)[1].strip()) for text in (rule.before, rule.after))
+    result = decompose(before, lambda _: LAYOUTS.get(code, ExpertLayout("m.py:E")))
+    assert list(apply_edits(before, result.edits).items()) == list(after.items())
+    assert code in {found.code for found in (*result.edits, *result.findings)}
+    if before == after:
+        assert result.edits == ()
+        assert result.findings[0].severity == rule.severity
+        assert "{" not in result.findings[0].message
+    again = decompose(after, lambda _: ExpertLayout("m.py:E"))
+    assert again.edits == () or before == after
+
+
+def test_every_rule_is_complete():
+    for code, rule in all_rules().items():
+        assert rule.code == code
+        assert rule.message
+        assert rule.hint
+        assert len(rule.explanation.split()) > 20
+        assert rule.before
+
+
+def test_combination_and_expert_plans_are_not_decomposed():
+    assert [
+        name
+        for name in ("base_model_tp_plan", "_tp_plan", "base_model_sp_plan", "base_model_ep_plan", "_tp_ep_plan")
+        if is_decomposed_plan(name)
+    ] == ["base_model_tp_plan", "_tp_plan", "base_model_sp_plan"]
+
+
+def test_the_error_tree_in_the_docstring_is_the_real_one():
+    exported = {getattr(plans.errors, name) for name in plans.errors.__all__}
+    assert all(issubclass(error, MigratorError) for error in exported)
+    drawn = [
+        line for line in (plans.errors.__doc__ or "").splitlines() if "Error" in line and ("├" in line or "└" in line)
+    ]
+    names = {word for line in drawn for word in line.split() if word.endswith("Error")}
+    assert names | {"MigratorError"} == set(plans.errors.__all__)
