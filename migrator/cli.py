@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 
 __all__ = ["main"]
 
-_COMMANDS = ("rewrite",)
+_COMMANDS = ("rewrite", "plan", "reshard", "validate")
 
 
 class _LazyGroup(click.Group):

@@ -15,6 +15,9 @@ from plans.errors import MigratorError
 __all__ = ["Advance", "emit", "emit_bytes", "emit_json", "error", "internal_error", "progress", "say", "table"]
 
 
+_UNLIMITED = 1000
+
+
 class Advance(Protocol):
     """Takes the progress of a piece of work."""
 
@@ -55,16 +58,21 @@ def internal_error(problem: Exception) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of the result, as wide as it needs when no terminal limits it."""
+    """Print a table of the result; where no terminal limits it, every row is one line."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", header_style="bold")
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(drawn)
+    terminal = Console(width=None if sys.stdout.isatty() else _UNLIMITED, markup=False, highlight=False)
+    with terminal.capture() as drawing:
+        terminal.print(drawn)
+    for line in drawing.get().splitlines():
+        emit(line.rstrip())
 
 
 @contextmanager

@@ -67,15 +67,19 @@ def placement_from_json(value: object) -> Placement:
     match value:
         case {"replicate": True, **rest} if not rest:
             return Replicate()
-        case {"shard": int(dim), **rest} if not rest and dim >= 0 and not isinstance(dim, bool):
+        case {"shard": dim, **rest} if not rest and _is_size(dim):
             return Shard(dim)
-        case {"packed": [int(dim), int(groups)], **rest} if not rest and dim >= 0 and groups > 0:
+        case {"packed": [dim, groups], **rest} if not rest and _is_size(dim) and _is_size(groups) and groups:
             return Packed(dim, groups)
     raise HeaderError(
         f"{value!r} is not a placement",
         hint='a placement is {"replicate": true}, {"shard": dim} or {"packed": [dim, groups]}',
         value=value,
     )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def normalized(placements: Sequence[Placement], ndim: int) -> tuple[Placement, ...]:

@@ -60,7 +60,17 @@ class ResolvedParameter:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """What `diff` compares, `reshard` lays out by and `validate` checks."""
+    """What `diff` compares, `reshard` lays out by and `validate` checks.
+
+    Args:
+        model_type: as the model's config names it.
+        mode: which of the model's plans apply.
+        dialect: the vocabulary that the plan was read in.
+        mesh: the sizes of the mesh axes.
+        plan: key to style, keys prefixed as the model's names are.
+        parameters: every tensor of the model, in its order.
+        unmatched: plan keys that rightly name nothing in this configuration, dense layers of a sparse model, say.
+    """
 
     model_type: str
     mode: Mode
@@ -68,6 +78,7 @@ class ResolvedPlan:
     mesh: Mesh
     plan: Mapping[str, str]
     parameters: tuple[ResolvedParameter, ...] = field(repr=False)
+    unmatched: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, ResolvedParameter]:
@@ -83,4 +94,5 @@ class ResolvedPlan:
             "mesh": self.mesh.to_json(),
             "plan": dict(self.plan),
             "parameters": [parameter.to_json() for parameter in self.parameters],
+            "unmatched": list(self.unmatched),
         }

@@ -14,7 +14,15 @@ from plans.errors import CheckpointError, DependencyError, IncompleteError, Usag
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["DTYPE_NAMES", "dtype_name", "meta_model", "model_class", "read_config", "transformers_version"]
+__all__ = [
+    "DTYPE_NAMES",
+    "dtype_name",
+    "find_config",
+    "meta_model",
+    "model_class",
+    "read_config",
+    "transformers_version",
+]
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -76,6 +84,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
             "in the checkpoint are not run",
             folder=str(folder),
         ) from error
+
+
+def find_config(source: str) -> PreTrainedConfig:
+    """Return the config of a checkpoint folder, a config.json or a model type, whichever `source` names.
+
+    Raises:
+        UsageError: it names none of them.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    path = Path(source)
+    if path.is_dir() or path.name == "config.json":
+        return read_config(path if path.is_dir() else path.parent)
+    if source not in CONFIG_MAPPING:
+        raise UsageError(
+            f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
+            hint="name a folder that save_pretrained wrote",
+            source=source,
+        )
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(source) or MODEL_MAPPING_NAMES.get(source)
+    names = found if isinstance(found, tuple) else (found,)
+    return CONFIG_MAPPING[source](architectures=[name for name in names if name])
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

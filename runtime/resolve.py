@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from plans.decompose import apply_edits, decompose
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialect
-from plans.errors import IndivisibleError, PlanError, UnmatchedKeyError, UsageError
+from plans.errors import PlanError, UsageError
 from plans.layout import ExpertLayout
 from plans.mesh import Mesh, Mode
-from plans.placement import Packed, Placement, Replicate, Shard
-from plans.plan import lookup, unmatched_keys, wildcard
+from plans.placement import Placement, Replicate
+from plans.plan import lookup, wildcard
 from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
 from plans.style import Owner
 from runtime.model import dtype_name, transformers_version
+from runtime.plan_checks import check_divisible, unmatched_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,16 +70,18 @@ def resolve(
         IndivisibleError: a packed parameter or the attention heads do not divide by the mesh axis.
         PlanError: the model has no plan, or entries of tied parameters contradict each other.
     """
-    if mode != "tp":
-        raise UsageError(f"mode {mode!r} is not built yet", hint="use --tp alone")
+    if mode != "tp" or mesh != Mesh(tp=mesh.tp):
+        raise UsageError(
+            f"mode {mode!r} on tp={mesh.tp}, ep={mesh.ep}, fsdp={mesh.fsdp} is not built yet", hint="use --tp alone"
+        )
     dialect = runtime_dialect()
     chosen = dict(plan) if plan is not None else param_level_plan(model, released_plan(model))
     for key, style in chosen.items():
         dialect.style(style, key)
-    _check_unmatched(model, chosen)
+    unmatched = unmatched_entries(model, chosen)
     parameters = tuple(_resolve_tensors(model, mesh, chosen, dialect))
-    _check_divisible(model, mesh, chosen, dialect, parameters)
-    return ResolvedPlan(str(model.config.model_type), mode, dialect.name, mesh, chosen, parameters)
+    check_divisible(model, mesh, chosen, dialect, parameters)
+    return ResolvedPlan(str(model.config.model_type), mode, dialect.name, mesh, chosen, parameters, unmatched)
 
 
 def _resolve_tensors(
@@ -126,7 +126,7 @@ def _resolve_tensor(
         placements=_on_axes(mesh, placement),
         key=key,
         style=style,
-        reason=_reason(kind, name, key, style, placement),
+        reason=_reason(kind, name, key, placement),
     )
 
 
@@ -135,13 +135,13 @@ def _on_axes(mesh: Mesh, placement: Placement | None) -> tuple[Placement, ...]:
     return (Replicate(), placement or Replicate())
 
 
-def _reason(kind: Kind, name: str, key: str | None, style: str | None, placement: Placement | None) -> str:
+def _reason(kind: Kind, name: str, key: str | None, placement: Placement | None) -> str:
     if kind == "buffer":
         return "buffers stay whole"
     if key is None:
         return "no plan entry"
     whose = "its own entry" if wildcard(name) == key else "its module's entry"
-    return f"{whose}, {style}" + ("" if placement else ", shards nothing")
+    return whose if placement else f"{whose}, which shards nothing"
 
 
 def _as_tied(found: ResolvedParameter, target: ResolvedParameter) -> ResolvedParameter:
@@ -198,81 +198,3 @@ def _layout(name: str, module: nn.Module) -> ExpertLayout | None:
         concatenated=bool(getattr(module, "is_concatenated", True)),
         biased=bool(getattr(module, "has_bias", False)),
     )
-
-
-def _check_unmatched(model: nn.Module, plan: Mapping[str, str]) -> None:
-    """Refuse entries that no class of the model's modules could create.
-
-    An entry may rightly match nothing in this configuration: dense-layer entries of a model whose layers are all
-    sparse, say. Then each part of its key is at least an attribute that the model's modeling source assigns.
-    """
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
-    unmatched = unmatched_keys(plan, names)
-    if not unmatched:
-        return
-    known = {part for name in names for part in name.split(".")} | _assigned_attributes(model)
-    for key in unmatched:
-        unknown = [part for part in key.split(".") if part != "*" and part not in known]
-        if unknown:
-            raise UnmatchedKeyError(
-                f"the plan entry {key!r} matches nothing in {type(model).__name__}, which has no {unknown[0]!r}",
-                hint="correct or remove the entry",
-                key=key,
-            )
-
-
-def _assigned_attributes(model: nn.Module) -> set[str]:
-    modules = {type(module).__module__ for module in model.modules()}
-    sources = (inspect.getsource(sys.modules[name]) for name in modules if name.startswith("transformers."))
-    return {match for source in sources for match in re.findall(r"self\.(\w+)\s*(?::[^=\n]+)?=", source)}
-
-
-def _check_divisible(
-    model: nn.Module,
-    mesh: Mesh,
-    plan: Mapping[str, str],
-    dialect: Dialect,
-    parameters: tuple[ResolvedParameter, ...],
-) -> None:
-    """Refuse sizes that would cut a packed group or an attention head, naming the sizes that work."""
-    sizes = {**_packed_sizes(parameters), **_head_counts(model, plan, dialect)}
-    failing = [(what, size) for what, size in sizes.items() if size % mesh.tp]
-    if failing:
-        what, size = failing[0]
-        limit = min(sizes.values())
-        works = [tp for tp in range(1, limit + 1) if all(size % tp == 0 for size in sizes.values())]
-        raise IndivisibleError(
-            f"tp={mesh.tp} does not divide {what}, {size}",
-            hint="sizes that work: " + ", ".join(str(tp) for tp in works),
-            what=what,
-            size=size,
-            works=works,
-        )
-
-
-def _packed_sizes(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for parameter in parameters:
-        for placement in parameter.placements:
-            if isinstance(placement, Packed):
-                size = parameter.shape[placement.dim] // placement.groups
-                sizes[f"the intermediate size of {wildcard(parameter.name)}"] = size
-    return sizes
-
-
-def _head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, int]:
-    """Count the heads of every projection whose output the plan leaves sharded: those must be whole on each rank."""
-    counts: dict[str, int] = {}
-    for name, module in model.named_modules():
-        head_dim: Any = getattr(module, "head_dim", None)
-        if not isinstance(head_dim, int):
-            continue
-        for child in ("q_proj", "k_proj", "v_proj"):
-            projection = getattr(module, child, None)
-            key = lookup(plan, f"{name}.{child}", is_parameter=False)
-            if key is None or not isinstance(projection, nn.Linear):
-                continue
-            style = dialect.style(plan[key], key)
-            if style.output == "sharded" and isinstance(style.placement("linear", 2, "weight"), Shard):
-                counts[f"the heads of {key}"] = projection.out_features // head_dim
-    return counts

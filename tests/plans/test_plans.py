@@ -32,6 +32,7 @@ def test_placements_survive_json(placement):
         {"shard": "0"},
         {"packed": [0]},
         {"packed": [0, 0]},
+        {"packed": [True, 2]},
         {"replicate": False},
         {"shard": 0, "packed": [0, 2]},
         ["shard", 0],

@@ -1,0 +1,82 @@
+"""`migrator validate`: a sharded checkpoint proven on real processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from migrator import console
+from migrator.needs import need_runtime
+from plans.errors import MismatchError
+
+if TYPE_CHECKING:
+    from runtime.structure import Mismatch
+    from runtime.validation import ValidationResult
+
+__all__ = ["command"]
+
+
+@click.command("validate")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
+)
+@click.option("--tolerance", default=1e-5, show_default=True, help="Of the logits in float32, relative to the largest.")
+@click.option("--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def command(source: Path, tp: int, reference: Path | None, tolerance: float, timeout: float, form: str) -> int:
+    """Prove SOURCE, a folder of rank files: one process for each rank loads its own and runs the model.
+
+    Every planned parameter must be sharded as planned and every other one whole, the bytes must be those that were
+    written, and the logits must equal the unsharded model's. Runs under torchrun too.
+    """
+    need_runtime()
+    from plans.mesh import Mesh
+    from runtime.validation import ValidationRequest
+    from runtime.worker import in_worker, run_validation, take_part
+
+    request = ValidationRequest(source, Mesh(tp=tp), reference, tolerance=tolerance, timeout=timeout)
+    try:
+        result = take_part(request) if in_worker() else run_validation(request)
+    except MismatchError as error:
+        if form == "json":
+            console.emit_json({"ok": False, "world_size": tp, "error": error.message, "hint": error.hint})
+        console.error(error)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        if form == "json":
+            console.emit_json(result.to_json())
+        else:
+            _show(source, result)
+    return 0 if result.ok else 1
+
+
+def _show(source: Path, result: ValidationResult) -> None:
+    structure, content, forward = result.structure, result.content, result.forward
+    _line("structure", not structure.mismatches, f"{structure.checked} tensors on each of {result.world_size} ranks")
+    _list(structure.mismatches)
+    if content is not None:
+        _line("content", not content.mismatches, f"{content.checked} digests")
+        _list(content.mismatches)
+    if forward is not None:
+        worst = f"largest difference of logits {forward.max_abs_diff:.2e}, of {forward.max_abs_reference:.2e}"
+        _line("forward", forward.ok, worst)
+    for name, reason in result.skipped.items():
+        console.emit(f"{name:<10} skipped  {reason}")
+    console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+
+
+def _line(name: str, ok: bool, text: str) -> None:
+    console.emit(f"{name:<10} {'ok' if ok else 'WRONG':<8} {text}")
+
+
+def _list(mismatches: tuple[Mismatch, ...]) -> None:
+    for mismatch in mismatches:
+        where = "" if mismatch.rank is None else f" on rank {mismatch.rank}"
+        console.emit(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")

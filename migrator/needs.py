@@ -1,0 +1,32 @@
+"""Commands of the `runtime` extra: the packages they need, looked for before anything is imported."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.util import find_spec
+
+from plans.errors import DependencyError
+
+__all__ = ["need_runtime"]
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def need_runtime() -> None:
+    """Make the runtime's packages importable without a word of theirs on the terminal.
+
+    Raises:
+        DependencyError: one is not installed.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"this command needs {missing[0]}, which is not installed",
+            hint="pip install 'plan-migrator[runtime]'",
+            packages=missing,
+        )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore")

@@ -1,0 +1,1 @@
+"""Checkpoints in integers: stored tensors, parameters and local shards joined by extents."""

@@ -1,0 +1,123 @@
+"""The digest of a parameter: two 64-bit sums over its bytes that do not care how the bytes are cut or ordered.
+
+The parameter's bytes in logical row-major order are little-endian 64-bit words u_i. Lane one is the sum of W1_i * u_i,
+lane two that of W2_i * (u_i >> 32), both modulo 2^64; a piece that cuts a word contributes its bytes at their place
+in the word and zeros elsewhere. Sums over disjoint pieces add up to the sum over the whole, so ranks, threads and
+layouts may cut as they like.
+
+Weights are odd, so lane one sees any error in a single word. Errors that are multiples of 2^63, such as two flipped
+signs, cancel in lane one whatever the weights; lane two sees the same bits as multiples of 2^31, which cancel only
+if the weights agree modulo 2^33. W_i = T[i mod 2048] * S[i div 2048] keeps weights cheap: a block's sum is one dot
+product and one multiplication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK", "Digest", "block_weights", "word_weights"]
+
+Words = NDArray[np.uint64]
+
+BLOCK: Final = 2048
+"""Words in a block; all words of a block share one factor of their weights."""
+
+_WORD: Final = 8
+_MASK: Final = 2**64 - 1
+_BATCH: Final = 16
+_SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
+
+
+def _mixed(values: Words) -> Words:
+    """Hash counters to odd words (the finalizer of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (values ^ (values >> np.uint64(31))) | np.uint64(1)
+
+
+def _sequence(seed: int, start: int, count: int) -> Words:
+    counters = np.arange(start + 1, start + count + 1, dtype=np.uint64)
+    return _mixed(counters * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed))
+
+
+@lru_cache
+def word_weights(lane: int) -> Words:
+    """Return T, the factors by place in a block, of lane 0 or 1."""
+    return _sequence(_SEEDS[lane][0], 0, BLOCK)
+
+
+def block_weights(lane: int, start: int, count: int) -> Words:
+    """Return S for `count` blocks from block `start`, of lane 0 or 1."""
+    return _sequence(_SEEDS[lane][1], start, count)
+
+
+@dataclass(slots=True)
+class Digest:
+    """Two running sums; `add` takes pieces in any order, `str` gives the manifest's form."""
+
+    lane1: int = 0
+    lane2: int = 0
+
+    def add(self, offset: int, piece: NDArray[np.uint8]) -> None:
+        """Add bytes of the parameter.
+
+        Args:
+            offset: of the piece's first byte in the parameter's logical row-major bytes.
+            piece: one-dimensional and contiguous.
+        """
+        lead = min(-offset % _WORD, len(piece))
+        if lead:
+            self._add_bytes(offset, piece[:lead])
+            offset, piece = offset + lead, piece[lead:]
+        whole = len(piece) // _WORD * _WORD
+        self._add_words(offset // _WORD, piece[:whole])
+        if whole < len(piece):
+            self._add_bytes(offset + whole, piece[whole:])
+
+    def _add_bytes(self, offset: int, piece: NDArray[np.uint8]) -> None:
+        word = np.zeros(_WORD, np.uint8)
+        place = offset % _WORD
+        word[place : place + len(piece)] = piece
+        self._add_words(offset // _WORD, word)
+
+    def _add_words(self, index: int, data: NDArray[np.uint8]) -> None:
+        words = data.view("<u8")
+        block, place = divmod(index, BLOCK)
+        head = min(-place % BLOCK, len(words))
+        if head:
+            self._add_block(block, place, words[:head])
+            words, block = words[head:], block + 1
+        blocks = len(words) // BLOCK
+        self._add_blocks(block, words[: blocks * BLOCK].reshape(blocks, BLOCK))
+        if len(words) > blocks * BLOCK:
+            self._add_block(block + blocks, 0, words[blocks * BLOCK :])
+
+    def _add_block(self, block: int, place: int, words: NDArray[Any]) -> None:
+        for lane, values in ((0, words), (1, words >> np.uint64(32))):
+            partial = int(np.dot(word_weights(lane)[place : place + len(words)], values))
+            self._accumulate(lane, partial * int(block_weights(lane, block, 1)[0]))
+
+    def _add_blocks(self, block: int, rows: NDArray[Any]) -> None:
+        sums = np.empty((2, len(rows)), np.uint64)
+        # Batches stay in the processor's cache between the two lanes.
+        for first in range(0, len(rows), _BATCH):
+            batch = rows[first : first + _BATCH]
+            part = sums[:, first : first + _BATCH]
+            np.einsum("ij,j->i", batch, word_weights(0), out=part[0])
+            np.einsum("ij,j->i", batch >> np.uint64(32), word_weights(1), out=part[1])
+        for lane in (0, 1):
+            self._accumulate(lane, int(np.dot(sums[lane], block_weights(lane, block, len(rows)))))
+
+    def _accumulate(self, lane: int, value: int) -> None:
+        if lane:
+            self.lane2 = (self.lane2 + value) & _MASK
+        else:
+            self.lane1 = (self.lane1 + value) & _MASK
+
+    def __str__(self) -> str:
+        return f"{self.lane1:016x}{self.lane2:016x}"

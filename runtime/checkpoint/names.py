@@ -1,0 +1,247 @@
+"""Stored tensors to parameters: hub names and forms through transformers' own conversion tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
+from runtime.checkpoint.extents import Form, FormError, whole
+from runtime.checkpoint.operations import OPERATIONS, Collected, Context
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How stored tensors become the model's.
+
+    Args:
+        forms: of each parameter and persistent buffer, over stored tensors.
+        carried: stored tensors that the model has no parameter for.
+        repeated: forms of tied names that are stored although their target is; they must hold the target's bytes.
+    """
+
+    forms: Mapping[str, Form]
+    carried: tuple[str, ...]
+    repeated: Mapping[str, Form]
+
+
+@dataclass
+class _Target:
+    """The stored tensors that together make one or several of the model's, by source pattern, in natural order."""
+
+    converter: WeightConverter | None
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def stored(self) -> list[str]:
+        return [name for names in self.names.values() for name in names]
+
+
+def convert(
+    model: PreTrainedModel,
+    stored: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> Conversion:
+    """Find the form of every tensor of the model over the stored tensors.
+
+    Args:
+        model: on the meta device.
+        stored: the shape of each stored tensor by its stored name.
+        shapes: of the model's parameters and persistent buffers by name, tied names left out.
+        tied: other names of the same tensors, each with the name in `shapes`; a tensor may be stored under any.
+
+    Raises:
+        ConversionError: an operation is unknown or not defined for these tensors, or two stored tensors claim one name.
+        IncompleteError: a tensor of the model is stored nowhere, or one of a numbered series is missing.
+        MismatchError: a converted tensor has another shape than the model's.
+    """
+    targets, carried = _collected(model, stored)
+    everything = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
+    forms: dict[str, Form] = {}
+    origins: dict[str, list[str]] = {}
+    for layer, target in targets.items():
+        for name, form in _converted(layer, target, stored, everything, model.config).items():
+            if name in forms:
+                raise _conflict(name, origins[name] + target.stored())
+            forms[name], origins[name] = form, target.stored()
+    repeated = _untied(forms, origins, tied)
+    _check(forms, origins, shapes)
+    result = {name: forms[name] for name in shapes}
+    # A converter may also make tensors that this model lacks; then what it made them of is carried whole.
+    carried += sorted({source for name in forms.keys() - everything.keys() for source in origins[name]})
+    assert _nothing_lost(stored, carried, [*result.values(), *repeated.values()])
+    return Conversion(result, tuple(carried), repeated)
+
+
+def _nothing_lost(stored: Mapping[str, tuple[int, ...]], carried: Iterable[str], forms: Iterable[Form]) -> bool:
+    """Return whether every element of every stored tensor is used, unless the tensor is carried."""
+    used: Counter[str] = Counter()
+    for form in forms:
+        for extent in form.extents:
+            used[extent.source] += prod(extent.shape)
+    return all(used[name] == prod(stored[name]) for name in stored.keys() - set(carried))
+
+
+def _untied(forms: dict[str, Form], origins: dict[str, list[str]], tied: Mapping[str, str]) -> dict[str, Form]:
+    """Move a form from a tied name to the name that holds the bytes; return those that were already there."""
+    repeated: dict[str, Form] = {}
+    for name, target in tied.items():
+        if name in forms and target in forms:
+            repeated[name] = forms.pop(name)
+        elif name in forms:
+            forms[target], origins[target] = forms.pop(name), origins[name]
+    return repeated
+
+
+def _collected(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, _Target], list[str]]:
+    """Group stored names by the tensor of the model that they make, as transformers groups them when it loads."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    expected = model.state_dict()
+    targets: dict[str, _Target] = {}
+    carried: list[str] = []
+    for name in _in_natural_order(stored):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if renamed not in expected and name in expected:
+            renamed, pattern = name, None
+        if renamed not in expected:
+            carried.append(name)
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        target = targets.setdefault(renamed, _Target(converter))
+        if target.converter is not converter or (converter is None and target.names):
+            raise _conflict(renamed, [*target.stored(), name])
+        target.names.setdefault(pattern or name, []).append(name)
+    return targets, carried
+
+
+def _in_natural_order(names: Iterable[str]) -> list[str]:
+    try:
+        return sorted(names, key=dot_natural_key)
+    except ValueError as error:
+        raise HeaderError(
+            f"a stored tensor has a name that cannot be ordered: {error}",
+            hint="the checkpoint was not written by transformers; do not trust it",
+        ) from error
+
+
+def _converted(
+    layer: str,
+    target: _Target,
+    stored: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PreTrainedConfig,
+) -> dict[str, Form]:
+    if target.converter is None:
+        (name,) = target.stored()
+        return {layer: whole(name, stored[name])}
+    for names in target.names.values():
+        _check_series(names, layer)
+    converter = target.converter
+    context = Context(converter.source_patterns, converter.target_patterns, layer, shapes, config)
+    collected: Collected = {
+        pattern: [whole(name, stored[name]) for name in names] for pattern, names in target.names.items()
+    }
+    for operation in converter.operations:
+        collected = _applied(operation, collected, context, target)
+    return _full_names(layer, {pattern: forms[0] for pattern, forms in collected.items()})
+
+
+def _applied(operation: ConversionOps, collected: Collected, context: Context, target: _Target) -> Collected:
+    kind = type(operation)
+    known = OPERATIONS.get(kind.__name__)
+    if known is None or kind.__module__ != WeightConverter.__module__:
+        raise ConversionError(
+            f"{context.layer}: {_listed(target.stored())} need the operation {kind.__name__}, which is not known",
+            hint="load the checkpoint with transformers and save it with `save_original_format=False`",
+            operation=kind.__name__,
+            tensors=target.stored(),
+        )
+    try:
+        return known(operation, collected, context)
+    except FormError as error:
+        raise ConversionError(
+            f"{context.layer}: {kind.__name__} is not defined for {_listed(target.stored())}: {error}",
+            hint="the stored tensors do not fit the config; check that config.json belongs to these weights",
+            operation=kind.__name__,
+            tensors=target.stored(),
+        ) from error
+
+
+def _full_names(layer: str, results: Mapping[str, Form]) -> dict[str, Form]:
+    """Put the layer's own prefix and suffix around the target patterns."""
+    full = layer.replace("*.", "0.")
+    found = next((pattern for pattern in results if pattern in full), None)
+    if found is None:
+        return dict(results)
+    prefix, _, suffix = full.partition(found)
+    return {prefix + pattern + suffix: form for pattern, form in results.items()}
+
+
+def _check_series(names: Sequence[str], layer: str) -> None:
+    """Refuse a numbered series with gaps: merging it would shift every tensor behind the gap."""
+    if len(names) < 2:
+        return
+    parts = [re.split(r"(\d+)", name) for name in names]
+    varying = [index for index, values in enumerate(zip(*parts, strict=False)) if len(set(values)) > 1]
+    if len({len(part) for part in parts}) > 1 or len(varying) != 1 or not parts[0][varying[0]].isdigit():
+        raise _conflict(layer, names)
+    numbers = [int(part[varying[0]]) for part in parts]
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            missing = "".join([*parts[0][: varying[0]], str(expected), *parts[0][varying[0] + 1 :]])
+            raise IncompleteError(
+                f"{missing} is missing from the series that makes {layer}",
+                hint="the checkpoint is incomplete; download or save it again",
+                missing=[missing],
+            )
+
+
+def _check(forms: Mapping[str, Form], origins: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in shapes if name not in forms]
+    if missing:
+        raise IncompleteError(
+            f"{_listed(missing)} of the model are stored nowhere",
+            hint="the checkpoint is incomplete or config.json belongs to another model",
+            missing=missing,
+        )
+    for name, shape in shapes.items():
+        if forms[name].shape != shape:
+            raise MismatchError(
+                f"{name} is {list(shape)} in the model but {_listed(origins[name])} give {list(forms[name].shape)}",
+                hint="config.json does not belong to these weights, or some are missing",
+                name=name,
+                expected=list(shape),
+                found=list(forms[name].shape),
+            )
+
+
+def _conflict(name: str, tensors: Sequence[str]) -> ConversionError:
+    return ConversionError(
+        f"{name} is stored more than once: {_listed(tensors)}",
+        hint="the checkpoint holds one tensor in two forms; save it again with transformers",
+        name=name,
+        tensors=list(tensors),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,211 @@
+"""The `ranks` layout: one safetensors file per rank with its local tensors exactly as in its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plans.errors import CheckpointError, IncompleteError, MismatchError
+from plans.mesh import Mesh
+from plans.placement import Replicate
+from runtime.checkpoint.copy import DEFAULT_MEMORY, Bytes, Destination, Sink, build_table, execute
+from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.extents import Form, local_form, reassemble, whole
+from runtime.checkpoint.manifest import Entry, Manifest, read_manifest
+from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
+from runtime.model import DTYPE_NAMES
+
+__all__ = ["RankCheckpoint", "RankFile", "assemble", "compute_digests", "held_by", "lay_out", "local", "rank_file"]
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """Return the name of a rank's file, `rank-00000-of-00002.safetensors`."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def held_by(entry: Entry, rank: int) -> bool:
+    """Return whether the rank's file has the tensor; carried tensors lie in rank 0's alone."""
+    return rank == 0 or entry.kind != "carried"
+
+
+def local(form: Form, entry: Entry, mesh: Mesh, rank: int) -> Form:
+    """Return the form of what a rank holds of a tensor.
+
+    Args:
+        form: of the whole tensor.
+        entry: its manifest entry.
+        mesh: of the checkpoint.
+        rank: whose local tensor.
+    """
+    return local_form(form, entry.placements, mesh.sizes(entry.mesh), mesh.coordinates(entry.mesh, rank))
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """A rank's file before it is written.
+
+    Args:
+        name: of the file.
+        header: its first bytes.
+        tensors: each local tensor with its form, in the order of their bytes.
+        size: of the file in bytes.
+    """
+
+    name: str
+    header: bytes
+    tensors: Sequence[tuple[Destination, Form]]
+    size: int
+
+
+def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form]) -> RankFile:
+    """Lay out one rank's file: widest elements first, so that every tensor is aligned to its own.
+
+    Args:
+        rank: whose file.
+        mesh: of the result.
+        entries: of all tensors by name.
+        forms: of the whole tensors.
+    """
+    file = rank_file(rank, mesh.world_size)
+    names = sorted((name for name in entries if held_by(entries[name], rank)), key=lambda n: -BITS[entries[n].dtype])
+    locals_ = {name: local(forms[name], entries[name], mesh, rank) for name in names}
+    rows = ((name, entries[name].dtype, form.shape) for name, form in locals_.items())
+    header = encode_header(rows, {"format": "pt"})
+    tensors: list[tuple[Destination, Form]] = []
+    offset = len(header)
+    for name, form in locals_.items():
+        size = tensor_bytes(entries[name].dtype, form.shape)
+        tensors.append((Destination(name, size, file, offset), form))
+        offset += size
+    return RankFile(file, header, tensors, offset)
+
+
+@dataclass(frozen=True)
+class RankCheckpoint:
+    """A folder of rank files, its manifest and headers read and found to agree.
+
+    Args:
+        folder: where it lies.
+        manifest: what it says about itself.
+        headers: of the rank files, by rank.
+    """
+
+    folder: Path
+    manifest: Manifest
+    headers: tuple[Header, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> RankCheckpoint:
+        """Read the manifest and every header, no tensor.
+
+        Raises:
+            IncompleteError: a file is missing or cut short.
+            HeaderError: a header or the manifest lies.
+            MismatchError: a file does not hold what the manifest says.
+        """
+        manifest = read_manifest(folder)
+        headers = tuple(_read_rank(folder, manifest, rank) for rank in range(manifest.mesh.world_size))
+        return cls(folder, manifest, headers)
+
+    def form(self, name: str) -> Form:
+        """Return the form of a whole tensor over local tensors, named `rank/name`."""
+        entry, mesh = self.manifest.tensors[name], self.manifest.mesh
+        logical = whole(name, entry.shape)
+        ranks = [0] if entry.kind == "carried" else _distinct_ranks(entry, mesh)
+        return reassemble(entry.shape, ((f"{rank}/{name}", local(logical, entry, mesh, rank)) for rank in ranks))
+
+    def source(self, key: str) -> StoredTensor:
+        """Return the local tensor that a form names."""
+        rank, _, name = key.partition("/")
+        return self.headers[int(rank)].tensors[name]
+
+
+def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the unsharded parameters and persistent buffers of rank files, one in memory at a time.
+
+    Tied names are left out; `Manifest.tied` tells where their bytes are.
+
+    Args:
+        folder: that `migrator reshard --layout ranks` wrote.
+        max_memory: bytes for reading, besides the tensor itself.
+
+    Raises:
+        IncompleteError, HeaderError, MismatchError: as `RankCheckpoint.read`.
+        CheckpointError: torch has no such dtype.
+    """
+    checkpoint = RankCheckpoint.read(folder)
+    for name, entry in checkpoint.manifest.tensors.items():
+        if entry.kind == "carried":
+            continue
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{folder}: {name} is {entry.dtype}, which torch lacks", hint="use a newer torch")
+        content = np.empty(tensor_bytes(entry.dtype, entry.shape), np.uint8)
+
+        def keep(offset: int, piece: Bytes, content: Bytes = content) -> None:
+            content[offset : offset + len(piece)] = piece
+
+        _feed(checkpoint, name, keep, max_memory)
+        yield name, torch.from_numpy(content).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def compute_digests(checkpoint: RankCheckpoint, *, max_memory: int = DEFAULT_MEMORY) -> dict[str, str]:
+    """Return the digest of every tensor as the rank files hold it.
+
+    Args:
+        checkpoint: read before.
+        max_memory: bytes for reading.
+    """
+    digests: dict[str, str] = {}
+    for name in checkpoint.manifest.tensors:
+        digest = Digest()
+        _feed(checkpoint, name, digest.add, max_memory)
+        digests[name] = str(digest)
+    return digests
+
+
+def _feed(checkpoint: RankCheckpoint, name: str, sink: Sink, max_memory: int) -> None:
+    entry = checkpoint.manifest.tensors[name]
+    form = checkpoint.form(name)
+    sources = {key: checkpoint.source(key) for key in form.sources}
+    destination = Destination(name, tensor_bytes(entry.dtype, entry.shape))
+    execute(build_table(sources, [(destination, form)]), [sink], max_memory=max_memory)
+
+
+def _distinct_ranks(entry: Entry, mesh: Mesh) -> list[int]:
+    """Return the ranks that together hold the tensor once: the first of those that hold the same."""
+
+    def is_first(rank: int) -> bool:
+        coordinates = mesh.coordinates(entry.mesh, rank)
+        pairs = zip(entry.placements, coordinates, strict=True)
+        return all(index == 0 for placement, index in pairs if isinstance(placement, Replicate))
+
+    return [rank for rank in range(mesh.world_size) if is_first(rank)]
+
+
+def _read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:
+    path = folder / rank_file(rank, manifest.mesh.world_size)
+    if path.is_symlink() or not path.is_file():
+        raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
+    header = read_header(path)
+    expected = {name: entry for name, entry in manifest.tensors.items() if held_by(entry, rank)}
+    for name in expected.keys() ^ header.tensors.keys():
+        where = "missing from" if name in expected else "not in the manifest but in"
+        raise _foreign(path, f"{name!r} is {where} the file")
+    for name, entry in expected.items():
+        shape = local(whole(name, entry.shape), entry, manifest.mesh, rank).shape
+        tensor = header.tensors[name]
+        if (tensor.dtype, tensor.shape) != (entry.dtype, shape):
+            said = f"{entry.dtype} {list(shape)}"
+            raise _foreign(path, f"{name!r} is {tensor.dtype} {list(tensor.shape)} where the manifest says {said}")
+    return header
+
+
+def _foreign(path: Path, what: str) -> MismatchError:
+    hint = "the file belongs to another checkpoint; reshard again"
+    return MismatchError(f"{path}: {what}", hint=hint, file=str(path))

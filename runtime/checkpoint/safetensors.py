@@ -1,0 +1,237 @@
+"""Safetensors headers, read without trust and written: an eight-byte length, JSON, then the tensors' bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from plans.errors import CheckpointError, HeaderError, IncompleteError
+
+__all__ = [
+    "BITS",
+    "Header",
+    "StoredTensor",
+    "encode_header",
+    "read_exactly",
+    "read_header",
+    "reading",
+    "strict_json",
+    "tensor_bytes",
+]
+
+BITS: Mapping[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits of one element, by safetensors' name of the dtype."""
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 100_000_000
+_MAX_DIMS = 64
+_MAX_SIZE = 2**63 - 1
+_HINT = "the file is damaged or was not written by safetensors; download or save it again"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor in a safetensors file.
+
+    Args:
+        file: the file's path.
+        dtype: safetensors' name.
+        shape: sizes per tensor dim.
+        offset: of its first byte in the file.
+        size: in bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says about itself: metadata, and tensors in the order of their bytes."""
+
+    file: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor whose elements fill whole bytes."""
+    bits = BITS[dtype] * prod(shape)
+    assert bits % 8 == 0
+    return bits // 8
+
+
+def strict_json(text: bytes, file: Path) -> dict[str, object]:
+    """Parse a JSON object in which no key occurs twice and every string is valid Unicode.
+
+    Raises:
+        HeaderError: the text is anything else.
+    """
+
+    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+        if len(result := dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return result
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
+        if b"\\u" in text:
+            # Only escapes can smuggle in half a surrogate pair, which no file could be written with.
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{file}: not valid JSON: {error}", hint=_HINT, file=str(file)) from error
+    if not isinstance(value, dict):
+        raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
+    return value
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says when a file cannot be read into an error for the user.
+
+    Raises:
+        CheckpointError: opening, reading or listing failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}",
+            hint="check that the disk is well and that you may read it",
+            file=str(path),
+            errno=error.errno,
+        ) from error
+
+
+def read_header(file: Path) -> Header:
+    """Read and check a file's header; what it says and the file's size must agree to the byte.
+
+    Raises:
+        IncompleteError: the file ends before its header or its tensors do.
+        HeaderError: the header is malformed, overlaps, leaves holes or names unknown dtypes.
+
+    Source: the safetensors format, https://github.com/huggingface/safetensors#format
+    """
+    with reading(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(_LENGTH.size)
+        if len(prefix) < _LENGTH.size:
+            raise _truncated(file, size, _LENGTH.size)
+        (length,) = _LENGTH.unpack(prefix)
+        if length > _MAX_HEADER:
+            raise HeaderError(f"{file}: a header of {length} bytes is over the format's limit", hint=_HINT)
+        if size < _LENGTH.size + length:
+            raise _truncated(file, size, _LENGTH.size + length)
+        entries = strict_json(stream.read(length), file)
+    metadata = _metadata(file, entries.pop("__metadata__", {}))
+    begin = _LENGTH.size + length
+    tensors = {name: _tensor(file, name, entry, begin) for name, entry in entries.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)))
+    _check_contiguous(file, ordered, begin, size)
+    return Header(file, metadata, ordered)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a file that holds the tensors one after the other, padded to eight bytes.
+
+    Args:
+        tensors: name, dtype and shape of each, in the order of their bytes.
+        metadata: kept as given; left out when empty.
+    """
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        stop = offset + tensor_bytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return _LENGTH.pack(len(text)) + text
+
+
+def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:
+    """Fill the buffer from the file at `offset`, however many reads it takes.
+
+    Raises:
+        IncompleteError: the file ends first.
+        CheckpointError: the disk fails.
+    """
+    done = 0
+    while done < len(buffer):
+        with reading(file):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            raise _truncated(file, offset + done, offset + len(buffer))
+        done += count
+
+
+def _tensor(file: Path, name: str, entry: object, begin: int) -> StoredTensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
+            pass
+        case _:
+            raise _lie(file, name, "has no well-formed dtype, shape and data_offsets")
+    if dtype not in BITS:
+        raise _lie(file, name, f"has the unknown dtype {dtype!r}")
+    if len(shape) > _MAX_DIMS or not all(_is_size(number) for number in (*shape, start, stop)):
+        raise _lie(file, name, "has sizes or offsets that are not integers in range")
+    bits = BITS[dtype] * prod(shape)
+    if bits % 8 or start > stop or bits // 8 != stop - start:
+        raise _lie(file, name, f"is {dtype} {shape} but spans {stop - start} bytes")
+    return StoredTensor(file, dtype, tuple(shape), begin + start, stop - start)
+
+
+def _check_contiguous(file: Path, tensors: Mapping[str, StoredTensor], begin: int, size: int) -> None:
+    cursor = begin
+    for name, tensor in tensors.items():
+        if tensor.offset != cursor:
+            what = "overlaps the tensor before it" if tensor.offset < cursor else "leaves a hole before it"
+            raise _lie(file, name, what)
+        cursor += tensor.size
+    if size < cursor:
+        raise _truncated(file, size, cursor)
+    if size > cursor:
+        raise HeaderError(f"{file}: {size - cursor} bytes follow the last tensor", hint=_HINT, file=str(file))
+
+
+def _metadata(file: Path, value: object) -> Mapping[str, str]:
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return value
+    raise HeaderError(f"{file}: __metadata__ is not a table of strings", hint=_HINT, file=str(file))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def _lie(file: Path, name: str, what: str) -> HeaderError:
+    return HeaderError(f"{file}: tensor {name!r} {what}", hint=_HINT, file=str(file), tensor=name)
+
+
+def _truncated(file: Path, size: int, expected: int) -> IncompleteError:
+    return IncompleteError(
+        f"{file}: truncated, it has {size} bytes of at least {expected}",
+        hint="download or save the file again",
+        file=str(file),
+        size=size,
+        expected=expected,
+    )

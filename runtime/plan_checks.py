@@ -1,0 +1,116 @@
+"""What a plan must not do to a model: name what no class could create, or cut what must stay whole."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from plans.dialect import Dialect
+from plans.errors import IndivisibleError, UnmatchedKeyError
+from plans.mesh import Mesh
+from plans.placement import Packed, Shard
+from plans.plan import lookup, unmatched_keys, wildcard
+from plans.resolved import ResolvedParameter
+
+__all__ = ["check_divisible", "unmatched_entries"]
+
+
+def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the keys that match nothing, and refuse those that no class of the model's modules could create.
+
+    An entry may rightly match nothing in this configuration: dense-layer entries of a model whose layers are all
+    sparse, say. Then each part of its key is at least an attribute that the model's modeling source assigns.
+
+    Raises:
+        UnmatchedKeyError: an entry names nothing that the source assigns.
+    """
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
+    unmatched = tuple(unmatched_keys(plan, names))
+    if not unmatched:
+        return ()
+    known = {part for name in names for part in name.split(".")} | _assigned_attributes(model)
+    for key in unmatched:
+        unknown = [part for part in key.split(".") if part != "*" and part not in known]
+        if unknown:
+            raise UnmatchedKeyError(
+                f"the plan entry {key!r} matches nothing in {type(model).__name__}, which has no {unknown[0]!r}",
+                hint="correct or remove the entry",
+                key=key,
+            )
+    return unmatched
+
+
+def _assigned_attributes(model: nn.Module) -> set[str]:
+    modules = {type(module).__module__ for module in model.modules()}
+    sources = (inspect.getsource(sys.modules[name]) for name in modules if name.startswith("transformers."))
+    return {match for source in sources for match in re.findall(r"self\.(\w+)\s*(?::[^=\n]+)?=", source)}
+
+
+def check_divisible(
+    model: nn.Module,
+    mesh: Mesh,
+    plan: Mapping[str, str],
+    dialect: Dialect,
+    parameters: tuple[ResolvedParameter, ...],
+) -> None:
+    """Refuse sizes that would cut a packed group or an attention head, naming the sizes that work.
+
+    Raises:
+        IndivisibleError: the tp axis does not divide one of them.
+    """
+    sizes = {**_packed_sizes(parameters), **_head_counts(model, plan, dialect)}
+    failing = [(what, size) for what, size in sizes.items() if size % mesh.tp]
+    if failing:
+        what, size = failing[0]
+        limit = min(sizes.values())
+        works = [tp for tp in range(1, limit + 1) if all(size % tp == 0 for size in sizes.values())]
+        raise IndivisibleError(
+            f"tp={mesh.tp} does not divide {what}, {size}",
+            hint="sizes that work: " + ", ".join(str(tp) for tp in works),
+            what=what,
+            size=size,
+            works=works,
+        )
+
+
+def _packed_sizes(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for parameter in parameters:
+        for placement in parameter.placements:
+            if isinstance(placement, Packed):
+                size = parameter.shape[placement.dim] // placement.groups
+                sizes[f"the intermediate size of {wildcard(parameter.name)}"] = size
+    return sizes
+
+
+def _head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, int]:
+    """Count the heads of every projection whose output the plan leaves sharded: those must be whole on each rank."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        key = lookup(plan, name, is_parameter=False)
+        if key is None or not isinstance(module, nn.Linear):
+            continue
+        style = dialect.style(plan[key], key)
+        if style.output == "sharded" and isinstance(style.placement("linear", 2, "weight"), Shard):
+            owner, _, projection = name.rpartition(".")
+            heads = _heads(model.get_submodule(owner), projection, module)
+            if heads is not None:
+                counts[f"the heads of {key}"] = heads
+    return counts
+
+
+def _heads(attention: nn.Module, projection: str, module: nn.Linear) -> int | None:
+    """Count the heads in an attention projection's output, None where it holds none."""
+    head_dim: Any = getattr(attention, "head_dim", None)
+    if projection in ("q_proj", "k_proj", "v_proj") and isinstance(head_dim, int):
+        return module.out_features // head_dim
+    if projection in ("q_proj", "q_b_proj", "kv_b_proj", "query_key_value"):
+        config: Any = getattr(attention, "config", None)
+        count: Any = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
+        return count if isinstance(count, int) else None
+    return None

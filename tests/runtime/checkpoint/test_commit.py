@@ -1,0 +1,104 @@
+"""Committing: the destination appears whole or not at all, and nothing that is not ours is touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plans.errors import DestinationError
+from runtime.checkpoint.commit import MARKER, staging
+
+
+def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
+    with staging(tmp_path / "out", 10) as folder:
+        (folder / "file").write_text("content")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def write_and_fail() -> None:
+        with staging(tmp_path / "out", 10) as folder:
+            (folder / "file").write_text("content")
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_disk_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="No space") as caught, staging(tmp_path / "out", 10):
+        raise OSError(28, "No space left on device")
+    assert "free some space" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_an_existing_destination_is_refused(tmp_path: Path, make: object) -> None:
+    make(tmp_path / "out")  # type: ignore[operator]
+    with pytest.raises(DestinationError, match="exists already"), staging(tmp_path / "out", 10):
+        pytest.fail("the body must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="exists already"), staging(tmp_path / "out", 10):
+        (tmp_path / "out").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_fit_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="free"), staging(tmp_path / "out", 2**60):
+        pytest.fail("the body must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_parent_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DestinationError, match="not a folder"), staging(tmp_path / "no" / "out", 1):
+        pytest.fail("the body must not run")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "mine").write_text("precious")
+    with pytest.raises(DestinationError, match="not left by migrator"), staging(tmp_path / "out", 1):
+        pytest.fail("the body must not run")
+    assert (partial / "mine").read_text() == "precious"
+
+
+def test_a_link_at_the_working_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MARKER).touch()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DestinationError, match="not left by migrator"), staging(tmp_path / "out", 1):
+        pytest.fail("the body must not run")
+    assert (tmp_path / "elsewhere" / MARKER).exists()
+
+
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from runtime.checkpoint.commit import staging\n"
+        "with staging(Path(sys.argv[1]), 1) as folder:\n"
+        "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "out.partial" / "half").exists()
+    with staging(tmp_path / "out", 1) as folder:
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    with staging(tmp_path / "out", 1) as folder:
+        with pytest.raises(DestinationError, match="another run"), staging(tmp_path / "out", 1):
+            pytest.fail("the body must not run")
+        (folder / "file").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

@@ -1,0 +1,300 @@
+"""Hub form → rank files, end to end on real families, against DTensor and from_pretrained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoint_families import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
+from plans.mesh import Mesh
+from plans.placement import Packed, Shard
+from runtime.checkpoint import reshard
+from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digests, rank_file
+from runtime.checkpoint.reshard import plan_reshard
+
+Checkpoint = Callable[[str], Path]
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rank_files_equal_dtensor_bit_for_bit(
+    family: str, checkpoint: Checkpoint, tmp_path: Path, dtensor_locals: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    source = checkpoint(family)
+    expected = loaded(source)
+    for tp in (1, 2, 4):
+        result = plan_reshard(source, Mesh(tp=tp)).execute(tmp_path / f"tp{tp}")
+        entries = result.manifest.tensors
+        assert entries.keys() | result.manifest.tied.keys() == expected.keys()
+        placements = {name: entry.placements[-1:] for name, entry in entries.items()}
+        for rank in range(tp):
+            found = load_file(tmp_path / f"tp{tp}" / rank_file(rank, tp))
+            locals_ = dtensor_locals(expected, placements, rank, tp)
+            assert found.keys() == locals_.keys()
+            for name, tensor in locals_.items():
+                assert found[name].dtype == tensor.dtype, name
+                assert torch.equal(found[name], tensor), (name, placements[name], rank)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rank_files_reassemble_to_what_from_pretrained_loads(
+    family: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, ranks = checkpoint(family), tmp_path / "ranks"
+    manifest = plan_reshard(source, Mesh(tp=2)).execute(ranks).manifest
+    expected = loaded(source)
+    found = dict(assemble(ranks))
+    assert found.keys() == expected.keys() - manifest.tied.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_digests_do_not_depend_on_the_mesh(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    digests = []
+    for tp in (1, 2, 4):
+        manifest = plan_reshard(checkpoint(family), Mesh(tp=tp)).execute(tmp_path / f"tp{tp}").manifest
+        digests.append({name: entry.digest for name, entry in manifest.tensors.items()})
+        assert compute_digests(RankCheckpoint.read(tmp_path / f"tp{tp}")) == digests[-1]
+    assert digests[0] == digests[1] == digests[2]
+    assert len(set(digests[0].values())) > len(digests[0]) // 2
+
+
+def test_experts_are_packed_and_the_manifest_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)).execute(tmp_path / "ranks")
+    found = RankCheckpoint.read(tmp_path / "ranks").manifest
+    experts = "model.layers.0.mlp.experts"
+    assert found.tensors[f"{experts}.gate_up_proj"].placements[-1] == Packed(1, 2)
+    assert found.tensors[f"{experts}.down_proj"].placements[-1] == Shard(2)
+    assert found.tensors[f"{experts}.down_proj"].is_sharded
+    assert not found.tensors["model.norm.weight"].is_sharded
+    content = json.loads((tmp_path / "ranks" / "migrator.json").read_bytes())
+    assert (content["format"], content["version"], content["mode"]) == ("migrator", 1, "tp")
+    assert content["mesh"] == Mesh(tp=2).to_json()
+    assert content["stored_form"]["metadata"] == {"format": "pt"}
+    assert f"{experts}.3.gate_proj.weight" in content["stored_form"]["tensors"]
+
+
+def test_side_files_come_along_unchanged(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "hub"
+    shutil.copytree(checkpoint("llama"), source)
+    (source / "tokenizer.json").write_bytes(b"\xff\x00 not even text")
+    (source / "pytorch_model.bin").write_bytes(b"pickled weights")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    result = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks")
+    names = {path.name for path in (tmp_path / "ranks").iterdir()}
+    assert names == set(result.files)
+    assert {"config.json", "tokenizer.json"} <= names
+    assert not {"pytorch_model.bin", "original"} & names
+    assert (tmp_path / "ranks" / "tokenizer.json").read_bytes() == b"\xff\x00 not even text"
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Copy a checkpoint as one file after changing its tensors."""
+    target.mkdir()
+    shutil.copy(source / "config.json", target)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(file)
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_tensors_without_a_parameter_are_carried_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    extra = {
+        "mtp.0.weight": torch.randn(6, 5).to(torch.float8_e4m3fn),
+        "mtp.flag": torch.tensor(True),
+        "mtp.empty": torch.zeros(0, 4, dtype=torch.int64),
+    }
+    source = rewritten(checkpoint("qwen3_moe"), tmp_path / "hub", lambda tensors: tensors.update(extra))
+    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    first, second = (load_file(tmp_path / "ranks" / rank_file(rank, 2)) for rank in (0, 1))
+    for name, tensor in extra.items():
+        assert manifest.tensors[name].kind == "carried"
+        assert name not in second
+        assert first[name].dtype == tensor.dtype
+        assert torch.equal(first[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_tied_weight_may_be_stored_under_its_other_name(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    source = rewritten(checkpoint("llama"), tmp_path / "hub", rename)
+    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    assert manifest.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert torch.equal(
+        dict(assemble(tmp_path / "ranks"))["model.embed_tokens.weight"], loaded(source)["lm_head.weight"]
+    )
+
+
+def test_a_tied_weight_stored_twice_must_be_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def repeat(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def differ(tensors: dict[str, torch.Tensor]) -> None:
+        repeat(tensors)
+        tensors["lm_head.weight"][3, 5] += 1
+
+    same = rewritten(checkpoint("llama"), tmp_path / "same", repeat)
+    manifest = plan_reshard(same, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    assert "lm_head.weight" in manifest.tied
+    with pytest.raises(ConversionError, match=r"lm_head\.weight is tied"):
+        plan_reshard(rewritten(checkpoint("llama"), tmp_path / "other", differ), Mesh(tp=2))
+
+
+def test_what_is_missing_or_misshapen_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    expert = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+    def drop_expert(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[expert]
+
+    def drop_norm(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.norm.weight"]
+
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[expert] = tensors[expert].float()
+
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+    def fuse_too(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 64, 32, dtype=torch.bfloat16)
+
+    cases = [
+        (drop_expert, IncompleteError, expert),
+        (drop_norm, IncompleteError, "model.norm.weight"),
+        (cast, ConversionError, "dtypes"),
+        (shrink, MismatchError, "model.norm.weight"),
+        (fuse_too, ConversionError, "stored more than once"),
+    ]
+    for change, error, words in cases:
+        source = rewritten(checkpoint("qwen3_moe"), tmp_path / change.__name__, change)
+        with pytest.raises(error, match=words):
+            plan_reshard(source, Mesh(tp=2))
+
+
+def test_stored_dtype_wins_over_the_config(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].float()
+
+    source = rewritten(checkpoint("llama"), tmp_path / "hub", widen)
+    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    assert {entry.dtype for entry in manifest.tensors.values()} == {"F32"}
+
+
+def test_an_existing_destination_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    destination = tmp_path / "ranks"
+    destination.mkdir()
+    (destination / "mine").write_text("precious")
+    with pytest.raises(DestinationError, match="exists already"):
+        plan_reshard(checkpoint("llama"), Mesh(tp=2)).execute(destination)
+    assert [path.name for path in tmp_path.rglob("*")] == ["ranks", "mine"]
+
+
+def test_a_failure_while_copying_leaves_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2))
+
+    def stop(done: int, total: int, name: str) -> None:
+        assert (tmp_path / "ranks.partial").is_dir()
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan.execute(tmp_path / "ranks", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+    def full(descriptor: int, view: memoryview, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(DestinationError, match="No space left"):
+        plan.execute(tmp_path / "ranks")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_is_started_again_and_ends_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2))
+
+    def die(done: int, total: int, name: str) -> None:
+        if done > total // 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        plan.execute(tmp_path / "ranks", progress=die)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks.partial"]
+    plan.execute(tmp_path / "ranks")
+    plan.execute(tmp_path / "undisturbed")
+    names = {path.name for path in (tmp_path / "ranks").iterdir()}
+    assert names == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    for name in names:
+        assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_source_that_shrinks_after_planning_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "hub"
+    shutil.copytree(checkpoint("llama"), source)
+    plan = plan_reshard(source, Mesh(tp=2))
+    file = max(source.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(IncompleteError, match="truncated"):
+        plan.execute(tmp_path / "ranks")
+    assert not (tmp_path / "ranks").exists()
+
+
+def test_progress_ends_at_the_total(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    result = plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)).execute(
+        tmp_path / "ranks", progress=lambda *row: seen.append(row)
+    )
+    assert seen[-1][:2] == (result.bytes_written, result.bytes_written)
+    assert [row[0] for row in seen] == sorted(row[0] for row in seen)
+    sizes = sum((tmp_path / "ranks" / rank_file(rank, 2)).stat().st_size for rank in (0, 1))
+    assert 0 < sizes - result.bytes_written < 20_000
+
+
+def test_every_weight_byte_is_read_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("qwen3_moe")
+    stored = sum(tensor.size for tensor in reshard.read_hub(source).tensors.values())
+    assert plan_reshard(source, Mesh(tp=4)).execute(tmp_path / "ranks").bytes_read == stored
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2, fsdp=2), Mesh(tp=2, ep=2)])
+def test_meshes_that_are_not_built_are_refused(checkpoint: Checkpoint, mesh: Mesh) -> None:
+    with pytest.raises(UsageError, match="not built yet"):
+        plan_reshard(checkpoint("qwen3_moe"), mesh)
+
+
+def test_sizes_that_do_not_divide_are_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(IndivisibleError, match="tp=3"):
+        plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=3))
+
+
+def test_quantized_checkpoints_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "hub"
+    shutil.copytree(checkpoint("llama"), source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="quantized"):
+        plan_reshard(source, Mesh(tp=2))
