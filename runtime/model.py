@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "DTYPES",
     "DTYPE_NAMES",
     "dtype_name",
     "find_config",
@@ -40,6 +41,9 @@ DTYPE_NAMES = {
     torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
 }
+
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -76,7 +80,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{folder}: no config.json", hint="name a folder that save_pretrained wrote", folder=str(folder)
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{folder}/config.json: {_first_line(error)}",
@@ -84,6 +88,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
             "in the checkpoint are not run",
             folder=str(folder),
         ) from error
+    # A config may name a kernel repository for its attention or experts, whose code would be fetched and run.
+    # Grouped expert kernels also ask for widths in multiples of 16 bytes, which a rank's slice need not have.
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
 
 
 def find_config(source: str) -> PreTrainedConfig:

@@ -17,11 +17,9 @@ from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, local_form, reassemble, whole
 from runtime.checkpoint.manifest import Entry, Manifest, read_manifest
 from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
-from runtime.model import DTYPE_NAMES
+from runtime.model import DTYPES
 
 __all__ = ["RankCheckpoint", "RankFile", "assemble", "compute_digests", "held_by", "lay_out", "local", "rank_file"]
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def rank_file(rank: int, world_size: int) -> str:
@@ -143,7 +141,7 @@ def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tupl
     for name, entry in checkpoint.manifest.tensors.items():
         if entry.kind == "carried":
             continue
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise CheckpointError(f"{folder}: {name} is {entry.dtype}, which torch lacks", hint="use a newer torch")
         content = np.empty(tensor_bytes(entry.dtype, entry.shape), np.uint8)
 
@@ -151,7 +149,7 @@ def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tupl
             content[offset : offset + len(piece)] = piece
 
         _feed(checkpoint, name, keep, max_memory)
-        yield name, torch.from_numpy(content).view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        yield name, torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def compute_digests(checkpoint: RankCheckpoint, *, max_memory: int = DEFAULT_MEMORY) -> dict[str, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 from transformers import DeepseekV3Config, Llama4TextConfig, LlamaConfig, NemotronHConfig, Qwen3MoeConfig
 
 from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.model import meta_model
+from runtime.model import meta_model, read_config
 from runtime.resolve import released_plan, resolve
 
 QWEN = {
@@ -130,3 +134,12 @@ def test_buffers_that_are_saved_are_resolved_too():
 def test_what_is_not_built_says_so():
     with pytest.raises(UsageError, match="not built yet"):
         resolve(qwen(), Mesh(tp=2, ep=2), "tp_ep")
+
+
+def test_a_config_cannot_name_code_to_run(tmp_path, hub_folder):
+    folder = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
+    config = json.loads((folder / "config.json").read_text())
+    named = {"attn_implementation": "someone/kernel", "experts_implementation": "someone/kernel"}
+    (folder / "config.json").write_text(json.dumps(config | named))
+    model = meta_model(read_config(folder))
+    assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "eager")

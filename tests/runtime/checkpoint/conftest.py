@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from checkpoint_families import FAMILIES
 from hypothesis import settings
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate as TorchReplicate
@@ -22,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.extents import Form
+from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 # Timings mean nothing on a machine that runs other things too.
 settings.register_profile("untimed", deadline=None)
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             model.save_pretrained(folder / "first")
             # Loaded once, the tensors that a model keeps in float32 are stored so, as in released checkpoints.
             loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "first", dtype="auto")
-            loaded.save_pretrained(folder / "hub", max_shard_size="200KB")
+            loaded.save_pretrained(folder / "hub", max_shard_size="60KB")
             folders[family] = folder / "hub"
         return folders[family]
 

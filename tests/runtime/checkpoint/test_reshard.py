@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoint_families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
@@ -21,6 +20,7 @@ from plans.placement import Packed, Shard
 from runtime.checkpoint import reshard
 from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digests, rank_file
 from runtime.checkpoint.reshard import plan_reshard
+from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 Checkpoint = Callable[[str], Path]
 
@@ -159,7 +159,7 @@ def test_a_tied_weight_stored_twice_must_be_the_same(checkpoint: Checkpoint, tmp
 
 
 def test_what_is_missing_or_misshapen_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    expert = "model.layers.1.mlp.experts.2.up_proj.weight"
+    expert = "model.layers.2.mlp.experts.2.up_proj.weight"
 
     def drop_expert(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[expert]
@@ -174,7 +174,7 @@ def test_what_is_missing_or_misshapen_is_named(checkpoint: Checkpoint, tmp_path:
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
 
     def fuse_too(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 64, 32, dtype=torch.bfloat16)
+        tensors["model.layers.2.mlp.experts.down_proj"] = torch.zeros(8, 64, 32, dtype=torch.bfloat16)
 
     cases = [
         (drop_expert, IncompleteError, expert),

@@ -1,0 +1,65 @@
+"""Ranks that must go on or stop together: small JSON values exchanged as tensors, errors raised on all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import plans.errors
+from plans.errors import MigratorError
+
+__all__ = ["error_from_json", "error_to_json", "gather_json", "together"]
+
+Result = TypeVar("Result")
+
+
+def gather_json(value: object) -> list[Any]:
+    """Return every rank's value, in order of rank; all ranks call this."""
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(content)]))
+    longest = max(int(length) for length in lengths)
+    padded = torch.nn.functional.pad(content, (0, longest - len(content)))
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(pieces, padded)
+    return [json.loads(piece[: int(length)].numpy().tobytes()) for piece, length in zip(pieces, lengths, strict=True)]
+
+
+def together(stage: Callable[[], Result]) -> Result:
+    """Run a stage on every rank; where one rank fails, all raise the first such rank's error.
+
+    Without this the other ranks would wait in their next collective for a rank that has left.
+
+    Args:
+        stage: calls no collective itself.
+
+    Raises:
+        MigratorError: of the first rank that failed.
+    """
+    failure: MigratorError | None = None
+    try:
+        result = stage()
+    except MigratorError as error:
+        failure = error
+    failures = gather_json(error_to_json(failure) if failure else None)
+    for found in failures:
+        if found is not None:
+            raise error_from_json(found)
+    return result
+
+
+def error_to_json(error: MigratorError) -> dict[str, object]:
+    """Return an error as plain data; what JSON cannot hold of its facts becomes text."""
+    data = json.loads(json.dumps(error.data, default=str))
+    return {"type": type(error).__name__, "message": error.message, "hint": error.hint, "data": data}
+
+
+def error_from_json(value: dict[str, Any]) -> MigratorError:
+    """Return the error that `error_to_json` described."""
+    assert value["type"] in plans.errors.__all__
+    kind: type[MigratorError] = getattr(plans.errors, value["type"])
+    return kind(value["message"], hint=value["hint"], **value["data"])

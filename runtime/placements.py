@@ -1,0 +1,116 @@
+"""Placements on torch: DTensor parameters built, cut and opened without DTensor's own redistribution.
+
+torch computes strided shards differently from version to version, so every piece is cut here by integers, and a
+DTensor only carries its placement and its global shape along with the local tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Placement as TorchPlacement
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from plans.placement import Packed, Placement, Replicate, Shard
+from runtime.checkpoint.extents import chunk_bounds
+
+__all__ = ["as_parameter", "from_torch", "local_piece", "local_tensor", "placement_of", "to_torch"]
+
+
+def to_torch(placement: Placement) -> TorchPlacement:
+    """Return torch's form of a placement."""
+    match placement:
+        case Replicate():
+            return TorchReplicate()
+        case Shard(dim):
+            return TorchShard(dim)
+        case Packed(dim, groups):
+            return _StridedShard(dim, split_factor=groups)
+
+
+def from_torch(placement: TorchPlacement) -> Placement | None:
+    """Return the placement that torch's form stands for, None for a partial or foreign one."""
+    if isinstance(placement, _StridedShard):
+        return Packed(placement.dim, int(placement.split_factor))
+    if isinstance(placement, TorchShard):
+        return Shard(placement.dim)
+    return Replicate() if isinstance(placement, TorchReplicate) else None
+
+
+def placement_of(tensor: torch.Tensor | None) -> Placement | None:
+    """Return a parameter's placement on its one mesh axis; plain tensors are whole, missing ones have none."""
+    if isinstance(tensor, DTensor):
+        return from_torch(tensor.placements[-1])
+    return None if tensor is None else Replicate()
+
+
+def local_piece(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
+    """Cut what one rank holds of a tensor, on meta or not; the piece may share memory with it.
+
+    Args:
+        tensor: the whole tensor.
+        placement: on the mesh axis.
+        size: of the mesh axis.
+        index: the rank's index on it.
+    """
+    match placement:
+        case Replicate():
+            return tensor
+        case Shard(dim):
+            return tensor.narrow(dim, *chunk_bounds(tensor.shape[dim], size, index))
+        case Packed(dim, groups):
+            assert tensor.shape[dim] % (groups * size) == 0, "resolve refuses groups that do not divide"
+            parts = tensor.chunk(groups, dim)
+            return torch.cat([part.narrow(dim, *chunk_bounds(part.shape[dim], size, index)) for part in parts], dim)
+
+
+def as_parameter(
+    local: torch.Tensor, shape: torch.Size, placement: Placement, axis: DeviceMesh, requires_grad: bool
+) -> nn.Parameter:
+    """Return a DTensor parameter of global `shape` that holds `local` on this rank; nothing is communicated."""
+    spread = DTensor.from_local(
+        local.contiguous(),
+        axis,
+        [to_torch(placement)],
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return nn.Parameter(spread, requires_grad=requires_grad)
+
+
+def local_tensor(parameter: DTensor) -> torch.Tensor:
+    """Return the local tensor of a DTensor; its gradient comes back as a DTensor of the same placement."""
+    local: torch.Tensor = _LocalTensor.apply(parameter)  # type: ignore[no-untyped-call]
+    return local
+
+
+class _Context(Protocol):
+    mesh: DeviceMesh
+    placements: tuple[TorchPlacement, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class _LocalTensor(torch.autograd.Function):
+    """`DTensor.to_local`, but with the gradient's shape and placement taken from the parameter, never inferred."""
+
+    @staticmethod
+    def forward(ctx: _Context, parameter: DTensor) -> torch.Tensor:
+        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
+        ctx.shape, ctx.stride = parameter.shape, parameter.stride()
+        local = parameter.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> DTensor:
+        (gradient,) = gradients
+        return DTensor.from_local(
+            gradient.contiguous(), ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride
+        )

@@ -1,0 +1,6 @@
+"""Parallel styles, one small value each: how a parameter is sharded, what happens around a module's forward."""
+
+from runtime.styles.registry import STYLES, StyleRegistry
+from runtime.styles.style import ParallelStyle, Site
+
+__all__ = ["STYLES", "ParallelStyle", "Site", "StyleRegistry"]

@@ -1,0 +1,212 @@
+"""Styles of dense modules: Linear layers, embeddings, norms and the projections of latent attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from plans.placement import Packed, Replicate, Shard
+from runtime.checkpoint.extents import chunk_bounds
+from runtime.placements import local_tensor, placement_of
+from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, split
+from runtime.styles.style import ParallelStyle, Run, Site, expect_weight, has_sharded, refuse
+
+__all__ = ["DENSE_STYLES", "sum_gradients"]
+
+
+def colwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
+    """Whole input, output sharded by feature."""
+    output: torch.Tensor = run(all_reduce_gradient(inputs, site.axis))
+    return output
+
+
+def colwise_gather_output(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
+    """Whole input, output gathered."""
+    return all_gather(colwise(site, run, inputs), site.axis, _weight(site).shape[0])
+
+
+def rowwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
+    """Input sharded by feature, output summed, then the whole bias added once."""
+    with _without_bias(site.module) as bias:
+        output = all_reduce(run(inputs), site.axis)
+    return output if bias is None else output + bias
+
+
+def rowwise_split_input(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
+    """Whole input split by feature, then as `rowwise`."""
+    return rowwise(site, run, split(inputs, site.axis))
+
+
+def embedding_rowwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
+    """Each rank looks up the tokens of its slice of the vocabulary, zeros for the others, output summed."""
+    start, length = chunk_bounds(_weight(site).shape[0], site.axis.size(), site.axis.get_local_rank())
+    inside = (tokens >= start) & (tokens < start + length)
+    with _local_padding(cast(nn.Embedding, site.module), start, length):
+        vectors = _lookup(site, run, torch.where(inside, tokens - start, 0), length)
+    return all_reduce(vectors.masked_fill(~inside.unsqueeze(-1), 0), site.axis)
+
+
+def embedding_colwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
+    """Each rank looks up its slice of every vector, output gathered."""
+    return all_gather(run(tokens), site.axis, _weight(site).shape[1])
+
+
+def replicated_with_grad_allreduce(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Whole parameters that only see this rank's heads: their gradients are partial and summed."""
+    whole = {name: value for name, value in site.module._parameters.items() if value is not None}
+    summed = {name: all_reduce_gradient(value, site.axis) for name, value in whole.items()}
+    site.module._parameters.update(summed)  # type: ignore[arg-type]
+    try:
+        return run(*args, **kwargs)
+    finally:
+        site.module._parameters.update(whole)
+
+
+def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
+    """Whole output whose last slice, the rope key all heads share, is used by each rank's heads only."""
+    output: torch.Tensor = run(*args, **kwargs)
+    rope = _rope_width(site)
+    latent, shared = output[..., :-rope], output[..., -rope:]
+    return torch.cat([latent, all_reduce_gradient(shared, site.axis)], dim=-1)
+
+
+def sum_output(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Partial output summed; inputs that the module's own sharded parameters use get their gradients summed."""
+    if has_sharded(site.module, recurse=False):
+        args, kwargs = sum_gradients(site, args, kwargs)
+    return all_reduce(run(*args, **kwargs), site.axis)
+
+
+def local_params(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Nothing but the module's own sharded parameters seen as local tensors."""
+    return run(*args, **kwargs)
+
+
+def sum_gradients(
+    site: Site, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments with every tensor's gradient summed over the axis."""
+
+    def summed(value: object) -> object:
+        return all_reduce_gradient(value, site.axis) if isinstance(value, torch.Tensor) else value
+
+    return tuple(summed(value) for value in args), {name: summed(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _without_bias(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    bias = module._parameters.get("bias")
+    if bias is None:
+        yield None
+        return
+    module._parameters["bias"] = None
+    try:
+        yield bias
+    finally:
+        module._parameters["bias"] = bias
+
+
+@contextmanager
+def _local_padding(module: nn.Embedding, start: int, length: int) -> Iterator[None]:
+    """Count the padding token, which gets no gradient, in this rank's slice of the vocabulary."""
+    padding = module.padding_idx
+    local = padding - start if padding is not None and start <= padding < start + length else None
+    module.padding_idx = local
+    try:
+        yield
+    finally:
+        module.padding_idx = padding
+
+
+def _weight(site: Site) -> torch.Tensor:
+    weight = site.parameter("weight")
+    assert weight is not None, "checked before the module was hooked"
+    return weight
+
+
+def _lookup(site: Site, run: Run, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    if length:
+        vectors: torch.Tensor = run(tokens)
+        return vectors
+    # This rank has no row to look up in, but its output must still depend on the weight: whether a tensor needs a
+    # gradient decides on collectives in backward, which all ranks must call alike.
+    weight = cast(DTensor, _weight(site))
+    return local_tensor(weight).sum().expand(*tokens.shape, weight.shape[1])
+
+
+def _rope_width(site: Site) -> int:
+    config = getattr(site.config, "get_text_config", lambda: None)()
+    width = getattr(config, "qk_rope_head_dim", None)
+    if not isinstance(width, int) or width < 1:
+        raise refuse(site, "whose config has no qk_rope_head_dim", hint="remove the entry or add the attribute")
+    return width
+
+
+def _check_rope(site: Site) -> None:
+    _rope_width(site)
+
+
+def _check_colwise(site: Site) -> None:
+    if not hasattr(site.module, "out_features"):
+        raise refuse(site, "which has no out_features", hint="use this style on Linear layers only")
+    expect_weight(site, Shard(0))
+    if placement_of(site.parameter("bias")) not in (None, Shard(0)):
+        raise refuse(site, "whose bias is not sharded as its weight is", hint="remove the bias's own entry")
+
+
+def _check_packed_colwise(site: Site) -> None:
+    if not hasattr(site.module, "out_features"):
+        raise refuse(site, "which has no out_features", hint="name the parameter itself in the plan")
+    expect_weight(site, Packed(0, 2))
+    if placement_of(site.parameter("bias")) not in (None, Packed(0, 2)):
+        # The releases cut a packed layer's bias in plain chunks, which are other features than the weight's.
+        raise refuse(site, "whose bias is not packed as its weight is", hint="use packed_colwise without bias")
+
+
+def _check_rowwise(site: Site) -> None:
+    if not hasattr(site.module, "in_features"):
+        raise refuse(site, "which has no in_features", hint="use this style on Linear layers only")
+    expect_weight(site, Shard(1))
+    if placement_of(site.parameter("bias")) not in (None, Replicate()):
+        raise refuse(site, "whose bias is sharded and would be added in part", hint="remove the bias's own entry")
+
+
+def _check_embedding(placement: Shard) -> Callable[[Site], None]:
+    def check(site: Site) -> None:
+        if not isinstance(site.module, nn.Embedding):
+            raise refuse(site, "which is no embedding", hint="use colwise or rowwise styles on Linear layers")
+        if site.module.max_norm is not None:
+            raise refuse(site, "whose max_norm would rescale slices", hint="remove the entry")
+        expect_weight(site, placement)
+
+    return check
+
+
+def _check_whole(site: Site) -> None:
+    if has_sharded(site.module, recurse=False):
+        raise refuse(site, "whose parameters are sharded", hint="remove the parameters' own entries")
+
+
+DENSE_STYLES = (
+    ParallelStyle("colwise", colwise, _check_colwise),
+    *(
+        ParallelStyle(name, colwise_gather_output, _check_colwise)
+        for name in ("colwise_gather_output", "colwise_rep", "colwise_allgather")
+    ),
+    *(ParallelStyle(name, rowwise, _check_rowwise) for name in ("rowwise", "rowwise_allreduce")),
+    *(ParallelStyle(name, rowwise_split_input, _check_rowwise) for name in ("rowwise_split_input", "rowwise_rep")),
+    ParallelStyle("embedding_rowwise", embedding_rowwise, _check_embedding(Shard(0))),
+    ParallelStyle("embedding_colwise", embedding_colwise, _check_embedding(Shard(1))),
+    ParallelStyle("packed_colwise", colwise, _check_packed_colwise),
+    ParallelStyle("packed_rowwise"),
+    ParallelStyle("replicate"),
+    ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, _check_whole),
+    ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, _check_rope),
+    ParallelStyle("all_reduce", sum_output),
+    ParallelStyle("local_params", local_params),
+)

@@ -1,0 +1,51 @@
+"""Styles of routed experts under tensor parallelism: each rank holds a slice of every expert.
+
+Sharding and communication are separate entries: `moe_tp_*` on the parameters, an all-reduce on the module.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from plans.placement import Replicate
+from runtime.placements import placement_of
+from runtime.styles.collectives import all_reduce
+from runtime.styles.dense import sum_gradients
+from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
+
+__all__ = ["EXPERT_STYLES"]
+
+
+def experts_all_reduce(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Sum the experts' partial outputs; hidden states and routing weights, used in part, get gradients summed."""
+    args, kwargs = sum_gradients(site, args, kwargs)
+    return all_reduce(run(*args, **kwargs), site.axis)
+
+
+def identity_expert(site: Site, run: Run, inputs: torch.Tensor, *args: object, **kwargs: object) -> object:
+    """Divide an input that every rank passes on whole, so that the experts' sum counts it once."""
+    return run(inputs / site.axis.size(), *args, **kwargs)
+
+
+def _check_sharded(site: Site) -> None:
+    if not has_sharded(site.module, recurse=True):
+        raise refuse(
+            site,
+            f"whose parameters are whole: its output would be multiplied by {site.axis.size()}",
+            hint="add moe_tp_gate_up_colwise and moe_tp_down_rowwise entries for its parameters",
+        )
+    for name, parameter in site.module._parameters.items():
+        if name.endswith("bias") and placement_of(parameter) == Replicate():
+            raise refuse(
+                site,
+                f"whose whole {name} would be added {site.axis.size()} times",
+                hint="these experts cannot be tensor parallel; use expert parallelism",
+            )
+
+
+EXPERT_STYLES = (
+    ParallelStyle("moe_tp_gate_up_colwise"),
+    ParallelStyle("moe_tp_down_rowwise"),
+    *(ParallelStyle(name, experts_all_reduce, _check_sharded) for name in ("moe_experts_allreduce", "moe_tp_experts")),
+    ParallelStyle("moe_identity_expert", identity_expert),
+)

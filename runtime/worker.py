@@ -1,0 +1,107 @@
+"""Validation in worker processes: the parent starts them and reads the result, a worker takes part and writes it."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from plans.errors import MigratorError, WorkerError
+from runtime.agreement import error_from_json, error_to_json
+from runtime.launch import launch
+from runtime.validate import check_request, validate_ranks
+from runtime.validation import ValidationRequest, ValidationResult
+
+__all__ = ["in_worker", "run_validation", "take_part"]
+
+_WATCH = 0.5
+"""Seconds between two looks at the parent."""
+
+
+def in_worker() -> bool:
+    """Say whether this process is a rank that torchrun, or `launch`, has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def run_validation(request: ValidationRequest) -> ValidationResult:
+    """Validate with worker processes of our own on this machine, one for each rank of the mesh.
+
+    Raises:
+        WorkerError: a worker died or was too slow.
+        MigratorError: as `validate_ranks`.
+    """
+    check_request(request)
+    with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
+        answer = Path(folder) / "answer.json"
+        # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
+        command = [sys.executable, "-P", "-m", "runtime.worker", json.dumps(request.to_json()), str(answer)]
+        launch(request.mesh.world_size, command, timeout=request.timeout)
+        content = json.loads(answer.read_text("utf-8"))
+    if "error" in content:
+        raise error_from_json(content["error"])
+    return ValidationResult.from_json(content["result"])
+
+
+def take_part(request: ValidationRequest) -> ValidationResult:
+    """Validate as one rank among those that torchrun, or `launch`, has started.
+
+    Returns:
+        The same result on every rank.
+
+    Raises:
+        MigratorError: as `validate_ranks`, on every rank alike.
+    """
+    # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
+    faulthandler.dump_traceback_later(request.timeout, exit=True)
+    _join(request.timeout)
+    try:
+        return validate_ranks(request)
+    finally:
+        dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _join(timeout: float) -> None:
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"this rank cannot join the process group: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            hint="start all ranks through torchrun, or let migrator start them",
+        ) from error
+
+
+def main(arguments: list[str]) -> None:
+    """Run as a worker: a request in JSON, and the file that rank 0 writes the answer to."""
+    request, answer = ValidationRequest.from_json(json.loads(arguments[0])), Path(arguments[1])
+    _end_with_parent()
+    try:
+        content = {"result": take_part(request).to_json()}
+    except MigratorError as error:
+        content = {"error": error_to_json(error)}
+    if os.environ["RANK"] == "0":
+        answer.write_text(json.dumps(content), "utf-8")
+
+
+def _end_with_parent() -> None:
+    """End this process soon after its parent is gone, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,66 @@
+"""Gloo ranks, real tiny checkpoints and their rank files, each made once for the session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from plans.mesh import Mesh
+from runtime.checkpoint.reshard import plan_reshard
+from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import MODELS
+
+HubFolder = Callable[[str], Path]
+RankFolder = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(2, str(tmp_path_factory.mktemp("two") / "store"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(4, str(tmp_path_factory.mktemp("four") / "store"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> HubFolder:
+    """Return a function from a tiny model's name to the folder its save_pretrained wrote."""
+    folders: dict[str, Path] = {}
+
+    def saved(name: str) -> Path:
+        if name not in folders:
+            config, sizes = MODELS[name]
+            torch.manual_seed(len(folders))
+            model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+            # Biases and norms begin as zeros and ones, with which many a mistake would not show.
+            for parameter in model.parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            folders[name] = tmp_path_factory.mktemp(name) / "hub"
+            model.save_pretrained(folders[name], max_shard_size="60KB")
+        return folders[name]
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def rank_folder(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder) -> RankFolder:
+    """Return a function from a tiny model's name and a size to its rank files; tests that damage them copy first."""
+    folders: dict[tuple[str, int], Path] = {}
+
+    def resharded(name: str, tp: int) -> Path:
+        if (name, tp) not in folders:
+            folders[name, tp] = tmp_path_factory.mktemp(name) / "ranks"
+            plan_reshard(hub_folder(name), Mesh(tp=tp)).execute(folders[name, tp])
+        return folders[name, tp]
+
+    return resharded

@@ -1,0 +1,176 @@
+"""What tests let ranks do with real models; module-level functions, so that they can be sent by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from plans.errors import MigratorError
+from plans.mesh import Mesh
+from plans.placement import Placement, Replicate
+from plans.resolved import ResolvedPlan
+from runtime.agreement import error_to_json, together
+from runtime.checkpoint.ranks import rank_file
+from runtime.checkpoint.safetensors import read_header
+from runtime.load import load_ranks
+from runtime.mesh import device_meshes, inner_axis
+from runtime.model import meta_model, model_class, read_config
+from runtime.parallelize import parallelize
+from runtime.placements import local_piece, placement_of, to_torch
+from runtime.resolve import resolve
+from runtime.styles import STYLES, Site
+from runtime.validate import validate_ranks
+from runtime.validation import ValidationRequest
+
+
+def validate(folder: Path, reference: Path | None) -> dict[str, Any]:
+    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()), reference)
+    return validate_ranks(request).to_json()
+
+
+def validate_with_silent_style(folder: Path, style: str) -> dict[str, Any]:
+    """Validate with a style that hooks as the real one does, but leaves its parameters whole."""
+    silent = replace(STYLES.styles[style], shard=leave_whole)
+    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()))
+    return validate_ranks(request, STYLES.register(silent)).to_json()
+
+
+def leave_whole(site: Site, name: str, placement: Placement) -> None:
+    pass
+
+
+def refused_together(rank: int) -> dict[str, Any]:
+    """Let one rank fail a stage and return the error that this rank sees."""
+
+    def stage() -> None:
+        if dist.get_rank() == rank:
+            raise MigratorError(f"rank {rank} has no disk", hint="give it one", rank=rank)
+
+    try:
+        together(stage)
+    except MigratorError as error:
+        return error_to_json(error)
+    raise AssertionError("no rank failed")
+
+
+def eager_config(folder: Path) -> Any:
+    """Read a config in float32, experts by the model's own code, which takes slices of any width."""
+    config = read_config(folder)
+    config.dtype = torch.float32
+    config._experts_implementation = "eager"
+    return config
+
+
+def unsharded(folder: Path) -> Any:
+    config = eager_config(folder)
+    return model_class(config).from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+def parallel(folder: Path) -> tuple[Any, ResolvedPlan]:
+    """Return a model made parallel on meta from rank files, and its plan."""
+    model, mesh = meta_model(eager_config(folder)), Mesh(tp=dist.get_world_size())
+    resolved = resolve(model, mesh)
+    parallelize(model, resolved, device_meshes(mesh, "cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    load_ranks(model, folder)
+    return model, resolved
+
+
+def gradient_errors(hub: Path, ranks: Path) -> dict[str, float]:
+    """Return the parameters' relative gradient errors against the unsharded model, two backward passes added up."""
+    reference, (model, _) = unsharded(hub), parallel(ranks)
+    vocabulary = reference.config.get_text_config().vocab_size
+    for seed in (1, 2):
+        tokens = torch.randint(0, vocabulary, (2, 16), generator=torch.Generator().manual_seed(seed))
+        for each in (reference, model):
+            each(input_ids=tokens, labels=tokens).loss.backward()
+    errors: dict[str, float] = {}
+    wanted = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        placement = placement_of(parameter)
+        whole = wanted[name].grad
+        assert (parameter.grad is None) == (whole is None), name
+        if whole is None:
+            continue
+        assert placement_of(parameter.grad) == placement
+        local = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+        expected = local_piece(whole, placement, dist.get_world_size(), dist.get_rank())
+        assert local.shape == expected.shape, name
+        errors[name] = float((local - expected).abs().max() / whole.abs().max()) if local.numel() else 0.0
+    return errors
+
+
+def local_tensors(hub: Path, ranks: Path) -> dict[str, tuple[list[int], bool, bool]]:
+    """Return each sharded parameter's local shape, whether DTensor holds the same, and whether the name is tied."""
+    reference, (model, resolved) = unsharded(hub), parallel(ranks)
+    axis = inner_axis(device_meshes(resolved.mesh, "cpu"), "dense")
+    wanted = dict(reference.named_parameters(remove_duplicate=False))
+    found: dict[str, tuple[list[int], bool, bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        row = resolved.by_name[name]
+        placed = [to_torch(row.placements[-1])]
+        oracle = distribute_tensor(wanted[name].data, axis, placed, src_data_rank=None).to_local()
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        assert isinstance(parameter, DTensor) == (row.placements[-1] != Replicate()), name
+        tied = row.tied_to is not None and parameter is model.get_parameter(row.tied_to)
+        found[name] = (list(local.shape), torch.equal(local, oracle), tied)
+    return found
+
+
+def stored_bits_kept(folder: Path) -> bool:
+    """Load without casting and compare with what safetensors reads from this rank's file."""
+    from safetensors.torch import load_file
+
+    model, _ = parallel(folder)
+    path = folder / rank_file(dist.get_rank(), dist.get_world_size())
+    state = {
+        name: value.to_local() if isinstance(value, DTensor) else value for name, value in model.named_parameters()
+    }
+    state |= dict(model.named_buffers())
+    stored = load_file(path)
+    assert stored.keys() == read_header(path).tensors.keys()
+    return all(state[name].dtype == value.dtype and torch.equal(state[name], value) for name, value in stored.items())
+
+
+def parallelize_twice(folder: Path) -> None:
+    model, resolved = parallel(folder)
+    parallelize(model, resolved, device_meshes(resolved.mesh, "cpu"))
+
+
+def parallelize_for(folder: Path, tp: int) -> None:
+    """Use a plan that was resolved for another mesh than that of these ranks."""
+    model = meta_model(read_config(folder))
+    parallelize(model, resolve(model, Mesh(tp=tp)), device_meshes(Mesh(tp=dist.get_world_size()), "cpu"))
+
+
+def parallelize_other(folder: Path, other: Path) -> None:
+    """Use a plan that was resolved on another model."""
+    mesh = Mesh(tp=dist.get_world_size())
+    resolved = resolve(meta_model(read_config(other)), mesh)
+    parallelize(meta_model(read_config(folder)), resolved, device_meshes(mesh, "cpu"))
+
+
+def mesh_of(tp: int) -> None:
+    device_meshes(Mesh(tp=tp), "cpu")
+
+
+def load_into(folder: Path, ranks: Path) -> None:
+    """Load one folder's rank files into the model of another folder's config."""
+    model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
+    parallelize(model, resolve(model, mesh), device_meshes(mesh, "cpu"))
+    load_ranks(model, ranks)
+
+
+def loads_on(rank: int, folder: Path) -> bool | None:
+    """Load on one rank only; loading calls no collective."""
+    model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
+    parallelize(model, resolve(model, mesh), device_meshes(mesh, "cpu"))
+    if dist.get_rank() != rank:
+        return None
+    load_ranks(model, folder)
+    return not any(parameter.is_meta for parameter in model.parameters())

@@ -1,0 +1,76 @@
+"""Real gloo ranks that live as long as the test session and run functions sent to them by name."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from plans.errors import MigratorError
+from runtime.agreement import error_from_json, error_to_json
+
+TIMEOUT = 120
+
+# The server imports these once; forked ranks start with them in memory.
+PRELOAD = ["torch.distributed.tensor", "transformers.modeling_utils", "runtime.validate"]
+
+
+class RankPool:
+    """`world_size` processes of one process group."""
+
+    def __init__(self, world_size: int, store: str) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.pipes = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: object) -> list[Any]:
+        """Call a module-level function on every rank and return what each returned; the first failure is raised."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(TIMEOUT), f"rank {rank} does not answer"
+            answers.append(pipe.recv())
+        for rank, (kind, value) in enumerate(answers):
+            if kind == "refused":
+                raise error_from_json(value)
+            assert kind == "done", f"rank {rank}:\n{value}"
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    while (call := pipe.recv()) is not None:
+        function, args = call
+        try:
+            pipe.send(("done", function(*args)))
+        except MigratorError as error:
+            pipe.send(("refused", error_to_json(error)))
+        except Exception:
+            pipe.send(("broken", traceback.format_exc()))
+    dist.destroy_process_group()

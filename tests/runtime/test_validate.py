@@ -1,0 +1,233 @@
+"""Rank files of real models validated on real gloo ranks, sound ones and damaged ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from plans.errors import IncompleteError, MismatchError, UsageError
+from tests.runtime import rank_cases
+from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import MODELS
+
+HubFolder = Callable[[str], Path]
+RankFolder = Callable[[str, int], Path]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_compute_what_one_does(
+    name: str, two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    first, second = two_ranks.run(rank_cases.validate, rank_folder(name, 2), hub_folder(name))
+    assert first == second
+    assert first["ok"], first
+    assert first["world_size"] == 2
+    assert first["structure"]["checked"] > 20
+    assert first["forward"]["max_abs_reference"] > 0.1
+    assert first["forward"]["max_abs_diff"] <= 1e-5 * first["forward"]["max_abs_reference"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "llama"])
+def test_four_ranks_compute_what_one_does(
+    name: str, four_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    results = four_ranks.run(rank_cases.validate, rank_folder(name, 4), hub_folder(name))
+    assert results[0]["ok"], results[0]
+    assert results[1:] == results[:1] * 3
+
+
+def test_without_a_reference_the_rank_files_are_reassembled(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    result = two_ranks.run(rank_cases.validate, rank_folder("qwen3_moe", 2), None)[0]
+    assert result["ok"], result
+
+
+def test_gate_and_up_swapped_shows_in_content_and_logits(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("mixtral", 2), tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    for rank in (0, 1):
+        edit_rank(folder, rank, lambda tensors: tensors.update({name: torch.cat(tensors[name].chunk(2, 1)[::-1], 1)}))
+    result = two_ranks.run(rank_cases.validate, folder, hub_folder("mixtral"))[0]
+    assert not result["ok"]
+    assert [row["name"] for row in result["content"]["mismatches"]] == [name]
+    assert result["forward"]["max_abs_diff"] > 100 * 1e-5 * result["forward"]["max_abs_reference"]
+
+
+def test_exchanged_rank_files_are_found_even_without_a_reference(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("mixtral", 2), tmp_path)
+    one, other = sorted(folder.glob("rank-*"))
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+    # The vocabulary does not divide, so the files differ in shape and the header alone tells.
+    with pytest.raises(MismatchError, match="where the manifest says"):
+        two_ranks.run(rank_cases.validate, folder, None)
+
+
+def test_pieces_exchanged_between_ranks_are_found_even_without_a_reference(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    names = [f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    pieces = [load_file(path) for path in sorted(folder.glob("rank-*"))]
+    for rank, other in ((0, pieces[1]), (1, pieces[0])):
+        edit_rank(folder, rank, lambda tensors, other=other: tensors.update({name: other[name] for name in names}))
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    # Ranks only sum, so the logits cannot tell.
+    assert result["forward"]["ok"]
+    assert not result["ok"]
+    assert sorted(row["name"] for row in result["content"]["mismatches"]) == sorted(names)
+
+
+def test_one_flipped_bit_is_named(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    path = folder / "rank-00001-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    assert not result["ok"]
+    assert len(result["content"]["mismatches"]) == 1
+    assert result["structure"]["mismatches"] == []
+
+
+def test_not_a_number_is_a_mismatch(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    edit_rank(folder, 1, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    result = two_ranks.run(rank_cases.validate, folder, hub_folder("olmoe"))[0]
+    assert not result["ok"]
+    assert not result["forward"]["ok"]
+    assert result["forward"]["max_abs_diff"] is None
+    assert result["forward"]["max_abs_reference"] > 0
+
+
+def test_a_style_that_silently_replicates_fails_the_structure(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    folder = rank_folder("qwen3_moe", 2)
+    result = two_ranks.run(rank_cases.validate_with_silent_style, folder, "moe_tp_down_rowwise")[0]
+    assert not result["ok"]
+    assert result["forward"] is None
+    assert result["skipped"].keys() == {"content", "forward"}
+    found = {(row["name"], row["expected"], row["found"], row["rank"]) for row in result["structure"]["mismatches"]}
+    assert found == {
+        (
+            f"model.layers.{layer}.mlp.experts.down_proj",
+            "tp: Shard(2), local shape [8, 32, 8]",
+            "whole, local shape [8, 32, 16]",
+            rank,
+        )
+        for layer in (0, 2)
+        for rank in (0, 1)
+    }
+
+
+def test_a_plan_entry_removed_from_the_manifest_is_found(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("mixtral", 2), tmp_path)
+    manifest = json.loads((folder / "migrator.json").read_text())
+    del manifest["plan"]["model.layers.*.mlp.experts.down_proj"]
+    (folder / "migrator.json").write_text(json.dumps(manifest))
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    assert result["structure"]["mismatches"] == [
+        {
+            "name": "plan['model.layers.*.mlp.experts.down_proj']",
+            "expected": "moe_tp_down_rowwise",
+            "found": "nothing",
+            "rank": None,
+        }
+    ]
+
+
+def test_a_manifest_from_another_model_is_found(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
+    folder = copied(rank_folder("mixtral", 2), tmp_path)
+    shutil.copy(rank_folder("olmoe", 2) / "config.json", folder)
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    assert not result["ok"]
+    names = {row["name"] for row in result["structure"]["mismatches"]}
+    assert {"model_type", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.experts.gate_up_proj"} <= names
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("llama", 2), tmp_path)
+    config = transformers.T5GemmaConfig(
+        **{side: {**MODELS["llama"][1], "head_dim": 8} for side in ("encoder", "decoder")},
+        architectures=["T5GemmaForConditionalGeneration"],
+        vocab_size=101,
+    )
+    config.save_pretrained(folder)
+    with pytest.raises(UsageError, match="T5GemmaForConditionalGeneration does not run on input_ids alone"):
+        two_ranks.run(rank_cases.validate, folder, None)
+
+
+def test_a_kernel_that_the_config_names_is_not_run(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("llama", 2), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+    assert two_ranks.run(rank_cases.validate, folder, None)[0]["ok"]
+
+
+def test_another_mesh_than_the_folders_is_refused(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    with pytest.raises(UsageError, match=r"laid out for --tp 4, not --tp 2"):
+        two_ranks.run(rank_cases.validate, rank_folder("llama", 4), None)
+
+
+def test_a_reference_without_weights_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    reference = copied(hub_folder("mixtral"), tmp_path)
+    for file in reference.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(IncompleteError, match="transformers cannot load it"):
+        two_ranks.run(rank_cases.validate, rank_folder("mixtral", 2), reference)
+
+
+def test_a_reference_with_a_parameter_missing_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    reference = copied(hub_folder("mixtral"), tmp_path)
+    index = json.loads((reference / "model.safetensors.index.json").read_text())
+    path = reference / index["weight_map"]["model.norm.weight"]
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(IncompleteError, match=r"lacks 'model\.norm\.weight'"):
+        two_ranks.run(rank_cases.validate, rank_folder("mixtral", 2), reference)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_one_rank_reaches_all(rank: int, two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(rank_cases.refused_together, rank)
+    assert first == second
+    assert first == {
+        "type": "MigratorError",
+        "message": f"rank {rank} has no disk",
+        "hint": "give it one",
+        "data": {"rank": rank},
+    }
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / folder.name))
+
+
+def edit_rank(folder: Path, rank: int, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / f"rank-{rank:05d}-of-00002.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})

@@ -1,0 +1,182 @@
+"""Validation with workers of our own: the answer comes back, and a worker that dies or hangs takes none along."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plans.errors import IncompleteError, UsageError, WorkerError
+from plans.mesh import Mesh
+from runtime.launch import launch
+from runtime.validation import Content, Forward, Structure, ValidationRequest, ValidationResult
+from runtime.validation import Mismatch as Row
+from runtime.worker import in_worker, run_validation
+
+HubFolder = Callable[[str], Path]
+RankFolder = Callable[[str, int], Path]
+
+
+def test_a_validation_with_our_own_workers(
+    hub_folder: HubFolder, rank_folder: RankFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    folder, reference = rank_folder("qwen3_moe", 2), hub_folder("qwen3_moe")
+    capfd.readouterr()
+    result = run_validation(ValidationRequest(folder, Mesh(tp=2), reference, timeout=120))
+    assert result.ok
+    assert result.world_size == 2
+    assert result.forward is not None
+    assert 0 < result.forward.max_abs_diff < 1e-5
+    assert capfd.readouterr() == ("", "")
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_an_error_inside_the_workers_comes_back_as_it_was(rank_folder: RankFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
+    (folder / "config.json").unlink()
+    with pytest.raises(IncompleteError, match=r"no config\.json") as caught:
+        run_validation(ValidationRequest(folder, Mesh(tp=2), timeout=120))
+    assert caught.value.hint == "name a folder that save_pretrained wrote"
+
+
+def test_no_worker_is_started_for_a_folder_of_another_mesh(
+    rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.worker.launch", None)
+    with pytest.raises(UsageError, match="--tp 2, not --tp 4"):
+        run_validation(ValidationRequest(rank_folder("llama", 2), Mesh(tp=4)))
+
+
+def test_a_worker_that_fails_is_named_with_its_last_lines_and_the_others_end(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="rank 1 exited with 3: the disk is full") as caught:
+        launch(
+            2, script(tmp_path, "if rank == '1': print('the disk is full', file=sys.stderr); sys.exit(3)"), timeout=30
+        )
+    assert time.monotonic() - began < 20
+    assert caught.value.data["rank"] == 1
+    assert caught.value.data["lines"] == ["the disk is full"]
+    assert_none_is_left(tmp_path, 2)
+
+
+def test_a_worker_killed_by_a_signal_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="rank 0 was killed by signal 9: it wrote nothing"):
+        launch(2, script(tmp_path, "if rank == '0': os.kill(os.getpid(), 9)"), timeout=30)
+    assert_none_is_left(tmp_path, 2)
+
+
+def test_workers_that_hang_are_ended(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"not done after 2 s; .* rank 1: waiting for 1") as caught:
+        launch(2, script(tmp_path, "print('waiting for', rank, file=sys.stderr, flush=True)"), timeout=2)
+    assert time.monotonic() - began < 15
+    assert caught.value.data["lines"] == {0: ["waiting for 0"], 1: ["waiting for 1"]}
+    assert_none_is_left(tmp_path, 2)
+
+
+def test_launching_from_a_thread_works(tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            launch(1, script(tmp_path, "sys.exit(0)"), timeout=30)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert failures == []
+    assert_none_is_left(tmp_path, 1)
+
+
+def test_workers_end_when_their_parent_is_killed(rank_folder: RankFolder, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runtime.launch import launch\n"
+        "launch(2, [sys.executable, '-P', '-c', sys.argv[1], sys.argv[2]], timeout=60)"
+    )
+    child = (
+        "import os, sys, time; from pathlib import Path; from runtime.worker import _end_with_parent\n"
+        "_end_with_parent()\n"
+        "Path(sys.argv[1], 'pid-' + os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, child, str(tmp_path)])
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    assert_none_is_left(tmp_path, 2)
+
+
+def test_being_a_worker_shows_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not in_worker()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert in_worker()
+
+
+def test_results_and_requests_survive_json() -> None:
+    result = ValidationResult(
+        2, Structure(3, (Row("a", "b", "c", 1),)), Content(3), Forward(float("inf"), 1.0, 1e-5), {"backward": "no"}
+    )
+    assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    bare = ValidationResult(2, Structure(3))
+    assert ValidationResult.from_json(bare.to_json()) == bare
+    request = ValidationRequest(Path("/one"), Mesh(tp=2), Path("/two"), seed=5)
+    assert ValidationRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
+
+
+def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
+    structure, content, forward = Structure(3), Content(3), Forward(1e-6, 1.0, 1e-5)
+    wrong = (Row("a", "b", "c"),)
+    assert ValidationResult(2, structure, content, forward).ok
+    assert not ValidationResult(2, structure, content, Forward(1e-4, 1.0, 1e-5)).ok
+    assert not ValidationResult(2, structure, content, None).ok
+    assert not ValidationResult(2, structure, None, forward).ok
+    assert not ValidationResult(2, Structure(3, wrong), content, forward).ok
+    assert not ValidationResult(2, structure, Content(3, wrong), forward).ok
+    assert not Forward(float("inf"), float("inf"), 1e-5).ok
+
+
+def script(folder: Path, body: str) -> list[str]:
+    """Return the command of a worker that notes its process, does something and then sleeps."""
+    code = (
+        "import os, sys, time; rank = os.environ['RANK']\n"
+        f"open(os.path.join({str(folder)!r}, 'pid-' + rank), 'w').write(str(os.getpid()))\n"
+        f"while len(os.listdir({str(folder)!r})) < int(os.environ['WORLD_SIZE']): time.sleep(0.01)\n"
+        f"{body}\n"
+        "time.sleep(60)"
+    )
+    return [sys.executable, "-P", "-S", "-c", code]
+
+
+def assert_none_is_left(folder: Path, world_size: int) -> None:
+    processes = [int(path.read_text()) for path in folder.glob("pid-*")]
+    assert len(processes) == world_size
+    wait_until(lambda: not any(alive(process) for process in processes))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

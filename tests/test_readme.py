@@ -1,0 +1,57 @@
+"""The README's commands, run for real: what it shows is what they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"<!-- checked: (\w+) -->\n```console\n\$ ([^\n]+)\n(.*?)```", README, re.DOTALL)
+TIMES = re.compile(r"\d+\.\d+ s\b|\d\.\d+e[-+]\d+")
+LEFT_OUT = "[...]"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with a copy of the installed models and a tiny checkpoint, as the README's story has them."""
+    folder = tmp_path_factory.mktemp("readme")
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(spec.origin).parent / "models", folder / "src/models", ignore=ignored)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[1])
+    Qwen3MoeForCausalLM(config).save_pretrained(folder / "tiny-qwen3-moe", max_shard_size="200KB")
+    return folder
+
+
+def test_the_readme_shows_the_story():
+    assert [name for name, _, _ in BLOCKS] == ["rewrite", "reshard", "validate"]
+
+
+@pytest.mark.parametrize(("name", "command", "expected"), BLOCKS, ids=[name for name, _, _ in BLOCKS])
+def test_output_is_what_the_readme_shows(workspace, name, command, expected):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command.split(), cwd=workspace, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    printed = TIMES.sub("#", done.stdout.decode())
+    pieces = [re.escape(piece.strip("\n")) for piece in TIMES.sub("#", expected).split(LEFT_OUT)]
+    assert re.fullmatch(r".*\n".join(pieces) + r"\n*", printed, re.DOTALL), printed
+
+
+def test_the_makefile_has_every_target_the_readme_names():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([\w-]+)", README)) <= targets
