@@ -42,7 +42,8 @@ def _layouts_of_file(path: Path) -> Iterator[ExpertLayout | None]:
             shapes = _parameter_shapes(definition)
             if _is_experts(shapes):
                 flags = _decorator_flags(definition)
-                flags["is_concatenated"] = flags.get("is_concatenated", True) and not _steps_by_two(definition)
+                alternating = b"::2" in data and _steps_by_two(definition)
+                flags["is_concatenated"] = flags.get("is_concatenated", True) and not alternating
                 yield _layout(f"{path.name}:{definition.name}", shapes, flags)
 
 

@@ -1,111 +1,29 @@
-"""Plan literals: the dict displays that classes assign to plan attributes."""
+"""Plan literals: every place in a file that writes plan entries down, and the entries it writes.
+
+In a class body a plan attribute is assigned a dict display. In functions plans are also built by code: `self.plan =`,
+`|=`, `.update(…)`, `.setdefault(…)`, `plan[key] = style`, through a local name, in loops and branches, with f-strings
+for keys; and calls are given plans as arguments, `from_pretrained(tp_plan={…})`. What one expression writes is one
+literal.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
+from codemods.entries import read_entries
+from codemods.module import ClassPlans, Condition, Module, Opaque, PlanLiteral, is_plan_attribute
 from codemods.sources import Source, shown
 from plans.errors import SourceError
 
-__all__ = [
-    "ClassPlans",
-    "Entry",
-    "Module",
-    "Opaque",
-    "PlanLiteral",
-    "is_plan_attribute",
-    "read_module",
-    "read_statement",
-]
+__all__ = ["read_module"]
 
-_PLAN_ATTRIBUTE = re.compile(r"(?:base_model)?_(?:tp|sp|ep|tp_ep|sp_ep)_plan")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One `"key": "style"` of a plan literal.
-
-    Args:
-        key: the plan key.
-        style: the style name.
-        line: where the style stands, counted from 1.
-    """
-
-    key: str
-    style: str
-    line: int
-
-
-@dataclass(frozen=True)
-class PlanLiteral:
-    """A plan attribute assigned a dict display.
-
-    Args:
-        class_name: the class it belongs to.
-        attribute: `base_model_tp_plan`.
-        line: where the statement begins, counted from 1.
-        start: the same as a place in the source's body.
-        end: where the statement ends, exclusive.
-        entries: those that are two string constants, in order.
-    """
-
-    class_name: str
-    attribute: str
-    line: int
-    start: int
-    end: int
-    entries: tuple[Entry, ...]
-
-    @cached_property
-    def plan(self) -> Mapping[str, str]:
-        """Key to style; of a key given twice the last counts, as in Python."""
-        return {entry.key: entry.style for entry in self.entries}
-
-
-@dataclass(frozen=True)
-class Opaque:
-    """A plan attribute assigned anything else: `None`, `AttributeError()`, a call, a name."""
-
-    class_name: str
-    attribute: str
-    line: int
-
-
-@dataclass(frozen=True)
-class ClassPlans:
-    """A class with the plans that its own body assigns.
-
-    Args:
-        name: of the class.
-        bases: its base classes as written, dotted; a base that is computed is left out.
-        plans: attribute name to what it was last assigned.
-    """
-
-    name: str
-    bases: tuple[str, ...]
-    plans: Mapping[str, PlanLiteral | Opaque]
-
-
-@dataclass(frozen=True)
-class Module:
-    """What a file says of plans.
-
-    Args:
-        classes: by name.
-        imports: names brought in by relative imports, each with the level and the module they come from.
-    """
-
-    classes: Mapping[str, ClassPlans]
-    imports: Mapping[str, tuple[int, str]]
-
-
-def is_plan_attribute(name: str) -> bool:
-    """Say whether a class attribute of this name holds a plan."""
-    return _PLAN_ATTRIBUTE.fullmatch(name) is not None
+_PLAN_NAME = r"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan"
+_PLAN_ARGUMENT = re.compile(_PLAN_NAME)
+_PLAN_WORD = re.compile(rf"\b{_PLAN_NAME}\b".encode())
 
 
 def read_module(source: Source) -> Module:
@@ -115,15 +33,12 @@ def read_module(source: Source) -> Module:
         SourceError: the file does not parse.
     """
     statements = _parse(source).body
-    return Module({found.name: found for found in _classes(source, statements)}, dict(_imports(statements)))
-
-
-def read_statement(text: str) -> Mapping[str, str] | None:
-    """Return the plan that one assignment's text assigns, None if it is not one assignment of a dict display."""
-    match ast.parse(text).body:
-        case [ast.Assign(value=ast.Dict() as value)] | [ast.AnnAssign(value=ast.Dict() as value)]:
-            return {entry.key: entry.style for entry in _entries(value)}
-    return None
+    words = [match.start() for match in _PLAN_WORD.finditer(source.body)]
+    reader = _Reader(source, tuple(bisect_right(source.line_offsets, word) for word in words))
+    classes = {found.name: found for found in reader.classes(statements)}
+    if outside := tuple(reader.literals(statements, "", "", ())):
+        classes[""] = ClassPlans("", code=outside)
+    return Module(classes, dict(_imports(statements)))
 
 
 def _parse(source: Source) -> ast.Module:
@@ -147,14 +62,155 @@ def _imports(statements: Sequence[ast.stmt]) -> Iterator[tuple[str, tuple[int, s
                 yield alias.asname or alias.name, (statement.level, statement.module)
 
 
-def _classes(source: Source, statements: Sequence[ast.stmt]) -> Iterator[ClassPlans]:
-    for statement in statements:
-        if isinstance(statement, ast.ClassDef):
-            plans = {plan.attribute: plan for plan in _plans(source, statement)}
-            yield ClassPlans(statement.name, tuple(filter(None, map(_dotted, statement.bases))), plans)
-            yield from _classes(source, statement.body)
-        elif isinstance(statement, (ast.If, ast.Try)):
-            yield from _classes(source, [*statement.body, *statement.orelse])
+@dataclass(frozen=True)
+class _Reader:
+    """Walks a file, into those statements only that a line with a plan's name lies in.
+
+    Args:
+        source: the file.
+        lines: the lines with a plan's name, in order.
+        names: local names that stand for a plan, with its attribute.
+    """
+
+    source: Source
+    lines: tuple[int, ...]
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def classes(self, statements: Sequence[ast.stmt]) -> Iterator[ClassPlans]:
+        for statement in statements:
+            if isinstance(statement, ast.ClassDef):
+                bases = tuple(filter(None, map(_dotted, statement.bases)))
+                if self._mentions(statement):
+                    yield self._class(statement, bases)
+                    yield from self.classes(statement.body)
+                else:
+                    yield ClassPlans(statement.name, bases)
+            elif isinstance(statement, (ast.If, ast.Try)):
+                yield from self.classes([*statement.body, *statement.orelse])
+
+    def literals(
+        self, statements: Sequence[ast.stmt], owner: str, function: str, conditions: tuple[Condition, ...]
+    ) -> Iterator[PlanLiteral]:
+        """Yield the literals of functions and calls below some statements, classes left out."""
+        for statement in statements:
+            if isinstance(statement, ast.ClassDef) or not (self.names or self._mentions(statement)):
+                continue
+            if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                inner = _Reader(self.source, self.lines, _aliases(statement))
+                yield from inner.literals(statement.body, owner, statement.name, ())
+                continue
+            for attribute, expression in self._assigned(statement, function):
+                if literal := self._literal(expression, owner, attribute, function, conditions):
+                    yield literal
+            for block, around in _blocks(statement):
+                yield from self.literals(block, owner, function, (*conditions, *around))
+
+    def _class(self, definition: ast.ClassDef, bases: tuple[str, ...]) -> ClassPlans:
+        plans: dict[str, PlanLiteral | Opaque] = {}
+        others: list[ast.stmt] = []
+        for statement in definition.body:
+            target = _class_level_plan(statement)
+            if target is None:
+                others.append(statement)
+                continue
+            name, value = target
+            literal = self._literal(value, definition.name, name, "", ())
+            plans[name] = literal or Opaque(definition.name, name, statement.lineno)
+        code = tuple(self.literals(others, definition.name, "", ()))
+        return ClassPlans(definition.name, bases, plans, code)
+
+    def _literal(
+        self, node: ast.AST, owner: str, attribute: str, function: str, conditions: tuple[Condition, ...]
+    ) -> PlanLiteral | None:
+        entries = read_entries(node, self.source.offset)
+        if not entries and not isinstance(node, ast.Dict):
+            return None
+        line = getattr(node, "lineno", 1)
+        return PlanLiteral(owner, attribute, line, entries, function, conditions)
+
+    def _mentions(self, node: ast.stmt) -> bool:
+        following = bisect_left(self.lines, _first_line(node))
+        return following < len(self.lines) and self.lines[following] <= (node.end_lineno or node.lineno)
+
+    def _assigned(self, statement: ast.stmt, function: str) -> Iterator[tuple[str, ast.AST]]:
+        """Yield what a statement itself, not the blocks in it, writes into plans: attribute and expression."""
+        match statement:
+            case ast.Assign(targets=[ast.Subscript(value=holder)]) if plan := self._plan_of(holder):
+                yield plan, statement
+            case ast.Assign(targets=[target], value=value) if plan := self._plan_of(target):
+                yield plan, value
+            case ast.AnnAssign(target=target, value=ast.expr() as value) if plan := self._plan_of(target):
+                yield plan, value
+            case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := self._plan_of(target):
+                yield plan, value
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr="update" | "setdefault")) as call):
+                if plan := self._plan_of(holder):
+                    yield plan, call
+            case ast.Return(value=ast.expr() as value) if _PLAN_ARGUMENT.fullmatch(function):
+                yield function, value
+        yield from _plan_arguments(statement)
+
+    def _plan_of(self, node: ast.expr) -> str | None:
+        if isinstance(node, ast.Attribute):
+            return node.attr if is_plan_attribute(node.attr) else None
+        if isinstance(node, ast.Name):
+            return self.names.get(node.id) or (node.id if is_plan_attribute(node.id) else None)
+        return None
+
+
+def _class_level_plan(statement: ast.stmt) -> tuple[str, ast.expr] | None:
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if is_plan_attribute(name):
+            return name, value
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if is_plan_attribute(name):
+            return name, value
+    return None
+
+
+def _aliases(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str]:
+    """Return the local names that a function makes from a plan, or makes a plan from, with the plan's attribute."""
+    names: dict[str, str] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            match node.targets[0], node.value:
+                case ast.Attribute(attr=plan), ast.Name(id=name) if is_plan_attribute(plan):
+                    names[name] = plan
+                case ast.Name(id=name), value if not is_plan_attribute(name):
+                    read = [part.attr for part in ast.walk(value) if isinstance(part, ast.Attribute)]
+                    names |= dict.fromkeys([name], next(filter(is_plan_attribute, read), ""))
+    return {name: plan for name, plan in names.items() if plan}
+
+
+def _plan_arguments(statement: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
+    for expression in _own_expressions(statement):
+        for node in ast.walk(expression):
+            for keyword in node.keywords if isinstance(node, ast.Call) else ():
+                if keyword.arg and _PLAN_ARGUMENT.fullmatch(keyword.arg):
+                    yield keyword.arg, keyword.value
+
+
+def _own_expressions(statement: ast.stmt) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(statement):
+        if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield child
+
+
+def _blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
+    """Yield the blocks of a compound statement with the condition that each adds."""
+    if isinstance(statement, ast.If):
+        test = ast.unparse(statement.test)
+        yield statement.body, (Condition(test, True),)
+        yield statement.orelse, (Condition(test, False),)
+        return
+    for name in ("body", "orelse", "finalbody"):
+        yield getattr(statement, name, ()), ()
+    for handler in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+        yield handler.body, ()
+
+
+def _first_line(node: ast.stmt) -> int:
+    decorators: Sequence[ast.expr] = getattr(node, "decorator_list", ())
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def _dotted(node: ast.expr) -> str | None:
@@ -162,34 +218,3 @@ def _dotted(node: ast.expr) -> str | None:
         prefix = _dotted(node.value)
         return prefix and f"{prefix}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else None
-
-
-def _plans(source: Source, owner: ast.ClassDef) -> Iterator[PlanLiteral | Opaque]:
-    for statement in owner.body:
-        match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value) if is_plan_attribute(name):
-                yield _plan(source, owner.name, name, statement, value)
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if is_plan_attribute(name):
-                yield _plan(source, owner.name, name, statement, value)
-
-
-def _plan(source: Source, owner: str, name: str, statement: ast.stmt, value: ast.expr) -> PlanLiteral | Opaque:
-    if not isinstance(value, ast.Dict):
-        return Opaque(owner, name, statement.lineno)
-    assert statement.end_lineno is not None
-    assert statement.end_col_offset is not None
-    return PlanLiteral(
-        owner,
-        name,
-        statement.lineno,
-        source.offset(statement.lineno, statement.col_offset),
-        source.offset(statement.end_lineno, statement.end_col_offset),
-        tuple(_entries(value)),
-    )
-
-
-def _entries(value: ast.Dict) -> Iterator[Entry]:
-    for pair in zip(value.keys, value.values, strict=True):
-        match pair:
-            case (ast.Constant(value=str(key)), ast.Constant(value=str(style), lineno=line)):
-                yield Entry(key, style, line)

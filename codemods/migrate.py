@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from codemods.literals import PlanLiteral
+from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import families, judge
+from codemods.rewrite import rewrite_source
 from codemods.sources import Source, find_sources, read_source, replace_source
 from plans.decompose import Edit, InsertEntry, is_decomposed_plan
 from plans.errors import MigratorError
@@ -25,7 +26,7 @@ Role = Literal["owner", "copy"]
 _WRITERS = 8
 _PLAN = b"_plan"
 # An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
-_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*:\s*[\"'](?!grouped_gemm|ep_)")
+_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])")
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,18 @@ def _expert_plans(tree: Tree, path: Path, *, named: bool) -> tuple[bool, list[Pl
     if not mentions or not (named or _EXPERTS_ENTRY.search(source.data)):
         return mentions, []
     tree.add(source)
-    return mentions, [
-        Place(path, owner.name, attribute)
-        for owner in tree.module(path).classes.values()
-        for attribute, plan in owner.plans.items()
-        if is_decomposed_plan(attribute) and isinstance(plan, PlanLiteral) and _has_experts(plan)
-    ]
+    return mentions, list(_places(tree, path))
+
+
+def _places(tree: Tree, path: Path) -> Iterator[Place]:
+    """Yield where a file writes down plans that the rules speak of and that have expert entries."""
+    for owner in tree.module(path).classes.values():
+        for attribute, plan in owner.plans.items():
+            if isinstance(plan, PlanLiteral) and is_decomposed_plan(attribute) and _has_experts(plan):
+                yield Place(path, owner.name, attribute)
+        for index, literal in enumerate(owner.code):
+            if is_decomposed_plan(literal.attribute) and _has_experts(literal):
+                yield Place(path, owner.name, literal.attribute, index)
 
 
 def _has_experts(plan: PlanLiteral) -> bool:
@@ -200,17 +207,13 @@ def _line(tree: Tree, place: Place, key: str) -> int:
 
 
 def _changes(tree: Tree, edits: Mapping[Place, tuple[Edit, ...]]) -> Iterator[Change]:
-    if not edits:
-        return
-    from codemods.rewrite import rewrite_source  # LibCST takes longer to import than a run without edits needs in all
-
     by_file: dict[Path, dict[Place, tuple[Edit, ...]]] = defaultdict(dict)
     for place, wanted in edits.items():
         by_file[place.path][place] = wanted
     for path, wanted_here in by_file.items():
         source = tree.source(path)
         literals = [(_literal(tree, place), wanted) for place, wanted in wanted_here.items()]
-        data = rewrite_source(source, literals)
+        data = rewrite_source(source, tree.module(path), literals)
         located = tuple(
             LocatedEdit(_line(tree, place, _anchor(edit)), place.class_name, place.attribute, edit)
             for place, wanted in wanted_here.items()

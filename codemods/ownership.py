@@ -7,10 +7,11 @@ file: a base imported from another model's configuration file leads on through t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from codemods.literals import ClassPlans, Module, Opaque, PlanLiteral, read_module
+from codemods.literals import read_module
+from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
 from codemods.sources import Source, read_source
 
 __all__ = ["Lost", "Place", "Tree"]
@@ -18,11 +19,19 @@ __all__ = ["Lost", "Place", "Tree"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a plan is assigned: a file, a class and an attribute."""
+    """Where plan entries are written down.
+
+    Args:
+        path: the file.
+        class_name: the class, empty outside of classes.
+        attribute: the plan they go into.
+        code: which of the class's literals in code it is, None for what the class body assigns.
+    """
 
     path: Path
     class_name: str
     attribute: str
+    code: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,15 @@ class Tree:
         return self._modules[path]
 
     def plan(self, place: Place) -> PlanLiteral | Opaque:
-        """Return what is assigned at a place that exists."""
-        return self.module(place.path).classes[place.class_name].plans[place.attribute]
+        """Return what is written down at a place that exists."""
+        found = self.module(place.path).classes[place.class_name]
+        return found.plans[place.attribute] if place.code is None else found.code[place.code]
 
     def owner(self, place: Place) -> Place | Lost:
         """Return the place a person edits to change the plan at `place`."""
-        return self._find(place, frozenset())
+        return self._find(place, self.plan(place), frozenset())
 
-    def _find(self, place: Place, seen: frozenset[Place]) -> Place | Lost:
+    def _find(self, place: Place, wanted: PlanLiteral | Opaque, seen: frozenset[Place]) -> Place | Lost:
         if place in seen:
             return Lost("MIG303", f"{place.class_name} inherits its {place.attribute} from itself")
         seen |= {place}
@@ -73,21 +83,31 @@ class Tree:
             modular = place.path.parent / generated_from
             if not modular.is_file():
                 return Lost("MIG302", f"{generated_from} does not exist")
-            return self._find(Place(modular, place.class_name, place.attribute), seen)
+            return self._find(replace(place, path=modular), wanted, seen)
         found = self.module(place.path).classes.get(place.class_name)
         if found is None:
             return Lost("MIG302", f"{place.path.name} has no class {place.class_name}")
-        if place.attribute in found.plans:
-            return place
-        return self._find_in_bases(place, found, seen)
+        return self._written_in(place, found, wanted) or self._find_in_bases(place, found, wanted, seen)
 
-    def _find_in_bases(self, place: Place, found: ClassPlans, seen: frozenset[Place]) -> Place | Lost:
+    def _written_in(self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque) -> Place | None:
+        """Return where a class writes a plan itself: the attribute, or in code a literal with the same entries."""
+        if place.code is None:
+            return place if place.attribute in found.plans else None
+        assert isinstance(wanted, PlanLiteral)
+        for index, literal in enumerate(found.code):
+            if literal.says_the_same_as(wanted):
+                return replace(place, code=index)
+        return None
+
+    def _find_in_bases(
+        self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque, seen: frozenset[Place]
+    ) -> Place | Lost:
         lost: Lost | None = None
         for base in found.bases:
             path = place.path if base in self.module(place.path).classes else self._imported_from(place.path, base)
             if path is None:
                 continue
-            result = self._find(Place(path, base.rpartition(".")[2], place.attribute), seen)
+            result = self._find(replace(place, path=path, class_name=base.rpartition(".")[2]), wanted, seen)
             if isinstance(result, Place) or result.code == "MIG303":
                 return result
             lost = lost or result

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from codemods.layouts import read_layouts
-from codemods.literals import PlanLiteral
+from codemods.module import Opaque, PlanLiteral
 from codemods.ownership import Lost, Place, Tree
-from plans.decompose import Decomposition, LayoutReader, decompose
+from plans.decompose import Decomposition, InsertEntry, LayoutReader, decompose
 from plans.errors import MigratorError
 from plans.layout import ExpertLayout
 from plans.rule import Finding, rule
+
+_EXPERT_PARAMETER = re.compile(r"experts\.(?:gate_up_proj|up_proj|down_proj)$")
 
 __all__ = ["Family", "Verdict", "families", "judge"]
 
@@ -83,13 +86,41 @@ def judge(tree: Tree, family: Family, reachable: frozenset[Path]) -> Verdict:
     plan = literal.plan if isinstance(literal, PlanLiteral) else {}
     if at_odds := list(_at_odds(tree, family)):
         return Verdict(Decomposition((), ()), tuple(at_odds))
-    decomposition = decompose(plan, _layout_reader([place.path.parent for place in family.places]))
+    layout_of = _layout_reader([place.path.parent for place in family.places])
+    decomposition = _writable(literal, decompose(plan, layout_of, _beside(tree, family.owner)))
     outside = [place.path for place in family.places if place.path not in reachable]
     if decomposition.edits and outside:
         named = [place for place in family.places if place.path in reachable]
         found = [(place, _about(tree, place, "MIG304", str(outside[0]))) for place in named]
         return Verdict(Decomposition((), ()), tuple(found))
     return Verdict(decomposition, tuple((family.owner, finding) for finding in decomposition.findings))
+
+
+def _beside(tree: Tree, place: Place) -> dict[str, str]:
+    """Return the entries that other literals of the class put into the same plan."""
+    owner = tree.module(place.path).classes[place.class_name]
+    others = [owner.plans.get(place.attribute), *(code for code in owner.code if code.attribute == place.attribute)]
+    this = tree.plan(place)
+    return {
+        key: style
+        for other in others
+        if isinstance(other, PlanLiteral) and other is not this
+        for key, style in other.plan.items()
+    }
+
+
+def _writable(literal: PlanLiteral | Opaque, wanted: Decomposition) -> Decomposition:
+    """Turn what cannot be written safely into findings: entries with computed styles, or with no place for new ones."""
+    entries = literal.entries if isinstance(literal, PlanLiteral) else ()
+    computed = [entry.key for entry in entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
+    fixed = {entry.key for entry in entries if not entry.can_precede}
+    edits = [edit for edit in wanted.edits if not (isinstance(edit, InsertEntry) and edit.anchor in fixed)]
+    kept = {edit.key for edit in edits}
+    lost = [edit.anchor for edit in wanted.edits if isinstance(edit, InsertEntry) and edit.key not in kept]
+    unwritable = [
+        Finding("MIG204", key, rule("MIG204").message.format(key=key)) for key in dict.fromkeys(computed + lost)
+    ]
+    return Decomposition(tuple(edits), (*wanted.findings, *unwritable))
 
 
 def _at_odds(tree: Tree, family: Family) -> Iterator[tuple[Place, Finding]]:

@@ -1,94 +1,112 @@
-"""One file's plan literals through their edits: LibCST on each assignment alone, every other byte as it was."""
+"""One file's plan literals through their edits: only the named values and entries, every other byte as it was."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-import libcst as cst
+from codemods.entries import Entry
+from codemods.literals import read_module
+from codemods.module import Module, PlanLiteral, all_literals
+from codemods.sources import Source, shown
+from plans.decompose import Edit, InsertEntry, SetStyle
 
-from codemods.literals import PlanLiteral, read_statement
-from codemods.sources import Source
-from plans.decompose import Edit, InsertEntry, SetStyle, apply_edits
+__all__ = ["Splice", "rewrite_source", "splices"]
 
-__all__ = ["rewrite_source", "rewrite_statement"]
+_OPENING = re.compile(rb"[A-Za-z]*(\"\"\"|'''|\"|')")
 
 
-def rewrite_source(source: Source, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> bytes:
+@dataclass(frozen=True)
+class Splice:
+    """A piece of a source's body replaced by other bytes.
+
+    Args:
+        start: where the piece begins.
+        end: where it ends, exclusive; equal to `start` where something is only added.
+        text: what stands there instead.
+    """
+
+    start: int
+    end: int
+    text: bytes
+
+
+def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> bytes:
     """Return a file's bytes with the edits made in its plan literals.
 
-    Each new statement is parsed again, and must assign what the edits make of the old plan, nothing else.
+    The result is parsed again: its plan literals must hold what the edits make of the old ones, nothing else.
 
     Args:
         source: the file.
-        edits: plan literals of this file, each with what is to change in it.
+        module: what it says of plans.
+        edits: its plan literals with what is to change in each.
     """
     body = source.body
-    for literal, wanted in sorted(edits, key=lambda row: row[0].start, reverse=True):
-        statement = rewrite_statement(body[literal.start : literal.end].decode(), wanted)
-        expected = apply_edits(literal.plan, wanted)
-        result = read_statement(statement)
-        assert result is not None
-        assert list(result.items()) == list(expected.items()), f"{source.path}:{literal.line}: edited beyond its rules"
-        body = body[: literal.start] + statement.encode() + body[literal.end :]
-    return source.with_body(body)
+    for splice in sorted(splices(source, edits), key=lambda splice: splice.start, reverse=True):
+        body = body[: splice.start] + splice.text + body[splice.end :]
+    result = Source(source.path, source.with_body(body))
+    wanted = {id(literal): changes for literal, changes in edits}
+    expected = [_edited(literal, wanted.get(id(literal), ())) for literal in all_literals(module)]
+    found = [[(entry.key, entry.style) for entry in literal.entries] for literal in all_literals(read_module(result))]
+    assert found == expected, f"{shown(source.path)}: a rewrite changed more than its rules named"
+    return result.data
 
 
-def rewrite_statement(text: str, edits: Sequence[Edit]) -> str:
-    """Return an assignment's text with the edits made in its dict display; comments, quotes and layout stay.
-
-    Args:
-        text: one statement without its indentation, `base_model_tp_plan = {…}`.
-        edits: for keys that the display holds as string constants.
-    """
-    newline = next((found for found in ("\r\n", "\r") if found in text), "\n")
-    line = cst.parse_statement(text, cst.PartialParserConfig(default_newline=newline))
-    assert isinstance(line, cst.SimpleStatementLine)
-    assignment = line.body[0]
-    assert isinstance(assignment, (cst.Assign, cst.AnnAssign))
-    assert isinstance(assignment.value, cst.Dict)
-    plan = assignment.value.with_changes(elements=list(_edited(assignment.value.elements, edits)))
-    edited = line.with_changes(body=[assignment.with_changes(value=plan), *line.body[1:]])
-    return cst.Module(body=[edited], default_newline=newline).code.removesuffix(newline)
+def splices(source: Source, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> Iterator[Splice]:
+    """Yield the pieces of text that make the edits."""
+    for literal, wanted in edits:
+        for edit in wanted:
+            for entry in literal.entries:
+                if isinstance(edit, SetStyle) and _changes(edit, entry):
+                    yield Splice(*entry.style_span, _quoted_like(source.body, entry.style_span[0], edit.style))
+        for entry in literal.entries:
+            inserted = [edit for edit in wanted if isinstance(edit, InsertEntry) and edit.anchor == entry.key]
+            if inserted:
+                yield _insertion(source.body, entry, inserted)
 
 
-def _edited(elements: Sequence[cst.BaseDictElement], edits: Sequence[Edit]) -> Iterator[cst.BaseDictElement]:
-    styles = {edit.key: edit for edit in edits if isinstance(edit, SetStyle)}
-    inserts = [edit for edit in edits if isinstance(edit, InsertEntry)]
-    comma = _separator(elements)
-    for element in elements:
-        key = _constant(element.key) if isinstance(element, cst.DictElement) else None
-        yield from (_entry_like(element, edit, comma) for edit in inserts if edit.anchor == key)
-        wanted = styles.get(key) if key is not None else None
-        if wanted is not None and _constant(element.value) == wanted.before:
-            yield element.with_changes(value=_quoted_like(element.value, wanted.style))
-        else:
-            yield element
+def _quoted_like(body: bytes, start: int, value: str) -> bytes:
+    opening = _OPENING.match(body, start)
+    assert opening is not None
+    return opening[1] + value.encode() + opening[1]
 
 
-def _constant(node: cst.BaseExpression) -> str | None:
-    value = node.evaluated_value if isinstance(node, (cst.SimpleString, cst.ConcatenatedString)) else None
-    return value if isinstance(value, str) else None
+def _insertion(body: bytes, anchor: Entry, edits: Sequence[InsertEntry]) -> Splice:
+    """Write entries just before their anchor: on lines of their own where the anchor begins one."""
+    assert anchor.can_precede
+    start, end = anchor.key_span
+    line_start = max(body.rfind(b"\n", 0, start), body.rfind(b"\r", 0, start)) + 1
+    indent = body[line_start:start]
+    separator = _line_end(body, line_start) + indent if not indent.strip() else b" "
+    key = body[start:end]
+    quote = re.search(rb"(\"\"\"|'''|\"|')$", key)
+    assert quote is not None
+    text = b""
+    for edit in edits:
+        suffix = edit.key.removeprefix(edit.anchor).encode()
+        style = _quoted_like(body, anchor.style_span[0], edit.style)
+        text += key[: quote.start()] + suffix + quote[0] + b": " + style + b"," + separator
+    return Splice(start, start, text)
 
 
-def _quoted_like(node: cst.BaseExpression, value: str) -> cst.SimpleString:
-    quote = node.quote if isinstance(node, cst.SimpleString) else '"'
-    return cst.SimpleString(f"{quote}{value}{quote}")
+def _line_end(body: bytes, line_start: int) -> bytes:
+    """Return the line end that a line begins after."""
+    before = body[max(0, line_start - 2) : line_start]
+    return before if before == b"\r\n" else before[-1:]
 
 
-def _entry_like(neighbour: cst.BaseDictElement, edit: InsertEntry, comma: cst.Comma) -> cst.DictElement:
-    assert isinstance(neighbour, cst.DictElement)
-    return neighbour.with_changes(
-        key=_quoted_like(neighbour.key, edit.key), value=_quoted_like(neighbour.value, edit.style), comma=comma
-    )
+def _edited(literal: PlanLiteral, edits: Sequence[Edit]) -> list[tuple[str, str | None]]:
+    """Return the entries that a literal must hold once its edits are made."""
+    result: list[tuple[str, str | None]] = []
+    for entry in literal.entries:
+        result += [
+            (edit.key, edit.style) for edit in edits if isinstance(edit, InsertEntry) and edit.anchor == entry.key
+        ]
+        changed = [edit.style for edit in edits if isinstance(edit, SetStyle) and _changes(edit, entry)]
+        result.append((entry.key, changed[0] if changed else entry.style))
+    return result
 
 
-def _separator(elements: Sequence[cst.BaseDictElement]) -> cst.Comma:
-    """Return the comma that divides entries in this display: its own line breaks and indentation, no comments."""
-    for element in elements:
-        if isinstance(element.comma, cst.Comma):
-            whitespace = element.comma.whitespace_after
-            if isinstance(whitespace, cst.ParenthesizedWhitespace):
-                line_break = whitespace.first_line.with_changes(comment=None, whitespace=cst.SimpleWhitespace(""))
-                whitespace = whitespace.with_changes(first_line=line_break, empty_lines=[])
-            return element.comma.with_changes(whitespace_after=whitespace)
-    return cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+def _changes(edit: SetStyle, entry: Entry) -> bool:
+    return (edit.key, edit.before) == (entry.key, entry.style)

@@ -29,7 +29,7 @@ LayoutReader = Callable[[str], ExpertLayout | None]
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|up_proj|down_proj)")
 _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
 _RULES_OF_PARAMETER = {"gate_up_proj": ("MIG001", "MIG004"), "down_proj": ("MIG002", "MIG005")}
-_PLAN_NAME = re.compile(r"(?:base_model)?_(?:tp|sp)_plan")
+_PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?:tp|sp)_plan")
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,24 @@ def is_decomposed_plan(name: str) -> bool:
     return _PLAN_NAME.fullmatch(name) is not None
 
 
-def decompose(plan: Mapping[str, str], layout_of: LayoutReader) -> Decomposition:
+def decompose(
+    plan: Mapping[str, str], layout_of: LayoutReader, beside: Mapping[str, str] | None = None
+) -> Decomposition:
     """Work out the param-level form of a TP or SP plan.
 
     Args:
         plan: key to style, in source order.
         layout_of: reads the layout guard's facts; asked at most once for each experts module.
+        beside: entries that the same plan gets elsewhere; they count, but are not edited here.
     """
     edits: list[Edit] = []
     findings: list[Finding] = []
+    everything = {**(beside or {}), **plan}
     for experts in _experts_modules(plan):
-        for result in _decompose_experts(plan, experts, layout_of):
+        for result in _decompose_experts(everything, experts, layout_of):
             if isinstance(result, Finding):
                 findings.append(result)
-            else:
+            elif (result.anchor if isinstance(result, InsertEntry) else result.key) in plan:
                 edits.append(result)
     return Decomposition(tuple(edits), tuple(findings))
 

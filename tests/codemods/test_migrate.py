@@ -116,8 +116,8 @@ def test_dense_layers_and_shared_experts_stay(tmp_path):
     check_noop(tmp_path, PACKED.replace("mlp.experts", "mlp"))
 
 
-def test_a_plan_without_classes_or_strings_stays(tmp_path):
-    check_noop(tmp_path, PACKED.replace("class ToyConfig(PreTrainedConfig):", "if True:"))
+def test_what_is_no_plan_or_no_string_stays(tmp_path):
+    check_noop(tmp_path, PACKED.replace("base_model_tp_plan", "layer_names"))
     check_noop(tmp_path, PACKED.replace('"packed_colwise"', "PACKED").replace('"rowwise"', "ROW"))
 
 

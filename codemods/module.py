@@ -1,0 +1,112 @@
+"""What a source file says of plans: its classes, what they assign, and the entries written down in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from codemods.entries import Entry
+
+__all__ = ["ClassPlans", "Condition", "Module", "Opaque", "PlanLiteral", "all_literals", "is_plan_attribute"]
+
+_PLAN_ATTRIBUTE = re.compile(r"(?:base_model)?_(?:tp|sp|ep|tp_ep|sp_ep)_plan")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """An `if` around a literal.
+
+    Args:
+        test: its source text, normalized.
+        holds: whether the literal stands where the test is true.
+    """
+
+    test: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class PlanLiteral:
+    """The plan entries that one expression writes down.
+
+    Args:
+        class_name: the class it stands in, empty outside of classes.
+        attribute: the plan it goes into, `base_model_tp_plan`; `tp_plan` for an argument of that name.
+        line: where it begins, counted from 1.
+        entries: in order.
+        function: the function it stands in, empty in a class body.
+        conditions: the `if` statements around it in that function, outermost first.
+    """
+
+    class_name: str
+    attribute: str
+    line: int
+    entries: tuple[Entry, ...]
+    function: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+    @cached_property
+    def plan(self) -> Mapping[str, str]:
+        """Key to style; of a key given twice the last counts, as in Python. Computed styles are left out."""
+        return {entry.key: entry.style for entry in self.entries if entry.style is not None}
+
+    def says_the_same_as(self, other: PlanLiteral) -> bool:
+        """Say whether both put the same entries into the same plan in the same function."""
+        return self._saying == other._saying
+
+    @property
+    def _saying(self) -> tuple[object, ...]:
+        return self.attribute, self.function, tuple((entry.key, entry.style) for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """A plan attribute of a class assigned anything but entries: `None`, `AttributeError()`, a call, a name."""
+
+    class_name: str
+    attribute: str
+    line: int
+
+
+@dataclass(frozen=True)
+class ClassPlans:
+    """A class with the plans that it writes down itself.
+
+    Args:
+        name: of the class, empty for what stands outside of classes.
+        bases: its base classes as written, dotted; a base that is computed is left out.
+        plans: attribute name to what the class body last assigns to it.
+        code: the literals in its functions, in order.
+    """
+
+    name: str
+    bases: tuple[str, ...] = ()
+    plans: Mapping[str, PlanLiteral | Opaque] = field(default_factory=dict)
+    code: tuple[PlanLiteral, ...] = ()
+
+
+@dataclass(frozen=True)
+class Module:
+    """What a file says of plans.
+
+    Args:
+        classes: by name.
+        imports: names brought in by relative imports, each with the level and the module they come from.
+    """
+
+    classes: Mapping[str, ClassPlans]
+    imports: Mapping[str, tuple[int, str]]
+
+
+def all_literals(module: Module) -> Iterator[PlanLiteral]:
+    """Yield every literal of a file, class by class."""
+    for owner in module.classes.values():
+        yield from (plan for plan in owner.plans.values() if isinstance(plan, PlanLiteral))
+        yield from owner.code
+
+
+def is_plan_attribute(name: str) -> bool:
+    """Say whether a class attribute of this name holds a plan."""
+    return _PLAN_ATTRIBUTE.fullmatch(name) is not None

@@ -1,0 +1,170 @@
+"""Plans that code builds, and plans given to calls."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.codemods.helpers import REGULAR, check_noop, check_transformed, codes, generated, rewrite, write_tree
+
+PER_LAYER = """
+class ToyConfig(PreTrainedConfig):
+    base_model_sp_plan = {"embed_tokens": "vocab_reduce_scatter"}
+
+    def __post_init__(self, **kwargs):
+        self.base_model_sp_plan = self.base_model_sp_plan.copy()
+        for i in range(self.num_hidden_layers):
+            if i >= self.first_k_dense_replace:
+                self.base_model_sp_plan.update(
+                    {
+                        f"layers.{i}.mlp": "module_allgather_split",
+                        # routed
+                        f"layers.{i}.mlp.experts": "moe_experts_allreduce",
+                    }
+                )
+            else:
+                self.base_model_sp_plan.update({f"layers.{i}.mlp.gate_proj": "colwise"})
+        super().__post_init__(**kwargs)
+"""
+
+PER_LAYER_AFTER = PER_LAYER.replace(
+    """                        f"layers.{i}.mlp.experts": "moe_experts_allreduce",
+""",
+    """                        f"layers.{i}.mlp.experts.gate_up_proj": "moe_tp_gate_up_colwise",
+                        f"layers.{i}.mlp.experts.down_proj": "moe_tp_down_rowwise",
+                        f"layers.{i}.mlp.experts": "moe_experts_allreduce",
+""",
+)
+
+
+def function(body, plan="base_model_tp_plan"):
+    lines = "\n".join(f"        {line}" for line in body.splitlines())
+    return f"class ToyConfig:\n    {plan} = {{}}\n\n    def __post_init__(self, i=0):\n{lines}\n"
+
+
+def migrated(text):
+    return text.replace("packed_colwise", "moe_tp_gate_up_colwise").replace('"rowwise"', '"moe_tp_down_rowwise"')
+
+
+def test_entries_per_layer_get_their_parameters(tmp_path):
+    write_tree(tmp_path, {"toy/configuration_toy.py": PER_LAYER, "toy/modeling_toy.py": REGULAR})
+    outcome = rewrite(tmp_path)
+    assert (tmp_path / "toy/configuration_toy.py").read_text() == PER_LAYER_AFTER.lstrip()
+    assert [edit.edit.code for edit in outcome.changes[0].edits] == ["MIG003", "MIG003"]
+
+
+PAIR = '"layers.*.mlp.experts.gate_up_proj": "packed_colwise", "layers.*.mlp.experts.down_proj": "rowwise"'
+LAYER_PAIR = PAIR.replace('"layers.*', 'f"layers.{i}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"self.base_model_tp_plan = {{{PAIR}}}",
+        f"self.base_model_tp_plan: dict = {{{PAIR}}}",
+        f"self.base_model_tp_plan |= {{{PAIR}}}",
+        f"self.base_model_tp_plan = {{**self.base_model_tp_plan, {LAYER_PAIR}}}",
+        f"self.base_model_tp_plan = self.base_model_tp_plan | {{{LAYER_PAIR}}}",
+        f"self.base_model_tp_plan = dict(self.base_model_tp_plan, **{{{PAIR}}})",
+        'self.base_model_tp_plan = dict([("layers.*.mlp.experts.gate_up_proj", "packed_colwise"), '
+        '("layers.*.mlp.experts.down_proj", "rowwise")])',
+        f"plan = self.base_model_tp_plan.copy()\nplan.update({{{LAYER_PAIR}}})\nself.base_model_tp_plan = plan",
+        f"plan = {{}}\nfor i in range(3):\n    plan |= {{{LAYER_PAIR}}}\nself.base_model_tp_plan = plan",
+        'self.base_model_tp_plan[f"layers.{i}.mlp.experts.gate_up_proj"] = "packed_colwise"\n'
+        'self.base_model_tp_plan[f"layers.{i}.mlp.experts.down_proj"] = "rowwise"',
+        'self.base_model_tp_plan.setdefault("layers." + str(i) + ".mlp.experts.gate_up_proj", "packed_colwise")\n'
+        'self.base_model_tp_plan.setdefault("layers.{}.mlp.experts.down_proj".format(i), "rowwise")',
+        'self.base_model_tp_plan = {f"layers.{i}.mlp.experts.gate_up_proj": "packed_colwise" for i in range(3)}\n'
+        'self.base_model_tp_plan |= {f"layers.{i}.mlp.experts.down_proj": "rowwise" for i in range(3)}',
+        f"with lock:\n    try:\n        self.base_model_tp_plan = {{{PAIR}}}\n    except KeyError:\n        pass",
+    ],
+)
+def test_every_form_of_code(tmp_path, body):
+    assert "packed_colwise" in body
+    check_transformed(tmp_path, function(body), migrated(function(body)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f'model = AutoModel.from_pretrained("x", tp_plan={{{PAIR}}})',
+        f"config = DistributedConfig(tp_size=2, tp_plan={{{PAIR}}}, ep_plan=None)",
+        f"def load(size):\n    return build(DistributedConfig(tp_plan={{{PAIR}}}) if size else None)",
+    ],
+)
+def test_plans_given_to_calls(tmp_path, call):
+    check_transformed(tmp_path, call + "\n", migrated(call) + "\n")
+
+
+def test_a_call_without_a_model_beside_it_is_not_guessed(tmp_path):
+    outcome = check_noop(tmp_path, f"load(tp_plan={{{PAIR}}})\n", modeling=None)
+    assert codes(outcome) == ["MIG203"]
+
+
+def test_expert_parallel_arguments_stay(tmp_path):
+    check_noop(tmp_path, f"load(ep_plan={{{PAIR}}})\n")
+
+
+def test_a_pair_split_over_two_statements_is_a_pair(tmp_path):
+    body = 'self.base_model_tp_plan["layers.*.mlp.experts.down_proj"] = "rowwise"'
+    text = function(body).replace("{}", '{"layers.*.mlp.experts.gate_up_proj": "packed_colwise"}')
+    check_transformed(tmp_path, text, migrated(text))
+
+
+def test_parameters_written_elsewhere_are_not_inserted_again(tmp_path):
+    body = 'self.base_model_tp_plan |= {"layers.*.mlp.experts": "moe_experts_allreduce"}'
+    text = migrated(function(body).replace("{}", f"{{{PAIR}}}"))
+    check_noop(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'self.base_model_tp_plan["layers.*.mlp.experts"] = "moe_experts_allreduce"',
+        'self.base_model_tp_plan |= {f"layers.{i}.mlp.experts": "moe_experts_allreduce" for i in range(3)}',
+        'self.base_model_tp_plan |= {"layers." + str(i) + ".mlp.experts": "moe_experts_allreduce"}',
+        'self.base_model_tp_plan |= {"layers.*.mlp.experts.gate_up_proj": STYLE if i else "packed_colwise"}',
+    ],
+)
+def test_what_cannot_be_written_safely_is_named(tmp_path, body):
+    outcome = check_noop(tmp_path, function(body))
+    assert codes(outcome) == ["MIG204"]
+
+
+def test_a_style_of_its_own_name_is_no_plan(tmp_path):
+    check_noop(tmp_path, function(f"names = {{{PAIR}}}\nprint(names)"))
+    check_noop(tmp_path, f"STYLES = {{{PAIR}}}\n")
+
+
+def test_code_in_generated_files_follows_its_owner(tmp_path):
+    modular = "from ..toy.configuration_toy import ToyConfig\n\n\nclass CopyConfig(ToyConfig):\n    pass\n"
+    write_tree(
+        tmp_path,
+        {
+            "toy/configuration_toy.py": PER_LAYER,
+            "toy/modeling_toy.py": REGULAR,
+            "copy/modular_copy.py": modular,
+            "copy/modeling_copy.py": REGULAR,
+            "copy/configuration_copy.py": generated("copy", PER_LAYER.replace("ToyConfig", "CopyConfig")),
+        },
+    )
+    outcome = rewrite(tmp_path)
+    roles = {change.path.name: change.role for change in outcome.changes}
+    assert roles == {"configuration_toy.py": "owner", "configuration_copy.py": "copy"}
+    expected = generated("copy", PER_LAYER_AFTER.replace("ToyConfig", "CopyConfig"))
+    assert (tmp_path / "copy/configuration_copy.py").read_text() == expected
+
+
+def test_code_that_only_the_copy_has_is_left_alone(tmp_path):
+    modular = "from ..toy.configuration_toy import ToyConfig\n\n\nclass CopyConfig(ToyConfig):\n    pass\n"
+    write_tree(
+        tmp_path,
+        {
+            "toy/configuration_toy.py": "class ToyConfig:\n    pass\n",
+            "copy/modular_copy.py": modular,
+            "copy/modeling_copy.py": REGULAR,
+            "copy/configuration_copy.py": generated("copy", PER_LAYER.replace("ToyConfig", "CopyConfig")),
+        },
+    )
+    outcome = rewrite(tmp_path)
+    assert outcome.changes == ()
+    assert codes(outcome) == ["MIG302"]
