@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,19 +13,19 @@ from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import families, judge
 from codemods.rewrite import rewrite_source
-from codemods.sources import Source, find_sources, read_source, replace_source
-from plans.decompose import Edit, InsertEntry, is_decomposed_plan
+from codemods.sources import Source, replace_source
+from codemods.survey import Survey, expert_plans, survey
+from plans.decompose import Edit, InsertEntry
 from plans.errors import MigratorError
 from plans.rule import Finding
 
-__all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "plan_rewrites", "write_changes"]
+__all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "decide", "outcome", "plan_rewrites", "write_changes"]
 
 Role = Literal["owner", "copy"]
+OwnedEdits = tuple[Place, tuple[Edit, ...]]
+"""A plan's owner, and what changes in the plan."""
 
 _WRITERS = 8
-_PLAN = b"_plan"
-# An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
-_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])")
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,21 @@ class Located:
 
 @dataclass(frozen=True)
 class LocatedEdit:
-    """An edit with its place in a file, the line counted from 1 in the file as it was."""
+    """An edit with its place in a file.
+
+    Args:
+        line: counted from 1 in the file as it was.
+        class_name: where its plan is assigned.
+        attribute: of the plan.
+        edit: what changes.
+        owner: the place that a person edits; the edits of one owner are made together or not at all.
+    """
 
     line: int
     class_name: str
     attribute: str
     edit: Edit
+    owner: Place
 
 
 @dataclass(frozen=True)
@@ -97,25 +105,18 @@ def plan_rewrites(paths: Sequence[Path]) -> Outcome:
     Raises:
         UsageError: a path does not exist.
     """
-    paths = [path.absolute() for path in paths]
-    reachable = find_sources(paths)
-    tree = Tree()
-    errors: list[MigratorError] = []
-    places: list[Place] = []
-    plan_files = 0
-    named = frozenset(paths)
-    for path in _with_context(paths, reachable):
-        try:
-            mentions, found = _expert_plans(tree, path, named=path in named)
-            plan_files += mentions
-            places += found
-        except MigratorError as error:
-            errors.append(error)
-    scope = frozenset(reachable)
-    edits, findings = _decide(tree, places, scope, errors)
-    changes = sorted(_changes(tree, edits), key=lambda change: (change.role == "copy", change.path))
-    kept = [_located(tree, place, finding) for place, finding in findings if place.path in scope]
-    return Outcome(tuple(changes), tuple(kept), tuple(errors), len(reachable), plan_files)
+    found = survey(paths, expert_plans)
+    edits, findings = decide(found)
+    return outcome(found, edits, findings)
+
+
+def outcome(
+    found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence[tuple[Place, Finding]]
+) -> Outcome:
+    """Return the files that the edits make, and the findings below the given paths, with their lines."""
+    changes = sorted(_changes(found.tree, edits), key=lambda change: (change.role == "copy", change.path))
+    kept = [_located(found.tree, place, finding) for place, finding in findings if place.path in found.reachable]
+    return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.reachable), found.plan_files)
 
 
 def write_changes(changes: Sequence[Change]) -> list[MigratorError]:
@@ -141,58 +142,20 @@ def _write(change: Change) -> MigratorError | None:
     return None
 
 
-def _with_context(paths: Sequence[Path], reachable: Sequence[Path]) -> list[Path]:
-    """Return the files to look at: a plan's copies may live beside the given paths, in sibling model folders."""
-    roots = {path.parent.parent if path.is_file() else path.parent for path in paths if _is_model_path(path)}
-    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots))]))
-
-
-def _is_model_path(path: Path) -> bool:
-    """Say whether a path is one model: its folder, or a file in it."""
-    folder = path.parent if path.is_file() else path
-    return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))
-
-
-def _expert_plans(tree: Tree, path: Path, *, named: bool) -> tuple[bool, list[Place]]:
-    """Return whether a file mentions a plan, and its plans with expert entries; most files are not even parsed."""
-    source = read_source(path)
-    mentions = _PLAN in source.data
-    if not mentions or not (named or _EXPERTS_ENTRY.search(source.data)):
-        return mentions, []
-    tree.add(source)
-    return mentions, list(_places(tree, path))
-
-
-def _places(tree: Tree, path: Path) -> Iterator[Place]:
-    """Yield where a file writes down plans that the rules speak of and that have expert entries."""
-    for owner in tree.module(path).classes.values():
-        for attribute, plan in owner.plans.items():
-            if isinstance(plan, PlanLiteral) and is_decomposed_plan(attribute) and _has_experts(plan):
-                yield Place(path, owner.name, attribute)
-        for index, literal in enumerate(owner.code):
-            if is_decomposed_plan(literal.attribute) and _has_experts(literal):
-                yield Place(path, owner.name, literal.attribute, index)
-
-
-def _has_experts(plan: PlanLiteral) -> bool:
-    return any("experts" in entry.key for entry in plan.entries)
-
-
-def _decide(
-    tree: Tree, places: Sequence[Place], scope: frozenset[Path], errors: list[MigratorError]
-) -> tuple[dict[Place, tuple[Edit, ...]], list[tuple[Place, Finding]]]:
-    groups, found = families(tree, places, errors)
-    edits: dict[Place, tuple[Edit, ...]] = {}
+def decide(found: Survey) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Finding]]]:
+    """Decide the edits of every family of plans that the rules speak of, and say what a person should know."""
+    wanted = [place for place in found.places if expert_plans.literal(_literal(found.tree, place))]
+    groups, findings = families(found.tree, wanted, found.errors)
+    edits: dict[Place, OwnedEdits] = {}
     for family in groups:
         try:
-            verdict = judge(tree, family, scope)
+            verdict = judge(found.tree, family, found.reachable)
         except MigratorError as error:
-            errors.append(error)
+            found.errors.append(error)
             continue
-        found += verdict.findings
-        if verdict.decomposition.edits:
-            edits |= dict.fromkeys(family.places, verdict.decomposition.edits)
-    return edits, found
+        edits |= {place: (family.owner, wanted) for place, wanted in verdict.edits.items() if wanted}
+        findings += verdict.findings
+    return edits, findings
 
 
 def _located(tree: Tree, place: Place, finding: Finding) -> Located:
@@ -206,17 +169,17 @@ def _line(tree: Tree, place: Place, key: str) -> int:
     return next((entry.line for entry in entries if entry.key == key), plan.line)
 
 
-def _changes(tree: Tree, edits: Mapping[Place, tuple[Edit, ...]]) -> Iterator[Change]:
-    by_file: dict[Path, dict[Place, tuple[Edit, ...]]] = defaultdict(dict)
+def _changes(tree: Tree, edits: Mapping[Place, OwnedEdits]) -> Iterator[Change]:
+    by_file: dict[Path, dict[Place, OwnedEdits]] = defaultdict(dict)
     for place, wanted in edits.items():
         by_file[place.path][place] = wanted
     for path, wanted_here in by_file.items():
         source = tree.source(path)
-        literals = [(_literal(tree, place), wanted) for place, wanted in wanted_here.items()]
+        literals = [(_literal(tree, place), wanted) for place, (_, wanted) in wanted_here.items()]
         data = rewrite_source(source, tree.module(path), literals)
         located = tuple(
-            LocatedEdit(_line(tree, place, _anchor(edit)), place.class_name, place.attribute, edit)
-            for place, wanted in wanted_here.items()
+            LocatedEdit(_line(tree, place, _anchor(edit)), place.class_name, place.attribute, edit, owner)
+            for place, (owner, wanted) in wanted_here.items()
             for edit in wanted
         )
         yield Change(source, data, "copy" if source.generated_from else "owner", located)

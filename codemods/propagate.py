@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,14 +11,16 @@ from pathlib import Path
 from codemods.layouts import read_layouts
 from codemods.module import Opaque, PlanLiteral
 from codemods.ownership import Lost, Place, Tree
-from plans.decompose import Decomposition, InsertEntry, LayoutReader, decompose
+from codemods.rewrite import edited
+from codemods.sources import shown
+from plans.decompose import Decomposition, Edit, InsertEntry, LayoutReader, decompose
 from plans.errors import MigratorError
 from plans.layout import ExpertLayout
 from plans.rule import Finding, rule
 
 _EXPERT_PARAMETER = re.compile(r"experts\.(?:gate_up_proj|up_proj|down_proj)$")
 
-__all__ = ["Family", "Verdict", "families", "judge"]
+__all__ = ["Family", "Verdict", "about", "families", "judge"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Family:
 class Verdict:
     """What is to be done to a family and said of it, each with the place it belongs to."""
 
-    decomposition: Decomposition
+    edits: Mapping[Place, tuple[Edit, ...]]
     findings: tuple[tuple[Place, Finding], ...]
 
 
@@ -66,7 +68,7 @@ def families(
             errors.append(error)
             continue
         if isinstance(owner, Lost):
-            lost.append((place, _about(tree, place, owner.code, owner.reason)))
+            lost.append((place, about(tree, place, owner.code, owner.reason)))
             continue
         known = copies.setdefault(owner, [])
         if owner != place:
@@ -82,18 +84,30 @@ def judge(tree: Tree, family: Family, reachable: frozenset[Path]) -> Verdict:
         family: an owner with its copies.
         reachable: the files that may be written.
     """
-    literal = tree.plan(family.owner)
-    plan = literal.plan if isinstance(literal, PlanLiteral) else {}
-    if at_odds := list(_at_odds(tree, family)):
-        return Verdict(Decomposition((), ()), tuple(at_odds))
     layout_of = _layout_reader([place.path.parent for place in family.places])
-    decomposition = _writable(literal, decompose(plan, layout_of, _beside(tree, family.owner)))
-    outside = [place.path for place in family.places if place.path not in reachable]
-    if decomposition.edits and outside:
+    wanted = {place: _decompose(tree, place, layout_of) for place in family.places}
+    results = {place: _result(tree, place, wanted[place]) for place in family.places}
+    if at_odds := [place for place in family.copies if results[place] != results[family.owner]]:
+        where = family.owner.path.name
+        return Verdict({}, tuple((place, about(tree, place, "MIG301", where)) for place in at_odds))
+    edits = {place: decomposition.edits for place, decomposition in wanted.items()}
+    outside = [place.path for place, some in edits.items() if some and place.path not in reachable]
+    if outside:
         named = [place for place in family.places if place.path in reachable]
-        found = [(place, _about(tree, place, "MIG304", str(outside[0]))) for place in named]
-        return Verdict(Decomposition((), ()), tuple(found))
-    return Verdict(decomposition, tuple((family.owner, finding) for finding in decomposition.findings))
+        return Verdict({}, tuple((place, about(tree, place, "MIG304", shown(outside[0]))) for place in named))
+    return Verdict(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings))
+
+
+def _decompose(tree: Tree, place: Place, layout_of: LayoutReader) -> Decomposition:
+    literal = tree.plan(place)
+    plan = literal.plan if isinstance(literal, PlanLiteral) else {}
+    return _writable(literal, decompose(plan, layout_of, _beside(tree, place)))
+
+
+def _result(tree: Tree, place: Place, wanted: Decomposition) -> list[tuple[str, str | None]]:
+    """Return the entries that a plan will have: a copy may lag behind its owner by rewrites only."""
+    literal = tree.plan(place)
+    return edited(literal, wanted.edits) if isinstance(literal, PlanLiteral) else []
 
 
 def _beside(tree: Tree, place: Place) -> dict[str, str]:
@@ -123,15 +137,6 @@ def _writable(literal: PlanLiteral | Opaque, wanted: Decomposition) -> Decomposi
     return Decomposition(tuple(edits), (*wanted.findings, *unwritable))
 
 
-def _at_odds(tree: Tree, family: Family) -> Iterator[tuple[Place, Finding]]:
-    owner = tree.plan(family.owner)
-    wanted = [(entry.key, entry.style) for entry in owner.entries] if isinstance(owner, PlanLiteral) else []
-    for place in family.copies:
-        copy = tree.plan(place)
-        if isinstance(copy, PlanLiteral) and [(entry.key, entry.style) for entry in copy.entries] != wanted:
-            yield place, _about(tree, place, "MIG301", family.owner.path.name)
-
-
 def _layout_reader(folders: Sequence[Path]) -> LayoutReader:
     """Return a reader that lets every model speak that uses the plan: the first irregular layout decides."""
 
@@ -146,11 +151,9 @@ def _layout_reader(folders: Sequence[Path]) -> LayoutReader:
     return read
 
 
-def _about(tree: Tree, place: Place, code: str, where: str) -> Finding:
-    """Return a finding about the first experts entry of the plan at a place."""
+def about(tree: Tree, place: Place, code: str, where: str) -> Finding:
+    """Return a finding about a whole plan, standing at its first experts entry or else at the plan."""
     literal = tree.plan(place)
-    keys = (
-        [entry.key for entry in literal.entries if "experts" in entry.key] if isinstance(literal, PlanLiteral) else []
-    )
-    key = keys[0] if keys else place.attribute
+    keys = (entry.key for entry in literal.entries) if isinstance(literal, PlanLiteral) else iter(())
+    key = next((key for key in keys if "experts" in key), place.attribute)
     return Finding(code, key, rule(code).message.format(key=key, where=where))

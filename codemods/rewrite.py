@@ -12,7 +12,7 @@ from codemods.module import Module, PlanLiteral, all_literals
 from codemods.sources import Source, shown
 from plans.decompose import Edit, InsertEntry, SetStyle
 
-__all__ = ["Splice", "rewrite_source", "splices"]
+__all__ = ["Splice", "edited", "rewrite_source", "splices"]
 
 _OPENING = re.compile(rb"[A-Za-z]*(\"\"\"|'''|\"|')")
 
@@ -47,7 +47,7 @@ def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLit
         body = body[: splice.start] + splice.text + body[splice.end :]
     result = Source(source.path, source.with_body(body))
     wanted = {id(literal): changes for literal, changes in edits}
-    expected = [_edited(literal, wanted.get(id(literal), ())) for literal in all_literals(module)]
+    expected = [edited(literal, wanted.get(id(literal), ())) for literal in all_literals(module)]
     found = [[(entry.key, entry.style) for entry in literal.entries] for literal in all_literals(read_module(result))]
     assert found == expected, f"{shown(source.path)}: a rewrite changed more than its rules named"
     return result.data
@@ -96,7 +96,7 @@ def _line_end(body: bytes, line_start: int) -> bytes:
     return before if before == b"\r\n" else before[-1:]
 
 
-def _edited(literal: PlanLiteral, edits: Sequence[Edit]) -> list[tuple[str, str | None]]:
+def edited(literal: PlanLiteral, edits: Sequence[Edit]) -> list[tuple[str, str | None]]:
     """Return the entries that a literal must hold once its edits are made."""
     result: list[tuple[str, str | None]] = []
     for entry in literal.entries:

@@ -275,3 +275,11 @@ def test_a_file_changed_meanwhile_is_refused(tmp_path):
     errors = write_changes(outcome.changes)
     assert "changed by someone else" in errors[0].message
     assert path.read_text() == PACKED + "# mine\n"
+
+
+def test_a_copy_that_only_lags_behind_is_brought_along(tmp_path):
+    chain(tmp_path, depth=1)
+    (tmp_path / "toy/configuration_toy.py").write_text(MIGRATED.lstrip())
+    outcome = rewrite(tmp_path)
+    assert [change.path.name for change in outcome.changes] == ["configuration_m0.py"]
+    assert outcome.findings == ()
