@@ -1,7 +1,8 @@
 """Expert layouts read from a model's own modeling source, never by running it.
 
 The guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only, and every other layout
-gives shape errors at best and silently wrong numbers at worst.
+gives shape errors at best and silently wrong numbers at worst. So the layout must be shown, not merely not denied:
+the shapes of the parameters, the flags of the class's decorator, and a forward that takes gate and up apart by `chunk`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from plans.layout import ExpertLayout
 
 __all__ = ["read_layouts"]
 
-_EXPERT_PARAMETER = re.compile(rb"up_proj = nn\.Parameter\(")
+_EXPERT_PARAMETER = re.compile(rb"up_proj\b[^#\n]{0,80}Parameter\(")
 _DECORATORS = 2000  # bytes above a class in which its decorators are looked for
 _TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
+_PROJECTIONS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+
+_Shapes = dict[str, tuple[str, ...]]
 
 
 def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
@@ -34,6 +38,8 @@ def _layouts_of_file(path: Path) -> Iterator[ExpertLayout | None]:
     data = read_source(path).data
     seen: set[str] = set()
     for match in _EXPERT_PARAMETER.finditer(data):
+        if b"#" in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]:
+            continue
         definition = _enclosing_class(data, match.start())
         if definition is None:
             yield None
@@ -41,13 +47,10 @@ def _layouts_of_file(path: Path) -> Iterator[ExpertLayout | None]:
             seen.add(definition.name)
             shapes = _parameter_shapes(definition)
             if _is_experts(shapes):
-                flags = _decorator_flags(definition)
-                alternating = b"::2" in data and _steps_by_two(definition)
-                flags["is_concatenated"] = flags.get("is_concatenated", True) and not alternating
-                yield _layout(f"{path.name}:{definition.name}", shapes, flags)
+                yield _layout(f"{path.name}:{definition.name}", definition, shapes)
 
 
-def _is_experts(shapes: dict[str, tuple[str, ...]]) -> bool:
+def _is_experts(shapes: _Shapes) -> bool:
     """Say whether a class packs experts: three-dimensional parameters, and no gate of its own beside `up_proj`."""
     return "gate_proj" not in shapes and len(shapes.get("gate_up_proj", shapes.get("up_proj", ()))) != 2
 
@@ -75,37 +78,63 @@ def _with_decorators(data: bytes, start: int) -> int:
     return start
 
 
-def _parameter_shapes(definition: ast.ClassDef) -> dict[str, tuple[str, ...]]:
-    """Return the dims of every `self.NAME = nn.Parameter(torch.empty(…))` as source text."""
-    shapes: dict[str, tuple[str, ...]] = {}
-    for node in _statements(definition.body):
-        match node:
-            case ast.Assign(
-                targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)],
-                value=ast.Call(func=ast.Attribute(attr="Parameter"), args=[ast.Call(args=dims), *_]),
-            ):
-                listed = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims
-                shapes[name] = tuple(ast.unparse(dim) for dim in listed)
+def _parameter_shapes(definition: ast.ClassDef) -> _Shapes:
+    """Return the dims of every parameter as source text: `self.NAME = nn.Parameter(torch.empty(…))` and the like.
+
+    A parameter that is made in another way has no dims.
+    """
+    shapes: _Shapes = {}
+    for statement in _statements(definition.body):
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=value)
+                | ast.AnnAssign(target=ast.Attribute(value=ast.Name(id="self"), attr=name), value=value)
+            ) if _is_parameter(value):
+                shapes[name] = _dims(value)
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(attr="register_parameter"), args=[ast.Constant(value=str(name)), value]
+                )
+            ) if not (isinstance(value, ast.Constant) and value.value is None):
+                shapes[name] = _dims(value)
     return shapes
 
 
-def _layout(where: str, shapes: dict[str, tuple[str, ...]], flags: dict[str, bool]) -> ExpertLayout | None:
+def _is_parameter(value: ast.expr | None) -> bool:
+    if not isinstance(value, ast.Call):
+        return False
+    made = value.func
+    return (made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")) == "Parameter"
+
+
+def _dims(value: ast.expr | None) -> tuple[str, ...]:
+    match value:
+        case ast.Call(args=[ast.Call(args=[ast.Tuple(elts=dims) | ast.List(elts=dims), *_]), *_]):
+            return tuple(map(ast.unparse, dims))
+        case ast.Call(args=[ast.Call(args=dims), *_]):
+            return tuple(map(ast.unparse, dims))
+    return ()
+
+
+def _layout(where: str, definition: ast.ClassDef, shapes: _Shapes) -> ExpertLayout | None:
+    flags = _decorator_flags(definition)
     packed = "gate_up_proj" in shapes
     up, down = shapes.get("gate_up_proj" if packed else "up_proj", ()), shapes.get("down_proj", ())
-    if len(up) != 3 or len(down) != 3:
+    biases = {name for name in shapes if name.endswith("bias")}
+    if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases:
         return None
     factor = "2 * " if packed else ""
     found = tuple(map(_factor_first, up[1:]))
-    regular = found == (factor + down[2], down[1])
-    transposed = found == (down[2], factor + down[1])
-    if not regular and not transposed:
+    regular, transposed = found == (factor + down[2], down[1]), found == (down[2], factor + down[1])
+    concatenated = _is_concatenated(definition, flags) if packed else True
+    if not (regular or transposed) or concatenated is None:
         return None
     return ExpertLayout(
         where,
         gated=packed and flags.get("has_gate", True),
         transposed=not regular or flags.get("is_transposed", False),
-        concatenated=flags["is_concatenated"],
-        biased=any(name.endswith("_bias") for name in shapes) or flags.get("has_bias", False),
+        concatenated=concatenated,
+        biased=bool(biases) or flags.get("has_bias", False),
     )
 
 
@@ -124,10 +153,21 @@ def _decorator_flags(definition: ast.ClassDef) -> dict[str, bool]:
     }
 
 
-def _steps_by_two(definition: ast.ClassDef) -> bool:
-    """Say whether the forward separates gate from up by `[..., ::2]`, which means that they alternate."""
-    steps = (node.step for node in ast.walk(definition) if isinstance(node, ast.Slice))
-    return any(isinstance(step, ast.Constant) and step.value == 2 for step in steps)
+def _is_concatenated(definition: ast.ClassDef, flags: dict[str, bool]) -> bool | None:
+    """Say whether gate rows stand before up rows, by how the class takes them apart; None where it does not show.
+
+    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate.
+    """
+    steps = chunks = False
+    for node in ast.walk(definition):
+        match node:
+            case ast.Slice(step=ast.Constant(value=2)):
+                steps = True
+            case ast.Call(func=ast.Attribute(attr="chunk"), args=[ast.Constant(value=2), *_]):
+                chunks = True
+    if steps or not flags.get("is_concatenated", True):
+        return False
+    return True if chunks else None
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

@@ -76,17 +76,20 @@ class _Reader:
     lines: tuple[int, ...]
     names: Mapping[str, str] = field(default_factory=dict)
 
-    def classes(self, statements: Sequence[ast.stmt]) -> Iterator[ClassPlans]:
+    def classes(self, statements: Sequence[ast.stmt], outer: str = "") -> Iterator[ClassPlans]:
+        """Yield the classes among statements, however deep, under their qualified names."""
         for statement in statements:
             if isinstance(statement, ast.ClassDef):
+                name = f"{outer}{statement.name}"
                 bases = tuple(filter(None, map(_dotted, statement.bases)))
                 if self._mentions(statement):
-                    yield self._class(statement, bases)
-                    yield from self.classes(statement.body)
+                    yield self._class(statement, name, bases)
+                    yield from self.classes(statement.body, f"{name}.")
                 else:
-                    yield ClassPlans(statement.name, bases)
-            elif isinstance(statement, (ast.If, ast.Try)):
-                yield from self.classes([*statement.body, *statement.orelse])
+                    yield ClassPlans(name, bases)
+            elif not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for block, _ in _blocks(statement):
+                    yield from self.classes(block, outer)
 
     def literals(
         self, statements: Sequence[ast.stmt], owner: str, function: str, conditions: tuple[Condition, ...]
@@ -105,7 +108,7 @@ class _Reader:
             for block, around in _blocks(statement):
                 yield from self.literals(block, owner, function, (*conditions, *around))
 
-    def _class(self, definition: ast.ClassDef, bases: tuple[str, ...]) -> ClassPlans:
+    def _class(self, definition: ast.ClassDef, qualified: str, bases: tuple[str, ...]) -> ClassPlans:
         plans: dict[str, PlanLiteral | Opaque] = {}
         others: list[ast.stmt] = []
         for statement in definition.body:
@@ -114,10 +117,10 @@ class _Reader:
                 others.append(statement)
                 continue
             name, value = target
-            literal = self._literal(value, definition.name, name, "", ())
-            plans[name] = literal or Opaque(definition.name, name, statement.lineno)
-        code = tuple(self.literals(others, definition.name, "", ()))
-        return ClassPlans(definition.name, bases, plans, code)
+            literal = self._literal(value, qualified, name, "", ())
+            plans[name] = literal or Opaque(qualified, name, statement.lineno)
+        code = tuple(self.literals(others, qualified, "", ()))
+        return ClassPlans(qualified, bases, plans, code)
 
     def _literal(
         self, node: ast.AST, owner: str, attribute: str, function: str, conditions: tuple[Condition, ...]
@@ -126,7 +129,7 @@ class _Reader:
         if not entries and not isinstance(node, ast.Dict):
             return None
         line = getattr(node, "lineno", 1)
-        return PlanLiteral(owner, attribute, line, entries, function, conditions)
+        return PlanLiteral(owner, attribute, line, entries, function, conditions, _takes_in(node))
 
     def _mentions(self, node: ast.stmt) -> bool:
         following = bisect_left(self.lines, _first_line(node))
@@ -137,7 +140,9 @@ class _Reader:
         match statement:
             case ast.Assign(targets=[ast.Subscript(value=holder)]) if plan := self._plan_of(holder):
                 yield plan, statement
-            case ast.Assign(targets=[target], value=value) if plan := self._plan_of(target):
+            case ast.Assign(targets=targets, value=value) if plan := next(
+                filter(None, map(self._plan_of, targets)), None
+            ):
                 yield plan, value
             case ast.AnnAssign(target=target, value=ast.expr() as value) if plan := self._plan_of(target):
                 yield plan, value
@@ -150,6 +155,9 @@ class _Reader:
                 yield function, value
         yield from _plan_arguments(statement)
 
+    def _plan_among(self, nodes: Sequence[ast.expr]) -> str | None:
+        return next(filter(None, map(self._plan_of, nodes)), None)
+
     def _plan_of(self, node: ast.expr) -> str | None:
         if isinstance(node, ast.Attribute):
             return node.attr if is_plan_attribute(node.attr) else None
@@ -160,11 +168,39 @@ class _Reader:
 
 def _class_level_plan(statement: ast.stmt) -> tuple[str, ast.expr] | None:
     match statement:
-        case ast.Assign(targets=[ast.Name(id=name)], value=value) if is_plan_attribute(name):
-            return name, value
+        case ast.Assign(targets=targets, value=value):
+            names = (target.id for target in targets if isinstance(target, ast.Name))
+            name = next(filter(is_plan_attribute, names), None)
+            return (name, value) if name else None
         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if is_plan_attribute(name):
             return name, value
     return None
+
+
+def _takes_in(node: ast.AST) -> bool:
+    """Say whether an expression takes in entries from elsewhere than plans of the same object: `{**BASE, …}`."""
+    taken: list[ast.expr] = []
+    for part in ast.walk(node):
+        match part:
+            case ast.Dict(keys=keys, values=values):
+                taken += [value for key, value in zip(keys, values, strict=True) if key is None]
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                taken += [left, right]
+            case ast.Call(func=ast.Name(id="dict"), args=arguments):
+                taken += arguments
+    return not all(_is_written_here(value) for value in taken)
+
+
+def _is_written_here(value: ast.expr) -> bool:
+    """Say whether what is taken in is written out in place, or is this object's own plan or a copy of it."""
+    match value:
+        case ast.Dict() | ast.DictComp() | ast.List() | ast.Tuple() | ast.BinOp():
+            return True
+        case ast.Call(func=ast.Attribute(value=holder, attr="copy"), args=[]):
+            return _is_written_here(holder)
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return is_plan_attribute(name)
+    return False
 
 
 def _aliases(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str]:

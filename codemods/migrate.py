@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from codemods.ignores import without_held
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import families, judge
 from codemods.rewrite import rewrite_source
-from codemods.sources import Source, replace_source
+from codemods.selection import Silencer
+from codemods.sources import Source, check_replaceable, read_source, replace_source, shown
 from codemods.survey import Survey, expert_plans, survey
 from plans.decompose import Edit, InsertEntry
-from plans.errors import MigratorError
-from plans.rule import Finding
+from plans.errors import MigratorError, SourceError
+from plans.rule import Finding, rule
 
-__all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "decide", "outcome", "plan_rewrites", "write_changes"]
+__all__ = [
+    "Change",
+    "Located",
+    "LocatedEdit",
+    "Outcome",
+    "Role",
+    "Written",
+    "decide",
+    "outcome",
+    "plan_rewrites",
+    "write_changes",
+]
 
 Role = Literal["owner", "copy"]
 OwnedEdits = tuple[Place, tuple[Edit, ...]]
@@ -79,6 +93,11 @@ class Change:
         """Where it is."""
         return self.source.path
 
+    @property
+    def owners(self) -> frozenset[Place]:
+        """The owners of what changes in it."""
+        return frozenset(edit.owner for edit in self.edits)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -99,61 +118,110 @@ class Outcome:
     plan_files: int
 
 
-def plan_rewrites(paths: Sequence[Path]) -> Outcome:
+def plan_rewrites(paths: Sequence[Path], silencer: Silencer | None = None) -> Outcome:
     """Compute every rewrite below the paths; nothing is written.
+
+    Args:
+        paths: files and folders.
+        silencer: says what of them is spoken of and what is ignored; without it everything is said.
 
     Raises:
         UsageError: a path does not exist.
     """
-    found = survey(paths, expert_plans)
+    found = survey(paths, expert_plans, silencer)
     edits, findings = decide(found)
     return outcome(found, edits, findings)
 
 
-def outcome(
-    found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence[tuple[Place, Finding]]
-) -> Outcome:
+def outcome(found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence[tuple[Place, Finding]]) -> Outcome:
     """Return the files that the edits make, and the findings below the given paths, with their lines."""
-    changes = sorted(_changes(found.tree, edits), key=lambda change: (change.role == "copy", change.path))
-    kept = [_located(found.tree, place, finding) for place, finding in findings if place.path in found.reachable]
+    changes = sorted(_changes(found, edits), key=lambda change: (change.role == "copy", change.path))
+    located = [_located(found.tree, place, finding) for place, finding in findings if place.path in found.reachable]
+    located += filter(None, map(_about_link, found.links))
+    kept = [one for one in located if not found.silencer.is_silent(one.path, one.line, one.finding.code)]
     return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.reachable), found.plan_files)
 
 
-def write_changes(changes: Sequence[Change]) -> list[MigratorError]:
-    """Write every file, owners before copies; one that cannot be written does not stop the others.
+@dataclass(frozen=True)
+class Written:
+    """What became of the changes.
 
-    Returns:
-        The errors met.
+    Args:
+        changes: those that were written.
+        errors: why the others were not.
     """
+
+    changes: tuple[Change, ...]
+    errors: tuple[MigratorError, ...]
+
+
+def write_changes(changes: Sequence[Change]) -> Written:
+    """Write every file, owners before copies; an owner and its copies are written together or not at all.
+
+    Where one of them cannot be written, nothing that belongs to its owners is, and everything else still is.
+    """
+    errors = {change.path: error for change in changes if (error := _attempt(check_replaceable, change.source))}
+    stopped = {owner for change in changes if change.path in errors for owner in change.owners}
+    wanted = [change for change in changes if not stopped & change.owners]
+    held_back = [_held_back(change) for change in changes if change not in wanted and change.path not in errors]
     # Each write waits for the disk: side by side they wait together.
     with ThreadPoolExecutor(_WRITERS) as writers:
-        errors: list[MigratorError] = []
         for role in ("owner", "copy"):
-            wanted = [change for change in changes if change.role == role]
-            errors += filter(None, writers.map(_write, wanted))
-    return errors
+            batch = [change for change in wanted if change.role == role and not stopped & change.owners]
+            results = writers.map(lambda change: _attempt(replace_source, change.source, change.data), batch)
+            failed = {change.path: error for change, error in zip(batch, results, strict=True) if error}
+            errors |= failed
+            stopped |= {owner for change in batch if change.path in failed for owner in change.owners}
+    written = tuple(change for change in wanted if change.path not in errors and not stopped & change.owners)
+    return Written(written, (*errors.values(), *held_back))
 
 
-def _write(change: Change) -> MigratorError | None:
+def _attempt(action: Callable[..., None], *arguments: object) -> MigratorError | None:
     try:
-        replace_source(change.source, change.data)
+        action(*arguments)
     except MigratorError as error:
         return error
     return None
 
 
+def _held_back(change: Change) -> MigratorError:
+    return SourceError(
+        f"{shown(change.path)}: not written, because another file of the same plan cannot be",
+        hint="make that file writable and run again",
+        path=str(change.path),
+    )
+
+
+def _about_link(link: Path) -> Located | None:
+    """Say of a link out of the given paths that the plans behind it are left alone."""
+    try:
+        leads_to_plans = expert_plans.in_file(read_source(link).data)
+    except MigratorError:
+        return None
+    where = shown(link.resolve())
+    finding = Finding("MIG305", link.name, rule("MIG305").message.format(key=link.name, where=where))
+    return Located(link, 1, "", "", finding) if leads_to_plans else None
+
+
 def decide(found: Survey) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Finding]]]:
     """Decide the edits of every family of plans that the rules speak of, and say what a person should know."""
-    wanted = [place for place in found.places if expert_plans.literal(_literal(found.tree, place))]
-    groups, findings = families(found.tree, wanted, found.errors)
+    places = [place for place in found.places if expert_plans.literal(_literal(found.tree, place))]
+    touches = found.silencer.selection.touches
+    groups, lost = families(found.tree, places, found.errors)
+    findings = [(place, finding) for place, finding in lost if touches([place.path])]
     edits: dict[Place, OwnedEdits] = {}
     for family in groups:
+        if not touches(place.path for place in family.places):
+            continue
         try:
             verdict = judge(found.tree, family, found.reachable)
         except MigratorError as error:
             found.errors.append(error)
             continue
-        edits |= {place: (family.owner, wanted) for place, wanted in verdict.edits.items() if wanted}
+        owner = family.owner
+        held = found.silencer.held(owner.path, verdict.edits.get(owner, ()), partial(_edit_line, found.tree, owner))
+        kept = {place: without_held(proposed, held) for place, proposed in verdict.edits.items()}
+        edits |= {place: (owner, wanted) for place, wanted in kept.items() if wanted}
         findings += verdict.findings
     return edits, findings
 
@@ -169,20 +237,34 @@ def _line(tree: Tree, place: Place, key: str) -> int:
     return next((entry.line for entry in entries if entry.key == key), plan.line)
 
 
-def _changes(tree: Tree, edits: Mapping[Place, OwnedEdits]) -> Iterator[Change]:
+def _changes(found: Survey, edits: Mapping[Place, OwnedEdits]) -> list[Change]:
+    """Compute every file's new bytes; where one fails, all that belongs to its owners is given up."""
     by_file: dict[Path, dict[Place, OwnedEdits]] = defaultdict(dict)
     for place, wanted in edits.items():
         by_file[place.path][place] = wanted
+    changes: list[Change] = []
+    broken: set[Place] = set()
     for path, wanted_here in by_file.items():
-        source = tree.source(path)
-        literals = [(_literal(tree, place), wanted) for place, (_, wanted) in wanted_here.items()]
-        data = rewrite_source(source, tree.module(path), literals)
-        located = tuple(
-            LocatedEdit(_line(tree, place, _anchor(edit)), place.class_name, place.attribute, edit, owner)
-            for place, (owner, wanted) in wanted_here.items()
-            for edit in wanted
-        )
-        yield Change(source, data, "copy" if source.generated_from else "owner", located)
+        try:
+            changes.append(_change(found.tree, path, wanted_here))
+        except MigratorError as error:
+            found.errors.append(error)
+            broken |= {owner for owner, _ in wanted_here.values()}
+    if not broken:
+        return changes
+    return _changes(found, {place: owned for place, owned in edits.items() if owned[0] not in broken})
+
+
+def _change(tree: Tree, path: Path, edits: Mapping[Place, OwnedEdits]) -> Change:
+    source = tree.source(path)
+    literals = [(_literal(tree, place), wanted) for place, (_, wanted) in edits.items()]
+    data = rewrite_source(source, tree.module(path), literals)
+    located = tuple(
+        LocatedEdit(_edit_line(tree, place, edit), place.class_name, place.attribute, edit, owner)
+        for place, (owner, wanted) in edits.items()
+        for edit in wanted
+    )
+    return Change(source, data, "copy" if source.generated_from else "owner", located)
 
 
 def _literal(tree: Tree, place: Place) -> PlanLiteral:
@@ -191,5 +273,5 @@ def _literal(tree: Tree, place: Place) -> PlanLiteral:
     return plan
 
 
-def _anchor(edit: Edit) -> str:
-    return edit.anchor if isinstance(edit, InsertEntry) else edit.key
+def _edit_line(tree: Tree, place: Place, edit: Edit) -> int:
+    return _line(tree, place, edit.anchor if isinstance(edit, InsertEntry) else edit.key)

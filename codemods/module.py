@@ -32,12 +32,13 @@ class PlanLiteral:
     """The plan entries that one expression writes down.
 
     Args:
-        class_name: the class it stands in, empty outside of classes.
+        class_name: the qualified name of the class it stands in, empty outside of classes.
         attribute: the plan it goes into, `base_model_tp_plan`; `tp_plan` for an argument of that name.
         line: where it begins, counted from 1.
         entries: in order.
         function: the function it stands in, empty in a class body.
         conditions: the `if` statements around it in that function, outermost first.
+        takes_in: whether it also takes in entries that are written elsewhere, `{**BASE, …}`.
     """
 
     class_name: str
@@ -46,6 +47,7 @@ class PlanLiteral:
     entries: tuple[Entry, ...]
     function: str = ""
     conditions: tuple[Condition, ...] = ()
+    takes_in: bool = False
 
     @cached_property
     def plan(self) -> Mapping[str, str]:
@@ -75,7 +77,7 @@ class ClassPlans:
     """A class with the plans that it writes down itself.
 
     Args:
-        name: of the class, empty for what stands outside of classes.
+        name: qualified, `Outer.Inner`; empty for what stands outside of classes.
         bases: its base classes as written, dotted; a base that is computed is left out.
         plans: attribute name to what the class body last assigns to it.
         code: the literals in its functions, in order.

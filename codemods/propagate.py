@@ -124,17 +124,22 @@ def _beside(tree: Tree, place: Place) -> dict[str, str]:
 
 
 def _writable(literal: PlanLiteral | Opaque, wanted: Decomposition) -> Decomposition:
-    """Turn what cannot be written safely into findings: entries with computed styles, or with no place for new ones."""
-    entries = literal.entries if isinstance(literal, PlanLiteral) else ()
-    computed = [entry.key for entry in entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
-    fixed = {entry.key for entry in entries if not entry.can_precede}
+    """Turn what cannot be written safely into findings.
+
+    That is: entries with computed styles, new entries without a place for them, and whatever depends on entries that
+    the plan takes in from elsewhere and that nobody here can see.
+    """
+    if not isinstance(literal, PlanLiteral):
+        return wanted
+    computed = [entry.key for entry in literal.entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
+    fixed = {entry.key for entry in literal.entries if literal.takes_in or not entry.can_precede}
+    unseen = [found.key for found in wanted.findings if literal.takes_in and found.code == "MIG202"]
     edits = [edit for edit in wanted.edits if not (isinstance(edit, InsertEntry) and edit.anchor in fixed)]
-    kept = {edit.key for edit in edits}
-    lost = [edit.anchor for edit in wanted.edits if isinstance(edit, InsertEntry) and edit.key not in kept]
-    unwritable = [
-        Finding("MIG204", key, rule("MIG204").message.format(key=key)) for key in dict.fromkeys(computed + lost)
-    ]
-    return Decomposition(tuple(edits), (*wanted.findings, *unwritable))
+    lost = [edit.anchor for edit in wanted.edits if edit not in edits and isinstance(edit, InsertEntry)]
+    findings = [found for found in wanted.findings if found.key not in unseen]
+    message = rule("MIG204").message
+    findings += (Finding("MIG204", key, message.format(key=key)) for key in dict.fromkeys((*computed, *lost, *unseen)))
+    return Decomposition(tuple(edits), tuple(findings))
 
 
 def _layout_reader(folders: Sequence[Path]) -> LayoutReader:

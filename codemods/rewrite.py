@@ -11,6 +11,7 @@ from codemods.literals import read_module
 from codemods.module import Module, PlanLiteral, all_literals
 from codemods.sources import Source, shown
 from plans.decompose import Edit, InsertEntry, SetStyle
+from plans.errors import SourceError
 
 __all__ = ["Splice", "edited", "rewrite_source", "splices"]
 
@@ -41,6 +42,9 @@ def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLit
         source: the file.
         module: what it says of plans.
         edits: its plan literals with what is to change in each.
+
+    Raises:
+        SourceError: the result does not parse or holds anything else; a fault of ours.
     """
     body = source.body
     for splice in sorted(splices(source, edits), key=lambda splice: splice.start, reverse=True):
@@ -49,7 +53,12 @@ def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLit
     wanted = {id(literal): changes for literal, changes in edits}
     expected = [edited(literal, wanted.get(id(literal), ())) for literal in all_literals(module)]
     found = [[(entry.key, entry.style) for entry in literal.entries] for literal in all_literals(read_module(result))]
-    assert found == expected, f"{shown(source.path)}: a rewrite changed more than its rules named"
+    if found != expected:
+        raise SourceError(
+            f"{shown(source.path)}: left alone, its rewrite would have changed more than the rules name",
+            hint="report this file; nothing of its plans was written",
+            path=str(source.path),
+        )
     return result.data
 
 

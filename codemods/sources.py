@@ -15,12 +15,12 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-from plans.errors import SourceError, UsageError
+from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["Source", "find_sources", "read_source", "replace_source", "shown"]
+__all__ = ["Source", "check_replaceable", "find_links", "find_sources", "read_source", "replace_source", "shown"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
-_GENERATED = re.compile(rb"automatically generated from (\S+?)\.? *$", re.MULTILINE)
+_GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
 _HEADER_BYTES = 2048
 
 
@@ -63,9 +63,9 @@ class Source:
             return self.data
         try:
             return self.data.decode(self.encoding).encode()
-        except UnicodeDecodeError as error:
+        except (LookupError, UnicodeError) as error:
             raise SourceError(
-                f"{shown(self.path)}: not {self.encoding} text at byte {error.start}",
+                f"{shown(self.path)}: not {self.encoding} text: {error}",
                 hint="declare its encoding with a coding cookie",
                 path=str(self.path),
             ) from error
@@ -96,33 +96,59 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def find_sources(paths: Iterable[Path]) -> list[Path]:
-    """Return the Python files among and below the paths, absolute and sorted; links to folders are not followed.
+def find_sources(paths: Iterable[Path], unreadable: list[MigratorError] | None = None) -> list[Path]:
+    """Return the Python files among and below the paths, each once, resolved and sorted.
+
+    Links below the paths are not followed: what they lead to is found at its own place, or lies outside.
+
+    Args:
+        paths: files and folders; a link among them means what it leads to.
+        unreadable: takes the errors of folders that cannot be listed; without it they are raised.
 
     Raises:
         UsageError: a path does not exist.
     """
-    found: dict[Path, None] = {}
-    for path in map(Path.absolute, paths):
+    found: dict[str, None] = {}
+    for path in paths:
         if path.is_dir():
-            found |= dict.fromkeys(map(Path, sorted(_walk(str(path)))))
+            found |= dict.fromkeys(sorted(_walk(str(path.resolve()), unreadable)))
         elif path.exists():
-            found[path] = None
+            found[str(path.resolve())] = None
         else:
             raise UsageError(
                 f"{shown(path)}: no such file or folder", hint="name files or folders that exist", path=str(path)
             )
-    return list(found)
+    return list(map(Path, found))
 
 
-def _walk(folder: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith("."):
-                    yield from _walk(entry.path)
-            elif entry.name.endswith(".py"):
-                yield entry.path
+def find_links(paths: Iterable[Path]) -> list[Path]:
+    """Return the links to Python files below the paths that lead out of them."""
+    folders = [path.resolve() for path in paths if path.is_dir()]
+    links = (Path(link) for folder in folders for link in _walk(str(folder), [], links=True))
+    return [link for link in links if not any(link.resolve().is_relative_to(folder) for folder in folders)]
+
+
+def _walk(folder: str, unreadable: list[MigratorError] | None, *, links: bool = False) -> Iterator[str]:
+    """Yield the Python files below a folder, or the links to such in their place; hidden ones are passed over."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name not in _SKIPPED_FOLDERS:
+                        yield from _walk(entry.path, unreadable, links=links)
+                elif entry.name.endswith(".py") and (
+                    entry.is_symlink() and entry.is_file() if links else entry.is_file(follow_symlinks=False)
+                ):
+                    yield entry.path
+    except OSError as error:
+        problem = SourceError(
+            f"{shown(Path(folder))}: {error.strerror}", hint="make it a readable folder or leave it out", path=folder
+        )
+        if unreadable is None:
+            raise problem from error
+        unreadable.append(problem)
 
 
 def read_source(path: Path) -> Source:
@@ -132,8 +158,11 @@ def read_source(path: Path) -> Source:
         SourceError: it cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Without O_NONBLOCK a named pipe would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(0, "is no regular file")
             return Source(path, _read_all(descriptor))
         finally:
             os.close(descriptor)
@@ -152,27 +181,43 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(pieces)
 
 
+def check_replaceable(source: Source) -> None:
+    """Check that a file can be replaced and is still as it was read.
+
+    Raises:
+        SourceError: it changed, or it or its folder is read-only.
+    """
+    try:
+        if read_source(source.path).data != source.data:
+            raise SourceError(
+                f"{shown(source.path)}: changed by someone else since it was read",
+                hint="run again",
+                path=str(source.path),
+            )
+        target = source.path.resolve()
+        if not (os.access(target, os.W_OK) and os.access(target.parent, os.W_OK)):
+            raise PermissionError(0, "is read-only")
+    except OSError as error:
+        raise _unwritable(source, error) from error
+
+
 def replace_source(source: Source, data: bytes) -> None:
     """Replace a file's bytes in one step, keeping its mode; a kill leaves the old file or the new one.
 
     Raises:
         SourceError: the file changed since it was read, or cannot be replaced.
     """
-    target = source.path.resolve()
+    check_replaceable(source)
     try:
-        if target.read_bytes() != source.data:
-            raise SourceError(
-                f"{shown(source.path)}: changed by someone else since it was read",
-                hint="run again",
-                path=str(source.path),
-            )
-        if not os.access(target, os.W_OK):
-            raise PermissionError(0, "is read-only")
-        _write_beside(target, data)
+        _write_beside(source.path.resolve(), data)
     except OSError as error:
-        raise SourceError(
-            f"{shown(source.path)}: {error.strerror}", hint="make it writable or leave it out", path=str(source.path)
-        ) from error
+        raise _unwritable(source, error) from error
+
+
+def _unwritable(source: Source, error: OSError) -> SourceError:
+    return SourceError(
+        f"{shown(source.path)}: {error.strerror}", hint="make it writable or leave it out", path=str(source.path)
+    )
 
 
 def _write_beside(target: Path, data: bytes) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
-from codemods.sources import find_sources, read_source
+from codemods.selection import Silencer
+from codemods.sources import find_links, find_sources, read_source
 from plans.decompose import is_decomposed_plan
 from plans.errors import MigratorError
 
@@ -17,7 +18,7 @@ __all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "survey"]
 
 _PLAN = b"_plan"
 # An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
-_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])")
+_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*(?:#[^\n]*\s*)*(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Survey:
 
     Args:
         tree: the files that were read.
-        reachable: the files below the given paths.
+        reachable: the files below the given paths that may be reported on and written.
+        silencer: says what is spoken of and what is ignored.
+        links: below the given paths, to files outside of them.
         places: the plans found, in and beside the given paths.
         errors: files that could not be read or parsed.
         plan_files: how many files mention a plan.
@@ -55,39 +58,51 @@ class Survey:
 
     tree: Tree
     reachable: frozenset[Path]
+    silencer: Silencer
+    links: list[Path]
     places: list[Place] = field(default_factory=list)
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
 
 
-def survey(paths: Sequence[Path], wanted: Wanted) -> Survey:
+def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = None) -> Survey:
     """Read a tree and find its plans.
+
+    Args:
+        paths: files and folders.
+        wanted: which plans.
+        silencer: says what of them is spoken of and what is ignored; without it everything is said.
 
     Raises:
         UsageError: a path does not exist.
     """
-    paths = [path.absolute() for path in paths]
-    named = frozenset(paths)
-    reachable = find_sources(paths)
-    result = Survey(Tree(), frozenset(reachable))
-    for path in _with_context(paths, reachable):
+    silencer = silencer or Silencer()
+    includes = silencer.selection.includes
+    errors: list[MigratorError] = []
+    reachable = find_sources(paths, errors)
+    named = frozenset(path.resolve() for path in paths)
+    result = Survey(Tree(), frozenset(filter(includes, reachable)), silencer, find_links(paths), errors=errors)
+    for path in _with_context(named, reachable):
         try:
             source = read_source(path)
             if _PLAN not in source.data:
                 continue
             result.plan_files += 1
+            if path in result.reachable:
+                silencer.read(source)
             if path in named or wanted.in_file(source.data):
                 result.tree.add(source)
                 result.places += _places(result.tree, path, wanted.literal)
         except MigratorError as error:
-            result.errors.append(error)
+            if path in result.reachable:
+                result.errors.append(error)
     return result
 
 
-def _with_context(paths: Sequence[Path], reachable: Sequence[Path]) -> list[Path]:
+def _with_context(paths: Iterable[Path], reachable: Sequence[Path]) -> list[Path]:
     """Return the files to look at: a plan's copies may live beside the given paths, in sibling model folders."""
     roots = {path.parent.parent if path.is_file() else path.parent for path in paths if _is_model_path(path)}
-    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots))]))
+    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots), [])]))
 
 
 def _is_model_path(path: Path) -> bool:

@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 
 __all__ = ["main"]
 
-_COMMANDS = ("rewrite", "plan", "reshard", "validate")
+_COMMANDS = ("rewrite", "check", "diff", "explain", "plan", "reshard", "validate")
 
 
 class _LazyGroup(click.Group):
@@ -39,6 +39,9 @@ def group() -> None:
 
     \b
     migrator rewrite src/models                        rewrite the plans in model source
+    migrator check src/models                          what is still to be done, for CI
+    migrator diff main                                 what the branch really changes on the mesh
+    migrator explain MIG001                            what a rule does, and why
     migrator plan CHECKPOINT --tp 2                    where each parameter goes, and why
     migrator reshard CHECKPOINT OUT --tp 2             lay a checkpoint out for the plan
     migrator validate OUT --tp 2 --reference CHECKPOINT   prove it on real processes

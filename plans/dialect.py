@@ -1,8 +1,9 @@
 """Dialects: named vocabularies of styles, one TOML file each under `plans/dialects/`.
 
-Names alone mean nothing: `packed_colwise` shards another tensor dim before 5.16 than after it. A dialect file holds
-`name`, `releases` (the transformers minor versions that speak it), optionally `extends` (another dialect's name) with
-`removed` (styles it no longer has), and one table per style.
+Names alone mean nothing: `packed_colwise` shards expert parameters in releases and refuses them on the DTensor branch,
+`replicate` wraps modules in 4.57 and leaves them alone in 5.21. A dialect file holds `name`, `releases` (the
+transformers minor versions that speak it, none for a stage of the branch, which has a `stage`), optionally `extends`
+(another dialect's name) with `removed` (styles it no longer has), and one table per style.
 """
 
 from __future__ import annotations
@@ -28,11 +29,24 @@ _FOLDER = Path(__file__).with_name("dialects")
 
 @dataclass(frozen=True)
 class Dialect:
-    """A named vocabulary of styles."""
+    """A named vocabulary of styles.
+
+    Args:
+        name: `transformers-5.23`.
+        releases: the minor versions that speak it.
+        styles: by name; where several have one meaning the first is the one to write.
+        stage: of the DTensor branch, counted from 1; 0 for what was released.
+    """
 
     name: str
     releases: tuple[str, ...]
     styles: Mapping[str, Style]
+    stage: int = 0
+
+    @property
+    def age(self) -> tuple[tuple[int, int], int]:
+        """A sort key, oldest first: stages of the branch in their order, then releases."""
+        return (max(map(_minor, self.releases), default=(0, 0)), self.stage)
 
     def style(self, name: str, key: str) -> Style:
         """Return the style that a plan entry names.
@@ -74,7 +88,8 @@ def load_dialect(name: str) -> Dialect:
     base = load_dialect(table["extends"]).styles if "extends" in table else {}
     kept = {style: base[style] for style in base if style not in table.get("removed", ())}
     added = {style: _style(style, row) for style, row in table.get("styles", {}).items()}
-    return Dialect(table["name"], tuple(table["releases"]), MappingProxyType({**kept, **added}))
+    styles = MappingProxyType({**kept, **added})
+    return Dialect(table["name"], tuple(table["releases"]), styles, table.get("stage", 0))
 
 
 def dialect_for_release(version: str) -> Dialect:
@@ -108,6 +123,8 @@ def _style(name: str, row: Mapping[str, Any]) -> Style:
         does=row["does"],
         output=row.get("output", "whole"),
         rules=tuple(_rule(rule) for rule in row.get("placements", ())),
+        means=MappingProxyType(row["means"]),
+        only=row.get("only", ""),
     )
 
 

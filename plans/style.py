@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from plans.placement import Placement, normalized
@@ -45,6 +46,9 @@ class Style:
         does: one line on what it communicates.
         output: how a hooked Linear leaves its output: `sharded` by feature or `whole` on every rank.
         rules: placement rows, first match decides.
+        means: its meaning (`plans/meanings.toml`) by what the key names: `linear`, `embedding`, `parameter 3`,
+            `experts`, `expert-parallel`, `unsharded experts`, or `module`, which also speaks of every other module.
+        only: the kind of plan in which it means anything, `ep`; without it, every kind.
     """
 
     name: str
@@ -52,6 +56,12 @@ class Style:
     does: str
     output: Literal["sharded", "whole"] = "whole"
     rules: tuple[PlacementRule, ...] = ()
+    means: Mapping[str, str] = field(default_factory=dict)
+    only: str = ""
+
+    def meaning(self, thing: str) -> str | None:
+        """Return what the style means on a thing, None where the dialect does not say."""
+        return self.means.get(thing) or (None if thing.startswith("parameter") else self.means.get("module"))
 
     def placement(self, owner: Owner, rank: int, parameter: str) -> Placement | None:
         """Return where the style puts a parameter, dims counted from the front, or None if it says nothing of it."""

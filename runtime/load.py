@@ -17,7 +17,8 @@ from plans.errors import CheckpointError, IncompleteError, MismatchError
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks import held_by, rank_file
 from runtime.checkpoint.safetensors import StoredTensor, read_exactly, read_header
-from runtime.model import DTYPES
+from runtime.model import DTYPES, model_tensors
+from runtime.wording import listed
 
 __all__ = ["load_ranks", "load_whole"]
 
@@ -113,11 +114,8 @@ def _fill(
 
 def _slots(model: nn.Module, tied: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return the tensors that a checkpoint must fill, by name."""
-    persistent, others = set(model.state_dict(keep_vars=True)), set(tied)
-    return {
-        **{name: value for name, value in model.named_parameters(remove_duplicate=False) if name not in others},
-        **{name: value for name, value in model.named_buffers() if name in persistent},
-    }
+    others = set(tied)
+    return {name: tensor for name, tensor in model_tensors(model).items() if name not in others}
 
 
 def _local_shape(tensor: torch.Tensor) -> torch.Size:
@@ -173,7 +171,7 @@ def _check_shape(name: str, shape: Sequence[int], slot: torch.Tensor, source: st
 def _check_names(slots: Mapping[str, torch.Tensor], found: Set[str], source: str) -> None:
     if missing := sorted(slots.keys() - found):
         raise IncompleteError(
-            f"{source}: no {_listed(missing)}", hint="the checkpoint is incomplete; reshard again", tensors=missing
+            f"{source}: no {listed(missing)}", hint="the checkpoint is incomplete; reshard again", tensors=missing
         )
     if unexpected := sorted(found - slots.keys()):
         raise _unexpected(unexpected, source)
@@ -181,12 +179,7 @@ def _check_names(slots: Mapping[str, torch.Tensor], found: Set[str], source: str
 
 def _unexpected(names: list[str], source: str) -> MismatchError:
     return MismatchError(
-        f"{source}: holds {_listed(names)}, which the model lacks",
+        f"{source}: holds {listed(names)}, which the model lacks",
         hint="the checkpoint belongs to another model; reshard again",
         tensors=names,
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name) for name in names[:3]) + more

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from plans.errors import CheckpointError, DependencyError, IncompleteError, UsageError
+from runtime.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +23,7 @@ __all__ = [
     "find_config",
     "meta_model",
     "model_class",
+    "model_tensors",
     "read_config",
     "transformers_version",
 ]
@@ -81,18 +84,28 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # What transformers' config classes raise is not ours to list.
         raise CheckpointError(
-            f"{folder}/config.json: {_first_line(error)}",
-            hint=f"transformers {transformers_version()} must know the model type; models with code of their own "
-            "in the checkpoint are not run",
+            f"{folder}/config.json: {first_line(error)}",
+            hint=f"correct the entry; transformers {transformers_version()} must know the model type, and models with "
+            "code of their own in the checkpoint are not run",
             folder=str(folder),
         ) from error
+    _check_dtype(config, folder)
     # A config may name a kernel repository for its attention or experts, whose code would be fetched and run.
     # Grouped expert kernels also ask for widths in multiples of 16 bytes, which a rank's slice need not have.
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     return config
+
+
+def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(
+            f"{folder}/config.json: {config.dtype!r} is not a dtype of torch {torch.__version__}",
+            hint="set `dtype` to the one the weights were saved in, such as bfloat16",
+            dtype=str(config.dtype),
+        )
 
 
 def find_config(source: str) -> PreTrainedConfig:
@@ -146,21 +159,49 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
-    if getattr(config, "quantization_config", None):
-        raise UsageError(
-            f"{config.model_type}: quantized checkpoints are not supported yet",
-            hint="use the checkpoint without `quantization_config`",
-        )
+    _check_unquantized(config)
+    build = model_class(config)
     try:
         with init_empty_weights(include_buffers=False), _default_dtype(config.dtype):
-            model: Any = model_class(config)(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+            model: Any = build(config)
+            model.tie_weights()
+    except Exception as error:  # What transformers' model classes raise is not ours to list.
         raise CheckpointError(
-            f"{config.model_type}: the model cannot be built from its config: {_first_line(error)}",
-            hint="load it once with transformers itself to see the whole error",
+            f"{config.model_type}: config.json does not describe a model: {type(error).__name__}: {first_line(error)}",
+            hint="correct the sizes in config.json; loading it once with transformers itself shows the whole error",
         ) from error
-    model.tie_weights()
     return model.eval()
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a model by name: its parameters, under all of their names, then its buffers.
+
+    Buffers that the model does not save are left out.
+    """
+    persistent = set(model.state_dict(keep_vars=True))
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **{name: buffer for name, buffer in model.named_buffers() if name in persistent},
+    }
+
+
+def _check_unquantized(config: PreTrainedConfig) -> None:
+    for where, part in _parts(config, "config.json"):
+        if getattr(part, "quantization_config", None):
+            raise UsageError(
+                f"{where}: has a quantization_config; quantized checkpoints are not supported yet",
+                hint="use the checkpoint's unquantized form",
+                model_type=part.model_type,
+            )
+
+
+def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield a config and those inside it, each with where it stands."""
+    yield where, config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _parts(part, f"{where}: {name}")
 
 
 @contextmanager
@@ -171,7 +212,3 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,7 +17,7 @@ from plans.placement import Placement, Replicate
 from plans.plan import lookup, wildcard
 from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
 from plans.style import Owner
-from runtime.model import dtype_name, transformers_version
+from runtime.model import dtype_name, model_tensors, transformers_version
 from runtime.plan_checks import check_divisible, unmatched_entries
 
 if TYPE_CHECKING:
@@ -88,23 +88,18 @@ def _resolve_tensors(
     model: nn.Module, mesh: Mesh, plan: Mapping[str, str], dialect: Dialect
 ) -> Iterator[ResolvedParameter]:
     modules = dict(model.named_modules())
-    persistent = set(model.state_dict(keep_vars=True))
     tied = _tied_names(model)
-    tensors: list[tuple[Kind, str, torch.Tensor]] = [
-        *(("parameter", name, tensor) for name, tensor in model.named_parameters(remove_duplicate=False)),
-        *(("buffer", name, tensor) for name, tensor in model.named_buffers() if name in persistent),
-    ]
+    tensors = model_tensors(model)
     seen: dict[str, ResolvedParameter] = {}
-    for kind, name, tensor in sorted(tensors, key=lambda row: row[1] in tied):
-        found = _resolve_tensor(kind, name, tensor, modules[name.rpartition(".")[0]], mesh, plan, dialect)
+    for name in sorted(tensors, key=lambda name: name in tied):
+        found = _resolve_tensor(name, tensors[name], modules[name.rpartition(".")[0]], mesh, plan, dialect)
         if name in tied:
             found = _as_tied(found, seen[tied[name]])
         seen[name] = found
-    yield from (seen[name] for _, name, _ in tensors)
+    yield from (seen[name] for name in tensors)
 
 
 def _resolve_tensor(
-    kind: Kind,
     name: str,
     tensor: torch.Tensor,
     module: nn.Module,
@@ -112,6 +107,7 @@ def _resolve_tensor(
     plan: Mapping[str, str],
     dialect: Dialect,
 ) -> ResolvedParameter:
+    kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
     key = lookup(plan, name, is_parameter=True) if kind == "parameter" else None
     style = plan[key] if key is not None else None
     placement: Placement | None = None

@@ -13,7 +13,8 @@ from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.extents import local_form, whole
-from runtime.checkpoint.manifest import Manifest
+from runtime.checkpoint.record import Manifest
+from runtime.model import model_tensors
 from runtime.placements import from_torch
 
 __all__ = ["Mismatch", "compare_manifest", "verify_sharding"]
@@ -51,7 +52,7 @@ def verify_sharding(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list
         resolved: the plan it was made parallel with.
         rank: this process's rank.
     """
-    found = _tensors(model)
+    found = model_tensors(model)
     unplanned = [
         Mismatch(name, "no such tensor in the plan", _describe_tensor(found[name]), rank)
         for name in sorted(found.keys() - resolved.by_name.keys())
@@ -77,14 +78,6 @@ def compare_manifest(manifest: Manifest, resolved: ResolvedPlan) -> list[Mismatc
         if entry.kind != "carried"
     } | {name: f"tied to {target}" for name, target in manifest.tied.items()}
     return [*rows, *_differences(expected, found)]
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    persistent = set(model.state_dict(keep_vars=True))
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **{name: buffer for name, buffer in model.named_buffers() if name in persistent},
-    }
 
 
 def _verify_row(row: ResolvedParameter, tensors: Mapping[str, torch.Tensor], mesh: Mesh, rank: int) -> Mismatch | None:

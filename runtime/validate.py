@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,9 @@ import torch.distributed as dist
 from plans.errors import IncompleteError, MismatchError, UsageError
 from plans.mesh import Mesh
 from runtime.agreement import gather_json, together
-from runtime.checkpoint.manifest import MANIFEST, read_manifest
-from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digests
+from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.ranks import Copy, RankCheckpoint, assemble, compute_digest
+from runtime.checkpoint.record import MANIFEST
 from runtime.load import load_ranks, load_whole
 from runtime.mesh import device_meshes
 from runtime.model import meta_model, model_class, read_config
@@ -23,7 +23,7 @@ from runtime.parallelize import parallelize
 from runtime.resolve import resolve
 from runtime.structure import Mismatch, compare_manifest, verify_sharding
 from runtime.styles import STYLES, StyleRegistry
-from runtime.validation import Content, Forward, Structure, ValidationRequest, ValidationResult
+from runtime.validation_values import Content, Forward, Structure, ValidationRequest, ValidationResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -103,16 +103,26 @@ def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:
 
 
 def _check_content(checkpoint: RankCheckpoint) -> Content:
-    """Compare every tensor's digest with the manifest's; each rank reads its share of the tensors, whole."""
-    manifest, rank, world_size = checkpoint.manifest, dist.get_rank(), dist.get_world_size()
-    share = dict(list(manifest.tensors.items())[rank::world_size])
-    digests = together(lambda: compute_digests(replace(checkpoint, manifest=replace(manifest, tensors=share))))
+    """Compare the digest of every copy of every tensor with the manifest's."""
+    tensors, share = checkpoint.manifest.tensors, _share(checkpoint, dist.get_rank())
+    digests = together(lambda: {copy: compute_digest(checkpoint, copy) for copy in share})
     wrong = [
-        Mismatch(name, f"digest {share[name].digest}", f"digest {digest}")
-        for name, digest in digests.items()
-        if digest != share[name].digest
+        Mismatch(
+            copy.name,
+            f"digest {tensors[copy.name].digest}",
+            f"digest {digest}",
+            copy.ranks[0] if len(copy.ranks) == 1 else None,
+        )
+        for copy, digest in digests.items()
+        if digest != tensors[copy.name].digest
     ]
-    return Content(len(manifest.tensors), tuple(_of_all_ranks(wrong)))
+    return Content(len(tensors), tuple(_of_all_ranks(wrong)))
+
+
+def _share(checkpoint: RankCheckpoint, rank: int) -> list[Copy]:
+    """Return the copies that a rank digests: those it holds alone, and its turn of those it holds with others."""
+    copies = [copy for name in checkpoint.manifest.tensors for copy in checkpoint.copies(name)]
+    return [copy for turn, copy in enumerate(copies) if copy.ranks[turn % len(copy.ranks)] == rank]
 
 
 def _check_forward(model: PreTrainedModel, request: ValidationRequest) -> Forward:

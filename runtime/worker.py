@@ -18,7 +18,7 @@ from plans.errors import MigratorError, WorkerError
 from runtime.agreement import error_from_json, error_to_json
 from runtime.launch import launch
 from runtime.validate import check_request, validate_ranks
-from runtime.validation import ValidationRequest, ValidationResult
+from runtime.validation_values import ValidationRequest, ValidationResult
 
 __all__ = ["in_worker", "run_validation", "take_part"]
 

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from codemods.sources import shown
 from migrator import console
+from migrator.source_options import emit_machine_format, read_request, report_errors, source_options
+from plans.errors import UsageError
 
 if TYPE_CHECKING:
-    from codemods.migrate import Change, Located, LocatedEdit, Outcome
-    from plans.errors import MigratorError
+    from migrator.formats.report import Report
 
 __all__ = ["command"]
 
 
 @click.command("rewrite")
-@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@source_options
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if anything would change.")
 @click.option("--diff", is_flag=True, help="Write nothing; print a patch that `git apply` takes.")
-@click.option(
-    "--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print the result."
-)
-@click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-def command(paths: tuple[Path, ...], check: bool, diff: bool, form: str, quiet: bool) -> int:
+def command(
+    paths: tuple[Path, ...],
+    check: bool,
+    diff: bool,
+    changed_only: bool,
+    base_ref: str | None,
+    form: str,
+    quiet: bool,
+) -> int:
     """Rewrite plan literals to the param-level form, below PATHS (files or folders, by default here).
 
     Owners are rewritten first, then every generated copy, and nothing else. Expert layouts that the param-level
@@ -35,87 +38,47 @@ def command(paths: tuple[Path, ...], check: bool, diff: bool, form: str, quiet: 
     """
     # What is allocated lives to the end of this short process: collecting it takes a tenth of the time for nothing.
     gc.disable()
+    _refuse_contradictions(check=check, diff=diff, form=form)
     from codemods.migrate import plan_rewrites, write_changes
+    from codemods.selection import Silencer
+    from migrator.formats.report import pending_report, written_report
 
-    outcome = plan_rewrites(paths or (Path(),))
-    errors = list(outcome.errors)
-    if diff:
-        from migrator.patch import patch
-
-        console.emit_bytes(patch(outcome.changes))
-    elif not check:
-        errors += write_changes(outcome.changes)
-    if form == "json":
-        if not diff:
-            console.emit_json(_as_json(outcome, errors, written=not check))
-    elif not quiet:
-        _summarize(outcome, written=not (check or diff), listed=not diff)
-    for error in errors:
-        console.error(error)
-    if errors:
+    request = read_request(paths, changed_only=changed_only, base_ref=base_ref)
+    outcome = plan_rewrites(request.paths, Silencer(request.selection))
+    report = pending_report(outcome) if check or diff else written_report(outcome, write_changes(outcome.changes))
+    if form != "human":
+        emit_machine_format(report, form)
+    else:
+        _show(report, diff=diff, quiet=quiet)
+    report_errors(report.errors)
+    if report.errors:
         return 2
     return 1 if check and outcome.changes else 0
 
 
-def _summarize(outcome: Outcome, *, written: bool, listed: bool) -> None:
-    say = console.emit if listed else console.say
-    verb = "rewrote" if written else "would rewrite"
-    for change in outcome.changes if listed else ():
-        say(f"{verb} {shown(change.path)}  {_count(len(change.edits), 'entry', 'entries')}  {change.role}")
-    for found in outcome.findings:
-        say(f"{found.finding.severity} {shown(found.path)}:{found.line} {found.finding.code} {found.finding.message}")
-    if not outcome.plan_files:
-        say(f"no plans found in {_count(outcome.files, 'file', 'files')}")
+def _show(report: Report, *, diff: bool, quiet: bool) -> None:
+    from migrator.formats.human import rewrite_lines, rewrite_summary
+
+    if diff:
+        from migrator.patch import patch
+
+        console.emit_bytes(patch(report.changes))
+    if quiet:
         return
-    roles = Counter(change.role for change in outcome.changes)
-    entries = sum(len(change.edits) for change in outcome.changes)
-    if not outcome.changes:
-        say(f"nothing to rewrite in {_count(outcome.files, 'file', 'files')}")
-        return
-    say(
-        f"{verb} {_count(entries, 'entry', 'entries')} in {_count(len(outcome.changes), 'file', 'files')}: "
-        f"{_count(roles['owner'], 'owner', 'owners')}, {_count(roles['copy'], 'generated copy', 'generated copies')}"
-    )
+    for line in () if diff else rewrite_lines(report):
+        console.emit(line)
+    for line in rewrite_summary(report):
+        (console.say if diff else console.emit)(line)
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
-def _as_json(outcome: Outcome, errors: list[MigratorError], *, written: bool) -> dict[str, object]:
-    return {
-        "written": written,
-        "files": outcome.files,
-        "changes": [_change_json(change) for change in outcome.changes],
-        "findings": [_finding_json(found) for found in outcome.findings],
-        "errors": [{"message": error.message, "hint": error.hint, **error.data} for error in errors],
-    }
-
-
-def _change_json(change: Change) -> dict[str, object]:
-    return {"path": shown(change.path), "role": change.role, "edits": [_edit_json(edit) for edit in change.edits]}
-
-
-def _edit_json(located: LocatedEdit) -> dict[str, object]:
-    return {
-        "line": located.line,
-        "class": located.class_name,
-        "plan": located.attribute,
-        "code": located.edit.code,
-        "key": located.edit.key,
-        "style": located.edit.style,
-    }
-
-
-def _finding_json(found: Located) -> dict[str, object]:
-    return {
-        "path": shown(found.path),
-        "line": found.line,
-        "class": found.class_name,
-        "plan": found.attribute,
-        "code": found.finding.code,
-        "severity": found.finding.severity,
-        "key": found.finding.key,
-        "message": found.finding.message,
-        "hint": found.finding.hint,
-    }
+def _refuse_contradictions(*, check: bool, diff: bool, form: str) -> None:
+    if diff and form != "human":
+        raise UsageError(
+            f"--diff prints a patch and --format {form} something else", hint="leave one of them out", format=form
+        )
+    if form in ("github", "sarif") and not check:
+        raise UsageError(
+            f"--format {form} tells of edits that are still to be made",
+            hint="add --check, or use `migrator check`",
+            format=form,
+        )

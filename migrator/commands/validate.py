@@ -14,7 +14,7 @@ from plans.errors import MismatchError
 
 if TYPE_CHECKING:
     from runtime.structure import Mismatch
-    from runtime.validation import ValidationResult
+    from runtime.validation_values import ValidationResult
 
 __all__ = ["command"]
 
@@ -38,7 +38,7 @@ def command(source: Path, tp: int, reference: Path | None, tolerance: float, tim
     """
     need_runtime()
     from plans.mesh import Mesh
-    from runtime.validation import ValidationRequest
+    from runtime.validation_values import ValidationRequest
     from runtime.worker import in_worker, run_validation, take_part
 
     request = ValidationRequest(source, Mesh(tp=tp), reference, tolerance=tolerance, timeout=timeout)

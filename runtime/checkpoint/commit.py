@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,16 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plans.errors import DestinationError
+from runtime.checkpoint.lock import locked
+from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["MARKER", "check_destination", "staging", "sync"]
 
 MARKER = ".migrator-partial"
-_MANIFEST = "migrator.json"
 
 
 @contextmanager
 def staging(destination: Path, size: int) -> Iterator[Path]:
     """Give a folder to work in that becomes `destination` if the body ends well and vanishes if it does not.
+
+    One process at a time works on a destination: it holds the lock of `DST.partial.lock`, which dies with it.
 
     Args:
         destination: must not exist; its parent must.
@@ -34,19 +36,23 @@ def staging(destination: Path, size: int) -> Iterator[Path]:
     check_destination(destination)
     _check_space(destination, size)
     partial = destination.with_name(destination.name + ".partial")
-    with _owned(partial, destination) as marker:
-        try:
-            yield partial
-            marker.unlink()
-            sync(partial)
+    try:
+        with locked(partial.with_name(partial.name + ".lock")):
+            # Only now: the run that held the lock before may have committed since.
             _check_absent(destination)
-            partial.rename(destination)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise _unwritable(destination, error) from error
-            raise
-    sync(destination.parent)
+            _start(partial)
+            try:
+                yield partial
+                (partial / MARKER).unlink()
+                sync(partial)
+                _check_absent(destination)
+                partial.rename(destination)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            sync(destination.parent)
+    except OSError as error:
+        raise _unwritable(destination, error) from error
 
 
 def check_destination(destination: Path) -> None:
@@ -87,47 +93,23 @@ def _check_absent(destination: Path) -> None:
         )
 
 
-@contextmanager
-def _owned(partial: Path, destination: Path) -> Iterator[Path]:
-    """Create the working folder and hold its marker's lock, which dies with the process."""
-    try:
-        _remove_leftover(partial)
-        partial.mkdir()
-        marker = partial / MARKER
-        descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unwritable(destination, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield marker
-    finally:
-        os.close(descriptor)
+def _start(partial: Path) -> None:
+    """Create the working folder in place of what a killed run left; refuse what is not ours."""
+    if os.path.lexists(partial):
+        if not _is_leftover(partial):
+            raise DestinationError(
+                f"{partial}: is in the way and was not left by migrator", hint="move it away", path=str(partial)
+            )
+        shutil.rmtree(partial)
+    partial.mkdir()
+    (partial / MARKER).touch(exist_ok=False)
 
 
-def _remove_leftover(partial: Path) -> None:
-    """Remove what a killed run left; refuse what is not ours or still in use."""
-    if not os.path.lexists(partial):
-        return
-    marker = partial / MARKER
-    ours = not partial.is_symlink() and (marker.is_file() or (partial / _MANIFEST).is_file())
-    if not ours:
-        raise DestinationError(
-            f"{partial}: is in the way and was not left by migrator", hint="move it away", path=str(partial)
-        )
-    if marker.is_file() and _is_locked(marker):
-        raise DestinationError(
-            f"{partial}: another run is writing it", hint="wait for that run to end", path=str(partial)
-        )
-    shutil.rmtree(partial)
-
-
-def _is_locked(marker: Path) -> bool:
-    with marker.open("rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def _is_leftover(partial: Path) -> bool:
+    """Return whether a killed run left this: marked, complete but for the rename, or not yet marked."""
+    if partial.is_symlink() or not partial.is_dir():
+        return False
+    return (partial / MARKER).is_file() or (partial / MANIFEST).is_file() or not any(partial.iterdir())
 
 
 def _unwritable(destination: Path, error: OSError) -> DestinationError:

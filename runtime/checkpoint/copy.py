@@ -19,6 +19,7 @@ from plans.errors import UsageError
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.runs import Run, covers, cut, runs_of
 from runtime.checkpoint.safetensors import BITS, StoredTensor, read_exactly, reading
+from runtime.proof import prove
 
 __all__ = ["DEFAULT_MEMORY", "Bytes", "Destination", "Progress", "Sink", "Table", "build_table", "execute"]
 
@@ -83,7 +84,8 @@ def build_table(sources: Mapping[str, StoredTensor], wanted: Sequence[tuple[Dest
         for run in runs_of(form, bits[form.sources[0]] if form.extents else 8, numbers, number)
     ]
     destinations = tuple(destination for destination, _ in wanted)
-    assert covers(runs, {number: destination.size for number, destination in enumerate(destinations)})
+    sizes = {number: destination.size for number, destination in enumerate(destinations)}
+    prove(covers(runs, sizes), "the run table does not write every byte exactly once")
     return Table(tuple(sources.values()), destinations, tuple(runs))
 
 

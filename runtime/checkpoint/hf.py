@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
 from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.manifest import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.safetensors import Header, StoredTensor, read_header, reading, strict_json
 
 __all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]
@@ -179,7 +179,7 @@ def _is_shallow(value: object, depth: int) -> bool:
 
 def _no_weights(folder: Path) -> CheckpointError:
     files = sorted(path.name for path in folder.iterdir())
-    if "migrator.json" in files:
+    if MANIFEST in files:
         return CheckpointError(
             f"{folder}: holds rank files, not hub form", hint="name the checkpoint that they were made from"
         )

@@ -12,12 +12,10 @@ from typing import Any, cast
 from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json
-from runtime.checkpoint.record import VERSION, Entry, Manifest, StoredForm
+from runtime.checkpoint.record import MANIFEST, VERSION, Entry, Manifest, StoredForm
 from runtime.checkpoint.safetensors import BITS, reading, strict_json
 
-__all__ = ["MANIFEST", "Entry", "Manifest", "StoredForm", "read_manifest"]
-
-MANIFEST = "migrator.json"
+__all__ = ["read_manifest"]
 
 _MAX_BYTES = 200_000_000
 _MAX_DIMS = 64

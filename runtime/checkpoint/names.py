@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.operations import OPERATIONS, Collected, Context
+from runtime.proof import prove
+from runtime.wording import listed
 
 __all__ = ["Conversion", "convert"]
 
@@ -84,7 +86,7 @@ def convert(
     result = {name: forms[name] for name in shapes}
     # A converter may also make tensors that this model lacks; then what it made them of is carried whole.
     carried += sorted({source for name in forms.keys() - everything.keys() for source in origins[name]})
-    assert _nothing_lost(stored, carried, [*result.values(), *repeated.values()])
+    prove(_nothing_lost(stored, carried, [*result.values(), *repeated.values()]), "a stored tensor would be lost")
     return Conversion(result, tuple(carried), repeated)
 
 
@@ -169,7 +171,7 @@ def _applied(operation: ConversionOps, collected: Collected, context: Context, t
     known = OPERATIONS.get(kind.__name__)
     if known is None or kind.__module__ != WeightConverter.__module__:
         raise ConversionError(
-            f"{context.layer}: {_listed(target.stored())} need the operation {kind.__name__}, which is not known",
+            f"{context.layer}: {listed(target.stored())} need the operation {kind.__name__}, which is not known",
             hint="load the checkpoint with transformers and save it with `save_original_format=False`",
             operation=kind.__name__,
             tensors=target.stored(),
@@ -178,7 +180,7 @@ def _applied(operation: ConversionOps, collected: Collected, context: Context, t
         return known(operation, collected, context)
     except FormError as error:
         raise ConversionError(
-            f"{context.layer}: {kind.__name__} is not defined for {_listed(target.stored())}: {error}",
+            f"{context.layer}: {kind.__name__} is not defined for {listed(target.stored())}: {error}",
             hint="the stored tensors do not fit the config; check that config.json belongs to these weights",
             operation=kind.__name__,
             tensors=target.stored(),
@@ -218,14 +220,14 @@ def _check(forms: Mapping[str, Form], origins: Mapping[str, list[str]], shapes: 
     missing = [name for name in shapes if name not in forms]
     if missing:
         raise IncompleteError(
-            f"{_listed(missing)} of the model are stored nowhere",
+            f"{listed(missing)} of the model are stored nowhere",
             hint="the checkpoint is incomplete or config.json belongs to another model",
             missing=missing,
         )
     for name, shape in shapes.items():
         if forms[name].shape != shape:
             raise MismatchError(
-                f"{name} is {list(shape)} in the model but {_listed(origins[name])} give {list(forms[name].shape)}",
+                f"{name} is {list(shape)} in the model but {listed(origins[name])} give {list(forms[name].shape)}",
                 hint="config.json does not belong to these weights, or some are missing",
                 name=name,
                 expected=list(shape),
@@ -235,13 +237,8 @@ def _check(forms: Mapping[str, Form], origins: Mapping[str, list[str]], shapes: 
 
 def _conflict(name: str, tensors: Sequence[str]) -> ConversionError:
     return ConversionError(
-        f"{name} is stored more than once: {_listed(tensors)}",
+        f"{name} is stored more than once: {listed(tensors)}",
         hint="the checkpoint holds one tensor in two forms; save it again with transformers",
         name=name,
         tensors=list(tensors),
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

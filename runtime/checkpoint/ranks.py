@@ -15,11 +15,12 @@ from plans.placement import Replicate
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Bytes, Destination, Sink, build_table, execute
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, local_form, reassemble, whole
-from runtime.checkpoint.manifest import Entry, Manifest, read_manifest
+from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.record import Entry, Manifest
 from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
 from runtime.model import DTYPES
 
-__all__ = ["RankCheckpoint", "RankFile", "assemble", "compute_digests", "held_by", "lay_out", "local", "rank_file"]
+__all__ = ["Copy", "RankCheckpoint", "RankFile", "assemble", "compute_digest", "held_by", "lay_out", "local", "rank_file"]
 
 
 def rank_file(rank: int, world_size: int) -> str:
@@ -85,6 +86,19 @@ def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[
 
 
 @dataclass(frozen=True)
+class Copy:
+    """One of the copies of a tensor that rank files hold.
+
+    Args:
+        name: of the tensor.
+        ranks: whose files together hold it once; one rank where it is whole there.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RankCheckpoint:
     """A folder of rank files, its manifest and headers read and found to agree.
 
@@ -111,12 +125,21 @@ class RankCheckpoint:
         headers = tuple(_read_rank(folder, manifest, rank) for rank in range(manifest.mesh.world_size))
         return cls(folder, manifest, headers)
 
-    def form(self, name: str) -> Form:
-        """Return the form of a whole tensor over local tensors, named `rank/name`."""
+    def copies(self, name: str) -> list[Copy]:
+        """Return all copies of a tensor, that of the first ranks first."""
         entry, mesh = self.manifest.tensors[name], self.manifest.mesh
+        copies: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(mesh.world_size):
+            if held_by(entry, rank):
+                copies.setdefault(_replica(entry, mesh, rank), []).append(rank)
+        return [Copy(name, tuple(ranks)) for ranks in copies.values()]
+
+    def form(self, copy: Copy) -> Form:
+        """Return the form of a whole tensor over the local tensors of one copy, named `rank/name`."""
+        name, entry = copy.name, self.manifest.tensors[copy.name]
         logical = whole(name, entry.shape)
-        ranks = [0] if entry.kind == "carried" else _distinct_ranks(entry, mesh)
-        return reassemble(entry.shape, ((f"{rank}/{name}", local(logical, entry, mesh, rank)) for rank in ranks))
+        pieces = ((f"{rank}/{name}", local(logical, entry, self.manifest.mesh, rank)) for rank in copy.ranks)
+        return reassemble(entry.shape, pieces)
 
     def source(self, key: str) -> StoredTensor:
         """Return the local tensor that a form names."""
@@ -148,42 +171,35 @@ def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tupl
         def keep(offset: int, piece: Bytes, content: Bytes = content) -> None:
             content[offset : offset + len(piece)] = piece
 
-        _feed(checkpoint, name, keep, max_memory)
+        _feed(checkpoint, checkpoint.copies(name)[0], keep, max_memory)
         yield name, torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def compute_digests(checkpoint: RankCheckpoint, *, max_memory: int = DEFAULT_MEMORY) -> dict[str, str]:
-    """Return the digest of every tensor as the rank files hold it.
+def compute_digest(checkpoint: RankCheckpoint, copy: Copy, *, max_memory: int = DEFAULT_MEMORY) -> str:
+    """Return the digest of one copy of a tensor as the rank files hold it.
 
     Args:
         checkpoint: read before.
+        copy: of one of its tensors.
         max_memory: bytes for reading.
     """
-    digests: dict[str, str] = {}
-    for name in checkpoint.manifest.tensors:
-        digest = Digest()
-        _feed(checkpoint, name, digest.add, max_memory)
-        digests[name] = str(digest)
-    return digests
+    digest = Digest()
+    _feed(checkpoint, copy, digest.add, max_memory)
+    return str(digest)
 
 
-def _feed(checkpoint: RankCheckpoint, name: str, sink: Sink, max_memory: int) -> None:
-    entry = checkpoint.manifest.tensors[name]
-    form = checkpoint.form(name)
+def _feed(checkpoint: RankCheckpoint, copy: Copy, sink: Sink, max_memory: int) -> None:
+    entry = checkpoint.manifest.tensors[copy.name]
+    form = checkpoint.form(copy)
     sources = {key: checkpoint.source(key) for key in form.sources}
-    destination = Destination(name, tensor_bytes(entry.dtype, entry.shape))
+    destination = Destination(copy.name, tensor_bytes(entry.dtype, entry.shape))
     execute(build_table(sources, [(destination, form)]), [sink], max_memory=max_memory)
 
 
-def _distinct_ranks(entry: Entry, mesh: Mesh) -> list[int]:
-    """Return the ranks that together hold the tensor once: the first of those that hold the same."""
-
-    def is_first(rank: int) -> bool:
-        coordinates = mesh.coordinates(entry.mesh, rank)
-        pairs = zip(entry.placements, coordinates, strict=True)
-        return all(index == 0 for placement, index in pairs if isinstance(placement, Replicate))
-
-    return [rank for rank in range(mesh.world_size) if is_first(rank)]
+def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """Return which copy of a tensor a rank has a part of: its place on the axes that replicate the tensor."""
+    pairs = zip(entry.placements, mesh.coordinates(entry.mesh, rank), strict=True)
+    return tuple(index for placement, index in pairs if isinstance(placement, Replicate))
 
 
 def _read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:

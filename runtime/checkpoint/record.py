@@ -10,8 +10,9 @@ from typing import Literal
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 
-__all__ = ["VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"]
+__all__ = ["MANIFEST", "VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"]
 
+MANIFEST = "migrator.json"
 VERSION = 1
 
 EntryKind = Literal["parameter", "buffer", "carried", "tied"]

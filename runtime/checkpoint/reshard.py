@@ -18,9 +18,9 @@ from runtime.checkpoint.copy import DEFAULT_MEMORY, Destination, Progress, Table
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.hf import HubCheckpoint, read_hub, same_bytes
-from runtime.checkpoint.manifest import MANIFEST, Entry, Manifest, StoredForm
 from runtime.checkpoint.names import Conversion, convert
 from runtime.checkpoint.ranks import RankFile, lay_out
+from runtime.checkpoint.record import MANIFEST, Entry, Manifest, StoredForm
 from runtime.checkpoint.safetensors import StoredTensor, tensor_bytes
 from runtime.checkpoint.writing import copy_file, created, sinks_for, write_file
 from runtime.model import meta_model, read_config

@@ -53,6 +53,45 @@ def test_what_makes_a_layout_irregular(tmp_path, change, code):
     assert found.irregularity == code
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("nn.functional.linear(hidden_states, self.gate_up_proj[0]).chunk(2, dim=-1)", "glu(hidden_states)"),
+        (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
+        (".chunk(2, dim=-1)", ".view(-1, 2)"),
+        (".chunk(2, dim=-1)", "[slice(None, None, 2)]"),
+        (
+            "        self.down_proj =",
+            "        self.scale = nn.Parameter(torch.empty(1, 2, 3))\n        self.down_proj =",
+        ),
+    ],
+)
+def test_what_does_not_show_is_not_assumed(tmp_path, old, new):
+    assert layouts(tmp_path, REGULAR.replace(old, new)) == (None,)
+
+
+@pytest.mark.parametrize("made", ["torch.nn.Parameter(", "Parameter("])
+def test_a_parameter_by_another_name_is_seen(tmp_path, made):
+    transposed = REGULAR.replace("2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.width")
+    (found,) = layouts(tmp_path, transposed.replace("nn.Parameter(", made)) or ("missed",)
+    assert found is None
+    both = layouts(tmp_path, REGULAR + transposed.replace("nn.Parameter(", made).replace("ToyExperts", "BarExperts"))
+    assert both == (ExpertLayout("modeling_toy.py:ToyExperts"), None)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj_bias", "bias"])
+def test_a_registered_bias_counts(tmp_path, name):
+    registered = f"        self.register_parameter({name!r}, nn.Parameter(torch.zeros(2, 2)))\n\n    def forward"
+    (found,) = layouts(tmp_path, REGULAR.replace("    def forward", registered))
+    assert found is not None
+    assert found.irregularity == "MIG105"
+    (found,) = layouts(
+        tmp_path, REGULAR.replace("    def forward", registered.replace("nn.Parameter(torch.zeros(2, 2))", "None"))
+    )
+    assert found is not None
+    assert found.irregularity is None
+
+
 def test_shapes_that_do_not_fit_are_not_guessed(tmp_path):
     assert layouts(tmp_path, REGULAR.replace("2 * self.intermediate_dim", "self.width")) == (None,)
     assert layouts(tmp_path, REGULAR.replace("self.down_proj =", "self.other =")) == (None,)

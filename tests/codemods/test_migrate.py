@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from codemods import migrate
 from codemods.migrate import plan_rewrites, write_changes
+from plans.errors import SourceError
 from tests.codemods.helpers import (
     MIGRATED,
     PACKED,
@@ -272,8 +276,9 @@ def test_a_file_changed_meanwhile_is_refused(tmp_path):
     outcome = plan_rewrites([tmp_path])
     path = tmp_path / "toy/configuration_toy.py"
     path.write_text(PACKED + "# mine\n")
-    errors = write_changes(outcome.changes)
-    assert "changed by someone else" in errors[0].message
+    written = write_changes(outcome.changes)
+    assert written.changes == ()
+    assert "changed by someone else" in written.errors[0].message
     assert path.read_text() == PACKED + "# mine\n"
 
 
@@ -283,3 +288,110 @@ def test_a_copy_that_only_lags_behind_is_brought_along(tmp_path):
     outcome = rewrite(tmp_path)
     assert [change.path.name for change in outcome.changes] == ["configuration_m0.py"]
     assert outcome.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    base_model_tp_plan =", "    if True:\n     base_model_tp_plan ="),
+        ("    base_model_tp_plan =", "    names = base_model_tp_plan ="),
+        ("    base_model_tp_plan = {", "    base_model_tp_plan = dict(**{"),
+        (': "packed_colwise"', ":  # why\n          'packed_colwise'"),
+        ("class ToyConfig(PreTrainedConfig):", "try:\n  pass\nexcept KeyError:\n class ToyConfig(PreTrainedConfig):"),
+        ("class ToyConfig(PreTrainedConfig):", "for _ in []:\n class ToyConfig(PreTrainedConfig):"),
+    ],
+)
+def test_wherever_a_plan_stands(tmp_path, old, new):
+    def put(text):
+        changed = text.replace(old, new)
+        return changed.replace("    }\n", "    })\n") if "dict(" in new else changed
+
+    before, after = put(PACKED), put(PACKED).replace("packed_colwise", "moe_tp_gate_up_colwise")
+    check_transformed(tmp_path, before, after.replace('"rowwise"', '"moe_tp_down_rowwise"'))
+
+
+def test_nested_classes_of_one_name_are_two(tmp_path):
+    nested = "\n".join(f"    {line}" for line in PACKED.strip().splitlines())
+    both = f"class A:\n{nested}\n\n\nclass B:\n{nested}\n"
+    migrated = both.replace("packed_colwise", "moe_tp_gate_up_colwise").replace('"rowwise"', '"moe_tp_down_rowwise"')
+    outcome = check_transformed(tmp_path, both, migrated)
+    assert [edit.class_name for edit in outcome.changes[0].edits] == ["A.ToyConfig"] * 2 + ["B.ToyConfig"] * 2
+
+
+@pytest.mark.parametrize("taken", ["**BASE", "**ParentConfig.base_model_tp_plan", "**make()"])
+def test_entries_taken_in_from_elsewhere_may_be_there_already(tmp_path, taken):
+    plan = f'class ToyConfig:\n    base_model_tp_plan = {{{taken}, "layers.*.mlp.experts": "moe_experts_allreduce"}}\n'
+    assert codes(check_noop(tmp_path, plan)) == ["MIG204"]
+    half = f'class ToyConfig:\n    base_model_tp_plan = {{{taken}, "experts.gate_up_proj": "packed_colwise"}}\n'
+    assert codes(check_noop(tmp_path, half)) == ["MIG204"]
+
+
+def test_a_generated_file_with_other_line_ends_is_still_one(tmp_path):
+    chain(tmp_path, depth=1)
+    path = tmp_path / "m0/configuration_m0.py"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    (tmp_path / "m0/modular_m0.py").unlink()
+    assert codes(rewrite(tmp_path)) == ["MIG302"]
+
+
+def test_a_family_with_a_file_that_cannot_be_written_is_left_whole(tmp_path):
+    chain(tmp_path, depth=1)
+    write_tree(tmp_path, {"b/configuration_b.py": PACKED.replace("Toy", "B"), "b/modeling_b.py": REGULAR})
+    outcome = plan_rewrites([tmp_path])
+    owner = tmp_path / "toy/configuration_toy.py"
+    owner.write_text(owner.read_text() + "# mine\n")
+    written = write_changes(outcome.changes)
+    assert [change.path.name for change in written.changes] == ["configuration_b.py"]
+    assert len(written.errors) == 2
+    assert "packed_colwise" in (tmp_path / "m0/configuration_m0.py").read_text()
+
+
+def test_a_link_given_means_what_it_leads_to(tmp_path):
+    chain(tmp_path / "real", depth=1)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    outcome = plan_rewrites([tmp_path / "link", tmp_path / "link/toy/../../real"])
+    assert [change.path for change in outcome.changes] == [
+        tmp_path / "real/toy/configuration_toy.py",
+        tmp_path / "real/m0/configuration_m0.py",
+    ]
+    (tmp_path / "toy").symlink_to(tmp_path / "real/toy")
+    assert codes(plan_rewrites([tmp_path / "toy"])) == ["MIG304"], "its copies are looked for beside what it leads to"
+
+
+def test_links_out_of_the_tree_are_not_followed(tmp_path):
+    write_tree(tmp_path, {"out/configuration_toy.py": PACKED, "out/modeling_toy.py": REGULAR, "in/toy/x.py": ""})
+    (tmp_path / "in/toy/configuration_toy.py").symlink_to(tmp_path / "out/configuration_toy.py")
+    outcome = rewrite(tmp_path / "in")
+    assert outcome.changes == ()
+    assert codes(outcome) == ["MIG305"]
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
+    os.mkfifo(tmp_path / "toy/configuration_pipe.py")
+    (tmp_path / "toy/.#configuration_toy.py").symlink_to("nobody@nowhere")
+    assert len(rewrite(tmp_path).changes) == 1
+
+
+def test_a_codec_of_bytes_is_an_error_of_that_file_only(tmp_path):
+    write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
+    write_tree(tmp_path, {"bad/configuration_bad.py": "# coding: rot13\n" + PACKED})
+    outcome = plan_rewrites([tmp_path])
+    assert len(outcome.changes) == 1
+    assert "rot13" in outcome.errors[0].message
+
+
+def test_a_rewrite_that_would_go_wrong_gives_up_its_family_only(tmp_path, monkeypatch):
+    chain(tmp_path, depth=1)
+    write_tree(tmp_path, {"b/configuration_b.py": PACKED.replace("Toy", "B"), "b/modeling_b.py": REGULAR})
+    real = migrate.rewrite_source
+
+    def fails_on_the_copy(source, module, edits):
+        if source.path.name == "configuration_m0.py":
+            raise SourceError("it went wrong", hint="report it")
+        return real(source, module, edits)
+
+    monkeypatch.setattr(migrate, "rewrite_source", fails_on_the_copy)
+    outcome = plan_rewrites([tmp_path])
+    assert [change.path.name for change in outcome.changes] == ["configuration_b.py"]
+    assert [error.message for error in outcome.errors] == ["it went wrong"]

@@ -27,7 +27,7 @@ def tree(tmp_path_factory):
         git(copy, *arguments)
     before = all_plans(copy)
     outcome = plan_rewrites([copy])
-    assert write_changes(outcome.changes) == []
+    assert write_changes(outcome.changes).errors == ()
     return copy, before, outcome
 
 

@@ -90,7 +90,7 @@ def test_dialects_know_their_releases():
 def test_the_param_level_names_are_in_no_release_except_grouped_gemm():
     overlay = set(load_dialect(PARAM_LEVEL).styles) - {"grouped_gemm"}
     for name in dialect_names():
-        if name != PARAM_LEVEL:
+        if load_dialect(name).releases:
             assert overlay.isdisjoint(load_dialect(name).styles)
 
 
@@ -129,7 +129,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("code", [code for code in all_rules() if not code.startswith("MIG3")])
+@pytest.mark.parametrize("code", [code for code in all_rules() if not code.startswith(("MIG3", "MIG4", "MIG9"))])
 def test_every_rule_does_what_its_example_says(code):
     rule = all_rules()[code]
     before, after = (ast.literal_eval(text.split("=", 1)[1].strip()) for text in (rule.before, rule.after))

@@ -25,7 +25,7 @@ from runtime.placements import local_piece, placement_of, to_torch
 from runtime.resolve import resolve
 from runtime.styles import STYLES, Site
 from runtime.validate import validate_ranks
-from runtime.validation import ValidationRequest
+from runtime.validation_values import ValidationRequest
 
 
 def validate(folder: Path, reference: Path | None) -> dict[str, Any]:

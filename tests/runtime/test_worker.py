@@ -18,8 +18,8 @@ import pytest
 from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
 from runtime.launch import launch
-from runtime.validation import Content, Forward, Structure, ValidationRequest, ValidationResult
-from runtime.validation import Mismatch as Row
+from runtime.validation_values import Content, Forward, Structure, ValidationRequest, ValidationResult
+from runtime.validation_values import Mismatch as Row
 from runtime.worker import in_worker, run_validation
 
 HubFolder = Callable[[str], Path]

@@ -1,0 +1,89 @@
+"""The rewrite as a LibCST codemod, for LibCST's own runner and for other tools built on it.
+
+    python -m libcst.tool codemod -x codemods.commands.DecomposePlansCommand src/transformers/models
+
+The runner shows a command one module at a time. So each plan is judged by the modeling source in the module's own
+folder; that an owner and its copies change together or not at all is what only `migrator rewrite` sees to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import libcst as cst
+from libcst.codemod import CodemodCommand, SkipFile
+
+from codemods.ignores import without_held
+from codemods.module import PlanLiteral
+from codemods.ownership import Place, Tree
+from codemods.propagate import Family, judge
+from codemods.rewrite import rewrite_source
+from codemods.selection import Silencer
+from codemods.sources import Source
+from codemods.survey import expert_plans
+from plans.decompose import Edit, InsertEntry
+
+__all__ = ["DecomposePlansCommand"]
+
+
+class DecomposePlansCommand(CodemodCommand):
+    """Gives the plans of one module their param-level form, as `migrator rewrite` does."""
+
+    DESCRIPTION = "Rewrite parallel plans to the param-level form, expert parameter by expert parameter."
+
+    def transform_module_impl(self, tree: cst.Module) -> cst.Module:
+        """Return the module with its plans rewritten; what a person should know becomes a warning.
+
+        Args:
+            tree: the module; the context's file name says whose modeling source decides on layouts.
+
+        Raises:
+            SkipFile: the context has no file name.
+            SourceError: modeling source in the module's folder cannot be read.
+        """
+        if self.context.filename is None:
+            raise SkipFile("plans cannot be judged without a file name: expert layouts are read from its folder")
+        source = Source(Path(self.context.filename).absolute(), tree.bytes)
+        if not expert_plans.in_file(source.data):
+            return tree
+        files = Tree()
+        files.add(source)
+        edits = [(literal, wanted) for literal, wanted in self._edits(files, source) if wanted]
+        if not edits:
+            return tree
+        return cst.parse_module(rewrite_source(source, files.module(source.path), edits), tree.config_for_parsing)
+
+    def _edits(self, files: Tree, source: Source) -> Iterator[tuple[PlanLiteral, tuple[Edit, ...]]]:
+        silencer = Silencer()
+        silencer.read(source)
+        for place in _expert_places(files, source.path):
+            literal = files.plan(place)
+            assert isinstance(literal, PlanLiteral)
+            verdict = judge(files, Family(place, ()), frozenset({source.path}))
+            for _, finding in verdict.findings:
+                line = _line(literal, finding.key)
+                if not silencer.is_silent(source.path, line, finding.code):
+                    self.warn(f"{source.path}:{line} {finding.code} {finding.message}")
+            proposed = verdict.edits.get(place, ())
+            held = silencer.held(source.path, proposed, partial(_edit_line, literal))
+            yield literal, without_held(proposed, held)
+
+
+def _expert_places(files: Tree, path: Path) -> Iterator[Place]:
+    for owner in files.module(path).classes.values():
+        for attribute, plan in owner.plans.items():
+            if isinstance(plan, PlanLiteral) and expert_plans.literal(plan):
+                yield Place(path, owner.name, attribute)
+        for index, literal in enumerate(owner.code):
+            if expert_plans.literal(literal):
+                yield Place(path, owner.name, literal.attribute, index)
+
+
+def _edit_line(literal: PlanLiteral, edit: Edit) -> int:
+    return _line(literal, edit.anchor if isinstance(edit, InsertEntry) else edit.key)
+
+
+def _line(literal: PlanLiteral, key: str) -> int:
+    return next((entry.line for entry in literal.entries if entry.key == key), literal.line)

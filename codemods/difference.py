@@ -1,0 +1,214 @@
+"""What really changes between two revisions: plans compared entry by entry, by where they put parameters."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from codemods.effective import EffectiveEntry, EffectivePlans, PlanPlace, file_kind, inheritors
+from codemods.placements import PlacementReader
+from codemods.revisions import Snapshot, changed_paths
+from plans.errors import MigratorError
+
+__all__ = ["Comparison", "Difference", "Kind", "Side", "compare", "touched_lines"]
+
+Kind = Literal["renamed", "moved", "added", "removed"]
+"""Another name for the same placement; another placement; an entry that is new; one that is gone."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """An entry in one of the two revisions.
+
+    Args:
+        style: None where it is computed.
+        placement: in words, `Shard(1)`.
+        path: the file that it is written in, which an inherited entry's model does not own.
+        line: where it stands there, counted from 1.
+    """
+
+    style: str | None
+    placement: str
+    path: Path
+    line: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An entry that is not the same in both revisions.
+
+    Args:
+        place: whose plan.
+        key: the plan key.
+        kind: what changed.
+        before: the entry in the first revision, None where it is new.
+        after: the entry in the second revision, None where it is gone.
+        explained: whether the text diff touches the entry's own line in the model's own file.
+    """
+
+    place: PlanPlace
+    key: str
+    kind: Kind
+    before: Side | None
+    after: Side | None
+    explained: bool
+
+    @property
+    def model(self) -> str:
+        """The model's folder."""
+        return self.place.path.parent.name
+
+    @property
+    def changes_mesh(self) -> bool:
+        """Whether more than a name changed."""
+        return self.kind != "renamed"
+
+    @property
+    def side(self) -> Side:
+        """The entry as it is now, or as it was."""
+        side = self.after or self.before
+        assert side is not None
+        return side
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Args:
+        differences: in the order of files, classes and plans.
+        errors: files that could not be read; all others were still compared.
+        dialects: the vocabularies that the two revisions were read in.
+        files: how many files were compared.
+    """
+
+    differences: tuple[Difference, ...]
+    errors: tuple[MigratorError, ...]
+    dialects: tuple[str, str]
+    files: int
+
+
+def compare(before: Snapshot, after: Snapshot) -> Comparison:
+    """Compare the effective plans of two revisions, class by class and entry by entry.
+
+    Files are read that changed, and those whose classes inherit from theirs; all, where the dialect changed.
+    """
+    with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
+        readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
+        dialects = readers[0].dialect.name, readers[1].dialect.name
+        paths = _affected(before, after, everything=dialects[0] != dialects[1])
+        for reader in readers:
+            reader.load({path.parent for path in paths})
+        comparer = _Comparer(before, after, *readers)
+        differences: list[Difference] = []
+        errors: list[MigratorError] = []
+        for path in sorted(paths):
+            try:
+                differences += comparer.of_file(path)
+            except MigratorError as error:
+                errors.append(error)
+    return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
+
+
+def _affected(before: Snapshot, after: Snapshot, *, everything: bool) -> frozenset[Path]:
+    """Return the files whose plans may differ."""
+    kinds = {path: file_kind(path) for path in before.blobs.keys() | after.blobs.keys()}
+    if everything:
+        return frozenset(path for path, kind in kinds.items() if kind)
+    changed = [path for path in changed_paths(before, after) if kinds[path]]
+    candidates = [path for path, kind in kinds.items() if kind and kind in {kinds[one] for one in changed}]
+    found: set[Path] = set()
+    for snapshot in (before, after):
+        snapshot.load(candidates)
+        found |= inheritors(changed, candidates, snapshot.source)
+    return frozenset(found)
+
+
+class _Comparer:
+    """Compares two revisions file by file."""
+
+    def __init__(
+        self, before: Snapshot, after: Snapshot, old_reader: PlacementReader, new_reader: PlacementReader
+    ) -> None:
+        self._snapshots = before, after
+        self._plans = EffectivePlans(before.source), EffectivePlans(after.source)
+        self._readers = old_reader, new_reader
+        self._same_dialect = old_reader.dialect.name == new_reader.dialect.name
+        self._touched = cache(self._touched_in)
+
+    def of_file(self, path: Path) -> Iterator[Difference]:
+        old, new = (plans.of_file(path) for plans in self._plans)
+        survivors = self._plans[0].classes(path) & self._plans[1].classes(path)
+        for place in sorted(old.keys() | new.keys(), key=lambda place: (place.class_name, place.plan)):
+            entries = old.get(place, {}), new.get(place, {})
+            for key in dict.fromkeys([*entries[0], *entries[1]]):
+                found = self._of_entry(place, key, entries, whole_class=place.class_name not in survivors)
+                if found is not None:
+                    yield found
+
+    def _of_entry(
+        self,
+        place: PlanPlace,
+        key: str,
+        entries: tuple[Mapping[str, EffectiveEntry], Mapping[str, EffectiveEntry]],
+        *,
+        whole_class: bool,
+    ) -> Difference | None:
+        pair = entries[0].get(key), entries[1].get(key)
+        if self._same_dialect and pair[0] and pair[1] and pair[0].style == pair[1].style:
+            return None
+        before, after = (_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
+        kind = _kind(before, after)
+        if kind is None:
+            return None
+        return Difference(place, key, kind, before, after, whole_class or self._is_touched(place.path, before, after))
+
+    def _is_touched(self, path: Path, before: Side | None, after: Side | None) -> bool:
+        """Say whether the text diff touches the entry's line in the model's own file, in either revision."""
+        return any(
+            side is not None and side.path == path and side.line in lines
+            for side, lines in zip((before, after), self._touched(path), strict=True)
+        )
+
+    def _touched_in(self, path: Path) -> tuple[frozenset[int], frozenset[int]]:
+        sources = [snapshot.source(path) for snapshot in self._snapshots]
+        before, after = (source.body if source else b"" for source in sources)
+        return touched_lines(before, after)
+
+
+def _side(place: PlanPlace, key: str, entry: EffectiveEntry | None, reader: PlacementReader) -> Side | None:
+    if entry is None:
+        return None
+    return Side(entry.style, reader.placement(place, key, entry.style), entry.path, entry.line)
+
+
+def _kind(before: Side | None, after: Side | None) -> Kind | None:
+    if before is None or after is None:
+        return "added" if after else "removed"
+    if before.placement != after.placement:
+        return "moved"
+    return "renamed" if before.style != after.style else None
+
+
+def touched_lines(before: bytes, after: bytes) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the lines that a text diff removes from `before` and those that it adds to `after`, counted from 1."""
+    old, new = before.splitlines(), after.splitlines()
+    start = 0
+    while start < min(len(old), len(new)) and old[start] == new[start]:
+        start += 1
+    end = 0
+    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
+        end += 1
+    matcher = difflib.SequenceMatcher(None, old[start : len(old) - end], new[start : len(new) - end], autojunk=False)
+    removed: set[int] = set()
+    added: set[int] = set()
+    for tag, old_start, old_end, new_start, new_end in matcher.get_opcodes():
+        if tag != "equal":
+            removed.update(range(start + old_start + 1, start + old_end + 1))
+            added.update(range(start + new_start + 1, start + new_end + 1))
+    return frozenset(removed), frozenset(added)

@@ -1,0 +1,55 @@
+"""`migrator diff`: what a plan edit between two git revisions really changes on the mesh."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import click
+
+from migrator import console
+
+__all__ = ["command"]
+
+
+@click.command("diff")
+@click.argument("base")
+@click.argument("head", required=False)
+@click.option("--allow", multiple=True, metavar="MODEL", help="Accept every change of this model; repeatable.")
+@click.option(
+    "--format", "form", type=click.Choice(["human", "json", "github"]), default="human", help="How to print the result."
+)
+def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
+    """Compare the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them.
+
+    Every entry is read as its release reads it: another name for the same placement is no change on the mesh. A
+    change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
+    not, such as one that a class inherits.
+    """
+    gc.disable()  # for the same reason as in rewrite
+    from codemods.difference import compare
+    from codemods.revisions import find_repository
+    from migrator.formats.difference import Report, github_lines, human_summary, human_table, report_json
+
+    repository = find_repository(Path())
+    before = repository.revision(base)
+    after = repository.revision(head) if head is not None else repository.working_tree()
+    report = Report(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
+    if form == "json":
+        console.emit_json(report_json(report))
+    elif form == "github":
+        for line in github_lines(report):
+            console.emit(line)
+    else:
+        if report.comparison.differences:
+            console.table(*human_table(report))
+        for line in human_summary(report):
+            console.emit(line)
+    for name in sorted(allow):
+        if name not in {difference.model for difference in report.comparison.differences}:
+            console.say(f"--allow {name}: nothing of this model changed")
+    for error in report.comparison.errors:
+        console.error(error)
+    if report.comparison.errors:
+        return 2
+    return 1 if report.failing else 0

@@ -1,0 +1,75 @@
+"""A changed file as the smallest pieces of text to put in place of others, by line and column."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from codemods.migrate import Change
+from codemods.sources import Source
+
+__all__ = ["Replacement", "replacements"]
+
+Position = tuple[int, int]
+"""Line and column, both counted from 1, columns in characters."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Text that takes the place of what lies between two positions.
+
+    Args:
+        start: the first character replaced.
+        end: the first one kept; equal to `start` where text is only inserted.
+        text: what comes in between.
+    """
+
+    start: Position
+    end: Position
+    text: str
+
+
+def replacements(change: Change) -> list[Replacement]:
+    """Return what turns a file into its new form, in the file's order; made one by one they give exactly `data`."""
+    before, after = _lines(change.source), _lines(Source(change.path, change.data))
+    return list(_replacements(before, after))
+
+
+def _lines(source: Source) -> list[str]:
+    return [line.decode() for line in source.body.splitlines(keepends=True)]
+
+
+def _replacements(before: Sequence[str], after: Sequence[str]) -> Iterator[Replacement]:
+    for kind, first, last, new_first, new_last in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
+        if kind == "replace" and last - first == new_last - new_first:
+            # As many lines as before: each is its own, so that the piece is an entry's and not a paragraph's.
+            for line, new in zip(range(first, last), after[new_first:new_last], strict=True):
+                yield _smallest(before, line, line + 1, new)
+        elif kind != "equal":
+            yield _smallest(before, first, last, "".join(after[new_first:new_last]))
+
+
+def _smallest(before: Sequence[str], first: int, last: int, new: str) -> Replacement:
+    """Return the replacement of whole lines without what both texts begin and end with."""
+    old = "".join(before[first:last])
+    head = _in_common(old, new)
+    tail = _in_common(old[head:][::-1], new[head:][::-1])
+    start, end = _position(before, first, head), _position(before, first, len(old) - tail)
+    return Replacement(start, end, new[head : len(new) - tail])
+
+
+def _in_common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return next(
+        (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
+        min(len(one), len(other)),
+    )
+
+
+def _position(lines: Sequence[str], line: int, offset: int) -> Position:
+    """Return the position that lies `offset` characters behind the beginning of a line."""
+    while line < len(lines) and offset >= len(lines[line]):
+        offset -= len(lines[line])
+        line += 1
+    return line + 1, offset + 1

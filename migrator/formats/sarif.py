@@ -1,0 +1,157 @@
+"""For code scanning and editors: SARIF 2.1.0, with fixes that make exactly the edits of `rewrite`.
+
+What one owner's plan needs, its copies included, is one decision; so it is one fix, with a change for each file. It is
+attached to the first of the decision's results, and making every fix once is the same as running `rewrite`.
+
+Source: Static Analysis Results Interchange Format (SARIF) Version 2.1.0, OASIS Standard.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from codemods.migrate import Change, Located, LocatedEdit
+from codemods.ownership import Place
+from codemods.pending import pending_findings
+from migrator.formats.replacements import Replacement, replacements
+from migrator.formats.report import Report
+from plans.errors import MigratorError
+from plans.rule import Rule, all_rules
+
+__all__ = ["report_sarif"]
+
+_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+_ROOT = "SRCROOT"
+
+Json = dict[str, object]
+_Fixes = dict[Place, list[tuple[Change, Replacement]]]
+
+
+def report_sarif(report: Report, version: str) -> Json:
+    """Return a report as one SARIF run.
+
+    Args:
+        report: of files that were not written.
+        version: migrator's own.
+    """
+    codes = list(all_rules())
+    driver = {
+        "name": "migrator",
+        "semanticVersion": version,
+        "rules": [_rule(rule) for rule in all_rules().values()],
+    }
+    run: Json = {
+        "tool": {"driver": driver},
+        "columnKind": "unicodeCodePoints",
+        "newlineSequences": ["\r\n", "\n", "\r"],
+        "originalUriBaseIds": {_ROOT: {"uri": Path.cwd().as_uri() + "/"}},
+        "artifacts": [_artifact(change) for change in report.changes],
+        "invocations": [_invocation(report.errors)],
+        "results": list(_results(report, codes)),
+    }
+    return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _rule(rule: Rule) -> Json:
+    explanation = " ".join(rule.explanation.split())
+    return {
+        "id": rule.code,
+        "name": rule.name,
+        "shortDescription": {"text": rule.name.replace("-", " ")},
+        "fullDescription": {"text": explanation},
+        "help": {"text": f"{explanation}\n\nBefore:\n{rule.before}\nAfter:\n{rule.after}\nNext: {rule.hint}"},
+        "defaultConfiguration": {"level": rule.severity},
+    }
+
+
+def _artifact(change: Change) -> Json:
+    encoding = "utf-8" if change.source.encoding == "utf-8-sig" else change.source.encoding
+    return {"location": _artifact_location(change.path), "encoding": encoding, "sourceLanguage": "python"}
+
+
+def _invocation(errors: Iterable[MigratorError]) -> Json:
+    notifications = [_notification(error) for error in errors]
+    return {"executionSuccessful": not notifications, "toolExecutionNotifications": notifications}
+
+
+def _notification(error: MigratorError) -> Json:
+    path, line = error.data.get("path"), error.data.get("line")
+    located = {"locations": [_location(Path(str(path)), line if isinstance(line, int) else 1)]} if path else {}
+    return {"level": "error", "message": {"text": f"{error.message}; {error.hint}"}, **located}
+
+
+def _results(report: Report, codes: list[str]) -> Iterator[Json]:
+    fixes = _fixes(report.changes)
+    for change in report.changes:
+        for located, found in zip(change.edits, pending_findings([change]), strict=True):
+            fix = fixes.pop(located.owner, None)
+            yield _result(found, codes) | ({"fixes": [_fix(located, fix)]} if fix else {})
+    for found in report.findings:
+        yield _result(found, codes)
+
+
+def _result(found: Located, codes: list[str]) -> Json:
+    finding = found.finding
+    name = ".".join(filter(None, (found.class_name, found.attribute)))
+    place = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}]} if name else {}
+    return {
+        "ruleId": finding.code,
+        "ruleIndex": codes.index(finding.code),
+        "level": finding.severity,
+        "message": {"text": finding.message},
+        "locations": [_location(found.path, found.line) | place],
+        # The line may move, the entry stays the same one.
+        "partialFingerprints": {"entry/v1": f"{_uri(found.path)}:{name}:{finding.key}:{finding.code}"},
+        "properties": {"key": finding.key, "hint": finding.hint},
+    }
+
+
+def _fixes(changes: Iterable[Change]) -> _Fixes:
+    """Group the replacements of all files by the owner whose edits they make."""
+    grouped: _Fixes = {}
+    for change in changes:
+        for replacement in replacements(change):
+            grouped.setdefault(_owner(change, replacement), []).append((change, replacement))
+    return grouped
+
+
+def _owner(change: Change, replacement: Replacement) -> Place:
+    """Return the owner of the edit that lies in a replacement's lines, or nearest above it."""
+    above = [located for located in change.edits if located.line <= replacement.end[0]]
+    return max(above or change.edits[:1], key=lambda located: located.line).owner
+
+
+def _fix(located: LocatedEdit, replaced: Iterable[tuple[Change, Replacement]]) -> Json:
+    by_file: dict[Path, list[Replacement]] = {}
+    for change, replacement in replaced:
+        by_file.setdefault(change.path, []).append(replacement)
+    return {
+        "description": {"text": f"Rewrite {located.owner.attribute} of {located.owner.class_name} and its copies"},
+        "artifactChanges": [
+            {"artifactLocation": _artifact_location(path), "replacements": [_replacement(one) for one in listed]}
+            for path, listed in by_file.items()
+        ],
+    }
+
+
+def _replacement(replacement: Replacement) -> Json:
+    (start_line, start_column), (end_line, end_column) = replacement.start, replacement.end
+    region = {"startLine": start_line, "startColumn": start_column, "endLine": end_line, "endColumn": end_column}
+    return {"deletedRegion": region, "insertedContent": {"text": replacement.text}}
+
+
+def _location(path: Path, line: int) -> Json:
+    return {"physicalLocation": {"artifactLocation": _artifact_location(path), "region": {"startLine": line}}}
+
+
+def _artifact_location(path: Path) -> Json:
+    relative = path.is_relative_to(Path.cwd())
+    return {"uri": _uri(path), **({"uriBaseId": _ROOT} if relative else {})}
+
+
+def _uri(path: Path) -> str:
+    here = Path.cwd()
+    return quote(os.fsencode(path.relative_to(here).as_posix())) if path.is_relative_to(here) else path.as_uri()

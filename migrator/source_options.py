@@ -1,0 +1,111 @@
+"""What the commands that read source have in common: their options, and how a configuration file fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from migrator import console
+from plans.errors import MigratorError, UsageError
+
+if TYPE_CHECKING:
+    from codemods.selection import Selection
+    from migrator.formats.report import Report
+
+__all__ = ["FORMATS", "Request", "emit_machine_format", "read_request", "report_errors", "source_options"]
+
+FORMATS = ("human", "json", "github", "sarif")
+_DEFAULT_BASE = "origin/main"
+_BUILT_TARGET = "param-level"
+
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to look at.
+
+    Args:
+        paths: files and folders.
+        selection: what of them is spoken of.
+    """
+
+    paths: tuple[Path, ...]
+    selection: Selection
+
+
+def source_options(command: Command) -> Command:
+    """Add the arguments and options that `read_request` takes, `--format` and `--quiet`."""
+    for decorator in (
+        click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+        click.option("--format", "form", type=click.Choice(FORMATS), default="human", help="How to print the result."),
+        click.option(
+            "--base-ref", metavar="REF", help=f"What --changed-only compares with; by default {_DEFAULT_BASE}."
+        ),
+        click.option("--changed-only", is_flag=True, help="Only models with a file changed since git's base ref."),
+        click.argument("paths", nargs=-1, type=click.Path(path_type=Path)),
+    ):
+        command = decorator(command)
+    return command
+
+
+def read_request(paths: Sequence[Path], *, changed_only: bool, base_ref: str | None) -> Request:
+    """Join the command line with the nearest pyproject.toml; the command line wins.
+
+    Raises:
+        UsageError: the configuration is not valid, or names something that is not built.
+    """
+    from codemods.config import find_configuration
+    from codemods.selection import Selection
+
+    start = paths[0] if paths else Path()
+    configuration = find_configuration(start)
+    if configuration.target not in (None, _BUILT_TARGET) or configuration.source not in (None, "auto"):
+        raise UsageError(
+            f"{configuration.root / 'pyproject.toml'}: tool.migrator asks for a dialect that rewrite cannot write yet",
+            hint=f'leave source out and write target = "{_BUILT_TARGET}"',
+            target=configuration.target,
+            source=configuration.source,
+        )
+    if base_ref and not changed_only:
+        raise UsageError("--base-ref needs --changed-only", hint="add --changed-only or leave --base-ref out")
+    touched = _touched(start, base_ref or _DEFAULT_BASE) if changed_only else None
+    return Request(tuple(paths) or configuration.paths or (Path(),), Selection(configuration, touched))
+
+
+def emit_machine_format(report: Report, form: str) -> None:
+    """Print a report as json, github or sarif."""
+    if form == "json":
+        from migrator.formats.json import report_json
+
+        console.emit_json(report_json(report))
+    elif form == "github":
+        from migrator.formats.github import github_lines
+
+        for line in github_lines(report):
+            console.emit(line)
+    else:
+        from importlib.metadata import version
+
+        from migrator.formats.sarif import report_sarif
+
+        console.emit_json(report_sarif(report, version("plan-migrator")))
+
+
+def report_errors(errors: Sequence[MigratorError]) -> None:
+    """Tell a person about everything that could not be done."""
+    for error in errors:
+        console.error(error)
+
+
+def _touched(start: Path, base_ref: str) -> frozenset[Path]:
+    from codemods.changed import changed_files, touched_folders
+
+    start = start.absolute()
+    if not start.exists():
+        raise UsageError(f"{start}: no such file or folder", hint="name files or folders that exist", path=str(start))
+    return touched_folders(changed_files(base_ref, start if start.is_dir() else start.parent))

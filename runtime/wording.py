@@ -1,0 +1,27 @@
+"""Words for one-line messages: what foreign errors say, and long lists of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+__all__ = ["first_line", "listed"]
+
+_SHOWN = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, on one line; a line that only announces the next one goes with it."""
+    return " ".join(_announced(str(error).splitlines())) or type(error).__name__
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _announced(lines: Sequence[str]) -> Iterator[str]:
+    for line in filter(None, map(str.strip, lines)):
+        yield line
+        if not line.endswith(":"):
+            return

@@ -1,0 +1,183 @@
+"""Ignore comments: which lines they speak of, what they keep from happening, and when they are of no use."""
+
+from __future__ import annotations
+
+import pytest
+
+from codemods.config import Configuration
+from codemods.ignores import held_decisions, read_ignores, silences, unused_ignores, without_held
+from codemods.migrate import plan_rewrites, write_changes
+from codemods.pending import unused_comments
+from codemods.selection import Selection, Silencer
+from plans.decompose import InsertEntry, SetStyle
+from tests.codemods.helpers import PACKED, REGULAR, write_tree
+from tests.migrator.source_trees import COPY, OWNER, family, texts
+
+GATE_UP, DOWN = '"packed_colwise",', '"rowwise",'
+COMMENT = "  # migrator: ignore[MIG001]"
+
+
+def spoken_of(text: str) -> list[tuple[int, tuple[str, ...]]]:
+    return [(ignore.speaks_of, ignore.codes) for ignore in read_ignores(text.encode())]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1  # migrator: ignore[MIG001]\ny = 2\n", [(1, ("MIG001",))]),
+        ("# migrator: ignore[MIG001]\ny = 2\n", [(2, ("MIG001",))]),
+        ("# migrator: ignore[MIG001]\n# because\n\ny = 2\n", [(4, ("MIG001",))]),
+        ("x = [\n    # migrator: ignore[MIG001]\n    1,\n]\n", [(3, ("MIG001",))]),
+        ("x = 1  # noqa: E501  # migrator:ignore [ MIG001 , MIG002 ] as agreed\n", [(1, ("MIG001", "MIG002"))]),
+        ("x = 1  # migrator: ignore[MIG001] migrator: ignore[MIG002]\n", [(1, ("MIG001",)), (1, ("MIG002",))]),
+        ("x = 1\r# migrator: ignore[MIG001]\ry = 2\r", [(3, ("MIG001",))]),
+        ("x = 1  # migrator: ignore\n", [(1, ())]),
+        ("x = 1  # migrator: ignore[]\n", [(1, ())]),
+        ("x = 1\n# migrator: ignore[MIG001]", [(2, ("MIG001",))]),
+    ],
+)
+def test_what_a_comment_speaks_of(text, expected):
+    assert spoken_of(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'x = "# migrator: ignore[MIG001]"\n',
+        '"""\n# migrator: ignore[MIG001]\n"""\n',
+        "x = f'''\n# migrator: ignore[MIG001] {y}\n'''\n",
+        "x = 1  # migrator: ignored[MIG001]\n",
+        "x = 1  # mig ignore[MIG001]\n",
+    ],
+)
+def test_what_only_looks_like_one_is_none(text):
+    assert spoken_of(text) == []
+
+
+@pytest.mark.parametrize("text", ["x = (  # migrator: ignore[MIG001]\n", "\xff"])
+def test_text_that_is_no_python_has_none(text):
+    assert read_ignores(text.encode("latin-1") + b"# migrator:") == ()
+
+
+def test_a_comment_silences_its_codes_on_its_line_only():
+    ignores = read_ignores(b"x = 1  # migrator: ignore[MIG001]\n")
+    assert silences(ignores, 1, "MIG001")
+    assert not silences(ignores, 1, "MIG002")
+    assert not silences(ignores, 2, "MIG001")
+
+
+def test_the_entries_of_one_experts_module_are_held_together():
+    experts = [
+        SetStyle("MIG001", "a.experts.gate_up_proj", "packed_colwise", "x"),
+        SetStyle("MIG002", "a.experts.down_proj", "rowwise", "y"),
+    ]
+    others = [
+        SetStyle("MIG001", "b.experts.gate_up_proj", "packed_colwise", "x"),
+        InsertEntry("MIG003", "c.experts.down_proj", "y", anchor="c.experts"),
+        SetStyle("MIG001", "a.attn.q_proj", "packed_colwise", "x"),
+    ]
+    held = held_decisions([*experts, *others], lambda edit: edit.key == "a.experts.down_proj")
+    assert without_held([*experts, *others], held) == tuple(others)
+
+
+def test_dense_entries_are_held_one_by_one():
+    edits = [SetStyle("MIG001", f"layers.*.attn.{name}", "a", "b") for name in ("q_proj", "k_proj")]
+    held = held_decisions(edits, lambda edit: edit.key.endswith("q_proj"))
+    assert [edit.key for edit in without_held(edits, held)] == ["layers.*.attn.k_proj"]
+
+
+def test_comments_of_no_use_are_found():
+    ignores = read_ignores(
+        b"x = 1  # migrator: ignore[MIG001, MIG002]\n# migrator: ignore\n# migrator: ignore[MIG999]\n"
+    )
+    found = [(line, finding.code) for line, finding in unused_ignores(ignores, {(1, "MIG001")})]
+    assert found == [(1, "MIG901"), (2, "MIG902"), (3, "MIG902")]
+    messages = [finding.message for _, finding in unused_ignores(ignores, set())]
+    assert "MIG001" in messages[0]
+    assert "{" not in "".join(messages)
+
+
+def rewritten(root, configuration=None):
+    silencer = Silencer(Selection(configuration or Configuration()))
+    outcome = plan_rewrites([root], silencer)
+    assert write_changes(outcome.changes).errors == ()
+    return outcome, list(unused_comments(silencer))
+
+
+@pytest.mark.parametrize("entry", [GATE_UP, DOWN])
+@pytest.mark.parametrize("above", [True, False])
+def test_an_ignored_entry_stays_and_so_does_its_pair_and_every_copy(tmp_path, entry, above):
+    comment = f"# migrator: ignore[{'MIG001' if entry == GATE_UP else 'MIG002'}]"
+    line = next(line for line in PACKED.splitlines() if line.endswith(entry))
+    mine = f"        {comment}\n{line}" if above else f"{line}  {comment}"
+    family(tmp_path)
+    owner = tmp_path / OWNER
+    owner.write_text(owner.read_text().replace(line, mine))
+    before = texts(tmp_path)
+    outcome, unused = rewritten(tmp_path)
+    assert outcome.changes == ()
+    assert unused == []
+    assert texts(tmp_path) == before
+
+
+def test_a_comment_in_a_generated_copy_decides_nothing(tmp_path):
+    family(tmp_path)
+    copy = tmp_path / COPY
+    copy.write_text(copy.read_text().replace(GATE_UP, GATE_UP + COMMENT))
+    outcome, unused = rewritten(tmp_path)
+    assert len(outcome.changes) == 2
+    assert unused == [], "it is mended where it came from"
+
+
+def test_the_other_modules_of_the_plan_are_still_rewritten(tmp_path):
+    second = PACKED.replace("mlp.experts", "mlp.text_moe.experts").splitlines()[3:6]
+    text = PACKED.replace(GATE_UP, GATE_UP + COMMENT, 1).replace("    }", "\n".join([*second, "    }"]))
+    write_tree(tmp_path, {OWNER: text, "toy/modeling_toy.py": REGULAR})
+    outcome, unused = rewritten(tmp_path)
+    assert [edit.edit.key for edit in outcome.changes[0].edits] == [
+        "layers.*.mlp.text_moe.experts.gate_up_proj",
+        "layers.*.mlp.text_moe.experts.down_proj",
+    ]
+    assert unused == []
+
+
+def test_a_silenced_finding_is_not_reported(tmp_path):
+    write_tree(tmp_path, {OWNER: PACKED.replace(GATE_UP, GATE_UP + "  # migrator: ignore[MIG203]")})
+    outcome, unused = rewritten(tmp_path)
+    assert (outcome.findings, unused) == ((), [])
+
+
+def test_an_unused_comment_is_located(tmp_path):
+    family(tmp_path, PACKED.replace('"moe_tp_experts",', '"moe_tp_experts",  # migrator: ignore[MIG001]'))
+    outcome, unused = rewritten(tmp_path)
+    assert len(outcome.changes) == 2
+    assert [(found.path.name, found.line, found.finding.code) for found in unused] == [
+        ("configuration_toy.py", 5, "MIG901")
+    ]
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        {"ignore": frozenset({"MIG001"})},
+        {"per_path_ignores": (("toy/*.py", frozenset({"MIG002"})),)},
+        {"per_path_ignores": (("configuration_*.py", frozenset({"MIG002"})),)},
+    ],
+)
+def test_the_configuration_ignores_codes_too(tmp_path, configuration):
+    family(tmp_path)
+    outcome, _ = rewritten(tmp_path, Configuration(tmp_path, **configuration))
+    assert outcome.changes == ()
+
+
+def test_an_excluded_copy_holds_back_its_family(tmp_path):
+    family(tmp_path)
+    outcome, _ = rewritten(tmp_path, Configuration(tmp_path, exclude=("heir",)))
+    assert outcome.changes == ()
+    assert [(found.path.name, found.finding.code) for found in outcome.findings] == [("configuration_toy.py", "MIG304")]
+
+
+def test_an_excluded_file_may_be_broken(tmp_path):
+    write_tree(tmp_path, {"bad/configuration_bad.py": PACKED + "def broken(:\n"})
+    outcome, _ = rewritten(tmp_path, Configuration(tmp_path, exclude=("bad/**",)))
+    assert outcome.errors == ()

@@ -1,0 +1,151 @@
+"""`migrator check` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
+from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git, migrator, texts
+
+TRANSPOSED = REGULAR.replace(
+    "2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.intermediate_dim"
+).replace("self.hidden_dim, self.intermediate_dim))", "self.intermediate_dim, self.hidden_dim))")
+
+
+def test_pending_rewrites_are_findings_and_nothing_is_written(tmp_path):
+    before = texts(family(tmp_path))
+    done = migrator("check", ".", cwd=tmp_path)
+    assert done.returncode == 1
+    lines = done.stdout.decode().splitlines()
+    assert lines[0] == (
+        "warning heir/configuration_heir.py:4 MIG001 layers.*.mlp.experts.gate_up_proj: "
+        "packed_colwise becomes moe_tp_gate_up_colwise"
+    )
+    assert "MIG001: run `migrator rewrite`" in lines
+    assert lines[-1] == "4 warnings in 5 files"
+    assert done.stderr == b""
+    assert texts(tmp_path) == before
+
+
+def test_a_migrated_tree_is_clean(tmp_path):
+    done = migrator("check", ".", cwd=family(tmp_path, MIGRATED))
+    assert (done.returncode, done.stdout) == (0, b"nothing found in 5 files\n")
+
+
+def test_notes_never_fail(tmp_path):
+    done = migrator("check", ".", cwd=write_tree(tmp_path, {OWNER: PACKED, "toy/modeling_toy.py": TRANSPOSED}))
+    assert done.returncode == 0
+    assert done.stdout.decode().startswith("note toy/configuration_toy.py:3 MIG101")
+
+
+def test_a_defect_fails_where_rewrite_says_it_and_goes_on(tmp_path):
+    write_tree(tmp_path, {OWNER: PACKED})
+    assert migrator("check", ".", cwd=tmp_path).returncode == 1
+    assert migrator("rewrite", ".", cwd=tmp_path).returncode == 0
+
+
+def test_a_bad_file_is_2_and_the_others_are_still_checked(tmp_path):
+    write_tree(family(tmp_path), {"bad/configuration_bad.py": PACKED.replace("}", "")})
+    done = migrator("check", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"MIG001" in done.stdout
+    assert b"bad/configuration_bad.py:" in done.stderr
+
+
+def test_quiet_prints_errors_only(tmp_path):
+    done = migrator("check", ".", "--quiet", cwd=family(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+def test_an_unused_ignore_fails_and_a_used_one_does_not(tmp_path):
+    comment = '"packed_colwise",  # migrator: ignore[MIG001]'
+    write_tree(tmp_path, {OWNER: PACKED.replace('"packed_colwise",', comment), "toy/modeling_toy.py": REGULAR})
+    done = migrator("check", ".", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"nothing found in 2 files\n")
+    text = (tmp_path / OWNER).read_text().replace("packed_colwise", "moe_tp_gate_up_colwise")
+    (tmp_path / OWNER).write_text(text.replace('"rowwise"', '"moe_tp_down_rowwise"'))
+    done = migrator("check", ".", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.decode().startswith("warning toy/configuration_toy.py:3 MIG901 nothing here is MIG001")
+
+
+def test_a_bare_ignore_is_an_error(tmp_path):
+    write_tree(tmp_path, {OWNER: MIGRATED + "# migrator: ignore\nx = 1\n", "toy/modeling_toy.py": REGULAR})
+    done = migrator("check", ".", cwd=tmp_path)
+    assert done.returncode == 1
+    assert b"error toy/configuration_toy.py:7 MIG902" in done.stdout
+
+
+def test_the_configuration_names_what_to_look_at(tmp_path):
+    family(tmp_path / "src")
+    family(tmp_path / "legacy")
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\npaths = ['src']\nexclude = ['heir/configuration_*']\n")
+    assert b"legacy" not in migrator("check", cwd=tmp_path).stdout
+    assert b"legacy" in migrator("check", "legacy", cwd=tmp_path).stdout, "the command line wins"
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nignore = ['MIG001']\n")
+    assert migrator("check", cwd=tmp_path).returncode == 0
+    assert migrator("rewrite", "--check", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["check", "rewrite"])
+def test_a_mistake_in_the_configuration_is_2(tmp_path, command):
+    before = texts(family(tmp_path))
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nignroe = ['MIG001']\n")
+    done = migrator(command, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().startswith("error: pyproject.toml: tool.migrator.ignroe is no setting\nhint: settings ")
+    assert texts(tmp_path) == before
+
+
+def test_changed_only_speaks_of_changed_models(tmp_path):
+    family(tmp_path)
+    git(tmp_path, "init", "-q", "-b", "main")
+    commit_all(tmp_path)
+    flags = ("--changed-only", "--base-ref", "main")
+    assert migrator("check", ".", *flags, cwd=tmp_path).returncode == 0
+    assert migrator("rewrite", ".", *flags, cwd=tmp_path).returncode == 0
+    assert b"packed_colwise" in (tmp_path / OWNER).read_bytes()
+    (tmp_path / "heir/new.py").write_text("x = 1\n")
+    assert migrator("check", ".", *flags, cwd=tmp_path).returncode == 1
+    assert migrator("rewrite", ".", *flags, cwd=tmp_path).returncode == 0
+    assert b"packed_colwise" not in (tmp_path / OWNER).read_bytes() + (tmp_path / COPY).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--changed-only"], "not a git repository"),
+        (["--base-ref", "main"], "--base-ref needs --changed-only"),
+    ],
+)
+def test_changed_only_that_cannot_be_is_2(tmp_path, flags, message):
+    done = migrator("check", ".", *flags, cwd=family(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr.decode()
+
+
+def test_json_has_the_documented_shape(tmp_path):
+    write_tree(
+        family(tmp_path), {"bad/configuration_bad.py": PACKED.replace("}", ""), "odd/configuration_odd.py": PACKED}
+    )
+    done = migrator("check", ".", "--format", "json", cwd=tmp_path)
+    result = json.loads(done.stdout)
+    assert set(result) == {"written", "files", "plan_files", "changes", "findings", "errors"}
+    assert [change["role"] for change in result["changes"]] == ["owner", "copy"]
+    assert result["changes"][0]["edits"][0] == {
+        "line": 3,
+        "class": "ToyConfig",
+        "plan": "base_model_tp_plan",
+        "code": "MIG001",
+        "severity": "warning",
+        "key": "layers.*.mlp.experts.gate_up_proj",
+        "before": "packed_colwise",
+        "style": "moe_tp_gate_up_colwise",
+        "message": "layers.*.mlp.experts.gate_up_proj: packed_colwise becomes moe_tp_gate_up_colwise",
+    }
+    assert [(found["path"], found["code"], found["severity"]) for found in result["findings"]] == [
+        ("odd/configuration_odd.py", "MIG203", "warning")
+    ]
+    assert [set(error) for error in result["errors"]] == [{"kind", "message", "hint", "path", "line"}]
