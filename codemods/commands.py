@@ -23,6 +23,7 @@ from codemods.rewrite import rewrite_source
 from codemods.selection import Silencer
 from codemods.sources import Source
 from codemods.survey import expert_plans
+from codemods.transform import to_param_level
 from plans.decompose import Edit, InsertEntry
 
 __all__ = ["DecomposePlansCommand"]
@@ -61,7 +62,7 @@ class DecomposePlansCommand(CodemodCommand):
         for place in _expert_places(files, source.path):
             literal = files.plan(place)
             assert isinstance(literal, PlanLiteral)
-            verdict = judge(files, Family(place, ()), frozenset({source.path}))
+            verdict = judge(files, Family(place, ()), frozenset({source.path}), to_param_level)
             for _, finding in verdict.findings:
                 line = _line(literal, finding.key)
                 if not silencer.is_silent(source.path, line, finding.code):

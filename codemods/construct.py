@@ -29,8 +29,12 @@ class Constructor:
         """Return what instances of a class may hold under a name: nothing if no statement gives it to them."""
         lineage = self.source.lineage(owner)
         statements = [(definition, place) for definition in lineage for place in definition.attributes.get(name, ())]
+        try:
+            nodes = [node for scope, place in statements for node in self._of_statement(scope, place, 0)]
+        except RecursionError:  # an expression nested deeper than anyone writes
+            nodes = [UNKNOWN]
         if statements:
-            return _joined(node for scope, place in statements for node in self._of_statement(scope, place, 0))
+            return _joined(nodes)
         return frozenset({UNKNOWN}) if self.source.outer_bases(owner) & self.source.borrowed else frozenset()
 
     def _of_statement(self, scope: ClassSource, place: int, followed: int) -> Iterable[Node]:
@@ -135,10 +139,12 @@ def _joined(nodes: Iterable[Node]) -> frozenset[Node]:
 def _assigned(scope: ClassSource, name: str) -> tuple[ast.expr, ...]:
     """Return what a class's methods assign or append to a variable, else what its module assigns to it."""
     rest = rb"(?:(?:[ \t]*:[^=\n]+)?[ \t]*=(?!=)|\.append\()"
-    inside = re.compile(rb"^[ \t]+" + name.encode() + rest, re.MULTILINE).finditer(scope.data, scope.start, scope.end)
+    inside = re.compile(rb"^[ \t]+" + re.escape(name.encode()) + rest, re.MULTILINE).finditer(
+        scope.data, scope.start, scope.end
+    )
     places = [match.start() for match in inside]
     if not places:
-        outside = re.compile(rb"^" + name.encode() + rest, re.MULTILINE).finditer(scope.data)
+        outside = re.compile(rb"^" + re.escape(name.encode()) + rest, re.MULTILINE).finditer(scope.data)
         places = [match.start() for match in outside]
     values = (_value(_statement(scope.data, place)) for place in places)
     return tuple(value for value in values if value is not None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from codemods.construct import Constructor
@@ -13,6 +14,7 @@ from plans.described import Described, Named
 
 __all__ = ["Model", "could_exist", "describe"]
 
+_DEEPEST = 64  # parts of a key; no model nests like that
 _WEIGHT_RANK = 2
 _STACKED_RANK = 3
 
@@ -44,20 +46,26 @@ class Model:
     def _reach(self, key: str, class_name: str) -> frozenset[Node]:
         """Return what the parts of a key lead to, from the classes on whose plan it may be."""
         owner, _, part = key.rpartition(".")
-        nodes = self.reach(owner, class_name) if owner else self._roots(class_name)
+        if owner.count(".") > _DEEPEST:
+            return frozenset()
+        nodes = self.reach(owner, class_name) if owner else self._roots(part, class_name)
         return frozenset(node for start in nodes for node in self._step(start, part))
 
-    def _roots(self, class_name: str) -> frozenset[Node]:
-        """Return the class itself or those that take it as their `config`; without a name, every class."""
+    def _roots(self, part: str, class_name: str) -> frozenset[Node]:
+        """Return the classes that a key beginning with `part` may count from.
+
+        They are the named class itself, those that take it as their `config`, or without a name all. Those that inherit
+        from other models could have any attribute, and count only where no other class has this one.
+        """
         classes = self._source.classes
-        if class_name in classes:
-            return frozenset({Node("class", class_name)})
-        takes = re.compile(rb"\bconfig: [\w| ]*\b" + class_name.encode() + rb"\b") if class_name else None
-        return frozenset(
-            Node("class", name)
-            for name, one in classes.items()
-            if takes is None or takes.search(one.data, one.start, one.end)
+        takes = re.compile(rb"\bconfig: [\w| ]*\b" + re.escape(class_name.encode()) + rb"\b")
+        names = (
+            [class_name]
+            if class_name in classes
+            else [name for name, one in classes.items() if not class_name or takes.search(one.data, one.start, one.end)]
         )
+        assigning = [name for name in names if any(part in one.attributes for one in self._source.lineage(name))]
+        return frozenset(Node("class", name) for name in assigning or names)
 
     def _answers(self, nodes: frozenset[Node]) -> set[Described]:
         by_kind = {
@@ -102,11 +110,6 @@ class Model:
         return f"{definition.path.name}:{definition.name}" if definition else ""
 
 
-@cache
-def _model(folder: Path) -> Model:
-    return Model(folder)
-
-
 def describe(folder: Path, key: str, class_name: str = "") -> Described | None:
     """Return what a plan key names in a model folder, None where that cannot be read."""
     return _model(folder).describe(key, class_name)
@@ -115,3 +118,15 @@ def describe(folder: Path, key: str, class_name: str = "") -> Described | None:
 def could_exist(folder: Path, key: str) -> bool:
     """Say whether any class of a model folder's source could create what a plan key names."""
     return _model(folder).could_exist(key)
+
+
+def _model(folder: Path) -> Model:
+    """Return a folder's model, read again only if its modeling files changed."""
+    with os.scandir(folder) as entries:
+        stats = [entry.stat() for entry in entries if entry.name.startswith("modeling_")]
+    return _model_as_it_was(folder, tuple(sorted((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)))
+
+
+@lru_cache(maxsize=1024)
+def _model_as_it_was(folder: Path, _state: tuple[tuple[int, int, int], ...]) -> Model:
+    return Model(folder)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from codemods.effective import EffectiveEntry, EffectivePlans, PlanPlace, file_kind, inheritors
-from codemods.placements import PlacementReader
+from codemods.placements import PlacementReader, Reading
 from codemods.revisions import Snapshot, changed_paths
-from plans.errors import MigratorError
+from plans.errors import MigratorError, UsageError
 
 __all__ = ["Comparison", "Difference", "Kind", "Side", "compare", "touched_lines"]
 
-Kind = Literal["renamed", "moved", "added", "removed"]
-"""Another name for the same placement; another placement; an entry that is new; one that is gone."""
+Kind = Literal["renamed", "meaning", "placement", "added", "removed"]
+"""Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
+that is gone."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Side:
 
     Args:
         style: None where it is computed.
-        placement: in words, `Shard(1)`.
+        reading: what it does.
         path: the file that it is written in, which an inherited entry's model does not own.
         line: where it stands there, counted from 1.
     """
 
     style: str | None
-    placement: str
+    reading: Reading
     path: Path
     line: int
 
@@ -97,14 +98,26 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
     """Compare the effective plans of two revisions, class by class and entry by entry.
 
     Files are read that changed, and those whose classes inherit from theirs; all, where the dialect changed.
+
+    Raises:
+        UsageError: neither revision holds a model.
+        SourceError: a revision cannot be read.
     """
+    if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()):
+        raise UsageError(
+            f"neither {before.name} nor {after.name} holds a configuration_*.py or modeling_*.py",
+            hint="run it in a repository of models, and commit or add the files",
+            base=before.name,
+            head=after.name,
+        )
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
-        dialects = readers[0].dialect.name, readers[1].dialect.name
-        paths = _affected(before, after, everything=dialects[0] != dialects[1])
+        dialects = readers[0].dialect, readers[1].dialect
+        changed = changed_paths(before, after)
+        paths = _affected(before, after, changed, everything=dialects[0] != dialects[1])
         for reader in readers:
             reader.load({path.parent for path in paths})
-        comparer = _Comparer(before, after, *readers)
+        comparer = _Comparer(before, after, changed, *readers)
         differences: list[Difference] = []
         errors: list[MigratorError] = []
         for path in sorted(paths):
@@ -115,17 +128,19 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
     return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
 
 
-def _affected(before: Snapshot, after: Snapshot, *, everything: bool) -> frozenset[Path]:
-    """Return the files whose plans may differ."""
+def _affected(before: Snapshot, after: Snapshot, changed: frozenset[Path], *, everything: bool) -> frozenset[Path]:
+    """Return the files whose plans may differ, or whose models read them differently."""
     kinds = {path: file_kind(path) for path in before.blobs.keys() | after.blobs.keys()}
     if everything:
         return frozenset(path for path, kind in kinds.items() if kind)
-    changed = [path for path in changed_paths(before, after) if kinds[path]]
-    candidates = [path for path, kind in kinds.items() if kind and kind in {kinds[one] for one in changed}]
-    found: set[Path] = set()
+    changed_models = [path for path in changed if kinds[path]]
+    changed_kinds = {kinds[path] for path in changed_models}
+    candidates = [path for path, kind in kinds.items() if kind and kind in changed_kinds]
+    remodelled = {path.parent for path in changed_models if kinds[path] == "modeling"}
+    found = {path for path, kind in kinds.items() if kind and path.parent in remodelled}
     for snapshot in (before, after):
         snapshot.load(candidates)
-        found |= inheritors(changed, candidates, snapshot.source)
+        found |= inheritors(changed_models, candidates, snapshot.source)
     return frozenset(found)
 
 
@@ -133,12 +148,18 @@ class _Comparer:
     """Compares two revisions file by file."""
 
     def __init__(
-        self, before: Snapshot, after: Snapshot, old_reader: PlacementReader, new_reader: PlacementReader
+        self,
+        before: Snapshot,
+        after: Snapshot,
+        changed: frozenset[Path],
+        old_reader: PlacementReader,
+        new_reader: PlacementReader,
     ) -> None:
         self._snapshots = before, after
         self._plans = EffectivePlans(before.source), EffectivePlans(after.source)
         self._readers = old_reader, new_reader
-        self._same_dialect = old_reader.dialect.name == new_reader.dialect.name
+        self._same_dialect = old_reader.dialect == new_reader.dialect
+        self._remodelled = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
         self._touched = cache(self._touched_in)
 
     def of_file(self, path: Path) -> Iterator[Difference]:
@@ -160,13 +181,17 @@ class _Comparer:
         whole_class: bool,
     ) -> Difference | None:
         pair = entries[0].get(key), entries[1].get(key)
-        if self._same_dialect and pair[0] and pair[1] and pair[0].style == pair[1].style:
+        if pair[0] and pair[1] and pair[0].style == pair[1].style and self._read_alike(place.path.parent):
             return None
         before, after = (_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
         kind = _kind(before, after)
         if kind is None:
             return None
         return Difference(place, key, kind, before, after, whole_class or self._is_touched(place.path, before, after))
+
+    def _read_alike(self, folder: Path) -> bool:
+        """Say whether both revisions read a model's styles alike: in one dialect, against the same modeling source."""
+        return self._same_dialect and folder not in self._remodelled
 
     def _is_touched(self, path: Path, before: Side | None, after: Side | None) -> bool:
         """Say whether the text diff touches the entry's line in the model's own file, in either revision."""
@@ -184,14 +209,19 @@ class _Comparer:
 def _side(place: PlanPlace, key: str, entry: EffectiveEntry | None, reader: PlacementReader) -> Side | None:
     if entry is None:
         return None
-    return Side(entry.style, reader.placement(place, key, entry.style), entry.path, entry.line)
+    return Side(entry.style, reader.read(place, key, entry.style), entry.path, entry.line)
 
 
 def _kind(before: Side | None, after: Side | None) -> Kind | None:
     if before is None or after is None:
         return "added" if after else "removed"
-    if before.placement != after.placement:
-        return "moved"
+    old, new = before.reading, after.reading
+    if before.style == after.style and (old.guessed or new.guessed):
+        return None
+    if old.placement != new.placement:
+        return "placement"
+    if old.meaning != new.meaning or (old.meaning is None and before.style != after.style):
+        return "meaning"
     return "renamed" if before.style != after.style else None
 
 

@@ -17,15 +17,19 @@ from pathlib import Path, PurePath
 from codemods.literals import read_module
 from codemods.module import ClassPlans, Module, PlanLiteral
 from codemods.sources import Source
+from plans.errors import SourceError
 
 __all__ = ["EffectiveEntry", "EffectivePlans", "PlanPlace", "SourceOf", "file_kind", "inheritors"]
 
 SourceOf = Callable[[Path], Source | None]
 """From a path to that file, None where there is none."""
 
+_Ancestor = tuple[Path, ClassPlans]
 _MODEL_FILE = re.compile(r"(configuration|modeling)_\w+\.py")
 _CLASS = re.compile(rb"^[ \t]*class[ \t]+\w+[ \t]*\(([^)]*)\)", re.MULTILINE)
-_IMPORT = re.compile(rb"^[ \t]*from[ \t]+(\.+)([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n]+)", re.MULTILINE)
+_IMPORT = re.compile(
+    rb"^[ \t]*from[ \t]+(\.+|(?=transformers\.))(\w[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]+)", re.MULTILINE
+)
 _NAME = re.compile(rb"\w+")
 
 
@@ -65,13 +69,23 @@ class EffectivePlans:
 
     source_of: SourceOf
     _modules: dict[Path, Module | None] = field(default_factory=dict)
+    _lineages: dict[tuple[Path, str], tuple[_Ancestor, ...]] = field(default_factory=dict)
 
     def of_file(self, path: Path) -> dict[PlanPlace, Mapping[str, EffectiveEntry]]:
         """Return every plan of a file's classes by place, each from key to entry; of a file that is gone, none.
 
         Raises:
-            SourceError: the file, or one that it inherits from, does not parse.
+            SourceError: the file, or one that it inherits from, does not parse or inherits without end.
         """
+        try:
+            return self._of_file(path)
+        except RecursionError as error:
+            self._lineages.clear()  # unfinished ones look like circles
+            raise SourceError(
+                f"{path}: its classes inherit too deeply to follow", hint="leave it out", path=str(path)
+            ) from error
+
+    def _of_file(self, path: Path) -> dict[PlanPlace, Mapping[str, EffectiveEntry]]:
         module = self._module(path)
         found: dict[PlanPlace, Mapping[str, EffectiveEntry]] = {}
         for owner in module.classes.values() if module else ():
@@ -89,43 +103,40 @@ class EffectivePlans:
 
     def _inherited(self, path: Path, class_name: str) -> dict[str, Mapping[str, EffectiveEntry]]:
         plans: dict[str, Mapping[str, EffectiveEntry]] = {}
-        for file, owner in reversed(list(self._lineage(path, class_name))):
+        for file, owner in reversed(self._lineage(path, class_name)):
             for attribute, plan in owner.plans.items():
                 plans[attribute] = _entries(file, plan) if isinstance(plan, PlanLiteral) else {}
         return plans
 
-    def _lineage(self, path: Path, class_name: str) -> Iterator[tuple[Path, ClassPlans]]:
-        """Yield a class and its bases in the order in which Python looks an attribute up."""
-        order = list(self._ancestors(path, class_name, frozenset()))
-        for index, (file, owner) in enumerate(order):
-            if (file, owner) not in order[index + 1 :]:
-                yield file, owner
+    def _lineage(self, path: Path, class_name: str) -> tuple[_Ancestor, ...]:
+        """Return a class and its bases in the order in which Python looks an attribute up."""
+        if (path, class_name) not in self._lineages:
+            self._lineages[path, class_name] = ()  # where a class is its own ancestor, the circle ends here
+            found = list(self._ancestors(path, class_name))
+            last = {(file, owner.name): (file, owner) for file, owner in reversed(found)}
+            self._lineages[path, class_name] = tuple(reversed(last.values()))
+        return self._lineages[path, class_name]
 
-    def _ancestors(
-        self, path: Path, class_name: str, seen: frozenset[tuple[Path, str]]
-    ) -> Iterator[tuple[Path, ClassPlans]]:
-        """Yield a class and its bases, depth first; a base shared by two others comes twice."""
+    def _ancestors(self, path: Path, class_name: str) -> Iterator[_Ancestor]:
+        """Yield a class, then the lineage of each base; what two bases share comes twice."""
         module = self._module(path)
-        if module is None or (path, class_name) in seen:
+        if module is None:
             return
-        seen |= {(path, class_name)}
         owner = module.classes.get(class_name)
         if owner is None:
-            yield from self._imported(path, module, class_name, seen)
+            yield from self._imported(path, module, class_name)
             return
         yield path, owner
         for base in owner.bases:
             if base in module.classes and base != class_name:
-                yield from self._ancestors(path, base, seen)
+                yield from self._lineage(path, base)
             else:
-                yield from self._imported(path, module, base, seen)
+                yield from self._imported(path, module, base)
 
-    def _imported(
-        self, path: Path, module: Module, name: str, seen: frozenset[tuple[Path, str]]
-    ) -> Iterator[tuple[Path, ClassPlans]]:
+    def _imported(self, path: Path, module: Module, name: str) -> Iterator[_Ancestor]:
         if name in module.imports:
             for file in _module_files(path, *module.imports[name]):
-                yield from self._ancestors(file, name, seen)
+                yield from self._lineage(file, name)
 
     def _module(self, path: Path) -> Module | None:
         if path not in self._modules:
@@ -163,7 +174,7 @@ def inheritors(changed: Iterable[Path], files: Iterable[Path], source_of: Source
 
 
 def _imports(source: Source) -> Iterator[tuple[Path, frozenset[bytes]]]:
-    """Yield the files that a file's relative imports may lead to, with the names they bring in."""
+    """Yield the files that a file's imports from its package may lead to, with the names they bring in."""
     for dots, module, names in _IMPORT.findall(source.data):
         for file in _module_files(source.path, len(dots), module.decode()):
             yield file, frozenset(_NAME.findall(names))
@@ -175,11 +186,18 @@ def _is_base(source: Source, names: frozenset[bytes]) -> bool:
 
 @cache
 def _module_files(path: Path, level: int, module: str) -> tuple[Path, ...]:
-    """Return where a relative import may lead: a module, or a model package that re-exports its configuration."""
-    if level > len(path.parents):
-        return ()
-    target = path.parents[level - 1].joinpath(*module.split("."))
-    return target.with_suffix(".py"), target / f"configuration_{target.name}.py"
+    """Return where an import may lead: a module, or a model package that re-exports its configuration.
+
+    Args:
+        path: the importing file.
+        level: the number of dots; without any, the package lies beside some folder above the file.
+        module: what follows them.
+    """
+    bases = path.parents[level - 1 : level] if level else path.parents
+    targets = [base.joinpath(*module.split(".")) for base in bases]
+    return tuple(
+        file for target in targets for file in (target.with_suffix(".py"), target / f"configuration_{target.name}.py")
+    )
 
 
 def _entries(path: Path, literal: PlanLiteral) -> dict[str, EffectiveEntry]:

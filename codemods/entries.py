@@ -13,6 +13,8 @@ __all__ = ["Entry", "Offset", "read_entries"]
 Offset = Callable[[int, int], int]
 """From a line counted from 1 and a column in UTF-8 bytes to a place in the text."""
 
+_COMPUTED = "\0"
+_LAYER_NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)|(?:layers?|blocks?|h)\.\0(?:\.|$)")
 _REPLACEMENT_FIELD = re.compile(r"\{[^{}]*\}")
 
 
@@ -27,6 +29,8 @@ class Entry:
         key_span: where the key stands in the text.
         style_span: where the style stands in the text.
         can_precede: whether another entry can be written just before this one, its key formed from this one's.
+        computed: whether a part of the key is computed.
+        numbered: whether the key names one layer by its number, written out or computed.
     """
 
     key: str
@@ -35,6 +39,8 @@ class Entry:
     key_span: tuple[int, int]
     style_span: tuple[int, int]
     can_precede: bool
+    computed: bool = False
+    numbered: bool = False
 
 
 def read_entries(node: ast.AST, offset: Offset) -> tuple[Entry, ...]:
@@ -70,28 +76,35 @@ def _entries(
     pairs: Iterable[Iterable[ast.expr | None]], offset: Offset, *, in_display: bool = False
 ) -> Iterator[Entry]:
     for key_node, style_node in pairs:
-        key = _text(key_node) if key_node is not None else None
-        if key is None or key_node is None or style_node is None:
+        text = _text(key_node) if key_node is not None else None
+        if text is None or key_node is None or style_node is None:
             continue
         style = style_node.value if isinstance(style_node, ast.Constant) else None
         if style is None or isinstance(style, str):
-            precedes = in_display and isinstance(key_node, (ast.Constant, ast.JoinedStr))
-            spans = _span(key_node, offset), _span(style_node, offset)
-            yield Entry(key, style, style_node.lineno, *spans, precedes)
+            yield Entry(
+                text.replace(_COMPUTED, "*"),
+                style,
+                style_node.lineno,
+                _span(key_node, offset),
+                _span(style_node, offset),
+                can_precede=in_display and isinstance(key_node, (ast.Constant, ast.JoinedStr)),
+                computed=_COMPUTED in text,
+                numbered=_LAYER_NUMBER.search(text) is not None,
+            )
 
 
 def _text(node: ast.expr) -> str | None:
-    """Return a string expression's text with wildcards for what is computed, None for what is no string at all."""
+    """Return a string expression's text with marks for what is computed, None for what is no string at all."""
     match node:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=parts):
-            return "".join(_text(part) or "*" for part in parts)
+            return "".join(_text(part) or _COMPUTED for part in parts)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             pieces = _text(left), _text(right)
-            return None if pieces == (None, None) else "".join(piece or "*" for piece in pieces)
+            return None if pieces == (None, None) else "".join(piece or _COMPUTED for piece in pieces)
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(text)), attr="format")):
-            return _REPLACEMENT_FIELD.sub("*", text)
+            return _REPLACEMENT_FIELD.sub(_COMPUTED, text)
     return None
 
 

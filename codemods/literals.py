@@ -57,7 +57,7 @@ def _parse(source: Source) -> ast.Module:
 
 def _imports(statements: Sequence[ast.stmt]) -> Iterator[tuple[str, tuple[int, str]]]:
     for statement in statements:
-        if isinstance(statement, ast.ImportFrom) and statement.level and statement.module:
+        if isinstance(statement, ast.ImportFrom) and statement.module:
             for alias in statement.names:
                 yield alias.asname or alias.name, (statement.level, statement.module)
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from codemods.detect import Detected, detect
 from codemods.ignores import without_held
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
-from codemods.propagate import families, judge
+from codemods.propagate import Transform, families, judge
 from codemods.rewrite import rewrite_source
 from codemods.selection import Silencer
-from codemods.sources import Source, check_replaceable, read_source, replace_source, shown
-from codemods.survey import Survey, expert_plans, survey
+from codemods.sources import Source, read_source, shown
+from codemods.survey import Survey, Wanted, every_plan, expert_plans, survey
+from codemods.transform import to_dialect, to_param_level
 from plans.decompose import Edit, InsertEntry
-from plans.errors import MigratorError, SourceError
+from plans.dialect import PARAM_LEVEL, load_dialect
+from plans.errors import MigratorError
 from plans.rule import Finding, rule
 
 __all__ = [
@@ -28,18 +30,15 @@ __all__ = [
     "LocatedEdit",
     "Outcome",
     "Role",
-    "Written",
     "decide",
     "outcome",
     "plan_rewrites",
-    "write_changes",
+    "tree_dialect",
 ]
 
 Role = Literal["owner", "copy"]
 OwnedEdits = tuple[Place, tuple[Edit, ...]]
 """A plan's owner, and what changes in the plan."""
-
-_WRITERS = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ class Outcome:
         errors: files that could not be read or parsed; all others were still done.
         files: how many files were looked at.
         plan_files: how many of them mention a plan.
+        dialect: what the tree speaks, where it was asked for.
     """
 
     changes: tuple[Change, ...]
@@ -116,21 +116,39 @@ class Outcome:
     errors: tuple[MigratorError, ...]
     files: int
     plan_files: int
+    dialect: Detected | None = None
 
 
-def plan_rewrites(paths: Sequence[Path], silencer: Silencer | None = None) -> Outcome:
+def plan_rewrites(
+    paths: Sequence[Path], silencer: Silencer | None = None, target: str = PARAM_LEVEL, source: str = "auto"
+) -> Outcome:
     """Compute every rewrite below the paths; nothing is written.
 
     Args:
         paths: files and folders.
         silencer: says what of them is spoken of and what is ignored; without it everything is said.
+        target: the dialect to write; `param-level` decomposes expert entries and leaves all else.
+        source: the dialect that the tree speaks, `auto` to find out.
 
     Raises:
-        UsageError: a path does not exist.
+        UsageError: a path or a dialect does not exist.
     """
-    found = survey(paths, expert_plans, silencer)
-    edits, findings = decide(found)
-    return outcome(found, edits, findings)
+    if target == PARAM_LEVEL:
+        found = survey(paths, expert_plans, silencer)
+        edits, findings = decide(found)
+        return outcome(found, edits, findings)
+    found = survey(paths, every_plan, silencer)
+    spoken = tree_dialect(paths, found, source)
+    edits, findings = decide(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
+    return replace(outcome(found, edits, findings), dialect=spoken)
+
+
+def tree_dialect(paths: Sequence[Path], found: Survey, source: str = "auto") -> Detected:
+    """Return the dialect that a tree speaks, as asked for or found out, with the reason."""
+    if source != "auto":
+        return Detected(load_dialect(source).name, "asked for")
+    styles = {style for place in found.places for style in _literal(found.tree, place).plan.values()}
+    return detect(next(iter(paths), Path()), styles)
 
 
 def outcome(found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence[tuple[Place, Finding]]) -> Outcome:
@@ -140,56 +158,6 @@ def outcome(found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence
     located += filter(None, map(_about_link, found.links))
     kept = [one for one in located if not found.silencer.is_silent(one.path, one.line, one.finding.code)]
     return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.reachable), found.plan_files)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What became of the changes.
-
-    Args:
-        changes: those that were written.
-        errors: why the others were not.
-    """
-
-    changes: tuple[Change, ...]
-    errors: tuple[MigratorError, ...]
-
-
-def write_changes(changes: Sequence[Change]) -> Written:
-    """Write every file, owners before copies; an owner and its copies are written together or not at all.
-
-    Where one of them cannot be written, nothing that belongs to its owners is, and everything else still is.
-    """
-    errors = {change.path: error for change in changes if (error := _attempt(check_replaceable, change.source))}
-    stopped = {owner for change in changes if change.path in errors for owner in change.owners}
-    wanted = [change for change in changes if not stopped & change.owners]
-    held_back = [_held_back(change) for change in changes if change not in wanted and change.path not in errors]
-    # Each write waits for the disk: side by side they wait together.
-    with ThreadPoolExecutor(_WRITERS) as writers:
-        for role in ("owner", "copy"):
-            batch = [change for change in wanted if change.role == role and not stopped & change.owners]
-            results = writers.map(lambda change: _attempt(replace_source, change.source, change.data), batch)
-            failed = {change.path: error for change, error in zip(batch, results, strict=True) if error}
-            errors |= failed
-            stopped |= {owner for change in batch if change.path in failed for owner in change.owners}
-    written = tuple(change for change in wanted if change.path not in errors and not stopped & change.owners)
-    return Written(written, (*errors.values(), *held_back))
-
-
-def _attempt(action: Callable[..., None], *arguments: object) -> MigratorError | None:
-    try:
-        action(*arguments)
-    except MigratorError as error:
-        return error
-    return None
-
-
-def _held_back(change: Change) -> MigratorError:
-    return SourceError(
-        f"{shown(change.path)}: not written, because another file of the same plan cannot be",
-        hint="make that file writable and run again",
-        path=str(change.path),
-    )
 
 
 def _about_link(link: Path) -> Located | None:
@@ -203,9 +171,17 @@ def _about_link(link: Path) -> Located | None:
     return Located(link, 1, "", "", finding) if leads_to_plans else None
 
 
-def decide(found: Survey) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Finding]]]:
-    """Decide the edits of every family of plans that the rules speak of, and say what a person should know."""
-    places = [place for place in found.places if expert_plans.literal(_literal(found.tree, place))]
+def decide(
+    found: Survey, transform: Transform = to_param_level, wanted: Wanted = expert_plans
+) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Finding]]]:
+    """Decide the edits of every family of plans, and say what a person should know.
+
+    Args:
+        found: the tree.
+        transform: works out what becomes of a family.
+        wanted: which plans it speaks of.
+    """
+    places = [place for place in found.places if wanted.literal(_literal(found.tree, place))]
     touches = found.silencer.selection.touches
     groups, lost = families(found.tree, places, found.errors)
     findings = [(place, finding) for place, finding in lost if touches([place.path])]
@@ -214,7 +190,7 @@ def decide(found: Survey) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Fi
         if not touches(place.path for place in family.places):
             continue
         try:
-            verdict = judge(found.tree, family, found.reachable)
+            verdict = judge(found.tree, family, found.reachable, transform)
         except MigratorError as error:
             found.errors.append(error)
             continue

@@ -141,12 +141,13 @@ def _of_parents(folder: Path) -> Iterator[Path]:
 def _classes(path: Path, data: bytes) -> Iterator[ClassSource]:
     headers = list(_CLASS.finditer(data))
     starts = [header.start() for header in headers]
+    ends = [*starts[1:], len(data)][: len(starts)]
     attributes: list[dict[str, list[int]]] = [defaultdict(list) for _ in headers]
     for match in _ATTRIBUTE.finditer(data):
         owner = bisect_right(starts, match.start()) - 1
         if owner >= 0:
             attributes[owner][_attribute(match)].append(match.start())
-    for header, end, found in zip(headers, [*starts[1:], len(data)], attributes, strict=True):
+    for header, end, found in zip(headers, ends, attributes, strict=True):
         places = {name: tuple(where) for name, where in found.items()}
         yield ClassSource(header[1].decode(), _bases(header), path, data, header.start(), end, places)
 

@@ -95,7 +95,7 @@ class Module:
 
     Args:
         classes: by name.
-        imports: names brought in by relative imports, each with the level and the module they come from.
+        imports: names brought in by `from` imports, each with the level (0 where absolute) and the module.
     """
 
     classes: Mapping[str, ClassPlans]

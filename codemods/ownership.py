@@ -17,6 +17,10 @@ from codemods.sources import Source, read_source
 __all__ = ["Lost", "Place", "Tree"]
 
 
+_MODELS = "models"
+"""The package of all models, `transformers.models`: absolute imports from below it stay in the tree."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where plan entries are written down.
@@ -114,9 +118,14 @@ class Tree:
         return lost or Lost("MIG302", f"no base of {place.class_name} in {place.path.name} assigns {place.attribute}")
 
     def _imported_from(self, path: Path, name: str) -> Path | None:
-        """Return the file that a relative import brings a class from, None for anything outside the models."""
+        """Return the file that an import brings a class from, None for anything outside the models."""
         level, module = self.module(path).imports.get(name, (0, ""))
-        return _module_file(path.parents[level - 1].joinpath(*module.split("."))) if level else None
+        parts = module.split(".")
+        if level:
+            return _module_file(path.parents[level - 1].joinpath(*parts))
+        if _MODELS in parts:
+            return _module_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
+        return None
 
 
 def _module_file(module: Path) -> Path | None:

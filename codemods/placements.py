@@ -5,27 +5,46 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 from codemods.describe import Model
-from codemods.effective import PlanPlace
+from codemods.detect import detect
+from codemods.effective import PlanPlace, file_kind
 from codemods.revisions import Snapshot
 from codemods.sources import Source
 from plans.described import Described
-from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialect
-from plans.style import Owner
+from plans.dialect import PARAM_LEVEL, load_dialect
+from plans.placement import Replicate
+from plans.style import Owner, Style
 
-__all__ = ["UNKNOWN_PLACEMENT", "WHOLE", "PlacementReader"]
+__all__ = ["UNKNOWN", "WHOLE", "PlacementReader", "Reading"]
 
 WHOLE = "whole"
-UNKNOWN_PLACEMENT = "unknown"
+UNKNOWN = "unknown"
 
-_VERSION = re.compile(rb"^__version__ = [\"']([\w.+]+)[\"']", re.MULTILINE)
+_VERSION_FILE = ("transformers", "__init__.py")
 _SIBLING = re.compile(rb"^from \.\.(\w+)", re.MULTILINE)
+_VALUE = re.compile(rb":\s*[\"'](\w+)[\"']")
 _OWNED = ("weight", "bias")
 _RANKS = (1, 2, 3)
 _STACKED = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an entry does.
+
+    Args:
+        placement: where it puts what its key names, in words, `Shard(1)`.
+        meaning: what it does besides, in the words of `plans/meanings.toml`; None where the dialect does not say.
+        guessed: whether the model's source does not show what its key names.
+    """
+
+    placement: str
+    meaning: str | None
+    guessed: bool = False
 
 
 class PlacementReader:
@@ -42,71 +61,87 @@ class PlacementReader:
         self._model = cache(self._read_model)
 
     @cached_property
-    def dialect(self) -> Dialect:
-        """The vocabulary of the release that the revision calls itself, the newest without one, and param-level."""
-        return _released(self._snapshot).overlaid(load_dialect(PARAM_LEVEL))
+    def dialect(self) -> str:
+        """The name of the vocabulary that the revision speaks, by its version file and the styles it uses."""
+        for path in self._snapshot.blobs:
+            if path.parts[-2:] == _VERSION_FILE:
+                self._write(path)
+        return detect(self._folder / "src", self._styles()).dialect
 
     def load(self, folders: Container[Path]) -> None:
         """Read the modeling source of folders that will be asked about, all at once."""
         self._snapshot.load(path for path in self._snapshot.blobs if path.parent in folders)
 
-    def placement(self, place: PlanPlace, key: str, style: str | None) -> str:
-        """Return where an entry puts what its key names, in words.
+    def read(self, place: PlanPlace, key: str, style: str | None) -> Reading:
+        """Return what an entry does.
 
         Args:
             place: whose plan it is in.
             key: the plan key.
             style: None for a style that code computes.
         """
-        known = self.dialect.styles.get(style) if style is not None else None
+        known = self._vocabulary.get(style) if style is not None else None
         if known is None:
-            return f"{UNKNOWN_PLACEMENT} ({style or 'computed'})"
-        if known.job == "module":
-            return WHOLE
-        found = [known.placement(*tensor) for tensor in self._tensors(place, key)]
-        return " or ".join(dict.fromkeys(str(one) if one else WHOLE for one in found)).replace("Replicate", WHOLE)
+            return Reading(f"{UNKNOWN} ({style or 'computed'})", None)
+        shown = self._describe(place, key)
+        described = shown or _guess(key)
+        meaning = known.meaning(_thing(key, described))
+        return Reading(self._placement(place, key, known, described), meaning, guessed=shown is None)
 
-    def _tensors(self, place: PlanPlace, key: str) -> Iterator[tuple[Owner, int, str]]:
+    def _placement(self, place: PlanPlace, key: str, style: Style, described: Described) -> str:
+        if style.job == "module":
+            return WHOLE
+        found = [style.placement(*tensor) for tensor in self._tensors(place, key, described)]
+        words = [WHOLE if one is None or one == Replicate() else str(one) for one in found]
+        return " or ".join(dict.fromkeys(words))
+
+    def _tensors(self, place: PlanPlace, key: str, described: Described) -> Iterator[tuple[Owner, int, str]]:
         """Yield the parameters that a key may mean: kind of owner, number of dims, name."""
         owner, _, name = key.rpartition(".")
-        described = self._describe(place, key)
-        if described is None:
-            stacked = owner.rpartition(".")[2] == "experts"
-            yield ("module", _STACKED, name) if stacked else ("linear", 2, "weight")
-        elif described.named == "linear" or described.named == "embedding":
-            yield described.named, 2, "weight"
-        elif described.named == "experts":
-            yield "module", _STACKED, "weight"
-        elif described.named == "module":
-            yield "module", 1, "weight"
-        else:
-            module = self._describe(place, owner) if name in _OWNED else None
-            kind: Owner = module.named if module and module.named in ("linear", "embedding") else "module"
-            for rank in (described.rank,) if described.rank else _RANKS:
-                yield kind, rank, name
+        match described.named:
+            case "linear" | "embedding":
+                yield described.named, 2, "weight"
+            case "experts" | "module":
+                yield "module", _STACKED if described.named == "experts" else 1, "weight"
+            case "parameter":
+                module = self._describe(place, owner) if name in _OWNED else None
+                kind: Owner = module.named if module and module.named in ("linear", "embedding") else "module"
+                for rank in (described.rank,) if described.rank else _RANKS:
+                    yield kind, rank, name
 
     def _describe(self, place: PlanPlace, key: str) -> Described | None:
-        return self._model(place.path.parent).describe(key, place.class_name)
+        return self._model(place.path.parent).describe(key, place.class_name.rpartition(".")[2])
+
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, Style]:
+        return {**load_dialect(PARAM_LEVEL).styles, **load_dialect(self.dialect).styles}
+
+    def _styles(self) -> set[str]:
+        """Return every word that stands where a configuration file may name a style."""
+        paths = [path for path in self._snapshot.blobs if file_kind(path) == "configuration"]
+        self._snapshot.load(paths)
+        sources = filter(None, map(self._snapshot.source, paths))
+        return {word.decode() for source in sources if b"_plan" in source.data for word in _VALUE.findall(source.data)}
 
     def _read_model(self, folder: Path) -> Model:
         """Read a model's modeling source; of a model without, that of the models its modular file names."""
-        if not self._write(folder, "modeling_*.py"):
-            for modular in self._write(folder, "modular_*.py"):
+        if not self._write_all(folder, "modeling_*.py"):
+            for modular in self._write_all(folder, "modular_*.py"):
                 for sibling in set(_SIBLING.findall(modular.data)):
-                    self._write(folder.parent / sibling.decode(), "modeling_*.py")
+                    self._write_all(folder.parent / sibling.decode(), "modeling_*.py")
         return Model(self._folder / folder)
 
-    def _write(self, folder: Path, pattern: str) -> list[Source]:
-        """Write the revision's files of one folder down, where what reads modeling source finds them."""
-        written: list[Source] = []
-        for path in self._files[folder]:
-            source = self._snapshot.source(path) if path.match(pattern) else None
-            if source is not None:
-                target = self._folder / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(source.data)
-                written.append(source)
-        return written
+    def _write_all(self, folder: Path, pattern: str) -> list[Source]:
+        return [self._write(path) for path in self._files.get(folder, ()) if path.match(pattern)]
+
+    def _write(self, path: Path) -> Source:
+        """Write a file of the revision down, where what reads trees finds it."""
+        source = self._snapshot.source(path)
+        assert source is not None
+        target = self._folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.data)
+        return source
 
     @cached_property
     def _files(self) -> Mapping[Path, list[Path]]:
@@ -117,11 +152,15 @@ class PlacementReader:
         return folders
 
 
-def _released(snapshot: Snapshot) -> Dialect:
-    """Return the dialect of the release that a tree calls itself, the newest one where it does not say."""
-    version = "999.0"
-    for path in snapshot.blobs:
-        source = snapshot.source(path) if path.parts[-2:] == ("transformers", "__init__.py") else None
-        if source and (match := _VERSION.search(source.data)):
-            version = match[1].decode()
-    return dialect_for_release(version)
+def _guess(key: str) -> Described:
+    """Return what a key most likely names whose model does not show it."""
+    if key.rpartition(".")[0].rpartition(".")[2] == "experts":
+        return Described("parameter", _STACKED)
+    return Described("linear")
+
+
+def _thing(key: str, described: Described) -> str:
+    """Return the word that styles list their meaning under."""
+    if described.named != "parameter":
+        return described.named
+    return "a bias" if key.endswith(".bias") else f"parameter {described.rank}"

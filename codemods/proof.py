@@ -62,7 +62,9 @@ def _verify(root: Path, changes: Sequence[Change], timeout: float, progress: Pro
         copy_tree(root, copy, modulars)
         for change in changes:
             if change.role == "owner":
-                (copy / change.path.relative_to(root)).write_bytes(change.data)
+                target = copy / change.path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)  # folders behind links are not copied
+                target.write_bytes(change.data)
         done = 0
         for level in levels:
             progress(done, len(modulars), level[0].name)
@@ -99,10 +101,11 @@ def _is_modular(path: Path) -> bool:
 
 
 def _imported(path: Path) -> frozenset[Path]:
-    """Return the modules that a file imports from by relative imports, as paths without a suffix."""
+    """Return the modules that a file may import from, as paths without a suffix."""
     return frozenset(
-        path.parents[level - 1].joinpath(*module.split("."))
+        base.joinpath(*module.split("."))
         for level, module in read_module(read_source(path)).imports.values()
+        for base in (path.parents[level - 1 : level] if level else path.parents)
     )
 
 
@@ -140,7 +143,8 @@ def _differences(root: Path, copy: Path, modular: Path, computed: Mapping[Path, 
         if path not in computed and read_source(path).generated_from != modular.name:
             continue
         expected = computed.get(path) or read_source(path).data
-        written = (copy / path.relative_to(root)).read_bytes()
+        target = copy / path.relative_to(root)
+        written = target.read_bytes() if target.is_file() else b""
         if written != expected:
             yield _mismatch(path, f"line {_first_difference(written, expected)} differs from what the converter writes")
     new = {path.name for path in (copy / modular.parent.relative_to(root)).glob("*.py")}

@@ -178,7 +178,7 @@ def _tree_files(listed: bytes) -> Iterator[tuple[Path, str]]:
         facts, _, name = record.partition(b"\t")
         mode, _, blob = facts.split()
         if name.endswith(b".py") and mode in _REGULAR_FILES:
-            yield Path(os.fsdecode(name)), blob.decode()
+            yield _path(name), blob.decode()
 
 
 def _index_files(listed: bytes) -> Iterator[tuple[Path, str]]:
@@ -187,13 +187,25 @@ def _index_files(listed: bytes) -> Iterator[tuple[Path, str]]:
         facts, _, name = record.partition(b"\t")
         mode, blob, _ = facts.split()
         if name.endswith(b".py") and mode in _REGULAR_FILES:
-            yield Path(os.fsdecode(name)), blob.decode()
+            yield _path(name), blob.decode()
 
 
 def _python_files(listed: bytes) -> Iterator[Path]:
     for name in listed.split(b"\0"):
         if name.endswith(b".py"):
-            yield Path(os.fsdecode(name))
+            yield _path(name)
+
+
+def _path(name: bytes) -> Path:
+    """Return a path inside the repository; a tree object can be made to name any."""
+    path = Path(os.fsdecode(name))
+    if path.is_absolute() or ".." in path.parts:
+        raise SourceError(
+            f"git lists {str(path)!r}, which leads out of the repository",
+            hint="`git fsck` names the tree it comes from",
+            path=str(path),
+        )
+    return path
 
 
 def _check_size(path: Path, size: str) -> None:

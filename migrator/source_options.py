@@ -20,7 +20,7 @@ __all__ = ["FORMATS", "Request", "emit_machine_format", "read_request", "report_
 
 FORMATS = ("human", "json", "github", "sarif")
 _DEFAULT_BASE = "origin/main"
-_BUILT_TARGET = "param-level"
+_ANY_SOURCE = "auto"
 
 Command = Callable[..., Any]
 
@@ -32,10 +32,14 @@ class Request:
     Args:
         paths: files and folders.
         selection: what of them is spoken of.
+        source: the dialect that the tree speaks, `auto` to find out.
+        target: the dialect that it is to speak.
     """
 
     paths: tuple[Path, ...]
     selection: Selection
+    source: str
+    target: str
 
 
 def source_options(command: Command) -> Command:
@@ -46,6 +50,7 @@ def source_options(command: Command) -> Command:
         click.option(
             "--base-ref", metavar="REF", help=f"What --changed-only compares with; by default {_DEFAULT_BASE}."
         ),
+        click.option("--source", metavar="NAME", help="The dialect that the tree speaks; by default found out."),
         click.option("--changed-only", is_flag=True, help="Only models with a file changed since git's base ref."),
         click.argument("paths", nargs=-1, type=click.Path(path_type=Path)),
     ):
@@ -53,28 +58,42 @@ def source_options(command: Command) -> Command:
     return command
 
 
-def read_request(paths: Sequence[Path], *, changed_only: bool, base_ref: str | None) -> Request:
+def read_request(
+    paths: Sequence[Path],
+    *,
+    changed_only: bool,
+    base_ref: str | None,
+    source: str | None = None,
+    target: str | None = None,
+) -> Request:
     """Join the command line with the nearest pyproject.toml; the command line wins.
 
+    Args:
+        paths: as given.
+        changed_only: whether to speak of changed models only.
+        base_ref: what they are compared with.
+        source: the dialect that the tree speaks.
+        target: the dialect that it is to speak.
+
     Raises:
-        UsageError: the configuration is not valid, or names something that is not built.
+        UsageError: the configuration is not valid, or the options contradict each other.
     """
     from codemods.config import find_configuration
     from codemods.selection import Selection
+    from plans.dialect import PARAM_LEVEL
 
     start = paths[0] if paths else Path()
     configuration = find_configuration(start)
-    if configuration.target not in (None, _BUILT_TARGET) or configuration.source not in (None, "auto"):
-        raise UsageError(
-            f"{configuration.root / 'pyproject.toml'}: tool.migrator asks for a dialect that rewrite cannot write yet",
-            hint=f'leave source out and write target = "{_BUILT_TARGET}"',
-            target=configuration.target,
-            source=configuration.source,
-        )
     if base_ref and not changed_only:
         raise UsageError("--base-ref needs --changed-only", hint="add --changed-only or leave --base-ref out")
     touched = _touched(start, base_ref or _DEFAULT_BASE) if changed_only else None
-    return Request(tuple(paths) or configuration.paths or (Path(),), Selection(configuration, touched))
+    wanted = tuple(paths) or configuration.paths or (Path(),)
+    return Request(
+        wanted,
+        Selection(configuration, touched),
+        source=source or configuration.source or _ANY_SOURCE,
+        target=target or configuration.target or PARAM_LEVEL,
+    )
 
 
 def emit_machine_format(report: Report, form: str) -> None:

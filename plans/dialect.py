@@ -36,12 +36,18 @@ class Dialect:
         releases: the minor versions that speak it.
         styles: by name; where several have one meaning the first is the one to write.
         stage: of the DTensor branch, counted from 1; 0 for what was released.
+        numbered_keys: whether a key may name one layer by its number.
+        expert_plan_needs: sets of styles, one of which an expert-parallel plan must have to be applied; none for all.
+        expert_plan_refuses: styles that an expert-parallel plan must not have.
     """
 
     name: str
     releases: tuple[str, ...]
     styles: Mapping[str, Style]
     stage: int = 0
+    numbered_keys: bool = False
+    expert_plan_needs: tuple[tuple[str, ...], ...] = ()
+    expert_plan_refuses: tuple[str, ...] = ()
 
     @property
     def age(self) -> tuple[tuple[int, int], int]:
@@ -89,7 +95,15 @@ def load_dialect(name: str) -> Dialect:
     kept = {style: base[style] for style in base if style not in table.get("removed", ())}
     added = {style: _style(style, row) for style, row in table.get("styles", {}).items()}
     styles = MappingProxyType({**kept, **added})
-    return Dialect(table["name"], tuple(table["releases"]), styles, table.get("stage", 0))
+    return Dialect(
+        name=table["name"],
+        releases=tuple(table["releases"]),
+        styles=styles,
+        stage=table.get("stage", 0),
+        numbered_keys=table.get("numbered_keys", False),
+        expert_plan_needs=tuple(map(tuple, table.get("expert_plan_needs", ()))),
+        expert_plan_refuses=tuple(table.get("expert_plan_refuses", ())),
+    )
 
 
 def dialect_for_release(version: str) -> Dialect:
@@ -125,6 +139,7 @@ def _style(name: str, row: Mapping[str, Any]) -> Style:
         rules=tuple(_rule(rule) for rule in row.get("placements", ())),
         means=MappingProxyType(row["means"]),
         only=row.get("only", ""),
+        alias_of=row.get("alias_of", ""),
     )
 
 

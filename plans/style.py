@@ -49,6 +49,7 @@ class Style:
         means: its meaning (`plans/meanings.toml`) by what the key names: `linear`, `embedding`, `parameter 3`,
             `experts`, `expert-parallel`, `unsharded experts`, or `module`, which also speaks of every other module.
         only: the kind of plan in which it means anything, `ep`; without it, every kind.
+        alias_of: the name that replaced it; plans that come from elsewhere get that one.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Style:
     rules: tuple[PlacementRule, ...] = ()
     means: Mapping[str, str] = field(default_factory=dict)
     only: str = ""
+    alias_of: str = ""
 
     def meaning(self, thing: str) -> str | None:
         """Return what the style means on a thing, None where the dialect does not say."""

@@ -36,7 +36,8 @@ def translate(
 ) -> Decomposition:
     """Work out a plan of one dialect in the words of another.
 
-    Param-level names are understood in every source; the target's own names are preferred to them.
+    Param-level names are understood in every source and valid in every target, but only the target's own are written:
+    a param-level entry stays where the target has no name for its meaning.
 
     Args:
         plan: key to style, in source order.
@@ -47,9 +48,9 @@ def translate(
     """
     overlay = load_dialect(PARAM_LEVEL).styles
     understood = {**overlay, **source.styles}
-    wanted = {**target.styles, **{name: overlay[name] for name in overlay if name not in target.styles}}
-    allowed = {name: style for name, style in wanted.items() if not style.only or style.only in kind.split("_")}
-    translation = _Translation(plan, source.name, understood, target.name, allowed, cache(describe))
+    everywhere = {name: style for name, style in overlay.items() if name not in target.styles}
+    wanted = {name: style for name, style in target.styles.items() if not style.only or style.only in kind.split("_")}
+    translation = _Translation(plan, source.name, understood, target.name, wanted, everywhere, cache(describe))
     results = list(translation.results())
     return Decomposition(
         tuple(result for result in results if isinstance(result, SetStyle)),
@@ -66,7 +67,8 @@ class _Translation:
         source: the name of the dialect that it speaks.
         understood: that dialect's styles.
         target: the name of the dialect wanted.
-        wanted: the styles that may be written, those of the target before those that are valid everywhere.
+        wanted: the styles that may be written.
+        everywhere: the param-level styles that may stay besides.
         describe: says what a key names.
     """
 
@@ -75,6 +77,7 @@ class _Translation:
     understood: Mapping[str, Style]
     target: str
     wanted: Mapping[str, Style]
+    everywhere: Mapping[str, Style]
     describe: Describer
 
     def results(self) -> Iterator[SetStyle | Finding]:
@@ -89,12 +92,11 @@ class _Translation:
     def _is_shared(self, style: Style) -> bool:
         """Say whether a style means the same in both dialects, whatever its key names."""
         twin = self.wanted.get(style.name)
-        own = twin is not None and load_dialect(PARAM_LEVEL).styles.get(style.name) is not twin
-        return own and twin is not None and twin.means == style.means
+        return twin is not None and twin.means == style.means
 
     def _entry(self, key: str, style: Style) -> Iterator[SetStyle | Finding]:
         described = self.describe(key)
-        if described is None:
+        if described is None or (described.named == "parameter" and described.rank is None):
             yield self._unreadable(key)
             return
         thing = self._thing(key, described)
@@ -102,7 +104,7 @@ class _Translation:
         if meaning is None:
             yield self._stays(key, f"{self.source} does not say what it means on {thing}")
         elif self._is_relieved(key, meaning):
-            yield self._stays(key, f"in {self.target} its parts sum their own outputs, remove the entry")
+            yield self._stays(key, f"in {self.target} parts below sum their own outputs: remove it once all do")
         elif (name := self._name(key, thing, meaning)) is None:
             yield self._stays(key, f"{self.target} has nothing for {meaning!r} on {thing}")
         elif name != style.name:
@@ -111,7 +113,7 @@ class _Translation:
     def _thing(self, key: str, described: Described) -> str:
         """Return the word for a thing that styles list their meanings under."""
         if described.named == "parameter":
-            return "a bias" if key.endswith(".bias") else f"parameter {described.rank}"
+            return "parameter, a bias" if key.endswith(".bias") else f"parameter {described.rank}"
         if described.named != "experts":
             return described.named
         below = [self.understood.get(self.plan[other]) for other in self._below(key)]
@@ -125,17 +127,17 @@ class _Translation:
 
     def _name(self, key: str, thing: str, meaning: str) -> str | None:
         """Return the name for a meaning, or for the one that stands in for it."""
-        names = self._names(thing, meaning)
+        own, names = self.plan[key], self._names(thing, meaning)
+        if own in names and not self.wanted[own].alias_of:
+            return own
         if names:
-            return self.plan[key] if self._keeps(key, names) else names[0]
+            return names[0]
+        if own in self.everywhere and self.everywhere[own].meaning(thing) == meaning:
+            return own
         known = all_meanings()[meaning]
         if not known.becomes or (known.within and not self._is_within(key, known.within)):
             return None
         return self._name(key, thing, known.becomes)
-
-    def _keeps(self, key: str, names: list[str]) -> bool:
-        """Say whether an entry's own name is as good: not where it is only valid everywhere and the target has one."""
-        return self.plan[key] in names and self.plan[key] not in load_dialect(PARAM_LEVEL).styles
 
     def _names(self, thing: str, meaning: str) -> list[str]:
         """Return the styles that may be written for a meaning, best first."""

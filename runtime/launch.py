@@ -7,6 +7,7 @@ started here; what a worker sees is the same.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -26,7 +27,8 @@ __all__ = ["launch"]
 
 _POLL = 0.05
 """Seconds between two looks at the workers."""
-_LAST_LINES = 5
+_LAST_LINES = 20
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,18 @@ def _raise_failure(workers: Sequence[_Worker]) -> None:
     code, last = first.process.returncode, first.last_lines()
     how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
     raise WorkerError(
-        f"rank {first.rank} {how}: {last[-1] if last else 'it wrote nothing'}",
-        hint="its last lines: " + " | ".join(last) if last else "run it under torchrun to see all output",
+        f"rank {first.rank} {how}: {_reason(last)}",
+        hint="run it under torchrun to see all that the ranks write",
         rank=first.rank,
         exitcode=code,
         lines=last,
     )
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Return the line that names an error, else the last one."""
+    named = [line for line in lines if _ERROR.match(line)]
+    return [*lines, *named][-1] if lines else "it wrote nothing"
 
 
 def _too_slow(workers: Sequence[_Worker], timeout: float) -> WorkerError:

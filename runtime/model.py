@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from plans.errors import CheckpointError, DependencyError, IncompleteError, UsageError
 from runtime.wording import first_line
@@ -139,8 +140,10 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     import transformers
 
-    names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
+    names: Any = config.architectures
+    found = None
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"config.json names the architectures {names!r}, not a class of transformers {transformers_version()}",
@@ -162,12 +165,13 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     _check_unquantized(config)
     build = model_class(config)
     try:
-        with init_empty_weights(include_buffers=False), _default_dtype(config.dtype):
+        with init_empty_weights(include_buffers=False), _default_dtype(config.dtype), _EmptyOnMeta():
             model: Any = build(config)
-            model.tie_weights()
+        model.tie_weights()
     except Exception as error:  # What transformers' model classes raise is not ours to list.
         raise CheckpointError(
-            f"{config.model_type}: config.json does not describe a model: {type(error).__name__}: {first_line(error)}",
+            f"{config.name_or_path or config.model_type}: config.json does not describe a model: "
+            f"{type(error).__name__}: {first_line(error)}",
             hint="correct the sizes in config.json; loading it once with transformers itself shows the whole error",
         ) from error
     return model.eval()
@@ -202,6 +206,20 @@ def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrain
         part = getattr(config, name, None)
         if part is not None:
             yield from _parts(part, f"{where}: {name}")
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Puts uninitialised tensors on meta at once; else each parameter would first take its full size in memory."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        more = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **more})
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +13,7 @@ from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from plans.plan import lookup, unmatched_keys, wildcard
 from plans.resolved import ResolvedParameter
+from runtime.creatable import first_unknown_part
 
 __all__ = ["check_divisible", "unmatched_entries"]
 
@@ -24,31 +22,33 @@ def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, .
     """Return the keys that match nothing, and refuse those that no class of the model's modules could create.
 
     An entry may rightly match nothing in this configuration: dense-layer entries of a model whose layers are all
-    sparse, say. Then each part of its key is at least an attribute that the model's modeling source assigns.
+    sparse, say. Then another configuration of the same classes would have what its key names.
 
     Raises:
-        UnmatchedKeyError: an entry names nothing that the source assigns.
+        UnmatchedKeyError: no configuration would.
     """
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
-    unmatched = tuple(unmatched_keys(plan, names))
-    if not unmatched:
-        return ()
-    known = {part for name in names for part in name.split(".")} | _assigned_attributes(model)
+    unmatched = tuple(key for key in unmatched_keys(plan, names) if not _is_repeated(model, plan, key))
     for key in unmatched:
-        unknown = [part for part in key.split(".") if part != "*" and part not in known]
-        if unknown:
+        unknown = first_unknown_part(model, key)
+        if unknown is not None:
+            part, parent = unknown
             raise UnmatchedKeyError(
-                f"the plan entry {key!r} matches nothing in {type(model).__name__}, which has no {unknown[0]!r}",
+                f"the plan entry {key!r} matches nothing in {type(model).__name__}: no class that {parent or 'it'!r} "
+                f"may be creates {part!r}",
                 hint="correct or remove the entry",
                 key=key,
             )
     return unmatched
 
 
-def _assigned_attributes(model: nn.Module) -> set[str]:
-    modules = {type(module).__module__ for module in model.modules()}
-    sources = (inspect.getsource(sys.modules[name]) for name in modules if name.startswith("transformers."))
-    return {match for source in sources for match in re.findall(r"self\.(\w+)\s*(?::[^=\n]+)?=", source)}
+def _is_repeated(model: nn.Module, plan: Mapping[str, str], key: str) -> bool:
+    """Say whether the key is another one that lost its prefix.
+
+    Where a model holds its base model under another name than its class says, transformers takes it for a base model
+    itself and adds the config's entries a second time, as they stand there.
+    """
+    return any(f"{child}.{key}" in plan for child, _ in model.named_children())
 
 
 def check_divisible(

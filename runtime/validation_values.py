@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plans.errors import UsageError
 from plans.mesh import Mesh
 from runtime.structure import Mismatch
 
 __all__ = ["Content", "Forward", "Structure", "ValidationRequest", "ValidationResult"]
+
+_NO_FORWARD = {"ok": False, "max_abs_diff": None}
+"""The JSON form where the forward was not looked at, so that what reads it always finds the same keys."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ValidationRequest:
         folder: of rank files.
         mesh: that they must be laid out for.
         reference: a checkpoint of the same model, in hub form or as rank files; None reassembles the folder itself.
-        tolerance: accepted difference of logits in float32, relative to the largest of the reference's.
+        tolerance: accepted difference of logits in float32, relative to the largest of the reference's; in (0, 1).
         timeout: seconds that the workers may take.
         batch: rows of tokens.
         sequence: tokens in a row.
@@ -36,6 +40,14 @@ class ValidationRequest:
     batch: int = 2
     sequence: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise UsageError(
+                f"{self.tolerance} is not a tolerance: it is relative to the largest output",
+                hint="give one between 0 and 1, such as 1e-5",
+                tolerance=self.tolerance,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, paths absolute."""
@@ -85,23 +97,33 @@ class Forward:
     """Whether the parallel model computes what the unsharded one does.
 
     Args:
-        max_abs_diff: of the logits, over all ranks; infinite where one of them is not a number.
-        max_abs_reference: the largest of the reference's logits.
+        max_abs_diff: of the outputs, over all ranks; infinite where one of them is not a number.
+        max_abs_reference: the largest of the reference's outputs.
         tolerance: relative to that.
+        compared: which output, `logits`, or `last_hidden_state` of a model without a head.
+        reason: why nothing could be compared, None where it was.
     """
 
     max_abs_diff: float
     max_abs_reference: float
     tolerance: float
+    compared: str = "logits"
+    reason: str | None = None
+
+    @classmethod
+    def failed(cls, reason: str, tolerance: float) -> Forward:
+        """Return the verdict on a model that computed nothing."""
+        return cls(math.inf, math.inf, tolerance, reason=reason)
 
     @property
     def ok(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return self._finite and self.max_abs_diff <= self.tolerance * self.max_abs_reference
-
-    @property
-    def _finite(self) -> bool:
-        return math.isfinite(self.max_abs_diff) and math.isfinite(self.max_abs_reference)
+        """Whether something was compared and the difference is within the tolerance."""
+        return (
+            self.reason is None
+            and math.isfinite(self.max_abs_diff)
+            and 0 < self.max_abs_reference < math.inf
+            and self.max_abs_diff <= self.tolerance * self.max_abs_reference
+        )
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form; what is not finite is null there."""
@@ -110,7 +132,20 @@ class Forward:
             "max_abs_diff": _json_number(self.max_abs_diff),
             "max_abs_reference": _json_number(self.max_abs_reference),
             "tolerance": self.tolerance,
+            "compared": self.compared,
+            "reason": self.reason,
         }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Forward:
+        """Read the JSON form that our own worker wrote."""
+        return cls(
+            _number(value["max_abs_diff"]),
+            _number(value["max_abs_reference"]),
+            value["tolerance"],
+            value["compared"],
+            value["reason"],
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +165,11 @@ class ValidationResult:
     content: Content | None = None
     forward: Forward | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def refuted(cls, world_size: int, reason: str) -> ValidationResult:
+        """Return the result where the files contradict each other, before there was a model to look at."""
+        return cls(world_size, Structure(0), skipped=dict.fromkeys(("structure", "content", "forward"), reason))
 
     @property
     def ok(self) -> bool:
@@ -155,7 +195,7 @@ class ValidationResult:
             "world_size": self.world_size,
             "structure": part(self.structure),
             "content": part(self.content),
-            "forward": self.forward.to_json() if self.forward else None,
+            "forward": self.forward.to_json() if self.forward else _NO_FORWARD,
             "skipped": self.skipped,
         }
 
@@ -171,13 +211,7 @@ class ValidationResult:
             value["world_size"],
             Structure(value["structure"]["checked"], mismatches(value["structure"])),
             Content(content["checked"], mismatches(content)) if content else None,
-            Forward(
-                _number(forward["max_abs_diff"]),
-                _number(forward["max_abs_reference"]),
-                forward["tolerance"],
-            )
-            if forward
-            else None,
+            Forward.from_json(forward) if forward != _NO_FORWARD else None,
             value["skipped"],
         )
 

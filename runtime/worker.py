@@ -19,6 +19,7 @@ from runtime.agreement import error_from_json, error_to_json
 from runtime.launch import launch
 from runtime.validate import check_request, validate_ranks
 from runtime.validation_values import ValidationRequest, ValidationResult
+from runtime.wording import first_line
 
 __all__ = ["in_worker", "run_validation", "take_part"]
 
@@ -74,7 +75,7 @@ def _join(timeout: float) -> None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
-            f"this rank cannot join the process group: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            f"this rank cannot join the process group: {first_line(error)}",
             hint="start all ranks through torchrun, or let migrator start them",
         ) from error
 

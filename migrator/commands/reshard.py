@@ -11,7 +11,7 @@ from migrator import console
 from migrator.needs import need_runtime
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.reshard import ReshardResult
+    from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 
 __all__ = ["command"]
 
@@ -41,9 +41,18 @@ def command(source: Path, destination: Path, tp: int, layout: str, max_memory: i
     with console.progress(f"{source.name} → {layout}", quiet=quiet) as progress:
         result = plan.execute(destination, progress, max_memory * 2**20)
     if form == "json":
-        console.emit_json(_as_json(result))
+        console.emit_json(_as_json(plan, result))
     elif not quiet:
         _summarize(result)
+    if not quiet:
+        _note(plan)
+
+
+def _note(plan: ReshardPlan) -> None:
+    for key in plan.resolved.unmatched:
+        console.say(f"note: the plan entry {key} matches nothing in this configuration")
+    for name in plan.source.side.left_behind:
+        console.say(f"note: left behind {name}")
 
 
 def _summarize(result: ReshardResult) -> None:
@@ -59,7 +68,7 @@ def _summarize(result: ReshardResult) -> None:
     )
 
 
-def _as_json(result: ReshardResult) -> dict[str, object]:
+def _as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object]:
     seconds = result.seconds
     return {
         "destination": str(result.destination),
@@ -67,5 +76,7 @@ def _as_json(result: ReshardResult) -> dict[str, object]:
         "tensors": len(result.manifest.tensors),
         "bytes_read": result.bytes_read,
         "bytes_written": result.bytes_written,
+        "unmatched": list(plan.resolved.unmatched),
+        "left_behind": list(plan.source.side.left_behind),
         "seconds": {"planning": seconds.planning, "copying": seconds.copying, "syncing": seconds.syncing},
     }

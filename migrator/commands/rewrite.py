@@ -20,10 +20,13 @@ __all__ = ["command"]
 
 @click.command("rewrite")
 @source_options
+@click.option("--target", metavar="NAME", help="The dialect to write; by default param-level.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if anything would change.")
 @click.option("--diff", is_flag=True, help="Write nothing; print a patch that `git apply` takes.")
 def command(
     paths: tuple[Path, ...],
+    target: str | None,
+    source: str | None,
     check: bool,
     diff: bool,
     changed_only: bool,
@@ -31,7 +34,7 @@ def command(
     form: str,
     quiet: bool,
 ) -> int:
-    """Rewrite plan literals to the param-level form, below PATHS (files or folders, by default here).
+    """Rewrite plan literals below PATHS (files or folders, by default here) to the param-level form or another target.
 
     Owners are rewritten first, then every generated copy, and nothing else. Expert layouts that the param-level
     styles do not describe are left alone, with a note saying why.
@@ -39,12 +42,13 @@ def command(
     # What is allocated lives to the end of this short process: collecting it takes a tenth of the time for nothing.
     gc.disable()
     _refuse_contradictions(check=check, diff=diff, form=form)
-    from codemods.migrate import plan_rewrites, write_changes
+    from codemods.migrate import plan_rewrites
     from codemods.selection import Silencer
+    from codemods.write import write_changes
     from migrator.formats.report import pending_report, written_report
 
-    request = read_request(paths, changed_only=changed_only, base_ref=base_ref)
-    outcome = plan_rewrites(request.paths, Silencer(request.selection))
+    request = read_request(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
+    outcome = plan_rewrites(request.paths, Silencer(request.selection), request.target, request.source)
     report = pending_report(outcome) if check or diff else written_report(outcome, write_changes(outcome.changes))
     if form != "human":
         emit_machine_format(report, form)

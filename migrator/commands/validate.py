@@ -27,7 +27,13 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
 )
-@click.option("--tolerance", default=1e-5, show_default=True, help="Of the logits in float32, relative to the largest.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=1e-5,
+    show_default=True,
+    help="Of the logits in float32, relative to the largest.",
+)
 @click.option("--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def command(source: Path, tp: int, reference: Path | None, tolerance: float, timeout: float, form: str) -> int:
@@ -38,23 +44,29 @@ def command(source: Path, tp: int, reference: Path | None, tolerance: float, tim
     """
     need_runtime()
     from plans.mesh import Mesh
-    from runtime.validation_values import ValidationRequest
+    from runtime.validation_values import ValidationRequest, ValidationResult
     from runtime.worker import in_worker, run_validation, take_part
 
     request = ValidationRequest(source, Mesh(tp=tp), reference, tolerance=tolerance, timeout=timeout)
+    failure: MismatchError | None = None
     try:
         result = take_part(request) if in_worker() else run_validation(request)
     except MismatchError as error:
-        if form == "json":
-            console.emit_json({"ok": False, "world_size": tp, "error": error.message, "hint": error.hint})
-        console.error(error)
-        return 1
+        failure = error
+        result = ValidationResult.refuted(request.mesh.world_size, error.message)
     if os.environ.get("RANK", "0") == "0":
-        if form == "json":
-            console.emit_json(result.to_json())
-        else:
-            _show(source, result)
+        _report(source, result, failure, form)
     return 0 if result.ok else 1
+
+
+def _report(source: Path, result: ValidationResult, failure: MismatchError | None, form: str) -> None:
+    if form == "json":
+        more = {"error": failure.message, "hint": failure.hint} if failure else {}
+        console.emit_json(result.to_json() | more)
+    elif failure is None:
+        _show(source, result)
+    if failure is not None:
+        console.error(failure)
 
 
 def _show(source: Path, result: ValidationResult) -> None:
@@ -65,8 +77,8 @@ def _show(source: Path, result: ValidationResult) -> None:
         _line("content", not content.mismatches, f"{content.checked} digests")
         _list(content.mismatches)
     if forward is not None:
-        worst = f"largest difference of logits {forward.max_abs_diff:.2e}, of {forward.max_abs_reference:.2e}"
-        _line("forward", forward.ok, worst)
+        worst = f"{forward.max_abs_diff:.2e}, of {forward.max_abs_reference:.2e}"
+        _line("forward", forward.ok, forward.reason or f"largest difference of {forward.compared} {worst}")
     for name, reason in result.skipped.items():
         console.emit(f"{name:<10} skipped  {reason}")
     console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")

@@ -17,7 +17,8 @@ __all__ = ["Report", "github_lines", "human_summary", "human_table", "report_jso
 
 _WORDS: Mapping[str, str] = {
     "renamed": "renamed",
-    "moved": "other placement",
+    "meaning": "other communication",
+    "placement": "other placement",
     "added": "added",
     "removed": "removed",
 }
@@ -131,7 +132,13 @@ def _difference_json(report: Report, difference: Difference) -> dict[str, object
 def _side_json(side: Side | None) -> dict[str, object] | None:
     if side is None:
         return None
-    return {"style": side.style, "placement": side.placement, "path": side.path.as_posix(), "line": side.line}
+    return {
+        "style": side.style,
+        "placement": side.reading.placement,
+        "meaning": side.reading.meaning,
+        "path": side.path.as_posix(),
+        "line": side.line,
+    }
 
 
 def _row(report: Report, difference: Difference) -> tuple[str, ...]:
@@ -159,7 +166,7 @@ def _styles(difference: Difference) -> str:
 
 def _placements(difference: Difference) -> str:
     before, after = difference.before, difference.after
-    return _change(before.placement if before else None, after.placement if after else None)
+    return _change(before.reading.placement if before else None, after.reading.placement if after else None)
 
 
 def _change(before: str | None, after: str | None) -> str:

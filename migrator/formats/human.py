@@ -22,6 +22,7 @@ def rewrite_lines(report: Report) -> Iterator[str]:
 def rewrite_summary(report: Report) -> Iterator[str]:
     """Yield a line for each finding and one on the whole run."""
     yield from map(_finding_line, report.findings)
+    yield from _dialect_lines(report)
     if not report.plan_files:
         yield f"no plans found in {_files(report)}"
     elif not report.changes:
@@ -44,12 +45,18 @@ def check_lines(report: Report) -> Iterator[str]:
     if not report.plan_files:
         yield f"no plans found in {_files(report)}"
         return
+    yield from () if report.is_clean else _dialect_lines(report)
     hints = {found.finding.code: found.finding.hint for found in everything if found.finding.severity != "note"}
     for code, hint in sorted(hints.items()):
         yield f"{code}: {hint}"
     severities = Counter(found.finding.severity for found in everything)
     counted = [_count(severities[name], name, f"{name}s") for name in ("error", "warning", "note") if severities[name]]
     yield f"{', '.join(counted) or 'nothing found'} in {_files(report)}"
+
+
+def _dialect_lines(report: Report) -> Iterator[str]:
+    if report.dialect:
+        yield f"read as {report.dialect.dialect}: {report.dialect.reason}"
 
 
 def _verb(report: Report) -> str:

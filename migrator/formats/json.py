@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from codemods.migrate import Change, Located, LocatedEdit
 from codemods.pending import edit_message
 from codemods.sources import shown
@@ -19,6 +21,7 @@ def report_json(report: Report) -> dict[str, object]:
         "written": report.written,
         "files": report.files,
         "plan_files": report.plan_files,
+        "dialect": asdict(report.dialect) if report.dialect else None,
         "changes": [_change(change) for change in report.changes],
         "findings": [_finding(found) for found in report.findings],
         "errors": [_error(error) for error in report.errors],

@@ -69,7 +69,7 @@ def _in_common(one: str, other: str) -> int:
 
 def _position(lines: Sequence[str], line: int, offset: int) -> Position:
     """Return the position that lies `offset` characters behind the beginning of a line."""
-    while line < len(lines) and offset >= len(lines[line]):
+    while line < len(lines) and offset >= len(lines[line]) and lines[line].endswith(("\n", "\r")):
         offset -= len(lines[line])
         line += 1
     return line + 1, offset + 1

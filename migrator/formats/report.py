@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.migrate import Change, Located, Outcome, Written
+from codemods.detect import Detected
+from codemods.migrate import Change, Located, Outcome
 from codemods.pending import pending_findings
+from codemods.write import Written
 from plans.errors import MigratorError
 
 __all__ = ["Report", "pending_report", "written_report"]
@@ -24,6 +26,7 @@ class Report:
         files: how many files were looked at.
         plan_files: how many of them mention a plan.
         written: whether the changes were made.
+        dialect: what the tree speaks, where that was asked.
     """
 
     changes: tuple[Change, ...]
@@ -32,6 +35,7 @@ class Report:
     files: int
     plan_files: int
     written: bool
+    dialect: Detected | None = None
 
     @property
     def pending(self) -> tuple[Located, ...]:
@@ -57,13 +61,24 @@ def pending_report(outcome: Outcome, more: Iterable[Located] = ()) -> Report:
         more: findings of other origin.
     """
     findings = (*outcome.findings, *more)
-    return Report(outcome.changes, findings, outcome.errors, outcome.files, outcome.plan_files, written=False)
+    return _report(outcome, outcome.changes, findings, outcome.errors, written=False)
 
 
 def written_report(outcome: Outcome, result: Written) -> Report:
     """Return the report of a run whose changes were made, as far as they could be."""
     errors = (*outcome.errors, *result.errors)
-    return Report(result.changes, outcome.findings, errors, outcome.files, outcome.plan_files, written=True)
+    return _report(outcome, result.changes, outcome.findings, errors, written=True)
+
+
+def _report(
+    outcome: Outcome,
+    changes: tuple[Change, ...],
+    findings: tuple[Located, ...],
+    errors: tuple[MigratorError, ...],
+    *,
+    written: bool,
+) -> Report:
+    return Report(changes, findings, errors, outcome.files, outcome.plan_files, written, outcome.dialect)
 
 
 def _place(found: Located) -> tuple[Path, int]:

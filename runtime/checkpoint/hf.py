@@ -7,22 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
-from runtime.checkpoint.commit import MARKER
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.safetensors import Header, StoredTensor, read_header, reading, strict_json
+from runtime.checkpoint.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
 
 __all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_OURS = frozenset((MANIFEST, MARKER))
 _MAX_INDEX = 100_000_000
 _CHUNK = 2**20
 _MAX_DEPTH = 16
-_OTHER_WEIGHTS = frozenset(
-    (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
-)
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,21 @@ class HubCheckpoint:
         headers: of the weight files, in the order of their names.
         tensors: every stored tensor by its stored name.
         index: the index file's content without its map of tensors, None when there is no index.
-        side_files: names of the other regular files directly in the folder (config, tokenizer, licence).
+        side: the other files: config, tokenizer, licence.
     """
 
     folder: Path
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor]
     index: Mapping[str, object] | None
-    side_files: tuple[str, ...]
+    side: SideFiles
 
 
 def read_hub(folder: Path) -> HubCheckpoint:
     """Read what a folder in hub form holds.
 
-    As transformers does, `model.safetensors` is taken before an index. Weights in other formats, files in
-    subfolders and weight files that the index does not name are not part of the checkpoint.
+    As transformers does, `model.safetensors` is taken before an index. Weights in other formats and weight files that
+    the index does not name are not part of the checkpoint.
 
     Raises:
         IncompleteError: weights are missing or cut short.
@@ -81,7 +77,8 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
 
 def _checkpoint(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
     headers = tuple(read_header(_inside(folder, name)) for name in files)
-    return HubCheckpoint(folder, headers, _merged(headers), index, _side_files(folder))
+    used = frozenset(files) if index is None else frozenset((*files, INDEX))
+    return HubCheckpoint(folder, headers, _merged(headers), index, find_side_files(folder, used))
 
 
 def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
@@ -114,20 +111,8 @@ def _inside(folder: Path, name: str) -> Path:
         raise IncompleteError(
             f"{path}: missing, though {INDEX} names it", hint="download or copy the missing file", file=str(path)
         )
-    if not _is_contained(folder, path):
-        raise CheckpointError(
-            f"{path}: a link that leads out of the checkpoint",
-            hint="replace the link by the file, or remove it",
-            file=str(path),
-        )
+    check_contained(folder, path)
     return path
-
-
-def _is_contained(folder: Path, path: Path) -> bool:
-    roots = [folder.resolve()]
-    if roots[0].parent.name == "snapshots":
-        roots.append(roots[0].parent.parent / "blobs")
-    return path.resolve().parent in roots
 
 
 def _merged(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
@@ -163,15 +148,6 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
             )
 
 
-def _side_files(folder: Path) -> tuple[str, ...]:
-    names = []
-    for path in sorted(folder.iterdir()):
-        other = path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
-        if path.is_file() and not other:
-            names.append(_inside(folder, path.name).name)
-    return tuple(names)
-
-
 def _is_shallow(value: object, depth: int) -> bool:
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_is_shallow(child, depth - 1) for child in children)
@@ -193,7 +169,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             f"{folder}: a distributed safetensors checkpoint, not hub form",
             hint="load it with transformers and save it with save_pretrained first",
         )
-    if pickled := [name for name in files if Path(name).suffix in _OTHER_WEIGHTS]:
+    if pickled := [name for name in files if Path(name).suffix in OTHER_WEIGHTS]:
         return IncompleteError(
             f"{folder}: no {WEIGHTS} or {INDEX}, only {pickled[0]}",
             hint="load it with transformers and save it with save_pretrained, which writes safetensors",

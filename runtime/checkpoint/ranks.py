@@ -20,7 +20,17 @@ from runtime.checkpoint.record import Entry, Manifest
 from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
 from runtime.model import DTYPES
 
-__all__ = ["Copy", "RankCheckpoint", "RankFile", "assemble", "compute_digest", "held_by", "lay_out", "local", "rank_file"]
+__all__ = [
+    "Copy",
+    "RankCheckpoint",
+    "RankFile",
+    "assemble",
+    "compute_digest",
+    "held_by",
+    "lay_out",
+    "local",
+    "rank_file",
+]
 
 
 def rank_file(rank: int, world_size: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plans.errors import ConversionError, UsageError
 from plans.mesh import Mesh, Mode
@@ -19,12 +20,16 @@ from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.hf import HubCheckpoint, read_hub, same_bytes
 from runtime.checkpoint.names import Conversion, convert
+from runtime.checkpoint.quantized import check_dtypes, check_names
 from runtime.checkpoint.ranks import RankFile, lay_out
 from runtime.checkpoint.record import MANIFEST, Entry, Manifest, StoredForm
 from runtime.checkpoint.safetensors import StoredTensor, tensor_bytes
-from runtime.checkpoint.writing import copy_file, created, sinks_for, write_file
-from runtime.model import meta_model, read_config
+from runtime.checkpoint.writing import copy_files, created, sinks_for, write_file
+from runtime.model import meta_model, model_tensors, read_config
 from runtime.resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["ReshardPlan", "ReshardResult", "Seconds", "plan_reshard"]
 
@@ -84,7 +89,7 @@ class ReshardPlan:
     @property
     def bytes_needed(self) -> int:
         """Disk space that the result takes."""
-        side = sum((self.source.folder / name).stat().st_size for name in self.source.side_files)
+        side = sum((self.source.folder / name).stat().st_size for name in self.source.side.copied)
         return side + sum(file.size for file in self.files) + len(self.manifest.to_bytes())
 
     def execute(
@@ -112,10 +117,9 @@ class ReshardPlan:
                     os.fsync(descriptor)
             manifest = self._with_digests(digests)
             write_file(folder / MANIFEST, manifest.to_bytes())
-            for name in self.source.side_files:
-                copy_file(self.source.folder / name, folder / name)
+            copy_files(self.source.folder, self.source.side.copied, folder)
         seconds = Seconds(self.planning, copied - began, time.perf_counter() - copied)
-        files = (*(file.name for file in self.files), MANIFEST, *self.source.side_files)
+        files = (*(file.name for file in self.files), MANIFEST, *self.source.side.copied)
         return ReshardResult(destination, files, read, self.table.bytes_written, seconds, manifest)
 
     def _with_digests(self, digests: Sequence[Digest]) -> Manifest:
@@ -142,11 +146,15 @@ def plan_reshard(source: Path, mesh: Mesh, mode: Mode = "tp") -> ReshardPlan:
     if mesh != Mesh(tp=mesh.tp):
         raise UsageError(f"ep={mesh.ep} and fsdp={mesh.fsdp} are not built yet", hint="use --tp alone")
     hub = read_hub(source)
-    model = meta_model(read_config(source))
+    config = read_config(source)
+    _check_weights_named(source, config)
+    model = meta_model(config)
     resolved = resolve(model, mesh, mode)
     tied = {p.name: p.tied_to for p in resolved.parameters if p.tied_to is not None}
     shapes = {p.name: p.shape for p in resolved.parameters if p.name not in tied}
+    check_names(hub.tensors.keys(), model_tensors(model).keys())
     conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
+    check_dtypes(conversion.forms, resolved, hub.tensors)
     _check_repeated(hub, conversion, tied)
     entries, forms = _entries(hub, resolved, conversion)
     try:
@@ -166,6 +174,17 @@ def plan_reshard(source: Path, mesh: Mesh, mode: Mode = "tp") -> ReshardPlan:
         stored_form=_stored_form(hub),
     )
     return ReshardPlan(hub, resolved, manifest, files, table, time.perf_counter() - began)
+
+
+def _check_weights_named(source: Path, config: PreTrainedConfig) -> None:
+    """Refuse a config that sends transformers to other weight files than those we read."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        raise UsageError(
+            f"{source}/config.json: `transformers_weights` names {named!r}, which is not supported yet",
+            hint="save the checkpoint again with transformers, which writes the standard names",
+            file=str(named),
+        )
 
 
 def _entries(

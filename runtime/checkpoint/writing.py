@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from runtime.checkpoint.commit import sync
 from runtime.checkpoint.copy import Bytes, Destination, Sink
 from runtime.checkpoint.digest import Digest
 
-__all__ = ["copy_file", "created", "file_sink", "sinks_for", "write_file"]
+__all__ = ["copy_files", "created", "file_sink", "sinks_for", "write_file"]
 
 
 @contextmanager
@@ -62,11 +62,24 @@ def file_sink(descriptor: int, base: int) -> Sink:
     return write
 
 
-def copy_file(source: Path, path: Path) -> None:
-    """Copy a file's content to a new file and sync it."""
-    with source.open("rb") as reader, path.open("xb") as stream:
-        shutil.copyfileobj(reader, stream)
-    sync(path)
+def copy_files(source: Path, names: Iterable[str], target: Path) -> None:
+    """Copy files' content to new files, and sync them and the subfolders made for them.
+
+    Args:
+        source: a folder.
+        names: of files in it or in its subfolders.
+        target: a folder that has none of them.
+    """
+    made: set[Path] = set()
+    for name in names:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made |= {target / part for part in Path(name).parents}
+        with (source / name).open("rb") as reader, path.open("xb") as stream:
+            shutil.copyfileobj(reader, stream)
+        sync(path)
+    for folder in made:
+        sync(folder)
 
 
 def write_file(path: Path, content: bytes) -> None:

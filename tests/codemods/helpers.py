@@ -6,7 +6,8 @@ import ast
 import textwrap
 from pathlib import Path
 
-from codemods.migrate import Outcome, plan_rewrites, write_changes
+from codemods.migrate import Outcome, plan_rewrites
+from codemods.write import write_changes
 
 REGULAR = """
 @use_experts_implementation

@@ -13,7 +13,8 @@ import pytest
 from libcst.codemod import CodemodContext, SkipFile
 
 from codemods.commands import DecomposePlansCommand
-from codemods.migrate import plan_rewrites, write_changes
+from codemods.migrate import plan_rewrites
+from codemods.write import write_changes
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 
 MODELS = ("mixtral", "qwen3_moe", "mellum", "gemma4", "llama4", "llama")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.migrate import plan_rewrites, write_changes
+from codemods.migrate import plan_rewrites
 from codemods.proof import verify_outcome
+from codemods.write import write_changes
 from plans.errors import MismatchError, SourceError, UsageError, WorkerError
 from tests.codemods.helpers import REGULAR, write_tree
 
@@ -221,6 +222,6 @@ def test_links_that_lead_out_are_not_written_through(repository, tmp_path):
     configuration(repository, "beta").rename(outside)
     configuration(repository, "beta").symlink_to(outside)
     (repository / "src/loop").symlink_to(repository)
-    before = outside.read_bytes()
-    assert verify(repository) == []
-    assert outside.read_bytes() == before
+    before = contents(repository) | {outside: outside.read_bytes()}
+    verify(repository)
+    assert contents(repository) | {outside: outside.read_bytes()} == before

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from codemods.config import Configuration
 from codemods.ignores import held_decisions, read_ignores, silences, unused_ignores, without_held
-from codemods.migrate import plan_rewrites, write_changes
+from codemods.migrate import plan_rewrites
 from codemods.pending import unused_comments
 from codemods.selection import Selection, Silencer
+from codemods.write import write_changes
 from plans.decompose import InsertEntry, SetStyle
 from tests.codemods.helpers import PACKED, REGULAR, write_tree
 from tests.migrator.source_trees import COPY, OWNER, family, texts
@@ -181,3 +184,14 @@ def test_an_excluded_file_may_be_broken(tmp_path):
     write_tree(tmp_path, {"bad/configuration_bad.py": PACKED + "def broken(:\n"})
     outcome, _ = rewritten(tmp_path, Configuration(tmp_path, exclude=("bad/**",)))
     assert outcome.errors == ()
+
+
+@given(st.binary(), st.binary())
+def test_no_bytes_make_it_raise(before, after):
+    for ignore in read_ignores(before + b"# migrator: ignore[MIG001]" + after):
+        assert ignore.speaks_of >= ignore.line >= 1
+
+
+@given(st.text(alphabet="xy =()[]{}:'\"#\\\r\n\t\0é,"))
+def test_no_text_makes_it_raise(text):
+    assert all(ignore.codes == ("MIG001",) for ignore in read_ignores((text + "\n# migrator: ignore[MIG001]").encode()))

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from codemods import migrate
-from codemods.migrate import plan_rewrites, write_changes
+from codemods.migrate import plan_rewrites
+from codemods.write import write_changes
 from plans.errors import SourceError
 from tests.codemods.helpers import (
     MIGRATED,

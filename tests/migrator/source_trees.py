@@ -9,6 +9,33 @@ from pathlib import Path
 from tests.codemods.helpers import PACKED, REGULAR, generated, write_tree
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
+MODELING = f"""{REGULAR}
+
+class ToySparse(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.experts = ToyExperts(config)
+
+
+class ToyAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = ToyAttention(config)
+        self.mlp = ToySparse(config)
+
+
+class ToyModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([ToyLayer(config) for _ in range(2)])
+"""
+"""All that the plans of these trees name."""
 OWNER, COPY = "toy/configuration_toy.py", "heir/configuration_heir.py"
 
 
@@ -22,11 +49,11 @@ def family(root: Path, packed: str = PACKED) -> Path:
         root,
         {
             OWNER: packed,
-            "toy/modeling_toy.py": REGULAR,
+            "toy/modeling_toy.py": MODELING,
             "heir/modular_heir.py": "from ..toy.configuration_toy import ToyConfig\n"
             "class HeirConfig(ToyConfig):\n    size = 1\n",
             COPY: generated("heir", packed.replace("ToyConfig", "HeirConfig")),
-            "heir/modeling_heir.py": REGULAR,
+            "heir/modeling_heir.py": MODELING,
         },
     )
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
-from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git, migrator, texts
+from tests.codemods.helpers import MIGRATED, PACKED, write_tree
+from tests.migrator.source_trees import COPY, MODELING, OWNER, commit_all, family, git, migrator, texts
 
-TRANSPOSED = REGULAR.replace(
+TRANSPOSED = MODELING.replace(
     "2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.intermediate_dim"
 ).replace("self.hidden_dim, self.intermediate_dim))", "self.intermediate_dim, self.hidden_dim))")
 
@@ -61,7 +61,7 @@ def test_quiet_prints_errors_only(tmp_path):
 
 def test_an_unused_ignore_fails_and_a_used_one_does_not(tmp_path):
     comment = '"packed_colwise",  # migrator: ignore[MIG001]'
-    write_tree(tmp_path, {OWNER: PACKED.replace('"packed_colwise",', comment), "toy/modeling_toy.py": REGULAR})
+    write_tree(tmp_path, {OWNER: PACKED.replace('"packed_colwise",', comment), "toy/modeling_toy.py": MODELING})
     done = migrator("check", ".", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, b"nothing found in 2 files\n")
     text = (tmp_path / OWNER).read_text().replace("packed_colwise", "moe_tp_gate_up_colwise")
@@ -72,7 +72,7 @@ def test_an_unused_ignore_fails_and_a_used_one_does_not(tmp_path):
 
 
 def test_a_bare_ignore_is_an_error(tmp_path):
-    write_tree(tmp_path, {OWNER: MIGRATED + "# migrator: ignore\nx = 1\n", "toy/modeling_toy.py": REGULAR})
+    write_tree(tmp_path, {OWNER: MIGRATED + "# migrator: ignore\nx = 1\n", "toy/modeling_toy.py": MODELING})
     done = migrator("check", ".", cwd=tmp_path)
     assert done.returncode == 1
     assert b"error toy/configuration_toy.py:7 MIG902" in done.stdout
@@ -87,6 +87,40 @@ def test_the_configuration_names_what_to_look_at(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nignore = ['MIG001']\n")
     assert migrator("check", cwd=tmp_path).returncode == 0
     assert migrator("rewrite", "--check", cwd=tmp_path).returncode == 0
+
+
+def test_the_dialect_is_found_out_or_given(tmp_path):
+    style = MIGRATED.replace('"layers.*.mlp.experts": "moe_tp_experts"', '"layers.*.self_attn.q_proj": "local_colwise"')
+    family(tmp_path, style)
+    (tmp_path / "__init__.py").write_text('__version__ = "5.23.0"\n')
+    assert migrator("check", cwd=tmp_path).returncode == 0, "an older dialect has the style"
+    assert b"MIG501" in migrator("check", "--source", "transformers-5.23", cwd=tmp_path).stdout
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nsource = 'transformers-5.23'\n")
+    assert b"MIG501" in migrator("check", cwd=tmp_path).stdout
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nsource = 'klingon'\n")
+    done = migrator("check", cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"no dialect is called 'klingon'" in done.stderr
+    assert b"MIG501" in migrator("check", "--source", "transformers-5.23", cwd=tmp_path).stdout, "the command line wins"
+
+
+def test_the_target_is_configured_or_given(tmp_path):
+    family(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\ntarget = 'dtensor'\n")
+    flags = ("--check", "--format", "json", "--source", "transformers-5.23")
+    result = json.loads(migrator("rewrite", *flags, cwd=tmp_path).stdout)
+    assert result["dialect"] == {"dialect": "transformers-5.23", "reason": "asked for", "alternatives": []}
+    styles = [edit["style"] for edit in result["changes"][0]["edits"]]
+    assert styles == ["moe_tp_gate_up_colwise", "moe_tp_down_rowwise", "moe_experts_allreduce"]
+    result = json.loads(migrator("rewrite", *flags, "--target", "param-level", cwd=tmp_path).stdout)
+    styles = [edit["style"] for edit in result["changes"][0]["edits"]]
+    assert styles == ["moe_tp_gate_up_colwise", "moe_tp_down_rowwise"]
+    printed = migrator("rewrite", "--check", cwd=tmp_path).stdout.decode()
+    assert "read as " in printed
+    done = migrator("check", cwd=tmp_path)
+    assert done.returncode == 2
+    assert b"migrator rewrite --check --target dtensor" in done.stderr
+    assert migrator("rewrite", "--target", "klingon", cwd=tmp_path).returncode == 2
 
 
 @pytest.mark.parametrize("command", ["check", "rewrite"])
@@ -132,7 +166,7 @@ def test_json_has_the_documented_shape(tmp_path):
     )
     done = migrator("check", ".", "--format", "json", cwd=tmp_path)
     result = json.loads(done.stdout)
-    assert set(result) == {"written", "files", "plan_files", "changes", "findings", "errors"}
+    assert set(result) == {"written", "files", "plan_files", "dialect", "changes", "findings", "errors"}
     assert [change["role"] for change in result["changes"]] == ["owner", "copy"]
     assert result["changes"][0]["edits"][0] == {
         "line": 3,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("pyproject.toml", "README.md", ".pre-commit-hooks.yaml", "migrator", "codemods", "plans", "runtime")
-
-pytestmark = pytest.mark.network
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +49,16 @@ def models(tmp_path):
     root = tmp_path / "models"
     root.mkdir()
     family(root, MIGRATED)
-    (root / "README.md").write_text("models\n")
     git(root, "init", "-q")
     commit_all(root)
     return root
 
 
-@pytest.fixture(scope="module")
-def try_hook(hooks, tmp_path_factory):
-    """Return a function that runs one hook on what is staged; the environment is built once."""
-    store = str(tmp_path_factory.mktemp("store"))
-
-    def run(hook, models):
-        git(models, "add", "-A")
-        command = [sys.executable, "-m", "pre_commit", "try-repo", str(hooks), hook, "--verbose", "--color", "never"]
-        environment = {**os.environ, "PRE_COMMIT_HOME": store}
-        return subprocess.run(command, cwd=models, env=environment, capture_output=True, check=False, text=True)
-
-    return run
+def try_repo(hooks, models):
+    """Run the hooks, by their names, on what is staged; pre-commit builds an environment for each call."""
+    command = [sys.executable, "-m", "pre_commit", "try-repo", str(hooks), "--verbose", "--color", "never"]
+    environment = {**os.environ, "PRE_COMMIT_HOME": str(models.parent / "store")}
+    return subprocess.run(command, cwd=models, env=environment, capture_output=True, check=False, text=True)
 
 
 def unmigrated(path):
@@ -74,29 +66,43 @@ def unmigrated(path):
     path.write_text(text.replace("moe_tp_down_rowwise", "rowwise"))
 
 
-def test_the_hooks_work_in_a_real_repository(try_hook, models):
-    (models / "README.md").write_text("other\n")
-    done = try_hook("migrator-rewrite", models)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Skipped" in done.stdout, "no model file is staged"
-
+@pytest.mark.network
+def test_the_hooks_work_in_a_real_repository(hooks, models):
     unmigrated(models / OWNER)
     unmigrated(models / COPY)
     commit_all(models)
     (models / "toy/modeling_toy.py").write_text((models / "toy/modeling_toy.py").read_text() + "# touched\n")
-    done = try_hook("migrator-check", models)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "toy/configuration_toy.py:3 MIG001" in done.stdout
-    assert "heir/configuration_heir.py:4 MIG001" in done.stdout, "the copy is in a folder nobody staged"
-    assert "packed_colwise" in (models / OWNER).read_text()
+    git(models, "add", "-A")
 
-    done = try_hook("migrator-rewrite", models)
-    assert done.returncode == 1, "files were modified by this hook"
-    assert "files were modified by this hook" in done.stdout
+    done = try_repo(hooks, models)
+    assert done.returncode == 1, done.stdout + done.stderr
+    checking, rewriting = done.stdout.split("\nmigrator rewrite")
+    assert "toy/configuration_toy.py:3 MIG001" in checking
+    assert "heir/configuration_heir.py:4 MIG001" in checking, "the copy is in a folder nobody staged"
+    assert "files were modified by this hook" in rewriting
     for name in (OWNER, COPY):
         assert "moe_tp_gate_up_colwise" in (models / name).read_text()
 
-    for hook in ("migrator-rewrite", "migrator-check"):
-        done = try_hook(hook, models)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Passed" in done.stdout
+    git(models, "add", "-A")
+    done = try_repo(hooks, models)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Passed") == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("src/models/toy/configuration_toy.py", True),
+        ("modular_toy.py", True),
+        ("toy/modeling_toy.py", True),
+        ("README.md", False),
+        ("toy/tokenization_toy.py", False),
+        ("toy/test_modeling_toy.py", False),
+        ("modeling_toy.pyi", False),
+    ],
+)
+def test_what_is_staged_decides_whether_a_hook_runs(path, expected):
+    for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text()):
+        assert (re.search(hook["files"], path) is not None) is expected
+        assert hook["require_serial"] is True
+        assert hook["pass_filenames"] is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -129,7 +130,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("code", [code for code in all_rules() if not code.startswith(("MIG3", "MIG4", "MIG9"))])
+DECOMPOSED = [code for code in all_rules() if re.fullmatch(r"MIG[012]\d\d", code) and code != "MIG204"]
+
+
+@pytest.mark.parametrize("code", DECOMPOSED)
 def test_every_rule_does_what_its_example_says(code):
     rule = all_rules()[code]
     before, after = (ast.literal_eval(text.split("=", 1)[1].strip()) for text in (rule.before, rule.after))

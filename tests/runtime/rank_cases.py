@@ -40,6 +40,17 @@ def validate_with_silent_style(folder: Path, style: str) -> dict[str, Any]:
     return validate_ranks(request, STYLES.register(silent)).to_json()
 
 
+def validate_with_failing_style(folder: Path, style: str) -> dict[str, Any]:
+    """Validate with a style that hooks as the real one does, but whose modules fail in their forward."""
+    failing = replace(STYLES.styles[style], around=fail)
+    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()))
+    return validate_ranks(request, STYLES.register(failing)).to_json()
+
+
+def fail(site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    raise IndexError("no such expert\nand more that no one needs")
+
+
 def leave_whole(site: Site, name: str, placement: Placement) -> None:
     pass
 

@@ -7,12 +7,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import DeepseekV3Config, Llama4TextConfig, LlamaConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers import (
+    CONFIG_MAPPING,
+    DeepseekV3Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    NemotronHConfig,
+    Qwen3MoeConfig,
+)
 
-from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
+from plans.errors import IndivisibleError, MigratorError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.model import meta_model, read_config
+from runtime.model import find_config, meta_model, read_config
+from runtime.plan_checks import unmatched_entries
 from runtime.resolve import released_plan, resolve
 
 QWEN = {
@@ -83,6 +91,54 @@ def test_dense_entries_of_a_sparse_model_are_named_not_refused():
 def test_an_entry_no_class_could_create_is_refused():
     with pytest.raises(UnmatchedKeyError, match="self_atn"):
         resolve(qwen(), Mesh(tp=2), plan={"model.layers.*.self_atn.q_proj": "colwise"})
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("model.layers.*.mlp.q_proj", "q_proj"),
+        ("model.layers.*.self_attn.gate_proj", "gate_proj"),
+        ("model.layers.mlp.gate_proj", "mlp"),
+        ("model.layers.0.mlp.gate_proj", "0"),
+        ("model.layers.*.self_attn.*.q_proj", "*"),
+        ("model.layers.*.mlp.experts.gate_up_proj.weight", "weight"),
+        ("layers.*.mlp.gate_proj", "layers"),
+    ],
+)
+def test_an_entry_whose_parts_exist_only_elsewhere_is_refused(key, part):
+    with pytest.raises(UnmatchedKeyError) as caught:
+        resolve(qwen(), Mesh(tp=2), plan={key: "colwise"})
+    assert f"creates {part!r}" in caught.value.message
+
+
+RELEASED = ["doge", "gemma4", "minicpm3", "mistral4", "qwen2_moe", "qwen3_next", "qwen3_vl_moe", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("model_type", RELEASED)
+def test_released_plans_are_not_refused(model_type):
+    model = meta_model(find_config(model_type))
+    unmatched_entries(model, released_plan(model))
+
+
+@pytest.mark.full
+def test_no_released_plan_of_any_default_config_is_refused():
+    checked = 0
+    for model_type in CONFIG_MAPPING:
+        try:
+            model = meta_model(find_config(model_type))
+            plan = released_plan(model)
+        except MigratorError:
+            continue  # Not every default config describes a model, nor has every model a plan.
+        unmatched_entries(model, plan)
+        checked += 1
+    assert checked > 120
+
+
+def test_a_model_of_any_size_is_built_without_memory():
+    model = meta_model(find_config("deepseek_v3"))
+    assert sum(parameter.numel() for parameter in model.parameters()) > 600e9
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for name, buffer in model.named_buffers() if name not in model.state_dict())
 
 
 def test_an_unknown_style_is_refused():

@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError, MismatchError, UsageError
+from plans.mesh import Mesh
+from runtime.checkpoint.reshard import plan_reshard
 from tests.runtime import rank_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS
@@ -101,6 +103,71 @@ def test_one_flipped_bit_is_named(two_ranks: RankPool, rank_folder: RankFolder, 
     assert result["structure"]["mismatches"] == []
 
 
+def test_damage_in_a_replica_is_named_with_its_rank(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    name = "model.norm.weight"
+    # The last bit of the first element: far too small for the logits to tell.
+    edit_rank(folder, 1, lambda tensors: tensors[name].view(torch.int32)[:1].bitwise_xor_(1))
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    assert result["forward"]["ok"]
+    assert not result["ok"]
+    assert [(row["name"], row["rank"]) for row in result["content"]["mismatches"]] == [(name, 1)]
+
+
+def test_damage_in_a_module_that_does_not_run_is_named_with_its_rank(
+    two_ranks: RankPool, llava_ranks: Path, tmp_path: Path
+) -> None:
+    folder = copied(llava_ranks, tmp_path)
+    name = "model.vision_tower.embeddings.class_embedding"
+    assert two_ranks.run(rank_cases.validate, folder, None)[0]["ok"]
+    for rank in (0, 1):
+        edit_rank(folder, rank, lambda tensors: tensors[name].zero_())
+    result = two_ranks.run(rank_cases.validate, folder, None)[0]
+    assert result["forward"]["max_abs_diff"] < 1e-4
+    assert not result["ok"]
+    assert [(row["name"], row["rank"]) for row in result["content"]["mismatches"]] == [(name, 0), (name, 1)]
+
+
+def test_a_model_without_a_head_is_judged_by_its_last_hidden_state(
+    two_ranks: RankPool, headless_hub: Path, tmp_path: Path
+) -> None:
+    plan_reshard(headless_hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    for reference in (headless_hub, None):
+        result = two_ranks.run(rank_cases.validate, tmp_path / "ranks", reference)[0]
+        assert result["ok"], result
+        assert result["forward"]["compared"] == "last_hidden_state"
+        assert result["forward"]["max_abs_reference"] > 0.1
+
+
+def test_a_reference_with_another_output_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, headless_hub: Path, tmp_path: Path
+) -> None:
+    plan_reshard(headless_hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    with pytest.raises(MismatchError, match=r"logits are .* last_hidden_state"):
+        two_ranks.run(rank_cases.validate, tmp_path / "ranks", hub_folder("llama"))
+
+
+def test_a_forward_that_fails_under_its_plan_is_a_finding(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    result = two_ranks.run(rank_cases.validate_with_failing_style, rank_folder("qwen3_moe", 2), "moe_tp_experts")
+    assert result[0] == result[1]
+    assert not result[0]["ok"]
+    assert result[0]["structure"]["mismatches"] == result[0]["content"]["mismatches"] == []
+    assert result[0]["content"]["checked"] > 20
+    assert result[0]["forward"]["reason"] == "rank 0: IndexError: no such expert"
+    assert result[0]["forward"]["max_abs_diff"] is None
+
+
+def test_a_reference_of_zeros_compares_nothing(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    for rank in (0, 1):
+        edit_rank(folder, rank, lambda tensors: tensors["model.norm.weight"].zero_())
+    forward = two_ranks.run(rank_cases.validate, folder, None)[0]["forward"]
+    assert not forward["ok"]
+    assert forward["reason"] == "the reference is all zero, nothing was compared"
+
+
 def test_not_a_number_is_a_mismatch(
     two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
 ) -> None:
@@ -117,7 +184,7 @@ def test_a_style_that_silently_replicates_fails_the_structure(two_ranks: RankPoo
     folder = rank_folder("qwen3_moe", 2)
     result = two_ranks.run(rank_cases.validate_with_silent_style, folder, "moe_tp_down_rowwise")[0]
     assert not result["ok"]
-    assert result["forward"] is None
+    assert result["forward"] == {"ok": False, "max_abs_diff": None}
     assert result["skipped"].keys() == {"content", "forward"}
     found = {(row["name"], row["expected"], row["found"], row["rank"]) for row in result["structure"]["mismatches"]}
     assert found == {
@@ -220,6 +287,29 @@ def test_an_error_on_one_rank_reaches_all(rank: int, two_ranks: RankPool) -> Non
         "hint": "give it one",
         "data": {"rank": rank},
     }
+
+
+@pytest.fixture(scope="module")
+def headless_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("headless") / "hub"
+    torch.manual_seed(0)
+    transformers.LlamaModel(transformers.LlamaConfig(**MODELS["llama"][1])).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rank files of a model whose vision tower is whole on every rank and does not run on tokens alone."""
+    folder = tmp_path_factory.mktemp("llava")
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = transformers.LlamaConfig(**MODELS["llama"][1])
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=100)
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "hub")
+    plan_reshard(folder / "hub", Mesh(tp=2)).execute(folder / "ranks")
+    return folder / "ranks"
 
 
 def copied(folder: Path, target: Path) -> Path:

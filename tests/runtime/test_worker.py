@@ -66,7 +66,51 @@ def test_a_worker_that_fails_is_named_with_its_last_lines_and_the_others_end(tmp
     assert time.monotonic() - began < 20
     assert caught.value.data["rank"] == 1
     assert caught.value.data["lines"] == ["the disk is full"]
+    assert "the disk is full" not in caught.value.hint
     assert_none_is_left(tmp_path, 2)
+
+
+def test_of_a_traceback_only_the_error_is_shown(tmp_path: Path) -> None:
+    body = (
+        "import atexit; atexit.register(print, 'W1 the end of a log', file=sys.stderr)\n"
+        "if rank == '0': raise ValueError('no such expert')"
+    )
+    with pytest.raises(WorkerError, match=r"rank 0 exited with 1: ValueError: no such expert$") as caught:
+        launch(2, script(tmp_path, body), timeout=30)
+    assert "Traceback" not in caught.value.message + caught.value.hint
+    assert "Traceback (most recent call last):" in caught.value.data["lines"]
+    assert_none_is_left(tmp_path, 2)
+
+
+ONE_FAILS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from plans.mesh import Mesh
+from runtime import forward, validate
+from runtime.styles import STYLES
+from runtime.validation_values import ValidationRequest
+
+def fail_alone(site, run, *args, **kwargs):
+    if dist.get_rank() == 1:
+        raise IndexError("no such expert")
+    return real.around(site, run, *args, **kwargs)
+
+dist.init_process_group("gloo")
+forward._PATIENCE = 1.0
+real = STYLES.styles["moe_tp_experts"]
+request = ValidationRequest(Path(sys.argv[1]), Mesh(tp=2), timeout=100)
+validate.validate_ranks(request, STYLES.register(replace(real, around=fail_alone)))
+"""
+
+
+def test_a_rank_whose_forward_fails_alone_does_not_leave_the_others_waiting(rank_folder: RankFolder) -> None:
+    command = [sys.executable, "-P", "-c", ONE_FAILS, str(rank_folder("qwen3_moe", 2))]
+    with pytest.raises(WorkerError, match=r"rank 1 exited with 1: IndexError: no such expert"):
+        launch(2, command, timeout=60)
 
 
 def test_a_worker_killed_by_a_signal_is_named(tmp_path: Path) -> None:
@@ -137,6 +181,18 @@ def test_results_and_requests_survive_json() -> None:
     assert ValidationRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
+def test_a_failed_forward_survives_json() -> None:
+    result = ValidationResult(2, Structure(3), Content(3), Forward.failed("rank 0: IndexError", 1e-5))
+    assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert not result.ok
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, -1.0, float("nan"), float("inf")])
+def test_what_is_no_tolerance_is_refused(tolerance: float) -> None:
+    with pytest.raises(UsageError, match="is not a tolerance"):
+        ValidationRequest(Path("/one"), Mesh(tp=2), tolerance=tolerance)
+
+
 def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
     structure, content, forward = Structure(3), Content(3), Forward(1e-6, 1.0, 1e-5)
     wrong = (Row("a", "b", "c"),)
@@ -147,6 +203,7 @@ def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
     assert not ValidationResult(2, Structure(3, wrong), content, forward).ok
     assert not ValidationResult(2, structure, Content(3, wrong), forward).ok
     assert not Forward(float("inf"), float("inf"), 1e-5).ok
+    assert not Forward(0.0, 0.0, 1e-5).ok
 
 
 def script(folder: Path, body: str) -> list[str]:

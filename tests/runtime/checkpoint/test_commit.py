@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,88 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
             pytest.fail("the body must not run")
         (folder / "file").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+COMMITTING = """
+import sys, time
+from pathlib import Path
+from runtime.checkpoint import commit
+
+root, synced = Path(sys.argv[1]), commit.sync
+
+def slow(path):
+    if path.name == "out.partial":
+        (root / "unmarked").touch()
+        while not (root / "go").exists():
+            time.sleep(0.01)
+    synced(path)
+
+commit.sync = slow
+with commit.staging(root / "out", 1) as folder:
+    (folder / "migrator.json").write_text("first")
+"""
+
+
+def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    first = subprocess.Popen([sys.executable, "-c", COMMITTING, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "unmarked").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not (tmp_path / "out.partial" / MARKER).exists()
+        with pytest.raises(DestinationError, match="another run"), staging(tmp_path / "out", 1):
+            pytest.fail("the body must not run")
+        (tmp_path / "go").touch()
+        assert first.wait(60) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert (tmp_path / "out" / "migrator.json").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "out", "unmarked"]
+
+
+def test_the_lock_file_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out.partial.lock").touch()
+    with staging(tmp_path / "out", 1) as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("mine"), lambda path: path.symlink_to("mine"), lambda path: path.mkdir()]
+)
+def test_what_lies_where_the_lock_goes_is_left_alone(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "out.partial.lock")
+    with pytest.raises(DestinationError), staging(tmp_path / "out", 1):
+        pytest.fail("the body must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.lock"]
+
+
+CONTENDING = """
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from plans.errors import DestinationError
+from runtime.checkpoint.lock import locked
+
+root, rounds = Path(sys.argv[1]), 0
+while rounds < 300:
+    try:
+        with locked(root / "out.partial.lock"):
+            (root / "held").mkdir()
+            (root / "held").rmdir()
+            rounds += 1
+    except DestinationError:
+        pass
+"""
+
+
+def test_processes_that_contend_never_hold_the_lock_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CONTENDING, str(tmp_path)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert list(tmp_path.iterdir()) == []

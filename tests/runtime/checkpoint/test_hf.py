@@ -37,7 +37,7 @@ def test_several_files_with_an_index(hub: Path) -> None:
     assert {name: tensor.file.name for name, tensor in found.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
     assert found.index == {"metadata": {"total_size": 44}}
     assert [header.metadata for header in found.headers] == [{"format": "pt"}, {}]
-    assert found.side_files == ("config.json",)
+    assert found.side.copied == ("config.json",)
 
 
 def test_one_file_is_taken_before_an_index(hub: Path) -> None:
@@ -168,7 +168,7 @@ def test_links_of_the_hub_cache_are_followed(hub: Path, tmp_path: Path) -> None:
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
     found = read_hub(snapshot)
     assert set(found.tensors) == {"a", "b", "c"}
-    assert found.side_files == ("config.json",)
+    assert found.side.copied == ("config.json",)
 
 
 def test_equal_bytes_are_found_equal(hub: Path) -> None:

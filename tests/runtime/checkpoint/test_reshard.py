@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
-from runtime.checkpoint import reshard
+from runtime.checkpoint import names, reshard
 from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digest, rank_file
 from runtime.checkpoint.reshard import plan_reshard
+from runtime.model import meta_model
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
+from tests.tiny_models import DENSE
 
 Checkpoint = Callable[[str], Path]
 
@@ -95,14 +99,21 @@ def test_side_files_come_along_unchanged(checkpoint: Checkpoint, tmp_path: Path)
     shutil.copytree(checkpoint("llama"), source)
     (source / "tokenizer.json").write_bytes(b"\xff\x00 not even text")
     (source / "pytorch_model.bin").write_bytes(b"pickled weights")
-    (source / "original").mkdir()
-    (source / "original" / "params.json").write_text("{}")
-    result = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks")
-    names = {path.name for path in (tmp_path / "ranks").iterdir()}
-    assert names == set(result.files)
-    assert {"config.json", "tokenizer.json"} <= names
-    assert not {"pytorch_model.bin", "original"} & names
+    (source / "original" / "deep").mkdir(parents=True)
+    (source / "original" / "deep" / "params.json").write_text("{}")
+    (source / "original" / "weights.pt").write_bytes(b"pickled weights")
+    (source / ".cache" / "download").mkdir(parents=True)
+    (source / "again").symlink_to("original")
+    (source / "readme").symlink_to("config.json")
+    plan = plan_reshard(source, Mesh(tp=2))
+    assert plan.source.side.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
+    result = plan.execute(tmp_path / "ranks")
+    files = {path.relative_to(tmp_path / "ranks").as_posix() for path in (tmp_path / "ranks").rglob("*.*")}
+    assert files | {"readme"} == set(result.files)
+    assert {"config.json", "tokenizer.json", "original/deep/params.json"} <= files
     assert (tmp_path / "ranks" / "tokenizer.json").read_bytes() == b"\xff\x00 not even text"
+    assert (tmp_path / "ranks" / "readme").read_bytes() == (source / "config.json").read_bytes()
+    assert not (tmp_path / "ranks" / "readme").is_symlink()
 
 
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -244,11 +255,12 @@ def test_a_killed_run_is_started_again_and_ends_the_same(checkpoint: Checkpoint,
         plan.execute(tmp_path / "ranks", progress=die)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["ranks.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.partial", "ranks.partial.lock"]
     plan.execute(tmp_path / "ranks")
     plan.execute(tmp_path / "undisturbed")
     names = {path.name for path in (tmp_path / "ranks").iterdir()}
     assert names == {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    assert not (tmp_path / "ranks.partial.lock").exists()
     for name in names:
         assert (tmp_path / "ranks" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
@@ -292,11 +304,55 @@ def test_sizes_that_do_not_divide_are_refused(checkpoint: Checkpoint) -> None:
         plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=3))
 
 
-def test_quantized_checkpoints_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = tmp_path / "hub"
-    shutil.copytree(checkpoint("llama"), source)
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="quantized"):
+def reconfigured(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Copy a checkpoint and change its config.json."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    change(config)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_quantized_configs_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
+    source = reconfigured(checkpoint("llama"), tmp_path / "hub", lambda config: config.update(quantized))
+    with pytest.raises(UsageError, match="quantization_config"):
         plan_reshard(source, Mesh(tp=2))
+
+
+def test_a_quantized_part_of_a_config_is_refused_by_name(tmp_path: Path) -> None:
+    text = transformers.LlamaConfig(**DENSE, quantization_config={"quant_method": "fp8"})
+    config = transformers.LlavaConfig(text_config=text, architectures=["LlavaForConditionalGeneration"])
+    with pytest.raises(UsageError, match=r"config\.json: text_config: has a quantization_config"):
+        meta_model(config)
+
+
+def test_quantized_weights_are_refused_whatever_the_config_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    changes: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+        f"{weight}' is stored as F8_E4M3": lambda t: t.update({weight: t[weight].to(torch.float8_e4m3fn)}),
+        f"{weight}' is stored as I8": lambda t: t.update({weight: t[weight].to(torch.int8)}),
+        f"{weight}_scale_inv' belongs": lambda t: t.update({f"{weight}_scale_inv": torch.ones(1, 1)}),
+        f"{weight}.absmax' belongs": lambda t: t.update({f"{weight}.absmax": torch.ones(1)}),
+        "q_proj.qweight' belongs": lambda t: t.update({weight.replace("weight", "qweight"): t.pop(weight).int()}),
+    }
+    for number, (message, change) in enumerate(changes.items()):
+        source = rewritten(checkpoint("llama"), tmp_path / str(number), change)
+        with pytest.raises(UsageError, match=re.escape(message)) as caught:
+            plan_reshard(source, Mesh(tp=2))
+        assert caught.value.hint == "use the checkpoint's unquantized form"
+
+
+def test_other_weight_files_that_the_config_names_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    named = {"transformers_weights": "other.safetensors"}
+    source = reconfigured(checkpoint("llama"), tmp_path / "hub", lambda config: config.update(named))
+    with pytest.raises(UsageError, match=r"`transformers_weights` names 'other\.safetensors'"):
+        plan_reshard(source, Mesh(tp=2))
+
+
+def test_a_stored_tensor_that_would_be_lost_stops_the_plan(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "_nothing_lost", lambda *arguments: False)
+    with pytest.raises(AssertionError, match="a stored tensor would be lost"):
+        plan_reshard(checkpoint("llama"), Mesh(tp=2))

@@ -1,0 +1,71 @@
+"""A tree checked: pending rewrites, copies at odds with their owners, and every defect that no rewrite mends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from codemods.defects import Around, find_defects
+from codemods.describe import could_exist
+from codemods.migrate import Outcome, OwnedEdits, decide, outcome, tree_dialect
+from codemods.module import PlanLiteral
+from codemods.ownership import Place
+from codemods.propagate import Family, about, families
+from codemods.selection import Silencer
+from codemods.survey import Survey, every_plan, expert_plans, survey
+from codemods.transform import beside
+from plans.dialect import PARAM_LEVEL, Dialect, load_dialect
+from plans.rule import Finding
+
+__all__ = ["check_paths"]
+
+
+def check_paths(paths: Sequence[Path], silencer: Silencer | None = None, source: str = "auto") -> Outcome:
+    """Compute every finding below the paths, pending rewrites among the changes; nothing is written.
+
+    Args:
+        paths: files and folders.
+        silencer: says what of them is spoken of and what is ignored; without it everything is said.
+        source: the dialect that the tree speaks, `auto` to find out.
+
+    Raises:
+        UsageError: a path or a dialect does not exist.
+    """
+    found = survey(paths, every_plan, silencer)
+    edits, findings = decide(found)
+    others = [place for place in found.places if not expert_plans.literal(_literal(found, place))]
+    groups, lost = families(found.tree, others, found.errors)
+    touches = found.silencer.selection.touches
+    findings += ((place, finding) for place, finding in lost if touches([place.path]))
+    for family in groups:
+        if touches(place.path for place in family.places):
+            findings += _at_odds(found, family)
+    spoken = tree_dialect(paths, found, source)
+    dialect = load_dialect(spoken.dialect).overlaid(load_dialect(PARAM_LEVEL))
+    for place in found.places:
+        if found.tree.source(place.path).generated_from is None and touches([place.path]):
+            findings += ((place, finding) for finding in _defects(found, place, dialect, edits))
+    return replace(outcome(found, edits, findings), dialect=spoken)
+
+
+def _at_odds(found: Survey, family: Family) -> Iterator[tuple[Place, Finding]]:
+    wanted = found.tree.plan(family.owner)
+    for place in family.copies:
+        copy = _literal(found, place)
+        if not isinstance(wanted, PlanLiteral) or not copy.says_the_same_as(wanted):
+            yield place, about(found.tree, place, "MIG301", family.owner.path.name)
+
+
+def _defects(found: Survey, place: Place, dialect: Dialect, edits: Mapping[Place, OwnedEdits]) -> Iterator[Finding]:
+    pending = frozenset(edit.key for edit in edits[place][1]) if place in edits else frozenset()
+    has_model = any(place.path.parent.glob("modeling_*.py"))
+    exists = partial(could_exist, place.path.parent) if has_model and place.class_name else None
+    return find_defects(_literal(found, place), Around(dialect, beside(found.tree, place), pending, exists))
+
+
+def _literal(found: Survey, place: Place) -> PlanLiteral:
+    plan = found.tree.plan(place)
+    assert isinstance(plan, PlanLiteral)
+    return plan

@@ -1,0 +1,104 @@
+"""Which dialect a tree speaks, from its version file or from its styles."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from codemods.detect import detect
+from plans.dialect import PARAM_LEVEL, dialect_names, load_dialect
+from plans.errors import UsageError
+from tests.codemods.helpers import write_tree
+
+
+def tree(root, version):
+    package = {"__init__.py": f'__version__ = "{version}"\n', "models/a/x.py": ""}
+    return write_tree(root, {f"src/transformers/{name}": text for name, text in package.items()})
+
+
+@pytest.mark.parametrize(
+    "below", ["", "src", "src/transformers", "src/transformers/models", "src/transformers/models/a/x.py"]
+)
+def test_the_version_file_says(tmp_path, below):
+    found = detect(tree(tmp_path, "5.17.0.dev0") / below, {"colwise", "ep_router"})
+    assert found.dialect == "transformers-5.16"
+    assert "5.17.0.dev0" in found.reason
+    assert found.alternatives == ()
+
+
+def test_the_installed_tree_speaks_its_release():
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    assert detect(Path(spec.origin).parent / "models", {"colwise"}).dialect == "transformers-5.23"
+
+
+def test_a_version_file_that_the_styles_belie(tmp_path):
+    root = tree(tmp_path, "5.3.0")
+    found = detect(root / "src/transformers/models", {"colwise", "vocab_allreduce", "module_allgather"})
+    assert found.dialect == "dtensor"
+    assert "5.3.0" in found.reason
+    assert "module_allgather, vocab_allreduce" in found.reason
+
+
+def test_a_style_that_no_dialect_knows_belies_nothing(tmp_path):
+    found = detect(tree(tmp_path, "5.3.0"), {"colwise", "colwize"})
+    assert (found.dialect, found.alternatives) == ("transformers-5.3", ())
+
+
+def test_param_level_names_fit_everywhere(tmp_path):
+    overlay = set(load_dialect(PARAM_LEVEL).styles)
+    assert detect(tree(tmp_path, "5.9.0"), {"colwise", *overlay}).dialect == "transformers-5.6"
+    assert detect(tmp_path / "elsewhere", {"colwise_rep", "gather", *overlay}).dialect == "transformers-4.57"
+
+
+def test_a_tree_older_than_every_dialect_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"4\.40"):
+        detect(tree(tmp_path, "4.40.0"), {"colwise"})
+
+
+@pytest.mark.parametrize(
+    ("styles", "dialect"),
+    [
+        ({"colwise_rep", "local_rowwise", "gather"}, "transformers-4.57"),
+        ({"ep_router", "packed_colwise", "moe_tp_experts"}, "transformers-5.21"),
+        ({"ep_dispatch_experts", "ep_router"}, "transformers-5.21"),
+        ({"colwise", "rowwise"}, "transformers-5.23"),
+        ({"moe_gate_up_colwise"}, "dtensor-intermediate"),
+        ({"activation", "rowwise_allreduce"}, "dtensor"),
+        (set(), "transformers-5.23"),
+    ],
+)
+def test_without_a_version_file_the_newest_that_holds_all_styles(tmp_path, styles, dialect):
+    found = detect(tmp_path, styles)
+    assert found.dialect == dialect
+    assert dialect in found.reason
+    assert "no version file" in found.reason
+    assert all(styles <= load_dialect(name).styles.keys() for name in found.alternatives)
+    assert dialect not in found.alternatives
+
+
+def test_what_is_ambiguous_says_so(tmp_path):
+    found = detect(tmp_path, {"sequence_parallel", "ep_router"})
+    assert found.dialect == "transformers-5.21"
+    assert found.alternatives[-1] == "transformers-4.57"
+    assert "transformers-5.3" in found.reason
+    assert "would do too" in found.reason
+    assert "transformers-5.19" not in found.alternatives, "there both mean the same"
+
+
+def test_styles_of_two_dialects_say_what_is_lacking(tmp_path):
+    found = detect(tmp_path, {"gather", "packed_colwise", "mla_kv_a_proj"})
+    assert found.dialect == "transformers-5.23"
+    assert "all but gather" in found.reason
+
+
+@pytest.mark.parametrize("name", [name for name in dialect_names() if name != PARAM_LEVEL])
+def test_a_whole_vocabulary_is_recognised(tmp_path, name):
+    styles = load_dialect(name).styles.keys()
+    found = detect(tmp_path, styles)
+    assert styles - load_dialect(PARAM_LEVEL).styles.keys() <= load_dialect(found.dialect).styles.keys()
+    if name == "transformers-5.19":
+        assert found.dialect == "transformers-5.21", "which only added names"

@@ -1,0 +1,278 @@
+"""Two revisions of real model folders in a real git repository, compared by what their plans do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codemods.difference import compare, touched_lines
+from codemods.migrate import plan_rewrites
+from codemods.revisions import changed_paths, find_repository
+from codemods.write import write_changes
+from plans.errors import SourceError, UsageError
+from tests.codemods.helpers import write_tree
+
+MODELS = ("mixtral", "qwen3_moe", "mellum", "gemma4", "llama4", "llama")
+PACKAGE = "src/transformers"
+MIXTRAL = f"{PACKAGE}/models/mixtral/configuration_mixtral.py"
+CHILD = f"{PACKAGE}/models/offspring/configuration_offspring.py"
+OFFSPRING = """
+from ..mixtral.configuration_mixtral import MixtralConfig
+
+
+class OffspringConfig(MixtralConfig):
+    model_type = "offspring"
+"""
+
+
+def git(folder, *arguments):
+    author = ["-c", "user.name=test", "-c", "user.email=test@example.invalid", "-c", "core.autocrlf=false"]
+    return subprocess.run(["git", *author, *arguments], cwd=folder, check=True, capture_output=True).stdout.decode()
+
+
+def commit(folder, message):
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", message)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A repository with a few of transformers' model folders and a class that only inherits from one of them."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    installed = Path(spec.origin).parent
+    root = tmp_path_factory.mktemp("repository")
+    for name in MODELS:
+        shutil.copytree(
+            installed / "models" / name, root / PACKAGE / "models" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    shutil.copy(installed / "configuration_utils.py", root / PACKAGE)
+    (root / PACKAGE / "__init__.py").write_text('__version__ = "5.23.0"\n')
+    (root / CHILD).parent.mkdir()
+    (root / CHILD).write_text(OFFSPRING)
+    modeling = (root / PACKAGE / "models/mixtral/modeling_mixtral.py").read_text()
+    (root / CHILD).with_name("modeling_offspring.py").write_text(modeling.replace("MixtralConfig", "OffspringConfig"))
+    git(root, "init", "-q")
+    commit(root, "as installed")
+    return root
+
+
+@pytest.fixture
+def root(template, tmp_path):
+    return Path(shutil.copytree(template, tmp_path / "repository"))
+
+
+def edit(root, name, before, after):
+    text = (root / name).read_text()
+    assert before in text
+    (root / name).write_text(text.replace(before, after))
+
+
+def differences(root, base="HEAD", head=None):
+    repository = find_repository(root)
+    after = repository.revision(head) if head else repository.working_tree()
+    found = compare(repository.revision(base), after)
+    assert found.errors == ()
+    return found.differences
+
+
+def told(found):
+    return [(one.model, one.key, one.kind, one.explained) for one in found]
+
+
+def test_a_rewrite_only_renames(root):
+    assert write_changes(plan_rewrites([root]).changes).errors == ()
+    found = differences(root)
+    assert {one.model for one in found} == {"mixtral", "qwen3_moe", "mellum", "gemma4", "offspring"}
+    assert {one.kind for one in found} == {"renamed"}
+    assert len(found) == 10
+    assert {one.after.reading.placement for one in found} == {"Packed(1, 2)", "Shard(2)"}
+    assert {one.model for one in found if not one.explained} == {"offspring"}, "it inherits, and renames are harmless"
+    commit(root, "rewritten")
+    assert differences(root, "HEAD~1", "HEAD") == found, "the working tree and its commit are compared alike"
+    assert differences(root, "HEAD", "HEAD") == ()
+
+
+def test_a_placement_that_a_class_inherits_is_not_explained(root):
+    edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": "rowwise"')
+    found = differences(root)
+    assert told(found) == [
+        ("mixtral", "layers.*.self_attn.q_proj", "placement", True),
+        ("offspring", "layers.*.self_attn.q_proj", "placement", False),
+    ]
+    assert [(one.before.reading.placement, one.after.reading.placement) for one in found] == [
+        ("Shard(0)", "Shard(1)")
+    ] * 2
+    assert {str(one.side.path) for one in found} == {MIXTRAL}, "where the inherited entry is written"
+
+
+def test_other_communication_is_no_rename(root):
+    edit(
+        root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": "colwise_gather_output"'
+    )
+    assert told(differences(root)) == [
+        ("mixtral", "layers.*.self_attn.q_proj", "meaning", True),
+        ("offspring", "layers.*.self_attn.q_proj", "meaning", False),
+    ]
+
+
+def test_entries_added_and_removed(root):
+    edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise",', '"layers.*.self_attn.new": "colwise",')
+    assert told(differences(root)) == [
+        ("mixtral", "layers.*.self_attn.q_proj", "removed", True),
+        ("mixtral", "layers.*.self_attn.new", "added", True),
+        ("offspring", "layers.*.self_attn.q_proj", "removed", False),
+        ("offspring", "layers.*.self_attn.new", "added", False),
+    ]
+
+
+def test_a_plan_that_is_dropped_for_the_inherited_one(root):
+    """What vanishes is explained by its own lines; what comes in from the parent is not."""
+    plan = '    base_model_tp_plan = {"layers.*.self_attn.q_proj": "rowwise"}\n'
+    (root / CHILD).write_text(OFFSPRING + plan)
+    commit(root, "own plan")
+    (root / CHILD).write_text(OFFSPRING)
+    found = {one.key: (one.kind, one.explained) for one in differences(root)}
+    assert found["layers.*.self_attn.q_proj"] == ("placement", True)
+    assert found["layers.*.mlp.experts"] == ("added", False)
+
+
+def test_another_attribute_with_the_same_lines_is_not_explained(root):
+    """The entries' own lines are untouched: only the name above them changed."""
+    edit(root, MIXTRAL, "base_model_tp_plan", "base_model_sp_plan")
+    found = differences(root)
+    assert {(one.kind, one.explained) for one in found} == {("removed", False), ("added", False)}
+
+
+def test_new_and_deleted_models_explain_themselves(root):
+    folder = (root / CHILD).parent
+    shutil.rmtree(folder)
+    assert {(one.model, one.kind, one.explained) for one in differences(root)} == {("offspring", "removed", True)}
+    commit(root, "gone")
+    folder.mkdir()
+    (root / CHILD).write_text(OFFSPRING)
+    found = differences(root)
+    assert {(one.model, one.kind, one.explained) for one in found} == {("offspring", "added", True)}, (
+        "untracked files count"
+    )
+
+
+def test_a_new_release_changes_what_the_same_lines_mean(root):
+    modeling = "class ToyModel(nn.Module):\n    def __init__(self, config):\n        self.embed = nn.Embedding(8, 4)\n"
+    plan = '    base_model_tp_plan = {"embed": "colwise", "layers.*.self_attn.q_proj": "colwise"}\n'
+    files = {"configuration_toy.py": f"class ToyConfig:\n{plan}", "modeling_toy.py": modeling}
+    write_tree(root / PACKAGE / "models/toy", files)
+    edit(root, f"{PACKAGE}/__init__.py", "5.23.0", "5.20.0")
+    commit(root, "older")
+    edit(root, f"{PACKAGE}/__init__.py", "5.20.0", "5.23.0")
+    repository = find_repository(root)
+    found = compare(repository.revision("HEAD"), repository.working_tree())
+    assert found.dialects == ("transformers-5.19", "transformers-5.23")
+    assert told(found.differences) == [("toy", "embed", "placement", False)]
+    (embed,) = found.differences
+    assert (embed.before.reading.placement, embed.after.reading.placement) == ("Shard(1)", "Shard(0)")
+
+
+def test_the_same_entry_on_another_parameter_is_not_explained(root):
+    """Nobody touched the plan, but what its key names is no longer what it was."""
+    name = f"{PACKAGE}/models/mixtral/modeling_mixtral.py"
+    edit(
+        root,
+        name,
+        "        self.down_proj = nn.Parameter(torch.empty(",
+        "        self.other = nn.Parameter(torch.empty(",
+    )
+    edit(root, name, "        self.other", "        self.down_proj = nn.Linear(1, 1)\n        self.other")
+    assert [(one.place.plan, one.side.style, *told([one])[0][1:]) for one in differences(root)] == [
+        ("base_model_ep_plan", "grouped_gemm", "layers.*.mlp.experts.down_proj", "meaning", False),
+        ("base_model_tp_plan", "rowwise", "layers.*.mlp.experts.down_proj", "placement", False),
+    ]
+
+
+def test_modeling_source_rewritten_to_the_same_is_no_change(root):
+    name = f"{PACKAGE}/models/mixtral/modeling_mixtral.py"
+    edit(root, name, "class Mixtral", "# a comment\nclass Mixtral")
+    assert differences(root) == ()
+
+
+def test_modeling_classes_have_plans_too(root):
+    name = f"{PACKAGE}/models/mixtral/modeling_mixtral.py"
+    edit(root, name, '_tp_plan = {"lm_head": "colwise_gather_output"}', '_tp_plan = {"lm_head": "colwise"}')
+    assert told(differences(root)) == [("mixtral", "lm_head", "meaning", True)]
+
+
+def test_a_file_that_does_not_parse_stops_no_other(root):
+    edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": ')
+    edit(root, f"{PACKAGE}/models/llama/configuration_llama.py", '"layers.*.mlp.up_proj": "colwise"', '"x": "colwise"')
+    repository = find_repository(root)
+    found = compare(repository.revision("HEAD"), repository.working_tree())
+    assert {one.model for one in found.differences} == {"llama"}
+    assert all(isinstance(error, SourceError) and "configuration_mixtral.py" in error.message for error in found.errors)
+    assert found.errors
+
+
+def test_only_what_changed_is_compared(root):
+    edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": "rowwise"')
+    (root / "README.md").write_text("not source\n")
+    repository = find_repository(root)
+    before, after = repository.revision("HEAD"), repository.working_tree()
+    assert changed_paths(before, after) == {Path(MIXTRAL)}
+    assert compare(before, after).files == 2
+
+
+def test_touching_a_file_is_no_change(root):
+    os.utime(root / MIXTRAL, (1, 1))
+    repository = find_repository(root)
+    assert changed_paths(repository.revision("HEAD"), repository.working_tree()) == frozenset()
+
+
+def test_links_are_not_followed_out_of_the_repository(root, tmp_path):
+    outside = tmp_path / "configuration_outside.py"
+    outside.write_text('class OutsideConfig:\n    base_model_tp_plan = {"secret": "colwise"}\n')
+    (root / MIXTRAL).unlink()
+    (root / MIXTRAL).symlink_to(outside)
+    assert all(one.kind == "removed" for one in differences(root))
+    commit(root, "a link")
+    assert all(one.kind == "removed" for one in differences(root, "HEAD~1", "HEAD"))
+
+
+def test_a_tree_that_names_a_path_outside_is_refused(root):
+    blob = git(root, "rev-parse", f"HEAD:{MIXTRAL}").strip()
+    record = b"100644 configuration_x.py\0" + bytes.fromhex(blob)
+    command = ["git", "hash-object", "-t", "tree", "-w", "--literally", "--stdin"]
+    inner = subprocess.run(command, cwd=root, input=record, capture_output=True, check=True).stdout.decode().strip()
+    outer = b"40000 ..\0" + bytes.fromhex(inner)
+    tree = subprocess.run(command, cwd=root, input=outer, capture_output=True, check=True).stdout.decode().strip()
+    evil = git(root, "commit-tree", "-m", "evil", tree).strip()
+    with pytest.raises(SourceError, match="leads out of the repository"):
+        find_repository(root).revision(evil)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "--help", "", "HEAD:src", "HEAD~99"])
+def test_unknown_revisions(root, name):
+    with pytest.raises(UsageError, match="git knows no revision"):
+        find_repository(root).revision(name)
+
+
+def test_no_repository(tmp_path):
+    with pytest.raises(UsageError, match="not a git repository"):
+        find_repository(tmp_path)
+
+
+LINES = st.lists(st.sampled_from([b"a", b"b", b"c", b"", b"d"]), max_size=12)
+
+
+@given(LINES, LINES)
+def test_without_the_touched_lines_both_texts_are_the_same(old, new):
+    removed, added = touched_lines(*(b"".join(line + b"\n" for line in lines) for lines in (old, new)))
+    kept_old = [line for number, line in enumerate(old, 1) if number not in removed]
+    kept_new = [line for number, line in enumerate(new, 1) if number not in added]
+    assert kept_old == kept_new

@@ -1,0 +1,166 @@
+"""Effective plans against Python's own inheritance, on real classes."""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from codemods.effective import EffectivePlans, PlanPlace, file_kind, inheritors
+from codemods.sources import Source
+from plans.errors import SourceError
+
+PARENT = """
+class Parent:
+    base_model_tp_plan = {"a": "colwise", "b": "rowwise"}
+    base_model_ep_plan = {"e": "grouped_gemm"}
+"""
+A, B, C = (Path(f"src/transformers/models/{name}/configuration_{name}.py") for name in "abc")
+
+
+def sources(files):
+    table = {path: Source(path, textwrap.dedent(text).encode()) for path, text in files.items()}
+    return table.get
+
+
+def plan_of(files, path, class_name, plan="base_model_tp_plan"):
+    found = EffectivePlans(sources(files)).of_file(path)
+    entries = found.get(PlanPlace(path, class_name, plan))
+    return None if entries is None else {key: entry.style for key, entry in entries.items()}
+
+
+def test_plans_are_inherited_across_files_with_the_place_they_are_written_at():
+    files = {
+        A: PARENT,
+        B: "from ..a.configuration_a import Parent\nclass Middle(Parent): pass\n",
+        C: "from ..b.configuration_b import Middle\nclass Child(Middle):\n    base_model_ep_plan = None\n",
+    }
+    found = EffectivePlans(sources(files)).of_file(C)
+    entries = found[PlanPlace(C, "Child", "base_model_tp_plan")]
+    assert {key: (entry.style, entry.path, entry.line) for key, entry in entries.items()} == {
+        "a": ("colwise", A, 3),
+        "b": ("rowwise", A, 3),
+    }
+    assert found[PlanPlace(C, "Child", "base_model_ep_plan")] == {}
+
+
+def test_an_own_plan_replaces_the_inherited_one_whole():
+    own = 'from ..a.configuration_a import Parent\nclass Child(Parent):\n    base_model_tp_plan = {"c": "colwise"}\n'
+    assert plan_of({A: PARENT, B: own}, B, "Child") == {"c": "colwise"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from ..a import Parent\nclass Child(Parent): pass\n",
+        "from ..a.configuration_a import Parent\nclass Other: pass\nclass Child(Other, Parent): pass\n",
+        "from ..a.configuration_a import Child\nclass Child(Child): pass\n",
+        "from ..c.configuration_c import Parent\nclass Child(Parent): pass\n",
+        "from transformers.models.a.configuration_a import Parent\nclass Child(Parent): pass\n",
+    ],
+    ids=["from the package", "second base", "of the same name", "passed on by another file", "absolute"],
+)
+def test_ways_to_a_parent(text):
+    files = {A: PARENT + "class Child(Parent): pass\n", B: text, C: "from ..a.configuration_a import Parent\n"}
+    assert plan_of(files, B, "Child") == {"a": "colwise", "b": "rowwise"}
+
+
+def test_a_diamond_is_looked_up_as_python_does():
+    text = """
+    class Top:
+        base_model_tp_plan = {"top": "colwise"}
+    class Left(Top): pass
+    class Right(Top):
+        base_model_tp_plan = {"right": "colwise"}
+    class Bottom(Left, Right): pass
+    """
+    namespace: dict[str, type] = {}
+    exec(textwrap.dedent(text), namespace)
+    assert plan_of({A: text}, A, "Bottom") == namespace["Bottom"].base_model_tp_plan == {"right": "colwise"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from ..a.configuration_a import Child\nclass Child(Child): pass\n",
+        "from ..b.configuration_b import Other\nclass Child(Other): pass\nclass Other(Child): pass\n",
+        "from ................ import x\nfrom ................a.b import Parent\nclass Child(Parent): pass\n",
+    ],
+)
+def test_circles_and_imports_from_nowhere_end(text):
+    files = {A: "from ..b.configuration_b import Child\nclass Child(Child): pass\n", B: text}
+    assert plan_of(files, B, "Child") is None
+
+
+def test_many_diamonds_take_no_longer_than_few():
+    text = "class C0:\n    base_model_tp_plan = {'a': 'colwise'}\n"
+    text += "".join(
+        f"class L{n}(C{n}): pass\nclass R{n}(C{n}): pass\nclass C{n + 1}(L{n}, R{n}): pass\n" for n in range(60)
+    )
+    assert plan_of({A: text}, A, "C60") == {"a": "colwise"}
+
+
+def test_inheritance_too_deep_to_follow_is_an_error():
+    text = "class C0: pass\n" + "".join(f"class C{n + 1}(C{n}): pass\n" for n in range(5000))
+    files = {A: "from ..b.configuration_b import C5000\nclass Child(C5000): pass\n", B: text}
+    with pytest.raises(SourceError, match="inherit too deeply"):
+        plan_of(files, A, "Child")
+
+
+def test_what_code_adds_is_a_plan_of_its_own():
+    text = """
+    class Child:
+        base_model_sp_plan = {"a": "colwise"}
+        def __post_init__(self):
+            for i in range(3):
+                if i < self.dense:
+                    self.base_model_sp_plan.update({f"layers.{i}.mlp": "rowwise"})
+    """
+    assert plan_of({A: text}, A, "Child", "base_model_sp_plan") == {"a": "colwise"}
+    label = "base_model_sp_plan in __post_init__ if i < self.dense"
+    assert plan_of({A: text}, A, "Child", label) == {"layers.*.mlp": "rowwise"}
+
+
+def test_inheritors_are_found_however_indirect():
+    files = {
+        A: PARENT,
+        B: "from ..a.configuration_a import (\n    Parent,\n)\nclass Middle(Parent): pass\n",
+        C: "from transformers.models.b.configuration_b import Middle\nclass Child(Middle): pass\n",
+        Path("src/transformers/models/d/configuration_d.py"): "from ..a.configuration_a import Parent\nx = Parent\n",
+    }
+    assert inheritors([A], files, sources(files)) == {A, B, C}
+    assert inheritors([C], files, sources(files)) == {C}
+
+
+def test_modular_files_are_no_models():
+    assert [
+        file_kind(Path(f"x/{name}_x.py")) for name in ("configuration", "modeling", "modular", "test_modeling")
+    ] == [
+        "configuration",
+        "modeling",
+        None,
+        None,
+    ]
+
+
+def test_every_configuration_class_of_transformers_has_the_plans_that_python_gives_it():
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    plans = EffectivePlans(lambda path: Source(path, path.read_bytes()) if path.is_file() else None)
+    compared = 0
+    for path in sorted((package / "models").glob("*/configuration_*.py")):
+        if b"_plan" not in path.read_bytes():
+            continue
+        module = importlib.import_module(".".join(path.relative_to(package.parent).with_suffix("").parts))
+        for place, entries in plans.of_file(path).items():
+            if place.class_name == "HrmTextConfig":  # a comprehension: its keys are known with a wildcard only
+                continue
+            value = getattr(getattr(module, place.class_name), place.plan)
+            assert {key: entry.style for key, entry in entries.items()} == (value or {}), place
+            compared += len(entries)
+    assert compared > 1400

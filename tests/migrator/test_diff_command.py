@@ -1,0 +1,162 @@
+"""`migrator diff` as a user runs it, on a git repository of real model folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+MIGRATOR = str(Path(sys.executable).with_name("migrator"))
+MODELS = "src/transformers/models"
+MIXTRAL = f"{MODELS}/mixtral/configuration_mixtral.py"
+Q_PROJ = '"layers.*.self_attn.q_proj": "colwise"'
+OFFSPRING = """
+from ..mixtral.configuration_mixtral import MixtralConfig
+
+
+class OffspringConfig(MixtralConfig):
+    model_type = "offspring"
+"""
+
+
+def run(root, *arguments, **environment):
+    environment = environment or {name: value for name, value in os.environ.items() if name != "GITHUB_WORKSPACE"}
+    return subprocess.run(arguments, cwd=root, capture_output=True, check=False, text=True, env=environment)
+
+
+def diff(root, *arguments):
+    return run(root, MIGRATOR, "diff", *arguments)
+
+
+def git(root, *arguments):
+    done = run(root, "git", "-c", "user.name=test", "-c", "user.email=test@example.invalid", *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two real models and a class that inherits its plans from one of them."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    for name in ("mixtral", "mellum", "qwen3_moe"):
+        source = Path(spec.origin).parent / "models" / name
+        shutil.copytree(source, tmp_path / MODELS / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / MODELS / "offspring").mkdir()
+    (tmp_path / MODELS / "offspring/configuration_offspring.py").write_text(OFFSPRING)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "base")
+    return tmp_path
+
+
+@pytest.fixture
+def moved(root):
+    text = (root / MIXTRAL).read_text()
+    (root / MIXTRAL).write_text(text.replace(Q_PROJ, Q_PROJ.replace("colwise", "rowwise")))
+    return root
+
+
+def test_a_rewrite_is_clean(root):
+    assert run(root, MIGRATOR, "rewrite", "src").returncode == 0
+    done = diff(root, "HEAD")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "8 entries of 4 classes: 8 renamed; 0 unexplained"
+    assert "packed_colwise → moe_tp_gate_up_colwise" in done.stdout
+    assert "mellum, mixtral, offspring and 1 more" in done.stdout
+
+
+def test_an_inherited_change_fails_until_it_is_allowed(moved):
+    done = diff(moved, "HEAD")
+    assert done.returncode == 1
+    line = [line for line in done.stdout.splitlines() if line.startswith("unexplained")]
+    assert len(line) == 1
+    assert line[0].startswith(f"unexplained {MIXTRAL}:")
+    assert line[0].endswith(
+        "OffspringConfig.base_model_tp_plan layers.*.self_attn.q_proj in offspring, which inherits it: "
+        "colwise → rowwise, Shard(0) → Shard(1)"
+    )
+    assert done.stdout.splitlines()[-1] == "2 entries of 2 classes: 2 other placement; 1 unexplained"
+    assert diff(moved, "HEAD", "--allow", "mixtral").returncode == 1
+    done = diff(moved, "HEAD", "--allow", "offspring", "--allow", "typo")
+    assert done.returncode == 0
+    assert done.stderr == "--allow typo: nothing of this model changed\n"
+
+
+def test_two_revisions_from_a_folder_below(moved):
+    git(moved, "commit", "-qam", "moved")
+    done = diff(moved / MODELS, "HEAD~1", "HEAD", "--format", "json")
+    assert done.returncode == 1
+    result = json.loads(done.stdout)
+    assert (result["base"], result["head"], result["unexplained"]) == ("HEAD~1", "HEAD", 1)
+    mixtral, offspring = result["differences"]
+    assert mixtral["path"] == MIXTRAL
+    assert (mixtral["change"], mixtral["explained"], offspring["explained"]) == ("placement", True, False)
+    assert offspring["after"]["path"] == MIXTRAL
+    assert offspring["before"] | {"line": 0} == {
+        "style": "colwise",
+        "placement": "Shard(0)",
+        "meaning": "linear/out",
+        "path": MIXTRAL,
+        "line": 0,
+    }
+    done = diff(moved, "HEAD", "HEAD")
+    assert (done.returncode, done.stdout) == (0, "no plan differs between HEAD and HEAD\n")
+
+
+def test_github_annotations_stand_at_the_entry(moved):
+    done = diff(moved, "HEAD", "--format", "github")
+    assert done.returncode == 1
+    line = next(n for n, text in enumerate((moved / MIXTRAL).read_text().splitlines(), 1) if '"rowwise"' in text)
+    own, inherited = done.stdout.splitlines()
+    assert own.startswith(f"::notice file={MIXTRAL},line={line},title=plan diff::MixtralConfig.base_model_tp_plan")
+    assert inherited.startswith(f"::error file={MIXTRAL},line={line},title=plan diff::OffspringConfig")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "git knows no revision 'nowhere'"),
+        (["HEAD", "nowhere"], "git knows no revision 'nowhere'"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_usage_is_2(root, arguments, message):
+    done = diff(root, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+
+
+def test_outside_of_a_repository(tmp_path):
+    done = diff(tmp_path, "HEAD")
+    assert done.returncode == 2
+    assert "not a git repository" in done.stderr
+
+
+def test_a_repository_without_models_has_nothing_to_compare(tmp_path):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-qm", "empty", "--allow-empty")
+    done = diff(tmp_path, "HEAD")
+    assert done.returncode == 2
+    assert "neither HEAD nor the working tree holds a configuration_*.py or modeling_*.py" in done.stderr
+
+
+def test_a_file_that_does_not_parse_is_2_and_named(moved):
+    (moved / MODELS / "mellum/configuration_mellum.py").write_text("class (\n_plan = 1\n")
+    done = diff(moved, "HEAD")
+    assert done.returncode == 2
+    assert "mellum/configuration_mellum.py:1: does not parse" in done.stderr
+    assert "1 unexplained" in done.stdout, "the others are compared"
+
+
+def test_without_git(root, tmp_path):
+    done = run(root, MIGRATOR, "diff", "HEAD", PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "needs git, which is not installed" in done.stderr

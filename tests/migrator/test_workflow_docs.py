@@ -1,0 +1,76 @@
+"""What docs/ shows is true: configurations are read, hooks exist, plans decompose, commands and completion work."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from codemods.config import read_configuration
+from migrator.cli import group
+from plans.decompose import apply_edits, decompose
+from plans.layout import ExpertLayout
+from tests.migrator.source_trees import migrator
+
+ROOT = Path(__file__).parents[2]
+DOCS = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+WORKFLOW = DOCS["workflow.md"]
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- checked: {name} -->\n```\w+\n(.*?)```", WORKFLOW, re.DOTALL)
+    assert found is not None, name
+    return found[1]
+
+
+def test_the_configuration_is_one(tmp_path):
+    path = tmp_path / "pyproject.toml"
+    path.write_text(block("configuration"))
+    found = read_configuration(path)
+    assert found.paths == (tmp_path / "src/transformers/models",)
+    assert found.exclude == ("**/deprecated",)
+    assert not found.includes(tmp_path / "src/deprecated/x.py")
+    assert found.ignores(tmp_path / "src/transformers/models/llama4/configuration_llama4.py", "MIG002")
+
+
+def test_the_hooks_exist():
+    shown = [hook["id"] for repository in yaml.safe_load(block("hooks"))["repos"] for hook in repository["hooks"]]
+    assert shown == [hook["id"] for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())]
+
+
+def test_the_workflows_commands_have_those_options():
+    steps = yaml.safe_load(block("actions"))["jobs"]["check"]["steps"]
+    commands = [step["run"] for step in steps if step.get("run", "").startswith("migrator")]
+    assert len(commands) == 2
+    for command in commands:
+        plain = re.sub(r"\$\{\{.*?\}\}", "main", command).split(" > ")[0]
+        _, name, *arguments = shlex.split(plain)
+        assert group.get_command(None, name).make_context(name, arguments).params["paths"]
+
+
+@pytest.mark.parametrize("line", [line for line in block("completion").splitlines() if line])
+def test_completion_can_be_switched_on(tmp_path, line):
+    name, value = re.search(r"(\w+_COMPLETE)=(\w+)", line).groups()
+    done = migrator(cwd=tmp_path, env={**os.environ, name: value})
+    assert done.returncode == 0
+    assert b"_MIGRATOR_COMPLETE" in done.stdout
+
+
+def test_the_plans_shown_are_before_and_after():
+    plans = [
+        ast.literal_eval(text.split("=", 1)[1].strip())
+        for text in re.findall(r"```python\n(base_model_tp_plan = .*?)```", DOCS["param-level.md"], re.DOTALL)
+    ]
+    after, before = plans
+    assert apply_edits(before, decompose(before, lambda _: ExpertLayout("m.py:E")).edits) == after
+
+
+def test_every_command_named_exists():
+    for name, text in DOCS.items():
+        for command in re.findall(r"`migrator (\w+)", text):
+            assert command in group.list_commands(None), (name, command)

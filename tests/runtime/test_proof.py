@@ -1,0 +1,35 @@
+"""Proofs run however Python is started; an assert would vanish."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from runtime.proof import prove
+
+INCOMPLETE_TABLE = """
+from pathlib import Path
+from runtime.checkpoint import copy
+from runtime.checkpoint.copy import Destination, build_table
+from runtime.checkpoint.extents import whole
+from runtime.checkpoint.safetensors import StoredTensor
+
+runs_of = copy.runs_of
+copy.runs_of = lambda *arguments: list(runs_of(*arguments))[:-1]
+stored = StoredTensor(Path("a"), "F32", (2,), 0, 8)
+build_table({"s": stored}, [(Destination("t", 8), whole("s", (2,)))])
+"""
+
+
+def test_what_does_not_hold_stops_the_work() -> None:
+    prove(True, "one is one")
+    with pytest.raises(AssertionError, match="one is two"):
+        prove(False, "one is two")
+
+
+def test_an_incomplete_run_table_is_refused_by_an_optimizing_python_too() -> None:
+    done = subprocess.run([sys.executable, "-O", "-c", INCOMPLETE_TABLE], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "AssertionError: the run table does not write every byte exactly once" in done.stderr
