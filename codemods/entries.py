@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-__all__ = ["Entry", "Offset", "read_entries"]
+__all__ = ["Entry", "Offset", "is_numbered", "read_entries"]
 
 Offset = Callable[[int, int], int]
 """From a line counted from 1 and a column in UTF-8 bytes to a place in the text."""
@@ -54,6 +54,11 @@ def read_entries(node: ast.AST, offset: Offset) -> tuple[Entry, ...]:
     return tuple(sorted(found, key=lambda entry: entry.key_span))
 
 
+def is_numbered(key: str) -> bool:
+    """Say whether a key names one layer by its number."""
+    return _LAYER_NUMBER.search(key) is not None
+
+
 def _entries_of(node: ast.AST, offset: Offset) -> Iterator[Entry]:
     match node:
         case ast.Dict(keys=keys, values=values):
@@ -89,7 +94,7 @@ def _entries(
                 _span(style_node, offset),
                 can_precede=in_display and isinstance(key_node, (ast.Constant, ast.JoinedStr)),
                 computed=_COMPUTED in text,
-                numbered=_LAYER_NUMBER.search(text) is not None,
+                numbered=is_numbered(text),
             )
 
 

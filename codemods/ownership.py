@@ -12,6 +12,7 @@ from pathlib import Path
 
 from codemods.literals import read_module
 from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
+from codemods.skim import skim
 from codemods.sources import Source, read_source
 
 __all__ = ["Lost", "Place", "Tree"]
@@ -66,7 +67,8 @@ class Tree:
     def module(self, path: Path) -> Module:
         """Return what a file says of plans, parsed once."""
         if path not in self._modules:
-            self._modules[path] = read_module(self.source(path))
+            source = self.source(path)
+            self._modules[path] = skim(source) or read_module(source)
         return self._modules[path]
 
     def plan(self, place: Place) -> PlanLiteral | Opaque:

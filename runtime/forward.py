@@ -74,7 +74,7 @@ def check_forward(model: PreTrainedModel, request: ValidationRequest) -> Forward
 
 def _tokens(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
     generator = torch.Generator().manual_seed(request.seed)
-    vocabulary: int = model.config.get_textfloat_config().vocab_size
+    vocabulary: int = model.config.get_text_config().vocab_size
     return torch.randint(0, vocabulary, (request.batch, request.sequence), generator=generator)
 
 
@@ -138,7 +138,9 @@ def _reference(request: ValidationRequest, tokens: torch.Tensor, found: _Output)
     unsharded = (_reassembled if (source / MANIFEST).is_file() else _pretrained)(source)
     try:
         expected = _output(unsharded, tokens)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except MigratorError:
+        raise
+    except Exception as error:
         raise UsageError(
             f"{source}: the unsharded model cannot run on these tokens: {first_line(error)}", hint=_OTHER_REFERENCE
         ) from error
@@ -170,7 +172,7 @@ def _pretrained(folder: Path) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # What transformers raises as it loads is not ours to list.
         raise IncompleteError(
             f"{folder}: transformers cannot load it: {first_line(error)}", hint=_OTHER_REFERENCE
         ) from error

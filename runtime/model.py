@@ -129,7 +129,15 @@ def find_config(source: str) -> PreTrainedConfig:
         )
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(source) or MODEL_MAPPING_NAMES.get(source)
     names = found if isinstance(found, tuple) else (found,)
-    return CONFIG_MAPPING[source](architectures=[name for name in names if name])
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[source](architectures=[name for name in names if name])
+    except Exception as error:  # What transformers' config classes raise is not ours to list.
+        raise UsageError(
+            f"{source}: its default config is not valid: {first_line(error)}",
+            hint="name a checkpoint folder or a config.json of this model type",
+            source=source,
+        ) from error
+    return config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,10 @@ import click
 
 from migrator import console
 from migrator.source_options import emit_machine_format, read_request, report_errors, source_options
-from plans.errors import UsageError
+from plans.errors import MigratorError, MismatchError, UsageError
 
 if TYPE_CHECKING:
+    from codemods.migrate import Outcome
     from migrator.formats.report import Report
 
 __all__ = ["command"]
@@ -23,12 +26,14 @@ __all__ = ["command"]
 @click.option("--target", metavar="NAME", help="The dialect to write; by default param-level.")
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if anything would change.")
 @click.option("--diff", is_flag=True, help="Write nothing; print a patch that `git apply` takes.")
+@click.option("--verify", is_flag=True, help="First demand that the tree's own modular converter writes the same.")
 def command(
     paths: tuple[Path, ...],
     target: str | None,
     source: str | None,
     check: bool,
     diff: bool,
+    verify: bool,
     changed_only: bool,
     base_ref: str | None,
     form: str,
@@ -49,15 +54,24 @@ def command(
 
     request = read_request(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
     outcome = plan_rewrites(request.paths, Silencer(request.selection), request.target, request.source)
-    report = pending_report(outcome) if check or diff else written_report(outcome, write_changes(outcome.changes))
+    problems = _verify(outcome, request.paths) if verify else ()
+    outcome = replace(outcome, errors=(*outcome.errors, *problems))
+    keep = check or diff or bool(problems)
+    report = pending_report(outcome) if keep else written_report(outcome, write_changes(outcome.changes))
     if form != "human":
         emit_machine_format(report, form)
     else:
         _show(report, diff=diff, quiet=quiet)
     report_errors(report.errors)
     if report.errors:
-        return 2
+        return 1 if all(isinstance(error, MismatchError) for error in report.errors) else 2
     return 1 if check and outcome.changes else 0
+
+
+def _verify(outcome: Outcome, paths: Sequence[Path]) -> Sequence[MigratorError]:
+    from codemods.proof import verify_outcome
+
+    return verify_outcome(outcome, paths)
 
 
 def _show(report: Report, *, diff: bool, quiet: bool) -> None:

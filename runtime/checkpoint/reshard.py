@@ -18,12 +18,13 @@ from runtime.checkpoint.commit import staging
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table, execute
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.hf import HubCheckpoint, read_hub, same_bytes
+from runtime.checkpoint.hf import HubCheckpoint, read_hub
 from runtime.checkpoint.names import Conversion, convert
 from runtime.checkpoint.quantized import check_dtypes, check_names
 from runtime.checkpoint.ranks import RankFile, lay_out
 from runtime.checkpoint.record import MANIFEST, Entry, Manifest, StoredForm
-from runtime.checkpoint.safetensors import StoredTensor, tensor_bytes
+from runtime.checkpoint.safetensors import tensor_bytes
+from runtime.checkpoint.tied import check_repeated
 from runtime.checkpoint.writing import copy_files, created, sinks_for, write_file
 from runtime.model import meta_model, model_tensors, read_config
 from runtime.resolve import resolve
@@ -155,7 +156,7 @@ def plan_reshard(source: Path, mesh: Mesh, mode: Mode = "tp") -> ReshardPlan:
     check_names(hub.tensors.keys(), model_tensors(model).keys())
     conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
     check_dtypes(conversion.forms, resolved, hub.tensors)
-    _check_repeated(hub, conversion, tied)
+    check_repeated(hub, conversion, tied)
     entries, forms = _entries(hub, resolved, conversion)
     try:
         files = tuple(lay_out(rank, mesh, entries, forms) for rank in range(mesh.world_size))
@@ -220,25 +221,6 @@ def _digested(entries: Mapping[str, Entry], forms: Mapping[str, Form]) -> Iterat
     """Yield one destination per tensor that only its digest sees, so that replicas are not summed again."""
     for name, entry in entries.items():
         yield Destination(name, tensor_bytes(entry.dtype, entry.shape)), forms[name]
-
-
-def _check_repeated(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
-    for name, form in conversion.repeated.items():
-        own, other = _stored_whole(form, hub), _stored_whole(conversion.forms[tied[name]], hub)
-        if own is not None and other is not None and same_bytes(own, other):
-            continue
-        raise ConversionError(
-            f"{name} is tied to {tied[name]} but stored with other values",
-            hint="set tie_word_embeddings to false in config.json, or remove one of the two",
-            name=name,
-            tied_to=tied[name],
-        )
-
-
-def _stored_whole(form: Form, hub: HubCheckpoint) -> StoredTensor | None:
-    """Return the stored tensor that a form is, if it is one and all of it."""
-    tensors = [hub.tensors[source] for source in form.sources]
-    return tensors[0] if len(tensors) == 1 and form == whole(form.sources[0], tensors[0].shape) else None
 
 
 def _stored_form(hub: HubCheckpoint) -> StoredForm:

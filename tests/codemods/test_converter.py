@@ -225,3 +225,24 @@ def test_links_that_lead_out_are_not_written_through(repository, tmp_path):
     before = contents(repository) | {outside: outside.read_bytes()}
     verify(repository)
     assert contents(repository) | {outside: outside.read_bytes()} == before
+
+
+def test_the_command_writes_only_what_the_converter_confirms(repository):
+    migrator = str(Path(sys.executable).with_name("migrator"))
+    command = [migrator, "rewrite", "src", "--verify"]
+    copy = configuration(repository, "beta")
+    text = copy.read_text()
+    copy.write_text(text.replace('"beta"', '"Beta"'))
+    before = contents(repository)
+    done = subprocess.run(command, cwd=repository, capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr.decode()
+    assert contents(repository) == before
+    assert "configuration_beta.py" in done.stderr.decode()
+    copy.write_text(text)
+    done = subprocess.run(command, cwd=repository, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "moe_tp_gate_up_colwise" in copy.read_text()
+    (repository / "utils/modular_model_converter.py").unlink()
+    done = subprocess.run(command, cwd=repository, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode().startswith("error:")

@@ -1,0 +1,132 @@
+"""The common case read without a parser: plans that are plain dict displays, class by class.
+
+Parsing takes most of a run's time, and nearly every file writes its plans in one plain way. `skim` reads those files
+with a few regular expressions to exactly what `read_module` makes of them, and answers None as soon as anything is
+unusual: then the parser decides. What it reads is only ever written back through a parser.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from codemods.entries import Entry, is_numbered
+from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
+from codemods.sources import Source
+
+__all__ = ["skim"]
+
+_PLAN_WORD = re.compile(rb"\b(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan\b")
+_CLASS = re.compile(rb"\nclass (\w+)(?:\(([\w\s,.]*)\))?:")
+_IMPORT = re.compile(rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(([\w\s,]*)\)|([\w ,]+))[ \t]*(?=\r?\n)")
+_TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
+_NOTHING = rb"(?:\s|#[^\n]*\n)*+"
+_PAIR = rb'"([^"\\\n]*)"[ \t]*+:[ \t]*+"([^"\\\n]*)"'
+_PLAN = re.compile(
+    rb"\n    (?P<name>_?\w+)(?:[ \t]*:[ \t]*dict(?:\[str, str\])?)?[ \t]*=[ \t]*"
+    rb"(?:(?P<display>\{" + _NOTHING + rb"(?:" + _PAIR + _NOTHING + rb"(?:," + _NOTHING + rb"|(?=\})))*+\})"
+    rb"|None|AttributeError\(\))[ \t]*(?:#[^\n]*)?(?=\r?\n)"
+)
+_ENTRY = re.compile(rb"#[^\n]*|" + _PAIR)
+
+
+def skim(source: Source) -> Module | None:
+    """Return what `read_module` would, or None where only a parser can tell."""
+    body = b"\n" + source.body
+    # Strings over several lines hide what looks like code; only the most usual kind is understood.
+    if (
+        b"'''" in body
+        or b"\r" in body
+        or b"\n    class " in body
+        or body.count(b"\nclass ") != len(_CLASS.findall(body))
+    ):
+        return None
+    headers = list(_CLASS.finditer(body))
+    plans = _plans(body, headers)
+    imports = _imports(body)
+    if plans is None or imports is None:
+        return None
+    return Module(
+        {
+            name: ClassPlans(name, _bases(header[2]), plans.get(name, {}))
+            for header in headers
+            for name in [_name(header)]
+        },
+        imports,
+    )
+
+
+def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, PlanLiteral | Opaque]] | None:
+    """Return the plans by class and attribute; every mention of a plan must be accounted for."""
+    found: dict[str, dict[str, PlanLiteral | Opaque]] = {}
+    starts = [header.start() for header in headers]
+    for word in _PLAN_WORD.finditer(body):
+        index = bisect_right(starts, word.start()) - 1
+        plan = _PLAN.match(body, body.rfind(b"\n", 0, word.start()))
+        if index < 0 or plan is None or plan.start("name") != word.start() or not word[0].startswith((b"_", b"base_")):
+            return None
+        if _TOP_LEVEL.search(body, headers[index].end(), word.start()) or not _is_code(body, headers[index], plan):
+            return None
+        owner = _name(headers[index])
+        found.setdefault(owner, {})[word[0].decode()] = _literal(owner, word[0].decode(), plan)
+    return found
+
+
+def _is_code(body: bytes, header: re.Match[bytes], plan: re.Match[bytes]) -> bool:
+    """Say whether neither a class nor a plan in it stands inside a string: an even number of quotes is before them."""
+    before = body.count(b'"""', 0, header.start())
+    return before % 2 == 0 and body.count(b'"""', header.start(), plan.start()) % 2 == 0
+
+
+def _literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLiteral | Opaque:
+    # Places in `body` are one more than in the source's, for the line end put before it.
+    if plan["display"] is None:
+        return Opaque(owner, attribute, _line(plan.string, plan.start("name")))
+    matches = _ENTRY.finditer(plan.string, plan.start("display"), plan.end("display"))
+    entries = tuple(_entry(match) for match in matches if match[1] is not None)
+    return PlanLiteral(owner, attribute, _line(plan.string, plan.start("display")), entries)
+
+
+def _entry(match: re.Match[bytes]) -> Entry:
+    (key_start, key_end), (style_start, style_end) = match.span(1), match.span(2)
+    key = match[1].decode()
+    return Entry(
+        key,
+        match[2].decode(),
+        _line(match.string, style_start),
+        (key_start - 2, key_end),
+        (style_start - 2, style_end),
+        can_precede=True,
+        numbered=is_numbered(key),
+    )
+
+
+def _line(body: bytes, place: int) -> int:
+    """Return the line of a place, counted from 1; the line end put before the body makes up for the count from 0."""
+    return body.count(b"\n", 0, place)
+
+
+def _imports(body: bytes) -> dict[str, tuple[int, str]] | None:
+    matches = list(_IMPORT.finditer(body))
+    if body.count(b"\nfrom ") != len(matches):
+        return None
+    return {
+        name: (len(match[1]), match[2].decode())
+        for match in matches
+        if match[2]
+        for name in _imported_names((match[3] or match[4]).decode())
+    }
+
+
+def _imported_names(listed: str) -> Iterator[str]:
+    for part in filter(None, map(str.strip, listed.split(","))):
+        yield part.split(" as ")[-1].strip()
+
+
+def _name(header: re.Match[bytes]) -> str:
+    return header[1].decode()
+
+
+def _bases(listed: bytes | None) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, (listed or b"").decode().split(","))))
