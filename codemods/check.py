@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 from codemods.defects import Around, find_defects
-from codemods.describe import could_exist
+from codemods.describe import Model
 from codemods.migrate import Outcome, OwnedEdits, decide, outcome, tree_dialect
 from codemods.module import PlanLiteral
 from codemods.ownership import Place
@@ -33,7 +33,7 @@ def check_paths(paths: Sequence[Path], silencer: Silencer | None = None, source:
     Raises:
         UsageError: a path or a dialect does not exist.
     """
-    found = survey(paths, every_plan, silencer)
+    found = survey(paths, every_plan, silencer, skims=True)
     edits, findings = decide(found)
     others = [place for place in found.places if not expert_plans.literal(_literal(found, place))]
     groups, lost = families(found.tree, others, found.errors)
@@ -44,9 +44,11 @@ def check_paths(paths: Sequence[Path], silencer: Silencer | None = None, source:
             findings += _at_odds(found, family)
     spoken = tree_dialect(paths, found, source)
     dialect = load_dialect(spoken.dialect).overlaid(load_dialect(PARAM_LEVEL))
+    model_of = cache(_model)
     for place in found.places:
         if found.tree.source(place.path).generated_from is None and touches([place.path]):
-            findings += ((place, finding) for finding in _defects(found, place, dialect, edits))
+            model = model_of(place.path.parent) if place.class_name else None
+            findings += ((place, finding) for finding in _defects(found, place, dialect, edits, model))
     return replace(outcome(found, edits, findings), dialect=spoken)
 
 
@@ -58,11 +60,16 @@ def _at_odds(found: Survey, family: Family) -> Iterator[tuple[Place, Finding]]:
             yield place, about(found.tree, place, "MIG301", family.owner.path.name)
 
 
-def _defects(found: Survey, place: Place, dialect: Dialect, edits: Mapping[Place, OwnedEdits]) -> Iterator[Finding]:
+def _defects(
+    found: Survey, place: Place, dialect: Dialect, edits: Mapping[Place, OwnedEdits], model: Model | None
+) -> Iterator[Finding]:
     pending = frozenset(edit.key for edit in edits[place][1]) if place in edits else frozenset()
-    has_model = any(place.path.parent.glob("modeling_*.py"))
-    exists = partial(could_exist, place.path.parent) if has_model and place.class_name else None
+    exists = model.could_exist if model else None
     return find_defects(_literal(found, place), Around(dialect, beside(found.tree, place), pending, exists))
+
+
+def _model(folder: Path) -> Model | None:
+    return Model(folder) if any(folder.glob("modeling_*.py")) else None
 
 
 def _literal(found: Survey, place: Place) -> PlanLiteral:

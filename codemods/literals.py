@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from codemods.entries import read_entries
-from codemods.module import ClassPlans, Condition, Module, Opaque, PlanLiteral, is_plan_attribute
+from codemods.module import ClassPlans, Condition, Module, Opaque, PlanLiteral, is_plan_attribute, plan_words
 from codemods.sources import Source, shown
 from plans.errors import SourceError
 
@@ -23,7 +23,6 @@ __all__ = ["read_module"]
 
 _PLAN_NAME = r"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan"
 _PLAN_ARGUMENT = re.compile(_PLAN_NAME)
-_PLAN_WORD = re.compile(rf"\b{_PLAN_NAME}\b".encode())
 
 
 def read_module(source: Source) -> Module:
@@ -33,8 +32,8 @@ def read_module(source: Source) -> Module:
         SourceError: the file does not parse.
     """
     statements = _parse(source).body
-    words = [match.start() for match in _PLAN_WORD.finditer(source.body)]
-    reader = _Reader(source, tuple(bisect_right(source.line_offsets, word) for word in words))
+    lines = tuple(bisect_right(source.line_offsets, start) for start, _ in plan_words(source.body))
+    reader = _Reader(source, lines)
     classes = {found.name: found for found in reader.classes(statements)}
     if outside := tuple(reader.literals(statements, "", "", ())):
         classes[""] = ClassPlans("", code=outside)

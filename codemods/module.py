@@ -9,8 +9,21 @@ from functools import cached_property
 
 from codemods.entries import Entry
 
-__all__ = ["ClassPlans", "Condition", "Module", "Opaque", "PlanLiteral", "all_literals", "is_plan_attribute"]
+__all__ = [
+    "ClassPlans",
+    "Condition",
+    "Module",
+    "Opaque",
+    "PlanLiteral",
+    "all_literals",
+    "is_plan_attribute",
+    "plan_words",
+]
 
+_PLAN_NAME = re.compile(rb"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan")
+_PLAN_ENDING = re.compile(rb"_plan\b")
+_WORD = re.compile(rb"\w+\Z")
+_LONGEST = len("base_model_tp_ep") + 1
 _PLAN_ATTRIBUTE = re.compile(r"(?:base_model)?_(?:tp|sp|ep|tp_ep|sp_ep)_plan")
 
 
@@ -100,6 +113,18 @@ class Module:
 
     classes: Mapping[str, ClassPlans]
     imports: Mapping[str, tuple[int, str]]
+
+
+def plan_words(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where a source mentions a plan by name: start and end of each word.
+
+    The rare end of the word is looked for first, which is several times faster than looking for whole words.
+    """
+    for ending in _PLAN_ENDING.finditer(body):
+        beginning = _WORD.search(body, max(0, ending.start() - _LONGEST), ending.start())
+        start = beginning.start() if beginning else ending.start()
+        if _PLAN_NAME.fullmatch(body, start, ending.end()):
+            yield start, ending.end()
 
 
 def all_literals(module: Module) -> Iterator[PlanLiteral]:

@@ -49,8 +49,13 @@ class Lost:
 
 @dataclass
 class Tree:
-    """Reads each file at most once and answers who owns a plan."""
+    """Reads each file at most once and answers who owns a plan.
 
+    Args:
+        skims: whether plain plans may be read without a parser, which says nothing of the rest of their file.
+    """
+
+    skims: bool = False
     _sources: dict[Path, Source] = field(default_factory=dict)
     _modules: dict[Path, Module] = field(default_factory=dict)
 
@@ -68,7 +73,8 @@ class Tree:
         """Return what a file says of plans, parsed once."""
         if path not in self._modules:
             source = self.source(path)
-            self._modules[path] = skim(source) or read_module(source)
+            skimmed = skim(source) if self.skims else None
+            self._modules[path] = skimmed or read_module(source)
         return self._modules[path]
 
     def plan(self, place: Place) -> PlanLiteral | Opaque:

@@ -12,14 +12,14 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 from codemods.entries import Entry, is_numbered
-from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
+from codemods.module import ClassPlans, Module, Opaque, PlanLiteral, is_plan_attribute, plan_words
 from codemods.sources import Source
 
 __all__ = ["skim"]
 
-_PLAN_WORD = re.compile(rb"\b(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan\b")
-_CLASS = re.compile(rb"\nclass (\w+)(?:\(([\w\s,.]*)\))?:")
-_IMPORT = re.compile(rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(([\w\s,]*)\)|([\w ,]+))[ \t]*(?=\r?\n)")
+_CLASS = re.compile(rb"\nclass (\w+)(?:\(([\w\s,.=]*)\))?:")
+_IMPORT = re.compile(rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(((?:[\w\s,]|#[^\n]*)*+)\)|([\w ,]+))[ \t]*(?:#[^\n]*)?(?=\n)")
+_COMMENT = re.compile(r"#[^\n]*")
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _NOTHING = rb"(?:\s|#[^\n]*\n)*+"
 _PAIR = rb'"([^"\\\n]*)"[ \t]*+:[ \t]*+"([^"\\\n]*)"'
@@ -61,15 +61,16 @@ def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, P
     """Return the plans by class and attribute; every mention of a plan must be accounted for."""
     found: dict[str, dict[str, PlanLiteral | Opaque]] = {}
     starts = [header.start() for header in headers]
-    for word in _PLAN_WORD.finditer(body):
-        index = bisect_right(starts, word.start()) - 1
-        plan = _PLAN.match(body, body.rfind(b"\n", 0, word.start()))
-        if index < 0 or plan is None or plan.start("name") != word.start() or not word[0].startswith((b"_", b"base_")):
+    for start, end in plan_words(body):
+        index = bisect_right(starts, start) - 1
+        plan = _PLAN.match(body, body.rfind(b"\n", 0, start))
+        name = body[start:end].decode()
+        if index < 0 or plan is None or plan.span("name") != (start, end) or not is_plan_attribute(name):
             return None
-        if _TOP_LEVEL.search(body, headers[index].end(), word.start()) or not _is_code(body, headers[index], plan):
+        if _TOP_LEVEL.search(body, headers[index].end(), start) or not _is_code(body, headers[index], plan):
             return None
         owner = _name(headers[index])
-        found.setdefault(owner, {})[word[0].decode()] = _literal(owner, word[0].decode(), plan)
+        found.setdefault(owner, {})[name] = _literal(owner, name, plan)
     return found
 
 
@@ -120,7 +121,7 @@ def _imports(body: bytes) -> dict[str, tuple[int, str]] | None:
 
 
 def _imported_names(listed: str) -> Iterator[str]:
-    for part in filter(None, map(str.strip, listed.split(","))):
+    for part in filter(None, map(str.strip, _COMMENT.sub("", listed).split(","))):
         yield part.split(" as ")[-1].strip()
 
 
@@ -129,4 +130,5 @@ def _name(header: re.Match[bytes]) -> str:
 
 
 def _bases(listed: bytes | None) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, (listed or b"").decode().split(","))))
+    parts = map(str.strip, (listed or b"").decode().split(","))
+    return tuple(part for part in parts if part and "=" not in part)

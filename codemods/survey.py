@@ -65,13 +65,14 @@ class Survey:
     plan_files: int = 0
 
 
-def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = None) -> Survey:
+def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = None, *, skims: bool = False) -> Survey:
     """Read a tree and find its plans.
 
     Args:
         paths: files and folders.
         wanted: which plans.
         silencer: says what of them is spoken of and what is ignored; without it everything is said.
+        skims: whether files with plain plans need not be parsed.
 
     Raises:
         UsageError: a path does not exist.
@@ -81,7 +82,7 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
     errors: list[MigratorError] = []
     reachable = find_sources(paths, errors)
     named = frozenset(path.resolve() for path in paths)
-    result = Survey(Tree(), frozenset(filter(includes, reachable)), silencer, find_links(paths), errors=errors)
+    result = Survey(Tree(skims), frozenset(filter(includes, reachable)), silencer, find_links(paths), errors=errors)
     for path in _with_context(named, reachable):
         try:
             source = read_source(path)
