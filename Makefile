@@ -1,12 +1,14 @@
-# make demo   the whole story on a tiny model, in a fresh clone
-# make test   lint, types, import contracts and tests
+# make demo       the whole story on a tiny model, in a fresh clone; KEEP=folder to keep what it makes
+# make test       lint, types, import contracts and tests
+# make test-full  the long tests too
+# make bench      the figures in the README
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-full lint bench
 
 demo: .venv/installed
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py $(KEEP)
 
 test: lint
 	$(BIN)/python -m pytest -m "not full"

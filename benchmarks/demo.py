@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,8 +16,7 @@ MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="migrator-demo-") as name:
-        folder = Path(name)
+    with workplace(sys.argv[1:]) as folder:
         copy_models(folder / "models")
         say("1. Rewrite the models folder of the installed transformers (a copy).")
         run(MIGRATOR, "rewrite", "models", cwd=folder, last=8)
@@ -30,6 +31,19 @@ def main() -> None:
         run(MIGRATOR, "reshard", "tiny-qwen3-moe", "out", "--tp", "2", "--layout", "ranks", cwd=folder)
         say("5. Prove it on two processes, against the unsharded model.")
         run(MIGRATOR, "validate", "out", "--tp", "2", "--reference", "tiny-qwen3-moe", cwd=folder)
+
+
+@contextmanager
+def workplace(arguments: list[str]) -> Iterator[Path]:
+    """Give a folder to work in: the one asked for, which stays, or one that goes afterwards."""
+    if arguments:
+        folder = Path(arguments[0]).absolute()
+        folder.mkdir(parents=True)
+        yield folder
+        print(f"\nAll of it is in {folder}; the command is {MIGRATOR}")
+        return
+    with tempfile.TemporaryDirectory(prefix="migrator-demo-") as name:
+        yield Path(name)
 
 
 def copy_models(destination: Path) -> None:

@@ -55,7 +55,8 @@ def detect(root: Path, styles: Iterable[str]) -> Detected:
     says = f"{shown(file)} says {version}"
     missing = used - released.styles.keys()
     best = _by_styles(used, f"{says}, which has no {_listed(missing)}; ")
-    if len(missing) <= len(used - load_dialect(best.dialect).styles.keys()):
+    # One style that the release lacks is a mistake in a plan, which must not talk the whole tree into another dialect.
+    if len(missing) <= max(1, len(used - load_dialect(best.dialect).styles.keys())):
         return Detected(released.name, says)
     return best
 

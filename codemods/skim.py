@@ -18,7 +18,9 @@ from codemods.sources import Source
 __all__ = ["skim"]
 
 _CLASS = re.compile(rb"\nclass (\w+)(?:\(([\w\s,.=]*)\))?:")
-_IMPORT = re.compile(rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(((?:[\w\s,]|#[^\n]*)*+)\)|([\w ,]+))[ \t]*(?:#[^\n]*)?(?=\n)")
+_IMPORT = re.compile(
+    rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(((?:[\w\s,]|#[^\n]*)*+)\)|([\w ,]+))[ \t]*(?:#[^\n]*)?(?=\n)"
+)
 _COMMENT = re.compile(r"#[^\n]*")
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _NOTHING = rb"(?:\s|#[^\n]*\n)*+"
