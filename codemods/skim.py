@@ -45,8 +45,10 @@ def skim(source: Source) -> Module | None:
     ):
         return None
     headers = list(_CLASS.finditer(body))
-    plans = _plans(body, headers)
-    imports = _imports(body)
+    try:
+        plans, imports = _plans(body, headers), _imports(body)
+    except UnicodeDecodeError:
+        return None
     if plans is None or imports is None:
         return None
     return Module(

@@ -61,6 +61,10 @@ def test_what_is_unusual_is_left_to_the_parser(text):
     assert skim(Source(Path("x.py"), text.encode())) is None
 
 
+def test_bytes_that_are_no_text_are_left_to_the_parser():
+    assert skim(Source(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
+
+
 def test_what_is_usual_is_not():
     assert same(Source(Path("x.py"), PACKED.encode()))
     assert same(Source(Path("x.py"), PACKED.replace("= {", "= None  # {").split("{")[0].encode() + b"\n"))
