@@ -128,14 +128,14 @@ def read_modeling(folder: Path) -> ModelingSource:
 
 def _imported(data: bytes) -> Iterator[str]:
     for match in _IMPORT.finditer(data):
-        yield from (name.strip().rpartition(b" ")[2].decode() for name in match[1].strip(b"()").split(b","))
+        yield from (_text(name.strip().rpartition(b" ")[2]) for name in match[1].strip(b"()").split(b","))
 
 
 def _of_parents(folder: Path) -> Iterator[Path]:
     """Yield the modeling files of the models that a folder with a configuration alone imports its classes from."""
     for modular in folder.glob("modular_*.py"):
         for match in _SIBLING.finditer(read_source(modular).data):
-            yield from (folder.parent / match[1].decode()).glob("modeling_*.py")
+            yield from (folder.parent / _text(match[1])).glob("modeling_*.py")
 
 
 def _classes(path: Path, data: bytes) -> Iterator[ClassSource]:
@@ -149,14 +149,19 @@ def _classes(path: Path, data: bytes) -> Iterator[ClassSource]:
             attributes[owner][_attribute(match)].append(match.start())
     for header, end, found in zip(headers, ends, attributes, strict=True):
         places = {name: tuple(where) for name, where in found.items()}
-        yield ClassSource(header[1].decode(), _bases(header), path, data, header.start(), end, places)
+        yield ClassSource(_text(header[1]), _bases(header), path, data, header.start(), end, places)
 
 
 def _bases(header: re.Match[bytes]) -> tuple[str, ...]:
     listed = (base.strip() for base in (header[2] or b"").split(b",") if b"=" not in base)
-    return tuple(base.rpartition(b".")[2].decode() for base in listed if base)
+    return tuple(_text(base.rpartition(b".")[2]) for base in listed if base)
 
 
 def _attribute(match: re.Match[bytes]) -> str:
     name = match["assigned"] or match["registered"] or (match["listed"] or b"").removeprefix(b".")
-    return name.decode() or ELEMENT
+    return _text(name) or ELEMENT
+
+
+def _text(name: bytes) -> str:
+    """Read a name; in a file that is no text it is only never found."""
+    return name.decode("utf-8", "replace")
