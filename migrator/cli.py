@@ -38,13 +38,13 @@ def group() -> None:
     """Move models from module-level to param-level parallel plans, and take their checkpoints along.
 
     \b
-    migrator rewrite src/models                        rewrite the plans in model source
-    migrator check src/models                          what is still to be done, for CI
-    migrator diff main                                 what the branch really changes on the mesh
-    migrator explain MIG001                            what a rule does, and why
-    migrator plan CHECKPOINT --tp 2                    where each parameter goes, and why
-    migrator reshard CHECKPOINT OUT --tp 2             lay a checkpoint out for the plan
-    migrator validate OUT --tp 2 --reference CHECKPOINT   prove it on real processes
+    migrator rewrite src/models                            rewrite the plans in model source
+    migrator check src/models                              what is still to be done, for CI
+    migrator diff main                                     what the branch really changes on the mesh
+    migrator explain MIG001                                what a rule does, and why
+    migrator plan CHECKPOINT --tp 2                        where each parameter goes, and why
+    migrator reshard CHECKPOINT OUT --tp 2 --layout ranks  lay a checkpoint out for the plan
+    migrator validate OUT --tp 2 --reference CHECKPOINT    prove it on real processes
     """
 
 

@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from plans.errors import MigratorError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ["Advance", "emit", "emit_bytes", "emit_json", "error", "internal_error", "progress", "say", "table"]
 
@@ -57,22 +60,42 @@ def internal_error(problem: Exception) -> None:
     say(f"{click.style('hint:', fg='cyan')} run again with MIGRATOR_DEBUG=1 and report the traceback")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table of the result; where no terminal limits it, every row is one line."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()) -> None:
+    """Print a table of the result; where no terminal limits it, every row is one line.
 
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, overflow="fold")
-    for row in rows:
-        drawn.add_row(*row)
+    Args:
+        title: above it.
+        columns: their headings.
+        rows: a cell for each column.
+        spare: columns that a terminal too narrow for all does without, the first of them first; what still does not
+            fit is folded.
+    """
+    from rich.console import Console
+
     terminal = Console(width=None if sys.stdout.isatty() else _UNLIMITED, markup=False, highlight=False)
+    shown = list(columns)
+    drawn = _drawn(title, columns, rows, shown)
+    for column in spare:
+        if terminal.measure(drawn, options=terminal.options.update(width=_UNLIMITED)).maximum <= terminal.width:
+            break
+        shown.remove(column)
+        drawn = _drawn(title, columns, rows, shown)
     with terminal.capture() as drawing:
         terminal.print(drawn)
     for line in drawing.get().splitlines():
         emit(line.rstrip())
+
+
+def _drawn(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[str]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in shown))
+    return drawn
 
 
 @contextmanager

@@ -21,12 +21,12 @@ __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "dtype_name",
-    "find_config",
     "meta_model",
     "model_class",
     "model_tensors",
     "read_config",
     "transformers_version",
+    "unreadable",
 ]
 
 DTYPE_NAMES = {
@@ -74,15 +74,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """Read a checkpoint's config.json with the installed transformers, running no code of the checkpoint's own.
 
     Raises:
-        IncompleteError: there is no config.json.
+        IncompleteError: there is no config.json, or it cannot be read.
         CheckpointError: the file is not a config of a model type that the installed transformers knows.
     """
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise IncompleteError(
-            f"{folder}: no config.json", hint="name a folder that save_pretrained wrote", folder=str(folder)
-        )
+    _check_readable(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # What transformers' config classes raise is not ours to list.
@@ -100,6 +97,26 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def _check_readable(folder: Path) -> None:
+    try:
+        (folder / "config.json").open("rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IncompleteError(
+            f"{folder}: no config.json", hint="name a folder that save_pretrained wrote", folder=str(folder)
+        ) from error
+    except OSError as error:
+        raise unreadable(folder / "config.json", error) from error
+
+
+def unreadable(path: Path, error: OSError) -> IncompleteError:
+    """Return the error of a file or folder that is there but cannot be read."""
+    return IncompleteError(
+        f"{path}: cannot be read: {error.strerror or error}",
+        hint="check the path and that you may read it and its folder",
+        path=str(path),
+    )
+
+
 def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
     if not isinstance(config.dtype, torch.dtype | None):
         raise CheckpointError(
@@ -107,37 +124,6 @@ def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
             hint="set `dtype` to the one the weights were saved in, such as bfloat16",
             dtype=str(config.dtype),
         )
-
-
-def find_config(source: str) -> PreTrainedConfig:
-    """Return the config of a checkpoint folder, a config.json or a model type, whichever `source` names.
-
-    Raises:
-        UsageError: it names none of them.
-    """
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-    path = Path(source)
-    if path.is_dir() or path.name == "config.json":
-        return read_config(path if path.is_dir() else path.parent)
-    if source not in CONFIG_MAPPING:
-        raise UsageError(
-            f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
-            hint="name a folder that save_pretrained wrote",
-            source=source,
-        )
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(source) or MODEL_MAPPING_NAMES.get(source)
-    names = found if isinstance(found, tuple) else (found,)
-    try:
-        config: PreTrainedConfig = CONFIG_MAPPING[source](architectures=[name for name in names if name])
-    except Exception as error:  # What transformers' config classes raise is not ours to list.
-        raise UsageError(
-            f"{source}: its default config is not valid: {first_line(error)}",
-            hint="name a checkpoint folder or a config.json of this model type",
-            source=source,
-        ) from error
-    return config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -15,7 +15,7 @@ from runtime.checkpoint.ranks import Copy, RankCheckpoint, compute_digest
 from runtime.forward import check_forward, float_config
 from runtime.load import load_ranks
 from runtime.mesh import device_meshes
-from runtime.model import meta_model
+from runtime.model import meta_model, read_config
 from runtime.parallelize import parallelize
 from runtime.resolve import resolve
 from runtime.structure import Mismatch, compare_manifest, verify_sharding
@@ -23,7 +23,7 @@ from runtime.styles import STYLES, StyleRegistry
 from runtime.validation_values import Content, Structure, ValidationRequest, ValidationResult
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["check_request", "validate_ranks"]
 
@@ -85,7 +85,30 @@ def _prepare(request: ValidationRequest) -> tuple[RankCheckpoint, PreTrainedMode
             hint="validate runs decoder-only language models",
             model=type(model).__name__,
         )
+    if request.reference is not None:
+        _check_reference(request, model.config)
     return checkpoint, model
+
+
+def _check_reference(request: ValidationRequest, config: PreTrainedConfig) -> None:
+    """Refuse a reference whose config alone says that it is another model, before it meets the folder's tokens."""
+    assert request.reference is not None
+    other = read_config(request.reference)
+    for what, found, expected in (
+        ("model type", other.model_type, config.model_type),
+        ("vocabulary", _vocabulary(other), _vocabulary(config)),
+    ):
+        if found != expected:
+            raise UsageError(
+                f"{request.reference}: the reference's {what} is {found}, that of {request.folder} is {expected}",
+                hint="give the checkpoint that the folder was laid out from as the reference, or none",
+                reference=found,
+                folder=expected,
+            )
+
+
+def _vocabulary(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:

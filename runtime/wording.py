@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["first_line", "listed"]
+__all__ = ["counted", "first_line", "listed"]
 
 _SHOWN = 3
 
@@ -12,6 +12,11 @@ _SHOWN = 3
 def first_line(error: BaseException) -> str:
     """Return what an error says first, on one line; a line that only announces the next one goes with it."""
     return " ".join(_announced(str(error).splitlines())) or type(error).__name__
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, `1 rank` or `2 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def listed(names: Sequence[str]) -> str:

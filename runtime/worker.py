@@ -7,8 +7,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,10 +19,7 @@ from runtime.validate import check_request, validate_ranks
 from runtime.validation_values import ValidationRequest, ValidationResult
 from runtime.wording import first_line
 
-__all__ = ["in_worker", "run_validation", "take_part"]
-
-_WATCH = 0.5
-"""Seconds between two looks at the parent."""
+__all__ = ["in_worker", "run_validation", "take_part", "work"]
 
 
 def in_worker() -> bool:
@@ -43,7 +38,8 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         answer = Path(folder) / "answer.json"
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
-        command = [sys.executable, "-P", "-m", "runtime.worker", json.dumps(request.to_json()), str(answer)]
+        command = [sys.executable, "-P", "-m", "runtime.started", str(os.getpid())]
+        command += [json.dumps(request.to_json()), str(answer)]
         launch(request.mesh.world_size, command, timeout=request.timeout)
         content = json.loads(answer.read_text("utf-8"))
     if "error" in content:
@@ -80,29 +76,16 @@ def _join(timeout: float) -> None:
         ) from error
 
 
-def main(arguments: list[str]) -> None:
-    """Run as a worker: a request in JSON, and the file that rank 0 writes the answer to."""
-    request, answer = ValidationRequest.from_json(json.loads(arguments[0])), Path(arguments[1])
-    _end_with_parent()
+def work(request: str, answer: str) -> None:
+    """Take part as a worker that `run_validation` has started.
+
+    Args:
+        request: in JSON.
+        answer: file that rank 0 writes the result or the error to.
+    """
     try:
-        content = {"result": take_part(request).to_json()}
+        content = {"result": take_part(ValidationRequest.from_json(json.loads(request))).to_json()}
     except MigratorError as error:
         content = {"error": error_to_json(error)}
     if os.environ["RANK"] == "0":
-        answer.write_text(json.dumps(content), "utf-8")
-
-
-def _end_with_parent() -> None:
-    """End this process soon after its parent is gone, however that ended."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        Path(answer).write_text(json.dumps(content), "utf-8")

@@ -28,7 +28,8 @@ def command(source: str, tp: int, form: str) -> None:
     """
     need_runtime()
     from plans.mesh import Mesh
-    from runtime.model import find_config, meta_model
+    from runtime.find_config import find_config
+    from runtime.model import meta_model
     from runtime.resolve import released_plan, resolve
 
     model = meta_model(find_config(source))
@@ -49,6 +50,7 @@ def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
         f"{source}: {after.model_type}, tp={after.mesh.tp}, {before.dialect}",
         ["parameters", "", "shape", "on one rank", "placement", "style", "by"],
         [[row[0], f"×{count}", *row[1:]] for row, count in rows.items()],
+        spare=["by", "shape"],
     )
     for key in after.unmatched:
         console.emit(f"note {key} matches nothing in this configuration")

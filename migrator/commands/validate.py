@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,12 @@ import click
 from migrator import console
 from migrator.needs import need_runtime
 from plans.errors import MismatchError
+from runtime.started import leave
+from runtime.wording import counted
 
 if TYPE_CHECKING:
     from runtime.structure import Mismatch
-    from runtime.validation_values import ValidationResult
+    from runtime.validation_values import ValidationRequest, ValidationResult
 
 __all__ = ["command"]
 
@@ -49,32 +52,40 @@ def command(source: Path, tp: int, reference: Path | None, tolerance: float, tim
 
     request = ValidationRequest(source, Mesh(tp=tp), reference, tolerance=tolerance, timeout=timeout)
     failure: MismatchError | None = None
+    if not in_worker():
+        # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = take_part(request) if in_worker() else run_validation(request)
     except MismatchError as error:
         failure = error
         result = ValidationResult.refuted(request.mesh.world_size, error.message)
     if os.environ.get("RANK", "0") == "0":
-        _report(source, result, failure, form)
-    return 0 if result.ok else 1
+        _report(request, result, failure, form)
+    code = 0 if result.ok else 1
+    if in_worker():
+        leave(code)
+    return code
 
 
-def _report(source: Path, result: ValidationResult, failure: MismatchError | None, form: str) -> None:
+def _report(request: ValidationRequest, result: ValidationResult, failure: MismatchError | None, form: str) -> None:
     if form == "json":
         more = {"error": failure.message, "hint": failure.hint} if failure else {}
         console.emit_json(result.to_json() | more)
     elif failure is None:
-        _show(source, result)
+        _show(request.folder, result)
     if failure is not None:
         console.error(failure)
+    if request.reference and result.forward and not result.forward.ok and result.forward.reason is None:
+        console.say(f"hint: {request.reference} may be another checkpoint than the one that was laid out")
 
 
 def _show(source: Path, result: ValidationResult) -> None:
     structure, content, forward = result.structure, result.content, result.forward
-    _line("structure", not structure.mismatches, f"{structure.checked} tensors on each of {result.world_size} ranks")
+    _line("structure", not structure.mismatches, _checked(structure.checked, result.world_size))
     _list(structure.mismatches)
     if content is not None:
-        _line("content", not content.mismatches, f"{content.checked} digests")
+        _line("content", not content.mismatches, counted(content.checked, "digest"))
         _list(content.mismatches)
     if forward is not None:
         worst = f"{forward.max_abs_diff:.2e}, of {forward.max_abs_reference:.2e}"
@@ -82,6 +93,10 @@ def _show(source: Path, result: ValidationResult) -> None:
     for name, reason in result.skipped.items():
         console.emit(f"{name:<10} skipped  {reason}")
     console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+
+
+def _checked(tensors: int, world_size: int) -> str:
+    return f"{counted(tensors, 'tensor')} on {'1 rank' if world_size == 1 else f'each of {world_size} ranks'}"
 
 
 def _line(name: str, ok: bool, text: str) -> None:

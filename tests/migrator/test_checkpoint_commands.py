@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from migrator.cli import main
+from migrator.cli import group, main
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
@@ -170,14 +180,44 @@ def test_reshard_notes_what_a_person_should_know(migrator, hub):
     keys = [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
     code, output, errors = migrator(*arguments, "--format", "json")
     assert code == 0
+    result = json.loads(output)
+    carried = result["carried"]
+    stored = json.loads((hub / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sorted(carried) == sorted(name for name in stored if name.startswith(("model.layers.1.", "model.layers.2.")))
+    first = ", ".join(map(repr, carried[:3]))
     assert errors == [
         *(f"note: the plan entry {key} matches nothing in this configuration" for key in keys),
+        f"note: carried {len(carried)} tensors that the model does not have, in rank 0's file: "
+        f"{first} and {len(carried) - 3} more",
         "note: left behind training_args.bin",
     ]
-    result = json.loads(output)
     assert (result["unmatched"], result["left_behind"]) == (keys, ["training_args.bin"])
     shutil.rmtree(hub.parent / "out")
     assert migrator(*arguments, "--quiet") == (0, "", [])
+
+
+def test_reshard_to_one_rank_counts_in_the_singular(migrator, hub):
+    code, output, _ = migrator("reshard", hub, hub.parent / "out", "--layout", "ranks")
+    assert code == 0
+    assert output.splitlines()[0].endswith("in 1 rank file")
+
+
+def test_too_little_memory_is_refused_in_the_unit_it_was_given_in(migrator, hub):
+    arguments = ("reshard", hub, hub.parent / "out", "--layout", "ranks", "--max-memory", -5)
+    code, output, errors = migrator(*arguments)
+    assert (code, output) == (2, "")
+    assert "-5 is not in the range" in errors[-1]
+    assert "--max-memory" in errors[-1]
+    assert not (hub.parent / "out").exists()
+
+
+def test_the_help_of_the_group_shows_commands_that_run(migrator):
+    code, output, _ = migrator("--help")
+    assert code == 0
+    examples = [line.split() for line in re.findall(r"^ +(migrator .*?)  ", output, re.MULTILINE)]
+    assert [words[1] for words in examples] == ["rewrite", "check", "diff", "explain", "plan", "reshard", "validate"]
+    for _, name, *arguments in examples:
+        group.get_command(None, name).make_context(name, arguments)
 
 
 def test_plan_says_where_and_why(migrator, hub):
@@ -196,6 +236,76 @@ def test_plan_of_nothing(migrator, source):
     code, output, errors = migrator("plan", source, "--tp", 2)
     assert (code, output) == (2, "")
     assert [line.split(":")[0] for line in errors] == ["error", "hint"]
+
+
+def test_plan_knows_what_a_mistyped_model_type_may_mean(migrator):
+    assert migrator("plan", "qwen3moe", "--tp", 2)[2][1] == "hint: did you mean qwen3_moe?"
+
+
+@pytest.fixture
+def unprivileged():
+    """Do without root's rights, for which nothing is unreadable."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.mark.parametrize("command", ["plan", "reshard"])
+@pytest.mark.parametrize("closed", ["hub", "hub/config.json"])
+def test_what_may_not_be_read_is_one_clear_error(migrator, hub, request, command, closed):
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  while everything may be read
+
+    (hub.parent / closed).chmod(0)
+    request.getfixturevalue("unprivileged")
+    more = ("out", "--layout", "ranks") if command == "reshard" else ()
+    code, output, errors = migrator(command, hub, *more)
+    assert (code, output) == (2, "")
+    assert [line.split(":")[0] for line in errors] == ["error", "hint"], errors
+    assert str(hub) in errors[0]
+
+
+def test_a_path_that_no_file_system_takes_is_one_clear_error(migrator):
+    code, _, errors = migrator("plan", "a" * 300)
+    assert code == 2
+    assert [line.split(":")[0] for line in errors] == ["error", "hint"]
+
+
+DRAWN = """
+from migrator import console
+row = ["model.layers.*.mlp.experts.gate_up_proj", "8 × 32 × 32", "packed_colwise", "a reason of some length"]
+console.table("a plan", ["parameters", "shape", "style", "by"], [row], spare=["by", "shape"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [(120, ["parameters", "shape", "style", "by"]), (80, ["parameters", "shape", "style"])]
+    + [(columns, ["parameters", "style"]) for columns in (65, 40)],
+)
+def test_a_narrow_terminal_does_without_some_columns(columns, shown):
+    title, _, heading, _, *rows = on_a_terminal(columns, [sys.executable, "-c", DRAWN]).splitlines()
+    assert title.strip() == "a plan"
+    assert heading.split() == shown
+    assert max(map(len, [heading, *rows])) <= columns
+    assert (len([row for row in rows if row.strip()]) == 1) == (columns > 40)
+
+
+def on_a_terminal(columns, command):
+    """Run a command with its output on a terminal, and return what it shows there."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, env=environment | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    return re.sub(r"\x1b\[[\d;]*m", "", shown.decode())
 
 
 def test_validate_proves_and_prints_json(hub, rank_folder):
@@ -218,6 +328,48 @@ def test_validate_finds_exchanged_ranks(tmp_path, rank_folder):
     done = subprocess.run([MIGRATOR, "validate", folder, "--tp", "2"], capture_output=True, check=False)
     assert done.returncode == 1, done.stderr.decode()
     assert "Traceback" not in done.stderr.decode()
+
+
+def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hub, rank_folder):
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    path = hub / index["weight_map"]["lm_head.weight"]
+    tensors = load_file(path)
+    tensors["lm_head.weight"] *= 2
+    save_file(tensors, path, {"format": "pt"})
+    code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 2, "--reference", hub)
+    assert code == 1
+    assert "forward    WRONG" in output
+    assert errors == [f"hint: {hub} may be another checkpoint than the one that was laid out"]
+
+
+@pytest.mark.parametrize("waited_for", ["nothing", "workers"])
+def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_folder, waited_for):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [MIGRATOR, "validate", str(rank_folder("qwen3_moe", 2)), "--tp", "2"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while waited_for == "workers" and len(processes_naming(tmp_path)) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    if waited_for == "workers":
+        assert (process.returncode, told.strip()) == (2, b"interrupted")
+    assert process.returncode in (2, -signal.SIGTERM)
+    assert processes_naming(tmp_path) == []
+    assert list(tmp_path.glob("migrator-*")) == []
+
+
+def processes_naming(folder):
+    """Return the processes that were started with a path below a folder as an argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(folder) in path.read_bytes().decode("utf-8", "replace"):
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("tolerance", ["0", "1", "-1e-5", "nan", "inf"])

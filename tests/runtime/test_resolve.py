@@ -19,7 +19,8 @@ from transformers import (
 from plans.errors import IndivisibleError, MigratorError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.model import find_config, meta_model, read_config
+from runtime.find_config import find_config
+from runtime.model import meta_model, read_config
 from runtime.plan_checks import unmatched_entries
 from runtime.resolve import released_plan, resolve
 

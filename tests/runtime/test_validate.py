@@ -277,6 +277,23 @@ def test_a_reference_with_a_parameter_missing_is_refused(
         two_ranks.run(rank_cases.validate, rank_folder("mixtral", 2), reference)
 
 
+def test_a_reference_of_another_model_type_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    with pytest.raises(UsageError, match=r"the reference's model type is llama, that of .* is mixtral"):
+        two_ranks.run(rank_cases.validate, rank_folder("mixtral", 2), hub_folder("llama"))
+
+
+def test_a_reference_with_another_vocabulary_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    reference = copied(hub_folder("mixtral"), tmp_path)
+    config = json.loads((reference / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
+    with pytest.raises(UsageError, match=r"the reference's vocabulary is 50, that of .* is 101"):
+        two_ranks.run(rank_cases.validate, rank_folder("mixtral", 2), reference)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_on_one_rank_reaches_all(rank: int, two_ranks: RankPool) -> None:
     first, second = two_ranks.run(rank_cases.refused_together, rank)

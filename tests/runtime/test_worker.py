@@ -144,15 +144,15 @@ def test_launching_from_a_thread_works(tmp_path: Path) -> None:
     assert_none_is_left(tmp_path, 1)
 
 
-def test_workers_end_when_their_parent_is_killed(rank_folder: RankFolder, tmp_path: Path) -> None:
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from runtime.launch import launch\n"
-        "launch(2, [sys.executable, '-P', '-c', sys.argv[1], sys.argv[2]], timeout=60)"
+        "import os, sys; from runtime.launch import launch\n"
+        "launch(2, [sys.executable, '-P', '-c', sys.argv[1], str(os.getpid()), sys.argv[2]], timeout=60)"
     )
     child = (
-        "import os, sys, time; from pathlib import Path; from runtime.worker import _end_with_parent\n"
-        "_end_with_parent()\n"
-        "Path(sys.argv[1], 'pid-' + os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
+        "import os, sys, time; from pathlib import Path; from runtime.started import end_with\n"
+        "end_with(int(sys.argv[1]))\n"
+        "Path(sys.argv[2], 'pid-' + os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, child, str(tmp_path)])
     try:
@@ -161,6 +161,32 @@ def test_workers_end_when_their_parent_is_killed(rank_folder: RankFolder, tmp_pa
         parent.kill()
         parent.wait()
     assert_none_is_left(tmp_path, 2)
+
+
+def test_a_worker_whose_parent_is_gone_before_it_looks_does_nothing(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    answer = tmp_path / "answer.json"
+    command = [sys.executable, "-P", "-m", "runtime.started", str(gone.pid), "no request", str(answer)]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr, answer.exists()) == (1, b"", b"", False)
+
+
+def test_a_worker_leaves_without_the_interpreters_own_ending() -> None:
+    code = (
+        "import atexit, sys; from runtime.started import leave\n"
+        "atexit.register(print, 'the interpreter ended')\n"
+        "print('said'); print('told', file=sys.stderr); leave(3)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"said\n", b"told\n")
+
+
+def test_a_worker_that_fails_says_why_and_leaves_with_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "runtime.started", str(os.getpid()), "no request", str(tmp_path / "answer")]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "JSONDecodeError" in done.stderr.decode().splitlines()[-1]
 
 
 def test_being_a_worker_shows_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
