@@ -26,7 +26,9 @@ def layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Condition] |
     and comparisons or names that say `sparse`, `moe` or `dense`.
     """
     for condition in reversed(conditions):
-        kind = _kind(ast.parse(condition.test, mode="eval").body)
+        test = ast.parse(condition.test, mode="eval").body
+        # Where `a and b` is false nothing is known of either.
+        kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _kind(test)
         if kind is not None:
             return (kind if condition.holds else _other(kind)), condition
     return None

@@ -121,7 +121,7 @@ def _layout(where: str, definition: ast.ClassDef, shapes: _Shapes) -> ExpertLayo
     packed = "gate_up_proj" in shapes
     up, down = shapes.get("gate_up_proj" if packed else "up_proj", ()), shapes.get("down_proj", ())
     biases = {name for name in shapes if name.endswith("bias")}
-    if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases:
+    if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases or not _flags_show(definition):
         return None
     factor = "2 * " if packed else ""
     found = tuple(map(_factor_first, up[1:]))
@@ -143,6 +143,16 @@ def _factor_first(dim: str) -> str:
     return re.sub(r"^(.+) \* 2$", r"2 * \1", dim)
 
 
+def _flags_show(definition: ast.ClassDef) -> bool:
+    """Say whether every decorator's flags are written out, none computed or taken in from elsewhere."""
+    calls = [decorator for decorator in definition.decorator_list if isinstance(decorator, ast.Call)]
+    return all(
+        keyword.arg is not None and isinstance(keyword.value, ast.Constant)
+        for call in calls
+        for keyword in call.keywords
+    )
+
+
 def _decorator_flags(definition: ast.ClassDef) -> dict[str, bool]:
     return {
         keyword.arg: keyword.value.value
@@ -156,18 +166,27 @@ def _decorator_flags(definition: ast.ClassDef) -> dict[str, bool]:
 def _is_concatenated(definition: ast.ClassDef, flags: dict[str, bool]) -> bool | None:
     """Say whether gate rows stand before up rows, by how the class takes them apart; None where it does not show.
 
-    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate.
+    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate; other ways to split a tensor
+    in two leave it open.
     """
-    steps = chunks = False
+    steps = chunks = unclear = False
     for node in ast.walk(definition):
         match node:
             case ast.Slice(step=ast.Constant(value=2)):
                 steps = True
-            case ast.Call(func=ast.Attribute(attr="chunk"), args=[ast.Constant(value=2), *_]):
-                chunks = True
+            case ast.Call(func=ast.Attribute(attr="chunk")):
+                chunks = chunks or _halves_last_dim(node)
+            case ast.Call(func=ast.Attribute(attr="unbind" | "unflatten" | "split" | "tensor_split")):
+                unclear = True
     if steps or not flags.get("is_concatenated", True):
         return False
-    return True if chunks else None
+    return True if chunks and not unclear else None
+
+
+def _halves_last_dim(call: ast.Call) -> bool:
+    dims = [*call.args[1:], *(keyword.value for keyword in call.keywords if keyword.arg == "dim")]
+    halves = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == 2
+    return halves and [ast.unparse(dim) for dim in dims] == ["-1"]
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import ast
 import re
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from codemods.entries import read_entries
+from codemods.entries import Entry, read_entries
 from codemods.module import ClassPlans, Condition, Module, Opaque, PlanLiteral, is_plan_attribute, plan_words
 from codemods.sources import Source, shown
 from plans.errors import SourceError
 
 __all__ = ["read_module"]
 
+_NEAR = 200  # bytes before a key in which what opens it is looked for
 _PLAN_NAME = r"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan"
 _PLAN_ARGUMENT = re.compile(_PLAN_NAME)
 
@@ -31,7 +33,15 @@ def read_module(source: Source) -> Module:
     Raises:
         SourceError: the file does not parse.
     """
-    statements = _parse(source).body
+    try:
+        return _read(source, _parse(source).body)
+    except RecursionError as error:
+        raise SourceError(
+            f"{shown(source.path)}: nested too deeply to be read", hint="leave it out", path=str(source.path)
+        ) from error
+
+
+def _read(source: Source, statements: Sequence[ast.stmt]) -> Module:
     lines = tuple(bisect_right(source.line_offsets, start) for start, _ in plan_words(source.body))
     reader = _Reader(source, lines)
     classes = {found.name: found for found in reader.classes(statements)}
@@ -124,11 +134,17 @@ class _Reader:
     def _literal(
         self, node: ast.AST, owner: str, attribute: str, function: str, conditions: tuple[Condition, ...]
     ) -> PlanLiteral | None:
-        entries = read_entries(node, self.source.offset)
+        entries = tuple(map(self._placed, read_entries(node, self.source.offset)))
         if not entries and not isinstance(node, ast.Dict):
             return None
         line = getattr(node, "lineno", 1)
         return PlanLiteral(owner, attribute, line, entries, function, conditions, _takes_in(node))
+
+    def _placed(self, entry: Entry) -> Entry:
+        """Take back that an entry can precede one whose key stands in parentheses: it would land inside of them."""
+        start = entry.key_span[0]
+        opened = self.source.body[max(0, start - _NEAR) : start].rstrip().endswith(b"(")
+        return replace(entry, can_precede=False) if opened else entry
 
     def _mentions(self, node: ast.stmt) -> bool:
         following = bisect_left(self.lines, _first_line(node))
@@ -203,17 +219,20 @@ def _is_written_here(value: ast.expr) -> bool:
 
 
 def _aliases(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str]:
-    """Return the local names that a function makes from a plan, or makes a plan from, with the plan's attribute."""
-    names: dict[str, str] = {}
+    """Return the local names that a function makes from one plan, or makes one plan from, with the plan's attribute.
+
+    A name that stands for two plans in turn stands for none here.
+    """
+    names: dict[str, set[str]] = defaultdict(set)
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             match node.targets[0], node.value:
                 case ast.Attribute(attr=plan), ast.Name(id=name) if is_plan_attribute(plan):
-                    names[name] = plan
+                    names[name].add(plan)
                 case ast.Name(id=name), value if not is_plan_attribute(name):
                     read = [part.attr for part in ast.walk(value) if isinstance(part, ast.Attribute)]
-                    names |= dict.fromkeys([name], next(filter(is_plan_attribute, read), ""))
-    return {name: plan for name, plan in names.items() if plan}
+                    names[name].update(filter(is_plan_attribute, read))
+    return {name: next(iter(plans)) for name, plans in names.items() if len(plans) == 1}
 
 
 def _plan_arguments(statement: ast.stmt) -> Iterator[tuple[str, ast.AST]]:

@@ -133,6 +133,8 @@ def plan_rewrites(
     Raises:
         UsageError: a path or a dialect does not exist.
     """
+    if source != "auto":
+        load_dialect(source)  # refuses a name that no dialect has, also where the target asks for none
     if target == PARAM_LEVEL:
         found = survey(paths, expert_plans, silencer)
         edits, findings = decide(found)

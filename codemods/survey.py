@@ -18,7 +18,9 @@ __all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "survey"]
 
 _PLAN = b"_plan"
 # An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
-_EXPERTS_ENTRY = re.compile(rb"experts(?:\.\w+)?[\"']\s*(?:#[^\n]*\s*)*(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])")
+_EXPERTS_ENTRY = re.compile(
+    rb"experts(?:\.\w+)?[\"']\s*+(?:#[^\n]*+\s*+)*+(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])"
+)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _KIND = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
     """Decompose the expert entries of a family's plans, where every model that uses them has the regular layout."""
-    layout_of = _layout_reader([place.path.parent for place in family.places])
+    layout_of = _layout_reader([(place.path.parent, place.class_name) for place in family.places])
     return {place: _decomposed(tree, place, layout_of) for place in family.places}
 
 
@@ -95,15 +95,28 @@ def _not_writable(keys: Sequence[str]) -> list[Finding]:
     return [Finding("MIG204", key, message.format(key=key)) for key in dict.fromkeys(keys)]
 
 
-def _layout_reader(folders: Sequence[Path]) -> LayoutReader:
-    """Return a reader that lets every model speak that uses the plan: the first irregular layout decides."""
+def _layout_reader(users: Sequence[tuple[Path, str]]) -> LayoutReader:
+    """Return a reader that lets every model speak that uses the plan: the first irregular layout decides.
+
+    Args:
+        users: model folders, each with the class whose plan it is.
+    """
 
     @cache
-    def read(_experts: str) -> ExpertLayout | None:
-        layouts = [layout for folder in dict.fromkeys(folders) for layout in read_layouts(folder)]
+    def read(experts: str) -> ExpertLayout | None:
+        layouts = [_layout_in(folder, owner, experts) for folder, owner in dict.fromkeys(users)]
         if not layouts or None in layouts:
             return None
         known = [layout for layout in layouts if layout is not None]
         return next((layout for layout in known if layout.irregularity), known[0])
 
     return read
+
+
+def _layout_in(folder: Path, owner: str, experts: str) -> ExpertLayout | None:
+    """Return the layout of the class that a key's experts are made of in one model, None where that does not show."""
+    layouts = read_layouts(folder)
+    named = describe(folder, experts, owner.rpartition(".")[2])
+    if named is not None:
+        layouts = tuple(layout for layout in layouts if layout is not None and layout.where == named.where)
+    return layouts[0] if layouts and len(set(layouts)) == 1 else None

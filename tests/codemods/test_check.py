@@ -122,6 +122,7 @@ def test_each_defect_is_found_and_nothing_else(tmp_path, code, text, source):
         (in_loop("i not in self.mlp_only_layers and i", ADD_SPARSE, ADD_DENSE), "dtensor"),
         (in_loop("i % 2 == 0", ADD_SPARSE, ADD_DENSE), "dtensor"),
         (in_loop("i > 0", ADD_DENSE, ADD_SPARSE), "dtensor"),
+        (in_loop("i < self.first_k_dense_replace and fast", "pass", ADD_DENSE), "dtensor"),
     ],
 )
 def test_plans_without_a_defect(tmp_path, text, source):

@@ -168,3 +168,11 @@ def test_code_that_only_the_copy_has_is_left_alone(tmp_path):
     outcome = rewrite(tmp_path)
     assert outcome.changes == ()
     assert codes(outcome) == ["MIG302"]
+
+
+def test_a_name_that_stands_for_two_plans_stands_for_none(tmp_path):
+    body = (
+        'plan = {"layers.*.mlp.experts": "moe_experts_allreduce"}\nself.base_model_ep_plan = plan\n'
+        'plan = {"layers.*.norm": "sequence_parallel"}\nself.base_model_tp_plan = plan'
+    )
+    check_noop(tmp_path, function(body))

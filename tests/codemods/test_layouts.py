@@ -59,6 +59,10 @@ def test_what_makes_a_layout_irregular(tmp_path, change, code):
         ("nn.functional.linear(hidden_states, self.gate_up_proj[0]).chunk(2, dim=-1)", "glu(hidden_states)"),
         (".chunk(2, dim=-1)", ".unflatten(-1, (-1, 2)).unbind(-1)"),
         (".chunk(2, dim=-1)", ".view(-1, 2)"),
+        (".chunk(2, dim=-1)", ".chunk(2, dim=0)"),
+        (".chunk(2, dim=-1)", ".chunk(2, dim=-1)[0].unflatten(-1, (-1, 2)).unbind(-1)"),
+        ("_implementation\n", "_implementation(**FLAGS)\n"),
+        ("_implementation\n", "_implementation(is_concatenated=FLAG)\n"),
         (".chunk(2, dim=-1)", "[slice(None, None, 2)]"),
         (
             "        self.down_proj =",

@@ -396,3 +396,49 @@ def test_a_rewrite_that_would_go_wrong_gives_up_its_family_only(tmp_path, monkey
     outcome = plan_rewrites([tmp_path])
     assert [change.path.name for change in outcome.changes] == ["configuration_b.py"]
     assert [error.message for error in outcome.errors] == ["it went wrong"]
+
+
+def test_a_long_comment_takes_no_time(tmp_path):
+    check_noop(tmp_path, f'class ToyConfig:\n    base_model_tp_plan = {{}}\n    kind = "experts"  {"#" * 200}\n')
+
+
+VISION = (
+    REGULAR
+    + """
+
+class ToySparse(nn.Module):
+    def __init__(self, config):
+        self.experts = ToyExperts(config)
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, config):
+        self.mlp = ToySparse(config)
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, config):
+        self.experts = nn.ModuleList([nn.Linear(1, 1) for _ in range(2)])
+
+
+class ToyModel(ToyPreTrainedModel):
+    def __init__(self, config: ToyConfig):
+        self.layers = nn.ModuleList([ToyLayer(config)])
+        self.blocks = nn.ModuleList([ToyBlock(config)])
+"""
+)
+
+
+def test_a_regular_class_vouches_for_its_own_keys_only(tmp_path):
+    plan = 'class ToyConfig:\n    base_model_tp_plan = {{"{key}": "moe_experts_allreduce"}}\n'
+    outcome = check_noop(tmp_path / "list", plan.format(key="blocks.*.experts"), modeling=VISION)
+    assert codes(outcome) == ["MIG203"]
+    write_tree(tmp_path / "packed", {"toy/configuration_toy.py": plan.format(key="layers.*.mlp.experts")})
+    write_tree(tmp_path / "packed", {"toy/modeling_toy.py": VISION})
+    assert len(rewrite(tmp_path / "packed").changes) == 1
+
+
+@pytest.mark.parametrize("key", ['("layers.*.mlp.experts")', '(\n        "layers.*.mlp."\n        "experts"\n    )'])
+def test_a_key_in_parentheses_is_not_written_into(tmp_path, key):
+    plan = f'class ToyConfig:\n    base_model_tp_plan = {{\n    {key}: "moe_experts_allreduce"}}\n'
+    assert codes(check_noop(tmp_path, plan)) == ["MIG204"]

@@ -125,3 +125,5 @@ def test_an_unknown_target_is_refused(tmp_path):
         plan_rewrites([tmp_path], target="klingon")
     with pytest.raises(UsageError):
         plan_rewrites([tmp_path], target="dtensor", source="klingon")
+    with pytest.raises(UsageError):
+        plan_rewrites([tmp_path], source="klingon")
