@@ -11,6 +11,7 @@ from typing import Literal
 
 from codemods.detect import Detected, detect
 from codemods.ignores import without_held
+from codemods.literals import read_module
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import Transform, families, judge
@@ -136,13 +137,26 @@ def plan_rewrites(
     if source != "auto":
         load_dialect(source)  # refuses a name that no dialect has, also where the target asks for none
     if target == PARAM_LEVEL:
-        found = survey(paths, expert_plans, silencer)
+        found = survey(paths, expert_plans, silencer, skims=True)
         edits, findings = decide(found)
-        return outcome(found, edits, findings)
+        result = outcome(found, edits, findings)
+        return replace(result, errors=(*result.errors, *_unparsable(found, result)))
     found = survey(paths, every_plan, silencer)
     spoken = tree_dialect(paths, found, source)
     edits, findings = decide(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
     return replace(outcome(found, edits, findings), dialect=spoken)
+
+
+def _unparsable(found: Survey, result: Outcome) -> list[MigratorError]:
+    """Parse the files whose plans were read without a parser; those that change were parsed when they did."""
+    errors: list[MigratorError] = []
+    for path in sorted({place.path for place in found.places} - {change.path for change in result.changes}):
+        try:
+            if path in found.reachable:
+                read_module(found.tree.source(path))
+        except MigratorError as error:
+            errors += [error] if error.message not in {known.message for known in found.errors} else []
+    return errors
 
 
 def tree_dialect(paths: Sequence[Path], found: Survey, source: str = "auto") -> Detected:

@@ -27,7 +27,9 @@ _KIND = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
     """Decompose the expert entries of a family's plans, where every model that uses them has the regular layout."""
-    layout_of = _layout_reader([(place.path.parent, place.class_name) for place in family.places])
+    plans = [tree.plan(place) for place in family.places]
+    keys = frozenset(key for plan in plans if isinstance(plan, PlanLiteral) for key in plan.plan)
+    layout_of = _layout_reader([(place.path.parent, place.class_name) for place in family.places], keys)
     return {place: _decomposed(tree, place, layout_of) for place in family.places}
 
 
@@ -95,16 +97,18 @@ def _not_writable(keys: Sequence[str]) -> list[Finding]:
     return [Finding("MIG204", key, message.format(key=key)) for key in dict.fromkeys(keys)]
 
 
-def _layout_reader(users: Sequence[tuple[Path, str]]) -> LayoutReader:
+def _layout_reader(users: Sequence[tuple[Path, str]], keys: frozenset[str]) -> LayoutReader:
     """Return a reader that lets every model speak that uses the plan: the first irregular layout decides.
 
     Args:
         users: model folders, each with the class whose plan it is.
+        keys: of the plan.
     """
 
     @cache
     def read(experts: str) -> ExpertLayout | None:
-        layouts = [_layout_in(folder, owner, experts) for folder, owner in dict.fromkeys(users)]
+        packed = f"{experts}.gate_up_proj" in keys
+        layouts = [_layout_in(folder, owner, experts, packed) for folder, owner in dict.fromkeys(users)]
         if not layouts or None in layouts:
             return None
         known = [layout for layout in layouts if layout is not None]
@@ -113,9 +117,14 @@ def _layout_reader(users: Sequence[tuple[Path, str]]) -> LayoutReader:
     return read
 
 
-def _layout_in(folder: Path, owner: str, experts: str) -> ExpertLayout | None:
-    """Return the layout of the class that a key's experts are made of in one model, None where that does not show."""
+def _layout_in(folder: Path, owner: str, experts: str, packed: bool) -> ExpertLayout | None:
+    """Return the layout of the class that a key's experts are made of in one model, None where that does not show.
+
+    A plan that names the packed parameter itself can only mean the one class of the folder that has it.
+    """
     layouts = read_layouts(folder)
+    if packed and len(layouts) == 1:
+        return layouts[0]
     named = describe(folder, experts, owner.rpartition(".")[2])
     if named is not None:
         layouts = tuple(layout for layout in layouts if layout is not None and layout.where == named.where)
