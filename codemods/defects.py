@@ -11,6 +11,7 @@ from codemods.branches import layer_kind
 from codemods.module import PlanLiteral
 from plans.dialect import Dialect
 from plans.placement import Replicate
+from plans.plan import plan_kind
 from plans.rule import Finding, rule
 
 __all__ = ["Around", "find_defects"]
@@ -18,7 +19,6 @@ __all__ = ["Around", "find_defects"]
 _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
 _EXPERTS_HOOKS = frozenset({"moe_experts_allreduce", "moe_tp_experts"})
 _DENSE_PROJECTION = re.compile(r"(?:.*\.)?(?:mlp|feed_forward)\.(?:gate_proj|up_proj|down_proj|gate_up_proj)")
-_EXPERT_PLAN = re.compile(r"(?:(?:base_model)?_)?ep_plan")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _unknown_styles(literal: PlanLiteral, around: Around) -> Iterator[Finding]:
 
 def _half_migrated(literal: PlanLiteral, around: Around) -> Iterator[Finding]:
     """A hook that sums what nobody has cut; EP plans have their own rule."""
-    if _EXPERT_PLAN.fullmatch(literal.attribute) or literal.takes_in:
+    if plan_kind(literal.attribute) == "ep" or literal.takes_in:
         return
     everything = {**around.beside, **literal.plan}
     for key, style in literal.plan.items():
@@ -80,7 +80,7 @@ def _shards(style: str, dialect: Dialect) -> bool:
 def _expert_plan_not_applied(literal: PlanLiteral, around: Around) -> Iterator[Finding]:
     styles = {**around.beside, **literal.plan}.values()
     experts = [key for key in literal.plan if "experts" in key]
-    if not _EXPERT_PLAN.fullmatch(literal.attribute) or not experts or literal.takes_in:
+    if plan_kind(literal.attribute) != "ep" or not experts or literal.takes_in:
         return
     dialect = around.dialect
     refused = [(key, style) for key, style in literal.plan.items() if style in dialect.expert_plan_refuses]

@@ -9,7 +9,6 @@ literal.
 from __future__ import annotations
 
 import ast
-import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,11 @@ from codemods.entries import Entry, read_entries
 from codemods.module import ClassPlans, Condition, Module, Opaque, PlanLiteral, is_plan_attribute, plan_words
 from codemods.sources import Source, shown
 from plans.errors import SourceError
+from plans.plan import plan_kind
 
 __all__ = ["read_module"]
 
 _NEAR = 200  # bytes before a key in which what opens it is looked for
-_PLAN_NAME = r"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan"
-_PLAN_ARGUMENT = re.compile(_PLAN_NAME)
 
 
 def read_module(source: Source) -> Module:
@@ -155,9 +153,7 @@ class _Reader:
         match statement:
             case ast.Assign(targets=[ast.Subscript(value=holder)]) if plan := self._plan_of(holder):
                 yield plan, statement
-            case ast.Assign(targets=targets, value=value) if plan := next(
-                filter(None, map(self._plan_of, targets)), None
-            ):
+            case ast.Assign(targets=targets, value=value) if plan := self._plan_among(targets):
                 yield plan, value
             case ast.AnnAssign(target=target, value=ast.expr() as value) if plan := self._plan_of(target):
                 yield plan, value
@@ -166,7 +162,7 @@ class _Reader:
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr="update" | "setdefault")) as call):
                 if plan := self._plan_of(holder):
                     yield plan, call
-            case ast.Return(value=ast.expr() as value) if _PLAN_ARGUMENT.fullmatch(function):
+            case ast.Return(value=ast.expr() as value) if plan_kind(function):
                 yield function, value
         yield from _plan_arguments(statement)
 
@@ -239,7 +235,7 @@ def _plan_arguments(statement: ast.stmt) -> Iterator[tuple[str, ast.AST]]:
     for expression in _own_expressions(statement):
         for node in ast.walk(expression):
             for keyword in node.keywords if isinstance(node, ast.Call) else ():
-                if keyword.arg and _PLAN_ARGUMENT.fullmatch(keyword.arg):
+                if keyword.arg and plan_kind(keyword.arg):
                     yield keyword.arg, keyword.value
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from codemods.entries import Entry
+from plans.plan import plan_kind
 
 __all__ = [
     "ClassPlans",
@@ -24,7 +25,6 @@ _PLAN_NAME = re.compile(rb"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan")
 _PLAN_ENDING = re.compile(rb"_plan\b")
 _WORD = re.compile(rb"\w+\Z")
 _LONGEST = len("base_model_tp_ep") + 1
-_PLAN_ATTRIBUTE = re.compile(r"(?:base_model)?_(?:tp|sp|ep|tp_ep|sp_ep)_plan")
 
 
 @dataclass(frozen=True)
@@ -136,4 +136,4 @@ def all_literals(module: Module) -> Iterator[PlanLiteral]:
 
 def is_plan_attribute(name: str) -> bool:
     """Say whether a class attribute of this name holds a plan."""
-    return _PLAN_ATTRIBUTE.fullmatch(name) is not None
+    return name.startswith(("_", "base_model_")) and plan_kind(name) is not None

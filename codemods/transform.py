@@ -16,13 +16,13 @@ from plans.decompose import Decomposition, InsertEntry, LayoutReader, decompose
 from plans.described import Described, Describer
 from plans.dialect import Dialect
 from plans.layout import ExpertLayout
+from plans.plan import plan_kind
 from plans.rule import Finding, rule
 from plans.translate import translate
 
 __all__ = ["beside", "to_dialect", "to_param_level"]
 
 _EXPERT_PARAMETER = re.compile(r"experts\.(?:gate_up_proj|up_proj|down_proj)$")
-_KIND = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
@@ -47,10 +47,10 @@ def _decomposed(tree: Tree, place: Place, layout_of: LayoutReader) -> Decomposit
 
 def _translated(source: Dialect, target: Dialect, tree: Tree, place: Place, describer: Describer) -> Decomposition:
     literal = tree.plan(place)
-    kind = _KIND.fullmatch(place.attribute)
+    kind = plan_kind(place.attribute)
     if not isinstance(literal, PlanLiteral) or kind is None:
         return Decomposition((), ())
-    wanted = translate(literal.plan, source, target, describer, kind["kind"])
+    wanted = translate(literal.plan, source, target, describer, kind)
     computed = [entry.key for entry in literal.entries if entry.style is None]
     return Decomposition(wanted.edits, (*wanted.findings, *_not_writable(computed)))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from plans.layout import ExpertLayout
+from plans.plan import plan_kind
 from plans.rule import Finding, rule
 
 __all__ = [
@@ -29,7 +30,6 @@ LayoutReader = Callable[[str], ExpertLayout | None]
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|up_proj|down_proj)")
 _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
 _RULES_OF_PARAMETER = {"gate_up_proj": ("MIG001", "MIG004"), "down_proj": ("MIG002", "MIG005")}
-_PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?:tp|sp)_plan")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def is_decomposed_plan(name: str) -> bool:
 
     Combination plans (`base_model_tp_ep_plan`) hold EP entries for their experts and stay as they are too.
     """
-    return _PLAN_NAME.fullmatch(name) is not None
+    return plan_kind(name) in ("tp", "sp")
 
 
 def decompose(

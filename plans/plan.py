@@ -5,9 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["lookup", "unmatched_keys", "wildcard"]
+__all__ = ["lookup", "plan_kind", "unmatched_keys", "wildcard"]
 
+_PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+
+
+def plan_kind(name: str) -> str | None:
+    """Return the kind of plan that an attribute or argument of this name holds, `tp` for `base_model_tp_plan`.
+
+    None where the name is no plan's.
+    """
+    match = _PLAN_NAME.fullmatch(name)
+    return match["kind"] if match else None
 
 
 def wildcard(name: str) -> str:
