@@ -9,13 +9,12 @@ folder; that an owner and its copies change together or not at all is what only 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import libcst as cst
 from libcst.codemod import CodemodCommand, SkipFile
 
-from codemods.ignores import without_held
+from codemods.decisions import line_of, lines_of, settle
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.propagate import Family, judge
@@ -24,7 +23,7 @@ from codemods.selection import Silencer
 from codemods.sources import Source
 from codemods.survey import expert_plans
 from codemods.transform import to_param_level
-from plans.decompose import Edit, InsertEntry
+from plans.decompose import Edit
 
 __all__ = ["DecomposePlansCommand"]
 
@@ -51,7 +50,7 @@ class DecomposePlansCommand(CodemodCommand):
             return tree
         files = Tree()
         files.add(source)
-        edits = [(literal, wanted) for literal, wanted in self._edits(files, source) if wanted]
+        edits = list(self._edits(files, source))
         if not edits:
             return tree
         return cst.parse_module(rewrite_source(source, files.module(source.path), edits), tree.config_for_parsing)
@@ -59,17 +58,17 @@ class DecomposePlansCommand(CodemodCommand):
     def _edits(self, files: Tree, source: Source) -> Iterator[tuple[PlanLiteral, tuple[Edit, ...]]]:
         silencer = Silencer()
         silencer.read(source)
-        for place in _expert_places(files, source.path):
+        alone = [Family(place, ()) for place in _expert_places(files, source.path)]
+        verdicts = [(family, judge(files, family, lambda path: None, to_param_level)) for family in alone]
+        decided = settle(files, verdicts, silencer)
+        for place, finding in decided.findings:
+            if not silencer.is_silent(source.path, lines_of(files, place, finding.key), finding.code):
+                line = line_of(files, place, finding.key)
+                self.warn(f"{source.path}:{line} {finding.code} {finding.message}")
+        for place, (_, edits) in decided.edits.items():
             literal = files.plan(place)
             assert isinstance(literal, PlanLiteral)
-            verdict = judge(files, Family(place, ()), frozenset({source.path}), to_param_level)
-            for _, finding in verdict.findings:
-                line = _line(literal, finding.key)
-                if not silencer.is_silent(source.path, line, finding.code):
-                    self.warn(f"{source.path}:{line} {finding.code} {finding.message}")
-            proposed = verdict.edits.get(place, ())
-            held = silencer.held(source.path, proposed, partial(_edit_line, literal))
-            yield literal, without_held(proposed, held)
+            yield literal, edits
 
 
 def _expert_places(files: Tree, path: Path) -> Iterator[Place]:
@@ -80,11 +79,3 @@ def _expert_places(files: Tree, path: Path) -> Iterator[Place]:
         for index, literal in enumerate(owner.code):
             if expert_plans.literal(literal):
                 yield Place(path, owner.name, literal.attribute, index)
-
-
-def _edit_line(literal: PlanLiteral, edit: Edit) -> int:
-    return _line(literal, edit.anchor if isinstance(edit, InsertEntry) else edit.key)
-
-
-def _line(literal: PlanLiteral, key: str) -> int:
-    return next((entry.line for entry in literal.entries if entry.key == key), literal.line)

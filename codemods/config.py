@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from codemods.sources import shown
 from plans.errors import UsageError
 from plans.rule import all_rules
 
-__all__ = ["Configuration", "find_configuration", "read_configuration"]
+__all__ = ["Configuration", "absolute", "find_configuration", "find_project_file", "read_configuration"]
 
 _NAME = "pyproject.toml"
 _GLOB = r"(\*\*/|\*\*|\*|\?)"
@@ -32,6 +33,7 @@ class Configuration:
         ignore: codes that are neither reported nor rewritten.
         per_path_ignores: the same for the files that a glob matches.
         exclude: globs of files that are neither reported on nor written.
+        link: a folder or file outside of the root, and where in the project a link to it lies.
     """
 
     root: Path = Path()
@@ -41,10 +43,15 @@ class Configuration:
     ignore: frozenset[str] = frozenset()
     per_path_ignores: tuple[tuple[str, frozenset[str]], ...] = ()
     exclude: tuple[str, ...] = ()
+    link: tuple[Path, Path] | None = None
 
     def includes(self, path: Path) -> bool:
         """Say whether a file may be reported on and written."""
-        return not self.exclude or not any(_matches(pattern, self._relative(path)) for pattern in self.exclude)
+        return not self.exclude or self.excluded_by(path) is None
+
+    def excluded_by(self, path: Path) -> str | None:
+        """Return the pattern that excludes a file, None where none does."""
+        return next((pattern for pattern in self.exclude if _matches(pattern, self._relative(path))), None)
 
     def ignores(self, path: Path, code: str) -> bool:
         """Say whether a code is ignored in a file."""
@@ -53,11 +60,15 @@ class Configuration:
         )
 
     def _relative(self, path: Path) -> PurePath:
+        if self.link and path.is_relative_to(self.link[0]):
+            path = self.link[1] / path.relative_to(self.link[0])
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
 
 def find_configuration(start: Path) -> Configuration:
     """Return the configuration of the nearest pyproject.toml in or above a folder, an empty one without.
+
+    A link means what it leads to; only where no project holds that, the one that the link lies in counts.
 
     Args:
         start: a folder, or a file, whose folder counts.
@@ -65,10 +76,22 @@ def find_configuration(start: Path) -> Configuration:
     Raises:
         UsageError: the file is not valid, or its table holds an unknown key or a value of another type.
     """
-    start = start.absolute()
+    real, given = start.resolve(), absolute(start)
+    if found := find_project_file(real):
+        return read_configuration(found)
+    found = find_project_file(given)
+    return replace(read_configuration(found), link=(real, given)) if found else Configuration()
+
+
+def find_project_file(start: Path) -> Path | None:
+    """Return the nearest pyproject.toml in or above a folder, or above a file."""
     folders = (start, *start.parents) if start.is_dir() else start.parents
-    found = next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
-    return read_configuration(found) if found else Configuration()
+    return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
+
+
+def absolute(path: Path) -> Path:
+    """Return a path from the root without `..`, its links not followed."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `absolute` keeps `..`, `resolve` follows links
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -157,7 +180,7 @@ def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
 
 def _matches(pattern: str, path: PurePath) -> bool:
     """Say whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
-    expression = _regex(pattern.strip("/"))
+    expression = _regex(pattern.removeprefix("./").strip("/"))
     above: Iterable[PurePath] = (path, *path.parents)
     texts = (str(found.as_posix() if "/" in pattern else found.name) for found in above)
     return any(expression.fullmatch(text) for text in texts if text)

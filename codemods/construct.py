@@ -169,7 +169,13 @@ def _statement(data: bytes, start: int) -> ast.stmt | None:
         elif depth <= 0:
             end = match.start()
             break
+    return _parsed(data[start:end].strip())
+
+
+@cache
+def _parsed(statement: bytes) -> ast.stmt | None:
+    """Parse a statement; models write half of theirs alike."""
     try:
-        return ast.parse(data[start:end].strip()).body[0]
+        return ast.parse(statement).body[0]
     except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
         return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from codemods.alternatives import Alternative
 from codemods.branches import layer_kind
 from codemods.module import PlanLiteral
 from plans.dialect import Dialect
@@ -27,13 +28,13 @@ class Around:
 
     Args:
         dialect: of the tree, with the param-level names.
-        beside: entries that the same plan gets from other literals of the class.
-        pending: keys that a rewrite is about to add or change.
+        beside: what the same plan can hold besides, one alternative at least.
+        pending: keys that a rewrite is about to add or change, or would if nobody had ignored it.
         could_exist: whether some class of the model could create what a key names; None where nobody can tell.
     """
 
     dialect: Dialect
-    beside: Mapping[str, str]
+    beside: tuple[Alternative, ...]
     pending: frozenset[str]
     could_exist: Callable[[str], bool] | None
 
@@ -62,14 +63,21 @@ def _half_migrated(literal: PlanLiteral, around: Around) -> Iterator[Finding]:
     """A hook that sums what nobody has cut; EP plans have their own rule."""
     if plan_kind(literal.attribute) == "ep" or literal.takes_in:
         return
-    everything = {**around.beside, **literal.plan}
     for key, style in literal.plan.items():
         if style not in _EXPERTS_HOOKS or not _EXPERTS_MODULE.fullmatch(key):
             continue
-        below = {name: found for name, found in everything.items() if name.startswith(f"{key}.")}
         will_be = any(name.startswith(f"{key}.") for name in around.pending)
-        if not will_be and not any(_shards(found, around.dialect) for found in below.values()):
+        if not will_be and any(not _has_shards(key, literal, one, around.dialect) for one in around.beside):
             yield _finding("MIG502", key, style=style)
+
+
+def _has_shards(experts: str, literal: PlanLiteral, other: Alternative, dialect: Dialect) -> bool:
+    """Say whether a plan may shard a parameter of an experts module."""
+    computed = other.computed.union(entry.key for entry in literal.entries if entry.style is None)
+    if other.takes_in or any(key.startswith(f"{experts}.") for key in computed):
+        return True
+    everything = {**other.plan, **literal.plan}
+    return any(_shards(style, dialect) for key, style in everything.items() if key.startswith(f"{experts}."))
 
 
 def _shards(style: str, dialect: Dialect) -> bool:
@@ -78,7 +86,6 @@ def _shards(style: str, dialect: Dialect) -> bool:
 
 
 def _expert_plan_not_applied(literal: PlanLiteral, around: Around) -> Iterator[Finding]:
-    styles = {**around.beside, **literal.plan}.values()
     experts = [key for key in literal.plan if "experts" in key]
     if plan_kind(literal.attribute) != "ep" or not experts or literal.takes_in:
         return
@@ -87,9 +94,14 @@ def _expert_plan_not_applied(literal: PlanLiteral, around: Around) -> Iterator[F
     for key, style in refused:
         yield _finding("MIG503", key, dialect=dialect.name, reason=f"it refuses {style}")
     needs = dialect.expert_plan_needs
-    if needs and not refused and not any(set(need) <= set(styles) for need in needs):
+    if needs and not refused and not all(_has_needed(needs, literal, one) for one in around.beside):
         named = " or ".join(" with ".join(need) for need in needs)
         yield _finding("MIG503", experts[0], dialect=dialect.name, reason=f"it looks for {named}")
+
+
+def _has_needed(needs: Iterable[Iterable[str]], literal: PlanLiteral, other: Alternative) -> bool:
+    styles = {*other.plan.values(), *literal.plan.values()}
+    return other.takes_in or any(styles.issuperset(need) for need in needs)
 
 
 def _numbered_keys(literal: PlanLiteral, around: Around) -> Iterator[Finding]:

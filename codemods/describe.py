@@ -64,7 +64,7 @@ class Model:
             if class_name in classes
             else [name for name, one in classes.items() if not class_name or takes.search(one.data, one.start, one.end)]
         )
-        assigning = [name for name in names if any(part in one.attributes for one in self._source.lineage(name))]
+        assigning = [name for name in names if any(one.assigns(part) for one in self._source.lineage(name))]
         return frozenset(Node("class", name) for name in assigning or names)
 
     def _answers(self, nodes: frozenset[Node]) -> set[Described]:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from codemods.sources import read_source, shown
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, dialect_names, load_dialect
+from plans.errors import UsageError
 
-__all__ = ["Detected", "detect"]
+__all__ = ["Detected", "detect", "source_dialect", "version_file"]
 
 _VERSION = re.compile(rb"^__version__\s*=\s*[\"'](\d+\.\d+[\w.+-]*)[\"']", re.MULTILINE)
 _PACKAGE = "transformers"
@@ -51,7 +52,11 @@ def detect(root: Path, styles: Iterable[str]) -> Detected:
     if said is None:
         return _by_styles(used, "no version file says, ")
     file, version = said
-    released = dialect_for_release(version)
+    try:
+        released = dialect_for_release(version)
+    except UsageError as error:
+        hint = "say with --source which dialect its plans speak"
+        raise UsageError(f"{shown(file)}: {error.message}", hint=hint, path=str(file), version=version) from error
     says = f"{shown(file)} says {version}"
     missing = used - released.styles.keys()
     best = _by_styles(used, f"{says}, which has no {_listed(missing)}; ")
@@ -59,6 +64,28 @@ def detect(root: Path, styles: Iterable[str]) -> Detected:
     if len(missing) <= max(1, len(used - load_dialect(best.dialect).styles.keys())):
         return Detected(released.name, says)
     return best
+
+
+def source_dialect(name: str) -> Dialect:
+    """Return the dialect that a tree is said to speak.
+
+    Raises:
+        UsageError: there is no such dialect, or it is none that a tree can speak alone.
+    """
+    names = [known for known in dialect_names() if known != PARAM_LEVEL]
+    if name == PARAM_LEVEL:
+        raise UsageError(
+            f"no tree speaks {PARAM_LEVEL} alone: its styles are valid in every dialect, beside that dialect's own",
+            hint=f"name what the tree speaks besides, or leave it to be found out: {', '.join(names)}",
+            name=name,
+        )
+    return load_dialect(name)
+
+
+def version_file(path: Path) -> Path | None:
+    """Return the file that says which release the tree around a path is, None where none does."""
+    said = _version(path)
+    return said[0] if said else None
 
 
 def _telling(styles: Iterable[str]) -> frozenset[str]:

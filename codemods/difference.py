@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from codemods.effective import EffectiveEntry, EffectivePlans, PlanPlace, file_kind, inheritors
+from codemods.effective import REMOVED, EffectiveEntry, EffectivePlans, PlanPlace, file_kind
+from codemods.inheritors import inheritors
 from codemods.placements import PlacementReader, Reading
 from codemods.revisions import Snapshot, changed_paths
+from codemods.touched import touched_lines
 from plans.errors import MigratorError, UsageError
 
-__all__ = ["Comparison", "Difference", "Kind", "Side", "compare", "touched_lines"]
+__all__ = ["Comparison", "Difference", "Kind", "Side", "compare"]
 
 Kind = Literal["renamed", "meaning", "placement", "added", "removed"]
 """Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
@@ -213,8 +214,8 @@ def _side(place: PlanPlace, key: str, entry: EffectiveEntry | None, reader: Plac
 
 
 def _kind(before: Side | None, after: Side | None) -> Kind | None:
-    if before is None or after is None:
-        return "added" if after else "removed"
+    if before is None or after is None or REMOVED in (before.style, after.style):
+        return _kind_of_presence(before, after)
     old, new = before.reading, after.reading
     if before.style == after.style and (old.guessed or new.guessed):
         return None
@@ -225,20 +226,16 @@ def _kind(before: Side | None, after: Side | None) -> Kind | None:
     return "renamed" if before.style != after.style else None
 
 
-def touched_lines(before: bytes, after: bytes) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the lines that a text diff removes from `before` and those that it adds to `after`, counted from 1."""
-    old, new = before.splitlines(), after.splitlines()
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    matcher = difflib.SequenceMatcher(None, old[start : len(old) - end], new[start : len(new) - end], autojunk=False)
-    removed: set[int] = set()
-    added: set[int] = set()
-    for tag, old_start, old_end, new_start, new_end in matcher.get_opcodes():
-        if tag != "equal":
-            removed.update(range(start + old_start + 1, start + old_end + 1))
-            added.update(range(start + new_start + 1, start + new_end + 1))
-    return frozenset(removed), frozenset(added)
+def _kind_of_presence(before: Side | None, after: Side | None) -> Kind | None:
+    """Return what changed where an entry is not in both plans: code that takes it out is the reverse of an entry."""
+    was, stays = (_presence(side) for side in (before, after))
+    if was == stays:
+        return None
+    return "added" if was < stays else "removed"
+
+
+def _presence(side: Side | None) -> int:
+    """Rank a side: an entry, nothing said, an entry taken out."""
+    if side is None:
+        return 0
+    return -1 if side.style == REMOVED else 1

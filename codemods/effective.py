@@ -1,36 +1,48 @@
 """Effective plans: what every class's plans hold, inherited entries included, worked out from source alone.
 
-Classes inherit as Python's do, across files. A plan's own value replaces an inherited one whole. What code adds to a
-plan in a function is a plan of its own here, and counts for the class that the function stands in. Values that are
-no literals, and what an expression takes over from another plan (`{**Parent.plan}`), are not followed.
+Classes inherit as Python's do, across files. A plan's own value replaces an inherited one whole. What code makes of a
+plan in a function, or under a condition, is a plan of its own here, with an entry for each that it adds or takes out;
+classes inherit it with the function. Values that are no literals, and what an expression takes over from another plan
+(`{**Parent.plan}`), are not followed.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path, PurePath
 
+from codemods.imports import imported, local_class, module_files
 from codemods.literals import read_module
-from codemods.module import ClassPlans, Module, PlanLiteral
+from codemods.module import ClassPlans, Condition, Module, PlanLiteral, Removal
 from codemods.sources import Source
 from plans.errors import SourceError
 
-__all__ = ["EffectiveEntry", "EffectivePlans", "PlanPlace", "SourceOf", "file_kind", "inheritors"]
+__all__ = [
+    "EVERY_KEY",
+    "REMOVED",
+    "EffectiveEntry",
+    "EffectivePlans",
+    "PlanPlace",
+    "SourceOf",
+    "file_kind",
+]
 
 SourceOf = Callable[[Path], Source | None]
 """From a path to that file, None where there is none."""
 
+REMOVED = "removed by code"
+"""Stands for the style of an entry that code takes out of a plan; no dialect has a style of that name."""
+
+EVERY_KEY = "*"
+"""Stands for the keys of a plan that code empties or replaces."""
+
 _Ancestor = tuple[Path, ClassPlans]
+_Written = tuple[str, str, tuple[Condition, ...]]
+"""Which plan, in which function and under which conditions; a class body is no function."""
+
 _MODEL_FILE = re.compile(r"(configuration|modeling)_\w+\.py")
-_CLASS = re.compile(rb"^[ \t]*class[ \t]+\w+[ \t]*\(([^)]*)\)", re.MULTILINE)
-_IMPORT = re.compile(
-    rb"^[ \t]*from[ \t]+(\.+|(?=transformers\.))(\w[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]+)", re.MULTILINE
-)
-_NAME = re.compile(rb"\w+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class EffectiveEntry:
     """One entry of an effective plan.
 
     Args:
-        style: None where it is computed.
+        style: None where it is computed; `REMOVED` where code takes it out.
         path: the file that it is written in, not always the class's own.
         line: where it stands there, counted from 1.
     """
@@ -87,25 +99,28 @@ class EffectivePlans:
 
     def _of_file(self, path: Path) -> dict[PlanPlace, Mapping[str, EffectiveEntry]]:
         module = self._module(path)
-        found: dict[PlanPlace, Mapping[str, EffectiveEntry]] = {}
-        for owner in module.classes.values() if module else ():
-            for attribute, plan in self._inherited(path, owner.name).items():
-                found[PlanPlace(path, owner.name, attribute)] = plan
-            for literal in owner.code:
-                place = PlanPlace(path, owner.name, _label(literal))
-                found[place] = {**found.get(place, {}), **_entries(path, literal)}
-        return found
+        return {
+            PlanPlace(path, name, _label(*written)): plan
+            for name in (module.classes if module else ())
+            for written, plan in self._plans(path, name).items()
+        }
 
     def classes(self, path: Path) -> frozenset[str]:
         """Return the names of a file's classes; of a file that is gone, none."""
         module = self._module(path)
         return frozenset(module.classes) if module else frozenset()
 
-    def _inherited(self, path: Path, class_name: str) -> dict[str, Mapping[str, EffectiveEntry]]:
-        plans: dict[str, Mapping[str, EffectiveEntry]] = {}
+    def _plans(self, path: Path, class_name: str) -> dict[_Written, Mapping[str, EffectiveEntry]]:
+        """Return the plans of a class: what class bodies assign, and what functions and conditions make of it."""
+        plans: dict[_Written, Mapping[str, EffectiveEntry]] = {}
         for file, owner in reversed(self._lineage(path, class_name)):
             for attribute, plan in owner.plans.items():
-                plans[attribute] = _entries(file, plan) if isinstance(plan, PlanLiteral) else {}
+                plans = {written: one for written, one in plans.items() if written[:2] != (attribute, "")}
+                plans[attribute, "", ()] = _entries(file, plan) if isinstance(plan, PlanLiteral) else {}
+            changes: list[PlanLiteral | Removal] = [*owner.code, *owner.removals]
+            for change in sorted(changes, key=lambda change: change.line):
+                written = change.attribute, change.function, change.conditions
+                plans[written] = {**plans.get(written, {}), **_effect(file, change)}
         return plans
 
     def _lineage(self, path: Path, class_name: str) -> tuple[_Ancestor, ...]:
@@ -128,15 +143,13 @@ class EffectivePlans:
             return
         yield path, owner
         for base in owner.bases:
-            if base in module.classes and base != class_name:
-                yield from self._lineage(path, base)
-            else:
-                yield from self._imported(path, module, base)
+            name = local_class(module, class_name, base)
+            yield from self._lineage(path, name) if name else self._imported(path, module, base)
 
     def _imported(self, path: Path, module: Module, name: str) -> Iterator[_Ancestor]:
-        if name in module.imports:
-            for file in _module_files(path, *module.imports[name]):
-                yield from self._lineage(file, name)
+        for meant in imported(module, name):
+            for file in module_files(path, meant.level, meant.module):
+                yield from self._lineage(file, meant.class_name)
 
     def _module(self, path: Path) -> Module | None:
         if path not in self._modules:
@@ -154,56 +167,18 @@ def file_kind(path: PurePath) -> str | None:
     return match[1] if match else None
 
 
-def inheritors(changed: Iterable[Path], files: Iterable[Path], source_of: SourceOf) -> frozenset[Path]:
-    """Return the changed files, and those among `files` whose classes inherit from theirs, however indirectly.
-
-    Nothing is parsed for it: a file counts where a name that it imports stands among its classes' bases.
-    """
-    importers: dict[Path, list[tuple[Source, frozenset[bytes]]]] = defaultdict(list)
-    for source in filter(None, map(source_of, files)):
-        for imported, names in _imports(source):
-            importers[imported].append((source, names))
-    found = set(changed)
-    waiting = list(found)
-    while waiting:
-        children = importers[waiting.pop()]
-        new = {source.path for source, names in children if source.path not in found and _is_base(source, names)}
-        found |= new
-        waiting += new
-    return frozenset(found)
-
-
-def _imports(source: Source) -> Iterator[tuple[Path, frozenset[bytes]]]:
-    """Yield the files that a file's imports from its package may lead to, with the names they bring in."""
-    for dots, module, names in _IMPORT.findall(source.data):
-        for file in _module_files(source.path, len(dots), module.decode()):
-            yield file, frozenset(_NAME.findall(names))
-
-
-def _is_base(source: Source, names: frozenset[bytes]) -> bool:
-    return any(not names.isdisjoint(_NAME.findall(bases)) for bases in _CLASS.findall(source.data))
-
-
-@cache
-def _module_files(path: Path, level: int, module: str) -> tuple[Path, ...]:
-    """Return where an import may lead: a module, or a model package that re-exports its configuration.
-
-    Args:
-        path: the importing file.
-        level: the number of dots; without any, the package lies beside some folder above the file.
-        module: what follows them.
-    """
-    bases = path.parents[level - 1 : level] if level else path.parents
-    targets = [base.joinpath(*module.split(".")) for base in bases]
-    return tuple(
-        file for target in targets for file in (target.with_suffix(".py"), target / f"configuration_{target.name}.py")
-    )
-
-
 def _entries(path: Path, literal: PlanLiteral) -> dict[str, EffectiveEntry]:
     return {entry.key: EffectiveEntry(entry.style, path, entry.line) for entry in literal.entries}
 
 
-def _label(literal: PlanLiteral) -> str:
-    conditions = [f"if {one.test}" if one.holds else f"if not ({one.test})" for one in literal.conditions]
-    return " ".join([literal.attribute, f"in {literal.function}" if literal.function else "", *conditions]).strip()
+def _effect(path: Path, change: PlanLiteral | Removal) -> dict[str, EffectiveEntry]:
+    """Return what code makes of a plan: the entries that it adds, and those that it takes out."""
+    if isinstance(change, Removal):
+        return {change.key or EVERY_KEY: EffectiveEntry(REMOVED, path, change.line)}
+    replaced = {EVERY_KEY: EffectiveEntry(REMOVED, path, change.line)} if change.replaces and change.function else {}
+    return replaced | _entries(path, change)
+
+
+def _label(attribute: str, function: str, conditions: tuple[Condition, ...]) -> str:
+    tests = [f"if {one.test}" if one.holds else f"if not ({one.test})" for one in conditions]
+    return " ".join([attribute, *([f"in {function}"] if function else []), *tests])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-__all__ = ["Entry", "Offset", "is_numbered", "read_entries"]
+__all__ = ["Entry", "Offset", "is_numbered", "key_text", "read_entries", "span", "unreadable", "writes_entries"]
 
 Offset = Callable[[int, int], int]
 """From a line counted from 1 and a column in UTF-8 bytes to a place in the text."""
@@ -31,6 +31,7 @@ class Entry:
         can_precede: whether another entry can be written just before this one, its key formed from this one's.
         computed: whether a part of the key is computed.
         numbered: whether the key names one layer by its number, written out or computed.
+        replaceable: whether another style can be written for this one without a loss: it is no other entry's as well.
     """
 
     key: str
@@ -41,17 +42,35 @@ class Entry:
     can_precede: bool
     computed: bool = False
     numbered: bool = False
+    replaceable: bool = True
 
 
-def read_entries(node: ast.AST, offset: Offset) -> tuple[Entry, ...]:
-    """Return every entry that an expression or statement writes down, in the order of the text.
+def read_entries(nodes: Iterable[ast.AST], offset: Offset) -> tuple[Entry, ...]:
+    """Return every entry that some pieces of code write down, in the order of the text.
 
     Args:
-        node: an expression; or an item assignment, `plan[key] = style`.
-        offset: finds places in the text that the node was parsed from.
+        nodes: displays, comprehensions, lists of pairs, calls, or item assignments, `plan[key] = style`.
+        offset: finds places in the text that the nodes were parsed from.
     """
-    found = [entry for part in ast.walk(node) for entry in _entries_of(part, offset)]
-    return tuple(sorted(found, key=lambda entry: entry.key_span))
+    return tuple(
+        sorted((entry for node in nodes for entry in _entries(node, offset)), key=lambda entry: entry.key_span)
+    )
+
+
+def writes_entries(node: ast.AST) -> bool:
+    """Say whether a node is of a kind that writes entries down itself."""
+    return isinstance(node, ast.Dict) or next(_pairs(node), None) is not None
+
+
+def unreadable(node: ast.AST) -> list[ast.expr | ast.keyword]:
+    """Return the keys that a node gives to a plan and that are no text: names, or nothing but a computed ending."""
+    return [pair.key for pair in _pairs(node) if _is_unreadable(pair)]
+
+
+def key_text(node: ast.expr) -> str | None:
+    """Return the key that an expression writes, computed parts as wildcards; None for what is no string at all."""
+    text = _text(node)
+    return None if text is None else text.replace(_COMPUTED, "*")
 
 
 def is_numbered(key: str) -> bool:
@@ -59,50 +78,105 @@ def is_numbered(key: str) -> bool:
     return _LAYER_NUMBER.search(key) is not None
 
 
-def _entries_of(node: ast.AST, offset: Offset) -> Iterator[Entry]:
+def span(node: ast.AST, offset: Offset) -> tuple[int, int]:
+    """Return where an expression or statement stands in the text."""
+    assert isinstance(node, (ast.expr, ast.stmt, ast.keyword))
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A key with its style; `alone` where no other key has the very same style node, `in_display` in a dict display."""
+
+    key: ast.expr | ast.keyword
+    style: ast.expr
+    alone: bool = True
+    in_display: bool = False
+
+
+def _pairs(node: ast.AST) -> Iterator[_Pair]:
     match node:
         case ast.Dict(keys=keys, values=values):
-            yield from _entries(zip(keys, values, strict=True), offset, in_display=True)
-        case ast.DictComp(key=key, value=value):
-            yield from _entries([(key, value)], offset)
-        case ast.Call(func=ast.Name(id="dict"), args=[ast.List(elts=pairs) | ast.Tuple(elts=pairs), *_]):
-            yield from _entries((pair.elts for pair in pairs if _is_pair(pair)), offset)
-        case ast.Call(func=ast.Attribute(attr="setdefault"), args=[key, value]):
-            yield from _entries([(key, value)], offset)
+            for key, value in zip(keys, values, strict=True):
+                if key is not None:
+                    yield _Pair(key, value, in_display=True)
+        case ast.DictComp():
+            yield from _comprehended(node)
+        case ast.List(elts=[_, *_] as elements) | ast.Tuple(elts=[_, *_] as elements) if all(map(_is_pair, elements)):
+            yield from (_Pair(pair.elts[0], pair.elts[1]) for pair in elements if _is_pair(pair))
+        case ast.Call(func=ast.Attribute(attr="fromkeys"), args=[keys, value]):
+            yield from _shared(_elements(keys), value)
+        case ast.Call(func=ast.Attribute(attr="setdefault" | "__setitem__"), args=[key, value]):
+            yield _Pair(key, value)
+        case ast.Call(func=ast.Name(id="dict") | ast.Attribute(attr="update"), keywords=keywords):
+            yield from (_Pair(keyword, keyword.value) for keyword in keywords if keyword.arg)
         case ast.Assign(targets=[ast.Subscript(slice=key)], value=value):
-            yield from _entries([(key, value)], offset)
+            yield _Pair(key, value)
+
+
+def _comprehended(node: ast.DictComp) -> Iterator[_Pair]:
+    """Yield the pairs of a comprehension: over keys or pairs that are written out, those; else its one computed key."""
+    match node:
+        case ast.DictComp(
+            key=ast.Name(id=key), generators=[ast.comprehension(target=ast.Name(id=name), iter=keys)]
+        ) if key == name and _elements(keys):
+            yield from _shared(_elements(keys), node.value)
+        case ast.DictComp(
+            key=ast.Name(id=key),
+            value=ast.Name(id=value),
+            generators=[
+                ast.comprehension(target=ast.Tuple(elts=[ast.Name(id=first), ast.Name(id=second)]), iter=pairs)
+            ],
+        ) if (key, value) == (first, second) and _elements(pairs):
+            yield from _pairs(pairs)
+        case _:
+            yield _Pair(node.key, node.value)
+
+
+def _elements(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, (ast.List, ast.Tuple, ast.Set)) else []
+
+
+def _shared(keys: list[ast.expr], style: ast.expr) -> Iterator[_Pair]:
+    return (_Pair(key, style, alone=len(keys) == 1) for key in keys)
 
 
 def _is_pair(node: ast.expr) -> TypeGuard[ast.Tuple | ast.List]:
     return isinstance(node, (ast.Tuple, ast.List)) and len(node.elts) == 2
 
 
-def _entries(
-    pairs: Iterable[Iterable[ast.expr | None]], offset: Offset, *, in_display: bool = False
-) -> Iterator[Entry]:
-    for key_node, style_node in pairs:
-        text = _text(key_node) if key_node is not None else None
-        if text is None or key_node is None or style_node is None:
-            continue
-        style = style_node.value if isinstance(style_node, ast.Constant) else None
-        if style is None or isinstance(style, str):
+def _entries(node: ast.AST, offset: Offset) -> Iterator[Entry]:
+    for pair in _pairs(node):
+        text = _text(pair.key)
+        style = pair.style.value if isinstance(pair.style, ast.Constant) else None
+        if text is not None and (style is None or isinstance(style, str)):
             yield Entry(
                 text.replace(_COMPUTED, "*"),
                 style,
-                style_node.lineno,
-                _span(key_node, offset),
-                _span(style_node, offset),
-                can_precede=in_display and isinstance(key_node, (ast.Constant, ast.JoinedStr)),
+                pair.style.lineno,
+                span(pair.key, offset),
+                span(pair.style, offset),
+                can_precede=pair.in_display and isinstance(pair.key, (ast.Constant, ast.JoinedStr)),
                 computed=_COMPUTED in text,
                 numbered=is_numbered(text),
+                replaceable=pair.alone,
             )
 
 
-def _text(node: ast.expr) -> str | None:
+def _is_unreadable(pair: _Pair) -> bool:
+    text = _text(pair.key)
+    return text is None or (text.endswith(_COMPUTED) and isinstance(pair.style, ast.Constant))
+
+
+def _text(node: ast.expr | ast.keyword) -> str | None:
     """Return a string expression's text with marks for what is computed, None for what is no string at all."""
     match node:
         case ast.Constant(value=str(text)):
             return text
+        case ast.keyword(arg=name):
+            return name
         case ast.JoinedStr(values=parts):
             return "".join(_text(part) or _COMPUTED for part in parts)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
@@ -111,9 +185,3 @@ def _text(node: ast.expr) -> str | None:
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(text)), attr="format")):
             return _REPLACEMENT_FIELD.sub(_COMPUTED, text)
     return None
-
-
-def _span(node: ast.expr, offset: Offset) -> tuple[int, int]:
-    assert node.end_lineno is not None
-    assert node.end_col_offset is not None
-    return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)

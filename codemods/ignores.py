@@ -11,18 +11,15 @@ import io
 import re
 import tokenize
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from plans.decompose import Edit
 from plans.rule import Finding, all_rules, rule
 
-__all__ = ["IGNORE_MARK", "Ignore", "held_decisions", "read_ignores", "silences", "unused_ignores", "without_held"]
+__all__ = ["Ignore", "may_ignore", "overruled_ignore", "read_ignores", "silenced_lines", "unused_ignores"]
 
-IGNORE_MARK = b"migrator:"
-"""What every ignore comment holds; a file without it has none."""
-
-_COMMENT = r"migrator:\s*ignore\b(?:\s*\[(?P<codes>[^\]]*)\])?"
+_MARKS = (b"igrator:", b"IGRATOR:")
+_COMMENT = r"(?i:migrator:\s*ignore)\b(?:\s*\[(?P<codes>[^\]]*)\])?"
 _NO_CODE = frozenset(
     {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 )
@@ -48,13 +45,18 @@ class Ignore:
         return tuple(code for code in self.codes or ("",) if code not in all_rules())
 
 
+def may_ignore(data: bytes) -> bool:
+    """Say whether a file's bytes can hold an ignore comment; nearly none does."""
+    return any(mark in data for mark in _MARKS)
+
+
 def read_ignores(body: bytes) -> tuple[Ignore, ...]:
     """Return the ignore comments of a file; a string that only looks like one is none.
 
     Args:
         body: the file's text as UTF-8. What does not tokenize has none: whoever parses the file says what is wrong.
     """
-    if IGNORE_MARK not in body:
+    if not may_ignore(body):
         return ()
     try:
         return tuple(_ignores(io.StringIO(body.decode(), newline=None)))
@@ -62,27 +64,9 @@ def read_ignores(body: bytes) -> tuple[Ignore, ...]:
         return ()
 
 
-def silences(ignores: Iterable[Ignore], line: int, code: str) -> bool:
-    """Say whether a comment silences a code on a line."""
-    return any(ignore.speaks_of == line and code in ignore.codes for ignore in ignores)
-
-
-def held_decisions(edits: Iterable[Edit], is_ignored: Callable[[Edit], bool]) -> frozenset[str]:
-    """Return the decisions that an ignored edit holds back.
-
-    The entries of one experts module are one decision: where one of them is ignored none is made, because half of
-    them would leave the module half migrated.
-
-    Args:
-        edits: of an owner's plan.
-        is_ignored: says whether a comment or the configuration silences an edit's code on its line.
-    """
-    return frozenset(_decision(edit) for edit in edits if is_ignored(edit))
-
-
-def without_held(edits: Iterable[Edit], held: frozenset[str]) -> tuple[Edit, ...]:
-    """Return the edits of a plan, the owner's or a copy's, whose decision is not held back."""
-    return tuple(edit for edit in edits if _decision(edit) not in held)
+def silenced_lines(ignores: Iterable[Ignore], lines: Container[int], code: str) -> frozenset[int]:
+    """Return those among some lines on which a comment silences a code."""
+    return frozenset(one.speaks_of for one in ignores if one.speaks_of in lines and code in one.codes)
 
 
 def unused_ignores(ignores: Iterable[Ignore], silenced: Collection[tuple[int, str]]) -> Iterator[tuple[int, Finding]]:
@@ -94,10 +78,21 @@ def unused_ignores(ignores: Iterable[Ignore], silenced: Collection[tuple[int, st
     """
     for ignore in ignores:
         for code in ignore.unknown:
-            yield ignore.line, _finding("MIG902", code or "ignore")
+            yield ignore.line, _without_code(code or "ignore")
         for code in ignore.codes:
             if code not in ignore.unknown and (ignore.speaks_of, code) not in silenced:
-                yield ignore.line, _finding("MIG901", code)
+                yield ignore.line, _of_no_use(code, code, f"nothing here is {code}")
+
+
+def overruled_ignore(code: str, key: str, owner: str) -> Finding:
+    """Return the finding for an ignored code in a generated copy, whose owner decides.
+
+    Args:
+        code: that is ignored.
+        key: of the entry.
+        owner: the owner's file.
+    """
+    return _of_no_use(code, key, f"{owner} owns this entry and decides")
 
 
 def _ignores(text: io.StringIO) -> Iterator[Ignore]:
@@ -116,10 +111,9 @@ def _line_of_code(code_lines: Sequence[int], line: int) -> int:
     return code_lines[place] if place < len(code_lines) else line
 
 
-def _decision(edit: Edit) -> str:
-    module, _, _ = edit.key.rpartition(".")
-    return module if module.rpartition(".")[2] == "experts" else edit.key
+def _of_no_use(code: str, key: str, where: str) -> Finding:
+    return Finding("MIG901", key, rule("MIG901").message.format(key=code, where=where))
 
 
-def _finding(code: str, key: str) -> Finding:
-    return Finding(code, key, rule(code).message.format(key=key))
+def _without_code(key: str) -> Finding:
+    return Finding("MIG902", key, rule("MIG902").message.format(key=key))

@@ -3,26 +3,56 @@
 The guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only, and every other layout
 gives shape errors at best and silently wrong numbers at worst. So the layout must be shown, not merely not denied:
 the shapes of the parameters, the flags of the class's decorator, and a forward that takes gate and up apart by `chunk`.
+A class counts as it is effective, with what it inherits and without what it overrides.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.sources import read_source
+from codemods.expert_class import Shapes, effective_statements, flags_of, is_concatenated, parameter_shapes
+from codemods.sources import Source, read_source
+from plans.described import Described
 from plans.layout import ExpertLayout
 
-__all__ = ["read_layouts"]
+__all__ = ["layout_of", "read_layouts"]
 
 _EXPERT_PARAMETER = re.compile(rb"up_proj\b[^#\n]{0,80}Parameter\(")
+_CLASS = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?[ \t]*:")
 _DECORATORS = 2000  # bytes above a class in which its decorators are looked for
 _TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
 _PROJECTIONS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+_PLAIN_BASES = frozenset({"Module", "ABC", "object"})
 
-_Shapes = dict[str, tuple[str, ...]]
+
+@dataclass(frozen=True)
+class _Header:
+    """Where a class begins: `place` is in its first line.
+
+    Args:
+        bases: their names, the modules before them left out.
+    """
+
+    source: Source
+    place: int
+    bases: tuple[str, ...]
+
+
+def layout_of(folder: Path, named: Described | None) -> ExpertLayout | None:
+    """Return the layout of the experts that a key names in one model, None where it does not show.
+
+    Args:
+        folder: the model's folder.
+        named: what the key of the experts names; where the source does not show it, the folder's one experts class.
+    """
+    layouts = read_layouts(folder)
+    if named is not None:
+        return next((layout for layout in layouts if layout is not None and layout.where == named.where), None)
+    return layouts[0] if len(layouts) == 1 else None
 
 
 def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
@@ -31,35 +61,75 @@ def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
     Args:
         folder: the model's folder, `src/transformers/models/mixtral`.
     """
-    return tuple(layout for path in sorted(folder.glob("modeling_*.py")) for layout in _layouts_of_file(path))
+    sources = [read_source(path) for path in sorted(folder.glob("modeling_*.py"))]
+    makers = {name: None for source in sources for name in _makers(source)}
+    if not makers:
+        return ()
+    headers = {name: header for source in sources for name, header in _headers(source)}
+    found = [_layouts_of_class(headers, name) for name in _with_heirs(headers, makers)]
+    return tuple(layout for layouts in found for layout in layouts)
 
 
-def _layouts_of_file(path: Path) -> Iterator[ExpertLayout | None]:
-    data = read_source(path).data
-    seen: set[str] = set()
+def _makers(source: Source) -> Iterator[str]:
+    """Yield the names of the classes that make packed parameters, empty for what stands in none."""
+    data = b"\n" + source.data
     for match in _EXPERT_PARAMETER.finditer(data):
-        if b"#" in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]:
-            continue
-        definition = _enclosing_class(data, match.start())
-        if definition is None:
-            yield None
-        elif definition.name not in seen:
-            seen.add(definition.name)
-            shapes = _parameter_shapes(definition)
-            if _is_experts(shapes):
-                yield _layout(f"{path.name}:{definition.name}", definition, shapes)
+        if b"#" not in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]:
+            before = data.rfind(b"\nclass ", 0, match.start())
+            header = _CLASS.match(data, before) if before >= 0 else None
+            yield header[1].decode("utf-8", "replace") if header else ""
 
 
-def _is_experts(shapes: _Shapes) -> bool:
+def _headers(source: Source) -> Iterator[tuple[str, _Header]]:
+    for match in _CLASS.finditer(b"\n" + source.data):
+        listed = (match[2] or b"").decode("utf-8", "replace").split(",")
+        bases = (base.strip().rpartition(".")[2] for base in listed if "=" not in base)
+        yield match[1].decode("utf-8", "replace"), _Header(source, match.start(1) - 1, tuple(filter(None, bases)))
+
+
+def _with_heirs(headers: Mapping[str, _Header], names: Iterable[str]) -> list[str]:
+    """Return some classes and those that inherit from them, however indirectly."""
+    found = dict.fromkeys(names)
+    size = 0
+    while len(found) > size:
+        size = len(found)
+        found |= {name: None for name, header in headers.items() if not found.keys().isdisjoint(header.bases)}
+    return list(found)
+
+
+def _layouts_of_class(headers: Mapping[str, _Header], name: str) -> Iterator[ExpertLayout | None]:
+    """Yield the layout of a class, nothing where it packs no experts."""
+    names = _lineage(headers, name)
+    lineage = [_definition(headers[one].source.data, headers[one].place) for one in names]
+    parsed = [definition for definition in lineage if definition is not None]
+    if not lineage or len(parsed) < len(lineage):
+        yield None
+        return
+    body = effective_statements(parsed)
+    shapes = parameter_shapes(body)
+    if _is_experts(shapes):
+        foreign = {base for one in names for base in headers[one].bases} - headers.keys() - _PLAIN_BASES
+        flags = flags_of(parsed)
+        where = f"{headers[name].source.path.name}:{name}"
+        yield None if foreign or flags is None else _layout(where, shapes, flags, is_concatenated(body, flags))
+
+
+def _lineage(headers: Mapping[str, _Header], name: str) -> list[str]:
+    """Return a class and its bases in these files, nearest first."""
+    names = [name]
+    for current in names:
+        names += [base for base in headers[current].bases if base not in names] if current in headers else []
+    return [one for one in names if one in headers]
+
+
+def _is_experts(shapes: Shapes) -> bool:
     """Say whether a class packs experts: three-dimensional parameters, and no gate of its own beside `up_proj`."""
     return "gate_proj" not in shapes and len(shapes.get("gate_up_proj", shapes.get("up_proj", ()))) != 2
 
 
-def _enclosing_class(data: bytes, place: int) -> ast.ClassDef | None:
-    """Parse only the class around a place: modeling files are long, and most of them is no experts class."""
-    start = data.rfind(b"\nclass ", 0, place) + 1
-    if not data.startswith(b"class ", start):
-        return None
+def _definition(data: bytes, place: int) -> ast.ClassDef | None:
+    """Parse only the class whose first line a place is in: modeling files are long, and most is no experts class."""
+    start = data.rfind(b"\n", 0, place) + 1
     following = _TOP_LEVEL.search(data, place)
     end = following.start() if following else len(data)
     try:
@@ -78,62 +148,22 @@ def _with_decorators(data: bytes, start: int) -> int:
     return start
 
 
-def _parameter_shapes(definition: ast.ClassDef) -> _Shapes:
-    """Return the dims of every parameter as source text: `self.NAME = nn.Parameter(torch.empty(…))` and the like.
-
-    A parameter that is made in another way has no dims.
-    """
-    shapes: _Shapes = {}
-    for statement in _statements(definition.body):
-        match statement:
-            case (
-                ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=value)
-                | ast.AnnAssign(target=ast.Attribute(value=ast.Name(id="self"), attr=name), value=value)
-            ) if _is_parameter(value):
-                shapes[name] = _dims(value)
-            case ast.Expr(
-                value=ast.Call(
-                    func=ast.Attribute(attr="register_parameter"), args=[ast.Constant(value=str(name)), value]
-                )
-            ) if not (isinstance(value, ast.Constant) and value.value is None):
-                shapes[name] = _dims(value)
-    return shapes
-
-
-def _is_parameter(value: ast.expr | None) -> bool:
-    if not isinstance(value, ast.Call):
-        return False
-    made = value.func
-    return (made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")) == "Parameter"
-
-
-def _dims(value: ast.expr | None) -> tuple[str, ...]:
-    match value:
-        case ast.Call(args=[ast.Call(args=[ast.Tuple(elts=dims) | ast.List(elts=dims), *_]), *_]):
-            return tuple(map(ast.unparse, dims))
-        case ast.Call(args=[ast.Call(args=dims), *_]):
-            return tuple(map(ast.unparse, dims))
-    return ()
-
-
-def _layout(where: str, definition: ast.ClassDef, shapes: _Shapes) -> ExpertLayout | None:
-    flags = _decorator_flags(definition)
+def _layout(where: str, shapes: Shapes, flags: Mapping[str, bool], concatenated: bool | None) -> ExpertLayout | None:
     packed = "gate_up_proj" in shapes
     up, down = shapes.get("gate_up_proj" if packed else "up_proj", ()), shapes.get("down_proj", ())
     biases = {name for name in shapes if name.endswith("bias")}
-    if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases or not _flags_show(definition):
+    if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases:
         return None
     factor = "2 * " if packed else ""
     found = tuple(map(_factor_first, up[1:]))
     regular, transposed = found == (factor + down[2], down[1]), found == (down[2], factor + down[1])
-    concatenated = _is_concatenated(definition, flags) if packed else True
-    if not (regular or transposed) or concatenated is None:
+    if not (regular or transposed) or (packed and concatenated is None):
         return None
     return ExpertLayout(
         where,
         gated=packed and flags.get("has_gate", True),
         transposed=not regular or flags.get("is_transposed", False),
-        concatenated=concatenated,
+        concatenated=not packed or bool(concatenated),
         biased=bool(biases) or flags.get("has_bias", False),
     )
 
@@ -141,57 +171,3 @@ def _layout(where: str, definition: ast.ClassDef, shapes: _Shapes) -> ExpertLayo
 def _factor_first(dim: str) -> str:
     """Write `x * 2` as `2 * x`."""
     return re.sub(r"^(.+) \* 2$", r"2 * \1", dim)
-
-
-def _flags_show(definition: ast.ClassDef) -> bool:
-    """Say whether every decorator's flags are written out, none computed or taken in from elsewhere."""
-    calls = [decorator for decorator in definition.decorator_list if isinstance(decorator, ast.Call)]
-    return all(
-        keyword.arg is not None and isinstance(keyword.value, ast.Constant)
-        for call in calls
-        for keyword in call.keywords
-    )
-
-
-def _decorator_flags(definition: ast.ClassDef) -> dict[str, bool]:
-    return {
-        keyword.arg: keyword.value.value
-        for decorator in definition.decorator_list
-        if isinstance(decorator, ast.Call)
-        for keyword in decorator.keywords
-        if keyword.arg and isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, bool)
-    }
-
-
-def _is_concatenated(definition: ast.ClassDef, flags: dict[str, bool]) -> bool | None:
-    """Say whether gate rows stand before up rows, by how the class takes them apart; None where it does not show.
-
-    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate; other ways to split a tensor
-    in two leave it open.
-    """
-    steps = chunks = unclear = False
-    for node in ast.walk(definition):
-        match node:
-            case ast.Slice(step=ast.Constant(value=2)):
-                steps = True
-            case ast.Call(func=ast.Attribute(attr="chunk")):
-                chunks = chunks or _halves_last_dim(node)
-            case ast.Call(func=ast.Attribute(attr="unbind" | "unflatten" | "split" | "tensor_split")):
-                unclear = True
-    if steps or not flags.get("is_concatenated", True):
-        return False
-    return True if chunks and not unclear else None
-
-
-def _halves_last_dim(call: ast.Call) -> bool:
-    dims = [*call.args[1:], *(keyword.value for keyword in call.keywords if keyword.arg == "dim")]
-    halves = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == 2
-    return halves and [ast.unparse(dim) for dim in dims] == ["-1"]
-
-
-def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield every statement at any depth; walking expressions too would take ten times as long."""
-    for statement in body:
-        yield statement
-        for nested in ("body", "orelse", "finalbody"):
-            yield from _statements(getattr(statement, nested, ()))

@@ -4,120 +4,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from codemods.detect import Detected, detect
-from codemods.ignores import without_held
+from codemods.decisions import Decided, OwnedEdits, anchor_of, line_of, lines_of, settle
+from codemods.detect import Detected, detect, source_dialect, version_file
 from codemods.literals import read_module
 from codemods.module import PlanLiteral
+from codemods.outcome import Change, Located, LocatedEdit, Outcome
 from codemods.ownership import Place, Tree
-from codemods.propagate import Transform, families, judge
+from codemods.propagate import Family, Transform, Verdict, families, judge
 from codemods.rewrite import rewrite_source
 from codemods.selection import Silencer
-from codemods.sources import Source, read_source, shown
+from codemods.sources import read_source, shown
 from codemods.survey import Survey, Wanted, every_plan, expert_plans, survey
 from codemods.transform import to_dialect, to_param_level
-from plans.decompose import Edit, InsertEntry
+from codemods.unread import unread_findings
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import MigratorError
 from plans.rule import Finding, rule
 
-__all__ = [
-    "Change",
-    "Located",
-    "LocatedEdit",
-    "Outcome",
-    "Role",
-    "decide",
-    "outcome",
-    "plan_rewrites",
-    "tree_dialect",
-]
-
-Role = Literal["owner", "copy"]
-OwnedEdits = tuple[Place, tuple[Edit, ...]]
-"""A plan's owner, and what changes in the plan."""
-
-
-@dataclass(frozen=True)
-class Located:
-    """A finding with its place in a file, the line counted from 1."""
-
-    path: Path
-    line: int
-    class_name: str
-    attribute: str
-    finding: Finding
-
-
-@dataclass(frozen=True)
-class LocatedEdit:
-    """An edit with its place in a file.
-
-    Args:
-        line: counted from 1 in the file as it was.
-        class_name: where its plan is assigned.
-        attribute: of the plan.
-        edit: what changes.
-        owner: the place that a person edits; the edits of one owner are made together or not at all.
-    """
-
-    line: int
-    class_name: str
-    attribute: str
-    edit: Edit
-    owner: Place
-
-
-@dataclass(frozen=True)
-class Change:
-    """One file to be written.
-
-    Args:
-        source: the file as it was read.
-        data: its new bytes.
-        role: whether a person owns it or the modular converter writes it.
-        edits: what changed in it.
-    """
-
-    source: Source
-    data: bytes
-    role: Role
-    edits: tuple[LocatedEdit, ...]
-
-    @property
-    def path(self) -> Path:
-        """Where it is."""
-        return self.source.path
-
-    @property
-    def owners(self) -> frozenset[Place]:
-        """The owners of what changes in it."""
-        return frozenset(edit.owner for edit in self.edits)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run over a tree found.
-
-    Args:
-        changes: files to be written, owners before copies.
-        findings: what a person should know.
-        errors: files that could not be read or parsed; all others were still done.
-        files: how many files were looked at.
-        plan_files: how many of them mention a plan.
-        dialect: what the tree speaks, where it was asked for.
-    """
-
-    changes: tuple[Change, ...]
-    findings: tuple[Located, ...]
-    errors: tuple[MigratorError, ...]
-    files: int
-    plan_files: int
-    dialect: Detected | None = None
+__all__ = ["decide", "outcome", "plan_rewrites", "tree_dialect"]
 
 
 def plan_rewrites(
@@ -135,16 +43,15 @@ def plan_rewrites(
         UsageError: a path or a dialect does not exist.
     """
     if source != "auto":
-        load_dialect(source)  # refuses a name that no dialect has, also where the target asks for none
+        source_dialect(source)  # refuses a name that no tree speaks, also where the target asks for none
     if target == PARAM_LEVEL:
         found = survey(paths, expert_plans, silencer, skims=True)
-        edits, findings = decide(found)
-        result = outcome(found, edits, findings)
+        result = outcome(found, decide(found))
         return replace(result, errors=(*result.errors, *_unparsable(found, result)))
     found = survey(paths, every_plan, silencer)
     spoken = tree_dialect(paths, found, source)
-    edits, findings = decide(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
-    return replace(outcome(found, edits, findings), dialect=spoken)
+    decided = decide(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
+    return replace(outcome(found, decided), dialects=(spoken,))
 
 
 def _unparsable(found: Survey, result: Outcome) -> list[MigratorError]:
@@ -162,18 +69,38 @@ def _unparsable(found: Survey, result: Outcome) -> list[MigratorError]:
 def tree_dialect(paths: Sequence[Path], found: Survey, source: str = "auto") -> Detected:
     """Return the dialect that a tree speaks, as asked for or found out, with the reason."""
     if source != "auto":
-        return Detected(load_dialect(source).name, "asked for")
+        return Detected(source_dialect(source).name, "asked for")
     styles = {style for place in found.places for style in _literal(found.tree, place).plan.values()}
-    return detect(next(iter(paths), Path()), styles)
+    telling = next(filter(version_file, paths), None)
+    return detect(telling or next(iter(paths), Path()), styles)
 
 
-def outcome(found: Survey, edits: Mapping[Place, OwnedEdits], findings: Sequence[tuple[Place, Finding]]) -> Outcome:
-    """Return the files that the edits make, and the findings below the given paths, with their lines."""
-    changes = sorted(_changes(found, edits), key=lambda change: (change.role == "copy", change.path))
-    located = [_located(found.tree, place, finding) for place, finding in findings if place.path in found.reachable]
-    located += filter(None, map(_about_link, found.links))
-    kept = [one for one in located if not found.silencer.is_silent(one.path, one.line, one.finding.code)]
+def outcome(found: Survey, decided: Decided, *, every_unread: bool = False) -> Outcome:
+    """Return the files that the edits make, and the findings below the given paths, with their lines.
+
+    Args:
+        found: the tree.
+        decided: its edits and findings.
+        every_unread: whether to name every use of a plan that cannot be read, not only those beside experts.
+    """
+    changes = sorted(_changes(found, decided.edits), key=lambda change: (change.role == "copy", change.path))
+    said = (
+        _located(found.tree, place, finding)
+        for place, finding in decided.findings
+        if place.path in found.reachable and not _is_silent(found, place, finding)
+    )
+    links = filter(None, map(_about_link, found.links))
+    quiet = found.silencer.selection.configuration.ignores
+    unread = (
+        Located(path, use.line, use.class_name, use.attribute, finding)
+        for path, use, finding in unread_findings(found, experts_only=not every_unread)
+    )
+    kept = [*said, *unread, *(link for link in links if not quiet(link.path, link.finding.code))]
     return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.reachable), found.plan_files)
+
+
+def _is_silent(found: Survey, place: Place, finding: Finding) -> bool:
+    return found.silencer.is_silent(place.path, lines_of(found.tree, place, finding.key), finding.code)
 
 
 def _about_link(link: Path) -> Located | None:
@@ -187,9 +114,7 @@ def _about_link(link: Path) -> Located | None:
     return Located(link, 1, "", "", finding) if leads_to_plans else None
 
 
-def decide(
-    found: Survey, transform: Transform = to_param_level, wanted: Wanted = expert_plans
-) -> tuple[dict[Place, OwnedEdits], list[tuple[Place, Finding]]]:
+def decide(found: Survey, transform: Transform = to_param_level, wanted: Wanted = expert_plans) -> Decided:
     """Decide the edits of every family of plans, and say what a person should know.
 
     Args:
@@ -200,33 +125,22 @@ def decide(
     places = [place for place in found.places if wanted.literal(_literal(found.tree, place))]
     touches = found.silencer.selection.touches
     groups, lost = families(found.tree, places, found.errors)
-    findings = [(place, finding) for place, finding in lost if touches([place.path])]
-    edits: dict[Place, OwnedEdits] = {}
+    verdicts: list[tuple[Family, Verdict]] = []
     for family in groups:
         if not touches(place.path for place in family.places):
             continue
         try:
-            verdict = judge(found.tree, family, found.reachable, transform)
+            verdicts.append((family, judge(found.tree, family, found.out_of_reach, transform)))
         except MigratorError as error:
             found.errors.append(error)
-            continue
-        owner = family.owner
-        held = found.silencer.held(owner.path, verdict.edits.get(owner, ()), partial(_edit_line, found.tree, owner))
-        kept = {place: without_held(proposed, held) for place, proposed in verdict.edits.items()}
-        edits |= {place: (owner, wanted) for place, wanted in kept.items() if wanted}
-        findings += verdict.findings
-    return edits, findings
+    loose = set(places).difference(place for family in groups for place in family.places)
+    decided = settle(found.tree, verdicts, found.silencer, loose)
+    about_lost = [(place, finding) for place, finding in lost if touches([place.path])]
+    return replace(decided, findings=[*about_lost, *decided.findings])
 
 
 def _located(tree: Tree, place: Place, finding: Finding) -> Located:
-    return Located(place.path, _line(tree, place, finding.key), place.class_name, place.attribute, finding)
-
-
-def _line(tree: Tree, place: Place, key: str) -> int:
-    """Return the line of an entry, or of the whole plan for a key that it does not hold."""
-    plan = tree.plan(place)
-    entries = plan.entries if isinstance(plan, PlanLiteral) else ()
-    return next((entry.line for entry in entries if entry.key == key), plan.line)
+    return Located(place.path, line_of(tree, place, finding.key), place.class_name, place.attribute, finding)
 
 
 def _changes(found: Survey, edits: Mapping[Place, OwnedEdits]) -> list[Change]:
@@ -252,7 +166,7 @@ def _change(tree: Tree, path: Path, edits: Mapping[Place, OwnedEdits]) -> Change
     literals = [(_literal(tree, place), wanted) for place, (_, wanted) in edits.items()]
     data = rewrite_source(source, tree.module(path), literals)
     located = tuple(
-        LocatedEdit(_edit_line(tree, place, edit), place.class_name, place.attribute, edit, owner)
+        LocatedEdit(line_of(tree, place, anchor_of(edit)), place.class_name, place.attribute, edit, owner)
         for place, (owner, wanted) in edits.items()
         for edit in wanted
     )
@@ -263,7 +177,3 @@ def _literal(tree: Tree, place: Place) -> PlanLiteral:
     plan = tree.plan(place)
     assert isinstance(plan, PlanLiteral)
     return plan
-
-
-def _edit_line(tree: Tree, place: Place, edit: Edit) -> int:
-    return _line(tree, place, edit.anchor if isinstance(edit, InsertEntry) else edit.key)

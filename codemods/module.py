@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from codemods.entries import Entry
@@ -13,10 +13,14 @@ from plans.plan import plan_kind
 __all__ = [
     "ClassPlans",
     "Condition",
+    "Import",
     "Module",
     "Opaque",
     "PlanLiteral",
+    "Removal",
+    "Unread",
     "all_literals",
+    "exclusive",
     "is_plan_attribute",
     "plan_words",
 ]
@@ -29,10 +33,10 @@ _LONGEST = len("base_model_tp_ep") + 1
 
 @dataclass(frozen=True)
 class Condition:
-    """An `if` around a literal.
+    """What decides whether a literal applies: an `if`, a `case`, or a conditional expression around it.
 
     Args:
-        test: its source text, normalized.
+        test: its source text, normalized; of a case `subject == value`, or `matches(subject, 'pattern')`.
         holds: whether the literal stands where the test is true.
     """
 
@@ -50,8 +54,9 @@ class PlanLiteral:
         line: where it begins, counted from 1.
         entries: in order.
         function: the function it stands in, empty in a class body.
-        conditions: the `if` statements around it in that function, outermost first.
+        conditions: those around it in that function, outermost first.
         takes_in: whether it also takes in entries that are written elsewhere, `{**BASE, …}`.
+        replaces: whether it takes the place of all that the plan held, as in `self.plan = {…}`, and adds nothing.
     """
 
     class_name: str
@@ -61,6 +66,7 @@ class PlanLiteral:
     function: str = ""
     conditions: tuple[Condition, ...] = ()
     takes_in: bool = False
+    replaces: bool = False
 
     @cached_property
     def plan(self) -> Mapping[str, str]:
@@ -86,6 +92,42 @@ class Opaque:
 
 
 @dataclass(frozen=True)
+class Removal:
+    """Entries that code takes out of a plan: `del plan[key]`, `.pop(key)`, `.clear()`, `self.plan = None`.
+
+    Args:
+        attribute: the plan.
+        key: the entry, its computed parts as wildcards; None for every entry.
+        line: counted from 1.
+        function: the function it stands in, empty in a class body.
+        conditions: those around it in that function, outermost first.
+    """
+
+    attribute: str
+    key: str | None
+    line: int
+    function: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A use of a plan that puts entries into it which nobody here can read.
+
+    Args:
+        class_name: the qualified name of the class it stands in, empty outside of classes.
+        attribute: the plan.
+        line: counted from 1.
+        experts: whether text beside it speaks of experts.
+    """
+
+    class_name: str
+    attribute: str
+    line: int
+    experts: bool
+
+
+@dataclass(frozen=True)
 class ClassPlans:
     """A class with the plans that it writes down itself.
 
@@ -93,13 +135,30 @@ class ClassPlans:
         name: qualified, `Outer.Inner`; empty for what stands outside of classes.
         bases: its base classes as written, dotted; a base that is computed is left out.
         plans: attribute name to what the class body last assigns to it.
-        code: the literals in its functions, in order.
+        code: the literals in its functions, and those that depend on conditions, in order.
+        removals: what its functions take out of plans again, in order.
     """
 
     name: str
     bases: tuple[str, ...] = ()
     plans: Mapping[str, PlanLiteral | Opaque] = field(default_factory=dict)
     code: tuple[PlanLiteral, ...] = ()
+    removals: tuple[Removal, ...] = ()
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import gives a name to.
+
+    Args:
+        level: the number of leading dots, 0 where absolute.
+        module: what follows them, empty in `from . import name`.
+        name: what is taken from there, as it is called there; empty for the module itself, `*` for all.
+    """
+
+    level: int
+    module: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -108,11 +167,22 @@ class Module:
 
     Args:
         classes: by name.
-        imports: names brought in by `from` imports, each with the level (0 where absolute) and the module.
+        read_imports: reads `imports` when they are asked for.
+        unread: uses of plans that put entries into them which cannot be read, in order.
     """
 
     classes: Mapping[str, ClassPlans]
-    imports: Mapping[str, tuple[int, str]]
+    read_imports: Callable[[], Mapping[str, Import]] = field(repr=False, compare=False)
+    unread: tuple[Unread, ...] = ()
+
+    @cached_property
+    def imports(self) -> Mapping[str, Import]:
+        """The names that imports bring in which may lead to another model, each with what it stands for.
+
+        Raises:
+            SourceError: they are unusual, and the file does not parse.
+        """
+        return self.read_imports()
 
 
 def plan_words(body: bytes) -> Iterator[tuple[int, int]]:
@@ -132,6 +202,13 @@ def all_literals(module: Module) -> Iterator[PlanLiteral]:
     for owner in module.classes.values():
         yield from (plan for plan in owner.plans.values() if isinstance(plan, PlanLiteral))
         yield from owner.code
+
+
+def exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
+    """Say whether two can never both apply: some condition in their one function holds for one, not for the other."""
+    if one.function != other.function:
+        return False
+    return any(replace(condition, holds=not condition.holds) in other.conditions for condition in one.conditions)
 
 
 def is_plan_attribute(name: str) -> bool:

@@ -7,9 +7,15 @@ file: a base imported from another model's configuration file leads on through t
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
+from codemods.heirs import heirs_by_name
+from codemods.imports import imported, local_class
 from codemods.literals import read_module
 from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
 from codemods.skim import skim
@@ -20,6 +26,9 @@ __all__ = ["Lost", "Place", "Tree"]
 
 _MODELS = "models"
 """The package of all models, `transformers.models`: absolute imports from below it stay in the tree."""
+
+_UP_TO_MODELS = 2
+"""The dots of an import that lead from a model's file to the folder of all models."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Lost:
-    """An owner that could not be found, with the reason in words and the finding's code."""
+    """An owner that could not be found.
+
+    Args:
+        code: the finding's.
+        reason: in words.
+        orphan: whether there is no modular file any more; else the plan may be a copy of an owner that will change.
+    """
 
     code: str
     reason: str
+    orphan: bool = False
 
 
 @dataclass
@@ -77,16 +93,49 @@ class Tree:
             self._modules[path] = skimmed or read_module(source)
         return self._modules[path]
 
+    @property
+    def modules(self) -> Mapping[Path, Module]:
+        """What the files that were looked into say of plans."""
+        return self._modules
+
+    @cached_property
+    def heirs(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
+        """The classes of the modular files that were taken, by the names that may give them plans."""
+        return heirs_by_name(source for source in self._sources.values() if source.path.name.startswith("modular_"))
+
     def plan(self, place: Place) -> PlanLiteral | Opaque:
-        """Return what is written down at a place that exists."""
+        """Return what is written down at a place; a class that writes nothing there counts as opaque."""
         found = self.module(place.path).classes[place.class_name]
-        return found.plans[place.attribute] if place.code is None else found.code[place.code]
+        if place.code is not None:
+            return found.code[place.code]
+        return found.plans.get(place.attribute) or Opaque(place.class_name, place.attribute, self._line(place))
 
     def owner(self, place: Place) -> Place | Lost:
         """Return the place a person edits to change the plan at `place`."""
         return self._find(place, self.plan(place), frozenset())
 
-    def _find(self, place: Place, wanted: PlanLiteral | Opaque, seen: frozenset[Place]) -> Place | Lost:
+    def origin(self, place: Place) -> Place | Lost:
+        """Return the place that gives a class a plan which the class may not write itself."""
+        assert place.code is None
+        return self._find(place, None, frozenset())
+
+    def holds(self, place: Place, seen: frozenset[Place] = frozenset()) -> bool:
+        """Say whether a class has a plan as Python looks it up, wherever its file comes from."""
+        found = self.module(place.path).classes.get(place.class_name)
+        if found is None or place in seen:
+            return False
+        if place.attribute in found.plans:
+            return isinstance(found.plans[place.attribute], PlanLiteral)
+        parents = [parent for base in found.bases if (parent := self._parent(place, base))]
+        return any(self.holds(parent, seen | {place}) for parent in parents)
+
+    def _line(self, place: Place) -> int:
+        """Return the line of a class, 1 where its header is written in an unusual way."""
+        name = place.class_name.rpartition(".")[2].encode()
+        header = re.search(rb"^[ \t]*class[ \t]+" + name + rb"\b", self.source(place.path).body, re.MULTILINE)
+        return bisect_right(self.source(place.path).line_offsets, header.start()) if header else 1
+
+    def _find(self, place: Place, wanted: PlanLiteral | Opaque | None, seen: frozenset[Place]) -> Place | Lost:
         if place in seen:
             return Lost("MIG303", f"{place.class_name} inherits its {place.attribute} from itself")
         seen |= {place}
@@ -94,14 +143,17 @@ class Tree:
         if generated_from is not None:
             modular = place.path.parent / generated_from
             if not modular.is_file():
-                return Lost("MIG302", f"{generated_from} does not exist")
+                return Lost("MIG302", f"{generated_from} does not exist", orphan=True)
             return self._find(replace(place, path=modular), wanted, seen)
         found = self.module(place.path).classes.get(place.class_name)
         if found is None:
+            elsewhere = self._imported(place, place.class_name)
+            if elsewhere is not None:
+                return self._find(elsewhere, wanted, seen)
             return Lost("MIG302", f"{place.path.name} has no class {place.class_name}")
         return self._written_in(place, found, wanted) or self._find_in_bases(place, found, wanted, seen)
 
-    def _written_in(self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque) -> Place | None:
+    def _written_in(self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque | None) -> Place | None:
         """Return where a class writes a plan itself: the attribute, or in code a literal with the same entries."""
         if place.code is None:
             return place if place.attribute in found.plans else None
@@ -112,31 +164,48 @@ class Tree:
         return None
 
     def _find_in_bases(
-        self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque, seen: frozenset[Place]
+        self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque | None, seen: frozenset[Place]
     ) -> Place | Lost:
         lost: Lost | None = None
         for base in found.bases:
-            path = place.path if base in self.module(place.path).classes else self._imported_from(place.path, base)
-            if path is None:
+            parent = self._parent(place, base)
+            if parent is None:
                 continue
-            result = self._find(replace(place, path=path, class_name=base.rpartition(".")[2]), wanted, seen)
+            result = self._find(parent, wanted, seen)
             if isinstance(result, Place) or result.code == "MIG303":
                 return result
             lost = lost or result
         return lost or Lost("MIG302", f"no base of {place.class_name} in {place.path.name} assigns {place.attribute}")
 
-    def _imported_from(self, path: Path, name: str) -> Path | None:
-        """Return the file that an import brings a class from, None for anything outside the models."""
-        level, module = self.module(path).imports.get(name, (0, ""))
-        parts = module.split(".")
-        if level:
-            return _module_file(path.parents[level - 1].joinpath(*parts))
-        if _MODELS in parts:
-            return _module_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
+    def _parent(self, place: Place, base: str) -> Place | None:
+        """Return where a base of a class may be looked for, None for anything outside the models."""
+        name = local_class(self.module(place.path), place.class_name, base)
+        return replace(place, class_name=name) if name else self._imported(place, base)
+
+    def _imported(self, place: Place, name: str) -> Place | None:
+        """Return where an import brings a class from, None for anything outside the models."""
+        for meant in imported(self.module(place.path), name):
+            path = _file_of(place.path, meant.level, meant.module)
+            if path is not None:
+                return replace(place, path=path, class_name=meant.class_name)
         return None
+
+
+def _file_of(path: Path, level: int, module: str) -> Path | None:
+    """Return the file of an imported module, None for one of the library around the models."""
+    parts = tuple(module.split(".")) if module else ()
+    if level:
+        bases = path.parents[level - 1 : level]
+        bases = [base for base in bases if level <= _UP_TO_MODELS or _MODELS in base.parts + parts]
+        return next((_module_file(base.joinpath(*parts)) for base in bases), None)
+    if _MODELS in parts:
+        return _module_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
+    return None
 
 
 def _module_file(module: Path) -> Path | None:
     """Return the file of a module, or the configuration file of a model package that re-exports it."""
+    if not module.name:
+        return None
     candidates = (module.with_suffix(".py"), module / f"configuration_{module.name}.py")
     return next((path for path in candidates if path.is_file()), None)

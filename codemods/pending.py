@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from codemods.migrate import Change, Located, LocatedEdit
+from codemods.outcome import Change, Located, LocatedEdit
 from codemods.selection import Silencer
 from plans.decompose import Edit, SetStyle
 from plans.rule import Finding, rule

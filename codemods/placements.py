@@ -11,12 +11,14 @@ from pathlib import Path
 
 from codemods.describe import Model
 from codemods.detect import detect
-from codemods.effective import PlanPlace, file_kind
+from codemods.effective import REMOVED, PlanPlace, file_kind
+from codemods.layouts import layout_of
 from codemods.revisions import Snapshot
 from codemods.sources import Source
 from plans.described import Described
 from plans.dialect import PARAM_LEVEL, load_dialect
-from plans.placement import Replicate
+from plans.layout import ExpertLayout
+from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import Owner, Style
 
 __all__ = ["UNKNOWN", "WHOLE", "PlacementReader", "Reading"]
@@ -30,6 +32,7 @@ _VALUE = re.compile(rb":\s*[\"'](\w+)[\"']")
 _OWNED = ("weight", "bias")
 _RANKS = (1, 2, 3)
 _STACKED = 3
+_EXPERT_PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class PlacementReader:
             key: the plan key.
             style: None for a style that code computes.
         """
+        if style == REMOVED:
+            return Reading(WHOLE, None)
         known = self._vocabulary.get(style) if style is not None else None
         if known is None:
             return Reading(f"{UNKNOWN} ({style or 'computed'})", None)
@@ -93,7 +98,16 @@ class PlacementReader:
             return WHOLE
         found = [style.placement(*tensor) for tensor in self._tensors(place, key, described)]
         words = [WHOLE if one is None or one == Replicate() else str(one) for one in found]
-        return " or ".join(dict.fromkeys(words))
+        layout = self._of_layout(place, key) if any(map(_cuts_inside, found)) else ""
+        return " or ".join(dict.fromkeys(words)) + layout
+
+    def _of_layout(self, place: PlanPlace, key: str) -> str:
+        """Return what else to say of a cut through each expert: where the layout is not the regular one."""
+        experts, _, parameter = key.rpartition(".")
+        if parameter not in _EXPERT_PARAMETERS or experts.rpartition(".")[2] != "experts":
+            return ""
+        layout = layout_of(self._folder / place.path.parent, self._describe(place, experts))
+        return _layout_words(layout, parameter) if layout else ""
 
     def _tensors(self, place: PlanPlace, key: str, described: Described) -> Iterator[tuple[Owner, int, str]]:
         """Yield the parameters that a key may mean: kind of owner, number of dims, name."""
@@ -150,6 +164,21 @@ class PlacementReader:
         for path in sorted(self._snapshot.blobs):
             folders[path.parent].append(path)
         return folders
+
+
+def _cuts_inside(placement: Placement | None) -> bool:
+    """Say whether a placement cuts each expert, so that the order of its rows counts."""
+    return isinstance(placement, Packed) or (isinstance(placement, Shard) and placement.dim > 0)
+
+
+def _layout_words(layout: ExpertLayout, parameter: str) -> str:
+    facts = {
+        "transposed": layout.transposed,
+        "interleaved": not layout.concatenated and parameter == "gate_up_proj",
+        "biased": layout.biased,
+    }
+    words = [word for word, holds in facts.items() if holds]
+    return f" of {', '.join(words)} experts" if words else ""
 
 
 def _guess(key: str) -> Described:

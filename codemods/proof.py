@@ -10,7 +10,7 @@ from pathlib import Path
 
 from codemods.converter import convert, converter_root, copy_tree
 from codemods.literals import read_module
-from codemods.migrate import Change, Outcome
+from codemods.outcome import Change, Outcome
 from codemods.sources import read_source, shown
 from plans.errors import MigratorError, MismatchError, SourceError
 
@@ -104,8 +104,9 @@ def _imported(path: Path) -> frozenset[Path]:
     """Return the modules that a file may import from, as paths without a suffix."""
     return frozenset(
         base.joinpath(*module.split("."))
-        for level, module in read_module(read_source(path)).imports.values()
-        for base in (path.parents[level - 1 : level] if level else path.parents)
+        for found in read_module(read_source(path)).imports.values()
+        for module in (found.module, f"{found.module}.{found.name}".strip("."))
+        for base in (path.parents[found.level - 1 : found.level] if found.level else path.parents)
     )
 
 
@@ -146,7 +147,9 @@ def _differences(root: Path, copy: Path, modular: Path, computed: Mapping[Path, 
         target = copy / path.relative_to(root)
         written = target.read_bytes() if target.is_file() else b""
         if written != expected:
-            yield _mismatch(path, f"line {_first_difference(written, expected)} differs from what the converter writes")
+            untouched = "" if path in computed else ", and the rewrite leaves this file as it is"
+            line = _first_difference(written, expected)
+            yield _mismatch(path, f"line {line} differs from what the converter writes{untouched}")
     new = {path.name for path in (copy / modular.parent.relative_to(root)).glob("*.py")}
     for name in sorted(new.difference(path.name for path in known)):
         yield _mismatch(modular.with_name(name), "the converter writes this file, which the tree does not have")

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.module import PlanLiteral
+from codemods.missing import missing_copies
+from codemods.module import Opaque, PlanLiteral
 from codemods.ownership import Lost, Place, Tree
 from codemods.rewrite import edited
 from codemods.sources import shown
-from plans.decompose import Decomposition, Edit
+from plans.decompose import Decomposition, Edit, decided_with
 from plans.errors import MigratorError
 from plans.rule import Finding, rule
 
-__all__ = ["Family", "Transform", "Verdict", "about", "families", "judge"]
+__all__ = ["Family", "OutOfReach", "Transform", "Verdict", "about", "families", "judge"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,12 @@ class Family:
     Args:
         owner: where a person edits.
         copies: where the modular converter writes the same plan.
+        doubtful: plans of generated files that say the same, but whose way to an owner is lost.
     """
 
     owner: Place
     copies: tuple[Place, ...]
+    doubtful: tuple[Place, ...] = ()
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -38,13 +41,23 @@ class Family:
 Transform = Callable[[Tree, Family], Mapping[Place, Decomposition]]
 """Works out what becomes of each place of a family."""
 
+OutOfReach = Callable[[Path], str | None]
+"""From a file to the reason in words why it may not be written, None where it may."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done to a family and said of it, each with the place it belongs to."""
+    """What is to be done to a family and said of it, each with the place it belongs to.
+
+    Args:
+        edits: of every place, or of none.
+        findings: what a person should know.
+        held: the keys of experts modules, and of other entries, that must not be edited in any literal of the plan.
+    """
 
     edits: Mapping[Place, tuple[Edit, ...]]
     findings: tuple[tuple[Place, Finding], ...]
+    held: frozenset[str] = frozenset()
 
 
 def families(
@@ -57,43 +70,70 @@ def families(
         places: where plans are assigned.
         errors: takes those of files on the way to an owner that cannot be read.
     """
+    places = tuple(places)
     copies: dict[Place, list[Place]] = {}
     lost: list[tuple[Place, Finding]] = []
+    stray: list[Place] = []
     for place in places:
         try:
             owner = tree.owner(place)
         except MigratorError as error:
             errors.append(error)
+            stray.append(place)
             continue
         if isinstance(owner, Lost):
             lost.append((place, about(tree, place, owner.code, owner.reason)))
+            stray += [] if owner.orphan else [place]
             continue
         known = copies.setdefault(owner, [])
         if owner != place:
             known.append(place)
-    return [Family(owner, tuple(found)) for owner, found in copies.items()], lost
+    for owner, place in missing_copies(tree, places, errors):
+        if owner in copies and place not in (owner, *copies[owner]):
+            copies[owner].append(place)  # at odds with its owner
+    return [Family(owner, tuple(found), _doubtful(tree, owner, stray)) for owner, found in copies.items()], lost
 
 
-def judge(tree: Tree, family: Family, reachable: frozenset[Path], transform: Transform) -> Verdict:
+def _doubtful(tree: Tree, owner: Place, stray: Iterable[Place]) -> tuple[Place, ...]:
+    """Return the plans with a lost owner that may be copies of this one: they say the same."""
+    wanted = tree.plan(owner)
+    return tuple(place for place in stray if isinstance(wanted, PlanLiteral) and _same(tree.plan(place), wanted))
+
+
+def _same(plan: PlanLiteral | Opaque, wanted: PlanLiteral) -> bool:
+    return isinstance(plan, PlanLiteral) and plan.says_the_same_as(wanted)
+
+
+def judge(tree: Tree, family: Family, out_of_reach: OutOfReach, transform: Transform) -> Verdict:
     """Decide a family's edits: all of its places or none.
 
     Args:
         tree: reads files.
         family: an owner with its copies.
-        reachable: the files that may be written.
+        out_of_reach: says of a file that may not be written why.
         transform: works out what becomes of each place.
     """
     wanted = transform(tree, family)
     results = {place: _result(tree, place, wanted[place]) for place in family.places}
     if at_odds := [place for place in family.copies if results[place] != results[family.owner]]:
         where = family.owner.path.name
-        return Verdict({}, tuple((place, about(tree, place, "MIG301", where)) for place in at_odds))
+        return Verdict({}, tuple((place, about(tree, place, "MIG301", where)) for place in at_odds), _touched(wanted))
     edits = {place: decomposition.edits for place, decomposition in wanted.items()}
-    outside = [place.path for place, some in edits.items() if some and place.path not in reachable]
-    if outside:
-        named = [place for place in family.places if place.path in reachable]
-        return Verdict({}, tuple((place, about(tree, place, "MIG304", shown(outside[0]))) for place in named))
-    return Verdict(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings))
+    if family.doubtful and any(edits.values()):
+        stays = about(tree, family.owner, "MIG306", shown(family.doubtful[0].path))
+        return Verdict({}, ((family.owner, stays),), _touched(wanted))
+    reasons = [reason for place, some in edits.items() if some and (reason := out_of_reach(place.path))]
+    if reasons:
+        named = [place for place in family.places if not out_of_reach(place.path)]
+        findings = tuple((place, about(tree, place, "MIG304", reasons[0])) for place in named)
+        return Verdict({}, findings, _touched(wanted))
+    disputed = frozenset(key for decomposition in wanted.values() for key in decomposition.disputed)
+    return Verdict(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings), disputed)
+
+
+def _touched(wanted: Mapping[Place, Decomposition]) -> frozenset[str]:
+    """Return what the edits of a family are decided with."""
+    return frozenset(decided_with(edit.key) for found in wanted.values() for edit in found.edits)
 
 
 def _result(tree: Tree, place: Place, wanted: Decomposition) -> list[tuple[str, str | None]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from codemods.config import Configuration
-from codemods.ignores import IGNORE_MARK, Ignore, held_decisions, read_ignores, silences, unused_ignores
+from codemods.ignores import Ignore, may_ignore, read_ignores, silenced_lines, unused_ignores
 from codemods.sources import Source
-from plans.decompose import Edit
 from plans.rule import Finding
 
 __all__ = ["Selection", "Silencer"]
@@ -54,31 +53,28 @@ class Silencer:
 
     def read(self, source: Source) -> None:
         """Take the comments of a file."""
-        if IGNORE_MARK in source.data and (ignores := read_ignores(source.body)):
+        if may_ignore(source.data) and (ignores := read_ignores(source.body)):
             self._sources[source.path] = source
             self._ignores[source.path] = ignores
 
-    def is_silent(self, path: Path, line: int, code: str) -> bool:
-        """Say whether a finding is to be kept quiet."""
-        if silences(self._ignores.get(path, ()), line, code):
-            self._silenced.setdefault(path, set()).add((line, code))
-            return True
-        return self.selection.configuration.ignores(path, code)
-
-    def held(self, path: Path, edits: Iterable[Edit], line_of: Callable[[Edit], int]) -> frozenset[str]:
-        """Return the decisions of a plan that are not to be made; `without_held` takes their edits out.
+    def is_silent(self, path: Path, lines: Container[int], code: str) -> bool:
+        """Say whether a finding is to be kept quiet.
 
         Args:
-            path: of the plan's owner, which decides for its copies.
-            edits: of the owner's plan.
-            line_of: the line in the owner that an edit speaks of.
+            path: of the file.
+            lines: those that what is found stands on.
+            code: of the finding.
         """
-        return held_decisions(edits, lambda edit: self.is_silent(path, line_of(edit), edit.code))
+        if found := silenced_lines(self._ignores.get(path, ()), lines, code):
+            self._silenced.setdefault(path, set()).update((line, code) for line in found)
+            return True
+        return self.selection.configuration.ignores(path, code)
 
     def unused(self) -> Iterator[tuple[Path, int, Finding]]:
         """Yield a finding for every comment that silenced nothing, once everything else was asked.
 
-        Generated files are left out: their comments come from the modular file and are mended there.
+        Generated files are left out: their comments come from the modular file and are mended there. Those that
+        ignore an edit which their owner wants are found with it.
         """
         for path, ignores in self._ignores.items():
             if self._sources[path].generated_from or not self.selection.touches([path]):

@@ -6,9 +6,8 @@ import io
 import os
 import re
 import stat
-import tempfile
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["Source", "check_replaceable", "find_links", "find_sources", "read_source", "replace_source", "shown"]
+__all__ = ["Source", "check_replaceable", "find_sources", "read_source", "replace_source", "shown"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
@@ -96,7 +95,9 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def find_sources(paths: Iterable[Path], unreadable: list[MigratorError] | None = None) -> list[Path]:
+def find_sources(
+    paths: Iterable[Path], unreadable: list[MigratorError] | None = None, links: list[Path] | None = None
+) -> list[Path]:
     """Return the Python files among and below the paths, each once, resolved and sorted.
 
     Links below the paths are not followed: what they lead to is found at its own place, or lies outside.
@@ -104,51 +105,79 @@ def find_sources(paths: Iterable[Path], unreadable: list[MigratorError] | None =
     Args:
         paths: files and folders; a link among them means what it leads to.
         unreadable: takes the errors of folders that cannot be listed; without it they are raised.
+        links: takes the links to Python files that lead out of the paths.
 
     Raises:
         UsageError: a path does not exist.
     """
     found: dict[str, None] = {}
+    folders: list[Path] = []
+    linked: dict[str, None] = {}
     for path in paths:
         if path.is_dir():
-            found |= dict.fromkeys(sorted(_walk(str(path.resolve()), unreadable)))
+            folders.append(path.resolve())
+            files, linking = _walk(str(folders[-1]), unreadable)
+            found |= dict.fromkeys(sorted(files))
+            linked |= dict.fromkeys(sorted(linking))
         elif path.exists():
             found[str(path.resolve())] = None
         else:
             raise UsageError(
                 f"{shown(path)}: no such file or folder", hint="name files or folders that exist", path=str(path)
             )
+    if links is not None:
+        links += (link for link in map(Path, linked) if not _is_below(link.resolve(), folders))
     return list(map(Path, found))
 
 
-def find_links(paths: Iterable[Path]) -> list[Path]:
-    """Return the links to Python files below the paths that lead out of them."""
-    folders = [path.resolve() for path in paths if path.is_dir()]
-    links = (Path(link) for folder in folders for link in _walk(str(folder), [], links=True))
-    return [link for link in links if not any(link.resolve().is_relative_to(folder) for folder in folders)]
+def _is_below(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
-def _walk(folder: str, unreadable: list[MigratorError] | None, *, links: bool = False) -> Iterator[str]:
-    """Yield the Python files below a folder, or the links to such in their place; hidden ones are passed over."""
+def _walk(top: str, unreadable: list[MigratorError] | None) -> tuple[list[str], list[str]]:
+    """Return the Python files below a folder, and the links to such; hidden ones are passed over."""
+    files: list[str] = []
+    links: list[str] = []
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                waiting += reversed(_sort_out(entries, files, links))
+        except OSError as error:
+            problem = SourceError(
+                f"{shown(Path(folder))}: {error.strerror}",
+                hint="make it a readable folder or leave it out",
+                path=folder,
+            )
+            if unreadable is None:
+                raise problem from error
+            unreadable.append(problem)
+    return files, links
+
+
+def _sort_out(entries: Iterable[os.DirEntry[str]], files: list[str], links: list[str]) -> list[str]:
+    """Add a folder's Python files and links to such to the lists, and return the folders in it."""
+    folders: list[str] = []
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in _SKIPPED_FOLDERS:
+                folders.append(entry.path)
+        elif entry.name.endswith(".py"):
+            if entry.is_file(follow_symlinks=False):
+                files.append(entry.path)
+            elif entry.is_symlink() and _leads_to_file(entry):
+                links.append(entry.path)
+    return folders
+
+
+def _leads_to_file(link: os.DirEntry[str]) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    if entry.name not in _SKIPPED_FOLDERS:
-                        yield from _walk(entry.path, unreadable, links=links)
-                elif entry.name.endswith(".py") and (
-                    entry.is_symlink() and entry.is_file() if links else entry.is_file(follow_symlinks=False)
-                ):
-                    yield entry.path
-    except OSError as error:
-        problem = SourceError(
-            f"{shown(Path(folder))}: {error.strerror}", hint="make it a readable folder or leave it out", path=folder
-        )
-        if unreadable is None:
-            raise problem from error
-        unreadable.append(problem)
+        return link.is_file()
+    except OSError:  # a link to itself, or into a folder that is closed
+        return False
 
 
 def read_source(path: Path) -> Source:
@@ -161,9 +190,10 @@ def read_source(path: Path) -> Source:
         # Without O_NONBLOCK a named pipe would be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            state = os.fstat(descriptor)
+            if not stat.S_ISREG(state.st_mode):
                 raise OSError(0, "is no regular file")
-            return Source(path, _read_all(descriptor))
+            return Source(path, _read_all(descriptor, state.st_size))
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -172,9 +202,8 @@ def read_source(path: Path) -> Source:
         ) from error
 
 
-def _read_all(descriptor: int) -> bytes:
+def _read_all(descriptor: int, size: int) -> bytes:
     """Read a file to its end; file objects take longer to set up than most of these files take to read."""
-    size = os.fstat(descriptor).st_size
     pieces = [os.read(descriptor, size + 1)]
     while len(pieces[-1]) > 0 and sum(map(len, pieces)) != size:
         pieces.append(os.read(descriptor, 1 << 20))
@@ -221,6 +250,8 @@ def _unwritable(source: Source, error: OSError) -> SourceError:
 
 
 def _write_beside(target: Path, data: bytes) -> None:
+    import tempfile
+
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".migrator")
     temporary = Path(name)
     try:

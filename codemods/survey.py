@@ -10,7 +10,7 @@ from pathlib import Path
 from codemods.module import PlanLiteral
 from codemods.ownership import Place, Tree
 from codemods.selection import Silencer
-from codemods.sources import find_links, find_sources, read_source
+from codemods.sources import find_sources, read_source, shown
 from plans.decompose import is_decomposed_plan
 from plans.errors import MigratorError
 
@@ -19,7 +19,7 @@ __all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "survey"]
 _PLAN = b"_plan"
 # An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
 _EXPERTS_ENTRY = re.compile(
-    rb"experts(?:\.\w+)?[\"']\s*+(?:#[^\n]*+\s*+)*+(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])"
+    rb"experts(?:\.[\w{}]+)?[\"']\s*+(?:#[^\n]*+\s*+)*+(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])"
 )
 
 
@@ -66,6 +66,14 @@ class Survey:
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
 
+    def out_of_reach(self, path: Path) -> str | None:
+        """Return why a file may not be written, in words; None where it may."""
+        if path in self.reachable:
+            return None
+        pattern = self.silencer.selection.configuration.excluded_by(path)
+        why = f"excluded by {pattern!r} in pyproject.toml" if pattern else "outside the given paths"
+        return f"{shown(path)} is {why}"
+
 
 def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = None, *, skims: bool = False) -> Survey:
     """Read a tree and find its plans.
@@ -82,12 +90,15 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
     silencer = silencer or Silencer()
     includes = silencer.selection.includes
     errors: list[MigratorError] = []
-    reachable = find_sources(paths, errors)
+    links: list[Path] = []
+    reachable = find_sources(paths, errors, links)
     named = frozenset(path.resolve() for path in paths)
-    result = Survey(Tree(skims), frozenset(filter(includes, reachable)), silencer, find_links(paths), errors=errors)
+    result = Survey(Tree(skims), frozenset(filter(includes, reachable)), silencer, links, errors=errors)
     for path in _with_context(named, reachable):
         try:
             source = read_source(path)
+            if path.name.startswith("modular_"):
+                result.tree.add(source)
             if _PLAN not in source.data:
                 continue
             result.plan_files += 1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from codemods.migrate import Change
+from codemods.outcome import Change
 from codemods.sources import check_replaceable, replace_source, shown
 from plans.errors import MigratorError, SourceError
 
@@ -33,6 +32,10 @@ def write_changes(changes: Sequence[Change]) -> Written:
 
     Where one of them cannot be written, nothing that belongs to its owners is, and everything else still is.
     """
+    if not changes:
+        return Written((), ())
+    from concurrent.futures import ThreadPoolExecutor
+
     errors = {change.path: error for change in changes if (error := _attempt(check_replaceable, change.source))}
     stopped = {owner for change in changes if change.path in errors for owner in change.owners}
     wanted = [change for change in changes if not stopped & change.owners]

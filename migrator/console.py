@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,8 @@ def emit_bytes(data: bytes) -> None:
 
 def emit_json(value: object) -> None:
     """Print the result as JSON."""
+    import json
+
     click.echo(json.dumps(value, indent=2))
 
 

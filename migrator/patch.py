@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from codemods.migrate import Change
+from codemods.outcome import Change
 
 __all__ = ["patch", "patch_root"]
 

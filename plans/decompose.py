@@ -14,12 +14,14 @@ from plans.plan import plan_kind
 from plans.rule import Finding, rule
 
 __all__ = [
+    "Decision",
     "Decomposition",
     "Edit",
     "InsertEntry",
     "LayoutReader",
     "SetStyle",
     "apply_edits",
+    "decided_with",
     "decompose",
     "is_decomposed_plan",
 ]
@@ -57,10 +59,38 @@ Edit = SetStyle | InsertEntry
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What is to change in a plan, and what a person should know of it."""
+    """What is to change in a plan, and what a person should know of it.
+
+    Args:
+        edits: to be made together.
+        findings: in the order of the plan.
+        disputed: experts modules that some circumstances would change and others not, so that nothing may.
+    """
 
     edits: tuple[Edit, ...]
     findings: tuple[Finding, ...]
+    disputed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is changed as a whole or not at all: one experts module in one plan, however many literals write it.
+
+    Args:
+        class_name: whose plan it is.
+        attribute: of the plan.
+        module: the key of the experts module; of any other entry its own key.
+    """
+
+    class_name: str
+    attribute: str
+    module: str
+
+
+def decided_with(key: str) -> str:
+    """Return the key that an entry is decided with: its experts module's, or its own."""
+    module = key.rpartition(".")[0]
+    return module if _EXPERTS_MODULE.fullmatch(module) else key
 
 
 def is_decomposed_plan(name: str) -> bool:

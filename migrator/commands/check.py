@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import gc
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from migrator import console
-from migrator.source_options import emit_machine_format, read_request, report_errors, source_options
-from plans.errors import UsageError
+from migrator.source_options import (
+    Request,
+    emit_machine_format,
+    read_requests,
+    report_errors,
+    source_options,
+    spare_collection,
+)
+
+if TYPE_CHECKING:
+    from codemods.outcome import Outcome
 
 __all__ = ["command"]
 
@@ -17,29 +27,24 @@ __all__ = ["command"]
 @click.command("check")
 @source_options
 def command(
-    paths: tuple[Path, ...], source: str | None, changed_only: bool, base_ref: str | None, form: str, quiet: bool
+    paths: tuple[Path, ...],
+    source: str | None,
+    target: str | None,
+    changed_only: bool,
+    base_ref: str | None,
+    form: str,
+    quiet: bool,
 ) -> int:
     """Report pending rewrites and plan defects below PATHS (files or folders, by default here); write nothing.
 
     Exits 1 where a finding is a warning or an error, never for notes, and 2 where a file could not be looked at.
     """
-    gc.disable()  # for the same reason as in rewrite
-    from codemods.check import check_paths
-    from codemods.pending import unused_comments
-    from codemods.selection import Silencer
+    spare_collection()
+    from codemods.outcome import joined
     from migrator.formats.report import pending_report
-    from plans.dialect import PARAM_LEVEL
 
-    request = read_request(paths, changed_only=changed_only, base_ref=base_ref, source=source)
-    if request.target != PARAM_LEVEL:
-        raise UsageError(
-            f"check knows what is pending for the target {PARAM_LEVEL} only, not for {request.target!r}",
-            hint=f"use `migrator rewrite --check --target {request.target}` for what is pending",
-            target=request.target,
-        )
-    silencer = Silencer(request.selection)
-    outcome = check_paths(request.paths, silencer, request.source)
-    report = pending_report(outcome, unused_comments(silencer))
+    requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
+    report = pending_report(joined([_check(request) for request in requests]))
     if form != "human":
         emit_machine_format(report, form)
     elif not quiet:
@@ -51,3 +56,13 @@ def command(
     if report.errors:
         return 2
     return 0 if report.is_clean else 1
+
+
+def _check(request: Request) -> Outcome:
+    from codemods.check import check_paths
+    from codemods.pending import unused_comments
+    from codemods.selection import Silencer
+
+    silencer = Silencer(request.selection)
+    outcome = check_paths(request.paths, silencer, request.source, request.target)
+    return replace(outcome, findings=(*outcome.findings, *unused_comments(silencer)))

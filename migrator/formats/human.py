@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from codemods.migrate import Located
+from codemods.outcome import Located
 from codemods.sources import shown
 from migrator.formats.report import Report
 
@@ -55,8 +55,8 @@ def check_lines(report: Report) -> Iterator[str]:
 
 
 def _dialect_lines(report: Report) -> Iterator[str]:
-    if report.dialect:
-        yield f"read as {report.dialect.dialect}: {report.dialect.reason}"
+    for found in report.dialects:
+        yield f"read as {found.dialect}: {found.reason}"
 
 
 def _verb(report: Report) -> str:

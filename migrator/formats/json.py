@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from codemods.migrate import Change, Located, LocatedEdit
+from codemods.outcome import Change, Located, LocatedEdit
 from codemods.pending import edit_message
 from codemods.sources import shown
 from migrator.formats.report import Report
@@ -21,7 +21,8 @@ def report_json(report: Report) -> dict[str, object]:
         "written": report.written,
         "files": report.files,
         "plan_files": report.plan_files,
-        "dialect": asdict(report.dialect) if report.dialect else None,
+        "dialect": asdict(report.dialects[0]) if len(report.dialects) == 1 else None,
+        "dialects": [asdict(found) for found in report.dialects],
         "changes": [_change(change) for change in report.changes],
         "findings": [_finding(found) for found in report.findings],
         "errors": [_error(error) for error in report.errors],

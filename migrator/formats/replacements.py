@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from codemods.migrate import Change
+from codemods.outcome import Change
 from codemods.sources import Source
 
 __all__ = ["Replacement", "replacements"]

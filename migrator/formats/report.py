@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from codemods.detect import Detected
-from codemods.migrate import Change, Located, Outcome
+from codemods.outcome import Change, Located, Outcome
 from codemods.pending import pending_findings
 from codemods.write import Written
 from plans.errors import MigratorError
@@ -26,7 +25,7 @@ class Report:
         files: how many files were looked at.
         plan_files: how many of them mention a plan.
         written: whether the changes were made.
-        dialect: what the tree speaks, where that was asked.
+        dialects: what the tree speaks, where that was asked; of several projects what each of them does.
     """
 
     changes: tuple[Change, ...]
@@ -35,7 +34,7 @@ class Report:
     files: int
     plan_files: int
     written: bool
-    dialect: Detected | None = None
+    dialects: tuple[Detected, ...] = ()
 
     @property
     def pending(self) -> tuple[Located, ...]:
@@ -53,32 +52,25 @@ class Report:
         return all(found.finding.severity == "note" for found in self.everything)
 
 
-def pending_report(outcome: Outcome, more: Iterable[Located] = ()) -> Report:
-    """Return the report of a run that writes nothing.
-
-    Args:
-        outcome: of the run.
-        more: findings of other origin.
-    """
-    findings = (*outcome.findings, *more)
-    return _report(outcome, outcome.changes, findings, outcome.errors, written=False)
+def pending_report(outcome: Outcome) -> Report:
+    """Return the report of a run that writes nothing."""
+    return _report(outcome, outcome.changes, outcome.errors, written=False)
 
 
 def written_report(outcome: Outcome, result: Written) -> Report:
     """Return the report of a run whose changes were made, as far as they could be."""
     errors = (*outcome.errors, *result.errors)
-    return _report(outcome, result.changes, outcome.findings, errors, written=True)
+    return _report(outcome, result.changes, errors, written=True)
 
 
 def _report(
     outcome: Outcome,
     changes: tuple[Change, ...],
-    findings: tuple[Located, ...],
     errors: tuple[MigratorError, ...],
     *,
     written: bool,
 ) -> Report:
-    return Report(changes, findings, errors, outcome.files, outcome.plan_files, written, outcome.dialect)
+    return Report(changes, outcome.findings, errors, outcome.files, outcome.plan_files, written, outcome.dialects)
 
 
 def _place(found: Located) -> tuple[Path, int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from codemods.migrate import Change, Located, LocatedEdit
+from codemods.outcome import Change, Located, LocatedEdit
 from codemods.ownership import Place
 from codemods.pending import pending_findings
 from migrator.formats.replacements import Replacement, replacements

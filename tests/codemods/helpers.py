@@ -6,7 +6,8 @@ import ast
 import textwrap
 from pathlib import Path
 
-from codemods.migrate import Outcome, plan_rewrites
+from codemods.migrate import plan_rewrites
+from codemods.outcome import Outcome
 from codemods.write import write_changes
 
 REGULAR = """

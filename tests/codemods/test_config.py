@@ -110,6 +110,9 @@ def test_paths_that_lead_out_by_a_link_are_refused(tmp_path):
         ("src/?.py", "src/x.py", True),
         ("*.p", "src/x.py", False),
         ("a+b", "a+b/x.py", True),
+        ("./src/old", "src/old/x.py", True),
+        ("./old", "src/old/x.py", False),
+        ("./x.py", "x.py", True),
     ],
 )
 def test_globs(tmp_path, glob, path, expected):
@@ -118,3 +121,31 @@ def test_globs(tmp_path, glob, path, expected):
 
 def test_a_file_elsewhere_is_matched_by_its_whole_path(tmp_path):
     assert Configuration(tmp_path, exclude=("src/*",)).includes(Path("/other/src/x.py"))
+
+
+def test_what_excludes_a_file_is_named(tmp_path):
+    configuration = Configuration(tmp_path, exclude=("old", "./src/*.py"))
+    assert configuration.excluded_by(tmp_path / "src/x.py") == "./src/*.py"
+    assert configuration.excluded_by(tmp_path / "x.py") is None
+
+
+@pytest.mark.parametrize("link", ["project", "project/src", "project/src/x.py"])
+def test_a_link_means_the_project_that_it_leads_into(tmp_path, link):
+    root = tmp_path / "real/project"
+    (root / "src").mkdir(parents=True)
+    (root / "src/x.py").write_text("")
+    configured(root, "[tool.migrator]\nexclude = ['src/x.py']\n")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / link)
+    found = find_configuration(tmp_path / "link")
+    assert found.root == root
+    assert found.excluded_by(root / "src/x.py")
+
+
+def test_a_link_out_of_every_project_belongs_where_it_lies(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/models").symlink_to(tmp_path / "elsewhere")
+    configured(tmp_path / "project", "[tool.migrator]\nexclude = ['models/old']\n")
+    found = find_configuration(tmp_path / "project/../project/models")
+    assert found.excluded_by(tmp_path / "elsewhere/old/x.py") == "models/old"
+    assert found.excluded_by(tmp_path / "elsewhere/new/x.py") is None

@@ -141,7 +141,7 @@ def test_a_copy_that_someone_edited_fails(repository):
     errors = verify(repository)
     assert {Path(error.data["path"]).name for error in errors} == {"configuration_beta.py"}
     assert isinstance(errors[0], MismatchError)
-    assert re.search(r"configuration_beta\.py: line \d+ differs", errors[0].message)
+    assert re.search(r"configuration_beta\.py: line \d+ differs from what the converter writes$", errors[0].message)
 
 
 def test_a_copy_that_the_rewrite_missed_fails(repository):
@@ -150,6 +150,9 @@ def test_a_copy_that_the_rewrite_missed_fails(repository):
     path.write_text(path.read_text().replace("q_proj", "k_proj"))
     errors = verify(repository)
     assert [Path(error.data["path"]).name for error in errors] == ["configuration_delta.py"]
+    assert errors[0].message.endswith(
+        "differs from what the converter writes, and the rewrite leaves this file as it is"
+    )
 
 
 def test_a_file_that_the_tree_does_not_have_fails(repository):

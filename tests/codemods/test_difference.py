@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.difference import compare, touched_lines
+from codemods.difference import compare
 from codemods.migrate import plan_rewrites
 from codemods.revisions import changed_paths, find_repository
+from codemods.touched import touched_lines
 from codemods.write import write_changes
 from plans.errors import SourceError, UsageError
 from tests.codemods.helpers import write_tree
@@ -195,6 +196,96 @@ def test_the_same_entry_on_another_parameter_is_not_explained(root):
         ("base_model_ep_plan", "grouped_gemm", "layers.*.mlp.experts.down_proj", "meaning", False),
         ("base_model_tp_plan", "rowwise", "layers.*.mlp.experts.down_proj", "placement", False),
     ]
+
+
+Q_PROJ = "layers.*.self_attn.q_proj"
+ADDED = "\n    def __post_init__(self, **kwargs):\n        {}\n        super().__post_init__(**kwargs)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (f'self.base_model_tp_plan.pop("{Q_PROJ}")', Q_PROJ),
+        (f'del self.base_model_tp_plan["{Q_PROJ}"]', Q_PROJ),
+        ("self.base_model_tp_plan.clear()", "*"),
+        ("self.base_model_tp_plan = None", "*"),
+    ],
+)
+def test_entries_that_code_takes_out(root, line, key):
+    """Whoever inherits the code loses the entry too, and no line of theirs says so."""
+    edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
+    found = differences(root)
+    assert told(found) == [("mixtral", key, "removed", True), ("offspring", key, "removed", False)]
+    assert {one.place.plan for one in found} == {"base_model_tp_plan in __post_init__"}
+    assert {one.after.reading.placement for one in found} == {"whole"}
+    commit(root, "taken out")
+    edit(root, MIXTRAL, line, "pass")
+    assert told(differences(root)) == [("mixtral", key, "added", True), ("offspring", key, "added", False)]
+
+
+def test_a_plan_that_code_replaces(root):
+    line = f'self.base_model_tp_plan = {{"{Q_PROJ}": "rowwise"}}'
+    edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
+    assert told(differences(root)) == [
+        ("mixtral", "*", "removed", True),
+        ("mixtral", Q_PROJ, "added", True),
+        ("offspring", "*", "removed", False),
+        ("offspring", Q_PROJ, "added", False),
+    ]
+
+
+def test_one_arm_of_a_conditional_expression(root):
+    line = f'self.base_model_tp_plan |= {{"{Q_PROJ}": "colwise"}} if self.fused else {{"{Q_PROJ}": "rowwise"}}'
+    edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
+    commit(root, "two arms")
+    edit(root, MIXTRAL, f'else {{"{Q_PROJ}": "rowwise"}}', f'else {{"{Q_PROJ}": "colwise"}}')
+    found = differences(root)
+    assert told(found) == [("mixtral", Q_PROJ, "placement", True), ("offspring", Q_PROJ, "placement", False)]
+    assert {one.place.plan for one in found} == {"base_model_tp_plan in __post_init__ if not (self.fused)"}
+
+
+def test_a_plan_kept_in_a_constant(root):
+    text = (root / MIXTRAL).read_text()
+    plan = text[text.index("    base_model_tp_plan = {") :].partition("}\n")[0] + "}\n"
+    constant = "_PLAN = " + plan.strip().partition(" = ")[2] + "\n\n\n"
+    kept = text.replace(plan, "    base_model_tp_plan = _PLAN\n")
+    start = kept.index("class MixtralConfig")
+    start = kept.rindex("\n\n", 0, start)
+    (root / MIXTRAL).write_text(f"{kept[:start]}\n\n{constant.strip()}\n{kept[start:]}")
+    commit(root, "a constant")
+    assert differences(root, "HEAD~1", "HEAD") == (), "the same entries, elsewhere in the file"
+    edit(root, MIXTRAL, f'"{Q_PROJ}": "colwise"', f'"{Q_PROJ}": "rowwise"')
+    assert told(differences(root)) == [
+        ("mixtral", Q_PROJ, "placement", True),
+        ("offspring", Q_PROJ, "placement", False),
+    ]
+
+
+GATE_UP, DOWN = "layers.*.mlp.experts.gate_up_proj", "layers.*.mlp.experts.down_proj"
+FORWARD = "gate, up = nn.functional.linear(current_state, self.gate_up_proj[expert_idx]).chunk(2, dim=-1)"
+LAYOUTS = {
+    "interleaved": (
+        [(FORWARD, FORWARD.replace("gate, up =", "both =").replace(".chunk(2, dim=-1)", "[..., ::2], 1"))],
+        {GATE_UP: "Packed(1, 2) of interleaved experts"},
+    ),
+    "transposed": (
+        [("@use_experts_implementation\n", "@use_experts_implementation(is_transposed=True)\n")],
+        {GATE_UP: "Packed(1, 2) of transposed experts", DOWN: "Shard(2) of transposed experts"},
+    ),
+    "biased": (
+        [("        self.act_fn", "        self.down_proj_bias = nn.Parameter(torch.empty(1, 1))\n        self.act_fn")],
+        {GATE_UP: "Packed(1, 2) of biased experts", DOWN: "Shard(2) of biased experts"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("edits", "expected"), LAYOUTS.values(), ids=LAYOUTS)
+def test_another_layout_under_the_same_style_is_another_placement(root, edits, expected):
+    for before, after in edits:
+        edit(root, f"{PACKAGE}/models/mixtral/modeling_mixtral.py", before, after)
+    found = [one for one in differences(root) if one.place.plan == "base_model_tp_plan"]
+    assert {one.key: one.after.reading.placement for one in found} == expected
+    assert {(one.model, one.kind, one.explained) for one in found} == {("mixtral", "placement", False)}
 
 
 def test_modeling_source_rewritten_to_the_same_is_no_change(root):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from codemods.effective import EffectivePlans, PlanPlace, file_kind, inheritors
+from codemods.effective import EVERY_KEY, REMOVED, EffectivePlans, PlanPlace, file_kind
+from codemods.inheritors import inheritors
 from codemods.sources import Source
 from plans.errors import SourceError
 
@@ -60,12 +61,43 @@ def test_an_own_plan_replaces_the_inherited_one_whole():
         "from ..a.configuration_a import Child\nclass Child(Child): pass\n",
         "from ..c.configuration_c import Parent\nclass Child(Parent): pass\n",
         "from transformers.models.a.configuration_a import Parent\nclass Child(Parent): pass\n",
+        "from ..a.configuration_a import Parent as Base\nclass Child(Base): pass\n",
+        "from ..a import configuration_a as c\nclass Child(c.Parent): pass\n",
+        "from .. import a\nclass Child(a.configuration_a.Parent): pass\n",
+        "import transformers.models.a.configuration_a as c\nclass Child(c.Parent): pass\n",
+        "import transformers.models.a.configuration_a\n\n"
+        "class Child(transformers.models.a.configuration_a.Parent): pass\n",
+        "try:\n    from ..a.configuration_a import Parent\nexcept ImportError: pass\nclass Child(Parent): pass\n",
+        "from ..a.configuration_a import *\nclass Child(Parent): pass\n",
     ],
-    ids=["from the package", "second base", "of the same name", "passed on by another file", "absolute"],
+    ids=[
+        "from the package",
+        "second base",
+        "of the same name",
+        "passed on by another file",
+        "absolute",
+        "alias",
+        "module",
+        "package",
+        "absolute module",
+        "absolute name",
+        "in try",
+        "everything",
+    ],
 )
 def test_ways_to_a_parent(text):
     files = {A: PARENT + "class Child(Parent): pass\n", B: text, C: "from ..a.configuration_a import Parent\n"}
     assert plan_of(files, B, "Child") == {"a": "colwise", "b": "rowwise"}
+    assert B in inheritors([A], [A, B], sources(files)) or text.startswith("from ..c")
+
+
+def test_a_parent_inside_of_another_class():
+    outer = (
+        "class Outer:\n    class Parent:\n        base_model_tp_plan = {'a': 'colwise'}\n"
+        "    class Child(Parent): pass\n"
+    )
+    files = {A: outer, B: "from ..a.configuration_a import Outer\nclass Child(Outer.Parent): pass\n"}
+    assert plan_of(files, B, "Child") == plan_of(files, A, "Outer.Child") == {"a": "colwise"}
 
 
 def test_a_diamond_is_looked_up_as_python_does():
@@ -122,6 +154,44 @@ def test_what_code_adds_is_a_plan_of_its_own():
     assert plan_of({A: text}, A, "Child", "base_model_sp_plan") == {"a": "colwise"}
     label = "base_model_sp_plan in __post_init__ if i < self.dense"
     assert plan_of({A: text}, A, "Child", label) == {"layers.*.mlp": "rowwise"}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('self.base_model_tp_plan.pop("a")', {"a": REMOVED}),
+        ('del self.base_model_tp_plan["a"]', {"a": REMOVED}),
+        ("self.base_model_tp_plan.clear()", {EVERY_KEY: REMOVED}),
+        ("self.base_model_tp_plan = None", {EVERY_KEY: REMOVED}),
+        ('self.base_model_tp_plan = {"c": "colwise"}', {EVERY_KEY: REMOVED, "c": "colwise"}),
+        ('self.base_model_tp_plan.update({"c": "colwise"})', {"c": "colwise"}),
+    ],
+)
+def test_what_code_takes_out_of_a_plan_is_an_entry_too(line, expected):
+    text = PARENT + f"    def __init__(self):\n        {line}\n"
+    assert plan_of({A: text}, A, "Parent") == {"a": "colwise", "b": "rowwise"}
+    assert plan_of({A: text}, A, "Parent", "base_model_tp_plan in __init__") == expected
+
+
+def test_what_a_function_does_to_a_plan_is_inherited_with_it():
+    text = PARENT + '    def __init__(self):\n        self.base_model_tp_plan.pop("a")\n'
+    files = {A: text, B: "from ..a.configuration_a import Parent\nclass Child(Parent): pass\n"}
+    assert plan_of(files, B, "Child", "base_model_tp_plan in __init__") == {"a": REMOVED}
+
+
+def test_the_arms_of_a_condition_are_plans_of_their_own():
+    text = """
+    class Parent:
+        base_model_tp_plan = {"a": "colwise"} if FUSED else {"b": "rowwise"}
+    class Child(Parent): pass
+    class Own(Parent):
+        base_model_tp_plan = {"c": "colwise"}
+    """
+    for name in ("Parent", "Child"):
+        assert plan_of({A: text}, A, name, "base_model_tp_plan if FUSED") == {"a": "colwise"}
+        assert plan_of({A: text}, A, name, "base_model_tp_plan if not (FUSED)") == {"b": "rowwise"}
+    assert plan_of({A: text}, A, "Own", "base_model_tp_plan if FUSED") is None
+    assert plan_of({A: text}, A, "Own") == {"c": "colwise"}
 
 
 def test_inheritors_are_found_however_indirect():

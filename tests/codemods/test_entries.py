@@ -13,7 +13,7 @@ def entries(text):
     offsets = [0]
     for line in text.splitlines(keepends=True):
         offsets.append(offsets[-1] + len(line.encode()))
-    found = read_entries(ast.parse(text).body[0], lambda line, column: offsets[line - 1] + column)
+    found = read_entries([ast.parse(text).body[0].value], lambda line, column: offsets[line - 1] + column)
     for entry in found:
         written = text.encode()[slice(*entry.style_span)].decode()
         assert entry.style is None or ast.literal_eval(written) == entry.style

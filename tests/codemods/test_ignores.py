@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codemods.check import check_paths
 from codemods.config import Configuration
-from codemods.ignores import held_decisions, read_ignores, silences, unused_ignores, without_held
+from codemods.ignores import read_ignores, silenced_lines, unused_ignores
 from codemods.migrate import plan_rewrites
 from codemods.pending import unused_comments
 from codemods.selection import Selection, Silencer
 from codemods.write import write_changes
-from plans.decompose import InsertEntry, SetStyle
-from tests.codemods.helpers import PACKED, REGULAR, write_tree
-from tests.migrator.source_trees import COPY, OWNER, family, texts
+from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, codes, write_tree
+from tests.migrator.source_trees import COPY, MODELING, OWNER, family, texts
 
 GATE_UP, DOWN = '"packed_colwise",', '"rowwise",'
 COMMENT = "  # migrator: ignore[MIG001]"
@@ -37,6 +37,7 @@ def spoken_of(text: str) -> list[tuple[int, tuple[str, ...]]]:
         ("x = 1  # migrator: ignore\n", [(1, ())]),
         ("x = 1  # migrator: ignore[]\n", [(1, ())]),
         ("x = 1\n# migrator: ignore[MIG001]", [(2, ("MIG001",))]),
+        ("x = 1  # MIGRATOR: Ignore[MIG001]\n", [(1, ("MIG001",))]),
     ],
 )
 def test_what_a_comment_speaks_of(text, expected):
@@ -64,29 +65,10 @@ def test_text_that_is_no_python_has_none(text):
 
 def test_a_comment_silences_its_codes_on_its_line_only():
     ignores = read_ignores(b"x = 1  # migrator: ignore[MIG001]\n")
-    assert silences(ignores, 1, "MIG001")
-    assert not silences(ignores, 1, "MIG002")
-    assert not silences(ignores, 2, "MIG001")
-
-
-def test_the_entries_of_one_experts_module_are_held_together():
-    experts = [
-        SetStyle("MIG001", "a.experts.gate_up_proj", "packed_colwise", "x"),
-        SetStyle("MIG002", "a.experts.down_proj", "rowwise", "y"),
-    ]
-    others = [
-        SetStyle("MIG001", "b.experts.gate_up_proj", "packed_colwise", "x"),
-        InsertEntry("MIG003", "c.experts.down_proj", "y", anchor="c.experts"),
-        SetStyle("MIG001", "a.attn.q_proj", "packed_colwise", "x"),
-    ]
-    held = held_decisions([*experts, *others], lambda edit: edit.key == "a.experts.down_proj")
-    assert without_held([*experts, *others], held) == tuple(others)
-
-
-def test_dense_entries_are_held_one_by_one():
-    edits = [SetStyle("MIG001", f"layers.*.attn.{name}", "a", "b") for name in ("q_proj", "k_proj")]
-    held = held_decisions(edits, lambda edit: edit.key.endswith("q_proj"))
-    assert [edit.key for edit in without_held(edits, held)] == ["layers.*.attn.k_proj"]
+    assert silenced_lines(ignores, [1], "MIG001") == {1}
+    assert silenced_lines(ignores, range(1, 4), "MIG001") == {1}
+    assert silenced_lines(ignores, [1], "MIG002") == frozenset()
+    assert silenced_lines(ignores, [2, 3], "MIG001") == frozenset()
 
 
 def test_comments_of_no_use_are_found():
@@ -123,13 +105,104 @@ def test_an_ignored_entry_stays_and_so_does_its_pair_and_every_copy(tmp_path, en
     assert texts(tmp_path) == before
 
 
-def test_a_comment_in_a_generated_copy_decides_nothing(tmp_path):
+def test_a_comment_in_a_generated_copy_decides_nothing_and_is_told_so(tmp_path):
     family(tmp_path)
     copy = tmp_path / COPY
     copy.write_text(copy.read_text().replace(GATE_UP, GATE_UP + COMMENT))
     outcome, unused = rewritten(tmp_path)
     assert len(outcome.changes) == 2
     assert unused == [], "it is mended where it came from"
+    assert [(found.path, found.line, found.finding.code) for found in outcome.findings] == [(copy, 4, "MIG901")]
+    assert f"{tmp_path / OWNER} owns this entry" in outcome.findings[0].finding.message
+
+
+def test_a_copy_that_is_ignored_by_its_path_is_told_that_its_owner_decides(tmp_path):
+    family(tmp_path)
+    silent = Configuration(tmp_path, per_path_ignores=(("heir/**", frozenset({"MIG001"})),))
+    outcome, _ = rewritten(tmp_path, silent)
+    assert len(outcome.changes) == 2
+    assert [(found.path.name, found.finding.code) for found in outcome.findings] == [
+        ("configuration_heir.py", "MIG901")
+    ]
+    assert OWNER in outcome.findings[0].finding.message
+
+
+def test_a_comment_that_the_owner_has_too_is_no_finding(tmp_path):
+    family(tmp_path, PACKED.replace(GATE_UP, GATE_UP + COMMENT))
+    outcome, unused = rewritten(tmp_path)
+    assert (outcome.changes, outcome.findings, unused) == ((), (), [])
+
+
+@pytest.mark.parametrize(
+    ("owner", "configuration"),
+    [
+        (MIGRATED, {"ignore": frozenset({"MIG002"})}),
+        (MIGRATED, {"per_path_ignores": (("toy", frozenset({"MIG001"})),)}),
+        (MIGRATED.replace('_colwise",', '_colwise",' + COMMENT), {}),
+    ],
+)
+def test_a_lagging_copy_is_not_brought_along_where_its_owner_is_held(tmp_path, owner, configuration):
+    family(tmp_path)
+    (tmp_path / OWNER).write_text(owner)
+    outcome, unused = rewritten(tmp_path, Configuration(tmp_path, **configuration))
+    assert (outcome.changes, unused) == ((), [])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        '# migrator: ignore[MIG001]\n            {key}:\n                "packed_colwise",',
+        '{key}:  # migrator: ignore[MIG001]\n                "packed_colwise",',
+        '{key}:\n                "packed_colwise",  # migrator: ignore[MIG001]',
+        '{key}:\n                # migrator: ignore[MIG001]\n                "packed_colwise",',
+    ],
+)
+def test_an_entry_on_two_lines_is_spoken_of_at_either(tmp_path, entry):
+    before = '"layers.*.mlp.experts.gate_up_proj": "packed_colwise",'
+    assert before in PACKED
+    text = PACKED.replace(before, entry.format(key='"layers.*.mlp.experts.gate_up_proj"'))
+    write_tree(tmp_path, {OWNER: text, "toy/modeling_toy.py": REGULAR})
+    outcome, unused = rewritten(tmp_path)
+    assert (outcome.changes, outcome.findings, unused) == ((), (), [])
+
+
+SPLIT = """
+class ToyConfig(PreTrainedConfig):
+    base_model_tp_plan = {"layers.*.mlp.experts": "moe_tp_experts"}
+    base_model_sp_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+
+    def __post_init__(self):
+        self.base_model_tp_plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"
+        self.base_model_tp_plan |= {"layers.*.mlp.experts.down_proj": "rowwise"}
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'self.base_model_tp_plan["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"',
+        'self.base_model_tp_plan |= {"layers.*.mlp.experts.down_proj": "rowwise"}',
+    ],
+)
+def test_a_pair_in_two_statements_is_held_as_one_and_only_in_its_plan(tmp_path, line):
+    comment = "  # migrator: ignore[MIG001, MIG002]"
+    write_tree(tmp_path, {OWNER: SPLIT.replace(line, line + comment), "toy/modeling_toy.py": REGULAR})
+    outcome, unused = rewritten(tmp_path)
+    assert {edit.attribute for change in outcome.changes for edit in change.edits} == {"base_model_sp_plan"}
+    assert len(unused) == 1, "each entry has one of the two"
+
+
+def test_what_is_ignored_is_no_other_finding_instead(tmp_path):
+    hook = '"layers.*.mlp.experts": "moe_experts_allreduce",  # migrator: ignore[MIG003]'
+    write_tree(tmp_path, {OWNER: f"class ToyConfig:\n    base_model_tp_plan = {{\n        {hook}\n    }}\n"})
+    write_tree(tmp_path, {"toy/modeling_toy.py": MODELING})
+    silencer = Silencer()
+    outcome = check_paths([tmp_path], silencer, source="transformers-5.23")
+    assert (outcome.changes, codes(outcome), list(unused_comments(silencer))) == ((), [], [])
 
 
 def test_the_other_modules_of_the_plan_are_still_rewritten(tmp_path):
@@ -178,6 +251,17 @@ def test_an_excluded_copy_holds_back_its_family(tmp_path):
     outcome, _ = rewritten(tmp_path, Configuration(tmp_path, exclude=("heir",)))
     assert outcome.changes == ()
     assert [(found.path.name, found.finding.code) for found in outcome.findings] == [("configuration_toy.py", "MIG304")]
+    assert "configuration_heir.py is excluded by 'heir'" in outcome.findings[0].finding.message
+
+
+def test_an_excluded_owner_is_named_with_what_excludes_it(tmp_path):
+    family(tmp_path)
+    outcome, _ = rewritten(tmp_path, Configuration(tmp_path, exclude=("nothing", "toy/**")))
+    assert outcome.changes == ()
+    assert [(found.path.name, found.finding.code) for found in outcome.findings] == [
+        ("configuration_heir.py", "MIG304")
+    ]
+    assert "configuration_toy.py is excluded by 'toy/**' in pyproject.toml" in outcome.findings[0].finding.message
 
 
 def test_an_excluded_file_may_be_broken(tmp_path):

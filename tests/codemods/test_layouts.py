@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from codemods.layouts import read_layouts
+from codemods.layouts import layout_of, read_layouts
+from plans.described import Described
 from plans.layout import ExpertLayout
-from tests.codemods.helpers import REGULAR, write_tree
+from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, check_noop, check_transformed, codes, write_tree
 
 
 def layouts(root, source):
@@ -108,3 +109,136 @@ def test_dense_modules_are_no_experts(tmp_path):
         "        self.down_proj", "        self.gate_proj = nn.Parameter(torch.empty(1, 2, 3))\n        self.down_proj"
     )
     assert layouts(tmp_path, separate) == ()
+
+
+BASE = ExpertLayout("modeling_toy.py:ToyExperts")
+MODEL = """
+
+class ToyBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.experts = {name}(config)
+
+
+class ToyLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = ToyBlock(config)
+
+
+class ToyModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList([ToyLayer(config) for _ in range(2)])
+"""
+
+
+def heir(body, bases="ToyExperts", decorator=""):
+    """The regular experts and a class that inherits from them."""
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    return f"{REGULAR}\n\n{decorator}\nclass OwnExperts({bases}):\n{indented}"
+
+
+SAME = {
+    "nothing": "pass",
+    "another method": "def count(self):\n    return len(self.gate_up_proj)",
+    "around the inherited forward": "def forward(self, *args):\n    return 2 * super().forward(*args)",
+    "around the named forward": "def forward(self, *args):\n    return 2 * ToyExperts.forward(self, *args)",
+    "its own chunk": "def forward(self, x):\n    gate, up = x.chunk(2, dim=-1)\n    return gate * up",
+    "around init": "def __init__(self, config):\n    super().__init__(config)\n    self.count = 2",
+}
+
+
+@pytest.mark.parametrize("body", SAME.values(), ids=SAME)
+def test_a_class_has_the_layout_that_it_inherits(tmp_path, body):
+    assert layouts(tmp_path, heir(body)) == (BASE, ExpertLayout("modeling_toy.py:OwnExperts"))
+
+
+IRREGULAR = {
+    "a bias": (
+        "def __init__(self, config):\n    super().__init__(config)\n"
+        "    self.gate_up_proj_bias = nn.Parameter(torch.zeros(2, 2))",
+        "MIG105",
+    ),
+    "another forward": ("def forward(self, x):\n    return x[..., ::2] * x[..., 1::2]", "MIG102"),
+    "another shape": (
+        "def __init__(self, config):\n    super().__init__(config)\n"
+        "    self.gate_up_proj = nn.Parameter(torch.empty(8, self.hidden_dim, 2 * self.intermediate_dim))\n"
+        "    self.down_proj = nn.Parameter(torch.empty(8, self.intermediate_dim, self.hidden_dim))",
+        "MIG101",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "code"), IRREGULAR.values(), ids=IRREGULAR)
+def test_what_a_class_makes_irregular_of_what_it_inherits(tmp_path, body, code):
+    base, own = layouts(tmp_path, heir(body))
+    assert (base, own and own.irregularity) == (BASE, code)
+
+
+UNCLEAR = {
+    "a forward that does not show it": "def forward(self, x):\n    return fused(x, self.gate_up_proj)",
+    "another parameter": (
+        "def __init__(self, config):\n    super().__init__(config)\n    self.scale = nn.Parameter(torch.ones(1, 2, 3))"
+    ),
+    "a parameter made something else": (
+        "def __init__(self, config):\n    super().__init__(config)\n    self.gate_up_proj = pack(self.gate_up_proj)"
+    ),
+    "parameters of its own making": "def __init__(self, config):\n    self.gate_up_proj = make(config)",
+    "a parameter in another order": (
+        "def forward(self, x):\n"
+        "    packed = self.gate_up_proj[0].reshape(-1, 2, 4).transpose(0, 1)\n"
+        "    gate, up = (x @ packed).chunk(2, dim=-1)\n    return gate * up"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", UNCLEAR.values(), ids=UNCLEAR)
+def test_a_class_that_cannot_be_understood_is_not_taken_for_its_base(tmp_path, body):
+    assert layouts(tmp_path, heir(body)) == (BASE, None)
+
+
+def test_a_base_from_elsewhere_may_do_anything(tmp_path):
+    assert layouts(tmp_path, heir("pass", "FusedMixin, ToyExperts")) == (BASE, None)
+    assert layouts(tmp_path, REGULAR.replace("nn.Module", "FusedExperts")) == (None,)
+
+
+def test_a_base_in_another_file_of_the_model_is_read(tmp_path):
+    own = "class OwnExperts(ToyExperts):\n    def forward(self, x):\n        return x[..., ::2]\n"
+    write_tree(tmp_path, {"modeling_toy.py": REGULAR, "modeling_toy_own.py": own})
+    assert [layout and layout.irregularity for layout in read_layouts(tmp_path)] == [None, "MIG102"]
+
+
+def test_an_heir_of_an_heir_and_its_flags(tmp_path):
+    source = heir("pass", decorator="@use_experts_implementation(is_transposed=True)")
+    source += "\n\nclass LastExperts(OwnExperts):\n    pass\n"
+    assert [layout and layout.irregularity for layout in layouts(tmp_path, source)] == [None, "MIG101", "MIG101"]
+    computed = source.replace("is_transposed=True", "is_transposed=FLAG")
+    assert layouts(tmp_path, computed) == (BASE, None, None)
+
+
+def test_what_the_key_names_decides(tmp_path):
+    write_tree(tmp_path, {"modeling_toy.py": heir(IRREGULAR["another forward"][0])})
+    assert layout_of(tmp_path, Described("experts", None, "modeling_toy.py:ToyExperts")) == BASE
+    own = layout_of(tmp_path, Described("experts", None, "modeling_toy.py:OwnExperts"))
+    assert own is not None
+    assert own.irregularity == "MIG102"
+    assert layout_of(tmp_path, Described("module", None, "modeling_toy.py:Elsewhere")) is None
+    assert layout_of(tmp_path, None) is None, "two classes, and nothing says which"
+
+
+@pytest.mark.parametrize("body", SAME.values(), ids=SAME)
+def test_a_plan_is_rewritten_for_the_class_that_the_model_makes(tmp_path, body):
+    check_transformed(tmp_path, PACKED, MIGRATED, heir(body) + MODEL.format(name="OwnExperts"))
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [*IRREGULAR.values(), *((body, "MIG203") for body in UNCLEAR.values())],
+    ids=[*IRREGULAR, *UNCLEAR],
+)
+def test_a_plan_stays_where_that_class_is_not_regular(tmp_path, body, code):
+    modeling = heir(body) + MODEL.format(name="OwnExperts")
+    assert codes(check_noop(tmp_path / "own", PACKED, modeling)) == [code]
+    unused = heir(body) + MODEL.format(name="ToyExperts")
+    check_transformed(tmp_path / "unused", PACKED, MIGRATED, unused)

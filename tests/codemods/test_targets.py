@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from codemods.check import check_paths
 from codemods.migrate import plan_rewrites
 from codemods.write import write_changes
 from plans.errors import UsageError
@@ -51,7 +52,7 @@ def test_there_and_back_is_the_same_text(models, target):
         assert len(forth.changes) == len(back.changes) > 10
         assert b'"rowwise_allreduce"' in moved[models / "llama/configuration_llama.py"]
         # Some models' heads are inherited from models that this sample leaves out.
-        of_configs = [found for found in forth.findings if not found.path.name.startswith("modeling_")]
+        of_configs = [found for found in forth.findings if found.attribute.startswith("base_model_")]
         assert {found.finding.code for found in of_configs} == {"MIG401"}
         untouched = (models / "llama4/configuration_llama4.py").read_text().splitlines()
         assert all(
@@ -127,3 +128,22 @@ def test_an_unknown_target_is_refused(tmp_path):
         plan_rewrites([tmp_path], target="dtensor", source="klingon")
     with pytest.raises(UsageError):
         plan_rewrites([tmp_path], source="klingon")
+    with pytest.raises(UsageError):
+        check_paths([tmp_path], target="klingon")
+
+
+@pytest.mark.parametrize("target", ["param-level", "dtensor"])
+def test_an_overlay_is_no_source(tmp_path, target):
+    for run in (plan_rewrites, check_paths):
+        with pytest.raises(UsageError, match="param-level") as caught:
+            run([tmp_path], source="param-level", target=target)
+        assert "transformers-5.23" in caught.value.hint
+        assert "param-level" not in caught.value.hint
+
+
+def test_check_finds_pending_what_a_rewrite_to_the_target_does(models):
+    rewritten = plan_rewrites([models], target="dtensor", source="transformers-5.23")
+    checked = check_paths([models], target="dtensor", source="transformers-5.23")
+    assert checked.changes == rewritten.changes
+    assert len(checked.changes) > 10
+    assert set(rewritten.findings) <= set(checked.findings)

@@ -117,10 +117,35 @@ def test_the_target_is_configured_or_given(tmp_path):
     assert styles == ["moe_tp_gate_up_colwise", "moe_tp_down_rowwise"]
     printed = migrator("rewrite", "--check", cwd=tmp_path).stdout.decode()
     assert "read as " in printed
-    done = migrator("check", cwd=tmp_path)
-    assert done.returncode == 2
-    assert b"migrator rewrite --check --target dtensor" in done.stderr
     assert migrator("rewrite", "--target", "klingon", cwd=tmp_path).returncode == 2
+    assert migrator("check", "--target", "klingon", cwd=tmp_path).returncode == 2
+
+
+def test_pending_is_what_the_target_wants(tmp_path):
+    family(tmp_path)
+    flags = ("--source", "transformers-5.23")
+    printed = migrator("check", "--target", "dtensor", *flags, cwd=tmp_path).stdout.decode().splitlines()
+    assert printed[2].endswith("MIG400 layers.*.mlp.experts: moe_tp_experts becomes moe_experts_allreduce")
+    assert printed[-1] == "6 warnings in 5 files"
+    assert migrator("rewrite", "--target", "dtensor", *flags, cwd=tmp_path).returncode == 0
+    (tmp_path / "pyproject.toml").write_text("[tool.migrator]\ntarget = 'dtensor'\n")
+    done = migrator("check", "--source", "dtensor", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"nothing found in 5 files\n")
+
+
+@pytest.mark.parametrize("command", ["check", "rewrite"])
+@pytest.mark.parametrize("configured", [True, False])
+def test_an_overlay_is_no_source(tmp_path, command, configured):
+    before = texts(family(tmp_path))
+    if configured:
+        (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nsource = 'param-level'\n")
+    done = migrator(command, *(() if configured else ("--source", "param-level")), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    message, hint = done.stderr.decode().splitlines()
+    assert message.startswith("error: no tree speaks param-level alone")
+    assert "transformers-5.23" in hint
+    assert "param-level" not in hint
+    assert texts(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ["check", "rewrite"])
@@ -166,7 +191,7 @@ def test_json_has_the_documented_shape(tmp_path):
     )
     done = migrator("check", ".", "--format", "json", cwd=tmp_path)
     result = json.loads(done.stdout)
-    assert set(result) == {"written", "files", "plan_files", "dialect", "changes", "findings", "errors"}
+    assert set(result) == {"written", "files", "plan_files", "dialect", "dialects", "changes", "findings", "errors"}
     assert [change["role"] for change in result["changes"]] == ["owner", "copy"]
     assert result["changes"][0]["edits"][0] == {
         "line": 3,

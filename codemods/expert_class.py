@@ -1,0 +1,151 @@
+"""What an experts class does, read from its statements and those it inherits: its parameters, and gate beside up."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["Shapes", "effective_statements", "flags_of", "is_concatenated", "parameter_shapes"]
+
+Shapes = dict[str, tuple[str, ...]]
+"""The dims of parameters by name, as source text."""
+
+_REORDERING = frozenset({"reshape", "view", "flatten", "index_select", "flip", "roll"})
+
+
+def effective_statements(lineage: Sequence[ast.ClassDef]) -> list[ast.stmt]:
+    """Return what of a class and its bases takes effect, bases first.
+
+    A method that a nearer class overrides counts only where the nearer one calls it.
+
+    Args:
+        lineage: the class, then its bases in the order in which Python looks attributes up.
+    """
+    names = {definition.name for definition in lineage}
+    hidden: set[str] = set()
+    kept: list[list[ast.stmt]] = []
+    for definition in lineage:
+        kept.append([one for one in definition.body if not (_is_function(one) and _name(one) in hidden)])
+        if definition is not lineage[-1]:  # it hides nothing of any other
+            hidden |= {_name(one) for one in kept[-1] if _is_function(one) and not _calls_overridden(one, names)}
+    return [statement for statements in reversed(kept) for statement in statements]
+
+
+def _is_function(statement: ast.stmt) -> bool:
+    return isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+def _name(function: ast.stmt) -> str:
+    return str(getattr(function, "name", ""))
+
+
+def _calls_overridden(function: ast.stmt, classes: set[str]) -> bool:
+    """Say whether a method calls the one it overrides: `super().forward(…)`, `ToyExperts.forward(self, …)`."""
+    for node in ast.walk(function):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=called)):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=called)) if owner in classes:
+                pass
+            case _:
+                continue
+        if called == _name(function):
+            return True
+    return False
+
+
+def parameter_shapes(body: Iterable[ast.stmt]) -> Shapes:
+    """Return the dims of every parameter as source text: `self.NAME = nn.Parameter(torch.empty(…))` and the like.
+
+    A parameter that is made in another way, or is made something else later, has no dims.
+    """
+    shapes: Shapes = {}
+    for statement in _statements(body):
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=value)
+                | ast.AnnAssign(target=ast.Attribute(value=ast.Name(id="self"), attr=name), value=value)
+            ) if _is_parameter(value) or name in shapes:
+                shapes[name] = _dims(value) if _is_parameter(value) else ()
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(attr="register_parameter"), args=[ast.Constant(value=str(name)), value]
+                )
+            ) if not (isinstance(value, ast.Constant) and value.value is None):
+                shapes[name] = _dims(value)
+    return shapes
+
+
+def _is_parameter(value: ast.expr | None) -> bool:
+    if not isinstance(value, ast.Call):
+        return False
+    made = value.func
+    return (made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")) == "Parameter"
+
+
+def _dims(value: ast.expr | None) -> tuple[str, ...]:
+    match value:
+        case ast.Call(args=[ast.Call(args=[ast.Tuple(elts=dims) | ast.List(elts=dims), *_]), *_]):
+            return tuple(map(ast.unparse, dims))
+        case ast.Call(args=[ast.Call(args=dims), *_]):
+            return tuple(map(ast.unparse, dims))
+    return ()
+
+
+def flags_of(lineage: Sequence[ast.ClassDef]) -> dict[str, bool] | None:
+    """Return the flags of the classes' decorators, the nearest counts; None where one is computed or taken in."""
+    flags: dict[str, bool] = {}
+    for definition in reversed(lineage):
+        for decorator in definition.decorator_list:
+            for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
+                if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
+                    return None
+                if isinstance(keyword.value.value, bool):
+                    flags[keyword.arg] = keyword.value.value
+    return flags
+
+
+def is_concatenated(body: Iterable[ast.stmt], flags: dict[str, bool]) -> bool | None:
+    """Say whether gate rows stand before up rows, by how the class takes them apart; None where it does not show.
+
+    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate; other ways to split a tensor
+    in two leave it open, and so does a parameter that is put in another order first.
+    """
+    steps = chunks = unclear = False
+    for node in (node for statement in body for node in ast.walk(statement)):
+        match node:
+            case ast.Slice(step=ast.Constant(value=2)):
+                steps = True
+            case ast.Call(func=ast.Attribute(attr="chunk")):
+                chunks = chunks or _halves_last_dim(node)
+            case ast.Call(func=ast.Attribute(attr="unbind" | "unflatten" | "split" | "tensor_split")):
+                unclear = True
+            case ast.Call(func=ast.Attribute(value=value, attr=method)) if method in _REORDERING:
+                unclear = unclear or _is_packed_parameter(value) or any(map(_is_packed_parameter, node.args))
+    if steps or not flags.get("is_concatenated", True):
+        return False
+    return True if chunks and not unclear else None
+
+
+def _is_packed_parameter(value: ast.expr) -> bool:
+    """Say whether an expression is the packed parameter, a part of it, or what one of its methods makes of it."""
+    match value:
+        case ast.Attribute(value=ast.Name(id="self"), attr="gate_up_proj"):
+            return True
+        case ast.Subscript(value=inner) | ast.Call(func=ast.Attribute(value=inner)):
+            return _is_packed_parameter(inner)
+    return False
+
+
+def _halves_last_dim(call: ast.Call) -> bool:
+    dims = [*call.args[1:], *(keyword.value for keyword in call.keywords if keyword.arg == "dim")]
+    halves = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == 2
+    return halves and [ast.unparse(dim) for dim in dims] == ["-1"]
+
+
+def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield every statement at any depth; walking expressions too would take ten times as long."""
+    for statement in body:
+        yield statement
+        for nested in ("body", "orelse", "finalbody"):
+            yield from _statements(getattr(statement, nested, ()))

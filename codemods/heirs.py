@@ -1,0 +1,44 @@
+"""Classes by the names that they inherit from, by their headers alone: a quick first look, never the last word."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from codemods.sources import Source
+
+__all__ = ["heirs_by_name"]
+
+_HEADER = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?")
+_NAME = re.compile(rb"\w+")
+_ALIAS = re.compile(rb" as (\w+)")
+_LONGEST = 80  # bytes before an alias in which the name is looked for
+
+
+def heirs_by_name(sources: Iterable[Source]) -> dict[str, list[tuple[Path, str]]]:
+    """Return the classes that a name may give plans to, itself among them: each with its file.
+
+    Args:
+        sources: the files whose classes are looked at.
+    """
+    found: dict[bytes, list[tuple[Path, str]]] = defaultdict(list)
+    for source in sources:
+        data = b"\n" + source.data
+        aliases = _aliases(data[: data.find(b"\nclass ")])
+        for header in _HEADER.finditer(data):
+            heir = source.path, header[1].decode("utf-8", "replace")
+            found[header[1]].append(heir)
+            for base in _NAME.findall(header[2] or b""):
+                found[aliases.get(base, base)].append(heir)
+    return {name.decode("utf-8", "replace"): heirs for name, heirs in found.items()}
+
+
+def _aliases(head: bytes) -> dict[bytes, bytes]:
+    """Return the names that the beginning of a file gives to what it imports, with those they stand for."""
+    found: dict[bytes, bytes] = {}
+    for match in _ALIAS.finditer(head):
+        before = _NAME.findall(head, max(0, match.start() - _LONGEST), match.start())
+        found[match[1]] = before[-1] if before else match[1]
+    return found
