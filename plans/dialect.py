@@ -75,6 +75,10 @@ class Dialect:
         """Return this dialect with another one's styles added; where both have a name the upper one decides."""
         return replace(self, name=f"{self.name}+{upper.name}", styles={**self.styles, **upper.styles})
 
+    def extended(self, other: Dialect) -> Dialect:
+        """Return this dialect with the styles of another one whose names it does not have itself."""
+        return replace(self, styles={**other.styles, **self.styles})
+
 
 def dialect_names() -> tuple[str, ...]:
     """Return the names of all dialects that ship with migrator."""

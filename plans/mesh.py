@@ -42,6 +42,9 @@ class Mesh:
                 fsdp=self.fsdp,
             )
 
+    def __str__(self) -> str:
+        return f"tp={self.tp}, ep={self.ep}, fsdp={self.fsdp}"
+
     @property
     def world_size(self) -> int:
         """The number of ranks."""

@@ -28,23 +28,23 @@ def wildcard(name: str) -> str:
 def lookup(plan: Mapping[str, str], name: str, *, is_parameter: bool) -> str | None:
     """Return the plan key that decides for a parameter or module, or None.
 
-    A parameter's own entry wins over its module's; a module listens only to its own.
+    A parameter's own entry wins over its module's; a module listens only to its own. Of two keys for one thing the one
+    with the literal layer number wins over the one with wildcards.
 
     Args:
         plan: key to style.
         name: concrete name, `model.layers.0.mlp.experts.down_proj`.
         is_parameter: whether the owner module's entry counts too.
 
-    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.23.0, which match wildcarded names only.
+    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.23.0, which match wildcarded names only; literal numbers
+    are the branch's, after pull request 46290.
     """
-    generic = wildcard(name)
-    if generic in plan:
-        return generic
-    owner = generic.rpartition(".")[0]
-    return owner if is_parameter and owner in plan else None
+    names = [name, name.rpartition(".")[0]] if is_parameter else [name]
+    candidates = (key for one in names if one for key in (one, wildcard(one)))
+    return next((key for key in candidates if key in plan), None)
 
 
 def unmatched_keys(plan: Mapping[str, str], names: Iterable[str]) -> list[str]:
     """Return the plan's keys that name none of the given modules and parameters, in plan order."""
-    generic = {wildcard(name) for name in names}
-    return [key for key in plan if key not in generic]
+    known = {key for name in names for key in (name, wildcard(name))}
+    return [key for key in plan if key not in known]

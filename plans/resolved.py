@@ -25,7 +25,8 @@ class ResolvedParameter:
         dtype: safetensors' name, `BF16`.
         shape: of the whole tensor.
         mesh: which of the two meshes its placements speak of.
-        placements: one per axis of that mesh, outermost first, applied in order; all dims counted from the front.
+        placements: one per axis of that mesh, outermost first; the innermost applies first, and FSDP cuts what
+            it leaves. All dims are counted from the front.
         key: the plan entry that decided, or None.
         style: that entry's style, or None.
         reason: why this placement, in words.

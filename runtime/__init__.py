@@ -1,1 +1,29 @@
-"""Checkpoints, parallel models and their proof."""
+"""Models made parallel by plans, checkpoints laid out for them, and the proof that both are right.
+
+The names below are the library's face; each is imported when it is first asked for, because torch takes seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.parallel import parallelize
+    from runtime.plan import Plan
+    from runtime.verify import verify_plan, verify_sharding
+
+__all__ = ["Plan", "parallelize", "verify_plan", "verify_sharding"]
+
+_HOMES = {
+    "Plan": "runtime.plan",
+    "parallelize": "runtime.parallel",
+    "verify_plan": "runtime.verify",
+    "verify_sharding": "runtime.verify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

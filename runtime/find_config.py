@@ -50,12 +50,9 @@ def _folder(path: Path) -> Path | None:
 
 def _default_config(model_type: str) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
-    names = found if isinstance(found, tuple) else (found,)
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type](architectures=[name for name in names if name])
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type](architectures=default_architectures(model_type))
     except Exception as error:  # What transformers' config classes raise is not ours to list.
         raise UsageError(
             f"{model_type}: its default config is not valid: {first_line(error)}",
@@ -63,3 +60,11 @@ def _default_config(model_type: str) -> PreTrainedConfig:
             source=model_type,
         ) from error
     return config
+
+
+def default_architectures(model_type: str) -> list[str]:
+    """Return the model classes that a config of this type most likely means: the causal language model, or the base."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
+    return [name for name in (found if isinstance(found, tuple) else (found,)) if name]

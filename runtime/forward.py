@@ -20,7 +20,7 @@ from runtime.agreement import gather_json, together
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks import assemble
 from runtime.checkpoint.record import MANIFEST
-from runtime.load import load_whole
+from runtime.loading import load_whole
 from runtime.model import meta_model, model_class, read_config
 from runtime.validation_values import Forward, ValidationRequest
 from runtime.wording import first_line

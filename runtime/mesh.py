@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -10,10 +11,36 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
 
-__all__ = ["DeviceMeshes", "device_meshes", "inner_axis"]
+__all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
 
-DeviceMeshes = Mapping[MeshName, DeviceMesh]
-"""The same ranks as one or two meshes; `experts` is there when experts have an axis of their own."""
+_NAMES: tuple[MeshName, ...] = ("dense", "experts")
+
+
+@dataclass(frozen=True)
+class DeviceMeshes:
+    """The same ranks as one or two meshes.
+
+    Args:
+        sizes: of the mesh axes.
+        axes: one-dimensional meshes by axis name; `ep` and `efsdp` are there when experts have an axis of their own.
+    """
+
+    sizes: Mesh
+    axes: Mapping[str, DeviceMesh]
+
+    def axis(self, name: str) -> DeviceMesh:
+        """Return one axis.
+
+        Raises:
+            UsageError: the mesh has no axis of this name.
+        """
+        if name not in self.axes:
+            raise UsageError(
+                f"the plan works over the axis {name!r}, the device mesh has " + ", ".join(sorted(self.axes)),
+                hint=f"build it with device_meshes(Mesh(...)), or name an axis of your device mesh {name!r}",
+                axis=name,
+            )
+        return self.axes[name]
 
 
 def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
@@ -37,12 +64,35 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
             mesh=mesh.world_size,
             processes=dist.get_world_size(),
         )
-    names: tuple[MeshName, ...] = ("dense", "experts") if mesh.ep > 1 else ("dense",)
-    return {name: init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name)) for name in names}
+    axes: dict[str, DeviceMesh] = {}
+    for name in _NAMES if mesh.ep > 1 else _NAMES[:1]:
+        laid_out = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
+        axes |= {axis: laid_out[axis] for axis in mesh.axes(name)}
+    return DeviceMeshes(mesh, axes)
 
 
-def inner_axis(meshes: DeviceMeshes, name: MeshName) -> DeviceMesh:
-    """Return a mesh's innermost axis, which the plan's entries shard over: `tp` of dense, `ep` of experts."""
-    mesh = meshes[name]
-    assert mesh.mesh_dim_names is not None
-    return mesh[mesh.mesh_dim_names[-1]]
+def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
+    """Return device meshes for whatever a caller has: sizes, a device mesh of their own, or these themselves.
+
+    Args:
+        mesh: sizes are laid out on the process group's device; a device mesh has one or more of the axes `fsdp` and
+            `tp`, or is one axis `ep` over which dense parameters are whole.
+
+    Raises:
+        UsageError: its axes have other names, or as `device_meshes`.
+    """
+    if isinstance(mesh, DeviceMeshes):
+        return mesh
+    if isinstance(mesh, Mesh):
+        return device_meshes(mesh, "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    names = mesh.mesh_dim_names or ()
+    sizes = dict(zip(names, mesh.shape, strict=False))
+    if names == ("ep",):
+        return DeviceMeshes(Mesh(tp=sizes["ep"], ep=sizes["ep"]), {"ep": mesh})
+    if not names or names not in (("tp",), ("fsdp",), ("fsdp", "tp")):
+        raise UsageError(
+            f"a device mesh with the axes {names or 'without names'} cannot carry a plan",
+            hint="name its axes ('tp',), ('ep',) or ('fsdp', 'tp'), or pass the sizes as a plans.mesh.Mesh",
+            axes=list(names),
+        )
+    return DeviceMeshes(Mesh(**sizes), {name: mesh[name] for name in names})

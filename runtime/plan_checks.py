@@ -8,14 +8,36 @@ from typing import Any
 from torch import nn
 
 from plans.dialect import Dialect
-from plans.errors import IndivisibleError, UnmatchedKeyError
-from plans.mesh import Mesh
+from plans.errors import IndivisibleError, UnmatchedKeyError, UsageError
+from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Shard
 from plans.plan import lookup, unmatched_keys, wildcard
 from plans.resolved import ResolvedParameter
 from runtime.creatable import first_unknown_part
 
-__all__ = ["check_divisible", "unmatched_entries"]
+__all__ = ["check_divisible", "check_mode", "unmatched_entries"]
+
+
+def check_mode(mode: Mode, mesh: Mesh) -> None:
+    """Refuse a mode on a mesh that lacks its axis, or has one that it does not use.
+
+    Raises:
+        UsageError: expert parallel modes need ep > 1 and the others none; `ep` alone needs tp = ep and no FSDP.
+    """
+    uses_experts = mode.endswith("ep")
+    if uses_experts != (mesh.ep > 1):
+        raise UsageError(
+            f"mode {mode!r} on a mesh of {mesh}: "
+            + ("it needs an expert axis" if uses_experts else "it uses no expert axis"),
+            hint="give --ep 2 or more" if uses_experts else f"leave --ep out, or choose --mode {mode}_ep",
+            mode=mode,
+        )
+    if mode == "ep" and not (mesh.tp == mesh.ep and mesh.fsdp == 1):
+        raise UsageError(
+            f"mode 'ep' keeps dense parameters whole on the same ranks, but the mesh is {mesh}",
+            hint=f"give --tp {mesh.ep} --ep {mesh.ep}, or choose --mode tp_ep",
+            mode=mode,
+        )
 
 
 def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
@@ -61,30 +83,38 @@ def check_divisible(
     """Refuse sizes that would cut a packed group or an attention head, naming the sizes that work.
 
     Raises:
-        IndivisibleError: the tp axis does not divide one of them.
+        IndivisibleError: an axis does not divide one of them.
     """
-    sizes = {**_packed_sizes(parameters), **_head_counts(model, plan, dialect)}
-    failing = [(what, size) for what, size in sizes.items() if size % mesh.tp]
-    if failing:
-        what, size = failing[0]
-        limit = min(sizes.values())
-        works = [tp for tp in range(1, limit + 1) if all(size % tp == 0 for size in sizes.values())]
-        raise IndivisibleError(
-            f"tp={mesh.tp} does not divide {what}, {size}",
-            hint="sizes that work: " + ", ".join(str(tp) for tp in works),
-            what=what,
-            size=size,
-            works=works,
-        )
+    over_tp = {**_packed_sizes(parameters), **_head_counts(model, plan, dialect)}
+    for axis, size, counts in (("tp", mesh.tp, over_tp), ("ep", mesh.ep, _expert_counts(parameters))):
+        failing = [(what, count) for what, count in counts.items() if count % size]
+        if failing:
+            what, count = failing[0]
+            works = [one for one in range(1, min(counts.values()) + 1) if not any(n % one for n in counts.values())]
+            raise IndivisibleError(
+                f"{axis}={size} does not divide {what}, {count}",
+                hint="sizes that work: " + ", ".join(map(str, works)),
+                what=what,
+                size=count,
+                works=works,
+            )
+
+
+def _expert_counts(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
+    return {
+        f"the experts of {wildcard(parameter.name)}": parameter.shape[0]
+        for parameter in parameters
+        if parameter.mesh == "experts" and parameter.placements[-1] == Shard(0)
+    }
 
 
 def _packed_sizes(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for parameter in parameters:
-        for placement in parameter.placements:
-            if isinstance(placement, Packed):
-                size = parameter.shape[placement.dim] // placement.groups
-                sizes[f"the intermediate size of {wildcard(parameter.name)}"] = size
+        placement = parameter.placements[-1]
+        if isinstance(placement, Packed):
+            size = parameter.shape[placement.dim] // placement.groups
+            sizes[f"the intermediate size of {wildcard(parameter.name)}"] = size
     return sizes
 
 

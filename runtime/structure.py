@@ -10,14 +10,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh
-from plans.placement import Placement, Replicate
+from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.extents import local_form, whole
 from runtime.checkpoint.record import Manifest
 from runtime.model import model_tensors
 from runtime.placements import from_torch
 
-__all__ = ["Mismatch", "compare_manifest", "verify_sharding"]
+__all__ = ["Mismatch", "compare_manifest", "sharding_mismatches"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Mismatch:
         return {"name": self.name, "expected": self.expected, "found": self.found, "rank": self.rank}
 
 
-def verify_sharding(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:
+def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:
     """Check every parameter and persistent buffer of a parallel model, before its first forward.
 
     Those that the plan shards must be DTensors with the planned placement and local shape, all others whole plain
@@ -121,9 +121,22 @@ def _describe_tensor(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return _describe([], tuple(tensor.shape))
     axes = tensor.device_mesh.mesh_dim_names or ()
-    sharded = [f"{axis}: {from_torch(place) or place}" for axis, place in zip(axes, tensor.placements, strict=True)]
+    placed = zip(axes, _as_planned(tensor), strict=True)
+    sharded = [f"{axis}: {place}" for axis, place in placed if place != Replicate()]
     with torch.no_grad():
         return _describe(sharded, tuple(tensor.to_local().shape))
+
+
+def _as_planned(tensor: DTensor) -> list[object]:
+    """Return a DTensor's placements in the plan's terms, outermost first.
+
+    torch's FSDP cuts what tensor parallelism left. Where that was cut along dim 0 too, torch calls its own cut strided
+    by the tensor parallel size, while in a plan the order of application says so.
+    """
+    found: list[object] = [from_torch(place) or place for place in tensor.placements]
+    if len(found) > 1 and found[-1] == Shard(0) and found[0] == Packed(0, tensor.device_mesh.shape[-1]):
+        found[0] = Shard(0)
+    return found
 
 
 def _describe(sharded: list[str], shape: tuple[int, ...]) -> str:

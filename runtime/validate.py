@@ -13,12 +13,12 @@ from plans.mesh import Mesh
 from runtime.agreement import gather_json, together
 from runtime.checkpoint.ranks import Copy, RankCheckpoint, compute_digest
 from runtime.forward import check_forward, float_config
-from runtime.load import load_ranks
+from runtime.loading import load_ranks
 from runtime.mesh import device_meshes
 from runtime.model import meta_model, read_config
-from runtime.parallelize import parallelize
+from runtime.parallel import parallelize
 from runtime.resolve import resolve
-from runtime.structure import Mismatch, compare_manifest, verify_sharding
+from runtime.structure import Mismatch, compare_manifest, sharding_mismatches
 from runtime.styles import STYLES, StyleRegistry
 from runtime.validation_values import Content, Structure, ValidationRequest, ValidationResult
 
@@ -63,10 +63,10 @@ def validate_ranks(request: ValidationRequest, styles: StyleRegistry = STYLES) -
     checkpoint, model = together(lambda: _prepare(request))
     resolved = together(lambda: resolve(model, request.mesh, checkpoint.manifest.mode))
     meshes = device_meshes(request.mesh, "cpu")
-    together(lambda: parallelize(model, resolved, meshes, styles))
+    together(lambda: parallelize(model, meshes, resolved, styles))
     mismatches = [
         *compare_manifest(checkpoint.manifest, resolved),
-        *_of_all_ranks(verify_sharding(model, resolved, dist.get_rank())),
+        *_of_all_ranks(sharding_mismatches(model, resolved, dist.get_rank())),
     ]
     structure = Structure(len(resolved.parameters), tuple(mismatches))
     if mismatches:

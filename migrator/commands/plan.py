@@ -30,7 +30,8 @@ def command(source: str, tp: int, form: str) -> None:
     from plans.mesh import Mesh
     from runtime.find_config import find_config
     from runtime.model import meta_model
-    from runtime.resolve import released_plan, resolve
+    from runtime.plan import released_plan
+    from runtime.resolve import resolve
 
     model = meta_model(find_config(source))
     mesh = Mesh(tp=tp)

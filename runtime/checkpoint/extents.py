@@ -170,11 +170,12 @@ def local_form(form: Form, placements: Sequence[Placement], sizes: Sequence[int]
 
     Args:
         form: of the whole tensor.
-        placements: one per mesh axis, outermost first, applied in that order.
+        placements: one per mesh axis, outermost first. The innermost is applied first: FSDP, the outer one, cuts what
+            tensor and expert parallelism leave.
         sizes: of the mesh axes.
         coordinates: the rank's index on each mesh axis.
     """
-    for placement, size, coordinate in zip(placements, sizes, coordinates, strict=True):
+    for placement, size, coordinate in reversed(list(zip(placements, sizes, coordinates, strict=True))):
         form = _placed(form, placement, size, coordinate)
     return form
 

@@ -144,8 +144,11 @@ def plan_reshard(source: Path, mesh: Mesh, mode: Mode = "tp") -> ReshardPlan:
         MismatchError: stored shapes are not the model's.
     """
     began = time.perf_counter()
-    if mesh != Mesh(tp=mesh.tp):
-        raise UsageError(f"ep={mesh.ep} and fsdp={mesh.fsdp} are not built yet", hint="use --tp alone")
+    if mesh != Mesh(tp=mesh.tp) or mode != "tp":
+        raise UsageError(
+            f"resharding for mode {mode!r} on ep={mesh.ep} and fsdp={mesh.fsdp} is not built yet",
+            hint="use --tp alone",
+        )
     hub = read_hub(source)
     config = read_config(source)
     _check_weights_named(source, config)

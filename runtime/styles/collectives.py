@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from runtime.checkpoint.extents import chunk_bounds
 
-__all__ = ["all_gather", "all_reduce", "all_reduce_gradient", "split"]
+__all__ = ["all_gather", "all_reduce", "all_reduce_gradient", "depend", "reduce_scatter", "split"]
 
 
 def all_reduce(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
@@ -32,21 +32,46 @@ def all_reduce_gradient(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     return result
 
 
-def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int) -> torch.Tensor:
-    """Join the ranks' chunks along the last dim; the gradient is split.
+def depend(output: torch.Tensor, *inputs: object) -> torch.Tensor:
+    """Return an output that depends on its inputs even where this rank computed nothing from them.
+
+    Without that, a rank to whose experts no token went would leave the collectives of backward to the others.
+    """
+    needed = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
+    if output.requires_grad or not needed or not torch.is_grad_enabled():
+        return output
+    result: torch.Tensor = _Depend.apply(output, *needed)  # type: ignore[no-untyped-call]
+    return result
+
+
+def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int = -1) -> torch.Tensor:
+    """Join the ranks' chunks along a dim; the gradient is split.
 
     Args:
         tensor: this rank's chunk, as `torch.chunk` cuts `width`.
         axis: the mesh axis.
-        width: of the last dim of the result.
+        width: of that dim of the result.
+        dim: of the tensor.
     """
-    result: torch.Tensor = _AllGather.apply(tensor, axis, width)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _AllGather.apply(tensor, axis, width, dim)  # type: ignore[no-untyped-call]
     return result
 
 
-def split(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-    """Return this rank's chunk along the last dim of a whole tensor; the gradient is gathered."""
-    result: torch.Tensor = _Split.apply(tensor, axis)  # type: ignore[no-untyped-call]
+def split(tensor: torch.Tensor, axis: DeviceMesh, dim: int = -1) -> torch.Tensor:
+    """Return this rank's chunk of a whole tensor along a dim; the gradient is gathered."""
+    result: torch.Tensor = _Split.apply(tensor, axis, dim)  # type: ignore[no-untyped-call]
+    return result
+
+
+def reduce_scatter(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+    """Sum the ranks' partial tensors and return this rank's chunk along a dim; the gradient is gathered.
+
+    Args:
+        tensor: partial, whole in size; the dim must divide by the axis.
+        axis: the mesh axis.
+        dim: of the tensor.
+    """
+    result: torch.Tensor = _ReduceScatter.apply(tensor, axis, dim)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -57,21 +82,35 @@ def _sum(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     return result
 
 
-def _join(tensor: torch.Tensor, axis: DeviceMesh, width: int) -> torch.Tensor:
+def _join(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     lengths = [chunk_bounds(width, axis.size(), index)[1] for index in range(axis.size())]
-    padded = nn.functional.pad(tensor, (0, lengths[0] - tensor.shape[-1])).contiguous()
+    last = tensor.movedim(dim, -1)
+    padded = nn.functional.pad(last, (0, lengths[0] - last.shape[-1])).movedim(-1, dim).contiguous()
     pieces = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(pieces, padded, group=axis.get_group())
-    return torch.cat([piece[..., :length] for piece, length in zip(pieces, lengths, strict=True)], dim=-1)
+    return torch.cat([piece.narrow(dim, 0, length) for piece, length in zip(pieces, lengths, strict=True)], dim=dim)
 
 
-def _own(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-    return tensor.narrow(-1, *chunk_bounds(tensor.shape[-1], axis.size(), axis.get_local_rank())).contiguous()
+def _own(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+    return tensor.narrow(dim, *chunk_bounds(tensor.shape[dim], axis.size(), axis.get_local_rank())).contiguous()
+
+
+def _sum_and_cut(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+    group = axis.get_group()
+    if dist.get_backend(group) == "gloo":  # which has no reduce-scatter in every torch from 2.8 on
+        return _own(_sum(tensor, axis), axis, dim)
+    pieces = torch.cat(tensor.chunk(axis.size(), dim))
+    result = pieces.new_empty(pieces.shape[0] // axis.size(), *pieces.shape[1:])
+    dist.reduce_scatter_tensor(result, pieces, group=group)
+    return result
 
 
 class _Context(Protocol):
     axis: DeviceMesh
     width: int
+    dim: int
+    inputs: list[torch.Tensor]
+    device: torch.device
 
 
 class _AllReduce(torch.autograd.Function):
@@ -95,23 +134,46 @@ class _AllReduceGradient(torch.autograd.Function):
         return _sum(gradients[0], ctx.axis), None
 
 
-class _AllGather(torch.autograd.Function):
+class _Depend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, width: int) -> torch.Tensor:
-        ctx.axis = axis
-        return _join(tensor, axis, width)
+    def forward(ctx: _Context, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.inputs = [torch.empty_like(tensor, device="meta") for tensor in inputs]
+        ctx.device = output.device
+        return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _own(gradients[0], ctx.axis), None, None
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *(torch.zeros_like(tensor, device=ctx.device) for tensor in ctx.inputs)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return _join(tensor, axis, width, dim)
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _own(gradients[0], ctx.axis, ctx.dim), None, None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-        ctx.axis, ctx.width = axis, tensor.shape[-1]
-        return _own(tensor, axis)
+    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.width, ctx.dim = axis, tensor.shape[dim], dim
+        return _own(tensor, axis, dim)
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _join(gradients[0], ctx.axis, ctx.width), None
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.width, ctx.dim = axis, tensor.shape[dim], dim
+        return _sum_and_cut(tensor, axis, dim)
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None

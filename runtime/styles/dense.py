@@ -14,14 +14,24 @@ from plans.placement import Packed, Replicate, Shard
 from runtime.checkpoint.extents import chunk_bounds
 from runtime.placements import local_tensor, placement_of
 from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, split
+from runtime.styles.sliced import gathered
 from runtime.styles.style import ParallelStyle, Run, Site, expect_weight, has_sharded, refuse
 
-__all__ = ["DENSE_STYLES", "sum_gradients"]
+__all__ = [
+    "DENSE_STYLES",
+    "check_embedding",
+    "check_rowwise",
+    "check_whole",
+    "own_vectors",
+    "sum_gradients",
+    "summed_parameters",
+    "without_bias",
+]
 
 
 def colwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
     """Whole input, output sharded by feature."""
-    output: torch.Tensor = run(all_reduce_gradient(inputs, site.axis))
+    output: torch.Tensor = run(all_reduce_gradient(gathered(inputs, site.axis), site.axis))
     return output
 
 
@@ -32,7 +42,7 @@ def colwise_gather_output(site: Site, run: Run, inputs: torch.Tensor) -> torch.T
 
 def rowwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
     """Input sharded by feature, output summed, then the whole bias added once."""
-    with _without_bias(site.module) as bias:
+    with without_bias(site.module) as bias:
         output = all_reduce(run(inputs), site.axis)
     return output if bias is None else output + bias
 
@@ -44,11 +54,16 @@ def rowwise_split_input(site: Site, run: Run, inputs: torch.Tensor) -> torch.Ten
 
 def embedding_rowwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
     """Each rank looks up the tokens of its slice of the vocabulary, zeros for the others, output summed."""
+    return all_reduce(own_vectors(site, run, tokens), site.axis)
+
+
+def own_vectors(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the vectors of the tokens in this rank's slice of the vocabulary, zeros for the others."""
     start, length = chunk_bounds(_weight(site).shape[0], site.axis.size(), site.axis.get_local_rank())
     inside = (tokens >= start) & (tokens < start + length)
     with _local_padding(cast(nn.Embedding, site.module), start, length):
         vectors = _lookup(site, run, torch.where(inside, tokens - start, 0), length)
-    return all_reduce(vectors.masked_fill(~inside.unsqueeze(-1), 0), site.axis)
+    return vectors.masked_fill(~inside.unsqueeze(-1), 0)
 
 
 def embedding_colwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
@@ -58,13 +73,8 @@ def embedding_colwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tenso
 
 def replicated_with_grad_allreduce(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """Whole parameters that only see this rank's heads: their gradients are partial and summed."""
-    whole = {name: value for name, value in site.module._parameters.items() if value is not None}
-    summed = {name: all_reduce_gradient(value, site.axis) for name, value in whole.items()}
-    site.module._parameters.update(summed)  # type: ignore[arg-type]
-    try:
+    with summed_parameters(site):
         return run(*args, **kwargs)
-    finally:
-        site.module._parameters.update(whole)
 
 
 def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
@@ -88,18 +98,36 @@ def local_params(site: Site, run: Run, *args: object, **kwargs: object) -> objec
 
 
 def sum_gradients(
-    site: Site, args: tuple[object, ...], kwargs: dict[str, object]
+    site: Site, args: tuple[object, ...], kwargs: dict[str, object], kept: int | str | None = None
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the arguments with every tensor's gradient summed over the axis."""
+    """Return the arguments with every tensor's gradient summed over the axis, but the one at `kept`."""
 
-    def summed(value: object) -> object:
-        return all_reduce_gradient(value, site.axis) if isinstance(value, torch.Tensor) else value
+    def summed(place: int | str, value: object) -> object:
+        if place == kept or not isinstance(value, torch.Tensor):
+            return value
+        return all_reduce_gradient(value, site.axis)
 
-    return tuple(summed(value) for value in args), {name: summed(value) for name, value in kwargs.items()}
+    return (
+        tuple(summed(place, value) for place, value in enumerate(args)),
+        {name: summed(name, value) for name, value in kwargs.items()},
+    )
 
 
 @contextmanager
-def _without_bias(module: nn.Module) -> Iterator[nn.Parameter | None]:
+def summed_parameters(site: Site) -> Iterator[None]:
+    """Let a module see its whole parameters such that their gradients, partial on each rank, are summed."""
+    whole = {name: value for name, value in site.module._parameters.items() if value is not None}
+    summed = {name: all_reduce_gradient(value, site.axis) for name, value in whole.items()}
+    site.module._parameters.update(summed)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        site.module._parameters.update(whole)
+
+
+@contextmanager
+def without_bias(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    """Let a Linear run without its bias, which is given to the caller."""
     bias = module._parameters.get("bias")
     if bias is None:
         yield None
@@ -168,7 +196,8 @@ def _check_packed_colwise(site: Site) -> None:
         raise refuse(site, "whose bias is not packed as its weight is", hint="use packed_colwise without bias")
 
 
-def _check_rowwise(site: Site) -> None:
+def check_rowwise(site: Site) -> None:
+    """Refuse what is no Linear cut along its input, or has a bias that is cut."""
     if not hasattr(site.module, "in_features"):
         raise refuse(site, "which has no in_features", hint="use this style on Linear layers only")
     expect_weight(site, Shard(1))
@@ -176,7 +205,9 @@ def _check_rowwise(site: Site) -> None:
         raise refuse(site, "whose bias is sharded and would be added in part", hint="remove the bias's own entry")
 
 
-def _check_embedding(placement: Shard) -> Callable[[Site], None]:
+def check_embedding(placement: Shard) -> Callable[[Site], None]:
+    """Return a check that refuses what is no embedding laid out so."""
+
     def check(site: Site) -> None:
         if not isinstance(site.module, nn.Embedding):
             raise refuse(site, "which is no embedding", hint="use colwise or rowwise styles on Linear layers")
@@ -187,7 +218,8 @@ def _check_embedding(placement: Shard) -> Callable[[Site], None]:
     return check
 
 
-def _check_whole(site: Site) -> None:
+def check_whole(site: Site) -> None:
+    """Refuse a module with parameters that are cut."""
     if has_sharded(site.module, recurse=False):
         raise refuse(site, "whose parameters are sharded", hint="remove the parameters' own entries")
 
@@ -198,14 +230,15 @@ DENSE_STYLES = (
         ParallelStyle(name, colwise_gather_output, _check_colwise)
         for name in ("colwise_gather_output", "colwise_rep", "colwise_allgather")
     ),
-    *(ParallelStyle(name, rowwise, _check_rowwise) for name in ("rowwise", "rowwise_allreduce")),
-    *(ParallelStyle(name, rowwise_split_input, _check_rowwise) for name in ("rowwise_split_input", "rowwise_rep")),
-    ParallelStyle("embedding_rowwise", embedding_rowwise, _check_embedding(Shard(0))),
-    ParallelStyle("embedding_colwise", embedding_colwise, _check_embedding(Shard(1))),
+    *(ParallelStyle(name, rowwise, check_rowwise) for name in ("rowwise", "rowwise_allreduce")),
+    *(ParallelStyle(name, rowwise_split_input, check_rowwise) for name in ("rowwise_split_input", "rowwise_rep")),
+    ParallelStyle("embedding_rowwise", embedding_rowwise, check_embedding(Shard(0))),
+    ParallelStyle("vocab_allreduce", embedding_rowwise, check_embedding(Shard(0))),
+    ParallelStyle("embedding_colwise", embedding_colwise, check_embedding(Shard(1))),
     ParallelStyle("packed_colwise", colwise, _check_packed_colwise),
     ParallelStyle("packed_rowwise"),
     ParallelStyle("replicate"),
-    ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, _check_whole),
+    ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, check_whole),
     ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, _check_rope),
     ParallelStyle("all_reduce", sum_output),
     ParallelStyle("local_params", local_params),

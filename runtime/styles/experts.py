@@ -1,6 +1,7 @@
-"""Styles of routed experts under tensor parallelism: each rank holds a slice of every expert.
+"""Styles of routed experts: each rank holds a slice of every expert, or under expert parallelism whole experts.
 
-Sharding and communication are separate entries: `moe_tp_*` on the parameters, an all-reduce on the module.
+Sharding and communication are separate entries: `moe_tp_*` or `grouped_gemm` on the parameters, an all-reduce on the
+module. The experts' hook itself never shards.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ import torch
 
 from plans.placement import Replicate
 from runtime.placements import placement_of
-from runtime.styles.collectives import all_reduce
+from runtime.styles.collectives import all_reduce, depend
 from runtime.styles.dense import sum_gradients
+from runtime.styles.routing import routing_of
 from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
 
 __all__ = ["EXPERT_STYLES"]
 
 
 def experts_all_reduce(site: Site, run: Run, *args: object, **kwargs: object) -> object:
-    """Sum the experts' partial outputs; hidden states and routing weights, used in part, get gradients summed."""
-    args, kwargs = sum_gradients(site, args, kwargs)
-    return all_reduce(run(*args, **kwargs), site.axis)
+    """Sum the experts' partial outputs; hidden states and routing weights, used in part, get gradients summed.
+
+    Under expert parallelism the router's hook has masked the routing weights and sums their gradients.
+    """
+    kept = routing_of(args, kwargs).weights if site.expert_parallel else None
+    args, kwargs = sum_gradients(site, args, kwargs, kept)
+    output = depend(run(*args, **kwargs), *args, *kwargs.values())
+    return all_reduce(output, site.axis)
 
 
 def identity_expert(site: Site, run: Run, inputs: torch.Tensor, *args: object, **kwargs: object) -> object:

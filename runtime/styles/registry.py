@@ -9,6 +9,8 @@ from types import MappingProxyType
 from plans.errors import UnknownStyleError
 from runtime.styles.dense import DENSE_STYLES
 from runtime.styles.experts import EXPERT_STYLES
+from runtime.styles.routing import ROUTING_STYLES
+from runtime.styles.sequence import SEQUENCE_STYLES
 from runtime.styles.style import ParallelStyle
 
 __all__ = ["STYLES", "StyleRegistry"]
@@ -46,4 +48,8 @@ class StyleRegistry:
             ) from None
 
 
-STYLES = StyleRegistry(MappingProxyType({style.name: style for style in (*DENSE_STYLES, *EXPERT_STYLES)}))
+STYLES = StyleRegistry(
+    MappingProxyType(
+        {style.name: style for style in (*DENSE_STYLES, *EXPERT_STYLES, *ROUTING_STYLES, *SEQUENCE_STYLES)}
+    )
+)

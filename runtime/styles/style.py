@@ -41,6 +41,8 @@ class Site:
         axis: the mesh axis that the style's parameters are sharded over and its communication uses.
         config: the model's config.
         style: the style's name, as the plan spells it.
+        expert_parallel: whether the axis is the expert axis, over which each rank holds whole experts.
+        beside: the other modules of its parent.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Site:
     axis: DeviceMesh
     config: Any
     style: str
+    expert_parallel: bool = False
+    beside: tuple[nn.Module, ...] = ()
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """Return the module's own parameter as it is just now, or None."""

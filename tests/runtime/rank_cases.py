@@ -17,10 +17,10 @@ from plans.resolved import ResolvedPlan
 from runtime.agreement import error_to_json, together
 from runtime.checkpoint.ranks import rank_file
 from runtime.checkpoint.safetensors import read_header
-from runtime.load import load_ranks
-from runtime.mesh import device_meshes, inner_axis
+from runtime.loading import load_ranks
+from runtime.mesh import device_meshes
 from runtime.model import meta_model, model_class, read_config
-from runtime.parallelize import parallelize
+from runtime.parallel import parallelize
 from runtime.placements import local_piece, placement_of, to_torch
 from runtime.resolve import resolve
 from runtime.styles import STYLES, Site
@@ -86,7 +86,7 @@ def parallel(folder: Path) -> tuple[Any, ResolvedPlan]:
     """Return a model made parallel on meta from rank files, and its plan."""
     model, mesh = meta_model(eager_config(folder)), Mesh(tp=dist.get_world_size())
     resolved = resolve(model, mesh)
-    parallelize(model, resolved, device_meshes(mesh, "cpu"))
+    parallelize(model, device_meshes(mesh, "cpu"), resolved)
     assert all(parameter.is_meta for parameter in model.parameters())
     load_ranks(model, folder)
     return model, resolved
@@ -119,7 +119,7 @@ def gradient_errors(hub: Path, ranks: Path) -> dict[str, float]:
 def local_tensors(hub: Path, ranks: Path) -> dict[str, tuple[list[int], bool, bool]]:
     """Return each sharded parameter's local shape, whether DTensor holds the same, and whether the name is tied."""
     reference, (model, resolved) = unsharded(hub), parallel(ranks)
-    axis = inner_axis(device_meshes(resolved.mesh, "cpu"), "dense")
+    axis = device_meshes(resolved.mesh, "cpu").axis("tp")
     wanted = dict(reference.named_parameters(remove_duplicate=False))
     found: dict[str, tuple[list[int], bool, bool]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -150,20 +150,20 @@ def stored_bits_kept(folder: Path) -> bool:
 
 def parallelize_twice(folder: Path) -> None:
     model, resolved = parallel(folder)
-    parallelize(model, resolved, device_meshes(resolved.mesh, "cpu"))
+    parallelize(model, device_meshes(resolved.mesh, "cpu"), resolved)
 
 
 def parallelize_for(folder: Path, tp: int) -> None:
     """Use a plan that was resolved for another mesh than that of these ranks."""
     model = meta_model(read_config(folder))
-    parallelize(model, resolve(model, Mesh(tp=tp)), device_meshes(Mesh(tp=dist.get_world_size()), "cpu"))
+    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), resolve(model, Mesh(tp=tp)))
 
 
 def parallelize_other(folder: Path, other: Path) -> None:
     """Use a plan that was resolved on another model."""
     mesh = Mesh(tp=dist.get_world_size())
     resolved = resolve(meta_model(read_config(other)), mesh)
-    parallelize(meta_model(read_config(folder)), resolved, device_meshes(mesh, "cpu"))
+    parallelize(meta_model(read_config(folder)), device_meshes(mesh, "cpu"), resolved)
 
 
 def mesh_of(tp: int) -> None:
@@ -173,14 +173,14 @@ def mesh_of(tp: int) -> None:
 def load_into(folder: Path, ranks: Path) -> None:
     """Load one folder's rank files into the model of another folder's config."""
     model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
-    parallelize(model, resolve(model, mesh), device_meshes(mesh, "cpu"))
+    parallelize(model, device_meshes(mesh, "cpu"), resolve(model, mesh))
     load_ranks(model, ranks)
 
 
 def loads_on(rank: int, folder: Path) -> bool | None:
     """Load on one rank only; loading calls no collective."""
     model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
-    parallelize(model, resolve(model, mesh), device_meshes(mesh, "cpu"))
+    parallelize(model, device_meshes(mesh, "cpu"), resolve(model, mesh))
     if dist.get_rank() != rank:
         return None
     load_ranks(model, folder)

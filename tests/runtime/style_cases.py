@@ -13,7 +13,7 @@ from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.mesh import device_meshes
-from runtime.parallelize import parallelize
+from runtime.parallel import parallelize
 from runtime.placements import local_piece, placement_of
 
 
@@ -33,7 +33,7 @@ def parallelize_module(module: nn.Module, styles: dict[str, str], places: dict[s
             )
         )  # fmt: skip
     resolved = ResolvedPlan("by hand", "tp", "by hand", mesh, plan, tuple(rows))
-    parallelize(module, resolved, device_meshes(mesh, "cpu"))
+    parallelize(module, device_meshes(mesh, "cpu"), resolved)
     return module
 
 
@@ -113,7 +113,7 @@ def tied_before_its_target() -> tuple[bool, str]:
 
     rows = (row(0, "tied", "1.weight"), row(1, "parameter", None))
     resolved = ResolvedPlan("by hand", "tp", "by hand", mesh, plan, rows)
-    parallelize(model, resolved, device_meshes(mesh, "cpu"))
+    parallelize(model, device_meshes(mesh, "cpu"), resolved)
     return model[0].weight is model[1].weight, str(placement_of(model[0].weight))
 
 

@@ -21,8 +21,9 @@ from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
 from runtime.find_config import find_config
 from runtime.model import meta_model, read_config
+from runtime.plan import released_plan
 from runtime.plan_checks import unmatched_entries
-from runtime.resolve import released_plan, resolve
+from runtime.resolve import resolve
 
 QWEN = {
     "vocab_size": 64,
@@ -196,9 +197,17 @@ def test_buffers_that_are_saved_are_resolved_too():
     assert buffers == ["model.layers.3.mlp.gate.e_score_correction_bias"]
 
 
-def test_what_is_not_built_says_so():
-    with pytest.raises(UsageError, match="not built yet"):
-        resolve(qwen(), Mesh(tp=2, ep=2), "tp_ep")
+@pytest.mark.parametrize(
+    ("mode", "mesh", "message"),
+    [
+        ("tp_ep", Mesh(tp=2), "mode 'tp_ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis"),
+        ("tp", Mesh(tp=2, ep=2), "mode 'tp' on a mesh of tp=2, ep=2, fsdp=1: it uses no expert axis"),
+        ("ep", Mesh(tp=1, ep=2, fsdp=2), "mode 'ep' keeps dense parameters whole on the same ranks"),
+    ],
+)
+def test_a_mode_that_does_not_go_with_the_mesh_is_refused(mode, mesh, message):
+    with pytest.raises(UsageError, match=message):
+        resolve(qwen(), mesh, mode)
 
 
 def test_a_config_cannot_name_code_to_run(tmp_path, hub_folder):

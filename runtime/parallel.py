@@ -1,77 +1,102 @@
-"""A resolved plan applied to a model: parameters first, then forwards, so that hooks see sharded parameters."""
+"""A plan applied to a model: parameters first, then forwards, so that hooks see sharded parameters."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError, UsageError
+from plans.expert_axis import expert_keys
+from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
 from plans.plan import lookup
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.mesh import DeviceMeshes, inner_axis
+from runtime.fsdp import shard_over_data
+from runtime.mesh import DeviceMeshes, as_device_meshes
+from runtime.plan import Plan, runtime_dialect
+from runtime.resolve import resolve
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import Around, Site, local_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["inner_placement", "parallelize"]
 
 
-def parallelize(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry = STYLES) -> None:
-    """Make a model parallel, in place.
+def parallelize(
+    model: PreTrainedModel,
+    mesh: DeviceMeshes | DeviceMesh | Mesh,
+    plan: ResolvedPlan | Plan | Mapping[str, str] | None = None,
+    styles: StyleRegistry = STYLES,
+) -> ResolvedPlan:
+    """Make a model parallel, in place, and return the plan as it was resolved on it.
 
-    Parameters that the plan shards become DTensors on its innermost mesh axis; on meta they stay placeholders
-    without memory. All others stay plain tensors, whole on every rank.
+    In two passes: first parameters, which become DTensors on their mesh axis (on meta they stay placeholders without
+    memory) where the plan shards them and stay plain tensors, whole on every rank, where not; then modules, whose
+    forwards are hooked. Tied weights are sharded once and stay tied.
 
     Args:
-        model: on meta or materialized with the same weights on every rank.
-        resolved: the plan, resolved on this model.
-        meshes: of the same sizes as the plan's mesh.
+        model: on meta, or materialized with the same weights on every rank.
+        mesh: a device mesh with the axes `tp`, `ep` or `fsdp` and `tp`, the sizes of one, or device meshes.
+        plan: resolved on this model, chosen, or key to style; by default what `Plan.from_model` chooses for `tp`, or
+            for `tp_ep` where the mesh has an expert axis.
         styles: those that the plan may name.
 
     Raises:
         UnknownStyleError: a plan entry names a style that cannot run here.
-        UsageError: the model is parallel already, or the meshes are not the plan's.
+        UsageError: the model is parallel already, or the mesh is not the plan's or lacks its axis.
         PlanError: the plan was resolved on another model, or a style cannot hook the module its entry names. The
             model is of no use then.
     """
+    meshes = as_device_meshes(mesh)
+    _check_plain(model)
+    resolved = plan if isinstance(plan, ResolvedPlan) else resolve(model, meshes.sizes, _mode(meshes.sizes), plan)
     for key, style in resolved.plan.items():
         styles.style(style, key)
-    axis = _axis(resolved, meshes)
-    _check_untouched(model, resolved)
-    _shard_parameters(model, resolved, axis, styles)
-    hooked = _hook_modules(model, resolved, axis, styles)
+    if resolved.mesh != meshes.sizes:
+        raise UsageError(
+            f"the plan is for {resolved.mesh}, the device mesh is {meshes.sizes}",
+            hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
+        )
+    _check_same_model(model, resolved)
+    _shard_parameters(model, resolved, meshes, styles)
+    hooked = _hook_modules(model, resolved, meshes, styles)
     _check_all_hooked(model, hooked)
+    shard_over_data(model, resolved, meshes)
+    return resolved
 
 
 def inner_placement(parameter: ResolvedParameter) -> Placement:
     """Return a parameter's placement on the axis that plan entries shard over."""
-    *outer, inner = parameter.placements
-    assert all(placement == Replicate() for placement in outer), "FSDP axes are refused before this"
-    return inner
+    return parameter.placements[-1]
 
 
-def _axis(resolved: ResolvedPlan, meshes: DeviceMeshes) -> DeviceMesh:
-    mesh = meshes["dense"]
-    if tuple(mesh.shape) != resolved.mesh.sizes("dense") or mesh.mesh_dim_names != resolved.mesh.axes("dense"):
-        raise UsageError(
-            f"the plan is for {resolved.mesh.sizes('dense')} ranks on the axes {resolved.mesh.axes('dense')}, "
-            f"the device mesh has {tuple(mesh.shape)} on {mesh.mesh_dim_names}",
-            hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
-        )
-    return inner_axis(meshes, "dense")
+def _mode(sizes: Mesh) -> Mode:
+    """Return the mode that a mesh most likely means."""
+    if sizes.ep == 1:
+        return "tp"
+    return "tp_ep" if sizes.ep > sizes.tp or sizes.fsdp > 1 else "ep"
 
 
-def _check_untouched(model: nn.Module, resolved: ResolvedPlan) -> None:
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+def _axis_of(row: ResolvedParameter) -> str:
+    return "ep" if row.mesh == "experts" else "tp"
+
+
+def _check_plain(model: nn.Module) -> None:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UsageError(
             f"this {type(model).__name__} is parallel already", hint="build the model anew and parallelize it once"
         )
+
+
+def _check_same_model(model: nn.Module, resolved: ResolvedPlan) -> None:
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     planned = {row.name: row.shape for row in resolved.parameters if row.kind != "buffer"}
     if planned != shapes:
         name = sorted(dict(planned.items() ^ shapes.items()))[0]
@@ -83,12 +108,13 @@ def _check_untouched(model: nn.Module, resolved: ResolvedPlan) -> None:
         )
 
 
-def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, axis: DeviceMesh, styles: StyleRegistry) -> None:
+def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
     for row in resolved.parameters:
         if row.kind == "parameter" and inner_placement(row) != Replicate():
             assert row.style is not None
             assert row.key is not None
             owner, _, name = row.name.rpartition(".")
+            axis = meshes.axis(_axis_of(row))
             site = Site(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
             styles.style(row.style, row.key).shard(site, name, inner_placement(row))
     for row in resolved.parameters:
@@ -97,9 +123,11 @@ def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, axis: DeviceMesh
             model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)
 
 
-def _hook_modules(model: nn.Module, resolved: ResolvedPlan, axis: DeviceMesh, styles: StyleRegistry) -> set[nn.Module]:
+def _hook_modules(
+    model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry
+) -> set[nn.Module]:
     """Put each module entry's style around its module's forward, once for each module."""
-    sites = list(_sites(model, resolved, axis))
+    sites = list(_sites(model, resolved, meshes))
     for site in sites:
         styles.style(site.style, site.name).check(site)
     for site in sites:
@@ -109,11 +137,15 @@ def _hook_modules(model: nn.Module, resolved: ResolvedPlan, axis: DeviceMesh, st
     return {site.module for site in sites if styles.style(site.style, site.name).around is not None}
 
 
-def _sites(model: nn.Module, resolved: ResolvedPlan, axis: DeviceMesh) -> Iterator[Site]:
+def _sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> Iterator[Site]:
+    over_experts = expert_keys(resolved.plan, resolved.mode, runtime_dialect())
     for name, module in model.named_modules():
         key = lookup(resolved.plan, name, is_parameter=False)
         if key is not None:
-            yield Site(name, module, axis, getattr(model, "config", None), resolved.plan[key])
+            axis = meshes.axis("ep" if key in over_experts else "tp")
+            beside = tuple(model.get_submodule(name.rpartition(".")[0]).children())
+            config = getattr(model, "config", None)
+            yield Site(name, module, axis, config, resolved.plan[key], key in over_experts, beside)
 
 
 def _wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:

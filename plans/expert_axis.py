@@ -1,0 +1,71 @@
+"""Which entries of a plan work over the expert axis, and how a dense plan and an expert plan make one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from plans.dialect import Dialect
+from plans.mesh import Mode
+from plans.placement import Replicate
+
+__all__ = ["expert_keys", "expert_modules", "merged"]
+
+_WHOLE_EXPERTS = "parameter/whole experts"
+_DISPATCHED = "experts/dispatched"
+_ROUTERS = "router/"
+_STACKED = "parameter 3"
+
+
+def expert_modules(plan: Mapping[str, str], dialect: Dialect) -> frozenset[str]:
+    """Return the keys of the experts modules that a plan gives whole experts per rank."""
+    found: set[str] = set()
+    for key, name in plan.items():
+        style = dialect.styles.get(name)
+        if style is None:
+            continue
+        if style.meaning(_STACKED) == _WHOLE_EXPERTS:
+            found.add(key.rpartition(".")[0])
+        elif style.meaning("expert-parallel") == _DISPATCHED:
+            found.add(key)
+    return frozenset(found)
+
+
+def expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> frozenset[str]:
+    """Return the keys whose entries shard and communicate over the expert axis; all others do so over `tp`.
+
+    In mode `ep` these are all. In combined modes they are the entries of expert-parallel modules, of what lies below
+    them, and of their routers.
+    """
+    if mode == "ep":
+        return frozenset(plan)
+    if mode in ("tp", "sp"):
+        return frozenset()
+    modules = expert_modules(plan, dialect)
+    return frozenset(key for key, name in plan.items() if _is_within(key, modules) or _is_router(name, dialect))
+
+
+def merged(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+    """Return one plan of a dense plan and an expert plan.
+
+    Where the expert plan gives a module whole experts, the dense plan's entries that cut the experts are dropped; what
+    both name is the expert plan's.
+
+    Source: `merge_dense_and_ep_plan` on the branch of transformers pull request 46290.
+    """
+    modules = expert_modules(experts, dialect)
+    kept = {key: name for key, name in dense.items() if not (_is_within(key, modules) and _shards(name, dialect))}
+    return {**kept, **experts}
+
+
+def _is_within(key: str, modules: frozenset[str]) -> bool:
+    return any(key == module or key.startswith(f"{module}.") for module in modules)
+
+
+def _is_router(name: str, dialect: Dialect) -> bool:
+    style = dialect.styles.get(name)
+    return style is not None and (style.meaning("module") or "").startswith(_ROUTERS)
+
+
+def _shards(name: str, dialect: Dialect) -> bool:
+    style = dialect.styles.get(name)
+    return style is not None and any(not isinstance(rule.place, Replicate) for rule in style.rules)

@@ -1,0 +1,155 @@
+"""Sequence parallel plans for models that bring none: derived from the TP plan and the tree of modules.
+
+The rule. The residual stream stays cut along the sequence from the embedding to the head:
+- the input embedding scatters its output (`vocab_reduce_scatter`), the head gathers its input;
+- norms work on their slice (`activation`);
+- every other part of a layer gathers its input. Where the TP plan has it end in one row-wise Linear, that scatters
+  the output (`module_allgather`, `rowwise_reduce_scatter`); any other part, experts among them, computes its whole
+  output and keeps its slice (`module_allgather_split`).
+Layers that differ, sparse and dense ones, get entries with their numbers. A model with parameters anywhere else is
+refused by the module's name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from plans.dialect import Dialect
+from plans.errors import PlanError
+from plans.plan import lookup, wildcard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["sequence_plan"]
+
+_ROWWISE = "linear/in"
+
+
+def sequence_plan(model: PreTrainedModel, plan: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+    """Derive an SP plan; the sequence must then divide by tp.
+
+    Args:
+        model: on meta or not.
+        plan: its TP plan.
+        dialect: that it is written in.
+
+    Raises:
+        PlanError: some module's place in the stream cannot be told.
+    """
+    layers = _layers(model, plan)
+    base, _, _ = layers.rpartition(".")
+    concrete = dict(_around_layers(model, base, layers, plan))
+    for name, layer in model.get_submodule(layers).named_children():
+        concrete |= _of_layer(model, f"{layers}.{name}", layer, plan, dialect)
+    return {**plan, **_with_wildcards(model, concrete)}
+
+
+def _layers(model: PreTrainedModel, plan: Mapping[str, str]) -> str:
+    """Return the name of the one list of layers that the plan speaks of."""
+    found = {key.partition(".*")[0] for key in plan if ".*" in key}
+    lists = sorted(name for name in found if _is_list(model, name))
+    if len(lists) != 1:
+        raise _refused(model, f"its plan speaks of {len(lists)} lists of layers, {', '.join(lists) or 'none'}")
+    return lists[0]
+
+
+def _is_list(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.ModuleList)
+    except AttributeError:
+        return False
+
+
+def _around_layers(
+    model: PreTrainedModel, base: str, layers: str, plan: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in _outside(model, base, layers):
+        if module is embedding and isinstance(module, nn.Embedding):
+            yield name, "vocab_reduce_scatter"
+        elif module is head:
+            yield name, plan.get(name, "colwise_gather_output")
+        elif _is_norm(module):
+            yield name, "activation"
+        else:
+            raise _refused(model, f"{name} is neither embedding, norm nor head")
+
+
+def _outside(model: nn.Module, base: str, layers: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules with parameters that stand beside the layers, or beside what the layers stand in."""
+    for parent in dict.fromkeys(("", base)):
+        for name, child in model.get_submodule(parent).named_children():
+            full = f"{parent}.{name}" if parent else name
+            inside = full in (base, layers) or layers.startswith(f"{full}.")
+            if not inside and next(child.parameters(), None) is not None:
+                yield full, child
+
+
+def _of_layer(
+    model: PreTrainedModel, prefix: str, layer: nn.Module, plan: Mapping[str, str], dialect: Dialect
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if any(True for _ in layer.parameters(recurse=False)):
+        raise _refused(model, f"{prefix} has parameters of its own")
+    for name, part in layer.named_children():
+        full = f"{prefix}.{name}"
+        if next(part.parameters(), None) is None:
+            continue
+        if _is_norm(part):
+            found[full] = "activation"
+            continue
+        last = [
+            f"{full}.{below}"
+            for below, module in part.named_modules()
+            if _is_rowwise(module, f"{full}.{below}", plan, dialect)
+        ]
+        if len(last) == 1 and not _has_stacked(part):
+            found |= {full: "module_allgather", last[0]: "rowwise_reduce_scatter"}
+        else:
+            found[full] = "module_allgather_split"
+    return found
+
+
+def _is_rowwise(module: nn.Module, name: str, plan: Mapping[str, str], dialect: Dialect) -> bool:
+    key = lookup(plan, name, is_parameter=False)
+    return (
+        key is not None
+        and isinstance(module, nn.Linear)
+        and dialect.style(plan[key], key).meaning("linear") == _ROWWISE
+    )
+
+
+def _has_stacked(module: nn.Module) -> bool:
+    return any(parameter.ndim > 2 for parameter in module.parameters())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Say whether a module normalizes each token by itself: named so, with one-dimensional parameters only."""
+    named = "norm" in type(module).__name__.lower()
+    return named and all(parameter.ndim == 1 for parameter in module.parameters())
+
+
+def _with_wildcards(model: nn.Module, concrete: Mapping[str, str]) -> dict[str, str]:
+    """Return one entry with wildcards where all layers agree, and numbered ones where they do not."""
+    counts = Counter(wildcard(name) for name, _ in model.named_modules())
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, style in concrete.items():
+        groups[wildcard(name)][name] = style
+    entries: dict[str, str] = {}
+    for key, members in groups.items():
+        agree = len(members) == counts[key] and len(set(members.values())) == 1
+        entries |= {key: next(iter(members.values()))} if agree else members
+    return entries
+
+
+def _refused(model: nn.Module, why: str) -> PlanError:
+    return PlanError(
+        f"{type(model).__name__}: no sequence parallel plan can be derived, {why}",
+        hint="write a `base_model_sp_plan`, or choose a mode without sequence parallelism",
+        model=type(model).__name__,
+    )

@@ -1,0 +1,159 @@
+"""Expert parallelism's routing: which of a router's choices are this rank's experts, under their local numbers.
+
+Every rank of the expert axis sees the same tokens. A choice that lives on another rank gets the weight 0 and the number
+one past the last local expert, which experts forwards pass over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from plans.errors import PlanError
+from plans.placement import Placement, Shard
+from runtime.placements import placement_of
+from runtime.styles.collectives import all_reduce, all_reduce_gradient, depend
+from runtime.styles.style import ParallelStyle, Run, Site, refuse, shard_parameter
+
+__all__ = ["ROUTING_STYLES", "Routing", "routing_of"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a call's arguments, or a router's outputs, hold the routing.
+
+    Args:
+        index: position or name of the chosen experts, `[tokens, top_k]` integers.
+        weights: position or name of their weights, of the same shape.
+    """
+
+    index: int | str
+    weights: int | str
+
+
+def whole_experts(site: Site, name: str, placement: Placement) -> None:
+    """Shard a stacked parameter by expert, and let the module count its own experts only."""
+    shard_parameter(site, name, placement)
+    parameter = site.parameter(name)
+    assert isinstance(parameter, DTensor)
+    site.module.__dict__["num_experts"] = parameter.to_local().shape[0]
+    # Experts forwards of transformers 5.18 and later pass over the choices of other ranks only where this says so.
+    site.module.__dict__["_is_expert_parallel"] = True
+
+
+def dispatch_experts(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Mask and renumber the routing inside the experts' hook, run the local experts, sum over the ranks."""
+    values = _summed(site, args, kwargs)
+    routing = routing_of(args, kwargs)
+    index, weights = _localized(site, values[routing.index], values[routing.weights], _local_experts(site.module))
+    values |= {routing.index: index, routing.weights: weights}
+    positional = [values[place] for place in range(len(args))]
+    output = run(*positional, **{name: values[name] for name in kwargs})
+    return all_reduce(depend(output, *values.values()), site.axis)
+
+
+def route(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+    """Mask and renumber a router's choices; the gradient of its scores, used in part, is summed."""
+    outputs = run(*args, **kwargs)
+    if not isinstance(outputs, tuple):
+        raise refuse(site, "which does not return scores and indices", hint="drop the entry, use ep_dispatch_experts")
+    found = routing_of(outputs, {})
+    assert isinstance(found.index, int)
+    assert isinstance(found.weights, int)
+    scores = all_reduce_gradient(outputs[found.weights], site.axis)
+    changed = list(outputs)
+    changed[found.index], changed[found.weights] = _localized(site, outputs[found.index], scores, _experts_beside(site))
+    return tuple(changed)
+
+
+def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
+    """Find the chosen experts, the one tensor of integers, and their weights, the tensor of its shape next to it.
+
+    Raises:
+        PlanError: there is no such pair.
+    """
+    values = _by_place(args, kwargs)
+    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
+    chosen = [place for place, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
+    if len(chosen) == 1:
+        (index,) = chosen
+        shape = tensors[index].shape
+        alike = [place for place, value in tensors.items() if value.is_floating_point() and value.shape == shape]
+        order = list(tensors)
+        alike.sort(key=lambda place: abs(order.index(place) - order.index(index)))
+        if alike:
+            return Routing(index, alike[0])
+    raise PlanError(
+        "no pair of expert numbers and weights among "
+        + ", ".join(f"{list(value.shape)} {value.dtype}" for value in tensors.values()),
+        hint="expert parallel styles need `[tokens, top_k]` expert numbers and weights of the same shape",
+    )
+
+
+def _summed(site: Site, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
+    return {
+        place: all_reduce_gradient(value, site.axis) if isinstance(value, torch.Tensor) else value
+        for place, value in _by_place(args, kwargs).items()
+    }
+
+
+def _by_place(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
+    values: dict[int | str, object] = dict(enumerate(args))
+    return values | dict(kwargs)
+
+
+def _localized(site: Site, index: object, weights: object, local: int) -> tuple[torch.Tensor, torch.Tensor]:
+    assert isinstance(index, torch.Tensor)
+    assert isinstance(weights, torch.Tensor)
+    elsewhere = index // local != site.axis.get_local_rank()
+    return torch.where(elsewhere, local, index % local), weights.masked_fill(elsewhere, 0.0)
+
+
+def _local_experts(module: nn.Module) -> int:
+    for parameter in module._parameters.values():
+        if isinstance(parameter, DTensor) and placement_of(parameter) == Shard(0):
+            return parameter.to_local().shape[0]
+    raise AssertionError("checked before the module was hooked")
+
+
+def _experts_beside(site: Site) -> int:
+    for module in site.beside:
+        if _is_expert_parallel(module):
+            return _local_experts(module)
+    raise AssertionError("checked before the module was hooked")
+
+
+def _is_expert_parallel(module: nn.Module) -> bool:
+    return any(
+        isinstance(parameter, DTensor) and placement_of(parameter) == Shard(0) and parameter.ndim > 1
+        for parameter in module._parameters.values()
+    ) and hasattr(module, "_is_expert_parallel")
+
+
+def _check_experts(site: Site) -> None:
+    if not _is_expert_parallel(site.module):
+        raise refuse(
+            site,
+            f"whose experts are not divided: its output would be multiplied by {site.axis.size()}",
+            hint="add grouped_gemm entries for its parameters",
+        )
+
+
+def _check_router(site: Site) -> None:
+    if not any(map(_is_expert_parallel, site.beside)):
+        raise refuse(
+            site,
+            "beside which no experts are divided",
+            hint="add grouped_gemm entries for the experts' parameters",
+        )
+
+
+ROUTING_STYLES = (
+    ParallelStyle("grouped_gemm", shard=whole_experts),
+    ParallelStyle("ep_dispatch_experts", dispatch_experts, _check_experts),
+    ParallelStyle("ep_router", route, _check_router),
+)

@@ -1,0 +1,71 @@
+"""Slices of the sequence: activations that each rank holds a piece of, as DTensors of the whole sequence's shape.
+
+Between hooks the residual stream flows through model code, which reads its shape and adds it up. As a DTensor it has
+the shape of the whole sequence there, and mixing it with a plain tensor is an error rather than a wrong number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from plans.errors import IndivisibleError
+from runtime.styles.collectives import all_gather, reduce_scatter, split
+
+__all__ = ["SEQUENCE_DIM", "cut", "gathered", "own_slice", "scattered", "sliced"]
+
+SEQUENCE_DIM = 1
+"""Of activations, `[batch, sequence, hidden]`."""
+
+
+def sliced(local: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+    """Return this rank's slice as a DTensor of the whole sequence's shape."""
+    return DTensor.from_local(local, axis, [Shard(dim)], run_check=False)
+
+
+def gathered(value: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+    """Return a slice's whole tensor on every rank; what is whole already stays as it is."""
+    if not isinstance(value, DTensor):
+        return value
+    (placement,) = value.placements
+    if not isinstance(placement, Shard):
+        return value.to_local()
+    return all_gather(value.to_local(), axis, value.shape[placement.dim], placement.dim)
+
+
+def own_slice(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+    """Return this rank's slice as a plain tensor, of a DTensor or of a whole tensor.
+
+    Raises:
+        IndivisibleError: the sequence does not divide by the axis.
+    """
+    if isinstance(value, DTensor):
+        return value.to_local()
+    _check_length(value.shape[dim], axis)
+    return split(value, axis, dim)
+
+
+def cut(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+    """Return a whole tensor's own slice as a DTensor; a DTensor stays as it is."""
+    return value if isinstance(value, DTensor) else sliced(own_slice(value, axis, dim), axis, dim)
+
+
+def scattered(partial: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+    """Sum the ranks' partial tensors and return this rank's slice, a plain tensor.
+
+    Raises:
+        IndivisibleError: the sequence does not divide by the axis.
+    """
+    _check_length(partial.shape[dim], axis)
+    return reduce_scatter(partial, axis, dim)
+
+
+def _check_length(length: int, axis: DeviceMesh) -> None:
+    if length % axis.size():
+        raise IndivisibleError(
+            f"tp={axis.size()} does not divide the sequence length, {length}",
+            hint=f"pad the batch to {length + -length % axis.size()} tokens, or leave sequence parallelism out",
+            what="the sequence length",
+            size=length,
+        )
