@@ -135,7 +135,7 @@ def refuse_module(kind: str) -> None:
             {"part.down_proj": Shard(2)},
         ),
         "no hook": (Experts(bias=False), {"part.down_proj": "moe_tp_down_rowwise"}, {"part.down_proj": Shard(2)}),
-        "unknown style": (nn.Linear(size, size), {"part": "sequence_parallel"}, {}),
+        "unknown style": (nn.Linear(size, size), {"part": "megamoe_experts"}, {}),
         "packed bias": (
             nn.Linear(size, size), {"part": "packed_colwise"}, {"part.weight": Packed(0, 2), "part.bias": Shard(0)},
         ),
