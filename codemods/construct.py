@@ -12,6 +12,8 @@ from codemods.modeling import KINDS, UNKNOWN, ClassSource, ModelingSource, Node
 __all__ = ["Constructor"]
 
 _BRACKET = re.compile(rb"[()\[\]{}\n]")
+# An instance of a class whose arguments say nothing of it, as those of lists and parameters do.
+_MADE = re.compile(rb"self\.\w+ = (?!nn\.(?:Parameter|ModuleList|ModuleDict|Sequential)\()(?:nn\.)?[A-Z]\w*\(")
 _FOLLOWED = 6  # names looked up one through another before a value counts as unknown
 _FILLED = frozenset({"empty", "zeros", "ones", "rand", "randn", "Tensor", "FloatTensor"})
 _FLAT = frozenset({"arange", "linspace"})
@@ -161,15 +163,19 @@ def _statement(data: bytes, start: int) -> ast.stmt | None:
     """Parse the one statement that begins at a place: up to the first line end outside brackets."""
     depth = 0
     end = len(data)
+    closed = None
     for match in _BRACKET.finditer(data, start):
         if match[0] in b"([{":
             depth += 1
         elif match[0] in b")]}":
             depth -= 1
+            closed = match.end() if depth == 0 and closed is None else closed
         elif depth <= 0:
             end = match.start()
             break
-    return _parsed(data[start:end].strip())
+    text = data[start:end].strip()
+    made = _MADE.match(text) if closed == end else None
+    return _parsed(made[0] + b")" if made else text)
 
 
 @cache

@@ -31,6 +31,7 @@ _OTHER_IMPORT = re.compile(
     rb"|\nfrom\.|(?:\n[ \t]*|[:;][ \t]*)import[^\n]+\.models\b"
 )
 _COMMENT = re.compile(r"#[^\n]*")
+_NO_CODE = re.compile(rb"\n[ \t]*#")  # a comment, or text inside a string
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _NOTHING = rb"(?:\s|#[^\n]*\n)*+"
 _PAIR = rb'"([^"\\\n]*)"[ \t]*+:[ \t]*+"([^"\\\n]*)"'
@@ -72,8 +73,11 @@ def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, P
     found: dict[str, dict[str, PlanLiteral | Opaque]] = {}
     starts = [header.start() for header in headers]
     for start, end in plan_words(body):
+        line = body.rfind(b"\n", 0, start)
+        if _NO_CODE.match(body, line):
+            continue
         index = bisect_right(starts, start) - 1
-        plan = _PLAN.match(body, body.rfind(b"\n", 0, start))
+        plan = _PLAN.match(body, line)
         name = body[start:end].decode()
         if index < 0 or plan is None or plan.span("name") != (start, end) or not is_plan_attribute(name):
             return None

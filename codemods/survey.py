@@ -116,7 +116,7 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
 def _with_context(paths: Iterable[Path], reachable: Sequence[Path]) -> list[Path]:
     """Return the files to look at: a plan's copies may live beside the given paths, in sibling model folders."""
     roots = {path.parent.parent if path.is_file() else path.parent for path in paths if _is_model_path(path)}
-    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots), [])]))
+    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots), [])])) if roots else list(reachable)
 
 
 def _is_model_path(path: Path) -> bool:

@@ -24,7 +24,6 @@ from plans.dialect import Dialect
 from plans.layout import ExpertLayout
 from plans.plan import plan_kind
 from plans.rule import Finding, rule
-from plans.translate import translate
 
 __all__ = ["beside", "to_dialect", "to_param_level"]
 
@@ -56,6 +55,8 @@ def _decomposed(tree: Tree, place: Place, layout_of: LayoutReader) -> Decomposit
 
 
 def _translated(source: Dialect, target: Dialect, tree: Tree, place: Place, describer: Describer) -> Decomposition:
+    from plans.translate import translate
+
     literal = tree.plan(place)
     kind = plan_kind(place.attribute)
     if not isinstance(literal, PlanLiteral) or kind is None:
