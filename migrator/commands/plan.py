@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
+from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
 
 if TYPE_CHECKING:
+    from plans.mesh import Mesh, Mode
     from plans.resolved import ResolvedParameter, ResolvedPlan
 
 __all__ = ["command"]
@@ -18,25 +20,24 @@ __all__ = ["command"]
 
 @click.command("plan")
 @click.argument("source")
-@click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis.")
+@mesh_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-def command(source: str, tp: int, form: str) -> None:
+def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
     """Show where a plan puts each parameter of SOURCE: a checkpoint folder, a config.json or a model type.
 
     The plan is the model's own, read in the dialect of the installed transformers, and its param-level form, which
-    must place every parameter alike.
+    must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.
     """
     need_runtime()
-    from plans.mesh import Mesh
     from runtime.find_config import find_config
     from runtime.model import meta_model
     from runtime.plan import released_plan
     from runtime.resolve import resolve
 
     model = meta_model(find_config(source))
-    mesh = Mesh(tp=tp)
-    before = resolve(model, mesh, plan=released_plan(model))
-    after = resolve(model, mesh)
+    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    after = resolve(model, mesh, chosen)
+    before = resolve(model, mesh, plan=released_plan(model)) if chosen == "tp" else after
     if form == "json":
         console.emit_json(after.to_json())
     else:
@@ -45,10 +46,11 @@ def command(source: str, tp: int, form: str) -> None:
 
 def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
     rows: dict[tuple[str, ...], int] = Counter(
-        _row(old, new, after.mesh.tp) for old, new in zip(before.parameters, after.parameters, strict=True)
+        _row(old, new, after.mesh) for old, new in zip(before.parameters, after.parameters, strict=True)
     )
+    mode = "" if after.mode == "tp" else f"{after.mode}, "
     console.table(
-        f"{source}: {after.model_type}, tp={after.mesh.tp}, {before.dialect}",
+        f"{source}: {after.model_type}, {mode}{_sizes(after.mesh)}, {before.dialect}",
         ["parameters", "", "shape", "on one rank", "placement", "style", "by"],
         [[row[0], f"×{count}", *row[1:]] for row, count in rows.items()],
         spare=["by", "shape"],
@@ -57,27 +59,40 @@ def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
         console.emit(f"note {key} matches nothing in this configuration")
 
 
-def _row(old: ResolvedParameter, new: ResolvedParameter, tp: int) -> tuple[str, ...]:
+def _sizes(mesh: Mesh) -> str:
+    sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis == "tp" or size > 1)
+
+
+def _row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tuple[str, ...]:
     from plans.plan import wildcard
 
-    placement = new.placements[-1]
     return (
         wildcard(new.name),
         _dims(new.shape),
-        _dims(_local(new, tp)),
-        str(placement),
+        _dims(_local(new, mesh)),
+        _placements(new, mesh),
         f"{old.style} → {new.style}" if old.style != new.style else new.style or "",
         new.reason,
     )
 
 
-def _local(parameter: ResolvedParameter, tp: int) -> tuple[int, ...]:
+def _placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
+    """Return the placement on the plan's own axis, and before it the data parallel one where there is one."""
+    axes = zip(mesh.axes(parameter.mesh), mesh.sizes(parameter.mesh), parameter.placements, strict=True)
+    (outer, outer_size, cut), (inner, _, placement) = axes
+    if inner == "tp" and outer_size == 1:
+        return str(placement)
+    words = f"{inner}: {placement}"
+    return words if outer_size == 1 else f"{outer}: {cut}, {words}"
+
+
+def _local(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest piece."""
-    placement = parameter.placements[-1]
-    dim = getattr(placement, "dim", None)
-    if dim is None:
-        return parameter.shape
-    return (*parameter.shape[:dim], -(-parameter.shape[dim] // tp), *parameter.shape[dim + 1 :])
+    from runtime.checkpoint.extents import local_form, whole
+
+    form = whole(parameter.name, parameter.shape)
+    return local_form(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape
 
 
 def _dims(shape: tuple[int, ...]) -> str:

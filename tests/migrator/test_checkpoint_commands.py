@@ -231,6 +231,40 @@ def test_plan_says_where_and_why(migrator, hub):
     assert parameters["model.layers.0.mlp.experts.down_proj"]["placements"] == [{"replicate": True}, {"shard": 2}]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tp", 2, "--ep", 2], ("tp_ep", "experts", [{"replicate": True}, {"shard": 0}])),
+        (["--tp", 2, "--ep", 2, "--mode", "ep"], ("ep", "experts", [{"replicate": True}, {"shard": 0}])),
+        (["--tp", 2, "--mode", "sp"], ("sp", "dense", [{"replicate": True}, {"packed": [1, 2]}])),
+        (["--tp", 2, "--fsdp", 2], ("tp", "dense", [{"shard": 0}, {"packed": [1, 2]}])),
+        (["--tp", 2, "--ep", 2, "--fsdp", 2], ("tp_ep", "experts", [{"shard": 0}, {"shard": 0}])),
+    ],
+)
+def test_plan_of_other_modes_and_meshes(migrator, hub, options, expected):
+    code, output, _ = migrator("plan", hub, *options, "--format", "json")
+    assert code == 0
+    plan = json.loads(output)
+    row = next(one for one in plan["parameters"] if one["name"].endswith("0.mlp.experts.gate_up_proj"))
+    assert (plan["mode"], row["mesh"], row["placements"]) == expected
+
+
+def test_plan_shows_the_mesh_that_it_is_for(migrator, hub):
+    code, output, _ = migrator("plan", hub, "--tp", 2, "--ep", 2, "--fsdp", 2)
+    assert code == 0
+    assert "qwen3_moe, tp_ep, tp=2, ep=2, fsdp=2" in output
+    assert "efsdp: Shard(0), ep: Shard(0)" in output
+
+
+def test_a_mode_that_does_not_go_with_the_mesh_is_refused(migrator, hub):
+    code, output, errors = migrator("plan", hub, "--tp", 2, "--mode", "ep")
+    assert (code, output) == (2, "")
+    assert errors == [
+        "error: mode 'ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis",
+        "hint: give --ep 2 or more",
+    ]
+
+
 @pytest.mark.parametrize("source", ["nowhere", "bert"])
 def test_plan_of_nothing(migrator, source):
     code, output, errors = migrator("plan", source, "--tp", 2)
