@@ -12,8 +12,9 @@ from itertools import islice
 
 from codemods.branches import layer_kind
 from codemods.module import ClassPlans, Condition, PlanLiteral, exclusive
+from plans.decompose import decided_with
 
-__all__ = ["Alternative", "alternatives"]
+__all__ = ["Alternative", "alternatives", "related"]
 
 _MOST = 64  # literals of one plan, and combinations of them, that are told apart
 
@@ -29,11 +30,20 @@ class Alternative:
         plan: key to style.
         computed: keys whose style is computed.
         takes_in: whether entries may come in besides that nobody here can see.
+        lines: key to the line that writes it.
     """
 
     plan: Mapping[str, str] = field(default_factory=dict)
     computed: frozenset[str] = frozenset()
     takes_in: bool = False
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+
+def related(owner: ClassPlans, this: PlanLiteral) -> ClassPlans:
+    """Return a class without those literals that cannot matter to the experts modules that one of them writes."""
+    modules = _experts_modules(this)
+    code = (one for one in owner.code if one is this or one.replaces or one.takes_in or modules & _experts_modules(one))
+    return replace(owner, code=tuple(code))
 
 
 def alternatives(owner: ClassPlans, this: PlanLiteral) -> tuple[Alternative, ...]:
@@ -51,8 +61,11 @@ def alternatives(owner: ClassPlans, this: PlanLiteral) -> tuple[Alternative, ...
         return (_unsure(literals, this),)
     possible = [one for one in literals if not exclusive(one, this)]
     settled = frozenset((this.function, condition) for condition in this.conditions)
-    found = list(islice(_combinations(possible, settled), _MOST + 1))
-    if len(found) > _MOST:
+    # Every open test splits one combination in two at least once.
+    tests = {(one.function, condition.test) for one in possible for condition in _deciding(one)}
+    splits = len(tests - {(function, condition.test) for function, condition in settled})
+    found = list(islice(_combinations(possible, settled), _MOST + 1)) if splits < _MOST else []
+    if not found or len(found) > _MOST:
         return (_unsure(possible, this),)
     distinct: list[Alternative] = []
     for combination in found:
@@ -93,11 +106,16 @@ def _beside(literals: Sequence[PlanLiteral], this: PlanLiteral) -> list[PlanLite
     """Return the literals whose entries are in the plan together with this one's."""
     held: list[PlanLiteral] = []
     for literal in literals:
-        dropped = [one for one in held if literal.replaces and one.function in ("", literal.function)]
+        dropped = [one for one in held if _drops(literal, one)]
         if any(one is this for one in dropped):
             break
         held = [one for one in held if not any(one is gone for gone in dropped)] + [literal]
     return [one for one in held if one is not this]
+
+
+def _drops(later: PlanLiteral, earlier: PlanLiteral) -> bool:
+    """Say whether a literal leaves nothing of one before it; of two that replace the plan only one ever counts."""
+    return later.replaces and (earlier.replaces or earlier.function in ("", later.function))
 
 
 def _alternative(literals: Sequence[PlanLiteral]) -> Alternative:
@@ -105,7 +123,12 @@ def _alternative(literals: Sequence[PlanLiteral]) -> Alternative:
         {key: style for one in literals for key, style in one.plan.items()},
         frozenset(entry.key for one in literals for entry in one.entries if entry.style is None),
         any(one.takes_in for one in literals),
+        {entry.key: entry.line for one in literals for entry in one.entries},
     )
+
+
+def _experts_modules(literal: PlanLiteral) -> set[str]:
+    return {decided_with(entry.key) for entry in literal.entries if "experts" in entry.key}
 
 
 def _unsure(literals: Sequence[PlanLiteral], this: PlanLiteral) -> Alternative:

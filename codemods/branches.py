@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 from codemods.module import Condition
@@ -26,12 +27,17 @@ def layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Condition] |
     and comparisons or names that say `sparse`, `moe` or `dense`.
     """
     for condition in reversed(conditions):
-        test = ast.parse(condition.test, mode="eval").body
-        # Where `a and b` is false nothing is known of either.
-        kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _kind(test)
-        if kind is not None:
-            return (kind if condition.holds else _other(kind)), condition
+        if (kind := _kind_of(condition)) is not None:
+            return kind, condition
     return None
+
+
+@cache
+def _kind_of(condition: Condition) -> LayerKind | None:
+    test = ast.parse(condition.test, mode="eval").body
+    # Where `a and b` is false nothing is known of either.
+    kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _kind(test)
+    return kind if kind is None or condition.holds else _other(kind)
 
 
 def _other(kind: LayerKind) -> LayerKind:

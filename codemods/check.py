@@ -76,7 +76,9 @@ def _defects(found: Survey, place: Place, dialect: Dialect, decided: Decided, mo
     _, edits = decided.edits.get(place, (place, ()))
     pending = frozenset(edit.key for edit in edits) | decided.ignored.get(place, frozenset())
     exists = model.could_exist if model else None
-    return find_defects(_literal(found, place), Around(dialect, beside(found.tree, place), pending, exists))
+    held = {finding.key for where, finding in decided.findings if where == place and finding.code == "MIG204"}
+    defects = find_defects(_literal(found, place), Around(dialect, beside(found.tree, place), pending, exists))
+    return (one for one in defects if one.code != "MIG502" or one.key not in held)  # half of what is held back
 
 
 def _model(folder: Path) -> Model | None:

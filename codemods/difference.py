@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from codemods.effective import REMOVED, EffectiveEntry, EffectivePlans, PlanPlace, file_kind
-from codemods.inheritors import inheritors
+from codemods.affected import affected
+from codemods.effective import REMOVED, UNREAD, EffectiveEntry, EffectivePlans, PlanPlace, file_kind
+from codemods.guards import guard_lines
+from codemods.moved import is_obscured, moved_entries, same
 from codemods.placements import PlacementReader, Reading
 from codemods.revisions import Snapshot, changed_paths
 from codemods.touched import touched_lines
@@ -18,9 +20,10 @@ from plans.errors import MigratorError, UsageError
 
 __all__ = ["Comparison", "Difference", "Kind", "Side", "compare"]
 
-Kind = Literal["renamed", "meaning", "placement", "added", "removed"]
+Kind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
 """Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
-that is gone."""
+that is gone; the same entry in another function or under other conditions; a plan, or a style, that nobody here can
+read, where something that it is made of changed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Difference:
         kind: what changed.
         before: the entry in the first revision, None where it is new.
         after: the entry in the second revision, None where it is gone.
-        explained: whether the text diff touches the entry's own line in the model's own file.
+        explained: whether the text diff touches the entry's own line in the model's own file, or where only its
+            function or conditions changed, theirs; what cannot be read is explained in new and deleted classes only.
+        moved_from: where the entry was in the first revision, if its function or conditions changed.
     """
 
     place: PlanPlace
@@ -59,6 +64,7 @@ class Difference:
     before: Side | None
     after: Side | None
     explained: bool
+    moved_from: PlanPlace | None = None
 
     @property
     def model(self) -> str:
@@ -98,7 +104,7 @@ class Comparison:
 def compare(before: Snapshot, after: Snapshot) -> Comparison:
     """Compare the effective plans of two revisions, class by class and entry by entry.
 
-    Files are read that changed, and those whose classes inherit from theirs; all, where the dialect changed.
+    Files are read that changed, and those whose plans inherit or take over from theirs; all, where the dialect changed.
 
     Raises:
         UsageError: neither revision holds a model.
@@ -115,7 +121,8 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
         readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
         dialects = readers[0].dialect, readers[1].dialect
         changed = changed_paths(before, after)
-        paths = _affected(before, after, changed, everything=dialects[0] != dialects[1])
+        styles = readers[0].styles | readers[1].styles
+        paths = affected(before, after, changed, styles, everything=dialects[0] != dialects[1])
         for reader in readers:
             reader.load({path.parent for path in paths})
         comparer = _Comparer(before, after, changed, *readers)
@@ -127,22 +134,6 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
             except MigratorError as error:
                 errors.append(error)
     return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
-
-
-def _affected(before: Snapshot, after: Snapshot, changed: frozenset[Path], *, everything: bool) -> frozenset[Path]:
-    """Return the files whose plans may differ, or whose models read them differently."""
-    kinds = {path: file_kind(path) for path in before.blobs.keys() | after.blobs.keys()}
-    if everything:
-        return frozenset(path for path, kind in kinds.items() if kind)
-    changed_models = [path for path in changed if kinds[path]]
-    changed_kinds = {kinds[path] for path in changed_models}
-    candidates = [path for path, kind in kinds.items() if kind and kind in changed_kinds]
-    remodelled = {path.parent for path in changed_models if kinds[path] == "modeling"}
-    found = {path for path, kind in kinds.items() if kind and path.parent in remodelled}
-    for snapshot in (before, after):
-        snapshot.load(candidates)
-        found |= inheritors(changed_models, candidates, snapshot.source)
-    return frozenset(found)
 
 
 class _Comparer:
@@ -165,41 +156,60 @@ class _Comparer:
 
     def of_file(self, path: Path) -> Iterator[Difference]:
         old, new = (plans.of_file(path) for plans in self._plans)
-        survivors = self._plans[0].classes(path) & self._plans[1].classes(path)
+        survivors = frozenset(self._plans[0].classes(path)).intersection(self._plans[1].classes(path))
+        moved = moved_entries(old, new)
         for place in sorted(old.keys() | new.keys(), key=lambda place: (place.class_name, place.plan)):
             entries = old.get(place, {}), new.get(place, {})
+            obscured = is_obscured(entries)
             for key in dict.fromkeys([*entries[0], *entries[1]]):
-                found = self._of_entry(place, key, entries, whole_class=place.class_name not in survivors)
-                if found is not None:
+                came_from = moved.get((place, key))
+                if (place, key) in moved and came_from is None:
+                    continue
+                places = came_from or place, place
+                pair = old.get(places[0], {}).get(key), entries[1].get(key)
+                found = self._of_entry(key, places, pair, whole_class=place.class_name not in survivors)
+                if found is not None and not (obscured and found.kind in ("added", "removed")):
                     yield found
 
     def _of_entry(
         self,
-        place: PlanPlace,
         key: str,
-        entries: tuple[Mapping[str, EffectiveEntry], Mapping[str, EffectiveEntry]],
+        places: tuple[PlanPlace, PlanPlace],
+        pair: tuple[EffectiveEntry | None, EffectiveEntry | None],
         *,
         whole_class: bool,
     ) -> Difference | None:
-        pair = entries[0].get(key), entries[1].get(key)
-        if pair[0] and pair[1] and pair[0].style == pair[1].style and self._read_alike(place.path.parent):
+        place = places[1]
+        is_moved = places[0] != places[1]
+        unread = key == UNREAD or bool(pair[0] and pair[1] and pair[0].style == pair[1].style is None)
+        if same(*pair) and not is_moved and (unread or self._read_alike(place.path.parent)):
             return None
         before, after = (_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
-        kind = _kind(before, after)
+        kind = "unread" if unread and not same(*pair) else _kind(before, after) or ("condition" if is_moved else None)
         if kind is None:
             return None
-        return Difference(place, key, kind, before, after, whole_class or self._is_touched(place.path, before, after))
+        touched = kind != "unread" and self._is_touched(places, before, after, with_guards=is_moved)
+        return Difference(place, key, kind, before, after, whole_class or touched, places[0] if is_moved else None)
 
     def _read_alike(self, folder: Path) -> bool:
         """Say whether both revisions read a model's styles alike: in one dialect, against the same modeling source."""
         return self._same_dialect and folder not in self._remodelled
 
-    def _is_touched(self, path: Path, before: Side | None, after: Side | None) -> bool:
-        """Say whether the text diff touches the entry's line in the model's own file, in either revision."""
-        return any(
-            side is not None and side.path == path and side.line in lines
-            for side, lines in zip((before, after), self._touched(path), strict=True)
-        )
+    def _is_touched(
+        self, places: tuple[PlanPlace, PlanPlace], before: Side | None, after: Side | None, *, with_guards: bool
+    ) -> bool:
+        """Say whether the text diff touches the entry's line in the model's own file, or a guard's."""
+        path = places[1].path
+        for snapshot, place, side, touched in zip(
+            self._snapshots, places, (before, after), self._touched(path), strict=True
+        ):
+            source = snapshot.source(path)
+            if side is None or side.path != path or source is None:
+                continue
+            guards = guard_lines(source, side.line, place.written) if with_guards else frozenset()
+            if not touched.isdisjoint({side.line, *guards}):
+                return True
+        return False
 
     def _touched_in(self, path: Path) -> tuple[frozenset[int], frozenset[int]]:
         sources = [snapshot.source(path) for snapshot in self._snapshots]

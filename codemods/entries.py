@@ -31,7 +31,8 @@ class Entry:
         can_precede: whether another entry can be written just before this one, its key formed from this one's.
         computed: whether a part of the key is computed.
         numbered: whether the key names one layer by its number, written out or computed.
-        replaceable: whether another style can be written for this one without a loss: it is no other entry's as well.
+        replaceable: whether another style can be written for this one without a loss: it is no other entry's as well,
+            and nothing that comes later may override it.
     """
 
     key: str

@@ -1,16 +1,17 @@
-"""What an experts class does, read from its statements and those it inherits: its parameters, and gate beside up."""
+"""What an experts class says of its parameters, read from its statements and those it inherits."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Shapes", "effective_statements", "flags_of", "is_concatenated", "parameter_shapes"]
+__all__ = ["Shapes", "effective_statements", "flags_of", "parameter_shapes"]
 
 Shapes = dict[str, tuple[str, ...]]
 """The dims of parameters by name, as source text."""
 
-_REORDERING = frozenset({"reshape", "view", "flatten", "index_select", "flip", "roll"})
+_DECORATORS = frozenset({"use_experts_implementation", "use_kernel_forward_from_hub"})
+"""Those that leave a class's forward as it is written, or put one in its place that does the same."""
 
 
 def effective_statements(lineage: Sequence[ast.ClassDef]) -> list[ast.stmt]:
@@ -93,54 +94,19 @@ def _dims(value: ast.expr | None) -> tuple[str, ...]:
 
 
 def flags_of(lineage: Sequence[ast.ClassDef]) -> dict[str, bool] | None:
-    """Return the flags of the classes' decorators, the nearest counts; None where one is computed or taken in."""
+    """Return the flags of the classes' decorators, the nearest counts; None where one is unknown, or taken in."""
     flags: dict[str, bool] = {}
     for definition in reversed(lineage):
         for decorator in definition.decorator_list:
+            made = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if ast.unparse(made).rpartition(".")[2] not in _DECORATORS:
+                return None
             for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
                 if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
                     return None
                 if isinstance(keyword.value.value, bool):
                     flags[keyword.arg] = keyword.value.value
     return flags
-
-
-def is_concatenated(body: Iterable[ast.stmt], flags: dict[str, bool]) -> bool | None:
-    """Say whether gate rows stand before up rows, by how the class takes them apart; None where it does not show.
-
-    `gate, up = x.chunk(2, dim=-1)` means that they do, `x[..., ::2]` that they alternate; other ways to split a tensor
-    in two leave it open, and so does a parameter that is put in another order first.
-    """
-    steps = chunks = unclear = False
-    for node in (node for statement in body for node in ast.walk(statement)):
-        match node:
-            case ast.Slice(step=ast.Constant(value=2)):
-                steps = True
-            case ast.Call(func=ast.Attribute(attr="chunk")):
-                chunks = chunks or _halves_last_dim(node)
-            case ast.Call(func=ast.Attribute(attr="unbind" | "unflatten" | "split" | "tensor_split")):
-                unclear = True
-            case ast.Call(func=ast.Attribute(value=value, attr=method)) if method in _REORDERING:
-                unclear = unclear or _is_packed_parameter(value) or any(map(_is_packed_parameter, node.args))
-    if steps or not flags.get("is_concatenated", True):
-        return False
-    return True if chunks and not unclear else None
-
-
-def _is_packed_parameter(value: ast.expr) -> bool:
-    """Say whether an expression is the packed parameter, a part of it, or what one of its methods makes of it."""
-    match value:
-        case ast.Attribute(value=ast.Name(id="self"), attr="gate_up_proj"):
-            return True
-        case ast.Subscript(value=inner) | ast.Call(func=ast.Attribute(value=inner)):
-            return _is_packed_parameter(inner)
-    return False
-
-
-def _halves_last_dim(call: ast.Call) -> bool:
-    dims = [*call.args[1:], *(keyword.value for keyword in call.keywords if keyword.arg == "dim")]
-    halves = bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == 2
-    return halves and [ast.unparse(dim) for dim in dims] == ["-1"]
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

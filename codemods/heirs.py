@@ -9,11 +9,13 @@ from pathlib import Path
 
 from codemods.sources import Source
 
-__all__ = ["heirs_by_name"]
+__all__ = ["heirs_by_name", "importers_by_folder"]
 
 _HEADER = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?")
 _NAME = re.compile(rb"\w+")
 _ALIAS = re.compile(rb" as (\w+)")
+_SECOND_NAME = re.compile(rb"\n(\w+) = (\w+)[ \t]*(?=\n)")
+_MODULE = re.compile(rb"\n[ \t]*from[ \t]+([\w.]*\.[\w.]*)[ \t]+import\b")
 _LONGEST = 80  # bytes before an alias in which the name is looked for
 
 
@@ -35,10 +37,20 @@ def heirs_by_name(sources: Iterable[Source]) -> dict[str, list[tuple[Path, str]]
     return {name.decode("utf-8", "replace"): heirs for name, heirs in found.items()}
 
 
+def importers_by_folder(sources: Iterable[Source]) -> dict[str, list[Path]]:
+    """Return the files that mention plans by the words of the modules they import from, model folders among them."""
+    found: dict[bytes, dict[Path, None]] = defaultdict(dict)
+    for source in sources:
+        for module in _MODULE.findall(b"\n" + source.data) if b"_plan" in source.data else ():
+            for word in _NAME.findall(module):
+                found[word][source.path] = None
+    return {word.decode("utf-8", "replace"): list(paths) for word, paths in found.items()}
+
+
 def _aliases(head: bytes) -> dict[bytes, bytes]:
-    """Return the names that the beginning of a file gives to what it imports, with those they stand for."""
+    """Return the other names that the beginning of a file gives to classes, with those they stand for."""
     found: dict[bytes, bytes] = {}
     for match in _ALIAS.finditer(head):
         before = _NAME.findall(head, max(0, match.start() - _LONGEST), match.start())
         found[match[1]] = before[-1] if before else match[1]
-    return found
+    return found | {name: found.get(meant, meant) for name, meant in _SECOND_NAME.findall(head)}

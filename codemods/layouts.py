@@ -3,7 +3,8 @@
 The guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only, and every other layout
 gives shape errors at best and silently wrong numbers at worst. So the layout must be shown, not merely not denied:
 the shapes of the parameters, the flags of the class's decorator, and a forward that takes gate and up apart by `chunk`.
-A class counts as it is effective, with what it inherits and without what it overrides.
+A class counts as it is effective, with what it inherits and without what it overrides; one that is changed from outside
+does not show it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.expert_class import Shapes, effective_statements, flags_of, is_concatenated, parameter_shapes
+from codemods.concatenation import is_concatenated
+from codemods.expert_class import Shapes, effective_statements, flags_of, parameter_shapes
 from codemods.sources import Source, read_source
 from plans.described import Described
 from plans.layout import ExpertLayout
@@ -26,7 +28,9 @@ _CLASS = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?[ \t]*:")
 _DECORATORS = 2000  # bytes above a class in which its decorators are looked for
 _TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
 _PROJECTIONS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
-_PLAIN_BASES = frozenset({"Module", "ABC", "object"})
+_PLAIN_BASES = frozenset({"Module", "ABC", "Generic", "object"})
+_ARGUMENTS_OF_TYPES = re.compile(r"\[[^\]]*\]")
+_SETS_ATTRIBUTE = re.compile(rb"\.\w+[ \t]*(?::[^=\n]+)?=(?!=)")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
     if not makers:
         return ()
     headers = {name: header for source in sources for name, header in _headers(source)}
-    found = [_layouts_of_class(headers, name) for name in _with_heirs(headers, makers)]
+    found = [_layouts_of_class(sources, headers, name) for name in _with_heirs(headers, makers)]
     return tuple(layout for layouts in found for layout in layouts)
 
 
@@ -82,7 +86,7 @@ def _makers(source: Source) -> Iterator[str]:
 
 def _headers(source: Source) -> Iterator[tuple[str, _Header]]:
     for match in _CLASS.finditer(b"\n" + source.data):
-        listed = (match[2] or b"").decode("utf-8", "replace").split(",")
+        listed = _ARGUMENTS_OF_TYPES.sub("", (match[2] or b"").decode("utf-8", "replace")).split(",")
         bases = (base.strip().rpartition(".")[2] for base in listed if "=" not in base)
         yield match[1].decode("utf-8", "replace"), _Header(source, match.start(1) - 1, tuple(filter(None, bases)))
 
@@ -97,7 +101,9 @@ def _with_heirs(headers: Mapping[str, _Header], names: Iterable[str]) -> list[st
     return list(found)
 
 
-def _layouts_of_class(headers: Mapping[str, _Header], name: str) -> Iterator[ExpertLayout | None]:
+def _layouts_of_class(
+    sources: Iterable[Source], headers: Mapping[str, _Header], name: str
+) -> Iterator[ExpertLayout | None]:
     """Yield the layout of a class, nothing where it packs no experts."""
     names = _lineage(headers, name)
     lineage = [_definition(headers[one].source.data, headers[one].place) for one in names]
@@ -108,10 +114,37 @@ def _layouts_of_class(headers: Mapping[str, _Header], name: str) -> Iterator[Exp
     body = effective_statements(parsed)
     shapes = parameter_shapes(body)
     if _is_experts(shapes):
-        foreign = {base for one in names for base in headers[one].bases} - headers.keys() - _PLAIN_BASES
         flags = flags_of(parsed)
         where = f"{headers[name].source.path.name}:{name}"
-        yield None if foreign or flags is None else _layout(where, shapes, flags, is_concatenated(body, flags))
+        if flags is None or not all(_is_closed(sources, headers, one) for one in names):
+            yield None
+        else:
+            yield _layout(where, shapes, flags, is_concatenated(body, flags, names))
+
+
+def _is_closed(sources: Iterable[Source], headers: Mapping[str, _Header], name: str) -> bool:
+    """Say whether a class is all that its statements say: no base from elsewhere, and nothing set from outside."""
+    foreign = [base for base in headers[name].bases if base not in headers and base not in _PLAIN_BASES]
+    if any(_is_patched(source.data, name.encode()) for source in sources):
+        return False
+    return all(_is_module(headers[name].source.data, base.encode()) for base in foreign)
+
+
+def _is_module(data: bytes, name: bytes) -> bool:
+    """Say whether a name is the one that a file gives `torch.nn.Module`."""
+    return re.search(rb"^from torch\.nn import [^\n]*\bModule as " + name + rb"\b", data, re.MULTILINE) is not None
+
+
+def _is_patched(data: bytes, name: bytes) -> bool:
+    """Say whether a file gives a class other attributes than its own statements do: `ToyExperts.forward = …`."""
+    if b"setattr(" + name in data or b"\n" + name + b" = " in data:
+        return True
+    start = data.find(name + b".")
+    while start >= 0:
+        if _SETS_ATTRIBUTE.match(data, start + len(name)):
+            return True
+        start = data.find(name + b".", start + 1)
+    return False
 
 
 def _lineage(headers: Mapping[str, _Header], name: str) -> list[str]:

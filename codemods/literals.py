@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterator, Sequence
 
 from codemods.blocks import blocks
+from codemods.gather import gather
 from codemods.module import Import, Module
 from codemods.reader import reader_of
 from codemods.sources import Source, shown
@@ -39,10 +40,9 @@ def read_module(source: Source) -> Module:
 def _read(source: Source, statements: Sequence[ast.stmt]) -> Module:
     reader = reader_of(source, statements)
     found = [*reader.classes(statements), reader.outside(statements)]
-    classes = {owner.name: owner for owner, _ in found if owner.name or owner.code or owner.removals}
-    unread = sorted((use for _, uses in found for use in uses), key=lambda use: use.line)
+    unread = sorted((use for one in found for use in one.unread), key=lambda use: use.line)
     imports = dict(_imports(statements))
-    return Module(classes, lambda: imports, tuple(unread))
+    return Module(gather(found), lambda: imports, tuple(unread))
 
 
 def _parse(source: Source) -> ast.Module:

@@ -13,11 +13,13 @@ from plans.plan import plan_kind
 __all__ = [
     "ClassPlans",
     "Condition",
+    "Hold",
     "Import",
     "Module",
     "Opaque",
     "PlanLiteral",
     "Removal",
+    "Taken",
     "Unread",
     "all_literals",
     "exclusive",
@@ -101,6 +103,7 @@ class Removal:
         line: counted from 1.
         function: the function it stands in, empty in a class body.
         conditions: those around it in that function, outermost first.
+        class_name: the qualified name of the class whose plan it is, empty where no class is named.
     """
 
     attribute: str
@@ -108,6 +111,32 @@ class Removal:
     line: int
     function: str = ""
     conditions: tuple[Condition, ...] = ()
+    class_name: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a plan takes over from an expression that writes no keys of its own: `BASE`, `Parent.plan`, `make(1)`.
+
+    Args:
+        class_name: the qualified name of the class it stands in, empty outside of classes.
+        attribute: the plan.
+        line: counted from 1.
+        start: where it begins in the text.
+        text: the expression, normalized.
+        function: the function it stands in, empty in a class body.
+        conditions: those around it in that function, outermost first.
+        replaces: whether it takes the place of all that the plan held.
+    """
+
+    class_name: str
+    attribute: str
+    line: int
+    start: int
+    text: str
+    function: str = ""
+    conditions: tuple[Condition, ...] = ()
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,12 +148,31 @@ class Unread:
         attribute: the plan.
         line: counted from 1.
         experts: whether text beside it speaks of experts.
+        why: what keeps it from being read, to follow `entries here`.
     """
 
     class_name: str
     attribute: str
     line: int
     experts: bool
+    why: str = "that cannot be read"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What keeps a plan as it is: another statement of its file that shares its entries or changes some of them.
+
+    Args:
+        class_name: the qualified name of the class whose plan it is.
+        attribute: the plan.
+        module: the experts module that stays as it is, None for every one.
+        why: what the other statement does, with its line.
+    """
+
+    class_name: str
+    attribute: str
+    module: str | None
+    why: str
 
 
 @dataclass(frozen=True)
@@ -137,6 +185,8 @@ class ClassPlans:
         plans: attribute name to what the class body last assigns to it.
         code: the literals in its functions, and those that depend on conditions, in order.
         removals: what its functions take out of plans again, in order.
+        holds: what else keeps its plans as they are.
+        taken: what its plans take over from expressions that write no keys of their own, in order.
     """
 
     name: str
@@ -144,6 +194,8 @@ class ClassPlans:
     plans: Mapping[str, PlanLiteral | Opaque] = field(default_factory=dict)
     code: tuple[PlanLiteral, ...] = ()
     removals: tuple[Removal, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    taken: tuple[Taken, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.module import is_plan_attribute
 from codemods.pieces import bindings, pieces
-from plans.plan import plan_kind
+from plans.plan import is_expert_parallel, plan_kind
 
-__all__ = ["Definitions", "Function", "local_plans", "written_into"]
+__all__ = ["Definitions", "Function", "given_parameters", "local_plans", "written_into"]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -27,11 +27,20 @@ class Definitions:
 
     statements: Sequence[ast.stmt]
 
-    def constant(self, node: ast.AST) -> ast.expr | None:
-        """Return what a name, or an attribute of a class, stands for: assigned once and used once in the file."""
+    def constant(self, node: ast.AST, homes: Iterable[str]) -> ast.expr | None:
+        """Return what a name, or an attribute of a class, stands for: assigned once and used once in the file.
+
+        Args:
+            node: an expression.
+            homes: the classes, empty for the module, whose bodies may define it.
+        """
+        values = self.defined(node, homes)
         name = _identifier(node)
-        values = self._constants.get(name, [])
         return values[0] if len(values) == 1 and self._uses[name] == 1 and self._stores[name] == 1 else None
+
+    def defined(self, node: ast.AST, homes: Iterable[str]) -> list[ast.expr]:
+        """Return all that module and class bodies define a name as."""
+        return [value for home in homes for value in self._constants.get((home, _identifier(node)), [])]
 
     def behind(self, node: ast.AST) -> Iterator[ast.AST]:
         """Yield an expression and whatever defines the names in it, or is put into what they name."""
@@ -40,30 +49,34 @@ class Definitions:
             yield from self._definers.get(name, ())
 
     @cached_property
-    def _constants(self) -> Mapping[str, list[ast.expr]]:
-        found: dict[str, list[ast.expr]] = defaultdict(list)
-        for statement in _outside_functions(self.statements):
+    def classes(self) -> frozenset[str]:
+        """The names of the classes that stand at the top of the file."""
+        return frozenset(one.name for one in self.statements if isinstance(one, ast.ClassDef))
+
+    @cached_property
+    def _constants(self) -> Mapping[tuple[str, str], list[ast.expr]]:
+        found: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
+        for home, statement in _outside_functions(self.statements):
             for target, value in bindings(statement):
                 if isinstance(target, ast.Name):
-                    found[target.id].append(value)
+                    found[home, target.id].append(value)
         return found
 
     @cached_property
     def _uses(self) -> Counter[str]:
-        return self._counted(ast.Load)
+        return Counter(_identifier(node) for node in self._nodes() if isinstance(getattr(node, "ctx", None), ast.Load))
 
     @cached_property
     def _stores(self) -> Counter[str]:
-        return self._counted(ast.Store)
+        return Counter(name for node in self._nodes() for name in _bound(node))
 
-    def _counted(self, context: type[ast.expr_context]) -> Counter[str]:
-        nodes = (node for statement in self.statements for node in ast.walk(statement))
-        return Counter(_identifier(node) for node in nodes if isinstance(getattr(node, "ctx", None), context))
+    def _nodes(self) -> Iterator[ast.AST]:
+        return (node for statement in self.statements for node in ast.walk(statement))
 
     @cached_property
     def _definers(self) -> Mapping[str, list[ast.AST]]:
         found: dict[str, list[ast.AST]] = defaultdict(list)
-        for node in (node for statement in self.statements for node in ast.walk(statement)):
+        for node in self._nodes():
             match node:
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                     found[name].append(node)
@@ -77,6 +90,15 @@ class Definitions:
                 if isinstance(target, ast.Subscript):
                     found[_identifier(target.value)].append(target)
         return found
+
+
+def given_parameters(function: Function) -> frozenset[str]:
+    """Return the parameters of a function that have no value of their own: their callers say what they are."""
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return frozenset(one.arg for one, value in pairs if value is None or ast.unparse(value) == "None")
 
 
 def local_plans(function: Function) -> dict[str, str]:
@@ -153,19 +175,26 @@ def _looped(node: ast.AST) -> Iterator[tuple[str, str]]:
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
             read = [plan for element in plans for plan in _plans_read(element)]
-            if len(read) == len(plans) > 0 and len({_is_expert_parallel(plan) for plan in read}) == 1:
+            if len(read) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in read}) == 1:
                 yield name, read[0]
 
 
-def _is_expert_parallel(plan: str) -> bool:
-    return "ep" in (plan_kind(plan) or "")
-
-
-def _outside_functions(statements: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+def _outside_functions(statements: Sequence[ast.stmt], home: str = "") -> Iterator[tuple[str, ast.stmt]]:
     for statement in statements:
-        yield statement
+        yield home, statement
         if isinstance(statement, ast.ClassDef):
-            yield from _outside_functions(statement.body)
+            yield from _outside_functions(statement.body, f"{home}.{statement.name}" if home else statement.name)
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Yield the name that a node gives a meaning to."""
+    match node:
+        case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
+            yield _identifier(node)
+        case ast.arg(arg=name) | ast.alias(asname=str(name)) | ast.alias(asname=None, name=name):
+            yield name
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
 
 
 def _identifier(node: ast.AST) -> str:

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from codemods.heirs import heirs_by_name
+from codemods.heirs import heirs_by_name, importers_by_folder
 from codemods.imports import imported, local_class
 from codemods.literals import read_module
+from codemods.model_files import alias, file_of, is_package
 from codemods.module import ClassPlans, Module, Opaque, PlanLiteral
 from codemods.skim import skim
 from codemods.sources import Source, read_source
 
 __all__ = ["Lost", "Place", "Tree"]
-
-
-_MODELS = "models"
-"""The package of all models, `transformers.models`: absolute imports from below it stay in the tree."""
-
-_UP_TO_MODELS = 2
-"""The dots of an import that lead from a model's file to the folder of all models."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,28 @@ class Tree:
     @cached_property
     def heirs(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
         """The classes of the modular files that were taken, by the names that may give them plans."""
-        return heirs_by_name(source for source in self._sources.values() if source.path.name.startswith("modular_"))
+        return heirs_by_name(self._files("modular_"))
+
+    @cached_property
+    def configurations(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
+        """The classes of the configuration files that were taken, by the names that may give them plans."""
+        return heirs_by_name(self._files("configuration_"))
+
+    @cached_property
+    def importers(self) -> Mapping[str, Sequence[Path]]:
+        """The configuration files that mention plans, by the model folders they import from."""
+        return importers_by_folder(self._files("configuration_"))
+
+    def _files(self, prefix: str) -> Iterator[Source]:
+        return (source for source in self._sources.values() if source.path.name.startswith(prefix))
+
+    def parse(self, path: Path) -> Module:
+        """Return what a parser makes of a file, which leaves nothing of it unread.
+
+        Raises:
+            SourceError: it does not parse.
+        """
+        return read_module(self.source(path))
 
     def plan(self, place: Place) -> PlanLiteral | Opaque:
         """Return what is written down at a place; a class that writes nothing there counts as opaque."""
@@ -119,15 +134,32 @@ class Tree:
         assert place.code is None
         return self._find(place, None, frozenset())
 
-    def holds(self, place: Place, seen: frozenset[Place] = frozenset()) -> bool:
+    def holds(self, place: Place) -> bool:
         """Say whether a class has a plan as Python looks it up, wherever its file comes from."""
-        found = self.module(place.path).classes.get(place.class_name)
-        if found is None or place in seen:
-            return False
-        if place.attribute in found.plans:
-            return isinstance(found.plans[place.attribute], PlanLiteral)
-        parents = [parent for base in found.bases if (parent := self._parent(place, base))]
-        return any(self.holds(parent, seen | {place}) for parent in parents)
+        holder = self.holder(place)
+        return holder is not None and isinstance(self.plan(holder), PlanLiteral)
+
+    def holder(self, place: Place) -> Place | None:
+        """Return where the plan of a class stands as Python looks it up, None where no class has it."""
+        lineage = self.lineage(place)
+        return next((one for one in lineage if one.attribute in self._class(one).plans), None)
+
+    def lineage(self, place: Place, seen: frozenset[Place] = frozenset()) -> Iterator[Place]:
+        """Yield a class and its bases among the models, nearest first, each as a place of the same plan."""
+        if place in seen:
+            return
+        seen |= {place}
+        if place.class_name not in self.module(place.path).classes:
+            elsewhere = self._imported(place, place.class_name)
+            yield from self.lineage(elsewhere, seen) if elsewhere else ()
+            return
+        yield place
+        for base in self._class(place).bases:
+            if parent := self.meant(place, base):
+                yield from self.lineage(parent, seen)
+
+    def _class(self, place: Place) -> ClassPlans:
+        return self.module(place.path).classes[place.class_name]
 
     def _line(self, place: Place) -> int:
         """Return the line of a class, 1 where its header is written in an unusual way."""
@@ -168,7 +200,7 @@ class Tree:
     ) -> Place | Lost:
         lost: Lost | None = None
         for base in found.bases:
-            parent = self._parent(place, base)
+            parent = self.meant(place, base)
             if parent is None:
                 continue
             result = self._find(parent, wanted, seen)
@@ -177,35 +209,25 @@ class Tree:
             lost = lost or result
         return lost or Lost("MIG302", f"no base of {place.class_name} in {place.path.name} assigns {place.attribute}")
 
-    def _parent(self, place: Place, base: str) -> Place | None:
-        """Return where a base of a class may be looked for, None for anything outside the models."""
-        name = local_class(self.module(place.path), place.class_name, base)
-        return replace(place, class_name=name) if name else self._imported(place, base)
+    def meant(self, place: Place, name: str) -> Place | None:
+        """Return what a name in a class stands for, a base for instance, None for anything outside the models."""
+        local = local_class(self.module(place.path), place.class_name, name)
+        if local:
+            return replace(place, class_name=local)
+        other = alias(self.source(place.path), name)
+        return self.meant(place, other) if other else self._imported(place, name)
 
     def _imported(self, place: Place, name: str) -> Place | None:
         """Return where an import brings a class from, None for anything outside the models."""
         for meant in imported(self.module(place.path), name):
-            path = _file_of(place.path, meant.level, meant.module)
+            path = file_of(place.path, meant.level, meant.module)
             if path is not None:
                 return replace(place, path=path, class_name=meant.class_name)
+            if is_package(meant):
+                return self._re_exported(place, meant.class_name)
         return None
 
-
-def _file_of(path: Path, level: int, module: str) -> Path | None:
-    """Return the file of an imported module, None for one of the library around the models."""
-    parts = tuple(module.split(".")) if module else ()
-    if level:
-        bases = path.parents[level - 1 : level]
-        bases = [base for base in bases if level <= _UP_TO_MODELS or _MODELS in base.parts + parts]
-        return next((_module_file(base.joinpath(*parts)) for base in bases), None)
-    if _MODELS in parts:
-        return _module_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
-    return None
-
-
-def _module_file(module: Path) -> Path | None:
-    """Return the file of a module, or the configuration file of a model package that re-exports it."""
-    if not module.name:
-        return None
-    candidates = (module.with_suffix(".py"), module / f"configuration_{module.name}.py")
-    return next((path for path in candidates if path.is_file()), None)
+    def _re_exported(self, place: Place, name: str) -> Place | None:
+        """Return the one configuration class of a name; the package above the models re-exports them all."""
+        found = [path for path, heir in self.configurations.get(name, ()) if heir == name]
+        return replace(place, path=found[0], class_name=name) if len(found) == 1 else None

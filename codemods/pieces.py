@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from codemods.entries import writes_entries
 from codemods.module import Condition
 from plans.plan import plan_kind
 
-__all__ = ["Piece", "bindings", "mentions_plan", "pieces"]
+__all__ = ["Piece", "bindings", "mentions_plan", "pieces", "plan_names"]
 
 _WRAPPERS = frozenset({"dict", "OrderedDict", "MappingProxyType", "copy", "deepcopy", "field", "update", "__ior__"})
 """Functions whose result holds what their arguments hold."""
@@ -28,11 +28,13 @@ class Piece:
         node: the part.
         conditions: those of the conditional expressions that it stands in, outermost first.
         writes: whether it writes entries down; if not, they are written elsewhere.
+        partial: whether only some of its entries are taken.
     """
 
     node: ast.AST
     conditions: tuple[Condition, ...] = ()
     writes: bool = False
+    partial: bool = False
 
 
 def pieces(node: ast.AST, around: tuple[Condition, ...] = ()) -> Iterator[Piece]:
@@ -63,8 +65,7 @@ def pieces(node: ast.AST, around: tuple[Condition, ...] = ()) -> Iterator[Piece]
                 if key is None:
                     yield from pieces(value, around)
         case ast.DictComp():
-            taken = _taken_over(node)
-            yield from pieces(taken, around) if taken else [Piece(node, around, writes_entries(node))]
+            yield from _of_comprehension(node, around)
         case ast.Call():
             yield from _of_call(node, around)
         case ast.Constant(value=None) | ast.Name(id="dict"):
@@ -78,7 +79,7 @@ def bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
     match statement:
         case ast.Assign(targets=targets, value=value):
             for target in targets:
-                if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                if isinstance(target, (ast.Tuple, ast.List)) and isinstance(value, (ast.Tuple, ast.List)):
                     yield from zip(target.elts, value.elts, strict=False)
                 else:
                     yield target, value
@@ -88,13 +89,15 @@ def bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 def mentions_plan(node: ast.AST) -> bool:
     """Say whether an expression reads something that has a plan's name: `self._tp_plan`, `getattr(x, "_tp_plan")`."""
-    return any(plan_kind(name) for part in ast.walk(node) for name in _names(part))
+    return any(True for part in ast.walk(node) for _ in plan_names(part))
 
 
-def _names(node: ast.AST) -> Iterator[str]:
+def plan_names(node: ast.AST) -> Iterator[str]:
+    """Yield the plan that a node itself names."""
     match node:
         case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)):
-            yield name
+            if plan_kind(name):
+                yield name
 
 
 def _of_call(call: ast.Call, around: tuple[Condition, ...]) -> Iterator[Piece]:
@@ -117,6 +120,15 @@ def _of_call(call: ast.Call, around: tuple[Condition, ...]) -> Iterator[Piece]:
         # What an unknown function makes of its arguments is its own affair, but displays are there to be read.
         found = [piece for piece in found if piece.writes] or [Piece(call, around)]
     yield from found
+
+
+def _of_comprehension(node: ast.DictComp, around: tuple[Condition, ...]) -> Iterator[Piece]:
+    taken = _taken_over(node)
+    if taken is None:
+        yield Piece(node, around, writes_entries(node))
+    else:
+        filtered = any(generator.ifs for generator in node.generators)
+        yield from (replace(piece, partial=piece.partial or filtered) for piece in pieces(taken, around))
 
 
 def _taken_over(node: ast.DictComp) -> ast.expr | None:

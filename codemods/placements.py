@@ -75,6 +75,11 @@ class PlacementReader:
         """Read the modeling source of folders that will be asked about, all at once."""
         self._snapshot.load(path for path in self._snapshot.blobs if path.parent in folders)
 
+    @property
+    def styles(self) -> frozenset[str]:
+        """The names of the vocabulary."""
+        return frozenset(self._vocabulary)
+
     def read(self, place: PlanPlace, key: str, style: str | None) -> Reading:
         """Return what an entry does.
 

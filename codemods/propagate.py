@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from codemods.missing import missing_copies
 from codemods.module import Opaque, PlanLiteral
 from codemods.ownership import Lost, Place, Tree
+from codemods.related import may_come_from
 from codemods.rewrite import edited
 from codemods.sources import shown
 from plans.decompose import Decomposition, Edit, decided_with
@@ -83,7 +84,9 @@ def families(
             continue
         if isinstance(owner, Lost):
             lost.append((place, about(tree, place, owner.code, owner.reason)))
-            stray += [] if owner.orphan else [place]
+            if not owner.orphan:
+                stray.append(place)
+                _check_modular(tree, place, errors)
             continue
         known = copies.setdefault(owner, [])
         if owner != place:
@@ -91,13 +94,27 @@ def families(
     for owner, place in missing_copies(tree, places, errors):
         if owner in copies and place not in (owner, *copies[owner]):
             copies[owner].append(place)  # at odds with its owner
+            _check_modular(tree, place, errors)
     return [Family(owner, tuple(found), _doubtful(tree, owner, stray)) for owner, found in copies.items()], lost
 
 
+def _check_modular(tree: Tree, place: Place, errors: list[MigratorError]) -> None:
+    """Parse the modular file of a copy that is lost or at odds: what was read of it so far may not be all it says."""
+    generated_from = tree.source(place.path).generated_from
+    try:
+        tree.parse(place.path.with_name(generated_from or place.path.name))
+    except MigratorError as error:
+        errors += [error] if error.message not in {known.message for known in errors} else []
+
+
 def _doubtful(tree: Tree, owner: Place, stray: Iterable[Place]) -> tuple[Place, ...]:
-    """Return the plans with a lost owner that may be copies of this one: they say the same."""
+    """Return the plans with a lost owner that may be copies of this one: they say the same, and a name leads here."""
     wanted = tree.plan(owner)
-    return tuple(place for place in stray if isinstance(wanted, PlanLiteral) and _same(tree.plan(place), wanted))
+    return tuple(
+        place
+        for place in stray
+        if isinstance(wanted, PlanLiteral) and _same(tree.plan(place), wanted) and may_come_from(tree, place, owner)
+    )
 
 
 def _same(plan: PlanLiteral | Opaque, wanted: PlanLiteral) -> bool:
@@ -115,9 +132,8 @@ def judge(tree: Tree, family: Family, out_of_reach: OutOfReach, transform: Trans
     """
     wanted = transform(tree, family)
     results = {place: _result(tree, place, wanted[place]) for place in family.places}
-    if at_odds := [place for place in family.copies if results[place] != results[family.owner]]:
-        where = family.owner.path.name
-        return Verdict({}, tuple((place, about(tree, place, "MIG301", where)) for place in at_odds), _touched(wanted))
+    if differing := [place for place in family.copies if results[place] != results[family.owner]]:
+        return Verdict({}, tuple(_differing(tree, family.owner, differing)), _touched(wanted))
     edits = {place: decomposition.edits for place, decomposition in wanted.items()}
     if family.doubtful and any(edits.values()):
         stays = about(tree, family.owner, "MIG306", shown(family.doubtful[0].path))
@@ -129,6 +145,22 @@ def judge(tree: Tree, family: Family, out_of_reach: OutOfReach, transform: Trans
         return Verdict({}, findings, _touched(wanted))
     disputed = frozenset(key for decomposition in wanted.values() for key in decomposition.disputed)
     return Verdict(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings), disputed)
+
+
+def _differing(tree: Tree, owner: Place, differing: Iterable[Place]) -> Iterator[tuple[Place, Finding]]:
+    """Yield what to say of copies that would become something else than their owner.
+
+    One that says the same today is not at odds: other code of its class decides otherwise on the same entries.
+    """
+    plan = tree.plan(owner)
+    copies = {place: isinstance(plan, PlanLiteral) and _same(tree.plan(place), plan) for place in differing}
+    if odd := [place for place, same in copies.items() if not same]:
+        yield from ((place, about(tree, place, "MIG301", owner.path.name)) for place in odd)
+        return
+    place = next(iter(copies))
+    code = place.path.with_name(tree.source(place.path).generated_from or place.path.name)
+    because = f"{shown(code)} inherits it, and code of its {place.class_name} decides on the same entries"
+    yield owner, about(tree, owner, "MIG204", because)
 
 
 def _touched(wanted: Mapping[Place, Decomposition]) -> frozenset[str]:

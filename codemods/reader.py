@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import ast
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from codemods.blocks import blocks, leaves, own_expressions
-from codemods.module import ClassPlans, Condition, Opaque, PlanLiteral, Removal, Unread, is_plan_attribute, plan_words
-from codemods.names import Definitions, Function, local_plans
+from codemods.module import (
+    ClassPlans,
+    Condition,
+    Hold,
+    Opaque,
+    PlanLiteral,
+    Removal,
+    Taken,
+    Unread,
+    is_plan_attribute,
+    plan_words,
+)
+from codemods.names import Definitions, Function, given_parameters, local_plans
 from codemods.pieces import bindings
 from codemods.removals import removals
+from codemods.scope import Scope
 from codemods.sources import Source
+from codemods.unaccounted import shared_plans, unaccounted
 from codemods.written import Target, written
 from plans.plan import plan_kind
 
-__all__ = ["Reader", "reader_of"]
+__all__ = ["Found", "Reader", "reader_of"]
 
-Use = PlanLiteral | Removal | Unread
+Use = PlanLiteral | Removal | Taken | Unread | Hold
 
 _ADDING = frozenset({"update", "setdefault", "__setitem__", "__ior__"})
 """Methods that put entries into a plan."""
 
 
 @dataclass(frozen=True)
-class Scope:
-    """Where statements stand.
+class Found:
+    """What was found in a class.
 
     Args:
-        class_name: the class around, empty outside of classes.
-        function: the function around, empty in a class body.
-        conditions: those around in that function.
-        loops: the `for` statements around in that function, innermost first.
-        names: local names that stand for a plan, with its attribute.
+        owner: the class.
+        unread: what it puts into plans that cannot be read.
+        holds: what it does that keeps plans as they are.
     """
 
-    class_name: str = ""
-    function: str = ""
-    conditions: tuple[Condition, ...] = ()
-    loops: tuple[ast.For, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
-
-    def plan_of(self, node: ast.expr) -> str | None:
-        """Return the plan that an expression stands for."""
-        if isinstance(node, ast.Attribute):
-            return node.attr if is_plan_attribute(node.attr) else None
-        if isinstance(node, ast.Name):
-            return self.names.get(node.id) or (node.id if is_plan_attribute(node.id) else None)
-        return None
+    owner: ClassPlans
+    unread: tuple[Unread, ...] = ()
+    holds: tuple[Hold, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ class Reader:
     lines: tuple[int, ...]
     definitions: Definitions
 
-    def classes(self, statements: Sequence[ast.stmt], outer: str = "") -> Iterator[tuple[ClassPlans, list[Unread]]]:
-        """Yield the classes among statements, however deep, under their qualified names, with what is unread."""
+    def classes(self, statements: Sequence[ast.stmt], outer: str = "") -> Iterator[Found]:
+        """Yield the classes among statements, however deep, under their qualified names, with what is said of them."""
         for statement in statements:
             if isinstance(statement, ast.ClassDef):
                 name = f"{outer}{statement.name}"
@@ -76,7 +77,7 @@ class Reader:
                     yield self._class(statement, name, bases)
                     yield from self.classes(statement.body, f"{name}.")
                 else:
-                    yield ClassPlans(name, bases), []
+                    yield Found(ClassPlans(name, bases))
             elif isinstance(statement, Function):
                 if self._mentions(statement):
                     yield from self.classes(statement.body, f"{outer}{statement.name}.<locals>.")
@@ -93,8 +94,7 @@ class Reader:
             if isinstance(statement, ast.ClassDef):
                 continue
             if isinstance(statement, Function):
-                inner = Scope(scope.class_name, statement.name, names={**scope.names, **local_plans(statement)})
-                yield from self.uses(statement.body, inner)
+                yield from self.uses(statement.body, _inside(statement, scope))
                 continue
             loops = (statement, *scope.loops) if isinstance(statement, ast.For) else scope.loops
             for block, around in blocks(statement):
@@ -103,25 +103,28 @@ class Reader:
                 passed = Condition(ast.unparse(statement.test), False)
                 scope = replace(scope, conditions=(*scope.conditions, passed))
 
-    def _class(self, definition: ast.ClassDef, name: str, bases: tuple[str, ...]) -> tuple[ClassPlans, list[Unread]]:
+    def _class(self, definition: ast.ClassDef, name: str, bases: tuple[str, ...]) -> Found:
+        scope = Scope(name, classes=self.definitions.classes)
         plans: dict[str, PlanLiteral | Opaque] = {}
         uses: list[Use] = []
         others: list[ast.stmt] = []
         for statement in definition.body:
             bound = list(_bound_plans(statement))
             others += [] if bound else [statement]
+            uses += shared_plans(statement, scope)
             for attribute, value in bound:
-                target = Target(name, attribute, assigned=True)
-                found = list(written(value, target, self.source, self.definitions))
+                found = list(
+                    written(value, Target(name, attribute, scope, assigned=True), self.source, self.definitions)
+                )
                 own = next((one for one in found if isinstance(one, PlanLiteral) and not one.conditions), None)
                 plans[attribute] = replace(own, replaces=False) if own else Opaque(name, attribute, statement.lineno)
                 uses += [one for one in found if one is not own]
-        uses += self.uses(others, Scope(name))
-        return _owner(name, bases, plans, uses)
+        uses += self.uses(others, scope)
+        return _found(ClassPlans(name, bases, plans), uses)
 
-    def outside(self, statements: Sequence[ast.stmt]) -> tuple[ClassPlans, list[Unread]]:
+    def outside(self, statements: Sequence[ast.stmt]) -> Found:
         """Return what stands outside of classes, as a class without a name."""
-        return _owner("", (), {}, self.uses(statements, Scope()))
+        return _found(ClassPlans(""), self.uses(statements, Scope(classes=self.definitions.classes)))
 
     def _mentions(self, node: ast.stmt) -> bool:
         following = bisect_left(self.lines, _first_line(node))
@@ -129,23 +132,35 @@ class Reader:
 
     def _own_uses(self, statement: ast.stmt, scope: Scope) -> Iterator[Use]:
         """Yield what a statement itself, not the blocks in it, does to plans."""
-        yield from removals(statement, scope.plan_of, scope.function, scope.conditions)
+        yield from removals(statement, scope)
+        yield from shared_plans(statement, scope)
         seen: set[int] = set()
-        for attribute, node, assigned in _written(statement, scope):
-            if id(node) in seen:
-                continue
-            seen.update(map(id, ast.walk(node)))
-            target = Target(scope.class_name, attribute, scope.function, scope.conditions, assigned, scope.names)
-            yield from written(node, target, self.source, self.definitions)
+        for (class_name, attribute), node, assigned in _written(statement, scope):
+            if id(node) not in seen:
+                seen.update(map(id, ast.walk(node)))
+                yield from written(node, Target(class_name, attribute, scope, assigned), self.source, self.definitions)
+        yield from unaccounted(statement, scope, self.source, seen)
 
 
-def _owner(
-    name: str, bases: tuple[str, ...], plans: Mapping[str, PlanLiteral | Opaque], uses: Iterable[Use]
-) -> tuple[ClassPlans, list[Unread]]:
+def _found(owner: ClassPlans, uses: Iterable[Use]) -> Found:
     found = list(uses)
     code = tuple(use for use in found if isinstance(use, PlanLiteral))
     removed = tuple(use for use in found if isinstance(use, Removal))
-    return ClassPlans(name, bases, plans, code, removed), [use for use in found if isinstance(use, Unread)]
+    return Found(
+        replace(owner, code=code, removals=removed, taken=tuple(use for use in found if isinstance(use, Taken))),
+        tuple(use for use in found if isinstance(use, Unread)),
+        tuple(use for use in found if isinstance(use, Hold)),
+    )
+
+
+def _inside(function: Function, scope: Scope) -> Scope:
+    return Scope(
+        scope.class_name,
+        function.name,
+        names={**scope.names, **local_plans(function)},
+        given=given_parameters(function),
+        classes=scope.classes,
+    )
 
 
 def reader_of(source: Source, statements: Sequence[ast.stmt]) -> Reader:
@@ -154,40 +169,49 @@ def reader_of(source: Source, statements: Sequence[ast.stmt]) -> Reader:
     return Reader(source, lines, Definitions(statements))
 
 
-def _written(statement: ast.stmt, scope: Scope) -> Iterator[tuple[str, ast.expr | ast.stmt, bool]]:
+_PlanOf = tuple[str, str]
+"""A class and its plan."""
+
+
+def _written(statement: ast.stmt, scope: Scope) -> Iterator[tuple[_PlanOf, ast.expr | ast.stmt, bool]]:
     """Yield plan, expression, and whether the expression becomes the plan."""
     for target, value in bindings(statement):
-        if not isinstance(target, ast.Subscript) and (plan := scope.plan_of(target)):
+        if not isinstance(target, ast.Subscript) and (plan := _plan(target, scope)):
             yield plan, value, not isinstance(target, ast.Name) or not scope.function
     match statement:
         case ast.Assign(targets=[ast.Subscript(value=holder, slice=key)], value=value):
-            if plan := scope.plan_of(holder):
+            if plan := _plan(holder, scope):
                 yield plan, _looped(statement, key, value, scope.loops), False
             elif isinstance(key, ast.Constant) and isinstance(key.value, str) and plan_kind(key.value):
-                yield key.value, value, True
-        case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := scope.plan_of(target):
+                yield (scope.class_name, key.value), value, True
+        case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _plan(target, scope):
             yield plan, value, False
         case ast.Return(value=ast.expr() as value) if plan_kind(scope.function):
-            yield scope.function, value, True
+            yield (scope.class_name, scope.function), value, True
     for expression in own_expressions(statement):
         for node in ast.walk(expression):
             yield from _in_expression(node, scope)
 
 
-def _in_expression(node: ast.AST, scope: Scope) -> Iterator[tuple[str, ast.expr, bool]]:
+def _plan(node: ast.expr, scope: Scope) -> _PlanOf | None:
+    plan = scope.plan_of(node)
+    return (scope.class_of(node), plan) if plan else None
+
+
+def _in_expression(node: ast.AST, scope: Scope) -> Iterator[tuple[_PlanOf, ast.expr, bool]]:
     match node:
-        case ast.NamedExpr(target=target, value=value) if plan := scope.plan_of(target):
+        case ast.NamedExpr(target=target, value=value) if plan := _plan(target, scope):
             yield plan, value, False
         case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _ADDING and (
-            plan := scope.plan_of(holder)
+            plan := _plan(holder, scope)
         ):
             yield plan, node, False
-        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(plan)), value]) if plan_kind(plan):
-            yield plan, value, True
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(name)), value]) if plan_kind(name):
+            yield (scope.class_name, name), value, True
             return
-    for name, value in _named(node):
-        if name and plan_kind(name):
-            yield name, value, True
+    for beside, value in _named(node):
+        if beside and plan_kind(beside):
+            yield (scope.class_name, beside), value, True
 
 
 def _named(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:

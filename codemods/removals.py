@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from codemods.blocks import own_expressions
 from codemods.entries import key_text
-from codemods.module import Condition, Removal
+from codemods.module import Removal
 from codemods.pieces import bindings
+from codemods.scope import Scope
 
 __all__ = ["removals"]
 
 _ANY = "*"
 
 
-def removals(
-    statement: ast.stmt, plan_of: Callable[[ast.expr], str | None], function: str, conditions: tuple[Condition, ...]
-) -> Iterator[Removal]:
+def removals(statement: ast.stmt, scope: Scope) -> Iterator[Removal]:
     """Yield what a statement itself, not the blocks in it, takes out of plans.
 
     Args:
         statement: the statement.
-        plan_of: finds the plan that an expression stands for.
-        function: the function that it stands in.
-        conditions: those around it.
+        scope: where it stands.
     """
     for holder, key in _removed(statement):
-        if plan := plan_of(holder):
-            yield Removal(plan, key, statement.lineno, function, conditions)
+        if plan := scope.plan_of(holder):
+            yield Removal(plan, key, statement.lineno, scope.function, scope.conditions, scope.class_of(holder))
 
 
 def _removed(statement: ast.stmt) -> Iterator[tuple[ast.expr, str | None]]:

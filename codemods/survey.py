@@ -14,13 +14,12 @@ from codemods.sources import find_sources, read_source, shown
 from plans.decompose import is_decomposed_plan
 from plans.errors import MigratorError
 
-__all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "survey"]
+__all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "is_model_path", "survey"]
 
 _PLAN = b"_plan"
-# An entry of experts that are not expert-parallel already; far fewer files hold one than mention a plan.
-_EXPERTS_ENTRY = re.compile(
-    rb"experts(?:\.[\w{}]+)?[\"']\s*+(?:#[^\n]*+\s*+)*+(?::(?!\s*[\"'](?:grouped_gemm|ep_))|[,\])])"
-)
+# A string that may be, or begin, the key of experts that are not expert-parallel already; far fewer files hold one than
+# mention a plan.
+_EXPERTS_ENTRY = re.compile(rb"experts(?:\.[\w{}]*)?[\"'](?!\s*+(?:#[^\n]*+\s*+)*+:\s*[\"'](?:grouped_gemm|ep_))")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
     for path in _with_context(named, reachable):
         try:
             source = read_source(path)
-            if path.name.startswith("modular_"):
+            if path.name.startswith(("modular_", "configuration_")):
                 result.tree.add(source)
             if _PLAN not in source.data:
                 continue
@@ -115,11 +114,11 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
 
 def _with_context(paths: Iterable[Path], reachable: Sequence[Path]) -> list[Path]:
     """Return the files to look at: a plan's copies may live beside the given paths, in sibling model folders."""
-    roots = {path.parent.parent if path.is_file() else path.parent for path in paths if _is_model_path(path)}
+    roots = {path.parent.parent if path.is_file() else path.parent for path in paths if is_model_path(path)}
     return list(dict.fromkeys([*reachable, *find_sources(sorted(roots), [])])) if roots else list(reachable)
 
 
-def _is_model_path(path: Path) -> bool:
+def is_model_path(path: Path) -> bool:
     """Say whether a path is one model: its folder, or a file in it."""
     folder = path.parent if path.is_file() else path
     return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))

@@ -27,5 +27,5 @@ def unread_findings(found: Survey, *, experts_only: bool = False) -> Iterator[tu
         for use in module.unread if found.silencer.selection.touches([path]) else ():
             silent = found.silencer.is_silent(path, (use.line,), "MIG204")
             if not silent and (use.experts or not experts_only):
-                message = f"{use.attribute}: gets entries here that cannot be read"
+                message = f"{use.attribute}: gets entries here {use.why}"
                 yield path, use, Finding("MIG204", use.attribute, message)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from plans.dialect import Dialect
 from plans.mesh import Mode
 from plans.placement import Replicate
+from plans.plan import wildcard
 
 __all__ = ["expert_keys", "expert_modules", "merged"]
 
@@ -48,17 +49,22 @@ def merged(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialec
     """Return one plan of a dense plan and an expert plan.
 
     Where the expert plan gives a module whole experts, the dense plan's entries that cut the experts are dropped; what
-    both name is the expert plan's.
+    both name is the expert plan's, also where the dense plan names it with a layer number and the expert plan without.
 
     Source: `merge_dense_and_ep_plan` on the branch of transformers pull request 46290.
     """
     modules = expert_modules(experts, dialect)
-    kept = {key: name for key, name in dense.items() if not (_is_within(key, modules) and _shards(name, dialect))}
+    kept = {
+        key: name
+        for key, name in dense.items()
+        if not (_is_within(key, modules) and _shards(name, dialect))
+        and (key in experts or wildcard(key) not in experts)
+    }
     return {**kept, **experts}
 
 
 def _is_within(key: str, modules: frozenset[str]) -> bool:
-    return any(key == module or key.startswith(f"{module}.") for module in modules)
+    return any(name == module or name.startswith(f"{module}.") for name in (key, wildcard(key)) for module in modules)
 
 
 def _is_router(name: str, dialect: Dialect) -> bool:

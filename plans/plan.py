@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["lookup", "plan_kind", "unmatched_keys", "wildcard"]
+__all__ = ["is_expert_parallel", "lookup", "plan_kind", "unmatched_keys", "wildcard"]
 
 _PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -18,6 +18,11 @@ def plan_kind(name: str) -> str | None:
     """
     match = _PLAN_NAME.fullmatch(name)
     return match["kind"] if match else None
+
+
+def is_expert_parallel(name: str) -> bool:
+    """Say whether a plan of this name shards experts by expert: EP plans, and the combinations with them."""
+    return "ep" in (plan_kind(name) or "")
 
 
 def wildcard(name: str) -> str:

@@ -24,7 +24,7 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
 
     Every entry is read as its release reads it: another name for the same placement is no change on the mesh. A
     change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
-    not, such as one that a class inherits.
+    not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
     """
     gc.disable()  # for the same reason as in rewrite
     from codemods.difference import compare

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from codemods.difference import Comparison, Difference, Side
+from codemods.effective import UNREAD
 from codemods.sources import shown
 from migrator.formats.github import workflow_command
 
@@ -21,6 +22,8 @@ _WORDS: Mapping[str, str] = {
     "placement": "other placement",
     "added": "added",
     "removed": "removed",
+    "condition": "other condition",
+    "unread": "may have changed",
 }
 _MODELS_SHOWN = 3
 
@@ -120,6 +123,7 @@ def _difference_json(report: Report, difference: Difference) -> dict[str, object
         "path": difference.place.path.as_posix(),
         "class": difference.place.class_name,
         "plan": difference.place.plan,
+        "moved_from": difference.moved_from.plan if difference.moved_from else None,
         "key": difference.key,
         "change": difference.kind,
         "before": _side_json(difference.before),
@@ -145,7 +149,7 @@ def _row(report: Report, difference: Difference) -> tuple[str, ...]:
     word = _WORDS[difference.kind]
     return (
         f"{word}, unexplained" if report.fails(difference) else word,
-        difference.place.plan,
+        _plans(difference),
         difference.key,
         _styles(difference),
         _placements(difference),
@@ -154,9 +158,17 @@ def _row(report: Report, difference: Difference) -> tuple[str, ...]:
 
 def _message(difference: Difference) -> str:
     """Say whose entry changed how."""
-    entry = f"{difference.place.class_name}.{difference.place.plan} {difference.key}"
+    if difference.kind == "unread":
+        named = "" if difference.key == UNREAD else f" {difference.key}"
+        plan = f"{difference.place.class_name}.{difference.place.plan}{named}"
+        return f"{plan} in {difference.model} may have changed: what it is made of did and cannot be read, look there"
+    entry = f"{difference.place.class_name}.{_plans(difference)} {difference.key}"
     inherited = "" if difference.side.path == difference.place.path else f" in {difference.model}, which inherits it"
     return f"{entry}{inherited}: {_styles(difference)}, {_placements(difference)}"
+
+
+def _plans(difference: Difference) -> str:
+    return _change((difference.moved_from or difference.place).plan, difference.place.plan)
 
 
 def _styles(difference: Difference) -> str:

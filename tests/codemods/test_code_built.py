@@ -176,3 +176,50 @@ def test_a_name_that_stands_for_two_plans_stands_for_none(tmp_path):
         'plan = {"layers.*.norm": "sequence_parallel"}\nself.base_model_tp_plan = plan'
     )
     check_noop(tmp_path, function(body))
+
+
+GATE_UP, DOWN = (part.strip() for part in PAIR.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("constant", "own"),
+    [(GATE_UP, DOWN), ('"layers.*.mlp.experts": "moe_experts_allreduce"', PAIR), (PAIR, '"norm": "colwise"')],
+)
+@pytest.mark.parametrize("form", ["{{**BASE, {own}}}", "{{{own}, **BASE}}", "BASE | {{{own}}}", "{{{own}}} | BASE"])
+@pytest.mark.parametrize("place", [None, "self"])
+def test_a_constant_and_what_stands_beside_it_are_one_plan(tmp_path, constant, own, form, place):
+    value = form.format(own=own)
+    line = f"    base_model_tp_plan = {value}\n" if place is None else function(f"self.base_model_tp_plan = {value}")
+    text = f"BASE = {{{constant}}}\n\n\n" + (f"class ToyConfig:\n{line}" if place is None else line)
+    check_transformed(tmp_path, text, migrated(text))
+
+
+def test_two_constants_are_one_plan(tmp_path):
+    text = f"ONE = {{{GATE_UP}}}\nTWO = {{{DOWN}}}\n\n\nclass ToyConfig:\n    base_model_tp_plan = ONE | TWO\n"
+    check_transformed(tmp_path, text, migrated(text))
+
+
+def test_irregular_entries_beside_a_constant_keep_it_as_it_is(tmp_path):
+    text = 'BASE = {"layers.*.mlp.experts": "moe_experts_allreduce"}\n\n\nclass ToyConfig:\n    base_model_tp_plan = '
+    assert set(
+        codes(check_noop(tmp_path, text + f"{{{migrated(PAIR).replace('moe_tp_gate_up_', '')}, **BASE}}\n"))
+    ) == {"MIG104"}
+
+
+def test_a_constant_that_is_overridden_is_held(tmp_path):
+    text = f"BASE = {{{PAIR}}}\n\n\nclass ToyConfig:\n    base_model_tp_plan = {{**BASE, {DOWN}}}\n"
+    assert "MIG204" in codes(check_noop(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        '"layers.*.mlp.experts." "gate_up_proj": "packed_colwise", "layers.*.mlp.experts." "down_proj": "rowwise"',
+        '"layers.*.mlp.experts" + ".gate_up_proj": "packed_colwise", "layers.*.mlp.experts" + ".down_proj": "rowwise"',
+        '"layers.{}.mlp.experts.gate_up_proj".format(i): "packed_colwise", '
+        '"layers.{}.mlp.experts.down_proj".format(i): "rowwise"',
+    ],
+)
+def test_keys_in_pieces_are_seen_in_a_whole_folder(tmp_path, entries):
+    text = function(f"self.base_model_tp_plan |= {{{entries}}}")
+    check_transformed(tmp_path, text, migrated(text))

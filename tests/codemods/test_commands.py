@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +21,15 @@ from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 MODELS = ("mixtral", "qwen3_moe", "mellum", "gemma4", "llama4", "llama")
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
 def run_codemod(folder):
-    command = [sys.executable, "-m", "libcst.tool", "codemod", "--no-format", "--hide-progress", "-x"]
-    target = "codemods.commands.DecomposePlansCommand"
-    return subprocess.run([*command, target, folder.name], cwd=folder.parent, capture_output=True, check=False)
+    """Run the very command that the README shows."""
+    shown = re.search(r"With LibCST's runner: `python (.+) PATH`", README)
+    assert shown is not None
+    command = [sys.executable, *shown[1].split(), "--hide-progress", folder.name]
+    return subprocess.run(command, cwd=folder.parent, capture_output=True, check=False)
 
 
 def contents(folder):

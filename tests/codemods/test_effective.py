@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.effective import EVERY_KEY, REMOVED, EffectivePlans, PlanPlace, file_kind
+from codemods.effective import EVERY_KEY, REMOVED, UNREAD, EffectivePlans, PlanPlace, file_kind
 from codemods.inheritors import inheritors
 from codemods.sources import Source
 from plans.errors import SourceError
@@ -19,7 +19,7 @@ class Parent:
     base_model_tp_plan = {"a": "colwise", "b": "rowwise"}
     base_model_ep_plan = {"e": "grouped_gemm"}
 """
-A, B, C = (Path(f"src/transformers/models/{name}/configuration_{name}.py") for name in "abc")
+A, B, C, D = (Path(f"src/transformers/models/{name}/configuration_{name}.py") for name in "abcd")
 
 
 def sources(files):
@@ -192,6 +192,86 @@ def test_the_arms_of_a_condition_are_plans_of_their_own():
         assert plan_of({A: text}, A, name, "base_model_tp_plan if not (FUSED)") == {"b": "rowwise"}
     assert plan_of({A: text}, A, "Own", "base_model_tp_plan if FUSED") is None
     assert plan_of({A: text}, A, "Own") == {"c": "colwise"}
+
+
+BASE = 'BASE = {"a": "colwise", "b": "rowwise"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{BASE}class Child:\n    base_model_tp_plan = BASE\nx = BASE\n", {"a": "colwise", "b": "rowwise"}),
+        (
+            f"{BASE}x = BASE\nclass Child:\n    base_model_tp_plan = {{**BASE, 'a': 'rowwise'}}\n",
+            {"a": "rowwise", "b": "rowwise"},
+        ),
+        (
+            f"{BASE}x = BASE\nclass Child:\n    base_model_tp_plan = {{'a': 'rowwise', **BASE}}\n",
+            {"a": "colwise", "b": "rowwise"},
+        ),
+        (
+            f"{BASE}class Child:\n    base_model_tp_plan = {{**BASE, 'a': 'rowwise'}}\n",
+            {"a": "rowwise", "b": "rowwise"},
+        ),
+        ("class Child:\n    OWN = {'a': 'colwise'}\n    base_model_tp_plan = OWN\n    x = OWN\n", {"a": "colwise"}),
+        (
+            "from ..a.configuration_a import Parent\nclass Child:\n"
+            "    base_model_tp_plan = Parent.base_model_tp_plan.copy()\n",
+            {"a": "colwise", "b": "rowwise"},
+        ),
+        (
+            "from ..c.configuration_c import PASSED\nclass Child:\n    base_model_tp_plan = dict(PASSED)\n",
+            {"c": "colwise"},
+        ),
+        ("STYLE = 'rowwise'\nclass Child:\n    base_model_tp_plan = {'a': STYLE}\n", {"a": "rowwise"}),
+    ],
+    ids=["twice", "spread", "spread last", "once", "of the class", "parent", "passed on", "style"],
+)
+def test_constants_and_other_plans_are_followed(text, expected):
+    files = {
+        A: PARENT,
+        B: text,
+        C: "from ..d.configuration_d import ORIGIN as PASSED\n",
+        D: "ORIGIN = {'c': 'colwise'}\n",
+    }
+    assert plan_of(files, B, "Child") == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{BASE}BASE = make()\nclass Child:\n    base_model_tp_plan = BASE\n",
+        f"{BASE}BASE.update(a='rowwise')\nclass Child:\n    base_model_tp_plan = BASE\n",
+        f"{BASE}del BASE['a']\nclass Child:\n    base_model_tp_plan = BASE\n",
+        "class Child:\n    base_model_tp_plan = make()\n",
+        "class Child:\n    base_model_tp_plan = Child.base_model_tp_plan if A else make()\n",
+        "class Child:\n    base_model_tp_plan = {**Other.base_model_tp_plan}\n"
+        "class Other:\n    base_model_tp_plan = {**Child.base_model_tp_plan}\n",
+        "from ..a.configuration_a import Parent\nclass Child:\n"
+        "    base_model_tp_plan = {k: v for k, v in Parent.base_model_tp_plan.items() if k != 'a'}\n",
+    ],
+    ids=["assigned twice", "updated", "deleted from", "call", "arm", "circle", "filtered"],
+)
+def test_what_cannot_be_followed_is_said_to_be_unread(text):
+    found = EffectivePlans(sources({A: PARENT, B: text})).of_file(B)
+    plans = [plan for place, plan in found.items() if place.class_name == "Child" and plan]
+    assert [list(plan) for plan in plans] == [[UNREAD]]
+    assert plans[0][UNREAD].style is None
+    assert plans[0][UNREAD].made_of
+
+
+def test_a_parameter_of_a_constants_name_is_not_the_constant():
+    text = f"{BASE}x = BASE\nclass Child:\n    def f(self, BASE):\n        self.base_model_tp_plan |= BASE\n"
+    assert plan_of({B: text}, B, "Child", "base_model_tp_plan in f") == {UNREAD: None}
+
+
+def test_the_parents_plan_by_super():
+    text = (
+        "from ..a.configuration_a import Parent\nclass Child(Parent):\n    base_model_tp_plan = None\n"
+        "    def f(self):\n        self.base_model_tp_plan = {**super().base_model_tp_plan}\n"
+    )
+    expected = {EVERY_KEY: REMOVED, "a": "colwise", "b": "rowwise"}
+    assert plan_of({A: PARENT, B: text}, B, "Child", "base_model_tp_plan in f") == expected
 
 
 def test_inheritors_are_found_however_indirect():

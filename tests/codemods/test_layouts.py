@@ -75,6 +75,159 @@ def test_what_does_not_show_is_not_assumed(tmp_path, old, new):
     assert layouts(tmp_path, REGULAR.replace(old, new)) == (None,)
 
 
+BASE = ExpertLayout("modeling_toy.py:ToyExperts")
+LINEAR = "nn.functional.linear(hidden_states, self.gate_up_proj[0])"
+HALVED = f"gate, up = {LINEAR}.chunk(2, dim=-1)"
+
+
+def forward(*lines, methods=""):
+    """The regular experts with other lines in place of the one that halves the product."""
+    return REGULAR.replace(HALVED, "\n        ".join(lines)) + methods
+
+
+APPLY_GATE = """
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+"""
+SHOWN = {
+    "a function": [f"gate, up = torch.chunk({LINEAR}, 2, dim=-1)"],
+    "by keyword": [f"gate, up = {LINEAR}.chunk(chunks=2, dim=-1)"],
+    "by position": [f"gate, up = {LINEAR}.chunk(2, -1)"],
+    "a local name": [f"both = {LINEAR}", "gate, up = both.chunk(2, dim=-1)"],
+    "the halves in a name": [f"halves = {LINEAR}.chunk(2, dim=-1)", "gate, up = halves"],
+    "an alias": ["weight = self.gate_up_proj", "gate, up = F.linear(hidden_states, weight[0]).chunk(2, dim=-1)"],
+    "two at once": [
+        "first, second = self.gate_up_proj[0], self.down_proj[0]",
+        "gate, up = F.linear(hidden_states, first).chunk(2, dim=-1)",
+    ],
+    "an operator": ["gate, up = (hidden_states @ self.gate_up_proj[index].mT).chunk(2, dim=-1)"],
+    "transposed for it": ["gate, up = torch.bmm(index, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)"],
+    "a method": ["gate, up = hidden_states.matmul(self.gate_up_proj[0].t()).chunk(2, dim=-1)"],
+    "einsum": ['gate, up = torch.einsum("th,eoh->teo", hidden_states, self.gate_up_proj).chunk(2, dim=-1)'],
+    "other precision": [f"gate, up = {LINEAR}.float().to(index.dtype).chunk(2, dim=-1)"],
+    "scaled and shifted": [f"both = {LINEAR} * weights + 1", "both += weights", "gate, up = both.chunk(2, dim=-1)"],
+    "a dim before the last": [f"gate, up = {LINEAR}.unsqueeze(0).squeeze(0).chunk(2, dim=-1)"],
+    "in a loop and a branch": [
+        "for expert in index:",
+        "    if expert is not None:",
+        f"        both = {LINEAR}",
+        "    gate, up = both.chunk(2, dim=-1)",
+    ],
+    "its facts": ["print(self.gate_up_proj.shape[0], self.gate_up_proj.size(0), len(self.gate_up_proj))", HALVED],
+    "whether it is there": ["if self.gate_up_proj is None:", "    return hidden_states", HALVED],
+    "random values": ["nn.init.normal_(self.gate_up_proj, std=0.02)", "self.gate_up_proj.data.normal_()", HALVED],
+}
+
+
+@pytest.mark.parametrize("lines", SHOWN.values(), ids=SHOWN)
+def test_a_product_that_is_halved_shows_the_layout(tmp_path, lines):
+    assert layouts(tmp_path, forward(*lines)) == (BASE,)
+
+
+def test_a_product_is_followed_into_a_method(tmp_path):
+    called = forward(f"gate = up = self._apply_gate({LINEAR})", methods=APPLY_GATE)
+    assert layouts(tmp_path, called) == (BASE,)
+    assert layouts(tmp_path, called.replace("_gate(nn", "_gate(gate_up=nn")) == (BASE,)
+    assert layouts(tmp_path, called.replace("self._apply_gate(nn", "self._other(nn")) == (None,)
+    assert layouts(tmp_path, called.replace("gate_up.chunk", "sort(gate_up).chunk")) == (None,)
+    assert layouts(tmp_path, called.replace("= gate_up.chunk", "= self._apply_gate(gate_up).chunk")) == (None,)
+    assert layouts(tmp_path, called.replace("    def _apply", "    @sorted_rows\n    def _apply")) == (None,)
+
+
+UNSHOWN = {
+    "a product in another order": [
+        f"both = {LINEAR}",
+        "both = both.reshape(*both.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)",
+        "gate, up = both.chunk(2, dim=-1)",
+    ],
+    "an alias in another order": [
+        "weight = self.gate_up_proj",
+        "weight = weight.view(8, -1, 2, 16).transpose(1, 2).reshape(8, -1, 16)",
+        "gate, up = F.linear(hidden_states, weight[0]).chunk(2, dim=-1)",
+    ],
+    "a helper": [f"gate, up = deinterleave({LINEAR}).chunk(2, dim=-1)"],
+    "a helper for the weights": ["gate, up = F.linear(hidden_states, order(self.gate_up_proj)[0]).chunk(2, dim=-1)"],
+    "a method of no class here": [f"gate, up = self._glu({LINEAR})", "weights.chunk(2, dim=-1)"],
+    "a chunk of something else": [
+        "a, b = hidden_states.chunk(2, dim=-1)",
+        f'gate, up = rearrange({LINEAR}, "t (d two) -> two t d", two=2)',
+    ],
+    "a computed index": [
+        f"both = {LINEAR}",
+        "gate, up = both[..., self.even], both[..., self.odd]",
+        "weights.chunk(2, dim=-1)",
+    ],
+    "rows by index": ["gate, up = F.linear(hidden_states, self.gate_up_proj[0][order]).chunk(2, dim=-1)"],
+    "rows by slice": ["gate, up = F.linear(hidden_states, self.gate_up_proj[:, order]).chunk(2, dim=-1)"],
+    "three parts": [f"gate, up, rest = {LINEAR}.chunk(3, dim=-1)"],
+    "another dim": [f"gate, up = {LINEAR}.chunk(2, dim=0)"],
+    "both ways": [HALVED, "other = unpack(self.gate_up_proj)"],
+    "one of two ways": ["if weights:", f"    {HALVED}", "else:", f"    gate = up = swiglu({LINEAR})"],
+    "new values": ["self.gate_up_proj.data = weights", HALVED],
+    "rows assigned": ["self.gate_up_proj[0] = weights", HALVED],
+    "copied over": ["self.gate_up_proj.copy_(weights)", HALVED],
+    "set by name": ['setattr(self, "gate_up_proj", weights)', HALVED],
+    "got by name": ['weight = getattr(self, "gate_up_proj")', HALVED],
+    "deleted": ["del self.gate_up_proj", HALVED],
+    "kept elsewhere": ["self.weight = self.gate_up_proj", HALVED],
+    "handed on whole": ["reorder(self)", HALVED],
+    "under another name": ["module = self", "reorder(module)", HALVED],
+    "with all parameters": ["for one in self.parameters():", "    reorder(one)", HALVED],
+    "the first operand": ["gate, up = (self.gate_up_proj[0] @ hidden_states).chunk(2, dim=-1)"],
+    "einsum with rows before": [
+        'gate, up = torch.einsum("th,oh->ot", hidden_states, self.gate_up_proj[0]).chunk(2, dim=-1)'
+    ],
+    "reordered in the next round": [
+        "both = hidden_states",
+        "for expert in index:",
+        "    done = permute(both)",
+        f"    both = {LINEAR}",
+        "    gate, up = both.chunk(2, dim=-1)",
+    ],
+    "in a comprehension": ["parts = [mix(one) for one in self.gate_up_proj]", HALVED],
+    "in a lambda": ["later = lambda: mix(self.gate_up_proj)", HALVED],
+}
+
+
+@pytest.mark.parametrize("lines", UNSHOWN.values(), ids=UNSHOWN)
+def test_a_product_in_another_order_or_out_of_sight_does_not(tmp_path, lines):
+    assert layouts(tmp_path, forward(*lines)) == (None,)
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "ToyExperts.forward = interleaved_forward",
+        "if FAST:\n    ToyExperts._apply_gate = fast",
+        'setattr(ToyExperts, "forward", interleaved_forward)',
+        "ToyExperts = patched(ToyExperts)",
+    ],
+)
+def test_a_class_that_is_changed_from_outside_does_not_show_its_layout(tmp_path, outside):
+    assert layouts(tmp_path, f"{REGULAR}\n\n{outside}\n") == (None,)
+    assert layouts(tmp_path, f"{REGULAR}\n\n{outside.replace('ToyExperts', 'ToyModel')}\n") == (BASE,)
+
+
+def test_nor_does_one_whose_forward_is_put_in_its_place(tmp_path):
+    assert layouts(tmp_path, REGULAR + "\n    forward = interleaved_forward\n") == (None,)
+    assert layouts(tmp_path, REGULAR.replace("@use", "@interleaved\n@use")) == (None,)
+
+
+@pytest.mark.parametrize(
+    ("imports", "bases"),
+    [
+        ("", "nn.Module, Generic[T]"),
+        ("", "nn.Module, Generic[T, U]"),
+        ("from torch.nn import Linear, Module as M\n", "M"),
+    ],
+)
+def test_bases_that_change_nothing(tmp_path, imports, bases):
+    source = imports + REGULAR.replace("nn.Module", bases)
+    assert layouts(tmp_path, source) == (BASE,)
+    assert layouts(tmp_path, source.replace(" as M", " as N").replace("Generic", "Fused")) == (None,)
+
+
 @pytest.mark.parametrize("made", ["torch.nn.Parameter(", "Parameter("])
 def test_a_parameter_by_another_name_is_seen(tmp_path, made):
     transposed = REGULAR.replace("2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.width")
@@ -111,7 +264,6 @@ def test_dense_modules_are_no_experts(tmp_path):
     assert layouts(tmp_path, separate) == ()
 
 
-BASE = ExpertLayout("modeling_toy.py:ToyExperts")
 MODEL = """
 
 class ToyBlock(nn.Module):
@@ -144,7 +296,9 @@ SAME = {
     "another method": "def count(self):\n    return len(self.gate_up_proj)",
     "around the inherited forward": "def forward(self, *args):\n    return 2 * super().forward(*args)",
     "around the named forward": "def forward(self, *args):\n    return 2 * ToyExperts.forward(self, *args)",
-    "its own chunk": "def forward(self, x):\n    gate, up = x.chunk(2, dim=-1)\n    return gate * up",
+    "its own chunk": (
+        "def forward(self, x):\n    gate, up = F.linear(x, self.gate_up_proj[1]).chunk(2, dim=-1)\n    return gate * up"
+    ),
     "around init": "def __init__(self, config):\n    super().__init__(config)\n    self.count = 2",
 }
 

@@ -57,7 +57,11 @@ def inheriting(imports, base):
     return f"{imports}\n\n\nclass BarConfig({base}):\n    pass\n"
 
 
+PARENT = inheriting("from ..toy.configuration_toy import ToyConfig", "ToyConfig")
 IMPORTS = {
+    "another name": inheriting("from ..toy.configuration_toy import ToyConfig\n\nBase = ToyConfig", "Base"),
+    "the whole package": inheriting("from transformers import ToyConfig", "ToyConfig"),
+    "above the models": inheriting("from ... import ToyConfig", "ToyConfig"),
     "alias": inheriting("from ..toy.configuration_toy import ToyConfig as Base", "Base"),
     "module": inheriting("from ..toy import configuration_toy as c", "c.ToyConfig"),
     "module under its own name": inheriting("from ..toy import configuration_toy", "configuration_toy.ToyConfig"),
@@ -133,7 +137,6 @@ LOST = {
     "a file that is gone": inheriting("from ..gone.configuration_gone import ToyConfig", "ToyConfig"),
     "a class that is gone": inheriting("from ..toy.configuration_toy import GoneConfig", "GoneConfig"),
     "a computed base": inheriting("from ..toy.configuration_toy import make", "make()"),
-    "a cycle": inheriting("from .configuration_bar import BarConfig", "BarConfig"),
     "no class at all": "from ..toy.configuration_toy import ToyConfig\n",
 }
 
@@ -160,13 +163,50 @@ def test_only_owners_that_say_the_same_are_held_back(tmp_path):
 
 
 def test_an_owner_is_held_back_too_where_the_way_to_it_does_not_parse(tmp_path):
-    outcome = rewrite(tree(tmp_path, "class BarConfig(\n"))
+    outcome = rewrite(tree(tmp_path, "from ..toy.configuration_toy import ToyConfig\n\n\nclass BarConfig(\n"))
     assert outcome.changes == ()
     assert codes(outcome) == ["MIG306"]
     assert ["modular_bar.py" in error.message for error in outcome.errors] == [True]
 
 
-PARENT = inheriting("from ..toy.configuration_toy import ToyConfig", "ToyConfig")
+NOTHING_LEADS_THERE = {
+    "a cycle": inheriting("from .configuration_bar import BarConfig", "BarConfig"),
+    "an unknown base": "class BarConfig(Unknown):\n    pass\n",
+    "another model": inheriting("from ..gone.configuration_gone import GoneConfig", "GoneConfig"),
+    "another class": "class Other:\n    pass\n",
+    "no class": "class BarConfig(\n",
+}
+
+
+@pytest.mark.parametrize("modular", NOTHING_LEADS_THERE.values(), ids=NOTHING_LEADS_THERE)
+def test_one_lost_copy_holds_no_owner_that_nothing_of_it_names(tmp_path, modular):
+    outcome = rewrite(tree(tmp_path, modular))
+    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+    assert set(codes(outcome)) <= {"MIG302", "MIG303"}
+    assert len(codes(outcome)) + len(outcome.errors) == 1
+
+
+@pytest.mark.parametrize("check", [plan_rewrites, check_paths])
+def test_a_modular_file_that_leads_nowhere_must_parse(tmp_path, check):
+    outcome = check([tree(tmp_path, "class BarConfig(Unknown):\n    def broken(:\n")])
+    assert ["modular_bar.py:2: does not parse" in error.message for error in outcome.errors] == [True]
+    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+
+
+def test_so_must_one_whose_generated_file_lost_its_plan(tmp_path):
+    outcome = check_paths([tree(tmp_path, PARENT.replace("pass", "def broken(:"), WITHOUT)])
+    assert ["modular_bar.py" in error.message for error in outcome.errors] == [True]
+    assert outcome.changes == ()
+
+
+def test_a_name_on_the_way_is_enough_to_hold_an_owner(tmp_path):
+    tree(tmp_path, inheriting("from ..mid.configuration_gone import MidConfig", "MidConfig"))
+    mid = PARENT.replace("class Bar", "class Mid")
+    outcome = rewrite(write_tree(tmp_path, {"models/mid/modular_mid.py": mid}))
+    assert outcome.changes == ()
+    assert sorted(codes(outcome)) == ["MIG302", "MIG306"]
+
+
 LACKING = {
     "no plan": WITHOUT,
     "None": WITHOUT + "    base_model_tp_plan = None\n",
@@ -250,3 +290,114 @@ def test_a_generated_file_that_does_not_parse_hides_no_other(tmp_path):
     outcome = check_paths([write_tree(tmp_path, files)])
     assert [(found.path.name, found.finding.code) for found in outcome.findings] == [("configuration_low.py", "MIG301")]
     assert ["configuration_bar.py" in error.message for error in outcome.errors] == [True]
+
+
+def test_a_class_that_two_configurations_define_is_not_looked_for_by_its_name(tmp_path):
+    tree(tmp_path, inheriting("from transformers import ToyConfig", "ToyConfig"))
+    outcome = rewrite(write_tree(tmp_path, {"models/other/configuration_other.py": "class ToyConfig:\n    pass\n"}))
+    assert outcome.changes == ()
+    assert sorted(codes(outcome)) == ["MIG302", "MIG306"]
+
+
+def test_a_name_that_stands_for_itself_leads_nowhere(tmp_path):
+    outcome = rewrite(tree(tmp_path, "A = B\nB = A\n\n\nclass BarConfig(A):\n    pass\n"))
+    assert codes(outcome) == ["MIG302"]
+
+
+INTERLEAVED = MODELING.replace(".chunk(2, dim=-1)", "[..., ::2], 1")
+UNCLEAR = MODELING.replace(".chunk(2, dim=-1)", ".view(-1, 2)")
+USERS = {
+    "inherits": PARENT,
+    "inherits by another name": IMPORTS["another name"],
+    "inherits by alias": IMPORTS["alias"],
+    "inherits, generated": generated("bar", PARENT),
+    "takes it in": PARENT.replace("(ToyConfig)", "").replace(
+        "pass", "base_model_tp_plan = {**ToyConfig.base_model_tp_plan}"
+    ),
+    "takes it in by alias": IMPORTS["alias"]
+    .replace("(Base)", "")
+    .replace("pass", "base_model_tp_plan = Base.base_model_tp_plan"),
+}
+
+
+def used(root, user, modeling, owner=PACKED):
+    files = {
+        "models/toy/configuration_toy.py": owner,
+        "models/toy/modeling_toy.py": MODELING,
+        "models/bar/configuration_bar.py": user,
+        "models/bar/modular_bar.py": PARENT,
+    }
+    return write_tree(root, files if modeling is None else files | {"models/bar/modeling_bar.py": modeling})
+
+
+@pytest.mark.parametrize("user", USERS.values(), ids=USERS)
+def test_a_model_that_uses_a_plan_without_a_copy_of_it_must_have_the_layout_too(tmp_path, user):
+    outcome = rewrite(used(tmp_path / "interleaved", user, INTERLEAVED))
+    assert outcome.changes == ()
+    (found,) = [one.finding for one in outcome.findings if one.path.name == "configuration_toy.py"]
+    assert (found.code, "modeling_bar.py:ToyExperts" in found.message) == ("MIG102", True)
+    outcome = rewrite(used(tmp_path / "unclear", user, UNCLEAR))
+    assert outcome.changes == ()
+    (found,) = [one.finding for one in outcome.findings if one.path.name == "configuration_toy.py"]
+    assert (found.code, found.message.endswith("models/bar, which uses it")) == ("MIG203", True)
+
+
+@pytest.mark.parametrize("modeling", [MODELING, None], ids=["regular", "its parent's"])
+def test_a_plan_is_rewritten_where_they_all_have_it(tmp_path, modeling):
+    outcome = rewrite(used(tmp_path, PARENT, modeling))
+    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+
+
+def test_a_model_that_takes_in_a_constant_must_have_the_layout_too(tmp_path):
+    head, _, plan = PACKED.strip().partition("base_model_tp_plan = ")
+    owner = f"PLAN = {plan}\n\n\n{head}base_model_tp_plan = PLAN\n"
+    user = inheriting("from ..toy.configuration_toy import PLAN", "Config").replace("pass", "base_model_tp_plan = PLAN")
+    outcome = rewrite(used(tmp_path, user, INTERLEAVED, owner))
+    assert outcome.changes == ()
+    told = {found.path.name: found.finding.code for found in outcome.findings}
+    assert told["configuration_toy.py"] == "MIG102"
+
+
+OTHERS = {
+    "a plan of its own": COPY.replace("layers", "blocks"),
+    "none": inheriting("from ..toy.configuration_toy import ToyConfig", "ToyConfig").replace(
+        "pass", "base_model_tp_plan = None"
+    ),
+    "a class of the same name": "class ToyConfig:\n    pass\n\n\nclass BarConfig(ToyConfig):\n    pass\n",
+    "only mentioned": "# ToyConfig.base_model_tp_plan\nclass BarConfig:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_model_without_the_plan_has_no_say(tmp_path, other):
+    outcome = rewrite(used(tmp_path, other, INTERLEAVED))
+    assert "configuration_toy.py" in [change.path.name for change in outcome.changes]
+
+
+def test_an_heir_of_an_heir_speaks_too(tmp_path):
+    used(tmp_path, PARENT, None)
+    below = PARENT.replace("toy", "bar").replace("Toy", "Bar").replace("class Bar", "class Low")
+    files = {"models/low/configuration_low.py": below, "models/low/modeling_low.py": INTERLEAVED}
+    outcome = rewrite(write_tree(tmp_path, files))
+    assert (outcome.changes, codes(outcome)) == ((), ["MIG102"])
+
+
+HOOK = PACKED.replace("moe_tp_experts", "moe_experts_allreduce")
+HOOK = "".join(line for line in HOOK.splitlines(keepends=True) if "_proj" not in line)
+PAIR = '{"layers.*.mlp.experts.gate_up_proj": "packed_colwise", "layers.*.mlp.experts.down_proj": "rowwise"}'
+KID_CODE = {
+    "adds": (HOOK, f"self.base_model_tp_plan.update({PAIR})"),
+    "takes out": (PACKED, 'self.base_model_tp_plan.pop("layers.*.mlp.experts.down_proj")'),
+}
+
+
+@pytest.mark.parametrize(("plan", "code"), KID_CODE.values(), ids=KID_CODE)
+def test_code_of_a_child_that_decides_otherwise_is_named_and_nothing_is_at_odds(tmp_path, plan, code):
+    method = f"    def __init__(self):\n        {code}\n"
+    tree(tmp_path, PARENT.replace("    pass\n", method), plan.replace("Toy", "Bar") + "\n" + method, plan)
+    outcome = check_paths([tmp_path])
+    assert outcome.changes == ()
+    (found,) = [one for one in outcome.findings if one.path.name == "configuration_toy.py"]
+    assert found.finding.code == "MIG204"
+    assert "models/bar/modular_bar.py" in found.finding.message
+    assert not {"MIG301", "MIG502"} & set(codes(outcome))

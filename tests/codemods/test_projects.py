@@ -44,6 +44,17 @@ def test_a_path_inside_another_goes_with_it(tmp_path):
     assert by_project(paths) == [tuple(paths)]
 
 
+@pytest.mark.parametrize("order", [("toy", "heir"), ("heir", "toy")])
+def test_models_of_one_folder_go_together_whatever_lies_among_their_files(tmp_path, order):
+    family(tmp_path)
+    (tmp_path / "heir/pyproject.toml").write_text("[tool.migrator]\n")
+    done = migrator("rewrite", *order, "--format", "json", cwd=tmp_path)
+    assert {change["path"] for change in json.loads(done.stdout)["changes"]} == {OWNER, COPY}
+    (tmp_path / "pyproject.toml").write_text("")
+    paths = [tmp_path / "heir", tmp_path / "toy"]
+    assert by_project(paths) == [(paths[1], paths[0])], "the outermost project comes first, and its settings count"
+
+
 @pytest.fixture
 def two(tmp_path):
     """Two projects: one ignores its plans, the other has them rewritten."""

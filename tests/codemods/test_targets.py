@@ -146,4 +146,5 @@ def test_check_finds_pending_what_a_rewrite_to_the_target_does(models):
     checked = check_paths([models], target="dtensor", source="transformers-5.23")
     assert checked.changes == rewritten.changes
     assert len(checked.changes) > 10
+    assert len(rewritten.findings) > 0
     assert set(rewritten.findings) <= set(checked.findings)

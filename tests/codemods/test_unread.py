@@ -73,6 +73,9 @@ def test_more_forms_of_code_are_read(tmp_path, body):
         f"def make():\n    class ToyConfig:\n        base_model_tp_plan = {{{PAIR}}}\n\n    return ToyConfig\n",
         f"@configured(tp_plan={{{PAIR}}})\nclass ToyConfig:\n    pass\n",
         f"PLAN = {{{PAIR}}}\nload(tp_plan=PLAN)\n",
+        f"tp_plan = {{{PAIR}}}\n\n\nclass ToyConfig:\n    base_model_tp_plan = tp_plan\n",
+        IN_CLASS.format(f"tp_plan = {{{PAIR}}}\n    base_model_tp_plan = dict(tp_plan)"),
+        IN_CLASS.format(f"[base_model_tp_plan] = [{{{PAIR}}}]"),
     ],
 )
 def test_more_places_are_read(tmp_path, text):
@@ -89,6 +92,20 @@ def test_more_places_are_read(tmp_path, text):
         (IN_CLASS.format('base_model_tp_plan = {KEY: "colwise"}'), 2, False),
         (function("self.base_model_tp_plan.update(extra)"), 5, False),
         (function("self.base_model_tp_plan[key] = 'colwise'"), 5, False),
+        (function(f"add(self.base_model_tp_plan, {{{PAIR}}})"), 5, True),
+        (function(f"dict.update(self.base_model_tp_plan, {{{PAIR}}})"), 5, True),
+        (function(f'getattr(self, "base_model_tp_plan").update({{{PAIR}}})'), 5, True),
+        (function(f'vars(self)["base_model_tp_plan"].update({{{PAIR}}})'), 5, True),
+        (function(f"(self.base_model_tp_plan or {{}}).update({{{PAIR}}})"), 5, True),
+        (function('self.base_model_tp_plan["experts"] = self.other["experts"] = "moe_experts_allreduce"'), 5, True),
+        (function('self.base_model_tp_plan["experts"], other = "moe_experts_allreduce", 1'), 5, True),
+        (f"tp_plan = {{{PAIR}}}\nprint(tp_plan)\n" + IN_CLASS.format("base_model_tp_plan = tp_plan"), 4, True),
+        (f"class Other:\n    P = {{{PAIR}}}\n\n\n" + IN_CLASS.format("base_model_tp_plan = other.P"), 6, True),
+        (
+            f"P = {{{PAIR}}}\n\n\n" + IN_CLASS.format("def fill(self, P):\n        self.base_model_tp_plan.update(P)"),
+            6,
+            True,
+        ),
         (function('for n in names:\n    self.base_model_tp_plan[f"layers.*.mlp.experts.{n}"] = "colwise"'), 6, True),
     ],
 )
@@ -113,6 +130,7 @@ def test_what_cannot_be_read_is_named(tmp_path, text, line, experts):
         "self._tp_plan = getattr(other, '_tp_plan', None)",
         'load(tp_plan="auto", ep_plan=ep_plan)',
         "self.base_model_tp_plan = None",
+        f"assert self.base_model_tp_plan == {{{PAIR}}}",
         "'''self.base_model_tp_plan = build()'''",
     ],
 )
@@ -150,14 +168,30 @@ def test_the_installed_models_leave_nothing_unread():
     assert [use for module in modules for use in module.unread] == []
 
 
+@pytest.mark.parametrize("default", ["", "=None"])
+def test_a_setter_defines_no_plan(default):
+    text = IN_CLASS.format(f"def tp_plan(self, plan{default}):\n        self._tp_plan = plan")
+    assert read_module(Source(Path("x.py"), text.encode())).unread == ()
+
+
+_READ = {'{{{}: "colwise"}}': ["MIG506"], '{{"norm": {}}}': [], '{{"norm": "colwise"}} if {} else {{}}': ["MIG506"]}
+"""What `check` says of each form where it can be read."""
+
+
 @pytest.mark.parametrize("count", [300, 900, 1500, 4000])
-@pytest.mark.parametrize("form", ['{{{}: "colwise"}}', '{{"norm": {}}}', '{{"norm": "colwise"}} if {} else {{}}'])
+@pytest.mark.parametrize("form", _READ)
 def test_a_sum_without_end_is_one_clear_error(tmp_path, form, count):
     text = IN_CLASS.format("base_model_tp_plan = " + form.format(" + ".join(['"a"'] * count)))
     good = IN_CLASS.format(f"base_model_tp_plan = {{{PAIR}}}")
     write_tree(tmp_path, {"bad/configuration_bad.py": text, "bad/modeling_bad.py": REGULAR})
     write_tree(tmp_path, {"toy/configuration_toy.py": good, "toy/modeling_toy.py": REGULAR})
-    for outcome in (check_paths([tmp_path], source="transformers-5.23"), plan_rewrites([tmp_path])):
+    for outcome, said in (
+        (check_paths([tmp_path], source="transformers-5.23"), _READ[form]),
+        (plan_rewrites([tmp_path]), []),
+    ):
         assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
-        assert len(outcome.errors) <= 1
-        assert all("configuration_bad.py" in error.message for error in outcome.errors)
+        findings = [found.finding.code for found in outcome.findings if found.path.name == "configuration_bad.py"]
+        errors = [error.message for error in outcome.errors]
+        assert len(errors) <= 1
+        assert findings == ([] if errors else said)
+        assert all("configuration_bad.py" in error for error in errors)

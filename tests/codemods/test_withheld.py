@@ -48,7 +48,6 @@ def test_removals_have_their_conditions():
         f'del self.base_model_tp_plan["{GATE_UP}"]',
         'self.base_model_tp_plan.pop(f"layers.{i}.mlp.experts.down_proj")',
         "self.base_model_tp_plan.pop(key)",
-        "self.base_model_tp_plan.clear()",
     ],
 )
 @pytest.mark.parametrize("entries", [PAIR, HOOK])
@@ -60,6 +59,10 @@ def test_experts_that_are_removed_again_are_named(tmp_path, body, entries):
 @pytest.mark.parametrize(
     "body",
     [
+        "self.base_model_tp_plan.clear()",
+        "if i:\n    self.base_model_tp_plan = None",
+        "del self.base_model_tp_plan",
+        "plan = self.base_model_tp_plan\nself.base_model_tp_plan = None\nself.base_model_tp_plan = plan",
         'self.base_model_tp_plan.pop("layers.*.mlp.gate_proj")',
         f'self.base_model_ep_plan.pop("{GATE_UP}")',
         f'self.kwargs.pop("{GATE_UP}")',
@@ -105,3 +108,92 @@ def test_one_style_for_several_keys_is_not_changed_for_one_of_them(tmp_path):
     shared = f'dict.fromkeys({keys}, "packed_colwise")'
     body = f'self.base_model_tp_plan = {{"layers.*.mlp.experts.down_proj": "rowwise", **{shared}}}'
     assert codes(check_noop(tmp_path, function(body))) == ["MIG204"]
+
+
+CONFIG = f"class ToyConfig:\n    base_model_tp_plan = {{{PAIR}}}\n"
+HOOK_CONFIG = f"class ToyConfig:\n    base_model_tp_plan = {{{HOOK}}}\n"
+IN_CODE = "    def __init__(self, i=0):\n        {}\n"
+SUBCLASS = "class OtherConfig(ToyConfig):\n"
+
+
+def reasons(outcome):
+    """What keeps entries as they are, without the keys."""
+    messages = [found.finding.message for found in outcome.findings if found.finding.code == "MIG204"]
+    return {message.partition("needs another form, but ")[2] for message in messages}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (CONFIG + IN_CODE.format(f'self.base_model_tp_plan["{GATE_UP}"] = "colwise"'), "line 4 writes it too"),
+        (CONFIG + IN_CODE.format(f'self.base_model_tp_plan.pop("{GATE_UP}")'), "line 4 takes entries out of it again"),
+        (
+            CONFIG
+            + IN_CODE.format("self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if i}"),
+            "line 4 leaves some of its entries out",
+        ),
+        (CONFIG + f'del ToyConfig.base_model_tp_plan["{GATE_UP}"]\n', "line 3 takes entries out of it again"),
+        (
+            CONFIG + SUBCLASS + IN_CODE.format(f'self.base_model_tp_plan.pop("{GATE_UP}")'),
+            "line 5 takes entries out of it in OtherConfig",
+        ),
+        (
+            CONFIG + SUBCLASS + IN_CODE.format(f'self.base_model_tp_plan["{GATE_UP}"] = "colwise"'),
+            "line 5 writes it in OtherConfig too",
+        ),
+        (
+            "class Base:\n"
+            + IN_CODE.format(f'self.base_model_tp_plan["{GATE_UP}"] = "colwise"')
+            + CONFIG.replace("ToyConfig", "ToyConfig(Base)"),
+            "line 3 writes it in Base too",
+        ),
+        (
+            HOOK_CONFIG.replace("base_model_tp_plan =", "base_model_tp_plan = base_model_ep_plan ="),
+            "line 2 makes it an expert-parallel plan too",
+        ),
+        (
+            "class ToyConfig:\n" + IN_CODE.format(f"self._tp_plan = self._ep_plan = {{{HOOK}}}"),
+            "line 3 makes it an expert-parallel plan too",
+        ),
+        (
+            HOOK_CONFIG + "    base_model_ep_plan = base_model_tp_plan\n",
+            "line 3 makes an expert-parallel plan of it",
+        ),
+        (
+            HOOK_CONFIG + IN_CODE.format("self.base_model_ep_plan = dict(self.base_model_tp_plan)"),
+            "line 4 makes an expert-parallel plan of it",
+        ),
+    ],
+)
+def test_what_another_statement_does_to_the_entries_holds_them(tmp_path, text, reason):
+    assert reasons(check_noop(tmp_path, text)) == {reason}
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        f'    base_model_sp_plan = {{**base_model_tp_plan, "{GATE_UP}": "packed_colwise"}}\n',
+        SUBCLASS + f'    base_model_tp_plan = {{**ToyConfig.base_model_tp_plan, "{GATE_UP}": "packed_colwise"}}\n',
+    ],
+)
+def test_a_plan_that_another_one_changes_half_of_stays_with_it(tmp_path, after):
+    found = reasons(check_noop(tmp_path, CONFIG + after))
+    assert any("takes it over and changes it" in reason for reason in found)
+    assert len(found) == 2, "both plans are named"
+
+
+def test_what_comes_from_elsewhere_later_may_override(tmp_path):
+    text = "class ToyConfig:\n    base_model_tp_plan = {{{}}}\n"
+    before = text.format(f"**Base.base_model_tp_plan, {PAIR}")
+    check_transformed(tmp_path / "before", before, migrated(before))
+    assert "MIG204" in codes(check_noop(tmp_path / "after", text.format(f"{PAIR}, **Base.base_model_tp_plan")))
+
+
+def test_entries_put_into_a_plan_outside_of_its_class_are_its_own(tmp_path):
+    text = HOOK_CONFIG + "".join(
+        f'ToyConfig.base_model_tp_plan["layers.*.mlp.experts.{name}"] = "{style}"\n'
+        for name, style in (("gate_up_proj", "packed_colwise"), ("down_proj", "rowwise"))
+    )
+    check_transformed(tmp_path, text, migrated(text))
+    literals = read_module(Source(Path("x.py"), text.encode())).classes["ToyConfig"].code
+    assert [literal.class_name for literal in literals] == ["ToyConfig", "ToyConfig"]

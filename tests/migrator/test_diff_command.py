@@ -110,6 +110,38 @@ def test_two_revisions_from_a_folder_below(moved):
     assert (done.returncode, done.stdout) == (0, "no plan differs between HEAD and HEAD\n")
 
 
+MADE = """
+class MadeConfig:
+    base_model_tp_plan = make(1)
+
+    def narrow(self):
+        if self.narrow:
+            self.base_model_tp_plan["norm"] = "rowwise"
+"""
+
+
+def test_unread_plans_and_other_conditions_in_words(root):
+    made = root / MODELS / "made/configuration_made.py"
+    made.parent.mkdir()
+    made.write_text(MADE)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "made")
+    made.write_text(MADE.replace("make(1)", "make(2)").replace("if self.narrow", "if self.wide"))
+    done = diff(root, "HEAD")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-2:] == [
+        f"unexplained {MODELS}/made/configuration_made.py:3 MadeConfig.base_model_tp_plan in made may have changed: "
+        "what it is made of did and cannot be read, look there",
+        "2 entries of 1 classes: 1 other condition, 1 may have changed; 1 unexplained",
+    ]
+    assert diff(root, "HEAD", "--allow", "made").returncode == 0
+    unread, condition = json.loads(diff(root, "HEAD", "--format", "json").stdout)["differences"]
+    assert (unread["change"], unread["explained"], unread["moved_from"]) == ("unread", False, None)
+    assert (condition["change"], condition["explained"]) == ("condition", True)
+    assert condition["moved_from"] == "base_model_tp_plan in narrow if self.narrow"
+    assert condition["plan"] == "base_model_tp_plan in narrow if self.wide"
+
+
 def test_github_annotations_stand_at_the_entry(moved):
     done = diff(moved, "HEAD", "--format", "github")
     assert done.returncode == 1
