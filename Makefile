@@ -2,10 +2,11 @@
 # make test       lint, types, import contracts and tests
 # make test-full  the long tests too
 # make bench      the figures in the README
+# make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint bench
+.PHONY: demo test test-full lint bench sweep
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -24,6 +25,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/rewrite.py
+
+sweep: .venv/installed
+	$(BIN)/python -W ignore -m benchmarks.sweep
 
 # torch first and pinned: installed through a bare range it brings several GB of CUDA packages along.
 .venv/installed: pyproject.toml constraints.txt

@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from runtime.bridge import register_styles
     from runtime.parallel import parallelize
     from runtime.plan import Plan
     from runtime.verify import verify_plan, verify_sharding
 
-__all__ = ["Plan", "parallelize", "verify_plan", "verify_sharding"]
+__all__ = ["Plan", "parallelize", "register_styles", "verify_plan", "verify_sharding"]
 
 _HOMES = {
     "Plan": "runtime.plan",
     "parallelize": "runtime.parallel",
+    "register_styles": "runtime.bridge",
     "verify_plan": "runtime.verify",
     "verify_sharding": "runtime.verify",
 }

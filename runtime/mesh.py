@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -43,8 +44,13 @@ class DeviceMeshes:
         return self.axes[name]
 
 
+_LAID_OUT: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], DeviceMeshes]] = WeakKeyDictionary()
+
+
 def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
     """Lay the ranks of the initialised process group out as the mesh says; every rank calls this.
+
+    For one process group and sizes it is done once: every axis has process groups of its own, with threads and sockets.
 
     Args:
         mesh: sizes of the mesh axes.
@@ -64,10 +70,19 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
             mesh=mesh.world_size,
             processes=dist.get_world_size(),
         )
+    world = dist.group.WORLD
+    assert world is not None
+    known = _LAID_OUT.setdefault(world, {})
+    if (mesh, device_type) not in known:
+        known[mesh, device_type] = _laid_out(mesh, device_type)
+    return known[mesh, device_type]
+
+
+def _laid_out(mesh: Mesh, device_type: str) -> DeviceMeshes:
     axes: dict[str, DeviceMesh] = {}
     for name in _NAMES if mesh.ep > 1 else _NAMES[:1]:
-        laid_out = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
-        axes |= {axis: laid_out[axis] for axis in mesh.axes(name)}
+        whole = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
+        axes |= {axis: whole[axis] for axis in mesh.axes(name)}
     return DeviceMeshes(mesh, axes)
 
 

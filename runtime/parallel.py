@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,16 +18,19 @@ from plans.placement import Placement, Replicate
 from plans.plan import lookup
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.fsdp import shard_over_data
+from runtime.head_norms import check_head_norms
 from runtime.mesh import DeviceMeshes, as_device_meshes
 from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
+from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.style import Around, Site, local_parameters
+from runtime.styles.style import Around, Site, on_local_parameters
+from runtime.styles.summed import SummedInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["inner_placement", "parallelize"]
+__all__ = ["inner_placement", "parallelize", "wrapped"]
 
 
 def parallelize(
@@ -51,8 +55,8 @@ def parallelize(
     Raises:
         UnknownStyleError: a plan entry names a style that cannot run here.
         UsageError: the model is parallel already, or the mesh is not the plan's or lacks its axis.
-        PlanError: the plan was resolved on another model, or a style cannot hook the module its entry names. The
-            model is of no use then.
+        PlanError: the plan was resolved on another model, forgets a norm on heads, or names a style that cannot hook
+            the module of its entry. The model is of no use then.
     """
     meshes = as_device_meshes(mesh)
     _check_plain(model)
@@ -65,6 +69,7 @@ def parallelize(
             hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
         )
     _check_same_model(model, resolved)
+    check_head_norms(model, resolved.plan, runtime_dialect())
     _shard_parameters(model, resolved, meshes, styles)
     hooked = _hook_modules(model, resolved, meshes, styles)
     _check_all_hooked(model, hooked)
@@ -130,28 +135,39 @@ def _hook_modules(
     sites = list(_sites(model, resolved, meshes))
     for site in sites:
         styles.style(site.style, site.name).check(site)
+    check_masked_once(sites)
     for site in sites:
         around = styles.style(site.style, site.name).around
         if around is not None:
-            site.module.forward = _wrapped(site, around, site.module.forward)
+            site.module.forward = wrapped(site, around, site.module.forward)
+    _share_inputs(sites)
     return {site.module for site in sites if styles.style(site.style, site.name).around is not None}
 
 
 def _sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> Iterator[Site]:
     over_experts = expert_keys(resolved.plan, resolved.mode, runtime_dialect())
+    inputs: dict[nn.Module, SummedInputs] = defaultdict(SummedInputs)
     for name, module in model.named_modules():
         key = lookup(resolved.plan, name, is_parameter=False)
         if key is not None:
             axis = meshes.axis("ep" if key in over_experts else "tp")
-            beside = tuple(model.get_submodule(name.rpartition(".")[0]).children())
+            owner = model.get_submodule(name.rpartition(".")[0])
             config = getattr(model, "config", None)
-            yield Site(name, module, axis, config, resolved.plan[key], key in over_experts, beside)
+            yield Site(name, module, axis, config, resolved.plan[key], owner, inputs[owner])
 
 
-def _wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: object, **kwargs: object) -> object:
-        with local_parameters(site.module):
-            return forward(*args, **kwargs)
+def _share_inputs(sites: Sequence[Site]) -> None:
+    """Let modules side by side share inputs while the module that holds them runs."""
+    beside = Counter(site.owner for site in sites)
+    for owner, inputs in {site.owner: site.inputs for site in sites}.items():
+        if owner is not None and beside[owner] > 1:
+            owner.forward = inputs.during(owner.forward)
+
+
+def wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a module's forward with a style around it."""
+
+    run = on_local_parameters(site.module, forward)
 
     @functools.wraps(forward)
     def parallel_forward(*args: object, **kwargs: object) -> object:

@@ -87,6 +87,8 @@ def as_parameter(
 
 def local_tensor(parameter: DTensor) -> torch.Tensor:
     """Return the local tensor of a DTensor; its gradient comes back as a DTensor of the same placement."""
+    if not torch.is_grad_enabled():
+        return parameter.to_local()
     local: torch.Tensor = _LocalTensor.apply(parameter)  # type: ignore[no-untyped-call]
     return local
 

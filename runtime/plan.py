@@ -18,6 +18,7 @@ from plans.mesh import MODES, Mode
 from plans.plan import wildcard
 from runtime.experts_layout import read_layout
 from runtime.find_config import default_architectures
+from runtime.head_norms import with_head_norms
 from runtime.model import meta_model, transformers_version
 from runtime.sequence_plan import sequence_plan
 
@@ -53,11 +54,11 @@ class Plan:
     ) -> Plan:
         """Choose the plan of a mode.
 
-        An explicit plan wins and is taken as it is. Otherwise `tp` is the param-level form of the model's TP plan, `ep`
-        its EP plan alone, `sp` its SP plan, and the combined modes lay the EP plan over those, dropping the entries
-        that would cut whole experts. A combined plan that the model brings along, `base_model_tp_ep_plan`, wins over
-        the combination. A model without an SP plan, as every released one, gets the one that
-        `runtime.sequence_plan.sequence_plan` derives.
+        An explicit plan wins and is taken as it is. Otherwise `tp` is the param-level form of the model's TP plan, with
+        entries for the norms on heads that the plan forgets (`runtime.head_norms`), `ep` its EP plan alone, `sp` its SP
+        plan, and the combined modes lay the EP plan over those, dropping the entries that would cut whole experts. A
+        combined plan that the model brings along, `base_model_tp_ep_plan`, wins over the combination. A model without
+        an SP plan, as every released one, gets the one that `runtime.sequence_plan.sequence_plan` derives.
 
         Args:
             model: a model, on meta or not, or a config, whose model is then built on meta.
@@ -98,7 +99,7 @@ def param_level_plan(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[st
 
 
 def _tp(model: PreTrainedModel) -> dict[str, str]:
-    return param_level_plan(model, released_plan(model))
+    return with_head_norms(model, param_level_plan(model, released_plan(model)), runtime_dialect())
 
 
 def _ep(model: PreTrainedModel) -> dict[str, str]:

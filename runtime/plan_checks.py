@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from plans.dialect import Dialect
-from plans.errors import IndivisibleError, UnmatchedKeyError, UsageError
+from plans.errors import IndivisibleError, PlanError, UnmatchedKeyError, UsageError
+from plans.layout import ExpertLayout
 from plans.mesh import Mesh, Mode
-from plans.placement import Packed, Shard
+from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import lookup, unmatched_keys, wildcard
 from plans.resolved import ResolvedParameter
 from runtime.creatable import first_unknown_part
+from runtime.experts_layout import read_layout
 
-__all__ = ["check_divisible", "check_mode", "unmatched_entries"]
+__all__ = ["check_divisible", "check_mode", "check_packed_experts", "check_stacked", "unmatched_entries"]
 
 
 def check_mode(mode: Mode, mesh: Mesh) -> None:
@@ -97,6 +99,52 @@ def check_divisible(
                 what=what,
                 size=count,
                 works=works,
+            )
+
+
+def check_packed_experts(model: nn.Module, parameters: tuple[ResolvedParameter, ...]) -> None:
+    """Refuse placements by which a rank's slice would not hold gates together with their ups.
+
+    Shapes fit either way, so that nothing but the numbers would show it.
+
+    Raises:
+        PlanError: gate and up lie one after the other and are cut as one, or alternate and are cut as two.
+    """
+    for parameter in parameters:
+        owner, _, name = parameter.name.rpartition(".")
+        layout = read_layout(owner, model.get_submodule(owner)) if name == "gate_up_proj" else None
+        if layout is not None and layout.gated and parameter.placements[-1] == _wrong_cut(layout):
+            lie = "lie one after the other" if layout.concatenated else "alternate"
+            raise PlanError(
+                f"{parameter.name}: {parameter.style!r} makes it {parameter.placements[-1]}, but gate and up {lie} "
+                "there: no rank's slice would hold gates together with their ups",
+                hint="choose a style that cuts the parameter as it lies in memory, or expert parallelism",
+                parameter=parameter.name,
+            )
+
+
+def _wrong_cut(layout: ExpertLayout) -> Placement:
+    dim = 2 if layout.transposed else 1
+    return Shard(dim) if layout.concatenated else Packed(dim, 2)
+
+
+def check_stacked(parameters: tuple[ResolvedParameter, ...]) -> None:
+    """Refuse half a plan for stacked experts: whole parameters beside sliced ones, whose widths would not fit.
+
+    Raises:
+        PlanError: of one module's stacked parameters some are cut and others whole.
+    """
+    stacked: dict[str, list[ResolvedParameter]] = {}
+    for row in parameters:
+        if row.kind == "parameter" and len(row.shape) > 2:
+            stacked.setdefault(row.name.rpartition(".")[0], []).append(row)
+    for owner, rows in stacked.items():
+        whole = [row.name for row in rows if row.placements[-1] == Replicate()]
+        if 0 < len(whole) < len(rows):
+            raise PlanError(
+                f"{whole[0]} is whole, but the plan cuts other parameters of {owner}, which would not fit it",
+                hint=f"add an entry for {wildcard(whole[0])!r}, or remove those of the others",
+                parameter=whole[0],
             )
 
 

@@ -17,12 +17,12 @@ from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
 from plans.style import Owner
 from runtime.model import dtype_name, model_tensors
 from runtime.plan import Plan, runtime_dialect
-from runtime.plan_checks import check_divisible, check_mode, unmatched_entries
+from runtime.plan_checks import check_divisible, check_mode, check_packed_experts, check_stacked, unmatched_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["resolve"]
+__all__ = ["owner_of", "resolve"]
 
 
 def resolve(
@@ -41,8 +41,8 @@ def resolve(
         UnknownStyleError: an entry names a style that neither the release nor the param-level dialect has.
         UnmatchedKeyError: an entry names nothing that the model's classes could create.
         IndivisibleError: a packed parameter, the attention heads or the experts do not divide by their mesh axis.
-        PlanError: the model has no plan, entries of tied parameters contradict each other, or FSDP would cut a packed
-            parameter.
+        PlanError: the model has no plan, entries of tied parameters contradict each other, FSDP would cut a packed
+            parameter, or experts would be cut across gate and up or in part only.
     """
     chosen = plan if isinstance(plan, Plan) else Plan.from_model(model, mode, plan)
     check_mode(chosen.mode, mesh)
@@ -52,6 +52,8 @@ def resolve(
     unmatched = unmatched_entries(model, chosen.entries)
     parameters = tuple(_resolve_tensors(model, mesh, chosen, dialect))
     check_divisible(model, mesh, chosen.entries, dialect, parameters)
+    check_stacked(parameters)
+    check_packed_experts(model, parameters)
     return ResolvedPlan(
         str(model.config.model_type), chosen.mode, dialect.name, mesh, chosen.entries, parameters, unmatched
     )
@@ -78,7 +80,7 @@ def _resolve_tensor(
     style = plan.entries[key] if key is not None else None
     placement: Placement | None = None
     if key is not None and style is not None:
-        placement = dialect.style(style, key).placement(_owner(module), tensor.ndim, name.rpartition(".")[2])
+        placement = dialect.style(style, key).placement(owner_of(module), tensor.ndim, name.rpartition(".")[2])
     over: MeshName = "experts" if placement not in (None, Replicate()) and key in plan.expert_keys else "dense"
     inner = placement or Replicate()
     return ResolvedParameter(
@@ -151,7 +153,8 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _owner(module: nn.Module) -> Owner:
+def owner_of(module: nn.Module) -> Owner:
+    """Return the kind of module that styles tell apart."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "linear" if isinstance(module, nn.Linear) else "module"

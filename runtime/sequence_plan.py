@@ -68,7 +68,7 @@ def _is_list(model: nn.Module, name: str) -> bool:
 def _around_layers(
     model: PreTrainedModel, base: str, layers: str, plan: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = _embedding_and_head(model)
     for name, module in _outside(model, base, layers):
         if module is embedding and isinstance(module, nn.Embedding):
             yield name, "vocab_reduce_scatter"
@@ -78,6 +78,13 @@ def _around_layers(
             yield name, "activation"
         else:
             raise _refused(model, f"{name} is neither embedding, norm nor head")
+
+
+def _embedding_and_head(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+    try:
+        return model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        raise _refused(model, "it does not say which module embeds its input") from None
 
 
 def _outside(model: nn.Module, base: str, layers: str) -> Iterator[tuple[str, nn.Module]]:

@@ -120,11 +120,18 @@ def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:
 def _describe_tensor(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return _describe([], tuple(tensor.shape))
-    axes = tensor.device_mesh.mesh_dim_names or ()
-    placed = zip(axes, _as_planned(tensor), strict=True)
+    placed = zip(_axis_names(tensor), _as_planned(tensor), strict=True)
     sharded = [f"{axis}: {place}" for axis, place in placed if place != Replicate()]
     with torch.no_grad():
         return _describe(sharded, tuple(tensor.to_local().shape))
+
+
+def _axis_names(tensor: DTensor) -> tuple[str, ...]:
+    """Return the mesh axes' names; transformers 5.17 and 5.18 give none to a tensor parallel axis that is alone."""
+    mesh = tensor.device_mesh
+    if mesh.mesh_dim_names:
+        return mesh.mesh_dim_names
+    return ("tp",) if mesh.ndim == 1 else tuple(f"axis {index}" for index in range(mesh.ndim))
 
 
 def _as_planned(tensor: DTensor) -> list[object]:

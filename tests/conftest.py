@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
 from tests.runtime.rank_pool import RankPool
-from tests.tiny_models import MODELS
+from tests.tiny_models import tiny_config, tiny_model
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
@@ -39,12 +37,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> HubFolder:
 
     def saved(name: str) -> Path:
         if name not in folders:
-            config, sizes = MODELS[name]
-            torch.manual_seed(len(folders))
-            model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
-            # Biases and norms begin as zeros and ones, with which many a mistake would not show.
-            for parameter in model.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
+            model = tiny_model(tiny_config(name), seed=len(folders))
             folders[name] = tmp_path_factory.mktemp(name) / "hub"
             model.save_pretrained(folders[name], max_shard_size="60KB")
         return folders[name]

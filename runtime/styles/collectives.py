@@ -6,30 +6,59 @@ ranks, except where each rank uses it for its own shard: there it is partial and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from runtime.checkpoint.extents import chunk_bounds
 
-__all__ = ["all_gather", "all_reduce", "all_reduce_gradient", "depend", "reduce_scatter", "split"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_reduce_gradient",
+    "all_reduce_gradients",
+    "depend",
+    "reduce_scatter",
+    "split",
+]
+
+# torch 2.13 renames these and warns of the old names.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def all_reduce(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-    """Sum the ranks' partial tensors; the gradient passes as it is."""
+def all_reduce(tensor: torch.Tensor, axis: DeviceMesh, *, fresh: bool = False) -> torch.Tensor:
+    """Sum the ranks' partial tensors; the gradient passes as it is.
+
+    Args:
+        tensor: partial, the same shape on every rank.
+        axis: the mesh axis.
+        fresh: whether nobody else holds the tensor, so that without gradients the sum may take its place.
+    """
+    if not torch.is_grad_enabled():
+        return _sum_in_place(tensor, axis) if fresh and tensor.is_contiguous() else _sum(tensor, axis)
     result: torch.Tensor = _AllReduce.apply(tensor, axis)  # type: ignore[no-untyped-call]
     return result
 
 
 def all_reduce_gradient(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     """Return the whole tensor as it is; its gradient, partial on each rank, is summed."""
-    if not (torch.is_grad_enabled() and tensor.requires_grad):
-        return tensor
-    result: torch.Tensor = _AllReduceGradient.apply(tensor, axis)  # type: ignore[no-untyped-call]
+    (result,) = all_reduce_gradients((tensor,), axis)
     return result
+
+
+def all_reduce_gradients(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """Return whole tensors as they are; their gradients, partial on each rank, are summed in one collective."""
+    needed = [tensor for tensor in tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if not needed:
+        return tuple(tensors)
+    summed = iter(_AllReduceGradients.apply(axis, *needed))  # type: ignore[no-untyped-call]
+    return tuple(next(summed) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def depend(output: torch.Tensor, *inputs: object) -> torch.Tensor:
@@ -77,12 +106,37 @@ def reduce_scatter(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Te
 
 def _sum(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     # A copy, because the module may have saved what it returned for its own backward.
-    result = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, group=axis.get_group())
-    return result
+    return _sum_in_place(tensor.clone(memory_format=torch.contiguous_format), axis)
+
+
+def _sum_in_place(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+    dist.all_reduce(tensor, group=axis.get_group())
+    return tensor
+
+
+def _sum_together(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """Sum each tensor over the ranks, in one collective where they are of one dtype."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        return tuple(_sum(tensor, axis) for tensor in tensors)
+    if len(tensors) == 1:
+        return (_sum(tensors[0], axis),)
+    flat = _sum_in_place(torch.cat([tensor.reshape(-1) for tensor in tensors]), axis)
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
 
 
 def _join(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
+    if width % axis.size():
+        return _join_uneven(tensor, axis, width, dim)
+    pieces = tensor.new_empty(axis.size() * tensor.shape[0], *tensor.shape[1:])
+    _ALL_GATHER(pieces, tensor.contiguous(), group=axis.get_group())
+    # As one block after another where that is how they lie; torch.cat copies faster than a strided view would.
+    if tensor.shape[:dim].numel() == 1:
+        return pieces.view(*tensor.shape[:dim], width, *tensor.shape[dim:][1:])
+    return torch.cat(pieces.view(axis.size(), *tensor.shape).unbind(), dim)
+
+
+def _join_uneven(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     lengths = [chunk_bounds(width, axis.size(), index)[1] for index in range(axis.size())]
     last = tensor.movedim(dim, -1)
     padded = nn.functional.pad(last, (0, lengths[0] - last.shape[-1])).movedim(-1, dim).contiguous()
@@ -101,7 +155,7 @@ def _sum_and_cut(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tens
         return _own(_sum(tensor, axis), axis, dim)
     pieces = torch.cat(tensor.chunk(axis.size(), dim))
     result = pieces.new_empty(pieces.shape[0] // axis.size(), *pieces.shape[1:])
-    dist.reduce_scatter_tensor(result, pieces, group=group)
+    _REDUCE_SCATTER(result, pieces, group=group)
     return result
 
 
@@ -119,19 +173,21 @@ class _AllReduce(torch.autograd.Function):
         return _sum(tensor, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
 
 
-class _AllReduceGradient(torch.autograd.Function):
+class _AllReduceGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+    def forward(ctx: _Context, axis: DeviceMesh, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.axis = axis
-        return tensor.view_as(tensor)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _sum(gradients[0], ctx.axis), None
+    @once_differentiable
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *_sum_together(gradients, ctx.axis)
 
 
 class _Depend(torch.autograd.Function):
@@ -142,6 +198,7 @@ class _Depend(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *(torch.zeros_like(tensor, device=ctx.device) for tensor in ctx.inputs)
 
@@ -153,6 +210,7 @@ class _AllGather(torch.autograd.Function):
         return _join(tensor, axis, width, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _own(gradients[0], ctx.axis, ctx.dim), None, None, None
 
@@ -164,6 +222,7 @@ class _Split(torch.autograd.Function):
         return _own(tensor, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None
 
@@ -175,5 +234,6 @@ class _ReduceScatter(torch.autograd.Function):
         return _sum_and_cut(tensor, axis, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None

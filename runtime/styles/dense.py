@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from plans.placement import Packed, Replicate, Shard
 from runtime.checkpoint.extents import chunk_bounds
 from runtime.placements import local_tensor, placement_of
-from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, split
+from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, all_reduce_gradients, split
 from runtime.styles.sliced import gathered
 from runtime.styles.style import ParallelStyle, Run, Site, expect_weight, has_sharded, refuse
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_embedding",
     "check_rowwise",
     "check_whole",
+    "expect_slice",
     "own_vectors",
     "sum_gradients",
     "summed_parameters",
@@ -31,7 +32,7 @@ __all__ = [
 
 def colwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
     """Whole input, output sharded by feature."""
-    output: torch.Tensor = run(all_reduce_gradient(gathered(inputs, site.axis), site.axis))
+    output: torch.Tensor = run(site.inputs.summed(gathered(inputs, site.axis), site.axis))
     return output
 
 
@@ -42,8 +43,9 @@ def colwise_gather_output(site: Site, run: Run, inputs: torch.Tensor) -> torch.T
 
 def rowwise(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
     """Input sharded by feature, output summed, then the whole bias added once."""
+    expect_slice(site, inputs)
     with without_bias(site.module) as bias:
-        output = all_reduce(run(inputs), site.axis)
+        output = all_reduce(run(inputs), site.axis, fresh=True)
     return output if bias is None else output + bias
 
 
@@ -54,7 +56,7 @@ def rowwise_split_input(site: Site, run: Run, inputs: torch.Tensor) -> torch.Ten
 
 def embedding_rowwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
     """Each rank looks up the tokens of its slice of the vocabulary, zeros for the others, output summed."""
-    return all_reduce(own_vectors(site, run, tokens), site.axis)
+    return all_reduce(own_vectors(site, run, tokens), site.axis, fresh=True)
 
 
 def own_vectors(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,8 @@ def embedding_colwise(site: Site, run: Run, tokens: torch.Tensor) -> torch.Tenso
 
 def replicated_with_grad_allreduce(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """Whole parameters that only see this rank's heads: their gradients are partial and summed."""
+    if not torch.is_grad_enabled():
+        return run(*args, **kwargs)
     with summed_parameters(site):
         return run(*args, **kwargs)
 
@@ -81,6 +85,8 @@ def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torc
     """Whole output whose last slice, the rope key all heads share, is used by each rank's heads only."""
     output: torch.Tensor = run(*args, **kwargs)
     rope = _rope_width(site)
+    if not rope:
+        return output
     latent, shared = output[..., :-rope], output[..., -rope:]
     return torch.cat([latent, all_reduce_gradient(shared, site.axis)], dim=-1)
 
@@ -101,16 +107,10 @@ def sum_gradients(
     site: Site, args: tuple[object, ...], kwargs: dict[str, object], kept: int | str | None = None
 ) -> tuple[tuple[object, ...], dict[str, object]]:
     """Return the arguments with every tensor's gradient summed over the axis, but the one at `kept`."""
-
-    def summed(place: int | str, value: object) -> object:
-        if place == kept or not isinstance(value, torch.Tensor):
-            return value
-        return all_reduce_gradient(value, site.axis)
-
-    return (
-        tuple(summed(place, value) for place, value in enumerate(args)),
-        {name: summed(name, value) for name, value in kwargs.items()},
-    )
+    values: dict[int | str, object] = dict([*enumerate(args), *kwargs.items()])
+    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor) and place != kept}
+    values |= dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), site.axis), strict=True))
+    return tuple(values[place] for place in range(len(args))), {name: values[name] for name in kwargs}
 
 
 @contextmanager
@@ -168,9 +168,12 @@ def _lookup(site: Site, run: Run, tokens: torch.Tensor, length: int) -> torch.Te
 
 
 def _rope_width(site: Site) -> int:
-    config = getattr(site.config, "get_text_config", lambda: None)()
-    width = getattr(config, "qk_rope_head_dim", None)
-    if not isinstance(width, int) or width < 1:
+    """Return how wide the shared rope key is, as the attention itself says, or else the config; layers may differ."""
+    width = getattr(site.owner, "qk_rope_head_dim", None)
+    if width is None:
+        config = getattr(site.config, "get_text_config", lambda: None)()
+        width = getattr(config, "qk_rope_head_dim", None)
+    if not isinstance(width, int) or width < 0:
         raise refuse(site, "whose config has no qk_rope_head_dim", hint="remove the entry or add the attribute")
     return width
 
@@ -185,6 +188,18 @@ def _check_colwise(site: Site) -> None:
     expect_weight(site, Shard(0))
     if placement_of(site.parameter("bias")) not in (None, Shard(0)):
         raise refuse(site, "whose bias is not sharded as its weight is", hint="remove the bias's own entry")
+
+
+def expect_slice(site: Site, inputs: torch.Tensor) -> None:
+    """Refuse an input that is not this rank's slice; another plan entry should have left it so."""
+    width = _weight(site).shape[1]
+    _, length = chunk_bounds(width, site.axis.size(), site.axis.get_local_rank())
+    if inputs.shape[-1] != length:
+        raise refuse(
+            site,
+            f"whose input is {inputs.shape[-1]} wide where this rank's slice of {width} is {length}",
+            hint="what computes its input needs a colwise entry, or this module rowwise_split_input",
+        )
 
 
 def _check_packed_colwise(site: Site) -> None:
@@ -224,6 +239,16 @@ def check_whole(site: Site) -> None:
         raise refuse(site, "whose parameters are sharded", hint="remove the parameters' own entries")
 
 
+def _check_local(site: Site) -> None:
+    for name, parameter in site.module._parameters.items():
+        if isinstance(parameter, DTensor) and parameter.ndim > 2:
+            raise refuse(
+                site,
+                f"whose {name} is cut: its output would be partial and summed by nothing",
+                hint="use moe_experts_allreduce for stacked experts, all_reduce for other modules",
+            )
+
+
 DENSE_STYLES = (
     ParallelStyle("colwise", colwise, _check_colwise),
     *(
@@ -241,5 +266,5 @@ DENSE_STYLES = (
     ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, check_whole),
     ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, _check_rope),
     ParallelStyle("all_reduce", sum_output),
-    ParallelStyle("local_params", local_params),
+    ParallelStyle("local_params", local_params, _check_local),
 )

@@ -10,9 +10,10 @@ import torch
 
 from plans.placement import Replicate
 from runtime.placements import placement_of
-from runtime.styles.collectives import all_reduce, depend
+from runtime.styles.collectives import all_reduce
 from runtime.styles.dense import sum_gradients
-from runtime.styles.routing import routing_of
+from runtime.styles.divided import check_divided, is_divided
+from runtime.styles.routing import routing_of, run_experts
 from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
 
 __all__ = ["EXPERT_STYLES"]
@@ -23,10 +24,9 @@ def experts_all_reduce(site: Site, run: Run, *args: object, **kwargs: object) ->
 
     Under expert parallelism the router's hook has masked the routing weights and sums their gradients.
     """
-    kept = routing_of(args, kwargs).weights if site.expert_parallel else None
+    kept = routing_of(args, kwargs).weights if is_divided(site.module) else None
     args, kwargs = sum_gradients(site, args, kwargs, kept)
-    output = depend(run(*args, **kwargs), *args, *kwargs.values())
-    return all_reduce(output, site.axis)
+    return all_reduce(run_experts(site, run, args, kwargs), site.axis)
 
 
 def identity_expert(site: Site, run: Run, inputs: torch.Tensor, *args: object, **kwargs: object) -> object:
@@ -35,6 +35,9 @@ def identity_expert(site: Site, run: Run, inputs: torch.Tensor, *args: object, *
 
 
 def _check_sharded(site: Site) -> None:
+    if is_divided(site.module):
+        check_divided(site)
+        return
     if not has_sharded(site.module, recurse=True):
         raise refuse(
             site,

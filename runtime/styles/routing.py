@@ -14,12 +14,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
-from plans.placement import Placement, Shard
-from runtime.placements import placement_of
-from runtime.styles.collectives import all_reduce, all_reduce_gradient, depend
+from plans.placement import Placement
+from runtime.placements import local_tensor
+from runtime.styles.collectives import all_reduce, all_reduce_gradient, all_reduce_gradients, depend
+from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
 from runtime.styles.style import ParallelStyle, Run, Site, refuse, shard_parameter
 
-__all__ = ["ROUTING_STYLES", "Routing", "routing_of"]
+__all__ = ["ROUTING_STYLES", "Routing", "routing_of", "run_experts"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,33 @@ def dispatch_experts(site: Site, run: Run, *args: object, **kwargs: object) -> o
     """Mask and renumber the routing inside the experts' hook, run the local experts, sum over the ranks."""
     values = _summed(site, args, kwargs)
     routing = routing_of(args, kwargs)
-    index, weights = _localized(site, values[routing.index], values[routing.weights], _local_experts(site.module))
+    index, weights = _localized(site, values[routing.index], values[routing.weights], _local_experts(site, site.module))
     values |= {routing.index: index, routing.weights: weights}
-    positional = [values[place] for place in range(len(args))]
-    output = run(*positional, **{name: values[name] for name in kwargs})
-    return all_reduce(depend(output, *values.values()), site.axis)
+    return all_reduce(run_experts(site, run, *_called(values, len(args))), site.axis)
+
+
+def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[str, object]) -> torch.Tensor:
+    """Run experts so that backward reaches inputs and parameters even where no token came to this rank's experts.
+
+    Such a rank would have no gradient for them, and whatever then works on all gradients, as clipping does, would call
+    other collectives there than elsewhere.
+    """
+    values = _by_place(args, kwargs)
+    if is_divided(site.module) and _counts_strictly(site.module):
+        index = routing_of(args, kwargs).index
+        chosen = values[index]
+        assert isinstance(chosen, torch.Tensor)
+        values[index] = chosen.clamp(max=_local_experts(site, site.module) - 1)
+    positional, named = _called(values, len(args))
+    output: torch.Tensor = run(*positional, **named)
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    own = [
+        local_tensor(value)  # type: ignore[arg-type]
+        for value in site.module._parameters.values()
+        if isinstance(value, DTensor)
+    ]
+    return depend(output, *values.values(), *own)
 
 
 def route(site: Site, run: Run, *args: object, **kwargs: object) -> object:
@@ -95,15 +118,29 @@ def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
 
 
 def _summed(site: Site, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
-    return {
-        place: all_reduce_gradient(value, site.axis) if isinstance(value, torch.Tensor) else value
-        for place, value in _by_place(args, kwargs).items()
-    }
+    values = _by_place(args, kwargs)
+    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
+    return values | dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), site.axis), strict=True))
 
 
 def _by_place(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
     values: dict[int | str, object] = dict(enumerate(args))
     return values | dict(kwargs)
+
+
+def _called(values: Mapping[int | str, object], positional: int) -> tuple[list[object], dict[str, object]]:
+    """Return arguments by place as positional and named ones."""
+    named = {place: value for place, value in values.items() if isinstance(place, str)}
+    return [values[place] for place in range(positional)], named
+
+
+def _counts_strictly(module: nn.Module) -> bool:
+    """Say whether experts may take the numbers of experts only, where a choice of another rank must get one of those.
+
+    A model's own code may: some classes' does in every release, and all of it before transformers 5.18. The choice's
+    weight is 0, so the expert's work on it is wasted but counts for nothing.
+    """
+    return getattr(getattr(module, "config", None), "_experts_implementation", None) in (None, "eager")
 
 
 def _localized(site: Site, index: object, weights: object, local: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,38 +150,19 @@ def _localized(site: Site, index: object, weights: object, local: int) -> tuple[
     return torch.where(elsewhere, local, index % local), weights.masked_fill(elsewhere, 0.0)
 
 
-def _local_experts(module: nn.Module) -> int:
-    for parameter in module._parameters.values():
-        if isinstance(parameter, DTensor) and placement_of(parameter) == Shard(0):
-            return parameter.to_local().shape[0]
-    raise AssertionError("checked before the module was hooked")
+def _local_experts(site: Site, module: nn.Module) -> int:
+    """Return the number of experts of each rank; of all there are, since FSDP cuts what a rank holds between calls."""
+    count = divided_count(module)
+    assert count is not None, "checked before the module was hooked"
+    return count // site.axis.size()
 
 
 def _experts_beside(site: Site) -> int:
-    for module in site.beside:
-        if _is_expert_parallel(module):
-            return _local_experts(module)
-    raise AssertionError("checked before the module was hooked")
-
-
-def _is_expert_parallel(module: nn.Module) -> bool:
-    return any(
-        isinstance(parameter, DTensor) and placement_of(parameter) == Shard(0) and parameter.ndim > 1
-        for parameter in module._parameters.values()
-    ) and hasattr(module, "_is_expert_parallel")
-
-
-def _check_experts(site: Site) -> None:
-    if not _is_expert_parallel(site.module):
-        raise refuse(
-            site,
-            f"whose experts are not divided: its output would be multiplied by {site.axis.size()}",
-            hint="add grouped_gemm entries for its parameters",
-        )
+    return next(_local_experts(site, module) for module in site.beside if is_divided(module))
 
 
 def _check_router(site: Site) -> None:
-    if not any(map(_is_expert_parallel, site.beside)):
+    if not any(map(is_divided, site.beside)):
         raise refuse(
             site,
             "beside which no experts are divided",
@@ -154,6 +172,6 @@ def _check_router(site: Site) -> None:
 
 ROUTING_STYLES = (
     ParallelStyle("grouped_gemm", shard=whole_experts),
-    ParallelStyle("ep_dispatch_experts", dispatch_experts, _check_experts),
-    ParallelStyle("ep_router", route, _check_router),
+    ParallelStyle(DISPATCHING, dispatch_experts, check_divided),
+    ParallelStyle(ROUTING, route, _check_router),
 )

@@ -14,6 +14,7 @@ from runtime.styles.dense import (
     check_embedding,
     check_rowwise,
     check_whole,
+    expect_slice,
     own_vectors,
     summed_parameters,
     without_bias,
@@ -50,6 +51,7 @@ def gather_and_split(site: Site, run: Run, *args: object, **kwargs: object) -> o
 
 def rowwise_to_sequence(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:
     """Input sharded by feature, output summed and scattered along the sequence, then the whole bias added."""
+    expect_slice(site, inputs)
     with without_bias(site.module) as bias:
         output = scattered(run(inputs), site.axis)
     return sliced(output if bias is None else output + all_reduce_gradient(bias, site.axis), site.axis)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import PlanError
 from plans.placement import Placement
 from runtime.placements import as_parameter, local_piece, local_tensor, placement_of
+from runtime.styles.summed import SummedInputs
 
 __all__ = [
     "Around",
@@ -25,7 +25,7 @@ __all__ = [
     "Site",
     "expect_weight",
     "has_sharded",
-    "local_parameters",
+    "on_local_parameters",
     "refuse",
     "shard_parameter",
 ]
@@ -41,8 +41,8 @@ class Site:
         axis: the mesh axis that the style's parameters are sharded over and its communication uses.
         config: the model's config.
         style: the style's name, as the plan spells it.
-        expert_parallel: whether the axis is the expert axis, over which each rank holds whole experts.
-        beside: the other modules of its parent.
+        owner: its parent, None where that is not known.
+        inputs: those that it shares with the modules beside it.
     """
 
     name: str
@@ -50,8 +50,13 @@ class Site:
     axis: DeviceMesh
     config: Any
     style: str
-    expert_parallel: bool = False
-    beside: tuple[nn.Module, ...] = ()
+    owner: nn.Module | None = None
+    inputs: SummedInputs = field(default_factory=SummedInputs, compare=False)
+
+    @property
+    def beside(self) -> tuple[nn.Module, ...]:
+        """The modules of its parent, itself among them."""
+        return () if self.owner is None else tuple(self.owner.children())
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """Return the module's own parameter as it is just now, or None."""
@@ -102,16 +107,19 @@ class ParallelStyle:
     shard: Sharder = shard_parameter
 
 
-@contextmanager
-def local_parameters(module: nn.Module) -> Iterator[None]:
-    """Let a module see its own sharded parameters as local tensors; gradients still reach the DTensors."""
-    sharded = {name: value for name, value in module._parameters.items() if isinstance(value, DTensor)}
-    for name, value in sharded.items():
-        module._parameters[name] = local_tensor(value)  # type: ignore[arg-type,assignment]
-    try:
-        yield
-    finally:
-        module._parameters.update(sharded)
+def on_local_parameters(module: nn.Module, forward: Run) -> Run:
+    """Return a forward in which a module's own sharded parameters are local tensors; gradients reach the DTensors."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        own = module._parameters
+        sharded = {name: value for name, value in own.items() if isinstance(value, DTensor)}
+        own.update((name, local_tensor(value)) for name, value in sharded.items())  # type: ignore[arg-type,misc]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            own.update(sharded)
+
+    return run
 
 
 def has_sharded(module: nn.Module, *, recurse: bool) -> bool:

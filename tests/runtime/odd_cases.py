@@ -1,0 +1,46 @@
+"""What test_odd_models.py lets ranks do; module-level functions, so that they can be sent by name."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor
+
+from plans.mesh import Mesh
+from runtime.mesh import device_meshes
+from runtime.parallel import parallelize
+from runtime.plan import Plan, released_plan
+from tests.tiny_models import MODELS
+
+
+def parallelize_norms_on_heads(entries: dict[str, str]) -> None:
+    """Make GLM-4.5 with norms on heads parallel by its released plan, which forgets them, and these entries."""
+    config = transformers.Glm4MoeConfig(**MODELS["glm4_moe"][1], use_qk_norm=True)
+    model = transformers.Glm4MoeForCausalLM(config)
+    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), released_plan(model) | entries)
+
+
+def run_whole_input_through_rowwise() -> None:
+    """Run a model whose plan shards attention's last layer, but not what computes its input."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODELS["llama"][1]))
+    plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
+    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), plan)
+    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+def expert_gradients_after_one_token() -> dict[str, float]:
+    """Run so few tokens that some ranks' experts see none; return each expert parameter's largest gradient here."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**MODELS["mixtral"][1], num_experts_per_tok=1)
+    config._experts_implementation = "eager"
+    model = transformers.MixtralForCausalLM(config)
+    mesh = Mesh(tp=dist.get_world_size(), ep=dist.get_world_size())
+    parallelize(model, device_meshes(mesh, "cpu"), Plan.from_model(model, "ep"))
+    model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits.sum().backward()
+    found = {name: value.grad for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    assert all(isinstance(gradient, DTensor) for gradient in found.values()), found
+    # Clipping works on all gradients together and would hang where a rank had fewer of them.
+    torch.nn.utils.clip_grad_norm_([value for value in model.parameters() if isinstance(value, DTensor)], 1.0)
+    return {name: float(gradient.to_local().abs().max()) for name, gradient in found.items()}

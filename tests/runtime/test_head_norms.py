@@ -1,0 +1,62 @@
+"""Norms on heads that a plan forgets: found, named, added where the plan is ours to choose."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from plans.errors import PlanError
+from plans.mesh import Mesh
+from runtime.head_norms import with_head_norms
+from runtime.model import meta_model
+from runtime.plan import Plan, released_plan, runtime_dialect
+from runtime.resolve import resolve
+from tests.runtime import odd_cases
+from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import DENSE, MODELS
+
+NORMS = {f"model.layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+
+
+@pytest.fixture
+def glm():
+    """GLM-4.5 with norms on heads, which the plan of its class knows nothing of."""
+    _, sizes = MODELS["glm4_moe"]
+    config = transformers.Glm4MoeConfig(**sizes, use_qk_norm=True, architectures=["Glm4MoeForCausalLM"])
+    return meta_model(config)
+
+
+def test_the_plan_of_a_model_is_completed(glm):
+    written = released_plan(glm)
+    assert written.keys().isdisjoint(NORMS)
+    chosen = Plan.from_model(glm, "tp").entries
+    assert {key: chosen[key] for key in NORMS} == NORMS
+    assert chosen.keys() - written.keys() == NORMS.keys()
+    assert resolve(glm, Mesh(tp=2)).plan == chosen
+
+
+def test_an_explicit_plan_without_them_is_refused_with_the_entry_that_is_missing(two_ranks: RankPool):
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn\.q_norm is whole but") as caught:
+        two_ranks.run(odd_cases.parallelize_norms_on_heads, {})
+    assert "'model.layers.*.self_attn.q_norm': 'replicated_with_grad_allreduce'" in caught.value.hint
+
+
+@pytest.mark.parametrize("style", ["replicate", "replicated_with_grad_allreduce"])
+def test_an_explicit_plan_says_what_it_will(style: str, two_ranks: RankPool):
+    assert two_ranks.run(odd_cases.parallelize_norms_on_heads, dict.fromkeys(NORMS, style)) == [None, None]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "olmoe", "mixtral"])
+def test_norms_of_latents_of_whole_projections_and_those_with_entries_are_left_alone(name):
+    class_name, sizes = MODELS[name]
+    config = getattr(transformers, class_name)(**sizes)
+    config.architectures = [class_name.replace("Config", "ForCausalLM")]
+    plan = released_plan(meta_model(config))
+    assert with_head_norms(meta_model(config), plan, runtime_dialect()) == plan
+
+
+def test_layer_norms_on_heads_are_found_in_dense_models_too():
+    config = transformers.PhiConfig(**DENSE, qk_layernorm=True, architectures=["PhiForCausalLM"])
+    chosen = Plan.from_model(meta_model(config), "tp").entries
+    added = {key for key in chosen if key.endswith("_layernorm")}
+    assert added == {f"model.layers.*.self_attn.{name}_layernorm" for name in "qk"}

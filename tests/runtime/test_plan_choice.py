@@ -1,0 +1,212 @@
+"""Which of a model's plans a mode applies, and what is derived or combined where the model does not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from plans.errors import PlanError, UsageError
+from plans.mesh import Mesh
+from plans.placement import Packed, Shard
+from runtime import Plan
+from runtime.find_config import find_config
+from runtime.model import meta_model
+from runtime.plan import param_level_plan, released_plan
+from runtime.resolve import resolve
+from tests.tiny_models import tiny_config
+
+EXPERTS = "model.layers.*.mlp.experts"
+CUT_EXPERTS = {
+    f"{EXPERTS}.gate_up_proj": "moe_tp_gate_up_colwise",
+    f"{EXPERTS}.down_proj": "moe_tp_down_rowwise",
+    EXPERTS: "moe_tp_experts",
+}
+WHOLE_EXPERTS = {
+    f"{EXPERTS}.gate_up_proj": "grouped_gemm",
+    f"{EXPERTS}.down_proj": "grouped_gemm",
+    EXPERTS: "ep_dispatch_experts",
+}
+
+
+def model(name: str, **changes: object) -> Any:
+    """Return a tiny model on meta."""
+    config = tiny_config(name)
+    for attribute, value in changes.items():
+        setattr(config, attribute, value)
+    config.architectures = [find_config(config.model_type).architectures[0]]
+    return meta_model(config)
+
+
+def test_an_explicit_plan_wins_in_every_mode_and_is_a_copy() -> None:
+    mine = {"model.layers.*.self_attn.q_proj": "colwise"}
+    for mode in ("tp", "ep", "tp_ep", "sp", "sp_ep"):
+        chosen = Plan.from_model(model("qwen3_moe"), mode, mine)
+        assert (chosen.mode, chosen.entries) == (mode, mine)
+        assert chosen.entries is not mine
+    mine["lm_head"] = "colwise_gather_output"
+    assert "lm_head" not in chosen.entries
+
+
+def test_an_empty_explicit_plan_wins_too() -> None:
+    assert Plan.from_model(model("qwen3_moe"), "tp", {}).entries == {}
+
+
+def test_tp_is_the_param_level_form_of_the_models_plan() -> None:
+    entries = Plan.from_model(model("qwen3_moe"), "tp").entries
+    assert entries.items() >= CUT_EXPERTS.items()
+    assert entries["model.layers.*.self_attn.q_proj"] == "colwise"
+    assert entries["lm_head"] == "colwise_gather_output"
+
+
+def test_ep_falls_back_to_the_models_expert_plan_alone() -> None:
+    assert Plan.from_model(model("qwen3_moe"), "ep").entries == WHOLE_EXPERTS
+    assert set(Plan.from_model(model("gpt_oss"), "ep").entries.values()) == {"grouped_gemm", "ep_dispatch_experts"}
+
+
+@pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
+def test_a_combination_drops_what_would_cut_whole_experts(mode: Any) -> None:
+    entries = Plan.from_model(model("qwen3_moe"), mode).entries
+    assert entries.items() >= WHOLE_EXPERTS.items()
+    assert not [style for style in entries.values() if style.startswith("moe_tp_")]
+    assert entries["model.layers.*.self_attn.q_proj"] == "colwise"
+
+
+def test_a_combination_keeps_shared_experts_of_the_dense_plan() -> None:
+    entries = Plan.from_model(model("deepseek_v3"), "tp_ep").entries
+    assert entries["model.layers.*.mlp.shared_experts.gate_proj"] == "colwise"
+    assert entries["model.layers.*.mlp.shared_experts.down_proj"] == "rowwise"
+
+
+def test_an_expert_plan_that_names_no_parameter_of_a_kind_leaves_none_cut() -> None:
+    """The branch strips leftover `moe_tp_*` entries even where the expert plan does not name their parameter."""
+    partial = {"layers.*.mlp.experts.gate_up_proj": "grouped_gemm", "layers.*.mlp.experts": "ep_dispatch_experts"}
+    entries = Plan.from_model(model("qwen3_moe", base_model_ep_plan=partial), "tp_ep").entries
+    assert f"{EXPERTS}.down_proj" not in entries
+
+
+@pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
+def test_a_combined_plan_of_the_config_wins(mode: Any) -> None:
+    own = {"layers.*.mlp.experts": "ep_dispatch_experts"}
+    found = Plan.from_model(model("qwen3_moe", **{f"base_model_{mode}_plan": own}), mode)
+    assert found.entries == {EXPERTS: "ep_dispatch_experts"}
+
+
+def test_a_config_stands_for_its_model() -> None:
+    assert Plan.from_model(tiny_config("mixtral"), "tp_ep") == Plan.from_model(model("mixtral"), "tp_ep")
+
+
+def test_a_config_is_left_as_it_was() -> None:
+    config = tiny_config("mixtral")
+    before = config.to_dict()
+    Plan.from_model(config, "sp")
+    assert config.to_dict() == before
+
+
+def test_a_models_own_sp_plan_wins_over_the_derived_one() -> None:
+    own = {"layers.*.input_layernorm": "activation"}
+    found = Plan.from_model(model("qwen3_moe", base_model_sp_plan=own), "sp")
+    assert found.entries == {"model.layers.*.input_layernorm": "activation"}
+
+
+def test_sparse_and_dense_layers_get_sequence_entries_with_their_numbers() -> None:
+    entries = Plan.from_model(model("qwen3_moe"), "sp").entries
+    assert {key: entries[key] for key in entries if key.endswith(".mlp")} == {
+        "model.layers.0.mlp": "module_allgather_split",
+        "model.layers.1.mlp": "module_allgather",
+        "model.layers.2.mlp": "module_allgather_split",
+    }
+    assert entries["model.layers.*.mlp.down_proj"] == "rowwise_reduce_scatter"
+    assert entries["model.layers.*.self_attn.o_proj"] == "rowwise_reduce_scatter"
+    assert entries["model.layers.*.input_layernorm"] == "activation"
+    assert entries["model.embed_tokens"] == "vocab_reduce_scatter"
+
+
+def test_layers_that_agree_share_one_sequence_entry() -> None:
+    entries = Plan.from_model(model("llama"), "sp").entries
+    assert entries["model.layers.*.mlp"] == "module_allgather"
+    assert not [key for key in entries if any(part.isdigit() for part in key.split("."))]
+
+
+def test_shared_experts_are_part_of_the_block_that_gathers_and_splits() -> None:
+    entries = Plan.from_model(model("deepseek_v3"), "sp").entries
+    assert entries["model.layers.2.mlp"] == "module_allgather_split"
+    assert entries["model.layers.*.mlp.shared_experts.down_proj"] == "rowwise"
+
+
+def test_sp_places_every_parameter_as_tp_does() -> None:
+    for name in ("qwen3_moe", "deepseek_v3", "laguna"):
+        built = model(name)
+        sliced, plain = (resolve(built, Mesh(tp=2), mode).parameters for mode in ("sp", "tp"))
+        differing = [one.name for one, other in zip(sliced, plain, strict=True) if one.placements != other.placements]
+        # The released plan leaves the embedding whole; the stream's slices come from a sharded one.
+        assert set(differing) <= {"model.embed_tokens.weight"}, name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("doge", "DogeForCausalLM: .* model.layers.0 has parameters of its own"),
+        ("gemma3n_text", "Gemma3nForCausalLM: .* model.embed_tokens_per_layer is neither embedding, norm nor head"),
+        ("qwen2_vl", "Qwen2VLModel: .* visual is neither embedding, norm nor head"),
+        ("t5gemma", "T5GemmaModel: .* 2 lists of layers, decoder.layers, encoder.layers"),
+        ("gemma4_vision", "Gemma4VisionModel: .* does not say which module embeds its input"),
+    ],
+)
+def test_a_model_whose_stream_cannot_be_told_is_refused_by_name(model_type: str, reason: str) -> None:
+    with pytest.raises(PlanError, match=reason) as caught:
+        Plan.from_model(find_config(model_type), "sp")
+    assert "base_model_sp_plan" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "message"),
+    [
+        ("llama", "ep", "LlamaForCausalLM has no expert parallel plan"),
+        ("llama", "tp_ep", "LlamaForCausalLM has no expert parallel plan"),
+        ("gpt_oss", "sp", "GptOssForCausalLM: .* its plan speaks of 0 lists of layers"),
+    ],
+)
+def test_a_model_without_a_plan_for_the_mode_is_refused(name: str, mode: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.from_model(model(name), mode)
+
+
+def test_a_base_model_without_a_plan_is_refused() -> None:
+    config = tiny_config("gpt_oss")
+    config.architectures = ["GptOssModel"]
+    with pytest.raises(PlanError, match="GptOssModel has no tensor parallel plan"):
+        Plan.from_model(config, "tp")
+
+
+def test_an_unknown_mode_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no mode is called 'pp'") as caught:
+        Plan.from_model(model("llama"), "pp")  # type: ignore[arg-type]
+    assert "tp, ep, tp_ep, sp, sp_ep" in caught.value.hint
+
+
+def test_a_literal_layer_number_wins_over_the_wildcard() -> None:
+    plan = {
+        "model.layers.*.self_attn.o_proj": "colwise_gather_output",
+        "model.layers.2.self_attn.o_proj": "rowwise_split_input",
+        **CUT_EXPERTS,
+        **{key.replace("*", "0"): style for key, style in WHOLE_EXPERTS.items()},
+    }
+    placed = resolve(model("qwen3_moe"), Mesh(tp=2), plan=plan).by_name
+    assert placed["model.layers.1.self_attn.o_proj.weight"].placements[-1] == Shard(0)
+    assert placed["model.layers.2.self_attn.o_proj.weight"].placements[-1] == Shard(1)
+    assert placed["model.layers.2.self_attn.o_proj.weight"].key == "model.layers.2.self_attn.o_proj"
+    assert placed["model.layers.0.mlp.experts.down_proj"].placements[-1] == Shard(0)
+    assert placed["model.layers.2.mlp.experts.down_proj"].placements[-1] == Shard(2)
+
+
+def test_a_plan_is_not_decomposed_where_the_layout_is_another() -> None:
+    built = model("gpt_oss")
+    written = {f"{EXPERTS}.gate_up_proj": "packed_colwise", f"{EXPERTS}.down_proj": "rowwise"}
+    assert param_level_plan(built, written) == written
+
+
+def test_the_released_form_of_a_plan_places_experts_alike() -> None:
+    built = model("qwen3_moe")
+    placed = resolve(built, Mesh(tp=2), plan=released_plan(built)).by_name
+    assert placed["model.layers.0.mlp.experts.gate_up_proj"].placements[-1] == Packed(1, 2)

@@ -1,0 +1,86 @@
+"""Wrong use of `parallelize`: one clear error on every rank, never a hang, never a wrong number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
+from plans.mesh import Mesh
+from runtime import Plan, parallelize
+from tests.runtime import wrong_use_cases
+from tests.runtime.expert_cases import PLANS, mixtral
+from tests.runtime.rank_pool import RankPool
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ({"lm_head": "colwize"}, UnknownStyleError, "'lm_head': the dialect .* has no style 'colwize'"),
+        ({"lm_head": "colwise_loss_parallel"}, UnknownStyleError, "'colwise_loss_parallel' cannot run here"),
+        ({"model.layers.*.mlp.expert": "moe_tp_experts"}, UnmatchedKeyError, "'expert'"),
+        ({"layers.*.mlp.experts": "moe_tp_experts"}, UnmatchedKeyError, "'layers'"),
+        ({"model.layers.7.self_attn.q_proj": "colwise"}, UnmatchedKeyError, "'7'"),
+    ],
+)
+def test_plans_that_name_what_there_is_not(
+    plan: dict[str, str], error: type[Exception], message: str, two_ranks: RankPool
+) -> None:
+    with pytest.raises(error, match=message):
+        two_ranks.run(wrong_use_cases.with_plan, plan)
+
+
+@pytest.mark.parametrize(
+    ("mode", "axes", "message"),
+    [
+        ("ep", ("tp",), "mode 'ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis"),
+        ("tp_ep", ("fsdp", "tp"), "mode 'tp_ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis"),
+        ("tp", ("ep",), "mode 'tp' on a mesh of tp=2, ep=2, fsdp=1: it uses no expert axis"),
+        ("tp_ep", ("ep",), "works over the axis 'tp', the device mesh has ep"),
+        ("tp", ("model",), r"a device mesh with the axes \('model',\) cannot carry a plan"),
+        ("tp", ("tp", "fsdp"), r"a device mesh with the axes \('tp', 'fsdp'\) cannot carry a plan"),
+    ],
+)
+def test_a_mesh_without_the_plans_axis(mode: Any, axes: tuple[str, ...], message: str, two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match=message):
+        two_ranks.run(wrong_use_cases.on_device_mesh, mode, axes)
+
+
+@pytest.mark.parametrize(("mode", "axes"), [("tp", ("tp",)), ("tp", ("fsdp", "tp")), ("ep", ("ep",)), ("sp", ("tp",))])
+def test_a_device_mesh_of_the_right_axes_will_do(mode: Any, axes: tuple[str, ...], two_ranks: RankPool) -> None:
+    two_ranks.run(wrong_use_cases.on_device_mesh, mode, axes)
+
+
+def test_experts_that_do_not_divide(four_ranks: RankPool) -> None:
+    with pytest.raises(IndivisibleError, match=r"ep=4 does not divide the experts of .*, 6") as caught:
+        four_ranks.run(wrong_use_cases.with_chosen_plan, "six_experts", "ep", Mesh(tp=4, ep=4))
+    assert caught.value.hint == "sizes that work: 1, 2, 3, 6"
+
+
+@pytest.mark.parametrize("mode", ["tp", "ep", "tp_ep", "sp"])
+def test_a_model_that_is_parallel_already(mode: Any, two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match="this Qwen3MoeForCausalLM is parallel already"):
+        two_ranks.run(wrong_use_cases.twice, mode)
+
+
+def test_a_router_entry_without_divided_experts_beside_it(two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match=r"mlp\.gate: 'ep_router' .* beside which no experts are divided"):
+        two_ranks.run(wrong_use_cases.with_plan, {**PLANS["tp"], "model.layers.*.mlp.gate": "ep_router"})
+
+
+@pytest.mark.parametrize("hook", ["moe_experts_allreduce", "moe_tp_experts", "ep_dispatch_experts"])
+def test_an_experts_hook_without_sharded_parameters(hook: str, two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match="its output would be multiplied by 2"):
+        two_ranks.run(wrong_use_cases.with_plan, {"model.layers.*.mlp.experts": hook})
+
+
+def test_half_a_plan_whose_whole_half_would_meet_a_slice(two_ranks: RankPool) -> None:
+    plan = {key: style for key, style in PLANS["tp"].items() if not key.endswith("down_proj")}
+    with pytest.raises(PlanError, match="down_proj"):
+        two_ranks.run(wrong_use_cases.with_plan, plan)
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(UsageError, match="a device mesh needs a process group"):
+        parallelize(mixtral(), Mesh(tp=2), Plan("tp", PLANS["tp"]))

@@ -1,0 +1,63 @@
+"""A sample of `make sweep`, and that what its report and the README say of it agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sweep_cases import Case
+from benchmarks.sweep_plans import rewritten_cases
+from benchmarks.sweep_rows import run_case
+from plans.mesh import Mode
+from tests.runtime.rank_pool import RankPool
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    return {case.name: case for case in rewritten_cases(tmp_path_factory.mktemp("sweep") / "models")}
+
+
+def test_every_class_that_the_rewrite_changes_is_among_the_cases(cases: dict[str, Case]) -> None:
+    changed = {name for name, case in cases.items() if "moe_tp_gate_up_colwise" in case.plans.get("tp", {}).values()}
+    assert changed == {name for name, case in cases.items() if case.rewritten}
+    assert {"MixtralConfig", "LagunaConfig", "Qwen3OmniMoeTalkerTextConfig"} <= changed
+    assert {"GptOssConfig", "InklingTextConfig", "NemotronHConfig"} <= cases.keys() - changed
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "outcome", "why"),
+    [
+        ("Qwen3VLMoeTextConfig", "tp", "passed", "k_norm"),
+        ("Ernie4_5_VLMoeTextConfig", "ep", "passed", "sharded"),
+        ("NemotronHConfig", "ep", "passed", "sharded"),
+        ("InklingTextConfig", "tp", "refused", "gate and up lie one after the other"),
+        ("Glm5NextTextConfig", "tp", "refused", "whose input is 32 wide"),
+        ("Glm5NextTextConfig, no linear attention", "tp", "passed", "sharded"),
+        ("ZayaConfig", "tp", "no plan", "no tp plan"),
+    ],
+)
+def test_a_row(name: str, mode: Mode, outcome: str, why: str, cases: dict[str, Case], two_ranks: RankPool) -> None:
+    for result in two_ranks.run(run_case, cases[name], mode):
+        assert result.outcome == outcome, result.why
+        assert why in result.why
+
+
+def test_a_wrong_plan_is_found_wrong(cases: dict[str, Case], two_ranks: RankPool) -> None:
+    """Let the plan of a class say that the norms on heads are whole, as if every rank saw all heads."""
+    case = cases["Qwen3VLMoeTextConfig"]
+    norms = {f"layers.*.self_attn.{name}_norm": "replicate" for name in "qk"}
+    for result in two_ranks.run(run_case, replace(case, plans={"tp": case.plans["tp"] | norms}), "tp"):
+        assert result.outcome == "wrong", result.why
+        assert "self_attn.k_norm.weight" in result.why or "self_attn.q_norm.weight" in result.why
+
+
+def test_the_readme_says_what_the_report_says() -> None:
+    report = (ROOT / "docs" / "sweep.md").read_text("utf-8").splitlines()
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Every MoE model of transformers")[2]
+    table = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    assert table
+    assert [line for line in table if line not in report] == []
