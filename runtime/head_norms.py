@@ -19,6 +19,7 @@ from plans.plan import lookup, wildcard
 __all__ = ["check_head_norms", "with_head_norms"]
 
 _SUMMED = "replicated_with_grad_allreduce"
+_SUMMING = frozenset({_SUMMED, "activation", "sequence_parallel"})
 _HEAD_WIDTHS = ("head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -34,7 +35,7 @@ def with_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect)
 
 
 def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
-    """Refuse a plan that forgets a norm on heads.
+    """Refuse a plan that forgets a norm on heads, or gives it a style that leaves its gradient partial.
 
     Raises:
         PlanError: it does; the hint is the entry that is missing.
@@ -43,20 +44,21 @@ def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect
         raise PlanError(
             f"{name} is whole but normalizes each rank's own heads, which {projection} leaves sharded: its gradient "
             "would be another one on every rank",
-            hint=f"add the entry {wildcard(name)!r}: {_SUMMED!r}",
+            hint=f"give it the entry {wildcard(name)!r}: {_SUMMED!r}",
             module=name,
         )
 
 
 def _forgotten(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[tuple[str, str]]:
-    """Yield each norm on heads without an entry, with a projection that leaves them sharded."""
+    """Yield each norm on heads whose gradient no entry sums, with a projection that leaves them sharded."""
     for name, attention in model.named_modules():
         widths = {getattr(attention, attribute, None) for attribute in _HEAD_WIDTHS} - {None}
         sharded = dict(_sharded_projections(name, attention, plan, dialect)) if widths else {}
         widths -= {projection.in_features for projection in sharded.values()}
         for child, module in attention.named_children() if sharded else ():
             full = f"{name}.{child}"
-            if _norm_width(module) in widths and lookup(plan, full, is_parameter=False) is None:
+            key = lookup(plan, full, is_parameter=False)
+            if _norm_width(module) in widths and (key is None or plan[key] not in _SUMMING):
                 yield full, next(iter(sharded))
 
 

@@ -24,7 +24,7 @@ from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
 from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.style import Around, Site, on_local_parameters
+from runtime.styles.style import Around, Site, on_local_parameters, refuse
 from runtime.styles.summed import SummedInputs
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ def parallelize(
         PlanError: the plan was resolved on another model, forgets a norm on heads, or names a style that cannot hook
             the module of its entry. The model is of no use then.
     """
+    if isinstance(plan, str):
+        raise UsageError(
+            f"{plan!r} is not a plan", hint=f"pass Plan.from_model(model, {plan!r}), or key to style", plan=plan
+        )
     meshes = as_device_meshes(mesh)
     _check_plain(model)
     resolved = plan if isinstance(plan, ResolvedPlan) else resolve(model, meshes.sizes, _mode(meshes.sizes), plan)
@@ -139,7 +143,9 @@ def _hook_modules(
     for site in sites:
         around = styles.style(site.style, site.name).around
         if around is not None:
+            _check_called(site)
             site.module.forward = wrapped(site, around, site.module.forward)
+            site.module.__dict__["__deepcopy__"] = _refuse_copy
     _share_inputs(sites)
     return {site.module for site in sites if styles.style(site.style, site.name).around is not None}
 
@@ -174,6 +180,20 @@ def wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable
         return around(site, run, *args, **kwargs)
 
     return parallel_forward
+
+
+def _check_called(site: Site) -> None:
+    """Refuse a container, whose members are called and it never is: its hook would do nothing."""
+    if type(site.module).forward is nn.Module.forward:
+        raise refuse(site, "which has no forward of its own", hint="name the modules in it instead")
+
+
+def _refuse_copy(memo: object) -> None:
+    """Refuse a deep copy, whose hooks would go on computing with the parameters of the original."""
+    raise UsageError(
+        "a parallel model cannot be deep-copied: the copy would compute with the original's parameters",
+        hint="build a second model, parallelize it, and give it this one's state_dict",
+    )
 
 
 def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:

@@ -47,12 +47,12 @@ def test_a_row(name: str, mode: Mode, outcome: str, why: str, cases: dict[str, C
 
 
 def test_a_wrong_plan_is_found_wrong(cases: dict[str, Case], two_ranks: RankPool) -> None:
-    """Let the plan of a class say that the norms on heads are whole, as if every rank saw all heads."""
+    """Let the plan of a class sum gradients that are whole already."""
     case = cases["Qwen3VLMoeTextConfig"]
-    norms = {f"layers.*.self_attn.{name}_norm": "replicate" for name in "qk"}
+    norms = {"layers.*.input_layernorm": "replicated_with_grad_allreduce"}
     for result in two_ranks.run(run_case, replace(case, plans={"tp": case.plans["tp"] | norms}), "tp"):
         assert result.outcome == "wrong", result.why
-        assert "self_attn.k_norm.weight" in result.why or "self_attn.q_norm.weight" in result.why
+        assert "input_layernorm.weight" in result.why
 
 
 def test_the_readme_says_what_the_report_says() -> None:

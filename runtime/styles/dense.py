@@ -249,6 +249,15 @@ def _check_local(site: Site) -> None:
             )
 
 
+def _check_partial(site: Site) -> None:
+    if not has_sharded(site.module, recurse=True):
+        raise refuse(
+            site,
+            f"nothing of which is sharded: its output would be multiplied by {site.axis.size()}",
+            hint="remove the entry, or add those of the parameters that are cut",
+        )
+
+
 DENSE_STYLES = (
     ParallelStyle("colwise", colwise, _check_colwise),
     *(
@@ -265,6 +274,6 @@ DENSE_STYLES = (
     ParallelStyle("replicate"),
     ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, check_whole),
     ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, _check_rope),
-    ParallelStyle("all_reduce", sum_output),
+    ParallelStyle("all_reduce", sum_output, _check_partial),
     ParallelStyle("local_params", local_params, _check_local),
 )

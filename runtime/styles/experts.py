@@ -7,6 +7,7 @@ module. The experts' hook itself never shards.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from plans.placement import Replicate
 from runtime.placements import placement_of
@@ -53,9 +54,14 @@ def _check_sharded(site: Site) -> None:
             )
 
 
+def _check_identity(site: Site) -> None:
+    if not isinstance(site.module, nn.Identity):
+        raise refuse(site, "which is no nn.Identity", hint="remove the entry: dividing its input changes its output")
+
+
 EXPERT_STYLES = (
     ParallelStyle("moe_tp_gate_up_colwise"),
     ParallelStyle("moe_tp_down_rowwise"),
     *(ParallelStyle(name, experts_all_reduce, _check_sharded) for name in ("moe_experts_allreduce", "moe_tp_experts")),
-    ParallelStyle("moe_identity_expert", identity_expert),
+    ParallelStyle("moe_identity_expert", identity_expert, _check_identity),
 )

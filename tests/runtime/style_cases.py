@@ -135,6 +135,9 @@ def refuse_module(kind: str) -> None:
             {"part.down_proj": Shard(2)},
         ),
         "no hook": (Experts(bias=False), {"part.down_proj": "moe_tp_down_rowwise"}, {"part.down_proj": Shard(2)}),
+        "whole output": (nn.Linear(size, size), {"part": "all_reduce"}, {}),
+        "no identity": (nn.Linear(size, size), {"part": "moe_identity_expert"}, {}),
+        "container": (nn.ModuleList([nn.Linear(size, size)]), {"part": "module_allgather"}, {}),
         "unknown style": (nn.Linear(size, size), {"part": "megamoe_experts"}, {}),
         "packed bias": (
             nn.Linear(size, size), {"part": "packed_colwise"}, {"part.weight": Packed(0, 2), "part.bias": Shard(0)},

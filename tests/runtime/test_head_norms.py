@@ -41,9 +41,13 @@ def test_an_explicit_plan_without_them_is_refused_with_the_entry_that_is_missing
     assert "'model.layers.*.self_attn.q_norm': 'replicated_with_grad_allreduce'" in caught.value.hint
 
 
-@pytest.mark.parametrize("style", ["replicate", "replicated_with_grad_allreduce"])
-def test_an_explicit_plan_says_what_it_will(style: str, two_ranks: RankPool):
-    assert two_ranks.run(odd_cases.parallelize_norms_on_heads, dict.fromkeys(NORMS, style)) == [None, None]
+def test_an_explicit_plan_with_them_is_taken(two_ranks: RankPool):
+    assert two_ranks.run(odd_cases.parallelize_norms_on_heads, NORMS) == [None, None]
+
+
+def test_a_style_that_leaves_the_gradient_partial_is_refused_too(two_ranks: RankPool):
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.self_attn\.q_norm is whole but"):
+        two_ranks.run(odd_cases.parallelize_norms_on_heads, dict.fromkeys(NORMS, "replicate"))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "olmoe", "mixtral"])

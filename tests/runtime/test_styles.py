@@ -83,6 +83,9 @@ def test_a_whole_parameter_seen_by_each_ranks_heads_gets_summed_gradients_that_a
         ("whole expert bias", "down_proj_bias would be added 2 times"),
         ("packed bias", "bias is not packed"),
         ("no hook", "no plan entry hooks part"),
+        ("whole output", "output would be multiplied by 2"),
+        ("no identity", "is no nn.Identity"),
+        ("container", "has no forward of its own"),
     ],
 )
 def test_what_a_style_cannot_hook_is_refused(kind: str, message: str, two_ranks: RankPool) -> None:

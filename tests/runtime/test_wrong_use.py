@@ -84,3 +84,15 @@ def test_half_a_plan_whose_whole_half_would_meet_a_slice(two_ranks: RankPool) ->
 def test_no_process_group() -> None:
     with pytest.raises(UsageError, match="a device mesh needs a process group"):
         parallelize(mixtral(), Mesh(tp=2), Plan("tp", PLANS["tp"]))
+
+
+def test_a_parallel_model_is_not_copied_with_the_originals_hooks(two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match="a parallel model cannot be deep-copied") as caught:
+        two_ranks.run(wrong_use_cases.copied)
+    assert "state_dict" in caught.value.hint
+
+
+def test_a_mode_is_no_plan(two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match="'sp' is not a plan") as caught:
+        two_ranks.run(wrong_use_cases.with_plan, "sp")
+    assert "Plan.from_model" in caught.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -27,6 +29,13 @@ def with_plan(plan: dict[str, str]) -> None:
 def with_chosen_plan(name: str, mode: Mode, mesh: Mesh) -> None:
     model = tiny_model(eager_config(name))
     parallelize(model, mesh, Plan.from_model(model, mode))
+
+
+def copied() -> None:
+    """Copy a parallel model, as an average of weights would."""
+    model = mixtral()
+    parallelize(model, Mesh(tp=dist.get_world_size()))
+    copy.deepcopy(model)
 
 
 def twice(mode: Mode) -> None:
