@@ -4,6 +4,8 @@ Attention with projections sharded by head may normalize each head, with one wei
 gradient of its own heads, and nothing fails: the ranks' weights merely drift apart. The rule by which such a norm is
 known: it stands beside a projection whose output the plan leaves sharded, it is as wide as a head or a part of one, and
 no such projection takes an input of its width, as those behind the norms of latent attention do.
+
+An activation function with parameters of its own, between such projections, is in the same place.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect
     """
     for name, projection in _forgotten(model, plan, dialect):
         raise PlanError(
-            f"{name} is whole but normalizes each rank's own heads, which {projection} leaves sharded: its gradient "
+            f"{name} is whole but works on each rank's own slice, which {projection} leaves sharded: its gradient "
             "would be another one on every rank",
             hint=f"give it the entry {wildcard(name)!r}: {_SUMMED!r}",
             module=name,
@@ -51,14 +53,15 @@ def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect
 
 def _forgotten(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[tuple[str, str]]:
     """Yield each norm on heads whose gradient no entry sums, with a projection that leaves them sharded."""
-    for name, attention in model.named_modules():
-        widths = {getattr(attention, attribute, None) for attribute in _HEAD_WIDTHS} - {None}
-        sharded = dict(_sharded_projections(name, attention, plan, dialect)) if widths else {}
+    for name, owner in model.named_modules():
+        sharded = dict(_sharded_projections(name, owner, plan, dialect))
+        widths = {getattr(owner, attribute, None) for attribute in _HEAD_WIDTHS} - {None}
         widths -= {projection.in_features for projection in sharded.values()}
-        for child, module in attention.named_children() if sharded else ():
+        for child, module in owner.named_children() if sharded else ():
             full = f"{name}.{child}"
             key = lookup(plan, full, is_parameter=False)
-            if _norm_width(module) in widths and (key is None or plan[key] not in _SUMMING):
+            between = _norm_width(module) in widths or (child.startswith("act") and _has_parameters(module))
+            if between and (key is None or plan[key] not in _SUMMING):
                 yield full, next(iter(sharded))
 
 
@@ -70,6 +73,10 @@ def _sharded_projections(
         key = lookup(plan, full, is_parameter=False)
         if key is not None and isinstance(module, nn.Linear) and dialect.style(plan[key], key).output == "sharded":
             yield full, module
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _norm_width(module: nn.Module) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.tensor import DTensor
 
-from plans.mesh import Mesh
+from plans.mesh import Mesh, Mode
 from runtime.mesh import device_meshes
 from runtime.parallel import parallelize
 from runtime.plan import Plan, released_plan
@@ -44,3 +46,20 @@ def expert_gradients_after_one_token() -> dict[str, float]:
     # Clipping works on all gradients together and would hang where a rank had fewer of them.
     torch.nn.utils.clip_grad_norm_([value for value in model.parameters() if isinstance(value, DTensor)], 1.0)
     return {name: float(gradient.to_local().abs().max()) for name, gradient in found.items()}
+
+
+def activation_gradient_errors(mode: Mode) -> dict[str, float]:
+    """Compare the gradients of activation functions with parameters, which stand where features are sharded."""
+    torch.manual_seed(0)
+    reference = transformers.ApertusForCausalLM(transformers.ApertusConfig(**MODELS["llama"][1]))
+    model = copy.deepcopy(reference)
+    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), Plan.from_model(model, mode))
+    tokens = torch.randint(0, 101, (2, 8), generator=torch.Generator().manual_seed(1))
+    for one in (reference, model):
+        one(input_ids=tokens, labels=tokens).loss.backward()
+    found = dict(model.named_parameters())
+    return {
+        name: float((found[name].grad - parameter.grad).abs().max() / parameter.grad.abs().max())
+        for name, parameter in reference.named_parameters()
+        if ".act_fn." in name
+    }

@@ -6,7 +6,7 @@ import pytest
 import transformers
 
 from plans.errors import PlanError
-from plans.mesh import Mesh
+from plans.mesh import Mesh, Mode
 from runtime.head_norms import with_head_norms
 from runtime.model import meta_model
 from runtime.plan import Plan, released_plan, runtime_dialect
@@ -64,3 +64,10 @@ def test_layer_norms_on_heads_are_found_in_dense_models_too():
     chosen = Plan.from_model(meta_model(config), "tp").entries
     added = {key for key in chosen if key.endswith("_layernorm")}
     assert added == {f"model.layers.*.self_attn.{name}_layernorm" for name in "qk"}
+
+
+@pytest.mark.parametrize("mode", ["tp", "sp"])
+def test_activations_with_parameters_get_whole_gradients(mode: Mode, two_ranks: RankPool):
+    for errors in two_ranks.run(odd_cases.activation_gradient_errors, mode):
+        assert len(errors) == 6
+        assert max(errors.values()) < 1e-5, errors
