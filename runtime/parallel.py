@@ -26,6 +26,7 @@ from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import Around, Site, on_local_parameters, refuse
 from runtime.styles.summed import SummedInputs
+from runtime.styles.sums import check_summed_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,7 @@ def _hook_modules(
     for site in sites:
         styles.style(site.style, site.name).check(site)
     check_masked_once(sites)
+    check_summed_once(sites)
     for site in sites:
         around = styles.style(site.style, site.name).around
         if around is not None:

@@ -96,3 +96,9 @@ def test_a_mode_is_no_plan(two_ranks: RankPool) -> None:
     with pytest.raises(UsageError, match="'sp' is not a plan") as caught:
         two_ranks.run(wrong_use_cases.with_plan, "sp")
     assert "Plan.from_model" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_what_a_layer_sums_is_not_summed_again(name: str, two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match=r"mlp\.down_proj sums its own output: it would count 2 times"):
+        two_ranks.run(wrong_use_cases.with_plan_besides, name, {"model.layers.*.mlp": "all_reduce"})

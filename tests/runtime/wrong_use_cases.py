@@ -31,6 +31,13 @@ def with_chosen_plan(name: str, mode: Mode, mesh: Mesh) -> None:
     parallelize(model, mesh, Plan.from_model(model, mode))
 
 
+def with_plan_besides(name: str, entries: dict[str, str]) -> None:
+    """Add entries to the plan that a model has."""
+    model = tiny_model(eager_config(name))
+    plan = Plan.from_model(model, "tp")
+    parallelize(model, Mesh(tp=dist.get_world_size()), {**plan.entries, **entries})
+
+
 def copied() -> None:
     """Copy a parallel model, as an average of weights would."""
     model = mixtral()
