@@ -24,8 +24,8 @@ from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
 from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
+from runtime.styles.shared_inputs import SummedInputs
 from runtime.styles.style import Around, Site, on_local_parameters, refuse
-from runtime.styles.summed import SummedInputs
 from runtime.styles.sums import check_summed_once
 
 if TYPE_CHECKING:

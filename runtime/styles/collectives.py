@@ -88,7 +88,7 @@ def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int = -1
 
 def split(tensor: torch.Tensor, axis: DeviceMesh, dim: int = -1) -> torch.Tensor:
     """Return this rank's chunk of a whole tensor along a dim; the gradient is gathered."""
-    result: torch.Tensor = _Split.apply(tensor, axis, dim)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Cut.apply(tensor, axis, dim, False)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -100,7 +100,7 @@ def reduce_scatter(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Te
         axis: the mesh axis.
         dim: of the tensor.
     """
-    result: torch.Tensor = _ReduceScatter.apply(tensor, axis, dim)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Cut.apply(tensor, axis, dim, True)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -215,25 +215,15 @@ class _AllGather(torch.autograd.Function):
         return _own(gradients[0], ctx.axis, ctx.dim), None, None, None
 
 
-class _Split(torch.autograd.Function):
+class _Cut(torch.autograd.Function):
+    """Takes this rank's chunk of a whole tensor, or of the sum of partial ones; either way back is a gather."""
+
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int, partial: bool) -> torch.Tensor:
         ctx.axis, ctx.width, ctx.dim = axis, tensor.shape[dim], dim
-        return _own(tensor, axis, dim)
+        return _sum_and_cut(tensor, axis, dim) if partial else _own(tensor, axis, dim)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
-        ctx.axis, ctx.width, ctx.dim = axis, tensor.shape[dim], dim
-        return _sum_and_cut(tensor, axis, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None
+    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None, None
