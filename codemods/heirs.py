@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from codemods.sources import Source
+from plans.errors import SourceError
 
 __all__ = ["heirs_by_name", "importers_by_folder"]
 
@@ -27,7 +28,7 @@ def heirs_by_name(sources: Iterable[Source]) -> dict[str, list[tuple[Path, str]]
     """
     found: dict[bytes, list[tuple[Path, str]]] = defaultdict(list)
     for source in sources:
-        data = b"\n" + source.data
+        data = _lines(source)
         aliases = _aliases(data[: data.find(b"\nclass ")])
         for header in _HEADER.finditer(data):
             heir = source.path, header[1].decode("utf-8", "replace")
@@ -41,10 +42,18 @@ def importers_by_folder(sources: Iterable[Source]) -> dict[str, list[Path]]:
     """Return the files that mention plans by the words of the modules they import from, model folders among them."""
     found: dict[bytes, dict[Path, None]] = defaultdict(dict)
     for source in sources:
-        for module in _MODULE.findall(b"\n" + source.data) if b"_plan" in source.data else ():
+        for module in _MODULE.findall(_lines(source)) if b"_plan" in source.data else ():
             for word in _NAME.findall(module):
                 found[word][source.path] = None
     return {word.decode("utf-8", "replace"): list(paths) for word, paths in found.items()}
+
+
+def _lines(source: Source) -> bytes:
+    """Return a file's text; of one that is no text in its own codec, which only a parser may complain of, its bytes."""
+    try:
+        return source.lines
+    except SourceError:
+        return b"\n" + source.data
 
 
 def _aliases(head: bytes) -> dict[bytes, bytes]:

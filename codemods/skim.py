@@ -45,9 +45,8 @@ _ENTRY = re.compile(rb"#[^\n]*|" + _PAIR)
 
 def skim(source: Source) -> Module | None:
     """Return what `read_module` would, or None where only a parser can tell."""
-    body = b"\n" + source.body
-    # Strings over several lines hide what looks like code; only the most usual kind is understood.
-    if b"'''" in body or b"\r" in body:
+    body = source.lines
+    if b"\r" in body or _has_other_strings(body):
         return None
     headers = list(_CLASS.finditer(body))
     if any(header[1] is None for header in headers):
@@ -58,14 +57,19 @@ def skim(source: Source) -> Module | None:
         return None
     if plans is None:
         return None
-    return Module(
-        {
-            name: ClassPlans(name, _bases(header[2]), plans.get(name, {}))
-            for header in headers
-            for name in [_name(header)]
-        },
-        partial(_imports, source),
-    )
+    named = ((_name(header), header[2]) for header in headers)
+    classes = {name: ClassPlans(name, _bases(listed), plans.get(name, {})) for name, listed in named}
+    return Module(classes, partial(_imports, source))
+
+
+def _has_other_strings(body: bytes) -> bool:
+    """Say whether strings over several lines, which hide what looks like code, are other than the most usual kind."""
+    place = body.find(b"'''")
+    while place >= 0:
+        if not body.count(b'"""', 0, place) % 2:  # not inside one of the usual kind
+            return True
+        place = body.find(b"'''", place + 3)
+    return False
 
 
 def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, PlanLiteral | Opaque]] | None:
@@ -128,7 +132,7 @@ def _line(body: bytes, place: int) -> int:
 def _imports(source: Source) -> Mapping[str, Import]:
     """Return what `read_module` would; most files are never asked."""
     try:
-        found = _plain_imports(b"\n" + source.body)
+        found = _plain_imports(source.lines)
     except UnicodeDecodeError:
         found = None
     return read_module(source).imports if found is None else found
@@ -159,5 +163,7 @@ def _name(header: re.Match[bytes]) -> str:
 
 
 def _bases(listed: bytes | None) -> tuple[str, ...]:
-    parts = map(str.strip, (listed or b"").decode().split(","))
+    if not listed:
+        return ()
+    parts = map(str.strip, listed.decode().split(","))
     return tuple(part for part in parts if part and "=" not in part)

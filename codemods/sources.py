@@ -42,6 +42,9 @@ class Source:
         Raises:
             SourceError: the declared codec does not exist or contradicts the BOM.
         """
+        head = self.data[: self.data.find(b"\n", self.data.find(b"\n") + 1)]
+        if head.isascii() and b"coding" not in head:
+            return "utf-8"
         try:
             return tokenize.detect_encoding(io.BytesIO(self.data).readline)[0]
         except SyntaxError as error:
@@ -68,6 +71,11 @@ class Source:
                 hint="declare its encoding with a coding cookie",
                 path=str(self.path),
             ) from error
+
+    @cached_property
+    def lines(self) -> bytes:
+        """`body` after a line end, so that every line has one before it, which `re` finds far faster than `^`."""
+        return b"\n" + self.body
 
     def with_body(self, body: bytes) -> bytes:
         """Return the file's bytes for a new body, in its own encoding and with its BOM."""

@@ -80,6 +80,7 @@ class Dialect:
         return replace(self, styles={**other.styles, **self.styles})
 
 
+@cache
 def dialect_names() -> tuple[str, ...]:
     """Return the names of all dialects that ship with migrator."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))

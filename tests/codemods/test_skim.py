@@ -49,6 +49,8 @@ def test_what_is_read_is_right(case):
         PACKED + "    def f(self):\n        self._tp_plan = {}\n",
         f'class ToyConfig:\n    """\n{PACKED.split("PreTrainedConfig):")[1]}    """\n',
         f'"""{PACKED}"""\n',
+        f"'''{PACKED}'''\n",
+        f"'''{PACKED}'''\n" + '"""'.join(["", "", ""]),
         PACKED + "x = base_model_tp_plan\n",
         PACKED.replace("class ToyConfig", "class A:\n    pass\nx = 1\nclass ToyConfig").replace(
             "\n    base", "\nx\n    base"
@@ -63,6 +65,10 @@ def test_what_is_unusual_is_left_to_the_parser(text):
 
 def test_bytes_that_are_no_text_are_left_to_the_parser():
     assert skim(Source(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
+
+
+def test_quotes_of_the_other_kind_in_a_docstring_hide_nothing():
+    assert same(Source(Path("x.py"), f"\"\"\"Say '''x'''.\"\"\"\n{PACKED}".encode()))
 
 
 def test_what_is_usual_is_not():
