@@ -7,11 +7,9 @@ so that chaining operations composes the maps and nothing is copied until bytes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-
-from plans.placement import Packed, Placement, Replicate, Shard
 
 __all__ = [
     "Extent",
@@ -20,14 +18,14 @@ __all__ = [
     "chunk",
     "chunk_bounds",
     "concatenate",
-    "local_form",
     "narrow",
-    "reassemble",
+    "permute",
     "row_major",
     "split",
     "stack",
     "transpose",
     "unbind",
+    "unravel",
     "whole",
 ]
 
@@ -38,11 +36,12 @@ class FormError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """One box of a tensor as an affine view of a source.
+    """One box of a tensor, or a regular grid in one, as an affine view of a source.
 
     Args:
         offset: where the box begins in the tensor, per tensor dim.
-        shape: its size per tensor dim, nowhere zero.
+        shape: the elements it has per tensor dim, nowhere zero.
+        steps: how far apart they are along each tensor dim; 1 where the box has no gaps.
         source: the name of the tensor that holds its elements.
         base: the element of the source, counted flat in row-major order, at the box's first corner.
         strides: source elements per step along each tensor dim.
@@ -50,6 +49,7 @@ class Extent:
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    steps: tuple[int, ...]
     source: str
     base: int
     strides: tuple[int, ...]
@@ -80,7 +80,7 @@ def whole(source: str, shape: Sequence[int]) -> Form:
     """Return the form of a tensor that is the source itself."""
     shape = tuple(shape)
     origin = (0,) * len(shape)
-    return Form(shape, (Extent(origin, shape, source, 0, row_major(shape)),) if prod(shape) else ())
+    return Form(shape, (Extent(origin, shape, (1,) * len(shape), source, 0, row_major(shape)),) if prod(shape) else ())
 
 
 def narrow(form: Form, dim: int, start: int, length: int) -> Form:
@@ -148,14 +148,18 @@ def transpose(form: Form, dim0: int, dim1: int) -> Form:
     order = list(range(len(form.shape)))
     dim0, dim1 = _dim(dim0, len(order)), _dim(dim1, len(order))
     order[dim0], order[dim1] = order[dim1], order[dim0]
+    return permute(form, order)
 
-    def swapped(values: tuple[int, ...]) -> tuple[int, ...]:
+
+def permute(form: Form, order: Sequence[int]) -> Form:
+    """Return the form with its dims in another order, as `torch.permute`."""
+    if sorted(order) != list(range(len(form.shape))):
+        raise FormError(f"{list(order)} is no order of {len(form.shape)} dims")
+
+    def ordered(values: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(values[dim] for dim in order)
 
-    extents = (
-        replace(e, offset=swapped(e.offset), shape=swapped(e.shape), strides=swapped(e.strides)) for e in form.extents
-    )
-    return Form(swapped(form.shape), tuple(extents))
+    return Form(ordered(form.shape), tuple(_every_dim(extent, ordered) for extent in form.extents))
 
 
 def chunk_bounds(size: int, count: int, index: int) -> tuple[int, int]:
@@ -165,66 +169,27 @@ def chunk_bounds(size: int, count: int, index: int) -> tuple[int, int]:
     return start, min(step, size - start)
 
 
-def local_form(form: Form, placements: Sequence[Placement], sizes: Sequence[int], coordinates: Sequence[int]) -> Form:
-    """Return the form of the local tensor that a rank holds.
-
-    Args:
-        form: of the whole tensor.
-        placements: one per mesh axis, outermost first. The innermost is applied first: FSDP, the outer one, cuts what
-            tensor and expert parallelism leave.
-        sizes: of the mesh axes.
-        coordinates: the rank's index on each mesh axis.
-    """
-    for placement, size, coordinate in reversed(list(zip(placements, sizes, coordinates, strict=True))):
-        form = _placed(form, placement, size, coordinate)
-    return form
-
-
-def reassemble(shape: Sequence[int], locals_: Iterable[tuple[str, Form]]) -> Form:
-    """Return the form of a whole tensor over the local tensors that ranks hold.
-
-    Args:
-        shape: of the whole tensor.
-        locals_: each local tensor's name and its form over the whole tensor; together they cover it once.
-    """
-    strides = row_major(shape)
-    extents: list[Extent] = []
-    for name, form in locals_:
-        own = row_major(form.shape)
-        for extent in form.extents:
-            assert all(a == b or n == 1 for a, b, n in zip(extent.strides, strides, extent.shape, strict=True))
-            base = sum(index * stride for index, stride in zip(extent.offset, own, strict=True))
-            extents.append(Extent(_unravel(extent.base, shape), extent.shape, name, base, own))
-    return Form(tuple(shape), tuple(extents))
-
-
-def _placed(form: Form, placement: Placement, size: int, coordinate: int) -> Form:
-    match placement:
-        case Replicate():
-            return form
-        case Shard(dim):
-            return narrow(form, dim, *chunk_bounds(form.shape[dim], size, coordinate))
-        case Packed(dim, groups):
-            if form.shape[dim] % (groups * size):
-                raise FormError(f"{groups} groups of dim {dim} of {list(form.shape)} do not divide by {size}")
-            if size == 1:
-                return form
-            parts = chunk(form, groups, dim)
-            return concatenate(
-                [narrow(part, dim, *chunk_bounds(part.shape[dim], size, coordinate)) for part in parts], dim
-            )
+def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the place, per dim, of an element of a contiguous tensor that is counted flat."""
+    place: list[int] = []
+    for stride in row_major(shape):
+        place.append(index // stride)
+        index %= stride
+    return tuple(place)
 
 
 def _clipped(extent: Extent, dim: int, start: int, stop: int) -> Extent | None:
-    first = max(start, extent.offset[dim])
-    last = min(stop, extent.offset[dim] + extent.shape[dim])
+    offset, step = extent.offset[dim], extent.steps[dim]
+    first = max(0, -((offset - start) // step))
+    last = min(extent.shape[dim], -((offset - stop) // step))
     if first >= last:
         return None
     return Extent(
-        _with(extent.offset, dim, first - start),
+        _with(extent.offset, dim, offset + first * step - start),
         _with(extent.shape, dim, last - first),
+        extent.steps,
         extent.source,
-        extent.base + (first - extent.offset[dim]) * extent.strides[dim],
+        extent.base + first * extent.strides[dim],
         extent.strides,
     )
 
@@ -240,7 +205,7 @@ def _unsqueezed(form: Form, dim: int) -> Form:
         return (*values[:dim], value, *values[dim:])
 
     extents = (
-        replace(e, offset=wider(e.offset, 0), shape=wider(e.shape, 1), strides=wider(e.strides, 0))
+        Extent(wider(e.offset, 0), wider(e.shape, 1), wider(e.steps, 1), e.source, e.base, wider(e.strides, 0))
         for e in form.extents
     )
     return Form(wider(form.shape, 1), tuple(extents))
@@ -250,10 +215,18 @@ def _squeezed(form: Form, dim: int) -> Form:
     def slimmer(values: tuple[int, ...]) -> tuple[int, ...]:
         return values[:dim] + values[dim + 1 :]
 
-    extents = (
-        replace(e, offset=slimmer(e.offset), shape=slimmer(e.shape), strides=slimmer(e.strides)) for e in form.extents
+    return Form(slimmer(form.shape), tuple(_every_dim(extent, slimmer) for extent in form.extents))
+
+
+def _every_dim(extent: Extent, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Extent:
+    return Extent(
+        change(extent.offset),
+        change(extent.shape),
+        change(extent.steps),
+        extent.source,
+        extent.base,
+        change(extent.strides),
     )
-    return Form(slimmer(form.shape), tuple(extents))
 
 
 def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
@@ -264,11 +237,3 @@ def _dim(dim: int, ndim: int) -> int:
     if not -ndim <= dim < ndim:
         raise FormError(f"there is no dim {dim} among {ndim}")
     return dim % ndim
-
-
-def _unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    coordinates: list[int] = []
-    for stride in row_major(shape):
-        coordinates.append(index // stride)
-        index %= stride
-    return tuple(coordinates)

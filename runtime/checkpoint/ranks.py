@@ -14,10 +14,11 @@ from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Bytes, Destination, Sink, build_table, execute
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.extents import Form, local_form, reassemble, whole
+from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.record import Entry, Manifest
 from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
+from runtime.checkpoint.shards import local_form, reassemble
 from runtime.model import DTYPES
 
 __all__ = [

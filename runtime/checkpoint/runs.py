@@ -86,8 +86,9 @@ def runs_of(form: Form, bits: int, sources: Mapping[str, int], destination: int)
 
 def _run(extent: Extent, strides: Sequence[int], bits: int, source: int, destination: int) -> Run:
     length, repeats = bits, list[Repeat]()
-    for count, inward, outward in reversed(list(zip(extent.shape, extent.strides, strides, strict=True))):
-        inward, outward = inward * bits, outward * bits
+    dims = zip(extent.shape, extent.strides, extent.steps, strides, strict=True)
+    for count, inward, step, outward in reversed(list(dims)):
+        inward, outward = inward * bits, outward * step * bits
         if count == 1:
             continue
         if not repeats and inward == outward == length:

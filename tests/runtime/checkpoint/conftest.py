@@ -98,7 +98,8 @@ def gather() -> Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]:
     def gathered(form: Form, sources: dict[str, torch.Tensor]) -> torch.Tensor:
         result = torch.full(form.shape, -1, dtype=torch.int64)
         for extent in form.extents:
-            box = result[tuple(slice(o, o + n) for o, n in zip(extent.offset, extent.shape, strict=True))]
+            dims = zip(extent.offset, extent.shape, extent.steps, strict=True)
+            box = result[tuple(slice(offset, offset + count * step, step) for offset, count, step in dims)]
             assert bool((box == -1).all()), "two extents overlap"
             flat = sources[extent.source].reshape(-1)
             box.copy_(torch.as_strided(flat, extent.shape, extent.strides, extent.base))

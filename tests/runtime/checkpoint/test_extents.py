@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint import extents
-from runtime.checkpoint.extents import Form, FormError, local_form, reassemble, whole
+from runtime.checkpoint.extents import Form, FormError, whole
+from runtime.checkpoint.shards import local_form, reassemble
 
 Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
 
