@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from plans.errors import CheckpointError, DependencyError, IncompleteError, UsageError
+from runtime.on_meta import built_on_meta
 from runtime.wording import first_line
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ __all__ = [
     "model_class",
     "model_tensors",
     "read_config",
+    "tied_names",
     "transformers_version",
     "unreadable",
 ]
@@ -154,13 +154,10 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         CheckpointError: the class refuses the config.
         UsageError: the config is quantized, which is not built yet.
     """
-    from accelerate import init_empty_weights
-
     _check_unquantized(config)
     build = model_class(config)
     try:
-        with init_empty_weights(include_buffers=False), _default_dtype(config.dtype), _EmptyOnMeta():
-            model: Any = build(config)
+        model: Any = built_on_meta(lambda: build(config), config.dtype)
         model.tie_weights()
     except Exception as error:  # What transformers' model classes raise is not ours to list.
         raise CheckpointError(
@@ -183,6 +180,19 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return each tied name of a model with the name that holds the bytes, the one transformers calls the source."""
+    declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    holders: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    rows = sorted(model.named_parameters(remove_duplicate=False), key=lambda row: row[0] in declared)
+    for name, tensor in rows:
+        holder = holders.setdefault(id(tensor), name)
+        if holder != name:
+            tied[name] = holder
+    return tied
+
+
 def _check_unquantized(config: PreTrainedConfig) -> None:
     for where, part in _parts(config, "config.json"):
         if getattr(part, "quantization_config", None):
@@ -200,27 +210,3 @@ def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrain
         part = getattr(config, name, None)
         if part is not None:
             yield from _parts(part, f"{where}: {name}")
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Puts uninitialised tensors on meta at once; else each parameter would first take its full size in memory."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:
-        more = {"device": "meta"} if func is torch.empty else {}
-        return func(*args, **{**(kwargs or {}), **more})
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -15,7 +15,7 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import lookup, wildcard
 from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
 from plans.style import Owner
-from runtime.model import dtype_name, model_tensors
+from runtime.model import dtype_name, model_tensors, tied_names
 from runtime.plan import Plan, runtime_dialect
 from runtime.plan_checks import check_divisible, check_mode, check_packed_experts, check_stacked, unmatched_entries
 
@@ -61,7 +61,7 @@ def resolve(
 
 def _resolve_tensors(model: nn.Module, mesh: Mesh, plan: Plan, dialect: Dialect) -> Iterator[ResolvedParameter]:
     modules = dict(model.named_modules())
-    tied = _tied_names(model)
+    tied = tied_names(model)
     tensors = model_tensors(model)
     seen: dict[str, ResolvedParameter] = {}
     for name in sorted(tensors, key=lambda name: name in tied):
@@ -107,7 +107,7 @@ def _outer(mesh: Mesh, over: MeshName, name: str, tensor: torch.Tensor, inner: P
     if isinstance(inner, Packed) and inner.dim == 0:
         raise PlanError(
             f"{name} is {inner}, whose groups FSDP would cut across",
-            hint="use --fsdp 1, or a plan that does not pack dim 0",
+            hint="leave fsdp at 1 (--fsdp 1), or use a plan that does not pack dim 0",
             parameter=name,
         )
     return Shard(0)
@@ -138,19 +138,6 @@ def _as_tied(found: ResolvedParameter, target: ResolvedParameter) -> ResolvedPar
             "tied_to": target.name,
         }
     )
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Return each tied name with the name that holds the bytes, the one transformers calls the source."""
-    declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    holders: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    rows = sorted(model.named_parameters(remove_duplicate=False), key=lambda row: row[0] in declared)
-    for name, tensor in rows:
-        holder = holders.setdefault(id(tensor), name)
-        if holder != name:
-            tied[name] = holder
-    return tied
 
 
 def owner_of(module: nn.Module) -> Owner:

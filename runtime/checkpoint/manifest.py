@@ -72,7 +72,7 @@ class _Reader:
             plan=self.table(content.get("plan"), "plan", str),
             tensors=tensors,
             tied=cast("dict[str, str]", tied),
-            stored_form=self.stored_form(content.get("stored_form")),
+            stored_form=self.stored_form(content.get("stored_form", {})),
         )
 
     def mesh(self, value: object) -> Mesh:
@@ -108,7 +108,9 @@ class _Reader:
             raise self.error(f"tensor {name!r} of {shape} cannot be placed as {placements!r}")
         return Entry(kind, dtype, tuple(shape), axes, placed, digest)
 
-    def stored_form(self, value: object) -> StoredForm:
+    def stored_form(self, value: object) -> StoredForm | None:
+        if value is None:
+            return None
         match value:
             case {
                 "files": list(files),

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Mapping
 
 from plans.errors import UsageError
-from plans.resolved import ResolvedPlan
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.safetensors import StoredTensor
 
@@ -40,12 +39,12 @@ def check_names(stored: Collection[str], of_model: Collection[str]) -> None:
             )
 
 
-def check_dtypes(forms: Mapping[str, Form], resolved: ResolvedPlan, tensors: Mapping[str, StoredTensor]) -> None:
+def check_dtypes(forms: Mapping[str, Form], wanted: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
     """Refuse stored tensors that are not floating-point where the model's parameter is.
 
     Args:
         forms: of the model's tensors over the stored ones.
-        resolved: knows the dtypes that the model computes in.
+        wanted: the dtypes that the model computes in, by name.
         tensors: the stored ones.
 
     Raises:
@@ -53,11 +52,11 @@ def check_dtypes(forms: Mapping[str, Form], resolved: ResolvedPlan, tensors: Map
     """
     for name, form in forms.items():
         for source in form.sources:
-            dtype, wanted = tensors[source].dtype, resolved.by_name[name].dtype
-            if wanted in _FLOATING and dtype not in _FLOATING:
+            dtype = tensors[source].dtype
+            if wanted[name] in _FLOATING and dtype not in _FLOATING:
                 raise UsageError(
-                    f"{source!r} is stored as {dtype} where the model computes in {wanted}; quantized checkpoints are "
-                    "not supported yet",
+                    f"{source!r} is stored as {dtype} where the model computes in {wanted[name]}; quantized "
+                    "checkpoints are not supported yet",
                     hint=_HINT,
                     tensor=source,
                     dtype=dtype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +12,21 @@ import torch
 from plans.errors import CheckpointError, IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
+from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Bytes, Destination, Sink, build_table, execute
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.manifest import read_manifest
-from runtime.checkpoint.record import Entry, Manifest
-from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, encode_header, read_header, tensor_bytes
+from runtime.checkpoint.new_file import NewFile, new_file
+from runtime.checkpoint.record import MANIFEST, Entry, Manifest
+from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, read_header, tensor_bytes
 from runtime.checkpoint.shards import local_form, reassemble
+from runtime.checkpoint.side_files import find_side_files
 from runtime.model import DTYPES
 
 __all__ = [
     "Copy",
     "RankCheckpoint",
-    "RankFile",
     "assemble",
     "compute_digest",
     "held_by",
@@ -56,24 +58,7 @@ def local(form: Form, entry: Entry, mesh: Mesh, rank: int) -> Form:
     return local_form(form, entry.placements, mesh.sizes(entry.mesh), mesh.coordinates(entry.mesh, rank))
 
 
-@dataclass(frozen=True)
-class RankFile:
-    """A rank's file before it is written.
-
-    Args:
-        name: of the file.
-        header: its first bytes.
-        tensors: each local tensor with its form, in the order of their bytes.
-        size: of the file in bytes.
-    """
-
-    name: str
-    header: bytes
-    tensors: Sequence[tuple[Destination, Form]]
-    size: int
-
-
-def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form]) -> RankFile:
+def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form]) -> NewFile:
     """Lay out one rank's file: widest elements first, so that every tensor is aligned to its own.
 
     Args:
@@ -82,18 +67,9 @@ def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[
         entries: of all tensors by name.
         forms: of the whole tensors.
     """
-    file = rank_file(rank, mesh.world_size)
     names = sorted((name for name in entries if held_by(entries[name], rank)), key=lambda n: -BITS[entries[n].dtype])
-    locals_ = {name: local(forms[name], entries[name], mesh, rank) for name in names}
-    rows = ((name, entries[name].dtype, form.shape) for name, form in locals_.items())
-    header = encode_header(rows, {"format": "pt"})
-    tensors: list[tuple[Destination, Form]] = []
-    offset = len(header)
-    for name, form in locals_.items():
-        size = tensor_bytes(entries[name].dtype, form.shape)
-        tensors.append((Destination(name, size, file, offset), form))
-        offset += size
-    return RankFile(file, header, tensors, offset)
+    rows = ((name, entries[name].dtype, local(forms[name], entries[name], mesh, rank)) for name in names)
+    return new_file(rank_file(rank, mesh.world_size), rows, {"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -151,6 +127,28 @@ class RankCheckpoint:
         logical = whole(name, entry.shape)
         pieces = ((f"{rank}/{name}", local(logical, entry, self.manifest.mesh, rank)) for rank in copy.ranks)
         return reassemble(entry.shape, pieces)
+
+    def content(self) -> Content:
+        """Return the whole tensors over the first copy of each."""
+        entries = self.manifest.tensors
+        forms = {name: self.form(self.copies(name)[0]) for name in entries}
+        pieces = {
+            f"{rank}/{name}": tensor
+            for rank, header in enumerate(self.headers)
+            for name, tensor in header.tensors.items()
+        }
+        used = {MANIFEST, *(header.file.name for header in self.headers)}
+        return Content(
+            folder=self.folder,
+            layout="ranks",
+            tensors={name: Held(entry.kind, entry.dtype, entry.shape) for name, entry in entries.items()},
+            tied=self.manifest.tied,
+            forms=forms,
+            pieces=pieces,
+            side=find_side_files(self.folder, used),
+            stored_form=self.manifest.stored_form,
+            digests={name: entry.digest for name, entry in entries.items()},
+        )
 
     def source(self, key: str) -> StoredTensor:
         """Return the local tensor that a form names."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from plans.mesh import Mesh, MeshName, Mode
@@ -15,7 +15,7 @@ __all__ = ["MANIFEST", "VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"
 MANIFEST = "migrator.json"
 VERSION = 1
 
-EntryKind = Literal["parameter", "buffer", "carried", "tied"]
+EntryKind = Literal["parameter", "buffer", "carried"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Manifest:
         plan: key → style.
         tensors: those with bytes, by name in the model, carried ones by stored name.
         tied: other names of tensors, each with the name that holds the bytes.
-        stored_form: of the source.
+        stored_form: of the hub form that it came from, where that is known.
     """
 
     written_by: Mapping[str, str]
@@ -104,7 +104,11 @@ class Manifest:
     plan: Mapping[str, str]
     tensors: Mapping[str, Entry]
     tied: Mapping[str, str]
-    stored_form: StoredForm
+    stored_form: StoredForm | None
+
+    def with_digests(self, digests: Mapping[str, str]) -> Manifest:
+        """Return the manifest with each tensor's digest."""
+        return replace(self, tensors={n: replace(entry, digest=digests[n]) for n, entry in self.tensors.items()})
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
@@ -120,6 +124,6 @@ class Manifest:
             "mesh": self.mesh.to_json(),
             "plan": dict(self.plan),
             "tensors": tensors,
-            "stored_form": self.stored_form.to_json(),
+            "stored_form": self.stored_form.to_json() if self.stored_form else None,
         }
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -20,6 +20,7 @@ from plans.errors import ConversionError, DestinationError, IncompleteError, Ind
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime.checkpoint import names, reshard
+from runtime.checkpoint.hf import read_hub
 from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digest, rank_file
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.model import meta_model
@@ -106,7 +107,7 @@ def test_side_files_come_along_unchanged(checkpoint: Checkpoint, tmp_path: Path)
     (source / "again").symlink_to("original")
     (source / "readme").symlink_to("config.json")
     plan = plan_reshard(source, Mesh(tp=2))
-    assert plan.source.side.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
+    assert plan.content.side.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
     result = plan.execute(tmp_path / "ranks")
     files = {path.relative_to(tmp_path / "ranks").as_posix() for path in (tmp_path / "ranks").rglob("*.*")}
     assert files | {"readme"} == set(result.files)
@@ -289,14 +290,8 @@ def test_progress_ends_at_the_total(checkpoint: Checkpoint, tmp_path: Path) -> N
 
 def test_every_weight_byte_is_read_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("qwen3_moe")
-    stored = sum(tensor.size for tensor in reshard.read_hub(source).tensors.values())
+    stored = sum(tensor.size for tensor in read_hub(source).tensors.values())
     assert plan_reshard(source, Mesh(tp=4)).execute(tmp_path / "ranks").bytes_read == stored
-
-
-@pytest.mark.parametrize("mesh", [Mesh(tp=2, fsdp=2), Mesh(tp=2, ep=2)])
-def test_meshes_that_are_not_built_are_refused(checkpoint: Checkpoint, mesh: Mesh) -> None:
-    with pytest.raises(UsageError, match="not built yet"):
-        plan_reshard(checkpoint("qwen3_moe"), mesh)
 
 
 def test_sizes_that_do_not_divide_are_refused(checkpoint: Checkpoint) -> None:

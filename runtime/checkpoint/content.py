@@ -1,0 +1,59 @@
+"""What a checkpoint holds, whatever its layout: tensors by their names in the model, over what its files store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from runtime.checkpoint.extents import Form
+from runtime.checkpoint.record import EntryKind, StoredForm
+from runtime.checkpoint.safetensors import StoredTensor
+from runtime.checkpoint.side_files import SideFiles
+
+__all__ = ["Content", "Held", "Layout"]
+
+Layout = Literal["hf", "dcp", "ranks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A whole tensor that a checkpoint holds.
+
+    Args:
+        kind: `carried` tensors are those that the model has no parameter for.
+        dtype: safetensors' name.
+        shape: of the whole tensor.
+    """
+
+    kind: EntryKind
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A checkpoint read up to its headers, no tensor touched.
+
+    Args:
+        folder: where it lies.
+        layout: how it lies there.
+        tensors: by name in the model, carried ones by stored name; tied names are left out.
+        tied: other names of tensors, each with the name that holds the bytes.
+        forms: of the tensors over the pieces.
+        pieces: what files store, by names of this layout's own.
+        side: the other files.
+        stored_form: of the hub form that it once came from, where that is known.
+        digests: of tensors, where the checkpoint records them.
+    """
+
+    folder: Path
+    layout: Layout
+    tensors: Mapping[str, Held]
+    tied: Mapping[str, str]
+    forms: Mapping[str, Form] = field(repr=False)
+    pieces: Mapping[str, StoredTensor] = field(repr=False)
+    side: SideFiles
+    stored_form: StoredForm | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,143 @@
+"""What a checkpoint is to become, and the files of it: one way for each layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from plans.errors import MismatchError, UsageError
+from plans.mesh import Mesh, Mode
+from plans.placement import Replicate
+from plans.resolved import ResolvedPlan
+from runtime.checkpoint.content import Content, Held, Layout
+from runtime.checkpoint.hf import INDEX
+from runtime.checkpoint.hub_files import hub_files, index_text
+from runtime.checkpoint.hub_form import Experts, default_form
+from runtime.checkpoint.new_file import NewFile
+from runtime.checkpoint.ranks import lay_out as lay_out_rank
+from runtime.checkpoint.record import Entry, Manifest
+from runtime.resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LaidOut", "Target", "lay_out"]
+
+_WHOLE = (Replicate(), Replicate())
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a checkpoint is to become.
+
+    Args:
+        layout: of the result; hub form has no mesh.
+        mesh: to lay out for.
+        mode: which of the model's plans apply.
+        experts: how hub form stores them, None as it was or as transformers does.
+    """
+
+    layout: Layout = "ranks"
+    mesh: Mesh = field(default_factory=Mesh)
+    mode: Mode = "tp"
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout == "hf" and self.mesh != Mesh():
+            raise UsageError(
+                f"hub form holds whole tensors, but the mesh is {self.mesh}",
+                hint="leave --tp, --ep and --fsdp out, or choose --layout ranks",
+            )
+        if self.layout != "hf" and self.experts:
+            raise UsageError(
+                f"--experts {self.experts} says how hub form stores experts, but the layout is {self.layout}",
+                hint="leave it out, or choose --layout hf",
+            )
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """The files of a result, before they are written.
+
+    Args:
+        files: with tensors.
+        resolved: the plan that they are laid out by, None for hub form.
+        manifest: of the result, digests still empty; None for hub form.
+        texts: other files that are made, by name.
+    """
+
+    files: tuple[NewFile, ...]
+    resolved: ResolvedPlan | None = None
+    manifest: Manifest | None = None
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
+    """Lay a checkpoint's tensors out in the files of a target.
+
+    Args:
+        content: what there is.
+        model: that it is of, on meta.
+        target: what it is to become.
+
+    Raises:
+        FormError: a tensor of elements smaller than a byte would be cut within one, or groups do not divide.
+        CheckpointError: the tensors cannot be brought to hub form.
+        PlanError: the plan does not resolve on this model and mesh.
+        MismatchError: the checkpoint's shapes are not the model's.
+    """
+    return _LAYOUTS[target.layout](content, model, target)
+
+
+def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
+    known = content.stored_form if target.experts is None else None
+    form = known or default_form(content, model, target.experts or "separate")
+    index = index_text(form)
+    return LaidOut(hub_files(content, model, form), texts={INDEX: index} if index is not None else {})
+
+
+def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
+    resolved = resolve(model, target.mesh, target.mode)
+    entries = {name: _entry(name, held, resolved) for name, held in content.tensors.items()}
+    files = (lay_out_rank(rank, resolved.mesh, entries, content.forms) for rank in range(resolved.mesh.world_size))
+    manifest = Manifest(
+        written_by=_versions(),
+        model_type=resolved.model_type,
+        mode=resolved.mode,
+        dialect=resolved.dialect,
+        mesh=resolved.mesh,
+        plan=resolved.plan,
+        tensors=entries,
+        tied=content.tied,
+        stored_form=content.stored_form,
+    )
+    return LaidOut(tuple(files), resolved, manifest)
+
+
+def _entry(name: str, held: Held, resolved: ResolvedPlan) -> Entry:
+    """Return what the manifest says of a tensor, carried ones whole."""
+    parameter = resolved.by_name[name] if held.kind != "carried" else None
+    if parameter is None:
+        return Entry(held.kind, held.dtype, held.shape, "dense", _WHOLE)
+    if parameter.shape != held.shape:
+        raise MismatchError(
+            f"{name} is {list(parameter.shape)} in the model but {list(held.shape)} in the checkpoint",
+            hint="config.json does not belong to these weights",
+            name=name,
+        )
+    return Entry(held.kind, held.dtype, held.shape, parameter.mesh, parameter.placements)
+
+
+def _versions() -> dict[str, str]:
+    versions: dict[str, str] = {}
+    for name, distribution in (("migrator", "plan-migrator"), ("torch", "torch"), ("transformers", "transformers")):
+        try:
+            versions[name] = version(distribution)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+_LAYOUTS: Mapping[Layout, Callable[[Content, PreTrainedModel, Target], LaidOut]] = {"hf": _as_hub, "ranks": _as_ranks}
