@@ -1,88 +1,214 @@
-"""Norms on heads: whole parameters that see one rank's heads only, whose gradients are partial unless they are summed.
+"""Whole parameters between sharded layers: what sees one rank's slice only, such as a norm on heads.
 
 Attention with projections sharded by head may normalize each head, with one weight for all. Every rank then has the
-gradient of its own heads, and nothing fails: the ranks' weights merely drift apart. The rule by which such a norm is
-known: it stands beside a projection whose output the plan leaves sharded, it is as wide as a head or a part of one, and
-no such projection takes an input of its width, as those behind the norms of latent attention do.
+gradient of its own heads, and nothing fails: the ranks' weights merely drift apart. Its entry must sum them. What
+stands before or behind the sharded layers has a whole gradient already, and the same entry would multiply it.
 
-An activation function with parameters of its own, between such projections, is in the same place.
+Which of the two a part of a block (`runtime.blocks`) is, its name tells where it repeats that of the layer it follows,
+as `q_norm` does of `q_proj`; else its widths, of which one that goes into a layer stands before it. Where a head is as
+wide as that, neither is certain, and a plan may say either.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from plans.dialect import Dialect
 from plans.errors import PlanError
+from plans.placement import Replicate
 from plans.plan import lookup, wildcard
+from runtime.blocks import Block, Projection, read_blocks
 
 __all__ = ["check_head_norms", "with_head_norms"]
 
 _SUMMED = "replicated_with_grad_allreduce"
-_SUMMING = frozenset({_SUMMED, "activation", "sequence_parallel"})
-_HEAD_WIDTHS = ("head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LOCAL = "local_params"
+_SUMS_OF_PARTS = frozenset(
+    {"module/summed", "experts/summed", "experts/local, summed", "experts/dispatched", "experts/fused"}
+)
+_NORM = re.compile(r"_?(layer)?_?norm$")
+
+Place = Literal["outside", "on slices", "across slices", "between", "either"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Whole parameters that a block holds beside its layers.
+
+    Args:
+        name: of the module that owns them, the block or a child of it.
+        shown: how to name them to a reader.
+        place: where they stand: on each slice, as a norm on heads; across all slices, as a norm of all heads
+            together; between sharded layers in some way; outside of them; or either, for all one can tell.
+        shapes: by the parameters' own names.
+        style: of the module's entry.
+        beside: the layer whose sharded output they work on, as far as one can tell.
+    """
+
+    name: str
+    shown: str
+    place: Place
+    shapes: Mapping[str, tuple[int, ...]]
+    style: str | None
+    beside: Projection
 
 
 def with_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
-    """Return a plan with an entry for every norm on heads that it forgets.
+    """Return a plan with the entries that norms on heads need and it forgets.
+
+    A norm with one weight for all heads has its gradients summed; of one with weights for each head every rank holds
+    those of its heads.
 
     Args:
         model: on meta or not.
         plan: key to style.
         dialect: that it is written in.
     """
-    return {**plan, **{wildcard(name): _SUMMED for name, _ in _forgotten(model, plan, dialect)}}
+    entries: dict[str, str] = {}
+    for part in _parts(model, plan, dialect):
+        if part.place == "on slices" and part.style != _SUMMED:
+            entries[wildcard(part.name)] = _SUMMED
+        elif part.style is None and _is_by_head(part) and _LOCAL in dialect.styles:
+            entries |= _divided(part)
+    return {**plan, **entries}
 
 
 def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
-    """Refuse a plan that forgets a norm on heads, or gives it a style that leaves its gradient partial.
+    """Refuse a plan by which whole parameters would fit no slice, or have a wrong gradient.
 
     Raises:
-        PlanError: it does; the hint is the entry that is missing.
+        PlanError: it forgets those between sharded layers, or sums the gradients of others; the hint is the entry that
+            is missing or wrong.
     """
-    for name, projection in _forgotten(model, plan, dialect):
-        raise PlanError(
-            f"{name} is whole but works on each rank's own slice, which {projection} leaves sharded: its gradient "
-            "would be another one on every rank",
-            hint=f"give it the entry {wildcard(name)!r}: {_SUMMED!r}",
-            module=name,
-        )
+    parts = list(_parts(model, plan, dialect))
+    for part in parts:
+        if part.place == "on slices" and part.style != _SUMMED:
+            raise _forgotten(part, f"give it the entry {wildcard(part.name)!r}: {_SUMMED!r}")
+        if part.place == "across slices" or (part.place == "between" and part.style != _SUMMED):
+            raise _forgotten(part, _ways_out(part))
+    if getattr(model, "config", None) is not None:
+        _check_summed(model, plan, dialect, {part.name for part in parts if part.place != "outside"})
 
 
-def _forgotten(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[tuple[str, str]]:
-    """Yield each norm on heads whose gradient no entry sums, with a projection that leaves them sharded."""
-    for name, owner in model.named_modules():
-        sharded = dict(_sharded_projections(name, owner, plan, dialect))
-        widths = {getattr(owner, attribute, None) for attribute in _HEAD_WIDTHS} - {None}
-        widths -= {projection.in_features for projection in sharded.values()}
-        for child, module in owner.named_children() if sharded else ():
-            full = f"{name}.{child}"
-            key = lookup(plan, full, is_parameter=False)
-            between = _norm_width(module) in widths or (child.startswith("act") and _has_parameters(module))
-            if between and (key is None or plan[key] not in _SUMMING):
-                yield full, next(iter(sharded))
+def _check_summed(model: nn.Module, plan: Mapping[str, str], dialect: Dialect, between: set[str]) -> None:
+    """Refuse to sum gradients that are whole on every rank; `between` names the modules of which they are not."""
+    summed: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        key = lookup(plan, name, is_parameter=False)
+        if key is None or name.startswith(summed):
+            continue
+        if _SUMS_OF_PARTS & set(dialect.style(plan[key], key).means.values()):
+            summed += (f"{name}.",)
+        elif plan[key] == _SUMMED and name not in between and _own_shapes(module):
+            raise PlanError(
+                f"{name} does not stand between sharded layers: its gradient is whole on every rank, and {_SUMMED!r} "
+                "would multiply it by their number",
+                hint=f"remove the entry {key!r}",
+                module=name,
+            )
 
 
-def _sharded_projections(
-    name: str, attention: nn.Module, plan: Mapping[str, str], dialect: Dialect
-) -> Iterator[tuple[str, nn.Linear]]:
-    for child, module in attention.named_children():
-        full = f"{name}.{child}"
-        key = lookup(plan, full, is_parameter=False)
-        if key is not None and isinstance(module, nn.Linear) and dialect.style(plan[key], key).output == "sharded":
-            yield full, module
+def _forgotten(part: Part, hint: str) -> PlanError:
+    return PlanError(
+        f"{part.shown} is whole but works on each rank's own slice, which {part.beside.name} leaves sharded: its "
+        f"{'shape would not fit' if part.place == 'across slices' else 'gradient would be another one on every rank'}",
+        hint=hint,
+        module=part.name,
+    )
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def _ways_out(part: Part) -> str:
+    if _is_by_head(part):
+        return "add the entries " + ", ".join(f"{key!r}: {style!r}" for key, style in _divided(part).items())
+    return (
+        f"gather what it works on: 'colwise_gather_output' for {wildcard(part.beside.name)!r} and the layers beside "
+        "it, 'rowwise_split_input' for the one behind them; or cut it by an entry of its own"
+    )
 
 
-def _norm_width(module: nn.Module) -> int | None:
-    """Return the width of a norm's parameters, None where it has none or is none."""
-    shapes = {tuple(parameter.shape) for parameter in module.parameters(recurse=False)}
-    if "norm" not in type(module).__name__.lower() or len(shapes) != 1:
-        return None
-    shape = next(iter(shapes))
-    return shape[0] if len(shape) == 1 else None
+def _is_by_head(part: Part) -> bool:
+    """Say whether the parameters are one row for each head."""
+    return part.place == "across slices" and all(len(shape) == 2 for shape in part.shapes.values())
+
+
+def _divided(part: Part) -> dict[str, str]:
+    """Return the entries that give each rank the rows of its own heads."""
+    key = wildcard(part.name)
+    return {**{f"{key}.{name}": "colwise" for name in part.shapes}, key: _LOCAL}
+
+
+def _parts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[Part]:
+    for block in read_blocks(model, plan, dialect).values():
+        key = lookup(plan, block.name, is_parameter=False)
+        for name, shape in _whole(block.name, block.module, plan, dialect).items() if block.sharded else ():
+            place: Place = "outside" if _given_widths(block) & set(shape) else "between"
+            style = None if key is None else plan[key]
+            yield Part(block.name, f"{block.name}.{name}", place, {name: shape}, style, block.sharded[0])
+        for child, module in block.module.named_children() if block.sharded else ():
+            full = f"{block.name}.{child}" if block.name else child
+            shapes = {} if isinstance(module, nn.Linear) else _whole(full, module, plan, dialect)
+            if shapes:
+                yield _part(block, child, full, shapes, plan)
+
+
+def _part(block: Block, child: str, name: str, shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, str]) -> Part:
+    key = lookup(plan, name, is_parameter=False)
+    followed = _followed(block, child)
+    place = _place(block, child, followed, shapes)
+    beside = followed[0] if followed and followed[0].leaves_slice else block.sharded[0]
+    return Part(name, name, place, shapes, None if key is None else plan[key], beside)
+
+
+def _place(block: Block, child: str, followed: tuple[Projection, ...], shapes: Mapping[str, tuple[int, ...]]) -> Place:
+    widths = {shape[-1] if shape else 1 for shape in shapes.values()}
+    on_heads = widths <= block.head_widths and all(len(shape) < 2 for shape in shapes.values())
+    if followed:
+        return _place_behind(followed[0], widths, on_heads, shapes)
+    if _given_widths(block) & {size for shape in shapes.values() for size in shape}:
+        return "either" if on_heads else "outside"
+    return "on slices" if on_heads or child.startswith("act") else "between"
+
+
+def _place_behind(layer: Projection, widths: set[int], on_heads: bool, shapes: Mapping[str, tuple[int, ...]]) -> Place:
+    if not layer.leaves_slice:
+        return "outside"
+    whole = layer.linear.out_features
+    if not on_heads and {math.prod(shape) for shape in shapes.values()} == {whole}:
+        return "across slices"
+    flat = all(len(shape) < 2 for shape in shapes.values())
+    return "on slices" if flat and all(whole % width == 0 for width in widths) else "between"
+
+
+def _followed(block: Block, child: str) -> tuple[Projection, ...]:
+    """Return the layers whose name a norm repeats, none where some of them are sharded and others not."""
+    stem = _NORM.sub("", child)
+    if stem in ("", child):
+        return ()
+    named = [one for one in block.projections if not one.takes_slice and f"{one.child}_".startswith(f"{stem}_")]
+    return tuple(named) if len({one.leaves_slice for one in named}) == 1 else ()
+
+
+def _given_widths(block: Block) -> set[int]:
+    """Return the widths of what every rank has whole: the inputs of the block's layers, but not of those behind."""
+    return {one.linear.in_features for one in block.projections if not one.takes_slice}
+
+
+def _whole(name: str, module: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a module's own parameters that the plan leaves whole, by their own names."""
+    found: dict[str, tuple[int, ...]] = {}
+    for own, shape in _own_shapes(module).items():
+        key = lookup(plan, f"{name}.{own}", is_parameter=True)
+        place = None if key is None else dialect.style(plan[key], key).placement("module", len(shape), own)
+        if place in (None, Replicate()):
+            found[own] = shape
+    return found
+
+
+def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}

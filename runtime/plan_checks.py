@@ -31,13 +31,15 @@ def check_mode(mode: Mode, mesh: Mesh) -> None:
         raise UsageError(
             f"mode {mode!r} on a mesh of {mesh}: "
             + ("it needs an expert axis" if uses_experts else "it uses no expert axis"),
-            hint="give --ep 2 or more" if uses_experts else f"leave --ep out, or choose --mode {mode}_ep",
+            hint="give ep=2 (--ep 2) or more"
+            if uses_experts
+            else f"leave ep out (--ep), or choose the mode {mode}_ep (--mode {mode}_ep)",
             mode=mode,
         )
     if mode == "ep" and not (mesh.tp == mesh.ep and mesh.fsdp == 1):
         raise UsageError(
             f"mode 'ep' keeps dense parameters whole on the same ranks, but the mesh is {mesh}",
-            hint=f"give --tp {mesh.ep} --ep {mesh.ep}, or choose --mode tp_ep",
+            hint=f"give tp={mesh.ep} and ep={mesh.ep} (--tp, --ep), or choose the mode tp_ep (--mode tp_ep)",
             mode=mode,
         )
 
@@ -103,29 +105,37 @@ def check_divisible(
 
 
 def check_packed_experts(model: nn.Module, parameters: tuple[ResolvedParameter, ...]) -> None:
-    """Refuse placements by which a rank's slice would not hold gates together with their ups.
+    """Refuse placements by which a rank's slices would not hold gates together with their ups, and what takes both.
 
-    Shapes fit either way, so that nothing but the numbers would show it.
+    Shapes often fit either way, so that nothing but the numbers would show it.
 
     Raises:
-        PlanError: gate and up lie one after the other and are cut as one, or alternate and are cut as two.
+        PlanError: gate and up lie one after the other and are cut as one, or alternate and are cut as two, or the
+            layer behind them is cut otherwise than they are.
     """
     for parameter in parameters:
         owner, _, name = parameter.name.rpartition(".")
-        layout = read_layout(owner, model.get_submodule(owner)) if name == "gate_up_proj" else None
-        if layout is not None and layout.gated and parameter.placements[-1] == _wrong_cut(layout):
-            lie = "lie one after the other" if layout.concatenated else "alternate"
+        layout = read_layout(owner, model.get_submodule(owner)) if name in ("gate_up_proj", "down_proj") else None
+        if layout is None or not layout.gated:
+            continue
+        right, why = _right_cut(layout) if name == "gate_up_proj" else _right_cut_behind(layout)
+        if parameter.placements[-1] not in (Replicate(), Shard(0), right):
             raise PlanError(
-                f"{parameter.name}: {parameter.style!r} makes it {parameter.placements[-1]}, but gate and up {lie} "
-                "there: no rank's slice would hold gates together with their ups",
-                hint="choose a style that cuts the parameter as it lies in memory, or expert parallelism",
+                f"{parameter.name}: {parameter.style!r} makes it {parameter.placements[-1]}, but {why}",
+                hint=f"choose a style that makes it {right}, or expert parallelism",
                 parameter=parameter.name,
             )
 
 
-def _wrong_cut(layout: ExpertLayout) -> Placement:
+def _right_cut(layout: ExpertLayout) -> tuple[Placement, str]:
     dim = 2 if layout.transposed else 1
-    return Shard(dim) if layout.concatenated else Packed(dim, 2)
+    lie = "lie one after the other" if layout.concatenated else "alternate"
+    why = f"gate and up {lie} there: no rank's slice would hold gates together with their ups"
+    return (Packed(dim, 2) if layout.concatenated else Shard(dim)), why
+
+
+def _right_cut_behind(layout: ExpertLayout) -> tuple[Placement, str]:
+    return Shard(1 if layout.transposed else 2), "what each rank's gates and ups compute is one run of its inputs"
 
 
 def check_stacked(parameters: tuple[ResolvedParameter, ...]) -> None:

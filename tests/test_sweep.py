@@ -35,7 +35,7 @@ def test_every_class_that_the_rewrite_changes_is_among_the_cases(cases: dict[str
         ("Ernie4_5_VLMoeTextConfig", "ep", "passed", "sharded"),
         ("NemotronHConfig", "ep", "passed", "sharded"),
         ("InklingTextConfig", "tp", "refused", "gate and up lie one after the other"),
-        ("Glm5NextTextConfig", "tp", "refused", "whose input is 32 wide"),
+        ("Glm5NextTextConfig", "tp", "refused", "o_proj takes a sharded input, but nothing beside it"),
         ("Glm5NextTextConfig, no linear attention", "tp", "passed", "sharded"),
         ("ZayaConfig", "tp", "no plan", "no tp plan"),
     ],
@@ -47,12 +47,12 @@ def test_a_row(name: str, mode: Mode, outcome: str, why: str, cases: dict[str, C
 
 
 def test_a_wrong_plan_is_found_wrong(cases: dict[str, Case], two_ranks: RankPool) -> None:
-    """Let the plan of a class sum gradients that are whole already."""
-    case = cases["Qwen3VLMoeTextConfig"]
-    norms = {"layers.*.input_layernorm": "replicated_with_grad_allreduce"}
-    for result in two_ranks.run(run_case, replace(case, plans={"tp": case.plans["tp"] | norms}), "tp"):
+    """Let the plan of a class sum part of a gradient that is whole already."""
+    case = cases["DeepseekV2Config"]
+    latents = {"layers.*.self_attn.q_a_proj": "mla_kv_a_proj"}
+    for result in two_ranks.run(run_case, replace(case, plans={"tp": case.plans["tp"] | latents}), "tp"):
         assert result.outcome == "wrong", result.why
-        assert "input_layernorm.weight" in result.why
+        assert "q_a_proj.weight" in result.why
 
 
 def test_the_readme_says_what_the_report_says() -> None:

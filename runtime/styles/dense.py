@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,18 +10,26 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from plans.placement import Packed, Replicate, Shard
+from plans.placement import Shard
 from runtime.checkpoint.extents import chunk_bounds
-from runtime.placements import local_tensor, placement_of
+from runtime.placements import local_tensor
+from runtime.styles.checks import (
+    check_colwise,
+    check_embedding,
+    check_local,
+    check_packed_colwise,
+    check_partial,
+    check_rope,
+    check_rowwise,
+    check_whole,
+    rope_width,
+)
 from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, all_reduce_gradients, split
 from runtime.styles.sliced import gathered
-from runtime.styles.style import ParallelStyle, Run, Site, expect_weight, has_sharded, refuse
+from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
 
 __all__ = [
     "DENSE_STYLES",
-    "check_embedding",
-    "check_rowwise",
-    "check_whole",
     "expect_slice",
     "own_vectors",
     "sum_gradients",
@@ -84,7 +92,7 @@ def replicated_with_grad_allreduce(site: Site, run: Run, *args: object, **kwargs
 def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
     """Whole output whose last slice, the rope key all heads share, is used by each rank's heads only."""
     output: torch.Tensor = run(*args, **kwargs)
-    rope = _rope_width(site)
+    rope = rope_width(site)
     if not rope:
         return output
     latent, shared = output[..., :-rope], output[..., -rope:]
@@ -167,29 +175,6 @@ def _lookup(site: Site, run: Run, tokens: torch.Tensor, length: int) -> torch.Te
     return local_tensor(weight).sum().expand(*tokens.shape, weight.shape[1])
 
 
-def _rope_width(site: Site) -> int:
-    """Return how wide the shared rope key is, as the attention itself says, or else the config; layers may differ."""
-    width = getattr(site.owner, "qk_rope_head_dim", None)
-    if width is None:
-        config = getattr(site.config, "get_text_config", lambda: None)()
-        width = getattr(config, "qk_rope_head_dim", None)
-    if not isinstance(width, int) or width < 0:
-        raise refuse(site, "whose config has no qk_rope_head_dim", hint="remove the entry or add the attribute")
-    return width
-
-
-def _check_rope(site: Site) -> None:
-    _rope_width(site)
-
-
-def _check_colwise(site: Site) -> None:
-    if not hasattr(site.module, "out_features"):
-        raise refuse(site, "which has no out_features", hint="use this style on Linear layers only")
-    expect_weight(site, Shard(0))
-    if placement_of(site.parameter("bias")) not in (None, Shard(0)):
-        raise refuse(site, "whose bias is not sharded as its weight is", hint="remove the bias's own entry")
-
-
 def expect_slice(site: Site, inputs: torch.Tensor) -> None:
     """Refuse an input that is not this rank's slice; another plan entry should have left it so."""
     width = _weight(site).shape[1]
@@ -202,66 +187,10 @@ def expect_slice(site: Site, inputs: torch.Tensor) -> None:
         )
 
 
-def _check_packed_colwise(site: Site) -> None:
-    if not hasattr(site.module, "out_features"):
-        raise refuse(site, "which has no out_features", hint="name the parameter itself in the plan")
-    expect_weight(site, Packed(0, 2))
-    if placement_of(site.parameter("bias")) not in (None, Packed(0, 2)):
-        # The releases cut a packed layer's bias in plain chunks, which are other features than the weight's.
-        raise refuse(site, "whose bias is not packed as its weight is", hint="use packed_colwise without bias")
-
-
-def check_rowwise(site: Site) -> None:
-    """Refuse what is no Linear cut along its input, or has a bias that is cut."""
-    if not hasattr(site.module, "in_features"):
-        raise refuse(site, "which has no in_features", hint="use this style on Linear layers only")
-    expect_weight(site, Shard(1))
-    if placement_of(site.parameter("bias")) not in (None, Replicate()):
-        raise refuse(site, "whose bias is sharded and would be added in part", hint="remove the bias's own entry")
-
-
-def check_embedding(placement: Shard) -> Callable[[Site], None]:
-    """Return a check that refuses what is no embedding laid out so."""
-
-    def check(site: Site) -> None:
-        if not isinstance(site.module, nn.Embedding):
-            raise refuse(site, "which is no embedding", hint="use colwise or rowwise styles on Linear layers")
-        if site.module.max_norm is not None:
-            raise refuse(site, "whose max_norm would rescale slices", hint="remove the entry")
-        expect_weight(site, placement)
-
-    return check
-
-
-def check_whole(site: Site) -> None:
-    """Refuse a module with parameters that are cut."""
-    if has_sharded(site.module, recurse=False):
-        raise refuse(site, "whose parameters are sharded", hint="remove the parameters' own entries")
-
-
-def _check_local(site: Site) -> None:
-    for name, parameter in site.module._parameters.items():
-        if isinstance(parameter, DTensor) and parameter.ndim > 2:
-            raise refuse(
-                site,
-                f"whose {name} is cut: its output would be partial and summed by nothing",
-                hint="use moe_experts_allreduce for stacked experts, all_reduce for other modules",
-            )
-
-
-def _check_partial(site: Site) -> None:
-    if not has_sharded(site.module, recurse=True):
-        raise refuse(
-            site,
-            f"nothing of which is sharded: its output would be multiplied by {site.axis.size()}",
-            hint="remove the entry, or add those of the parameters that are cut",
-        )
-
-
 DENSE_STYLES = (
-    ParallelStyle("colwise", colwise, _check_colwise),
+    ParallelStyle("colwise", colwise, check_colwise),
     *(
-        ParallelStyle(name, colwise_gather_output, _check_colwise)
+        ParallelStyle(name, colwise_gather_output, check_colwise)
         for name in ("colwise_gather_output", "colwise_rep", "colwise_allgather")
     ),
     *(ParallelStyle(name, rowwise, check_rowwise) for name in ("rowwise", "rowwise_allreduce")),
@@ -269,11 +198,11 @@ DENSE_STYLES = (
     ParallelStyle("embedding_rowwise", embedding_rowwise, check_embedding(Shard(0))),
     ParallelStyle("vocab_allreduce", embedding_rowwise, check_embedding(Shard(0))),
     ParallelStyle("embedding_colwise", embedding_colwise, check_embedding(Shard(1))),
-    ParallelStyle("packed_colwise", colwise, _check_packed_colwise),
+    ParallelStyle("packed_colwise", colwise, check_packed_colwise),
     ParallelStyle("packed_rowwise"),
     ParallelStyle("replicate"),
     ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, check_whole),
-    ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, _check_rope),
-    ParallelStyle("all_reduce", sum_output, _check_partial),
-    ParallelStyle("local_params", local_params, _check_local),
+    ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, check_rope),
+    ParallelStyle("all_reduce", sum_output, check_partial),
+    ParallelStyle("local_params", local_params, check_local),
 )

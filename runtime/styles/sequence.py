@@ -9,16 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Shard
+from runtime.styles.checks import check_embedding, check_rowwise, check_whole
 from runtime.styles.collectives import all_reduce_gradient
-from runtime.styles.dense import (
-    check_embedding,
-    check_rowwise,
-    check_whole,
-    expect_slice,
-    own_vectors,
-    summed_parameters,
-    without_bias,
-)
+from runtime.styles.dense import expect_slice, own_vectors, summed_parameters, without_bias
 from runtime.styles.sliced import SEQUENCE_DIM, cut, gathered, own_slice, scattered, sliced
 from runtime.styles.style import Around, ParallelStyle, Run, Site
 

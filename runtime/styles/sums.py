@@ -1,4 +1,4 @@
-"""Sums made once: a module whose output an entry sums must not hold a layer that sums the same output itself."""
+"""Sums made once: a module whose output an entry sums must hold nothing that sums the same output itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from runtime.styles.style import Site, refuse
 __all__ = ["check_summed_once"]
 
 _SUMS_OF_PARTS = frozenset({"all_reduce", "moe_experts_allreduce", "moe_tp_experts", "ep_dispatch_experts"})
-_SUMS_OF_LAYERS = frozenset({"rowwise", "rowwise_allreduce", "rowwise_rep", "rowwise_split_input"})
+_SUMS = _SUMS_OF_PARTS | {
+    "rowwise", "rowwise_allreduce", "rowwise_reduce_scatter", "rowwise_rep", "rowwise_split_input"
+}  # fmt: skip
 
 
 def check_summed_once(sites: Sequence[Site]) -> None:
@@ -21,12 +23,12 @@ def check_summed_once(sites: Sequence[Site]) -> None:
     Raises:
         PlanError: it would count the lower one's output once for each rank.
     """
-    layers = [site for site in sites if site.style in _SUMS_OF_LAYERS]
+    summing = [site for site in sites if site.style in _SUMS]
     for site in sites:
-        below = [one.name for one in layers if one.name.startswith(f"{site.name}.")]
+        below = [one.name for one in summing if one.name.startswith(f"{site.name}.")]
         if site.style in _SUMS_OF_PARTS and below:
             raise refuse(
                 site,
                 f"whose {below[0]} sums its own output: it would count {site.axis.size()} times",
-                hint=f"remove the entry of {site.name}, or that of the layers below it",
+                hint=f"remove the entry of {site.name}, or those of what is below it",
             )

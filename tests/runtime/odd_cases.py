@@ -10,9 +10,11 @@ import transformers
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh, Mode
+from plans.placement import Shard
 from runtime.mesh import device_meshes
 from runtime.parallel import parallelize
 from runtime.plan import Plan, released_plan
+from tests.runtime.style_cases import Holder, parallelize_module
 from tests.tiny_models import MODELS
 
 
@@ -24,12 +26,10 @@ def parallelize_norms_on_heads(entries: dict[str, str]) -> None:
 
 
 def run_whole_input_through_rowwise() -> None:
-    """Run a model whose plan shards attention's last layer, but not what computes its input."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODELS["llama"][1]))
-    plan = {"model.layers.*.self_attn.o_proj": "rowwise"}
-    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), plan)
-    model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    """Run a row-wise layer by itself, of which nothing is known before its input is there, on a whole input."""
+    holder = Holder(torch.nn.Linear(32, 32))
+    parallelize_module(holder, {"part": "rowwise"}, {"part.weight": Shard(1)})
+    holder(torch.ones(1, 4, 32))
 
 
 def expert_gradients_after_one_token() -> dict[str, float]:

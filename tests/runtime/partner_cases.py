@@ -1,0 +1,98 @@
+"""Real tiny models whose plans tests change, and what tests let ranks do with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.tensor import DTensor
+
+from plans.errors import PlanError
+from plans.mesh import Mesh
+from runtime import Plan, parallelize, verify_sharding
+from runtime.placements import local_piece, placement_of
+from tests.tiny_models import DENSE, MODELS, with_noise
+
+_GROUPED = DENSE | {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_attention_heads": 4}
+_FEW = {"num_hidden_layers": 2}
+
+CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "llama": ("Llama", _GROUPED),
+    "one_kv_head": ("Llama", _GROUPED | {"num_key_value_heads": 1}),
+    "all_heads_keyed": ("Llama", DENSE | _FEW),
+    "phi3": ("Phi3", _GROUPED),
+    "qwen3": ("Qwen3", _GROUPED | {"head_dim": 8}),
+    "square_heads": ("Qwen3", _GROUPED | {"head_dim": 32}),
+    "cohere": ("Cohere", _GROUPED | {"use_qk_norm": True}),
+    "doge": ("Doge", _GROUPED),
+    "apertus": ("Apertus", _GROUPED),
+    "granite_swa": ("GraniteSWA", _GROUPED | {"head_dim": 8}),
+    "deepseek_v2": ("DeepseekV2", {**MODELS["deepseek_v2"][1], **_FEW}),
+    "deepseek_v3": ("DeepseekV3", {**MODELS["deepseek_v3"][1], **_FEW}),
+    "equal_latents": ("DeepseekV2", {**MODELS["deepseek_v2"][1], **_FEW, "kv_lora_rank": 8, "q_lora_rank": 12}),
+    "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4}),
+}
+"""By name: the class's prefix and its sizes."""
+
+
+def config(name: str) -> Any:
+    prefix, sizes = CONFIGS[name]
+    found = getattr(transformers, f"{prefix}Config")(**sizes)
+    found.architectures = [f"{prefix}ForCausalLM"]
+    found._attn_implementation = "eager"
+    return found
+
+
+def model(name: str) -> Any:
+    torch.manual_seed(0)
+    prefix, _ = CONFIGS[name]
+    return with_noise(getattr(transformers, f"{prefix}ForCausalLM")(config(name))).eval()
+
+
+def changed(plan: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Return a plan with entries replaced or added, or removed where a change is None."""
+    merged = {**plan, **changes}
+    return {key: style for key, style in merged.items() if style is not None}
+
+
+def refused_before_anything_is_cut(name: str, changes: dict[str, str | None]) -> str:
+    """Return what `parallelize` says, having checked that it has left the model alone."""
+    found = model(name)
+    plan = changed(Plan.from_model(found, "tp").entries, changes)
+    try:
+        parallelize(found, Mesh(tp=dist.get_world_size()), plan)
+    except PlanError as error:
+        assert not any(isinstance(parameter, DTensor) for parameter in found.parameters())
+        return error.message
+    raise AssertionError("nothing was refused")
+
+
+def errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
+    """Run a model by its changed plan; return its errors, relative to the largest value of the unsharded model's."""
+    reference = model(name)
+    shard = copy.deepcopy(reference)
+    mesh = Mesh(tp=dist.get_world_size())
+    resolved = parallelize(shard, mesh, changed(Plan.from_model(shard, "tp").entries, changes))
+    verify_sharding(shard, resolved)
+    tokens = torch.randint(3, 99, (2, 16), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for one in (reference, shard):
+        logits.append(one(input_ids=tokens, use_cache=False).logits)
+        (logits[-1] * torch.linspace(-1, 1, logits[-1].numel()).view_as(logits[-1])).mean().backward()
+    found = {"logits": _relative(logits[1], logits[0])}
+    for key, parameter in shard.named_parameters():
+        whole = reference.get_parameter(key).grad
+        own = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+        place = placement_of(parameter)
+        assert place is not None
+        found[key] = _relative(own, local_piece(whole, place, dist.get_world_size(), dist.get_rank()), whole)
+    return found
+
+
+def _relative(value: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:
+    largest = float((expected if scale is None else scale).detach().abs().max())
+    return float((value.detach() - expected.detach()).abs().max()) / largest
