@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.bridge import register_styles
+    from runtime.clip import clip_grad_norm
     from runtime.parallel import parallelize
     from runtime.plan import Plan
+    from runtime.same_on_ranks import verify_batch
     from runtime.verify import verify_plan, verify_sharding
 
-__all__ = ["Plan", "parallelize", "register_styles", "verify_plan", "verify_sharding"]
+__all__ = [
+    "Plan",
+    "clip_grad_norm",
+    "parallelize",
+    "register_styles",
+    "verify_batch",
+    "verify_plan",
+    "verify_sharding",
+]
 
 _HOMES = {
     "Plan": "runtime.plan",
+    "clip_grad_norm": "runtime.clip",
     "parallelize": "runtime.parallel",
     "register_styles": "runtime.bridge",
+    "verify_batch": "runtime.same_on_ranks",
     "verify_plan": "runtime.verify",
     "verify_sharding": "runtime.verify",
 }

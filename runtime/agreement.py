@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import plans.errors
 from plans.errors import MigratorError
@@ -17,25 +18,29 @@ __all__ = ["error_from_json", "error_to_json", "gather_json", "together"]
 Result = TypeVar("Result")
 
 
-def gather_json(value: object) -> list[Any]:
-    """Return every rank's value, in order of rank; all ranks call this."""
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(content)]))
-    longest = max(int(length) for length in lengths)
-    padded = torch.nn.functional.pad(content, (0, longest - len(content)))
-    pieces = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(pieces, padded)
-    return [json.loads(piece[: int(length)].numpy().tobytes()) for piece, length in zip(pieces, lengths, strict=True)]
+def gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
+    """Return every rank's value, in order of rank; all ranks call this.
+
+    Args:
+        value: what JSON can hold.
+        axes: mesh axes, innermost first, whose ranks take part; by default all ranks of the process group.
+    """
+    if not axes:
+        return _gather(value, None)
+    values = [value]
+    for axis in axes:
+        values = [one for some in _gather(values, axis.get_group()) for one in some]
+    return values
 
 
-def together(stage: Callable[[], Result]) -> Result:
+def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Result:
     """Run a stage on every rank; where one rank fails, all raise the first such rank's error.
 
     Without this the other ranks would wait in their next collective for a rank that has left.
 
     Args:
         stage: calls no collective itself.
+        axes: as in `gather_json`.
 
     Raises:
         MigratorError: of the first rank that failed.
@@ -45,11 +50,24 @@ def together(stage: Callable[[], Result]) -> Result:
         result = stage()
     except MigratorError as error:
         failure = error
-    failures = gather_json(error_to_json(failure) if failure else None)
+    failures = gather_json(error_to_json(failure) if failure else None, axes)
     for found in failures:
         if found is not None:
             raise error_from_json(found)
     return result
+
+
+def _gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(content)], device=device), group=group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.nn.functional.pad(content, (0, longest - len(content)))
+    pieces = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(pieces, padded, group=group)
+    pairs = zip(pieces, lengths, strict=True)
+    return [json.loads(piece[: int(length)].cpu().numpy().tobytes()) for piece, length in pairs]
 
 
 def error_to_json(error: MigratorError) -> dict[str, object]:

@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from plans.errors import IndivisibleError, PlanError, UsageError
 from plans.placement import Packed, Placement, Replicate
 from plans.style import Style
+from runtime.hooks import wrapped
 from runtime.model import transformers_version
-from runtime.parallel import wrapped
 from runtime.plan import runtime_dialect
 from runtime.release_support import OWN_PATH, Support
 from runtime.resolve import owner_of

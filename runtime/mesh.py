@@ -43,6 +43,12 @@ class DeviceMeshes:
             )
         return self.axes[name]
 
+    @property
+    def all_ranks(self) -> tuple[DeviceMesh, ...]:
+        """The axes, innermost first, that together hold every rank once."""
+        found = tuple(self.axes[name] for name in ("tp", "fsdp") if name in self.axes)
+        return found or (self.axes["ep"],)
+
 
 _LAID_OUT: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], DeviceMeshes]] = WeakKeyDictionary()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,21 +16,26 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
 from plans.plan import lookup
 from plans.resolved import ResolvedParameter, ResolvedPlan
+from runtime.agreement import together
 from runtime.fsdp import shard_over_data
 from runtime.head_norms import check_head_norms
+from runtime.hooks import hook, is_parallel, remember_hooks
 from runtime.mesh import DeviceMeshes, as_device_meshes
+from runtime.partners import check_partners
 from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
+from runtime.same_on_ranks import check_same_model
+from runtime.sequence_checks import check_sequence_plan, take_embeddings
 from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.shared_inputs import SummedInputs
-from runtime.styles.style import Around, Site, on_local_parameters, refuse
+from runtime.styles.style import Site
 from runtime.styles.sums import check_summed_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["inner_placement", "parallelize", "wrapped"]
+__all__ = ["inner_placement", "parallelize"]
 
 
 def parallelize(
@@ -55,15 +59,34 @@ def parallelize(
 
     Raises:
         UnknownStyleError: a plan entry names a style that cannot run here.
-        UsageError: the model is parallel already, or the mesh is not the plan's or lacks its axis.
-        PlanError: the plan was resolved on another model, forgets a norm on heads, or names a style that cannot hook
-            the module of its entry. The model is of no use then.
+        UsageError: the model is parallel already, the mesh is not the plan's or lacks its axis, or ranks hold other
+            weights or were given other plans.
+        PlanError: the plan was resolved on another model, cuts a layer without those that go with it, forgets a norm
+            on heads or an end of the sequence parallel stream, or names a style that cannot hook the module of its
+            entry. The model is of no use then.
     """
     if isinstance(plan, str):
         raise UsageError(
             f"{plan!r} is not a plan", hint=f"pass Plan.from_model(model, {plan!r}), or key to style", plan=plan
         )
     meshes = as_device_meshes(mesh)
+    resolved = together(lambda: _resolved(model, meshes, plan, styles), meshes.all_ranks)
+    check_same_model(model, resolved, meshes.all_ranks)
+    _shard_parameters(model, resolved, meshes, styles)
+    hooked = _hook_modules(model, resolved, meshes, styles)
+    _check_all_hooked(model, hooked)
+    take_embeddings(model, resolved, meshes)
+    shard_over_data(model, resolved, meshes)
+    return resolved
+
+
+def _resolved(
+    model: PreTrainedModel,
+    meshes: DeviceMeshes,
+    plan: ResolvedPlan | Plan | Mapping[str, str] | None,
+    styles: StyleRegistry,
+) -> ResolvedPlan:
+    """Return the plan as it is on this model and mesh, everything checked that can be before the model is changed."""
     _check_plain(model)
     resolved = plan if isinstance(plan, ResolvedPlan) else resolve(model, meshes.sizes, _mode(meshes.sizes), plan)
     for key, style in resolved.plan.items():
@@ -73,12 +96,11 @@ def parallelize(
             f"the plan is for {resolved.mesh}, the device mesh is {meshes.sizes}",
             hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
         )
-    _check_same_model(model, resolved)
-    check_head_norms(model, resolved.plan, runtime_dialect())
-    _shard_parameters(model, resolved, meshes, styles)
-    hooked = _hook_modules(model, resolved, meshes, styles)
-    _check_all_hooked(model, hooked)
-    shard_over_data(model, resolved, meshes)
+    _check_resolved_on(model, resolved)
+    if resolved.mesh.tp > 1:
+        check_partners(model, resolved.plan, runtime_dialect())
+        check_head_norms(model, resolved.plan, runtime_dialect())
+    check_sequence_plan(model, resolved)
     return resolved
 
 
@@ -99,13 +121,13 @@ def _axis_of(row: ResolvedParameter) -> str:
 
 
 def _check_plain(model: nn.Module) -> None:
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if is_parallel(model):
         raise UsageError(
             f"this {type(model).__name__} is parallel already", hint="build the model anew and parallelize it once"
         )
 
 
-def _check_same_model(model: nn.Module, resolved: ResolvedPlan) -> None:
+def _check_resolved_on(model: nn.Module, resolved: ResolvedPlan) -> None:
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     planned = {row.name: row.shape for row in resolved.parameters if row.kind != "buffer"}
     if planned != shapes:
@@ -145,11 +167,11 @@ def _hook_modules(
     for site in sites:
         around = styles.style(site.style, site.name).around
         if around is not None:
-            _check_called(site)
-            site.module.forward = wrapped(site, around, site.module.forward)
-            site.module.__dict__["__deepcopy__"] = _refuse_copy
+            hook(site, around)
     _share_inputs(sites)
-    return {site.module for site in sites if styles.style(site.style, site.name).around is not None}
+    hooked = [site for site in sites if styles.style(site.style, site.name).around is not None]
+    remember_hooks(model, {site.name: site.style for site in hooked})
+    return {site.module for site in hooked}
 
 
 def _sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> Iterator[Site]:
@@ -170,32 +192,6 @@ def _share_inputs(sites: Sequence[Site]) -> None:
     for owner, inputs in {site.owner: site.inputs for site in sites}.items():
         if owner is not None and beside[owner] > 1:
             owner.forward = inputs.during(owner.forward)
-
-
-def wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a module's forward with a style around it."""
-
-    run = on_local_parameters(site.module, forward)
-
-    @functools.wraps(forward)
-    def parallel_forward(*args: object, **kwargs: object) -> object:
-        return around(site, run, *args, **kwargs)
-
-    return parallel_forward
-
-
-def _check_called(site: Site) -> None:
-    """Refuse a container, whose members are called and it never is: its hook would do nothing."""
-    if type(site.module).forward is nn.Module.forward:
-        raise refuse(site, "which has no forward of its own", hint="name the modules in it instead")
-
-
-def _refuse_copy(memo: object) -> None:
-    """Refuse a deep copy, whose hooks would go on computing with the parameters of the original."""
-    raise UsageError(
-        "a parallel model cannot be deep-copied: the copy would compute with the original's parameters",
-        hint="build a second model, parallelize it, and give it this one's state_dict",
-    )
 
 
 def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:

@@ -3,9 +3,9 @@
 The rule. The residual stream stays cut along the sequence from the embedding to the head:
 - the input embedding scatters its output (`vocab_reduce_scatter`), the head gathers its input;
 - norms work on their slice (`activation`);
-- every other part of a layer gathers its input. Where the TP plan has it end in one row-wise Linear, that scatters
-  the output (`module_allgather`, `rowwise_reduce_scatter`); any other part, experts among them, computes its whole
-  output and keeps its slice (`module_allgather_split`).
+- every other part of a layer, alone or in a list of parts, gathers its input. Where the TP plan has it end in one
+  row-wise Linear, that scatters the output (`module_allgather`, `rowwise_reduce_scatter`); any other part, experts
+  among them, computes its whole output and keeps its slice (`module_allgather_split`).
 Layers that differ, sparse and dense ones, get entries with their numbers. A model with parameters anywhere else is
 refused by the module's name.
 """
@@ -25,7 +25,7 @@ from plans.plan import lookup, wildcard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["sequence_plan"]
+__all__ = ["is_norm", "sequence_plan"]
 
 _ROWWISE = "linear/in"
 
@@ -74,7 +74,7 @@ def _around_layers(
             yield name, "vocab_reduce_scatter"
         elif module is head:
             yield name, plan.get(name, "colwise_gather_output")
-        elif _is_norm(module):
+        elif is_norm(module):
             yield name, "activation"
         else:
             raise _refused(model, f"{name} is neither embedding, norm nor head")
@@ -104,22 +104,26 @@ def _of_layer(
     if any(True for _ in layer.parameters(recurse=False)):
         raise _refused(model, f"{prefix} has parameters of its own")
     for name, part in layer.named_children():
-        full = f"{prefix}.{name}"
-        if next(part.parameters(), None) is None:
-            continue
-        if _is_norm(part):
-            found[full] = "activation"
-            continue
-        last = [
-            f"{full}.{below}"
-            for below, module in part.named_modules()
-            if _is_rowwise(module, f"{full}.{below}", plan, dialect)
-        ]
-        if len(last) == 1 and not _has_stacked(part):
-            found |= {full: "module_allgather", last[0]: "rowwise_reduce_scatter"}
-        else:
-            found[full] = "module_allgather_split"
+        if next(part.parameters(), None) is not None:
+            found |= _of_part(model, f"{prefix}.{name}", part, plan, dialect)
     return found
+
+
+def _of_part(
+    model: PreTrainedModel, name: str, part: nn.Module, plan: Mapping[str, str], dialect: Dialect
+) -> dict[str, str]:
+    if isinstance(part, nn.ModuleList):  # which is never called itself
+        return _of_layer(model, name, part, plan, dialect)
+    if is_norm(part):
+        return {name: "activation"}
+    last = [
+        f"{name}.{below}"
+        for below, module in part.named_modules()
+        if _is_rowwise(module, f"{name}.{below}", plan, dialect)
+    ]
+    if len(last) == 1 and not _has_stacked(part):
+        return {name: "module_allgather", last[0]: "rowwise_reduce_scatter"}
+    return {name: "module_allgather_split"}
 
 
 def _is_rowwise(module: nn.Module, name: str, plan: Mapping[str, str], dialect: Dialect) -> bool:
@@ -135,7 +139,7 @@ def _has_stacked(module: nn.Module) -> bool:
     return any(parameter.ndim > 2 for parameter in module.parameters())
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Say whether a module normalizes each token by itself: named so, with one-dimensional parameters only."""
     named = "norm" in type(module).__name__.lower()
     return named and all(parameter.ndim == 1 for parameter in module.parameters())

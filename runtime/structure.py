@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.extents import local_form, whole
+from runtime.checkpoint.extents import whole
 from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.shards import local_form
+from runtime.hooks import lost_hooks
 from runtime.model import model_tensors
 from runtime.placements import from_torch
 
@@ -45,7 +47,7 @@ def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> 
     """Check every parameter and persistent buffer of a parallel model, before its first forward.
 
     Those that the plan shards must be DTensors with the planned placement and local shape, all others whole plain
-    tensors; tied names must share one parameter.
+    tensors; tied names must share one parameter, and hooked modules must still carry their hook.
 
     Args:
         model: after `parallelize`, loaded or still on meta.
@@ -58,7 +60,11 @@ def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> 
         for name in sorted(found.keys() - resolved.by_name.keys())
     ]
     planned = (_verify_row(row, found, resolved.mesh, rank) for row in resolved.parameters)
-    return [*unplanned, *(mismatch for mismatch in planned if mismatch)]
+    hooks = (
+        Mismatch(one.name, _describe_hook(one.expected), _describe_hook(one.found), rank)
+        for one in lost_hooks(model, resolved.plan)
+    )
+    return [*unplanned, *(mismatch for mismatch in planned if mismatch), *hooks]
 
 
 def compare_manifest(manifest: Manifest, resolved: ResolvedPlan) -> list[Mismatch]:
@@ -89,6 +95,10 @@ def _verify_row(row: ResolvedParameter, tensors: Mapping[str, torch.Tensor], mes
     if row.tied_to is not None and tensor is not tensors.get(row.tied_to):
         return Mismatch(row.name, f"tied to {row.tied_to}", "a tensor of its own", rank)
     return None
+
+
+def _describe_hook(style: str | None) -> str:
+    return f"{style!r} around its forward" if style is not None else "a forward without a hook"
 
 
 def _differences(expected: dict[str, str], found: dict[str, str]) -> Iterator[Mismatch]:

@@ -44,8 +44,9 @@ def verify_sharding(
     """Check a parallel model from both sides: what the plan shards is sharded just so, everything else is whole.
 
     Every parameter that the plan shards must be a DTensor with the planned placement and local shape, every other one a
-    plain tensor; tied names must share one parameter. Ask before the first forward: under FSDP some parameters
-    show other placements afterwards.
+    plain tensor; tied names must share one parameter. Every module that the plan hooks must still carry its hook, which
+    it loses where a module or its forward is replaced. Ask before the first forward: under FSDP some parameters show
+    other placements afterwards.
 
     Args:
         model: after `parallelize`, loaded or still on meta.
@@ -62,7 +63,8 @@ def verify_sharding(
         shown = "; ".join(f"{one.name}: expected {one.expected}, found {one.found}" for one in found[:_SHOWN])
         raise MismatchError(
             f"rank {rank}: {len(found)} tensors are not as the plan says: {shown}",
-            hint="a style that should shard does not, or the plan is not the one the model was made parallel with",
+            hint="a style that should shard does not, a module or its forward was replaced, or the plan is not the one "
+            "the model was made parallel with",
             mismatches=[one.to_json() for one in found],
         )
 

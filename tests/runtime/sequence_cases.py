@@ -13,13 +13,13 @@ from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM
 
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate, Shard
-from runtime import Plan
+from runtime import Plan, parallelize
 from runtime.mesh import device_meshes
 from runtime.placements import local_piece, placement_of
 from runtime.styles.sliced import gathered
 from tests.runtime.parity_cases import eager_config, largest_errors, relative, token_ids
 from tests.runtime.style_cases import parallelize_module
-from tests.tiny_models import with_noise
+from tests.tiny_models import tiny_model, with_noise
 
 _STREAM = {
     "embed_tokens": "vocab_reduce_scatter",
@@ -100,6 +100,20 @@ def branch_errors(name: str, mode: Mode, mesh: Mesh) -> dict[str, float]:
     model = branch_model(name)
     reference = copy.deepcopy(model)
     return largest_errors(model, reference, Plan.from_model(model, mode), mesh, token_ids((2, 16)))
+
+
+def embedding_errors(name: str, mesh: Mesh) -> dict[str, float]:
+    """Compare a model that is given embeddings in place of tokens, and their gradient, with the unsharded one."""
+    reference, model = (tiny_model(eager_config(name)).eval() for _ in range(2))
+    parallelize(model, mesh, Plan.from_model(model, "sp"))
+    whole = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(4))
+    given = [whole.clone().requires_grad_() for _ in range(2)]
+    outputs = [
+        one(inputs_embeds=each, use_cache=False).logits for one, each in zip((reference, model), given, strict=True)
+    ]
+    for output in outputs:
+        output.square().mean().backward()
+    return {"logits": relative(outputs[1], outputs[0]), "embeddings": relative(given[1].grad, given[0].grad)}
 
 
 class Residual(nn.Module):

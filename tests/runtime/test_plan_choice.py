@@ -128,6 +128,16 @@ def test_layers_that_agree_share_one_sequence_entry() -> None:
     assert not [key for key in entries if any(part.isdigit() for part in key.split("."))]
 
 
+def test_parts_in_a_list_get_entries_of_their_own() -> None:
+    entries = Plan.from_model(find_config("longcat_flash"), "sp").entries
+    layer = "model.layers.*"
+    assert entries[f"{layer}.input_layernorm.*"] == entries[f"{layer}.post_attention_layernorm.*"] == "activation"
+    assert entries[f"{layer}.self_attn.*"] == entries[f"{layer}.mlps.*"] == "module_allgather"
+    assert entries[f"{layer}.self_attn.*.o_proj"] == entries[f"{layer}.mlps.*.down_proj"] == "rowwise_reduce_scatter"
+    assert entries[f"{layer}.mlp"] == "module_allgather_split"
+    assert f"{layer}.mlps" not in entries
+
+
 def test_shared_experts_are_part_of_the_block_that_gathers_and_splits() -> None:
     entries = Plan.from_model(model("deepseek_v3"), "sp").entries
     assert entries["model.layers.2.mlp"] == "module_allgather_split"

@@ -80,6 +80,13 @@ def test_the_branchs_sequence_plans_compute_what_the_whole_model_does(
         assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, fsdp=2)], ids=str)
+def test_embeddings_may_stand_in_for_tokens(name: str, mesh: Mesh, request: pytest.FixtureRequest) -> None:
+    for errors in pool(request, mesh.world_size).run(sequence_cases.embedding_errors, name, mesh):
+        assert max(errors.values()) < 1e-5, errors
+
+
 def rowwise_with_bias() -> dict[str, float]:
     return sequence_cases.rowwise_errors(bias=True)
 

@@ -93,6 +93,33 @@ def test_a_model_that_was_never_made_parallel_is_found(two_ranks: RankPool) -> N
     assert len(caught.value.data["mismatches"]) > 10
 
 
+@pytest.mark.parametrize("how", ["forward", "module"])
+@pytest.mark.parametrize(
+    ("mode", "name", "style"),
+    [
+        ("tp", "model.layers.1.mlp.down_proj", "rowwise"),
+        ("tp", "model.layers.0.mlp.experts", "moe_tp_experts"),
+        ("sp", "model.norm", "activation"),
+    ],
+)
+def test_a_module_that_lost_its_hook_is_named(mode: Any, name: str, style: str, how: str, two_ranks: RankPool) -> None:
+    with pytest.raises(MismatchError) as caught:
+        two_ranks.run(verify_cases.after_lost_hook, mode, name, how)
+    (found,) = caught.value.data["mismatches"]
+    assert (found["name"], found["expected"]) == (name, f"{style!r} around its forward")
+    assert found["found"] == "a forward without a hook"
+
+
+def test_what_wraps_a_hooked_forward_keeps_the_hook(two_ranks: RankPool) -> None:
+    two_ranks.run(verify_cases.after_lost_hook, "tp", "model.layers.0.mlp.experts", "wrapped")
+
+
+def test_a_plan_with_another_style_of_the_same_placement_is_found(two_ranks: RankPool) -> None:
+    key = "model.layers.*.self_attn.o_proj"
+    with pytest.raises(MismatchError, match=r"o_proj: expected 'rowwise_split_input' around .*, found 'rowwise'"):
+        two_ranks.run(verify_cases.against_another_forward, key, "rowwise_split_input")
+
+
 NAMES = [
     "model.embed_tokens.weight",
     "model.layers.0.self_attn.q_proj.weight",

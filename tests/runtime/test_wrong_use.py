@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import pytest
@@ -64,6 +65,39 @@ def test_a_model_that_is_parallel_already(mode: Any, two_ranks: RankPool) -> Non
         two_ranks.run(wrong_use_cases.twice, mode)
 
 
+@pytest.mark.parametrize("part", ["", "model", "model.layers.0"])
+def test_a_model_whose_plan_only_hooked_is_parallel_too(part: str, two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match="is parallel already"):
+        two_ranks.run(wrong_use_cases.twice_by_forwards, part)
+
+
+@pytest.mark.parametrize(
+    ("key", "named", "style"),
+    [
+        ("model.embed_tokens", "model.embed_tokens", "vocab_reduce_scatter"),
+        ("model.norm", "model.norm", "activation"),
+        ("lm_head", "lm_head", "colwise_gather_output"),
+        ("model.layers.*.input_layernorm", "model.layers.0.input_layernorm", "activation"),
+    ],
+)
+def test_a_sequence_plan_that_forgets_an_end_of_the_stream(
+    key: str, named: str, style: str, two_ranks: RankPool
+) -> None:
+    with pytest.raises(PlanError, match=rf"{named} would .* the whole sequence") as caught:
+        two_ranks.run(wrong_use_cases.without_entry, key)
+    assert f"add the entry {key!r}: {style!r}" in caught.value.hint
+
+
+def test_the_hint_shows_in_a_traceback() -> None:
+    assert "hint: choose among tp, ep" in "".join(traceback.format_exception(caught_error()))
+
+
+def caught_error() -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        Plan.from_model(mixtral(), "pp")  # type: ignore[arg-type]
+    return caught.value
+
+
 def test_a_router_entry_without_divided_experts_beside_it(two_ranks: RankPool) -> None:
     with pytest.raises(PlanError, match=r"mlp\.gate: 'ep_router' .* beside which no experts are divided"):
         two_ranks.run(wrong_use_cases.with_plan, {**PLANS["tp"], "model.layers.*.mlp.gate": "ep_router"})
@@ -98,7 +132,13 @@ def test_a_mode_is_no_plan(two_ranks: RankPool) -> None:
     assert "Plan.from_model" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_what_a_layer_sums_is_not_summed_again(name: str, two_ranks: RankPool) -> None:
-    with pytest.raises(PlanError, match=r"mlp\.down_proj sums its own output: it would count 2 times"):
+@pytest.mark.parametrize("mode", ["tp", "ep"])
+def test_what_experts_sum_is_not_summed_again(mode: Any, two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match=r"mlp\.experts sums its own output: it would count 2 times"):
+        two_ranks.run(wrong_use_cases.with_plan_besides, "mixtral", {"model.layers.*.mlp": "all_reduce"}, mode)
+
+
+@pytest.mark.parametrize(("name", "below"), [("llama", "down_proj"), ("qwen3_moe", "experts")])
+def test_what_a_layer_sums_is_not_summed_again(name: str, below: str, two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match=rf"mlp\.{below} sums its own output: it would count 2 times"):
         two_ranks.run(wrong_use_cases.with_plan_besides, name, {"model.layers.*.mlp": "all_reduce"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -100,3 +101,30 @@ def by_plan_on_plain_model() -> None:
     """Check a model that was not made parallel at all."""
     model = tiny_model(eager_config("qwen3_moe"))
     verify_sharding(model, Plan.from_model(model, "tp"))
+
+
+def after_lost_hook(mode: Mode, name: str, how: str) -> None:
+    """Check a model after a module was swapped, or its forward replaced."""
+    model = tiny_model(eager_config("qwen3_moe"))
+    resolved = parallelize(model, mesh_of(mode), Plan.from_model(model, mode))
+    verify_sharding(model, resolved)
+    module = model.get_submodule(name)
+    if how == "forward":
+        module.forward = type(module).forward.__get__(module)
+    elif how == "module":
+        other = tiny_model(eager_config("qwen3_moe")).get_submodule(name)
+        other._parameters.update(module._parameters)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, other)
+    else:
+        plain = module.forward
+        module.forward = functools.wraps(plain)(lambda *args, **kwargs: plain(*args, **kwargs))
+    verify_sharding(model, resolved)
+
+
+def against_another_forward(key: str, style: str) -> None:
+    """Check a model against a plan that places everything alike, but hooks a module with another style."""
+    model = tiny_model(eager_config("qwen3_moe"))
+    plan = Plan.from_model(model, "tp")
+    parallelize(model, mesh_of("tp"), plan)
+    verify_sharding(model, {**plan.entries, key: style})

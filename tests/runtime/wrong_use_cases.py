@@ -6,6 +6,7 @@ import copy
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
@@ -31,11 +32,12 @@ def with_chosen_plan(name: str, mode: Mode, mesh: Mesh) -> None:
     parallelize(model, mesh, Plan.from_model(model, mode))
 
 
-def with_plan_besides(name: str, entries: dict[str, str]) -> None:
-    """Add entries to the plan that a model has."""
+def with_plan_besides(name: str, entries: dict[str, str], mode: Mode = "tp") -> None:
+    """Add entries to the plan of a mode that a model has."""
     model = tiny_model(eager_config(name))
-    plan = Plan.from_model(model, "tp")
-    parallelize(model, Mesh(tp=dist.get_world_size()), {**plan.entries, **entries})
+    size = dist.get_world_size()
+    plan = Plan(mode, {**Plan.from_model(model, mode).entries, **entries})
+    parallelize(model, Mesh(tp=size, ep=size if mode == "ep" else 1), plan)
 
 
 def copied() -> None:
@@ -53,3 +55,19 @@ def twice(mode: Mode) -> None:
     plan = Plan.from_model(model, mode)
     parallelize(model, mesh, plan)
     parallelize(model, mesh, plan)
+
+
+def twice_by_forwards(part: str) -> None:
+    """Make a model parallel by a plan that only hooks, and then make a part of it parallel."""
+    model, mesh = tiny_model(eager_config("qwen3_moe")), Mesh(tp=dist.get_world_size())
+    parallelize(model, mesh, {"model.layers.*.mlp": "module_allgather"})
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    parallelize(model.get_submodule(part), mesh, {})
+
+
+def without_entry(key: str) -> None:
+    """Leave an entry out of an explicit sequence parallel plan."""
+    model = tiny_model(eager_config("qwen3_moe"))
+    entries = dict(Plan.from_model(model, "sp").entries)
+    del entries[key]
+    parallelize(model, Mesh(tp=dist.get_world_size()), Plan("sp", entries))

@@ -1,0 +1,88 @@
+"""Gradients clipped by the norm of all of them, whatever mesh each parameter is spread over."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from plans.errors import UsageError
+
+__all__ = ["clip_grad_norm"]
+
+_SMALLEST = 1e-6
+
+Groups = tuple[ProcessGroup, ...]
+
+
+@torch.no_grad()
+def clip_grad_norm(model: nn.Module | Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale gradients, in place, such that their norm is at most `max_norm`; every rank calls this.
+
+    The norm is that of the unsharded model's gradients, the root of the sum of all their squares. A sharded gradient
+    counts over the ranks that hold its pieces, a whole one once. torch's own `clip_grad_norm_` takes the parameters of
+    one mesh only.
+
+    Args:
+        model: after backward, parallel or not, or some of its parameters, the same ones on every rank.
+        max_norm: the largest norm that is left.
+
+    Returns:
+        The norm before, a float32 scalar on the parameters' device.
+
+    Raises:
+        UsageError: `max_norm` is negative, or there are no parameters.
+    """
+    if max_norm < 0:
+        raise UsageError(f"max_norm is {max_norm}", hint="give 0 or more", max_norm=max_norm)
+    given = list(model.parameters() if isinstance(model, nn.Module) else model)
+    parameters = [parameter for parameter in dict.fromkeys(given) if parameter.requires_grad]
+    if not parameters:
+        raise UsageError("there are no parameters with gradients to clip", hint="pass the model, or its parameters")
+    norm = _squares(parameters).sqrt()
+    scale = (max_norm / (norm + _SMALLEST)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = _local(parameter.grad)
+            gradient.mul_(scale.to(gradient.device))
+    return norm
+
+
+def _squares(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the squares of all gradients: one all-reduce for each set of ranks that gradients lie over."""
+    sums: dict[Groups, list[torch.Tensor]] = defaultdict(list)
+    home = _local(parameters[0]).device
+    for parameter in parameters:
+        # Parameters without a gradient count too, so that ranks which have none of their own join in the all-reduce.
+        sums[_groups(parameter)].append(_square(parameter.grad, home))
+    total = torch.zeros((), device=home)
+    for groups, squares in sums.items():
+        square = torch.stack(squares).sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total += square
+    return total
+
+
+def _groups(parameter: torch.Tensor) -> Groups:
+    """Return the groups of ranks, one for each mesh axis, that hold different pieces of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(mesh.get_group(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())
+
+
+def _square(gradient: torch.Tensor | None, home: torch.device) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros((), device=home)
+    norm: torch.Tensor = torch.linalg.vector_norm(_local(gradient), dtype=torch.float32)
+    return norm.to(home).square()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

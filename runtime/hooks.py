@@ -1,0 +1,104 @@
+"""Styles put around modules' forwards, and what a model remembers of them, so that a lost one is found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from plans.errors import UsageError
+from plans.plan import lookup
+from runtime.styles.style import Around, Site, on_local_parameters, refuse
+
+__all__ = ["Lost", "hook", "is_parallel", "lost_hooks", "remember_hooks", "wrapped"]
+
+_STYLE = "parallel_style"
+_HOOKS = "_parallel_hooks"
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A module whose forward is not as the plan says.
+
+    Args:
+        name: the module's.
+        expected: the style that the plan puts around its forward, None for no style.
+        found: the one that is there.
+    """
+
+    name: str
+    expected: str | None
+    found: str | None
+
+
+def hook(site: Site, around: Around) -> None:
+    """Put a style around a module's forward, in place; the module cannot be copied then.
+
+    Raises:
+        PlanError: the module is a container, whose members are called and it never is: its hook would do nothing.
+    """
+    if type(site.module).forward is nn.Module.forward:
+        raise refuse(site, "which has no forward of its own", hint="name the modules in it instead")
+    site.module.forward = wrapped(site, around, site.module.forward)
+    site.module.__dict__["__deepcopy__"] = _refuse_copy
+
+
+def wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a module's forward with a style around it, which carries the style's name."""
+    run = on_local_parameters(site.module, forward)
+
+    @functools.wraps(forward)
+    def parallel_forward(*args: object, **kwargs: object) -> object:
+        return around(site, run, *args, **kwargs)
+
+    setattr(parallel_forward, _STYLE, site.style)
+    return parallel_forward
+
+
+def remember_hooks(model: nn.Module, hooks: Mapping[str, str]) -> None:
+    """Let a model remember which modules were hooked, by name, and with which styles."""
+    model.__dict__[_HOOKS] = dict(hooks)
+
+
+def is_parallel(model: nn.Module) -> bool:
+    """Say whether a model, or a part of it, was made parallel, by us or by others."""
+    ours = any(_HOOKS in module.__dict__ or _around(module) is not None for module in model.modules())
+    return ours or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def lost_hooks(model: nn.Module, plan: Mapping[str, str]) -> Iterator[Lost]:
+    """Yield the modules that lost their hook since the model was made parallel, or that the plan hooks otherwise.
+
+    Of a model that others made parallel, transformers say, nothing is known and nothing is yielded.
+
+    Args:
+        model: after `parallelize`.
+        plan: key to style.
+    """
+    remembered: Mapping[str, str] | None = model.__dict__.get(_HOOKS)
+    if remembered is None:
+        return
+    modules = dict(model.named_modules())
+    for name, style in remembered.items():
+        key = lookup(plan, name, is_parameter=False)
+        planned = plan[key] if key is not None else None
+        found = _around(modules[name]) if name in modules else None
+        if not planned == style == found:
+            yield Lost(name, planned, found)
+
+
+def _around(module: nn.Module) -> str | None:
+    """Return the style around a module's forward; whatever else wraps it by `functools.wraps` passes it on."""
+    return getattr(module.forward, _STYLE, None)
+
+
+def _refuse_copy(memo: object) -> None:
+    """Refuse a deep copy, whose hooks would go on computing with the parameters of the original."""
+    raise UsageError(
+        "a parallel model cannot be deep-copied: the copy would compute with the original's parameters",
+        hint="build a second model, parallelize it, and give it this one's state_dict",
+    )
