@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ def read_requests(
         target: the dialect that it is to speak.
 
     Raises:
-        UsageError: the configuration is not valid, or the options contradict each other.
+        UsageError: the configuration is not valid, the options contradict each other, or a path is no Python file and
+            no folder that holds one.
     """
     from codemods.projects import by_project
 
@@ -114,12 +116,36 @@ def _request(paths: tuple[Path, ...], compared: str | None, source: str | None, 
 
     start = paths[0] if paths else Path()
     configuration = find_configuration(start)
+    found = paths or configuration.paths or (Path(),)
+    for path in found:
+        _check_python(path)
     return Request(
-        paths or configuration.paths or (Path(),),
+        found,
         Selection(configuration, _touched(start, compared) if compared else None),
         source=source or configuration.source or _ANY_SOURCE,
         target=target or configuration.target or PARAM_LEVEL,
     )
+
+
+def _check_python(path: Path) -> None:
+    """Refuse what there is nothing to read in; a path that does not exist is refused where paths are read."""
+    wrong = path.is_file() and path.suffix != ".py"
+    if wrong or (path.is_dir() and not _holds_python(path)):
+        raise UsageError(
+            f"{path}: {'not a Python file' if wrong else 'no Python file below this folder'}",
+            hint="name .py files, or folders that hold some",
+            path=str(path),
+        )
+
+
+def _holds_python(folder: Path) -> bool:
+    """Say whether there is a Python file below a folder, or something that cannot be listed, which is told later."""
+    unreadable: list[OSError] = []
+    for _, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.endswith(".py") and not name.startswith(".") for name in files):
+            return True
+    return bool(unreadable)
 
 
 def emit_machine_format(report: Report, form: str) -> None:

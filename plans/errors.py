@@ -52,6 +52,7 @@ class MigratorError(Exception):
 
     def __init__(self, message: str, *, hint: str, **data: object) -> None:
         super().__init__(message)
+        self.add_note(f"hint: {hint}")  # which tracebacks show below the message
         self.message = message
         self.hint = hint
         self.data = data

@@ -32,11 +32,11 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("ep", self.ep), ("fsdp", self.fsdp)):
             if size < 1:
-                raise UsageError(f"--{axis} {size} is not a mesh size", hint="give 1 or more", axis=axis)
+                raise UsageError(f"{axis}={size} is not a mesh size", hint="give 1 or more", axis=axis)
         if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",
-                hint=f"choose --ep among {', '.join(map(str, self._expert_sizes()))}, or more ranks by --tp, --fsdp",
+                hint=f"choose ep (--ep) among {', '.join(map(str, self._expert_sizes()))}, or more ranks by tp or fsdp",
                 tp=self.tp,
                 ep=self.ep,
                 fsdp=self.fsdp,

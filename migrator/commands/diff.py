@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from migrator import console
+from plans.errors import UsageError
+
+if TYPE_CHECKING:
+    from codemods.revisions import Snapshot
 
 __all__ = ["command"]
 
@@ -34,6 +40,7 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     repository = find_repository(Path())
     before = repository.revision(base)
     after = repository.revision(head) if head is not None else repository.working_tree()
+    _check_allowed(allow, before, after)
     report = Report(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
     if form == "json":
         console.emit_json(report_json(report))
@@ -53,3 +60,15 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     if report.comparison.errors:
         return 2
     return 1 if report.failing else 0
+
+
+def _check_allowed(allow: Sequence[str], before: Snapshot, after: Snapshot) -> None:
+    """Refuse a model that neither tree has, whose changes `--allow` was to accept."""
+    known = {path.parent.name for snapshot in (before, after) for path in snapshot.blobs}
+    unknown = sorted(set(allow) - known)
+    if unknown:
+        raise UsageError(
+            f"--allow {unknown[0]}: neither {before.name} nor {after.name} has a model of this name",
+            hint="name the model's folder, such as mixtral",
+            model=unknown[0],
+        )

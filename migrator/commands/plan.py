@@ -12,6 +12,8 @@ from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from plans.mesh import Mesh, Mode
     from plans.resolved import ResolvedParameter, ResolvedPlan
 
@@ -42,6 +44,30 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
         console.emit_json(after.to_json())
     else:
         _show(source, before, after)
+        _tell_of_whole_experts(model, after)
+
+
+def _tell_of_whole_experts(model: PreTrainedModel, shown: ResolvedPlan) -> None:
+    """Say so where the plan leaves parameters whole that the model's expert parallel plan would divide."""
+    from plans.errors import PlanError
+    from plans.placement import Replicate
+    from plans.plan import wildcard
+    from runtime.plan import Plan
+    from runtime.verify import verify_plan
+    from runtime.wording import listed
+
+    whole = [row.name for row in shown.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]
+    try:
+        left = set(verify_plan(whole, Plan.from_model(model, "ep")).whole)
+    except PlanError:
+        return  # There is no such plan.
+    keys = dict.fromkeys(wildcard(name) for name in whole if name not in left)
+    if keys:
+        ranks = max(shown.mesh.tp, 2)
+        console.emit(
+            f"note the {shown.mode} plan leaves the experts whole on every rank, {listed(list(keys))}; the model's "
+            f"expert parallel plan divides them: --tp {ranks} --ep {ranks}, with --mode ep to leave all else whole"
+        )
 
 
 def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
@@ -89,7 +115,8 @@ def _placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
 
 def _local(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest piece."""
-    from runtime.checkpoint.extents import local_form, whole
+    from runtime.checkpoint.extents import whole
+    from runtime.checkpoint.shards import local_form
 
     form = whole(parameter.name, parameter.shape)
     return local_form(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

@@ -12,6 +12,7 @@ from pathlib import Path
 from codemods.difference import Comparison, Difference, Side
 from codemods.effective import UNREAD
 from codemods.sources import shown
+from migrator.formats.counts import counted
 from migrator.formats.github import workflow_command
 
 __all__ = ["Report", "github_lines", "human_summary", "human_table", "report_json"]
@@ -85,7 +86,8 @@ def human_summary(report: Report) -> Iterator[str]:
     kinds = Counter(_WORDS[difference.kind] for difference in differences)
     counts = ", ".join(f"{kinds[word]:,} {word}" for word in _WORDS.values() if kinds[word])
     classes = {(difference.place.path, difference.place.class_name) for difference in differences}
-    yield f"{len(differences):,} entries of {len(classes):,} classes: {counts}; {len(report.failing):,} unexplained"
+    entries = counted(len(differences), "entry", "entries")
+    yield f"{entries} of {counted(len(classes), 'class', 'classes')}: {counts}; {len(report.failing):,} unexplained"
 
 
 def github_lines(report: Report) -> Iterator[str]:

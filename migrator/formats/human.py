@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from codemods.outcome import Located
 from codemods.sources import shown
+from migrator.formats.counts import counted
 from migrator.formats.report import Report
 
 __all__ = ["check_lines", "rewrite_lines", "rewrite_summary"]
@@ -16,7 +17,7 @@ def rewrite_lines(report: Report) -> Iterator[str]:
     """Yield a line for each changed file."""
     verb = _verb(report)
     for change in report.changes:
-        yield f"{verb} {shown(change.path)}  {_count(len(change.edits), 'entry', 'entries')}  {change.role}"
+        yield f"{verb} {shown(change.path)}  {counted(len(change.edits), 'entry', 'entries')}  {change.role}"
 
 
 def rewrite_summary(report: Report) -> Iterator[str]:
@@ -30,10 +31,11 @@ def rewrite_summary(report: Report) -> Iterator[str]:
     else:
         roles = Counter(change.role for change in report.changes)
         entries = sum(len(change.edits) for change in report.changes)
+        files = counted(len(report.changes), "file", "files")
         yield (
-            f"{_verb(report)} {_count(entries, 'entry', 'entries')} in {_count(len(report.changes), 'file', 'files')}: "
-            f"{_count(roles['owner'], 'owner', 'owners')}, "
-            f"{_count(roles['copy'], 'generated copy', 'generated copies')}"
+            f"{_verb(report)} {counted(entries, 'entry', 'entries')} in {files}: "
+            f"{counted(roles['owner'], 'owner', 'owners')}, "
+            f"{counted(roles['copy'], 'generated copy', 'generated copies')}"
         )
 
 
@@ -50,8 +52,8 @@ def check_lines(report: Report) -> Iterator[str]:
     for code, hint in sorted(hints.items()):
         yield f"{code}: {hint}"
     severities = Counter(found.finding.severity for found in everything)
-    counted = [_count(severities[name], name, f"{name}s") for name in ("error", "warning", "note") if severities[name]]
-    yield f"{', '.join(counted) or 'nothing found'} in {_files(report)}"
+    kinds = [counted(severities[name], name, f"{name}s") for name in ("error", "warning", "note") if severities[name]]
+    yield f"{', '.join(kinds) or 'nothing found'} in {_files(report)}"
 
 
 def _dialect_lines(report: Report) -> Iterator[str]:
@@ -68,8 +70,4 @@ def _finding_line(found: Located) -> str:
 
 
 def _files(report: Report) -> str:
-    return _count(report.files, "file", "files")
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
+    return counted(report.files, "file", "files")

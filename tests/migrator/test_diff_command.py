@@ -84,9 +84,16 @@ def test_an_inherited_change_fails_until_it_is_allowed(moved):
     )
     assert done.stdout.splitlines()[-1] == "2 entries of 2 classes: 2 other placement; 1 unexplained"
     assert diff(moved, "HEAD", "--allow", "mixtral").returncode == 1
-    done = diff(moved, "HEAD", "--allow", "offspring", "--allow", "typo")
+    done = diff(moved, "HEAD", "--allow", "offspring", "--allow", "mellum")
     assert done.returncode == 0
-    assert done.stderr == "--allow typo: nothing of this model changed\n"
+    assert done.stderr == "--allow mellum: nothing of this model changed\n"
+
+
+@pytest.mark.parametrize("allowed", [("typo",), ("offspring", "typo")])
+def test_a_model_that_no_tree_has_cannot_be_allowed(moved, allowed):
+    done = diff(moved, "HEAD", *(word for name in allowed for word in ("--allow", name)))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--allow typo: neither HEAD nor the working tree has a model of this name" in done.stderr
 
 
 def test_two_revisions_from_a_folder_below(moved):
@@ -132,7 +139,7 @@ def test_unread_plans_and_other_conditions_in_words(root):
     assert done.stdout.splitlines()[-2:] == [
         f"unexplained {MODELS}/made/configuration_made.py:3 MadeConfig.base_model_tp_plan in made may have changed: "
         "what it is made of did and cannot be read, look there",
-        "2 entries of 1 classes: 1 other condition, 1 may have changed; 1 unexplained",
+        "2 entries of 1 class: 1 other condition, 1 may have changed; 1 unexplained",
     ]
     assert diff(root, "HEAD", "--allow", "made").returncode == 0
     unread, condition = json.loads(diff(root, "HEAD", "--format", "json").stdout)["differences"]

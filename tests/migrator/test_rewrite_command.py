@@ -37,6 +37,23 @@ def test_rewrites_and_says_what(toy):
     assert migrator("rewrite", ".", "--check", cwd=toy).returncode == 0
 
 
+@pytest.mark.parametrize("command", ["rewrite", "check"])
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("notes.txt", "not a Python file"),
+        ("empty", "no Python file below this folder"),
+        ("hidden", "no Python file below this folder"),
+    ],
+)
+def test_where_there_is_no_python_there_is_nothing_to_do_and_that_is_said(toy, command, path, why):
+    write_tree(toy, {"notes.txt": "plan", "hidden/.venv/configuration_x.py": PACKED, "empty/notes.txt": ""})
+    done = migrator(command, "toy", path, cwd=toy)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"{path}: {why}" in done.stderr.decode()
+    assert migrator(command, cwd=toy / path if (toy / path).is_dir() else toy / "empty").returncode == 2
+
+
 def test_check_writes_nothing_and_fails(toy):
     done = migrator("rewrite", ".", "--check", cwd=toy)
     assert done.returncode == 1

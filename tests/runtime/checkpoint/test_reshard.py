@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
-from runtime.checkpoint import names, reshard
+from runtime.checkpoint import names
 from runtime.checkpoint.hf import read_hub
 from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digest, rank_file
 from runtime.checkpoint.reshard import plan_reshard
