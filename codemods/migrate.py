@@ -96,7 +96,7 @@ def outcome(found: Survey, decided: Decided, *, every_unread: bool = False) -> O
         for path, use, finding in unread_findings(found, experts_only=not every_unread)
     )
     kept = [*said, *unread, *(link for link in links if not quiet(link.path, link.finding.code))]
-    return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.reachable), found.plan_files)
+    return Outcome(tuple(changes), tuple(kept), tuple(found.errors), len(found.below), found.plan_files)
 
 
 def _is_silent(found: Survey, place: Place, finding: Finding) -> bool:

@@ -30,7 +30,8 @@ _OTHER_IMPORT = re.compile(
     rb"(?:\n[ \t]+|[:;][ \t]*)from[ \t]*(?:\.{1,2}(?:\w|[ \t]+import)|[\w.]*\.models\b)"
     rb"|\nfrom\.|(?:\n[ \t]*|[:;][ \t]*)import[^\n]+\.models\b"
 )
-_COMMENT = re.compile(r"#[^\n]*")
+_COMMENT = re.compile(rb"#[^\n]*")
+_IMPORTED = re.compile(rb"(\w+)(?:\s+as\s+(\w+))?")
 _NO_CODE = re.compile(rb"\n[ \t]*#")  # a comment, or text inside a string
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _NOTHING = rb"(?:\s|#[^\n]*\n)*+"
@@ -139,23 +140,29 @@ def _imports(source: Source) -> Mapping[str, Import]:
 
 
 def _plain_imports(body: bytes) -> dict[str, Import] | None:
-    if any(sign in body for sign in _SIGNS_OF_OTHER_IMPORTS) and _OTHER_IMPORT.search(body):
+    if any(_OTHER_IMPORT.search(line) for line in _suspicious_lines(body)):
         return None
     matches = list(_IMPORT.finditer(body))
     if body.count(b"\nfrom ") != len(matches):
         return None
-    return {
-        bound: Import(len(match[1]), (match[2] or b"").decode(), name)
-        for match in matches
-        for name, bound in _imported_names((match[3] or match[4]).decode())
-    }
+    return {bound: meant for match in matches for bound, meant in _imported_names(match)}
 
 
-def _imported_names(listed: str) -> Iterator[tuple[str, str]]:
-    """Yield the imported names as they are called where they come from, and here."""
-    for part in filter(None, map(str.strip, _COMMENT.sub("", listed).split(","))):
-        words = part.split()
-        yield words[0], words[-1]
+def _suspicious_lines(body: bytes) -> Iterator[bytes]:
+    """Yield the lines that may hold an unusual import, each after its line end."""
+    for sign in _SIGNS_OF_OTHER_IMPORTS:
+        place = body.find(sign)
+        while place >= 0:
+            end = body.find(b"\n", place + len(sign))
+            yield body[body.rfind(b"\n", 0, place + 1) : end if end >= 0 else None]
+            place = body.find(sign, end) if end >= 0 else -1
+
+
+def _imported_names(match: re.Match[bytes]) -> Iterator[tuple[str, Import]]:
+    """Yield the names that an import brings in, each with what it stands for."""
+    level, module, listed = len(match[1]), (match[2] or b"").decode(), match[3] or match[4]
+    for name, bound in _IMPORTED.findall(_COMMENT.sub(b"", listed) if b"#" in listed else listed):
+        yield (bound or name).decode(), Import(level, module, name.decode())
 
 
 def _name(header: re.Match[bytes]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from codemods.module import PlanLiteral
@@ -49,7 +50,7 @@ class Survey:
 
     Args:
         tree: the files that were read.
-        reachable: the files below the given paths that may be reported on and written.
+        below: the files below the given paths that may be reported on and written.
         silencer: says what is spoken of and what is ignored.
         links: below the given paths, to files outside of them.
         places: the plans found, in and beside the given paths.
@@ -58,12 +59,17 @@ class Survey:
     """
 
     tree: Tree
-    reachable: frozenset[Path]
+    below: tuple[Path, ...]
     silencer: Silencer
     links: list[Path]
     places: list[Place] = field(default_factory=list)
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
+
+    @cached_property
+    def reachable(self) -> frozenset[Path]:
+        """The files that may be reported on and written, to ask for one of them."""
+        return frozenset(self.below)
 
     def out_of_reach(self, path: Path) -> str | None:
         """Return why a file may not be written, in words; None where it may."""
@@ -87,35 +93,46 @@ def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = No
         UsageError: a path does not exist.
     """
     silencer = silencer or Silencer()
-    includes = silencer.selection.includes
     errors: list[MigratorError] = []
     links: list[Path] = []
-    reachable = find_sources(paths, errors, links)
+    given = find_sources(paths, errors, links)
+    below = tuple(filter(silencer.selection.includes, given))
     named = frozenset(path.resolve() for path in paths)
-    result = Survey(Tree(skims), frozenset(filter(includes, reachable)), silencer, links, errors=errors)
-    for path in _with_context(named, reachable):
-        try:
-            source = read_source(path)
-            if path.name.startswith(("modular_", "configuration_")):
-                result.tree.add(source)
-            if _PLAN not in source.data:
-                continue
-            result.plan_files += 1
-            if path in result.reachable:
-                silencer.read(source)
-            if path in named or wanted.in_file(source.data):
-                result.tree.add(source)
-                result.places += _places(result.tree, path, wanted.literal)
-        except MigratorError as error:
-            if path in result.reachable:
-                result.errors.append(error)
+    result = Survey(Tree(skims), below, silencer, links, errors=errors)
+    files = frozenset(path for path in named if path.is_file())
+    for path in below:  # hashing thousands of paths costs more than asking whether any file was named
+        _look_into(path, result, wanted, is_named=bool(files) and path in files, is_below=True)
+    for path in _context(named, given, below):
+        _look_into(path, result, wanted, is_named=path in files, is_below=False)
     return result
 
 
-def _with_context(paths: Iterable[Path], reachable: Sequence[Path]) -> list[Path]:
-    """Return the files to look at: a plan's copies may live beside the given paths, in sibling model folders."""
-    roots = {path.parent.parent if path.is_file() else path.parent for path in paths if is_model_path(path)}
-    return list(dict.fromkeys([*reachable, *find_sources(sorted(roots), [])])) if roots else list(reachable)
+def _look_into(path: Path, found: Survey, wanted: Wanted, *, is_named: bool, is_below: bool) -> None:
+    """Read one file and add what it has to what was found."""
+    try:
+        source = read_source(path)
+        if path.name.startswith(("modular_", "configuration_")):
+            found.tree.add(source)
+        if _PLAN not in source.data:
+            return
+        found.plan_files += 1
+        if is_below:
+            found.silencer.read(source)
+        if is_named or wanted.in_file(source.data):
+            found.tree.add(source)
+            found.places += _places(found.tree, path, wanted.literal)
+    except MigratorError as error:
+        if is_below:
+            found.errors.append(error)
+
+
+def _context(named: Iterable[Path], given: Sequence[Path], below: Sequence[Path]) -> list[Path]:
+    """Return other files to look at: excluded ones, and those of sibling models where copies of a plan may live."""
+    roots = {path.parent.parent if path.is_file() else path.parent for path in named if is_model_path(path)}
+    if not roots and len(given) == len(below):
+        return []
+    known = frozenset(below)
+    return [path for path in dict.fromkeys([*given, *find_sources(sorted(roots), [])]) if path not in known]
 
 
 def is_model_path(path: Path) -> bool:

@@ -22,7 +22,7 @@ def unread_findings(found: Survey, *, experts_only: bool = False) -> Iterator[tu
         experts_only: whether only uses count that have experts beside them.
     """
     for path, module in found.tree.modules.items():
-        if path not in found.reachable or not module.unread or found.tree.source(path).generated_from is not None:
+        if not module.unread or path not in found.reachable or found.tree.source(path).generated_from is not None:
             continue
         for use in module.unread if found.silencer.selection.touches([path]) else ():
             silent = found.silencer.is_silent(path, (use.line,), "MIG204")
