@@ -1,0 +1,179 @@
+"""A hub for tests: a local server that answers the hub's HTTP API as huggingface_hub's client calls it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "beef"
+TOKEN = "hf_secret"
+
+
+@dataclass
+class Hub:
+    """Its repositories' files by name, one commit each, and what was asked of it."""
+
+    address: str = ""
+    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    fetched: list[str] = field(default_factory=list)
+    refuses_commits: bool = False
+
+    def add(self, repository: str, folder: Path) -> None:
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        self.files[repository] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._file(with_body=False)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            self._about(found[1], found[2] or "revision", found[3] or "main")
+        else:
+            self._file(with_body=True)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._error(401, "RepoNotFound")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body)["name"])
+        elif path.endswith("/objects/batch"):
+            self._batch(json.loads(body))
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
+            (self._preupload if found[2] == "preupload" else self._commit)(found[1], body)
+        else:
+            self._json({})
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.objects[self.path.rpartition("/")[2]] = body
+        self._json({})
+
+    def _about(self, repository: str, what: str, revision: str) -> None:
+        if not self._may_read(repository):
+            return
+        if revision not in ("main", COMMIT):
+            self._error(404, "RevisionNotFound")
+            return
+        files = self.hub.files[repository]
+        if what == "revision":
+            self._json({"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+            return
+        rows = [{"type": "file", "path": n, "size": len(b), "oid": _etag(b)} for n, b in files.items()]
+        self._json(rows)
+
+    def _file(self, *, with_body: bool) -> None:
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", unquote(urlsplit(self.path).path))
+        if found is None:
+            self._error(404, "EntryNotFound")
+            return
+        if not self._may_read(found[1]):
+            return
+        content = self.hub.files[found[1]].get(found[2])
+        if content is None:
+            self._error(404, "EntryNotFound")
+            return
+        if with_body:
+            self.hub.fetched.append(found[2])
+        self.send_response(200)
+        for name, value in (("ETag", f'"{_etag(content)}"'), ("X-Repo-Commit", COMMIT)):
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def _may_read(self, repository: str) -> bool:
+        is_ours = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if repository in self.hub.files and (is_ours or repository not in self.hub.private):
+            return True
+        self._error(404 if is_ours else 401, "RepoNotFound")
+        return False
+
+    def _create(self, name: str) -> None:
+        repository = f"owner/{name}"
+        self.hub.files.setdefault(repository, {})
+        self._json({"url": f"{self.hub.address}/{repository}", "id": repository})
+
+    def _preupload(self, repository: str, body: bytes) -> None:
+        def mode(path: str) -> str:
+            return "lfs" if path.endswith(".safetensors") else "regular"
+
+        rows = [
+            {"path": row["path"], "uploadMode": mode(row["path"]), "shouldIgnore": False}
+            for row in json.loads(body)["files"]
+        ]
+        self._json({"files": rows})
+
+    def _batch(self, request: dict[str, list[dict[str, object]]]) -> None:
+        rows = [
+            {**row, "actions": {"upload": {"href": f"{self.hub.address}/objects/{row['oid']}"}}}
+            for row in request["objects"]
+        ]
+        self._json({"transfer": "basic", "objects": rows})
+
+    def _commit(self, repository: str, body: bytes) -> None:
+        if self.hub.refuses_commits:
+            self._error(403, "Forbidden")
+            return
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.hub.files[repository][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.hub.files[repository][value["path"]] = self.hub.objects[value["oid"]]
+        self._json({"commitUrl": f"{self.hub.address}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _json(self, value: object) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _error(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
