@@ -18,8 +18,9 @@ from pathlib import Path, PurePath
 
 from codemods.lineage import Ancestor, Lineages, SourceOf
 from codemods.lookup import Lookup
-from codemods.module import Condition, PlanLiteral, Removal, Taken, is_plan_attribute
+from codemods.module import Condition, PlanLiteral, Removal, Taken
 from codemods.origins import dotted, expression
+from codemods.plan_names import is_plan_attribute
 from plans.errors import SourceError
 
 __all__ = [

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from codemods.entries import Entry
-from plans.plan import plan_kind
 
 __all__ = [
     "ClassPlans",
@@ -23,14 +21,7 @@ __all__ = [
     "Unread",
     "all_literals",
     "exclusive",
-    "is_plan_attribute",
-    "plan_words",
 ]
-
-_PLAN_NAME = re.compile(rb"(?:(?:base_model)?_)?(?:tp|sp|ep|tp_ep|sp_ep)_plan")
-_PLAN_ENDING = re.compile(rb"_plan\b")
-_WORD = re.compile(rb"\w+\Z")
-_LONGEST = len("base_model_tp_ep") + 1
 
 
 @dataclass(frozen=True)
@@ -237,18 +228,6 @@ class Module:
         return self.read_imports()
 
 
-def plan_words(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where a source mentions a plan by name: start and end of each word.
-
-    The rare end of the word is looked for first, which is several times faster than looking for whole words.
-    """
-    for ending in _PLAN_ENDING.finditer(body):
-        beginning = _WORD.search(body, max(0, ending.start() - _LONGEST), ending.start())
-        start = beginning.start() if beginning else ending.start()
-        if _PLAN_NAME.fullmatch(body, start, ending.end()):
-            yield start, ending.end()
-
-
 def all_literals(module: Module) -> Iterator[PlanLiteral]:
     """Yield every literal of a file, class by class."""
     for owner in module.classes.values():
@@ -261,8 +240,3 @@ def exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
     if one.function != other.function:
         return False
     return any(replace(condition, holds=not condition.holds) in other.conditions for condition in one.conditions)
-
-
-def is_plan_attribute(name: str) -> bool:
-    """Say whether a class attribute of this name holds a plan."""
-    return name.startswith(("_", "base_model_")) and plan_kind(name) is not None

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from codemods.module import is_plan_attribute
 from codemods.pieces import bindings, pieces
+from codemods.plan_names import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
 __all__ = ["Definitions", "Function", "given_parameters", "local_plans", "written_into"]

@@ -6,36 +6,22 @@ import ast
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
-from codemods.blocks import blocks, leaves, own_expressions
-from codemods.module import (
-    ClassPlans,
-    Condition,
-    Hold,
-    Opaque,
-    PlanLiteral,
-    Removal,
-    Taken,
-    Unread,
-    is_plan_attribute,
-    plan_words,
-)
+from codemods.blocks import blocks, leaves
+from codemods.module import ClassPlans, Condition, Hold, Opaque, PlanLiteral, Removal, Taken, Unread
 from codemods.names import Definitions, Function, given_parameters, local_plans
 from codemods.pieces import bindings
+from codemods.plan_names import is_plan_attribute, plan_words
 from codemods.removals import removals
 from codemods.scope import Scope
 from codemods.sources import Source
 from codemods.unaccounted import shared_plans, unaccounted
+from codemods.values import plan_values
 from codemods.written import Target, written
-from plans.plan import plan_kind
 
 __all__ = ["Found", "Reader", "reader_of"]
 
 Use = PlanLiteral | Removal | Taken | Unread | Hold
-
-_ADDING = frozenset({"update", "setdefault", "__setitem__", "__ior__"})
-"""Methods that put entries into a plan."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ class Reader:
         yield from removals(statement, scope)
         yield from shared_plans(statement, scope)
         seen: set[int] = set()
-        for (class_name, attribute), node, assigned in _written(statement, scope):
+        for (class_name, attribute), node, assigned in plan_values(statement, scope):
             if id(node) not in seen:
                 seen.update(map(id, ast.walk(node)))
                 yield from written(node, Target(class_name, attribute, scope, assigned), self.source, self.definitions)
@@ -167,81 +153,6 @@ def reader_of(source: Source, statements: Sequence[ast.stmt]) -> Reader:
     """Return the reader of a file."""
     lines = tuple(bisect_right(source.line_offsets, start) for start, _ in plan_words(source.body))
     return Reader(source, lines, Definitions(statements))
-
-
-_PlanOf = tuple[str, str]
-"""A class and its plan."""
-
-
-def _written(statement: ast.stmt, scope: Scope) -> Iterator[tuple[_PlanOf, ast.expr | ast.stmt, bool]]:
-    """Yield plan, expression, and whether the expression becomes the plan."""
-    for target, value in bindings(statement):
-        if not isinstance(target, ast.Subscript) and (plan := _plan(target, scope)):
-            yield plan, value, not isinstance(target, ast.Name) or not scope.function
-    match statement:
-        case ast.Assign(targets=[ast.Subscript(value=holder, slice=key)], value=value):
-            if plan := _plan(holder, scope):
-                yield plan, _looped(statement, key, value, scope.loops), False
-            elif isinstance(key, ast.Constant) and isinstance(key.value, str) and plan_kind(key.value):
-                yield (scope.class_name, key.value), value, True
-        case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _plan(target, scope):
-            yield plan, value, False
-        case ast.Return(value=ast.expr() as value) if plan_kind(scope.function):
-            yield (scope.class_name, scope.function), value, True
-    for expression in own_expressions(statement):
-        for node in ast.walk(expression):
-            yield from _in_expression(node, scope)
-
-
-def _plan(node: ast.expr, scope: Scope) -> _PlanOf | None:
-    plan = scope.plan_of(node)
-    return (scope.class_of(node), plan) if plan else None
-
-
-def _in_expression(node: ast.AST, scope: Scope) -> Iterator[tuple[_PlanOf, ast.expr, bool]]:
-    match node:
-        case ast.NamedExpr(target=target, value=value) if plan := _plan(target, scope):
-            yield plan, value, False
-        case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _ADDING and (
-            plan := _plan(holder, scope)
-        ):
-            yield plan, node, False
-        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(name)), value]) if plan_kind(name):
-            yield (scope.class_name, name), value, True
-            return
-    for beside, value in _named(node):
-        if beside and plan_kind(beside):
-            yield (scope.class_name, beside), value, True
-
-
-def _named(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
-    """Yield the values that stand beside a name: arguments, defaults of parameters, values of a display."""
-    match node:
-        case ast.Call(args=arguments, keywords=keywords):
-            yield from ((keyword.arg, keyword.value) for keyword in keywords)
-            for name, value in pairwise(arguments):
-                if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                    yield name.value, value
-        case ast.Dict(keys=keys, values=values):
-            for key, value in zip(keys, values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    yield key.value, value
-        case ast.arguments(posonlyargs=first, args=others, kwonlyargs=named):
-            positional = [*first, *others]
-            with_default = positional[len(positional) - len(node.defaults) :]
-            yield from ((one.arg, value) for one, value in zip(with_default, node.defaults, strict=True))
-            yield from ((one.arg, value) for one, value in zip(named, node.kw_defaults, strict=True) if value)
-
-
-def _looped(statement: ast.Assign, key: ast.expr, value: ast.expr, loops: Sequence[ast.For]) -> ast.stmt | ast.expr:
-    """Return an item assignment, or where its key is a loop's own the comprehension that says the same."""
-    for loop in loops:
-        if isinstance(key, ast.Name) and key.id in {
-            part.id for part in ast.walk(loop.target) if isinstance(part, ast.Name)
-        }:
-            over = ast.comprehension(target=loop.target, iter=loop.iter, ifs=[], is_async=0)
-            return ast.copy_location(ast.DictComp(key=key, value=value, generators=[over]), statement)
-    return statement
 
 
 def _bound_plans(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:

@@ -6,7 +6,8 @@ import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from codemods.module import Condition, is_plan_attribute
+from codemods.module import Condition
+from codemods.plan_names import is_plan_attribute
 
 __all__ = ["Scope"]
 

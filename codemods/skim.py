@@ -14,7 +14,8 @@ from functools import partial
 
 from codemods.entries import Entry, is_numbered
 from codemods.literals import read_module
-from codemods.module import ClassPlans, Import, Module, Opaque, PlanLiteral, is_plan_attribute, plan_words
+from codemods.module import ClassPlans, Import, Module, Opaque, PlanLiteral
+from codemods.plan_names import is_plan_attribute, plan_words
 from codemods.sources import Source
 
 __all__ = ["skim"]

@@ -1,4 +1,4 @@
-"""Source files: found, read, decoded and replaced, byte for byte outside what changed."""
+"""Source files: found, read and decoded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import stat
 import tokenize
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["Source", "check_replaceable", "find_sources", "read_source", "replace_source", "shown"]
+__all__ = ["Source", "find_sources", "read_source", "shown"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
@@ -216,60 +215,3 @@ def _read_all(descriptor: int, size: int) -> bytes:
     while len(pieces[-1]) > 0 and sum(map(len, pieces)) != size:
         pieces.append(os.read(descriptor, 1 << 20))
     return b"".join(pieces)
-
-
-def check_replaceable(source: Source) -> None:
-    """Check that a file can be replaced and is still as it was read.
-
-    Raises:
-        SourceError: it changed, or it or its folder is read-only.
-    """
-    try:
-        if read_source(source.path).data != source.data:
-            raise SourceError(
-                f"{shown(source.path)}: changed by someone else since it was read",
-                hint="run again",
-                path=str(source.path),
-            )
-        target = source.path.resolve()
-        if not (os.access(target, os.W_OK) and os.access(target.parent, os.W_OK)):
-            raise PermissionError(0, "is read-only")
-    except OSError as error:
-        raise _unwritable(source, error) from error
-
-
-def replace_source(source: Source, data: bytes) -> None:
-    """Replace a file's bytes in one step, keeping its mode; a kill leaves the old file or the new one.
-
-    Raises:
-        SourceError: the file changed since it was read, or cannot be replaced.
-    """
-    check_replaceable(source)
-    try:
-        _write_beside(source.path.resolve(), data)
-    except OSError as error:
-        raise _unwritable(source, error) from error
-
-
-def _unwritable(source: Source, error: OSError) -> SourceError:
-    return SourceError(
-        f"{shown(source.path)}: {error.strerror}", hint="make it writable or leave it out", path=str(source.path)
-    )
-
-
-def _write_beside(target: Path, data: bytes) -> None:
-    import tempfile
-
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".migrator")
-    temporary = Path(name)
-    try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise

@@ -9,8 +9,9 @@ from typing import TypeGuard
 
 from codemods.blocks import own_expressions
 from codemods.entries import read_entries, span, writes_entries
-from codemods.module import Hold, Unread, is_plan_attribute
+from codemods.module import Hold, Unread
 from codemods.pieces import bindings, plan_names
+from codemods.plan_names import is_plan_attribute
 from codemods.scope import Scope
 from codemods.sources import Source
 from plans.plan import is_expert_parallel

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from codemods.outcome import Change
-from codemods.sources import check_replaceable, replace_source, shown
+from codemods.replace_source import check_replaceable, replace_source
+from codemods.sources import shown
 from plans.errors import MigratorError, SourceError
 
 __all__ = ["Written", "write_changes"]

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from codemods.entries import Entry, read_entries, span, unreadable
-from codemods.module import Condition, Hold, PlanLiteral, Taken, Unread, is_plan_attribute
+from codemods.module import Condition, Hold, PlanLiteral, Taken, Unread
 from codemods.names import Definitions
 from codemods.pieces import Piece, mentions_plan, pieces
+from codemods.plan_names import is_plan_attribute
 from codemods.scope import Scope
 from codemods.sources import Source
 from plans.decompose import decided_with
