@@ -1,0 +1,193 @@
+"""Pickles read as data: what one would build is described, and nothing that it names is imported or called.
+
+A pickle is a program for a stack machine. This one has the few instructions that data need, and where the real machine
+would call a class it notes the class and the arguments. What a pickle costs is bounded by its own length.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from plans.errors import HeaderError
+
+__all__ = ["Global", "Made", "Table", "read_pickle"]
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """Something that a pickle names, `torch.float32`."""
+
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class Made:
+    """What a call would return: the name that is called, its arguments, and the state set afterwards."""
+
+    kind: str
+    arguments: object
+    state: object = None
+
+
+@dataclass(slots=True, eq=False)
+class Table:
+    """A dict as its pairs, so that no key is ever hashed."""
+
+    pairs: list[tuple[object, object]] = field(default_factory=list)
+
+
+def read_pickle(content: bytes, admitted: Collection[str], where: str) -> object:
+    """Return what a pickle describes.
+
+    Args:
+        content: the pickle.
+        admitted: full names that it may mention.
+        where: what to call it in messages.
+
+    Raises:
+        HeaderError: it mentions another name, uses an instruction that data do not need, or is no pickle.
+    """
+    machine = _Machine(admitted, where)
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name not in _STEPS:
+                raise _refused(where, f"uses the instruction {opcode.name}")
+            _STEPS[opcode.name](machine, argument)
+        (result,) = machine.stack
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise HeaderError(f"{where}: not a whole pickle", hint="copy or save the file again", file=where) from error
+    return result
+
+
+@dataclass
+class _Machine:
+    admitted: Collection[str]
+    where: str
+    stack: list[object] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    memo: dict[int, object] = field(default_factory=dict)
+
+    def pop(self) -> object:
+        return self.stack.pop()
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def since_mark(self) -> list[object]:
+        """Take what lies above the last mark."""
+        mark = self.marks.pop()
+        values = self.stack[mark:]
+        del self.stack[mark:]
+        return values
+
+    def last(self, count: int) -> list[object]:
+        """Take the last few values."""
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        if len(values) < count:
+            raise LookupError
+        return values
+
+    def name(self, module: object, name: object) -> None:
+        full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else ""
+        if full not in self.admitted:
+            raise _refused(self.where, f"names {full[:200]!r}")
+        self.push(Global(full))
+
+    def call(self) -> None:
+        arguments, called = self.pop(), self.pop()
+        if not isinstance(called, Global):
+            raise TypeError
+        self.push(Made(called.name, arguments))
+
+    def build(self) -> None:
+        state, made = self.pop(), self.stack[-1]
+        if not isinstance(made, Made) or made.state is not None:
+            raise TypeError
+        made.state = state
+
+    def extend(self, values: list[object]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, list):
+            raise TypeError
+        target += values
+
+    def set_items(self, values: list[object]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, Table):
+            raise TypeError
+        target.pairs += zip(values[::2], values[1::2], strict=True)
+
+    def remember(self, index: int | None) -> None:
+        self.memo[len(self.memo) if index is None else index] = self.stack[-1]
+
+    def persistent(self) -> None:
+        self.push(Made("persistent", self.pop()))
+
+
+_Step = Callable[[_Machine, object], None]
+
+
+def _refused(where: str, what: str) -> HeaderError:
+    return HeaderError(
+        f"{where}: {what}, which the metadata of tensors has no need of",
+        hint="do not load this file with torch either: it may run code; ask for the weights as safetensors",
+        file=where,
+    )
+
+
+def _pushed(machine: _Machine, argument: object) -> None:
+    machine.push(argument)
+
+
+def _text(machine: _Machine, argument: object) -> None:
+    # Half a surrogate pair, which pickles may hold, fails here and not where the name is written.
+    machine.push(str(argument).encode().decode())
+
+
+def _nothing(machine: _Machine, argument: object) -> None:
+    pass
+
+
+def _put(machine: _Machine, argument: object) -> None:
+    assert isinstance(argument, int)
+    machine.remember(argument)
+
+
+def _get(machine: _Machine, argument: object) -> None:
+    assert isinstance(argument, int)
+    machine.push(machine.memo[argument])
+
+
+_STEPS: Mapping[str, _Step] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _nothing),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), _pushed),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _text),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
+    "MEMOIZE": lambda machine, _: machine.remember(None),
+    "NONE": lambda machine, _: machine.push(None),
+    "NEWTRUE": lambda machine, _: machine.push(True),
+    "NEWFALSE": lambda machine, _: machine.push(False),
+    "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
+    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.since_mark()),
+    "EMPTY_DICT": lambda machine, _: machine.push(Table()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
+    "GLOBAL": lambda machine, argument: machine.name(*str(argument).split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.name(*machine.last(2)),
+    "REDUCE": lambda machine, _: machine.call(),
+    "NEWOBJ": lambda machine, _: machine.call(),
+    "BUILD": lambda machine, _: machine.build(),
+    "BINPERSID": lambda machine, _: machine.persistent(),
+}
+"""What each instruction does, by the name that `pickletools` gives it."""
