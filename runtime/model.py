@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from plans.errors import CheckpointError, DependencyError, IncompleteError, UsageError
+from plans.errors import CheckpointError, DependencyError, IncompleteError, MigratorError, UsageError
 from runtime.on_meta import built_on_meta
 from runtime.wording import first_line
 
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
+    "build_on_meta",
     "dtype_name",
     "meta_model",
     "model_class",
     "model_tensors",
+    "quantization_of",
     "read_config",
     "tied_names",
     "transformers_version",
@@ -152,13 +154,43 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     Raises:
         CheckpointError: the class refuses the config.
-        UsageError: the config is quantized, which is not built yet.
+        UsageError: the config is quantized, and quantized models are not run.
     """
-    _check_unquantized(config)
-    build = model_class(config)
+    found = quantization_of(config)
+    if found is not None:
+        raise UsageError(
+            f"{found[0]}: has a quantization_config; quantized models are not run",
+            hint="use the checkpoint's unquantized form",
+            model_type=config.model_type,
+        )
+    return build_on_meta(config)
+
+
+def build_on_meta(
+    config: PreTrainedConfig, prepare: Callable[[PreTrainedModel], None] | None = None
+) -> PreTrainedModel:
+    """Build the config's model on meta, whatever quantization it speaks of.
+
+    Args:
+        config: whose `architectures` name the class.
+        prepare: changes the model before its weights are tied.
+
+    Raises:
+        CheckpointError: the class refuses the config.
+    """
+    kind = model_class(config)
+
+    def build() -> PreTrainedModel:
+        built = kind(config)
+        if prepare is not None:
+            prepare(built)
+        return built
+
     try:
-        model: Any = built_on_meta(lambda: build(config), config.dtype)
+        model: Any = built_on_meta(build, config.dtype)
         model.tie_weights()
+    except MigratorError:
+        raise
     except Exception as error:  # What transformers' model classes raise is not ours to list.
         raise CheckpointError(
             f"{config.name_or_path or config.model_type}: config.json does not describe a model: "
@@ -193,14 +225,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _check_unquantized(config: PreTrainedConfig) -> None:
+def quantization_of(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
+    """Return where a config, or one inside it, speaks of quantization, and what it says; None where it does not."""
     for where, part in _parts(config, "config.json"):
-        if getattr(part, "quantization_config", None):
-            raise UsageError(
-                f"{where}: has a quantization_config; quantized checkpoints are not supported yet",
-                hint="use the checkpoint's unquantized form",
-                model_type=part.model_type,
-            )
+        settings: Any = getattr(part, "quantization_config", None)
+        if settings:
+            return where, settings if isinstance(settings, Mapping) else {"quant_method": repr(settings)}
+    return None
 
 
 def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:

@@ -18,6 +18,7 @@ from plans.style import Owner
 from runtime.model import dtype_name, model_tensors, tied_names
 from runtime.plan import Plan, runtime_dialect
 from runtime.plan_checks import check_divisible, check_mode, check_packed_experts, check_stacked, unmatched_entries
+from runtime.scales import Scale, check_blocks, scales_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,8 @@ def resolve(
         UsageError: the mode does not go with the mesh.
         UnknownStyleError: an entry names a style that neither the release nor the param-level dialect has.
         UnmatchedKeyError: an entry names nothing that the model's classes could create.
-        IndivisibleError: a packed parameter, the attention heads or the experts do not divide by their mesh axis.
+        IndivisibleError: a packed parameter, the attention heads or the experts do not divide by their mesh axis, or
+            it would cut a quantized weight within a block that has one scale.
         PlanError: the model has no plan, entries of tied parameters contradict each other, FSDP would cut a packed
             parameter, or experts would be cut across gate and up or in part only.
     """
@@ -49,23 +51,30 @@ def resolve(
     dialect = runtime_dialect()
     for key, style in chosen.entries.items():
         dialect.style(style, key)
-    unmatched = unmatched_entries(model, chosen.entries)
-    parameters = tuple(_resolve_tensors(model, mesh, chosen, dialect))
-    check_divisible(model, mesh, chosen.entries, dialect, parameters)
-    check_stacked(parameters)
+    scales = scales_of(model)
+    packed = {lookup(chosen.entries, scale.weight, is_parameter=True) for scale in scales.values()}
+    unmatched = unmatched_entries(model, {key: chosen.entries[key] for key in chosen.entries if key not in packed})
+    parameters = tuple(_resolve_tensors(model, mesh, chosen, dialect, scales))
+    check_blocks(mesh, parameters, scales)
+    weights = tuple(row for row in parameters if row.name not in scales)
+    check_divisible(model, mesh, chosen.entries, dialect, weights)
+    check_stacked(weights)
     check_packed_experts(model, parameters)
     return ResolvedPlan(
         str(model.config.model_type), chosen.mode, dialect.name, mesh, chosen.entries, parameters, unmatched
     )
 
 
-def _resolve_tensors(model: nn.Module, mesh: Mesh, plan: Plan, dialect: Dialect) -> Iterator[ResolvedParameter]:
+def _resolve_tensors(
+    model: nn.Module, mesh: Mesh, plan: Plan, dialect: Dialect, scales: Mapping[str, Scale]
+) -> Iterator[ResolvedParameter]:
     modules = dict(model.named_modules())
     tied = tied_names(model)
     tensors = model_tensors(model)
     seen: dict[str, ResolvedParameter] = {}
     for name in sorted(tensors, key=lambda name: name in tied):
-        found = _resolve_tensor(name, tensors[name], modules[name.rpartition(".")[0]], mesh, plan, dialect)
+        owner = modules[name.rpartition(".")[0]]
+        found = _resolve_tensor(name, tensors, owner, mesh, plan, dialect, scales.get(name))
         if name in tied:
             found = _as_tied(found, seen[tied[name]])
         seen[name] = found
@@ -73,14 +82,24 @@ def _resolve_tensors(model: nn.Module, mesh: Mesh, plan: Plan, dialect: Dialect)
 
 
 def _resolve_tensor(
-    name: str, tensor: torch.Tensor, module: nn.Module, mesh: Mesh, plan: Plan, dialect: Dialect
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    module: nn.Module,
+    mesh: Mesh,
+    plan: Plan,
+    dialect: Dialect,
+    scale: Scale | None,
 ) -> ResolvedParameter:
+    tensor = tensors[name]
     kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-    key = lookup(plan.entries, name, is_parameter=True) if kind == "parameter" else None
+    weight = scale.weight if scale else name
+    key = lookup(plan.entries, weight, is_parameter=True) if kind == "parameter" else None
     style = plan.entries[key] if key is not None else None
     placement: Placement | None = None
     if key is not None and style is not None:
-        placement = dialect.style(style, key).placement(owner_of(module), tensor.ndim, name.rpartition(".")[2])
+        ndim = tensors.get(weight, tensor).ndim
+        placement = dialect.style(style, key).placement(owner_of(module), ndim, weight.rpartition(".")[2])
+        placement = scale.placement(placement, tensor.ndim) if scale and placement else placement
     over: MeshName = "experts" if placement not in (None, Replicate()) and key in plan.expert_keys else "dense"
     inner = placement or Replicate()
     return ResolvedParameter(
@@ -92,7 +111,7 @@ def _resolve_tensor(
         placements=(_outer(mesh, over, name, tensor, inner) if kind == "parameter" else Replicate(), inner),
         key=key,
         style=style,
-        reason=_reason(kind, name, key, placement),
+        reason="goes with its weight" if scale else _reason(kind, name, key, placement),
     )
 
 

@@ -32,11 +32,11 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     """
     need_runtime()
     from runtime.find_config import find_config
-    from runtime.model import meta_model
     from runtime.plan import released_plan
+    from runtime.quantized_model import stored_model
     from runtime.resolve import resolve
 
-    model = meta_model(find_config(source))
+    model = stored_model(find_config(source))
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     after = resolve(model, mesh, chosen)
     before = resolve(model, mesh, plan=released_plan(model)) if chosen == "tp" else after

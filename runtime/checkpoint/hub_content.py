@@ -13,10 +13,11 @@ from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.hf import HubCheckpoint
 from runtime.checkpoint.names import Conversion, convert
-from runtime.checkpoint.quantized import check_dtypes, check_names
+from runtime.checkpoint.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.record import StoredForm
 from runtime.checkpoint.tied import check_repeated
 from runtime.model import dtype_name, model_tensors, tied_names
+from runtime.quantized_model import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,14 +36,18 @@ def hub_content(hub: HubCheckpoint, model: PreTrainedModel) -> Content:
         ConversionError: stored tensors do not make the model's by operations that are known, or mix dtypes.
         IncompleteError: a tensor of the model is stored nowhere.
         MismatchError: stored shapes are not the model's.
-        UsageError: the checkpoint is quantized.
+        UsageError: stored tensors are quantized otherwise than the model's.
     """
     tied = tied_names(model)
     of_model = model_tensors(model)
-    check_names(hub.tensors.keys(), of_model.keys())
+    if is_quantized(model):
+        check_quantized(hub.tensors)
+    else:
+        check_names(hub.tensors.keys(), of_model.keys())
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
     conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
     check_dtypes(conversion.forms, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)
+    check_scales(conversion.carried, hub.tensors.keys())
     check_repeated(hub, conversion, tied)
     tensors = {name: _held(name, form, of_model[name], hub) for name, form in conversion.forms.items()}
     carried = _carried(hub, conversion)

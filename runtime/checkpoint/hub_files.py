@@ -65,7 +65,8 @@ def _stored_forms(content: Content, model: PreTrainedModel, form: StoredForm) ->
     used = {name: shape for name, shape in shapes.items() if name not in conversion.carried}
     back = inverse({**conversion.forms, **conversion.repeated}, used)
     forms = {**content.forms, **{name: content.forms[target] for name, target in content.tied.items()}}
-    return {name: through(back[name], forms) if name in back else forms[name] for name in shapes}
+    seen = through(forms)
+    return {name: seen(back[name]) if name in back else forms[name] for name in shapes}
 
 
 def _dtype(content: Content, form: Form, name: str, row: Mapping[str, object]) -> str:

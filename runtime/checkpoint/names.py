@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -18,9 +17,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
+from plans.errors import ConversionError, HeaderError
+from runtime.checkpoint.conversion_checks import check_forms, check_series, conflict
+from runtime.checkpoint.conversion_context import Collected, Context
 from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.operations import OPERATIONS, Collected, Context
+from runtime.checkpoint.operations import OPERATIONS
 from runtime.proof import prove
 from runtime.wording import listed
 
@@ -79,10 +80,10 @@ def convert(
     for layer, target in targets.items():
         for name, form in _converted(layer, target, stored, everything, model.config).items():
             if name in forms:
-                raise _conflict(name, origins[name] + target.stored())
+                raise conflict(name, origins[name] + target.stored())
             forms[name], origins[name] = form, target.stored()
     repeated = _untied(forms, origins, tied)
-    _check(forms, origins, shapes)
+    check_forms(forms, origins, shapes)
     result = {name: forms[name] for name in shapes}
     # A converter may also make tensors that this model lacks; then what it made them of is carried whole.
     carried += sorted({source for name in forms.keys() - everything.keys() for source in origins[name]})
@@ -112,7 +113,7 @@ def _untied(forms: dict[str, Form], origins: dict[str, list[str]], tied: Mapping
 
 def _collected(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, _Target], list[str]]:
     """Group stored names by the tensor of the model that they make, as transformers groups them when it loads."""
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -122,14 +123,15 @@ def _collected(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str,
     for name in _in_natural_order(stored):
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if renamed not in expected and name in expected:
-            renamed, pattern = name, None
+            # A renaming that leads nowhere was not meant; but a base model's prefix may still be missing.
+            renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
         if renamed not in expected:
             carried.append(name)
             continue
         converter = by_pattern[pattern] if pattern is not None else None
         target = targets.setdefault(renamed, _Target(converter))
         if target.converter is not converter or (converter is None and target.names):
-            raise _conflict(renamed, [*target.stored(), name])
+            raise conflict(renamed, [*target.stored(), name])
         target.names.setdefault(pattern or name, []).append(name)
     return targets, carried
 
@@ -155,7 +157,7 @@ def _converted(
         (name,) = target.stored()
         return {layer: whole(name, stored[name])}
     for names in target.names.values():
-        _check_series(names, layer)
+        check_series(names, layer)
     converter = target.converter
     context = Context(converter.source_patterns, converter.target_patterns, layer, shapes, config)
     collected: Collected = {
@@ -195,50 +197,3 @@ def _full_names(layer: str, results: Mapping[str, Form]) -> dict[str, Form]:
         return dict(results)
     prefix, _, suffix = full.partition(found)
     return {prefix + pattern + suffix: form for pattern, form in results.items()}
-
-
-def _check_series(names: Sequence[str], layer: str) -> None:
-    """Refuse a numbered series with gaps: merging it would shift every tensor behind the gap."""
-    if len(names) < 2:
-        return
-    parts = [re.split(r"(\d+)", name) for name in names]
-    varying = [index for index, values in enumerate(zip(*parts, strict=False)) if len(set(values)) > 1]
-    if len({len(part) for part in parts}) > 1 or len(varying) != 1 or not parts[0][varying[0]].isdigit():
-        raise _conflict(layer, names)
-    numbers = [int(part[varying[0]]) for part in parts]
-    for expected, number in enumerate(numbers):
-        if number != expected:
-            missing = "".join([*parts[0][: varying[0]], str(expected), *parts[0][varying[0] + 1 :]])
-            raise IncompleteError(
-                f"{missing} is missing from the series that makes {layer}",
-                hint="the checkpoint is incomplete; download or save it again",
-                missing=[missing],
-            )
-
-
-def _check(forms: Mapping[str, Form], origins: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [name for name in shapes if name not in forms]
-    if missing:
-        raise IncompleteError(
-            f"{listed(missing)} of the model are stored nowhere",
-            hint="the checkpoint is incomplete or config.json belongs to another model",
-            missing=missing,
-        )
-    for name, shape in shapes.items():
-        if forms[name].shape != shape:
-            raise MismatchError(
-                f"{name} is {list(shape)} in the model but {listed(origins[name])} give {list(forms[name].shape)}",
-                hint="config.json does not belong to these weights, or some are missing",
-                name=name,
-                expected=list(shape),
-                found=list(forms[name].shape),
-            )
-
-
-def _conflict(name: str, tensors: Sequence[str]) -> ConversionError:
-    return ConversionError(
-        f"{name} is stored more than once: {listed(tensors)}",
-        hint="the checkpoint holds one tensor in two forms; save it again with transformers",
-        name=name,
-        tensors=list(tensors),
-    )

@@ -9,74 +9,53 @@ Source: `transformers.core_model_loading` of transformers 5.23.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.extents import Form, FormError, chunk, concatenate, split, stack, transpose, unbind
+from runtime.checkpoint.conversion_context import Collected, Context, one_pattern, only_form
+from runtime.checkpoint.extents import Form, FormError, chunk, concatenate, split, stack, unbind
+from runtime.checkpoint.reorderings import (
+    conv3d_to_linear,
+    interleave,
+    linear_to_conv3d,
+    permute_for_rope,
+    transposed,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
     from transformers.core_model_loading import ConversionOps
 
-__all__ = ["OPERATIONS", "Collected", "Context"]
+__all__ = ["OPERATIONS", "Operation"]
 
-Collected = dict[str, list[Form]]
-"""Forms by the pattern of names that they came from or go to."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What an operation may ask about the converter that runs it.
-
-    Args:
-        sources: the converter's source patterns.
-        targets: its target patterns.
-        layer: the first target's full name in the model.
-        shapes: of the model's tensors by full name.
-        config: the model's config.
-    """
-
-    sources: Sequence[str]
-    targets: Sequence[str]
-    layer: str
-    shapes: Mapping[str, tuple[int, ...]]
-    config: PreTrainedConfig
-
-    def target_shape(self, target: str) -> tuple[int, ...]:
-        """Return the shape of the tensor that a target pattern means in this layer."""
-        name = self.layer.replace(self.targets[0], target)
-        if name not in self.shapes:
-            raise FormError(f"the model has no {name}")
-        return self.shapes[name]
+Operation = Callable[["ConversionOps", Collected, Context], Collected]
 
 
 def _merge_modulelist(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
     alone = len(collected) == 1
     return {
-        _one(context.targets) if alone else source: [stack(forms, operation.dim)] for source, forms in collected.items()
+        one_pattern(context.targets) if alone else source: [stack(forms, operation.dim)]
+        for source, forms in collected.items()
     }
 
 
 def _split_modulelist(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
     result: Collected = {}
     for source, forms in collected.items():
-        pattern = _one(context.targets) if len(collected) == 1 else source
-        pieces = unbind(forms[0], operation.dim)
-        result |= {pattern.replace("*", str(index)): [piece] for index, piece in enumerate(pieces)}
+        pattern = one_pattern(context.targets) if len(collected) == 1 else source
+        result |= _numbered(pattern, unbind(forms[0], operation.dim))
     return result
 
 
 def _concatenate(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
     ordered = [form for source in context.sources for form in collected.get(source, [])]
-    return {_one(context.targets): [concatenate(ordered, operation.dim)]}
+    return {one_pattern(context.targets): [concatenate(ordered, operation.dim)]}
 
 
 def _chunk(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
     targets = context.targets
     if operation.num_shards_attribute is not None:
         count = getattr(context.config.get_text_config(), operation.num_shards_attribute)
-        targets = [_one(targets).replace("*", str(index)) for index in range(count)]
-    pieces = chunk(_only(collected), len(targets), operation.dim)
+        targets = [one_pattern(targets).replace("*", str(index)) for index in range(count)]
+    pieces = chunk(only_form(collected), len(targets), operation.dim)
     if len(pieces) != len(targets):
         raise FormError(f"{len(pieces)} chunks for {len(targets)} targets")
     return {target: [piece] for target, piece in zip(targets, pieces, strict=True)}
@@ -84,38 +63,66 @@ def _chunk(operation: ConversionOps, collected: Collected, context: Context) -> 
 
 def _split(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
     sizes = [context.target_shape(target)[operation.dim] for target in context.targets]
-    pieces = split(_only(collected), sizes, operation.dim)
+    pieces = split(only_form(collected), sizes, operation.dim)
     return {target: [piece] for target, piece in zip(context.targets, pieces, strict=True)}
 
 
-def _transpose(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
-    form = _only(collected)
-    # First of a chain that ends in several targets: the name stays the source's.
-    target = context.targets[0] if len(context.targets) == 1 else _one(context.sources)
-    if getattr(operation, "check_dims", False) and form.shape == context.shapes.get(context.layer):
-        return {target: [form]}
-    return {target: [transpose(form, operation.dim0, operation.dim1)]}
+def _fuse_for_rope(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
+    permuted = permute_for_rope(operation.permute_op, collected, context)
+    return _concatenate(operation.concat_op, permuted, context)
 
 
-def _one(patterns: Sequence[str]) -> str:
-    if len(patterns) != 1:
-        raise FormError(f"{len(patterns)} patterns where the operation is defined for one")
-    return patterns[0]
+def _unfuse_for_rope(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
+    return permute_for_rope(operation.permute_op, _chunk(operation.chunk_op, collected, context), context)
 
 
-def _only(collected: Collected) -> Form:
-    forms = [form for group in collected.values() for form in group]
-    if len(forms) != 1:
-        raise FormError(f"{len(forms)} tensors where the operation is defined for one")
-    return forms[0]
+def _fuse_text_and_vision(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
+    """Split each list of experts among the targets, and join what each target gets of every list."""
+    fused: Collected = {target: [] for target in context.targets}
+    for source in context.sources:
+        forms = _collected_for(source, collected)
+        length = -(-len(forms) // len(context.targets))
+        for index, target in enumerate(context.targets):
+            fused[target].append(stack(forms[index * length : (index + 1) * length], operation.stack_dim))
+    return {target: [concatenate(forms, operation.concat_dim)] for target, forms in fused.items()}
 
 
-OPERATIONS: Mapping[str, Callable[[ConversionOps, Collected, Context], Collected]] = {
+def _split_text_and_vision(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
+    """Cut each fused tensor into its lists' parts, and number those of one list through all fused tensors."""
+    result: Collected = {}
+    parts = [
+        chunk(_collected_for(s, collected)[0], len(context.targets), operation.concat_dim) for s in context.sources
+    ]
+    for index, target in enumerate(context.targets):
+        experts = [expert for group in parts for expert in unbind(group[index], operation.stack_dim)]
+        result |= _numbered(target, experts)
+    return result
+
+
+def _collected_for(source: str, collected: Collected) -> list[Form]:
+    if source not in collected:
+        raise FormError(f"there is nothing for {source}")
+    return collected[source]
+
+
+def _numbered(pattern: str, forms: Sequence[Form]) -> Collected:
+    return {pattern.replace("*", str(index)): [form] for index, form in enumerate(forms)}
+
+
+OPERATIONS: Mapping[str, Operation] = {
     "Chunk": _chunk,
     "Concatenate": _concatenate,
+    "Conv3dToLinear": conv3d_to_linear,
+    "ErnieFuseAndSplitTextVisionExperts": _fuse_text_and_vision,
+    "ErnieSplitAndDecoupleTextVisionExperts": _split_text_and_vision,
+    "Interleave": interleave,
+    "LinearToConv3d": linear_to_conv3d,
     "MergeModulelist": _merge_modulelist,
+    "PermuteForRope": permute_for_rope,
     "Split": _split,
     "SplitModulelist": _split_modulelist,
-    "Transpose": _transpose,
+    "Transpose": transposed,
+    "VisionFuseAndPermuteForRope": _fuse_for_rope,
+    "VisionUnfuseAndPermuteForRope": _unfuse_for_rope,
 }
 """By class name; the classes of `transformers.core_model_loading` only."""

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint.content import Content, Layout
-from runtime.checkpoint.hf import read_hub
+from runtime.checkpoint.dcp_content import dcp_content
+from runtime.checkpoint.dcp_metadata import METADATA
+from runtime.checkpoint.dcp_safetensors import shard_files
+from runtime.checkpoint.hf import INDEX, WEIGHTS, read_hub
 from runtime.checkpoint.hub_content import hub_content
 from runtime.checkpoint.ranks import RankCheckpoint
 from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.safetensors import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +23,13 @@ __all__ = ["layout_of", "read_content"]
 
 def layout_of(folder: Path) -> Layout:
     """Return how a checkpoint lies in a folder, by the names of its files; hub form where nothing says otherwise."""
-    return "ranks" if (folder / MANIFEST).is_file() else "hf"
+    with reading(folder):
+        if folder.is_dir() and shard_files(folder):
+            return "dcp"
+    if (folder / MANIFEST).is_file():
+        return "ranks"
+    is_hub = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+    return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
 
 
 def read_content(folder: Path, model: PreTrainedModel) -> Content:
@@ -33,6 +43,10 @@ def read_content(folder: Path, model: PreTrainedModel) -> Content:
         CheckpointError: it is damaged, incomplete or of another model.
         UsageError: it is quantized.
     """
-    if layout_of(folder) == "ranks":
-        return RankCheckpoint.read(folder).content()
-    return hub_content(read_hub(folder), model)
+    match layout_of(folder):
+        case "dcp":
+            return dcp_content(folder, model)
+        case "ranks":
+            return RankCheckpoint.read(folder).content()
+        case "hf":
+            return hub_content(read_hub(folder), model)

@@ -7,8 +7,11 @@ same tensor, turning round over the shape of the source.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -60,22 +63,57 @@ def inverse(forms: Mapping[str, Form], shapes: Mapping[str, tuple[int, ...]]) ->
     return {source: Form(shape, tuple(found[source])) for source, shape in shapes.items()}
 
 
-def through(form: Form, sources: Mapping[str, Form]) -> Form:
-    """Return a form over what its sources are made of themselves.
+def through(sources: Mapping[str, Form]) -> Callable[[Form], Form]:
+    """Return a function from a form over sources to the form over what the sources are made of themselves.
 
     Args:
-        form: of a tensor over the sources.
         sources: their own forms by name.
     """
-    strides = row_major(form.shape)
-    boxes = (
-        box
-        for extent in form.extents
-        for grid in _over_source(extent, strides, sources[extent.source].shape)
-        for part in sources[extent.source].extents
-        for box in _met(grid, part, form.shape)
-    )
-    return Form(form.shape, tuple(boxes))
+    near = {name: cache(partial(_by_first_dim, form)) for name, form in sources.items()}
+
+    def seen(form: Form) -> Form:
+        strides = row_major(form.shape)
+        boxes = (
+            box
+            for extent in form.extents
+            for grid in _over_source(extent, strides, sources[extent.source].shape)
+            for part in near[extent.source]().meeting(grid)
+            for box in _met(grid, part, form.shape)
+        )
+        return Form(form.shape, tuple(boxes))
+
+    return seen
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The extents of a source, sorted by where they begin along its first dim.
+
+    Args:
+        extents: of the source.
+        starts: of each along the first dim.
+        widest: how far one reaches along it at most.
+    """
+
+    extents: Sequence[Extent]
+    starts: Sequence[int]
+    widest: int
+
+    def meeting(self, grid: Extent) -> Sequence[Extent]:
+        """Return those that may share elements with a grid."""
+        if not grid.shape:
+            return self.extents
+        begin = bisect_right(self.starts, grid.offset[0] - self.widest)
+        end = bisect_left(self.starts, grid.offset[0] + (grid.shape[0] - 1) * grid.steps[0] + 1)
+        return self.extents[begin:end]
+
+
+def _by_first_dim(source: Form) -> _Parts:
+    if not source.shape:
+        return _Parts(source.extents, (), 0)
+    extents = sorted(source.extents, key=lambda part: part.offset[0])
+    widest = max(((part.shape[0] - 1) * part.steps[0] + 1 for part in extents), default=0)
+    return _Parts(extents, [part.offset[0] for part in extents], widest)
 
 
 def _over_source(extent: Extent, strides: Sequence[int], shape: Sequence[int]) -> Iterator[Extent]:

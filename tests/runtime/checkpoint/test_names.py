@@ -10,12 +10,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
-from plans.errors import ConversionError, HeaderError, IncompleteError
+from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint import names
 from runtime.checkpoint.names import convert
 from runtime.checkpoint.ranks import assemble
 from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.target import Target
 from runtime.model import meta_model
 
 _TEXT = {
@@ -78,6 +79,8 @@ def test_a_converter_that_transposes_by_shape(transposed: bool, tmp_path: Path) 
     found = dict(assemble(tmp_path / "ranks"))
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert all(torch.equal(found[name], loaded[name]) for name in found)
+    plan_reshard(tmp_path / "ranks", target=Target("hf")).execute(tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_an_unknown_operation_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +90,7 @@ def test_an_unknown_operation_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         pass
 
     converter = core_model_loading.WeightConverter(["experts.*.down_proj.weight"], ["experts.down_proj"], [Scramble(0)])
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [converter])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
     stored = {name: shape for name, shape in qwen3_moe_hub(model).items() if "down_proj" in name}
     with pytest.raises(ConversionError, match="Scramble") as caught:
         convert(model, stored, {}, {})
@@ -98,20 +101,38 @@ def test_a_class_of_another_module_is_not_the_known_operation(monkeypatch: pytes
     model = qwen3_moe()
     impostor = type("Concatenate", (core_model_loading.Concatenate,), {"__module__": "elsewhere"})
     converter = core_model_loading.WeightConverter(["experts.*.down_proj.weight"], ["experts.down_proj"], [impostor(0)])
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [converter])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
     stored = {name: shape for name, shape in qwen3_moe_hub(model).items() if "down_proj" in name}
     with pytest.raises(ConversionError, match="not known"):
         convert(model, stored, {}, {})
 
 
-def test_rope_permutations_are_refused_until_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_permutation_of_elements_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
     model = qwen3_moe()
-    converter = core_model_loading.WeightConverter(
-        ["self_attn.wq.weight"], ["self_attn.q_proj.weight"], [core_model_loading.PermuteForRope()]
+    converter = core_model_loading.WeightConverter(["weight$", "weight_scale_inv"], ["weight"], [Fp8Dequantize(None)])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
+    with pytest.raises(ConversionError, match="need the operation Fp8Dequantize, which is not known"):
+        convert(model, {"model.layers.0.self_attn.q_proj.weight": (64, 64)}, {}, {})
+
+
+def test_every_tensor_that_is_too_short_is_named() -> None:
+    model = qwen3_moe()
+    stored = qwen3_moe_hub(model)
+    short = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.o_proj.weight"]
+    stored |= {name: (stored[name][0] // 2, *stored[name][1:]) for name in short}
+    stored |= {name: (16, 64) for name in stored if "up_proj" in name or "gate_proj" in name}
+    with pytest.raises(MismatchError) as caught:
+        convert(model, stored, shapes_of(model), {})
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    assert set(caught.value.data["names"]) == {*short, fused}
+    assert caught.value.data["expected"][fused] == [4, 64, 64]
+    assert caught.value.data["found"][fused] == [4, 32, 64]
+    assert "model.embed_tokens.weight is [131, 64] in the model but 'model.embed_tokens.weight' give [65, 64]" in str(
+        caught.value
     )
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [converter])
-    with pytest.raises(ConversionError, match="PermuteForRope"):
-        convert(model, {"model.layers.0.self_attn.wq.weight": (64, 64)}, {}, {})
+    assert str(caught.value).endswith("; and 1 more")
 
 
 def test_the_base_models_names_are_taken_too() -> None:
@@ -177,7 +198,7 @@ def test_what_a_converter_makes_for_nobody_is_carried_whole(monkeypatch: pytest.
         [core_model_loading.Chunk(0)],
     )
     known = names.get_model_conversion_mapping(model)
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model: [*known, converter])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [*known, converter])
     stored["model.layers.0.self_attn.k_proj.weight"] = key
     conversion = convert(model, stored, shapes_of(model), {})
     assert conversion.carried == (fused,)

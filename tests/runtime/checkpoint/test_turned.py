@@ -99,7 +99,7 @@ def test_a_form_through_another(
     for _ in range(data.draw(st.integers(0, 3))):
         step = data.draw(st.sampled_from([permuted, viewed, rejoined, sliced]))
         outer, expected = step(data.draw, outer, expected)
-    assert torch.equal(gather(through(outer, {"x": inner}), {"t": source}), expected)
+    assert torch.equal(gather(through({"x": inner})(outer), {"t": source}), expected)
 
 
 def sliced(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
@@ -127,3 +127,13 @@ def test_what_lies_on_end_is_one_box() -> None:
 def test_another_number_of_elements_is_refused() -> None:
     with pytest.raises(FormError, match="no view"):
         reshape(whole("t", (2, 3)), (7,))
+
+
+def test_many_parts_are_found_by_where_they_lie(gather: Gather) -> None:
+    pieces = {f"p{index}": coordinates((index % 3 + 1, 4), 100 * index) for index in range(20)}
+    inner = extents.concatenate([whole(name, tuple(piece.shape)) for name, piece in pieces.items()], 0)
+    tensor = torch.cat(list(pieces.values()))
+    for start in range(tensor.shape[0]):
+        for length in range(1, tensor.shape[0] - start + 1):
+            outer = extents.transpose(extents.narrow(whole("x", inner.shape), 0, start, length), 0, 1)
+            assert torch.equal(gather(through({"x": inner})(outer), pieces), tensor[start : start + length].T)

@@ -1,0 +1,73 @@
+"""What transformers' weight operations are given: forms by pattern, and what they may ask about their converter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runtime.checkpoint.extents import Form, FormError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["Collected", "Context", "one_pattern", "only_form"]
+
+Collected = dict[str, list[Form]]
+"""Forms by the pattern of names that they came from or go to."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operation may ask about the converter that runs it.
+
+    Args:
+        sources: the converter's source patterns.
+        targets: its target patterns.
+        layer: the first target's full name in the model.
+        shapes: of the model's tensors by full name.
+        config: the model's config.
+    """
+
+    sources: Sequence[str]
+    targets: Sequence[str]
+    layer: str
+    shapes: Mapping[str, tuple[int, ...]]
+    config: PreTrainedConfig
+
+    def target_shape(self, target: str) -> tuple[int, ...]:
+        """Return the shape of the tensor that a target pattern means in this layer."""
+        name = self.layer.replace(self.targets[0], target)
+        if name not in self.shapes:
+            raise FormError(f"the model has no {name}")
+        return self.shapes[name]
+
+    def alone(self) -> str:
+        """Return the name that an operation on one tensor gives it.
+
+        First of a chain that ends in several targets, it leaves the source's.
+        """
+        return one_pattern(self.targets if len(self.targets) == 1 else self.sources)
+
+
+def one_pattern(patterns: Sequence[str]) -> str:
+    """Return the only pattern.
+
+    Raises:
+        FormError: there are several.
+    """
+    if len(patterns) != 1:
+        raise FormError(f"{len(patterns)} patterns where the operation is defined for one")
+    return patterns[0]
+
+
+def only_form(collected: Collected) -> Form:
+    """Return the only form.
+
+    Raises:
+        FormError: there are several.
+    """
+    forms = [form for group in collected.values() for form in group]
+    if len(forms) != 1:
+        raise FormError(f"{len(forms)} tensors where the operation is defined for one")
+    return forms[0]
