@@ -7,7 +7,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
@@ -96,6 +96,7 @@ def one_axis(shape: tuple[int, ...], size: int) -> st.SearchStrategy[Placement]:
     return st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(shape))), *packed])
 
 
+@settings(max_examples=2000)
 @given(
     shape=st.lists(st.sampled_from([1, 2, 3, 5, 6, 8, 12]), min_size=1, max_size=3).map(tuple),
     size=st.integers(1, 5),
