@@ -2,11 +2,12 @@
 # make test       lint, types, import contracts and tests
 # make test-full  the long tests too
 # make bench      the figures in the README
+# make bench-reshard  those of checkpoints: 4 GiB are copied several times over
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint bench sweep
+.PHONY: demo test test-full lint bench bench-reshard sweep
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -25,6 +26,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/rewrite.py
+
+bench-reshard: .venv/installed
+	$(BIN)/python -W ignore -m benchmarks.reshard
 
 sweep: .venv/installed
 	$(BIN)/python -W ignore -m benchmarks.sweep

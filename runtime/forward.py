@@ -19,7 +19,7 @@ from plans.errors import IncompleteError, MigratorError, MismatchError, UsageErr
 from runtime.agreement import gather_json, together
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks import assemble
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.read import layout_of
 from runtime.loading import load_whole
 from runtime.model import meta_model, model_class, read_config
 from runtime.validation_values import Forward, ValidationRequest
@@ -135,7 +135,14 @@ def _output(model: PreTrainedModel, tokens: torch.Tensor) -> _Output:
 
 def _reference(request: ValidationRequest, tokens: torch.Tensor, found: _Output) -> torch.Tensor:
     source = request.reference or request.folder
-    unsharded = (_reassembled if (source / MANIFEST).is_file() else _pretrained)(source)
+    layout = layout_of(source)
+    if layout == "dcp":
+        # transformers loads it with all ranks of the process group, but here one rank loads alone.
+        raise UsageError(
+            f"{source}: a distributed checkpoint cannot be the reference",
+            hint="bring it to hub form with `migrator reshard --layout hf` and give that",
+        )
+    unsharded = (_reassembled if layout == "ranks" else _pretrained)(source)
     try:
         expected = _output(unsharded, tokens)
     except MigratorError:

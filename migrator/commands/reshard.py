@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
+from migrator import console, reshard_report
+from migrator.events import Events, recorded
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
-from runtime.wording import counted, listed
+from runtime.started import leave
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
     from runtime.checkpoint.content import Layout
     from runtime.checkpoint.hub_form import Experts
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
+    from runtime.checkpoint.target import Target
 
 __all__ = ["command"]
 
 
 @click.command("reshard")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
 @mesh_options
-@click.option("--layout", type=click.Choice(["hf", "ranks"]), required=True, help="Hub form, or a file for each rank.")
+@click.option(
+    "--layout",
+    type=click.Choice(["hf", "dcp", "ranks"]),
+    help="Hub form, torch distributed checkpoint, or a file for each rank; by default dcp with a mesh, else hf.",
+)
 @click.option(
     "--experts",
     type=click.Choice(["fused", "separate"]),
     help="How hub form stores experts; by default as they were, or as transformers does.",
+)
+@click.option(
+    "--optimizer/--no-optimizer",
+    default=None,
+    help="Take the optimizer's state along, laid out like its parameters; by default if there is one, but not to hf.",
 )
 @click.option(
     "--max-memory",
@@ -39,84 +52,155 @@ __all__ = ["command"]
     metavar="MIB",
     help="What copying may allocate, in MiB.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DESTINATION, once the new one is whole.")
+@click.option("--push-to", metavar="OWNER/NAME", help="Upload the result to this repository of the hub as well.")
+@click.option(
+    "--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For other ranks, under torchrun."
+)
+@click.option("--dry-run", is_flag=True, help="Only show what moves, and what disk, memory and time it would take.")
+@click.option(
+    "--events", type=click.Path(path_type=Path), metavar="FILE", help="Add events to FILE as they happen, JSON lines."
+)
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(
-    source: Path,
+    source: str,
     destination: Path,
     tp: int,
     ep: int,
     fsdp: int,
     mode: Mode | None,
-    layout: Layout,
+    layout: Layout | None,
     experts: Experts | None,
+    optimizer: bool | None,
     max_memory: int,
+    overwrite: bool,
+    push_to: str | None,
+    timeout: float,
+    dry_run: bool,
+    events: Path | None,
     form: str,
     quiet: bool,
 ) -> None:
     """Bring the checkpoint SOURCE, of whatever layout, to another one in the new folder DESTINATION.
 
-    Every byte is copied as it is, and a digest of each parameter goes into the manifest. DESTINATION appears whole
-    or not at all.
+    SOURCE is a folder, or hf://owner/name[@revision]. Every byte is copied as it is, and a digest of each parameter
+    goes into the manifest. DESTINATION appears whole or not at all; a run that was killed or stopped leaves
+    DESTINATION.partial, and the same command goes on with it. Under torchrun each rank moves its share of the bytes to
+    a DESTINATION that all of them see.
     """
-    need_runtime()
+    need_runtime(shows_downloads=not quiet)
     from runtime.checkpoint.commit import check_destination
-    from runtime.checkpoint.reshard import plan_reshard
     from runtime.checkpoint.target import Target
+    from runtime.hub import check_repository
+    from runtime.joined import in_worker
 
-    check_destination(destination)
-    plan = plan_reshard(source, target=Target(layout, *mesh_of(tp, ep, fsdp, mode), experts))
-    with console.progress(f"{source.name} → {layout}", quiet=quiet) as progress:
-        result = plan.execute(destination, progress, max_memory * 2**20)
-    if form == "json":
-        console.emit_json(_as_json(plan, result))
-    elif not quiet:
-        _summarize(plan, result)
-    if not quiet:
-        _note(plan)
-
-
-def _note(plan: ReshardPlan) -> None:
-    for key in _unmatched(plan):
-        console.say(f"note: the plan entry {key} matches nothing in this configuration")
-    if carried := _carried(plan):
-        where = ", in rank 0's file" if plan.target.layout == "ranks" else ""
-        tensors = counted(len(carried), "tensor")
-        console.say(f"note: carried {tensors} that the model does not have{where}: {listed(carried)}")
-    for name in plan.content.side.left_behind:
-        console.say(f"note: left behind {name}")
+    if push_to is not None:
+        check_repository(push_to)
+    check_destination(destination, overwrite=overwrite)
+    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
+    speaks = not in_worker() or os.environ["RANK"] == "0"
+    work = _Work(destination, max_memory * 2**20, overwrite, push_to, timeout, form, quiet or not speaks)
+    with recorded(events if speaks else None) as log:
+        plan = _planned(source, target, work, log)
+        if not dry_run:
+            _carry_out(plan, work, log)
+        elif speaks:
+            _estimate(plan, work)
+    if not work.quiet:
+        reshard_report.note(plan)
+    if in_worker():
+        leave(0)
 
 
-def _carried(plan: ReshardPlan) -> list[str]:
-    return [name for name, held in plan.content.tensors.items() if held.kind == "carried"]
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done with a plan.
+
+    Args:
+        destination: the new folder.
+        max_memory: bytes that copying may allocate.
+        overwrite: replace what is at the destination.
+        push_to: a repository that gets the result too.
+        timeout: seconds that ranks wait for one another.
+        form: of the output.
+        quiet: say errors only.
+    """
+
+    destination: Path
+    max_memory: int
+    overwrite: bool
+    push_to: str | None
+    timeout: float
+    form: str
+    quiet: bool
 
 
-def _unmatched(plan: ReshardPlan) -> list[str]:
-    return list(plan.laid.resolved.unmatched) if plan.laid.resolved else []
+def _planned(source: str, target: Target, work: _Work, log: Events) -> ReshardPlan:
+    from runtime.checkpoint.reshard import plan_reshard
+    from runtime.hub import local_folder
+
+    plan = plan_reshard(local_folder(source, quiet=work.quiet), target=target)
+    facts = {"tensors": len(plan.content.tensors), "bytes_total": plan.table.bytes_written, "seconds": plan.planning}
+    log.emit("planned", source=source, layout=target.layout, **facts)
+    return plan
 
 
-def _summarize(plan: ReshardPlan, result: ReshardResult) -> None:
-    seconds = result.seconds
-    entries = result.manifest.tensors.values() if result.manifest else ()
-    sharded = f", {sum(entry.is_sharded for entry in entries)} of them sharded," if entries else ""
-    files = counted(len(plan.laid.files), "rank file" if plan.target.layout == "ranks" else "file")
-    console.emit(f"wrote {result.destination}: {counted(len(plan.content.tensors), 'tensor')}{sharded} in {files}")
-    console.emit(
-        f"{result.bytes_written:,} bytes, planned in {seconds.planning:.2f} s, copied in {seconds.copying:.2f} s, "
-        f"synced in {seconds.syncing:.2f} s"
-    )
+def _estimate(plan: ReshardPlan, work: _Work) -> None:
+    from runtime.checkpoint.estimate import estimate
+
+    found = estimate(plan, work.destination, work.max_memory)
+    if work.form == "json":
+        console.emit_json(reshard_report.estimate_as_json(plan, found))
+    elif not work.quiet:
+        reshard_report.summarize_estimate(plan, found)
 
 
-def _as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object]:
-    seconds = result.seconds
-    return {
-        "destination": str(result.destination),
-        "files": list(result.files),
-        "tensors": len(plan.content.tensors),
-        "bytes_read": result.bytes_read,
-        "bytes_written": result.bytes_written,
-        "unmatched": _unmatched(plan),
-        "carried": _carried(plan),
-        "left_behind": list(plan.content.side.left_behind),
-        "seconds": {"planning": seconds.planning, "copying": seconds.copying, "syncing": seconds.syncing},
-    }
+def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
+    """Write what was planned, push it where that is wanted, and say so; other ranks than the first say nothing."""
+    log.emit("started", destination=work.destination, bytes_total=plan.table.bytes_written)
+    result = _written(plan, work, log)
+    if result is None:
+        return
+    said = reshard_report.result_as_json(plan, result)
+    log.emit("finished", **said)
+    if work.form == "human" and not work.quiet:
+        reshard_report.summarize(plan, result)
+    if work.push_to is not None:
+        said["pushed"] = _pushed(work, work.push_to, log)
+    if work.form == "json":
+        console.emit_json(said)
+
+
+def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | None:
+    from runtime.checkpoint.execution import Options, carry_out
+    from runtime.checkpoint.several import carry_out_together
+    from runtime.joined import in_worker, joined
+
+    with console.progress(f"{plan.content.folder.name} → {plan.target.layout}", quiet=work.quiet) as advance:
+
+        def progress(done: int, total: int, current: str) -> None:
+            advance(done, total, current)
+            log.progress(done, total, current)
+
+        def say(text: str) -> None:
+            log.emit("note", text=text)
+            if not work.quiet:
+                console.say(text)
+
+        options = Options(progress, say, work.max_memory, work.overwrite)
+        if not in_worker():
+            return carry_out(plan, work.destination, options)
+        with joined(work.timeout):
+            return carry_out_together(plan, work.destination, options)
+
+
+def _pushed(work: _Work, repository: str, log: Events) -> str:
+    from runtime.hub import push
+
+    address = push(work.destination, repository, quiet=work.quiet)
+    log.emit("pushed", address=address)
+    if work.form == "human" and not work.quiet:
+        console.emit(f"pushed to {address}")
+    return address

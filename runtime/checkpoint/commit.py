@@ -5,65 +5,107 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plans.errors import DestinationError
+from plans.errors import CheckpointError, DestinationError, MigratorError, MismatchError
+from runtime.checkpoint.journal import begin_journal, read_journal
 from runtime.checkpoint.lock import locked
 from runtime.checkpoint.record import MANIFEST
 
-__all__ = ["MARKER", "check_destination", "staging", "sync"]
+__all__ = ["MARKER", "Say", "check_destination", "partial_folder", "staging", "sync", "writing"]
 
 MARKER = ".migrator-partial"
+"""The journal of a folder that is being written, by which a later run knows what was left there."""
+
+Say = Callable[[str], None]
+"""Tells a person what is good to know."""
+
+_RESUMES = "then run the same command again: it goes on where this one stopped"
 
 
 @contextmanager
-def staging(destination: Path, size: int) -> Iterator[Path]:
-    """Give a folder to work in that becomes `destination` if the body ends well and vanishes if it does not.
+def staging(
+    destination: Path, size: int, *, key: str = "", overwrite: bool = False, say: Say = lambda text: None
+) -> Iterator[Path]:
+    """Give a folder to work in that becomes `destination` if the body ends well.
 
-    One process at a time works on a destination: it holds the lock of `DST.partial.lock`, which dies with it.
+    If the body fails, the folder stays for the next run as soon as its journal says that something in it is safe;
+    a source whose content is found to be wrong is nothing to go on with. One process at a time works on a destination:
+    it holds the lock of `DST.partial.lock`, which dies with it.
 
     Args:
-        destination: must not exist; its parent must.
-        size: bytes that the body will write.
+        destination: must not exist unless it may be replaced; its parent must.
+        size: bytes that the result takes.
+        key: the fingerprint of the work; only a run with the same one goes on with what another left.
+        overwrite: replace the checkpoint that is at the destination.
+        say: told what became of an earlier run's work.
 
     Raises:
         DestinationError: the destination exists, another run works on it, what lies at `DST.partial` is not ours,
             or the disk cannot hold the result.
     """
     destination = destination.absolute()
-    check_destination(destination)
-    _check_space(destination, size)
-    partial = destination.with_name(destination.name + ".partial")
-    try:
-        with locked(partial.with_name(partial.name + ".lock")):
-            # Only now: the run that held the lock before may have committed since.
-            _check_absent(destination)
-            _start(partial)
-            try:
-                yield partial
-                (partial / MARKER).unlink()
-                sync(partial)
-                _check_absent(destination)
-                partial.rename(destination)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            sync(destination.parent)
-    except OSError as error:
-        raise _unwritable(destination, error) from error
+    check_destination(destination, overwrite=overwrite)
+    partial, aside = partial_folder(destination), destination.with_name(destination.name + ".replaced")
+    with writing(destination), locked(partial.with_name(partial.name + ".lock")):
+        _put_back(destination, aside)
+        # Only now: the run that held the lock before may have committed since.
+        check_destination(destination, overwrite=overwrite)
+        _check_space(destination, size - _allocated(partial))
+        _start(partial, key, say)
+        with _kept_if_worth_it(partial, destination):
+            yield partial
+            sync(partial)
+            check_destination(destination, overwrite=overwrite)
+            _replace(partial, destination, aside)
+        (destination / MARKER).unlink()
+        sync(destination)
+        if os.path.lexists(aside):
+            _discard(aside)
 
 
-def check_destination(destination: Path) -> None:
+def check_destination(destination: Path, *, overwrite: bool = False) -> None:
     """Refuse a destination that could not be committed, before any work is done for it.
 
     Raises:
-        DestinationError: it exists, or its parent does not.
+        DestinationError: it exists and may not be replaced, or its parent does not exist.
     """
-    _check_absent(destination)
+    if os.path.lexists(destination):
+        if not overwrite:
+            raise DestinationError(
+                f"{destination}: exists already",
+                hint="name a new folder, remove this one, or replace it with --overwrite",
+                path=str(destination),
+            )
+        if not _is_checkpoint(destination):
+            raise DestinationError(
+                f"{destination}: is no checkpoint, and nothing else is ever replaced",
+                hint="name a new folder",
+                path=str(destination),
+            )
     if not destination.absolute().parent.is_dir():
         raise DestinationError(f"{destination.parent}: not a folder", hint="create it first")
+
+
+def partial_folder(destination: Path) -> Path:
+    """Return the folder that is worked in before it becomes the destination."""
+    destination = destination.absolute()
+    return destination.with_name(destination.name + ".partial")
+
+
+@contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Turn what the system says when a destination cannot be written into an error for the user.
+
+    Raises:
+        DestinationError: the body's writing failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(destination, error) from error
 
 
 def sync(path: Path) -> None:
@@ -73,6 +115,26 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _kept_if_worth_it(partial: Path, destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        is_worth_it = _has_progress(partial) and not isinstance(error, MismatchError)
+        if not is_worth_it and partial.is_dir():
+            _discard(partial)
+        if isinstance(error, OSError):
+            raise _unwritable(destination, error, resumes=is_worth_it) from error
+        if isinstance(error, CheckpointError) and is_worth_it:
+            _add_hint(error)
+        raise
+
+
+def _has_progress(partial: Path) -> bool:
+    """Return whether a journal, of this process or of one that shares the work, says that something is safe."""
+    return (partial / MARKER).is_file() and any(read_journal(path).units for path in partial.glob(f"{MARKER}*"))
 
 
 def _check_space(destination: Path, size: int) -> None:
@@ -86,32 +148,85 @@ def _check_space(destination: Path, size: int) -> None:
         )
 
 
-def _check_absent(destination: Path) -> None:
-    if os.path.lexists(destination):
-        raise DestinationError(
-            f"{destination}: exists already", hint="name a new folder or remove this one", path=str(destination)
-        )
+def _allocated(partial: Path) -> int:
+    """Return the bytes of the disk that an earlier run's folder takes already."""
+    if partial.is_symlink() or not partial.is_dir():
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in partial.rglob("*"))
 
 
-def _start(partial: Path) -> None:
-    """Create the working folder in place of what a killed run left; refuse what is not ours."""
+def _start(partial: Path, key: str, say: Say) -> None:
+    """Create the working folder, or take up what a killed run left; refuse what is not ours."""
     if os.path.lexists(partial):
         if not _is_leftover(partial):
             raise DestinationError(
                 f"{partial}: is in the way and was not left by migrator", hint="move it away", path=str(partial)
             )
-        shutil.rmtree(partial)
+        if _has_progress(partial):
+            if read_journal(partial / MARKER).key == key:
+                return
+            say(f"note: {partial} was left by a run with another source or target, and is written anew")
+        _discard(partial)
     partial.mkdir()
-    (partial / MARKER).touch(exist_ok=False)
+    begin_journal(partial / MARKER, key)
+    sync(partial)
 
 
 def _is_leftover(partial: Path) -> bool:
-    """Return whether a killed run left this: marked, complete but for the rename, or not yet marked."""
+    """Return whether a killed run left this: marked, or not yet marked."""
     if partial.is_symlink() or not partial.is_dir():
         return False
-    return (partial / MARKER).is_file() or (partial / MANIFEST).is_file() or not any(partial.iterdir())
+    marker = partial / MARKER
+    return (marker.is_file() and not marker.is_symlink()) or not any(partial.iterdir())
 
 
-def _unwritable(destination: Path, error: OSError) -> DestinationError:
+def _replace(partial: Path, destination: Path, aside: Path) -> None:
+    """Put the new folder in the place of the old one, which a run killed in between can put back."""
+    if os.path.lexists(destination):
+        (destination / MARKER).touch()
+        destination.rename(aside)
+    partial.rename(destination)
+    sync(destination.parent)
+
+
+def _put_back(destination: Path, aside: Path) -> None:
+    """Undo or finish what a run killed while replacing left."""
+    if not os.path.lexists(aside):
+        return
+    if aside.is_symlink() or not (aside / MARKER).is_file():
+        raise DestinationError(
+            f"{aside}: is in the way and was not left by migrator", hint="move it away", path=str(aside)
+        )
+    if os.path.lexists(destination):
+        _discard(aside)
+    else:
+        aside.rename(destination)
+        (destination / MARKER).unlink()
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder of ours, its mark last: killed in between, it is still known for what it is."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARKER:
+            path.unlink()
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")) or not any(folder.iterdir())
+
+
+def _unwritable(destination: Path, error: OSError, *, resumes: bool = False) -> DestinationError:
     hint = "free some space or choose another disk" if error.errno == errno.ENOSPC else "check the path and its rights"
+    hint = f"{hint}, {_RESUMES}" if resumes else hint
     return DestinationError(f"{destination}: {error.strerror or error}", hint=hint, errno=error.errno)
+
+
+def _add_hint(error: MigratorError) -> None:
+    if "again" not in error.hint:
+        error.hint = f"{error.hint}, {_RESUMES}"

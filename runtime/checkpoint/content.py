@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.record import EntryKind, StoredForm
 from runtime.checkpoint.safetensors import StoredTensor
 from runtime.checkpoint.side_files import SideFiles
+
+if TYPE_CHECKING:
+    from runtime.checkpoint.optimizer_state import OptimizerState
 
 __all__ = ["Content", "Held", "Layout"]
 
@@ -46,6 +49,7 @@ class Content:
         side: the other files.
         stored_form: of the hub form that it once came from, where that is known.
         digests: of tensors, where the checkpoint records them.
+        optimizer: the state of the optimizer that trained them, where it goes along.
     """
 
     folder: Path
@@ -57,3 +61,19 @@ class Content:
     side: SideFiles
     stored_form: StoredForm | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    optimizer: OptimizerState | None = None
+
+    @property
+    def all_tensors(self) -> dict[str, Held]:
+        """The tensors, and those of the optimizer by the names they are saved under."""
+        return {**self.tensors, **(self.optimizer.tensors if self.optimizer else {})}
+
+    @property
+    def all_forms(self) -> dict[str, Form]:
+        """The forms, and those of the optimizer's tensors."""
+        return {**self.forms, **(self.optimizer.forms if self.optimizer else {})}
+
+    @property
+    def all_pieces(self) -> dict[str, StoredTensor]:
+        """The pieces, and those of the optimizer's tensors."""
+        return {**self.pieces, **(self.optimizer.pieces if self.optimizer else {})}

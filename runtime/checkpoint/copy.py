@@ -3,102 +3,90 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import cycle, groupby
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from queue import SimpleQueue
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plans.errors import UsageError
-from runtime.checkpoint.extents import Form
-from runtime.checkpoint.runs import Run, covers, cut, runs_of
-from runtime.checkpoint.safetensors import BITS, StoredTensor, read_exactly, reading
-from runtime.proof import prove
+from runtime.checkpoint.assemble import Assembler
+from runtime.checkpoint.regions import Bytes, Region
+from runtime.checkpoint.runs import Run
+from runtime.checkpoint.safetensors import StoredTensor, read_exactly, reading
+from runtime.checkpoint.slabs import Slab, slabs, units
+from runtime.checkpoint.strided import pieces, row_groups, rows
+from runtime.checkpoint.table import Destination, Table, build_table
 
-__all__ = ["DEFAULT_MEMORY", "Bytes", "Destination", "Progress", "Sink", "Table", "build_table", "execute"]
+__all__ = [
+    "BLOCK",
+    "DEFAULT_MEMORY",
+    "Destination",
+    "Keeper",
+    "Progress",
+    "Table",
+    "buffer_bytes",
+    "build_table",
+    "execute",
+    "feed",
+    "slab_size",
+    "work_of",
+]
 
-Bytes = NDArray[np.uint8]
-Sink = Callable[[int, Bytes], None]
-"""Takes contiguous bytes and their offset in the destination region."""
 Progress = Callable[[int, int, str], None]
 """Told bytes done, bytes in all, and the tensor at hand."""
 
 DEFAULT_MEMORY = 256 * 2**20
-_SLAB = 8 * 2**20
+_SLAB = 2 * 2**20
 """Slabs of this size stay in the processor's cache from reading to writing; larger ones are slower."""
+BLOCK = 2**20
 _LEAST_MEMORY = 2**20
+_MOST_WORKERS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """A region that runs fill: a tensor in a file, or a parameter's logical bytes that only a digest sees.
-
-    Args:
-        name: of the tensor.
-        size: in bytes.
-        file: the file's name, or None where nothing is written.
-        offset: of the region in the file.
-    """
-
-    name: str
-    size: int
-    file: str | None = None
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Table:
-    """Runs between stored tensors and destinations, proven to fill every destination exactly once."""
-
-    sources: tuple[StoredTensor, ...]
-    destinations: tuple[Destination, ...]
-    runs: tuple[Run, ...]
+class Keeper(Protocol):
+    """Makes what is done safe against the death of the process."""
 
     @property
-    def bytes_written(self) -> int:
-        """Bytes that go to files."""
-        return sum(destination.size for destination in self.destinations if destination.file is not None)
+    def units(self) -> int:
+        """How many units are safe already, and need not be copied again."""
+
+    def is_due(self) -> bool:
+        """Return whether it is time to stop and keep what is done."""
+
+    def keep(self, units: int, bytes_done: int) -> None:
+        """Keep everything up to a number of units, all of whose bytes are with their regions."""
 
 
-def build_table(sources: Mapping[str, StoredTensor], wanted: Sequence[tuple[Destination, Form]]) -> Table:
-    """Compose the run table of the destinations and prove it.
+class _NothingKept:
+    units = 0
 
-    Args:
-        sources: stored tensors by the names that the forms use.
-        wanted: each destination with the form of the tensor it receives.
+    def is_due(self) -> bool:
+        return False
 
-    Raises:
-        FormError: a tensor of elements smaller than a byte is cut within one.
-    """
-    numbers = {name: number for number, name in enumerate(sources)}
-    bits = {name: BITS[tensor.dtype] for name, tensor in sources.items()}
-    runs = [
-        run
-        for number, (_, form) in enumerate(wanted)
-        for run in runs_of(form, bits[form.sources[0]] if form.extents else 8, numbers, number)
-    ]
-    destinations = tuple(destination for destination, _ in wanted)
-    sizes = {number: destination.size for number, destination in enumerate(destinations)}
-    prove(covers(runs, sizes), "the run table does not write every byte exactly once")
-    return Table(tuple(sources.values()), destinations, tuple(runs))
+    def keep(self, units: int, bytes_done: int) -> None:
+        pass
 
 
 def execute(
-    table: Table, sinks: Sequence[Sink], *, max_memory: int = DEFAULT_MEMORY, progress: Progress | None = None
+    table: Table,
+    regions: Sequence[Region],
+    *,
+    max_memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+    keeper: Keeper | None = None,
 ) -> int:
-    """Read every source once and feed each destination's sink.
+    """Read every source once and feed each destination's region.
 
     Args:
         table: what to move.
-        sinks: one for each destination of the table; those without a file are fed on one other thread.
+        regions: one for each destination of the table; they are written to from several threads.
         max_memory: bytes that buffers may take.
-        progress: told after every slab.
+        progress: told after every unit of work.
+        keeper: of what is done, if anything is to survive a failure.
 
     Returns:
         The bytes read.
@@ -110,118 +98,119 @@ def execute(
     """
     if max_memory < _LEAST_MEMORY:
         raise UsageError(f"{max_memory} bytes are too little memory to copy with", hint="allow 1 MiB or more")
-    # Two slabs and a gathered copy of each are alive at a time, and a digest's scratch.
-    slabs = [_Slab(np.empty(min(_SLAB, max_memory // 5), np.uint8)) for _ in range(2)]
-    total, done, read = table.bytes_written, 0, 0
-    with ThreadPoolExecutor(1) as digesting:
-        jobs = _cut(table, len(slabs[0].buffer))
-        for slab, (tensor, descriptor, start, parts) in zip(cycle(slabs), jobs, strict=False):
-            content = slab.filled(tensor, descriptor, start, max(part.source_stop for part in parts))
-            written = [part for part in parts if table.destinations[part.destination].file is not None]
-            digested = [part for part in parts if table.destinations[part.destination].file is None]
-            slab.digesting = digesting.submit(_feed, digested, content, start, sinks)
-            _feed(written, content, start, sinks)
-            read += len(content)
-            done += sum(part.size for part in written)
-            if progress is not None:
-                progress(done, total, table.destinations[parts[0].destination].name)
-        for slab in slabs:
-            slab.wait()
+    keeper = keeper or _NothingKept()
+    limit = slab_size(max_memory)
+    work = work_of(table, max_memory)
+    count, read = keeper.units, 0
+    done = sum(_counted(unit, table) for unit in islice(work, count))
+    sizes = [destination.size for destination in table.destinations]
+    assembler = Assembler(regions, sizes, max_memory // 2, min(BLOCK, limit), is_new=not count)
+    copying = _Copying(table, regions, assembler, limit)
+    for unit, is_still in copying.finished(work, keeper.is_due):
+        count += 1
+        read += sum(slab.size for slab in unit)
+        done += _counted(unit, table)
+        if progress is not None:
+            progress(done, table.bytes_counted, table.destinations[unit[-1].parts[0].destination].name)
+        if is_still and keeper.is_due():
+            assembler.flush()
+            keeper.keep(count, done)
+    assembler.flush()
     return read
 
 
-@dataclass(slots=True)
-class _Slab:
-    """A buffer; what only digests see is summed on a second thread while the other slab is read and written."""
+def work_of(table: Table, max_memory: int) -> Iterator[tuple[Slab, ...]]:
+    """Yield the units of work of a copy, always the same for the same table and memory."""
+    limit = slab_size(max_memory)
+    return units(slabs(table.sources, table.runs, table.assembled, limit), limit)
 
-    buffer: Bytes
-    digesting: Future[None] | None = None
 
-    def wait(self) -> None:
-        if self.digesting is not None:
-            self.digesting.result()
+def slab_size(max_memory: int) -> int:
+    """Return the bytes of a slab: each worker has one, a gathered copy of it and a digest's scratch."""
+    return min(_SLAB, max_memory // (6 * _MOST_WORKERS))
 
-    def filled(self, tensor: StoredTensor, descriptor: int, start: int, stop: int) -> Bytes:
-        self.wait()
-        content = self.buffer[: stop - start]
+
+def buffer_bytes(table: Table, max_memory: int) -> int:
+    """Return what copying allocates at most: every worker's slab twice and its scratch, and what is assembled."""
+    slabs_and_scratch = 3 * _workers() * slab_size(max_memory)
+    return slabs_and_scratch + (max_memory // 2 if table.assembled else 0)
+
+
+def _workers() -> int:
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def _counted(unit: Sequence[Slab], table: Table) -> int:
+    parts = (part for slab in unit for part in slab.parts)
+    return sum(part.size for part in parts if part.destination in table.counted)
+
+
+class _Copying:
+    """Threads that each bring one unit at a time to where it belongs."""
+
+    def __init__(self, table: Table, regions: Sequence[Region], assembler: Assembler, limit: int) -> None:
+        self._table, self._regions, self._assembler = table, regions, assembler
+        self._workers = _workers()
+        self._buffers: SimpleQueue[Bytes] = SimpleQueue()
+        for _ in range(self._workers):
+            self._buffers.put(np.empty(limit, np.uint8))
+
+    def finished(
+        self, work: Iterator[tuple[Slab, ...]], is_due: Callable[[], bool]
+    ) -> Iterator[tuple[tuple[Slab, ...], bool]]:
+        """Yield each unit that is done, in order, and whether nothing else is under way; wait for that when due."""
+        waiting: deque[tuple[tuple[Slab, ...], Future[None]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            for unit in work:
+                waiting.append((unit, pool.submit(self._copy, unit)))
+                while len(waiting) > self._workers + 1 or (waiting and is_due()):
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+
+    @staticmethod
+    def _next(waiting: deque[tuple[tuple[Slab, ...], Future[None]]]) -> tuple[tuple[Slab, ...], bool]:
+        unit, copied = waiting.popleft()
+        copied.result()
+        return unit, not waiting
+
+    def _copy(self, unit: tuple[Slab, ...]) -> None:
+        buffer = self._buffers.get()
+        try:
+            for slab in unit:
+                content = buffer[: slab.size]
+                _read(self._table.sources[slab.source], slab.start, content)
+                for part in slab.parts:
+                    feed(part, content, slab.start, self._table, self._regions, self._assembler)
+        finally:
+            self._buffers.put(buffer)
+
+
+def feed(part: Run, content: Bytes, start: int, table: Table, regions: Sequence[Region], assembler: Assembler) -> None:
+    """Bring a run's bytes to its region: as they are, as rows, or through blocks that are assembled.
+
+    Args:
+        part: of a run.
+        content: the slab that the part reads from.
+        start: the source offset of the slab's first byte.
+        table: of the copy.
+        regions: of the destinations.
+        assembler: of the blocks.
+    """
+    region = regions[part.destination]
+    if part.destination in table.assembled:
+        for group in row_groups(part):
+            if not region.write_rows(group.destination_offset, *rows(group, content, start)):
+                assembler.add(group, content, start)
+    else:
+        for offset, piece in pieces(part, content, start):
+            region.write(offset, piece)
+
+
+def _read(tensor: StoredTensor, start: int, content: Bytes) -> None:
+    with reading(tensor.file):
+        descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
         read_exactly(descriptor, content.data, tensor.offset + start, tensor.file)
-        return content
-
-
-def _feed(parts: Sequence[Run], content: Bytes, start: int, sinks: Sequence[Sink]) -> None:
-    for part in parts:
-        for offset, piece in _pieces(part, content, start):
-            sinks[part.destination](offset, piece)
-
-
-def _cut(table: Table, limit: int) -> Iterator[tuple[StoredTensor, int, int, list[Run]]]:
-    """Yield (source, its open file, first byte, parts of runs) of slabs of at most `limit` bytes, in file order."""
-    for tensor, descriptor, runs in _by_source(table):
-        for start, parts in _slabs(tensor, runs, limit):
-            yield tensor, descriptor, start, parts
-
-
-def _by_source(table: Table) -> Iterator[tuple[StoredTensor, int, list[Run]]]:
-    """Yield each source with its open file and its runs, files one after the other in the order of their bytes."""
-    runs: defaultdict[int, list[Run]] = defaultdict(list)
-    for run in table.runs:
-        runs[run.source].append(run)
-
-    def place(number: int) -> tuple[Path, int]:
-        return table.sources[number].file, table.sources[number].offset
-
-    for file, numbers in groupby(sorted(runs, key=place), key=lambda number: table.sources[number].file):
-        with ExitStack() as stack:
-            with reading(file):
-                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            for number in numbers:
-                yield table.sources[number], descriptor, runs[number]
-
-
-def _slabs(tensor: StoredTensor, runs: Sequence[Run], limit: int) -> Iterator[tuple[int, list[Run]]]:
-    """Yield (first source byte, parts of runs) of slabs of at most `limit` bytes that together hold all runs."""
-    block = _block(tensor, limit)
-    slabs: defaultdict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        for number, part in cut(run, block):
-            slabs[number].append(part)
-    for number in sorted(slabs):
-        yield min(part.source_offset for part in slabs[number]), slabs[number]
-
-
-def _block(tensor: StoredTensor, limit: int) -> int:
-    """Return a slab size that ends between rows of the tensor where rows are small enough."""
-    unit = tensor.size
-    for count in tensor.shape:
-        if unit <= limit:
-            return limit // unit * unit
-        unit //= count
-    return limit
-
-
-def _pieces(run: Run, slab: Bytes, start: int) -> Iterator[tuple[int, Bytes]]:
-    """Yield (offset in the destination, contiguous bytes) of a run, gathering what is strided only in the source."""
-    width, inner = run.length, len(run.repeats)
-    while inner and run.repeats[inner - 1].destination_stride == width:
-        inner -= 1
-        width *= run.repeats[inner].steps
-    view = _view(run, slab, start)
-    outer = run.repeats[:inner]
-    for index in np.ndindex(*(repeat.steps for repeat in outer)):
-        offset = sum(step * repeat.destination_stride for step, repeat in zip(index, outer, strict=True))
-        piece = np.ascontiguousarray(view[index]).reshape(-1).view(np.uint8)
-        yield run.destination_offset + offset, piece
-
-
-def _view(run: Run, slab: Bytes, start: int) -> NDArray[Any]:
-    """Return the run's source bytes as a strided view, in the widest words that lengths and strides allow."""
-    strides = tuple(repeat.source_stride for repeat in run.repeats)
-    word = next(size for size in (8, 4, 2, 1) if all(number % size == 0 for number in (run.length, *strides)))
-    return np.ndarray(
-        (*(repeat.steps for repeat in run.repeats), run.length // word),
-        f"<u{word}",
-        buffer=slab.data,
-        offset=run.source_offset - start,
-        strides=(*strides, word),
-    )
+    finally:
+        os.close(descriptor)

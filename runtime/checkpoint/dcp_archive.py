@@ -11,20 +11,22 @@ from runtime.checkpoint.dcp_zip import Member, Region, find_members
 from runtime.checkpoint.safetensors import BITS, StoredTensor
 from runtime.model import DTYPE_NAMES
 
-__all__ = ["TORCH_DTYPES", "Archived", "read_archive"]
+__all__ = ["STORAGES", "TORCH_DTYPES", "Archived", "read_archive", "read_description"]
 
 TORCH_DTYPES: Mapping[str, str] = {str(dtype): name for dtype, name in DTYPE_NAMES.items()}
 """safetensors' name of a dtype by torch's, `torch.float32`."""
 
-_STORAGES: Mapping[str, str] = {
+STORAGES: Mapping[str, str] = {
     "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
     "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
     "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8",
     "torch.BoolStorage": "BOOL", "torch.ComplexFloatStorage": "C64",
 }  # fmt: skip
+"""safetensors' name of the dtype that a storage's type says; other dtypes are said beside an untyped storage."""
+
 _UNTYPED = "torch.storage.UntypedStorage"
 _REBUILT = tuple(f"torch._utils._rebuild_tensor_{version}" for version in ("v2", "v3"))
-_ADMITTED = frozenset((*TORCH_DTYPES, *_STORAGES, _UNTYPED, *_REBUILT, "collections.OrderedDict"))
+_ADMITTED = frozenset((*TORCH_DTYPES, *STORAGES, _UNTYPED, *_REBUILT, "collections.OrderedDict"))
 _MAX_MEMBER = 2**16
 
 
@@ -54,10 +56,8 @@ def read_archive(archive: Region) -> Archived:
     members = find_members(archive)
     if "byteorder" in members and _content(archive, members["byteorder"]) != b"little":
         raise archive.error("has its bytes in big-endian order")
-    if "data.pkl" not in members:
-        raise archive.error("is no archive of torch.save")
     where = f"{archive.file}, the tensor saved at byte {archive.start}"
-    view = _view(read_pickle(_content(archive, members["data.pkl"]), _ADMITTED, where))
+    view = _view(read_pickle(_description(archive, members), _ADMITTED, where))
     if view is None or f"data/{view.storage}" not in members:
         raise archive.error("is not a plain tensor")
     storage = members[f"data/{view.storage}"].within(archive)
@@ -66,6 +66,21 @@ def read_archive(archive: Region) -> Archived:
         raise archive.error("does not lie within its storage")
     stored = StoredTensor(archive.file, view.dtype, (count,), storage.start, storage.size)
     return Archived(stored, view.shape, view.base, view.strides)
+
+
+def read_description(archive: Region) -> bytes:
+    """Return the pickle of what an archive holds, storages aside.
+
+    Raises:
+        HeaderError: it is not what `torch.save` writes.
+    """
+    return _description(archive, find_members(archive))
+
+
+def _description(archive: Region, members: Mapping[str, Member]) -> bytes:
+    if "data.pkl" not in members:
+        raise archive.error("is no archive of torch.save")
+    return _content(archive, members["data.pkl"])
 
 
 def _content(archive: Region, member: Member) -> bytes:
@@ -107,7 +122,7 @@ def _dtype(kind: str, storage: str, more: Sequence[object]) -> str | None:
     """Return the dtype that a storage's type says, or, where it has none, the one given beside it."""
     match kind, more:
         case "torch._utils._rebuild_tensor_v2", []:
-            return _STORAGES.get(storage)
+            return STORAGES.get(storage)
         case "torch._utils._rebuild_tensor_v3", [Global(dtype)] if storage == _UNTYPED:
             return TORCH_DTYPES.get(dtype)
     return None

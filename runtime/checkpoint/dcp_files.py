@@ -14,7 +14,7 @@ from runtime.checkpoint.ranks import held_by, local
 from runtime.checkpoint.record import Entry
 from runtime.checkpoint.safetensors import BITS
 
-__all__ = ["dcp_files"]
+__all__ = ["box_of", "boxes", "dcp_files"]
 
 
 class _Row(NamedTuple):
@@ -63,15 +63,15 @@ def _files_of(
 ) -> list[list[_Row]]:
     files: list[list[_Row]] = []
     for target, entry in entries.items():
-        for number, (offset, shape) in enumerate(_boxes(entry, mesh, rank)):
+        for number, (offset, shape) in enumerate(boxes(entry, mesh, rank)):
             if number == len(files):
                 files.append([])
-            form = _box(forms[target], offset, shape)
+            form = box_of(forms[target], offset, shape)
             files[number] += (_Row(name, entry.dtype, offset, form) for name in names[target])
     return files
 
 
-def _boxes(entry: Entry, mesh: Mesh, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def boxes(entry: Entry, mesh: Mesh, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yield offset and shape of the boxes of a tensor that a rank's files store."""
     logical = whole("", entry.shape)
     if not logical.extents:
@@ -87,7 +87,8 @@ def _is_first_copy(entry: Entry, mesh: Mesh, rank: int) -> bool:
     return not any(index for placement, index in pairs if isinstance(placement, Replicate))
 
 
-def _box(form: Form, offset: Sequence[int], shape: Sequence[int]) -> Form:
+def box_of(form: Form, offset: Sequence[int], shape: Sequence[int]) -> Form:
+    """Return the form of one box of a tensor."""
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         form = narrow(form, dim, start, length)
     return form

@@ -1,26 +1,21 @@
-"""The `.metadata` file of a torch distributed checkpoint, and the chunks that its `.distcp` files store.
+"""The `.metadata` file of a torch distributed checkpoint: what it says of the chunks that `.distcp` files store.
 
 Source: `torch.distributed.checkpoint.metadata` and `.filesystem` of torch 2.13.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from plans.errors import CheckpointError, HeaderError, IncompleteError
-from runtime.checkpoint.dcp_archive import TORCH_DTYPES, read_archive
-from runtime.checkpoint.dcp_chunks import Chunk
+from plans.errors import CheckpointError, HeaderError
+from runtime.checkpoint.dcp_archive import TORCH_DTYPES
 from runtime.checkpoint.dcp_pickle import Global, Made, Table, read_pickle
-from runtime.checkpoint.dcp_zip import Region
 from runtime.checkpoint.safetensors import reading
 from runtime.checkpoint.side_files import check_contained
 
-__all__ = ["METADATA", "Box", "Place", "Saved", "read_chunks", "read_metadata"]
+__all__ = ["METADATA", "Box", "KeyPath", "Place", "Saved", "read_metadata"]
 
 METADATA = ".metadata"
 
@@ -37,6 +32,7 @@ _MAX_BYTES = 2**26
 _MAX_DIMS = 64
 
 Shape = tuple[int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +62,16 @@ class Saved:
     Args:
         boxes: of all tensors.
         shapes: of the tensors by name.
-        others: names of what is saved besides tensors, as pickles that are never read.
+        others: what is saved besides tensors by name, and where; None where that is not said.
         files: names of all files that hold any of this.
+        paths: keys of the nested tables that led to what is saved, by its name, where the metadata have them.
     """
 
     boxes: tuple[Box, ...]
     shapes: Mapping[str, Shape]
-    others: tuple[str, ...]
+    others: Mapping[str, Place | None]
     files: frozenset[str]
+    paths: Mapping[str, KeyPath] = field(default_factory=dict)
 
 
 def read_metadata(folder: Path) -> Saved:
@@ -91,58 +89,6 @@ def read_metadata(folder: Path) -> Saved:
     return _Reader(path).saved(read_pickle(content, _ADMITTED, str(path)))
 
 
-def read_chunks(folder: Path, boxes: Sequence[Box]) -> list[Chunk]:
-    """Return the chunks of a folder's `.distcp` files, found by the headers of their archives.
-
-    Args:
-        folder: of the checkpoint.
-        boxes: those that are wanted.
-
-    Raises:
-        IncompleteError: a file is missing or cut short.
-        HeaderError: an archive does not hold what the metadata says.
-        CheckpointError: a link leads out of the folder.
-    """
-    ordered = sorted(boxes, key=lambda box: (box.place.file, box.place.offset))
-    return [
-        chunk
-        for name, group in groupby(ordered, key=lambda box: box.place.file)
-        for chunk in _file_chunks(folder, folder / name, group)
-    ]
-
-
-def _file_chunks(folder: Path, path: Path, boxes: Iterator[Box]) -> Iterator[Chunk]:
-    if not path.is_file():
-        raise IncompleteError(f"{path}: missing, though {METADATA} names it", hint="copy the missing file")
-    check_contained(folder, path)
-    with ExitStack() as stack:
-        with reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, descriptor)
-        whole = Region(descriptor, path, 0, os.fstat(descriptor).st_size)
-        for box in boxes:
-            yield _chunk(box, whole)
-
-
-def _chunk(box: Box, file: Region) -> Chunk:
-    place = box.place
-    if place.offset + place.size > file.size:
-        raise IncompleteError(
-            f"{file.file}: truncated, it has {file.size} bytes of at least {place.offset + place.size}",
-            hint="copy or save the file again",
-            file=str(file.file),
-        )
-    archive = file.part(place.offset, place.size)
-    found = read_archive(archive)
-    if (found.storage.dtype, found.shape) != (box.dtype, box.shape):
-        raise archive.error(
-            f"is {found.storage.dtype} {list(found.shape)}, where {METADATA} has {box.dtype} {list(box.shape)} of "
-            f"{box.name!r}"
-        )
-    piece = f"{place.file}/{place.offset}"
-    return Chunk(box.name, box.offset, box.shape, piece, found.storage, found.base, found.strides)
-
-
 @dataclass(frozen=True)
 class _Reader:
     path: Path
@@ -152,18 +98,18 @@ class _Reader:
         places = dict(self.places(metadata.get("storage_data")))
         boxes: list[Box] = []
         shapes: dict[str, Shape] = {}
-        others: list[str] = []
+        others: dict[str, Place | None] = {}
         for name, entry in self.pairs(metadata.get("state_dict_metadata")):
-            if not isinstance(name, str) or name in shapes:
+            if not isinstance(name, str) or name in shapes or name in others:
                 raise self.error("a tensor has no name of its own")
             if isinstance(entry, Made) and entry.kind == f"{_MODULE}.BytesStorageMetadata":
-                others.append(name)
+                others[name] = places.get((name, None))
                 continue
             fields = self.fields(entry, f"{_MODULE}.TensorStorageMetadata")
             shapes[name] = self.shape(fields.get("size"))
             boxes += self.boxes(name, fields, places)
         files = frozenset(place.file for place in places.values())
-        return Saved(tuple(boxes), shapes, tuple(others), files)
+        return Saved(tuple(boxes), shapes, others, files, dict(_paths(metadata.get("planner_data"))))
 
     def boxes(self, name: str, fields: Mapping[str, object], places: Mapping[object, Place]) -> Iterator[Box]:
         dtype = self.dtype(fields.get("properties"))
@@ -220,6 +166,13 @@ class _Reader:
 
     def error(self, what: str) -> HeaderError:
         return HeaderError(f"{self.path}: {what}", hint="the file is damaged; copy or save it again")
+
+
+def _paths(value: object) -> Iterator[tuple[str, KeyPath]]:
+    """Yield the paths of a planner's data; other planners than torch's own have others, or none."""
+    for name, path in value.pairs if isinstance(value, Table) else ():
+        if isinstance(name, str) and isinstance(path, tuple) and all(type(key) in (str, int) for key in path):
+            yield name, path
 
 
 def _is_size(value: object) -> bool:

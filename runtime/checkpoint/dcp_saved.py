@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from plans.errors import CheckpointError
 from runtime.checkpoint.dcp_chunks import Chunk, Shape
-from runtime.checkpoint.dcp_metadata import METADATA, Box, read_chunks, read_metadata
+from runtime.checkpoint.dcp_metadata import METADATA, Box, read_metadata
 from runtime.checkpoint.dcp_safetensors import read_shard_files, shard_files
+from runtime.checkpoint.dcp_storage import read_chunks
 from runtime.wording import listed
 
 __all__ = ["SavedTensors", "read_saved"]

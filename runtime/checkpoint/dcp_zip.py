@@ -12,17 +12,30 @@ from pathlib import Path
 from plans.errors import HeaderError
 from runtime.checkpoint.safetensors import read_exactly
 
-__all__ = ["Member", "Region", "find_members"]
+__all__ = [
+    "END",
+    "END_64",
+    "ENTRY",
+    "EXTRA",
+    "FOR_64",
+    "IN_64",
+    "LOCAL",
+    "LOCATOR",
+    "SIZE_64",
+    "Member",
+    "Region",
+    "find_members",
+]
 
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_END_64 = struct.Struct("<4sQ2H2L4Q")
-_ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
-_EXTRA = struct.Struct("<2H")
-_SIZE_64 = struct.Struct("<Q")
-_IN_64 = 0xFFFFFFFF
-_FOR_64 = 1
+END = struct.Struct("<4s4H2LH")
+LOCATOR = struct.Struct("<4sLQL")
+END_64 = struct.Struct("<4sQ2H2L4Q")
+ENTRY = struct.Struct("<4s6H3L5H2L")
+LOCAL = struct.Struct("<4s5H3L2H")
+EXTRA = struct.Struct("<2H")
+SIZE_64 = struct.Struct("<Q")
+IN_64 = 0xFFFFFFFF
+FOR_64 = 1
 _MAX_DIRECTORY = 2**20
 
 
@@ -81,10 +94,10 @@ class Member:
         Raises:
             HeaderError: there is no member.
         """
-        signature, *_, names, extra = _LOCAL.unpack(archive.part(self.header, _LOCAL.size).read())
+        signature, *_, names, extra = LOCAL.unpack(archive.part(self.header, LOCAL.size).read())
         if signature != b"PK\x03\x04":
             raise archive.error("has a directory that leads to no member")
-        return archive.part(self.header + _LOCAL.size + names + extra, self.size)
+        return archive.part(self.header + LOCAL.size + names + extra, self.size)
 
 
 def find_members(archive: Region) -> dict[str, Member]:
@@ -100,15 +113,15 @@ def find_members(archive: Region) -> dict[str, Member]:
 
 
 def _directory(archive: Region) -> Region:
-    end = archive.size - _END.size
-    signature, *_, size, offset, comment = _END.unpack(archive.part(end, _END.size).read())
+    end = archive.size - END.size
+    signature, *_, size, offset, comment = END.unpack(archive.part(end, END.size).read())
     if signature != b"PK\x05\x06" or comment:
         raise archive.error("is no archive of torch.save")
-    before = end - _LOCATOR.size
+    before = end - LOCATOR.size
     if before >= 0:
-        signature, _, place, _ = _LOCATOR.unpack(archive.part(before, _LOCATOR.size).read())
+        signature, _, place, _ = LOCATOR.unpack(archive.part(before, LOCATOR.size).read())
         if signature == b"PK\x06\x07":
-            *_, size, offset = _END_64.unpack(archive.part(place, _END_64.size).read())
+            *_, size, offset = END_64.unpack(archive.part(place, END_64.size).read())
     if size > _MAX_DIRECTORY:
         raise archive.error(f"has a directory of {size} bytes")
     return archive.part(offset, size)
@@ -118,9 +131,9 @@ def _members(archive: Region, directory: bytes) -> dict[str, Member]:
     members: dict[str, Member] = {}
     cursor = 0
     while cursor < len(directory):
-        row = _ENTRY.unpack_from(directory, cursor)
+        row = ENTRY.unpack_from(directory, cursor)
         signature, method, packed, size, names, extra, comment, header = row[0], row[4], *row[8:13], row[16]
-        cursor += _ENTRY.size
+        cursor += ENTRY.size
         name = directory[cursor : cursor + names].decode()
         more = directory[cursor + names : cursor + names + extra]
         cursor += names + extra + comment
@@ -135,16 +148,16 @@ def _widened(extra: bytes, numbers: tuple[int, int, int]) -> tuple[int, int, int
     """Return size, packed size and header offset, those that do not fit 32 bits taken from the extra field."""
     cursor = 0
     wide = b""
-    while cursor + _EXTRA.size <= len(extra):
-        kind, length = _EXTRA.unpack_from(extra, cursor)
-        cursor += _EXTRA.size
-        if kind == _FOR_64:
+    while cursor + EXTRA.size <= len(extra):
+        kind, length = EXTRA.unpack_from(extra, cursor)
+        cursor += EXTRA.size
+        if kind == FOR_64:
             wide = extra[cursor : cursor + length]
         cursor += length
     found: list[int] = []
     for number in numbers:
-        if number == _IN_64:
-            (number,) = _SIZE_64.unpack_from(wide)
-            wide = wide[_SIZE_64.size :]
+        if number == IN_64:
+            (number,) = SIZE_64.unpack_from(wide)
+            wide = wide[SIZE_64.size :]
         found.append(number)
     return found[0], found[1], found[2]

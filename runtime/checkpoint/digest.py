@@ -13,14 +13,16 @@ product and one multiplication.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "Digest", "block_weights", "word_weights"]
+__all__ = ["BLOCK", "MULTIPLIERS", "SEEDS", "STEP", "Digest", "block_weights", "word_weights"]
 
 Words = NDArray[np.uint64]
 
@@ -30,30 +32,43 @@ BLOCK: Final = 2048
 _WORD: Final = 8
 _MASK: Final = 2**64 - 1
 _BATCH: Final = 16
-_SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
+_FEW: Final = 4
+"""Rows at each place of their blocks below which one call for each place costs more than it saves."""
+
+SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
+"""Where the sequences of inner and outer weights begin, by lane."""
+
+STEP: Final = 0x9E3779B97F4A7C15
+MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""The constants of SplitMix64."""
 
 
 def _mixed(values: Words) -> Words:
     """Hash counters to odd words (the finalizer of SplitMix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     return (values ^ (values >> np.uint64(31))) | np.uint64(1)
 
 
 def _sequence(seed: int, start: int, count: int) -> Words:
     counters = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    return _mixed(counters * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed))
+    return _mixed(counters * np.uint64(STEP) + np.uint64(seed))
 
 
 @lru_cache
 def word_weights(lane: int) -> Words:
     """Return T, the factors by place in a block, of lane 0 or 1."""
-    return _sequence(_SEEDS[lane][0], 0, BLOCK)
+    return _sequence(SEEDS[lane][0], 0, BLOCK)
 
 
 def block_weights(lane: int, start: int, count: int) -> Words:
     """Return S for `count` blocks from block `start`, of lane 0 or 1."""
-    return _sequence(_SEEDS[lane][1], start, count)
+    return _sequence(SEEDS[lane][1], start, count)
+
+
+@lru_cache(4096)
+def _block_weight(lane: int, block: int) -> int:
+    return int(block_weights(lane, block, 1)[0])
 
 
 @dataclass(slots=True)
@@ -62,6 +77,11 @@ class Digest:
 
     lane1: int = 0
     lane2: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        """Return the sums that `str` wrote, to go on with."""
+        return cls(int(text[:16], 16), int(text[16:], 16))
 
     def add(self, offset: int, piece: NDArray[np.uint8]) -> None:
         """Add bytes of the parameter.
@@ -78,6 +98,52 @@ class Digest:
         self._add_words(offset // _WORD, piece[:whole])
         if whole < len(piece):
             self._add_bytes(offset + whole, piece[whole:])
+
+    def add_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
+        """Add rows of words that lie regularly apart, if there are enough of them to be quicker than one by one.
+
+        Rows that begin at the same place of their blocks are multiplied by the same weights.
+
+        Args:
+            offset: of the first row in the parameter's bytes.
+            rows: two-dimensional.
+            stride: bytes from the beginning of one row to that of the next, in the parameter.
+
+        Returns:
+            Whether the rows were added.
+        """
+        if len(rows) == 1:
+            self.add(offset, np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+            return True
+        step = stride // _WORD
+        period = BLOCK // gcd(BLOCK, step)
+        if rows.itemsize != _WORD or offset % _WORD or stride % _WORD or len(rows) < period * _FEW:
+            return False
+        index = offset // _WORD
+        first = index // BLOCK
+        last = (index + (len(rows) - 1) * step + rows.shape[1] - 1) // BLOCK
+        outer = [block_weights(lane, first, last - first + 1) for lane in (0, 1)]
+        for row in range(period):
+            start = index + row * step - first * BLOCK
+            self._add_alike(start, rows[row::period], period * step // BLOCK, outer)
+        return True
+
+    def join(self, other: Digest) -> None:
+        """Add the sums of other pieces."""
+        self._accumulate(0, other.lane1)
+        self._accumulate(1, other.lane2)
+
+    def _add_alike(self, start: int, rows: NDArray[Any], blocks: int, outer: Sequence[Words]) -> None:
+        """Add rows that lie whole blocks apart, `start` words behind the block that `outer` begins with."""
+        column = 0
+        while column < rows.shape[1]:
+            block, place = divmod(start + column, BLOCK)
+            words = rows[:, column : column + BLOCK - place]
+            for lane, values in ((0, words), (1, words >> np.uint64(32))):
+                inner = word_weights(lane)[place : place + words.shape[1]]
+                sums = np.einsum("ij,j->i", values, inner)
+                self._accumulate(lane, int(np.dot(sums, outer[lane][block::blocks][: len(rows)])))
+            column += words.shape[1]
 
     def _add_bytes(self, offset: int, piece: NDArray[np.uint8]) -> None:
         word = np.zeros(_WORD, np.uint8)
@@ -100,7 +166,7 @@ class Digest:
     def _add_block(self, block: int, place: int, words: NDArray[Any]) -> None:
         for lane, values in ((0, words), (1, words >> np.uint64(32))):
             partial = int(np.dot(word_weights(lane)[place : place + len(words)], values))
-            self._accumulate(lane, partial * int(block_weights(lane, block, 1)[0]))
+            self._accumulate(lane, partial * _block_weight(lane, block))
 
     def _add_blocks(self, block: int, rows: NDArray[Any]) -> None:
         sums = np.empty((2, len(rows)), np.uint64)

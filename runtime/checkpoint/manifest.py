@@ -73,6 +73,7 @@ class _Reader:
             tensors=tensors,
             tied=cast("dict[str, str]", tied),
             stored_form=self.stored_form(content.get("stored_form", {})),
+            optimizer=self.digests(content.get("optimizer", {})),
         )
 
     def mesh(self, value: object) -> Mesh:
@@ -131,6 +132,12 @@ class _Reader:
         metadata = self.table(metadata, "metadata", str)
         others = {name: self.table(other, "file_metadata", str) for name, other in file_metadata.items()}
         return StoredForm(tuple(files), metadata, others, index, tensors)
+
+    def digests(self, value: object) -> dict[str, str]:
+        digests: dict[str, str] = self.table(value, "optimizer", str)
+        if not all(map(_DIGEST.fullmatch, digests.values())):
+            raise self.error("optimizer has entries that are no digests")
+        return digests
 
     def table(self, value: object, what: str, kind: type) -> dict[str, Any]:
         if isinstance(value, dict) and all(isinstance(item, kind) for item in value.values()):

@@ -1,4 +1,4 @@
-"""A safetensors file before it is written: its header, and where each tensor's bytes will come from."""
+"""A file before it is written: what is known of its bytes, and where each tensor's will come from."""
 
 from __future__ import annotations
 
@@ -24,12 +24,19 @@ class NewFile:
         header: its first bytes.
         tensors: each with its form over the pieces of the source, in the order of their bytes.
         size: of the file in bytes.
+        between: bytes among and behind the tensors that no tensor brings, by their offsets in the file.
     """
 
     name: str
     header: bytes = field(repr=False)
     tensors: Sequence[tuple[Destination, Form]] = field(repr=False)
     size: int
+    between: Mapping[int, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def fixed(self) -> dict[int, bytes]:
+        """All bytes that no tensor brings, by their offsets."""
+        return {0: self.header, **self.between}
 
 
 def new_file(name: str, tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> NewFile:

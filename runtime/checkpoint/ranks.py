@@ -13,15 +13,16 @@ from plans.errors import CheckpointError, IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.copy import DEFAULT_MEMORY, Bytes, Destination, Sink, build_table, execute
+from runtime.checkpoint.copy import DEFAULT_MEMORY, Destination, build_table, execute
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.new_file import NewFile, new_file
 from runtime.checkpoint.record import MANIFEST, Entry, Manifest
+from runtime.checkpoint.regions import DigestRegion, MemoryRegion, Region
 from runtime.checkpoint.safetensors import BITS, Header, StoredTensor, read_header, tensor_bytes
 from runtime.checkpoint.shards import local_form, reassemble
-from runtime.checkpoint.side_files import find_side_files
+from runtime.checkpoint.side_files import check_contained, find_side_files
 from runtime.model import DTYPES
 
 __all__ = [
@@ -176,11 +177,7 @@ def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tupl
         if entry.dtype not in DTYPES:
             raise CheckpointError(f"{folder}: {name} is {entry.dtype}, which torch lacks", hint="use a newer torch")
         content = np.empty(tensor_bytes(entry.dtype, entry.shape), np.uint8)
-
-        def keep(offset: int, piece: Bytes, content: Bytes = content) -> None:
-            content[offset : offset + len(piece)] = piece
-
-        _feed(checkpoint, checkpoint.copies(name)[0], keep, max_memory)
+        _feed(checkpoint, checkpoint.copies(name)[0], MemoryRegion(content), max_memory)
         yield name, torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
@@ -193,16 +190,16 @@ def compute_digest(checkpoint: RankCheckpoint, copy: Copy, *, max_memory: int = 
         max_memory: bytes for reading.
     """
     digest = Digest()
-    _feed(checkpoint, copy, digest.add, max_memory)
+    _feed(checkpoint, copy, DigestRegion(digest), max_memory)
     return str(digest)
 
 
-def _feed(checkpoint: RankCheckpoint, copy: Copy, sink: Sink, max_memory: int) -> None:
+def _feed(checkpoint: RankCheckpoint, copy: Copy, region: Region, max_memory: int) -> None:
     entry = checkpoint.manifest.tensors[copy.name]
     form = checkpoint.form(copy)
     sources = {key: checkpoint.source(key) for key in form.sources}
     destination = Destination(copy.name, tensor_bytes(entry.dtype, entry.shape))
-    execute(build_table(sources, [(destination, form)]), [sink], max_memory=max_memory)
+    execute(build_table(sources, [(destination, form)]), [region], max_memory=max_memory)
 
 
 def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:
@@ -213,8 +210,9 @@ def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:
 
 def _read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:
     path = folder / rank_file(rank, manifest.mesh.world_size)
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
+    check_contained(folder, path)
     header = read_header(path)
     expected = {name: entry for name, entry in manifest.tensors.items() if held_by(entry, rank)}
     for name in expected.keys() ^ header.tensors.keys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from plans.mesh import Mesh, MeshName, Mode
@@ -94,6 +94,7 @@ class Manifest:
         tensors: those with bytes, by name in the model, carried ones by stored name.
         tied: other names of tensors, each with the name that holds the bytes.
         stored_form: of the hub form that it came from, where that is known.
+        optimizer: digests of the optimizer's tensors by the names they are saved under, where its state went along.
     """
 
     written_by: Mapping[str, str]
@@ -105,10 +106,12 @@ class Manifest:
     tensors: Mapping[str, Entry]
     tied: Mapping[str, str]
     stored_form: StoredForm | None
+    optimizer: Mapping[str, str] = field(default_factory=dict)
 
     def with_digests(self, digests: Mapping[str, str]) -> Manifest:
         """Return the manifest with each tensor's digest."""
-        return replace(self, tensors={n: replace(entry, digest=digests[n]) for n, entry in self.tensors.items()})
+        tensors = {name: replace(entry, digest=digests[name]) for name, entry in self.tensors.items()}
+        return replace(self, tensors=tensors, optimizer={name: digests[name] for name in self.optimizer})
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
@@ -125,5 +128,6 @@ class Manifest:
             "plan": dict(self.plan),
             "tensors": tensors,
             "stored_form": self.stored_form.to_json() if self.stored_form else None,
+            **({"optimizer": dict(self.optimizer)} if self.optimizer else {}),
         }
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

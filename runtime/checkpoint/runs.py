@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from runtime.checkpoint.extents import Extent, Form, FormError, row_major
 
-__all__ = ["Repeat", "Run", "covers", "cut", "runs_of"]
+__all__ = ["Repeat", "Run", "covers", "cut", "flipped", "runs_of"]
 
 
 class Repeat(NamedTuple):
@@ -151,6 +151,12 @@ def _cut_repeats(run: Run, block: int) -> Iterator[tuple[int, Run]]:
         else:
             yield from cut(part, block)
         done += steps
+
+
+def flipped(run: Run) -> Run:
+    """Return the run that moves the same bytes back."""
+    repeats = tuple(Repeat(r.steps, r.destination_stride, r.source_stride) for r in run.repeats)
+    return Run(run.destination, run.destination_offset, run.source, run.source_offset, run.length, repeats)
 
 
 def covers(runs: Iterable[Run], sizes: Mapping[int, int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,13 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Content, Held, Layout
+from runtime.checkpoint.dcp_files import dcp_files
 from runtime.checkpoint.hf import INDEX
 from runtime.checkpoint.hub_files import hub_files, index_text
 from runtime.checkpoint.hub_form import Experts, default_form
 from runtime.checkpoint.new_file import NewFile
+from runtime.checkpoint.optimizer_files import optimizer_files
+from runtime.checkpoint.optimizer_state import OptimizerState
 from runtime.checkpoint.ranks import lay_out as lay_out_rank
 from runtime.checkpoint.record import Entry, Manifest
 from runtime.resolve import resolve
@@ -37,18 +40,25 @@ class Target:
         mesh: to lay out for.
         mode: which of the model's plans apply.
         experts: how hub form stores them, None as it was or as transformers does.
+        optimizer: whether its state goes along; None where there is one, unless the result is in hub form.
     """
 
     layout: Layout = "ranks"
     mesh: Mesh = field(default_factory=Mesh)
     mode: Mode = "tp"
     experts: Experts | None = None
+    optimizer: bool | None = None
+
+    @property
+    def with_optimizer(self) -> bool:
+        """Whether the state of an optimizer goes along where there is one."""
+        return self.layout != "hf" if self.optimizer is None else self.optimizer
 
     def __post_init__(self) -> None:
         if self.layout == "hf" and self.mesh != Mesh():
             raise UsageError(
                 f"hub form holds whole tensors, but the mesh is {self.mesh}",
-                hint="leave --tp, --ep and --fsdp out, or choose --layout ranks",
+                hint="leave --tp, --ep and --fsdp out, or choose --layout dcp or ranks",
             )
         if self.layout != "hf" and self.experts:
             raise UsageError(
@@ -88,7 +98,14 @@ def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
         PlanError: the plan does not resolve on this model and mesh.
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    return _LAYOUTS[target.layout](content, model, target)
+    laid = _LAYOUTS[target.layout](content, model, target)
+    return laid if content.optimizer is None else _with_optimizer(laid, content.optimizer)
+
+
+def _with_optimizer(laid: LaidOut, state: OptimizerState) -> LaidOut:
+    files, texts = optimizer_files(state, laid.resolved)
+    manifest = laid.manifest and replace(laid.manifest, optimizer=dict.fromkeys(state.tensors, ""))
+    return replace(laid, files=(*laid.files, *files), manifest=manifest, texts={**laid.texts, **texts})
 
 
 def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
@@ -100,20 +117,31 @@ def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
 
 def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
     resolved = resolve(model, target.mesh, target.mode)
-    entries = {name: _entry(name, held, resolved) for name, held in content.tensors.items()}
-    files = (lay_out_rank(rank, resolved.mesh, entries, content.forms) for rank in range(resolved.mesh.world_size))
-    manifest = Manifest(
+    manifest = _manifest(content, resolved)
+    ranks = range(resolved.mesh.world_size)
+    files = (lay_out_rank(rank, resolved.mesh, manifest.tensors, content.forms) for rank in ranks)
+    return LaidOut(tuple(files), resolved, manifest)
+
+
+def _as_dcp(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
+    resolved = resolve(model, target.mesh, target.mode)
+    manifest = _manifest(content, resolved)
+    return LaidOut(dcp_files(resolved.mesh, manifest.tensors, content.forms, content.tied), resolved, manifest)
+
+
+def _manifest(content: Content, resolved: ResolvedPlan) -> Manifest:
+    """Return the manifest of a result, digests still empty."""
+    return Manifest(
         written_by=_versions(),
         model_type=resolved.model_type,
         mode=resolved.mode,
         dialect=resolved.dialect,
         mesh=resolved.mesh,
         plan=resolved.plan,
-        tensors=entries,
+        tensors={name: _entry(name, held, resolved) for name, held in content.tensors.items()},
         tied=content.tied,
         stored_form=content.stored_form,
     )
-    return LaidOut(tuple(files), resolved, manifest)
 
 
 def _entry(name: str, held: Held, resolved: ResolvedPlan) -> Entry:
@@ -140,4 +168,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-_LAYOUTS: Mapping[Layout, Callable[[Content, PreTrainedModel, Target], LaidOut]] = {"hf": _as_hub, "ranks": _as_ranks}
+_LAYOUTS: Mapping[Layout, Callable[[Content, PreTrainedModel, Target], LaidOut]] = {
+    "hf": _as_hub,
+    "dcp": _as_dcp,
+    "ranks": _as_ranks,
+}

@@ -11,13 +11,13 @@ from runtime.proof import prove
 
 INCOMPLETE_TABLE = """
 from pathlib import Path
-from runtime.checkpoint import copy
-from runtime.checkpoint.copy import Destination, build_table
+from runtime.checkpoint import table
+from runtime.checkpoint.table import Destination, build_table
 from runtime.checkpoint.extents import whole
 from runtime.checkpoint.safetensors import StoredTensor
 
-runs_of = copy.runs_of
-copy.runs_of = lambda *arguments: list(runs_of(*arguments))[:-1]
+runs_of = table.runs_of
+table.runs_of = lambda *arguments: list(runs_of(*arguments))[:-1]
 stored = StoredTensor(Path("a"), "F32", (2,), 0, 8)
 build_table({"s": stored}, [(Destination("t", 8), whole("s", (2,)))])
 """

@@ -55,6 +55,58 @@ def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def a_checkpoint(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors").write_text(text)
+    return folder
+
+
+def test_a_checkpoint_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    out = a_checkpoint(tmp_path / "out", "old")
+    with staging(out, 10, overwrite=True) as folder:
+        (folder / "model.safetensors").write_text("new")
+        assert (out / "model.safetensors").read_text() == "old"
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/model.safetensors"]
+    assert (out / "model.safetensors").read_text() == "new"
+
+
+REPLACING = """
+import os, sys; from pathlib import Path; from runtime.checkpoint import commit
+out, rename = Path(sys.argv[1]), Path.rename
+def dying(path, target):
+    if path.name == sys.argv[2] and sys.argv[3] == "before":
+        os.kill(os.getpid(), 9)
+    rename(path, target)
+    if path.name == sys.argv[2]:
+        os.kill(os.getpid(), 9)
+Path.rename = dying
+with commit.staging(out, 10, overwrite=True) as folder:
+    (folder / "model.safetensors").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_killed_while_replacing_loses_neither(tmp_path: Path, name: str, moment: str) -> None:
+    out = a_checkpoint(tmp_path / "out", "old")
+    killed = subprocess.run([sys.executable, "-c", REPLACING, str(out), name, moment], check=False)
+    assert killed.returncode == -9
+    with staging(out, 10, overwrite=True) as folder:
+        is_new = (name, moment) == ("out.partial", "after")
+        assert (out / "model.safetensors").read_text() == ("new" if is_new else "old")
+        (folder / "model.safetensors").write_text("newer")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/model.safetensors"]
+    assert (out / "model.safetensors").read_text() == "newer"
+
+
+def test_a_folder_of_the_name_that_replacing_uses_is_left_alone(tmp_path: Path) -> None:
+    mine = a_checkpoint(tmp_path / "out.replaced", "mine")
+    out = a_checkpoint(tmp_path / "out", "old")
+    with pytest.raises(DestinationError, match="not left by migrator"), staging(out, 10, overwrite=True):
+        pytest.fail("the body must not run")
+    assert (mine / "model.safetensors").read_text() == "mine"
+
+
 def test_what_cannot_fit_is_refused_first(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="free"), staging(tmp_path / "out", 2**60):
         pytest.fail("the body must not run")
@@ -114,8 +166,8 @@ from runtime.checkpoint import commit
 root, synced = Path(sys.argv[1]), commit.sync
 
 def slow(path):
-    if path.name == "out.partial":
-        (root / "unmarked").touch()
+    if path.name == "out.partial" and (path / "migrator.json").exists():
+        (root / "ready").touch()
         while not (root / "go").exists():
             time.sleep(0.01)
     synced(path)
@@ -130,10 +182,10 @@ def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: 
     first = subprocess.Popen([sys.executable, "-c", COMMITTING, str(tmp_path)])
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "unmarked").exists():
+        while not (tmp_path / "ready").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert not (tmp_path / "out.partial" / MARKER).exists()
+        assert not (tmp_path / "out").exists()
         with pytest.raises(DestinationError, match="another run"), staging(tmp_path / "out", 1):
             pytest.fail("the body must not run")
         (tmp_path / "go").touch()
@@ -142,7 +194,7 @@ def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: 
         first.kill()
         first.wait()
     assert (tmp_path / "out" / "migrator.json").read_text() == "first"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "out", "unmarked"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["go", "out", "ready"]
 
 
 def test_the_lock_file_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:

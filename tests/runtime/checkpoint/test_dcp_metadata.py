@@ -342,3 +342,8 @@ def test_the_machine_reads_what_python_writes() -> None:
         content = pickle.dumps({"a": [1, 2**40, -3, (1, 2, 3, 4)], "b": (None, True, False)}, protocol=protocol)
         table = read_pickle(content, frozenset(), "here")
         assert table.pairs == [("a", [1, 2**40, -3, (1, 2, 3, 4)]), ("b", (None, True, False))]  # type: ignore[attr-defined]
+
+
+def test_text_with_an_odd_escape_is_refused_without_a_warning() -> None:
+    with pytest.raises(HeaderError, match="uses the instruction STRING"):
+        read_pickle(rb"S'\q'" + b"\n.", frozenset(), "here")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.checkpoint.digest import BLOCK, Digest, block_weights, word_weights
+from runtime.checkpoint.tensor_digest import tensor_digest
 
 MASK = 2**64 - 1
 WORDS = 3 * BLOCK + 5
@@ -49,6 +52,57 @@ def test_it_is_additive_over_any_partition(size: int, seed: int, cuts: list[int]
 def test_it_is_what_the_definition_says(size: int, seed: int) -> None:
     content = np.random.default_rng(seed).bytes(size)
     assert digest(content) == by_definition(content)
+
+
+@given(
+    rows=st.integers(1, 400),
+    width=st.integers(1, 60),
+    gap=st.integers(0, 70),
+    offset=st.integers(0, BLOCK * 9),
+    unit=st.sampled_from([1, 2, 8, 64]),
+    seed=st.integers(0, 2**32),
+)
+def test_rows_sum_to_what_their_bytes_one_by_one_sum_to(
+    rows: int, width: int, gap: int, offset: int, unit: int, seed: int
+) -> None:
+    width, stride, offset = width * unit, (width + gap) * unit, offset * unit
+    content = np.frombuffer(np.random.default_rng(seed).bytes(rows * width), np.uint8).reshape(rows, width)
+    pieces = Digest()
+    for row, piece in enumerate(content):
+        pieces.add(offset + row * stride, piece)
+    together = Digest()
+    taken = together.add_rows(offset, content.view(f"<u{unit}") if unit < 8 else content.view("<u8"), stride)
+    assert taken == (rows == 1) or unit >= 8
+    assert str(together) == str(pieces if taken else Digest())
+    assert str(tensor_digest(torch.from_numpy(content.copy()), offset, stride)) == str(pieces)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.float32])
+def test_tensors_have_the_digest_of_their_bytes(dtype: torch.dtype) -> None:
+    tensor = torch.randn(37, 121).to(dtype)
+    assert str(tensor_digest(tensor)) == digest(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert str(tensor_digest(tensor.T)) == digest(tensor.T.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert str(tensor_digest(tensor[:0])) == str(tensor_digest(torch.tensor([], dtype=dtype))) == digest(b"")
+    parts = Digest()
+    for first, part in ((0, tensor[:, :50]), (50, tensor[:, 50:])):
+        parts.join(tensor_digest(part, first * dtype.itemsize, 121 * dtype.itemsize))
+    assert str(parts) == str(tensor_digest(tensor))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu_have_the_same_digest() -> None:
+    tensor = torch.randn(3000, 1001).to(torch.bfloat16)
+    assert str(tensor_digest(tensor.cuda())) == str(tensor_digest(tensor))
+    assert str(tensor_digest(tensor.cuda(), 6, 2004)) == str(tensor_digest(tensor, 6, 2004))
+
+
+def test_a_digest_goes_on_from_its_text() -> None:
+    content = np.arange(5000, dtype=np.uint8)
+    begun = Digest()
+    begun.add(0, content[:1237])
+    resumed = Digest.parse(str(begun))
+    resumed.add(1237, content[1237:])
+    assert str(resumed) == digest(content.tobytes())
 
 
 def test_its_value_is_fixed_for_all_time() -> None:

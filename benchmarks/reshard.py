@@ -1,0 +1,125 @@
+"""Times `migrator reshard` on a checkpoint with the shapes of a Qwen3-MoE, beside `cp -r` and what torch offers.
+
+One run, everything warm, nobody syncs on the clock: before each measurement the disk is idle, and the copying phase is
+what `migrator reshard --format json` reports, digests included. Ratios are of bytes written per second to those of
+`cp -r`; each is of a pair measured one after the other, and the median of the rounds is shown.
+
+    python -m benchmarks.reshard [--gib 4] [--rounds 5] [--folder FOLDER] [--no-others]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import reshard_model, reshard_others
+
+CHILD = """
+import pathlib, sys
+from migrator.cli import main
+try:
+    main()
+finally:
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(next(line for line in status.splitlines() if line.startswith("VmHWM")), file=sys.stderr)
+"""
+WAYS = {
+    "hub → ranks tp=4": ("hub", "tp4", ["--layout", "ranks", "--tp", "4"]),
+    "ranks tp=4 → ranks ep=4": ("tp4", "ep4", ["--layout", "ranks", "--tp", "4", "--ep", "4", "--mode", "ep"]),
+    "ranks tp=4 → hub": ("tp4", "back", ["--layout", "hf"]),
+}
+GOALS = {"hub → ranks tp=4": 0.9, "ranks tp=4 → ranks ep=4": 0.9, "ranks tp=4 → hub": 0.8}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--gib", type=float, default=4.0)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--folder", type=Path)
+    options.add_argument("--no-others", action="store_true")
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as name:
+        work = Path(name)
+        size = reshard_model.write(work / "hub", int(chosen.gib * 2**30))
+        print(f"{size:,} bytes")
+        rounds = [one_round(work, size) for _ in range(chosen.rounds)]
+        show(rounds, size)
+        subprocess.run(["diff", "-r", work / "hub", work / "back"], check=True)
+        if not chosen.no_others:
+            compare(work, size, statistics.median(row["cp"]["rate"] for row in rounds))
+
+
+def one_round(work: Path, size: int) -> dict[str, dict[str, float]]:
+    rows = {"cp": {"rate": size / copied(work)}}
+    for name, (source, target, arguments) in WAYS.items():
+        rate = size / copied(work)
+        rows[name] = resharded(work / source, work / target, arguments)
+        rows[name]["ratio"] = rows[name]["rate"] / rate
+    return rows
+
+
+def copied(work: Path) -> float:
+    clear(work / "cp")
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", work / "hub", work / "cp"], check=True)
+    taken = time.perf_counter() - began
+    clear(work / "cp")
+    return taken
+
+
+def resharded(source: Path, target: Path, arguments: list[str]) -> dict[str, float]:
+    clear(target)
+    command = [sys.executable, "-c", CHILD, "reshard", str(source), str(target), *arguments, "--format", "json"]
+    began = time.perf_counter()
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    whole = time.perf_counter() - began
+    said = json.loads(done.stdout)
+    peak = next(int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("VmHWM")) / 1024
+    seconds = said["seconds"]
+    start = whole - seconds["copying"] - seconds["syncing"]
+    return {"rate": said["bytes_written"] / seconds["copying"], "start": start, "whole": whole, "peak": peak, **seconds}
+
+
+def clear(folder: Path) -> None:
+    """Make room, and let the disk come to rest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+
+
+def show(rounds: list[dict[str, dict[str, float]]], size: int) -> None:
+    rates = [row["cp"]["rate"] for row in rounds]
+    print(f"{'cp -r':28} {statistics.median(rates) / 1e9:5.2f} GB/s")
+    for name in WAYS:
+        median = {key: statistics.median(row[name][key] for row in rounds) for key in rounds[0][name]}
+        ratios = sorted(row[name]["ratio"] for row in rounds)
+        print(
+            f"{name:28} {median['rate'] / 1e9:5.2f} GB/s, {median['ratio']:.2f} of cp (goal {GOALS[name]}; "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}), start and planning {median['start']:.1f} s, copying "
+            f"{median['copying']:.2f} s, syncing {median['syncing']:.2f} s, peak {median['peak']:.0f} MiB"
+        )
+
+
+def compare(work: Path, size: int, cp: float) -> None:
+    for folder in ("tp4", "ep4", "back"):
+        clear(work / folder)
+    seconds = {"load, slice, save": reshard_others.by_hand(work / "hub", work, 4)}
+    for rank in range(4):
+        (work / f"hand-{rank}.safetensors").unlink()
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.reshard_others"]
+    others = [subprocess.Popen([*command, str(rank), str(work / "hub"), str(work)]) for rank in (0, 1)]
+    assert [other.wait() for other in others] == [0, 0]
+    seconds |= json.loads((work / "seconds.json").read_text())
+    for name, taken in seconds.items():
+        print(f"{name:28} {size / taken / 1e9:5.2f} GB/s, {size / taken / cp:.2f} of cp")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""A checkpoint with the shapes of a Qwen3-MoE, as large as asked for, written in bounded memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from transformers import Qwen3MoeConfig
+
+from runtime.checkpoint.safetensors import encode_header
+from runtime.model import meta_model
+
+EXPERTS = 32
+FILE_BYTES = 2**30
+
+
+def config(layers: int) -> Qwen3MoeConfig:
+    """Return a config with the layer sizes of Qwen3-30B-A3B, and fewer experts in each layer."""
+    return Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_experts=EXPERTS,
+        num_experts_per_tok=8,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=32768,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+def stored_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Return the hub form's tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in meta_model(config(layers)).named_parameters():
+        prefix, _, last = name.rpartition(".experts.")
+        if not prefix:
+            shapes[name] = tuple(parameter.shape)
+            continue
+        count, rows, columns = parameter.shape
+        split = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[last]
+        for expert in range(count):
+            for projection in split:
+                shapes[f"{prefix}.experts.{expert}.{projection}.weight"] = (rows // len(split), columns)
+    return dict(sorted(shapes.items()))
+
+
+def write(folder: Path, size: int, sparse: bool = False) -> int:
+    """Write a checkpoint of about `size` bytes and return its exact size; a sparse one holds zeros."""
+    one, two = (sum(2 * int(np.prod(shape)) for shape in stored_shapes(count).values()) for count in (1, 2))
+    layers = max(1, round((size - one) / (two - one)) + 1)
+    folder.mkdir()
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    room = FILE_BYTES
+    for name, shape in stored_shapes(layers).items():
+        if room <= 0:
+            files.append({})
+            room = FILE_BYTES
+        files[-1][name] = shape
+        room -= 2 * int(np.prod(shape))
+    noise = np.random.default_rng(0).integers(0, 256, 2**24, np.uint8)
+    index = {}
+    for number, tensors in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        header = encode_header(((name, "BF16", shape) for name, shape in tensors.items()), {"format": "pt"})
+        body = sum(2 * int(np.prod(shape)) for shape in tensors.values())
+        with (folder / file).open("wb") as stream:
+            stream.write(header)
+            for start in range(0, 0 if sparse else body, len(noise)):
+                stream.write(np.roll(noise, number + start // len(noise))[: body - start].data)
+            stream.truncate(len(header) + body)
+        index |= dict.fromkeys(tensors, file)
+    total = sum(2 * int(np.prod(shape)) for tensors in files for shape in tensors.values())
+    text = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(text, indent=2) + "\n")
+    config(layers).save_pretrained(folder)
+    return total

@@ -1,0 +1,69 @@
+"""Events of a long command as JSON lines in a file, for schedulers that watch it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from plans.errors import MigratorError, UsageError
+
+__all__ = ["Events", "recorded"]
+
+_SECONDS = 1.0
+
+
+class Events:
+    """Writes one line for each event, with its name and the time; none where there is no file.
+
+    Args:
+        stream: where lines go.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._last = 0.0
+
+    def emit(self, event: str, **data: object) -> None:
+        """Write an event at once."""
+        if self._stream is not None:
+            self._stream.write(json.dumps({"event": event, "time": time.time(), **data}, default=str) + "\n")
+            self._stream.flush()
+
+    def progress(self, done: int, total: int, current: str) -> None:
+        """Write how far the work is, at most once a second."""
+        if time.monotonic() - self._last >= _SECONDS:
+            self._last = time.monotonic()
+            self.emit("progress", bytes_done=done, bytes_total=total, current=current)
+
+
+@contextmanager
+def recorded(path: Path | None) -> Iterator[Events]:
+    """Give what records the events of the body in a new or longer file; its failure is the last of them.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path is None:
+        yield Events(None)
+        return
+    try:
+        stream = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written: {error.strerror}", hint="give --events a file in a folder of yours"
+        ) from error
+    with stream:
+        events = Events(stream)
+        try:
+            yield events
+        except MigratorError as error:
+            name = type(error).__name__
+            events.emit("failed", error=name, message=error.message, hint=error.hint, data=error.data)
+            raise
+        except BaseException as error:
+            events.emit("failed", error=type(error).__name__, message=str(error))
+            raise

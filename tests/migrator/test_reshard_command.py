@@ -1,0 +1,179 @@
+"""`migrator reshard` beside the copying itself: dry run, events, replacing, and being stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from migrator.cli import main
+
+MIGRATOR = str(Path(sys.executable).with_name("migrator"))
+RANKS = ("--layout", "ranks", "--tp", 2)
+
+
+@pytest.fixture
+def migrator(monkeypatch, capsys):
+    """Run a command in this process, which has transformers imported already: (exit code, output, error lines)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures had to say
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def events(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_dry_run_shows_what_moves_and_writes_nothing(migrator, hub_folder, tmp_path):
+    hub, out = hub_folder("qwen3_moe"), tmp_path / "out"
+    code, output, errors = migrator("reshard", hub, out, *RANKS, "--dry-run", "--format", "json")
+    assert (code, list(tmp_path.iterdir())) == (0, [])
+    assert not [line for line in errors if not line.startswith("note:")]
+    said = json.loads(output)
+    groups = {group["name"]: group for group in said["groups"]}
+    experts = groups["model.layers.*.mlp.experts.gate_up_proj"]
+    assert (experts["tensors"], experts["old"], experts["new"]) == (2, "whole", "Replicate, Packed(1, 2)")
+    assert groups["model.norm.weight"]["new"] == "replicated"
+    assert said["tensors"] == sum(group["tensors"] for group in groups.values())
+    _, output, _ = migrator("reshard", hub, out, *RANKS, "--format", "json")
+    done = json.loads(output)
+    assert said["bytes_read"] == done["bytes_read"]
+    assert said["bytes_written"] == done["bytes_written"] == sum(group["bytes_written"] for group in groups.values())
+    taken = sum(path.stat().st_size for path in out.iterdir())
+    # Digests are not known before; a manifest without them is shorter by as much.
+    assert said["disk_needed"] == taken - 32 * len(json.loads((out / "migrator.json").read_text())["tensors"])
+    assert 0 < said["seconds"] < 60
+    assert said["peak_memory"] > 2**26
+    assert 0 <= said["reflinkable"] <= 1
+
+
+def test_a_dry_run_of_rank_files_knows_where_tensors_were(migrator, rank_folder, tmp_path):
+    code, output, _ = migrator("reshard", rank_folder("qwen3_moe", 2), tmp_path / "out", "--layout", "hf", "--dry-run")
+    assert code == 0
+    row = next(line for line in output.splitlines() if "experts.down_proj" in line)
+    assert "Replicate, Shard(2)" in row
+    assert "whole" in row
+    assert "nothing was written" in output
+
+
+def test_events_tell_what_happens(migrator, hub_folder, tmp_path):
+    log = tmp_path / "events.jsonl"
+    code, _, _ = migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", log, "--quiet")
+    assert code == 0
+    found = events(log)
+    assert [event["event"] for event in found] == ["planned", "started", "progress", "finished"]
+    assert found[-1]["bytes_written"] == found[0]["bytes_total"] == found[2]["bytes_total"]
+    assert all(one["time"] <= other["time"] for one, other in pairwise(found))
+
+
+def test_events_tell_what_failed(migrator, hub_folder, tmp_path):
+    hub, log = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub")), tmp_path / "events.jsonl"
+    next(hub.glob("*.safetensors")).unlink()
+    code, _, errors = migrator("reshard", hub, tmp_path / "out", *RANKS, "--events", log)
+    assert code == 2
+    (failed,) = events(log)
+    assert (failed["event"], failed["error"]) == ("failed", "IncompleteError")
+    assert failed["message"] in errors[0]
+    assert failed["data"]
+
+
+def test_events_need_a_place(migrator, hub_folder, tmp_path):
+    code, _, errors = migrator(
+        "reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", tmp_path / "no" / "x"
+    )
+    assert code == 2
+    assert "cannot be written" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_overwrite_replaces(migrator, hub_folder, tmp_path):
+    hub, out = hub_folder("llama"), tmp_path / "out"
+    assert migrator("reshard", hub, out, *RANKS)[0] == 0
+    (out / "mine").touch()
+    code, _, errors = migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4)
+    assert (code, (out / "mine").exists()) == (2, True)
+    assert "--overwrite" in errors[1]
+    assert migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")[0] == 0
+    assert sorted(path.name for path in out.glob("*.safetensors"))[-1] == "rank-00003-of-00004.safetensors"
+    assert not (out / "mine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("inside", [".", "hub"])
+def test_a_source_is_never_replaced(migrator, hub_folder, tmp_path, inside):
+    out = tmp_path / "out"
+    out.mkdir()
+    hub = Path(shutil.copytree(hub_folder("llama"), out / inside, dirs_exist_ok=True))
+    if inside != ".":
+        (out / "model.safetensors").touch()
+    before = content(hub)
+    code, _, errors = migrator("reshard", hub, out, *RANKS, "--overwrite")
+    assert code == 2
+    assert "holds the source" in errors[-2]
+    assert content(hub) == before
+
+
+def test_what_is_no_checkpoint_is_never_replaced(migrator, hub_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").touch()
+    code, _, errors = migrator("reshard", hub_folder("llama"), out, *RANKS, "--overwrite")
+    assert (code, (out / "thesis.tex").exists()) == (2, True)
+    assert "no checkpoint" in errors[0]
+
+
+SLOW = """
+import sys, time
+from runtime.checkpoint import copy
+import migrator.cli
+feed = copy.feed
+def slowly(*arguments):
+    time.sleep(0.01)
+    feed(*arguments)
+copy.feed = slowly
+migrator.cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(migrator, hub_folder, tmp_path, number):
+    hub, out, log = hub_folder("qwen3_moe"), tmp_path / "out", tmp_path / "events.jsonl"
+    arguments = ["reshard", str(hub), str(out), *map(str, RANKS), "--max-memory", "1"]
+    command = [sys.executable, "-c", SLOW, *arguments, "--events", str(log)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not log.exists() or "progress" not in log.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"stopped by {number.name}" in errors
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    assert events(log)[-1]["event"] == "failed"
+    assert not out.exists()
+    code, _, said = migrator(*arguments)
+    assert code == 0
+    assert any("going on" in line for line in said)
+    assert migrator("reshard", hub, tmp_path / "undisturbed", *RANKS)[0] == 0
+    assert content(out) == content(tmp_path / "undisturbed")
