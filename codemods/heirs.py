@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from codemods.module import Module
 from codemods.sources import Source
 from plans.errors import SourceError
 
@@ -20,22 +21,24 @@ _MODULE = re.compile(rb"\n[ \t]*from[ \t]+([\w.]*\.[\w.]*)[ \t]+import\b")
 _LONGEST = 80  # bytes before an alias in which the name is looked for
 
 
-def heirs_by_name(sources: Iterable[Source]) -> dict[str, list[tuple[Path, str]]]:
+def heirs_by_name(sources: Iterable[Source], known: Mapping[Path, Module]) -> dict[str, list[tuple[Path, str]]]:
     """Return the classes that a name may give plans to, itself among them: each with its file.
 
     Args:
         sources: the files whose classes are looked at.
+        known: what has been read of some of them.
     """
-    found: dict[bytes, list[tuple[Path, str]]] = defaultdict(list)
+    found: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for source in sources:
-        data = _lines(source)
-        aliases = _aliases(data[: data.find(b"\nclass ")])
-        for header in _HEADER.finditer(data):
-            heir = source.path, header[1].decode("utf-8", "replace")
-            found[header[1]].append(heir)
-            for base in _NAME.findall(header[2] or b""):
+        module = known.get(source.path)
+        headers = _read_headers(module) if module else _found_headers(source)
+        aliases = _aliases(source)
+        for name, bases in headers:
+            heir = source.path, name
+            found[name].append(heir)
+            for base in bases:
                 found[aliases.get(base, base)].append(heir)
-    return {name.decode("utf-8", "replace"): heirs for name, heirs in found.items()}
+    return dict(found)
 
 
 def importers_by_folder(sources: Iterable[Source]) -> dict[str, list[Path]]:
@@ -56,10 +59,29 @@ def _lines(source: Source) -> bytes:
         return b"\n" + source.data
 
 
-def _aliases(head: bytes) -> dict[bytes, bytes]:
+def _read_headers(module: Module) -> Iterator[tuple[str, Sequence[str]]]:
+    for name, owner in module.classes.items():
+        if name and "." not in name:
+            yield name, [word for base in owner.bases for word in base.split(".")]
+
+
+def _found_headers(source: Source) -> Iterator[tuple[str, Sequence[str]]]:
+    for header in _HEADER.finditer(_lines(source)):
+        yield _text(header[1]), [_text(word) for word in _NAME.findall(header[2] or b"")]
+
+
+def _aliases(source: Source) -> dict[str, str]:
     """Return the other names that the beginning of a file gives to classes, with those they stand for."""
-    found: dict[bytes, bytes] = {}
-    for match in _ALIAS.finditer(head):
+    data = _lines(source)
+    head = data[: data.find(b"\nclass ")]
+    found: dict[str, str] = {}
+    for match in _ALIAS.finditer(head) if b" as " in head else ():
         before = _NAME.findall(head, max(0, match.start() - _LONGEST), match.start())
-        found[match[1]] = before[-1] if before else match[1]
-    return found | {name: found.get(meant, meant) for name, meant in _SECOND_NAME.findall(head)}
+        found[_text(match[1])] = _text(before[-1] if before else match[1])
+    second = _SECOND_NAME.findall(head) if b" = " in head else ()
+    return found | {_text(name): found.get(_text(meant), _text(meant)) for name, meant in second}
+
+
+def _text(name: bytes) -> str:
+    """Read a name; in a file that is no text it is only never found."""
+    return name.decode("utf-8", "replace")

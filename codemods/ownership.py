@@ -95,12 +95,12 @@ class Tree:
     @cached_property
     def heirs(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
         """The classes of the modular files that were taken, by the names that may give them plans."""
-        return heirs_by_name(self._files("modular_"))
+        return heirs_by_name(self._files("modular_"), self._modules)
 
     @cached_property
     def configurations(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
         """The classes of the configuration files that were taken, by the names that may give them plans."""
-        return heirs_by_name(self._files("configuration_"))
+        return heirs_by_name(self._files("configuration_"), self._modules)
 
     @cached_property
     def importers(self) -> Mapping[str, Sequence[Path]]:
