@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 
 __all__ = ["main"]
 
-_COMMANDS = ("rewrite", "check", "diff", "explain", "plan", "reshard", "validate")
+_COMMANDS = ("rewrite", "check", "diff", "explain", "plan", "reshard", "inspect", "verify", "validate")
 
 
 class _LazyGroup(click.Group):
@@ -44,6 +44,7 @@ def group() -> None:
     migrator explain MIG001                                what a rule does, and why
     migrator plan CHECKPOINT --tp 2                        where each parameter goes, and why
     migrator reshard CHECKPOINT OUT --tp 2 --layout ranks  lay a checkpoint out for the plan
+    migrator verify OUT CHECKPOINT                         that both hold the same, byte for byte
     migrator validate OUT --tp 2 --reference CHECKPOINT    prove it on real processes
     """
 

@@ -13,8 +13,11 @@ __all__ = ["need_runtime"]
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
-def need_runtime() -> None:
+def need_runtime(*, shows_downloads: bool = False) -> None:
     """Make the runtime's packages importable without a word of theirs on the terminal.
+
+    Args:
+        shows_downloads: let the hub's client show its progress, which it does on a terminal.
 
     Raises:
         DependencyError: one is not installed.
@@ -27,6 +30,7 @@ def need_runtime() -> None:
             packages=missing,
         )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not shows_downloads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")

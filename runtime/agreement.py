@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import plans.errors
-from plans.errors import MigratorError
+from plans.errors import MigratorError, WorkerError
+from runtime.wording import first_line
 
 __all__ = ["error_from_json", "error_to_json", "gather_json", "together"]
 
@@ -24,6 +25,9 @@ def gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
     Args:
         value: what JSON can hold.
         axes: mesh axes, innermost first, whose ranks take part; by default all ranks of the process group.
+
+    Raises:
+        WorkerError: one of them died, or did not answer in the time that the process group allows.
     """
     if not axes:
         return _gather(value, None)
@@ -44,13 +48,17 @@ def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Re
 
     Raises:
         MigratorError: of the first rank that failed.
+        WorkerError: a rank did not answer.
     """
     failure: MigratorError | None = None
     try:
         result = stage()
     except MigratorError as error:
         failure = error
-    failures = gather_json(error_to_json(failure) if failure else None, axes)
+    try:
+        failures = gather_json(error_to_json(failure) if failure else None, axes)
+    except WorkerError as lost:
+        raise (failure or lost) from lost.__cause__  # what went wrong here is nearer to the cause
     for found in failures:
         if found is not None:
             raise error_from_json(found)
@@ -58,6 +66,16 @@ def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Re
 
 
 def _gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
+    try:
+        return _gathered(value, group)
+    except RuntimeError as error:
+        raise WorkerError(
+            f"rank {dist.get_rank()} waited for another one in vain: {first_line(error)}",
+            hint="look at what the ranks wrote for the one that died or hangs, then run the same command again",
+        ) from error
+
+
+def _gathered(value: object, group: dist.ProcessGroup | None) -> list[Any]:
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]

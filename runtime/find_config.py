@@ -1,4 +1,4 @@
-"""The config that a user names: by a checkpoint folder, a config.json or a model type."""
+"""The config that a user names: by a checkpoint folder or repository, a config.json or a model type."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import UsageError
+from runtime.hub import fetch_config, hub_name
 from runtime.model import read_config, transformers_version, unreadable
 from runtime.wording import first_line
 
@@ -17,22 +18,26 @@ __all__ = ["find_config"]
 
 
 def find_config(source: str) -> PreTrainedConfig:
-    """Return the config of a checkpoint folder, a config.json or a model type, whichever `source` names.
+    """Return the config of a checkpoint folder, a repository, a config.json or a model type, whichever is named.
 
     Raises:
         UsageError: it names none of them.
         IncompleteError: the folder has no config.json, or it cannot be read.
-        CheckpointError: as `read_config`.
+        CheckpointError: as `read_config` and `fetch_config`.
     """
     from transformers import CONFIG_MAPPING
 
+    if (name := hub_name(source)) is not None:
+        return read_config(fetch_config(name))
     if (folder := _folder(Path(source))) is not None:
         return read_config(folder)
     if source not in CONFIG_MAPPING:
         alike = get_close_matches(source, CONFIG_MAPPING, n=1)
         raise UsageError(
             f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
-            hint=f"did you mean {alike[0]}?" if alike else "name a folder that save_pretrained wrote",
+            hint=f"did you mean {alike[0]}?"
+            if alike
+            else "name a folder that save_pretrained wrote, or hf://owner/name",
             source=source,
         )
     return _default_config(source)

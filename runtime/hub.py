@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.side_files import OTHER_WEIGHTS
 from runtime.wording import first_line
 
-__all__ = ["HubName", "fetch", "hub_name", "local_folder", "push"]
+__all__ = ["HubName", "check_repository", "fetch", "fetch_config", "hub_name", "local_folder", "push"]
 
 _PREFIX = "hf://"
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
@@ -49,8 +50,21 @@ def hub_name(text: str) -> HubName | None:
         if found is None:
             raise UsageError(f"{text}: not a repository", hint="write hf://owner/name or hf://owner/name@revision")
         return HubName(found["repository"], found["revision"])
-    is_local = Path(text).exists() or Path(text).parent.is_dir()
-    return HubName(found["repository"], found["revision"]) if found and not is_local else None
+    # Unlike those of Path, these take names that no file system allows.
+    if found is None or os.path.exists(text) or os.path.isdir(os.path.dirname(text)):  # noqa: PTH110, PTH112, PTH120
+        return None
+    return HubName(found["repository"], found["revision"])
+
+
+def check_repository(text: str) -> None:
+    """Refuse what is not `owner/name`, before work is done that is to be pushed there.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = _NAME.fullmatch(text)
+    if found is None or found["revision"]:
+        raise UsageError(f"{text}: not a repository to push to", hint="write owner/name", repository=text)
 
 
 def local_folder(source: str, *, quiet: bool = False) -> Path:
@@ -83,6 +97,18 @@ def fetch(name: HubName, *, quiet: bool = False) -> Path:
         weights = _weights(folder)
         snapshot_download(name.repository, revision=folder.name, allow_patterns=weights)
     return folder
+
+
+def fetch_config(name: HubName) -> Path:
+    """Bring a checkpoint's config.json alone into the hub's cache, and return the folder it is in.
+
+    Raises:
+        IncompleteError, CheckpointError: as `fetch`.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(name), _progress(quiet=True):
+        return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=["config.json"]))
 
 
 def push(folder: Path, repository: str, *, quiet: bool = False) -> str:

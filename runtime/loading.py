@@ -17,6 +17,7 @@ from plans.errors import CheckpointError, IncompleteError, MismatchError
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks import held_by, rank_file
 from runtime.checkpoint.safetensors import StoredTensor, read_exactly, read_header
+from runtime.checkpoint.side_files import check_contained
 from runtime.model import DTYPES, model_tensors
 from runtime.wording import listed
 
@@ -40,16 +41,18 @@ def load_ranks(
 
     Raises:
         IncompleteError: the file is missing, or tensors of the model are missing from it.
+        CheckpointError: it is a link that leads out of the folder.
         HeaderError: the file or the manifest lies.
         MismatchError: the file holds tensors the model lacks, or of other shapes than this rank's.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     path = folder / rank_file(rank, world_size)
     manifest = read_manifest(folder)
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         raise IncompleteError(
             f"{path}: missing", hint=f"the folder must be laid out for {world_size} ranks", file=str(path)
         )
+    check_contained(folder, path)
     stored = dict(read_header(path).tensors)
     for name, entry in manifest.tensors.items():
         if entry.kind == "carried" and held_by(entry, rank):

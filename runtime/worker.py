@@ -7,24 +7,16 @@ import json
 import os
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
-from plans.errors import MigratorError, WorkerError
+from plans.errors import MigratorError
 from runtime.agreement import error_from_json, error_to_json
+from runtime.joined import joined
 from runtime.launch import launch
 from runtime.validate import check_request, validate_ranks
 from runtime.validation_values import ValidationRequest, ValidationResult
-from runtime.wording import first_line
 
-__all__ = ["in_worker", "run_validation", "take_part", "work"]
-
-
-def in_worker() -> bool:
-    """Say whether this process is a rank that torchrun, or `launch`, has started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+__all__ = ["run_validation", "take_part", "work"]
 
 
 def run_validation(request: ValidationRequest) -> ValidationResult:
@@ -58,22 +50,11 @@ def take_part(request: ValidationRequest) -> ValidationResult:
     """
     # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
     faulthandler.dump_traceback_later(request.timeout, exit=True)
-    _join(request.timeout)
     try:
-        return validate_ranks(request)
+        with joined(request.timeout):
+            return validate_ranks(request)
     finally:
-        dist.destroy_process_group()
         faulthandler.cancel_dump_traceback_later()
-
-
-def _join(timeout: float) -> None:
-    try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
-        raise WorkerError(
-            f"this rank cannot join the process group: {first_line(error)}",
-            hint="start all ranks through torchrun, or let migrator start them",
-        ) from error
 
 
 def work(request: str, answer: str) -> None:

@@ -25,7 +25,9 @@ __all__ = ["command"]
 @mesh_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
-    """Show where a plan puts each parameter of SOURCE: a checkpoint folder, a config.json or a model type.
+    """Show where a plan puts each parameter of SOURCE, a checkpoint folder, a config.json or a model type.
+
+    It may also be hf://owner/name[@revision], of which only the config is fetched.
 
     The plan is the model's own, read in the dialect of the installed transformers, and its param-level form, which
     must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.

@@ -23,11 +23,10 @@ __all__ = ["command"]
 
 
 @click.command("validate")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis.")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
     help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
 )
 @click.option(
@@ -39,18 +38,22 @@ __all__ = ["command"]
 )
 @click.option("--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-def command(source: Path, tp: int, reference: Path | None, tolerance: float, timeout: float, form: str) -> int:
+def command(source: str, tp: int, reference: str | None, tolerance: float, timeout: float, form: str) -> int:
     """Prove SOURCE, a folder of rank files: one process for each rank loads its own and runs the model.
 
     Every planned parameter must be sharded as planned and every other one whole, the bytes must be those that were
-    written, and the logits must equal the unsharded model's. Runs under torchrun too.
+    written, and the logits must equal the unsharded model's. Runs under torchrun too. SOURCE and the reference may be
+    hf://owner/name[@revision].
     """
     need_runtime()
     from plans.mesh import Mesh
+    from runtime.hub import local_folder
+    from runtime.joined import in_worker
     from runtime.validation_values import ValidationRequest, ValidationResult
-    from runtime.worker import in_worker, run_validation, take_part
+    from runtime.worker import run_validation, take_part
 
-    request = ValidationRequest(source, Mesh(tp=tp), reference, tolerance=tolerance, timeout=timeout)
+    folder, compared = local_folder(source), local_folder(reference) if reference else None
+    request = ValidationRequest(folder, Mesh(tp=tp), compared, tolerance=tolerance, timeout=timeout)
     failure: MismatchError | None = None
     if not in_worker():
         # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.

@@ -17,10 +17,11 @@ import pytest
 
 from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
+from runtime.joined import in_worker
 from runtime.launch import launch
 from runtime.validation_values import Content, Forward, Structure, ValidationRequest, ValidationResult
 from runtime.validation_values import Mismatch as Row
-from runtime.worker import in_worker, run_validation
+from runtime.worker import run_validation
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
@@ -75,7 +76,7 @@ def test_of_a_traceback_only_the_error_is_shown(tmp_path: Path) -> None:
         "import atexit; atexit.register(print, 'W1 the end of a log', file=sys.stderr)\n"
         "if rank == '0': raise ValueError('no such expert')"
     )
-    with pytest.raises(WorkerError, match=r"rank 0 exited with 1: ValueError: no such expert$") as caught:
+    with pytest.raises(WorkerError, match=r"(?m)^rank 0 exited with 1: ValueError: no such expert$") as caught:
         launch(2, script(tmp_path, body), timeout=30)
     assert "Traceback" not in caught.value.message + caught.value.hint
     assert "Traceback (most recent call last):" in caught.value.data["lines"]

@@ -1,0 +1,174 @@
+"""The page as text: well-formed whatever tensors are called, bounded however many there are."""
+
+from __future__ import annotations
+
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from migrator.report.from_inspection import inspection_report
+from migrator.report.from_reshard import reshard_report
+from migrator.report.from_validation import validation_report
+from migrator.report.markup import element
+from migrator.report.page import render, write_report
+from migrator.report.shard_map import rank_list
+from migrator.report.values import Report
+from migrator.shown import sized, visible
+from plans.errors import DestinationError
+from plans.mesh import Mesh
+from runtime.checkpoint.reshard import plan_reshard
+from runtime.inspection import inspect_checkpoint
+from tests.migrator.report.samples import HOSTILE, a_report, lossy
+
+ALLOWED = frozenset(
+    {"html", "head", "meta", "title", "style", "body", "header", "nav", "main", "section", "a", "p", "div", "span"}
+    | {"b", "strong", "code", "h1", "h2", "dl", "dt", "dd", "ul", "ol", "li", "figure", "figcaption", "details"}
+    | {"summary", "meter", "table", "caption", "thead", "tbody", "tr", "th", "td"}
+)
+
+
+class Reader(HTMLParser):
+    """Takes a page apart, and minds that every element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(page: str) -> Reader:
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def check_harmless(reader: Reader) -> None:
+    assert {tag for tag, _ in reader.elements} <= ALLOWED
+    for _, attributes in reader.elements:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "action")]
+        assert (attributes.get("href") or "#").startswith("#")
+        assert (attributes.get("style") or "flex-grow:1").startswith("flex-grow:")
+
+
+def test_hostile_names_are_text_and_nothing_else():
+    page = render(a_report(HOSTILE))
+    reader = read(page)
+    check_harmless(reader)
+    assert "<script>document.title = 'owned'</script>" in reader.text
+    assert "\\x1b[31m\\u202e" in reader.text
+    assert page.encode()  # which half a surrogate pair cannot be
+    assert "n" * 400 not in page
+    check_harmless(read(render(inspection_report(lossy(HOSTILE)))))
+
+
+def test_the_check_for_harm_can_fail():
+    with pytest.raises(AssertionError):
+        check_harmless(read("<p onclick='x'></p>"))
+    with pytest.raises(AssertionError):
+        check_harmless(read("<script></script>"))
+
+
+def test_fifty_thousand_tensors_fit_on_a_page():
+    began = time.process_time()
+    page = render(a_report(tuple(f"a.tensor_{number}" for number in range(50_000))))
+    assert time.process_time() - began < 10
+    assert len(page) < 1_000_000
+    assert "and 49,750 more, by group" in page
+
+
+def test_ids_are_unique_and_links_lead_somewhere():
+    elements = read(render(a_report(("a", "b", "c")))).elements
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    links = [attributes["href"] for tag, attributes in elements if tag == "a"]
+    assert len(ids) == len(set(ids))
+    assert {link.removeprefix("#") for link in links} == set(ids)
+
+
+def test_every_rank_of_a_large_mesh_is_there():
+    page = render(a_report(("model.gate_up_proj", "b", "c"), Mesh(tp=8, fsdp=32)))
+    assert all(f"<span>rank {rank}</span>" in page for rank in range(256))
+    assert "gate</p>" in page
+    assert "up</p>" in page
+
+
+@pytest.mark.parametrize(
+    ("ranks", "world", "words"),
+    [
+        ((0,), 1, "rank 0"),
+        ((0, 1), 2, "every rank"),
+        ((3,), 8, "rank 3"),
+        ((0, 1, 2, 5), 8, "ranks 0–2, 5"),
+        ((0, 2), 4, "ranks 0, 2"),
+    ],
+)
+def test_ranks_in_words(ranks, world, words):
+    assert rank_list(ranks, world) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1000 * 1024, "0.977 MiB"), (5 * 2**60, "5,242,880 TiB")],
+)
+def test_sizes_in_words(number, words):
+    assert sized(number) == words
+
+
+def test_what_does_not_print_is_escaped_and_what_is_long_is_cut():
+    assert visible("a\n\x1b[0m\u202e") == "a\\n\\x1b[0m\\u202e"
+    assert len(visible("x" * 10_000)) < 200
+
+
+def test_attributes_are_escaped():
+    assert element("a", "<b>", title='"><x>').text == '<a title="&quot;&gt;&lt;x&gt;">&lt;b&gt;</a>'
+
+
+def test_a_report_that_says_nothing_is_a_page():
+    reader = read(render(Report("empty", "nothing to say")))
+    assert [tag for tag, _ in reader.elements].count("section") == 0
+
+
+def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
+    with pytest.raises(DestinationError, match="No such file"):
+        write_report(Report("a", "b"), tmp_path / "none" / "report.html")
+
+
+def test_the_report_of_a_reshard(rank_folder, hub_folder, tmp_path):
+    plan = plan_reshard(rank_folder("qwen3_moe", 2), Mesh(tp=4))
+    dry = reshard_report(plan)
+    assert [view.title for view in dry.views] == ["in the source", "planned for the result"]
+    assert (dry.ok, list(dry.timings)) == (None, ["planning"])
+    done = reshard_report(plan, plan.execute(tmp_path / "out"))
+    assert [len(view.rank_bytes) for view in done.views] == [2, 4]
+    assert list(done.timings) == ["planning", "copying", "syncing"]
+    assert (done.ok, len(done.digests)) == (True, 36)
+    check_harmless(read(render(done)))
+    from_hub = reshard_report(plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)))
+    assert [view.title for view in from_hub.views] == ["planned for the result"]
+
+
+def test_the_report_of_a_validation(rank_folder):
+    part = {"checked": 36, "mismatches": []}
+    wrong = {"name": "model.norm.weight", "rank": 1, "expected": "digest 1", "found": "digest 2"}
+    answer = {"ok": True, "world_size": 2, "structure": part, "content": part, "skipped": {"backward": "not asked for"}}
+    found = inspect_checkpoint(rank_folder("qwen3_moe", 2))
+    good = validation_report(found, answer)
+    assert (good.ok, good.facts["structure"]) == (True, "checked 36")
+    assert [one.severity for one in good.findings] == ["note"]
+    bad = validation_report(found, {**answer, "ok": False, "content": {"checked": 36, "mismatches": [wrong]}})
+    assert bad.findings[0].text == "content on rank 1: expected digest 1, found digest 2"
+    assert "✗ not ok" in render(bad)

@@ -1,0 +1,95 @@
+"""`migrator verify` as a user runs it: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from migrator.cli import main
+from runtime.checkpoint.safetensors import read_header
+from tests.conftest import HubFolder, RankFolder
+
+Verify = Callable[..., tuple[int, str, list[str]]]
+NORM = "model.layers.1.input_layernorm.weight"
+SECOND = "rank-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Run the command in this process: (exit code, output, error lines)."""
+
+    def run(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["migrator", "verify", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures had to say
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def damaged(rank_folder: RankFolder, tmp_path: Path) -> Path:
+    """Rank files, the second with a bit flipped in a norm that both hold."""
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "damaged"))
+    content, stored = bytearray((folder / SECOND).read_bytes()), read_header(folder / SECOND).tensors[NORM]
+    content[stored.offset + 4 * 9 + 3] ^= 0x80  # the sign of a float32
+    (folder / SECOND).write_bytes(content)
+    return folder
+
+
+def test_the_same_content(verify: Verify, rank_folder: RankFolder, hub_folder: HubFolder) -> None:
+    ranks, hub = rank_folder("qwen3_moe", 2), hub_folder("qwen3_moe")
+    code, out, err = verify(ranks)
+    assert (code, err) == (0, [])
+    assert f"{ranks}: ranks, 36 tensors in 51 copies" in out
+    assert "every copy is as the manifest records it" in out
+    code, out, err = verify(ranks, hub)
+    assert (code, err) == (0, [])
+    assert "the same content" in out
+    assert verify(ranks, hub, "--quiet") == (0, "", [])
+
+
+def test_a_difference_is_named_to_the_element(verify: Verify, damaged: Path, hub_folder: HubFolder) -> None:
+    code, out, _ = verify(damaged, "--quiet")
+    assert code == 1
+    [line] = out.splitlines()
+    assert line.startswith(f"DIFFERS  {NORM} in rank 1 of {damaged}: content digest ")
+    assert "the first element that differs, [9], is " in line
+    assert line.endswith(f"in rank 0 of {damaged}")
+    code, out, _ = verify(damaged, hub_folder("qwen3_moe"), "--format", "json")
+    assert code == 1
+    said = json.loads(out)
+    assert said["ok"] is False
+    assert said["source"]["copies"] == said["source"]["digests_read"] == 51
+    [difference] = said["differences"]  # the other copy is intact, and that is the one that is compared
+    element = difference["element"]
+    assert (difference["name"], element["index"]) == (NORM, [9])
+    assert element["expected"]["number"] == -element["found"]["number"]
+    assert int(element["expected"]["bits"], 16) ^ int(element["found"]["bits"], 16) == 0x80000000
+
+
+def test_what_cannot_be_done_is_an_error(verify: Verify, rank_folder: RankFolder, tmp_path: Path) -> None:
+    code, out, err = verify(tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert err[0].startswith("error: ")
+    assert err[1].startswith("hint: ")
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "ranks"))
+    (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-10])
+    code, out, err = verify(folder, "--format", "json")
+    assert (code, out) == (2, "")
+    assert "truncated" in err[0]
+
+
+def test_foreign_rank_files_are_found(verify: Verify, rank_folder: RankFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "ranks"))
+    shutil.copy(rank_folder("llama", 2) / SECOND, folder / SECOND)
+    code, out, _ = verify(folder, "--format", "json")
+    assert code == 1
+    assert SECOND in json.loads(out)["differences"][0]["found"]
