@@ -21,6 +21,7 @@ from runtime.checkpoint.optimizer_files import optimizer_files
 from runtime.checkpoint.optimizer_state import OptimizerState
 from runtime.checkpoint.ranks import lay_out as lay_out_rank
 from runtime.checkpoint.record import Entry, Manifest
+from runtime.plan import Plan
 from runtime.resolve import resolve
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
 
 
 def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
-    resolved = resolve(model, target.mesh, target.mode)
+    resolved = _resolved(model, target)
     manifest = _manifest(content, resolved)
     ranks = range(resolved.mesh.world_size)
     files = (lay_out_rank(rank, resolved.mesh, manifest.tensors, content.forms) for rank in ranks)
@@ -124,9 +125,15 @@ def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidO
 
 
 def _as_dcp(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
-    resolved = resolve(model, target.mesh, target.mode)
+    resolved = _resolved(model, target)
     manifest = _manifest(content, resolved)
     return LaidOut(dcp_files(resolved.mesh, manifest.tensors, content.forms, content.tied), resolved, manifest)
+
+
+def _resolved(model: PreTrainedModel, target: Target) -> ResolvedPlan:
+    """Resolve the model's plan; where no axis of a plan has more than one rank, a model may do without."""
+    needs_none = target.mesh.tp == target.mesh.ep == 1 and not model.tp_plan
+    return resolve(model, target.mesh, target.mode, Plan(target.mode, {}) if needs_none else None)
 
 
 def _manifest(content: Content, resolved: ResolvedPlan) -> Manifest:

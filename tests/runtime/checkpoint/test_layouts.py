@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from plans.errors import HeaderError, MismatchError, UsageError
+from plans.errors import HeaderError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.hf import INDEX, WEIGHTS
 from runtime.checkpoint.ranks import rank_file
@@ -102,6 +102,16 @@ def test_experts_are_stored_as_asked_for(checkpoint: Checkpoint, tmp_path: Path)
     assert (tmp_path / "separate" / WEIGHTS).read_bytes() == (tmp_path / "original" / WEIGHTS).read_bytes()
     plan_reshard(tmp_path / "fused", target=HUB).execute(tmp_path / "again")
     assert dict(files(tmp_path / "again")) == dict(files(tmp_path / "fused"))
+
+
+def test_a_model_without_a_plan_is_laid_out_for_fsdp_alone(tmp_path: Path) -> None:
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 11}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "hub")
+    steps = [Target(mesh=Mesh(fsdp=3)), Target(), Target("dcp", Mesh(fsdp=2)), HUB]
+    back = walk(tmp_path / "hub", steps, tmp_path / "walk")[-1]
+    assert dict(files(back)) == dict(files(tmp_path / "hub"))
+    with pytest.raises(PlanError, match="no tensor parallel plan"):
+        plan_reshard(tmp_path / "hub", Mesh(tp=2))
 
 
 def test_carried_tensors_come_back(checkpoint: Checkpoint, tmp_path: Path) -> None:
