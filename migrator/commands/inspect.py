@@ -1,0 +1,56 @@
+"""`migrator inspect`: what a checkpoint of whatever layout holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from migrator import console
+from migrator.mesh_options import mesh_of, mesh_options
+from migrator.needs import need_runtime
+
+if TYPE_CHECKING:
+    from plans.mesh import Mode
+    from runtime.inspection_values import Inspection
+
+__all__ = ["command"]
+
+
+@click.command("inspect")
+@click.argument("source")
+@mesh_options
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report for a browser too.")
+def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str, report: Path | None) -> int:
+    """Show what the checkpoint SOURCE holds: its layout and mesh, its tensors, and what is wrong with it.
+
+    SOURCE is a folder of whatever layout, or hf://owner/name[@revision]; of its weight files the headers are read. With
+    a mesh or a mode, it also shows what the model's plan would make of it there. Exits 1 where the files contradict one
+    another or do not make up the tensors, and names each that is lossy. `migrator verify` reads the tensors, too.
+    """
+    need_runtime()
+    from runtime.hub import local_folder
+    from runtime.inspection import inspect_checkpoint
+
+    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
+    found = inspect_checkpoint(local_folder(source), mesh if is_asked else None, chosen)
+    if form == "json":
+        console.emit_json(found.to_json())
+    else:
+        from migrator.inspection_text import show
+
+        show(found)
+    if report is not None:
+        _write(found, report)
+    return 1 if found.findings else 0
+
+
+def _write(found: Inspection, file: Path) -> None:
+    from migrator.report.from_inspection import inspection_report
+    from migrator.report.page import write_report
+
+    write_report(inspection_report(found), file)
+    console.say(f"wrote {file}")

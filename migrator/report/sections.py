@@ -1,0 +1,139 @@
+"""The sections of a report, each drawn from the part that it is about, None where there is nothing to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from migrator.report.markup import Child, Html, element, table
+from migrator.report.shard_map import shard_map
+from migrator.report.values import Finding, MeshView, PlanRow, Report, TensorRow
+from migrator.shown import dims, sized, visible
+
+__all__ = ["Section", "sections"]
+
+_ROWS = 250
+_RANKS = 1024
+_LONG = 600
+_OPEN_RANKS = 64
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page: where links lead to, its heading and what it shows."""
+
+    anchor: str
+    heading: str
+    body: tuple[Html, ...]
+
+
+def sections(report: Report) -> Iterator[Section]:
+    """Yield the sections that a report has something for."""
+    if report.findings:
+        yield Section("findings", "Findings", (_findings(report),))
+    for number, view in enumerate(report.views):
+        yield Section(f"map-{number}", f"Shard map, {view.title}", (element("p", view.mesh), shard_map(view)))
+    if report.views:
+        yield Section("ranks", "Bytes per rank", tuple(_rank_bytes(view) for view in report.views))
+    if report.plan:
+        yield Section("plan", "Plan", tuple(_plan(report)))
+    if report.tensors:
+        yield Section("tensors", "Tensors", tuple(_tensors(report)))
+    if report.timings:
+        yield Section("timings", "Timings", (_timings(report.timings),))
+    if report.files:
+        yield Section("files", "Files", tuple(_files(report.files)))
+    if report.digests:
+        yield Section("digests", "Digests", tuple(_digests(report.digests)))
+    if report.versions:
+        yield Section("versions", "Versions", (_pairs("Versions", "package", "version", report.versions),))
+
+
+def _findings(report: Report) -> Html:
+    shown = map(_finding, report.findings[:_ROWS])
+    return element("ul", *shown, *_more(len(report.findings), "finding", "li"), class_="findings")
+
+
+def _finding(one: Finding) -> Html:
+    subject: list[Child] = [element("code", visible(one.subject)), " "] if one.subject else []
+    return element("li", element("strong", one.severity), " ", *subject, visible(one.text, _LONG))
+
+
+def _rank_bytes(view: MeshView) -> Html:
+    most = max((*view.rank_bytes, 1))
+    rows = [
+        (f"rank {rank}", _amount(size), element("meter", f"{size / most:.0%}", min=0, max=most, value=size))
+        for rank, size in enumerate(view.rank_bytes[:_RANKS])
+    ]
+    caption = f"{view.title}: {view.mesh}"
+    drawn = table(caption, ("rank", "bytes", "of the fullest"), rows)
+    if len(rows) <= _OPEN_RANKS:
+        return drawn
+    words = f"{view.title}: {len(view.rank_bytes):,} ranks, at most {sized(most)} each"
+    return element("details", element("summary", words), drawn, *_more(len(view.rank_bytes), "rank", "p", _RANKS))
+
+
+def _plan(report: Report) -> Iterator[Html]:
+    titles = [view.title for view in report.views]
+    change = ["change"] if len(titles) > 1 else []
+    rows: list[tuple[Child, ...]] = [(element("code", visible(row.key)), *_styles(row)) for row in report.plan[:_ROWS]]
+    yield table("The entries of the plan", ("key", *titles, *change), rows)
+    yield from _more(len(report.plan), "entry", "p")
+
+
+def _styles(row: PlanRow) -> Iterator[str]:
+    yield from (visible(style) if style else "–" for style in row.styles)
+    if len(row.styles) > 1:
+        yield _change(row.styles[0], row.styles[-1])
+
+
+def _change(before: str | None, after: str | None) -> str:
+    if before == after:
+        return "same"
+    return "added" if before is None else "removed" if after is None else "changed"
+
+
+def _tensors(report: Report) -> Iterator[Html]:
+    columns = ("tensors", "count", "dtype", "shape", *(view.title for view in report.views), "bytes")
+    yield table("Tensors by name, layer numbers as *", columns, map(_tensor, report.tensors[:_ROWS]))
+    rest = report.tensors[_ROWS:]
+    yield from _more(len(report.tensors), "group", "p", of=f", {sized(sum(row.bytes for row in rest))}")
+
+
+def _tensor(row: TensorRow) -> tuple[Child, ...]:
+    name = element("code", visible(row.name))
+    return (name, f"{row.count:,}", row.dtype, dims(row.shape), *row.placements, _amount(row.bytes))
+
+
+def _timings(timings: Mapping[str, float]) -> Html:
+    return table("Time that each phase took", ("phase", "seconds"), [(n, f"{s:.2f}") for n, s in timings.items()])
+
+
+def _files(files: Mapping[str, int]) -> Iterator[Html]:
+    rows = [(element("code", visible(name)), _amount(size)) for name, size in islice(files.items(), _ROWS)]
+    yield _folded(f"{len(files):,} weight files", table("Weight files", ("file", "bytes of tensors"), rows))
+    yield from _more(len(files), "file", "p")
+
+
+def _digests(digests: Mapping[str, str]) -> Iterator[Html]:
+    rows = [(element("code", visible(n)), element("code", d)) for n, d in islice(digests.items(), _ROWS)]
+    yield _folded(f"{len(digests):,} digests", table("Digests", ("tensor", "digest"), rows))
+    yield from _more(len(digests), "digest", "p")
+
+
+def _pairs(caption: str, one: str, other: str, values: Mapping[str, str]) -> Html:
+    return table(caption, (one, other), [(visible(name), visible(value)) for name, value in values.items()])
+
+
+def _folded(words: str, body: Html) -> Html:
+    return element("details", element("summary", words), body)
+
+
+def _amount(size: int) -> Html:
+    return element("span", sized(size), title=f"{size:,} bytes")
+
+
+def _more(count: int, noun: str, tag: str, shown: int = _ROWS, of: str = "") -> Iterator[Html]:
+    if count > shown:
+        yield element(tag, f"and {count - shown:,} more, by {noun}{of}; --format json lists all", class_="idle")
