@@ -9,16 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from plans.mesh import Mesh
     from runtime.bridge import register_styles
     from runtime.clip import clip_grad_norm
+    from runtime.full_state import full_state_dict
+    from runtime.mesh import device_meshes
     from runtime.parallel import parallelize
     from runtime.plan import Plan
     from runtime.same_on_ranks import verify_batch
+    from runtime.styles import STYLES, ParallelStyle, StyleRegistry
     from runtime.verify import verify_plan, verify_sharding
 
 __all__ = [
+    "STYLES",
+    "Mesh",
+    "ParallelStyle",
     "Plan",
+    "StyleRegistry",
     "clip_grad_norm",
+    "device_meshes",
+    "full_state_dict",
     "parallelize",
     "register_styles",
     "verify_batch",
@@ -27,8 +37,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "STYLES": "runtime.styles",
+    "Mesh": "plans.mesh",
+    "ParallelStyle": "runtime.styles",
     "Plan": "runtime.plan",
+    "StyleRegistry": "runtime.styles",
     "clip_grad_norm": "runtime.clip",
+    "device_meshes": "runtime.mesh",
+    "full_state_dict": "runtime.full_state",
     "parallelize": "runtime.parallel",
     "register_styles": "runtime.bridge",
     "verify_batch": "runtime.same_on_ranks",

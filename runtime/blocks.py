@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import lookup
+from runtime.key_checks import key_in_plan
 
 __all__ = ["Block", "Projection", "read_blocks"]
 
@@ -24,6 +25,7 @@ class Projection:
 
     Args:
         name: its name in the model.
+        key: by which an entry for it should be written.
         child: the name by which the block holds it, or the module that only wraps it.
         linear: the layer.
         weight: where the plan puts its weight.
@@ -33,6 +35,7 @@ class Projection:
     """
 
     name: str
+    key: str
     child: str
     linear: nn.Linear
     weight: Placement
@@ -49,7 +52,8 @@ class Block:
         name: its name in the model.
         module: the module.
         projections: its layers, in the order it holds them.
-        nearby: the layers of the blocks that it holds, and of the block that holds it.
+        nearby: the layers that may be partners of its own in the blocks that it holds, in the block that holds it, and
+            in those beside it.
     """
 
     name: str
@@ -123,6 +127,7 @@ def _projection(name: str, child: str, linear: nn.Linear, plan: Mapping[str, str
     dim = weight.dim if isinstance(weight, (Shard, Packed)) else None
     return Projection(
         name,
+        key_in_plan(plan, name),
         child,
         linear,
         weight,
@@ -141,8 +146,34 @@ def _weight(name: str, plan: Mapping[str, str], dialect: Dialect) -> Placement:
 
 def _nearby(name: str, found: Mapping[str, list[Projection]]) -> tuple[Projection, ...]:
     above = name.rpartition(".")[0]
-    owners = [owner for owner in found if owner and owner.rpartition(".")[0] == name]
-    return tuple(one for owner in ([above, *owners] if name else owners) for one in found.get(owner, ()))
+    around = [above] if name else []
+    around += [owner for owner in found if owner and owner.rpartition(".")[0] == name]
+    beside = [owner for owner in found if name and owner != name and owner.rpartition(".")[0] == above]
+    own = found[name]
+    layers = [one for owner in around for one in _open(found.get(owner, []), own)]
+    return (*layers, *(one for owner in beside for one in _fitting(found[owner], own) if _does_one_thing(found[owner])))
+
+
+def _open(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterable[Projection]:
+    """Return a block's layers; where some of them give slices and others take these, only what fits the other block."""
+    paired = any(one.leaves_slice for one in layers) and any(one.takes_slice for one in layers)
+    return _fitting(layers, others) if paired else layers
+
+
+def _fitting(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterator[Projection]:
+    """Yield the layers that take slices as wide as the others give, or give them as wide as the others take."""
+    given = {one.linear.out_features for one in others if one.leaves_slice}
+    taken = {one.linear.in_features for one in others if one.takes_slice}
+    for one in layers:
+        if (one.takes_slice and one.linear.in_features in given) or (
+            one.leaves_slice and one.linear.out_features in taken
+        ):
+            yield one
+
+
+def _does_one_thing(layers: Sequence[Projection]) -> bool:
+    """Say whether a block's layers all give slices, or all take them."""
+    return all(one.leaves_slice for one in layers) or all(one.takes_slice for one in layers)
 
 
 def _chosen(own: Iterable[Projection], nearby: Iterable[Projection]) -> tuple[Projection, ...]:

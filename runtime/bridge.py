@@ -23,8 +23,8 @@ from runtime.hooks import wrapped
 from runtime.model import transformers_version
 from runtime.plan import runtime_dialect
 from runtime.release_support import OWN_PATH, Support
-from runtime.resolve import owner_of
 from runtime.styles import STYLES, ParallelStyle, Site
+from runtime.styles.style import owner_of
 
 __all__ = ["ReleasedStyle", "register_styles"]
 

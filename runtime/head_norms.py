@@ -24,14 +24,13 @@ from plans.errors import PlanError
 from plans.placement import Replicate
 from plans.plan import lookup, wildcard
 from runtime.blocks import Block, Projection, read_blocks
+from runtime.key_checks import key_in_plan
+from runtime.styles.registry import StyleRegistry
 
 __all__ = ["check_head_norms", "with_head_norms"]
 
 _SUMMED = "replicated_with_grad_allreduce"
 _LOCAL = "local_params"
-_SUMS_OF_PARTS = frozenset(
-    {"module/summed", "experts/summed", "experts/local, summed", "experts/dispatched", "experts/fused"}
-)
 _NORM = re.compile(r"_?(layer)?_?norm$")
 
 Place = Literal["outside", "on slices", "across slices", "between", "either"]
@@ -43,6 +42,7 @@ class Part:
 
     Args:
         name: of the module that owns them, the block or a child of it.
+        key: by which an entry for it should be written.
         shown: how to name them to a reader.
         place: where they stand: on each slice, as a norm on heads; across all slices, as a norm of all heads
             together; between sharded layers in some way; outside of them; or either, for all one can tell.
@@ -52,6 +52,7 @@ class Part:
     """
 
     name: str
+    key: str
     shown: str
     place: Place
     shapes: Mapping[str, tuple[int, ...]]
@@ -79,8 +80,14 @@ def with_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect)
     return {**plan, **entries}
 
 
-def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
+def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect, styles: StyleRegistry) -> None:
     """Refuse a plan by which whole parameters would fit no slice, or have a wrong gradient.
+
+    Args:
+        model: on meta or not.
+        plan: key to style.
+        dialect: that it is written in.
+        styles: by name.
 
     Raises:
         PlanError: it forgets those between sharded layers, or sums the gradients of others; the hint is the entry that
@@ -89,29 +96,34 @@ def check_head_norms(model: nn.Module, plan: Mapping[str, str], dialect: Dialect
     parts = list(_parts(model, plan, dialect))
     for part in parts:
         if part.place == "on slices" and part.style != _SUMMED:
-            raise _forgotten(part, f"give it the entry {wildcard(part.name)!r}: {_SUMMED!r}")
+            raise _forgotten(part, f"give it the entry {part.key!r}: {_SUMMED!r}")
         if part.place == "across slices" or (part.place == "between" and part.style != _SUMMED):
             raise _forgotten(part, _ways_out(part))
     if getattr(model, "config", None) is not None:
-        _check_summed(model, plan, dialect, {part.name for part in parts if part.place != "outside"})
+        _check_summed(model, plan, styles, {part.name for part in parts if part.place != "outside"})
 
 
-def _check_summed(model: nn.Module, plan: Mapping[str, str], dialect: Dialect, between: set[str]) -> None:
+def _check_summed(model: nn.Module, plan: Mapping[str, str], styles: StyleRegistry, between: set[str]) -> None:
     """Refuse to sum gradients that are whole on every rank; `between` names the modules of which they are not."""
     summed: tuple[str, ...] = ()
     for name, module in model.named_modules():
         key = lookup(plan, name, is_parameter=False)
         if key is None or name.startswith(summed):
             continue
-        if _SUMS_OF_PARTS & set(dialect.style(plan[key], key).means.values()):
+        if styles.style(plan[key], key).sums == "its parts":
             summed += (f"{name}.",)
         elif plan[key] == _SUMMED and name not in between and _own_shapes(module):
             raise PlanError(
                 f"{name} does not stand between sharded layers: its gradient is whole on every rank, and {_SUMMED!r} "
                 "would multiply it by their number",
-                hint=f"remove the entry {key!r}",
+                hint=_without(plan, key, name),
                 module=name,
             )
+
+
+def _without(plan: Mapping[str, str], key: str, name: str) -> str:
+    own = key_in_plan(plan, name)
+    return f"remove the entry {key!r}" if own == key else f"add the entry {own!r}: 'replicate'"
 
 
 def _forgotten(part: Part, hint: str) -> PlanError:
@@ -125,10 +137,11 @@ def _forgotten(part: Part, hint: str) -> PlanError:
 
 def _ways_out(part: Part) -> str:
     if _is_by_head(part):
-        return "add the entries " + ", ".join(f"{key!r}: {style!r}" for key, style in _divided(part).items())
+        return "add the entries " + ", ".join(_spelled(part))
     return (
-        f"gather what it works on: 'colwise_gather_output' for {wildcard(part.beside.name)!r} and the layers beside "
-        "it, 'rowwise_split_input' for the one behind them; or cut it by an entry of its own"
+        f"gather what it works on: 'colwise_gather_output' for {part.beside.key!r} and the layers beside it, "
+        "'rowwise_split_input' for the one behind them; or cut it by an entry of its own"
+        + (", one value for each head so: " + ", ".join(_spelled(part)) if _is_value_by_head(part) else "")
     )
 
 
@@ -137,10 +150,19 @@ def _is_by_head(part: Part) -> bool:
     return part.place == "across slices" and all(len(shape) == 2 for shape in part.shapes.values())
 
 
+def _is_value_by_head(part: Part) -> bool:
+    """Say whether the parameters may be one value for each head of a layer beside them."""
+    whole = part.beside.linear.out_features
+    return all(len(shape) == 1 and shape[0] < whole and whole % shape[0] == 0 for shape in part.shapes.values())
+
+
+def _spelled(part: Part) -> list[str]:
+    return [f"{key!r}: {style!r}" for key, style in _divided(part).items()]
+
+
 def _divided(part: Part) -> dict[str, str]:
     """Return the entries that give each rank the rows of its own heads."""
-    key = wildcard(part.name)
-    return {**{f"{key}.{name}": "colwise" for name in part.shapes}, key: _LOCAL}
+    return {**{f"{part.key}.{name}": "colwise" for name in part.shapes}, part.key: _LOCAL}
 
 
 def _parts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[Part]:
@@ -149,7 +171,8 @@ def _parts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Itera
         for name, shape in _whole(block.name, block.module, plan, dialect).items() if block.sharded else ():
             place: Place = "outside" if _given_widths(block) & set(shape) else "between"
             style = None if key is None else plan[key]
-            yield Part(block.name, f"{block.name}.{name}", place, {name: shape}, style, block.sharded[0])
+            written = key_in_plan(plan, block.name)
+            yield Part(block.name, written, f"{block.name}.{name}", place, {name: shape}, style, block.sharded[0])
         for child, module in block.module.named_children() if block.sharded else ():
             full = f"{block.name}.{child}" if block.name else child
             shapes = {} if isinstance(module, nn.Linear) else _whole(full, module, plan, dialect)
@@ -162,7 +185,7 @@ def _part(block: Block, child: str, name: str, shapes: Mapping[str, tuple[int, .
     followed = _followed(block, child)
     place = _place(block, child, followed, shapes)
     beside = followed[0] if followed and followed[0].leaves_slice else block.sharded[0]
-    return Part(name, name, place, shapes, None if key is None else plan[key], beside)
+    return Part(name, key_in_plan(plan, name), name, place, shapes, None if key is None else plan[key], beside)
 
 
 def _place(block: Block, child: str, followed: tuple[Projection, ...], shapes: Mapping[str, tuple[int, ...]]) -> Place:

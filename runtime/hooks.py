@@ -60,8 +60,12 @@ def wrapped(site: Site, around: Around, forward: Callable[..., Any]) -> Callable
 
 
 def remember_hooks(model: nn.Module, hooks: Mapping[str, str]) -> None:
-    """Let a model remember which modules were hooked, by name, and with which styles."""
+    """Let a model remember which modules were hooked, by name, and with which styles; it saves what is whole only."""
     model.__dict__[_HOOKS] = dict(hooks)
+    for module in model.modules():
+        save = getattr(module, "save_pretrained", None)
+        if save is not None:
+            module.__dict__["save_pretrained"] = functools.partial(_save_whole, save)
 
 
 def is_parallel(model: nn.Module) -> bool:
@@ -94,6 +98,19 @@ def lost_hooks(model: nn.Module, plan: Mapping[str, str]) -> Iterator[Lost]:
 def _around(module: nn.Module) -> str | None:
     """Return the style around a module's forward; whatever else wraps it by `functools.wraps` passes it on."""
     return getattr(module.forward, _STYLE, None)
+
+
+def _save_whole(save: Callable[..., None], folder: object, *args: object, **kwargs: object) -> None:
+    """Refuse to save a model's own parameters, which are pieces; what is given as `state_dict` is whole."""
+    state = kwargs.get("state_dict")
+    if not isinstance(state, Mapping) or not state:
+        raise UsageError(
+            f"{folder}: a parallel model cannot save itself, each rank holds pieces of its parameters",
+            hint="gather them on every rank, state = runtime.full_state_dict(model), and on rank 0 call "
+            "model.save_pretrained(folder, state_dict=state)",
+        )
+    # A copy: transformers takes the names of tied tensors out of what it is given.
+    save(folder, *args, **{**kwargs, "state_dict": dict(state)})
 
 
 def _refuse_copy(memo: object) -> None:

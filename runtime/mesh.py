@@ -100,12 +100,16 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
             `tp`, or is one axis `ep` over which dense parameters are whole.
 
     Raises:
-        UsageError: its axes have other names, or as `device_meshes`.
+        UsageError: it is no mesh, its axes have other names, or as `device_meshes`.
     """
     if isinstance(mesh, DeviceMeshes):
         return mesh
     if isinstance(mesh, Mesh):
         return device_meshes(mesh, "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    if not isinstance(mesh, DeviceMesh):
+        raise UsageError(
+            f"{mesh!r} is no mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)
+        )
     names = mesh.mesh_dim_names or ()
     sizes = dict(zip(names, mesh.shape, strict=False))
     if names == ("ep",):

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from plans.dialect import Dialect
 from plans.errors import PlanError, UsageError
 from plans.expert_axis import expert_keys
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
-from plans.plan import lookup
+from plans.plan import wildcard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.agreement import together
+from runtime.cut_parts import check_cut_parts
 from runtime.fsdp import shard_over_data
+from runtime.head_counts import check_head_counts
 from runtime.head_norms import check_head_norms
-from runtime.hooks import hook, is_parallel, remember_hooks
+from runtime.hooks import is_parallel
 from runtime.mesh import DeviceMeshes, as_device_meshes
 from runtime.partners import check_partners
 from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
 from runtime.same_on_ranks import check_same_model
+from runtime.second_pass import hook_modules
 from runtime.sequence_checks import check_sequence_plan, take_embeddings
-from runtime.styles.divided import check_masked_once
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.shared_inputs import SummedInputs
 from runtime.styles.style import Site
-from runtime.styles.sums import check_summed_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,8 @@ def parallelize(
         model: on meta, or materialized with the same weights on every rank.
         mesh: a device mesh with the axes `tp`, `ep` or `fsdp` and `tp`, the sizes of one, or device meshes.
         plan: resolved on this model, chosen, or key to style; by default what `Plan.from_model` chooses for `tp`, or
-            for `tp_ep` where the mesh has an expert axis.
+            for `tp_ep` where the mesh has an expert axis. Key to style is taken for `ep` where the mesh is one axis
+            `ep`, or where all entries speak of divided experts and the mesh has as many `ep` as `tp` ranks.
         styles: those that the plan may name.
 
     Raises:
@@ -72,10 +73,11 @@ def parallelize(
     meshes = as_device_meshes(mesh)
     resolved = together(lambda: _resolved(model, meshes, plan, styles), meshes.all_ranks)
     check_same_model(model, resolved, meshes.all_ranks)
+    if not isinstance(plan, Mapping):
+        _warn_of_whole_layers(model, resolved)
     _shard_parameters(model, resolved, meshes, styles)
-    hooked = _hook_modules(model, resolved, meshes, styles)
-    _check_all_hooked(model, hooked)
-    take_embeddings(model, resolved, meshes)
+    hook_modules(model, resolved, meshes, styles)
+    take_embeddings(model, resolved, meshes, styles)
     shard_over_data(model, resolved, meshes)
     return resolved
 
@@ -88,7 +90,11 @@ def _resolved(
 ) -> ResolvedPlan:
     """Return the plan as it is on this model and mesh, everything checked that can be before the model is changed."""
     _check_plain(model)
-    resolved = plan if isinstance(plan, ResolvedPlan) else resolve(model, meshes.sizes, _mode(meshes.sizes), plan)
+    dialect = styles.dialect(runtime_dialect())
+    if isinstance(plan, ResolvedPlan):
+        resolved = plan
+    else:
+        resolved = resolve(model, meshes.sizes, _mode(meshes, plan, dialect), plan, styles)
     for key, style in resolved.plan.items():
         styles.style(style, key)
     if resolved.mesh != meshes.sizes:
@@ -98,9 +104,11 @@ def _resolved(
         )
     _check_resolved_on(model, resolved)
     if resolved.mesh.tp > 1:
-        check_partners(model, resolved.plan, runtime_dialect())
-        check_head_norms(model, resolved.plan, runtime_dialect())
-    check_sequence_plan(model, resolved)
+        check_partners(model, resolved.plan, dialect)
+        check_head_counts(model, resolved.plan, dialect)
+        check_head_norms(model, resolved.plan, dialect, styles)
+        check_cut_parts(model, resolved.plan, dialect, styles)
+    check_sequence_plan(model, resolved, styles)
     return resolved
 
 
@@ -109,11 +117,27 @@ def inner_placement(parameter: ResolvedParameter) -> Placement:
     return parameter.placements[-1]
 
 
-def _mode(sizes: Mesh) -> Mode:
-    """Return the mode that a mesh most likely means."""
+def _mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: Dialect) -> Mode:
+    """Return the mode that a mesh, and a plan that is only key to style, mean."""
+    sizes = meshes.sizes
     if sizes.ep == 1:
         return "tp"
-    return "tp_ep" if sizes.ep > sizes.tp or sizes.fsdp > 1 else "ep"
+    if "tp" not in meshes.axes:
+        return "ep"
+    given = plan if isinstance(plan, Mapping) else {}
+    only_experts = bool(given) and expert_keys(given, "tp_ep", dialect) == given.keys()
+    return "ep" if only_experts and sizes.tp == sizes.ep and sizes.fsdp == 1 else "tp_ep"
+
+
+def _warn_of_whole_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
+    """Say so where the plan that a model's classes write down cuts none of its layers."""
+    cut = [row.name for row in resolved.parameters if inner_placement(row) != Replicate() and row.kind == "parameter"]
+    if resolved.mesh.tp > 1 and resolved.plan and all(name == wildcard(name) for name in cut):
+        warnings.warn(
+            f"{type(model).__name__}: the plan cuts {', '.join(cut) or 'nothing'} only, every rank holds and computes "
+            "all layers whole; pass a plan of your own",
+            stacklevel=3,
+        )
 
 
 def _axis_of(row: ResolvedParameter) -> str:
@@ -153,55 +177,3 @@ def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMe
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")
             model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)
-
-
-def _hook_modules(
-    model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry
-) -> set[nn.Module]:
-    """Put each module entry's style around its module's forward, once for each module."""
-    sites = list(_sites(model, resolved, meshes))
-    for site in sites:
-        styles.style(site.style, site.name).check(site)
-    check_masked_once(sites)
-    check_summed_once(sites)
-    for site in sites:
-        around = styles.style(site.style, site.name).around
-        if around is not None:
-            hook(site, around)
-    _share_inputs(sites)
-    hooked = [site for site in sites if styles.style(site.style, site.name).around is not None]
-    remember_hooks(model, {site.name: site.style for site in hooked})
-    return {site.module for site in hooked}
-
-
-def _sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> Iterator[Site]:
-    over_experts = expert_keys(resolved.plan, resolved.mode, runtime_dialect())
-    inputs: dict[nn.Module, SummedInputs] = defaultdict(SummedInputs)
-    for name, module in model.named_modules():
-        key = lookup(resolved.plan, name, is_parameter=False)
-        if key is not None:
-            axis = meshes.axis("ep" if key in over_experts else "tp")
-            owner = model.get_submodule(name.rpartition(".")[0])
-            config = getattr(model, "config", None)
-            yield Site(name, module, axis, config, resolved.plan[key], owner, inputs[owner])
-
-
-def _share_inputs(sites: Sequence[Site]) -> None:
-    """Let modules side by side share inputs while the module that holds them runs."""
-    beside = Counter(site.owner for site in sites)
-    for owner, inputs in {site.owner: site.inputs for site in sites}.items():
-        if owner is not None and beside[owner] > 1:
-            owner.forward = inputs.during(owner.forward)
-
-
-def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:
-    """Refuse sharded parameters whose module nothing hooks: its forward would compute on pieces as if whole."""
-    for name, module in model.named_modules():
-        sharded = [key for key, value in module._parameters.items() if isinstance(value, DTensor)]
-        if sharded and module not in hooked:
-            raise PlanError(
-                f"{name}.{sharded[0]} is sharded, but no plan entry hooks {name}, whose forward would use a piece "
-                "as if it were whole",
-                hint="add an entry for the module that owns it, such as moe_experts_allreduce or local_params",
-                parameter=f"{name}.{sharded[0]}",
-            )

@@ -19,12 +19,10 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.errors import PlanError
 from plans.placement import Packed
-from plans.plan import wildcard
 from runtime.blocks import Block, Projection, read_blocks
+from runtime.shared_rope import check_shared_rope, rope_of
 
 __all__ = ["check_partners"]
-
-_ROPE_SUMMED = "module/rope gradient summed"
 
 
 def check_partners(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
@@ -47,6 +45,7 @@ def check_partners(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) 
         _check_given(block)
         _check_whole(block)
         _check_packed(block)
+        check_shared_rope(block)
 
 
 def _check_taken(block: Block) -> None:
@@ -54,7 +53,7 @@ def _check_taken(block: Block) -> None:
         raise PlanError(
             f"{one.name} leaves its output sharded, but nothing beside it takes a sharded input: a slice would be used "
             "as if it were the whole",
-            hint=f"give {_key(one)!r} 'colwise_gather_output', or the layer that takes its output 'rowwise'",
+            hint=f"give {one.key!r} 'colwise_gather_output', or the layer that takes its output 'rowwise'",
             module=one.name,
         )
 
@@ -64,7 +63,7 @@ def _check_given(block: Block) -> None:
         if one.takes_slice:
             raise PlanError(
                 f"{one.name} takes a sharded input, but nothing beside it leaves its output sharded",
-                hint=f"give what computes its input 'colwise', or {_key(one)!r} 'rowwise_split_input'",
+                hint=f"give what computes its input 'colwise', or {one.key!r} 'rowwise_split_input'",
                 module=one.name,
             )
 
@@ -74,27 +73,12 @@ def _check_whole(block: Block) -> None:
     for one in block.whole if block.sharded else ():
         width = one.linear.out_features
         of_heads = any(width % head == 0 for head in block.head_widths)
-        if _feeds_sharded(one, block):
-            _check_shared_rope(one, block)
-        elif width in widths or of_heads:
+        if not _feeds_sharded(one, block) and (width in widths or of_heads):
             raise PlanError(
                 f"{one.name} gives a whole output, which would meet the slices that {block.sharded[0].name} leaves",
-                hint=f"add the entry {_key(one)!r}: 'colwise'",
+                hint=f"add the entry {one.key!r}: 'colwise'",
                 module=one.name,
             )
-
-
-def _check_shared_rope(one: Projection, block: Block) -> None:
-    """Refuse a first latent projection whose rope key every rank uses for its own heads, if nothing sums that."""
-    latents = {other.linear.in_features for other in block.sharded}
-    with_rope = {width + _rope(block) for width in latents} - latents
-    if one.linear.out_features in with_rope and one.meaning != _ROPE_SUMMED:
-        raise PlanError(
-            f"{one.name} gives all heads one rope key, of which each rank uses its own heads' share: its gradient "
-            "would be another one on every rank",
-            hint=f"add the entry {_key(one)!r}: 'mla_kv_a_proj'",
-            module=one.name,
-        )
 
 
 def _widths(block: Block) -> frozenset[int]:
@@ -110,7 +94,7 @@ def _feeds_sharded(one: Projection, block: Block) -> bool:
     Such pairs are named `q_a_proj` and `q_b_proj`; by other names their widths tell, the rope key aside that the first
     may compute too. Side by side, layers of one input do not feed each other, whatever their widths.
     """
-    latents = {one.linear.out_features, one.linear.out_features - _rope(block)} - {one.linear.in_features}
+    latents = {one.linear.out_features, one.linear.out_features - rope_of(block)} - {one.linear.in_features}
     return "_a_" in one.child or any(other.linear.in_features in latents for other in block.sharded)
 
 
@@ -122,25 +106,17 @@ def _check_packed(block: Block) -> None:
             why = "holds heads" if block.head_widths else f"is not twice as wide as {block.takers[0].name} takes"
             raise PlanError(
                 f"{one.name} is cut as gate and up in one, but {why}",
-                hint=f"give {_key(one)!r} 'colwise', or {_gathered(one, block)}",
+                hint=f"give {one.key!r} 'colwise', or {_gathered(one, block)}",
                 module=one.name,
             )
         if not isinstance(one.weight, Packed) and gates_and_ups and len(block.sharded) == 1:
             raise PlanError(
                 f"{one.name} is twice as wide as {block.takers[0].name} takes, gate and up in one, but is cut as if it "
                 "were one: a rank's slice would not hold gates together with their ups",
-                hint=f"give {_key(one)!r} 'packed_colwise', or {_gathered(one, block)}",
+                hint=f"give {one.key!r} 'packed_colwise', or {_gathered(one, block)}",
                 module=one.name,
             )
 
 
 def _gathered(one: Projection, block: Block) -> str:
-    return f"'colwise_gather_output' for {_key(one)!r} with 'rowwise_split_input' for {_key(block.takers[0])!r}"
-
-
-def _rope(block: Block) -> int:
-    return getattr(block.module, "qk_rope_head_dim", None) or 0
-
-
-def _key(one: Projection) -> str:
-    return wildcard(one.name)
+    return f"'colwise_gather_output' for {one.key!r} with 'rowwise_split_input' for {block.takers[0].key!r}"

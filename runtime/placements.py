@@ -20,7 +20,15 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.extents import chunk_bounds
 
-__all__ = ["as_parameter", "from_torch", "local_piece", "local_tensor", "placement_of", "to_torch"]
+__all__ = [
+    "as_parameter",
+    "from_torch",
+    "local_piece",
+    "local_tensor",
+    "placement_of",
+    "planned_placements",
+    "to_torch",
+]
 
 
 def to_torch(placement: Placement) -> TorchPlacement:
@@ -41,6 +49,18 @@ def from_torch(placement: TorchPlacement) -> Placement | None:
     if isinstance(placement, TorchShard):
         return Shard(placement.dim)
     return Replicate() if isinstance(placement, TorchReplicate) else None
+
+
+def planned_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
+    """Return a DTensor's placements in the plan's terms, outermost first; torch's own where there are none.
+
+    torch's FSDP cuts what tensor parallelism left. Where that was cut along dim 0 too, torch calls its own cut strided
+    by the tensor parallel size, while in a plan the order of application says so.
+    """
+    found: list[Placement | TorchPlacement] = [from_torch(place) or place for place in tensor.placements]
+    if len(found) > 1 and found[-1] == Shard(0) and found[0] == Packed(0, tensor.device_mesh.shape[-1]):
+        found[0] = Shard(0)
+    return found
 
 
 def placement_of(tensor: torch.Tensor | None) -> Placement | None:

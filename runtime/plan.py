@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -19,8 +19,10 @@ from plans.plan import wildcard
 from runtime.experts_layout import read_layout
 from runtime.find_config import default_architectures
 from runtime.head_norms import with_head_norms
+from runtime.key_checks import check_model
 from runtime.model import meta_model, transformers_version
 from runtime.sequence_plan import sequence_plan
+from runtime.tied_embeddings import with_tied_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,7 +57,8 @@ class Plan:
         """Choose the plan of a mode.
 
         An explicit plan wins and is taken as it is. Otherwise `tp` is the param-level form of the model's TP plan, with
-        entries for the norms on heads that the plan forgets (`runtime.head_norms`), `ep` its EP plan alone, `sp` its SP
+        entries that the plan forgets, those of norms on heads (`runtime.head_norms`) and of an embedding that is one
+        with a sharded head (`runtime.tied_embeddings`), `ep` its EP plan alone, `sp` its SP
         plan, and the combined modes lay the EP plan over those, dropping the entries that would cut whole experts. A
         combined plan that the model brings along, `base_model_tp_ep_plan`, wins over the combination. A model without
         an SP plan, as every released one, gets the one that `runtime.sequence_plan.sequence_plan` derives.
@@ -66,15 +69,14 @@ class Plan:
             plan: key to style, in place of what the model says.
 
         Raises:
-            UsageError: there is no such mode.
+            UsageError: there is no such mode, or it is neither a model nor a config.
             PlanError: the model has no plan for the mode, and none can be derived.
         """
         if mode not in MODES:
             raise UsageError(f"no mode is called {mode!r}", hint="choose among " + ", ".join(MODES), mode=mode)
         if plan is not None:
             return cls(mode, dict(plan))
-        built = model if isinstance(model, nn.Module) else _built(model)
-        return cls(mode, _CHOICES[mode](built))
+        return cls(mode, _CHOICES[mode](_as_model(model)))
 
 
 def runtime_dialect() -> Dialect:
@@ -99,7 +101,9 @@ def param_level_plan(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[st
 
 
 def _tp(model: PreTrainedModel) -> dict[str, str]:
-    return with_head_norms(model, param_level_plan(model, released_plan(model)), runtime_dialect())
+    dialect = runtime_dialect()
+    plan = with_tied_embeddings(model, param_level_plan(model, released_plan(model)), dialect)
+    return with_head_norms(model, plan, dialect)
 
 
 def _ep(model: PreTrainedModel) -> dict[str, str]:
@@ -157,6 +161,15 @@ def _needed(model: PreTrainedModel, plan: dict[str, str], kind: str, words: str)
             model=type(model).__name__,
         )
     return plan
+
+
+def _as_model(given: object) -> PreTrainedModel:
+    from transformers import PreTrainedConfig
+
+    if isinstance(given, PreTrainedConfig):
+        return _built(given)
+    check_model(given)
+    return cast("PreTrainedModel", given)
 
 
 def _built(config: PreTrainedConfig) -> PreTrainedModel:

@@ -71,10 +71,17 @@ def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, .
 def _is_repeated(model: nn.Module, plan: Mapping[str, str], key: str) -> bool:
     """Say whether the key is another one that lost its prefix.
 
-    Where a model holds its base model under another name than its class says, transformers takes it for a base model
-    itself and adds the config's entries a second time, as they stand there.
+    Where a model, or one inside it, holds its base model under another name than its class says, transformers takes it
+    for a base model itself and adds the config's entries a second time, as they stand there.
     """
-    return any(f"{child}.{key}" in plan for child, _ in model.named_children())
+    inner = (name for name, module in model.named_modules() if name and hasattr(module, "base_model"))
+    return any(_without_last_part(name, other) == key for name in inner for other in plan)
+
+
+def _without_last_part(name: str, key: str) -> str | None:
+    """Return a key below a model inside a model as it reads without that model's own name, None for other keys."""
+    owner, _, _ = name.rpartition(".")
+    return f"{owner}.{key.removeprefix(f'{name}.')}".lstrip(".") if key.startswith(f"{name}.") else None
 
 
 def check_divisible(
@@ -162,7 +169,7 @@ def _expert_counts(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
     return {
         f"the experts of {wildcard(parameter.name)}": parameter.shape[0]
         for parameter in parameters
-        if parameter.mesh == "experts" and parameter.placements[-1] == Shard(0)
+        if parameter.mesh == "experts" and parameter.placements[-1] == Shard(0) and len(parameter.shape) > 2
     }
 
 

@@ -14,20 +14,27 @@ from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import lookup, wildcard
 from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
-from plans.style import Owner
+from plans.style import Style
+from runtime.key_checks import check_entries, check_model
 from runtime.model import dtype_name, model_tensors, tied_names
 from runtime.plan import Plan, runtime_dialect
 from runtime.plan_checks import check_divisible, check_mode, check_packed_experts, check_stacked, unmatched_entries
 from runtime.scales import Scale, check_blocks, scales_of
+from runtime.styles.registry import STYLES, StyleRegistry
+from runtime.styles.style import owner_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["owner_of", "resolve"]
+__all__ = ["resolve"]
 
 
 def resolve(
-    model: PreTrainedModel, mesh: Mesh, mode: Mode = "tp", plan: Plan | Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    mesh: Mesh,
+    mode: Mode = "tp",
+    plan: Plan | Mapping[str, str] | None = None,
+    styles: StyleRegistry = STYLES,
 ) -> ResolvedPlan:
     """Resolve a plan on a model.
 
@@ -36,9 +43,10 @@ def resolve(
         mesh: the sizes of the mesh axes.
         mode: which of the model's plans apply, where `plan` does not say.
         plan: by default the one that `Plan.from_model` chooses for the mode.
+        styles: those that the plan may name.
 
     Raises:
-        UsageError: the mode does not go with the mesh.
+        UsageError: the mode does not go with the mesh, or the model is none of transformers'.
         UnknownStyleError: an entry names a style that neither the release nor the param-level dialect has.
         UnmatchedKeyError: an entry names nothing that the model's classes could create.
         IndivisibleError: a packed parameter, the attention heads or the experts do not divide by their mesh axis, or
@@ -46,11 +54,11 @@ def resolve(
         PlanError: the model has no plan, entries of tied parameters contradict each other, FSDP would cut a packed
             parameter, or experts would be cut across gate and up or in part only.
     """
+    check_model(model)
     chosen = plan if isinstance(plan, Plan) else Plan.from_model(model, mode, plan)
     check_mode(chosen.mode, mesh)
-    dialect = runtime_dialect()
-    for key, style in chosen.entries.items():
-        dialect.style(style, key)
+    dialect = styles.dialect(runtime_dialect())
+    check_entries(chosen.entries, dialect, styles)
     scales = scales_of(model)
     packed = {lookup(chosen.entries, scale.weight, is_parameter=True) for scale in scales.values()}
     unmatched = unmatched_entries(model, {key: chosen.entries[key] for key in chosen.entries if key not in packed})
@@ -92,14 +100,9 @@ def _resolve_tensor(
 ) -> ResolvedParameter:
     tensor = tensors[name]
     kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-    weight = scale.weight if scale else name
-    key = lookup(plan.entries, weight, is_parameter=True) if kind == "parameter" else None
-    style = plan.entries[key] if key is not None else None
-    placement: Placement | None = None
-    if key is not None and style is not None:
-        ndim = tensors.get(weight, tensor).ndim
-        placement = dialect.style(style, key).placement(owner_of(module), ndim, weight.rpartition(".")[2])
-        placement = scale.placement(placement, tensor.ndim) if scale and placement else placement
+    decided = scale.weight if scale else name
+    key = lookup(plan.entries, decided, is_parameter=True) if kind == "parameter" else None
+    placement = None if key is None else _placement(tensors, name, module, dialect.style(plan.entries[key], key), scale)
     over: MeshName = "experts" if placement not in (None, Replicate()) and key in plan.expert_keys else "dense"
     inner = placement or Replicate()
     return ResolvedParameter(
@@ -110,9 +113,18 @@ def _resolve_tensor(
         mesh=over,
         placements=(_outer(mesh, over, name, tensor, inner) if kind == "parameter" else Replicate(), inner),
         key=key,
-        style=style,
+        style=None if key is None else plan.entries[key],
         reason="goes with its weight" if scale else _reason(kind, name, key, placement),
     )
+
+
+def _placement(
+    tensors: Mapping[str, torch.Tensor], name: str, module: nn.Module, style: Style, scale: Scale | None
+) -> Placement | None:
+    """Return where a style puts a parameter, or the weight whose scale it is, and so the scale."""
+    tensor, decided = tensors[name], scale.weight if scale else name
+    placement = style.placement(owner_of(module), tensors.get(decided, tensor).ndim, decided.rpartition(".")[2])
+    return scale.placement(placement, tensor.ndim) if scale and placement else placement
 
 
 def _outer(mesh: Mesh, over: MeshName, name: str, tensor: torch.Tensor, inner: Placement) -> Placement:
@@ -157,10 +169,3 @@ def _as_tied(found: ResolvedParameter, target: ResolvedParameter) -> ResolvedPar
             "tied_to": target.name,
         }
     )
-
-
-def owner_of(module: nn.Module) -> Owner:
-    """Return the kind of module that styles tell apart."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "linear" if isinstance(module, nn.Linear) else "module"

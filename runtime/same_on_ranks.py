@@ -49,18 +49,18 @@ def check_same_model(model: nn.Module, resolved: ResolvedPlan, axes: Sequence[De
 
 
 def verify_batch(batch: Mapping[str, object], mesh: DeviceMeshes | DeviceMesh | Mesh) -> None:
-    """Check that the ranks which compute together were given one batch: those of the tp axis, or of the ep axis.
+    """Check that the ranks which compute together have one batch and one random state: those of the tp or ep axis.
 
     Every rank calls this, before the first step say: it waits for all of them and for the device, so that a call in
     each step would cost time. Ranks of the data parallel axis may have batches of their own, except where they share
-    experts.
+    experts. With other random states dropout and router noise differ, and so do the ranks' weights after a step.
 
     Args:
         batch: what the model will be called with by name; what is no tensor is left out.
         mesh: that the model was made parallel with.
 
     Raises:
-        UsageError: on every rank of such a group alike, names the first input that differs.
+        UsageError: on every rank of such a group alike, names the first input that differs, or the random state.
     """
     meshes = as_device_meshes(mesh)
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -70,6 +70,16 @@ def verify_batch(batch: Mapping[str, object], mesh: DeviceMeshes | DeviceMesh | 
             [axis],
             hint="give all ranks of one tensor or expert parallel group the same batch, of the same length",
         )
+        _check_same(
+            _digests(_random_states(axis)),
+            [axis],
+            hint="call torch.manual_seed with one seed on all ranks of one tensor or expert parallel group",
+        )
+
+
+def _random_states(axis: DeviceMesh) -> dict[str, torch.Tensor]:
+    states = {"the random state": torch.get_rng_state()}
+    return states | {"the GPU's random state": torch.cuda.get_rng_state()} if axis.device_type == "cuda" else states
 
 
 def _check_same(digests: Mapping[str, str], axes: Sequence[DeviceMesh], hint: str) -> None:

@@ -10,14 +10,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh
-from plans.placement import Packed, Placement, Replicate, Shard
+from plans.placement import Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.extents import whole
 from runtime.checkpoint.record import Manifest
 from runtime.checkpoint.shards import local_form
 from runtime.hooks import lost_hooks
 from runtime.model import model_tensors
-from runtime.placements import from_torch
+from runtime.placements import planned_placements
 
 __all__ = ["Mismatch", "compare_manifest", "sharding_mismatches"]
 
@@ -130,7 +130,7 @@ def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:
 def _describe_tensor(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return _describe([], tuple(tensor.shape))
-    placed = zip(_axis_names(tensor), _as_planned(tensor), strict=True)
+    placed = zip(_axis_names(tensor), planned_placements(tensor), strict=True)
     sharded = [f"{axis}: {place}" for axis, place in placed if place != Replicate()]
     with torch.no_grad():
         return _describe(sharded, tuple(tensor.to_local().shape))
@@ -142,18 +142,6 @@ def _axis_names(tensor: DTensor) -> tuple[str, ...]:
     if mesh.mesh_dim_names:
         return mesh.mesh_dim_names
     return ("tp",) if mesh.ndim == 1 else tuple(f"axis {index}" for index in range(mesh.ndim))
-
-
-def _as_planned(tensor: DTensor) -> list[object]:
-    """Return a DTensor's placements in the plan's terms, outermost first.
-
-    torch's FSDP cuts what tensor parallelism left. Where that was cut along dim 0 too, torch calls its own cut strided
-    by the tensor parallel size, while in a plan the order of application says so.
-    """
-    found: list[object] = [from_torch(place) or place for place in tensor.placements]
-    if len(found) > 1 and found[-1] == Shard(0) and found[0] == Packed(0, tensor.device_mesh.shape[-1]):
-        found[0] = Shard(0)
-    return found
 
 
 def _describe(sharded: list[str], shape: tuple[int, ...]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Replicate, Shard
 from runtime.placements import placement_of
@@ -14,12 +13,10 @@ from runtime.styles.style import Site, expect_weight, has_sharded, refuse
 __all__ = [
     "check_colwise",
     "check_embedding",
-    "check_local",
     "check_packed_colwise",
     "check_partial",
     "check_rope",
     "check_rowwise",
-    "check_whole",
     "rope_width",
 ]
 
@@ -36,7 +33,9 @@ def rope_width(site: Site) -> int:
 
 
 def check_rope(site: Site) -> None:
-    """Refuse a projection of whose output nothing says how wide the shared rope key is."""
+    """Refuse what is no projection, or one of whose output nothing says how wide the shared rope key is."""
+    if not hasattr(site.module, "out_features"):
+        raise refuse(site, "which has no out_features", hint="use this style on attention's first latent projection")
     rope_width(site)
 
 
@@ -79,23 +78,6 @@ def check_embedding(placement: Shard) -> Callable[[Site], None]:
         expect_weight(site, placement)
 
     return check
-
-
-def check_whole(site: Site) -> None:
-    """Refuse a module with parameters that are cut."""
-    if has_sharded(site.module, recurse=False):
-        raise refuse(site, "whose parameters are sharded", hint="remove the parameters' own entries")
-
-
-def check_local(site: Site) -> None:
-    """Refuse a module with stacked parameters that are cut, whose output something must sum."""
-    for name, parameter in site.module._parameters.items():
-        if isinstance(parameter, DTensor) and parameter.ndim > 2:
-            raise refuse(
-                site,
-                f"whose {name} is cut: its output would be partial and summed by nothing",
-                hint="use moe_experts_allreduce for stacked experts, all_reduce for other modules",
-            )
 
 
 def check_partial(site: Site) -> None:

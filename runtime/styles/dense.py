@@ -10,23 +10,22 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from plans.placement import Shard
+from plans.placement import Packed, Shard
 from runtime.checkpoint.extents import chunk_bounds
 from runtime.placements import local_tensor
 from runtime.styles.checks import (
     check_colwise,
     check_embedding,
-    check_local,
     check_packed_colwise,
     check_partial,
     check_rope,
     check_rowwise,
-    check_whole,
     rope_width,
 )
 from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, all_reduce_gradients, split
+from runtime.styles.facts import WITH_HEADS, Own
 from runtime.styles.sliced import gathered
-from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
+from runtime.styles.style import ParallelStyle, Run, Site, expect_tensor, has_sharded, refuse
 
 __all__ = [
     "DENSE_STYLES",
@@ -91,7 +90,7 @@ def replicated_with_grad_allreduce(site: Site, run: Run, *args: object, **kwargs
 
 def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
     """Whole output whose last slice, the rope key all heads share, is used by each rank's heads only."""
-    output: torch.Tensor = run(*args, **kwargs)
+    output = expect_tensor(site, run(*args, **kwargs))
     rope = rope_width(site)
     if not rope:
         return output
@@ -99,11 +98,11 @@ def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torc
     return torch.cat([latent, all_reduce_gradient(shared, site.axis)], dim=-1)
 
 
-def sum_output(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+def sum_output(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
     """Partial output summed; inputs that the module's own sharded parameters use get their gradients summed."""
     if has_sharded(site.module, recurse=False):
         args, kwargs = sum_gradients(site, args, kwargs)
-    return all_reduce(run(*args, **kwargs), site.axis)
+    return all_reduce(expect_tensor(site, run(*args, **kwargs)), site.axis)
 
 
 def local_params(site: Site, run: Run, *args: object, **kwargs: object) -> object:
@@ -187,22 +186,55 @@ def expect_slice(site: Site, inputs: torch.Tensor) -> None:
         )
 
 
+_OUT = Own(placements=(Shard(0),))
+_IN = Own(placements=(Shard(1),))
+_LOCAL = (WITH_HEADS, Own("linear", (Shard(1),), below_sum=True))
+
 DENSE_STYLES = (
-    ParallelStyle("colwise", colwise, check_colwise),
+    ParallelStyle("colwise", colwise, check_colwise, takes="gathered", gives="features", own=(_OUT,)),
+    ParallelStyle(
+        "packed_colwise",
+        colwise,
+        check_packed_colwise,
+        takes="gathered",
+        gives="features",
+        own=(Own(placements=(Packed(0, 2),)),),
+    ),
     *(
-        ParallelStyle(name, colwise_gather_output, check_colwise)
+        ParallelStyle(name, colwise_gather_output, check_colwise, takes="gathered", gives="whole", own=(_OUT,))
         for name in ("colwise_gather_output", "colwise_rep", "colwise_allgather")
     ),
-    *(ParallelStyle(name, rowwise, check_rowwise) for name in ("rowwise", "rowwise_allreduce")),
-    *(ParallelStyle(name, rowwise_split_input, check_rowwise) for name in ("rowwise_split_input", "rowwise_rep")),
-    ParallelStyle("embedding_rowwise", embedding_rowwise, check_embedding(Shard(0))),
-    ParallelStyle("vocab_allreduce", embedding_rowwise, check_embedding(Shard(0))),
-    ParallelStyle("embedding_colwise", embedding_colwise, check_embedding(Shard(1))),
-    ParallelStyle("packed_colwise", colwise, check_packed_colwise),
+    *(
+        ParallelStyle(name, rowwise, check_rowwise, takes="features", gives="whole", sums="its own", own=(_IN,))
+        for name in ("rowwise", "rowwise_allreduce")
+    ),
+    *(
+        ParallelStyle(
+            name, rowwise_split_input, check_rowwise, takes="whole", gives="whole", sums="its own", own=(_IN,)
+        )
+        for name in ("rowwise_split_input", "rowwise_rep")
+    ),
+    *(
+        ParallelStyle(
+            name,
+            embedding_rowwise,
+            check_embedding(Shard(0)),
+            takes="whole",
+            gives="whole",
+            sums="its own",
+            own=(_OUT,),
+        )
+        for name in ("embedding_rowwise", "vocab_allreduce")
+    ),
+    ParallelStyle(
+        "embedding_colwise", embedding_colwise, check_embedding(Shard(1)), takes="whole", gives="whole", own=(_IN,)
+    ),
     ParallelStyle("packed_rowwise"),
     ParallelStyle("replicate"),
-    ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce, check_whole),
-    ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, check_rope),
-    ParallelStyle("all_reduce", sum_output, check_partial),
-    ParallelStyle("local_params", local_params, check_local),
+    ParallelStyle("replicated_with_grad_allreduce", replicated_with_grad_allreduce),
+    ParallelStyle("mla_kv_a_proj", mla_kv_a_proj, check_rope, takes="whole", gives="whole"),
+    ParallelStyle(
+        "all_reduce", sum_output, check_partial, gives="whole", sums="its parts", own=(Own("module", dims=(2, 3)),)
+    ),
+    ParallelStyle("local_params", local_params, own=_LOCAL),
 )

@@ -14,6 +14,7 @@ from runtime.placements import placement_of
 from runtime.styles.collectives import all_reduce
 from runtime.styles.dense import sum_gradients
 from runtime.styles.divided import check_divided, is_divided
+from runtime.styles.facts import Own
 from runtime.styles.routing import routing_of, run_experts
 from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
 
@@ -62,6 +63,17 @@ def _check_identity(site: Site) -> None:
 EXPERT_STYLES = (
     ParallelStyle("moe_tp_gate_up_colwise"),
     ParallelStyle("moe_tp_down_rowwise"),
-    *(ParallelStyle(name, experts_all_reduce, _check_sharded) for name in ("moe_experts_allreduce", "moe_tp_experts")),
-    ParallelStyle("moe_identity_expert", identity_expert, _check_identity),
+    *(
+        ParallelStyle(
+            name,
+            experts_all_reduce,
+            _check_sharded,
+            takes="whole",
+            gives="whole",
+            sums="its parts",
+            own=(Own("module"),),
+        )
+        for name in ("moe_experts_allreduce", "moe_tp_experts")
+    ),
+    ParallelStyle("moe_identity_expert", identity_expert, _check_identity, takes="whole", gives="partial"),
 )

@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
-from plans.placement import Placement
+from plans.placement import Placement, Shard
 from runtime.placements import local_tensor
 from runtime.styles.collectives import all_reduce, all_reduce_gradient, all_reduce_gradients, depend
 from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
+from runtime.styles.facts import Own
 from runtime.styles.style import ParallelStyle, Run, Site, refuse, shard_parameter
 
 __all__ = ["ROUTING_STYLES", "Routing", "routing_of", "run_experts"]
@@ -172,6 +173,14 @@ def _check_router(site: Site) -> None:
 
 ROUTING_STYLES = (
     ParallelStyle("grouped_gemm", shard=whole_experts),
-    ParallelStyle(DISPATCHING, dispatch_experts, check_divided),
+    ParallelStyle(
+        DISPATCHING,
+        dispatch_experts,
+        check_divided,
+        takes="whole",
+        gives="whole",
+        sums="its parts",
+        own=(Own("module", (Shard(0),)),),
+    ),
     ParallelStyle(ROUTING, route, _check_router),
 )

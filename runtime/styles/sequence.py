@@ -9,11 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Shard
-from runtime.styles.checks import check_embedding, check_rowwise, check_whole
+from runtime.styles.checks import check_embedding, check_rowwise
 from runtime.styles.collectives import all_reduce_gradient
 from runtime.styles.dense import expect_slice, own_vectors, summed_parameters, without_bias
+from runtime.styles.facts import WITH_HEADS, Own
 from runtime.styles.sliced import SEQUENCE_DIM, cut, gathered, own_slice, scattered, sliced
-from runtime.styles.style import Around, ParallelStyle, Run, Site
+from runtime.styles.style import Around, ParallelStyle, Run, Site, expect_tensor
 
 __all__ = ["SEQUENCE_STYLES"]
 
@@ -23,7 +24,8 @@ def on_slices(dim: int) -> Around:
 
     def around(site: Site, run: Run, inputs: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         with summed_parameters(site):
-            return sliced(run(own_slice(inputs, site.axis, dim), *args, **kwargs), site.axis, dim)
+            output = expect_tensor(site, run(own_slice(inputs, site.axis, dim), *args, **kwargs))
+            return sliced(output, site.axis, dim)
 
     return around
 
@@ -62,10 +64,32 @@ def _on_tensors(
 
 
 SEQUENCE_STYLES = (
-    *(ParallelStyle(name, on_slices(SEQUENCE_DIM), check_whole) for name in ("activation", "sequence_parallel")),
-    ParallelStyle("activation_seq_dim_2", on_slices(SEQUENCE_DIM + 1), check_whole),
-    *(ParallelStyle(name, gather_inputs) for name in ("module_allgather", "module_allgather_hidden_states")),
-    ParallelStyle("module_allgather_split", gather_and_split),
-    ParallelStyle("rowwise_reduce_scatter", rowwise_to_sequence, check_rowwise),
-    ParallelStyle("vocab_reduce_scatter", vocab_to_sequence, check_embedding(Shard(0))),
+    *(
+        ParallelStyle(name, on_slices(SEQUENCE_DIM), takes="sequence", gives="sequence")
+        for name in ("activation", "sequence_parallel")
+    ),
+    ParallelStyle("activation_seq_dim_2", on_slices(SEQUENCE_DIM + 1), takes="sequence at 2", gives="sequence at 2"),
+    *(
+        ParallelStyle(name, gather_inputs, takes="gathered", own=(WITH_HEADS,))
+        for name in ("module_allgather", "module_allgather_hidden_states")
+    ),
+    ParallelStyle("module_allgather_split", gather_and_split, takes="gathered", gives="sequence", own=(WITH_HEADS,)),
+    ParallelStyle(
+        "rowwise_reduce_scatter",
+        rowwise_to_sequence,
+        check_rowwise,
+        takes="features",
+        gives="sequence",
+        sums="its own",
+        own=(Own(placements=(Shard(1),)),),
+    ),
+    ParallelStyle(
+        "vocab_reduce_scatter",
+        vocab_to_sequence,
+        check_embedding(Shard(0)),
+        takes="whole",
+        gives="sequence",
+        sums="its own",
+        own=(Own(placements=(Shard(0),)),),
+    ),
 )

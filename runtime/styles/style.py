@@ -13,7 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement
+from plans.style import Owner, PlacementRule
 from runtime.placements import as_parameter, local_piece, local_tensor, placement_of
+from runtime.styles.facts import Flow, Own, Sums
 from runtime.styles.shared_inputs import SummedInputs
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "Run",
     "Sharder",
     "Site",
+    "expect_tensor",
     "expect_weight",
     "has_sharded",
     "on_local_parameters",
+    "owner_of",
     "refuse",
     "shard_parameter",
 ]
@@ -92,19 +96,30 @@ def _accept(site: Site) -> None:
 
 @dataclass(frozen=True)
 class ParallelStyle:
-    """A style at work. Where its parameters go is not its own matter: the resolved plan says.
+    """A style at work. Where its parameters go the resolved plan says.
 
     Args:
         name: as plans spell it.
         around: what it does around a module's forward; None for styles that only shard.
         check: run before the module is hooked.
         shard: how a parameter is sharded, given its placement.
+        takes: what its module is given on each rank.
+        gives: what it hands on.
+        sums: whose outputs it sums over the ranks.
+        own: which sharded parameters of the module's own its forward can use; by default none.
+        rules: where its parameters go, first match decides; only for a name that no release has, whose dialect says
+            so otherwise.
     """
 
     name: str
     around: Around | None = None
     check: Check = _accept
     shard: Sharder = shard_parameter
+    takes: Flow = "any"
+    gives: Flow = "any"
+    sums: Sums = "nothing"
+    own: tuple[Own, ...] = ()
+    rules: tuple[PlacementRule, ...] = ()
 
 
 def on_local_parameters(module: nn.Module, forward: Run) -> Run:
@@ -127,6 +142,13 @@ def has_sharded(module: nn.Module, *, recurse: bool) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=recurse))
 
 
+def owner_of(module: nn.Module) -> Owner:
+    """Return the kind of module that styles tell apart."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "linear" if isinstance(module, nn.Linear) else "module"
+
+
 def refuse(site: Site, why: str, hint: str) -> PlanError:
     """Return the error for a module that a style cannot hook."""
     return PlanError(
@@ -134,6 +156,17 @@ def refuse(site: Site, why: str, hint: str) -> PlanError:
         hint=hint,
         module=site.name,
         style=site.style,
+    )
+
+
+def expect_tensor(site: Site, output: object) -> torch.Tensor:
+    """Return a module's output, refused where it is not one tensor; all ranks get here alike, before they sum it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    raise refuse(
+        site,
+        f"which returns a {type(output).__name__} and not one tensor",
+        hint="name the module in it that computes the tensor",
     )
 
 

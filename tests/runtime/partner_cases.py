@@ -35,22 +35,40 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "deepseek_v3": ("DeepseekV3", {**MODELS["deepseek_v3"][1], **_FEW}),
     "equal_latents": ("DeepseekV2", {**MODELS["deepseek_v2"][1], **_FEW, "kv_lora_rank": 8, "q_lora_rank": 12}),
     "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4}),
+    "bert": ("Bert", DENSE | _FEW | {"is_decoder": False}),
+    "opt": ("OPT", {"hidden_size": 32, "ffn_dim": 52, "word_embed_proj_dim": 32, "num_attention_heads": 4} | _FEW),
+    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "gpt_neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "xglm": ("XGLM", {"d_model": 32, "ffn_dim": 52, "num_layers": 2, "attention_heads": 4, "vocab_size": 101}),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": ("Falcon", DENSE | _FEW | {"multi_query": False}),
 }
 """By name: the class's prefix and its sizes."""
+
+_LAYER = "bert.encoder.layer.*"
+BERT = {
+    **{f"{_LAYER}.attention.self.{name}": "colwise" for name in ("query", "key", "value")},
+    f"{_LAYER}.attention.output.dense": "rowwise",
+    f"{_LAYER}.intermediate.dense": "colwise",
+    f"{_LAYER}.output.dense": "rowwise",
+}
+"""A plan for a model that has none, whose partners stand in modules side by side."""
+
+_WITHOUT_A_HEAD = {"Bert": "ForMaskedLM"}
 
 
 def config(name: str) -> Any:
     prefix, sizes = CONFIGS[name]
     found = getattr(transformers, f"{prefix}Config")(**sizes)
-    found.architectures = [f"{prefix}ForCausalLM"]
+    found.architectures = [f"{prefix}{_WITHOUT_A_HEAD.get(prefix, 'ForCausalLM')}"]
     found._attn_implementation = "eager"
     return found
 
 
 def model(name: str) -> Any:
     torch.manual_seed(0)
-    prefix, _ = CONFIGS[name]
-    return with_noise(getattr(transformers, f"{prefix}ForCausalLM")(config(name))).eval()
+    found = config(name)
+    return with_noise(getattr(transformers, found.architectures[0])(found)).eval()
 
 
 def changed(plan: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
@@ -59,10 +77,15 @@ def changed(plan: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[
     return {key: style for key, style in merged.items() if style is not None}
 
 
+def released(model: Any) -> Mapping[str, str]:
+    """Return the plan that a model's classes write down, none for those without."""
+    return Plan.from_model(model, "tp").entries if model.tp_plan else {}
+
+
 def refused_before_anything_is_cut(name: str, changes: dict[str, str | None]) -> str:
     """Return what `parallelize` says, having checked that it has left the model alone."""
     found = model(name)
-    plan = changed(Plan.from_model(found, "tp").entries, changes)
+    plan = changed(released(found), changes)
     try:
         parallelize(found, Mesh(tp=dist.get_world_size()), plan)
     except PlanError as error:
@@ -76,7 +99,7 @@ def errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
     reference = model(name)
     shard = copy.deepcopy(reference)
     mesh = Mesh(tp=dist.get_world_size())
-    resolved = parallelize(shard, mesh, changed(Plan.from_model(shard, "tp").entries, changes))
+    resolved = parallelize(shard, mesh, changed(released(shard), changes))
     verify_sharding(shard, resolved)
     tokens = torch.randint(3, 99, (2, 16), generator=torch.Generator().manual_seed(1))
     logits = []
@@ -89,7 +112,9 @@ def errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
         own = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
         place = placement_of(parameter)
         assert place is not None
-        found[key] = _relative(own, local_piece(whole, place, dist.get_world_size(), dist.get_rank()), whole)
+        # What attention adds to the scores of all keys cancels out: the gradient of such a bias is noise beside 1.
+        scale = torch.ones(()) if key.endswith("key.bias") else whole
+        found[key] = _relative(own, local_piece(whole, place, dist.get_world_size(), dist.get_rank()), scale)
     return found
 
 

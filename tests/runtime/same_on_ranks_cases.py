@@ -56,8 +56,15 @@ def with_unknown_style_on(rank: int) -> str:
 def with_batches(mesh: Mesh, sizes: list[tuple[int, int]], seeds: list[int]) -> str:
     """Hold each rank's batch against the others'."""
     rank = dist.get_rank()
+    torch.manual_seed(0)
     tokens = token_ids(sizes[rank], seeds[rank])
     return refusal(lambda: verify_batch({"input_ids": tokens, "use_cache": False}, mesh))
+
+
+def with_random_states(mesh: Mesh, seeds: list[int]) -> str:
+    """Give each rank a seed, and hold one batch against the others'."""
+    torch.manual_seed(seeds[dist.get_rank()])
+    return refusal(lambda: verify_batch({"input_ids": token_ids((2, 16))}, mesh))
 
 
 def refusal(call: Any) -> str:

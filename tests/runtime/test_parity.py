@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from plans.mesh import Mesh, Mode
-from tests.runtime import parity_cases
+from tests.runtime import parity_cases, wrong_entry_cases
 from tests.runtime.parity_cases import Parity
 from tests.runtime.rank_pool import RankPool
 
@@ -65,6 +65,31 @@ def test_four_ranks_compute_what_one_does(name: str, mode: Mode, mesh: Mesh, fou
 @pytest.mark.parametrize(("mode", "mesh"), GPT_OSS, ids=str)
 def test_interleaved_biased_experts_are_right_whole(mode: Mode, mesh: Mesh, request: pytest.FixtureRequest) -> None:
     check(pool(request, mesh).run(parity_cases.parity, "gpt_oss", mode, mesh))
+
+
+@pytest.mark.parametrize(
+    ("mode", "mesh"),
+    [
+        ("tp", Mesh(tp=2)),
+        ("ep", Mesh(tp=2, ep=2)),
+        ("tp_ep", Mesh(tp=2, ep=2)),
+        ("tp", Mesh(tp=4)),
+        ("tp_ep", Mesh(tp=2, ep=4, fsdp=2)),
+    ],
+    ids=str,
+)
+def test_a_shared_rope_key_has_the_gradient_of_all_heads(
+    mode: Mode, mesh: Mesh, request: pytest.FixtureRequest
+) -> None:
+    check(pool(request, mesh).run(parity_cases.parity, "deepseek_v2", mode, mesh))
+
+
+@pytest.mark.parametrize("name", ["llama4", "lfm2_vl"])
+def test_a_model_inside_a_model_computes_the_same(name: str, two_ranks: RankPool) -> None:
+    for errors in two_ranks.run(wrong_entry_cases.composite_errors, name):
+        worst = max(errors, key=errors.__getitem__)
+        assert len(errors) > 25
+        assert errors[worst] < ACCURACY, worst
 
 
 @pytest.mark.parametrize("name", MIXED)

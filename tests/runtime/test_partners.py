@@ -15,11 +15,14 @@ from benchmarks.sweep_cases import VARIANTS
 from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
+from runtime.cut_parts import check_cut_parts
+from runtime.head_counts import check_head_counts
 from runtime.head_norms import check_head_norms
 from runtime.model import meta_model
 from runtime.partners import check_partners
 from runtime.plan import Plan, runtime_dialect
 from runtime.resolve import resolve
+from runtime.styles import STYLES
 from tests.runtime import partner_cases
 from tests.runtime.rank_pool import RankPool
 
@@ -27,6 +30,8 @@ ATTENTION, MLP, EXPERTS = (f"model.layers.*.{name}" for name in ("self_attn", "m
 GATHER, SPLIT, SUM = "colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce"
 WHOLE_QKV = dict.fromkeys((f"{ATTENTION}.{name}_proj" for name in "qkv"), None)
 WHOLE_KV = dict.fromkeys((f"{ATTENTION}.{name}_proj" for name in "kv"), None)
+ROPE = "mla_kv_a_proj"
+GATHERED_LATENTS = {f"{ATTENTION}.{name}_b_proj": GATHER for name in ("q", "kv")} | {f"{ATTENTION}.o_proj": SPLIT}
 GATHERED_QKV = dict.fromkeys(WHOLE_QKV, GATHER)
 
 LEAKS = "leaves its output sharded, but nothing beside it takes a sharded input"
@@ -34,6 +39,8 @@ STARVES = "takes a sharded input, but nothing beside it leaves its output sharde
 MEETS = "gives a whole output, which would meet the slices"
 WHOLE_GRADIENT = "its gradient is whole on every rank"
 ACROSS = "its shape would not fit"
+NO_ROPE = "shares no rope key among heads that are sharded"
+COUNTED = "the number of all heads, where a rank has some"
 BETWEEN = "is whole but works on each rank's own slice"
 
 REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
@@ -53,6 +60,25 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     ("all_heads_keyed", {f"{ATTENTION}.k_proj": None}, f"k_proj {MEETS}", "'colwise'"),
     ("deepseek_v2", {f"{ATTENTION}.q_b_proj": None}, f"q_b_proj {MEETS}", "'colwise'"),
     ("deepseek_v2", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    ("deepseek_v2", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
+    ("equal_latents", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
+    ("equal_latents", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    ("deepseek_v2", GATHERED_LATENTS, f"kv_a_proj_with_mqa {NO_ROPE}", "remove the entry"),
+    ("deepseek_v2", {f"{MLP}.gate_proj": ROPE, f"{MLP}.up_proj": None, f"{MLP}.down_proj": None}, NO_ROPE, "remove"),
+    ("llama", {"model.layers.0.mlp.gate_proj": "replicate"}, f"gate_proj {MEETS}", "'model.layers.0.mlp.gate_proj'"),
+    (
+        "qwen3",
+        {f"model.layers.0.self_attn.{name}_proj": "replicate" for name in "qkvo"},
+        f"layers.0.self_attn.q_norm .* {WHOLE_GRADIENT}",
+        "add the entry 'model.layers.0.self_attn.q_norm': 'replicate'",
+    ),
+    (
+        "llama",
+        {"model.norm": "local_params", "model.norm.weight": "colwise"},
+        "model.norm.weight is cut, but",
+        "remove",
+    ),
+    ("phi3", {f"{ATTENTION}.qkv_proj": "colwise", f"{ATTENTION}.o_proj": "rowwise"}, COUNTED, "give no entries"),
     ("llama", {f"{MLP}.gate_proj": "packed_colwise"}, "gate_proj is cut as gate and up in one, but", "'colwise'"),
     ("phi3", {f"{MLP}.gate_up_proj": "colwise", f"{MLP}.down_proj": "rowwise"}, "cut as if it were one", SPLIT),
     (
@@ -81,7 +107,16 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     ),
     ("doge", {}, f"self_attn.A {BETWEEN}", "an entry of its own"),
     ("granite_swa", {f"{ATTENTION}.sinks": None}, f"self_attn.sinks {BETWEEN}", "an entry of its own"),
+    ("granite_swa", {f"{ATTENTION}.sinks": None}, "sinks", f"'{ATTENTION}.sinks': 'colwise', '{ATTENTION}': 'local"),
 ]
+
+HAND_WRITTEN: dict[str, tuple[str, str]] = {
+    "opt": ("model.decoder.layers.*.self_attn", "out_proj"),
+    "gptj": ("transformer.h.*.attn", "out_proj"),
+    "gpt_neo": ("transformer.h.*.attn.attention", "out_proj"),
+    "xglm": ("model.layers.*.self_attn", "out_proj"),
+}
+"""Models without a plan whose attention reshapes by the number of all heads, with where that stands."""
 
 
 @pytest.mark.parametrize(("name", "changes", "why", "hint"), REFUSED, ids=lambda value: str(value)[:60])
@@ -95,6 +130,33 @@ def test_half_a_plan_is_refused_with_what_it_lacks(
     with pytest.raises(PlanError, match=why) as caught:
         check(model, partner_cases.changed(plan, changes))
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_attention_that_counts_all_heads_is_not_cut(name: str) -> None:
+    attention, last = HAND_WRITTEN[name]
+    plan = {f"{attention}.{one}_proj": "colwise" for one in "qkv"} | {f"{attention}.{last}": "rowwise"}
+    with pytest.raises(PlanError, match=COUNTED):
+        check(meta_model(partner_cases.config(name)), plan)
+
+
+@pytest.mark.parametrize(("name", "key"), [("bloom", "self_attention"), ("falcon", "self_attention")])
+def test_attention_with_one_projection_that_counts_all_heads_is_not_cut(name: str, key: str) -> None:
+    block = f"transformer.h.*.{key}"
+    with pytest.raises(PlanError, match=COUNTED):
+        check(
+            meta_model(partner_cases.config(name)),
+            {f"{block}.query_key_value": "colwise", f"{block}.dense": "rowwise"},
+        )
+
+
+@pytest.mark.parametrize(("layer", "why"), [("fc1", LEAKS), ("fc2", STARVES)])
+def test_a_layer_is_no_partner_of_those_that_have_partners(layer: str, why: str) -> None:
+    plan = {f"model.decoder.layers.*.self_attn.{one}_proj": "colwise" for one in "qkv"}
+    plan |= {"model.decoder.layers.*.self_attn.out_proj": "rowwise"}
+    plan[f"model.decoder.layers.*.{layer}"] = "colwise" if layer == "fc1" else "rowwise"
+    with pytest.raises(PlanError, match=f"{layer} {why}"):
+        check(meta_model(partner_cases.config("opt")), plan)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +188,10 @@ def test_every_rank_refuses_and_leaves_the_model_as_it_was(
         ("equal_latents", {}),
         ("cohere", {}),
         ("granite_swa", {}),
+        ("equal_latents", GATHERED_LATENTS | {f"{ATTENTION}.kv_a_proj_with_mqa": None}),
+        ("bert", partner_cases.BERT),
+        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" in key}),
+        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" not in key}),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -174,8 +240,31 @@ WRONG_AS_RELEASED = {
     "DogeConfig": "self_attn.A is whole",
     "EsmcConfig": "self_attn.q_norm is whole",
     "Glm5NextTextConfig": "self_attn.o_proj takes a sharded input",
+    "NeoMMEConfig": "self_attn.exclusive_self_attention is whole",
 }
 """Released plans that run with an error of a shape, by config class."""
+
+
+NOT_MADE = frozenset(
+    {
+        "CohereCompassTextConfig",
+        "Llama4Config",
+        "MinistralConfig",
+        "NemotronConfig",
+        "T5Gemma2DecoderConfig",
+        "T5Gemma2TextConfig",
+        "T5GemmaModuleConfig",
+        "VoxtralRealtimeTextConfig",
+    }
+)
+"""Config classes of which no model is made, by default sizes neither."""
+
+
+@pytest.mark.full
+def test_the_classes_that_are_left_out_are_known() -> None:
+    named = [(family, name) for family in FAMILIES for name in with_plans(family)]
+    assert len(named) > 140
+    assert {name for family, name in named if made(family, name, "") is None} == NOT_MADE
 
 
 @pytest.mark.parametrize("family", SAMPLE)
@@ -195,21 +284,25 @@ def test_no_released_plan_is_refused_but_those_that_cannot_run() -> None:
 
 def refusals(family: str) -> Iterator[tuple[str, str | None]]:
     """Yield, for every plan of every config class of a family that makes a tiny model, what is refused of it."""
+    for name in with_plans(family):
+        for variant in ("", *VARIANTS.get(name, {})):
+            for refusal in refusals_of(family, name, variant):
+                yield f"{name}, {variant}" if variant else name, refusal
+
+
+def with_plans(family: str) -> list[str]:
+    """Return a family's config classes that write down a plan."""
     module = import_module(f"transformers.models.{family}.configuration_{family}")
-    for name, config_class in inspect.getmembers(module, inspect.isclass):
-        if config_class.__module__ == module.__name__ and getattr(config_class, "base_model_tp_plan", None):
-            for variant in ("", *VARIANTS.get(name, {})):
-                for refusal in refusals_of(family, name, variant):
-                    yield f"{name}, {variant}" if variant else name, refusal
+    return [
+        name
+        for name, found in inspect.getmembers(module, inspect.isclass)
+        if found.__module__ == module.__name__ and getattr(found, "base_model_tp_plan", None)
+    ]
 
 
 def refusals_of(family: str, name: str, variant: str) -> Iterator[str | None]:
-    try:
-        with torch.device("meta"):
-            model = tiny_model(tiny_config(family, name, variant), torch.float32)
-    except Exception:
-        return  # The table of tiny sizes is for models with experts; not every other class makes a model of them.
-    for mode in MODES:
+    model = made(family, name, variant)
+    for mode in MODES if model is not None else ():
         try:
             plan = Plan.from_model(model, mode).entries
         except MigratorError:
@@ -222,6 +315,20 @@ def refusals_of(family: str, name: str, variant: str) -> Iterator[str | None]:
             yield None
 
 
+def made(family: str, name: str, variant: str) -> torch.nn.Module | None:
+    """Return a class's tiny model, or one of its own sizes, on meta; None where neither can be made."""
+    module = import_module(f"transformers.models.{family}.configuration_{family}")
+    for config in (lambda: tiny_config(family, name, variant), getattr(module, name)):
+        try:
+            with torch.device("meta"):
+                return tiny_model(config(), torch.float32)
+        except Exception:
+            continue  # The table of tiny sizes is for models with experts; not every other class makes one of them.
+    return None
+
+
 def check(model: torch.nn.Module, plan: dict[str, str]) -> None:
     check_partners(model, plan, runtime_dialect())
-    check_head_norms(model, plan, runtime_dialect())
+    check_head_norms(model, plan, runtime_dialect(), STYLES)
+    check_head_counts(model, plan, runtime_dialect())
+    check_cut_parts(model, plan, runtime_dialect(), STYLES)

@@ -67,3 +67,22 @@ def test_batches_are_compared_where_ranks_compute_together(
     found = four_ranks.run(same_on_ranks_cases.with_batches, mesh, sizes, seeds)
     assert [rank for rank, one in enumerate(found) if one != "accepted"] == refusing
     assert all(found[rank].startswith("UsageError: input_ids is not the same") for rank in refusing)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "seeds", "refusing"),
+    [
+        (Mesh(tp=4), [1, 1, 1, 1], []),
+        (Mesh(tp=4), [1, 1, 2, 1], [0, 1, 2, 3]),
+        (Mesh(tp=2, fsdp=2), [1, 1, 2, 2], []),
+        (Mesh(tp=2, fsdp=2), [1, 1, 2, 3], [2, 3]),
+        (Mesh(tp=2, ep=4, fsdp=2), [1, 1, 2, 2], [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_random_states_are_compared_where_ranks_compute_together(
+    mesh: Mesh, seeds: list[int], refusing: list[int], four_ranks: RankPool
+) -> None:
+    found = four_ranks.run(same_on_ranks_cases.with_random_states, mesh, seeds)
+    assert [rank for rank, one in enumerate(found) if one != "accepted"] == refusing
+    assert all(found[rank].startswith("UsageError: the random state is not the same") for rank in refusing)
