@@ -39,7 +39,7 @@ def workspace(tmp_path_factory):
 
 
 def test_the_readme_shows_the_story():
-    assert [name for name, _, _ in BLOCKS] == ["rewrite", "reshard", "validate"]
+    assert [name for name, _, _ in BLOCKS] == ["rewrite", "reshard", "validate", "move", "verify", "inspect"]
 
 
 @pytest.mark.parametrize(("name", "command", "expected"), BLOCKS, ids=[name for name, _, _ in BLOCKS])
