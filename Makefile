@@ -7,15 +7,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint bench bench-reshard sweep
+.PHONY: demo test test-full lint browser bench bench-reshard sweep
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: lint
+test-full: lint browser
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
@@ -23,6 +23,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# The report's pages are looked at in a real browser; without one those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends chromium \
+	    fonts-dejavu-core >/dev/null 2>&1; } || echo "no chromium: tests of the report's pages will be skipped"
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/rewrite.py
