@@ -212,11 +212,18 @@ class Module:
         classes: by name.
         read_imports: reads `imports` when they are asked for.
         unread: uses of plans that put entries into them which cannot be read, in order.
+        planned: the classes that write plans, where that is known without looking at each.
     """
 
     classes: Mapping[str, ClassPlans]
     read_imports: Callable[[], Mapping[str, Import]] = field(repr=False, compare=False)
     unread: tuple[Unread, ...] = ()
+    planned: tuple[str, ...] | None = field(default=None, compare=False)
+
+    @property
+    def writers(self) -> Iterator[ClassPlans]:
+        """The classes that may write plans."""
+        return (self.classes[name] for name in (self.classes if self.planned is None else self.planned))
 
     @cached_property
     def imports(self) -> Mapping[str, Import]:

@@ -59,9 +59,30 @@ def skim(source: Source) -> Module | None:
         return None
     if plans is None:
         return None
-    named = ((_name(header), header[2]) for header in headers)
-    classes = {name: ClassPlans(name, _bases(listed), plans.get(name, {})) for name, listed in named}
-    return Module(classes, partial(_imports, source))
+    return Module(_Classes(headers, plans), partial(_imports, source), planned=tuple(plans))
+
+
+class _Classes(Mapping[str, ClassPlans]):
+    """Classes by name, each put together when it is asked for; most of a tree's never are."""
+
+    def __init__(self, headers: list[re.Match[bytes]], plans: Mapping[str, dict[str, PlanLiteral | Opaque]]) -> None:
+        self._bases = {_name(header): header[2] for header in headers}
+        self._plans = plans
+        self._made: dict[str, ClassPlans] = {}
+
+    def __getitem__(self, name: str) -> ClassPlans:
+        if name not in self._made:
+            self._made[name] = ClassPlans(name, _bases(self._bases[name]), self._plans.get(name, {}))
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
 
 
 def _has_other_strings(body: bytes) -> bool:

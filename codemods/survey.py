@@ -142,7 +142,7 @@ def is_model_path(path: Path) -> bool:
 
 
 def _places(tree: Tree, path: Path, wanted: Callable[[PlanLiteral], bool]) -> Iterator[Place]:
-    for owner in tree.module(path).classes.values():
+    for owner in tree.module(path).writers:
         for attribute, plan in owner.plans.items():
             if isinstance(plan, PlanLiteral) and wanted(plan):
                 yield Place(path, owner.name, attribute)
