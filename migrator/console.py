@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from plans.errors import MigratorError
+from plans.errors import MigratorError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,19 +30,37 @@ class Advance(Protocol):
 
 def emit(text: str = "") -> None:
     """Print a line of the result."""
-    click.echo(text)
+    with _printing():
+        click.echo(text)
 
 
 def emit_bytes(data: bytes) -> None:
     """Print a piece of the result as it is."""
-    click.echo(data, nl=False)
+    with _printing():
+        click.echo(data, nl=False)
 
 
 def emit_json(value: object) -> None:
     """Print the result as JSON."""
     import json
 
-    click.echo(json.dumps(value, indent=2))
+    emit(json.dumps(value, indent=2))
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Turn what the system says when standard output cannot take more into an error for the user."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        # What is still buffered must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UsageError(
+            f"standard output cannot be written: {problem.strerror or problem}",
+            hint="the work itself is done; send the output elsewhere",
+        ) from problem
 
 
 def say(text: str) -> None:
@@ -114,7 +133,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[current]}"),
     )
-    with Progress(*columns, console=terminal, disable=quiet or not terminal.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=terminal, disable=quiet or not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(label, total=None, current="")
 
         def advance(done: int, total: int, current: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from migrator import console
 from plans.errors import MigratorError, UsageError
 
 __all__ = ["Events", "recorded"]
@@ -21,17 +22,24 @@ class Events:
 
     Args:
         stream: where lines go.
+        complain: told once that they can go there no longer, which is no reason to end the work.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, complain: Callable[[str], None] = lambda text: None) -> None:
         self._stream = stream
+        self._complain = complain
         self._last = 0.0
 
     def emit(self, event: str, **data: object) -> None:
         """Write an event at once."""
-        if self._stream is not None:
+        if self._stream is None:
+            return
+        try:
             self._stream.write(json.dumps({"event": event, "time": time.time(), **data}, default=str) + "\n")
             self._stream.flush()
+        except OSError as error:
+            self._stream = None
+            self._complain(f"note: events are written no longer: {error.strerror or error}")
 
     def progress(self, done: int, total: int, current: str) -> None:
         """Write how far the work is, at most once a second."""
@@ -56,8 +64,8 @@ def recorded(path: Path | None) -> Iterator[Events]:
         raise UsageError(
             f"{path}: cannot be written: {error.strerror}", hint="give --events a file in a folder of yours"
         ) from error
-    with stream:
-        events = Events(stream)
+    with _closing(stream):
+        events = Events(stream, console.say)
         try:
             yield events
         except MigratorError as error:
@@ -67,3 +75,13 @@ def recorded(path: Path | None) -> Iterator[Events]:
         except BaseException as error:
             events.emit("failed", error=type(error).__name__, message=str(error))
             raise
+
+
+@contextmanager
+def _closing(stream: TextIO) -> Iterator[None]:
+    """Close a stream; what could not be written to it was told before."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            stream.close()

@@ -44,6 +44,8 @@ def summarize(plan: ReshardPlan, result: ReshardResult) -> None:
         f"{result.bytes_written:,} bytes, planned in {seconds.planning:.2f} s, copied in {seconds.copying:.2f} s, "
         f"synced in {seconds.syncing:.2f} s"
     )
+    if result.bytes_shared:
+        console.emit(f"{result.bytes_shared:,} of the bytes are blocks that the source's files have too")
 
 
 def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
@@ -56,7 +58,8 @@ def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
     console.table(title, ("tensors", "count", "from", "to", "bytes", "runs"), rows, spare=("runs", "count"))
     console.emit(f"reads {estimate.bytes_read:,} bytes and writes {estimate.bytes_written:,}")
     console.emit(f"needs {estimate.disk_needed:,} bytes of disk and {estimate.peak_memory:,} of memory")
-    console.emit(f"{estimate.reflinkable:.0%} of what is written could share the source's blocks")
+    if estimate.bytes_shared:
+        console.emit(f"shares {estimate.bytes_shared:,} of them ({estimate.reflinkable:.0%}) with the source's files")
     console.emit(f"about {estimate.seconds:.1f} s to copy; nothing was written")
 
 
@@ -69,6 +72,7 @@ def result_as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object
         "tensors": len(plan.content.tensors),
         "bytes_read": result.bytes_read,
         "bytes_written": result.bytes_written,
+        "bytes_shared": result.bytes_shared,
         **_noted(plan),
         "seconds": {"planning": seconds.planning, "copying": seconds.copying, "syncing": seconds.syncing},
     }

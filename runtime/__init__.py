@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from runtime.bridge import register_styles
     from runtime.clip import clip_grad_norm
     from runtime.full_state import full_state_dict
+    from runtime.loading import load
     from runtime.mesh import device_meshes
     from runtime.parallel import parallelize
     from runtime.plan import Plan
@@ -29,6 +30,7 @@ __all__ = [
     "clip_grad_norm",
     "device_meshes",
     "full_state_dict",
+    "load",
     "parallelize",
     "register_styles",
     "verify_batch",
@@ -45,6 +47,7 @@ _HOMES = {
     "clip_grad_norm": "runtime.clip",
     "device_meshes": "runtime.mesh",
     "full_state_dict": "runtime.full_state",
+    "load": "runtime.loading",
     "parallelize": "runtime.parallel",
     "register_styles": "runtime.bridge",
     "verify_batch": "runtime.same_on_ranks",

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
-from plans.errors import WorkerError
-from runtime.wording import first_line
+from plans.errors import UsageError, WorkerError
+from runtime.wording import counted, first_line
 
-__all__ = ["in_worker", "joined"]
+__all__ = ["in_worker", "joined", "own_device"]
 
 
 def in_worker() -> bool:
@@ -20,18 +21,44 @@ def in_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def own_device(kind: str) -> torch.device:
+    """Return the device that this rank computes on.
+
+    Args:
+        kind: `cpu`, `cuda` for a GPU of its own, or `auto` for that where each rank of the machine can have one.
+
+    Raises:
+        UsageError: there are not enough GPUs.
+    """
+    ranks, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count() if kind != "cpu" else 0
+    if kind == "cuda" and gpus < ranks:
+        raise UsageError(
+            f"{counted(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",
+            hint="use --device cpu, a smaller mesh, or several machines through torchrun",
+            ranks=ranks,
+            gpus=gpus,
+        )
+    return torch.device("cuda", number) if gpus >= ranks else torch.device("cpu")
+
+
 @contextmanager
-def joined(timeout: float) -> Iterator[None]:
+def joined(timeout: float, device: str = "cpu") -> Iterator[None]:
     """Join the process group of the ranks that were started together, and leave it at the end.
 
     Args:
         timeout: seconds that this rank waits for the others wherever they meet.
+        device: where ranks compute, as for `own_device`.
 
     Raises:
         WorkerError: there is no such group to join.
+        UsageError: there are not enough GPUs.
     """
+    own = own_device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"this rank cannot join the process group: {first_line(error)}",

@@ -1,188 +1,111 @@
-"""Checkpoints into models: a rank's own file into its local tensors, or whole tensors into an unsharded model."""
+"""Checkpoints into models: every rank reads the bytes that it owns, from any layout, straight to where they belong."""
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from plans.errors import CheckpointError, IncompleteError, MismatchError
-from runtime.checkpoint.manifest import read_manifest
-from runtime.checkpoint.ranks import held_by, rank_file
-from runtime.checkpoint.safetensors import StoredTensor, read_exactly, read_header
-from runtime.checkpoint.side_files import check_contained
-from runtime.model import DTYPES, model_tensors
-from runtime.wording import listed
+from plans.errors import UsageError
+from runtime.agreement import together
+from runtime.checkpoint.content import Content
+from runtime.hub import local_folder
+from runtime.loader.bringing import bring, default_threads
+from runtime.loader.memory import Memory, check_dtype, prepare_memory
+from runtime.loader.replicated import broadcast, readers
+from runtime.loader.slots import default_device, mesh_axes, slots_of
+from runtime.loader.sources import find_source
 
-__all__ = ["load_ranks", "load_whole"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-_Holder = tuple[dict[str, Any], str]
+__all__ = ["load"]
 
-_SOURCE = "the checkpoint"
-
-
-def load_ranks(
-    model: nn.Module, folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> None:
-    """Fill this rank's local tensors from its own rank file; no other rank's file is opened.
-
-    Args:
-        model: parallelized as the folder was laid out, on meta or not.
-        folder: that `migrator reshard --layout ranks` wrote for as many ranks as the process group has.
-        device: where the tensors go.
-        dtype: cast floating-point tensors to this one; by default they stay as stored.
-
-    Raises:
-        IncompleteError: the file is missing, or tensors of the model are missing from it.
-        CheckpointError: it is a link that leads out of the folder.
-        HeaderError: the file or the manifest lies.
-        MismatchError: the file holds tensors the model lacks, or of other shapes than this rank's.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    path = folder / rank_file(rank, world_size)
-    manifest = read_manifest(folder)
-    if not path.is_file():
-        raise IncompleteError(
-            f"{path}: missing", hint=f"the folder must be laid out for {world_size} ranks", file=str(path)
-        )
-    check_contained(folder, path)
-    stored = dict(read_header(path).tensors)
-    for name, entry in manifest.tensors.items():
-        if entry.kind == "carried" and held_by(entry, rank):
-            stored.pop(name, None)
-    slots = _slots(model, manifest.tied)
-    # Before a byte is read: nothing is allocated but what the model itself holds.
-    _check_names(slots, stored.keys(), str(path))
-    for name, tensor in stored.items():
-        _check_shape(name, tensor.shape, slots[name], str(path))
-    _fill(model, slots, _read(path, stored), device, dtype)
+Result = TypeVar("Result")
 
 
-def load_whole(
-    model: nn.Module,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    tied: Iterable[str],
+def load(
+    model: PreTrainedModel,
+    checkpoint: str | Path | Content,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    every_copy: bool = False,
 ) -> None:
-    """Fill an unsharded model.
+    """Fill a model from a checkpoint, in place; of a parallel model every rank calls this.
+
+    A rank reads the ranges of files that hold its own tensors: its own file where rank files are laid out as the model
+    is, its slices of all others. A model on meta gets memory for what it holds and no more; one in memory is filled
+    where it is. Tied weights stay tied, and buffers that no checkpoint stores keep their values. Tensors that a
+    checkpoint carries along for no parameter are passed over.
 
     Args:
-        model: on meta or not.
-        tensors: its parameters and persistent buffers by name, tied names left out.
-        tied: those names.
-        dtype: cast floating-point tensors to this one.
+        model: parallel or not, on meta or in memory.
+        checkpoint: a folder of any layout, `hf://owner/name`, or what was read of one.
+        dtype: what floating-point tensors are cast to, on their device. By default a model on meta gets what is stored,
+            and one in memory keeps its own.
+        device: where a model on meta goes; by default to the device of its mesh.
+        threads: that read at once; by default this rank's share of the processors.
+        every_copy: whether each rank reads for itself what all hold whole, where one could send it to the others.
 
     Raises:
-        IncompleteError: tensors of the model are missing.
-        MismatchError: there are tensors the model lacks, or of other shapes.
+        IncompleteError: files, or tensors of the model, are missing.
+        MismatchError: the checkpoint holds tensors the model lacks, or of other shapes or kinds than the model's.
+        CheckpointError: it is damaged, or stored tensors do not make the model's by operations that are known.
+        UsageError: it is quantized, a tensor has no place in memory, or an argument makes no sense.
+        WorkerError: another rank died.
     """
-    slots = _slots(model, tied)
-    filled: set[str] = set()
+    slots = slots_of(model)
 
-    def checked() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            if name not in slots:
-                raise _unexpected([name], _SOURCE)
-            _check_shape(name, tensor.shape, slots[name], _SOURCE)
-            filled.add(name)
-            yield name, tensor
+    def filled() -> tuple[Memory, dict[str, int]]:
+        check_dtype(dtype, slots)
+        _check_threads(threads)
+        place = torch.device(device) if device is not None else default_device(slots.values())
+        source = find_source(_found(checkpoint), model, slots)
+        memory = prepare_memory(model, slots, source, place, dtype)
+        dealt = {} if every_copy else readers(slots, memory.locals_)
+        own = [name for name in slots if name not in dealt or dealt[name] == dist.get_rank()]
+        bring(source, memory.locals_, own, threads or default_threads())
+        return memory, dealt
 
-    _fill(model, slots, checked(), "cpu", dtype)
-    _check_names(slots, filled, _SOURCE)
-
-
-def _fill(
-    model: nn.Module,
-    slots: Mapping[str, torch.Tensor],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-) -> None:
-    """Put each tensor wherever the model holds its slot, so that tied names stay tied."""
-    holders = _holders(model)
-    for name, tensor in tensors:
-        cast = dtype if tensor.is_floating_point() else None
-        new = _like(slots[name], tensor.to(device=device, dtype=cast))
-        for table, key in holders[id(slots[name])]:
-            table[key] = new
+    with _collection_paused():
+        memory, dealt = _alike(filled, mesh_axes(slots.values()))
+    broadcast(dealt, memory.locals_)
+    memory.install(model)
 
 
-def _slots(model: nn.Module, tied: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors that a checkpoint must fill, by name."""
-    others = set(tied)
-    return {name: tensor for name, tensor in model_tensors(model).items() if name not in others}
-
-
-def _local_shape(tensor: torch.Tensor) -> torch.Size:
-    with torch.no_grad():
-        return tensor.to_local().shape if isinstance(tensor, DTensor) else tensor.shape
-
-
-def _holders(model: nn.Module) -> dict[int, list[_Holder]]:
-    """Return where the model holds each tensor, by its identity; tied names are several places of one tensor."""
-    holders: defaultdict[int, list[_Holder]] = defaultdict(list)
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    holders[id(tensor)].append((table, name))
-    return holders
-
-
-def _like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return what takes the place of `old` when its local tensor is `local`."""
-    new = local
-    if isinstance(old, DTensor):
-        new = DTensor.from_local(
-            local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-        )
-    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _read(path: Path, stored: dict[str, StoredTensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Let Python collect no garbage: going through all of torch's and transformers' objects would take longer
+    than planning what to read, and all threads wait meanwhile.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
     try:
-        for name, tensor in stored.items():
-            if tensor.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{path}: {name!r} is {tensor.dtype}, which torch cannot hold", hint="use a newer torch"
-                )
-            content = torch.empty(tensor.size, dtype=torch.uint8)
-            read_exactly(descriptor, content.numpy().data, tensor.offset, path)
-            yield name, content.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        yield
     finally:
-        os.close(descriptor)
+        if was_on:
+            gc.enable()
 
 
-def _check_shape(name: str, shape: Sequence[int], slot: torch.Tensor, source: str) -> None:
-    if tuple(shape) != tuple(_local_shape(slot)):
-        raise MismatchError(
-            f"{source}: {name!r} is {list(shape)} where this rank holds {list(_local_shape(slot))}",
-            hint="the checkpoint belongs to another model or mesh; reshard again",
-            tensor=name,
-        )
+def _alike(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:
+    """Run a stage; where several ranks hold a model together, all fail if one does."""
+    return together(stage, axes) if axes else stage()
 
 
-def _check_names(slots: Mapping[str, torch.Tensor], found: Set[str], source: str) -> None:
-    if missing := sorted(slots.keys() - found):
-        raise IncompleteError(
-            f"{source}: no {listed(missing)}", hint="the checkpoint is incomplete; reshard again", tensors=missing
-        )
-    if unexpected := sorted(found - slots.keys()):
-        raise _unexpected(unexpected, source)
+def _found(checkpoint: str | Path | Content) -> Path | Content:
+    if isinstance(checkpoint, Content):
+        return checkpoint
+    return local_folder(str(checkpoint), quiet=dist.is_initialized() and dist.get_rank() > 0)
 
 
-def _unexpected(names: list[str], source: str) -> MismatchError:
-    return MismatchError(
-        f"{source}: holds {listed(names)}, which the model lacks",
-        hint="the checkpoint belongs to another model; reshard again",
-        tensors=names,
-    )
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads read nothing", hint="give 1 or more, or leave it out", threads=threads)

@@ -1,54 +1,53 @@
-"""Validation on a mesh of processes: structure, content and forward of rank files, each rank with its own file."""
+"""Validation on a mesh of processes: structure, content, forward, backward and generation of a checkpoint, in order."""
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING
-
-import torch
 import torch.distributed as dist
 
-from plans.errors import UsageError
-from plans.mesh import Mesh
+from plans.errors import MigratorError, MismatchError
 from runtime.agreement import gather_json, together
-from runtime.checkpoint.ranks import Copy, RankCheckpoint, compute_digest
-from runtime.forward import check_forward, float_config
-from runtime.loading import load_ranks
-from runtime.mesh import device_meshes
-from runtime.model import meta_model, read_config
-from runtime.parallel import parallelize
-from runtime.resolve import resolve
-from runtime.structure import Mismatch, compare_manifest, sharding_mismatches
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.differences import read_differences
+from runtime.checkpoint.ranks import RankCheckpoint
+from runtime.checkpoint.read import layout_of
+from runtime.checkpoint.record import Manifest
+from runtime.joined import own_device
+from runtime.structure import Mismatch
 from runtime.styles import STYLES, StyleRegistry
-from runtime.validation_values import Content, Structure, ValidationRequest, ValidationResult
+from runtime.validation.findings import Findings
+from runtime.validation.looking import look
+from runtime.validation.model import check_inputs
+from runtime.validation.request import ValidationRequest, check_mesh
+from runtime.validation.source import read_source
+from runtime.validation.values import PARTS, Check, ValidationResult
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+__all__ = ["check_request", "validate"]
 
-__all__ = ["check_request", "validate_ranks"]
-
-_DAMAGED = "the structure is wrong"
+_CONTRADICTED = "the files do not make up a checkpoint of this model"
 
 
-def check_request(request: ValidationRequest) -> RankCheckpoint:
-    """Read a folder's manifest and headers and refuse what no worker needs to be started for.
+def check_request(request: ValidationRequest) -> ValidationResult | None:
+    """Look at what no worker needs to be started for: a manifest, and rank files' headers.
+
+    Returns:
+        The result where these alone refute the checkpoint.
 
     Raises:
-        UsageError: the folder is laid out for another mesh.
-        IncompleteError, HeaderError, MismatchError: as `RankCheckpoint.read`.
+        UsageError: it is laid out for another mesh.
+        IncompleteError, HeaderError: a file is missing or damaged.
     """
-    checkpoint = RankCheckpoint.read(request.folder)
-    if checkpoint.manifest.mesh != request.mesh:
-        raise UsageError(
-            f"{request.folder} is laid out for {_sizes(checkpoint.manifest.mesh)}, not {_sizes(request.mesh)}",
-            hint=f"use {_sizes(checkpoint.manifest.mesh)}, or reshard",
-            mesh=checkpoint.manifest.mesh.to_json(),
-        )
-    return checkpoint
+    check_mesh(request)
+    try:
+        if layout_of(request.folder) == "ranks":
+            RankCheckpoint.read(request.folder)
+    except MismatchError as error:
+        skipped = {part: _CONTRADICTED for part in PARTS if part != "content"}
+        return ValidationResult(request.mesh.world_size, {"content": _contradicted(request, error)}, skipped)
+    return None
 
 
-def validate_ranks(request: ValidationRequest, styles: StyleRegistry = STYLES) -> ValidationResult:
-    """Validate a folder of rank files; every rank of the initialised process group calls this.
+def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> ValidationResult:
+    """Validate a checkpoint; every rank of the initialised process group calls this.
 
     Args:
         request: what to validate; the mesh has as many ranks as the process group.
@@ -60,84 +59,31 @@ def validate_ranks(request: ValidationRequest, styles: StyleRegistry = STYLES) -
     Raises:
         MigratorError: the work could not be done; on every rank alike.
     """
-    checkpoint, model = together(lambda: _prepare(request))
-    resolved = together(lambda: resolve(model, request.mesh, checkpoint.manifest.mode))
-    meshes = device_meshes(request.mesh, "cpu")
-    together(lambda: parallelize(model, meshes, resolved, styles))
-    mismatches = [
-        *compare_manifest(checkpoint.manifest, resolved),
-        *_of_all_ranks(sharding_mismatches(model, resolved, dist.get_rank())),
-    ]
-    structure = Structure(len(resolved.parameters), tuple(mismatches))
-    if mismatches:
-        return ValidationResult(dist.get_world_size(), structure, skipped={"content": _DAMAGED, "forward": _DAMAGED})
-    together(lambda: load_ranks(model, request.folder, dtype=torch.float32))
-    content = _check_content(checkpoint)
-    return ValidationResult(dist.get_world_size(), structure, content, check_forward(model, request))
+    device = together(lambda: own_device(request.device))
+    findings = Findings(device)
+    try:
+        manifest, content = together(lambda: _read(request))
+        look(request, styles, manifest, content, findings)
+    except MigratorError as error:
+        findings.checks["content"] = _contradicted(request, error)
+        findings.skip(_CONTRADICTED, *(part for part in PARTS if part not in findings.checks))
+    seconds: dict[str, float] = gather_json(findings.seconds)[0]
+    return ValidationResult(dist.get_world_size(), findings.checks, findings.skipped, device.type, seconds)
 
 
-def _prepare(request: ValidationRequest) -> tuple[RankCheckpoint, PreTrainedModel]:
-    checkpoint = check_request(request)
-    model = meta_model(float_config(request.folder))
-    if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__} does not run on input_ids alone",
-            hint="validate runs decoder-only language models",
-            model=type(model).__name__,
-        )
-    if request.reference is not None:
-        _check_reference(request, model.config)
-    return checkpoint, model
+def _read(request: ValidationRequest) -> tuple[Manifest | None, Content]:
+    manifest = check_mesh(request)
+    check_inputs(request)
+    return manifest, read_source(request.folder)
 
 
-def _check_reference(request: ValidationRequest, config: PreTrainedConfig) -> None:
-    """Refuse a reference whose config alone says that it is another model, before it meets the folder's tokens."""
-    assert request.reference is not None
-    other = read_config(request.reference)
-    for what, found, expected in (
-        ("model type", other.model_type, config.model_type),
-        ("vocabulary", _vocabulary(other), _vocabulary(config)),
-    ):
-        if found != expected:
-            raise UsageError(
-                f"{request.reference}: the reference's {what} is {found}, that of {request.folder} is {expected}",
-                hint="give the checkpoint that the folder was laid out from as the reference, or none",
-                reference=found,
-                folder=expected,
-            )
+def _contradicted(request: ValidationRequest, error: MigratorError) -> Check:
+    """Return what it means that files contradict one another or lack parts of tensors.
 
-
-def _vocabulary(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "vocab_size", None)
-
-
-def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:
-    return [Mismatch(**row) for rows in gather_json([row.to_json() for row in mismatches]) for row in rows]
-
-
-def _check_content(checkpoint: RankCheckpoint) -> Content:
-    """Compare the digest of every copy of every tensor with the manifest's."""
-    tensors, share = checkpoint.manifest.tensors, _share(checkpoint, dist.get_rank())
-    digests = together(lambda: {copy: compute_digest(checkpoint, copy) for copy in share})
-    wrong = [
-        Mismatch(
-            copy.name,
-            f"digest {tensors[copy.name].digest}",
-            f"digest {digest}",
-            copy.ranks[0] if len(copy.ranks) == 1 else None,
-        )
-        for copy, digest in digests.items()
-        if digest != tensors[copy.name].digest
-    ]
-    return Content(len(tensors), tuple(_of_all_ranks(wrong)))
-
-
-def _share(checkpoint: RankCheckpoint, rank: int) -> list[Copy]:
-    """Return the copies that a rank digests: those it holds alone, and its turn of those it holds with others."""
-    copies = [copy for name in checkpoint.manifest.tensors for copy in checkpoint.copies(name)]
-    return [copy for turn, copy in enumerate(copies) if copy.ranks[turn % len(copy.ranks)] == rank]
-
-
-def _sizes(mesh: Mesh) -> str:
-    sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
-    return " ".join(f"--{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp")
+    Raises:
+        MigratorError: the error itself where it is that the work could not be done.
+    """
+    if not isinstance(error, MismatchError) and "lossy" not in error.data:
+        raise error
+    found = read_differences(error, str(request.folder))
+    return Check(0, tuple(Mismatch(one.name, one.expected, one.found) for one in found))

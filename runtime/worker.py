@@ -13,8 +13,9 @@ from plans.errors import MigratorError
 from runtime.agreement import error_from_json, error_to_json
 from runtime.joined import joined
 from runtime.launch import launch
-from runtime.validate import check_request, validate_ranks
-from runtime.validation_values import ValidationRequest, ValidationResult
+from runtime.validate import check_request, validate
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import ValidationResult
 
 __all__ = ["run_validation", "take_part", "work"]
 
@@ -24,9 +25,11 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
 
     Raises:
         WorkerError: a worker died or was too slow.
-        MigratorError: as `validate_ranks`.
+        MigratorError: as `validate`.
     """
-    check_request(request)
+    refuted = check_request(request)
+    if refuted is not None:
+        return refuted
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         answer = Path(folder) / "answer.json"
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
@@ -46,13 +49,13 @@ def take_part(request: ValidationRequest) -> ValidationResult:
         The same result on every rank.
 
     Raises:
-        MigratorError: as `validate_ranks`, on every rank alike.
+        MigratorError: as `validate`, on every rank alike.
     """
     # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
     faulthandler.dump_traceback_later(request.timeout, exit=True)
     try:
-        with joined(request.timeout):
-            return validate_ranks(request)
+        with joined(request.timeout, request.device):
+            return validate(request)
     finally:
         faulthandler.cancel_dump_traceback_later()
 

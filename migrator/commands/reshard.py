@@ -13,6 +13,8 @@ from migrator import console, reshard_report
 from migrator.events import Events, recorded
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
+from migrator.uncollected import uncollected
+from migrator.values import SECONDS, not_empty
 from runtime.started import leave
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ __all__ = ["command"]
 
 
 @click.command("reshard")
-@click.argument("source")
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("source", callback=not_empty)
+@click.argument("destination", callback=not_empty)
 @mesh_options
 @click.option(
     "--layout",
@@ -55,7 +57,12 @@ __all__ = ["command"]
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DESTINATION, once the new one is whole.")
 @click.option("--push-to", metavar="OWNER/NAME", help="Upload the result to this repository of the hub as well.")
 @click.option(
-    "--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For other ranks, under torchrun."
+    "--timeout",
+    type=SECONDS,
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For other ranks, under torchrun.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what moves, and what disk, memory and time it would take.")
 @click.option(
@@ -65,7 +72,7 @@ __all__ = ["command"]
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(
     source: str,
-    destination: Path,
+    destination: str,
     tp: int,
     ep: int,
     fsdp: int,
@@ -90,24 +97,25 @@ def command(
     a DESTINATION that all of them see.
     """
     need_runtime(shows_downloads=not quiet)
-    from runtime.checkpoint.commit import check_destination
-    from runtime.checkpoint.target import Target
+    with uncollected():
+        from runtime.checkpoint.commit import check_destination
+        from runtime.checkpoint.target import Target
     from runtime.hub import check_repository
     from runtime.joined import in_worker
 
     if push_to is not None:
         check_repository(push_to)
-    check_destination(destination, overwrite=overwrite)
+    check_destination(Path(destination), overwrite=overwrite)
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not in_worker() or os.environ["RANK"] == "0"
-    work = _Work(destination, max_memory * 2**20, overwrite, push_to, timeout, form, quiet or not speaks)
+    work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, form, quiet or not speaks)
     with recorded(events if speaks else None) as log:
         plan = _planned(source, target, work, log)
         if not dry_run:
             _carry_out(plan, work, log)
         elif speaks:
-            _estimate(plan, work)
+            _estimate(plan, work, log)
     if not work.quiet:
         reshard_report.note(plan)
     if in_worker():
@@ -141,16 +149,19 @@ def _planned(source: str, target: Target, work: _Work, log: Events) -> ReshardPl
     from runtime.checkpoint.reshard import plan_reshard
     from runtime.hub import local_folder
 
-    plan = plan_reshard(local_folder(source, quiet=work.quiet), target=target)
+    folder = local_folder(source, quiet=work.quiet)
+    with uncollected():
+        plan = plan_reshard(folder, target=target)
     facts = {"tensors": len(plan.content.tensors), "bytes_total": plan.table.bytes_written, "seconds": plan.planning}
     log.emit("planned", source=source, layout=target.layout, **facts)
     return plan
 
 
-def _estimate(plan: ReshardPlan, work: _Work) -> None:
+def _estimate(plan: ReshardPlan, work: _Work, log: Events) -> None:
     from runtime.checkpoint.estimate import estimate
 
     found = estimate(plan, work.destination, work.max_memory)
+    log.emit("estimated", **found.to_json())
     if work.form == "json":
         console.emit_json(reshard_report.estimate_as_json(plan, found))
     elif not work.quiet:

@@ -1,4 +1,4 @@
-"""`migrator validate`: a sharded checkpoint proven on real processes."""
+"""`migrator validate`: a checkpoint of whatever layout proven on real processes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,32 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
+from migrator.mesh_options import mesh_options
 from migrator.needs import need_runtime
-from plans.errors import MismatchError
+from migrator.values import SECONDS, not_empty
 from runtime.started import leave
-from runtime.wording import counted
 
 if TYPE_CHECKING:
-    from runtime.structure import Mismatch
-    from runtime.validation_values import ValidationRequest, ValidationResult
+    from plans.mesh import Mode
+    from runtime.validation.request import Device, ValidationRequest
+    from runtime.validation.values import ValidationResult
 
 __all__ = ["command"]
 
 
 @click.command("validate")
-@click.argument("source")
-@click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis.")
+@click.argument("source", callback=not_empty)
+@mesh_options
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Where ranks compute; auto takes GPUs where each rank can have one.",
+)
 @click.option(
     "--reference",
+    callback=not_empty,
     help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
 )
 @click.option(
@@ -34,79 +43,93 @@ __all__ = ["command"]
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=1e-5,
     show_default=True,
-    help="Of the logits in float32, relative to the largest.",
+    help="Of outputs in float32, relative to the largest; gradients may differ ten times as much.",
 )
-@click.option("--timeout", default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
+@click.option("--timeout", type=SECONDS, default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-def command(source: str, tp: int, reference: str | None, tolerance: float, timeout: float, form: str) -> int:
-    """Prove SOURCE, a folder of rank files: one process for each rank loads its own and runs the model.
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report for a browser too.")
+def command(
+    source: str,
+    tp: int,
+    ep: int,
+    fsdp: int,
+    mode: Mode | None,
+    device: Device,
+    reference: str | None,
+    tolerance: float,
+    timeout: float,
+    form: str,
+    report: Path | None,
+) -> int:
+    """Prove the checkpoint SOURCE on a mesh: one process for each rank loads its part and runs the model.
 
-    Every planned parameter must be sharded as planned and every other one whole, the bytes must be those that were
-    written, and the logits must equal the unsharded model's. Runs under torchrun too. SOURCE and the reference may be
-    hf://owner/name[@revision].
+    Every planned parameter must be sharded as planned and every other one whole; the bytes that ranks hold must be
+    those that were written; outputs, gradients and greedy tokens must equal the unsharded model's. The mesh is the one
+    that SOURCE was laid out for, where it says so. Runs under torchrun too, on several machines that all see SOURCE.
+    SOURCE and the reference may have any layout, and be hf://owner/name[@revision].
     """
     need_runtime()
-    from plans.mesh import Mesh
     from runtime.hub import local_folder
     from runtime.joined import in_worker
-    from runtime.validation_values import ValidationRequest, ValidationResult
-    from runtime.worker import run_validation, take_part
+    from runtime.validation.request import ValidationRequest, wanted_mesh
 
     folder, compared = local_folder(source), local_folder(reference) if reference else None
-    request = ValidationRequest(folder, Mesh(tp=tp), compared, tolerance=tolerance, timeout=timeout)
-    failure: MismatchError | None = None
-    if not in_worker():
-        # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        result = take_part(request) if in_worker() else run_validation(request)
-    except MismatchError as error:
-        failure = error
-        result = ValidationResult.refuted(request.mesh.world_size, error.message)
+    mesh, chosen = wanted_mesh(folder, _given({"tp": tp, "ep": ep, "fsdp": fsdp}), mode)
+    request = ValidationRequest(folder, mesh, chosen, compared, device, tolerance, timeout)
+    result = _result(request)
     if os.environ.get("RANK", "0") == "0":
-        _report(request, result, failure, form)
+        _tell(request, result, form, report)
     code = 0 if result.ok else 1
     if in_worker():
         leave(code)
     return code
 
 
-def _report(request: ValidationRequest, result: ValidationResult, failure: MismatchError | None, form: str) -> None:
+def _given(sizes: dict[str, int]) -> dict[str, int]:
+    """Return the sizes that are no defaults, but were asked for."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return {axis: size for axis, size in sizes.items() if context.get_parameter_source(axis) != default}
+
+
+def _result(request: ValidationRequest) -> ValidationResult:
+    from runtime.joined import in_worker
+    from runtime.worker import run_validation, take_part
+
+    if in_worker():
+        return take_part(request)
+    # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return run_validation(request)
+
+
+def _tell(request: ValidationRequest, result: ValidationResult, form: str, report: Path | None) -> None:
+    from migrator.validation_text import hint, show
+
     if form == "json":
-        more = {"error": failure.message, "hint": failure.hint} if failure else {}
-        console.emit_json(result.to_json() | more)
-    elif failure is None:
-        _show(request.folder, result)
-    if failure is not None:
-        console.error(failure)
-    if request.reference and result.forward and not result.forward.ok and result.forward.reason is None:
-        console.say(f"hint: {request.reference} may be another checkpoint than the one that was laid out")
+        console.emit_json(result.to_json())
+    else:
+        show(request.folder, result)
+    if (text := hint(request, result)) is not None:
+        console.say(f"hint: {text}")
+    if report is not None:
+        _write(request, result, report)
 
 
-def _show(source: Path, result: ValidationResult) -> None:
-    structure, content, forward = result.structure, result.content, result.forward
-    _line("structure", not structure.mismatches, _checked(structure.checked, result.world_size))
-    _list(structure.mismatches)
-    if content is not None:
-        _line("content", not content.mismatches, counted(content.checked, "digest"))
-        _list(content.mismatches)
-    if forward is not None:
-        worst = f"{forward.max_abs_diff:.2e}, of {forward.max_abs_reference:.2e}"
-        _line("forward", forward.ok, forward.reason or f"largest difference of {forward.compared} {worst}")
-    for name, reason in result.skipped.items():
-        console.emit(f"{name:<10} skipped  {reason}")
-    console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+def _write(request: ValidationRequest, result: ValidationResult, file: Path) -> None:
+    from migrator.report.from_validation import validation_report
+    from migrator.report.page import write_report
+    from plans.errors import MigratorError
+    from runtime.checkpoint.read import layout_of
+    from runtime.inspection import inspect_checkpoint
+    from runtime.inspection_values import Inspection
+    from runtime.validation.request import recorded
 
-
-def _checked(tensors: int, world_size: int) -> str:
-    return f"{counted(tensors, 'tensor')} on {'1 rank' if world_size == 1 else f'each of {world_size} ranks'}"
-
-
-def _line(name: str, ok: bool, text: str) -> None:
-    console.emit(f"{name:<10} {'ok' if ok else 'WRONG':<8} {text}")
-
-
-def _list(mismatches: tuple[Mismatch, ...]) -> None:
-    for mismatch in mismatches:
-        where = "" if mismatch.rank is None else f" on rank {mismatch.rank}"
-        console.emit(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")
+    try:
+        planned = None if recorded(request.folder) else request.mesh
+        found = inspect_checkpoint(request.folder, planned, request.mode)
+    except MigratorError:
+        # What is wrong with it is among the mismatches; the rest of the page is what could not be read.
+        found = Inspection(request.folder, layout_of(request.folder), "")
+    write_report(validation_report(found, result.to_json()), file)
+    console.say(f"wrote {file}")

@@ -8,6 +8,7 @@ import click
 
 from migrator import console
 from migrator.needs import need_runtime
+from migrator.values import not_empty
 from runtime.wording import counted
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ __all__ = ["command"]
 
 
 @click.command("verify")
-@click.argument("source")
-@click.argument("other", required=False)
+@click.argument("source", callback=not_empty)
+@click.argument("other", required=False, callback=not_empty)
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),

@@ -37,8 +37,6 @@ def validation_report(found: Inspection, answer: Mapping[str, Any]) -> Report:
 
 
 def _findings(answer: Mapping[str, Any]) -> Iterator[Finding]:
-    if "error" in answer:
-        yield Finding("error", "", str(answer["error"]))
     for part in _PARTS:
         for row in (answer.get(part) or {}).get("mismatches", ()):
             where = "" if row["rank"] is None else f" on rank {row['rank']}"
@@ -49,8 +47,16 @@ def _findings(answer: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _said(part: Mapping[str, Any]) -> str:
     """Return the numbers of one part of a validation, each with its name."""
-    numbers = {name: value for name, value in part.items() if isinstance(value, (int, float, str)) and value != ""}
-    return ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in numbers.items()) or "looked at"
+    return ", ".join(_numbers(part)) or "looked at"
+
+
+def _numbers(part: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in part.items():
+        words = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield f"{words} {' '.join(_numbers(value))}"
+        elif isinstance(value, (int, float, str)) and value != "":
+            yield f"{words} {_number(value)}"
 
 
 def _number(value: object) -> str:

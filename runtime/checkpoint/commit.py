@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, MigratorError, MismatchError
 from runtime.checkpoint.journal import begin_journal, read_journal
-from runtime.checkpoint.lock import locked
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.lock import check_free, locked
+from runtime.checkpoint.replaceable import check_replaceable
 
 __all__ = ["MARKER", "Say", "check_destination", "partial_folder", "staging", "sync", "writing"]
 
@@ -27,7 +27,13 @@ _RESUMES = "then run the same command again: it goes on where this one stopped"
 
 @contextmanager
 def staging(
-    destination: Path, size: int, *, key: str = "", overwrite: bool = False, say: Say = lambda text: None
+    destination: Path,
+    size: int,
+    *,
+    key: str = "",
+    overwrite: bool = False,
+    names: Collection[str] = (),
+    say: Say = lambda text: None,
 ) -> Iterator[Path]:
     """Give a folder to work in that becomes `destination` if the body ends well.
 
@@ -39,7 +45,8 @@ def staging(
         destination: must not exist unless it may be replaced; its parent must.
         size: bytes that the result takes.
         key: the fingerprint of the work; only a run with the same one goes on with what another left.
-        overwrite: replace the checkpoint that is at the destination.
+        overwrite: replace the checkpoint that is at the destination, if it holds nothing else.
+        names: of the result's files, which may replace others of their names.
         say: told what became of an earlier run's work.
 
     Raises:
@@ -47,18 +54,18 @@ def staging(
             or the disk cannot hold the result.
     """
     destination = destination.absolute()
-    check_destination(destination, overwrite=overwrite)
+    check_destination(destination, overwrite=overwrite, names=names)
     partial, aside = partial_folder(destination), destination.with_name(destination.name + ".replaced")
     with writing(destination), locked(partial.with_name(partial.name + ".lock")):
         _put_back(destination, aside)
         # Only now: the run that held the lock before may have committed since.
-        check_destination(destination, overwrite=overwrite)
+        check_destination(destination, overwrite=overwrite, names=names)
         _check_space(destination, size - _allocated(partial))
         _start(partial, key, say)
         with _kept_if_worth_it(partial, destination):
             yield partial
             sync(partial)
-            check_destination(destination, overwrite=overwrite)
+            check_destination(destination, overwrite=overwrite, names=names)
             _replace(partial, destination, aside)
         (destination / MARKER).unlink()
         sync(destination)
@@ -66,8 +73,13 @@ def staging(
             _discard(aside)
 
 
-def check_destination(destination: Path, *, overwrite: bool = False) -> None:
+def check_destination(destination: Path, *, overwrite: bool = False, names: Collection[str] | None = None) -> None:
     """Refuse a destination that could not be committed, before any work is done for it.
+
+    Args:
+        destination: must not exist unless it may be replaced; its parent must.
+        overwrite: replace the checkpoint that is at the destination.
+        names: of the result's files, None where they are not known yet.
 
     Raises:
         DestinationError: it exists and may not be replaced, or its parent does not exist.
@@ -79,12 +91,7 @@ def check_destination(destination: Path, *, overwrite: bool = False) -> None:
                 hint="name a new folder, remove this one, or replace it with --overwrite",
                 path=str(destination),
             )
-        if not _is_checkpoint(destination):
-            raise DestinationError(
-                f"{destination}: is no checkpoint, and nothing else is ever replaced",
-                hint="name a new folder",
-                path=str(destination),
-            )
+        check_replaceable(destination, names)
     if not destination.absolute().parent.is_dir():
         raise DestinationError(f"{destination.parent}: not a folder", hint="create it first")
 
@@ -162,6 +169,8 @@ def _start(partial: Path, key: str, say: Say) -> None:
             raise DestinationError(
                 f"{partial}: is in the way and was not left by migrator", hint="move it away", path=str(partial)
             )
+        for path in partial.glob(f"{MARKER}*"):
+            check_free(path)  # a rank of an earlier run may be at work yet
         if _has_progress(partial):
             if read_journal(partial / MARKER).key == key:
                 return
@@ -213,12 +222,6 @@ def _discard(folder: Path) -> None:
             path.unlink()
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")) or not any(folder.iterdir())
 
 
 def _unwritable(destination: Path, error: OSError, *, resumes: bool = False) -> DestinationError:

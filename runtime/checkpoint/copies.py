@@ -72,7 +72,7 @@ def read_holding(folder: Path) -> Holding:
     """
     ranks = RankCheckpoint.read(folder) if layout_of(folder) == "ranks" else None
     content = ranks.content() if ranks else None
-    if content is None or find_optimizer(content) is not None:
+    if content is None or find_optimizer(content) is not None or (ranks and ranks.manifest.optimizer):
         model = stored_model(read_config(folder))
         content = with_optimizer(content or read_content(folder, model), model, is_wanted=True)
     return Holding(content, _copies(content, ranks))

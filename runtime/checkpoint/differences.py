@@ -64,7 +64,7 @@ class Difference:
 def compare_held(one: Content, other: Content) -> Iterator[Difference]:
     """Yield in what the tensors of two checkpoints differ before any byte is read: names, kinds, dtypes, shapes, ties.
 
-    An optimizer's state is compared where both hold one.
+    An optimizer's state that only one of them holds is one difference.
 
     Args:
         one: whose tensors are expected.
@@ -78,6 +78,9 @@ def compare_held(one: Content, other: Content) -> Iterator[Difference]:
         else:
             expected, found = ("held" if name in side else "not held" for side in held)
             yield Difference(name, "missing", expected, found)
+    if (one.optimizer is None) != (other.optimizer is None):
+        expected, found = ("not held" if side.optimizer is None else "held" for side in (one, other))
+        yield Difference("the optimizer's state", "missing", expected, found)
     for name in _union(one.tied, other.tied):
         wanted, has = (f"to {side.tied[name]}" if name in side.tied else "not tied" for side in (one, other))
         if wanted != has:

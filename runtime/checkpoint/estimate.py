@@ -12,13 +12,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.errors import DestinationError
 from plans.plan import wildcard
+from runtime.checkpoint.commit import writing
 from runtime.checkpoint.copy import buffer_bytes, execute, work_of
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.open_files import OpenFiles
 from runtime.checkpoint.record import MANIFEST, Entry
+from runtime.checkpoint.sharing import block_for, share, sharing
 from runtime.checkpoint.slabs import Slab
 from runtime.checkpoint.table import Table
 from runtime.checkpoint.writing import create, regions_for
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "Group", "estimate"]
 
 _SAMPLE = 64 * 2**20
-_BLOCK = 4096
-"""What file systems that share blocks between files share at least."""
-
 _WHOLE = "whole"
 
 
@@ -64,15 +62,17 @@ class Estimate:
         groups: of tensors.
         bytes_read: from weight files.
         bytes_written: of tensors, replicas counted.
-        disk_needed: bytes of the whole result.
+        disk_needed: bytes of the whole result, beside what it shares.
         peak_memory: bytes of the whole process.
-        reflinkable: the share of the bytes written that a file system could share with the source, 0 to 1.
+        bytes_shared: of these, as blocks of the source's own files, where the destination's disk can share them.
+        reflinkable: their share of the bytes written, 0 to 1.
         seconds: to copy, by a short sample on the destination's disk.
     """
 
     groups: tuple[Group, ...]
     bytes_read: int
     bytes_written: int
+    bytes_shared: int
     disk_needed: int
     peak_memory: int
     reflinkable: float
@@ -93,16 +93,20 @@ def estimate(plan: ReshardPlan, destination: Path, max_memory: int) -> Estimate:
 
     Raises:
         DestinationError: the destination's disk cannot be written.
+        CheckpointError: a source cannot be read.
     """
+    with writing(destination):
+        plan = sharing(plan, block_for(plan, destination))
     read = sum(slab.size for unit in work_of(plan.table, max_memory) for slab in unit)
     written = plan.table.bytes_written
     return Estimate(
         groups=tuple(_groups(plan)),
         bytes_read=read,
         bytes_written=written,
+        bytes_shared=plan.bytes_shared,
         disk_needed=plan.bytes_needed,
         peak_memory=_resident() + buffer_bytes(plan.table, max_memory),
-        reflinkable=_alignable(plan.table) / written if written else 0.0,
+        reflinkable=plan.bytes_shared / written if written else 0.0,
         seconds=_seconds(plan, destination, max_memory),
     )
 
@@ -136,19 +140,6 @@ def _placed(entry: Entry | None) -> str:
     return ", ".join(map(str, entry.placements)) if entry.is_sharded else "replicated"
 
 
-def _alignable(table: Table) -> int:
-    """Return the bytes of whole blocks that lie at the same distance from a block's edge in source and result."""
-    total = 0
-    for run in table.runs:
-        at = table.destinations[run.destination]
-        if at.file is None or run.repeats:
-            continue
-        start = table.sources[run.source].offset + run.source_offset
-        if (start - at.offset - run.destination_offset) % _BLOCK == 0:
-            total += max(0, (start + run.length) // _BLOCK - -(-start // _BLOCK)) * _BLOCK
-    return total
-
-
 def _resident() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -158,13 +149,9 @@ def _seconds(plan: ReshardPlan, destination: Path, max_memory: int) -> float:
     sample = _sample(plan.table, max_memory)
     if not sample.bytes_written:
         return 0.0
-    try:
-        with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=".migrator-sample-") as name:
-            taken = _timed(plan, sample, Path(name), max_memory)
-    except OSError as error:
-        raise DestinationError(
-            f"{destination}: {error.strerror or error}", hint="check the path and its rights", errno=error.errno
-        ) from error
+    parent = destination.absolute().parent
+    with writing(destination), tempfile.TemporaryDirectory(dir=parent, prefix=".migrator-sample-") as name:
+        taken = _timed(plan, sample, Path(name), max_memory)
     return taken * plan.table.bytes_written / sum(_to_files(sample))
 
 
@@ -172,8 +159,8 @@ def _timed(plan: ReshardPlan, sample: Table, folder: Path, max_memory: int) -> f
     create(folder, {file.name: (file.size, file.fixed) for file in plan.laid.files})
     digests = [Digest() for at in sample.destinations if at.file is None]
     with OpenFiles(folder) as files:
-        regions = regions_for(sample.destinations, files, digests)
         began = time.perf_counter()
+        regions, _ = share(sample, plan.block, files, regions_for(sample.destinations, files, digests))
         execute(sample, regions, max_memory=max_memory)
         return time.perf_counter() - began
 

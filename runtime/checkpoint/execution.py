@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import DestinationError, MismatchError
-from runtime.checkpoint.commit import MARKER, Say, staging, sync
+from runtime.checkpoint.commit import MARKER, Say, check_destination, staging, sync, writing
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Progress, execute, work_of
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.fingerprint import fingerprint
-from runtime.checkpoint.journal import SECONDS, Journal, Kept, read_journal
+from runtime.checkpoint.journal import SECONDS, Journal, Kept, end_journal, read_journal
 from runtime.checkpoint.open_files import OpenFiles
 from runtime.checkpoint.read_back import is_intact
 from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.checkpoint.regions import Region
-from runtime.checkpoint.stopping import stoppable
+from runtime.checkpoint.sharing import block_for, share, sharing
+from runtime.checkpoint.stamps import check_unchanged
+from runtime.checkpoint.stopping import Stop, check_not_stopped, stoppable
 from runtime.checkpoint.writing import copy_files, create, regions_for, write_file
 from runtime.wording import listed
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = [
+    "Filled",
     "Options",
     "ReshardResult",
     "Seconds",
@@ -36,6 +40,8 @@ __all__ = [
     "complete",
     "create_files",
     "fill",
+    "grown",
+    "opened_for",
 ]
 
 
@@ -76,6 +82,7 @@ class ReshardResult:
         files: names of all files in it.
         bytes_read: from weight files, by this run.
         bytes_written: of tensors, replicas counted.
+        bytes_shared: of these, as blocks of the source's own files.
         seconds: by phase.
         digests: of every tensor.
         manifest: as written, None in hub form.
@@ -85,9 +92,27 @@ class ReshardResult:
     files: tuple[str, ...]
     bytes_read: int
     bytes_written: int
+    bytes_shared: int
     seconds: Seconds
     digests: Mapping[str, str] = field(repr=False)
     manifest: Manifest | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What filling files came to.
+
+    Args:
+        read: bytes of weight files, by this run.
+        shared: bytes of the source's blocks that the files have now.
+        digests: of each tensor, of what was moved of it.
+        copied: when the last byte was given to the system, by `time.perf_counter`.
+    """
+
+    read: int
+    shared: int
+    digests: Mapping[str, str]
+    copied: float
 
 
 def carry_out(plan: ReshardPlan, destination: Path, options: Options) -> ReshardResult:
@@ -105,15 +130,35 @@ def carry_out(plan: ReshardPlan, destination: Path, options: Options) -> Reshard
         CheckpointError: a source file cannot be read, or a signal asked to stop.
     """
     check_apart(plan.content.folder, destination)
+    check_destination(destination, overwrite=options.overwrite, names=plan.names)
+    with writing(destination):
+        plan = sharing(plan, block_for(plan, destination))
     key = fingerprint(plan, options.max_memory)
-    with staging(destination, plan.bytes_needed, key=key, overwrite=options.overwrite, say=options.say) as folder:
+    opened = opened_for(plan, destination, key, options)
+    with stoppable() as stop, opened as folder:
         began = time.perf_counter()
         create_files(plan, folder)
-        read, digests = fill(plan, folder, folder / MARKER, options)
-        copied = time.perf_counter()
-        names, manifest = complete(plan, folder, digests)
-    seconds = Seconds(plan.planning, copied - began, time.perf_counter() - copied)
-    return ReshardResult(destination, names, read, plan.table.bytes_written, seconds, digests, manifest)
+        filled = fill(plan, folder, folder / MARKER, options, stop)
+        names, manifest = complete(plan, folder, filled.digests)
+        check_not_stopped(stop, folder)
+    seconds = Seconds(plan.planning, filled.copied - began, time.perf_counter() - filled.copied)
+    return ReshardResult(
+        destination, names, filled.read, plan.table.bytes_written, filled.shared, seconds, filled.digests, manifest
+    )
+
+
+def opened_for(plan: ReshardPlan, destination: Path, key: str, options: Options) -> AbstractContextManager[Path]:
+    """Return what gives the folder to work in, and commits it.
+
+    Args:
+        plan: of the work.
+        destination: that the folder becomes.
+        key: the fingerprint of the work.
+        options: how.
+    """
+    return staging(
+        destination, plan.bytes_needed, key=key, overwrite=options.overwrite, names=plan.names, say=options.say
+    )
 
 
 def create_files(plan: ReshardPlan, folder: Path) -> None:
@@ -121,34 +166,45 @@ def create_files(plan: ReshardPlan, folder: Path) -> None:
     create(folder, {file.name: (file.size, file.fixed) for file in plan.laid.files})
 
 
-def fill(plan: ReshardPlan, folder: Path, path: Path, options: Options) -> tuple[int, dict[str, str]]:
-    """Fill the files with what the plan's table moves, going on from what an earlier run left.
+def fill(plan: ReshardPlan, folder: Path, path: Path, options: Options, stop: Stop) -> Filled:
+    """Fill the files with what the plan's table moves, going on from what an earlier run left, and sync them.
+
+    Whatever happens behind that, to this process or to others, costs none of it.
 
     Args:
         plan: whose files are there.
         folder: that they are in.
         path: of the journal, begun before.
         options: how.
+        stop: whether to stop.
 
-    Returns:
-        The bytes read, and each tensor's digest of what the table moves of it.
+    Raises:
+        CheckpointError: a signal asked to stop.
     """
     running = {name: Digest() for name in plan.content.all_tensors}
     paths = [folder / file.name for file in plan.laid.files]
     with OpenFiles(folder) as files:
-        regions = regions_for(plan.table.destinations, files, list(running.values()))
+        regions, shared = share(
+            plan.table, plan.block, files, regions_for(plan.table.destinations, files, list(running.values()))
+        )
         kept = _still_there(plan, path, regions, options)
         for name, text in kept.digests.items():
             running[name].join(Digest.parse(text))
-        with stoppable() as stop, Journal(path, kept, paths, running, stop, options.seconds) as journal:
+        with Journal(path, kept, paths, running, stop, options.seconds) as journal:
             read = execute(
                 plan.table, regions, max_memory=options.max_memory, progress=options.progress, keeper=journal
             )
-    return read, {name: str(digest) for name, digest in running.items()}
+            copied = time.perf_counter()  # the journal may still be syncing, on its own thread
+    for file in paths:
+        sync(file)
+    digests = {name: str(digest) for name, digest in running.items()}
+    end_journal(path, sum(1 for _ in work_of(plan.table, options.max_memory)), grown(digests))
+    check_not_stopped(stop, folder)
+    return Filled(read, shared, digests, copied)
 
 
 def complete(plan: ReshardPlan, folder: Path, digests: Mapping[str, str]) -> tuple[tuple[str, ...], Manifest | None]:
-    """Sync the files that are filled, write what belongs beside them, and return all names and the manifest.
+    """Write what belongs beside filled files, and return all names and the manifest.
 
     Args:
         plan: whose files they are.
@@ -156,11 +212,11 @@ def complete(plan: ReshardPlan, folder: Path, digests: Mapping[str, str]) -> tup
         digests: of the whole tensors.
 
     Raises:
-        MismatchError: the source does not hold the bytes that its own manifest promises.
+        MismatchError: the source does not hold the bytes that its own manifest promises, or changed.
+        CheckpointError: a side file cannot be read.
     """
+    check_unchanged(plan.content.folder, plan.stamps, plan.content.side.left_behind)
     _check_digests(plan.content, digests)
-    for file in plan.laid.files:
-        sync(folder / file.name)
     manifest = plan.laid.manifest and plan.laid.manifest.with_digests(digests)
     texts = {**plan.laid.texts, **({MANIFEST: manifest.to_bytes()} if manifest else {})}
     for name, text in texts.items():
@@ -168,6 +224,7 @@ def complete(plan: ReshardPlan, folder: Path, digests: Mapping[str, str]) -> tup
     for place in {folder / part for name in texts for part in Path(name).parents}:
         sync(place)
     copy_files(plan.content.folder, plan.content.side.copied, folder)
+    check_unchanged(plan.content.folder, plan.stamps, plan.content.side.left_behind)
     return (*(file.name for file in plan.laid.files), *texts, *plan.content.side.copied), manifest
 
 
@@ -185,11 +242,17 @@ def _still_there(plan: ReshardPlan, path: Path, regions: Sequence[Region], optio
 
 
 def check_apart(source: Path, destination: Path) -> None:
-    """Refuse to replace the source, or a folder that holds it."""
-    if source.resolve().is_relative_to(destination.resolve()):
-        raise DestinationError(
-            f"{destination}: holds the source itself", hint="name another folder", path=str(destination)
-        )
+    """Refuse to replace the source or a folder that holds it, and to write into the source."""
+    apart = source.resolve(), destination.resolve()
+    for one, other, what in ((*apart, "holds the source itself"), (*apart[::-1], "lies in the source")):
+        if one.is_relative_to(other):
+            raise DestinationError(f"{destination}: {what}", hint="name another folder", path=str(destination))
+
+
+def grown(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of those tensors that a table moves a part of."""
+    empty = str(Digest())
+    return {name: text for name, text in digests.items() if text != empty}
 
 
 def _check_digests(content: Content, found: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ so that chaining operations composes the maps and nothing is copied until bytes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 __all__ = [
@@ -195,7 +195,9 @@ def _clipped(extent: Extent, dim: int, start: int, stop: int) -> Extent | None:
 
 
 def _moved(extent: Extent, dim: int, distance: int) -> Extent:
-    return replace(extent, offset=_with(extent.offset, dim, extent.offset[dim] + distance))
+    # Spelled out: `dataclasses.replace` takes several times as long, and a large model has a million extents.
+    offset = _with(extent.offset, dim, extent.offset[dim] + distance)
+    return Extent(offset, extent.shape, extent.steps, extent.source, extent.base, extent.strides)
 
 
 def _unsqueezed(form: Form, dim: int) -> Form:

@@ -28,8 +28,9 @@ def fingerprint(plan: ReshardPlan, max_memory: int) -> str:
         max_memory: which decides how the work is cut into units.
     """
     side = {plan.content.folder / name for name in plan.content.side.copied}
-    found = {path: path.stat() for path in sorted({tensor.file for tensor in plan.table.sources} | side)}
-    rows = [(str(path), at.st_size, at.st_mtime_ns, at.st_ino) for path, at in found.items()]
+    paths = sorted({tensor.file for tensor in plan.table.sources} | side)
+    stamps = {path: plan.stamps[path.relative_to(plan.content.folder).as_posix()] for path in paths}
+    rows = [(str(path), at.size, at.mtime_ns, at.inode) for path, at in stamps.items()]
     return hashlib.sha256(json.dumps([outline(plan, max_memory), rows]).encode()).hexdigest()
 
 

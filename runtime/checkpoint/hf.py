@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
+from runtime.checkpoint.file_names import INDEX, WEIGHTS, is_weight_file
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.safetensors import Header, StoredTensor, read_header, reading, strict_json
 from runtime.checkpoint.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
 
 __all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _MAX_INDEX = 100_000_000
 _CHUNK = 2**20
@@ -92,7 +90,7 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
         case _:
             raise HeaderError(f"{path}: no weight_map of tensors to files", hint="download the index again")
     for tensor, name in weight_map.items():
-        if "\\" in name or "\0" in name or Path(name).name != name or not name.endswith(".safetensors"):
+        if not is_weight_file(name):
             raise HeaderError(
                 f"{path}: tensor {tensor!r} is said to be in {name!r}, not a safetensors file of this folder",
                 hint="an index names files beside itself; do not trust this checkpoint",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from plans.errors import ConversionError
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.record import StoredForm
+from runtime.checkpoint.safetensors import BITS, tensor_bytes
 from runtime.model import DTYPE_NAMES, DTYPES
 from runtime.wording import first_line
 
@@ -39,24 +40,35 @@ def default_form(content: Content, model: PreTrainedModel, experts: Experts = "s
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    state = {name: _meta(name, held.dtype, held.shape) for name, held in content.tensors.items()}
-    carried = {name: state.pop(name) for name, held in content.tensors.items() if held.kind == "carried"}
-    stored = {**(_reverted(model, state) if experts == "separate" else state), **carried}
-    split = split_torch_state_dict_into_shards(stored, filename_pattern=_FILES, max_shard_size=_LARGEST)
+    state = {name: _meta(name, held) for name, held in content.tensors.items() if held.kind != "carried"}
+    reverted = _reverted(model, state) if experts == "separate" else state
+    carried = {name: held for name, held in content.tensors.items() if held.kind == "carried"}
+    split = split_torch_state_dict_into_shards(
+        {**reverted, **{name: _of_size(held) for name, held in carried.items()}},
+        filename_pattern=_FILES,
+        max_shard_size=_LARGEST,
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     index = {"metadata": {"total_parameters": parameters, **split.metadata}} if split.is_sharded else None
+    stored = {name: (DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in reverted.items()}
+    stored |= {name: (held.dtype, list(held.shape)) for name, held in carried.items()}
     tensors = {
-        name: {"file": file, "dtype": DTYPE_NAMES[stored[name].dtype], "shape": list(stored[name].shape)}
+        name: {"file": file, "dtype": stored[name][0], "shape": stored[name][1]}
         for file, names in split.filename_to_tensors.items()
-        for name in sorted(names, key=lambda one: (-stored[one].element_size(), one))
+        for name in sorted(names, key=lambda one: (-BITS[stored[one][0]], one))
     }
     return StoredForm(tuple(split.filename_to_tensors), {"format": "pt"}, {}, index, tensors)
 
 
-def _meta(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    if dtype not in DTYPES:
-        raise ConversionError(f"{name} is {dtype}, which torch lacks", hint="use a newer torch", name=name)
-    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+def _meta(name: str, held: Held) -> torch.Tensor:
+    if held.dtype not in DTYPES:
+        raise ConversionError(f"{name} is {held.dtype}, which torch lacks", hint="use a newer torch", name=name)
+    return torch.empty(held.shape, dtype=DTYPES[held.dtype], device="meta")
+
+
+def _of_size(held: Held) -> torch.Tensor:
+    """Return something of as many bytes as a tensor that is carried, which may be one that torch cannot have."""
+    return torch.empty(tensor_bytes(held.dtype, held.shape), dtype=torch.uint8, device="meta")
 
 
 def _reverted(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -48,8 +48,8 @@ class Kept:
 
 
 def begin_journal(path: Path, key: str) -> None:
-    """Write the first line of a new journal."""
-    with path.open("xb") as stream:
+    """Write the first line of a journal, whatever else it held."""
+    with path.open("wb") as stream:
         stream.write(_line({"key": key}))
         stream.flush()
         os.fsync(stream.fileno())

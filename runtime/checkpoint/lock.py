@@ -11,7 +11,7 @@ from pathlib import Path
 
 from plans.errors import DestinationError
 
-__all__ = ["locked"]
+__all__ = ["check_free", "held", "locked"]
 
 
 @contextmanager
@@ -31,6 +31,27 @@ def locked(path: Path) -> Iterator[None]:
         # Removed while it is locked, so nobody can hold the lock of the file that goes.
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that stays; it is created when it is missing.
+
+    Raises:
+        DestinationError: another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_free(path: Path) -> None:
+    """Refuse to go on where another process holds the lock of a file."""
+    with held(path):
+        pass
 
 
 def _acquire(path: Path) -> int:
@@ -53,7 +74,7 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise DestinationError(
-            f"{path.with_suffix('')}: another run is writing it", hint="wait for that run to end", path=str(path)
+            f"{_guarded(path)}: another run is writing it", hint="wait for that run to end", path=str(path)
         ) from error
 
 
@@ -70,3 +91,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _guarded(path: Path) -> Path:
+    """Return what a lock is for: the folder beside it, or the one that it is in."""
+    return path.with_suffix("") if path.suffix == ".lock" else path.parent

@@ -12,6 +12,7 @@ from typing import Any, cast
 from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json
+from runtime.checkpoint.file_names import is_weight_file
 from runtime.checkpoint.record import MANIFEST, VERSION, Entry, Manifest, StoredForm
 from runtime.checkpoint.safetensors import BITS, reading, strict_json
 
@@ -104,7 +105,10 @@ class _Reader:
             raise self.error(f"tensor {name!r} has sizes that are not integers in range")
         if prod(shape) * BITS[dtype] % 8:
             raise self.error(f"tensor {name!r} does not fill whole bytes")
-        placed = tuple(placement_from_json(placement) for placement in placements)
+        try:
+            placed = tuple(placement_from_json(placement) for placement in placements)
+        except HeaderError as error:
+            raise self.error(f"tensor {name!r}: {error.message}") from error
         if not _possible(placed, shape, mesh.sizes(axes)):
             raise self.error(f"tensor {name!r} of {shape} cannot be placed as {placements!r}")
         return Entry(kind, dtype, tuple(shape), axes, placed, digest)
@@ -124,10 +128,15 @@ class _Reader:
             case _:
                 raise self.error("no well-formed stored_form")
         for name in files:
-            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                raise self.error(f"{name!r} is not the name of a file")
+            if not is_weight_file(name):
+                raise self.error(f"{name!r} is not the name of a weight file")
+        known = frozenset(files)
+        if len(known) < len(files):
+            raise self.error("stored_form names a file twice")
         for name, row in tensors.items():
-            if not isinstance(row, dict) or row.get("file") not in files or row.get("dtype") not in list(BITS):
+            if not (isinstance(row, dict) and isinstance(row.get("file"), str) and row["file"] in known):
+                raise self.error(f"stored tensor {name!r} is in no file")
+            if row.get("dtype") not in list(BITS):
                 raise self.error(f"stored tensor {name!r} has no well-formed entry")
         metadata = self.table(metadata, "metadata", str)
         others = {name: self.table(other, "file_metadata", str) for name, other in file_metadata.items()}

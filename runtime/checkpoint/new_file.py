@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.checkpoint.copy import Destination
 from runtime.checkpoint.extents import Form
-from runtime.checkpoint.safetensors import encode_header, tensor_bytes
+from runtime.checkpoint.safetensors import encode_header, padded_header, tensor_bytes
 
-__all__ = ["NewFile", "NewTensor", "new_file"]
+__all__ = ["NewFile", "NewTensor", "new_file", "stretched"]
 
 NewTensor = tuple[str, str, Form]
 """A tensor's name in the file, its dtype, and its form over the pieces of the source."""
@@ -25,6 +25,7 @@ class NewFile:
         tensors: each with its form over the pieces of the source, in the order of their bytes.
         size: of the file in bytes.
         between: bytes among and behind the tensors that no tensor brings, by their offsets in the file.
+        may_grow: whether spaces may be added to the header, as to that of a safetensors file of no fixed form.
     """
 
     name: str
@@ -32,6 +33,7 @@ class NewFile:
     tensors: Sequence[tuple[Destination, Form]] = field(repr=False)
     size: int
     between: Mapping[int, bytes] = field(default_factory=dict, repr=False)
+    may_grow: bool = False
 
     @property
     def fixed(self) -> dict[int, bytes]:
@@ -55,4 +57,19 @@ def new_file(name: str, tensors: Iterable[NewTensor], metadata: Mapping[str, str
         size = tensor_bytes(dtype, form.shape)
         placed.append((Destination(tensor, size, name, offset), form))
         offset += size
-    return NewFile(name, header, placed, offset)
+    return NewFile(name, header, placed, offset, may_grow=True)
+
+
+def stretched(file: NewFile, count: int) -> NewFile:
+    """Return the file with all of its tensors so many bytes later.
+
+    Args:
+        file: whose header may grow.
+        count: of bytes.
+    """
+    if not count:
+        return file
+    assert file.may_grow
+    assert not file.between
+    tensors = [(replace(at, offset=at.offset + count), form) for at, form in file.tensors]
+    return replace(file, header=padded_header(file.header, count), tensors=tensors, size=file.size + count)

@@ -38,6 +38,8 @@ def with_optimizer(content: Content, model: PreTrainedModel, *, is_wanted: bool,
     """
     found = find_optimizer(content)
     if found is None:
+        if is_wanted:
+            _check_never_there(content)
         if is_demanded:
             raise IncompleteError(
                 f"{content.folder}: no optimizer's state in it",
@@ -62,9 +64,7 @@ def _side(content: Content, found: FoundOptimizer, *notes: str) -> SideFiles:
 
 def _recorded(content: Content, state: OptimizerState) -> Mapping[str, str]:
     """Return the digests that the manifest has of the optimizer's tensors, none where it was written without one."""
-    if not (content.folder / MANIFEST).is_file():
-        return {}
-    recorded = read_manifest(content.folder).optimizer
+    recorded = _in_manifest(content)
     differing = sorted(recorded.keys() ^ state.tensors.keys()) if recorded else []
     if differing:
         raise MismatchError(
@@ -73,3 +73,18 @@ def _recorded(content: Content, state: OptimizerState) -> Mapping[str, str]:
             tensors=differing,
         )
     return recorded
+
+
+def _check_never_there(content: Content) -> None:
+    """Refuse a checkpoint that was written with an optimizer's state which is gone."""
+    if lost := list(_in_manifest(content)):
+        raise IncompleteError(
+            f"{content.folder}: the optimizer's state is missing, of which {MANIFEST} records {listed(lost)}",
+            hint="copy its files again, or leave the state out with --no-optimizer",
+            missing=lost,
+        )
+
+
+def _in_manifest(content: Content) -> Mapping[str, str]:
+    has_one = (content.folder / MANIFEST).is_file()
+    return read_manifest(content.folder).optimizer if has_one else {}

@@ -34,6 +34,7 @@ __all__ = [
     "lay_out",
     "local",
     "rank_file",
+    "read_rank",
 ]
 
 
@@ -110,7 +111,7 @@ class RankCheckpoint:
             MismatchError: a file does not hold what the manifest says.
         """
         manifest = read_manifest(folder)
-        headers = tuple(_read_rank(folder, manifest, rank) for rank in range(manifest.mesh.world_size))
+        headers = tuple(read_rank(folder, manifest, rank) for rank in range(manifest.mesh.world_size))
         return cls(folder, manifest, headers)
 
     def copies(self, name: str) -> list[Copy]:
@@ -208,14 +209,21 @@ def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:
     return tuple(index for placement, index in pairs if isinstance(placement, Replicate))
 
 
-def _read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:
+def read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:
+    """Read the header of one rank's file and hold it against the manifest.
+
+    Raises:
+        IncompleteError: the file is missing or cut short.
+        HeaderError: the header lies.
+        MismatchError: the file does not hold what the manifest says.
+    """
     path = folder / rank_file(rank, manifest.mesh.world_size)
     if not path.is_file():
         raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
     check_contained(folder, path)
     header = read_header(path)
     expected = {name: entry for name, entry in manifest.tensors.items() if held_by(entry, rank)}
-    for name in expected.keys() ^ header.tensors.keys():
+    for name in sorted(expected.keys() ^ header.tensors.keys()):
         where = "missing from" if name in expected else "not in the manifest but in"
         raise _foreign(path, f"{name!r} is {where} the file")
     for name, entry in expected.items():

@@ -11,6 +11,7 @@ from runtime.checkpoint.dcp_metadata import METADATA
 from runtime.checkpoint.dcp_safetensors import shard_files
 from runtime.checkpoint.hf import INDEX, WEIGHTS, read_hub
 from runtime.checkpoint.hub_content import hub_content
+from runtime.checkpoint.of_model import check_of_model
 from runtime.checkpoint.ranks import RankCheckpoint
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.safetensors import reading
@@ -41,8 +42,15 @@ def read_content(folder: Path, model: PreTrainedModel) -> Content:
 
     Raises:
         CheckpointError: it is damaged, incomplete or of another model.
+        MismatchError: its tensors are not the model's.
         UsageError: it is quantized.
     """
+    content = _content(folder, model)
+    check_of_model(content, model)
+    return content
+
+
+def _content(folder: Path, model: PreTrainedModel) -> Content:
     match layout_of(folder):
         case "dcp":
             return dcp_content(folder, model)

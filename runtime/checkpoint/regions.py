@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.open_files import OpenFiles
 
-__all__ = ["Bytes", "DigestRegion", "FileRegion", "MemoryRegion", "Region"]
+__all__ = ["Bytes", "DigestRegion", "FileRegion", "MemoryRegion", "Region", "SharedRegion"]
 
 Bytes = NDArray[np.uint8]
 
@@ -66,6 +68,42 @@ class FileRegion:
                     buffer[done:] = 0
                     return
                 done += count
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRegion:
+    """A region that has some of its bytes already, and does not take them again.
+
+    Args:
+        region: that takes the others.
+        shared: (start, stop) of what is there, in order, none of them overlapping.
+    """
+
+    region: Region
+    shared: Sequence[tuple[int, int]]
+
+    def write(self, offset: int, piece: Bytes) -> None:
+        """Hand on what is not there yet."""
+        for start, stop in self._gaps(offset, offset + len(piece)):
+            self.region.write(start, piece[start - offset : stop - offset])
+
+    def write_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
+        """Refuse: rows are assembled first."""
+        return False
+
+    def read(self, offset: int, buffer: Bytes) -> None:
+        """Read bytes back, shared or not."""
+        self.region.read(offset, buffer)
+
+    def _gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        index = max(0, bisect_right(self.shared, (start, start)) - 1)
+        while start < stop and index < len(self.shared) and self.shared[index][0] < stop:
+            begin, end = self.shared[index]
+            if start < begin:
+                yield start, begin
+            start, index = max(start, end), index + 1
+        if start < stop:
+            yield start, stop
 
 
 @dataclass(frozen=True, slots=True)

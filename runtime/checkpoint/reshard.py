@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.errors import ConversionError, UsageError
+from plans.errors import CheckpointError, ConversionError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.clones import clones_of
 from runtime.checkpoint.commit import Say
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table
@@ -19,6 +21,7 @@ from runtime.checkpoint.journal import SECONDS
 from runtime.checkpoint.optimizer_choice import with_optimizer
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.safetensors import tensor_bytes
+from runtime.checkpoint.stamps import Stamp, stamps_of
 from runtime.checkpoint.target import LaidOut, Target, lay_out
 from runtime.model import read_config
 from runtime.quantized_model import stored_model
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["ReshardPlan", "ReshardResult", "Seconds", "plan_reshard"]
+
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class ReshardPlan:
         laid: the files of the result.
         table: of all runs, digests included.
         planning: seconds it took to plan.
+        stamps: of the source's files, from before they were read.
+        block: bytes that the disk of the result can share with the source at least; 0 where it shares none.
     """
 
     content: Content
@@ -46,15 +53,27 @@ class ReshardPlan:
     laid: LaidOut
     table: Table
     planning: float
+    stamps: Mapping[str, Stamp] = field(repr=False)
+    block: int = 0
+
+    @cached_property
+    def bytes_shared(self) -> int:
+        """Bytes of tensors that the result shares with the source."""
+        return sum(clone.length for clone in clones_of(self.table, self.block))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all files of the result."""
+        return frozenset((*self.laid.names, *self.content.side.copied))
 
     @property
     def bytes_needed(self) -> int:
-        """Disk space that the result takes."""
-        side = sum((self.content.folder / name).stat().st_size for name in self.content.side.copied)
+        """Disk space that the result takes, beside what it shares with the source."""
+        side = sum(self.stamps[name].size for name in self.content.side.copied)
         made = sum(map(len, self.laid.texts.values())) + (
             len(self.laid.manifest.to_bytes()) if self.laid.manifest else 0
         )
-        return side + made + sum(file.size for file in self.laid.files)
+        return side + made + sum(file.size for file in self.laid.files) - self.bytes_shared
 
     def execute(
         self,
@@ -95,8 +114,10 @@ def plan_reshard(source: Path, mesh: Mesh | None = None, target: Target | None =
     """
     began = time.perf_counter()
     target = target or Target(mesh=mesh or Mesh())
+    stamps = stamps_of(source)
     config = read_config(source)
     _check_weights_named(source, config)
+    _check_layers(source, config)
     model = stored_model(config)
     content = with_optimizer(
         read_content(source, model), model, is_wanted=target.with_optimizer, is_demanded=target.optimizer is True
@@ -108,7 +129,7 @@ def plan_reshard(source: Path, mesh: Mesh | None = None, target: Target | None =
     except FormError as error:
         raise ConversionError(f"{source}: {error}", hint="choose another mesh size") from error
     planning = time.perf_counter() - began
-    return ReshardPlan(content, target, laid, table, planning)
+    return ReshardPlan(content, target, laid, table, planning, stamps)
 
 
 def _digested(content: Content) -> Iterator[tuple[Destination, Form]]:
@@ -116,6 +137,17 @@ def _digested(content: Content) -> Iterator[tuple[Destination, Form]]:
     forms = content.all_forms
     for name, held in content.all_tensors.items():
         yield Destination(name, tensor_bytes(held.dtype, held.shape)), forms[name]
+
+
+def _check_layers(source: Path, config: PreTrainedConfig) -> None:
+    """Refuse a config of so many layers that building them, even without weights, would take all memory."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MAX_LAYERS:
+        raise CheckpointError(
+            f"{source}/config.json: num_hidden_layers is {layers}, more than {_MAX_LAYERS}",
+            hint="correct the entry",
+            layers=layers,
+        )
 
 
 def _check_weights_named(source: Path, config: PreTrainedConfig) -> None:

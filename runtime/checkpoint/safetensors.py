@@ -18,6 +18,7 @@ __all__ = [
     "Header",
     "StoredTensor",
     "encode_header",
+    "padded_header",
     "read_exactly",
     "read_header",
     "reading",
@@ -38,6 +39,7 @@ BITS: Mapping[str, int] = {
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
+_MAX_PARSED = 2**29
 _MAX_SIZE = 2**63 - 1
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
@@ -92,6 +94,8 @@ def strict_json(text: bytes, file: Path) -> dict[str, object]:
     def refused(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    if _parsed_bytes(text) > _MAX_PARSED:
+        raise HeaderError(f"{file}: JSON of more parts than any checkpoint's", hint=_HINT, file=str(file))
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
         if b"\\u" in text:
@@ -102,6 +106,11 @@ def strict_json(text: bytes, file: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
     return value
+
+
+def _parsed_bytes(text: bytes) -> int:
+    """Return about what JSON takes in memory: its lists and tables, its strings and the pairs of them, its numbers."""
+    return 96 * (text.count(b"[") + text.count(b"{")) + 112 * (text.count(b'"') // 2) + 48 * text.count(b",")
 
 
 @contextmanager
@@ -165,6 +174,12 @@ def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: M
         offset = stop
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    return _LENGTH.pack(len(text)) + text
+
+
+def padded_header(header: bytes, count: int) -> bytes:
+    """Return a header with so many more spaces behind its JSON, which readers skip."""
+    text = header[_LENGTH.size :] + b" " * count
     return _LENGTH.pack(len(text)) + text
 
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 from plans.errors import UsageError
 from runtime.agreement import gather_json, together
-from runtime.checkpoint.commit import MARKER, partial_folder, staging, sync, writing
-from runtime.checkpoint.copy import work_of
+from runtime.checkpoint.commit import MARKER, check_destination, partial_folder, writing
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.execution import (
+    Filled,
     Options,
     ReshardResult,
     Seconds,
@@ -28,10 +28,16 @@ from runtime.checkpoint.execution import (
     complete,
     create_files,
     fill,
+    grown,
+    opened_for,
 )
 from runtime.checkpoint.fingerprint import fingerprint, outline
-from runtime.checkpoint.journal import begin_journal, end_journal, read_journal
+from runtime.checkpoint.journal import begin_journal, read_journal
+from runtime.checkpoint.lock import held
 from runtime.checkpoint.shares import share_of
+from runtime.checkpoint.sharing import block_for, sharing
+from runtime.checkpoint.stamps import check_unchanged
+from runtime.checkpoint.stopping import Stop, check_not_stopped, stoppable
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
@@ -59,26 +65,42 @@ def carry_out_together(plan: ReshardPlan, destination: Path, options: Options) -
         WorkerError: a rank was lost, or did not answer in time.
         MigratorError: as `carry_out`, on every rank alike.
     """
-    _check_same_plan(plan, options)
     rank, began = dist.get_rank(), time.perf_counter()
+    plan = _sharing(plan, destination, options)
+    _check_same_plan(plan, options)
     share = replace(plan, table=share_of(plan.table, rank, dist.get_world_size()))
     with ExitStack() as staged:
+        stop = staged.enter_context(stoppable())
         folder = _stage(destination, lambda: _entered(staged, share, destination, options))
-        mine = _stage(destination, lambda: _filled(share, folder, options))
+        mine = _stage(destination, lambda: _filled(share, folder, options, stop))
         copied = time.perf_counter()
-        read, digests = _summed(mine, plan)
+        read, shared, digests = _summed(mine, plan)
 
         def commit() -> ReshardResult | None:
             if rank:
                 return None
             names, manifest = complete(plan, folder, digests)
+            check_not_stopped(stop, folder)
             for path in folder.glob(f"{MARKER}-*"):
                 path.unlink()
             staged.close()
             seconds = Seconds(plan.planning, copied - began, time.perf_counter() - copied)
-            return ReshardResult(destination, names, read, plan.table.bytes_written, seconds, digests, manifest)
+            written = plan.table.bytes_written
+            return ReshardResult(destination, names, read, written, shared, seconds, digests, manifest)
 
         return _stage(destination, commit)
+
+
+def _sharing(plan: ReshardPlan, destination: Path, options: Options) -> ReshardPlan:
+    """Return the plan for the disk of the result, as the first rank finds it."""
+
+    def found() -> int:
+        if dist.get_rank():
+            return 0
+        check_destination(destination, overwrite=options.overwrite, names=plan.names)
+        return block_for(plan, destination)
+
+    return sharing(plan, gather_json(_stage(destination, found))[0])
 
 
 def _stage(destination: Path, stage: Callable[[], Result]) -> Result:
@@ -105,47 +127,30 @@ def _entered(staged: ExitStack, share: ReshardPlan, destination: Path, options: 
     if dist.get_rank():
         return partial_folder(destination)
     key = fingerprint(share, options.max_memory)
-    opened = staging(destination, share.bytes_needed, key=key, overwrite=options.overwrite, say=options.say)
-    folder = staged.enter_context(opened)
+    folder = staged.enter_context(opened_for(share, destination, key, options))
     create_files(share, folder)
     return folder
 
 
-def _filled(share: ReshardPlan, folder: Path, options: Options) -> tuple[int, Mapping[str, str]]:
-    """Move a rank's share and bring it to the disk; return the bytes read and the digests of what was moved."""
+def _filled(share: ReshardPlan, folder: Path, options: Options, stop: Stop) -> Filled:
+    """Move a rank's share and bring it to the disk; others may take longer, and one of them lost then costs nothing."""
     rank = dist.get_rank()
     path = folder / (f"{MARKER}-{rank:05d}" if rank else MARKER)
-    if rank:
-        _begin(path, fingerprint(share, options.max_memory))
-    read, digests = fill(share, folder, path, options)
-    for file in share.laid.files:
-        sync(folder / file.name)
-    # Others may take longer, and one that is lost then must not cost this rank's work.
-    end_journal(path, sum(1 for _ in work_of(share.table, options.max_memory)), _grown(digests))
-    return read, _grown(digests)
+    with held(path):
+        key = fingerprint(share, options.max_memory)
+        if rank and read_journal(path).key != key:
+            begin_journal(path, key)
+        filled = fill(share, folder, path, options, stop)
+    check_unchanged(share.content.folder, share.stamps, share.content.side.left_behind)
+    return replace(filled, digests=grown(filled.digests))
 
 
-def _begin(path: Path, key: str) -> None:
-    """Begin a journal, unless an earlier run left one of the same work."""
-    if path.exists():
-        if read_journal(path).key == key:
-            return
-        path.unlink()
-    begin_journal(path, key)
-
-
-def _grown(digests: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the digests of those tensors that a share has a part of."""
-    empty = str(Digest())
-    return {name: text for name, text in digests.items() if text != empty}
-
-
-def _summed(mine: tuple[int, Mapping[str, str]], plan: ReshardPlan) -> tuple[int, Mapping[str, str]]:
-    """Return the bytes that all ranks read, and the digests of the whole tensors."""
+def _summed(mine: Filled, plan: ReshardPlan) -> tuple[int, int, Mapping[str, str]]:
+    """Return the bytes that all ranks read and those that they share, and the digests of the whole tensors."""
     sums = {name: Digest() for name in plan.content.all_tensors}
-    counts = 0
-    for count, parts in gather_json(mine):
-        counts += count
+    read = shared = 0
+    for count, blocks, parts in gather_json((mine.read, mine.shared, mine.digests)):
+        read, shared = read + count, shared + blocks
         for name, text in parts.items():
             sums[name].join(Digest.parse(text))
-    return counts, {name: str(total) for name, total in sums.items()}
+    return read, shared, {name: str(total) for name, total in sums.items()}

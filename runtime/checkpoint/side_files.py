@@ -11,14 +11,12 @@ from plans.errors import CheckpointError, IncompleteError
 from runtime.checkpoint.commit import MARKER
 from runtime.checkpoint.record import MANIFEST
 
-__all__ = ["OTHER_WEIGHTS", "SideFiles", "check_contained", "find_side_files"]
+__all__ = ["OTHER_WEIGHTS", "SideFiles", "check_contained", "find_side_files", "walk"]
 
 OTHER_WEIGHTS = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
 )
 """How the names of weight files end, in any format."""
-
-_OURS = frozenset((MANIFEST, MARKER))
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
     """
     copied: list[str] = []
     left_behind: list[str] = []
-    for path in _walk(folder):
+    for path in walk(folder):
         name = path.relative_to(folder).as_posix()
         if name not in used:
             (copied if _goes_along(folder, path) else left_behind).append(name)
@@ -75,7 +73,7 @@ def check_contained(folder: Path, path: Path) -> None:
         )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Yield files, links and hidden folders in the order of their names; links to folders are not followed."""
     waiting = sorted(folder.iterdir(), reverse=True)
     while waiting:
@@ -89,5 +87,10 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _goes_along(folder: Path, path: Path) -> bool:
     if path.is_symlink():
         check_contained(folder, path)
-    foreign = path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
+    foreign = path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json") or _is_ours(path.name)
     return path.is_file() and not foreign
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a file is our manifest or a journal; each rank has a journal of its own."""
+    return name == MANIFEST or name.startswith(MARKER)

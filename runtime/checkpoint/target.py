@@ -11,8 +11,10 @@ from plans.errors import MismatchError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
+from runtime.checkpoint.commit import MARKER
 from runtime.checkpoint.content import Content, Held, Layout
 from runtime.checkpoint.dcp_files import dcp_files
+from runtime.checkpoint.file_names import check_apart_names
 from runtime.checkpoint.hf import INDEX
 from runtime.checkpoint.hub_files import hub_files, index_text
 from runtime.checkpoint.hub_form import Experts, default_form
@@ -20,8 +22,9 @@ from runtime.checkpoint.new_file import NewFile
 from runtime.checkpoint.optimizer_files import optimizer_files
 from runtime.checkpoint.optimizer_state import OptimizerState
 from runtime.checkpoint.ranks import lay_out as lay_out_rank
-from runtime.checkpoint.record import Entry, Manifest
+from runtime.checkpoint.record import MANIFEST, Entry, Manifest
 from runtime.plan import Plan
+from runtime.proof import prove
 from runtime.resolve import resolve
 
 if TYPE_CHECKING:
@@ -84,6 +87,12 @@ class LaidOut:
     manifest: Manifest | None = None
     texts: Mapping[str, bytes] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all files that are made."""
+        manifest = (MANIFEST,) if self.manifest else ()
+        return (*(file.name for file in self.files), *self.texts, *manifest)
+
 
 def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
     """Lay a checkpoint's tensors out in the files of a target.
@@ -95,12 +104,27 @@ def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
 
     Raises:
         FormError: a tensor of elements smaller than a byte would be cut within one, or groups do not divide.
-        CheckpointError: the tensors cannot be brought to hub form.
+        CheckpointError: the tensors cannot be brought to hub form, or files would have one name.
         PlanError: the plan does not resolve on this model and mesh.
         MismatchError: the checkpoint's shapes are not the model's.
     """
     laid = _LAYOUTS[target.layout](content, model, target)
-    return laid if content.optimizer is None else _with_optimizer(laid, content.optimizer)
+    if content.optimizer is not None:
+        laid = _with_optimizer(laid, content.optimizer)
+    prove(_is_whole(laid, content), "a tensor would be left out")
+    check_apart_names(content.folder, (*laid.names, *content.side.copied, MARKER))
+    return laid
+
+
+def _is_whole(laid: LaidOut, content: Content) -> bool:
+    """Return whether every tensor of the source, and of the plan, goes into some file, empty ones too."""
+    held = content.all_forms
+    if laid.resolved is None:
+        used = {source for file in laid.files for _, form in file.tensors for source in form.sources}
+        return all(used >= set(form.sources) for form in held.values())
+    laid_out = {at.name for file in laid.files for at, _ in file.tensors}
+    planned = {parameter.name for parameter in laid.resolved.parameters if parameter.kind != "tied"}
+    return laid_out >= planned | held.keys()
 
 
 def _with_optimizer(laid: LaidOut, state: OptimizerState) -> LaidOut:
@@ -113,7 +137,10 @@ def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
     known = content.stored_form if target.experts is None else None
     form = known or default_form(content, model, target.experts or "separate")
     index = index_text(form)
-    return LaidOut(hub_files(content, model, form), texts={INDEX: index} if index is not None else {})
+    files = hub_files(content, model, form)
+    if known is not None:
+        files = tuple(replace(file, may_grow=False) for file in files)
+    return LaidOut(files, texts={INDEX: index} if index is not None else {})
 
 
 def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from runtime.checkpoint.content import Held, Layout
 from runtime.checkpoint.copies import Holding, TensorCopy
@@ -78,6 +79,13 @@ class Verification:
     seconds: float
 
     @property
+    def against(self) -> Literal["checkpoint", "manifest", "headers"]:
+        """What the source was held against: another one, its manifest's digests, or, for want of those, its headers."""
+        if self.other is not None:
+            return "checkpoint"
+        return "manifest" if self.source.recorded else "headers"
+
+    @property
     def ok(self) -> bool:
         """Whether nothing differs."""
         return not self.differences
@@ -86,6 +94,7 @@ class Verification:
         """Return the result for other programs."""
         return {
             "ok": self.ok,
+            "against": self.against,
             "source": self.source.to_json(),
             "other": self.other.to_json() if self.other else None,
             "differences": [difference.to_json() for difference in self.differences],

@@ -27,7 +27,7 @@ def verify(
 
     Against its manifest the digest of each copy must be the recorded one; where nothing is recorded, only headers,
     index and completeness are looked at. Against another checkpoint the tensors must also be the same, one by one,
-    carried ones, tied names and, where both have it, the optimizer's state included.
+    carried ones, tied names and the optimizer's state included.
 
     Args:
         source: a folder, of any layout.

@@ -111,9 +111,12 @@ def test_only_overwrite_replaces(migrator, hub_folder, tmp_path):
     code, _, errors = migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4)
     assert (code, (out / "mine").exists()) == (2, True)
     assert "--overwrite" in errors[1]
+    code, _, errors = migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")
+    assert (code, (out / "mine").exists()) == (2, True)
+    assert "holds 'mine', which would be lost" in errors[-2]
+    (out / "mine").unlink()
     assert migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")[0] == 0
     assert sorted(path.name for path in out.glob("*.safetensors"))[-1] == "rank-00003-of-00004.safetensors"
-    assert not (out / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -123,6 +126,7 @@ def test_a_source_is_never_replaced(migrator, hub_folder, tmp_path, inside):
     out.mkdir()
     hub = Path(shutil.copytree(hub_folder("llama"), out / inside, dirs_exist_ok=True))
     if inside != ".":
+        (out / "config.json").touch()
         (out / "model.safetensors").touch()
     before = content(hub)
     code, _, errors = migrator("reshard", hub, out, *RANKS, "--overwrite")
@@ -177,3 +181,44 @@ def test_a_stopped_run_says_how_to_go_on(migrator, hub_folder, tmp_path, number)
     assert any("going on" in line for line in said)
     assert migrator("reshard", hub, tmp_path / "undisturbed", *RANKS)[0] == 0
     assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_events_that_cannot_be_written_do_not_end_the_work(migrator, hub_folder, tmp_path):
+    code, _, errors = migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", "/dev/full")
+    assert code == 0
+    assert [line for line in errors if "events" in line] == [
+        "note: events are written no longer: No space left on device"
+    ]
+    assert (tmp_path / "out" / "migrator.json").exists()
+
+
+def test_output_that_cannot_be_written_is_said_so(hub_folder, tmp_path):
+    command = [MIGRATOR, "reshard", str(hub_folder("llama")), str(tmp_path / "out"), "--dry-run", "--format", "json"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert "standard output cannot be written: No space left on device" in ended.stderr
+    assert "internal" not in ended.stderr
+    assert "Exception" not in ended.stderr
+
+
+def test_a_dry_run_ends_with_an_event(migrator, hub_folder, tmp_path):
+    log = tmp_path / "events.jsonl"
+    assert migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", log, "--dry-run")[0] == 0
+    assert [event["event"] for event in events(log)] == ["planned", "estimated"]
+    assert events(log)[-1]["bytes_written"] == events(log)[0]["bytes_total"]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "soon"])
+def test_a_timeout_is_a_time(migrator, hub_folder, tmp_path, seconds):
+    code, _, errors = migrator("reshard", hub_folder("llama"), tmp_path / "out", "--timeout", seconds)
+    assert code == 2
+    assert any("--timeout" in line for line in errors)
+
+
+@pytest.mark.parametrize("arguments", [("", "out"), ("hub", ""), (" ", "out")])
+def test_empty_arguments_are_refused(migrator, arguments):
+    code, _, errors = migrator("reshard", *arguments)
+    assert code == 2
+    assert any("is empty" in line for line in errors)
+    assert migrator("verify", *reversed(arguments))[0] == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +11,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plans.errors import MigratorError
 from plans.mesh import Mesh
-from plans.placement import Placement, Replicate
+from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.agreement import error_to_json, together
-from runtime.checkpoint.ranks import rank_file
-from runtime.checkpoint.safetensors import read_header
-from runtime.loading import load_ranks
+from runtime.loading import load
 from runtime.mesh import device_meshes
 from runtime.model import meta_model, model_class, read_config
 from runtime.parallel import parallelize
 from runtime.placements import local_piece, placement_of, to_torch
 from runtime.resolve import resolve
-from runtime.styles import STYLES, Site
-from runtime.validate import validate_ranks
-from runtime.validation_values import ValidationRequest
-
-
-def validate(folder: Path, reference: Path | None) -> dict[str, Any]:
-    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()), reference)
-    return validate_ranks(request).to_json()
-
-
-def validate_with_silent_style(folder: Path, style: str) -> dict[str, Any]:
-    """Validate with a style that hooks as the real one does, but leaves its parameters whole."""
-    silent = replace(STYLES.styles[style], shard=leave_whole)
-    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()))
-    return validate_ranks(request, STYLES.register(silent)).to_json()
-
-
-def validate_with_failing_style(folder: Path, style: str) -> dict[str, Any]:
-    """Validate with a style that hooks as the real one does, but whose modules fail in their forward."""
-    failing = replace(STYLES.styles[style], around=fail)
-    request = ValidationRequest(folder, Mesh(tp=dist.get_world_size()))
-    return validate_ranks(request, STYLES.register(failing)).to_json()
-
-
-def fail(site: Site, run: Any, *args: object, **kwargs: object) -> object:
-    raise IndexError("no such expert\nand more that no one needs")
-
-
-def leave_whole(site: Site, name: str, placement: Placement) -> None:
-    pass
 
 
 def refused_together(rank: int) -> dict[str, Any]:
@@ -88,7 +55,7 @@ def parallel(folder: Path) -> tuple[Any, ResolvedPlan]:
     resolved = resolve(model, mesh)
     parallelize(model, device_meshes(mesh, "cpu"), resolved)
     assert all(parameter.is_meta for parameter in model.parameters())
-    load_ranks(model, folder)
+    load(model, folder)
     return model, resolved
 
 
@@ -133,21 +100,6 @@ def local_tensors(hub: Path, ranks: Path) -> dict[str, tuple[list[int], bool, bo
     return found
 
 
-def stored_bits_kept(folder: Path) -> bool:
-    """Load without casting and compare with what safetensors reads from this rank's file."""
-    from safetensors.torch import load_file
-
-    model, _ = parallel(folder)
-    path = folder / rank_file(dist.get_rank(), dist.get_world_size())
-    state = {
-        name: value.to_local() if isinstance(value, DTensor) else value for name, value in model.named_parameters()
-    }
-    state |= dict(model.named_buffers())
-    stored = load_file(path)
-    assert stored.keys() == read_header(path).tensors.keys()
-    return all(state[name].dtype == value.dtype and torch.equal(state[name], value) for name, value in stored.items())
-
-
 def parallelize_twice(folder: Path) -> None:
     model, resolved = parallel(folder)
     parallelize(model, device_meshes(resolved.mesh, "cpu"), resolved)
@@ -168,20 +120,3 @@ def parallelize_other(folder: Path, other: Path) -> None:
 
 def mesh_of(tp: int) -> None:
     device_meshes(Mesh(tp=tp), "cpu")
-
-
-def load_into(folder: Path, ranks: Path) -> None:
-    """Load one folder's rank files into the model of another folder's config."""
-    model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
-    parallelize(model, device_meshes(mesh, "cpu"), resolve(model, mesh))
-    load_ranks(model, ranks)
-
-
-def loads_on(rank: int, folder: Path) -> bool | None:
-    """Load on one rank only; loading calls no collective."""
-    model, mesh = meta_model(read_config(folder)), Mesh(tp=dist.get_world_size())
-    parallelize(model, device_meshes(mesh, "cpu"), resolve(model, mesh))
-    if dist.get_rank() != rank:
-        return None
-    load_ranks(model, folder)
-    return not any(parameter.is_meta for parameter in model.parameters())

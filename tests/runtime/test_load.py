@@ -1,75 +1,316 @@
-"""A rank's own file into its own tensors, bit for bit, and what does not fit refused by name."""
+"""Loading: from every layout, in every mode, what slicing the unsharded model gives, and not a byte too many read."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError
-from tests.runtime import rank_cases
+import runtime
+from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError, UsageError
+from plans.mesh import Mesh, Mode
+from runtime.checkpoint.read import read_content
+from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.target import Target
+from runtime.loader.replicated import shares
+from runtime.model import meta_model, read_config
+from tests.runtime import load_cases
 from tests.runtime.rank_pool import RankPool
 
+HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
+LaidOut = Callable[[str, Target], Path]
 FIRST = "rank-00000-of-00002.safetensors"
 SECOND = "rank-00001-of-00002.safetensors"
+TP2 = Mesh(tp=2)
+
+TWO: list[tuple[str, Mode, Mesh]] = [
+    ("qwen3_moe", "tp", TP2),
+    ("qwen3_moe", "ep", Mesh(tp=2, ep=2)),
+    ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=2)),
+    ("qwen3_moe", "sp", TP2),
+    ("qwen3_moe", "sp_ep", Mesh(tp=2, ep=2)),
+    ("qwen3_moe", "tp", Mesh(fsdp=2)),
+    ("deepseek_v3", "tp_ep", Mesh(tp=2, ep=2)),
+    ("llama", "tp", TP2),
+    ("llama", "tp", Mesh(fsdp=2)),
+    ("gpt_oss", "ep", Mesh(tp=2, ep=2)),
+]
+FOUR: list[tuple[str, Mode, Mesh]] = [
+    ("qwen3_moe", "tp", Mesh(tp=2, fsdp=2)),
+    ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=2, fsdp=2)),
+    ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=4, fsdp=2)),
+    ("llama", "tp", Mesh(tp=2, fsdp=2)),
+    ("deepseek_v3", "sp_ep", Mesh(tp=2, ep=2, fsdp=2)),
+]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
-def test_tensors_and_buffers_hold_the_stored_bits(name: str, two_ranks: RankPool, rank_folder: RankFolder) -> None:
-    assert two_ranks.run(rank_cases.stored_bits_kept, rank_folder(name, 2)) == [True, True]
+def said(case: tuple[str, Mode, Mesh]) -> str:
+    return " ".join(map(str, case))
 
 
-def test_only_the_ranks_own_file_is_opened(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
-    (folder / FIRST).write_bytes(b"not a safetensors file")
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder) -> LaidOut:
+    """Return a function from a tiny model's name and a target to its checkpoint there; those who damage it copy."""
+    folders: dict[tuple[str, Target], Path] = {}
+
+    def resharded(name: str, target: Target) -> Path:
+        if (name, target) not in folders:
+            folders[name, target] = tmp_path_factory.mktemp(name) / f"{target.layout} {target.mode} {target.mesh}"
+            plan_reshard(hub_folder(name), target=target).execute(folders[name, target])
+        return folders[name, target]
+
+    return resharded
+
+
+@pytest.mark.parametrize("case", TWO, ids=said)
+def test_two_ranks_hold_what_slicing_gives(
+    case: tuple[str, Mode, Mesh], two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
+) -> None:
+    assert run(case, two_ranks, hub_folder, laid_out) == [[], []]
+
+
+@pytest.mark.parametrize("case", FOUR, ids=said)
+def test_four_ranks_hold_what_slicing_gives(
+    case: tuple[str, Mode, Mesh], four_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
+) -> None:
+    assert run(case, four_ranks, hub_folder, laid_out) == [[], [], [], []]
+
+
+def run(case: tuple[str, Mode, Mesh], ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut) -> list[list[str]]:
+    name, mode, mesh = case
+    targets = [Target("ranks", mesh, mode), Target("dcp", mesh, mode)]
+    if name != "gpt_oss":  # whose layers no plan cuts
+        targets.append(Target("ranks", Mesh(tp=4)))
+    folders = [hub_folder(name), *(laid_out(name, target) for target in targets)]
+    return ranks.run(load_cases.loads_what_slicing_gives, hub_folder(name), folders, mode, mesh)
+
+
+def test_tied_weights_stay_tied(two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder) -> None:
+    for folder in (hub_folder("llama"), rank_folder("llama", 2)):
+        assert two_ranks.run(load_cases.ties_kept, hub_folder("llama"), folder) == [True, True]
+
+
+@pytest.mark.parametrize(("mode", "mesh"), [("tp", TP2), ("tp_ep", Mesh(tp=2, ep=2)), ("tp", Mesh(fsdp=2))], ids=str)
+def test_a_cast_is_that_of_what_is_loaded(
+    mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
+) -> None:
+    hub = hub_folder("deepseek_v3")
+    for folder in (hub, laid_out("deepseek_v3", Target("ranks", TP2))):
+        assert two_ranks.run(load_cases.cast, hub, folder, mode, mesh) == [[], []]
+
+
+def test_a_rank_reads_its_own_file_and_no_byte_twice(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    folder = rank_folder("deepseek_v3", 2)
+    found = two_ranks.run(load_cases.bytes_read, hub_folder("deepseek_v3"), folder, "tp", TP2, 2**16)
+    for (files, overlaps, held), own in zip(found, (FIRST, SECOND), strict=True):
+        assert files == {own: held}
+        assert overlaps == 0
+
+
+@pytest.mark.parametrize(("mode", "mesh"), [("tp", TP2), ("tp_ep", Mesh(tp=2, ep=2)), ("tp", Mesh(fsdp=2))], ids=str)
+@pytest.mark.parametrize("layout", ["hf", "dcp", "ranks"])
+def test_a_rank_reads_just_what_it_holds(
+    layout: str, mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
+) -> None:
+    hub = hub_folder("deepseek_v3")
+    targets = {"dcp": Target("dcp", Mesh(tp=4)), "ranks": Target("ranks", Mesh(tp=4))}
+    folder = laid_out("deepseek_v3", targets[layout]) if layout in targets else hub
+    for files, overlaps, held in two_ranks.run(load_cases.bytes_read, hub, folder, mode, mesh, 1):
+        assert sum(files.values()) == held
+        assert overlaps == 0
+
+
+def test_one_rank_loads_a_model_that_is_not_parallel(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    for folder in (hub_folder("llama"), rank_folder("llama", 2)):
+        assert two_ranks.run(load_cases.loads_alone, hub_folder("llama"), folder) == [True, None]
+
+
+def test_content_that_was_read_before_is_taken(hub_folder: HubFolder) -> None:
+    hub = hub_folder("qwen3_moe")
+    one, other = (meta_model(read_config(hub)) for _ in range(2))
+    runtime.load(one, read_content(hub, one))
+    runtime.load(other, str(hub), threads=1)
+    assert not load_cases.differing(load_cases.local_tensors(one), load_cases.local_tensors(other))
+
+
+def test_carried_tensors_are_passed_over(hub_folder: HubFolder, tmp_path: Path) -> None:
+    hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
+    edit(hub / "model-00001-of-00003.safetensors", lambda tensors: tensors.update({"mtp.weight": torch.ones(3)}))
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    index["weight_map"]["mtp.weight"] = "model-00001-of-00003.safetensors"
+    (hub / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan_reshard(hub).execute(tmp_path / "ranks")
+    for folder in (hub, tmp_path / "ranks"):
+        runtime.load(meta_model(read_config(hub)), folder)
+
+
+def test_a_missing_tensor_is_named(two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path) -> None:
+    hub = Path(shutil.copytree(hub_folder("qwen2"), tmp_path / "hub"))
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    file = hub / index["weight_map"].pop("model.norm.weight")
+    (hub / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit(file, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(IncompleteError, match=r"model\.norm\.weight"):
+        two_ranks.run(load_cases.load_into, hub, hub)
+
+
+def test_tensors_missing_from_the_manifest_or_unknown_to_the_model_are_named(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    hub = hub_folder("llama")
+    for name, error, message in (
+        ("model.norm.weight", IncompleteError, r"no 'model\.norm\.weight'"),
+        (None, MismatchError, "holds 'more', which the model lacks"),
+    ):
+        ranks = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / str(name)))
+        manifest = json.loads((ranks / MANIFEST).read_text())
+        if name is None:
+            manifest["tensors"]["more"] = manifest["tensors"]["model.norm.weight"]
+        else:
+            del manifest["tensors"][name]
+        (ranks / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(error, match=message):
+            two_ranks.run(load_cases.load_into, hub, ranks)
+
+
+def test_a_file_that_lacks_a_tensor_of_the_manifest_is_named(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    ranks = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
+    edit(ranks / SECOND, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(MismatchError, match=rf"{SECOND}: 'model\.norm\.weight' is missing from the file"):
+        two_ranks.run(load_cases.load_into, hub_folder("llama"), ranks)
+
+
+def test_another_models_checkpoint_is_refused(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
+) -> None:
+    with pytest.raises((IncompleteError, MismatchError), match=r"model\.layers\.0"):
+        two_ranks.run(load_cases.load_into, hub_folder("llama"), rank_folder("qwen3_moe", 2))
+
+
+def test_one_rank_that_cannot_read_stops_all(
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    ranks = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
+    (ranks / FIRST).write_bytes(b"not a safetensors file")
     with pytest.raises(HeaderError, match=FIRST):
-        two_ranks.run(rank_cases.load_into, folder, folder)
-    assert two_ranks.run(rank_cases.loads_on, 1, folder) == [None, True]
-
-
-def test_a_missing_tensor_is_named(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
-    folder = edited(rank_folder("llama", 2), tmp_path, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(IncompleteError, match=rf"{SECOND}: no 'model\.norm\.weight'"):
-        two_ranks.run(rank_cases.load_into, folder, folder)
-
-
-def test_an_unexpected_tensor_is_named(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
-    folder = edited(
-        rank_folder("llama", 2), tmp_path, lambda tensors: tensors.update(more=tensors["model.norm.weight"].clone())
-    )
-    with pytest.raises(MismatchError, match=rf"{SECOND}: holds 'more', which the model lacks"):
-        two_ranks.run(rank_cases.load_into, folder, folder)
-
-
-def test_a_tensor_of_another_shape_is_named(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
-    name = "model.embed_tokens.weight"
-    folder = edited(rank_folder("llama", 2), tmp_path, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    with pytest.raises(MismatchError, match=r"'model\.embed_tokens\.weight' is \[49, 32\] where this rank holds \[50"):
-        two_ranks.run(rank_cases.load_into, folder, folder)
-
-
-def test_a_folder_for_another_world_size_is_refused(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+        two_ranks.run(load_cases.load_into, hub_folder("llama"), ranks)
+    (ranks / FIRST).unlink()
     with pytest.raises(IncompleteError, match=rf"{FIRST}: missing"):
-        two_ranks.run(rank_cases.load_into, rank_folder("llama", 4), rank_folder("llama", 4))
+        two_ranks.run(load_cases.load_into, hub_folder("llama"), ranks)
+
+
+def test_a_file_that_shrinks_under_the_reader_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
+    hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
+    model = meta_model(read_config(hub))
+    content = read_content(hub, model)
+    file = hub / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(IncompleteError, match=r"model-00002-of-00003\.safetensors: truncated"):
+        runtime.load(model, content)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_link_in_place_of_a_rank_file_is_refused(
-    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+    two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
-    (folder / SECOND).rename(tmp_path / "elsewhere")
-    (folder / SECOND).symlink_to(tmp_path / "elsewhere")
+    ranks = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / "ranks"))
+    (ranks / SECOND).rename(tmp_path / "elsewhere")
+    (ranks / SECOND).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=rf"{SECOND}: a link that leads out"):
-        two_ranks.run(rank_cases.load_into, folder, folder)
+        two_ranks.run(load_cases.load_into, hub_folder("llama"), ranks)
 
 
-def edited(folder: Path, target: Path, edit: Callable[..., object]) -> Path:
-    copy = Path(shutil.copytree(folder, target / "ranks"))
-    tensors = load_file(copy / SECOND)
-    edit(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, copy / SECOND, {"format": "pt"})
-    return copy
+def test_arguments_that_make_no_sense_are_refused(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model = meta_model(read_config(hub))
+    with pytest.raises(UsageError, match="0 threads"):
+        runtime.load(model, hub, threads=0)
+    with pytest.raises(UsageError, match=r"cast to torch\.int8"):
+        runtime.load(model, hub, dtype=torch.int8)
+    runtime.load(model, hub)
+    with pytest.raises(UsageError, match=r"in memory.*torch\.float32, not torch\.bfloat16"):
+        runtime.load(model, hub, dtype=torch.bfloat16)
+
+
+def test_lost_buffers_are_refused(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model = meta_model(read_config(hub)).to("meta")
+    with pytest.raises(UsageError, match=r"'model\.rotary_emb\.inv_freq'.* on meta"):
+        runtime.load(model, hub)
+
+
+def test_a_tensor_in_memory_that_is_not_contiguous_is_filled(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model, expected = (meta_model(read_config(hub)) for _ in range(2))
+    for each in (model, expected):
+        runtime.load(each, hub)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = torch.zeros(weight.shape[::-1]).T
+    runtime.load(model, hub)
+    assert not weight.is_contiguous()
+    assert torch.equal(weight, expected.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_model_in_memory_keeps_its_dtype(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model, expected = (meta_model(read_config(hub)) for _ in range(2))
+    runtime.load(model, hub)
+    runtime.load(expected, hub)
+    model.to(torch.float64)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    runtime.load(model, hub)
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    assert all(torch.equal(one, other.double()) for one, other in pairs)
+
+
+def test_numbers_of_another_kind_are_refused(hub_folder: HubFolder, tmp_path: Path) -> None:
+    hub = hub_folder("llama")
+    model = meta_model(read_config(hub))
+    model.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    copy = Path(shutil.copytree(hub, tmp_path / "hub"))
+    edit(copy / "model-00001-of-00003.safetensors", lambda tensors: tensors.update({"count": torch.ones(3)}))
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"]["count"] = "model-00001-of-00003.safetensors"
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MismatchError, match="'count' is F32 where the model has I64"):
+        runtime.load(model, copy)
+
+
+def test_a_cast_leaves_integers_alone(tmp_path: Path, hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    saved, loaded = (meta_model(read_config(hub)) for _ in range(2))
+    runtime.load(saved, hub)
+    for model, count in ((saved, [1, 257, 2**40 + 1]), (loaded, [0, 0, 0])):
+        model.register_buffer("count", torch.tensor(count))
+    saved.save_pretrained(tmp_path)
+    runtime.load(loaded, tmp_path, dtype=torch.bfloat16)
+    assert loaded.count.tolist() == [1, 257, 2**40 + 1]
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_replicated_tensors_are_dealt_out_evenly() -> None:
+    sizes = {"a": 5, "b": 4, "c": 3, "d": 3, "e": 1}
+    dealt = shares(sizes, 2)
+    assert dealt.keys() == sizes.keys()
+    assert [sum(sizes[name] for name, rank in dealt.items() if rank == one) for one in (0, 1)] == [8, 8]
+    assert shares(dict(reversed(sizes.items())), 2) == dealt
+
+
+def edit(file: Path, change: Callable[..., object]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})

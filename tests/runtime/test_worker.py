@@ -19,8 +19,9 @@ from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
 from runtime.joined import in_worker
 from runtime.launch import launch
-from runtime.validation_values import Content, Forward, Structure, ValidationRequest, ValidationResult
-from runtime.validation_values import Mismatch as Row
+from runtime.structure import Mismatch as Row
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import PARTS, Check, ValidationResult
 from runtime.worker import run_validation
 
 HubFolder = Callable[[str], Path]
@@ -33,11 +34,11 @@ def test_a_validation_with_our_own_workers(
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     folder, reference = rank_folder("qwen3_moe", 2), hub_folder("qwen3_moe")
     capfd.readouterr()
-    result = run_validation(ValidationRequest(folder, Mesh(tp=2), reference, timeout=120))
+    result = run_validation(ValidationRequest(folder, Mesh(tp=2), reference=reference, timeout=120))
     assert result.ok
     assert result.world_size == 2
-    assert result.forward is not None
-    assert 0 < result.forward.max_abs_diff < 1e-5
+    assert tuple(result.checks) == PARTS
+    assert 0 < result.checks["forward"].numbers["max_abs_diff"] < 1e-5
     assert capfd.readouterr() == ("", "")
     assert {number: signal.getsignal(number) for number in before} == before
 
@@ -91,9 +92,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from plans.mesh import Mesh
-from runtime import forward, validate
 from runtime.styles import STYLES
-from runtime.validation_values import ValidationRequest
+from runtime.validate import validate
+from runtime.validation import attempt
+from runtime.validation.request import ValidationRequest
 
 def fail_alone(site, run, *args, **kwargs):
     if dist.get_rank() == 1:
@@ -101,10 +103,10 @@ def fail_alone(site, run, *args, **kwargs):
     return real.around(site, run, *args, **kwargs)
 
 dist.init_process_group("gloo")
-forward._PATIENCE = 1.0
+attempt._PATIENCE = 1.0
 real = STYLES.styles["moe_tp_experts"]
 request = ValidationRequest(Path(sys.argv[1]), Mesh(tp=2), timeout=100)
-validate.validate_ranks(request, STYLES.register(replace(real, around=fail_alone)))
+validate(request, STYLES.register(replace(real, around=fail_alone)))
 """
 
 
@@ -197,21 +199,25 @@ def test_being_a_worker_shows_in_the_environment(monkeypatch: pytest.MonkeyPatch
     assert in_worker()
 
 
+WRONG = (Row("a", "b", "c", 1),)
+
+
 def test_results_and_requests_survive_json() -> None:
-    result = ValidationResult(
-        2, Structure(3, (Row("a", "b", "c", 1),)), Content(3), Forward(float("inf"), 1.0, 1e-5), {"backward": "no"}
-    )
+    checks = {"structure": Check(3, WRONG), "content": Check(3, numbers={"copies": 4})}
+    result = ValidationResult(2, checks, {"forward": "no"}, "cuda", {"loading": 1.5})
     assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
-    bare = ValidationResult(2, Structure(3))
-    assert ValidationResult.from_json(bare.to_json()) == bare
-    request = ValidationRequest(Path("/one"), Mesh(tp=2), Path("/two"), seed=5)
+    request = ValidationRequest(Path("/one"), Mesh(tp=2, ep=2), "ep", Path("/two"), "cuda", seed=5)
     assert ValidationRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
-def test_a_failed_forward_survives_json() -> None:
-    result = ValidationResult(2, Structure(3), Content(3), Forward.failed("rank 0: IndexError", 1e-5))
-    assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
-    assert not result.ok
+def test_what_is_not_finite_is_null_in_json() -> None:
+    found = Check(1, numbers={"max_abs_diff": float("inf"), "tolerance": 1e-5}).to_json()
+    assert (found["max_abs_diff"], found["tolerance"]) == (None, 1e-5)
+
+
+def test_json_has_every_part() -> None:
+    found = ValidationResult(2, {}).to_json()
+    assert [found[part]["ok"] for part in PARTS] == [None] * 5
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, -1.0, float("nan"), float("inf")])
@@ -221,16 +227,14 @@ def test_what_is_no_tolerance_is_refused(tolerance: float) -> None:
 
 
 def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
-    structure, content, forward = Structure(3), Content(3), Forward(1e-6, 1.0, 1e-5)
-    wrong = (Row("a", "b", "c"),)
-    assert ValidationResult(2, structure, content, forward).ok
-    assert not ValidationResult(2, structure, content, Forward(1e-4, 1.0, 1e-5)).ok
-    assert not ValidationResult(2, structure, content, None).ok
-    assert not ValidationResult(2, structure, None, forward).ok
-    assert not ValidationResult(2, Structure(3, wrong), content, forward).ok
-    assert not ValidationResult(2, structure, Content(3, wrong), forward).ok
-    assert not Forward(float("inf"), float("inf"), 1e-5).ok
-    assert not Forward(0.0, 0.0, 1e-5).ok
+    right = {part: Check(3) for part in PARTS}
+    assert ValidationResult(2, right).ok
+    for part in PARTS:
+        assert not ValidationResult(2, right | {part: Check(3, WRONG)}).ok
+        assert not ValidationResult(2, right | {part: Check(0)}).ok
+        without = {name: check for name, check in right.items() if name != part}
+        # A model may have no text to write, but there is no proof without its outputs.
+        assert ValidationResult(2, without).ok == (part in ("backward", "generation"))
 
 
 def script(folder: Path, body: str) -> list[str]:

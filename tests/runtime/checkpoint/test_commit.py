@@ -56,17 +56,25 @@ def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) ->
 
 
 def a_checkpoint(folder: Path, text: str) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_text(text)
     return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+REPLACED = ["out", "out/config.json", "out/model.safetensors"]
 
 
 def test_a_checkpoint_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
     out = a_checkpoint(tmp_path / "out", "old")
     with staging(out, 10, overwrite=True) as folder:
-        (folder / "model.safetensors").write_text("new")
+        a_checkpoint(folder, "new")
         assert (out / "model.safetensors").read_text() == "old"
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/model.safetensors"]
+    assert names(tmp_path) == REPLACED
     assert (out / "model.safetensors").read_text() == "new"
 
 
@@ -81,6 +89,7 @@ def dying(path, target):
         os.kill(os.getpid(), 9)
 Path.rename = dying
 with commit.staging(out, 10, overwrite=True) as folder:
+    (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_text("new")
 """
 
@@ -94,8 +103,8 @@ def test_a_run_killed_while_replacing_loses_neither(tmp_path: Path, name: str, m
     with staging(out, 10, overwrite=True) as folder:
         is_new = (name, moment) == ("out.partial", "after")
         assert (out / "model.safetensors").read_text() == ("new" if is_new else "old")
-        (folder / "model.safetensors").write_text("newer")
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/model.safetensors"]
+        a_checkpoint(folder, "newer")
+    assert names(tmp_path) == REPLACED
     assert (out / "model.safetensors").read_text() == "newer"
 
 
@@ -241,3 +250,55 @@ def test_processes_that_contend_never_hold_the_lock_together(tmp_path: Path) -> 
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert list(tmp_path.iterdir()) == []
+
+
+DISTCP = ["config.json", ".metadata", "__0_0.distcp"]
+REPLACEABLE = {
+    "hub": ["config.json", "model.safetensors", "tokenizer.json"],
+    "indexed": ["config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"],
+    "shards": ["config.json", "shard-00001-model-00001-of-00001.safetensors", "migrator.json"],
+    "ranks": [
+        "config.json",
+        "migrator.json",
+        "rank-00000-of-00001.safetensors",
+        "optimizer/.metadata",
+        "optimizer/__3_0.distcp",
+    ],
+    "distcp": DISTCP,
+    "empty": [],
+    "with a file of the result": ["config.json", "model.safetensors", "original/params.json"],
+}
+KEPT = {
+    "no config": ["model.safetensors"],
+    "one file of tensors": ["notes.txt", "images.safetensors"],
+    "a thesis beside the weights": ["config.json", "model.safetensors", "thesis.tex"],
+    "a thesis in a subfolder": ["config.json", "model.safetensors", "thesis/chapter/one.tex"],
+    "an empty subfolder": [*DISTCP, "runs/"],
+    "training state inside": [*DISTCP, "step-2/.metadata", "step-2/__0_0.distcp"],
+    "another checkpoint inside": ["config.json", "model.safetensors", "step-2/model.safetensors"],
+}
+
+
+def filled(folder: Path, content: list[str]) -> Path:
+    folder.mkdir()
+    for name in content:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("case", REPLACEABLE)
+def test_every_layout_of_checkpoint_is_replaced(case: str, tmp_path: Path) -> None:
+    out = filled(tmp_path / "out", REPLACEABLE[case])
+    with staging(out, 10, overwrite=True, names=["original/params.json", "optimizer/.metadata"]) as folder:
+        a_checkpoint(folder, "new")
+    assert names(tmp_path) == REPLACED
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_is_no_checkpoint_or_more_than_one_is_never_replaced(case: str, tmp_path: Path) -> None:
+    out = filled(tmp_path / "out", KEPT[case])
+    before = names(tmp_path)
+    with pytest.raises(DestinationError, match=r"would be lost|no checkpoint"), staging(out, 10, overwrite=True):
+        pytest.fail("the body must not run")
+    assert names(tmp_path) == before

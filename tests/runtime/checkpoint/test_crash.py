@@ -279,6 +279,20 @@ def test_a_disk_that_cannot_sync_is_no_silent_success(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_copying_does_not_wait_for_the_journal(
+    planned: dict[str, ReshardPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fdatasync, taken = os.fdatasync, 1.0
+
+    def slow(descriptor: int) -> None:
+        time.sleep(taken)
+        fdatasync(descriptor)
+
+    monkeypatch.setattr("os.fdatasync", slow)
+    seconds = planned["to hub"].execute(tmp_path / "out", seconds=0).seconds
+    assert seconds.copying < taken <= seconds.syncing
+
+
 def test_a_journal_that_was_cut_short_counts_as_far_as_it_is_whole(
     planned: dict[str, ReshardPlan], tmp_path: Path
 ) -> None:

@@ -32,12 +32,14 @@ from plans.errors import (
 )
 from plans.mesh import Mesh
 from runtime.checkpoint.commit import MARKER
+from runtime.checkpoint.content import Layout
 from runtime.checkpoint.copy import work_of
 from runtime.checkpoint.dcp_metadata import METADATA
 from runtime.checkpoint.journal import read_journal
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
+from runtime.checkpoint.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_crash import SMALL, die, ended, files, forked
 from tests.runtime.checkpoint.test_dcp_metadata import Evil, edit
@@ -260,6 +262,26 @@ def test_the_manifest_guards_the_state(folder: Path, trained: Trained, tmp_path:
         shutil.copy(trained("qwen3_moe", "sgd") / other, out / other)
     with pytest.raises(MismatchError, match="the manifest and the optimizer's files differ"):
         plan_reshard(out, target=DENSE[1])
+
+
+@pytest.mark.parametrize("layout", ["dcp", "ranks"])
+def test_a_state_that_the_manifest_records_must_be_there(
+    layout: Layout, folder: Path, trained: Trained, tmp_path: Path
+) -> None:
+    plan_reshard(folder, target=Target(layout, Mesh(tp=2))).execute(tmp_path / "out")
+    assert verify(tmp_path / "out", folder).ok
+    for file in (METADATA, DISTCP, "__1_0.distcp"):
+        (tmp_path / "out" / file).unlink()
+    for target in (Target("dcp", Mesh(tp=4)), Target("hf", optimizer=True)):
+        with pytest.raises(IncompleteError, match=r"optimizer's state is missing.*param_groups|optimizer\.") as caught:
+            plan_reshard(tmp_path / "out", target=target)
+        assert "--no-optimizer" in caught.value.hint
+    with pytest.raises(IncompleteError, match="optimizer's state is missing"):
+        verify(tmp_path / "out")
+    plan_reshard(tmp_path / "out", target=Target("dcp", Mesh(tp=4), optimizer=False)).execute(tmp_path / "without")
+    (difference,) = verify(tmp_path / "without", folder).differences
+    assert (difference.name, difference.aspect) == ("the optimizer's state", "missing")
+    assert (difference.expected, difference.found) == ("held", "not held")
 
 
 def without(folder: Path, *names: str, listed: bool = False) -> None:

@@ -78,6 +78,19 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "tied to a list": lambda m: m["tensors"]["lm_head.weight"].update(to=[]),
     "stored form": lambda m: m.pop("stored_form"),
     "stored file": lambda m: m["stored_form"]["files"].append("../outside"),
+    "stored file of ours": lambda m: m["stored_form"]["files"].append(".migrator-partial"),
+    "stored file of config": lambda m: m["stored_form"]["files"].append("config.json"),
+    "stored file that is the manifest": lambda m: m["stored_form"]["files"].append("migrator.json"),
+    "stored file that is the index": lambda m: m["stored_form"]["files"].append("model.safetensors.index.json"),
+    "stored file above": lambda m: m["stored_form"]["files"].append(".."),
+    "stored file without a name": lambda m: m["stored_form"]["files"].append(""),
+    "stored file twice": lambda m: m["stored_form"]["files"].append(m["stored_form"]["files"][0]),
+    "stored file of two lines": lambda m: m["stored_form"]["files"].append("a\nb.safetensors"),
+    "stored file of a long name": lambda m: m["stored_form"]["files"].append("a" * 300 + ".safetensors"),
+    "stored file of a rank": lambda m: m["stored_form"]["files"].append("rank-00000-of-00002.safetensors"),
+    "stored file of a shard": lambda m: m["stored_form"]["files"].append(
+        "shard-00001-model-00001-of-00001.safetensors"
+    ),
     "stored file of numbers": lambda m: m["stored_form"]["files"].append(3),
     "stored tensor": lambda m: m["stored_form"]["tensors"].update(x={"file": []}),
     "stored dtype": lambda m: m["stored_form"]["tensors"].update(x={"file": m["stored_form"]["files"][0], "dtype": []}),
@@ -91,6 +104,12 @@ def test_a_lying_manifest_is_refused(lie: str, ranks: Path) -> None:
     with pytest.raises(HeaderError) as caught:
         read_manifest(ranks)
     assert "\n" not in caught.value.message
+
+
+def test_a_placement_that_is_none_is_named(ranks: Path) -> None:
+    edit(ranks, LIES["placement"])
+    with pytest.raises(HeaderError, match=rf"{MANIFEST}: tensor '{NORM}': .*is not a placement"):
+        read_manifest(ranks)
 
 
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255))

@@ -1,0 +1,108 @@
+"""What `migrator validate` says to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from migrator import console
+from runtime.wording import counted
+
+if TYPE_CHECKING:
+    from runtime.structure import Mismatch
+    from runtime.validation.request import ValidationRequest
+    from runtime.validation.values import Check, ValidationResult
+
+__all__ = ["hint", "show"]
+
+_MOST = 20
+"""Mismatches of one part that are printed; JSON and the report have all of them."""
+
+
+def show(source: Path, result: ValidationResult) -> None:
+    """Print each part with its numbers, what is wrong with it, and what was skipped."""
+    for part, check in result.checks.items():
+        console.emit(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {_SAID[part](check, result.world_size)}".rstrip())
+        for mismatch in check.mismatches[:_MOST]:
+            _list(mismatch)
+        if len(check.mismatches) > _MOST:
+            console.emit(f"{'':<10} and {len(check.mismatches) - _MOST} more")
+    for part, reason in result.skipped.items():
+        console.emit(f"{part:<10} skipped  {reason}")
+    console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+
+
+def hint(request: ValidationRequest, result: ValidationResult) -> str | None:
+    """Return what else may explain a failure, None where there is nothing to say."""
+    forward, content = result.checks.get("forward"), result.checks.get("content")
+    if request.reference and forward and forward.checked and not forward.ok and content and content.ok:
+        return f"{request.reference} may be another checkpoint than the one that was laid out"
+    return None
+
+
+def _list(mismatch: Mismatch) -> None:
+    where = "" if mismatch.rank is None else f" on rank {mismatch.rank}"
+    console.emit(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")
+
+
+def _structure(check: Check, world_size: int) -> str:
+    ranks = "1 rank" if world_size == 1 else f"each of {world_size} ranks"
+    text, numbers = f"{counted(check.checked, 'tensor')} on {ranks}", check.numbers
+    if "sharded" not in numbers:
+        return text
+    return f"{text}, {numbers['sharded']} of them sharded, {max(numbers['bytes_per_rank']):,} bytes at most"
+
+
+def _content(check: Check, world_size: int) -> str:
+    numbers = check.numbers
+    if "copies" not in numbers:
+        return ""
+    copies = f"{numbers['copies']} {'copy' if numbers['copies'] == 1 else 'copies'}"
+    return f"{counted(check.checked, 'tensor')} in {copies}, by the {numbers['against']}'s digests"
+
+
+def _forward(check: Check, world_size: int) -> str:
+    numbers = check.numbers
+    if "reason" in numbers:
+        return str(numbers["reason"])
+    text = f"largest difference of {numbers['compared']} {_off(numbers)}"
+    return f"{text}; {_as_stored(numbers['as_stored'])}" if "as_stored" in numbers else text
+
+
+def _as_stored(numbers: Mapping[str, Any]) -> str:
+    if "typical_error" not in numbers:
+        return f"in {numbers['dtype']} it fails"
+    errors = (_number(numbers[name]) for name in ("typical_error", "unsharded_error"))
+    return "in {} {} off, the unsharded {}".format(numbers["dtype"], *errors)
+
+
+def _backward(check: Check, world_size: int) -> str:
+    numbers = check.numbers
+    if "reason" in numbers:
+        return str(numbers["reason"])
+    return f"{counted(check.checked, 'gradient')}, largest difference {_number(numbers['worst_relative_diff'])} of one"
+
+
+def _generation(check: Check, world_size: int) -> str:
+    numbers = check.numbers
+    if "reason" in numbers:
+        return str(numbers["reason"])
+    return f"{counted(numbers['texts'], 'text')} of {counted(numbers['tokens_each'], 'token')}"
+
+
+_SAID: Mapping[str, Callable[[Check, int], str]] = {
+    "structure": _structure,
+    "content": _content,
+    "forward": _forward,
+    "backward": _backward,
+    "generation": _generation,
+}
+
+
+def _off(numbers: Mapping[str, Any]) -> str:
+    return f"{_number(numbers['max_abs_diff'])}, of {_number(numbers['max_abs_reference'])}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2e}"

@@ -1,0 +1,53 @@
+"""Names of files: which ones weight files in hub form may have, and that those of a result are apart."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from plans.errors import CheckpointError
+from runtime.wording import listed
+
+__all__ = ["INDEX", "WEIGHTS", "check_apart_names", "is_weight_file"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_MAX_BYTES = 255
+_OTHER_LAYOUTS = re.compile(r"rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def is_weight_file(name: object) -> bool:
+    """Return whether this is the plain name of a safetensors file, of no other layout's, that any disk can have."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and Path(name).name == name
+        and "\\" not in name
+        and name.isprintable()
+        and len(name.encode(errors="replace")) <= _MAX_BYTES
+        and _OTHER_LAYOUTS.fullmatch(name) is None
+    )
+
+
+def check_apart_names(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a result in which two files would have one name, or one the name of another's folder.
+
+    Args:
+        folder: of the source.
+        names: of all files of the result, `/` between their parts.
+
+    Raises:
+        CheckpointError: two of them are in each other's way.
+    """
+    counts = Counter(names)
+    folders = {str(parent) for name in counts for parent in PurePosixPath(name).parents}
+    twice = sorted(name for name, count in counts.items() if count > 1 or name in folders)
+    if twice:
+        raise CheckpointError(
+            f"{folder}: the result would have two of {listed(twice)}",
+            hint="rename or move away the source's files of these names",
+            files=twice,
+        )

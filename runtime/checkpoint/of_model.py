@@ -1,0 +1,72 @@
+"""Whether what a checkpoint holds is what its model has: the same tensors, kinds, shapes and ties, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from plans.errors import IncompleteError, MismatchError
+from runtime.checkpoint.content import Content, Held
+from runtime.model import model_tensors, tied_names
+from runtime.wording import listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_of_model"]
+
+_HINT = "config.json does not belong to these weights; put back the one that they were written with"
+
+
+def check_of_model(content: Content, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint that is of another model than its config describes.
+
+    Args:
+        content: of the checkpoint.
+        model: that its config describes, on meta.
+
+    Raises:
+        IncompleteError: the model has a tensor that the checkpoint lacks.
+        MismatchError: the checkpoint has one that the model lacks, or ties names, or has kinds or shapes, otherwise.
+    """
+    tied = tied_names(model)
+    wanted = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
+    held = {name: tensor for name, tensor in content.tensors.items() if tensor.kind != "carried" or name in wanted}
+    _check_tied(content.folder, tied, content.tied)
+    if missing := [name for name in wanted if name not in held]:
+        raise IncompleteError(
+            f"{content.folder}: {listed(missing)} of the model are stored nowhere", hint=_HINT, missing=missing
+        )
+    if surplus := [name for name in held if name not in wanted]:
+        raise MismatchError(
+            f"{content.folder}: {listed(surplus)} of the checkpoint are no tensors of the model",
+            hint=_HINT,
+            tensors=surplus,
+        )
+    for name, tensor in wanted.items():
+        expected = Held("parameter" if isinstance(tensor, nn.Parameter) else "buffer", "", tuple(tensor.shape))
+        _check_alike(content.folder, name, expected, held[name])
+
+
+def _check_tied(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    names: Collection[str] = expected.keys() | found.keys()
+    for name in sorted(names):
+        wanted, has = (f"tied to {ties[name]}" if name in ties else "not tied" for ties in (expected, found))
+        if wanted != has:
+            raise MismatchError(
+                f"{folder}: {name} is {wanted} in the model but {has} in the checkpoint",
+                hint=f"{_HINT}; tie_word_embeddings says which names are tied",
+                name=name,
+            )
+
+
+def _check_alike(folder: Path, name: str, expected: Held, found: Held) -> None:
+    """Refuse a tensor of another kind or shape; dtypes are the checkpoint's own."""
+    for wanted, has in ((expected.kind, found.kind), (list(expected.shape), list(found.shape))):
+        if wanted != has:
+            raise MismatchError(
+                f"{folder}: {name} is {wanted} in the model but {has} in the checkpoint", hint=_HINT, name=name
+            )

@@ -1,0 +1,194 @@
+"""Filling: threads that each bring reads to their targets, in memory directly, on a GPU through pinned buffers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+import torch
+
+from runtime.checkpoint.safetensors import read_exactly, reading
+from runtime.loader.placing import Target, place
+from runtime.loader.reads import Read, positions
+
+__all__ = ["LIMIT", "CudaWorker", "HostWorker", "Worker", "fill", "read_range"]
+
+LIMIT = 8 * 2**20
+"""Bytes of a buffer: large enough that calls do not matter, small enough that reading and copying overlap."""
+
+Unit = Sequence[Read]
+Targets = Mapping[int, Target]
+
+
+class Worker(Protocol):
+    """Brings units to their targets, one at a time."""
+
+    def take(self, unit: Unit) -> None:
+        """Read a unit and place it, or set out to."""
+
+    def finish(self) -> None:
+        """Wait until everything is in its place."""
+
+
+def fill(work: Iterable[Unit], threads: int, worker: Callable[[], Worker]) -> None:
+    """Bring all units to their targets.
+
+    Args:
+        work: the units.
+        threads: how many take part.
+        worker: makes one for each thread, in it.
+
+    Raises:
+        IncompleteError: a file ends before its tensors do.
+        CheckpointError: a file cannot be read.
+    """
+    shared = _Shared(iter(work))
+
+    def take_part() -> None:
+        try:
+            own = worker()
+            for unit in shared:
+                own.take(unit)
+            own.finish()
+        except BaseException:
+            shared.stop()
+            raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(take_part) for _ in range(threads)]
+    for part in parts:
+        part.result()
+
+
+class _Shared:
+    """An iterator that several threads take from, until it ends or one of them fails."""
+
+    def __init__(self, items: Iterator[Unit]) -> None:
+        self._items, self._lock = items, Lock()
+
+    def __iter__(self) -> Iterator[Unit]:
+        while True:
+            with self._lock:
+                found = next(self._items, None)
+            if found is None:
+                return
+            yield found
+
+    def stop(self) -> None:
+        with self._lock:
+            self._items = iter(())
+
+
+class HostWorker:
+    """Reads to tensors in this machine's memory, through a buffer only where elements are moved apart or cast."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, unit: Unit) -> None:
+        """Read a unit and place it."""
+        for read in unit:
+            first = read.parts[0]
+            target = self._targets[first.destination]
+            if len(read.parts) == 1 and target.takes_bytes(first):
+                read_range(read, target.bytes_of(first).numpy().data)
+            else:
+                self._through_buffer(read)
+
+    def finish(self) -> None:
+        """Do nothing: all is in its place."""
+
+    def _through_buffer(self, read: Read) -> None:
+        if not len(self._buffer):
+            self._buffer = torch.empty(LIMIT, dtype=torch.uint8)
+        read_range(read, self._buffer.numpy().data[: read.size])
+        for part in read.parts:
+            place(part, self._buffer, read.start, self._targets[part.destination])
+
+
+@dataclass
+class _Half:
+    """One of the two buffers of a thread: while one is read into, the other is copied from."""
+
+    pinned: torch.Tensor
+    memory: memoryview
+    copied: torch.cuda.Event
+    on_device: torch.Tensor | None = None
+
+
+class CudaWorker:
+    """Reads to pinned buffers in turn, from where a stream of its own copies to tensors on a GPU.
+
+    What follows one another in file and tensor is copied straight to its place. All else is copied as it was read and
+    moved apart on the device, which is quicker there.
+    """
+
+    def __init__(self, targets: Targets, device: torch.device, before: torch.cuda.Stream) -> None:
+        """Prepare buffers.
+
+        Args:
+            targets: by the number that runs use.
+            device: that they are on.
+            before: the stream that made them, whose work comes first.
+        """
+        torch.cuda.set_device(device)
+        self._targets, self._device = targets, device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(before)
+        self._halves = [self._half(), self._half()]
+
+    def take(self, unit: Unit) -> None:
+        """Read a unit and set out to copy it."""
+        half = self._halves[0]
+        self._halves.reverse()
+        half.copied.synchronize()
+        begins = positions(unit)
+        for read, begin in zip(unit, begins, strict=True):
+            read_range(read, half.memory[begin : begin + read.size])
+        with torch.cuda.stream(self._stream):
+            for read, begin in zip(unit, begins, strict=True):
+                self._copy(read, begin, half)
+            half.copied.record(self._stream)
+
+    def finish(self) -> None:
+        """Wait for the stream."""
+        self._stream.synchronize()
+
+    def _copy(self, read: Read, begin: int, half: _Half) -> None:
+        if all(self._targets[part.destination].takes_bytes(part) for part in read.parts):
+            for part in read.parts:
+                first = begin + part.source_offset - read.start
+                found = half.pinned[first : first + part.length]
+                self._targets[part.destination].bytes_of(part).copy_(found, non_blocking=True)
+            return
+        if half.on_device is None:
+            half.on_device = torch.empty_like(half.pinned, device=self._device)
+        end = begin + read.size
+        half.on_device[begin:end].copy_(half.pinned[begin:end], non_blocking=True)
+        for part in read.parts:
+            place(part, half.on_device, read.start - begin, self._targets[part.destination])
+
+    @staticmethod
+    def _half() -> _Half:
+        pinned = _pinned(LIMIT)
+        return _Half(pinned, pinned.numpy().data, torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+
+def _pinned(size: int) -> torch.Tensor:
+    """Return memory that a GPU can copy from while the processor does other things."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def read_range(read: Read, memory: memoryview) -> None:
+    """Read a range of a file into memory; the interpreter does other things meanwhile."""
+    with reading(read.file):
+        descriptor = os.open(read.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_exactly(descriptor, memory, read.start, read.file)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""Memory: the tensors that a checkpoint is read into, made for a model on meta, the model's own where it has some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from plans.errors import UsageError
+from runtime.loader.slots import Slot, check_buffers, move_buffers
+from runtime.loader.sources import Source
+from runtime.model import DTYPES
+
+__all__ = ["Memory", "check_dtype", "prepare_memory"]
+
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Contiguous tensors in memory, one for each slot of a model.
+
+    Args:
+        slots: by name.
+        locals_: by the same names; a slot's own memory where that can be filled as it is.
+        device: that a model on meta comes to, None where the model is in memory already.
+    """
+
+    slots: Mapping[str, Slot]
+    locals_: Mapping[str, torch.Tensor]
+    device: torch.device | None
+
+    def install(self, model: nn.Module) -> None:
+        """Give the tensors to the model, now that they are filled.
+
+        Args:
+            model: whose slots these are.
+        """
+        for name, slot in self.slots.items():
+            if self.device is not None:
+                slot.replace(self.locals_[name])
+            elif self.locals_[name].data_ptr() != slot.local().data_ptr():
+                slot.local().copy_(self.locals_[name])
+        if self.device is not None:
+            move_buffers(model, self.device)
+
+
+def check_dtype(dtype: torch.dtype | None, slots: Mapping[str, Slot]) -> None:
+    """Refuse a cast that is none, or that a model in memory has no room for.
+
+    Raises:
+        UsageError: the dtype is not floating point, or other than the model's.
+    """
+    if dtype is None:
+        return
+    if dtype not in _CASTABLE:
+        raise UsageError(f"tensors cannot be cast to {dtype}", hint="choose a floating point type of 16 bits or more")
+    for name, slot in () if _is_new(slots) else slots.items():
+        if slot.tensor.dtype in _CASTABLE and slot.tensor.dtype != dtype:
+            raise UsageError(
+                f"the model is in memory, and {name} there is {slot.tensor.dtype}, not {dtype}",
+                hint=f"call model.to({dtype}) first, load into a model on meta, or leave dtype out",
+                parameter=name,
+            )
+
+
+def prepare_memory(
+    model: nn.Module, slots: Mapping[str, Slot], source: Source, device: torch.device, dtype: torch.dtype | None
+) -> Memory:
+    """Return the memory to read into; where any tensor of the model is on meta, all of it is new.
+
+    Args:
+        model: on meta or in memory.
+        slots: of it.
+        source: that it is filled from.
+        device: of new memory.
+        dtype: of new memory for floating point tensors, None for as they are stored.
+
+    Raises:
+        UsageError: the device has too little memory, or buffers that no checkpoint stores are on meta.
+    """
+    if not _is_new(slots):
+        return Memory(slots, {name: _contiguous(slot.local()) for name, slot in slots.items()}, None)
+    check_buffers(model)
+    try:
+        made = {
+            name: torch.empty(slot.local().shape, dtype=_wanted(DTYPES[source.dtypes[name]], dtype), device=device)
+            for name, slot in slots.items()
+        }
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"{device} has too little memory for this rank's part of the model",
+            hint="use more ranks, or a smaller dtype",
+            device=str(device),
+        ) from error
+    return Memory(slots, made, device)
+
+
+def _is_new(slots: Mapping[str, Slot]) -> bool:
+    return any(slot.tensor.is_meta for slot in slots.values())
+
+
+def _wanted(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and stored in _CASTABLE else stored
+
+
+def _contiguous(local: torch.Tensor) -> torch.Tensor:
+    return local if local.is_contiguous() else torch.empty_like(local, memory_format=torch.contiguous_format)

@@ -1,0 +1,172 @@
+"""Slots: the tensors of a model that a checkpoint fills, which part of each this rank holds, and where it goes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from plans.errors import UsageError
+from plans.placement import Packed, Placement, Replicate, Shard
+from runtime.checkpoint.extents import Form
+from runtime.checkpoint.shards import local_form
+from runtime.model import model_tensors, tied_names
+from runtime.placements import planned_placements
+from runtime.wording import listed
+
+__all__ = ["Slot", "check_buffers", "default_device", "mesh_axes", "move_buffers", "slots_of"]
+
+Holder = tuple[dict[str, Any], str]
+"""A table of a module's parameters or buffers, and the name in it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a model that a checkpoint fills.
+
+    Args:
+        name: in the model; of tied names the one that holds the bytes.
+        tensor: that the model has now, on meta or in memory, sharded or whole.
+        holders: where the model keeps it; tied names are several places of one tensor.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    holders: Sequence[Holder]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor is whole on this rank, and so on every other one."""
+        return not isinstance(self.tensor, DTensor)
+
+    def local(self) -> torch.Tensor:
+        """Return what this rank holds, outside of any graph."""
+        with torch.no_grad():
+            value = self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor
+        return value.detach()
+
+    def cut(self, form: Form) -> Form:
+        """Return the form of what this rank holds, given that of the whole tensor.
+
+        Raises:
+            UsageError: the tensor is placed in a way that is no shard.
+        """
+        if not isinstance(self.tensor, DTensor):
+            return form
+        mesh = self.tensor.device_mesh
+        coordinates = mesh.get_coordinate()
+        assert coordinates is not None, "a rank outside of a model's mesh has none of it"
+        found = local_form(form, self._placements(), tuple(mesh.shape), tuple(coordinates))
+        held = tuple(self.local().shape)
+        assert found.shape == held or prod(found.shape) == prod(held) == 0, f"{self.name}: {found.shape} is not {held}"
+        return found
+
+    def replace(self, local: torch.Tensor) -> None:
+        """Put another local tensor in the place of this one wherever the model holds it."""
+        new = _like(self.tensor, local)
+        for table, name in self.holders:
+            table[name] = new
+
+    def _placements(self) -> list[Placement]:
+        assert isinstance(self.tensor, DTensor)
+        found: list[Placement] = []
+        for placement in planned_placements(self.tensor):
+            if not isinstance(placement, Replicate | Shard | Packed):
+                raise UsageError(
+                    f"{self.name} is placed as {placement}, which is no shard of a tensor",
+                    hint="load before anything else has changed the model's parameters",
+                    parameter=self.name,
+                )
+            found.append(placement)
+        return found
+
+
+def slots_of(model: nn.Module) -> dict[str, Slot]:
+    """Return what a checkpoint fills of a model, by name: its parameters and persistent buffers, tied ones once."""
+    tied, holders = tied_names(model), _holders(model)
+    tensors = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
+    return {name: Slot(name, tensor, holders[id(tensor)]) for name, tensor in tensors.items()}
+
+
+def mesh_axes(slots: Iterable[Slot]) -> tuple[DeviceMesh, ...]:
+    """Return the mesh axes, innermost first, whose ranks hold a model together; none of one that is not parallel."""
+    meshes = [slot.tensor.device_mesh for slot in slots if isinstance(slot.tensor, DTensor)]
+    if not meshes:
+        return ()
+    largest = max(meshes, key=lambda mesh: mesh.size())
+    if largest.ndim == 1:
+        return (largest,)
+    return tuple(largest[name] for name in reversed(largest.mesh_dim_names or ()))
+
+
+def default_device(slots: Iterable[Slot]) -> torch.device:
+    """Return where tensors on meta go: to the device of the mesh, or of the process group where there is no mesh."""
+    axes = mesh_axes(slots)
+    over_nccl = not axes and dist.is_initialized() and dist.get_backend() == "nccl"
+    kind = axes[0].device_type if axes else "cuda" if over_nccl else "cpu"
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Refuse buffers on meta that no checkpoint stores: nothing could bring their values back.
+
+    Raises:
+        UsageError: there are some.
+    """
+    lost = [name for name, buffer in _unsaved(model).items() if buffer.is_meta]
+    if lost:
+        raise UsageError(
+            f"the buffers {listed(lost)} are on meta, and checkpoints do not store them",
+            hint="build the model with real buffers, as transformers and runtime.model.meta_model do, or give them "
+            "their values first",
+            buffers=lost,
+        )
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring the buffers that no checkpoint stores to a device, their values as the constructor made them."""
+    holders = _holders(model)
+    for buffer in _unsaved(model).values():
+        if buffer.device != device:
+            moved = buffer.to(device)
+            for table, name in holders[id(buffer)]:
+                table[name] = moved
+
+
+def _unsaved(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    saved = model_tensors(model)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+
+
+def _holders(model: nn.Module) -> Mapping[int, list[Holder]]:
+    """Return where the model holds each tensor, by its identity."""
+    holders: defaultdict[int, list[Holder]] = defaultdict(list)
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    holders[id(tensor)].append((table, name))
+    return holders
+
+
+def _like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return what takes the place of `old` when its local tensor is `local`."""
+    new = local
+    if isinstance(old, DTensor):
+        new = DTensor.from_local(
+            local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -1,0 +1,72 @@
+"""Models run on all ranks: one that fails under its plan, on whatever rank, is a finding and no error of ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from plans.errors import MigratorError
+from runtime.agreement import gather_json
+from runtime.wording import first_line
+
+__all__ = ["Failed", "attempt"]
+
+Result = TypeVar("Result")
+
+_PATIENCE = 30.0
+"""Seconds that a rank whose model failed waits for the others."""
+
+
+class Failed(Generic[Result]):
+    """A model that failed: the first rank where it did, and what it said."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        self.rank, self.reason = rank, reason
+
+
+def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
+    """Run a model on every rank and return what it computes, or the first rank's failure; every rank calls this.
+
+    A rank that fails alone leaves the others waiting in one of the plan's collectives. It waits for them only a
+    while, then ends its process with its error, so that whoever started the ranks ends them.
+
+    Raises:
+        MigratorError: on this rank.
+    """
+    failure: Exception | None = None
+    try:
+        result = run()
+    except MigratorError:
+        raise
+    except Exception as error:  # Whatever a model raises, it did not compute.
+        failure = error
+    with _patience(failure):
+        reasons = gather_json(f"{type(failure).__name__}: {first_line(failure)}" if failure else None)
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            return Failed(rank, reason)
+    return result
+
+
+@contextmanager
+def _patience(failure: Exception | None) -> Iterator[None]:
+    """End this process with its failure where the other ranks do not come to hear of it."""
+
+    def leave() -> None:
+        traceback.print_exception(failure)
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(_PATIENCE, leave)
+    timer.daemon = True
+    if failure is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,97 @@
+"""The backward check: every parameter's gradient, piece by piece on every rank, and the unsharded model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import TYPE_CHECKING
+
+import torch
+
+from plans.resolved import ResolvedPlan
+from runtime.agreement import gather_json
+from runtime.structure import Mismatch
+from runtime.validation.attempt import Failed, attempt
+from runtime.validation.local_tensors import own_piece, plain
+from runtime.validation.outputs import backward
+from runtime.validation.reference import Reference
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_backward"]
+
+_WIDER = 10.0
+"""Gradients pass each layer twice, and add up over tokens: their error may be so many times that of outputs."""
+_FLOOR = 1e-2
+"""A gradient this many times smaller than the model's largest is compared as if it were as large as that.
+
+Some are zero but for rounding, as that of a bias on keys is; what is left of them has no right value.
+"""
+
+_Row = tuple[str, float, float]
+"""A parameter, the largest error of its gradient on a rank, and the largest value of the gradient."""
+
+
+def check_backward(
+    model: PreTrainedModel,
+    resolved: ResolvedPlan,
+    tokens: torch.Tensor,
+    reference: Reference,
+    request: ValidationRequest,
+) -> Check | str:
+    """Compare the gradient of every parameter, on every rank that holds a piece of it or all of it.
+
+    The gradients of a parameter that ranks hold whole must be the whole gradient on each: one that is partial, or
+    differs from another rank's, is found on the rank where it is. Every rank calls this.
+
+    Returns:
+        What was found, or why nothing could be compared.
+    """
+    found = attempt(lambda: backward(model, tokens, request.seed))
+    if isinstance(found, Failed):
+        mismatch = Mismatch("backward", "gradients", found.reason, found.rank)
+        return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
+    expected = reference.attempt(lambda model: backward(model, tokens, request.seed))
+    if isinstance(expected, Failed):
+        return f"the unsharded model has no gradients: {expected.reason}"
+    rows: list[list[_Row]] = gather_json(_errors(model, resolved, reference))
+    return _judged(rows, _WIDER * request.tolerance)
+
+
+def _errors(model: PreTrainedModel, resolved: ResolvedPlan, reference: Reference) -> list[_Row]:
+    rows: list[_Row] = []
+    for name, parameter in model.named_parameters():
+        row = resolved.by_name[name]
+        whole = reference.gradient(name, row.shape)
+        wanted = own_piece(whole, row, resolved.mesh)
+        gradient = torch.zeros_like(wanted) if parameter.grad is None else plain(parameter.grad)
+        assert gradient.shape == wanted.shape, name
+        error = float((gradient - wanted).abs().max().nan_to_num(nan=inf)) if wanted.numel() else 0.0
+        rows.append((name, error, float(whole.abs().max())))
+    return rows
+
+
+def _judged(by_rank: Sequence[Sequence[_Row]], tolerance: float) -> Check:
+    largest = max(value for rows in by_rank for _, _, value in rows)
+    if not 0 < largest < inf:
+        reason = "the reference's gradients are " + ("not finite" if largest else "all zero")
+        return Check(0, (Mismatch("gradients", "some to compare with", reason),), {"reason": reason})
+    wrong: list[Mismatch] = []
+    worst = ("", 0.0)
+    for rank, rows in enumerate(by_rank):
+        for name, error, value in rows:
+            scale = max(value, _FLOOR * largest)
+            worst = max(worst, (name, error / scale), key=lambda one: one[1])
+            if not error <= tolerance * scale:
+                said = f"a gradient of {value:.3g} at most, give or take {tolerance * scale:.2g}"
+                wrong.append(Mismatch(name, said, f"{error:.2g} off", rank))
+    numbers = {
+        "worst_parameter": worst[0],
+        "worst_relative_diff": worst[1],
+        "max_abs_reference": largest,
+        "tolerance": tolerance,
+    }
+    return Check(len(by_rank[0]), tuple(wrong), numbers)

@@ -1,0 +1,105 @@
+"""The content check: digests of the tensors that ranks hold in memory, every copy of each, summed on their device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from plans.placement import Replicate
+from plans.resolved import ResolvedParameter, ResolvedPlan
+from runtime.agreement import gather_json, together
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.extents import whole
+from runtime.checkpoint.shards import local_form
+from runtime.model import model_tensors
+from runtime.structure import Mismatch
+from runtime.validation.local_digest import local_digest
+from runtime.validation.local_tensors import plain
+from runtime.validation.source import file_digests
+from runtime.validation.values import Check
+
+__all__ = ["check_content"]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A copy of a tensor and the ranks that together hold it."""
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+def check_content(model: nn.Module, resolved: ResolvedPlan, content: Content) -> Check:
+    """Hold the digest of every copy of every tensor against the recorded one, or the source's; every rank calls this.
+
+    Args:
+        model: loaded with the types that the checkpoint stores.
+        resolved: the plan that it is sharded by.
+        content: of the checkpoint. Carried tensors, which no model holds, are read from its files.
+
+    Raises:
+        CheckpointError: a file of the checkpoint cannot be read any more.
+    """
+    shares: list[dict[str, str]] = gather_json(_local_digests(model, resolved))
+    expected = _expected(content)
+    copies = [copy for row in resolved.parameters if row.tied_to is None for copy in _copies(row, resolved)]
+    found = {copy: _sum(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
+    carried = _from_files(content, [name for name in content.digests if content.tensors[name].kind == "carried"])
+    found |= {_Copy(name, (0,)): digest for name, digest in carried.items()}
+    wrong = tuple(
+        _mismatch(copy, expected[copy.name], digest) for copy, digest in found.items() if digest != expected[copy.name]
+    )
+    against = "manifest" if content.digests else "source"
+    return Check(len({copy.name for copy in found}), wrong, {"copies": len(found), "against": against})
+
+
+def _local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
+    tensors, mesh, rank = model_tensors(model), resolved.mesh, dist.get_rank()
+    digests: dict[str, str] = {}
+    with torch.no_grad():
+        for row in resolved.parameters:
+            if row.tied_to is None:
+                sizes, place = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
+                form = local_form(whole(row.name, row.shape), row.placements, sizes, place)
+                digests[row.name] = str(local_digest(plain(tensors[row.name]), form, row.shape))
+    return digests
+
+
+def _copies(row: ResolvedParameter, resolved: ResolvedPlan) -> Iterator[_Copy]:
+    """Yield the copies of a tensor: ranks at one place of the axes that replicate it hold one together."""
+    copies: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank in range(resolved.mesh.world_size):
+        pairs = zip(row.placements, resolved.mesh.coordinates(row.mesh, rank), strict=True)
+        copies[tuple(index for placement, index in pairs if isinstance(placement, Replicate))].append(rank)
+    for ranks in copies.values():
+        yield _Copy(row.name, tuple(ranks))
+
+
+def _sum(shares: Iterator[str]) -> str:
+    total = Digest()
+    for share in shares:
+        total.join(Digest.parse(share))
+    return str(total)
+
+
+def _expected(content: Content) -> Mapping[str, str]:
+    """Return the digests that the checkpoint records, else those of its files, which ranks share the reading of."""
+    return content.digests or _from_files(content, [n for n, held in content.tensors.items() if held.kind != "carried"])
+
+
+def _from_files(content: Content, names: list[str]) -> dict[str, str]:
+    own = names[dist.get_rank() :: dist.get_world_size()]
+    digests = together(lambda: file_digests(content, own) if own else {})
+    return {name: digest for share in gather_json(dict(digests)) for name, digest in share.items()}
+
+
+def _mismatch(copy: _Copy, expected: str, found: str) -> Mismatch:
+    alone = copy.ranks[0] if len(copy.ranks) == 1 else None
+    where = "" if alone is not None else f" of ranks {', '.join(map(str, copy.ranks))} together"
+    return Mismatch(copy.name, f"digest {expected}", f"digest {found}{where}", alone)

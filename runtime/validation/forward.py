@@ -1,0 +1,169 @@
+"""The forward check: a parallel model's outputs and those of the unsharded one, on the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from plans.errors import UsageError
+from runtime.agreement import gather_json
+from runtime.structure import Mismatch
+from runtime.validation.attempt import Failed, attempt
+from runtime.validation.outputs import Output, run
+from runtime.validation.reference import Reference
+from runtime.validation.values import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["AsStored", "as_stored", "check_forward", "expected_output", "outputs"]
+
+_ROUNDING = 3.0
+"""How many times the unsharded model's rounding error a parallel model may have: it adds up rounded parts."""
+
+
+@dataclass(frozen=True)
+class AsStored:
+    """Outputs of models with weights of the checkpoint's own type.
+
+    Args:
+        dtype: safetensors' name of it.
+        found: by the parallel model.
+        expected: by the unsharded one.
+    """
+
+    dtype: str
+    found: Output | Failed[Output]
+    expected: torch.Tensor
+
+
+def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> Output | Failed[Output]:
+    """Run a parallel model without gradients; every rank calls this."""
+    with torch.no_grad():
+        return attempt(lambda: run(model, tokens))
+
+
+def expected_output(reference: Reference, tokens: torch.Tensor, found: Output, source: Path) -> torch.Tensor:
+    """Return what the reference computes, on every rank; every rank calls this.
+
+    Raises:
+        UsageError: it cannot run on the tokens, or computes something else than the parallel model.
+    """
+    with torch.no_grad():
+        expected = reference.attempt(lambda model: run(model, tokens))
+    if isinstance(expected, Failed):
+        raise _other(source, f"the unsharded model cannot run on these tokens: {expected.reason}")
+    kind = gather_json((expected.name, list(expected.tensor.shape)) if expected else None)[0]
+    if kind != [found.name, list(found.tensor.shape)]:
+        raise _other(source, f"{kind[0]} are {kind[1]}, those of the folder, {found.name}, {list(found.tensor.shape)}")
+    return reference.share(expected.tensor if expected else None)
+
+
+def as_stored(model: PreTrainedModel, reference: Reference, tokens: torch.Tensor, dtype: str) -> AsStored | str:
+    """Run both models, loaded in the checkpoint's own type; every rank calls this.
+
+    Returns:
+        What they computed, or why the unsharded one did not.
+    """
+    found = outputs(model, tokens)
+    with torch.no_grad():
+        expected = reference.attempt(lambda model: run(model, tokens).tensor)
+    if isinstance(expected, Failed):
+        return f"the unsharded model does not run in {dtype}: {expected.reason}"
+    return AsStored(dtype, found, reference.share(expected))
+
+
+def check_forward(
+    found: Output | Failed[Output],
+    expected: torch.Tensor | None,
+    tolerance: float,
+    against: str,
+    stored: AsStored | None = None,
+) -> Check:
+    """Compare what the parallel model computed in float32 with the reference; every rank calls this.
+
+    Args:
+        found: by the parallel model.
+        expected: by the reference; None where the parallel model computed nothing.
+        tolerance: relative to the largest of the reference's outputs.
+        against: what the reference is, in words.
+        stored: outputs in the checkpoint's own type, where that is another.
+    """
+    if isinstance(found, Failed) or expected is None:
+        assert isinstance(found, Failed)
+        return _nothing(
+            Mismatch("forward", "an output", found.reason, found.rank), f"rank {found.rank}: {found.reason}"
+        )
+    differences: list[float] = gather_json(_largest(found.tensor - expected))
+    largest = _largest(expected)
+    numbers = {
+        "max_abs_diff": max(differences),
+        "max_abs_reference": largest,
+        "tolerance": tolerance,
+        "compared": found.name,
+        "against": against,
+    }
+    if not 0 < largest < inf:
+        reason = "the reference is " + ("not finite" if largest else "all zero") + ", nothing was compared"
+        return _nothing(Mismatch(found.name, "outputs to compare with", reason), reason, numbers)
+    wrong = [
+        Mismatch(found.name, f"{largest:.3g} at most, give or take {tolerance * largest:.2g}", _off(difference), rank)
+        for rank, difference in enumerate(differences)
+        if not difference <= tolerance * largest
+    ]
+    if stored is not None:
+        also_wrong, numbers["as_stored"] = _compare_stored(stored, expected, tolerance, found.name)
+        wrong += also_wrong
+    return Check(found.tensor.numel(), tuple(wrong), numbers)
+
+
+def _compare_stored(
+    stored: AsStored, exact: torch.Tensor, tolerance: float, name: str
+) -> tuple[list[Mismatch], dict[str, object]]:
+    """Compare errors of rounding, parallel and unsharded.
+
+    A token that is routed to other experts because of a rounding is far off in either model, hence the median.
+    """
+    what, found = f"{name} in {stored.dtype}", stored.found
+    if isinstance(found, Failed):
+        return [Mismatch(what, "an output", found.reason, found.rank)], {"dtype": stored.dtype}
+    rounding = _typical(stored.expected - exact)
+    errors: list[float] = gather_json(_typical(found.tensor - exact))
+    allowed = _ROUNDING * rounding + tolerance * _largest(exact)
+    wrong = [
+        Mismatch(what, f"a typical error of {allowed:.2g} at most", _off(error), rank)
+        for rank, error in enumerate(errors)
+        if not error <= allowed
+    ]
+    return wrong, {"dtype": stored.dtype, "typical_error": _number(max(errors)), "unsharded_error": _number(rounding)}
+
+
+def _typical(errors: torch.Tensor) -> float:
+    """Return the median over tokens of each token's largest error."""
+    return float(errors.abs().nan_to_num(nan=inf).amax(-1).median())
+
+
+def _largest(values: torch.Tensor) -> float:
+    return float(values.abs().max().nan_to_num(nan=inf))
+
+
+def _off(difference: float) -> str:
+    return f"{difference:.2g} off" if isfinite(difference) else "what is no finite number"
+
+
+def _number(value: float) -> float | None:
+    return value if isfinite(value) else None
+
+
+def _nothing(mismatch: Mismatch, reason: str, numbers: dict[str, object] | None = None) -> Check:
+    return Check(0, (mismatch,), {"max_abs_diff": None, **(numbers or {}), "reason": reason})
+
+
+def _other(source: Path, what: str) -> UsageError:
+    return UsageError(
+        f"{source}: {what}", hint="give the checkpoint that the folder was resharded from as the reference"
+    )

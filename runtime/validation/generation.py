@@ -1,0 +1,50 @@
+"""The generation check: greedy tokens of a parallel model, written with a cache, and the unsharded model's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from runtime.agreement import gather_json
+from runtime.structure import Mismatch
+from runtime.validation.attempt import Failed, attempt
+from runtime.validation.outputs import generate
+from runtime.validation.reference import Reference
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["check_generation"]
+
+
+def check_generation(
+    model: PreTrainedModel, tokens: torch.Tensor, reference: Reference, request: ValidationRequest
+) -> Check | str:
+    """Compare the tokens by which models continue a prompt; every rank calls this.
+
+    Returns:
+        What was found, or why there was nothing to compare.
+    """
+    if request.mode in ("sp", "sp_ep"):
+        return "sequence parallel ranks cannot write one token at a time: tp must divide every length"
+    if not model.can_generate():
+        return f"{type(model).__name__} does not generate"
+    found = attempt(lambda: generate(model, tokens, request.new_tokens))
+    if isinstance(found, Failed):
+        mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
+        return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
+    expected = reference.attempt(lambda model: generate(model, tokens, request.new_tokens))
+    if isinstance(expected, Failed):
+        return f"the unsharded model cannot generate: {expected.reason}"
+    wanted: list[list[int]] = reference.share(expected).tolist()
+    by_rank: list[list[list[int]]] = gather_json(found.tolist())
+    wrong = [
+        Mismatch(f"text {number}", str(text), str(texts[number]), rank)
+        for rank, texts in enumerate(by_rank)
+        for number, text in enumerate(wanted)
+        if texts[number] != text
+    ]
+    return Check(sum(map(len, wanted)), tuple(wrong), {"texts": len(wanted), "tokens_each": len(wanted[0])})

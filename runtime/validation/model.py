@@ -1,0 +1,152 @@
+"""The parallel model of a validation: built on meta, cut by its plan, filled by every rank with its own bytes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from plans.errors import PlanError, UsageError
+from plans.placement import Replicate
+from plans.resolved import ResolvedPlan
+from runtime.agreement import gather_json, together
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.record import Manifest
+from runtime.loading import load
+from runtime.mesh import device_meshes
+from runtime.model import meta_model, read_config
+from runtime.parallel import parallelize
+from runtime.resolve import resolve
+from runtime.structure import Mismatch, compare_manifest, sharding_mismatches
+from runtime.styles import StyleRegistry
+from runtime.validation.local_tensors import check_memory
+from runtime.validation.reference import config_in
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import Check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "Parallel",
+    "check_inputs",
+    "check_loaded",
+    "check_structure",
+    "loaded",
+    "made_parallel",
+    "refuted_plan",
+]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A parallel model and the plan that made it so."""
+
+    model: PreTrainedModel
+    resolved: ResolvedPlan
+
+
+def made_parallel(
+    request: ValidationRequest, dtype: torch.dtype, device: torch.device, styles: StyleRegistry
+) -> Parallel:
+    """Build the folder's model on meta and make it parallel; every rank calls this.
+
+    Raises:
+        PlanError: the plan does not resolve on this model and mesh.
+        UsageError: the model is quantized, or there are not as many ranks as the mesh has.
+    """
+    model = together(lambda: meta_model(config_in(request.folder, dtype)))
+    resolved = together(lambda: resolve(model, request.mesh, request.mode, styles=styles))
+    parallelize(model, device_meshes(request.mesh, device.type), resolved, styles)
+    return Parallel(model, resolved)
+
+
+def loaded(parallel: Parallel, content: Content, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Fill the model; every rank calls this.
+
+    Args:
+        parallel: on meta.
+        content: of the checkpoint.
+        device: where this rank computes.
+        dtype: that floating point tensors are cast to, None for as they are stored.
+
+    Raises:
+        CheckpointError: it lacks tensors of the model, or cannot be read.
+        MismatchError: it holds others than the model.
+    """
+    load(parallel.model, content, dtype=dtype, device=device, every_copy=True)
+
+
+def check_structure(parallel: Parallel, manifest: Manifest | None) -> Check:
+    """Hold the model, still on meta, against its plan, and the plan against the manifest; every rank calls this."""
+    recorded = compare_manifest(manifest, parallel.resolved) if manifest else []
+    wrong = (*recorded, *_of_all_ranks(sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank())))
+    return Check(len(parallel.resolved.parameters), wrong)
+
+
+def check_loaded(parallel: Parallel, content: Content) -> Check:
+    """Hold the model against its plan once more now that it is loaded, and its bytes too; every rank calls this.
+
+    Raises:
+        MismatchError: the checkpoint's shapes are not the model's.
+    """
+    wrong = _of_all_ranks(sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank()))
+    memory, numbers = check_memory(parallel.model, parallel.resolved, content)
+    mesh = parallel.resolved.mesh
+    sharded = sum(
+        any(size > 1 and place != Replicate() for size, place in zip(mesh.sizes(row.mesh), row.placements, strict=True))
+        for row in parallel.resolved.parameters
+    )
+    return Check(len(parallel.resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
+
+
+def refuted_plan(error: PlanError) -> Check:
+    """Return what it means that a checkpoint which was laid out by a plan has one that does not even resolve."""
+    name = next((str(error.data[key]) for key in ("parameter", "key", "name") if key in error.data), "plan")
+    return Check(0, (Mismatch(name, "a plan that goes with this model and mesh", error.message),))
+
+
+def check_inputs(request: ValidationRequest) -> None:
+    """Refuse a model that does not run on tokens alone, and a reference that by its config is of another model.
+
+    Raises:
+        UsageError: it is one of these.
+        CheckpointError: a config cannot be read.
+    """
+    model = meta_model(config_in(request.folder, torch.float32))
+    if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{type(model).__name__} does not run on input_ids alone",
+            hint="validate runs decoder-only language models",
+            model=type(model).__name__,
+        )
+    if request.reference is not None:
+        _check_reference(request, model.config)
+
+
+def _check_reference(request: ValidationRequest, config: PreTrainedConfig) -> None:
+    """Refuse a reference whose config alone says that it is another model, before it meets the folder's tokens."""
+    assert request.reference is not None
+    other = read_config(request.reference)
+    for what, found, expected in (
+        ("model type", other.model_type, config.model_type),
+        ("vocabulary", _vocabulary(other), _vocabulary(config)),
+    ):
+        if found != expected:
+            raise UsageError(
+                f"{request.reference}: the reference's {what} is {found}, that of {request.folder} is {expected}",
+                hint="give the checkpoint that the folder was laid out from as the reference, or none",
+                reference=found,
+                folder=expected,
+            )
+
+
+def _vocabulary(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:
+    return [Mismatch(**row) for rows in gather_json([row.to_json() for row in mismatches]) for row in rows]

@@ -1,0 +1,79 @@
+"""What models are asked to compute, parallel and unsharded ones alike: outputs, gradients and greedy tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from plans.errors import UsageError
+from runtime.validation.request import ValidationRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Output", "backward", "generate", "run", "tokens_of"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model computed, in float32, and which of its outputs that is."""
+
+    name: str
+    tensor: torch.Tensor
+
+
+def tokens_of(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
+    """Return the tokens that models are run on, `[batch, sequence]`, the same on every rank."""
+    generator = torch.Generator().manual_seed(request.seed)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    length = -(-request.sequence // request.mesh.tp) * request.mesh.tp
+    return torch.randint(0, vocabulary, (request.batch, length), generator=generator).to(_device(model))
+
+
+def run(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
+    """Run a model on tokens; one without a head is judged by its last hidden state.
+
+    Raises:
+        UsageError: it computes neither.
+    """
+    output = model(input_ids=tokens.to(_device(model)), use_cache=False)
+    for name in ("logits", "last_hidden_state"):
+        tensor = getattr(output, name, None)
+        if isinstance(tensor, torch.Tensor):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            return Output(name, whole.float().contiguous())
+    raise UsageError(
+        f"{type(model).__name__} computes neither logits nor a last hidden state",
+        hint="validate runs decoder-only language models",
+        model=type(model).__name__,
+    )
+
+
+def backward(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
+    """Leave gradients on a model: those of its outputs summed with random weights, the same for the same seed."""
+    output = run(model, tokens).tensor
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(output.shape, generator=generator).to(output.device)
+    torch.autograd.backward((output * weights).mean())
+
+
+def generate(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the tokens by which a model continues a prompt greedily, `[batch, count]`, whatever its defaults are."""
+    from transformers import GenerationConfig
+
+    writer: Any = model
+    # Without a token that ends a text, and whatever else the checkpoint's own settings say.
+    writer.generation_config = GenerationConfig(pad_token_id=0)
+    prompt = prompt.to(_device(model))
+    text: torch.Tensor = writer.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count
+    )
+    return text[:, prompt.shape[1] :]
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device

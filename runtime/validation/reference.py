@@ -1,0 +1,154 @@
+"""The model that is right by definition: unsharded on rank 0, or where that does not fit, over pure data parallelism.
+
+Spread so, every rank still computes whole layers by the model's own code; torch gathers each layer's weights before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from plans.errors import IncompleteError
+from plans.mesh import Mesh
+from runtime.agreement import gather_json, together
+from runtime.checkpoint.read import layout_of
+from runtime.loading import load
+from runtime.mesh import device_meshes
+from runtime.model import meta_model, model_class, read_config
+from runtime.parallel import parallelize
+from runtime.plan import Plan
+from runtime.validation.attempt import Failed, attempt
+from runtime.wording import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["Reference", "config_in", "load_reference"]
+
+Result = TypeVar("Result")
+
+_OTHER = "give the checkpoint that the folder was resharded from as the reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference as one rank has it.
+
+    Args:
+        model: None on other ranks than 0 where it is not spread.
+        spread: whether every rank has a part of it.
+        device: where this rank computes.
+    """
+
+    model: PreTrainedModel | None
+    spread: bool
+    device: torch.device
+
+    @property
+    def words(self) -> str:
+        """What it is."""
+        return f"the model over fsdp={dist.get_world_size()}" if self.spread else "the unsharded model"
+
+    def attempt(self, compute: Callable[[PreTrainedModel], Result]) -> Result | Failed[Result | None] | None:
+        """Let it compute, and return what it does, None on ranks that have none of it; every rank calls this."""
+        model = self.model
+        return attempt(lambda: compute(model) if model is not None else None)
+
+    def share(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return on every rank what only rank 0 may have; every rank calls this."""
+        if self.spread:
+            assert tensor is not None
+            return tensor
+        (shape, dtype), *_ = gather_json(
+            (list(tensor.shape), str(tensor.dtype)) if tensor is not None else (None, None)
+        )
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        shared = torch.empty(shape, dtype=kind, device=self.device) if tensor is None else tensor.contiguous()
+        dist.broadcast(shared, src=0)
+        return shared
+
+    def gradient(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a parameter's whole gradient, zeros where there is none, on every rank; every rank calls this."""
+        found = None
+        if self.model is not None:
+            gradient = dict(self.model.named_parameters(remove_duplicate=False))[name].grad
+            found = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            found = torch.zeros(shape, device=self.device) if found is None else found.float().contiguous()
+        if self.spread:
+            assert found is not None
+            return found
+        shared = torch.empty(shape, device=self.device) if found is None else found
+        dist.broadcast(shared, src=0)
+        return shared
+
+
+def config_in(folder: Path, dtype: torch.dtype) -> PreTrainedConfig:
+    """Read a config to be compared in a type."""
+    config = read_config(folder)
+    config.dtype = dtype
+    return config
+
+
+def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, spread: bool) -> Reference:
+    """Load a reference; every rank calls this.
+
+    Args:
+        folder: of whatever layout.
+        dtype: that floating point tensors are cast to.
+        device: where this rank computes.
+        spread: over the ranks, in place of whole on rank 0.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or is incomplete.
+        UsageError: it is quantized.
+    """
+    if spread:
+        return Reference(_spread(folder, dtype, device), True, device)
+    is_first = dist.get_rank() == 0
+    model = together(lambda: _whole(folder, dtype, device) if is_first else None)
+    return Reference(model, False, device)
+
+
+def _spread(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    mesh = Mesh(fsdp=dist.get_world_size())
+    model = together(lambda: meta_model(config_in(folder, dtype)))
+    parallelize(model, device_meshes(mesh, device.type), Plan("tp", {}))
+    load(model, folder, dtype=dtype, device=device)
+    return model
+
+
+def _whole(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    if layout_of(folder) == "hf":
+        return _pretrained(folder, dtype, device)
+    model = meta_model(config_in(folder, dtype))
+    load(model, folder, dtype=dtype, device=device)
+    return model
+
+
+def _pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a hub-form checkpoint as transformers does; nothing is unpickled, and nothing may stay at random."""
+    config = config_in(folder, dtype)
+    load: Callable[..., Any] = model_class(config).from_pretrained
+    try:
+        model, report = load(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # What transformers raises as it loads is not ours to list.
+        raise IncompleteError(f"{folder}: transformers cannot load it: {first_line(error)}", hint=_OTHER) from error
+    if missing := sorted(report["missing_keys"]):
+        raise IncompleteError(
+            f"{folder}: the reference lacks {missing[0]!r}", hint="give a complete checkpoint", tensors=missing
+        )
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded

@@ -1,0 +1,139 @@
+"""What a validation is asked: a plain value with one JSON form, and the mesh that a checkpoint itself speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plans.errors import UsageError
+from plans.mesh import Mesh, Mode
+from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.record import MANIFEST, Manifest
+
+__all__ = ["Device", "ValidationRequest", "check_mesh", "recorded", "wanted_mesh"]
+
+Device = Literal["cpu", "cuda", "auto"]
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """One validation.
+
+    Args:
+        folder: of the checkpoint, of any layout.
+        mesh: to load it onto; the one it was laid out for, where it says so.
+        mode: which of the model's plans apply.
+        reference: a checkpoint of the same model, of any layout; None reassembles the folder itself.
+        device: where ranks compute; `auto` takes GPUs where each rank of a machine can have one.
+        tolerance: accepted difference of outputs in float32, relative to the largest of the reference's; in (0, 1).
+        timeout: seconds that the workers may take.
+        batch: rows of tokens.
+        sequence: tokens in a row, rounded up to what the tensor parallel axis divides.
+        new_tokens: that each row is continued by.
+        seed: of the tokens.
+    """
+
+    folder: Path
+    mesh: Mesh = field(default_factory=Mesh)
+    mode: Mode = "tp"
+    reference: Path | None = None
+    device: Device = "cpu"
+    tolerance: float = 1e-5
+    timeout: float = 1800.0
+    batch: int = 2
+    sequence: int = 16
+    new_tokens: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < 1:
+            raise UsageError(
+                f"{self.tolerance} is not a tolerance: it is relative to the largest output",
+                hint="give one between 0 and 1, such as 1e-5",
+                tolerance=self.tolerance,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, paths absolute."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "folder": str(self.folder.absolute()),
+            "mesh": {"tp": self.mesh.tp, "ep": self.mesh.ep, "fsdp": self.mesh.fsdp},
+            "reference": str(self.reference.absolute()) if self.reference else None,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> ValidationRequest:
+        """Read the JSON form that our own parent process wrote."""
+        reference = value["reference"]
+        return cls(
+            **{
+                **value,
+                "folder": Path(value["folder"]),
+                "mesh": Mesh(**value["mesh"]),
+                "reference": Path(reference) if reference else None,
+            }
+        )
+
+
+def recorded(folder: Path) -> Manifest | None:
+    """Return a checkpoint's manifest, None where it has none.
+
+    Raises:
+        HeaderError: it has one that is damaged.
+    """
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
+
+
+def wanted_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tuple[Mesh, Mode]:
+    """Return the mesh and mode to validate on: what the checkpoint was laid out for, else what is asked for.
+
+    Args:
+        folder: of the checkpoint.
+        sizes: those of the mesh axes `tp`, `ep` and `fsdp` that are asked for.
+        mode: asked for, None where it is not.
+
+    Raises:
+        UsageError: it was laid out for another mesh or mode than is asked for, or the sizes make up no mesh.
+        HeaderError: its manifest is damaged.
+    """
+    manifest = recorded(folder)
+    if manifest is None:
+        mesh = Mesh(**sizes)
+        return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
+    held = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
+    if any(held[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
+        asked = [f"--{axis} {size}" for axis, size in sizes.items()] + ([f"--mode {mode}"] if mode else [])
+        raise _other_mesh(folder, manifest, " ".join(asked))
+    return manifest.mesh, manifest.mode
+
+
+def check_mesh(request: ValidationRequest) -> Manifest | None:
+    """Return the manifest of the checkpoint that a request is about, None where it has none.
+
+    Raises:
+        UsageError: it was laid out for another mesh or mode than the request's.
+        HeaderError: its manifest is damaged.
+    """
+    manifest = recorded(request.folder)
+    if manifest is not None and (manifest.mesh, manifest.mode) != (request.mesh, request.mode):
+        raise _other_mesh(request.folder, manifest, _options(request.mesh, request.mode))
+    return manifest
+
+
+def _other_mesh(folder: Path, manifest: Manifest, asked: str) -> UsageError:
+    laid_out = _options(manifest.mesh, manifest.mode)
+    return UsageError(
+        f"{folder} is laid out for {laid_out}, not {asked}",
+        hint=f"leave the mesh out, say {laid_out}, or reshard",
+        mesh=manifest.mesh.to_json(),
+        mode=manifest.mode,
+    )
+
+
+def _options(mesh: Mesh, mode: Mode) -> str:
+    sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
+    axes = [f"--{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp"]
+    return " ".join(axes + ([f"--mode {mode}"] if mode != ("tp_ep" if mesh.ep > 1 else "tp") else []))

@@ -1,0 +1,53 @@
+"""The checkpoint that is validated, read up to its headers, and the digests that its tensors must have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.copies import Holding, TensorCopy, digests_of
+from runtime.checkpoint.ranks import RankCheckpoint
+from runtime.checkpoint.read import layout_of, read_content
+from runtime.checkpoint.safetensors import tensor_bytes
+from runtime.model import DTYPES, read_config
+from runtime.quantized_model import stored_model
+
+__all__ = ["file_digests", "read_source", "stored_dtypes"]
+
+
+def read_source(folder: Path) -> Content:
+    """Read what a checkpoint of whatever layout holds, no tensor.
+
+    Raises:
+        CheckpointError: it is damaged, or incomplete.
+        MismatchError: its files contradict its manifest or one another.
+        UsageError: it is quantized in a way that is not supported.
+    """
+    if layout_of(folder) == "ranks":
+        return RankCheckpoint.read(folder).content()
+    return read_content(folder, stored_model(read_config(folder)))
+
+
+def stored_dtypes(content: Content) -> list[str]:
+    """Return the floating point types that a checkpoint's parameters are stored in, by safetensors' names.
+
+    The one of most bytes is the first.
+    """
+    bytes_of = Counter[str]()
+    for held in content.tensors.values():
+        if held.kind == "parameter" and held.dtype in DTYPES and DTYPES[held.dtype].is_floating_point:
+            bytes_of[held.dtype] += tensor_bytes(held.dtype, held.shape)
+    return [dtype for dtype, _ in bytes_of.most_common()]
+
+
+def file_digests(content: Content, names: Sequence[str]) -> Mapping[str, str]:
+    """Return the digests of some tensors as the files hold them, every byte of theirs read.
+
+    Raises:
+        IncompleteError: a file shrank since its header was read.
+    """
+    copies = [TensorCopy(name, content.forms[name]) for name in names]
+    found = digests_of(Holding(content, copies))
+    return {copy.name: digest for copy, digest in found.items()}

@@ -1,0 +1,96 @@
+"""What a validation answers: one value for each of its parts, and one JSON form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.structure import Mismatch
+
+__all__ = ["PARTS", "Check", "ValidationResult"]
+
+PARTS = ("structure", "content", "forward", "backward", "generation")
+"""In the order in which they are looked at; what a part says means little where one before it is wrong."""
+
+_ESSENTIAL = PARTS[:3]
+_NOT_LOOKED_AT: Mapping[str, Any] = {"ok": None, "checked": 0, "mismatches": []}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one part of a validation found.
+
+    Args:
+        checked: how many things were looked at.
+        mismatches: those that are not as they must be.
+        numbers: what was measured, by name.
+    """
+
+    checked: int
+    mismatches: tuple[Mismatch, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was looked at, and all of it is as it must be."""
+        return self.checked > 0 and not self.mismatches
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form; a number that is not finite is null there."""
+        rows = [row.to_json() for row in self.mismatches]
+        numbers = {name: _finite(value) for name, value in self.numbers.items()}
+        return {"ok": self.ok, "checked": self.checked, "mismatches": rows, **numbers}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Check:
+        """Read the JSON form that our own worker wrote."""
+        numbers = {name: one for name, one in value.items() if name not in _NOT_LOOKED_AT}
+        return cls(value["checked"], tuple(Mismatch(**row) for row in value["mismatches"]), numbers)
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """What a validation found.
+
+    Args:
+        world_size: ranks that took part.
+        checks: what was looked at, by part.
+        skipped: why the other parts were not.
+        device: where ranks computed.
+        seconds: that each phase took on rank 0.
+    """
+
+    world_size: int
+    checks: Mapping[str, Check]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether structure, content and forward were looked at, and everything that was is as it must be."""
+        return all(part in self.checks for part in _ESSENTIAL) and all(check.ok for check in self.checks.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the one JSON form of a validation; it has every part, looked at or not."""
+        parts = {part: self.checks[part].to_json() if part in self.checks else dict(_NOT_LOOKED_AT) for part in PARTS}
+        return {
+            "ok": self.ok,
+            "world_size": self.world_size,
+            "device": self.device,
+            **parts,
+            "skipped": dict(self.skipped),
+            "seconds": dict(self.seconds),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ValidationResult:
+        """Read the JSON form that our own worker wrote."""
+        checks = {part: Check.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None}
+        return cls(value["world_size"], checks, value["skipped"], value["device"], value["seconds"])
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,162 @@
+"""What tests let ranks do with `runtime.load`; module-level functions, so that they can be sent by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import runtime
+from plans.mesh import Mesh, Mode
+from runtime import Plan, parallelize
+from runtime.loader import filling, reads
+from runtime.loader.reads import Read
+from runtime.model import meta_model, model_class, model_tensors
+from tests.runtime.rank_cases import eager_config, unsharded
+
+TOKENS = torch.arange(3, 35).reshape(2, 16)
+
+
+def parallel(model: Any, mode: Mode, mesh: Mesh) -> Any:
+    # Models without a plan of the mode may still be spread by FSDP alone.
+    plan = Plan(mode, {}) if mesh.tp == mesh.ep == 1 else Plan.from_model(model, mode)
+    parallelize(model, mesh, plan)
+    return model
+
+
+def on_meta(hub: Path, mode: Mode, mesh: Mesh) -> Any:
+    model = parallel(meta_model(eager_config(hub)), mode, mesh)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    return model
+
+
+def loads_what_slicing_gives(hub: Path, folders: list[Path], mode: Mode, mesh: Mesh) -> list[str]:
+    """Load each folder, on meta and in memory, and name what differs from the unsharded model made parallel."""
+    reference = parallel(unsharded(hub), mode, mesh)
+    expected = local_tensors(reference)
+    found: list[str] = []
+    logits = None
+    for folder in folders:
+        model = on_meta(hub, mode, mesh)
+        runtime.load(model, folder, threads=2)
+        found += [f"{folder.name} on meta: {name}" for name in differing(local_tensors(model), expected)]
+        logits = forward(reference) if logits is None else logits
+        if not torch.equal(forward(model), logits):
+            found.append(f"{folder.name} on meta: logits")
+        found += [f"{folder.name} in memory: {what}" for what in reloaded(model, folder, expected)]
+        if not torch.equal(forward(model), logits):
+            found.append(f"{folder.name} in memory: logits")
+    return found
+
+
+def reloaded(model: Any, folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Load into a model that is in memory already, all of it overwritten before, and name what is wrong then."""
+    before = local_tensors(model)
+    places = {name: tensor.data_ptr() for name, tensor in before.items()}
+    for name, tensor in before.items():
+        if name in model_tensors(model):
+            tensor.view(torch.uint8).fill_(113)
+    runtime.load(model, folder)
+    after = local_tensors(model)
+    moved = [f"{name} moved" for name, tensor in after.items() if tensor.data_ptr() != places[name]]
+    return [*differing(after, expected), *moved]
+
+
+def local_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what this rank holds: parameters under all of their names, and all buffers."""
+    state = {**model_tensors(model), **dict(model.named_buffers())}
+    with torch.no_grad():
+        return {name: (v.to_local() if isinstance(v, DTensor) else v).detach() for name, v in state.items()}
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name, tensor in found.items() if not same(tensor, expected[name])]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+
+
+def forward(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS, use_cache=False).logits
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+def ties_kept(hub: Path, folder: Path) -> bool:
+    model = on_meta(hub, "tp", Mesh(tp=dist.get_world_size()))
+    runtime.load(model, folder)
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
+    """Load with a cast and name what differs from casting after loading."""
+    one, other = on_meta(hub, mode, mesh), on_meta(hub, mode, mesh)
+    runtime.load(one, folder)
+    runtime.load(other, folder, dtype=torch.bfloat16)
+    saved = model_tensors(one)
+    expected = {
+        name: tensor.bfloat16() if name in saved and tensor.is_floating_point() else tensor
+        for name, tensor in local_tensors(one).items()
+    }
+    return differing(local_tensors(other), expected)
+
+
+def load_into(hub: Path, folder: Path, **options: Any) -> None:
+    """Load a folder into the model of another folder's config."""
+    runtime.load(on_meta(hub, "tp", Mesh(tp=dist.get_world_size())), folder, **options)
+
+
+def bytes_read(hub: Path, folder: Path, mode: Mode, mesh: Mesh, gap: int) -> tuple[dict[str, int], int, int]:
+    """Load and return the bytes read of each file, the most that any byte was read, and the bytes this rank holds."""
+    model = on_meta(hub, mode, mesh)
+    with counted(gap) as ranges:
+        runtime.load(model, folder)
+    held = sum({t.data_ptr(): t.nbytes for n, t in local_tensors(model).items() if n in model_tensors(model)}.values())
+    files: Counter[str] = Counter()
+    for read in ranges:
+        files[read.file.name] += read.size
+    return dict(files), overlap(ranges), held
+
+
+@contextmanager
+def counted(gap: int) -> Iterator[list[Read]]:
+    """Count what is read, gaps of `gap` bytes and more left out."""
+    ranges: list[Read] = []
+    original, least = filling.read_range, reads._GAP
+
+    def counting(read: Read, memory: memoryview) -> None:
+        assert len(memory) == read.size
+        ranges.append(read)
+        original(read, memory)
+
+    filling.read_range, reads._GAP = counting, gap
+    try:
+        yield ranges
+    finally:
+        filling.read_range, reads._GAP = original, least
+
+
+def overlap(ranges: list[Read]) -> int:
+    ordered = sorted((read.file, read.start, read.stop) for read in ranges)
+    return sum(one[0] == two[0] and two[1] < one[2] for one, two in pairwise(ordered))
+
+
+def loads_alone(hub: Path, folder: Path) -> bool | None:
+    """Load a model that is not parallel on one rank only, which asks nothing of the others."""
+    if dist.get_rank():
+        return None
+    model = meta_model(eager_config(hub))
+    runtime.load(model, folder)
+    config = eager_config(hub)
+    whole = model_class(config).from_pretrained(hub, config=config, dtype=torch.float32)
+    return not differing(local_tensors(model), local_tensors(whole))

@@ -1,0 +1,169 @@
+"""Damage that structure, content, forward or backward must find, each the right one and by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from plans.errors import IndivisibleError
+from plans.mesh import Mesh
+from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.target import Target
+from tests.runtime import validation_cases
+from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import tiny_config, tiny_model
+
+HubFolder = Callable[[str], Path]
+RankFolder = Callable[[str, int], Path]
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def test_a_rank_file_of_another_run(
+    two_ranks: RankPool, rank_folder: RankFolder, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("olmoe", 2), tmp_path)
+    tiny_model(tiny_config("olmoe"), seed=99).save_pretrained(tmp_path / "other")
+    plan_reshard(tmp_path / "other", Mesh(tp=2)).execute(tmp_path / "other-ranks")
+    shutil.copy(tmp_path / "other-ranks" / "rank-00001-of-00002.safetensors", folder)
+    found = two_ranks.run(validation_cases.validate, folder, hub_folder("olmoe"))[0]
+    assert found["structure"]["ok"]
+    named = {(row["name"], row["rank"]) for row in found["content"]["mismatches"]}
+    # What ranks hold whole is wrong on the one rank; what they share is wrong together.
+    assert ("model.norm.weight", 1) in named
+    assert ("model.norm.weight", 0) not in named
+    assert (f"{EXPERTS}.gate_up_proj", None) in named
+    assert len(named) == found["content"]["checked"]
+    assert {row["name"] for row in found["forward"]["mismatches"]} == {"logits"}
+    assert not found["ok"]
+
+
+def test_a_whole_checkpoint_of_another_run_shows_in_the_forward(
+    two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    tiny_model(tiny_config("olmoe"), seed=99).save_pretrained(tmp_path / "other")
+    plan_reshard(tmp_path / "other", Mesh(tp=2)).execute(tmp_path / "ranks")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "ranks", hub_folder("olmoe"))[0]
+    assert wrong_parts(found) == {"forward", "backward", "generation"}
+
+
+@pytest.mark.parametrize("layout", ["dcp", "ranks"])
+def test_one_flipped_bit_in_any_file_is_named(
+    layout: Any, two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    plan_reshard(hub_folder("olmoe"), target=Target(layout, Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
+    path = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    found = two_ranks.run(validation_cases.validate, tmp_path / "out", None, Mesh(tp=2, ep=2), "tp_ep")[0]
+    assert [len(found[part]["mismatches"]) for part in ("structure", "content")] == [0, 1]
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_experts_that_stay_whole_below_a_hook_that_sums(
+    part: str, two_ranks: RankPool, rank_folder: RankFolder
+) -> None:
+    style = {"gate_up_proj": "moe_tp_gate_up_colwise", "down_proj": "moe_tp_down_rowwise"}[part]
+    found = two_ranks.run(validation_cases.with_style, "silent", style, rank_folder("mixtral", 2))[0]
+    assert {row["name"].rpartition(".")[2] for row in found["structure"]["mismatches"]} == {part}
+    assert {row["rank"] for row in found["structure"]["mismatches"]} == {0, 1}
+    assert found["forward"]["ok"] is None
+
+
+def test_a_plan_whose_experts_are_hooked_but_not_sharded(
+    two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("mixtral", 2), tmp_path)
+    plan = {"layers.*.mlp.experts": "moe_tp_experts"}
+    edit_json(folder / "config.json", base_model_tp_plan=plan)
+    found = two_ranks.run(validation_cases.validate, folder)[0]
+    assert wrong_parts(found) == {"structure"}
+    assert "its output would be multiplied by 2" in found["structure"]["mismatches"][0]["found"]
+
+
+def test_a_doubled_output_of_experts(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    found = two_ranks.run(validation_cases.with_style, "doubled", "moe_tp_experts", rank_folder("mixtral", 2))[0]
+    assert wrong_parts(found) >= {"forward", "backward"}
+    assert found["structure"]["ok"]
+    assert found["content"]["ok"]
+
+
+def test_gradients_that_stay_partial_on_each_rank(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    folder = rank_folder("qwen3_moe", 2)
+    found = two_ranks.run(validation_cases.with_style, "unsummed", "replicated_with_grad_allreduce", folder)[0]
+    assert wrong_parts(found) == {"backward"}
+    rows = {(row["name"], row["rank"]) for row in found["backward"]["mismatches"]}
+    assert rows == {
+        (f"model.layers.{layer}.self_attn.{norm}_norm.weight", rank)
+        for layer in (0, 1, 2)
+        for norm in "qk"
+        for rank in (0, 1)
+    }
+
+
+def test_heads_of_keys_that_do_not_divide(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
+    config = tiny_config("qwen2")
+    config.num_key_value_heads = 1
+    tiny_model(config).save_pretrained(tmp_path / "hub")
+    # A mesh that is asked for is refused, a folder that was laid out so is damaged.
+    with pytest.raises(IndivisibleError, match="heads"):
+        two_ranks.run(validation_cases.validate, tmp_path / "hub")
+    folder = copied(rank_folder("qwen2", 2), tmp_path)
+    edit_json(folder / "config.json", num_key_value_heads=1)
+    found = two_ranks.run(validation_cases.validate, folder)[0]
+    assert wrong_parts(found) == {"structure"}
+    [row] = found["structure"]["mismatches"]
+    assert (row["expected"], "heads" in row["found"]) == ("a plan that goes with this model and mesh", True)
+
+
+def test_memory_that_is_not_as_predicted(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    found = two_ranks.run(validation_cases.with_wide_weights, "model.norm.weight", rank_folder("olmoe", 2))[0]
+    assert [(row["name"], row["rank"]) for row in found["structure"]["mismatches"]] == [("memory", 0), ("memory", 1)]
+    assert found["content"]["mismatches"] != []
+
+
+def test_a_distributed_checkpoint_without_all_rows_is_lossy(
+    two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    plan_reshard(hub_folder("olmoe"), target=Target("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
+    (tmp_path / "dcp" / "migrator.json").unlink()
+    name = f"{EXPERTS}.down_proj"
+    path = next(path for path in (tmp_path / "dcp").glob("*.safetensors") if name in load_file(path))
+    drop(path, name)
+    found = two_ranks.run(validation_cases.validate, tmp_path / "dcp")[0]
+    assert wrong_parts(found) == {"content"}
+    [row] = found["content"]["mismatches"]
+    assert (row["name"], "elements are stored" in row["found"]) == (name, True)
+
+
+def wrong_parts(found: dict[str, Any]) -> set[str]:
+    """Return the parts with mismatches; where there are any the whole is wrong."""
+    parts = {part for part in validation_cases.PARTS if found[part]["mismatches"]}
+    assert found["ok"] == (not parts)
+    return parts
+
+
+def drop(path: Path, name: str) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    info = json.loads(metadata["DCP_SHARDING_INFO"])
+    tensors = load_file(path)
+    del tensors[name], info[name]
+    save_file(tensors, path, metadata | {"DCP_SHARDING_INFO": json.dumps(info)})
+
+
+def edit_json(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def copied(folder: Path, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / folder.name))

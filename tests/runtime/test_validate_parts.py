@@ -1,0 +1,127 @@
+"""The small parts of a validation: shares of digests, meshes that checkpoints record, devices, room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plans.errors import UsageError
+from plans.mesh import Mesh, Mode
+from plans.placement import Packed, Placement, Replicate, Shard
+from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.extents import chunk_bounds, whole
+from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.shards import local_form
+from runtime.checkpoint.target import Target
+from runtime.joined import own_device
+from runtime.placements import local_piece
+from runtime.validation import room
+from runtime.validation.local_digest import local_digest
+from runtime.validation.request import wanted_mesh
+
+RankFolder = Callable[[str, int], Path]
+HubFolder = Callable[[str], Path]
+
+
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[Placement, Placement], tuple[int, int], torch.dtype]:
+    """Draw a shape, its placements on two axes, the sizes of these, and a type."""
+    shape = tuple(draw(st.lists(st.integers(0, 7), min_size=1, max_size=4)))
+    sizes = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dims = st.integers(0, len(shape) - 1)
+    choices: list[st.SearchStrategy[Placement]] = [st.just(Replicate()), st.builds(Shard, dims)]
+    packed = [dim for dim, size in enumerate(shape) if size and dim and size % (2 * sizes[1]) == 0]
+    inner = draw(st.one_of(*choices, *([st.builds(Packed, st.sampled_from(packed), st.just(2))] if packed else [])))
+    return (
+        shape,
+        (draw(st.one_of(*choices)), inner),
+        sizes,
+        draw(st.sampled_from([torch.uint8, torch.int16, torch.int64])),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(placed())
+def test_shares_of_a_digest_add_up_to_the_whole_tensors(
+    case: tuple[tuple[int, ...], tuple[Placement, Placement], tuple[int, int], torch.dtype],
+) -> None:
+    shape, placements, sizes, dtype = case
+    tensor = torch.randint(0, 100, shape, dtype=dtype)
+    total = Digest()
+    for outer in range(1 if placements[0] == Replicate() else sizes[0]):
+        for inner in range(1 if placements[1] == Replicate() else sizes[1]):
+            local = local_piece(tensor, placements[1], sizes[1], inner)
+            local = local_piece(local, placements[0], sizes[0], outer)
+            form = local_form(whole("", shape), placements, sizes, (outer, inner))
+            total.join(local_digest(local, form, shape))
+    expected = Digest()
+    expected.add(
+        0, tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    )
+    assert str(total) == str(expected)
+
+
+def test_a_share_of_a_digest_depends_on_its_place() -> None:
+    tensor = torch.arange(64, dtype=torch.int32).reshape(4, 16)
+    forms = [local_form(whole("", (4, 16)), (Shard(1),), (2,), (index,)) for index in (0, 1)]
+    assert chunk_bounds(16, 2, 1) == (8, 8)
+    assert local_digest(tensor[:, :8], forms[0], (4, 16)) != local_digest(tensor[:, :8], forms[1], (4, 16))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode"), [({}, None), ({"tp": 2}, None), ({"ep": 2}, "ep"), ({"tp": 2, "ep": 2, "fsdp": 1}, "ep")]
+)
+def test_the_recorded_mesh_is_the_default(sizes: dict[str, int], mode: Mode | None, expert_ranks: Path) -> None:
+    assert wanted_mesh(expert_ranks, sizes, mode) == (Mesh(tp=2, ep=2), "ep")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mode"), [({"tp": 4}, None), ({"ep": 1}, None), ({"fsdp": 2}, None), ({}, "tp_ep"), ({"tp": 2}, "sp_ep")]
+)
+def test_another_mesh_than_the_recorded_one_is_refused(
+    sizes: dict[str, int], mode: Mode | None, expert_ranks: Path
+) -> None:
+    with pytest.raises(UsageError, match="laid out for --tp 2 --ep 2 --mode ep, not --"):
+        wanted_mesh(expert_ranks, sizes, mode)
+
+
+def test_hub_form_is_validated_on_the_mesh_that_is_asked_for(hub_folder: HubFolder) -> None:
+    hub = hub_folder("mixtral")
+    assert wanted_mesh(hub, {}, None) == (Mesh(), "tp")
+    assert wanted_mesh(hub, {"tp": 2, "ep": 2}, None) == (Mesh(tp=2, ep=2), "tp_ep")
+    assert wanted_mesh(hub, {"tp": 2}, "sp") == (Mesh(tp=2), "sp")
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="2 ranks on this machine need a GPU each, but there are 1"):
+        own_device("cuda")
+    assert own_device("auto") == own_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device("auto") == own_device("cuda") == torch.device("cuda", 1)
+    assert own_device("cpu") == torch.device("cpu")
+
+
+def test_a_model_has_room_where_twice_its_weights_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1000, 1000, bias=False, device="meta")
+    for free, fits in ((9_000_000, False), (10_000_000, True), (None, True)):
+        monkeypatch.setattr(room, "_free", lambda device, free=free: free)
+        assert room.has_room(model, torch.device("cpu")) == fits
+    monkeypatch.undo()
+    assert room.has_room(model, torch.device("cpu"))
+    assert not room.has_room(torch.nn.Linear(10**6, 10**8, device="meta"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def expert_ranks(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts") / "ranks"
+    plan_reshard(hub_folder("mixtral"), target=Target("ranks", Mesh(tp=2, ep=2), "ep")).execute(folder)
+    return folder

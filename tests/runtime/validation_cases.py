@@ -1,0 +1,95 @@
+"""What tests let ranks validate, and the styles that do wrong without a word; module-level, to be sent by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from plans.mesh import Mesh, Mode
+from plans.placement import Placement
+from runtime.styles import STYLES, ParallelStyle, Site, StyleRegistry
+from runtime.validate import validate as validate_checkpoint
+from runtime.validation import looking
+from runtime.validation.request import ValidationRequest
+from runtime.validation.values import PARTS
+
+__all__ = ["PARTS", "validate", "with_style", "with_wide_weights", "without_room"]
+
+
+def validate(
+    folder: Path,
+    reference: Path | None = None,
+    mesh: Mesh | None = None,
+    mode: Mode = "tp",
+    styles: StyleRegistry = STYLES,
+) -> dict[str, Any]:
+    request = ValidationRequest(folder, mesh or Mesh(tp=dist.get_world_size()), mode, reference)
+    return validate_checkpoint(request, styles).to_json()
+
+
+def with_style(change: str, style: str, folder: Path, mesh: Mesh | None = None, mode: Mode = "tp") -> dict[str, Any]:
+    """Validate with a style that is changed for the worse."""
+    return validate(folder, None, mesh, mode, STYLES.register(CHANGES[change](STYLES.styles[style])))
+
+
+def without_room(folder: Path, mesh: Mesh, mode: Mode) -> dict[str, Any]:
+    """Validate where the unsharded model has no room on one rank."""
+    has_room = looking.has_room
+    looking.has_room = lambda model, device: False
+    try:
+        return validate(folder, None, mesh, mode)
+    finally:
+        looking.has_room = has_room
+
+
+def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
+    """Validate where loading leaves a tensor in a wider type than the checkpoint's."""
+    loaded = looking.loaded
+
+    def widened(parallel: Any, *args: Any) -> None:
+        loaded(parallel, *args)
+        parameter = parallel.model.get_parameter(name)
+        parameter.data = parameter.data.double()
+
+    looking.loaded = widened
+    try:
+        return validate(folder)
+    finally:
+        looking.loaded = loaded
+
+
+def fail(site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    raise IndexError("no such expert\nand more that no one needs")
+
+
+def leave_whole(site: Site, name: str, placement: Placement) -> None:
+    pass
+
+
+def bare(site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    return run(*args, **kwargs)
+
+
+def doubled(style: ParallelStyle, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    return 2 * style.around(site, run, *args, **kwargs)
+
+
+def coarse(style: ParallelStyle, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    """Be right in float32 only."""
+    output = style.around(site, run, *args, **kwargs)
+    return output if output.dtype == torch.float32 else 0.5 * output
+
+
+CHANGES: dict[str, Callable[[ParallelStyle], ParallelStyle]] = {
+    "silent": lambda style: replace(style, shard=leave_whole),
+    "failing": lambda style: replace(style, around=fail),
+    "unsummed": lambda style: replace(style, around=bare),
+    "doubled": lambda style: replace(style, around=partial(doubled, style)),
+    "coarse": lambda style: replace(style, around=partial(coarse, style)),
+}
