@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from plans.mesh import Mesh, Mode
-from plans.placement import Placement
 from runtime.styles import STYLES, ParallelStyle, Site, StyleRegistry
 from runtime.validate import validate as validate_checkpoint
 from runtime.validation import looking
 from runtime.validation.request import ValidationRequest
 from runtime.validation.values import PARTS
+from tests.runtime.verify_cases import leave_whole
 
 __all__ = ["PARTS", "validate", "with_style", "with_wide_weights", "without_room"]
 
@@ -66,10 +66,6 @@ def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
 
 def fail(site: Site, run: Any, *args: object, **kwargs: object) -> object:
     raise IndexError("no such expert\nand more that no one needs")
-
-
-def leave_whole(site: Site, name: str, placement: Placement) -> None:
-    pass
 
 
 def bare(site: Site, run: Any, *args: object, **kwargs: object) -> object:
