@@ -6,6 +6,8 @@
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 PYTHON ?= python3
 BIN := .venv/bin
+# A file's tests stay together, for they share fixtures; each worker has process groups of its own.
+WORKERS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-full lint browser bench bench-reshard sweep
 
@@ -13,10 +15,10 @@ demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
 
 test: lint browser
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest $(WORKERS) -m "not full"
 
 test-full: lint browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -31,10 +31,10 @@ from torch.distributed.tensor import DTensor
 import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
-from runtime.checkpoint.ranks import rank_file
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.runs import Run
-from runtime.checkpoint.safetensors import StoredTensor
 from runtime.checkpoint.target import Target
 from runtime.loader import replicated
 from runtime.loader.bringing import default_threads
@@ -43,7 +43,7 @@ from runtime.loader.placing import target_of
 from runtime.loader.reads import reads, units
 from runtime.loader.slots import slots_of
 from runtime.loader.sources import find_source
-from runtime.model import meta_model, model_tensors, read_config
+from runtime.models.model import meta_model, model_tensors, read_config
 
 GOALS = {"migrator ranks": 8, "migrator hub": 5}
 """Times faster than `from_pretrained`."""

@@ -29,7 +29,7 @@ from step_measure import Answer, compute, errors, largest, profiled, timed
 
 from plans.mesh import Mesh, Mode
 from runtime import parallelize, verify_sharding
-from runtime.plan import Plan
+from runtime.planning.plan import Plan
 
 SHAPES = {
     "qwen3": {

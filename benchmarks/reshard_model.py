@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from transformers import Qwen3MoeConfig
 
-from runtime.checkpoint.safetensors import encode_header
-from runtime.model import meta_model
+from runtime.checkpoint.files.safetensors import encode_header
+from runtime.models.model import meta_model
 
 EXPERTS = 32
 FILE_BYTES = 2**30

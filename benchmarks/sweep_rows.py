@@ -15,12 +15,12 @@ from benchmarks.sweep_cases import Case
 from benchmarks.sweep_models import tiny_config, tiny_inputs, tiny_model
 from plans.errors import MigratorError
 from plans.mesh import Mesh, Mode
-from runtime.mesh import device_meshes
-from runtime.parallel import parallelize
-from runtime.placements import local_piece, placement_of
-from runtime.plan import Plan
-from runtime.resolve import resolve
-from runtime.verify import verify_sharding
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.parallel.placements import local_piece, placement_of
+from runtime.parallel.verify import verify_sharding
+from runtime.planning.plan import Plan
+from runtime.planning.resolve import resolve
 
 __all__ = ["TOLERANCE", "Result", "one_line", "run_case"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from migrator import console
 from migrator.shown import described, dims, sized, visible
-from runtime.inspection_values import Arrangement, Inspection, TensorGroup
+from runtime.inspecting.values import Arrangement, Inspection, TensorGroup
 from runtime.wording import counted
 
 __all__ = ["show"]

@@ -8,7 +8,7 @@ from migrator import console
 from runtime.wording import counted, listed
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.estimate import Estimate
+    from runtime.checkpoint.copying.estimate import Estimate
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 
 __all__ = ["estimate_as_json", "note", "result_as_json", "summarize", "summarize_estimate"]

@@ -9,7 +9,7 @@ from plans.placement import Placement, Replicate
 
 if TYPE_CHECKING:
     from plans.mesh import Mesh, MeshName
-    from runtime.inspection_values import Arrangement, Placed
+    from runtime.inspecting.values import Arrangement, Placed
 
 __all__ = ["described", "dims", "placed_words", "sized", "visible"]
 

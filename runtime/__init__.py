@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from plans.mesh import Mesh
-    from runtime.bridge import register_styles
-    from runtime.clip import clip_grad_norm
-    from runtime.full_state import full_state_dict
-    from runtime.loading import load
-    from runtime.mesh import device_meshes
-    from runtime.parallel import parallelize
-    from runtime.plan import Plan
-    from runtime.same_on_ranks import verify_batch
+    from runtime.loader.loading import load
+    from runtime.parallel.clip import clip_grad_norm
+    from runtime.parallel.full_state import full_state_dict
+    from runtime.parallel.mesh import device_meshes
+    from runtime.parallel.parallelize import parallelize
+    from runtime.parallel.same_on_ranks import verify_batch
+    from runtime.parallel.verify import verify_plan, verify_sharding
+    from runtime.planning.plan import Plan
+    from runtime.released.bridge import register_styles
     from runtime.styles import STYLES, ParallelStyle, StyleRegistry
-    from runtime.verify import verify_plan, verify_sharding
 
 __all__ = [
     "STYLES",
@@ -42,17 +42,17 @@ _HOMES = {
     "STYLES": "runtime.styles",
     "Mesh": "plans.mesh",
     "ParallelStyle": "runtime.styles",
-    "Plan": "runtime.plan",
+    "Plan": "runtime.planning.plan",
     "StyleRegistry": "runtime.styles",
-    "clip_grad_norm": "runtime.clip",
-    "device_meshes": "runtime.mesh",
-    "full_state_dict": "runtime.full_state",
-    "load": "runtime.loading",
-    "parallelize": "runtime.parallel",
-    "register_styles": "runtime.bridge",
-    "verify_batch": "runtime.same_on_ranks",
-    "verify_plan": "runtime.verify",
-    "verify_sharding": "runtime.verify",
+    "clip_grad_norm": "runtime.parallel.clip",
+    "device_meshes": "runtime.parallel.mesh",
+    "full_state_dict": "runtime.parallel.full_state",
+    "load": "runtime.loader.loading",
+    "parallelize": "runtime.parallel.parallelize",
+    "register_styles": "runtime.released.bridge",
+    "verify_batch": "runtime.parallel.same_on_ranks",
+    "verify_plan": "runtime.parallel.verify",
+    "verify_sharding": "runtime.parallel.verify",
 }
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
-from runtime.checkpoint.hf import INDEX, WEIGHTS
-from runtime.checkpoint.record import MANIFEST
-from runtime.checkpoint.side_files import OTHER_WEIGHTS
+from runtime.checkpoint.files.side_files import OTHER_WEIGHTS
+from runtime.checkpoint.hub.hf import INDEX, WEIGHTS
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.wording import first_line
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "hub_name", "local_folder", "push"]

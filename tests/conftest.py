@@ -17,15 +17,15 @@ RankFolder = Callable[[str, int], Path]
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(2, str(tmp_path_factory.mktemp("two") / "store"))
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="session")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(4, str(tmp_path_factory.mktemp("four") / "store"))
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
     yield pool
     pool.close()
 

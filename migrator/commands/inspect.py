@@ -13,7 +13,7 @@ from migrator.needs import need_runtime
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
-    from runtime.inspection_values import Inspection
+    from runtime.inspecting.values import Inspection
 
 __all__ = ["command"]
 
@@ -32,7 +32,7 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     """
     need_runtime()
     from runtime.hub import local_folder
-    from runtime.inspection import inspect_checkpoint
+    from runtime.inspecting.inspection import inspect_checkpoint
 
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None

@@ -33,10 +33,10 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.
     """
     need_runtime()
-    from runtime.find_config import find_config
-    from runtime.plan import released_plan
-    from runtime.quantized_model import stored_model
-    from runtime.resolve import resolve
+    from runtime.models.find_config import find_config
+    from runtime.models.quantized import stored_model
+    from runtime.planning.plan import released_plan
+    from runtime.planning.resolve import resolve
 
     model = stored_model(find_config(source))
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
@@ -54,8 +54,8 @@ def _tell_of_whole_experts(model: PreTrainedModel, shown: ResolvedPlan) -> None:
     from plans.errors import PlanError
     from plans.placement import Replicate
     from plans.plan import wildcard
-    from runtime.plan import Plan
-    from runtime.verify import verify_plan
+    from runtime.parallel.verify import verify_plan
+    from runtime.planning.plan import Plan
     from runtime.wording import listed
 
     whole = [row.name for row in shown.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]

@@ -15,12 +15,12 @@ from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
 from migrator.uncollected import uncollected
 from migrator.values import SECONDS, not_empty
-from runtime.started import leave
+from runtime.processes.started import leave
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
     from runtime.checkpoint.content import Layout
-    from runtime.checkpoint.hub_form import Experts
+    from runtime.checkpoint.hub.form import Experts
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
     from runtime.checkpoint.target import Target
 
@@ -98,10 +98,10 @@ def command(
     """
     need_runtime(shows_downloads=not quiet)
     with uncollected():
-        from runtime.checkpoint.commit import check_destination
+        from runtime.checkpoint.files.commit import check_destination
         from runtime.checkpoint.target import Target
     from runtime.hub import check_repository
-    from runtime.joined import in_worker
+    from runtime.processes.joined import in_worker
 
     if push_to is not None:
         check_repository(push_to)
@@ -158,7 +158,7 @@ def _planned(source: str, target: Target, work: _Work, log: Events) -> ReshardPl
 
 
 def _estimate(plan: ReshardPlan, work: _Work, log: Events) -> None:
-    from runtime.checkpoint.estimate import estimate
+    from runtime.checkpoint.copying.estimate import estimate
 
     found = estimate(plan, work.destination, work.max_memory)
     log.emit("estimated", **found.to_json())
@@ -185,9 +185,9 @@ def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
 
 
 def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | None:
-    from runtime.checkpoint.execution import Options, carry_out
-    from runtime.checkpoint.several import carry_out_together
-    from runtime.joined import in_worker, joined
+    from runtime.checkpoint.copying.execution import Options, carry_out
+    from runtime.checkpoint.copying.several import carry_out_together
+    from runtime.processes.joined import in_worker, joined
 
     with console.progress(f"{plan.content.folder.name} → {plan.target.layout}", quiet=work.quiet) as advance:
 

@@ -13,7 +13,7 @@ from migrator import console
 from migrator.mesh_options import mesh_options
 from migrator.needs import need_runtime
 from migrator.values import SECONDS, not_empty
-from runtime.started import leave
+from runtime.processes.started import leave
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
@@ -70,7 +70,7 @@ def command(
     """
     need_runtime()
     from runtime.hub import local_folder
-    from runtime.joined import in_worker
+    from runtime.processes.joined import in_worker
     from runtime.validation.request import ValidationRequest, wanted_mesh
 
     folder, compared = local_folder(source), local_folder(reference) if reference else None
@@ -93,8 +93,8 @@ def _given(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _result(request: ValidationRequest) -> ValidationResult:
-    from runtime.joined import in_worker
-    from runtime.worker import run_validation, take_part
+    from runtime.processes.joined import in_worker
+    from runtime.validation.worker import run_validation, take_part
 
     if in_worker():
         return take_part(request)
@@ -121,8 +121,8 @@ def _write(request: ValidationRequest, result: ValidationResult, file: Path) -> 
     from migrator.report.page import write_report
     from plans.errors import MigratorError
     from runtime.checkpoint.read import layout_of
-    from runtime.inspection import inspect_checkpoint
-    from runtime.inspection_values import Inspection
+    from runtime.inspecting.inspection import inspect_checkpoint
+    from runtime.inspecting.values import Inspection
     from runtime.validation.request import recorded
 
     try:

@@ -12,7 +12,7 @@ from migrator.values import not_empty
 from runtime.wording import counted
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.verification import Verification, Verified
+    from runtime.checkpoint.verifying.verification import Verification, Verified
 
 __all__ = ["command"]
 
@@ -37,7 +37,7 @@ def command(source: str, other: str | None, max_memory: int, form: str, quiet: b
     same. Both are folders, or hf://owner/name[@revision]. What differs is listed, with the first element that does.
     """
     need_runtime(shows_downloads=not quiet)
-    from runtime.checkpoint.verify import verify
+    from runtime.checkpoint.verifying.verify import verify
     from runtime.hub import local_folder
 
     folders = [local_folder(name, quiet=quiet) for name in (source, other) if name is not None]

@@ -10,8 +10,8 @@ from migrator.report.values import Finding, Mapped, MeshView, PlanRow, Report, T
 from migrator.shown import described, placed_words, sized
 from plans.mesh import Mesh, MeshName
 from plans.placement import Packed, Placement
-from runtime.inspection_values import Arrangement, Inspection, Placed, TensorGroup
-from runtime.slices import Slice, slices
+from runtime.inspecting.slices import Slice, slices
+from runtime.inspecting.values import Arrangement, Inspection, Placed, TensorGroup
 from runtime.wording import counted
 
 __all__ = ["inspection_report"]

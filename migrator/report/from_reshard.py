@@ -7,11 +7,11 @@ from dataclasses import replace
 from migrator.report.from_inspection import inspection_report
 from migrator.report.values import Report
 from migrator.shown import sized
-from runtime.checkpoint.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
-from runtime.inspection import describe
-from runtime.model import read_config
+from runtime.inspecting.inspection import describe
+from runtime.models.model import read_config
 from runtime.wording import counted
 
 __all__ = ["reshard_report"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from migrator.report.from_inspection import inspection_report
 from migrator.report.values import Finding, Report
-from runtime.inspection_values import Inspection
+from runtime.inspecting.values import Inspection
 
 __all__ = ["validation_report"]
 
@@ -19,7 +19,7 @@ def validation_report(found: Inspection, answer: Mapping[str, Any]) -> Report:
     """Return the report of a validation: its verdict and every mismatch, above what the checkpoint holds.
 
     Args:
-        found: `runtime.inspection.inspect_checkpoint` of the folder that was validated.
+        found: `runtime.inspecting.inspection.inspect_checkpoint` of the folder that was validated.
         answer: the validation's JSON form, as `--format json` prints it.
     """
     told = inspection_report(found)

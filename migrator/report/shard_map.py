@@ -8,7 +8,7 @@ from itertools import groupby
 from migrator.report.markup import Child, Html, element, fragment
 from migrator.report.values import Mapped, MeshView
 from migrator.shown import dims, visible
-from runtime.slices import Slice
+from runtime.inspecting.slices import Slice
 
 __all__ = ["rank_list", "shard_map"]
 

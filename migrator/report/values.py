@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.slices import Slice
+from runtime.inspecting.slices import Slice
 
 __all__ = ["Finding", "Mapped", "MeshView", "PlanRow", "Report", "Severity", "TensorRow"]
 

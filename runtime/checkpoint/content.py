@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from runtime.checkpoint.extents import Form
-from runtime.checkpoint.record import EntryKind, StoredForm
-from runtime.checkpoint.safetensors import StoredTensor
-from runtime.checkpoint.side_files import SideFiles
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.side_files import SideFiles
+from runtime.checkpoint.ranks.record import EntryKind, StoredForm
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.optimizer_state import OptimizerState
+    from runtime.checkpoint.optimizer.state import OptimizerState
 
 __all__ = ["Content", "Held", "Layout"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from plans.errors import IncompleteError, MismatchError
 from runtime.checkpoint.content import Content, Held
-from runtime.model import model_tensors, tied_names
+from runtime.models.model import model_tensors, tied_names
 from runtime.wording import listed
 
 if TYPE_CHECKING:

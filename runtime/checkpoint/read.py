@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint.content import Content, Layout
-from runtime.checkpoint.dcp_content import dcp_content
-from runtime.checkpoint.dcp_metadata import METADATA
-from runtime.checkpoint.dcp_safetensors import shard_files
-from runtime.checkpoint.hf import INDEX, WEIGHTS, read_hub
-from runtime.checkpoint.hub_content import hub_content
+from runtime.checkpoint.dcp.content import dcp_content
+from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.dcp.safetensors import shard_files
+from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.hub.content import hub_content
+from runtime.checkpoint.hub.hf import INDEX, WEIGHTS, read_hub
 from runtime.checkpoint.of_model import check_of_model
-from runtime.checkpoint.ranks import RankCheckpoint
-from runtime.checkpoint.record import MANIFEST
-from runtime.checkpoint.safetensors import reading
+from runtime.checkpoint.ranks.files import RankCheckpoint
+from runtime.checkpoint.ranks.record import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.clones import clones_of
-from runtime.checkpoint.commit import Say
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table
-from runtime.checkpoint.execution import Options, ReshardResult, Seconds, carry_out
+from runtime.checkpoint.copying.clones import clones_of
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table
+from runtime.checkpoint.copying.execution import Options, ReshardResult, Seconds, carry_out
+from runtime.checkpoint.copying.journal import SECONDS
 from runtime.checkpoint.extents import Form, FormError
-from runtime.checkpoint.journal import SECONDS
-from runtime.checkpoint.optimizer_choice import with_optimizer
+from runtime.checkpoint.files.commit import Say
+from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.files.stamps import Stamp, stamps_of
+from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.read import read_content
-from runtime.checkpoint.safetensors import tensor_bytes
-from runtime.checkpoint.stamps import Stamp, stamps_of
 from runtime.checkpoint.target import LaidOut, Target, lay_out
-from runtime.model import read_config
-from runtime.quantized_model import stored_model
+from runtime.models.model import read_config
+from runtime.models.quantized import stored_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

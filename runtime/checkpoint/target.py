@@ -11,21 +11,21 @@ from plans.errors import MismatchError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
-from runtime.checkpoint.commit import MARKER
 from runtime.checkpoint.content import Content, Held, Layout
-from runtime.checkpoint.dcp_files import dcp_files
-from runtime.checkpoint.file_names import check_apart_names
-from runtime.checkpoint.hf import INDEX
-from runtime.checkpoint.hub_files import hub_files, index_text
-from runtime.checkpoint.hub_form import Experts, default_form
-from runtime.checkpoint.new_file import NewFile
-from runtime.checkpoint.optimizer_files import optimizer_files
-from runtime.checkpoint.optimizer_state import OptimizerState
-from runtime.checkpoint.ranks import lay_out as lay_out_rank
-from runtime.checkpoint.record import MANIFEST, Entry, Manifest
-from runtime.plan import Plan
+from runtime.checkpoint.dcp.files import dcp_files
+from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.file_names import check_apart_names
+from runtime.checkpoint.files.new_file import NewFile
+from runtime.checkpoint.hub.files import hub_files, index_text
+from runtime.checkpoint.hub.form import Experts, default_form
+from runtime.checkpoint.hub.hf import INDEX
+from runtime.checkpoint.optimizer.files import optimizer_files
+from runtime.checkpoint.optimizer.state import OptimizerState
+from runtime.checkpoint.ranks.files import lay_out as lay_out_rank
+from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
+from runtime.planning.plan import Plan
+from runtime.planning.resolve import resolve
 from runtime.proof import prove
-from runtime.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

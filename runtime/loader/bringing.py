@@ -9,14 +9,14 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from plans.errors import UsageError
+from runtime.checkpoint.copying.table import Destination, build_table
+from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.runs import Run
-from runtime.checkpoint.safetensors import tensor_bytes
-from runtime.checkpoint.table import Destination, build_table
 from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, Worker, fill
 from runtime.loader.placing import Target, target_of
 from runtime.loader.reads import reads, units
 from runtime.loader.sources import Source
-from runtime.model import DTYPES
+from runtime.models.model import DTYPES
 
 __all__ = ["bring", "default_threads"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from plans.errors import UsageError
 from runtime.loader.slots import Slot, check_buffers, move_buffers
 from runtime.loader.sources import Source
-from runtime.model import DTYPES
+from runtime.models.model import DTYPES
 
 __all__ = ["Memory", "check_dtype", "prepare_memory"]
 

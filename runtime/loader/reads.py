@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.runs import Run, cut
-from runtime.checkpoint.safetensors import StoredTensor
 
 __all__ = ["Read", "positions", "reads", "units"]
 

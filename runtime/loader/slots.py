@@ -18,8 +18,8 @@ from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.shards import local_form
-from runtime.model import model_tensors, tied_names
-from runtime.placements import planned_placements
+from runtime.models.model import model_tensors, tied_names
+from runtime.parallel.placements import planned_placements
 from runtime.wording import listed
 
 __all__ = ["Slot", "check_buffers", "default_device", "mesh_axes", "move_buffers", "slots_of"]
@@ -130,8 +130,8 @@ def check_buffers(model: nn.Module) -> None:
     if lost:
         raise UsageError(
             f"the buffers {listed(lost)} are on meta, and checkpoints do not store them",
-            hint="build the model with real buffers, as transformers and runtime.model.meta_model do, or give them "
-            "their values first",
+            hint="build the model with real buffers, as transformers and runtime.models.model.meta_model do, "
+            "or give them their values first",
             buffers=lost,
         )
 

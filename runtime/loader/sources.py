@@ -12,14 +12,14 @@ import torch.distributed as dist
 from plans.errors import CheckpointError, ConversionError, IncompleteError, MismatchError
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.manifest import read_manifest
-from runtime.checkpoint.quantized import check_dtypes
-from runtime.checkpoint.ranks import held_by, local, read_rank
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.hub.quantized import check_dtypes
+from runtime.checkpoint.ranks.files import held_by, local, read_rank
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.ranks.record import Manifest
 from runtime.checkpoint.read import layout_of, read_content
-from runtime.checkpoint.record import Manifest
-from runtime.checkpoint.safetensors import StoredTensor
 from runtime.loader.slots import Slot
-from runtime.model import DTYPE_NAMES, DTYPES
+from runtime.models.model import DTYPE_NAMES, DTYPES
 from runtime.wording import listed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Shard
 from runtime.checkpoint.extents import chunk_bounds
-from runtime.placements import local_tensor
+from runtime.parallel.placements import local_tensor
 from runtime.styles.checks import (
     check_colwise,
     check_embedding,

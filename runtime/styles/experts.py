@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plans.placement import Replicate
-from runtime.placements import placement_of
+from runtime.parallel.placements import placement_of
 from runtime.styles.collectives import all_reduce
 from runtime.styles.dense import sum_gradients
 from runtime.styles.divided import check_divided, is_divided

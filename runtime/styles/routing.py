@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
-from runtime.placements import local_tensor
+from runtime.parallel.placements import local_tensor
 from runtime.styles.collectives import all_reduce, all_reduce_gradient, all_reduce_gradients, depend
 from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
 from runtime.styles.facts import Own

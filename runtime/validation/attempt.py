@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from plans.errors import MigratorError
-from runtime.agreement import gather_json
+from runtime.processes.agreement import gather_json
 from runtime.wording import first_line
 
 __all__ = ["Failed", "attempt"]

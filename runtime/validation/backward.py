@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from plans.resolved import ResolvedPlan
-from runtime.agreement import gather_json
-from runtime.structure import Mismatch
+from runtime.parallel.structure import Mismatch
+from runtime.processes.agreement import gather_json
 from runtime.validation.attempt import Failed, attempt
 from runtime.validation.local_tensors import own_piece, plain
 from runtime.validation.outputs import backward

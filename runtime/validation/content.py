@@ -12,13 +12,13 @@ from torch import nn
 
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.agreement import gather_json, together
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import whole
 from runtime.checkpoint.shards import local_form
-from runtime.model import model_tensors
-from runtime.structure import Mismatch
+from runtime.checkpoint.verifying.digest import Digest
+from runtime.models.model import model_tensors
+from runtime.parallel.structure import Mismatch
+from runtime.processes.agreement import gather_json, together
 from runtime.validation.local_digest import local_digest
 from runtime.validation.local_tensors import plain
 from runtime.validation.source import file_digests

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from plans.errors import UsageError
-from runtime.agreement import gather_json
-from runtime.structure import Mismatch
+from runtime.parallel.structure import Mismatch
+from runtime.processes.agreement import gather_json
 from runtime.validation.attempt import Failed, attempt
 from runtime.validation.outputs import Output, run
 from runtime.validation.reference import Reference

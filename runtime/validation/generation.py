@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.agreement import gather_json
-from runtime.structure import Mismatch
+from runtime.parallel.structure import Mismatch
+from runtime.processes.agreement import gather_json
 from runtime.validation.attempt import Failed, attempt
 from runtime.validation.outputs import generate
 from runtime.validation.reference import Reference

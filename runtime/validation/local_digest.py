@@ -8,9 +8,9 @@ from math import prod
 
 import torch
 
-from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.extents import Form, row_major, unravel
-from runtime.checkpoint.tensor_digest import tensor_digest
+from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.verifying.tensor_digest import tensor_digest
 
 __all__ = ["local_digest"]
 

@@ -9,12 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.agreement import gather_json
 from runtime.checkpoint.content import Content
-from runtime.laying import of_plan
-from runtime.model import model_tensors
-from runtime.placements import local_piece
-from runtime.structure import Mismatch
+from runtime.inspecting.laying import of_plan
+from runtime.models.model import model_tensors
+from runtime.parallel.placements import local_piece
+from runtime.parallel.structure import Mismatch
+from runtime.processes.agreement import gather_json
 
 __all__ = ["check_memory", "own_piece", "plain"]
 

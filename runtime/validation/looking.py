@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from plans.errors import PlanError
-from runtime.agreement import gather_json
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.record import Manifest
-from runtime.model import DTYPES
+from runtime.checkpoint.ranks.record import Manifest
+from runtime.models.model import DTYPES
+from runtime.processes.agreement import gather_json
 from runtime.styles import StyleRegistry
 from runtime.validation.attempt import Failed
 from runtime.validation.backward import check_backward

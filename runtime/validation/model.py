@@ -12,15 +12,15 @@ import torch.distributed as dist
 from plans.errors import PlanError, UsageError
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
-from runtime.agreement import gather_json, together
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.record import Manifest
-from runtime.loading import load
-from runtime.mesh import device_meshes
-from runtime.model import meta_model, read_config
-from runtime.parallel import parallelize
-from runtime.resolve import resolve
-from runtime.structure import Mismatch, compare_manifest, sharding_mismatches
+from runtime.checkpoint.ranks.record import Manifest
+from runtime.loader.loading import load
+from runtime.models.model import meta_model, read_config
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.parallel.structure import Mismatch, compare_manifest, sharding_mismatches
+from runtime.planning.resolve import resolve
+from runtime.processes.agreement import gather_json, together
 from runtime.styles import StyleRegistry
 from runtime.validation.local_tensors import check_memory
 from runtime.validation.reference import config_in

@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
-from runtime.agreement import gather_json, together
 from runtime.checkpoint.read import layout_of
-from runtime.loading import load
-from runtime.mesh import device_meshes
-from runtime.model import meta_model, model_class, read_config
-from runtime.parallel import parallelize
-from runtime.plan import Plan
+from runtime.loader.loading import load
+from runtime.models.model import meta_model, model_class, read_config
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.planning.plan import Plan
+from runtime.processes.agreement import gather_json, together
 from runtime.validation.attempt import Failed, attempt
 from runtime.wording import first_line
 

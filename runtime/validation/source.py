@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copies import Holding, TensorCopy, digests_of
-from runtime.checkpoint.ranks import RankCheckpoint
+from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.read import layout_of, read_content
-from runtime.checkpoint.safetensors import tensor_bytes
-from runtime.model import DTYPES, read_config
-from runtime.quantized_model import stored_model
+from runtime.checkpoint.verifying.copies import Holding, TensorCopy, digests_of
+from runtime.models.model import DTYPES, read_config
+from runtime.models.quantized import stored_model
 
 __all__ = ["file_digests", "read_source", "stored_dtypes"]
 

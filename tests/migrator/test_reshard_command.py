@@ -146,7 +146,7 @@ def test_what_is_no_checkpoint_is_never_replaced(migrator, hub_folder, tmp_path)
 
 SLOW = """
 import sys, time
-from runtime.checkpoint import copy
+from runtime.checkpoint.copying import copy
 import migrator.cli
 feed = copy.feed
 def slowly(*arguments):

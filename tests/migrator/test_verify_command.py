@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from migrator.cli import main
-from runtime.checkpoint.safetensors import read_header
+from runtime.checkpoint.files.safetensors import read_header
 from tests.conftest import HubFolder, RankFolder
 
 Verify = Callable[..., tuple[int, str, list[str]]]

@@ -15,8 +15,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from plans.mesh import Mesh, Mode
 from plans.resolved import ResolvedPlan
 from runtime import Plan, parallelize
-from runtime.mesh import device_meshes
-from runtime.resolve import resolve
+from runtime.parallel.mesh import device_meshes
+from runtime.planning.resolve import resolve
 from tests.runtime.parity_cases import largest_errors
 from tests.tiny_models import with_noise
 

@@ -17,7 +17,7 @@ from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize, verify_sharding
-from runtime.resolve import resolve
+from runtime.planning.resolve import resolve
 from tests.runtime.parity_cases import gradient_errors, relative, token_ids
 
 _LARGEST = 1_000_000

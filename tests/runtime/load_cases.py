@@ -19,7 +19,7 @@ from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from runtime.loader import filling, reads
 from runtime.loader.reads import Read
-from runtime.model import meta_model, model_class, model_tensors
+from runtime.models.model import meta_model, model_class, model_tensors
 from tests.runtime.rank_cases import eager_config, unsharded
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)

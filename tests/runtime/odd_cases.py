@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh, Mode
 from plans.placement import Shard
-from runtime.mesh import device_meshes
-from runtime.parallel import parallelize
-from runtime.plan import Plan, released_plan
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.planning.plan import Plan, released_plan
 from tests.runtime.style_cases import Holder, parallelize_module
 from tests.tiny_models import MODELS
 

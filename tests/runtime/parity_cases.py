@@ -16,7 +16,7 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime import Plan, parallelize, verify_sharding
-from runtime.placements import local_piece
+from runtime.parallel.placements import local_piece
 from runtime.styles import STYLES, Site, StyleRegistry
 from tests.tiny_models import tiny_config, tiny_model
 

@@ -13,13 +13,13 @@ from plans.errors import MigratorError
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
-from runtime.agreement import error_to_json, together
-from runtime.loading import load
-from runtime.mesh import device_meshes
-from runtime.model import meta_model, model_class, read_config
-from runtime.parallel import parallelize
-from runtime.placements import local_piece, placement_of, to_torch
-from runtime.resolve import resolve
+from runtime.loader.loading import load
+from runtime.models.model import meta_model, model_class, read_config
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.parallel.placements import local_piece, placement_of, to_torch
+from runtime.planning.resolve import resolve
+from runtime.processes.agreement import error_to_json, together
 
 
 def refused_together(rank: int) -> dict[str, Any]:

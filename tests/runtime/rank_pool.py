@@ -13,25 +13,27 @@ import torch
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-from runtime.agreement import error_from_json, error_to_json
+from runtime.processes.agreement import error_from_json, error_to_json
 
 TIMEOUT = 120
 
 # The server imports these once; forked ranks start with them in memory.
-PRELOAD = ["torch.distributed.tensor", "transformers.modeling_utils", "runtime.validate"]
+PRELOAD = ["torch.distributed.tensor", "transformers.modeling_utils", "runtime.validation.validate"]
 
 
 class RankPool:
     """`world_size` processes of one process group."""
 
-    def __init__(self, world_size: int, store: str) -> None:
+    def __init__(self, world_size: int) -> None:
+        # Ranks meet in memory: in a file they would find each other by polling it, for every process group anew.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.pipes = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -60,11 +62,12 @@ class RankPool:
             process.close()
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     while (call := pipe.recv()) is not None:
         function, args = call
         try:

@@ -14,8 +14,8 @@ from transformers import LlamaForCausalLM, Qwen3MoeForCausalLM
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate, Shard
 from runtime import Plan, parallelize
-from runtime.mesh import device_meshes
-from runtime.placements import local_piece, placement_of
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.placements import local_piece, placement_of
 from runtime.styles.sliced import gathered
 from tests.runtime.parity_cases import eager_config, largest_errors, relative, token_ids
 from tests.runtime.style_cases import parallelize_module

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.mesh import device_meshes
-from runtime.parallel import parallelize
-from runtime.placements import local_piece, placement_of
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.parallelize import parallelize
+from runtime.parallel.placements import local_piece, placement_of
 
 
 def parallelize_module(module: nn.Module, styles: dict[str, str], places: dict[str, Placement]) -> nn.Module:

@@ -14,14 +14,14 @@ import transformers
 from torch.torch_version import TorchVersion
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-import runtime.bridge
+import runtime.released.bridge
 from codemods.migrate import plan_rewrites
 from codemods.write import write_changes
 from plans.dialect import dialect_for_release
 from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UsageError
 from plans.placement import Shard
 from runtime import Plan, register_styles
-from runtime.bridge import ReleasedStyle
+from runtime.released.bridge import ReleasedStyle
 from tests.runtime import bridge_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS, tiny_model
@@ -243,7 +243,7 @@ def test_registering_adds_what_is_missing_and_nothing_else() -> None:
 
 @pytest.mark.usefixtures("untaught")
 def test_a_style_that_someone_else_registered_stays_theirs() -> None:
-    theirs = ReleasedStyle(runtime.bridge.STYLES.styles["replicate"], RELEASE.styles["colwise"])
+    theirs = ReleasedStyle(runtime.released.bridge.STYLES.styles["replicate"], RELEASE.styles["colwise"])
     ALL_PARALLEL_STYLES.register("moe_tp_down_rowwise", theirs)
     register_styles()
     assert ALL_PARALLEL_STYLES["moe_tp_down_rowwise"] is theirs
@@ -278,7 +278,7 @@ def test_which_release_takes_which_expert_plan(
     known = frozenset(dialect_for_release(release).styles) | {"moe_experts_allreduce"}
     keys = {"grouped_gemm": f"{EXPERTS}.down_proj", "ep_router": "layers.*.mlp.gate"}
     plan = Plan(mode, {keys.get(style, EXPERTS): style for style in experts})
-    support = runtime.bridge.Support(release, (), known)
+    support = runtime.released.bridge.Support(release, (), known)
     if error is None:
         support.require(plan)
     else:
@@ -289,7 +289,7 @@ def test_which_release_takes_which_expert_plan(
 
 @pytest.mark.parametrize("release", ["5.15.0", "5.16.0"])
 def test_releases_that_pass_over_unknown_styles_are_refused(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.bridge, "transformers_version", lambda: release)
+    monkeypatch.setattr(runtime.released.bridge, "transformers_version", lambda: release)
     with pytest.raises(
         UsageError, match=rf"transformers {release} cannot be taught styles: it passes over unknown ones"
     ) as caught:
@@ -298,7 +298,7 @@ def test_releases_that_pass_over_unknown_styles_are_refused(release: str, monkey
 
 
 def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.bridge, "_INTERFACE", ("shard_tensor",))
+    monkeypatch.setattr(runtime.released.bridge, "_INTERFACE", ("shard_tensor",))
     with pytest.raises(UsageError, match="calls them in an unknown way"):
         register_styles()
 
@@ -312,6 +312,6 @@ def test_a_torch_that_calls_packed_placements_plain_is_refused(monkeypatch: pyte
         def is_shard(self) -> bool:
             return True
 
-    monkeypatch.setattr(runtime.bridge, "_StridedShard", Plain)
+    monkeypatch.setattr(runtime.released.bridge, "_StridedShard", Plain)
     with pytest.raises(UsageError, match="load gate_up_proj in the wrong rows"):
         register_styles()

@@ -8,8 +8,8 @@ from plans.errors import UsageError
 from plans.mesh import Mesh
 from plans.placement import Shard
 from runtime import Plan
-from runtime.plan import released_plan
-from runtime.resolve import resolve
+from runtime.planning.plan import released_plan
+from runtime.planning.resolve import resolve
 from tests.runtime import wrong_entry_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import tiny_config, tiny_model

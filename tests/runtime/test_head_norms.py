@@ -7,10 +7,10 @@ import transformers
 
 from plans.errors import PlanError
 from plans.mesh import Mesh, Mode
-from runtime.head_norms import with_head_norms
-from runtime.model import meta_model
-from runtime.plan import Plan, released_plan, runtime_dialect
-from runtime.resolve import resolve
+from runtime.blocks.head_norms import with_head_norms
+from runtime.models.model import meta_model
+from runtime.planning.plan import Plan, released_plan, runtime_dialect
+from runtime.planning.resolve import resolve
 from tests.runtime import odd_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import DENSE, MODELS

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 import runtime
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError, UsageError
 from plans.mesh import Mesh, Mode
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.read import read_content
-from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.loader.replicated import shares
-from runtime.model import meta_model, read_config
+from runtime.models.model import meta_model, read_config
 from tests.runtime import load_cases
 from tests.runtime.rank_pool import RankPool
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import runtime.loader.reads
 from plans.errors import UsageError
 from runtime.checkpoint.extents import concatenate, narrow, transpose, whole
+from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.runs import Repeat, Run, runs_of
-from runtime.checkpoint.safetensors import StoredTensor
 from runtime.loader import bringing, filling
 from runtime.loader.filling import CudaWorker
 from runtime.loader.reads import Read, positions, reads, units
-from runtime.model import meta_model, read_config
+from runtime.models.model import meta_model, read_config
 from tests.runtime.load_cases import differing, local_tensors
 
 HubFolder = Callable[[str], Path]

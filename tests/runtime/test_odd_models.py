@@ -7,8 +7,8 @@ import transformers
 
 from plans.errors import PlanError
 from plans.mesh import Mesh
-from runtime.model import meta_model
-from runtime.resolve import resolve
+from runtime.models.model import meta_model
+from runtime.planning.resolve import resolve
 from tests.runtime import odd_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import DENSE, MODELS

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.find_config import find_config
-from runtime.model import meta_model
-from runtime.on_meta import built_on_meta
+from runtime.models.find_config import find_config
+from runtime.models.model import meta_model
+from runtime.models.on_meta import built_on_meta
 
 LARGE = 2**24 + 2
 

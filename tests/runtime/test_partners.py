@@ -15,13 +15,13 @@ from benchmarks.sweep_cases import VARIANTS
 from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
-from runtime.cut_parts import check_cut_parts
-from runtime.head_counts import check_head_counts
-from runtime.head_norms import check_head_norms
-from runtime.model import meta_model
-from runtime.partners import check_partners
-from runtime.plan import Plan, runtime_dialect
-from runtime.resolve import resolve
+from runtime.blocks.cut_parts import check_cut_parts
+from runtime.blocks.head_counts import check_head_counts
+from runtime.blocks.head_norms import check_head_norms
+from runtime.blocks.partners import check_partners
+from runtime.models.model import meta_model
+from runtime.planning.plan import Plan, runtime_dialect
+from runtime.planning.resolve import resolve
 from runtime.styles import STYLES
 from tests.runtime import partner_cases
 from tests.runtime.rank_pool import RankPool

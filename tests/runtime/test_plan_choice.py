@@ -10,10 +10,10 @@ from plans.errors import PlanError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime import Plan
-from runtime.find_config import find_config
-from runtime.model import meta_model
-from runtime.plan import param_level_plan, released_plan
-from runtime.resolve import resolve
+from runtime.models.find_config import find_config
+from runtime.models.model import meta_model
+from runtime.planning.plan import param_level_plan, released_plan
+from runtime.planning.resolve import resolve
 from tests.tiny_models import tiny_config
 
 EXPERTS = "model.layers.*.mlp.experts"

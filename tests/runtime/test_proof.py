@@ -11,10 +11,10 @@ from runtime.proof import prove
 
 INCOMPLETE_TABLE = """
 from pathlib import Path
-from runtime.checkpoint import table
-from runtime.checkpoint.table import Destination, build_table
+from runtime.checkpoint.copying import table
+from runtime.checkpoint.copying.table import Destination, build_table
 from runtime.checkpoint.extents import whole
-from runtime.checkpoint.safetensors import StoredTensor
+from runtime.checkpoint.files.safetensors import StoredTensor
 
 runs_of = table.runs_of
 table.runs_of = lambda *arguments: list(runs_of(*arguments))[:-1]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.slices import local_bytes, slices
+from runtime.inspecting.slices import local_bytes, slices
 
 
 def cut(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:

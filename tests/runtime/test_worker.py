@@ -17,12 +17,12 @@ import pytest
 
 from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
-from runtime.joined import in_worker
-from runtime.launch import launch
-from runtime.structure import Mismatch as Row
+from runtime.parallel.structure import Mismatch as Row
+from runtime.processes.joined import in_worker
+from runtime.processes.launch import launch
 from runtime.validation.request import ValidationRequest
 from runtime.validation.values import PARTS, Check, ValidationResult
-from runtime.worker import run_validation
+from runtime.validation.worker import run_validation
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
@@ -54,7 +54,7 @@ def test_an_error_inside_the_workers_comes_back_as_it_was(rank_folder: RankFolde
 def test_no_worker_is_started_for_a_folder_of_another_mesh(
     rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.worker.launch", None)
+    monkeypatch.setattr("runtime.validation.worker.launch", None)
     with pytest.raises(UsageError, match="--tp 2, not --tp 4"):
         run_validation(ValidationRequest(rank_folder("llama", 2), Mesh(tp=4)))
 
@@ -93,7 +93,7 @@ import torch.distributed as dist
 
 from plans.mesh import Mesh
 from runtime.styles import STYLES
-from runtime.validate import validate
+from runtime.validation.validate import validate
 from runtime.validation import attempt
 from runtime.validation.request import ValidationRequest
 
@@ -149,11 +149,11 @@ def test_launching_from_a_thread_works(tmp_path: Path) -> None:
 
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from runtime.launch import launch\n"
+        "import os, sys; from runtime.processes.launch import launch\n"
         "launch(2, [sys.executable, '-P', '-c', sys.argv[1], str(os.getpid()), sys.argv[2]], timeout=60)"
     )
     child = (
-        "import os, sys, time; from pathlib import Path; from runtime.started import end_with\n"
+        "import os, sys, time; from pathlib import Path; from runtime.processes.started import end_with\n"
         "end_with(int(sys.argv[1]))\n"
         "Path(sys.argv[2], 'pid-' + os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
     )
@@ -170,14 +170,14 @@ def test_a_worker_whose_parent_is_gone_before_it_looks_does_nothing(tmp_path: Pa
     gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
     answer = tmp_path / "answer.json"
-    command = [sys.executable, "-P", "-m", "runtime.started", str(gone.pid), "no request", str(answer)]
+    command = [sys.executable, "-P", "-m", "runtime.processes.started", str(gone.pid), "no request", str(answer)]
     done = subprocess.run(command, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stdout, done.stderr, answer.exists()) == (1, b"", b"", False)
 
 
 def test_a_worker_leaves_without_the_interpreters_own_ending() -> None:
     code = (
-        "import atexit, sys; from runtime.started import leave\n"
+        "import atexit, sys; from runtime.processes.started import leave\n"
         "atexit.register(print, 'the interpreter ended')\n"
         "print('said'); print('told', file=sys.stderr); leave(3)"
     )
@@ -186,7 +186,15 @@ def test_a_worker_leaves_without_the_interpreters_own_ending() -> None:
 
 
 def test_a_worker_that_fails_says_why_and_leaves_with_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-m", "runtime.started", str(os.getpid()), "no request", str(tmp_path / "answer")]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "runtime.processes.started",
+        str(os.getpid()),
+        "no request",
+        str(tmp_path / "answer"),
+    ]
     done = subprocess.run(command, capture_output=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "JSONDecodeError" in done.stderr.decode().splitlines()[-1]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from plans.mesh import Mesh, Mode
 from runtime.styles import STYLES, ParallelStyle, Site, StyleRegistry
-from runtime.validate import validate as validate_checkpoint
 from runtime.validation import looking
 from runtime.validation.request import ValidationRequest
+from runtime.validation.validate import validate as validate_checkpoint
 from runtime.validation.values import PARTS
 from tests.runtime.verify_cases import leave_whole
 

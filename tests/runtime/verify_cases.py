@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Shard
 from runtime import Plan, parallelize, verify_sharding
-from runtime.mesh import device_meshes
-from runtime.placements import to_torch
+from runtime.parallel.mesh import device_meshes
+from runtime.parallel.placements import to_torch
 from runtime.styles import STYLES, Site
 from runtime.styles.style import shard_parameter
 from tests.runtime.expert_cases import PLANS, mixtral

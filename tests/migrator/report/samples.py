@@ -9,8 +9,8 @@ from migrator.report.from_inspection import inspection_report
 from migrator.report.values import Finding, Report
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.checkpoint.differences import Difference
-from runtime.inspection_values import Arrangement, Inspection, Placed, StoredFile, TensorGroup
+from runtime.checkpoint.verifying.differences import Difference
+from runtime.inspecting.values import Arrangement, Inspection, Placed, StoredFile, TensorGroup
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",

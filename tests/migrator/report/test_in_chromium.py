@@ -9,7 +9,7 @@ import pytest
 from migrator.report.from_inspection import inspection_report
 from migrator.report.page import write_report
 from plans.mesh import Mesh
-from runtime.inspection import inspect_checkpoint
+from runtime.inspecting.inspection import inspect_checkpoint
 from tests.chromium import chromium, find_chromium
 from tests.migrator.report.samples import HOSTILE, a_report
 

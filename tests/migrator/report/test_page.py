@@ -18,7 +18,7 @@ from migrator.shown import sized, visible
 from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.inspection import inspect_checkpoint
+from runtime.inspecting.inspection import inspect_checkpoint
 from tests.migrator.report.samples import HOSTILE, a_report, lossy
 
 ALLOWED = frozenset(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.extents import whole
 from runtime.checkpoint.shards import local_form
-from runtime.placements import as_parameter, local_piece
+from runtime.parallel.placements import as_parameter, local_piece
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.execution import Options
-from runtime.checkpoint.journal import read_journal
+from runtime.checkpoint.copying.execution import Options
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.copying.several import carry_out_together
+from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.several import carry_out_together
 from runtime.checkpoint.target import Target
-from runtime.joined import joined
+from runtime.processes.joined import joined
 
 SMALL = 2**20
 """So little memory that even a tiny checkpoint takes many units of work."""

@@ -12,11 +12,11 @@ import pytest
 
 from plans.errors import CheckpointError, DestinationError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint import execution
-from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.journal import read_journal
-from runtime.checkpoint.lock import held
-from runtime.checkpoint.ranks import rank_file
+from runtime.checkpoint.copying import execution
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.lock import held
+from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder, RankFolder

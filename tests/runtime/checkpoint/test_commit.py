@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from plans.errors import DestinationError
-from runtime.checkpoint.commit import MARKER, staging
+from runtime.checkpoint.files.commit import MARKER, staging
 
 
 def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_link_at_the_working_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from runtime.checkpoint.commit import staging\n"
+        "import os, sys; from pathlib import Path; from runtime.checkpoint.files.commit import staging\n"
         "with staging(Path(sys.argv[1]), 1) as folder:\n"
         "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)"
     )
@@ -170,7 +170,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 COMMITTING = """
 import sys, time
 from pathlib import Path
-from runtime.checkpoint import commit
+from runtime.checkpoint.files import commit
 
 root, synced = Path(sys.argv[1]), commit.sync
 
@@ -229,7 +229,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from plans.errors import DestinationError
-from runtime.checkpoint.lock import locked
+from runtime.checkpoint.files.lock import locked
 
 root, rounds = Path(sys.argv[1]), 0
 while rounds < 300:

@@ -16,10 +16,11 @@ import pytest
 
 from plans.errors import CheckpointError, DestinationError
 from plans.mesh import Mesh
-from runtime.checkpoint import commit, copy
-from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.copy import work_of
-from runtime.checkpoint.journal import read_journal
+from runtime.checkpoint.copying import copy
+from runtime.checkpoint.copying.copy import work_of
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.files import commit
+from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.runs import Run
 from runtime.checkpoint.target import Target

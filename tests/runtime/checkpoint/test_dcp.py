@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp_safetensors import shard_file, shard_files, sharding_metadata
-from runtime.checkpoint.hf import INDEX
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.dcp.safetensors import shard_file, shard_files, sharding_metadata
+from runtime.checkpoint.hub.hf import INDEX
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder, RankFolder

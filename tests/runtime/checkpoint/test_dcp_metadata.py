@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
-from runtime.checkpoint.dcp_content import dcp_content
-from runtime.checkpoint.dcp_metadata import METADATA
-from runtime.checkpoint.dcp_pickle import read_pickle
+from runtime.checkpoint.dcp.content import dcp_content
+from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.model import meta_model, read_config
+from runtime.models.model import meta_model, read_config
 from tests.conftest import HubFolder
 
 NORM, EMBEDDING, Q = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import MigratorError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copy import Destination, build_table
-from runtime.checkpoint.dcp_content import dcp_content
-from runtime.checkpoint.dcp_metadata import METADATA
+from runtime.checkpoint.copying.copy import Destination, build_table
+from runtime.checkpoint.dcp.content import dcp_content
+from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.safetensors import tensor_bytes
 from runtime.checkpoint.target import Target
-from runtime.model import meta_model, read_config
+from runtime.models.model import meta_model, read_config
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_dcp_metadata import DISTCP, save, weights
 

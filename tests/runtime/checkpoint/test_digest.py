@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.checkpoint.digest import BLOCK, Digest, block_weights, word_weights
-from runtime.checkpoint.tensor_digest import tensor_digest
+from runtime.checkpoint.verifying.digest import BLOCK, Digest, block_weights, word_weights
+from runtime.checkpoint.verifying.tensor_digest import tensor_digest
 
 MASK = 2**64 - 1
 WORDS = 3 * BLOCK + 5

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import PlanError
 from plans.mesh import Mesh
-from runtime.checkpoint.hf import WEIGHTS
-from runtime.checkpoint.ranks import assemble
+from runtime.checkpoint.hub.hf import WEIGHTS
+from runtime.checkpoint.ranks.files import assemble
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.runtime.checkpoint.tiny_types import UNBUILT, model_classes, tiny_type

@@ -12,12 +12,12 @@ from transformers import core_model_loading
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint import names
-from runtime.checkpoint.names import convert
-from runtime.checkpoint.ranks import assemble
+from runtime.checkpoint.hub import names
+from runtime.checkpoint.hub.names import convert
+from runtime.checkpoint.ranks.files import assemble
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.model import meta_model
+from runtime.models.model import meta_model
 
 _TEXT = {
     "hidden_size": 64,

@@ -31,15 +31,15 @@ from plans.errors import (
     UsageError,
 )
 from plans.mesh import Mesh
-from runtime.checkpoint.commit import MARKER
 from runtime.checkpoint.content import Layout
-from runtime.checkpoint.copy import work_of
-from runtime.checkpoint.dcp_metadata import METADATA
-from runtime.checkpoint.journal import read_journal
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.copying.copy import work_of
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.checkpoint.verify import verify
+from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_crash import SMALL, die, ended, files, forked
 from tests.runtime.checkpoint.test_dcp_metadata import Evil, edit

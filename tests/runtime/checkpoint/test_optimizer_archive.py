@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.checkpoint.dcp_archive import read_archive, read_description
-from runtime.checkpoint.dcp_zip import Region
-from runtime.checkpoint.optimizer_archive import ALIGNMENT, tensor_archive, value_archive
-from runtime.model import DTYPES
+from runtime.checkpoint.dcp.archive import read_archive, read_description
+from runtime.checkpoint.dcp.zip import Region
+from runtime.checkpoint.optimizer.archive import ALIGNMENT, tensor_archive, value_archive
+from runtime.models.model import DTYPES
 
 ONE = b"\x00\x00\x80\x3f"
 

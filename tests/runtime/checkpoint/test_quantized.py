@@ -18,12 +18,12 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from plans.errors import IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.hf import WEIGHTS
-from runtime.checkpoint.ranks import assemble, rank_file
+from runtime.checkpoint.hub.hf import WEIGHTS
+from runtime.checkpoint.ranks.files import assemble, rank_file
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.model import read_config
-from runtime.quantized_model import stored_model
+from runtime.models.model import read_config
+from runtime.models.quantized import stored_model
 from tests.tiny_models import DENSE, ODD_MODELS
 
 HUB = Target("hf")

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.manifest import read_manifest
-from runtime.checkpoint.ranks import RankCheckpoint, assemble, rank_file
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.ranks.files import RankCheckpoint, assemble, rank_file
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 
 NORM = "model.norm.weight"

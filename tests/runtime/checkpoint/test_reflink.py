@@ -24,13 +24,14 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from plans.errors import DestinationError
 from plans.mesh import Mesh
-from runtime.checkpoint import clones, copy, reflink
-from runtime.checkpoint.clones import aligned, clones_of
-from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.estimate import estimate
-from runtime.checkpoint.journal import read_journal
-from runtime.checkpoint.record import MANIFEST
-from runtime.checkpoint.regions import MemoryRegion, SharedRegion
+from runtime.checkpoint.copying import clones, copy
+from runtime.checkpoint.copying.clones import aligned, clones_of
+from runtime.checkpoint.copying.estimate import estimate
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
+from runtime.checkpoint.files import reflink
+from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
 from tests.runtime.checkpoint.reflink_disks import BLOCK, mounted, shared

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
-from runtime.checkpoint import names
-from runtime.checkpoint.hf import read_hub
-from runtime.checkpoint.ranks import RankCheckpoint, assemble, compute_digest, rank_file
+from runtime.checkpoint.hub import names
+from runtime.checkpoint.hub.hf import read_hub
+from runtime.checkpoint.ranks.files import RankCheckpoint, assemble, compute_digest, rank_file
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.model import meta_model
+from runtime.models.model import meta_model
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 from tests.tiny_models import DENSE
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
 from plans.errors import HeaderError, IncompleteError, MigratorError
-from runtime.checkpoint.safetensors import BITS, encode_header, read_header
+from runtime.checkpoint.files.safetensors import BITS, encode_header, read_header
 
 TENSORS = {
     "scalar": torch.tensor(1.5),

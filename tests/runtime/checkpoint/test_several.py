@@ -18,11 +18,11 @@ import transformers
 
 from plans.errors import DestinationError, MismatchError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.commit import MARKER
-from runtime.checkpoint.journal import read_journal
+from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.copying.shares import share_of
+from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult, plan_reshard
 from runtime.checkpoint.runs import covers
-from runtime.checkpoint.shares import share_of
 from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint import several_cases as cases

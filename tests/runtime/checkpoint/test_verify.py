@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
-from runtime.checkpoint.differences import Difference
-from runtime.checkpoint.elements import Placed, first_difference
 from runtime.checkpoint.extents import whole
-from runtime.checkpoint.ranks import rank_file
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.safetensors import encode_header, read_header
+from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.safetensors import encode_header, read_header
 from runtime.checkpoint.target import Target
-from runtime.checkpoint.verify import verify
+from runtime.checkpoint.verifying.differences import Difference
+from runtime.checkpoint.verifying.elements import Placed, first_difference
+from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_optimizer import adamw, with_state
 

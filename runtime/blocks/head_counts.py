@@ -1,0 +1,129 @@
+"""Forwards that count heads for themselves: with the number of all of them where a rank holds some.
+
+Attention that reshapes its projections by `-1` and the width of a head works on whatever heads a rank holds. One that
+says `view(batch, length, self.num_heads, self.head_dim)` mixes tokens with heads, often without an error. Its source
+tells the two apart; it is read and never run, and what cannot be read is not judged.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+
+from plans.dialect import Dialect
+from plans.errors import PlanError
+from runtime.blocks.side_by_side import read_blocks
+
+__all__ = ["check_head_counts"]
+
+_COUNT = re.compile(r"(num|n)_(\w+_)?heads?|heads|nheads?")
+_SHAPING = frozenset({"narrow", "reshape", "split", "unflatten", "view"})
+
+
+def check_head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
+    """Refuse to cut the projections of an attention that reshapes by the number of all heads.
+
+    Args:
+        model: on meta or not.
+        plan: key to style.
+        dialect: that it is written in.
+
+    Raises:
+        PlanError: the forward of a block whose layers leave heads sharded does so; names both.
+    """
+    blocks = [block for block in read_blocks(model, plan, dialect).values() if block.sharded]
+    counts = {kind: counted_heads(kind) for kind in {type(block.module) for block in blocks}}
+    for block in blocks:
+        found = counts[type(block.module)]
+        if found is not None:
+            raise PlanError(
+                f"{block.sharded[0].name} leaves its output sharded, but {type(block.module).__name__} shapes it by "
+                f"{found}, the number of all heads, where a rank has some",
+                hint=f"give no entries to the layers of {block.name}, or gather them: 'colwise_gather_output', and "
+                "'rowwise_split_input' for the one behind",
+                module=block.name,
+            )
+
+
+def counted_heads(kind: type) -> str | None:
+    """Return the number of heads, as the source spells it, by which a class's forward shapes or slices a tensor.
+
+    Args:
+        kind: of module; its own methods that `forward` calls are read too.
+    """
+    methods: dict[str, ast.FunctionDef] = {}
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        tree = None if name in methods else _source(getattr(kind, name, None))
+        if tree is not None:
+            methods[name] = tree
+            waiting += list(_called(tree))
+    return next((found for tree in methods.values() for found in _shaped_by_counts(tree)), None)
+
+
+def _source(function: Callable[..., object] | None) -> ast.FunctionDef | None:
+    """Return a function's source as a tree, None for what torch wrote or no file holds."""
+    if not inspect.isfunction(function) or function.__module__.startswith("torch."):
+        return None
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, SyntaxError):
+        return None
+    return tree if isinstance(tree, ast.FunctionDef) else None
+
+
+def _called(tree: ast.FunctionDef) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value):
+            yield node.func.attr
+
+
+def _shaped_by_counts(tree: ast.FunctionDef) -> Iterator[str]:
+    given = _given_counts(tree)
+    names = dict(_assigned(tree, given)) | {name: name for name in given}
+    for node in ast.walk(tree):
+        for size in _sizes(node):
+            for part in ast.walk(size):
+                spelled = names.get(part.id) if isinstance(part, ast.Name) else _count(part)
+                if spelled is not None:
+                    yield spelled
+
+
+def _given_counts(tree: ast.FunctionDef) -> frozenset[str]:
+    """Return the parameters that a function's caller gives a number of heads by."""
+    return frozenset(one.arg for one in tree.args.args if _COUNT.fullmatch(one.arg))
+
+
+def _assigned(tree: ast.FunctionDef, given: frozenset[str]) -> Iterator[tuple[str, str]]:
+    """Yield the local names that stand for a number of heads, or for what is computed from it alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.BinOp | ast.Tuple):
+            found = [spelled for part in ast.walk(node.value) if (spelled := _count(part, given))]
+            for name in (part for target in node.targets for part in ast.walk(target)):
+                if found and isinstance(name, ast.Name):
+                    yield name.id, found[0]
+
+
+def _sizes(node: ast.AST) -> list[ast.expr]:
+    """Return the sizes that a node shapes or slices a tensor by."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    if isinstance(node, ast.Slice):
+        return [bound for bound in (node.lower, node.upper) if bound is not None]
+    return []
+
+
+def _count(node: ast.AST, given: frozenset[str] = frozenset()) -> str | None:
+    """Return how a node spells a number of heads, held by a module or its config or given; None for other nodes."""
+    of_module = isinstance(node, ast.Attribute) and _COUNT.fullmatch(node.attr)
+    return ast.unparse(node) if of_module or (isinstance(node, ast.Name) and node.id in given) else None
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"

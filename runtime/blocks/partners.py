@@ -1,0 +1,122 @@
+"""Partners: layers whose cuts only make sense together, checked before anything is cut.
+
+A layer that leaves its output sharded by feature needs one that takes such an input, and the other way round; every
+layer whose output meets theirs must be cut too; and gate and up in one matrix are cut as two. All of it is read off the
+names and widths of the layers of a block (`runtime.blocks.side_by_side`) and of the blocks right above and below it.
+
+What this cannot see: what a forward computes. A layer is taken to meet sharded outputs where its width is that of one
+of them, of what the layer behind them takes, or of a number of heads; with other widths it is taken for something
+else, such as a router. Query, key and value in one matrix are not known from other layers, and two blocks further apart
+are no partners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from plans.dialect import Dialect
+from plans.errors import PlanError
+from plans.placement import Packed
+from runtime.blocks.shared_rope import check_shared_rope, rope_of
+from runtime.blocks.side_by_side import Block, Projection, read_blocks
+
+__all__ = ["check_partners"]
+
+
+def check_partners(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
+    """Refuse a plan that cuts a layer, but not one that its numbers depend on.
+
+    A module without a config is a part by itself, whose caller may take and give slices; nothing is said of it.
+
+    Args:
+        model: on meta or not.
+        plan: key to style.
+        dialect: that it is written in.
+
+    Raises:
+        PlanError: it does; names the layer and the entry that is missing or wrong.
+    """
+    if getattr(model, "config", None) is None:
+        return
+    for block in read_blocks(model, plan, dialect).values():
+        _check_taken(block)
+        _check_given(block)
+        _check_whole(block)
+        _check_packed(block)
+        check_shared_rope(block)
+
+
+def _check_taken(block: Block) -> None:
+    for one in block.sharded if not block.takers else ():
+        raise PlanError(
+            f"{one.name} leaves its output sharded, but nothing beside it takes a sharded input: a slice would be used "
+            "as if it were the whole",
+            hint=f"give {one.key!r} 'colwise_gather_output', or the layer that takes its output 'rowwise'",
+            module=one.name,
+        )
+
+
+def _check_given(block: Block) -> None:
+    for one in block.projections if not block.givers else ():
+        if one.takes_slice:
+            raise PlanError(
+                f"{one.name} takes a sharded input, but nothing beside it leaves its output sharded",
+                hint=f"give what computes its input 'colwise', or {one.key!r} 'rowwise_split_input'",
+                module=one.name,
+            )
+
+
+def _check_whole(block: Block) -> None:
+    widths = _widths(block)
+    for one in block.whole if block.sharded else ():
+        width = one.linear.out_features
+        of_heads = any(width % head == 0 for head in block.head_widths)
+        if not _feeds_sharded(one, block) and (width in widths or of_heads):
+            raise PlanError(
+                f"{one.name} gives a whole output, which would meet the slices that {block.sharded[0].name} leaves",
+                hint=f"add the entry {one.key!r}: 'colwise'",
+                module=one.name,
+            )
+
+
+def _widths(block: Block) -> frozenset[int]:
+    """Return the widths, whole, of what flows between the block's sharded layers, and the numbers of heads in them."""
+    taken = {one.linear.in_features for one in block.takers}
+    heads = {width // head for width in taken for head in block.head_widths if width % head == 0}
+    return frozenset(taken | heads | {one.linear.out_features for one in block.sharded})
+
+
+def _feeds_sharded(one: Projection, block: Block) -> bool:
+    """Say whether a layer computes the input of a sharded one, as the first of a pair of latent projections does.
+
+    Such pairs are named `q_a_proj` and `q_b_proj`; by other names their widths tell, the rope key aside that the first
+    may compute too. Side by side, layers of one input do not feed each other, whatever their widths.
+    """
+    latents = {one.linear.out_features, one.linear.out_features - rope_of(block)} - {one.linear.in_features}
+    return "_a_" in one.child or any(other.linear.in_features in latents for other in block.sharded)
+
+
+def _check_packed(block: Block) -> None:
+    pairs = {2 * one.linear.in_features for one in block.takers}
+    for one in block.sharded:
+        gates_and_ups = one.linear.out_features in pairs and not block.head_widths
+        if isinstance(one.weight, Packed) and not gates_and_ups:
+            why = "holds heads" if block.head_widths else f"is not twice as wide as {block.takers[0].name} takes"
+            raise PlanError(
+                f"{one.name} is cut as gate and up in one, but {why}",
+                hint=f"give {one.key!r} 'colwise', or {_gathered(one, block)}",
+                module=one.name,
+            )
+        if not isinstance(one.weight, Packed) and gates_and_ups and len(block.sharded) == 1:
+            raise PlanError(
+                f"{one.name} is twice as wide as {block.takers[0].name} takes, gate and up in one, but is cut as if it "
+                "were one: a rank's slice would not hold gates together with their ups",
+                hint=f"give {one.key!r} 'packed_colwise', or {_gathered(one, block)}",
+                module=one.name,
+            )
+
+
+def _gathered(one: Projection, block: Block) -> str:
+    return f"'colwise_gather_output' for {one.key!r} with 'rowwise_split_input' for {block.takers[0].key!r}"

@@ -1,0 +1,119 @@
+"""Destinations that come in small pieces: put together in memory, and handed on in whole blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+
+from runtime.checkpoint.copying.regions import Bytes, Region
+from runtime.checkpoint.copying.strided import scatter
+from runtime.checkpoint.runs import Run, cut, flipped
+
+__all__ = ["Assembler"]
+
+_Key = tuple[int, int]
+"""A destination and the number of a block in it."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """Bytes of a destination; `missing` of them are still to come."""
+
+    content: Bytes
+    missing: int
+    closed: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+
+class Assembler:
+    """Blocks of destinations that are being filled.
+
+    A block goes to its region when it is complete, or when memory is needed for others; then it is read back once
+    more of it comes.
+
+    Args:
+        regions: by destination.
+        sizes: of the destinations in bytes.
+        memory: bytes that blocks may take together.
+        block: bytes of a block.
+        is_new: whether nothing has been written to the regions before.
+    """
+
+    def __init__(self, regions: Sequence[Region], sizes: Sequence[int], memory: int, block: int, is_new: bool) -> None:
+        self._regions, self._sizes = regions, sizes
+        self._block, self._most, self._is_new = block, max(1, memory // block), is_new
+        self._open: OrderedDict[_Key, _Block] = OrderedDict()
+        self._put_off: dict[_Key, int] = {}
+        self._spare: list[Bytes] = []
+        self._lock = Lock()
+
+    def add(self, run: Run, slab: Bytes, start: int) -> None:
+        """Take a run's bytes.
+
+        Args:
+            run: to an assembled destination.
+            slab: of the source.
+            start: the source offset of the slab's first byte.
+        """
+        for number, part in cut(flipped(run), self._block):
+            self._fill((run.destination, number), flipped(part), slab, start)
+
+    def flush(self) -> None:
+        """Hand on what there is, complete or not."""
+        self._put_off_oldest(0)
+
+    def _fill(self, key: _Key, part: Run, slab: Bytes, start: int) -> None:
+        while True:
+            block = self._opened(key)
+            with block.lock:
+                if block.closed:
+                    continue  # put off between our finding and our locking it
+                scatter(part, slab, start, block.content, key[1] * self._block)
+                block.missing -= part.size
+                if block.missing:
+                    return
+                self._hand_on(key, block)
+            with self._lock:
+                self._open.pop(key, None)
+                self._spare.append(block.content)
+            return
+
+    def _opened(self, key: _Key) -> _Block:
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        self._put_off_oldest(self._most - 1)
+        with self._lock:
+            if key not in self._open:
+                self._open[key] = self._begun(key)
+            return self._open[key]
+
+    def _begun(self, key: _Key) -> _Block:
+        destination, number = key
+        size = min(self._block, self._sizes[destination] - number * self._block)
+        content = self._spare.pop() if self._spare else np.empty(self._block, np.uint8)
+        content = content[:size] if len(content) >= size else np.empty(size, np.uint8)
+        if key in self._put_off or not self._is_new:
+            self._regions[destination].read(number * self._block, content)
+        else:
+            content[...] = 0
+        return _Block(content, self._put_off.pop(key, size))
+
+    def _put_off_oldest(self, most: int) -> None:
+        """Hand on blocks until no more than `most` are open; nobody can open them again before they are written."""
+        with self._lock:
+            while len(self._open) > most:
+                key, block = self._open.popitem(last=False)
+                with block.lock:
+                    if not block.closed:
+                        self._hand_on(key, block)
+                        self._put_off[key] = block.missing
+
+    def _hand_on(self, key: _Key, block: _Block) -> None:
+        block.closed = True
+        self._regions[key[0]].write(key[1] * self._block, block.content)

@@ -1,0 +1,221 @@
+"""Executing a run table: each source byte is read once, in slabs, and goes from there to all that need it.
+
+Contiguous runs are written from the slab that the digest has just read. To let the system copy them from file to file
+(`copy_file_range`) reads them twice: on ext4, warm, it came to 0.65, 0.78 and 0.60 of the speed with slabs of 1, 2 and
+8 MiB, and took more of the processors (`benchmarks/copy_calls.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+
+from plans.errors import UsageError
+from runtime.checkpoint.copying.assemble import Assembler
+from runtime.checkpoint.copying.regions import Bytes, Region
+from runtime.checkpoint.copying.slabs import Slab, slabs, units
+from runtime.checkpoint.copying.strided import pieces, row_groups, rows
+from runtime.checkpoint.copying.table import Destination, Table, build_table
+from runtime.checkpoint.files.safetensors import StoredTensor, read_exactly, reading
+from runtime.checkpoint.runs import Run
+
+__all__ = [
+    "BLOCK",
+    "DEFAULT_MEMORY",
+    "Destination",
+    "Keeper",
+    "Progress",
+    "Table",
+    "buffer_bytes",
+    "build_table",
+    "execute",
+    "feed",
+    "slab_size",
+    "work_of",
+]
+
+Progress = Callable[[int, int, str], None]
+"""Told bytes done, bytes in all, and the tensor at hand."""
+
+DEFAULT_MEMORY = 256 * 2**20
+_SLAB = 2 * 2**20
+"""Slabs of this size stay in the processor's cache from reading to writing; larger ones are slower."""
+BLOCK = 2**20
+_LEAST_MEMORY = 2**20
+_MOST_WORKERS = 4
+
+
+class Keeper(Protocol):
+    """Makes what is done safe against the death of the process."""
+
+    @property
+    def units(self) -> int:
+        """How many units are safe already, and need not be copied again."""
+
+    def is_due(self) -> bool:
+        """Return whether it is time to stop and keep what is done."""
+
+    def keep(self, units: int, bytes_done: int) -> None:
+        """Keep everything up to a number of units, all of whose bytes are with their regions."""
+
+
+class _NothingKept:
+    units = 0
+
+    def is_due(self) -> bool:
+        return False
+
+    def keep(self, units: int, bytes_done: int) -> None:
+        pass
+
+
+def execute(
+    table: Table,
+    regions: Sequence[Region],
+    *,
+    max_memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+    keeper: Keeper | None = None,
+) -> int:
+    """Read every source once and feed each destination's region.
+
+    Args:
+        table: what to move.
+        regions: one for each destination of the table; they are written to from several threads.
+        max_memory: bytes that buffers may take.
+        progress: told after every unit of work.
+        keeper: of what is done, if anything is to survive a failure.
+
+    Returns:
+        The bytes read.
+
+    Raises:
+        UsageError: the memory is too small to work with.
+        IncompleteError: a source file ends before its tensors do.
+        CheckpointError: a source file cannot be read.
+    """
+    if max_memory < _LEAST_MEMORY:
+        raise UsageError(f"{max_memory} bytes are too little memory to copy with", hint="allow 1 MiB or more")
+    keeper = keeper or _NothingKept()
+    limit = slab_size(max_memory)
+    work = work_of(table, max_memory)
+    count, read = keeper.units, 0
+    done = sum(_counted(unit, table) for unit in islice(work, count))
+    sizes = [destination.size for destination in table.destinations]
+    assembler = Assembler(regions, sizes, max_memory // 2, min(BLOCK, limit), is_new=not count)
+    copying = _Copying(table, regions, assembler, limit)
+    for unit, is_still in copying.finished(work, keeper.is_due):
+        count += 1
+        read += sum(slab.size for slab in unit)
+        done += _counted(unit, table)
+        if progress is not None:
+            progress(done, table.bytes_counted, table.destinations[unit[-1].parts[0].destination].name)
+        if is_still and keeper.is_due():
+            assembler.flush()
+            keeper.keep(count, done)
+    assembler.flush()
+    return read
+
+
+def work_of(table: Table, max_memory: int) -> Iterator[tuple[Slab, ...]]:
+    """Yield the units of work of a copy, always the same for the same table and memory."""
+    limit = slab_size(max_memory)
+    return units(slabs(table.sources, table.runs, table.assembled, limit), limit)
+
+
+def slab_size(max_memory: int) -> int:
+    """Return the bytes of a slab: each worker has one, a gathered copy of it and a digest's scratch."""
+    return min(_SLAB, max_memory // (6 * _MOST_WORKERS))
+
+
+def buffer_bytes(table: Table, max_memory: int) -> int:
+    """Return what copying allocates at most: every worker's slab twice and its scratch, and what is assembled."""
+    slabs_and_scratch = 3 * _workers() * slab_size(max_memory)
+    return slabs_and_scratch + (max_memory // 2 if table.assembled else 0)
+
+
+def _workers() -> int:
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def _counted(unit: Sequence[Slab], table: Table) -> int:
+    parts = (part for slab in unit for part in slab.parts)
+    return sum(part.size for part in parts if part.destination in table.counted)
+
+
+class _Copying:
+    """Threads that each bring one unit at a time to where it belongs."""
+
+    def __init__(self, table: Table, regions: Sequence[Region], assembler: Assembler, limit: int) -> None:
+        self._table, self._regions, self._assembler = table, regions, assembler
+        self._workers = _workers()
+        self._buffers: SimpleQueue[Bytes] = SimpleQueue()
+        for _ in range(self._workers):
+            self._buffers.put(np.empty(limit, np.uint8))
+
+    def finished(
+        self, work: Iterator[tuple[Slab, ...]], is_due: Callable[[], bool]
+    ) -> Iterator[tuple[tuple[Slab, ...], bool]]:
+        """Yield each unit that is done, in order, and whether nothing else is under way; wait for that when due."""
+        waiting: deque[tuple[tuple[Slab, ...], Future[None]]] = deque()
+        with ThreadPoolExecutor(self._workers) as pool:
+            for unit in work:
+                waiting.append((unit, pool.submit(self._copy, unit)))
+                while len(waiting) > self._workers + 1 or (waiting and is_due()):
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+
+    @staticmethod
+    def _next(waiting: deque[tuple[tuple[Slab, ...], Future[None]]]) -> tuple[tuple[Slab, ...], bool]:
+        unit, copied = waiting.popleft()
+        copied.result()
+        return unit, not waiting
+
+    def _copy(self, unit: tuple[Slab, ...]) -> None:
+        buffer = self._buffers.get()
+        try:
+            for slab in unit:
+                content = buffer[: slab.size]
+                _read(self._table.sources[slab.source], slab.start, content)
+                for part in slab.parts:
+                    feed(part, content, slab.start, self._table, self._regions, self._assembler)
+        finally:
+            self._buffers.put(buffer)
+
+
+def feed(part: Run, content: Bytes, start: int, table: Table, regions: Sequence[Region], assembler: Assembler) -> None:
+    """Bring a run's bytes to its region: as they are, as rows, or through blocks that are assembled.
+
+    Args:
+        part: of a run.
+        content: the slab that the part reads from.
+        start: the source offset of the slab's first byte.
+        table: of the copy.
+        regions: of the destinations.
+        assembler: of the blocks.
+    """
+    region = regions[part.destination]
+    if part.destination in table.assembled:
+        for group in row_groups(part):
+            if not region.write_rows(group.destination_offset, *rows(group, content, start)):
+                assembler.add(group, content, start)
+    else:
+        for offset, piece in pieces(part, content, start):
+            region.write(offset, piece)
+
+
+def _read(tensor: StoredTensor, start: int, content: Bytes) -> None:
+    with reading(tensor.file):
+        descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_exactly(descriptor, content.data, tensor.offset + start, tensor.file)
+    finally:
+        os.close(descriptor)

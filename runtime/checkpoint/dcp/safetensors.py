@@ -1,0 +1,90 @@
+"""Shard files of distributed checkpoints in safetensors form: their names, their metadata, and the chunks they store.
+
+Source: `torch.distributed.checkpoint.hf_storage` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from plans.errors import HeaderError, IncompleteError
+from runtime.checkpoint.dcp.chunks import Chunk
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header, strict_json
+from runtime.checkpoint.files.side_files import check_contained
+
+__all__ = ["read_shard_files", "shard_file", "shard_files", "sharding_metadata"]
+
+_NAME = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
+_INFO = "DCP_SHARDING_INFO"
+_MAX_SIZE = 2**63 - 1
+
+
+def shard_file(rank: int, number: int, count: int) -> str:
+    """Return the name of one of a rank's files, which torch numbers from one: `shard-00001-model-00001-of-00002…`."""
+    return f"shard-{rank + 1:05d}-model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def shard_files(folder: Path) -> list[str]:
+    """Return the names of a folder's shard files, by which transformers knows a distributed checkpoint."""
+    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the metadata of a shard file.
+
+    Args:
+        offsets: where the file's part of each tensor begins in it.
+    """
+    info = {name: {"saved_offsets": list(offset)} for name, offset in offsets.items()}
+    return {_INFO: json.dumps(info, ensure_ascii=False), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def read_shard_files(folder: Path, names: Sequence[str]) -> list[Chunk]:
+    """Return the chunks that shard files store.
+
+    Args:
+        folder: of the checkpoint.
+        names: of its shard files.
+
+    Raises:
+        HeaderError: a header or its sharding metadata lies.
+        IncompleteError: a file is cut short.
+        CheckpointError: a link leads out of the folder.
+    """
+    return [chunk for name in names for chunk in _chunks(folder, folder / name)]
+
+
+def _chunks(folder: Path, path: Path) -> list[Chunk]:
+    check_contained(folder, path)
+    if not path.is_file():
+        raise IncompleteError(f"{path}: not a file", hint="copy the file again", file=str(path))
+    header = read_header(path)
+    info = _info(header)
+    return [
+        Chunk.contiguous(name, _offset(path, name, info, stored), f"{path.name}/{name}", stored)
+        for name, stored in header.tensors.items()
+    ]
+
+
+def _info(header: Header) -> Mapping[str, object] | None:
+    """Return what the metadata says of each tensor, None where every one is whole."""
+    text = header.metadata.get(_INFO)
+    return strict_json(text.encode(), header.file) if text else None
+
+
+def _offset(path: Path, name: str, info: Mapping[str, object] | None, stored: StoredTensor) -> tuple[int, ...]:
+    if info is None:
+        return (0,) * len(stored.shape)
+    match info.get(name):
+        case {"saved_offsets": list(offset)} if len(offset) == len(stored.shape):
+            if all(type(start) is int and 0 <= start <= _MAX_SIZE for start in offset):
+                return tuple(offset)
+    raise HeaderError(
+        f"{path}: {_INFO} does not say where {name!r} begins",
+        hint="the file is damaged; copy or save it again",
+        file=str(path),
+        tensor=name,
+    )

@@ -1,0 +1,63 @@
+"""Stamps of a source's files: by them a run notices before it commits that one was changed while it was read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.errors import MismatchError
+from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.side_files import walk
+from runtime.wording import listed
+
+__all__ = ["Stamp", "check_unchanged", "stamps_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What changes whenever a file is written or replaced: its size in bytes, its time in nanoseconds, its inode."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def stamps_of(folder: Path) -> dict[str, Stamp]:
+    """Return the stamps of a folder's files by name, taken before any of them is read.
+
+    Raises:
+        CheckpointError: the folder cannot be listed.
+    """
+    with reading(folder):
+        paths = [path for path in walk(folder) if path.is_file()] if folder.is_dir() else []
+    found = {path.relative_to(folder).as_posix(): _stamp(path) for path in paths}
+    return {name: stamp for name, stamp in found.items() if stamp is not None}
+
+
+def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collection[str]) -> None:
+    """Refuse to go on where one of a folder's files is no longer the one that was read.
+
+    Args:
+        folder: of the source.
+        stamps: taken before it was read.
+        ignored: names of files that were not.
+
+    Raises:
+        MismatchError: a file was changed, replaced or removed.
+    """
+    changed = [name for name in stamps.keys() - set(ignored) if _stamp(folder / name) != stamps[name]]
+    if changed:
+        raise MismatchError(
+            f"{folder}: {listed(sorted(changed))} changed while it was read",
+            hint="wait until nothing writes there any more, then run the same command again",
+            files=sorted(changed),
+        )
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        found = path.stat()
+    except OSError:  # It is gone, which is a change too.
+        return None
+    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)

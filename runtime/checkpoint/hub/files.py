@@ -1,0 +1,88 @@
+"""Writing hub form: each stored tensor looked up, backwards through the conversion, in what the source holds."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from plans.errors import HeaderError
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.extents import Form
+from runtime.checkpoint.files.new_file import NewFile, NewTensor, new_file
+from runtime.checkpoint.hub.names import convert
+from runtime.checkpoint.ranks.record import StoredForm
+from runtime.checkpoint.turned import inverse, through
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["hub_files", "index_text"]
+
+
+def hub_files(content: Content, model: PreTrainedModel, form: StoredForm) -> tuple[NewFile, ...]:
+    """Lay out the weight files of a checkpoint in hub form.
+
+    Args:
+        content: what there is.
+        model: that it is of, on meta.
+        form: the hub form to bring it to: files, names, shapes, metadata.
+
+    Raises:
+        HeaderError: the form is not one of these tensors.
+        ConversionError, IncompleteError, MismatchError: as `convert`.
+    """
+    stored = _stored_forms(content, model, form)
+    rows: defaultdict[str, list[NewTensor]] = defaultdict(list)
+    for name, row in form.tensors.items():
+        rows[str(row["file"])].append((name, _dtype(content, stored[name], name, row), stored[name]))
+    return tuple(new_file(file, rows[file], form.file_metadata.get(file, form.metadata)) for file in form.files)
+
+
+def index_text(form: StoredForm) -> bytes | None:
+    """Return the index file as `save_pretrained` writes it, None where the form has none."""
+    if form.index is None:
+        return None
+    index = {**form.index, "weight_map": {name: row["file"] for name, row in form.tensors.items()}}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _stored_forms(content: Content, model: PreTrainedModel, form: StoredForm) -> dict[str, Form]:
+    """Return the form of every stored tensor over the pieces of the source."""
+    shapes = {name: _shape(name, row) for name, row in form.tensors.items()}
+    wanted = {name: held.shape for name, held in content.tensors.items() if held.kind != "carried"}
+    conversion = convert(model, shapes, wanted, content.tied)
+    lacking = set(conversion.carried) - content.tensors.keys()
+    unsaid = {name for name, held in content.tensors.items() if held.kind == "carried"} - set(conversion.carried)
+    if lacking or unsaid:
+        name = min(lacking or unsaid)
+        raise HeaderError(
+            f"{content.folder}: the hub form that it records and its tensors differ in {name!r}",
+            hint="the manifest is damaged; reshard again from the original",
+            tensor=name,
+        )
+    used = {name: shape for name, shape in shapes.items() if name not in conversion.carried}
+    back = inverse({**conversion.forms, **conversion.repeated}, used)
+    forms = {**content.forms, **{name: content.forms[target] for name, target in content.tied.items()}}
+    seen = through(forms)
+    return {name: seen(back[name]) if name in back else forms[name] for name in shapes}
+
+
+def _dtype(content: Content, form: Form, name: str, row: Mapping[str, object]) -> str:
+    """Return a stored tensor's dtype, which its bytes must have where they lie now."""
+    dtypes = {content.pieces[source].dtype for source in form.sources} or {str(row["dtype"])}
+    if dtypes != {row["dtype"]}:
+        raise HeaderError(
+            f"{content.folder}: {name!r} was stored as {row['dtype']}, but its bytes here are {' and '.join(dtypes)}",
+            hint="the manifest is damaged; reshard again from the original",
+            tensor=name,
+        )
+    return str(row["dtype"])
+
+
+def _shape(name: str, row: Mapping[str, object]) -> tuple[int, ...]:
+    match row["shape"]:
+        case list(sizes) if all(type(size) is int and size >= 0 for size in sizes):
+            return tuple(sizes)
+    raise HeaderError(f"stored tensor {name!r} has no well-formed shape", hint="the manifest is damaged; reshard again")

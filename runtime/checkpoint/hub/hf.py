@@ -1,0 +1,178 @@
+"""Hub form: safetensors files as `save_pretrained` and the hub hold them, one file or several with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.errors import CheckpointError, HeaderError, IncompleteError
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS, is_weight_file
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header, reading, strict_json
+from runtime.checkpoint.files.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
+from runtime.checkpoint.ranks.record import MANIFEST
+
+__all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]
+
+_MAX_INDEX = 100_000_000
+_CHUNK = 2**20
+_MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class HubCheckpoint:
+    """A folder in hub form, headers read and checked, no tensor touched.
+
+    Args:
+        folder: where it lies.
+        headers: of the weight files, in the order of their names.
+        tensors: every stored tensor by its stored name.
+        index: the index file's content without its map of tensors, None when there is no index.
+        side: the other files: config, tokenizer, licence.
+    """
+
+    folder: Path
+    headers: tuple[Header, ...]
+    tensors: Mapping[str, StoredTensor]
+    index: Mapping[str, object] | None
+    side: SideFiles
+
+
+def read_hub(folder: Path) -> HubCheckpoint:
+    """Read what a folder in hub form holds.
+
+    As transformers does, `model.safetensors` is taken before an index. Weights in other formats and weight files that
+    the index does not name are not part of the checkpoint.
+
+    Raises:
+        IncompleteError: weights are missing or cut short.
+        HeaderError: an index or header does not tell the truth about the files.
+        CheckpointError: the folder is none, or a link leads out of it.
+    """
+    with reading(folder):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: not a folder", hint="name the folder that holds config.json and weights")
+        if (folder / WEIGHTS).exists():
+            return _checkpoint(folder, [WEIGHTS], None)
+        if not (folder / INDEX).exists():
+            raise _no_weights(folder)
+        extra, weight_map = _read_index(folder)
+        checkpoint = _checkpoint(folder, sorted(set(weight_map.values())), extra)
+        _check_index(folder / INDEX, weight_map, checkpoint.tensors)
+        return checkpoint
+
+
+def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two stored tensors are equal bit for bit, dtype and shape included."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with reading(first.file), first.file.open("rb") as one, second.file.open("rb") as other:
+        one.seek(first.offset)
+        other.seek(second.offset)
+        steps = (min(_CHUNK, first.size - done) for done in range(0, first.size, _CHUNK))
+        return all(one.read(step) == other.read(step) for step in steps)
+
+
+def _checkpoint(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
+    headers = tuple(read_header(_inside(folder, name)) for name in files)
+    used = frozenset(files) if index is None else frozenset((*files, INDEX))
+    return HubCheckpoint(folder, headers, _merged(headers), index, find_side_files(folder, used))
+
+
+def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
+    path = _inside(folder, INDEX)
+    if path.stat().st_size > _MAX_INDEX:
+        raise HeaderError(f"{path}: an index of over {_MAX_INDEX} bytes", hint="the index is damaged; save it again")
+    content = strict_json(path.read_bytes(), path)
+    match content.pop("weight_map", None):
+        case dict(weight_map) if weight_map and all(isinstance(name, str) for name in weight_map.values()):
+            pass
+        case _:
+            raise HeaderError(f"{path}: no weight_map of tensors to files", hint="download the index again")
+    for tensor, name in weight_map.items():
+        if not is_weight_file(name):
+            raise HeaderError(
+                f"{path}: tensor {tensor!r} is said to be in {name!r}, not a safetensors file of this folder",
+                hint="an index names files beside itself; do not trust this checkpoint",
+                tensor=tensor,
+                file=name,
+            )
+    if not _is_shallow(content, _MAX_DEPTH):
+        raise HeaderError(f"{path}: nested more than {_MAX_DEPTH} deep", hint="the index is damaged; download it again")
+    return content, weight_map
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the file's path; a link may lead only to the folder itself or to the hub cache's blobs beside it."""
+    path = folder / name
+    if not path.is_file():
+        raise IncompleteError(
+            f"{path}: missing, though {INDEX} names it", hint="download or copy the missing file", file=str(path)
+        )
+    check_contained(folder, path)
+    return path
+
+
+def _merged(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise HeaderError(
+                    f"tensor {name!r} is both in {tensors[name].file} and in {tensor.file}",
+                    hint="remove the file that does not belong to this checkpoint",
+                    tensor=name,
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise IncompleteError(f"{index}: tensor {name!r} is not in {file}", hint="download the file again")
+        if tensors[name].file.name != file:
+            raise HeaderError(
+                f"{index}: tensor {name!r} is said to be in {file} but is in {tensors[name].file.name}",
+                hint="the index belongs to another version of the checkpoint; download both again",
+                tensor=name,
+            )
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise HeaderError(
+                f"{index}: does not name tensor {name!r} of {tensor.file.name}",
+                hint="the index belongs to another version of the checkpoint; download both again",
+                tensor=name,
+            )
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(child, depth - 1) for child in children)
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    files = sorted(path.name for path in folder.iterdir())
+    if MANIFEST in files:
+        return CheckpointError(
+            f"{folder}: holds rank files, not hub form", hint="name the checkpoint that they were made from"
+        )
+    if ".metadata" in files or any(name.endswith(".distcp") for name in files):
+        return CheckpointError(
+            f"{folder}: a torch distributed checkpoint, not hub form",
+            hint="save the model with save_pretrained first",
+        )
+    if any(name.startswith("shard-") and name.endswith(".safetensors") for name in files):
+        return CheckpointError(
+            f"{folder}: a distributed safetensors checkpoint, not hub form",
+            hint="load it with transformers and save it with save_pretrained first",
+        )
+    if pickled := [name for name in files if Path(name).suffix in OTHER_WEIGHTS]:
+        return IncompleteError(
+            f"{folder}: no {WEIGHTS} or {INDEX}, only {pickled[0]}",
+            hint="load it with transformers and save it with save_pretrained, which writes safetensors",
+            files=pickled,
+        )
+    return IncompleteError(
+        f"{folder}: no {WEIGHTS} or {INDEX}", hint="name the folder that holds the weights", folder=str(folder)
+    )

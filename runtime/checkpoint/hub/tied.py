@@ -1,0 +1,42 @@
+"""Tied names that a checkpoint stores although they are other names of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from plans.errors import ConversionError
+from runtime.checkpoint.extents import Form, whole
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.hub.hf import HubCheckpoint, same_bytes
+from runtime.checkpoint.hub.names import Conversion
+
+__all__ = ["check_repeated"]
+
+
+def check_repeated(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
+    """Refuse a tied name that is stored besides its target, unless it holds the same bytes.
+
+    Args:
+        hub: the checkpoint.
+        conversion: of its tensors to the model's.
+        tied: each tied name with the name that holds the bytes.
+
+    Raises:
+        ConversionError: the two differ.
+    """
+    for name, form in conversion.repeated.items():
+        own, other = _stored_whole(form, hub), _stored_whole(conversion.forms[tied[name]], hub)
+        if own is not None and other is not None and same_bytes(own, other):
+            continue
+        raise ConversionError(
+            f"{name} is tied to {tied[name]} but stored with other values",
+            hint="set tie_word_embeddings to false in config.json, or remove one of the two",
+            name=name,
+            tied_to=tied[name],
+        )
+
+
+def _stored_whole(form: Form, hub: HubCheckpoint) -> StoredTensor | None:
+    """Return the stored tensor that a form is, if it is one and all of it."""
+    tensors = [hub.tensors[source] for source in form.sources]
+    return tensors[0] if len(tensors) == 1 and form == whole(form.sources[0], tensors[0].shape) else None

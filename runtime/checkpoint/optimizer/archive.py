@@ -1,0 +1,174 @@
+"""Archives as `torch.save` writes them, laid out ahead: all but the tensor's bytes, which copying puts in their place.
+
+A tensor's checksum is left zero, for it would have to be known before its bytes are. torch does not look at it, and
+`torch.serialization.set_crc32_options` leaves it out too; what guards the bytes is the digest in the manifest.
+
+Source: PKWARE's APPNOTE.TXT, sections 4.3.7 to 4.3.16 and 4.5.3; `torch.serialization` of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from runtime.checkpoint.dcp.archive import STORAGES
+from runtime.checkpoint.dcp.zip import END, END_64, ENTRY, EXTRA, FOR_64, IN_64, LOCAL, LOCATOR, SIZE_64
+from runtime.checkpoint.extents import row_major
+from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.models.model import DTYPES
+
+__all__ = ["ALIGNMENT", "Archive", "tensor_archive", "value_archive"]
+
+ALIGNMENT = 64
+"""Bytes that a tensor is aligned to in its archive, as torch does it."""
+
+_ABOUT: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
+_VERSION, _VERSION_64 = 20, 45
+_PADDING = 0x4246
+_TYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in STORAGES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An archive around the bytes of one tensor.
+
+    Args:
+        head: the bytes before the tensor's.
+        size: of the tensor in bytes.
+        tail: the bytes after it.
+    """
+
+    head: bytes
+    size: int
+    tail: bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole archive."""
+        return len(self.head) + self.size + len(self.tail)
+
+
+def tensor_archive(dtype: str, shape: Sequence[int]) -> Archive:
+    """Return the archive of a tensor in row-major order.
+
+    Args:
+        dtype: safetensors' name of one that torch has.
+        shape: of the tensor.
+    """
+    head, members = _written({"data.pkl": _pickled(dtype, shape), **_ABOUT})
+    storage = _Member("data/0", 0, tensor_bytes(dtype, shape), len(head))
+    head += storage.local_header(aligned=True)
+    return Archive(head, storage.size, _directory([*members, storage], len(head) + storage.size))
+
+
+def value_archive(pickled: bytes) -> bytes:
+    """Return the archive of a value that is no tensor, given its pickle."""
+    head, members = _written({"data.pkl": pickled, **_ABOUT})
+    return head + _directory(members, len(head))
+
+
+class _Member(NamedTuple):
+    """A member of an archive: its name, checksum, size, and where its own header begins."""
+
+    name: str
+    checksum: int
+    size: int
+    start: int
+
+    @property
+    def path(self) -> bytes:
+        """The name as it stands in the archive: torch puts all members in one folder."""
+        return f"archive/{self.name}".encode()
+
+    def local_header(self, *, aligned: bool = False) -> bytes:
+        """Return what stands before the member's bytes, padded so that they are aligned where that is asked for."""
+        extra = _extra_64(self.size, self.size) if self.size >= IN_64 else b""
+        if aligned:
+            gap = -(self.start + LOCAL.size + len(self.path) + len(extra) + EXTRA.size) % ALIGNMENT
+            extra += EXTRA.pack(_PADDING, gap) + b"Z" * gap
+        sizes = min(self.size, IN_64), min(self.size, IN_64)
+        version = _VERSION_64 if self.size >= IN_64 else _VERSION
+        fixed = LOCAL.pack(b"PK\x03\x04", version, 0, 0, 0, 0, self.checksum, *sizes, len(self.path), len(extra))
+        return fixed + self.path + extra
+
+    def entry(self) -> bytes:
+        """Return what the directory says of the member, whose archive begins before it reaches 4 GiB."""
+        extra = _extra_64(self.size, self.size) if self.size >= IN_64 else b""
+        sizes = min(self.size, IN_64), min(self.size, IN_64)
+        version = _VERSION_64 if extra else _VERSION
+        lengths = len(self.path), len(extra), 0
+        fixed = ENTRY.pack(
+            b"PK\x01\x02", version, version, 0, 0, 0, 0, self.checksum, *sizes, *lengths, 0, 0, 0, self.start
+        )
+        return fixed + self.path + extra
+
+
+def _written(members: Mapping[str, bytes]) -> tuple[bytes, list[_Member]]:
+    """Return the first bytes of an archive, and the members that they hold."""
+    content, rows = b"", list[_Member]()
+    for name, text in members.items():
+        rows.append(_Member(name, zlib.crc32(text), len(text), len(content)))
+        content += rows[-1].local_header() + text
+    return content, rows
+
+
+def _directory(members: Sequence[_Member], start: int) -> bytes:
+    """Return the end of an archive: its directory, and where that begins."""
+    entries = b"".join(member.entry() for member in members)
+    count, size = len(members), len(entries)
+    end = END.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, IN_64), 0)
+    if start < IN_64:
+        return entries + end
+    wide = END_64.pack(b"PK\x06\x06", END_64.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start)
+    return entries + wide + LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
+
+
+def _extra_64(*numbers: int) -> bytes:
+    return EXTRA.pack(FOR_64, len(numbers) * SIZE_64.size) + b"".join(map(SIZE_64.pack, numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What pickles as a call."""
+
+    function: Callable[..., object]
+    arguments: tuple[object, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.function, self.arguments
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """What pickles as the name of a storage that lies beside the pickle."""
+
+    kind: type
+    elements: int
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> object:
+        return ("storage", obj.kind, "0", "cpu", obj.elements) if isinstance(obj, _Storage) else None
+
+
+def _pickled(dtype: str, shape: Sequence[int]) -> bytes:
+    """Return the pickle of a tensor: a view of a storage, whose type says the dtype or leaves that to an argument."""
+    hooks: OrderedDict[str, object] = OrderedDict()
+    view = (0, tuple(shape), row_major(shape), False, hooks)
+    size = tensor_bytes(dtype, shape)
+    if dtype in _TYPES:
+        storage = _Storage(_TYPES[dtype], size // DTYPES[dtype].itemsize)
+        call = _Call(torch._utils._rebuild_tensor_v2, (storage, *view))
+    else:
+        storage = _Storage(torch.UntypedStorage, size)
+        call = _Call(torch._utils._rebuild_tensor_v3, (storage, *view, DTYPES[dtype]))
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(call)
+    return stream.getvalue()

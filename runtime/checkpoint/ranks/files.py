@@ -1,0 +1,240 @@
+"""The `ranks` layout: one safetensors file per rank with its local tensors exactly as in its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plans.errors import CheckpointError, IncompleteError, MismatchError
+from plans.mesh import Mesh
+from plans.placement import Replicate
+from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, build_table, execute
+from runtime.checkpoint.copying.regions import DigestRegion, MemoryRegion, Region
+from runtime.checkpoint.extents import Form, whole
+from runtime.checkpoint.files.new_file import NewFile, new_file
+from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header, tensor_bytes
+from runtime.checkpoint.files.side_files import check_contained, find_side_files
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
+from runtime.checkpoint.shards import local_form, reassemble
+from runtime.checkpoint.verifying.digest import Digest
+from runtime.models.model import DTYPES
+
+__all__ = [
+    "Copy",
+    "RankCheckpoint",
+    "assemble",
+    "compute_digest",
+    "held_by",
+    "lay_out",
+    "local",
+    "rank_file",
+    "read_rank",
+]
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """Return the name of a rank's file, `rank-00000-of-00002.safetensors`."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def held_by(entry: Entry, rank: int) -> bool:
+    """Return whether the rank's file has the tensor; carried tensors lie in rank 0's alone."""
+    return rank == 0 or entry.kind != "carried"
+
+
+def local(form: Form, entry: Entry, mesh: Mesh, rank: int) -> Form:
+    """Return the form of what a rank holds of a tensor.
+
+    Args:
+        form: of the whole tensor.
+        entry: its manifest entry.
+        mesh: of the checkpoint.
+        rank: whose local tensor.
+    """
+    return local_form(form, entry.placements, mesh.sizes(entry.mesh), mesh.coordinates(entry.mesh, rank))
+
+
+def lay_out(rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form]) -> NewFile:
+    """Lay out one rank's file: widest elements first, so that every tensor is aligned to its own.
+
+    Args:
+        rank: whose file.
+        mesh: of the result.
+        entries: of all tensors by name.
+        forms: of the whole tensors.
+    """
+    names = sorted((name for name in entries if held_by(entries[name], rank)), key=lambda n: -BITS[entries[n].dtype])
+    rows = ((name, entries[name].dtype, local(forms[name], entries[name], mesh, rank)) for name in names)
+    return new_file(rank_file(rank, mesh.world_size), rows, {"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One of the copies of a tensor that rank files hold.
+
+    Args:
+        name: of the tensor.
+        ranks: whose files together hold it once; one rank where it is whole there.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankCheckpoint:
+    """A folder of rank files, its manifest and headers read and found to agree.
+
+    Args:
+        folder: where it lies.
+        manifest: what it says about itself.
+        headers: of the rank files, by rank.
+    """
+
+    folder: Path
+    manifest: Manifest
+    headers: tuple[Header, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> RankCheckpoint:
+        """Read the manifest and every header, no tensor.
+
+        Raises:
+            IncompleteError: a file is missing or cut short.
+            HeaderError: a header or the manifest lies.
+            MismatchError: a file does not hold what the manifest says.
+        """
+        manifest = read_manifest(folder)
+        headers = tuple(read_rank(folder, manifest, rank) for rank in range(manifest.mesh.world_size))
+        return cls(folder, manifest, headers)
+
+    def copies(self, name: str) -> list[Copy]:
+        """Return all copies of a tensor, that of the first ranks first."""
+        entry, mesh = self.manifest.tensors[name], self.manifest.mesh
+        copies: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(mesh.world_size):
+            if held_by(entry, rank):
+                copies.setdefault(_replica(entry, mesh, rank), []).append(rank)
+        return [Copy(name, tuple(ranks)) for ranks in copies.values()]
+
+    def form(self, copy: Copy) -> Form:
+        """Return the form of a whole tensor over the local tensors of one copy, named `rank/name`."""
+        name, entry = copy.name, self.manifest.tensors[copy.name]
+        logical = whole(name, entry.shape)
+        pieces = ((f"{rank}/{name}", local(logical, entry, self.manifest.mesh, rank)) for rank in copy.ranks)
+        return reassemble(entry.shape, pieces)
+
+    def content(self) -> Content:
+        """Return the whole tensors over the first copy of each."""
+        entries = self.manifest.tensors
+        forms = {name: self.form(self.copies(name)[0]) for name in entries}
+        pieces = {
+            f"{rank}/{name}": tensor
+            for rank, header in enumerate(self.headers)
+            for name, tensor in header.tensors.items()
+        }
+        used = {MANIFEST, *(header.file.name for header in self.headers)}
+        return Content(
+            folder=self.folder,
+            layout="ranks",
+            tensors={name: Held(entry.kind, entry.dtype, entry.shape) for name, entry in entries.items()},
+            tied=self.manifest.tied,
+            forms=forms,
+            pieces=pieces,
+            side=find_side_files(self.folder, used),
+            stored_form=self.manifest.stored_form,
+            digests={name: entry.digest for name, entry in entries.items()},
+        )
+
+    def source(self, key: str) -> StoredTensor:
+        """Return the local tensor that a form names."""
+        rank, _, name = key.partition("/")
+        return self.headers[int(rank)].tensors[name]
+
+
+def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the unsharded parameters and persistent buffers of rank files, one in memory at a time.
+
+    Tied names are left out; `Manifest.tied` tells where their bytes are.
+
+    Args:
+        folder: that `migrator reshard --layout ranks` wrote.
+        max_memory: bytes for reading, besides the tensor itself.
+
+    Raises:
+        IncompleteError, HeaderError, MismatchError: as `RankCheckpoint.read`.
+        CheckpointError: torch has no such dtype.
+    """
+    checkpoint = RankCheckpoint.read(folder)
+    for name, entry in checkpoint.manifest.tensors.items():
+        if entry.kind == "carried":
+            continue
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{folder}: {name} is {entry.dtype}, which torch lacks", hint="use a newer torch")
+        content = np.empty(tensor_bytes(entry.dtype, entry.shape), np.uint8)
+        _feed(checkpoint, checkpoint.copies(name)[0], MemoryRegion(content), max_memory)
+        yield name, torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def compute_digest(checkpoint: RankCheckpoint, copy: Copy, *, max_memory: int = DEFAULT_MEMORY) -> str:
+    """Return the digest of one copy of a tensor as the rank files hold it.
+
+    Args:
+        checkpoint: read before.
+        copy: of one of its tensors.
+        max_memory: bytes for reading.
+    """
+    digest = Digest()
+    _feed(checkpoint, copy, DigestRegion(digest), max_memory)
+    return str(digest)
+
+
+def _feed(checkpoint: RankCheckpoint, copy: Copy, region: Region, max_memory: int) -> None:
+    entry = checkpoint.manifest.tensors[copy.name]
+    form = checkpoint.form(copy)
+    sources = {key: checkpoint.source(key) for key in form.sources}
+    destination = Destination(copy.name, tensor_bytes(entry.dtype, entry.shape))
+    execute(build_table(sources, [(destination, form)]), [region], max_memory=max_memory)
+
+
+def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """Return which copy of a tensor a rank has a part of: its place on the axes that replicate the tensor."""
+    pairs = zip(entry.placements, mesh.coordinates(entry.mesh, rank), strict=True)
+    return tuple(index for placement, index in pairs if isinstance(placement, Replicate))
+
+
+def read_rank(folder: Path, manifest: Manifest, rank: int) -> Header:
+    """Read the header of one rank's file and hold it against the manifest.
+
+    Raises:
+        IncompleteError: the file is missing or cut short.
+        HeaderError: the header lies.
+        MismatchError: the file does not hold what the manifest says.
+    """
+    path = folder / rank_file(rank, manifest.mesh.world_size)
+    if not path.is_file():
+        raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
+    check_contained(folder, path)
+    header = read_header(path)
+    expected = {name: entry for name, entry in manifest.tensors.items() if held_by(entry, rank)}
+    for name in sorted(expected.keys() ^ header.tensors.keys()):
+        where = "missing from" if name in expected else "not in the manifest but in"
+        raise _foreign(path, f"{name!r} is {where} the file")
+    for name, entry in expected.items():
+        shape = local(whole(name, entry.shape), entry, manifest.mesh, rank).shape
+        tensor = header.tensors[name]
+        if (tensor.dtype, tensor.shape) != (entry.dtype, shape):
+            said = f"{entry.dtype} {list(shape)}"
+            raise _foreign(path, f"{name!r} is {tensor.dtype} {list(tensor.shape)} where the manifest says {said}")
+    return header
+
+
+def _foreign(path: Path, what: str) -> MismatchError:
+    hint = "the file belongs to another checkpoint; reshard again"
+    return MismatchError(f"{path}: {what}", hint=hint, file=str(path))

@@ -1,0 +1,120 @@
+"""Differences between what a checkpoint holds and what it should: values that a command prints and programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from plans.errors import IncompleteError, MigratorError
+from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.verifying.elements import Element
+
+__all__ = ["Aspect", "Difference", "compare_held", "read_differences"]
+
+Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", "content"]
+"""In what something differs: `files` contradict one another, `content` is the bytes of a tensor."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it should be.
+
+    Args:
+        name: of the tensor, or of the folder where it is of no single one.
+        aspect: in what it differs.
+        expected: in words.
+        found: in words.
+        where: whose files hold what was found, in words.
+        element: the first one that differs, where there is something to compare with.
+        against: what the element was compared with, in words.
+    """
+
+    name: str
+    aspect: Aspect
+    expected: str
+    found: str
+    where: str = ""
+    element: Element | None = None
+    against: str = ""
+
+    def __str__(self) -> str:
+        if self.aspect in ("files", "lossy"):
+            return self.found if self.aspect == "files" else f"{self.name}: lossy, {self.found}"
+        where = f" in {self.where}" if self.where else ""
+        text = f"{self.name}{where}: {self.aspect} {self.found} instead of {self.expected}"
+        if self.element is None:
+            return text
+        index, found, expected = list(self.element.index), self.element.found, self.element.expected
+        return f"{text}; the first element that differs, {index}, is {found}, but {expected} in {self.against}"
+
+    def to_json(self) -> dict[str, object]:
+        """Return the difference for other programs."""
+        return {
+            "name": self.name,
+            "aspect": self.aspect,
+            "expected": self.expected,
+            "found": self.found,
+            "where": self.where,
+            "element": self.element.to_json() if self.element else None,
+            "against": self.against,
+        }
+
+
+def compare_held(one: Content, other: Content) -> Iterator[Difference]:
+    """Yield in what the tensors of two checkpoints differ before any byte is read: names, kinds, dtypes, shapes, ties.
+
+    An optimizer's state that only one of them holds is one difference.
+
+    Args:
+        one: whose tensors are expected.
+        other: whose tensors are found.
+    """
+    both = one.optimizer is not None and other.optimizer is not None
+    held = one.all_tensors if both else one.tensors, other.all_tensors if both else other.tensors
+    for name in _union(*held):
+        if name in held[0] and name in held[1]:
+            yield from _compare_tensor(name, held[0][name], held[1][name])
+        else:
+            expected, found = ("held" if name in side else "not held" for side in held)
+            yield Difference(name, "missing", expected, found)
+    if (one.optimizer is None) != (other.optimizer is None):
+        expected, found = ("not held" if side.optimizer is None else "held" for side in (one, other))
+        yield Difference("the optimizer's state", "missing", expected, found)
+    for name in _union(one.tied, other.tied):
+        wanted, has = (f"to {side.tied[name]}" if name in side.tied else "not tied" for side in (one, other))
+        if wanted != has:
+            yield Difference(name, "tied", wanted, has)
+
+
+def read_differences(error: MigratorError, folder: str) -> list[Difference]:
+    """Return what an error says of a checkpoint whose files contradict one another or do not make up its tensors.
+
+    Args:
+        error: of its reader.
+        folder: of the checkpoint.
+
+    Raises:
+        MigratorError: the error itself where it is that the work could not be done.
+    """
+    lossy = error.data.get("lossy")
+    if isinstance(lossy, Mapping):
+        return [
+            Difference(name, "lossy", f"{whole} elements", f"only {held} of {whole} elements are stored", folder)
+            for name, (held, whole) in lossy.items()
+        ]
+    if isinstance(error, IncompleteError):
+        raise error
+    return [Difference(folder, "files", "files of one checkpoint", error.message)]
+
+
+def _compare_tensor(name: str, expected: Held, found: Held) -> Iterator[Difference]:
+    aspects: tuple[Aspect, ...] = ("kind", "dtype", "shape")
+    for aspect in aspects:
+        wanted, has = (str(getattr(tensor, aspect)) for tensor in (expected, found))
+        if wanted != has:
+            yield Difference(name, aspect, wanted, has)
+
+
+def _union(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    return list(dict.fromkeys([*one, *other]))

@@ -1,0 +1,147 @@
+"""The first element in which two copies of a tensor differ, wherever their bytes lie, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from runtime.checkpoint.copying.copy import Destination, build_table, execute
+from runtime.checkpoint.copying.regions import Bytes, MemoryRegion
+from runtime.checkpoint.extents import Form, narrow, unravel
+from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
+from runtime.models.model import DTYPES
+
+__all__ = ["Element", "Placed", "Value", "first_difference"]
+
+_ALIGNED = 8
+"""So many elements fill whole bytes, however many bits one has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A whole tensor and where its bytes are.
+
+    Args:
+        form: of the tensor over the pieces.
+        pieces: what files store, by name.
+    """
+
+    form: Form
+    pieces: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One element.
+
+    Args:
+        bits: in hexadecimal, the highest first.
+        number: that they mean, in words where JSON has no such number; None where torch lacks the dtype.
+    """
+
+    bits: str
+    number: float | int | bool | str | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the value for other programs."""
+        return {"number": self.number, "bits": self.bits}
+
+    def __str__(self) -> str:
+        return f"0x{self.bits}" if self.number is None else f"{self.number} (0x{self.bits})"
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """An element that is not the same in two copies of a tensor.
+
+    Args:
+        index: in the whole tensor, per tensor dim.
+        expected: its value in the copy that is right.
+        found: in the other one.
+    """
+
+    index: tuple[int, ...]
+    expected: Value
+    found: Value
+
+    def to_json(self) -> dict[str, object]:
+        """Return the element for other programs."""
+        values = {"expected": self.expected.to_json(), "found": self.found.to_json()}
+        return {"index": list(self.index), **values}
+
+
+def first_difference(expected: Placed, found: Placed, dtype: str, *, max_memory: int) -> Element | None:
+    """Return the first element, in row-major order, that differs between two tensors of one shape and dtype.
+
+    Args:
+        expected: the tensor that is right.
+        found: the other one.
+        dtype: of both, safetensors' name.
+        max_memory: bytes that reading may allocate, the two blocks that are compared included.
+    """
+    assert expected.form.shape == found.form.shape
+    limit = max(1, max_memory // 8)  # rows go straight to their places, so that reading takes half of it at most
+    for start, *blocks in _blocks(expected.form, found.form, BITS[dtype], limit):
+        placed = zip((expected, found), blocks, strict=True)
+        one, other = (_bytes(Placed(block, side.pieces), dtype, max_memory) for side, block in placed)
+        differing = np.flatnonzero(one != other)
+        if len(differing):
+            return _element(int(differing[0]), start, one, other, dtype, expected.form.shape)
+    return None
+
+
+def _blocks(one: Form, other: Form, bits: int, limit: int, start: int = 0) -> Iterator[tuple[int, Form, Form]]:
+    """Yield parts of two forms that are contiguous in their tensors, with the flat number of their first element."""
+    dim = next((dim for dim, count in enumerate(one.shape) if count > 1), None)
+    if dim is None or prod(one.shape) * bits // 8 <= limit:
+        yield start, one, other
+        return
+    elements = prod(one.shape[dim + 1 :])
+    step = max(1, limit * 8 // bits // elements)
+    if step * elements * bits % 8:
+        step += -step % _ALIGNED
+    if step >= one.shape[dim]:
+        yield start, one, other
+        return
+    for first in range(0, one.shape[dim], step):
+        length = min(step, one.shape[dim] - first)
+        part, counterpart = (narrow(form, dim, first, length) for form in (one, other))
+        yield from _blocks(part, counterpart, bits, limit, start + first * elements)
+
+
+def _bytes(placed: Placed, dtype: str, max_memory: int) -> Bytes:
+    content = np.zeros(tensor_bytes(dtype, placed.form.shape), np.uint8)
+    sources = {name: placed.pieces[name] for name in placed.form.sources}
+    table = build_table(sources, [(Destination("", len(content)), placed.form)])
+    execute(table, [MemoryRegion(content)], max_memory=max_memory)
+    return content
+
+
+def _element(byte: int, start: int, one: Bytes, other: Bytes, dtype: str, shape: tuple[int, ...]) -> Element:
+    """Return the element that begins in the first byte that differs, or before it."""
+    bits = BITS[dtype]
+    first, last = byte * 8 // bits, (byte * 8 + 7) // bits
+    pairs = ((number, _value(one, number, dtype), _value(other, number, dtype)) for number in range(first, last + 1))
+    number, expected, found = next(pair for pair in pairs if pair[1].bits != pair[2].bits)
+    return Element(unravel(start + number, shape), expected, found)
+
+
+def _value(content: Bytes, number: int, dtype: str) -> Value:
+    bits = BITS[dtype]
+    begin, end = number * bits // 8, -(-(number + 1) * bits // 8)
+    whole = int.from_bytes(content[begin:end].tobytes(), "little")
+    found = whole >> (number * bits % 8) & (2**bits - 1)
+    return Value(f"{found:0{-(-bits // 4)}x}", _number(content[begin:end], dtype))
+
+
+def _number(content: Bytes, dtype: str) -> float | int | bool | str | None:
+    """Return what an element's bytes mean; F4 and F6 have no dtype of whole elements in torch."""
+    if dtype not in DTYPES:
+        return None
+    number: float | int | bool | complex = torch.from_numpy(content.copy()).view(DTYPES[dtype]).item()
+    return str(number) if isinstance(number, complex) or not math.isfinite(number) else number

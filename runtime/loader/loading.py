@@ -1,0 +1,111 @@
+"""Checkpoints into models: every rank reads the bytes that it owns, from any layout, straight to where they belong."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from plans.errors import UsageError
+from runtime.checkpoint.content import Content
+from runtime.hub import local_folder
+from runtime.loader.bringing import bring, default_threads
+from runtime.loader.memory import Memory, check_dtype, prepare_memory
+from runtime.loader.replicated import broadcast, readers
+from runtime.loader.slots import default_device, mesh_axes, slots_of
+from runtime.loader.sources import find_source
+from runtime.processes.agreement import together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["load"]
+
+Result = TypeVar("Result")
+
+
+def load(
+    model: PreTrainedModel,
+    checkpoint: str | Path | Content,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    every_copy: bool = False,
+) -> None:
+    """Fill a model from a checkpoint, in place; of a parallel model every rank calls this.
+
+    A rank reads the ranges of files that hold its own tensors: its own file where rank files are laid out as the model
+    is, its slices of all others. A model on meta gets memory for what it holds and no more; one in memory is filled
+    where it is. Tied weights stay tied, and buffers that no checkpoint stores keep their values. Tensors that a
+    checkpoint carries along for no parameter are passed over.
+
+    Args:
+        model: parallel or not, on meta or in memory.
+        checkpoint: a folder of any layout, `hf://owner/name`, or what was read of one.
+        dtype: what floating-point tensors are cast to, on their device. By default a model on meta gets what is stored,
+            and one in memory keeps its own.
+        device: where a model on meta goes; by default to the device of its mesh.
+        threads: that read at once; by default this rank's share of the processors.
+        every_copy: whether each rank reads for itself what all hold whole, where one could send it to the others.
+
+    Raises:
+        IncompleteError: files, or tensors of the model, are missing.
+        MismatchError: the checkpoint holds tensors the model lacks, or of other shapes or kinds than the model's.
+        CheckpointError: it is damaged, or stored tensors do not make the model's by operations that are known.
+        UsageError: it is quantized, a tensor has no place in memory, or an argument makes no sense.
+        WorkerError: another rank died.
+    """
+    slots = slots_of(model)
+
+    def filled() -> tuple[Memory, dict[str, int]]:
+        check_dtype(dtype, slots)
+        _check_threads(threads)
+        place = torch.device(device) if device is not None else default_device(slots.values())
+        source = find_source(_found(checkpoint), model, slots)
+        memory = prepare_memory(model, slots, source, place, dtype)
+        dealt = {} if every_copy else readers(slots, memory.locals_)
+        own = [name for name in slots if name not in dealt or dealt[name] == dist.get_rank()]
+        bring(source, memory.locals_, own, threads or default_threads())
+        return memory, dealt
+
+    with _collection_paused():
+        memory, dealt = _alike(filled, mesh_axes(slots.values()))
+    broadcast(dealt, memory.locals_)
+    memory.install(model)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Let Python collect no garbage: going through all of torch's and transformers' objects would take longer
+    than planning what to read, and all threads wait meanwhile.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _alike(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:
+    """Run a stage; where several ranks hold a model together, all fail if one does."""
+    return together(stage, axes) if axes else stage()
+
+
+def _found(checkpoint: str | Path | Content) -> Path | Content:
+    if isinstance(checkpoint, Content):
+        return checkpoint
+    return local_folder(str(checkpoint), quiet=dist.is_initialized() and dist.get_rank() > 0)
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads read nothing", hint="give 1 or more, or leave it out", threads=threads)

@@ -1,0 +1,75 @@
+"""The config that a user names: by a checkpoint folder or repository, a config.json or a model type."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plans.errors import UsageError
+from runtime.hub import fetch_config, hub_name
+from runtime.models.model import read_config, transformers_version, unreadable
+from runtime.wording import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["find_config"]
+
+
+def find_config(source: str) -> PreTrainedConfig:
+    """Return the config of a checkpoint folder, a repository, a config.json or a model type, whichever is named.
+
+    Raises:
+        UsageError: it names none of them.
+        IncompleteError: the folder has no config.json, or it cannot be read.
+        CheckpointError: as `read_config` and `fetch_config`.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if (name := hub_name(source)) is not None:
+        return read_config(fetch_config(name))
+    if (folder := _folder(Path(source))) is not None:
+        return read_config(folder)
+    if source not in CONFIG_MAPPING:
+        alike = get_close_matches(source, CONFIG_MAPPING, n=1)
+        raise UsageError(
+            f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
+            hint=f"did you mean {alike[0]}?"
+            if alike
+            else "name a folder that save_pretrained wrote, or hf://owner/name",
+            source=source,
+        )
+    return _default_config(source)
+
+
+def _folder(path: Path) -> Path | None:
+    """Return the folder whose config.json a path speaks of, None where it is neither a folder nor such a file."""
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return path.parent if path.name == "config.json" else None
+
+
+def _default_config(model_type: str) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type](architectures=default_architectures(model_type))
+    except Exception as error:  # What transformers' config classes raise is not ours to list.
+        raise UsageError(
+            f"{model_type}: its default config is not valid: {first_line(error)}",
+            hint="name a checkpoint folder or a config.json of this model type",
+            source=model_type,
+        ) from error
+    return config
+
+
+def default_architectures(model_type: str) -> list[str]:
+    """Return the model classes that a config of this type most likely means: the causal language model, or the base."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
+    return [name for name in (found if isinstance(found, tuple) else (found,)) if name]

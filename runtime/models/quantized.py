@@ -1,0 +1,101 @@
+"""Models as their checkpoints store them: on meta, with what quantizers put in place of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from plans.errors import CheckpointError, UsageError
+from runtime.models.model import build_on_meta, meta_model, quantization_of
+from runtime.models.packed_experts import PackedExperts
+from runtime.wording import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.core_model_loading import WeightTransform
+
+__all__ = ["is_quantized", "stored_model"]
+
+Settings = Mapping[str, Any]
+
+
+def stored_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a config's model on meta with the tensors that a checkpoint of it stores.
+
+    It is there for its names, shapes and plan; a quantized one does not run.
+
+    Raises:
+        CheckpointError: the class refuses the config, or the quantizer its quantization_config.
+        UsageError: the quantization method is not supported.
+    """
+    found = quantization_of(config)
+    if found is None:
+        return meta_model(config)
+    where, settings = found
+    method = str(settings.get("quant_method"))
+    if method not in _QUANTIZERS:
+        raise UsageError(
+            f"{where}: quantized by {method!r}, which is not supported",
+            hint=f"supported are {' and '.join(_QUANTIZERS)}; otherwise use the checkpoint's unquantized form",
+            method=method,
+        )
+    return build_on_meta(config, lambda model: _QUANTIZERS[method](model, settings, where))
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Say whether `stored_model` put quantized tensors in place of weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def _fine_grained_fp8(model: PreTrainedModel, settings: Settings, where: str) -> None:
+    """Let transformers' quantizer replace layers; what hardware is here does not matter to what is stored."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        quantizer = AutoHfQuantizer.from_config({**settings, "dequantize": False}, pre_quantized=True)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: quantization_config: {first_line(error)}", hint="correct the entry in config.json"
+        ) from error
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    model._weight_conversions = _conversions_to_save(model)
+
+
+def _conversions_to_save(model: PreTrainedModel) -> list[WeightTransform]:
+    """Return what `save_pretrained` would turn round, scales included.
+
+    Without the renamings of scales that only some checkpoints need, nor changes of prefixes, which leave it open
+    whether a checkpoint had them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+    from transformers.quantizers.base import HfQuantizer
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    kept = [entry for entry in known if not isinstance(entry, PrefixChange)]
+    extended: list[WeightTransform] = HfQuantizer.update_weight_conversions(model.hf_quantizer, kept, model)
+    return extended
+
+
+def _mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None:
+    """Put the blocks and scales that checkpoints hold in place of the experts' weights.
+
+    transformers' quantizer holds what its kernels make of them instead, and fetches those to be built at all.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = settings.get("modules_to_not_convert")
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "GptOssExperts" and should_convert_module(name, kept):
+            model.set_submodule(name, PackedExperts(module))
+            model.is_quantized = True
+    if not is_quantized(model):
+        raise UsageError(f"{where}: mxfp4 is supported for gpt-oss experts only", hint="use its unquantized form")
+
+
+_QUANTIZERS: Mapping[str, Callable[[PreTrainedModel, Settings, str], None]] = {
+    "fp8": _fine_grained_fp8,
+    "mxfp4": _mxfp4,
+}
+"""By `quant_method` of the config."""

@@ -1,0 +1,43 @@
+"""The data parallel axes: torch's `fully_shard` over what tensor and expert parallelism left on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from plans.resolved import ResolvedPlan
+from runtime.parallel.mesh import DeviceMeshes
+
+__all__ = ["shard_over_data"]
+
+
+def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
+    """Shard every parameter on dim 0 over its data parallel axis, one group for each layer and one for the rest.
+
+    Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. With one
+    rank on both axes nothing happens.
+
+    Args:
+        model: its parameters cut by the plan and its modules hooked.
+        resolved: the plan.
+        meshes: of the plan's sizes.
+    """
+    if meshes.sizes.fsdp == 1:
+        return
+    experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
+    if meshes.sizes.efsdp > 1:
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
+            fully_shard(model.get_submodule(owner), mesh=meshes.axis("efsdp"))
+    apart = {model.get_parameter(name) for name in experts}
+    for module in (*_layers(model), model):
+        fully_shard(module, mesh=meshes.axis("fsdp"), ignored_params=apart)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model's repeated blocks, as transformers names them."""
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            yield module

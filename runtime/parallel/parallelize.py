@@ -1,0 +1,179 @@
+"""A plan applied to a model: parameters first, then forwards, so that hooks see sharded parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from plans.dialect import Dialect
+from plans.errors import PlanError, UsageError
+from plans.expert_axis import expert_keys
+from plans.mesh import Mesh, Mode
+from plans.placement import Placement, Replicate
+from plans.plan import wildcard
+from plans.resolved import ResolvedParameter, ResolvedPlan
+from runtime.blocks.cut_parts import check_cut_parts
+from runtime.blocks.head_counts import check_head_counts
+from runtime.blocks.head_norms import check_head_norms
+from runtime.blocks.partners import check_partners
+from runtime.parallel.fsdp import shard_over_data
+from runtime.parallel.hooks import is_parallel
+from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
+from runtime.parallel.same_on_ranks import check_same_model
+from runtime.parallel.second_pass import hook_modules
+from runtime.parallel.sequence_checks import check_sequence_plan, take_embeddings
+from runtime.planning.plan import Plan, runtime_dialect
+from runtime.planning.resolve import resolve
+from runtime.processes.agreement import together
+from runtime.styles.registry import STYLES, StyleRegistry
+from runtime.styles.style import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["inner_placement", "parallelize"]
+
+
+def parallelize(
+    model: PreTrainedModel,
+    mesh: DeviceMeshes | DeviceMesh | Mesh,
+    plan: ResolvedPlan | Plan | Mapping[str, str] | None = None,
+    styles: StyleRegistry = STYLES,
+) -> ResolvedPlan:
+    """Make a model parallel, in place, and return the plan as it was resolved on it.
+
+    In two passes: first parameters, which become DTensors on their mesh axis (on meta they stay placeholders without
+    memory) where the plan shards them and stay plain tensors, whole on every rank, where not; then modules, whose
+    forwards are hooked. Tied weights are sharded once and stay tied.
+
+    Args:
+        model: on meta, or materialized with the same weights on every rank.
+        mesh: a device mesh with the axes `tp`, `ep` or `fsdp` and `tp`, the sizes of one, or device meshes.
+        plan: resolved on this model, chosen, or key to style; by default what `Plan.from_model` chooses for `tp`, or
+            for `tp_ep` where the mesh has an expert axis. Key to style is taken for `ep` where the mesh is one axis
+            `ep`, or where all entries speak of divided experts and the mesh has as many `ep` as `tp` ranks.
+        styles: those that the plan may name.
+
+    Raises:
+        UnknownStyleError: a plan entry names a style that cannot run here.
+        UsageError: the model is parallel already, the mesh is not the plan's or lacks its axis, or ranks hold other
+            weights or were given other plans.
+        PlanError: the plan was resolved on another model, cuts a layer without those that go with it, forgets a norm
+            on heads or an end of the sequence parallel stream, or names a style that cannot hook the module of its
+            entry. The model is of no use then.
+    """
+    if isinstance(plan, str):
+        raise UsageError(
+            f"{plan!r} is not a plan", hint=f"pass Plan.from_model(model, {plan!r}), or key to style", plan=plan
+        )
+    meshes = as_device_meshes(mesh)
+    resolved = together(lambda: _resolved(model, meshes, plan, styles), meshes.all_ranks)
+    check_same_model(model, resolved, meshes.all_ranks)
+    if not isinstance(plan, Mapping):
+        _warn_of_whole_layers(model, resolved)
+    _shard_parameters(model, resolved, meshes, styles)
+    hook_modules(model, resolved, meshes, styles)
+    take_embeddings(model, resolved, meshes, styles)
+    shard_over_data(model, resolved, meshes)
+    return resolved
+
+
+def _resolved(
+    model: PreTrainedModel,
+    meshes: DeviceMeshes,
+    plan: ResolvedPlan | Plan | Mapping[str, str] | None,
+    styles: StyleRegistry,
+) -> ResolvedPlan:
+    """Return the plan as it is on this model and mesh, everything checked that can be before the model is changed."""
+    _check_plain(model)
+    dialect = styles.dialect(runtime_dialect())
+    if isinstance(plan, ResolvedPlan):
+        resolved = plan
+    else:
+        resolved = resolve(model, meshes.sizes, _mode(meshes, plan, dialect), plan, styles)
+    for key, style in resolved.plan.items():
+        styles.style(style, key)
+    if resolved.mesh != meshes.sizes:
+        raise UsageError(
+            f"the plan is for {resolved.mesh}, the device mesh is {meshes.sizes}",
+            hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
+        )
+    _check_resolved_on(model, resolved)
+    if resolved.mesh.tp > 1:
+        check_partners(model, resolved.plan, dialect)
+        check_head_counts(model, resolved.plan, dialect)
+        check_head_norms(model, resolved.plan, dialect, styles)
+        check_cut_parts(model, resolved.plan, dialect, styles)
+    check_sequence_plan(model, resolved, styles)
+    return resolved
+
+
+def inner_placement(parameter: ResolvedParameter) -> Placement:
+    """Return a parameter's placement on the axis that plan entries shard over."""
+    return parameter.placements[-1]
+
+
+def _mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: Dialect) -> Mode:
+    """Return the mode that a mesh, and a plan that is only key to style, mean."""
+    sizes = meshes.sizes
+    if sizes.ep == 1:
+        return "tp"
+    if "tp" not in meshes.axes:
+        return "ep"
+    given = plan if isinstance(plan, Mapping) else {}
+    only_experts = bool(given) and expert_keys(given, "tp_ep", dialect) == given.keys()
+    return "ep" if only_experts and sizes.tp == sizes.ep and sizes.fsdp == 1 else "tp_ep"
+
+
+def _warn_of_whole_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
+    """Say so where the plan that a model's classes write down cuts none of its layers."""
+    cut = [row.name for row in resolved.parameters if inner_placement(row) != Replicate() and row.kind == "parameter"]
+    if resolved.mesh.tp > 1 and resolved.plan and all(name == wildcard(name) for name in cut):
+        warnings.warn(
+            f"{type(model).__name__}: the plan cuts {', '.join(cut) or 'nothing'} only, every rank holds and computes "
+            "all layers whole; pass a plan of your own",
+            stacklevel=3,
+        )
+
+
+def _axis_of(row: ResolvedParameter) -> str:
+    return "ep" if row.mesh == "experts" else "tp"
+
+
+def _check_plain(model: nn.Module) -> None:
+    if is_parallel(model):
+        raise UsageError(
+            f"this {type(model).__name__} is parallel already", hint="build the model anew and parallelize it once"
+        )
+
+
+def _check_resolved_on(model: nn.Module, resolved: ResolvedPlan) -> None:
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    planned = {row.name: row.shape for row in resolved.parameters if row.kind != "buffer"}
+    if planned != shapes:
+        name = sorted(dict(planned.items() ^ shapes.items()))[0]
+        raise PlanError(
+            f"the plan was resolved on another model: {name} is {shapes.get(name, 'missing')} here and "
+            f"{planned.get(name, 'missing')} in the plan",
+            hint="resolve the plan on this model",
+            parameter=name,
+        )
+
+
+def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
+    for row in resolved.parameters:
+        if row.kind == "parameter" and inner_placement(row) != Replicate():
+            assert row.style is not None
+            assert row.key is not None
+            owner, _, name = row.name.rpartition(".")
+            axis = meshes.axis(_axis_of(row))
+            site = Site(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
+            styles.style(row.style, row.key).shard(site, name, inner_placement(row))
+    for row in resolved.parameters:
+        if row.tied_to is not None:
+            owner, _, name = row.name.rpartition(".")
+            model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)

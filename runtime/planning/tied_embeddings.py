@@ -1,0 +1,44 @@
+"""Embeddings that are one tensor with a head: where the plan cuts the head, the embedding needs the entry for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from plans.dialect import Dialect
+from plans.placement import Placement, Shard
+from plans.plan import lookup, wildcard
+from runtime.models.model import tied_names
+from runtime.styles.style import owner_of
+
+__all__ = ["with_tied_embeddings"]
+
+_BY_VOCABULARY = "embedding_rowwise"
+
+
+def with_tied_embeddings(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+    """Return a plan with the entries of embeddings without any whose weight a head's entry cuts by vocabulary.
+
+    Args:
+        model: on meta or not.
+        plan: key to style.
+        dialect: that it is written in.
+    """
+    entries: dict[str, str] = {}
+    for pair in tied_names(model).items():
+        cut = any(_placement(model, name, plan, dialect) == Shard(0) for name in pair)
+        for name in pair:
+            module, _, _ = name.rpartition(".")
+            alone = lookup(plan, name, is_parameter=True) is None
+            if cut and alone and isinstance(model.get_submodule(module), nn.Embedding):
+                entries[wildcard(module)] = _BY_VOCABULARY
+    return {**plan, **entries}
+
+
+def _placement(model: nn.Module, name: str, plan: Mapping[str, str], dialect: Dialect) -> Placement | None:
+    key = lookup(plan, name, is_parameter=True)
+    if key is None:
+        return None
+    module, _, parameter = name.rpartition(".")
+    return dialect.style(plan[key], key).placement(owner_of(model.get_submodule(module)), 2, parameter)

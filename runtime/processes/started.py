@@ -1,0 +1,70 @@
+"""The process of one started rank: it ends with its parent, and it ends at once when its work is done."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import NoReturn
+
+__all__ = ["end_with", "leave", "main"]
+
+_WATCH = 0.5
+"""Seconds between two looks at the parent."""
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent is gone, however that ended.
+
+    Args:
+        parent: process id that started this one; it may be gone already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, all written, without the interpreter's own ending.
+
+    Gloo's threads live on after their process group is destroyed, and now and then the interpreter's ending under
+    them aborts a process whose work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Run as a worker of `runtime.validation.worker`; nothing heavy is imported before the parent is watched.
+
+    Args:
+        arguments: the parent's process id, a request in JSON, and the file that rank 0 writes the answer to.
+    """
+    parent, request, answer = arguments
+    end_with(int(parent))
+    try:
+        from runtime.validation.worker import work
+
+        work(request, answer)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

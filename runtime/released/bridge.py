@@ -1,0 +1,190 @@
+"""Released transformers: the names of rewritten plans, added to the registry of styles of an installed release.
+
+`from_pretrained(distributed_config=DistributedConfig(tp_size=N))` looks every style of a plan up by name and asks it to
+shard parameters and to hook modules. Here each style of the runtime that a release lacks stands behind that interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Protocol
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from plans.errors import IndivisibleError, PlanError, UsageError
+from plans.placement import Packed, Placement, Replicate
+from plans.style import Style
+from runtime.models.model import transformers_version
+from runtime.parallel.hooks import wrapped
+from runtime.planning.plan import runtime_dialect
+from runtime.released.support import OWN_PATH, Support
+from runtime.styles import STYLES, ParallelStyle, Site
+from runtime.styles.style import owner_of
+
+__all__ = ["ReleasedStyle", "register_styles"]
+
+_OLDEST = (5, 17)
+_INTERFACE = ("validate_param", "shard_param", "install_forward")
+
+_NOT_OURS = frozenset({"ep_router"})
+"""Releases that lack these refuse plans that name them; a style here could not see the experts beside its router."""
+
+
+def register_styles() -> Support:
+    """Teach the installed transformers, 5.17 or newer, the names that it lacks and this runtime can run.
+
+    Call it on every rank before `from_pretrained`. What the release has by name stays as it is, and a second call
+    changes nothing.
+
+    Returns:
+        The names that the release has from here, and what to ask before a plan is used there.
+
+    Raises:
+        DependencyError: transformers is not installed.
+        UsageError: its registry has another interface, or the installed torch would have packed parameters loaded in
+            the wrong rows.
+    """
+    registry = _registry(transformers_version())
+    _check_torch()
+    dialect = runtime_dialect()
+    present = _NOT_OURS.union(registry)
+    for name in STYLES.names:
+        if name in dialect.styles and name not in present:
+            registry.register(name, ReleasedStyle(STYLES.styles[name], dialect.styles[name]))
+    ours = sorted(name for name in registry if isinstance(registry[name], ReleasedStyle))
+    return Support(transformers_version(), tuple(ours), frozenset(registry))
+
+
+@dataclass(frozen=True)
+class ReleasedStyle:
+    """One of this runtime's styles behind the methods by which transformers 5.17 to 5.23 call theirs.
+
+    Args:
+        style: what it does around a module's forward.
+        entry: where it puts parameters.
+    """
+
+    style: ParallelStyle
+    entry: Style
+
+    def validate_param(
+        self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
+    ) -> None:
+        """Refuse a parameter that this style cannot cut as it promises.
+
+        Raises:
+            PlanError: the style only shards, and means nothing on a parameter with so many dims.
+            IndivisibleError: the packed groups do not divide by the mesh axis.
+        """
+        name, tensor = parameter_name or param, module.get_parameter(param)
+        if self.entry.job == "parameter" and self.entry.meaning(f"parameter {tensor.ndim}") is None:
+            raise PlanError(
+                f"{name}: {self.style.name!r} means nothing on a parameter with {tensor.ndim} dims",
+                hint="remove the entry or choose another style",
+                parameter=name,
+                style=self.style.name,
+            )
+        placement = self._placement(module, param)
+        if isinstance(placement, Packed):
+            _check_groups(name, tensor.shape[placement.dim], placement.groups, _axis(mesh).size())
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        """Replace a module's own parameter, still on meta, by a placeholder into which its piece will be loaded."""
+        placement = self._placement(module, param)
+        if placement not in (None, Replicate()):
+            self.style.shard(self._site(module, mesh), param, placement)
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        """Put the style around a module's forward.
+
+        Raises:
+            PlanError: the style is a parameter's, or cannot hook this module.
+        """
+        site = self._site(module, mesh)
+        if self.style.around is None:
+            raise PlanError(
+                f"{self.style.name!r} is for a parameter, but its key names a module, a {type(module).__name__}",
+                hint="let the key name the parameter itself, and give the module an entry that communicates",
+                style=self.style.name,
+            )
+        self.style.check(site)
+        module.forward = wrapped(site, self.style.around, module.forward)
+        return module
+
+    def _placement(self, module: nn.Module, param: str) -> Placement | None:
+        tensor = module._parameters.get(param)
+        return None if tensor is None else self.entry.placement(owner_of(module), tensor.ndim, param)
+
+    def _site(self, module: nn.Module, mesh: DeviceMesh) -> Site:
+        config = getattr(module, "config", None)
+        kind = type(module).__name__
+        return Site(kind, module, _axis(mesh), config, self.style.name)
+
+
+class _Registry(Protocol):
+    def register(self, key: str, value: object) -> None: ...
+    def __getitem__(self, key: str) -> object: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+
+def _registry(release: str) -> _Registry:
+    """Return the release's registry of styles.
+
+    Raises:
+        UsageError: it has another interface than the one that is known.
+    """
+    older = tuple(int(part) for part in release.split(".")[:2]) < _OLDEST
+    module = None if older else _if_there("transformers.distributed.tensor_parallel")
+    layer = getattr(module, "TensorParallelLayer", None)
+    if not all(hasattr(layer, method) for method in _INTERFACE):
+        raise UsageError(
+            f"transformers {release} cannot be taught styles: "
+            + ("it passes over unknown ones or calls them otherwise" if older else "it calls them in an unknown way"),
+            hint=f"install transformers 5.17 to 5.23, or {OWN_PATH}",
+            version=release,
+        )
+    registry: _Registry = vars(module)["ALL_PARALLEL_STYLES"]
+    return registry
+
+
+def _if_there(name: str) -> ModuleType | None:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        return None
+
+
+def _check_torch() -> None:
+    """Refuse a torch that calls packed placements plain ones: transformers loads packed parameters by that word.
+
+    Source: `DtensorShardOperation` of transformers 5.17.0 to 5.23.0; torch 2.9.1, where `_StridedShard` is a `Shard`.
+    """
+    if _StridedShard(0, split_factor=2).is_shard():
+        import torch
+
+        raise UsageError(
+            f"torch {torch.__version__} would have transformers load gate_up_proj in the wrong rows",
+            hint=f"install torch 2.13 or newer, or {OWN_PATH}",
+            version=str(torch.__version__),
+        )
+
+
+def _check_groups(name: str, size: int, groups: int, ranks: int) -> None:
+    if size % (groups * ranks):
+        works = [count for count in range(1, size // groups + 1) if not size % (groups * count)]
+        raise IndivisibleError(
+            f"{name}: tp={ranks} does not divide each of its {groups} packed groups, {size // groups} wide",
+            hint="sizes that work: " + ", ".join(map(str, works)),
+            what=name,
+            size=size // groups,
+            works=works,
+        )
+
+
+def _axis(mesh: DeviceMesh) -> DeviceMesh:
+    return mesh if mesh.ndim == 1 else mesh["tp"]

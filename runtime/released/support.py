@@ -1,0 +1,88 @@
+"""What an installed transformers does with a plan, once its registry has this runtime's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plans.dialect import dialect_for_release
+from plans.errors import PlanError, UnknownStyleError, UsageError
+from plans.plan import wildcard
+from runtime.planning.plan import Plan
+
+__all__ = ["OWN_PATH", "Support"]
+
+OWN_PATH = "run the plan with runtime.parallelize, which needs no registry"
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the installed release takes.
+
+    Args:
+        release: of transformers.
+        styles: the names that it has from this runtime, sorted.
+        known: all names that it has.
+    """
+
+    release: str
+    styles: tuple[str, ...]
+    known: frozenset[str]
+
+    def require(self, plan: Plan) -> None:
+        """Refuse a plan that the release would not apply, or would apply in part, most of it without a word.
+
+        Args:
+            plan: chosen for a mode, `Plan.from_model(config, "ep")` say.
+
+        Raises:
+            UsageError: the release has no such mode.
+            UnknownStyleError: an entry names a style that it does not have.
+            PlanError: a key matches nothing there, or the expert plan lacks a style without which it is not applied,
+                or has one that it refuses.
+        """
+        dialect = dialect_for_release(self.release)
+        self._check_mode(plan, combines=bool(dialect.expert_plan_needs))
+        for key, style in plan.entries.items():
+            self._check_entry(key, style, numbered_keys=dialect.numbered_keys)
+        experts = {plan.entries[key] for key in plan.expert_keys}
+        if experts:
+            self._check_experts(experts, dialect.expert_plan_needs, dialect.expert_plan_refuses)
+
+    def _check_mode(self, plan: Plan, *, combines: bool) -> None:
+        if plan.mode in ("tp_ep", "sp_ep") and not combines:
+            raise UsageError(
+                f"transformers {self.release} cannot run mode {plan.mode!r}: its expert plan replaces the other one",
+                hint=f"install transformers 5.19 or newer, or {OWN_PATH}",
+                mode=plan.mode,
+            )
+
+    def _check_entry(self, key: str, style: str, *, numbered_keys: bool) -> None:
+        if style not in self.known:
+            raise UnknownStyleError(
+                f"{key!r}: transformers {self.release} has no style {style!r}",
+                hint=OWN_PATH,
+                key=key,
+                style=style,
+            )
+        if not numbered_keys and key != wildcard(key):
+            raise PlanError(
+                f"{key!r} matches nothing in transformers {self.release}, which looks for {wildcard(key)!r} only",
+                hint=OWN_PATH,
+                key=key,
+            )
+
+    def _check_experts(self, styles: set[str], needs: tuple[tuple[str, ...], ...], refuses: tuple[str, ...]) -> None:
+        refused = sorted(styles.intersection(refuses))
+        if refused:
+            raise PlanError(
+                f"transformers {self.release} refuses {refused[0]!r} in an expert plan",
+                hint=f"give the experts ep_dispatch_experts and their router no entry, or {OWN_PATH}",
+                style=refused[0],
+            )
+        if needs and not any(styles.issuperset(one) for one in needs):
+            wanted = ", or ".join(" and ".join(one) for one in needs)
+            raise PlanError(
+                f"transformers {self.release} would not apply this expert plan, and say nothing: it names no {wanted}",
+                hint=f"give the experts ep_dispatch_experts, or {OWN_PATH}",
+                styles=sorted(styles),
+            )

@@ -1,0 +1,75 @@
+"""Validation in worker processes: the parent starts them and reads the result, a worker takes part and writes it."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from plans.errors import MigratorError
+from runtime.processes.agreement import error_from_json, error_to_json
+from runtime.processes.joined import joined
+from runtime.processes.launch import launch
+from runtime.validation.request import ValidationRequest
+from runtime.validation.validate import check_request, validate
+from runtime.validation.values import ValidationResult
+
+__all__ = ["run_validation", "take_part", "work"]
+
+
+def run_validation(request: ValidationRequest) -> ValidationResult:
+    """Validate with worker processes of our own on this machine, one for each rank of the mesh.
+
+    Raises:
+        WorkerError: a worker died or was too slow.
+        MigratorError: as `validate`.
+    """
+    refuted = check_request(request)
+    if refuted is not None:
+        return refuted
+    with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
+        answer = Path(folder) / "answer.json"
+        # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
+        command = [sys.executable, "-P", "-m", "runtime.processes.started", str(os.getpid())]
+        command += [json.dumps(request.to_json()), str(answer)]
+        launch(request.mesh.world_size, command, timeout=request.timeout)
+        content = json.loads(answer.read_text("utf-8"))
+    if "error" in content:
+        raise error_from_json(content["error"])
+    return ValidationResult.from_json(content["result"])
+
+
+def take_part(request: ValidationRequest) -> ValidationResult:
+    """Validate as one rank among those that torchrun, or `launch`, has started.
+
+    Returns:
+        The same result on every rank.
+
+    Raises:
+        MigratorError: as `validate`, on every rank alike.
+    """
+    # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
+    faulthandler.dump_traceback_later(request.timeout, exit=True)
+    try:
+        with joined(request.timeout, request.device):
+            return validate(request)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def work(request: str, answer: str) -> None:
+    """Take part as a worker that `run_validation` has started.
+
+    Args:
+        request: in JSON.
+        answer: file that rank 0 writes the result or the error to.
+    """
+    try:
+        content = {"result": take_part(ValidationRequest.from_json(json.loads(request))).to_json()}
+    except MigratorError as error:
+        content = {"error": error_to_json(error)}
+    if os.environ["RANK"] == "0":
+        Path(answer).write_text(json.dumps(content), "utf-8")
