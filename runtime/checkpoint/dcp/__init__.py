@@ -1,0 +1,1 @@
+"""Torch distributed checkpoints, in safetensors form and as `.distcp` files."""

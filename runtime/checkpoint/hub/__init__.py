@@ -1,0 +1,1 @@
+"""Hub form: files, stored names, and transformers' conversions as forms."""

@@ -1,0 +1,1 @@
+"""The optimizer's state beside a checkpoint, as transformers saves it."""

@@ -1,0 +1,1 @@
+"""Verification: digests, differences, and the element where two copies part."""

@@ -1,0 +1,1 @@
+"""Inspection: what a checkpoint holds, and where its tensors lie on a mesh."""

@@ -1,0 +1,1 @@
+"""A plan applied to a model, and the checks and helpers for a model that is parallel."""

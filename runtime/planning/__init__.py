@@ -1,0 +1,1 @@
+"""Plans chosen, checked and resolved for one model and one mesh."""

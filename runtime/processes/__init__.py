@@ -1,0 +1,1 @@
+"""Processes of ranks: started, joined, in agreement, and ended."""

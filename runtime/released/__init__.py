@@ -1,0 +1,1 @@
+"""Released transformers: this runtime's styles in their registry, and what they can take."""
