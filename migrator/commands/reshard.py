@@ -185,8 +185,9 @@ def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
 
 
 def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | None:
-    from runtime.checkpoint.copying.execution import Options, carry_out
+    from runtime.checkpoint.copying.execution import carry_out
     from runtime.checkpoint.copying.several import carry_out_together
+    from runtime.checkpoint.copying.values import Options
     from runtime.processes.joined import in_worker, joined
 
     with console.progress(f"{plan.content.folder.name} → {plan.target.layout}", quiet=work.quiet) as advance:

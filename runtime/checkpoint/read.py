@@ -9,7 +9,7 @@ from runtime.checkpoint.content import Content, Layout
 from runtime.checkpoint.dcp.content import dcp_content
 from runtime.checkpoint.dcp.metadata import METADATA
 from runtime.checkpoint.dcp.safetensors import shard_files
-from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.hub.content import hub_content
 from runtime.checkpoint.hub.hf import INDEX, WEIGHTS, read_hub
 from runtime.checkpoint.of_model import check_of_model

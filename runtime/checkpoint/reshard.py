@@ -14,8 +14,9 @@ from plans.mesh import Mesh
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.copying.clones import clones_of
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table
-from runtime.checkpoint.copying.execution import Options, ReshardResult, Seconds, carry_out
+from runtime.checkpoint.copying.execution import carry_out
 from runtime.checkpoint.copying.journal import SECONDS
+from runtime.checkpoint.copying.values import Options, ReshardResult, Seconds
 from runtime.checkpoint.extents import Form, FormError
 from runtime.checkpoint.files.commit import Say
 from runtime.checkpoint.files.safetensors import tensor_bytes

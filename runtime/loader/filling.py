@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from runtime.checkpoint.files.safetensors import read_exactly, reading
+from runtime.checkpoint.files.reading import read_exactly, reading
 from runtime.loader.placing import Target, place
 from runtime.loader.reads import Read, positions
 

@@ -23,7 +23,8 @@ from runtime.checkpoint.copying.regions import Bytes, Region
 from runtime.checkpoint.copying.slabs import Slab, slabs, units
 from runtime.checkpoint.copying.strided import pieces, row_groups, rows
 from runtime.checkpoint.copying.table import Destination, Table, build_table
-from runtime.checkpoint.files.safetensors import StoredTensor, read_exactly, reading
+from runtime.checkpoint.files.reading import read_exactly, reading
+from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.runs import Run
 
 __all__ = [

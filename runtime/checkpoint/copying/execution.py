@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import DestinationError, MismatchError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute, work_of
+from runtime.checkpoint.copying.copy import execute, work_of
 from runtime.checkpoint.copying.fingerprint import fingerprint
-from runtime.checkpoint.copying.journal import SECONDS, Journal, Kept, end_journal, read_journal
+from runtime.checkpoint.copying.journal import Journal, Kept, end_journal, read_journal
 from runtime.checkpoint.copying.read_back import is_intact
 from runtime.checkpoint.copying.regions import Region
 from runtime.checkpoint.copying.sharing import block_for, share, sharing
 from runtime.checkpoint.copying.stopping import Stop, check_not_stopped, stoppable
-from runtime.checkpoint.files.commit import MARKER, Say, check_destination, staging, sync, writing
+from runtime.checkpoint.copying.values import Filled, Options, ReshardResult, Seconds
+from runtime.checkpoint.files.commit import MARKER, check_destination, staging, sync, writing
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.stamps import check_unchanged
 from runtime.checkpoint.files.writing import copy_files, create, regions_for, write_file
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = [
-    "Filled",
-    "Options",
-    "ReshardResult",
-    "Seconds",
     "carry_out",
     "check_apart",
     "complete",
@@ -43,76 +39,6 @@ __all__ = [
     "grown",
     "opened_for",
 ]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a plan is carried out.
-
-    Args:
-        progress: told bytes done, bytes in all and the tensor at hand.
-        say: told what became of an earlier run's work.
-        max_memory: bytes that copying may allocate.
-        overwrite: replace the checkpoint that is at the destination.
-        seconds: between two lines of the journal, which is what a killed run loses at most.
-    """
-
-    progress: Progress | None = None
-    say: Say = lambda text: None
-    max_memory: int = DEFAULT_MEMORY
-    overwrite: bool = False
-    seconds: float = SECONDS
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Where the time of a reshard went."""
-
-    planning: float
-    copying: float
-    syncing: float
-
-
-@dataclass(frozen=True)
-class ReshardResult:
-    """What a reshard wrote.
-
-    Args:
-        destination: the new folder.
-        files: names of all files in it.
-        bytes_read: from weight files, by this run.
-        bytes_written: of tensors, replicas counted.
-        bytes_shared: of these, as blocks of the source's own files.
-        seconds: by phase.
-        digests: of every tensor.
-        manifest: as written, None in hub form.
-    """
-
-    destination: Path
-    files: tuple[str, ...]
-    bytes_read: int
-    bytes_written: int
-    bytes_shared: int
-    seconds: Seconds
-    digests: Mapping[str, str] = field(repr=False)
-    manifest: Manifest | None = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Filled:
-    """What filling files came to.
-
-    Args:
-        read: bytes of weight files, by this run.
-        shared: bytes of the source's blocks that the files have now.
-        digests: of each tensor, of what was moved of it.
-        copied: when the last byte was given to the system, by `time.perf_counter`.
-    """
-
-    read: int
-    shared: int
-    digests: Mapping[str, str]
-    copied: float
 
 
 def carry_out(plan: ReshardPlan, destination: Path, options: Options) -> ReshardResult:

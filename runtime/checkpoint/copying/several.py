@@ -16,23 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 
 from plans.errors import UsageError
-from runtime.checkpoint.copying.execution import (
-    Filled,
-    Options,
-    ReshardResult,
-    Seconds,
-    check_apart,
-    complete,
-    create_files,
-    fill,
-    grown,
-    opened_for,
-)
+from runtime.checkpoint.copying.execution import check_apart, complete, create_files, fill, grown, opened_for
 from runtime.checkpoint.copying.fingerprint import fingerprint, outline
 from runtime.checkpoint.copying.journal import begin_journal, read_journal
 from runtime.checkpoint.copying.shares import share_of
 from runtime.checkpoint.copying.sharing import block_for, sharing
 from runtime.checkpoint.copying.stopping import Stop, check_not_stopped, stoppable
+from runtime.checkpoint.copying.values import Filled, Options, ReshardResult, Seconds
 from runtime.checkpoint.files.commit import MARKER, check_destination, partial_folder, writing
 from runtime.checkpoint.files.lock import held
 from runtime.checkpoint.files.stamps import check_unchanged

@@ -15,8 +15,8 @@ from runtime.checkpoint.copying.clones import Clone, aligned, clones_of
 from runtime.checkpoint.copying.regions import Region, SharedRegion
 from runtime.checkpoint.copying.table import Table
 from runtime.checkpoint.files.open_files import OpenFiles
+from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.reflink import clone, shared_block
-from runtime.checkpoint.files.safetensors import reading
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan

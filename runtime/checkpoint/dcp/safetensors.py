@@ -12,8 +12,9 @@ from pathlib import Path
 
 from plans.errors import HeaderError, IncompleteError
 from runtime.checkpoint.dcp.chunks import Chunk
-from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header, strict_json
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.checkpoint.files.strict_json import strict_json
 
 __all__ = ["read_shard_files", "shard_file", "shard_files", "sharding_metadata"]
 

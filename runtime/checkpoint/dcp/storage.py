@@ -13,7 +13,7 @@ from runtime.checkpoint.dcp.archive import read_archive
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import METADATA, Box, Place
 from runtime.checkpoint.dcp.zip import Region
-from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.side_files import check_contained
 
 __all__ = ["archive_at", "opened", "read_chunks"]

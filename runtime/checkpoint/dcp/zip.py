@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.files.safetensors import read_exactly
+from runtime.checkpoint.files.reading import read_exactly
 
 __all__ = [
     "END",

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.reading import reading
 
 __all__ = ["clone", "shared_block"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from plans.errors import CheckpointError, HeaderError, IncompleteError
+from plans.errors import HeaderError
+from runtime.checkpoint.files.reading import reading, truncated
+from runtime.checkpoint.files.strict_json import strict_json
 
 __all__ = [
     "BITS",
@@ -19,10 +20,7 @@ __all__ = [
     "StoredTensor",
     "encode_header",
     "padded_header",
-    "read_exactly",
     "read_header",
-    "reading",
-    "strict_json",
     "tensor_bytes",
 ]
 
@@ -39,7 +37,6 @@ BITS: Mapping[str, int] = {
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
-_MAX_PARSED = 2**29
 _MAX_SIZE = 2**63 - 1
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
@@ -79,58 +76,6 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return bits // 8
 
 
-def strict_json(text: bytes, file: Path) -> dict[str, object]:
-    """Parse a JSON object in which no key occurs twice and every string is valid Unicode.
-
-    Raises:
-        HeaderError: the text is anything else.
-    """
-
-    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-        if len(result := dict(pairs)) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return result
-
-    def refused(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    if _parsed_bytes(text) > _MAX_PARSED:
-        raise HeaderError(f"{file}: JSON of more parts than any checkpoint's", hint=_HINT, file=str(file))
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
-        if b"\\u" in text:
-            # Only escapes can smuggle in half a surrogate pair, which no file could be written with.
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{file}: not valid JSON: {error}", hint=_HINT, file=str(file)) from error
-    if not isinstance(value, dict):
-        raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
-    return value
-
-
-def _parsed_bytes(text: bytes) -> int:
-    """Return about what JSON takes in memory: its lists and tables, its strings and the pairs of them, its numbers."""
-    return 96 * (text.count(b"[") + text.count(b"{")) + 112 * (text.count(b'"') // 2) + 48 * text.count(b",")
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says when a file cannot be read into an error for the user.
-
-    Raises:
-        CheckpointError: opening, reading or listing failed.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror or error}",
-            hint="check that the disk is well and that you may read it",
-            file=str(path),
-            errno=error.errno,
-        ) from error
-
-
 def read_header(file: Path) -> Header:
     """Read and check a file's header; what it says and the file's size must agree to the byte.
 
@@ -144,12 +89,12 @@ def read_header(file: Path) -> Header:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
-            raise _truncated(file, size, _LENGTH.size)
+            raise truncated(file, size, _LENGTH.size)
         (length,) = _LENGTH.unpack(prefix)
         if length > _MAX_HEADER:
             raise HeaderError(f"{file}: a header of {length} bytes is over the format's limit", hint=_HINT)
         if size < _LENGTH.size + length:
-            raise _truncated(file, size, _LENGTH.size + length)
+            raise truncated(file, size, _LENGTH.size + length)
         entries = strict_json(stream.read(length), file)
     metadata = _metadata(file, entries.pop("__metadata__", {}))
     begin = _LENGTH.size + length
@@ -183,22 +128,6 @@ def padded_header(header: bytes, count: int) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:
-    """Fill the buffer from the file at `offset`, however many reads it takes.
-
-    Raises:
-        IncompleteError: the file ends first.
-        CheckpointError: the disk fails.
-    """
-    done = 0
-    while done < len(buffer):
-        with reading(file):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if not count:
-            raise _truncated(file, offset + done, offset + len(buffer))
-        done += count
-
-
 def _tensor(file: Path, name: str, entry: object, begin: int) -> StoredTensor:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
@@ -223,7 +152,7 @@ def _check_contiguous(file: Path, tensors: Mapping[str, StoredTensor], begin: in
             raise _lie(file, name, what)
         cursor += tensor.size
     if size < cursor:
-        raise _truncated(file, size, cursor)
+        raise truncated(file, size, cursor)
     if size > cursor:
         raise HeaderError(f"{file}: {size - cursor} bytes follow the last tensor", hint=_HINT, file=str(file))
 
@@ -240,13 +169,3 @@ def _is_size(value: object) -> bool:
 
 def _lie(file: Path, name: str, what: str) -> HeaderError:
     return HeaderError(f"{file}: tensor {name!r} {what}", hint=_HINT, file=str(file), tensor=name)
-
-
-def _truncated(file: Path, size: int, expected: int) -> IncompleteError:
-    return IncompleteError(
-        f"{file}: truncated, it has {size} bytes of at least {expected}",
-        hint="download or save the file again",
-        file=str(file),
-        size=size,
-        expected=expected,
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import MismatchError
-from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.side_files import walk
 from runtime.wording import listed
 

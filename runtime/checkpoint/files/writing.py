@@ -12,7 +12,7 @@ from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, Region
 from runtime.checkpoint.copying.table import Destination
 from runtime.checkpoint.files.commit import sync
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.files.safetensors import reading
+from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.verifying.digest import Digest
 
 __all__ = ["copy_files", "create", "regions_for", "write_file"]

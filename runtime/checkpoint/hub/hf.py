@@ -8,8 +8,10 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS, is_weight_file
-from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header, reading, strict_json
+from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
+from runtime.checkpoint.files.strict_json import strict_json
 from runtime.checkpoint.ranks.record import MANIFEST
 
 __all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]

@@ -13,7 +13,9 @@ from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json
 from runtime.checkpoint.files.file_names import is_weight_file
-from runtime.checkpoint.files.safetensors import BITS, reading, strict_json
+from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.safetensors import BITS
+from runtime.checkpoint.files.strict_json import strict_json
 from runtime.checkpoint.ranks.record import MANIFEST, VERSION, Entry, Manifest, StoredForm
 
 __all__ = ["read_manifest"]

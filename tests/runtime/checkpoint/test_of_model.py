@@ -17,7 +17,8 @@ from plans.mesh import Mesh
 from runtime.checkpoint import target as targets
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.files.file_names import check_apart_names, is_weight_file
-from runtime.checkpoint.files.safetensors import read_header, strict_json
+from runtime.checkpoint.files.safetensors import read_header
+from runtime.checkpoint.files.strict_json import strict_json
 from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target

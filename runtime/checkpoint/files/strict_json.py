@@ -1,0 +1,48 @@
+"""JSON read without trust: no key twice, no half characters, and no more parts than memory has room for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from plans.errors import HeaderError
+
+__all__ = ["strict_json"]
+
+_MAX_PARSED = 2**29
+_HINT = "the file is damaged or was not written by safetensors; download or save it again"
+
+
+def strict_json(text: bytes, file: Path) -> dict[str, object]:
+    """Parse a JSON object in which no key occurs twice and every string is valid Unicode.
+
+    Raises:
+        HeaderError: the text is anything else.
+    """
+
+    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+        if len(result := dict(pairs)) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return result
+
+    def refused(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if _parsed_bytes(text) > _MAX_PARSED:
+        raise HeaderError(f"{file}: JSON of more parts than any checkpoint's", hint=_HINT, file=str(file))
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
+        if b"\\u" in text:
+            # Only escapes can smuggle in half a surrogate pair, which no file could be written with.
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{file}: not valid JSON: {error}", hint=_HINT, file=str(file)) from error
+    if not isinstance(value, dict):
+        raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
+    return value
+
+
+def _parsed_bytes(text: bytes) -> int:
+    """Return about what JSON takes in memory: its lists and tables, its strings and the pairs of them, its numbers."""
+    return 96 * (text.count(b"[") + text.count(b"{")) + 112 * (text.count(b'"') // 2) + 48 * text.count(b",")
