@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from plans.resolved import ResolvedPlan
@@ -16,8 +18,8 @@ __all__ = ["shard_over_data"]
 def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
     """Shard every parameter on dim 0 over its data parallel axis, one group for each layer and one for the rest.
 
-    Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. With one
-    rank on both axes nothing happens.
+    Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
+    the average of the ranks' on its axis. With one rank on both axes nothing happens.
 
     Args:
         model: its parameters cut by the plan and its modules hooked.
@@ -29,10 +31,16 @@ def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMesh
     experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
     if meshes.sizes.efsdp > 1:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
-            fully_shard(model.get_submodule(owner), mesh=meshes.axis("efsdp"))
+            _shard(model.get_submodule(owner), meshes.axis("efsdp"))
     apart = {model.get_parameter(name) for name in experts}
     for module in (*_layers(model), model):
-        fully_shard(module, mesh=meshes.axis("fsdp"), ignored_params=apart)
+        _shard(module, meshes.axis("fsdp"), apart)
+
+
+def _shard(module: nn.Module, axis: DeviceMesh, apart: set[nn.Parameter] | None = None) -> None:
+    sharded = fully_shard(module, mesh=axis, ignored_params=apart)
+    # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
+    sharded.set_force_sum_reduction_for_comms(dist.get_backend(axis.get_group()) != "nccl")
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,27 +154,36 @@ def _is_shallow(value: object, depth: int) -> bool:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
+    """Return the error for a folder whose files no layout knows, by the first of them that looks like weights."""
     files = sorted(path.name for path in folder.iterdir())
-    if MANIFEST in files:
-        return CheckpointError(
-            f"{folder}: holds rank files, not hub form", hint="name the checkpoint that they were made from"
-        )
-    if ".metadata" in files or any(name.endswith(".distcp") for name in files):
-        return CheckpointError(
-            f"{folder}: a torch distributed checkpoint, not hub form",
-            hint="save the model with save_pretrained first",
-        )
-    if any(name.startswith("shard-") and name.endswith(".safetensors") for name in files):
-        return CheckpointError(
-            f"{folder}: a distributed safetensors checkpoint, not hub form",
-            hint="load it with transformers and save it with save_pretrained first",
-        )
-    if pickled := [name for name in files if Path(name).suffix in OTHER_WEIGHTS]:
-        return IncompleteError(
-            f"{folder}: no {WEIGHTS} or {INDEX}, only {pickled[0]}",
-            hint="load it with transformers and save it with save_pretrained, which writes safetensors",
-            files=pickled,
-        )
+    for is_one, missing, hint in _ALMOST:
+        if found := [name for name in files if is_one(name)]:
+            return IncompleteError(f"{folder}: {found[0]} is there, but no {missing}", hint=hint, files=found)
     return IncompleteError(
         f"{folder}: no {WEIGHTS} or {INDEX}", hint="name the folder that holds the weights", folder=str(folder)
     )
+
+
+_ALMOST: Sequence[tuple[Callable[[str], bool], str, str]] = (
+    (
+        lambda name: name.endswith(".distcp"),
+        ".metadata, which says what it holds",
+        "copy .metadata of the distributed checkpoint too, or save it again",
+    ),
+    (
+        lambda name: name.startswith("rank-") and name.endswith(".safetensors"),
+        f"{MANIFEST}, which says how rank files were cut",
+        f"copy {MANIFEST} too, or reshard again",
+    ),
+    (
+        lambda name: name.endswith(".safetensors"),
+        f"{WEIGHTS} or {INDEX}",
+        f"copy {INDEX} too, or save the model again with save_pretrained",
+    ),
+    (
+        lambda name: Path(name).suffix in OTHER_WEIGHTS,
+        f"{WEIGHTS} or {INDEX}",
+        "load it with transformers and save it with save_pretrained, which writes safetensors",
+    ),
+)
+"""What looks like weights but lacks what makes them readable, and the next step."""

@@ -93,13 +93,13 @@ def repeat(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
     "no weights": (remove_weights, IncompleteError, "no model.safetensors"),
-    "only pickles": (only_pickles, IncompleteError, "only pytorch_model.bin"),
-    "rank files": (become("migrator.json", "rank-00000-of-00001.safetensors"), CheckpointError, "rank files"),
-    "distcp": (become(".metadata", "__0_0.distcp"), CheckpointError, "torch distributed checkpoint"),
+    "only pickles": (only_pickles, IncompleteError, "pytorch_model.bin is there, but no model"),
+    "rank files": (become("rank-00000-of-00001.safetensors"), IncompleteError, "no migrator.json"),
+    "distcp": (become("__0_0.distcp"), IncompleteError, "no .metadata"),
     "dcp safetensors": (
         become("shard-00001-model-00001-of-00001.safetensors"),
-        CheckpointError,
-        "distributed safetensors checkpoint",
+        IncompleteError,
+        "is there, but no model.safetensors",
     ),
     "a file is missing": (lambda folder: (folder / SECOND).unlink(), IncompleteError, SECOND),
     "a file is a folder": (
