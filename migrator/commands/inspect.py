@@ -10,6 +10,7 @@ import click
 from migrator import console
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
+from migrator.report_option import report_option
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
@@ -22,7 +23,7 @@ __all__ = ["command"]
 @click.argument("source")
 @mesh_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report for a browser too.")
+@report_option
 def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str, report: Path | None) -> int:
     """Show what the checkpoint SOURCE holds: its layout and mesh, its tensors, and what is wrong with it.
 

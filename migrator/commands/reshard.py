@@ -13,6 +13,7 @@ from migrator import console, reshard_report
 from migrator.events import Events, recorded
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
+from migrator.report_option import report_option
 from migrator.uncollected import uncollected
 from migrator.values import SECONDS, not_empty
 from runtime.processes.started import leave
@@ -68,6 +69,7 @@ __all__ = ["command"]
 @click.option(
     "--events", type=click.Path(path_type=Path), metavar="FILE", help="Add events to FILE as they happen, JSON lines."
 )
+@report_option
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(
@@ -86,6 +88,7 @@ def command(
     timeout: float,
     dry_run: bool,
     events: Path | None,
+    report: Path | None,
     form: str,
     quiet: bool,
 ) -> None:
@@ -109,7 +112,7 @@ def command(
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not in_worker() or os.environ["RANK"] == "0"
-    work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, form, quiet or not speaks)
+    work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks)
     with recorded(events if speaks else None) as log:
         plan = _planned(source, target, work, log)
         if not dry_run:
@@ -132,6 +135,7 @@ class _Work:
         overwrite: replace what is at the destination.
         push_to: a repository that gets the result too.
         timeout: seconds that ranks wait for one another.
+        report: a file for a report of it.
         form: of the output.
         quiet: say errors only.
     """
@@ -141,6 +145,7 @@ class _Work:
     overwrite: bool
     push_to: str | None
     timeout: float
+    report: Path | None
     form: str
     quiet: bool
 
@@ -166,6 +171,7 @@ def _estimate(plan: ReshardPlan, work: _Work, log: Events) -> None:
         console.emit_json(reshard_report.estimate_as_json(plan, found))
     elif not work.quiet:
         reshard_report.summarize_estimate(plan, found)
+    _report(plan, None, work)
 
 
 def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
@@ -178,6 +184,7 @@ def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
     log.emit("finished", **said)
     if work.form == "human" and not work.quiet:
         reshard_report.summarize(plan, result)
+    _report(plan, result, work)
     if work.push_to is not None:
         said["pushed"] = _pushed(work, work.push_to, log)
     if work.form == "json":
@@ -206,6 +213,17 @@ def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | Non
             return carry_out(plan, work.destination, options)
         with joined(work.timeout):
             return carry_out_together(plan, work.destination, options)
+
+
+def _report(plan: ReshardPlan, result: ReshardResult | None, work: _Work) -> None:
+    if work.report is None:
+        return
+    from migrator.report import from_reshard
+    from migrator.report.page import write_report
+
+    write_report(from_reshard.reshard_report(plan, result), work.report)
+    if not work.quiet:
+        console.say(f"wrote {work.report}")
 
 
 def _pushed(work: _Work, repository: str, log: Events) -> str:

@@ -12,6 +12,7 @@ import click
 from migrator import console
 from migrator.mesh_options import mesh_options
 from migrator.needs import need_runtime
+from migrator.report_option import report_option
 from migrator.values import SECONDS, not_empty
 from runtime.processes.started import leave
 
@@ -47,7 +48,7 @@ __all__ = ["command"]
 )
 @click.option("--timeout", type=SECONDS, default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write a report for a browser too.")
+@report_option
 def command(
     source: str,
     tp: int,

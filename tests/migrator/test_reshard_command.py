@@ -42,6 +42,26 @@ def events(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_a_report_tells_what_would_be_and_what_was_written(migrator, hub_folder, tmp_path):
+    hub, out, page = hub_folder("qwen3_moe"), tmp_path / "out", tmp_path / "report.html"
+    code, _, errors = migrator("reshard", hub, out, *RANKS, "--dry-run", "--report", page)
+    assert (code, errors[-1]) == (0, f"wrote {page}")
+    assert "nothing is written" in page.read_text("utf-8")
+    code, output, _ = migrator("reshard", hub, out, *RANKS, "--report", page, "--format", "json")
+    assert code == 0
+    said, told = json.loads(output), page.read_text("utf-8")
+    assert all(file in told for file in ("rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"))
+    assert json.loads((out / "migrator.json").read_text())["tensors"]["model.norm.weight"]["digest"] in told
+    assert said["bytes_written"] > 0
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_work(migrator, hub_folder, tmp_path):
+    for place in (tmp_path / "none" / "report.html", tmp_path):
+        code, _, errors = migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--report", place)
+        assert (code, list(tmp_path.iterdir())) == (2, [])
+        assert errors[0].startswith(f"error: --report {place}: ")
+
+
 def test_a_dry_run_shows_what_moves_and_writes_nothing(migrator, hub_folder, tmp_path):
     hub, out = hub_folder("qwen3_moe"), tmp_path / "out"
     code, output, errors = migrator("reshard", hub, out, *RANKS, "--dry-run", "--format", "json")
