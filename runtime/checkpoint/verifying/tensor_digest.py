@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import gcd
 from typing import Final
 
@@ -25,19 +26,20 @@ def tensor_digest(tensor: torch.Tensor, offset: int = 0, stride: int | None = No
         offset: of the first byte in the parameter's logical row-major bytes.
         stride: bytes from the beginning of one slice to that of the next, in the parameter.
     """
-    sums = Digest()
     if not tensor.numel():
-        return sums
+        return Digest()
     rows = tensor.detach().contiguous()
     rows = rows.reshape(1, -1) if stride is None else rows.reshape(len(rows), -1)
     rows, stride = rows.view(torch.uint8), stride or _WORD
+    total = torch.zeros(2, dtype=torch.int64, device=rows.device)
     # Rows that begin at the same place of a word are padded alike.
     period = _WORD // gcd(_WORD, stride)
     for row in range(min(period, len(rows))):
         alike, start = rows[row::period], offset + row * stride
         lead = start % _WORD
-        _add(sums, _words(alike, lead), (start - lead) // _WORD, stride * period // _WORD)
-    return sums
+        _add(total, _words(alike, lead), (start - lead) // _WORD, stride * period // _WORD)
+    # The device is asked once, for it works on while the next sums are on their way to it.
+    return Digest(*(lane % 2**64 for lane in total.tolist()))
 
 
 def _words(rows: torch.Tensor, lead: int) -> torch.Tensor:
@@ -47,21 +49,53 @@ def _words(rows: torch.Tensor, lead: int) -> torch.Tensor:
     return padded.view(torch.int64)
 
 
-def _add(sums: Digest, words: torch.Tensor, index: int, step: int) -> None:
+def _add(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
     """Add rows of words, the first of them at word `index`, each row `step` words behind the one before."""
+    width = words.shape[1]
+    # Whole blocks have a weight each that words of the same place share; rows meet blocks alike or not at all.
+    is_alike = len(words) == 1 or step % BLOCK == 0
+    head = min(-index % BLOCK, width) if is_alike else width
+    tail = width - (width - head) % BLOCK
+    for first, last, added in ((0, head, _add_words), (head, tail, _add_blocks), (tail, width, _add_words)):
+        if first < last:
+            added(total, words[:, first:last], index + first, step)
+
+
+def _add_blocks(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
+    """Add rows of whole blocks, which begin where blocks do."""
+    inner = [_sequence(SEEDS[lane][0], torch.arange(BLOCK, device=words.device)) for lane in (0, 1)]
+    for part, start in _batches(words, index, step):
+        blocks = part.unflatten(1, (-1, BLOCK))
+        places = _places(blocks, start // BLOCK, step // BLOCK)
+        for lane, values in enumerate(_lanes(blocks)):
+            total[lane] += ((values * inner[lane]).sum(-1) * _sequence(SEEDS[lane][1], places)).sum()
+
+
+def _add_words(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
+    """Add rows that begin and end anywhere."""
+    for part, start in _batches(words, index, step):
+        places = _places(part, start, step)
+        for lane, values in enumerate(_lanes(part)):
+            inner, outer = SEEDS[lane]
+            total[lane] += (_sequence(inner, places % BLOCK) * _sequence(outer, places // BLOCK) * values).sum()
+
+
+def _batches(words: torch.Tensor, index: int, step: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield parts of rows that are small enough to work on, and the place of the first word of each."""
     height = max(1, _BATCH // words.shape[1])
     for top in range(0, len(words), height):
         for left in range(0, words.shape[1], _BATCH):
-            part = words[top : top + height, left : left + _BATCH]
-            rows = torch.arange(len(part), device=part.device)[:, None] * step
-            places = index + top * step + left + rows + torch.arange(part.shape[1], device=part.device)
-            halves = (part >> 32) & 0xFFFFFFFF
-            lanes = [int((_weights(lane, places) * values).sum()) for lane, values in ((0, part), (1, halves))]
-            sums.join(Digest(*lanes))
+            yield words[top : top + height, left : left + _BATCH], index + top * step + left
 
 
-def _weights(lane: int, places: torch.Tensor) -> torch.Tensor:
-    return _sequence(SEEDS[lane][0], places % BLOCK) * _sequence(SEEDS[lane][1], places // BLOCK)
+def _places(rows: torch.Tensor, start: int, step: int) -> torch.Tensor:
+    """Return the place of each entry along the first two dims."""
+    down = torch.arange(rows.shape[0], device=rows.device)[:, None] * step
+    return start + down + torch.arange(rows.shape[1], device=rows.device)
+
+
+def _lanes(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return words, (words >> 32) & 0xFFFFFFFF
 
 
 def _sequence(seed: int, index: torch.Tensor) -> torch.Tensor:
