@@ -3,13 +3,14 @@
 # make test-full  the long tests too
 # make bench      the figures in the README
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
+# make gpu-test   on a machine with two GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests stay together, for they share fixtures; each worker has process groups of its own.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-full lint browser bench bench-reshard sweep
+.PHONY: demo test test-full gpu-test lint browser bench bench-reshard sweep
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -30,6 +31,13 @@ lint: .venv/installed
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends chromium \
 	    fonts-dejavu-core >/dev/null 2>&1; } || echo "no chromium: tests of the report's pages will be skipped"
+
+# With the Python that has the machine's own torch: make gpu-test GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-test:
+	$(GPU_PYTHON) -m pytest tests/gpu
+	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_load.py
+	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_step.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/rewrite.py

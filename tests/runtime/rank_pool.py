@@ -1,4 +1,4 @@
-"""Real gloo ranks that live as long as the test session and run functions sent to them by name."""
+"""Real ranks that live as long as the test session and run functions sent to them by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRELOAD = ["torch.distributed.tensor", "transformers.modeling_utils", "runtime.v
 class RankPool:
     """`world_size` processes of one process group."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
         # Ranks meet in memory: in a file they would find each other by polling it, for every process group anew.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
@@ -33,7 +33,7 @@ class RankPool:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs, backend), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -62,12 +62,14 @@ class RankPool:
             process.close()
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     while (call := pipe.recv()) is not None:
         function, args = call
         try:
