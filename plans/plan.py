@@ -30,7 +30,7 @@ def wildcard(name: str) -> str:
     return _LAYER_NUMBER.sub(".*", name)
 
 
-def lookup(plan: Mapping[str, str], name: str, *, is_parameter: bool) -> str | None:
+def lookup(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> str | None:
     """Return the plan key that decides for a parameter or module, or None.
 
     A parameter's own entry wins over its module's; a module listens only to its own. Of two keys for one thing the one
@@ -49,7 +49,7 @@ def lookup(plan: Mapping[str, str], name: str, *, is_parameter: bool) -> str | N
     return next((key for key in candidates if key in plan), None)
 
 
-def unmatched_keys(plan: Mapping[str, str], names: Iterable[str]) -> list[str]:
+def unmatched_keys(plan: Mapping[str, object], names: Iterable[str]) -> list[str]:
     """Return the plan's keys that name none of the given modules and parameters, in plan order."""
     known = {key for name in names for key in (name, wildcard(name))}
     return [key for key in plan if key not in known]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
+from migrator.foreign_options import ForeignOptions, foreign_options
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
 from migrator.report_option import report_option
@@ -22,9 +23,19 @@ __all__ = ["command"]
 @click.command("inspect")
 @click.argument("source")
 @mesh_options
+@foreign_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @report_option
-def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str, report: Path | None) -> int:
+def command(
+    source: str,
+    tp: int,
+    ep: int,
+    fsdp: int,
+    mode: Mode | None,
+    foreign: ForeignOptions,
+    form: str,
+    report: Path | None,
+) -> int:
     """Show what the checkpoint SOURCE holds: its layout and mesh, its tensors, and what is wrong with it.
 
     SOURCE is a folder of whatever layout, or hf://owner/name[@revision]; of its weight files the headers are read. With
@@ -35,9 +46,10 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     from runtime.hub import local_folder
     from runtime.inspecting.inspection import inspect_checkpoint
 
+    stack = foreign.read(source)
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
-    found = inspect_checkpoint(local_folder(source), mesh if is_asked else None, chosen)
+    found = inspect_checkpoint(local_folder(source), mesh if is_asked else None, chosen, stack)
     if form == "json":
         console.emit_json(found.to_json())
     else:

@@ -11,6 +11,7 @@ import click
 
 from migrator import console, reshard_report
 from migrator.events import Events, recorded
+from migrator.foreign_options import ForeignOptions, foreign_options
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
 from migrator.report_option import report_option
@@ -21,6 +22,7 @@ from runtime.processes.started import leave
 if TYPE_CHECKING:
     from plans.mesh import Mode
     from runtime.checkpoint.content import Layout
+    from runtime.checkpoint.foreign.source import Foreign
     from runtime.checkpoint.hub.form import Experts
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
     from runtime.checkpoint.target import Target
@@ -32,6 +34,7 @@ __all__ = ["command"]
 @click.argument("source", callback=not_empty)
 @click.argument("destination", callback=not_empty)
 @mesh_options
+@foreign_options
 @click.option(
     "--layout",
     type=click.Choice(["hf", "dcp", "ranks"]),
@@ -79,6 +82,7 @@ def command(
     ep: int,
     fsdp: int,
     mode: Mode | None,
+    foreign: ForeignOptions,
     layout: Layout | None,
     experts: Experts | None,
     optimizer: bool | None,
@@ -109,12 +113,13 @@ def command(
     if push_to is not None:
         check_repository(push_to)
     check_destination(Path(destination), overwrite=overwrite)
+    stack = foreign.read(source)
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not in_worker() or os.environ["RANK"] == "0"
     work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks)
     with recorded(events if speaks else None) as log:
-        plan = _planned(source, target, work, log)
+        plan = _planned(source, stack, target, work, log)
         if not dry_run:
             _carry_out(plan, work, log)
         elif speaks:
@@ -150,13 +155,13 @@ class _Work:
     quiet: bool
 
 
-def _planned(source: str, target: Target, work: _Work, log: Events) -> ReshardPlan:
+def _planned(source: str, foreign: Foreign | None, target: Target, work: _Work, log: Events) -> ReshardPlan:
     from runtime.checkpoint.reshard import plan_reshard
     from runtime.hub import local_folder
 
     folder = local_folder(source, quiet=work.quiet)
     with uncollected():
-        plan = plan_reshard(folder, target=target)
+        plan = plan_reshard(folder, target=target, foreign=foreign)
     facts = {"tensors": len(plan.content.tensors), "bytes_total": plan.table.bytes_written, "seconds": plan.planning}
     log.emit("planned", source=source, layout=target.layout, **facts)
     return plan

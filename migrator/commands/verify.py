@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
+from migrator.foreign_options import ForeignOptions, foreign_options
 from migrator.needs import need_runtime
 from migrator.values import not_empty
 from runtime.wording import counted
@@ -20,6 +21,7 @@ __all__ = ["command"]
 @click.command("verify")
 @click.argument("source", callback=not_empty)
 @click.argument("other", required=False, callback=not_empty)
+@foreign_options
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),
@@ -30,7 +32,7 @@ __all__ = ["command"]
 )
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
-def command(source: str, other: str | None, max_memory: int, form: str, quiet: bool) -> int:
+def command(source: str, other: str | None, foreign: ForeignOptions, max_memory: int, form: str, quiet: bool) -> int:
     """Verify the content of the checkpoint SOURCE against its own manifest, or against the checkpoint OTHER.
 
     Every copy of every tensor is read. OTHER may have any layout and mesh: tensor by tensor, the two must hold the
@@ -40,9 +42,10 @@ def command(source: str, other: str | None, max_memory: int, form: str, quiet: b
     from runtime.checkpoint.verifying.verify import verify
     from runtime.hub import local_folder
 
+    stack = foreign.read(source)
     folders = [local_folder(name, quiet=quiet) for name in (source, other) if name is not None]
     with console.progress("verifying", quiet=quiet) as advance:
-        result = verify(*folders, max_memory=max_memory * 2**20, progress=advance)
+        result = verify(*folders, max_memory=max_memory * 2**20, progress=advance, foreign=stack)
     if form == "json":
         console.emit_json(result.to_json())
     else:

@@ -15,9 +15,13 @@ from runtime.checkpoint.ranks.record import EntryKind, StoredForm
 if TYPE_CHECKING:
     from runtime.checkpoint.optimizer.state import OptimizerState
 
-__all__ = ["Content", "Held", "Layout"]
+__all__ = ["Content", "FoundLayout", "Held", "Layout"]
 
 Layout = Literal["hf", "dcp", "ranks"]
+"""Those that are written."""
+
+FoundLayout = Layout | Literal["foreign"]
+"""Those that are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +54,11 @@ class Content:
         stored_form: of the hub form that it once came from, where that is known.
         digests: of tensors, where the checkpoint records them.
         optimizer: the state of the optimizer that trained them, where it goes along.
+        made: other files that go along although they do not lie in the folder, by name.
     """
 
     folder: Path
-    layout: Layout
+    layout: FoundLayout
     tensors: Mapping[str, Held]
     tied: Mapping[str, str]
     forms: Mapping[str, Form] = field(repr=False)
@@ -62,6 +67,7 @@ class Content:
     stored_form: StoredForm | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     optimizer: OptimizerState | None = None
+    made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def all_tensors(self) -> dict[str, Held]:

@@ -10,6 +10,8 @@ from runtime.checkpoint.dcp.content import dcp_content
 from runtime.checkpoint.dcp.metadata import METADATA
 from runtime.checkpoint.dcp.safetensors import shard_files
 from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.foreign.content import foreign_content
+from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.hub.content import hub_content
 from runtime.checkpoint.hub.hf import INDEX, WEIGHTS, read_hub
 from runtime.checkpoint.of_model import check_of_model
@@ -33,19 +35,21 @@ def layout_of(folder: Path) -> Layout:
     return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
 
 
-def read_content(folder: Path, model: PreTrainedModel) -> Content:
-    """Read what a checkpoint holds of a model, no tensor.
+def read_content(folder: Path, model: PreTrainedModel, foreign: Foreign | None = None) -> Content:
+    """Read what a checkpoint holds of a model, no tensor but those that must be the same in several places.
 
     Args:
         folder: of the checkpoint.
         model: that its config describes, on meta.
+        foreign: how to read another stack's rank files, where it is made of such.
 
     Raises:
         CheckpointError: it is damaged, incomplete or of another model.
         MismatchError: its tensors are not the model's.
         UsageError: it is quantized.
+        PlanError: the plan of foreign rank files does not go with the model.
     """
-    content = _content(folder, model)
+    content = foreign_content(folder, model, foreign) if foreign else _content(folder, model)
     check_of_model(content, model)
     return content
 

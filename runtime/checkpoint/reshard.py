@@ -21,6 +21,7 @@ from runtime.checkpoint.extents import Form, FormError
 from runtime.checkpoint.files.commit import Say
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.stamps import Stamp, stamps_of
+from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.target import LaidOut, Target, lay_out
@@ -99,13 +100,16 @@ class ReshardPlan:
         return carry_out(self, destination, Options(progress, say, max_memory, overwrite, seconds))
 
 
-def plan_reshard(source: Path, mesh: Mesh | None = None, target: Target | None = None) -> ReshardPlan:
+def plan_reshard(
+    source: Path, mesh: Mesh | None = None, target: Target | None = None, foreign: Foreign | None = None
+) -> ReshardPlan:
     """Plan how a checkpoint becomes another: read headers, compose the maps, prove the run table.
 
     Args:
         source: a folder, of any layout.
         mesh: to lay rank files out for, where that is all there is to say.
         target: what it is to become.
+        foreign: how to read another stack's rank files, where the source is made of such.
 
     Raises:
         UsageError: the target contradicts itself, or the checkpoint is quantized in a way that is not supported.
@@ -116,13 +120,13 @@ def plan_reshard(source: Path, mesh: Mesh | None = None, target: Target | None =
     began = time.perf_counter()
     target = target or Target(mesh=mesh or Mesh())
     stamps = stamps_of(source)
-    config = read_config(source)
-    _check_weights_named(source, config)
-    _check_layers(source, config)
+    described = foreign.config_folder(source) if foreign else source
+    config = read_config(described)
+    _check_weights_named(described, config)
+    _check_layers(described, config)
     model = stored_model(config)
-    content = with_optimizer(
-        read_content(source, model), model, is_wanted=target.with_optimizer, is_demanded=target.optimizer is True
-    )
+    content = read_content(source, model, foreign)
+    content = with_optimizer(content, model, is_wanted=target.with_optimizer, is_demanded=target.optimizer is True)
     try:
         laid = lay_out(content, model, target)
         wanted = [*(row for file in laid.files for row in file.tensors), *_digested(content)]

@@ -109,6 +109,7 @@ def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
         MismatchError: the checkpoint's shapes are not the model's.
     """
     laid = _LAYOUTS[target.layout](content, model, target)
+    laid = replace(laid, texts={**laid.texts, **content.made})
     if content.optimizer is not None:
         laid = _with_optimizer(laid, content.optimizer)
     prove(_is_whole(laid, content), "a tensor would be left out")

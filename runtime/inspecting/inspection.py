@@ -13,6 +13,8 @@ from plans.plan import wildcard
 from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.foreign.placing import plan_of
+from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import RankCheckpoint
@@ -32,13 +34,16 @@ if TYPE_CHECKING:
 __all__ = ["describe", "inspect_checkpoint"]
 
 
-def inspect_checkpoint(folder: Path, mesh: Mesh | None = None, mode: Mode = "tp") -> Inspection:
-    """Read what a checkpoint holds, no tensor, and what a plan would make of it.
+def inspect_checkpoint(
+    folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", foreign: Foreign | None = None
+) -> Inspection:
+    """Read what a checkpoint holds, and what a plan would make of it; only tensors that must be alike are read.
 
     Args:
         folder: of the checkpoint; rank files say everything themselves, other layouts need its config.json.
         mesh: that the model's plan is resolved for, None for none.
         mode: which of the model's plans apply there.
+        foreign: how to read another stack's rank files, where it is made of such.
 
     Returns:
         An inspection with findings alone where the files contradict one another or do not make up the tensors.
@@ -49,6 +54,8 @@ def inspect_checkpoint(folder: Path, mesh: Mesh | None = None, mode: Mode = "tp"
         UsageError: it is quantized in a way that is not supported, the mode does not go with the mesh, or a mesh is too
             large to be told rank by rank.
     """
+    if foreign is not None:
+        return _inspect_foreign(folder, foreign, mesh, mode)
     layout = layout_of(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     needs_model = layout != "ranks" or mesh is not None or manifest is None or bool(manifest.optimizer)
@@ -63,8 +70,23 @@ def inspect_checkpoint(folder: Path, mesh: Mesh | None = None, mode: Mode = "tp"
     return describe(content, model_type, manifest, planned)
 
 
+def _inspect_foreign(folder: Path, foreign: Foreign, mesh: Mesh | None, mode: Mode) -> Inspection:
+    model = stored_model(read_config(foreign.config_folder(folder)))
+    planned = resolve(model, mesh, mode) if mesh is not None else None
+    plan, model_type = plan_of(model, foreign), str(model.config.model_type)
+    try:
+        content = with_optimizer(read_content(folder, model, foreign), model, is_wanted=True)
+    except (MismatchError, IncompleteError) as error:
+        return Inspection(folder, "foreign", model_type, tuple(read_differences(error, str(folder))))
+    return describe(content, model_type, None, planned, plan)
+
+
 def describe(
-    content: Content, model_type: str, manifest: Manifest | None = None, planned: ResolvedPlan | None = None
+    content: Content,
+    model_type: str,
+    manifest: Manifest | None = None,
+    planned: ResolvedPlan | None = None,
+    cut_by: ResolvedPlan | None = None,
 ) -> Inspection:
     """Describe a checkpoint that was read.
 
@@ -73,8 +95,9 @@ def describe(
         model_type: as its config names it.
         manifest: its own, where it has one.
         planned: a plan for it, or what it was laid out by.
+        cut_by: the plan of files that have no manifest to say so.
     """
-    held = of_manifest(manifest) if manifest else None
+    held = of_manifest(manifest) if manifest else of_plan(cut_by) if cut_by else None
     wanted = of_plan(planned) if planned else None
     return Inspection(
         folder=content.folder,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
-from runtime.checkpoint.content import Layout
+from runtime.checkpoint.content import FoundLayout
 from runtime.checkpoint.ranks.record import EntryKind
 from runtime.checkpoint.verifying.differences import Difference
 
@@ -159,7 +159,7 @@ class Inspection:
     """
 
     folder: Path
-    layout: Layout
+    layout: FoundLayout
     model_type: str
     findings: tuple[Difference, ...] = ()
     groups: tuple[TensorGroup, ...] = field(default=(), repr=False)

@@ -32,7 +32,7 @@ from runtime.styles.style import owner_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["resolve"]
+__all__ = ["place", "resolve"]
 
 
 def resolve(
@@ -77,6 +77,24 @@ def resolve(
     return ResolvedPlan(
         str(model.config.model_type), chosen.mode, dialect.name, mesh, chosen.entries, parameters, unmatched
     )
+
+
+def place(model: PreTrainedModel, plan: Plan) -> tuple[ResolvedParameter, ...]:
+    """Return where a plan puts each tensor, whether or not the model could compute with it there.
+
+    That is for reading what another stack has cut already: its data parallel ranks repeat tensors and cut none.
+
+    Args:
+        model: built on meta or not.
+        plan: whose keys may also name nothing.
+
+    Raises:
+        UnknownStyleError: an entry names a style that neither the release nor the param-level dialect has.
+        PlanError: a key is not well-formed, or entries of tied parameters contradict each other.
+    """
+    dialect = STYLES.dialect(runtime_dialect())
+    check_entries(plan.entries, dialect, STYLES)
+    return tuple(_resolve_tensors(model, Mesh(), plan, dialect, scales_of(model)))
 
 
 def _resolve_tensors(

@@ -12,6 +12,7 @@ from runtime.checkpoint.copying.regions import DigestRegion
 from runtime.checkpoint.copying.table import Table
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.read import find_optimizer
 from runtime.checkpoint.ranks.files import RankCheckpoint
@@ -58,11 +59,12 @@ class Holding:
         return build_table(self.content.all_pieces, wanted)
 
 
-def read_holding(folder: Path) -> Holding:
+def read_holding(folder: Path, foreign: Foreign | None = None) -> Holding:
     """Read what a checkpoint of whatever layout holds, no tensor but those that its reader compares.
 
     Args:
         folder: of the checkpoint; rank files say everything themselves, other layouts need its config.json.
+        foreign: how to read another stack's rank files, where it is made of such.
 
     Raises:
         CheckpointError: it is damaged, incomplete or of another model than its config.
@@ -70,11 +72,11 @@ def read_holding(folder: Path) -> Holding:
         ConversionError: the optimizer's state is not laid out like its parameters.
         UsageError: it is quantized in a way that is not supported.
     """
-    ranks = RankCheckpoint.read(folder) if layout_of(folder) == "ranks" else None
+    ranks = RankCheckpoint.read(folder) if foreign is None and layout_of(folder) == "ranks" else None
     content = ranks.content() if ranks else None
     if content is None or find_optimizer(content) is not None or (ranks and ranks.manifest.optimizer):
-        model = stored_model(read_config(folder))
-        content = with_optimizer(content or read_content(folder, model), model, is_wanted=True)
+        model = stored_model(read_config(foreign.config_folder(folder) if foreign else folder))
+        content = with_optimizer(content or read_content(folder, model, foreign), model, is_wanted=True)
     return Holding(content, _copies(content, ranks))
 
 

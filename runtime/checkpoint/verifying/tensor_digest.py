@@ -65,7 +65,7 @@ def _add_blocks(total: torch.Tensor, words: torch.Tensor, index: int, step: int)
     """Add rows of whole blocks, which begin where blocks do."""
     inner = [_sequence(SEEDS[lane][0], torch.arange(BLOCK, device=words.device)) for lane in (0, 1)]
     for part, start in _batches(words, index, step):
-        blocks = part.unflatten(1, (-1, BLOCK))
+        blocks = part.view(len(part), -1, BLOCK)
         places = _places(blocks, start // BLOCK, step // BLOCK)
         for lane, values in enumerate(_lanes(blocks)):
             total[lane] += ((values * inner[lane]).sum(-1) * _sequence(SEEDS[lane][1], places)).sum()

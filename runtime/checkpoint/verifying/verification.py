@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from runtime.checkpoint.content import Held, Layout
+from runtime.checkpoint.content import FoundLayout, Held
 from runtime.checkpoint.verifying.copies import Holding, TensorCopy
 from runtime.checkpoint.verifying.differences import Difference
 
@@ -29,7 +29,7 @@ class Verified:
     digests: Mapping[TensorCopy, str] = field(default_factory=dict, repr=False)
 
     @property
-    def layout(self) -> Layout | None:
+    def layout(self) -> FoundLayout | None:
         """How it lies in the folder."""
         return self.holding.content.layout if self.holding else None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plans.errors import IncompleteError, MismatchError
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
+from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.verifying.copies import TensorCopy, digests_of, read_holding
 from runtime.checkpoint.verifying.differences import Difference, compare_held, read_differences
 from runtime.checkpoint.verifying.elements import Placed, first_difference
@@ -21,7 +22,12 @@ _LOCATED = 20
 
 
 def verify(
-    source: Path, other: Path | None = None, *, max_memory: int = DEFAULT_MEMORY, progress: Progress | None = None
+    source: Path,
+    other: Path | None = None,
+    *,
+    max_memory: int = DEFAULT_MEMORY,
+    progress: Progress | None = None,
+    foreign: Foreign | None = None,
 ) -> Verification:
     """Verify every copy of every tensor of a checkpoint.
 
@@ -34,13 +40,15 @@ def verify(
         other: another one of the same model, of any layout and mesh; its tensors are what is expected.
         max_memory: bytes that reading may allocate.
         progress: told bytes done, bytes in all and the tensor at hand, for one checkpoint after the other.
+        foreign: how to read another stack's rank files, where the source is made of such.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or is incomplete other than by lossy tensors.
         UsageError: it is quantized in a way that is not supported, or the memory is too small.
     """
     began = time.perf_counter()
-    read = [_read(folder, other is not None, max_memory, progress) for folder in (source, other) if folder is not None]
+    sides = [(source, foreign), *([(other, None)] if other is not None else [])]
+    read = [_read(folder, stack, other is not None, max_memory, progress) for folder, stack in sides]
     found = [difference for one in read for difference in one.differences]
     verified = [one.verified for one in read]
     if other is not None:
@@ -80,10 +88,10 @@ class _Read:
     differences: list[_Found]
 
 
-def _read(folder: Path, reads_all: bool, max_memory: int, progress: Progress | None) -> _Read:
+def _read(folder: Path, foreign: Foreign | None, reads_all: bool, max_memory: int, progress: Progress | None) -> _Read:
     """Read a checkpoint and hold it against its manifest."""
     try:
-        holding = read_holding(folder)
+        holding = read_holding(folder, foreign)
     except (MismatchError, IncompleteError) as error:
         return _Read(Verified(folder), [_Found(one) for one in read_differences(error, str(folder))])
     if not reads_all and not holding.content.digests:

@@ -1,0 +1,126 @@
+"""What foreign rank files hold of a model, cut by a plan that the user answers for and every shape is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from plans.errors import ConversionError
+from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.extents import Form
+from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.side_files import SideFiles, find_side_files
+from runtime.checkpoint.foreign.files import RankFiles, read_rank_files
+from runtime.checkpoint.foreign.holding import check_held
+from runtime.checkpoint.foreign.local import Shape, locals_of
+from runtime.checkpoint.foreign.names import conversion_of, stored_twice, whole_shapes
+from runtime.checkpoint.foreign.pieces import Piece, check_tied, dtypes_of, reassembled, without_copies
+from runtime.checkpoint.foreign.placing import plan_of
+from runtime.checkpoint.foreign.source import CONFIG, Foreign
+from runtime.checkpoint.hub.names import Conversion
+from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized
+from runtime.checkpoint.ranks.record import EntryKind
+from runtime.checkpoint.turned import through
+from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.quantized import is_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from plans.resolved import ResolvedParameter
+
+__all__ = ["foreign_content"]
+
+
+def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> Content:
+    """Return what foreign rank files hold of a model; what the plan repeats is compared byte for byte.
+
+    Args:
+        folder: where they lie.
+        model: that the config describes, on meta.
+        foreign: how they are to be read.
+
+    Raises:
+        UsageError: the pattern or the sizes do not go with the folder, or tensors are quantized otherwise than the
+            model's.
+        PlanError: the plan does not go with the model.
+        CheckpointError: files are damaged, incomplete or name their tensors otherwise than the model.
+        MismatchError: a local shape is not what the plan leaves its rank, or copies differ.
+    """
+    rows = plan_of(model, foreign).by_name
+    files = read_rank_files(folder, foreign)
+    shapes = whole_shapes(folder, files.stored, model)
+    conversion = conversion_of(folder, shapes, model)
+    pieces = _pieces(files, foreign, conversion, rows, shapes)
+    held = _held(pieces, conversion, model)
+    check_tied(pieces, stored_twice(conversion, tied_names(model)))
+    kept = without_copies(pieces)
+    of_stored = through(reassembled(kept, shapes))
+    return Content(
+        folder=folder,
+        layout="foreign",
+        tensors=held,
+        tied=tied_names(model),
+        forms={name: of_stored(form) for name, form in conversion.forms.items()},
+        pieces={piece.key: piece.stored for piece in kept},
+        side=_side(find_side_files(folder, files.names), foreign),
+        made=_made(foreign),
+    )
+
+
+def _pieces(
+    files: RankFiles,
+    foreign: Foreign,
+    conversion: Conversion,
+    rows: Mapping[str, ResolvedParameter],
+    shapes: Mapping[str, Shape],
+) -> list[Piece]:
+    """Return what all ranks hold, every shape held against the plan; tensors without elements are left out."""
+    forms: Mapping[str, Form] = {**conversion.forms, **conversion.repeated}
+    pieces: list[Piece] = []
+    for rank, tensors in enumerate(files.tensors):
+        locals_ = locals_of(rank, foreign.mesh, forms, rows, shapes)
+        check_held(rank, foreign.mesh, tensors, locals_, shapes, rows)
+        pieces += [Piece(rank, name, local.form, tensors[name]) for name, local in locals_.items()]
+    return pieces
+
+
+def _held(pieces: Sequence[Piece], conversion: Conversion, model: PreTrainedModel) -> dict[str, Held]:
+    """Return the model's tensors in the dtypes that they are stored in, which must go with the model's."""
+    dtypes = dtypes_of(pieces)
+    stored: Mapping[str, StoredTensor] = {piece.name: piece.stored for piece in pieces}
+    of_model = {name: tensor for name, tensor in model_tensors(model).items() if name in conversion.forms}
+    if is_quantized(model):
+        check_quantized(stored)
+    check_dtypes(conversion.forms, {name: dtype_name(tensor.dtype) for name, tensor in of_model.items()}, stored)
+    held: dict[str, Held] = {}
+    for name, tensor in of_model.items():
+        form = conversion.forms[name]
+        found = {dtypes[source] for source in form.sources} or {dtype_name(tensor.dtype)}
+        if len(found) > 1:
+            raise ConversionError(
+                f"{name} would mix {' and '.join(sorted(found))}", hint="save the rank files in one dtype", name=name
+            )
+        kind: EntryKind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        held[name] = Held(kind, found.pop(), form.shape)
+    return held
+
+
+def _side(side: SideFiles, foreign: Foreign) -> SideFiles:
+    """Return the side files, without a config.json that another one stands in for."""
+    if foreign.config is None:
+        return side
+    return replace(side, copied=tuple(name for name in side.copied if name != CONFIG))
+
+
+def _made(foreign: Foreign) -> Mapping[str, bytes]:
+    if foreign.config is None:
+        return {}
+    path = foreign.config / CONFIG
+    with reading(path):
+        return {CONFIG: path.read_bytes()}

@@ -1,0 +1,108 @@
+"""Names in foreign rank files: those of the model's tensors, or of their hub form; others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plans.errors import ConversionError
+from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.extents import whole
+from runtime.checkpoint.files.side_files import SideFiles
+from runtime.checkpoint.foreign.local import Shape
+from runtime.checkpoint.hub.form import default_form
+from runtime.checkpoint.hub.names import Conversion, convert
+from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.wording import listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["conversion_of", "stored_twice", "whole_shapes"]
+
+
+def whole_shapes(folder: Path, stored: Collection[str], model: PreTrainedModel) -> dict[str, Shape]:
+    """Return the whole shape of every stored tensor, which its name tells.
+
+    Args:
+        folder: of the files.
+        stored: names in the files of all ranks.
+        model: on meta.
+
+    Raises:
+        ConversionError: a name is neither one of the model's tensors nor one of its hub form.
+    """
+    known = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    if any(name not in known for name in stored):
+        known = {**_hub_shapes(folder, model), **known}
+    if unknown := [name for name in stored if name not in known]:
+        expected = [name for name in known if name not in stored and name not in tied_names(model)]
+        raise ConversionError(
+            f"{folder}: {listed(unknown)} name no tensor of {type(model).__name__}, nor of its hub form",
+            hint=f"rename them, and take apart what is fused; expected are {listed(expected)}"
+            if expected
+            else "remove them from the files: nothing says how they were cut",
+            tensors=unknown,
+            expected=expected,
+        )
+    return {name: known[name] for name in stored}
+
+
+def conversion_of(folder: Path, shapes: Mapping[str, Shape], model: PreTrainedModel) -> Conversion:
+    """Return how the whole stored tensors make the model's.
+
+    Args:
+        folder: of the files.
+        shapes: of the stored tensors.
+        model: on meta.
+
+    Raises:
+        ConversionError: one name would mean two things, or tensors do not make the model's by known operations.
+        IncompleteError: a tensor of the model is stored nowhere.
+        MismatchError: stored shapes are not the model's.
+    """
+    tied, of_model = tied_names(model), model_tensors(model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
+    conversion = convert(model, shapes, wanted, tied)
+    both = [name for name in shapes if name in of_model and not _is_itself(name, conversion, tied)]
+    if both or conversion.carried:
+        raise ConversionError(
+            f"{folder}: {listed(both or conversion.carried)} may be stored as the model holds them or in hub form",
+            hint="nothing in the files tells which; save the whole model in hub form instead",
+            tensors=list(both or conversion.carried),
+        )
+    return conversion
+
+
+def stored_twice(conversion: Conversion, tied: Mapping[str, str]) -> dict[str, str]:
+    """Return the stored name of each tied tensor that is stored besides its target, with the target's.
+
+    Raises:
+        ConversionError: one is stored in several pieces, which nothing compares.
+    """
+    pairs: dict[str, str] = {}
+    for name, form in conversion.repeated.items():
+        sources = form.sources, conversion.forms[tied[name]].sources
+        if [len(one) for one in sources] != [1, 1]:
+            raise ConversionError(f"{name} is tied, but stored twice", hint="remove one from the files", name=name)
+        pairs[sources[0][0]] = sources[1][0]
+    return pairs
+
+
+def _is_itself(name: str, conversion: Conversion, tied: Mapping[str, str]) -> bool:
+    form = conversion.repeated.get(name) or conversion.forms[tied.get(name, name)]
+    return form == whole(name, form.shape)
+
+
+def _hub_shapes(folder: Path, model: PreTrainedModel) -> Mapping[str, Shape]:
+    """Return the shapes of the tensors that `save_pretrained` would store."""
+    tied = tied_names(model)
+    of_model: Iterable[tuple[str, Held]] = (
+        (name, Held("parameter", dtype_name(tensor.dtype), tuple(tensor.shape)))
+        for name, tensor in model_tensors(model).items()
+        if name not in tied
+    )
+    content = Content(folder, "foreign", dict(of_model), tied, forms={}, pieces={}, side=SideFiles())
+    rows = default_form(content, model).tensors
+    return {name: tuple(row["shape"]) for name, row in rows.items() if isinstance(row["shape"], list)}

@@ -1,0 +1,95 @@
+"""Where the ranks of a foreign stack hold a model's tensors: by the model's plan, or by what the user says instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from plans.errors import PlanError, UnmatchedKeyError
+from plans.placement import Packed, Placement, Replicate, Shard
+from plans.plan import lookup, unmatched_keys
+from plans.resolved import ResolvedParameter, ResolvedPlan
+from runtime.checkpoint.foreign.source import Foreign
+from runtime.models.model import model_tensors
+from runtime.planning.plan import Plan, runtime_dialect
+from runtime.planning.resolve import place
+from runtime.planning.scales import Scale, check_blocks, scales_of
+from runtime.wording import listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["plan_of"]
+
+
+def plan_of(model: PreTrainedModel, foreign: Foreign) -> ResolvedPlan:
+    """Return where each tensor of a model lies on the ranks, under each of its names.
+
+    Args:
+        model: on meta.
+        foreign: whose own entries win over those of the model's plan, a parameter's over its module's.
+
+    Raises:
+        PlanError: the model has no plan and the user gave none, an entry names nothing or puts a tensor where it cannot
+            be, or names of one tensor are put in different places.
+        IndivisibleError: a quantized weight would be cut within a block that has one scale.
+    """
+    scales = scales_of(model)
+    keys = _keys(model, foreign, scales)
+    styles = {name: style for name, key in keys.items() if isinstance(style := foreign.plan[key], str)}
+    base = _model_plan(model, foreign)
+    entries = {**base.entries, **styles}
+    rows = {row.name: row for row in place(model, Plan(base.mode, entries))}
+    for name, key in keys.items():
+        placement = foreign.plan[key]
+        if not isinstance(placement, str):
+            rows[name] = _placed(rows[name], placement, key, scales.get(name))
+    _check_tied(rows)
+    parameters = tuple(rows.values())
+    check_blocks(foreign.mesh, parameters, scales)
+    name, dialect = str(model.config.model_type), runtime_dialect().name
+    return ResolvedPlan(name, base.mode, dialect, foreign.mesh, entries, parameters)
+
+
+def _model_plan(model: PreTrainedModel, foreign: Foreign) -> Plan:
+    """Return the model's plan; a model without one may do where the user gives one, or nothing is cut."""
+    needs_none = not model.tp_plan and (foreign.plan or foreign.mesh.world_size == 1)
+    return Plan(foreign.chosen_mode, {}) if needs_none else Plan.from_model(model, foreign.chosen_mode)
+
+
+def _keys(model: PreTrainedModel, foreign: Foreign, scales: Mapping[str, Scale]) -> dict[str, str]:
+    """Return the user's key for each tensor that they speak of; scales go with their weights."""
+    names = list(model_tensors(model))
+    owners = {name.rpartition(".")[0] for name in names}
+    if unmatched := unmatched_keys(foreign.plan, [*names, *owners]):
+        raise UnmatchedKeyError(
+            f"--plan: {listed(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
+            hint="correct or remove the entries",
+            keys=unmatched,
+        )
+    decided = {name: scales[name].weight if name in scales else name for name in names}
+    found = {name: lookup(foreign.plan, decided[name], is_parameter=True) for name in names}
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def _placed(row: ResolvedParameter, placement: Placement, key: str, scale: Scale | None) -> ResolvedParameter:
+    if isinstance(placement, Shard | Packed) and placement.dim >= len(row.shape):
+        raise PlanError(
+            f"--plan: {key!r} makes {row.name} {placement}, but it is {list(row.shape)}",
+            hint="give each parameter of the module an entry of its own",
+            key=key,
+        )
+    own = scale.placement(placement, len(row.shape)) if scale else placement
+    return replace(row, placements=(Replicate(), own))
+
+
+def _check_tied(rows: Mapping[str, ResolvedParameter]) -> None:
+    for row in rows.values():
+        if row.tied_to is not None and row.placements != rows[row.tied_to].placements:
+            raise PlanError(
+                f"{row.name} and {row.tied_to} are one tensor, but are put at {row.placements[-1]} and at "
+                f"{rows[row.tied_to].placements[-1]}",
+                hint="give both an entry with one placement in --plan",
+                names=[row.name, row.tied_to],
+            )
