@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 
 __all__ = ["main"]
 
-_COMMANDS = ("rewrite", "check", "diff", "explain", "plan", "reshard", "inspect", "verify", "validate")
+_COMMANDS = ("rewrite", "check", "diff", "explain", "plan", "reshard", "inspect", "verify", "validate", "run")
 
 
 class _LazyGroup(click.Group):
@@ -46,6 +46,7 @@ def group() -> None:
     migrator reshard CHECKPOINT OUT --tp 2 --layout ranks  lay a checkpoint out for the plan
     migrator verify OUT CHECKPOINT                         that both hold the same, byte for byte
     migrator validate OUT --tp 2 --reference CHECKPOINT    prove it on real processes
+    migrator run JOB.toml                                  all of these, as a file declares them
     """
 
 

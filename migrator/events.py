@@ -23,11 +23,15 @@ class Events:
     Args:
         stream: where lines go.
         complain: told once that they can go there no longer, which is no reason to end the work.
+        common: what every line says.
     """
 
-    def __init__(self, stream: TextIO | None, complain: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, stream: TextIO | None, complain: Callable[[str], None] = lambda text: None, **common: object
+    ) -> None:
         self._stream = stream
         self._complain = complain
+        self._common = common
         self._last = 0.0
 
     def emit(self, event: str, **data: object) -> None:
@@ -35,7 +39,9 @@ class Events:
         if self._stream is None:
             return
         try:
-            self._stream.write(json.dumps({"event": event, "time": time.time(), **data}, default=str) + "\n")
+            self._stream.write(
+                json.dumps({"event": event, "time": time.time(), **self._common, **data}, default=str) + "\n"
+            )
             self._stream.flush()
         except OSError as error:
             self._stream = None

@@ -71,10 +71,15 @@ def local_folder(source: str, *, quiet: bool = False) -> Path:
     """Return the folder that a user names, fetched from the hub where it lies there.
 
     Raises:
-        CheckpointError: as `fetch`.
+        CheckpointError: there is no such folder, or as `fetch`.
     """
-    name = hub_name(source)
-    return fetch(name, quiet=quiet) if name else Path(source)
+    if (name := hub_name(source)) is not None:
+        return fetch(name, quiet=quiet)
+    # Said here, before torch is imported to read what is not there; names that no file system allows are no folder.
+    if not os.path.isdir(source):  # noqa: PTH112
+        what = "not a folder" if os.path.exists(source) else "no such folder"  # noqa: PTH110
+        raise CheckpointError(f"{source}: {what}", hint="name a checkpoint's folder, or hf://owner/name", source=source)
+    return Path(source)
 
 
 def fetch(name: HubName, *, quiet: bool = False) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +21,9 @@ from migrator.source_options import (
 
 if TYPE_CHECKING:
     from codemods.outcome import Outcome
+    from migrator.formats.report import Report
 
-__all__ = ["command"]
+__all__ = ["checked", "command", "exit_code"]
 
 
 @click.command("check")
@@ -40,11 +42,8 @@ def command(
     Exits 1 where a finding is a warning or an error, never for notes, and 2 where a file could not be looked at.
     """
     spare_collection()
-    from codemods.outcome import joined
-    from migrator.formats.report import pending_report
-
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
-    report = pending_report(joined([_check(request) for request in requests]))
+    report = checked(requests)
     if form != "human":
         emit_machine_format(report, form)
     elif not quiet:
@@ -53,6 +52,23 @@ def command(
         for line in check_lines(report):
             console.emit(line)
     report_errors(report.errors)
+    return exit_code(report)
+
+
+def checked(requests: Sequence[Request]) -> Report:
+    """Look for pending rewrites and defects.
+
+    Args:
+        requests: what to look at.
+    """
+    from codemods.outcome import joined
+    from migrator.formats.report import pending_report
+
+    return pending_report(joined([_check(request) for request in requests]))
+
+
+def exit_code(report: Report) -> int:
+    """Return 0, 1 where a finding is a warning or an error, 2 where a file could not be looked at."""
     if report.errors:
         return 2
     return 0 if report.is_clean else 1

@@ -44,12 +44,14 @@ def command(
     """
     need_runtime()
     from runtime.hub import local_folder
-    from runtime.inspecting.inspection import inspect_checkpoint
 
     stack = foreign.read(source)
+    folder = local_folder(source)
+    from runtime.inspecting.inspection import inspect_checkpoint
+
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
     is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
-    found = inspect_checkpoint(local_folder(source), mesh if is_asked else None, chosen, stack)
+    found = inspect_checkpoint(folder, mesh if is_asked else None, chosen, stack)
     if form == "json":
         console.emit_json(found.to_json())
     else:

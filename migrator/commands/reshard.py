@@ -104,22 +104,23 @@ def command(
     a DESTINATION that all of them see.
     """
     need_runtime(shows_downloads=not quiet)
-    with uncollected():
-        from runtime.checkpoint.files.commit import check_destination
-        from runtime.checkpoint.target import Target
-    from runtime.hub import check_repository
-    from runtime.processes.joined import in_worker
+    from runtime.checkpoint.files.commit import check_destination
+    from runtime.hub import check_repository, local_folder
+    from runtime.processes.started import in_worker
 
     if push_to is not None:
         check_repository(push_to)
     check_destination(Path(destination), overwrite=overwrite)
     stack = foreign.read(source)
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
-    target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not in_worker() or os.environ["RANK"] == "0"
     work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks)
     with recorded(events if speaks else None) as log:
-        plan = _planned(source, stack, target, work, log)
+        folder = local_folder(source, quiet=work.quiet)
+        with uncollected():  # of what takes seconds to import, nothing is imported before the source is there
+            from runtime.checkpoint.target import Target
+        target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
+        plan = _planned(folder, stack, target, source, log)
         if not dry_run:
             _carry_out(plan, work, log)
         elif speaks:
@@ -155,12 +156,10 @@ class _Work:
     quiet: bool
 
 
-def _planned(source: str, foreign: Foreign | None, target: Target, work: _Work, log: Events) -> ReshardPlan:
-    from runtime.checkpoint.reshard import plan_reshard
-    from runtime.hub import local_folder
-
-    folder = local_folder(source, quiet=work.quiet)
+def _planned(folder: Path, foreign: Foreign | None, target: Target, source: str, log: Events) -> ReshardPlan:
     with uncollected():
+        from runtime.checkpoint.reshard import plan_reshard
+
         plan = plan_reshard(folder, target=target, foreign=foreign)
     facts = {"tensors": len(plan.content.tensors), "bytes_total": plan.table.bytes_written, "seconds": plan.planning}
     log.emit("planned", source=source, layout=target.layout, **facts)
@@ -200,7 +199,8 @@ def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | Non
     from runtime.checkpoint.copying.execution import carry_out
     from runtime.checkpoint.copying.several import carry_out_together
     from runtime.checkpoint.copying.values import Options
-    from runtime.processes.joined import in_worker, joined
+    from runtime.processes.joined import joined
+    from runtime.processes.started import in_worker
 
     with console.progress(f"{plan.content.folder.name} → {plan.target.layout}", quiet=work.quiet) as advance:
 

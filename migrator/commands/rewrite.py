@@ -11,6 +11,7 @@ import click
 
 from migrator import console
 from migrator.source_options import (
+    Request,
     emit_machine_format,
     read_requests,
     report_errors,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from codemods.outcome import Outcome
     from migrator.formats.report import Report
 
-__all__ = ["command"]
+__all__ = ["command", "exit_code", "rewritten"]
 
 
 @click.command("rewrite")
@@ -50,26 +51,43 @@ def command(
     """
     spare_collection()
     _refuse_contradictions(check=check, diff=diff, form=form)
+    requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
+    report = rewritten(requests, writes=not (check or diff), verifies=verify)
+    if form != "human":
+        emit_machine_format(report, form)
+    else:
+        _show(report, diff=diff, quiet=quiet)
+    report_errors(report.errors)
+    return exit_code(report) or (1 if check and report.changes else 0)
+
+
+def rewritten(requests: Sequence[Request], *, writes: bool, verifies: bool) -> Report:
+    """Compute every rewrite, and write them all where none of the proofs fails.
+
+    Args:
+        requests: what to look at.
+        writes: whether to write.
+        verifies: whether to demand first that the tree's own modular converter writes the same.
+    """
     from codemods.migrate import plan_rewrites
     from codemods.outcome import joined
     from codemods.selection import Silencer
     from codemods.write import write_changes
     from migrator.formats.report import pending_report, written_report
 
-    requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
     outcome = joined([plan_rewrites(one.paths, Silencer(one.selection), one.target, one.source) for one in requests])
-    problems = _verify(outcome, [path for one in requests for path in one.paths]) if verify else ()
+    problems = _verify(outcome, [path for one in requests for path in one.paths]) if verifies else ()
     outcome = replace(outcome, errors=(*outcome.errors, *problems))
-    keep = check or diff or bool(problems)
-    report = pending_report(outcome) if keep else written_report(outcome, write_changes(outcome.changes))
-    if form != "human":
-        emit_machine_format(report, form)
-    else:
-        _show(report, diff=diff, quiet=quiet)
-    report_errors(report.errors)
-    if report.errors:
-        return 1 if all(isinstance(error, MismatchError) for error in report.errors) else 2
-    return 1 if check and outcome.changes else 0
+    if problems or not writes:
+        return pending_report(outcome)
+    return written_report(outcome, write_changes(outcome.changes))
+
+
+def exit_code(report: Report) -> int:
+    """Return 0, 1 where only the converter writes something else, 2 where something could not be done."""
+    if not report.errors:
+        return 0
+    return 1 if all(isinstance(error, MismatchError) for error in report.errors) else 2
 
 
 def _verify(outcome: Outcome, paths: Sequence[Path]) -> Sequence[MigratorError]:

@@ -17,11 +17,12 @@ from migrator.values import SECONDS, not_empty
 from runtime.processes.started import leave
 
 if TYPE_CHECKING:
+    from migrator.report.values import Report
     from plans.mesh import Mode
     from runtime.validation.request import Device, ValidationRequest
     from runtime.validation.values import ValidationResult
 
-__all__ = ["command"]
+__all__ = ["command", "page_of"]
 
 
 @click.command("validate")
@@ -71,7 +72,7 @@ def command(
     """
     need_runtime()
     from runtime.hub import local_folder
-    from runtime.processes.joined import in_worker
+    from runtime.processes.started import in_worker
     from runtime.validation.request import ValidationRequest, wanted_mesh
 
     folder, compared = local_folder(source), local_folder(reference) if reference else None
@@ -94,7 +95,7 @@ def _given(sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _result(request: ValidationRequest) -> ValidationResult:
-    from runtime.processes.joined import in_worker
+    from runtime.processes.started import in_worker
     from runtime.validation.worker import run_validation, take_part
 
     if in_worker():
@@ -114,12 +115,15 @@ def _tell(request: ValidationRequest, result: ValidationResult, form: str, repor
     if (text := hint(request, result)) is not None:
         console.say(f"hint: {text}")
     if report is not None:
-        _write(request, result, report)
+        from migrator.report.page import write_report
+
+        write_report(page_of(request, result), report)
+        console.say(f"wrote {report}")
 
 
-def _write(request: ValidationRequest, result: ValidationResult, file: Path) -> None:
+def page_of(request: ValidationRequest, result: ValidationResult) -> Report:
+    """Return the report of a validation, with what the checkpoint holds as far as it can be read."""
     from migrator.report.from_validation import validation_report
-    from migrator.report.page import write_report
     from plans.errors import MigratorError
     from runtime.checkpoint.read import layout_of
     from runtime.inspecting.inspection import inspect_checkpoint
@@ -132,5 +136,4 @@ def _write(request: ValidationRequest, result: ValidationResult, file: Path) -> 
     except MigratorError:
         # What is wrong with it is among the mismatches; the rest of the page is what could not be read.
         found = Inspection(request.folder, layout_of(request.folder), "")
-    write_report(validation_report(found, result.to_json()), file)
-    console.say(f"wrote {file}")
+    return validation_report(found, result.to_json())

@@ -39,11 +39,12 @@ def command(source: str, other: str | None, foreign: ForeignOptions, max_memory:
     same. Both are folders, or hf://owner/name[@revision]. What differs is listed, with the first element that does.
     """
     need_runtime(shows_downloads=not quiet)
-    from runtime.checkpoint.verifying.verify import verify
     from runtime.hub import local_folder
 
     stack = foreign.read(source)
     folders = [local_folder(name, quiet=quiet) for name in (source, other) if name is not None]
+    from runtime.checkpoint.verifying.verify import verify
+
     with console.progress("verifying", quiet=quiet) as advance:
         result = verify(*folders, max_memory=max_memory * 2**20, progress=advance, foreign=stack)
     if form == "json":

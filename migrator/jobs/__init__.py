@@ -1,0 +1,32 @@
+"""Declared migrations: a job file read, run from where it was left, and watched for; nothing here prints."""
+
+from __future__ import annotations
+
+from migrator.jobs.foresight import foresee
+from migrator.jobs.reading import job_files, read
+from migrator.jobs.results import Event, Forecast, JobResult, Listener, StepForecast, StepResult
+from migrator.jobs.running import run
+from migrator.jobs.several import run_files, watch
+from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+
+__all__ = [
+    "Check",
+    "Event",
+    "Forecast",
+    "Job",
+    "JobResult",
+    "Listener",
+    "Reshard",
+    "Rewrite",
+    "Step",
+    "StepForecast",
+    "StepResult",
+    "Validate",
+    "Verify",
+    "foresee",
+    "job_files",
+    "read",
+    "run",
+    "run_files",
+    "watch",
+]

@@ -1,0 +1,71 @@
+"""What a run of a job would do: which steps, why, and what resharding would take; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from migrator.jobs.identity import identity_of, product_of, why_run
+from migrator.jobs.results import Forecast, StepForecast
+from migrator.jobs.state import Records, read_state
+from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.needs import need_runtime
+from plans.errors import MigratorError
+
+__all__ = ["foresee"]
+
+
+def foresee(job: Job) -> Forecast:
+    """Say which steps of a job would be run, and why.
+
+    Raises:
+        UsageError: its state file is damaged, or is another job's.
+    """
+    return Forecast(job.file, tuple(_foreseen(job, read_state(job))))
+
+
+def _foreseen(job: Job, records: Records) -> Iterator[StepForecast]:
+    coming: dict[str, str] = {}
+    for name, step in job.steps.items():
+        try:
+            found = _step(job, records, name, step, coming)
+        except MigratorError as error:
+            found = StepForecast(name, "it was not done", error=error)
+        if found.why is not None and isinstance(step, Reshard):
+            coming[str(step.destination)] = name
+        yield found
+
+
+def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, str]) -> StepForecast:
+    """Say whether a step would be run.
+
+    Args:
+        job: of the step.
+        records: what is remembered of the job.
+        name: of the step.
+        step: with its options.
+        coming: the steps before it that will be run, by what they write.
+    """
+    if (before := next((coming[one] for one in _sources(step) if one in coming), None)) is not None:
+        return StepForecast(name, f"{before} comes before it")
+    if not isinstance(step, Rewrite | Check):
+        need_runtime()
+    product, record = product_of(job, name, step), records.get(name)
+    why = why_run(record, identity_of(step), product)
+    if why is None or not isinstance(step, Reshard):
+        return StepForecast(name, why)
+    from migrator.jobs.resharding import estimated
+
+    made = record.product if record else None
+    return StepForecast(name, why, estimated(step, is_ours=made is not None and product in (None, made)))
+
+
+def _sources(step: Step) -> tuple[str, ...]:
+    match step:
+        case Reshard(source=source):
+            return (source,)
+        case Verify(source=source, other=other):
+            return (source, other or "")
+        case Validate(source=source, reference=reference):
+            return (source, reference or "")
+        case _:
+            return ()

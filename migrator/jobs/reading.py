@@ -1,0 +1,204 @@
+"""Job files: TOML of which every key is known and every value has its kind."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from migrator.jobs import readers
+from migrator.jobs.readers import Place, Reader
+from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from plans.errors import UsageError
+from plans.mesh import MODES, Mesh
+
+__all__ = ["job_files", "read"]
+
+_LARGEST = 1_000_000
+_DEFAULT_NAME = "checkpoint"
+_OURS = frozenset(("results", "reports"))
+"""Folders in the output that no checkpoint may be called."""
+
+_AXES: Mapping[str, Reader] = {
+    **dict.fromkeys(("tp", "ep", "fsdp"), readers.size),
+    "mode": readers.choice(*MODES),
+}
+_TREE: Mapping[str, Reader] = {"paths": readers.paths, "source": readers.text, "target": readers.text}
+_KEYS: Mapping[str, Mapping[str, Reader]] = {
+    "": {"output": readers.path},
+    "rewrite": {**_TREE, "verify": readers.flag, "in_place": readers.flag},
+    "check": _TREE,
+    "reshard": {
+        "name": readers.name,
+        "source": readers.checkpoint,
+        "destination": readers.path,
+        **_AXES,
+        "layout": readers.choice("hf", "dcp", "ranks"),
+        "experts": readers.choice("fused", "separate"),
+        "optimizer": readers.flag,
+        "max_memory": readers.size,
+        "overwrite": readers.flag,
+        "push_to": readers.text,
+    },
+    "verify": {"source": readers.checkpoint, "other": readers.checkpoint, "max_memory": readers.size},
+    "validate": {
+        "source": readers.checkpoint,
+        "reference": readers.checkpoint,
+        **_AXES,
+        "device": readers.choice("cpu", "cuda", "auto"),
+        "tolerance": readers.fraction,
+        "timeout": readers.seconds,
+    },
+}
+"""What may be written in each table, and at the top."""
+_STEPS = tuple(filter(None, _KEYS))
+_LISTED = ", ".join(f"[{name}]" for name in _STEPS)
+
+Options = dict[str, Any]
+
+
+def read(file: Path) -> Job:
+    """Read a job file; paths in it are relative to its folder, and nothing that it names is looked at.
+
+    Args:
+        file: in TOML.
+
+    Raises:
+        UsageError: it cannot be read, is not TOML, or has a key or value that no job has; with its line.
+    """
+    file = file.absolute()
+    content = _content(file)
+    top = Place(file, content)
+    try:
+        tables = tomllib.loads(content)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{file}: is not TOML: {error}", hint="mend the file", path=str(file)) from error
+    plain = {key: value for key, value in tables.items() if key not in _STEPS}
+    output = _options(top, plain).get("output", file.with_suffix(".job"))
+    found = {name: list(_tables(replace(top, table=name), tables[name])) for name in _STEPS if name in tables}
+    steps = dict(_steps(top, output, found))
+    if not steps:
+        raise UsageError(f"{file}: declares no step", hint=f"add one of {_LISTED}", path=str(file))
+    return Job(file, output, steps)
+
+
+def job_files(path: Path) -> tuple[Path, ...]:
+    """Return the job files that a path names: itself, or those of a folder by their names.
+
+    Raises:
+        UsageError: there is no such file, or none in the folder.
+    """
+    if not path.is_dir():
+        return (path,)
+    try:
+        found = sorted(one for one in path.iterdir() if one.suffix == ".toml" and not one.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="make it a readable folder", path=str(path)) from error
+    if not found:
+        raise UsageError(f"{path}: holds no job file", hint="job files end with .toml", path=str(path))
+    return tuple(found)
+
+
+def _content(file: Path) -> str:
+    try:
+        # Without O_NONBLOCK a named pipe would be waited for.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise OSError(0, "is no regular file")
+            content = stream.read(_LARGEST + 1)
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}", hint="name a job file in TOML", path=str(file)) from error
+    if len(content) > _LARGEST:
+        raise UsageError(f"{file}: larger than {_LARGEST:,} bytes", hint="name a job file", path=str(file))
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: is not UTF-8: {error}", hint="mend the file", path=str(file)) from error
+
+
+def _tables(place: Place, value: object) -> Iterator[tuple[Place, Options]]:
+    """Yield the tables of one name, of which only `reshard` may have several."""
+    is_several = place.table == "reshard" and isinstance(value, list)
+    for number, table in enumerate(value if isinstance(value, list) and is_several else [value]):
+        here = replace(place, number=number)
+        if not isinstance(table, dict):
+            here.refuse("is no table", f"write [{place.table}]")
+        yield here, _options(here, table)
+
+
+def _options(place: Place, table: Mapping[str, object]) -> Options:
+    known = _KEYS[place.table]
+    for key in table:
+        if key not in known:
+            allowed = ", ".join(known) + ("" if place.table else f", and the tables {_LISTED}")
+            replace(place, key=key).refuse("is no setting", f"settings here are {allowed}")
+    return {key: known[key](replace(place, key=key), value) for key, value in table.items()}
+
+
+def _steps(
+    top: Place, output: Path, found: Mapping[str, Sequence[tuple[Place, Options]]]
+) -> Iterator[tuple[str, Step]]:
+    """Yield the steps that are declared, what they leave out filled in from the steps before."""
+    only = {name: tables[0] for name, tables in found.items()}
+    targets = dict(_targets(output, found.get("reshard", ())))
+    if rewriting := only.get("rewrite"):
+        yield "rewrite", Rewrite(**_needing("paths", *rewriting))
+    if checking := only.get("check"):
+        yield "check", Check(**_needing("paths", checking[0], {**_tree_of(rewriting), **checking[1]}))
+    for suffix, target in targets.items():
+        yield f"reshard{suffix}", target
+    for suffix, options in _each(only.get("verify"), targets, "other"):
+        yield f"verify{suffix}", Verify(**options)
+    for suffix, options in _each(only.get("validate"), targets, "reference"):
+        yield f"validate{suffix}", Validate(**options)
+
+
+def _tree_of(rewriting: tuple[Place, Options] | None) -> Options:
+    return {key: value for key, value in rewriting[1].items() if key in _TREE} if rewriting else {}
+
+
+def _targets(output: Path, tables: Sequence[tuple[Place, Options]]) -> Iterator[tuple[str, Reshard]]:
+    """Yield what is resharded to, each by what its steps' names end with."""
+    names: set[str] = set()
+    places: set[Path] = set()
+    for place, options in tables:
+        name = options.pop("name", None)
+        known = name or _DEFAULT_NAME
+        destination = options.setdefault("destination", output / known)
+        if known in names or destination in places or known in _OURS:
+            place.refuse(f"has the name or destination {known!r} of another", "give each a `name` of its own")
+        names.add(known)
+        places.add(destination)
+        _check_mesh(place, options)
+        yield f"-{name}" if name else "", Reshard(**_needing("source", place, options))
+
+
+def _check_mesh(place: Place, options: Options) -> None:
+    try:
+        Mesh(**{axis: options[axis] for axis in ("tp", "ep", "fsdp") if axis in options})
+    except UsageError as error:
+        place.refuse(f"makes up no mesh: {error}", error.hint)
+
+
+def _each(
+    table: tuple[Place, Options] | None, targets: Mapping[str, Reshard], compared: str
+) -> Iterator[tuple[str, Options]]:
+    """Yield a step's options for every result of resharding, unless they name a checkpoint themselves."""
+    if table is None:
+        return
+    place, options = table
+    if "source" in options or not targets:
+        yield "", _needing("source", place, options)
+        return
+    for suffix, target in targets.items():
+        yield suffix, {compared: target.source, **options, "source": str(target.destination)}
+
+
+def _needing(key: str, place: Place, options: Options) -> Options:
+    if key not in options:
+        place.refuse(f"does not say its `{key}`", f"write {key} = … below [{place.table}]")
+    return options

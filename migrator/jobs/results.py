@@ -1,0 +1,178 @@
+"""What running a job tells, comes to, or would do: plain values, each with one JSON form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from plans.errors import MigratorError
+
+__all__ = ["Event", "Forecast", "JobResult", "Listener", "Outcome", "StepForecast", "StepResult", "error_as_json"]
+
+Outcome = Literal["ok", "findings", "failed", "stopped", "not run"]
+"""`findings` are those of a check, which are told but stop nothing; `failed` has a mismatch or could not be done."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens while a job runs.
+
+    Args:
+        name: `started`, `skipped`, `progress`, `note` or `finished` of a step; `refused` or `done` of a job.
+        job: its name.
+        step: its name, None where the whole job is meant.
+        data: what there is to say.
+    """
+
+    name: str
+    job: str
+    step: str | None = None
+    data: Mapping[str, object] = field(default_factory=dict)
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of a step.
+
+    Args:
+        step: its name.
+        outcome: in one word.
+        code: its exit code: 0, 1 where something was found, 2 where it could not be done.
+        said: what came of it, in one line.
+        why: it was run, None where it was done before or never came to be.
+        seconds: it took.
+        error: why it could not be done.
+    """
+
+    step: str
+    outcome: Outcome
+    code: int
+    said: str = ""
+    why: str | None = None
+    seconds: float = 0.0
+    error: MigratorError | None = None
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether it was done before."""
+        return self.why is None and self.outcome in ("ok", "findings")
+
+    @property
+    def stops(self) -> bool:
+        """Whether later steps of the job are not run."""
+        return self.outcome not in ("ok", "findings")
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form."""
+        plain = {name: getattr(self, name) for name in ("step", "outcome", "code", "said", "why", "seconds")}
+        return {**plain, "skipped": self.is_skipped, "error": error_as_json(self.error)}
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What came of a job.
+
+    Args:
+        file: that declares it.
+        steps: in their order; empty where the job itself could not be begun.
+        output: the folder of what it made, None where the file could not be read.
+        stopped: the signal that ended it, None where none did.
+        error: why it could not be begun.
+    """
+
+    file: Path
+    steps: tuple[StepResult, ...] = ()
+    output: Path | None = None
+    stopped: str | None = None
+    error: MigratorError | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called."""
+        return self.file.stem
+
+    @property
+    def code(self) -> int:
+        """The worst exit code of its steps; 2 where it was not begun."""
+        return max((step.code for step in self.steps), default=2)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was done and nothing found."""
+        return self.code == 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {
+            "job": self.name,
+            "file": str(self.file),
+            "output": str(self.output) if self.output else None,
+            "ok": self.ok,
+            "code": self.code,
+            "stopped": self.stopped,
+            "steps": [step.to_json() for step in self.steps],
+            "error": error_as_json(self.error),
+        }
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """What would become of a step.
+
+    Args:
+        step: its name.
+        why: it would be run, None where it is done.
+        estimate: of a reshard, in JSON, where its source is there already.
+        error: why it could not be run.
+    """
+
+    step: str
+    why: str | None
+    estimate: Mapping[str, object] | None = None
+    error: MigratorError | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {
+            "step": self.step,
+            "runs": self.why is not None,
+            "why": self.why,
+            "estimate": self.estimate,
+            "error": error_as_json(self.error),
+        }
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What would become of a job; arguments as `JobResult` has them."""
+
+    file: Path
+    steps: tuple[StepForecast, ...] = ()
+    error: MigratorError | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called."""
+        return self.file.stem
+
+    @property
+    def code(self) -> int:
+        """2 where something could not be done, else 0."""
+        return 2 if self.error or any(step.error for step in self.steps) else 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form."""
+        steps = [step.to_json() for step in self.steps]
+        return {"job": self.name, "file": str(self.file), "steps": steps, "error": error_as_json(self.error)}
+
+
+def error_as_json(error: MigratorError | None) -> dict[str, object] | None:
+    """Return an error for other programs."""
+    if error is None:
+        return None
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}

@@ -1,0 +1,120 @@
+"""What a job's state file remembers of each step, so that the next run goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from migrator.jobs.files import as_text, write_whole
+from migrator.jobs.values import Job
+from plans.errors import UsageError
+
+__all__ = ["Record", "Records", "Status", "read_state", "write_state"]
+
+_FORMAT, _VERSION = "migrator job", 1
+
+Status = Literal["started", "ok", "findings", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is remembered of a step.
+
+    Args:
+        status: what became of it; `started` where its run was killed.
+        meaning: what the step was: its options, versions and the digests of its sources, by name.
+        code: its exit code.
+        said: what came of it, in one line.
+        product: the digest of the stamps of what it wrote, None where it wrote nothing yet.
+        time: when that was, in seconds since 1970.
+    """
+
+    status: Status
+    meaning: Mapping[str, object]
+    code: int = 0
+    said: str = ""
+    product: str | None = None
+    time: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it ran to its end and stopped nothing."""
+        return self.status in ("ok", "findings")
+
+
+Records = Mapping[str, Record]
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "status": (str,),
+    "meaning": (dict,),
+    "code": (int,),
+    "said": (str,),
+    "product": (str, type(None)),
+    "time": (float, int),
+}
+
+
+def read_state(job: Job) -> Records:
+    """Return what is remembered of a job's steps; nothing where it never ran.
+
+    Raises:
+        UsageError: the state file is damaged, or belongs to another job.
+    """
+    try:
+        return _records(job, json.loads(job.state.read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise _damaged(job, error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(job, str(error)) from error
+
+
+def write_state(job: Job, records: Records) -> None:
+    """Write the state file in one step.
+
+    Raises:
+        DestinationError: it cannot be written.
+    """
+    steps = {name: vars(record) for name, record in records.items()}
+    state = {"format": _FORMAT, "version": _VERSION, "job": _belongs_to(job), "steps": steps}
+    write_whole(job.state, as_text(state).encode())
+
+
+def _records(job: Job, state: object) -> Records:
+    if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(f"it does not say that it is the state of a {_FORMAT}, version {_VERSION}")
+    if state.get("job") != _belongs_to(job):
+        raise UsageError(
+            f"{job.output} is the output of another job, {state.get('job')}",
+            hint=f"give {job.file} an `output` of its own",
+            path=str(job.output),
+        )
+    steps = state.get("steps")
+    if not isinstance(steps, dict):
+        raise ValueError("it has no steps")
+    return {name: _record(name, entry) for name, entry in steps.items()}
+
+
+def _record(name: str, entry: object) -> Record:
+    if not isinstance(entry, dict) or entry.keys() != _TYPES.keys():
+        raise ValueError(f"what it says of {name} is not what a run writes")
+    if entry["status"] not in get_args(Status) or not all(isinstance(entry[key], _TYPES[key]) for key in _TYPES):
+        raise ValueError(f"what it says of {name} is not what a run writes")
+    return Record(**entry)
+
+
+def _belongs_to(job: Job) -> str:
+    """Return the job file as seen from the output, so that both may be moved together."""
+    return os.path.relpath(job.file, job.output)
+
+
+def _damaged(job: Job, reason: str) -> UsageError:
+    return UsageError(
+        f"{job.state}: cannot be read as a job's state: {reason}",
+        hint="remove it: every step is then looked at anew, and checkpoints that are right already are kept",
+        path=str(job.state),
+    )

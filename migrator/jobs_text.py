@@ -1,0 +1,104 @@
+"""What `migrator run` says: of steps as they go, and of all jobs at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from migrator import console
+from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
+from migrator.shown import sized, visible
+
+__all__ = ["listener", "show", "show_forecasts"]
+
+_SECONDS = 10.0
+"""Between two lines of progress; they stay in the log of a service."""
+_LONGEST = 200
+
+
+def listener(*, quiet: bool) -> Listener:
+    """Return what tells a person what happens.
+
+    Args:
+        quiet: tell errors only.
+    """
+    last = time.monotonic()
+
+    def listen(event: Event) -> None:
+        nonlocal last
+        where = f"{event.job}: {event.step}" if event.step else event.job
+        if event.name == "refused" or event.data.get("error"):
+            _complain(where, event.data)
+        elif quiet or event.name == "done":
+            return
+        elif event.name != "progress":
+            console.say(visible(f"{where} {_SAID[event.name].format(**event.data)}", _LONGEST))
+        elif time.monotonic() - last > _SECONDS:
+            last = time.monotonic()
+            done, total = (int(str(event.data[name])) for name in ("bytes_done", "bytes_total"))
+            console.say(f"{where}: {sized(done)} of {sized(total)}")
+
+    return listen
+
+
+_SAID: Mapping[str, str] = {
+    "started": "begins: {why}",
+    "skipped": "is done already: {said}",
+    "finished": "{outcome} in {seconds:.2f} s: {said}",
+    "note": "{text}",
+}
+
+
+def _complain(where: str, data: Mapping[str, object]) -> None:
+    error = data.get("error") or data
+    assert isinstance(error, Mapping)
+    console.say(f"{where}: error: {error['message']}")
+    console.say(f"hint: {error['hint']}")
+
+
+def show(results: Sequence[JobResult]) -> None:
+    """Print a row for each step of each job, and one line on all of them."""
+    rows = [row for result in results for row in _rows(result)]
+    jobs = f"{len(results)} {'job' if len(results) == 1 else 'jobs'}"
+    if rows:
+        console.table(jobs, ("job", "step", "outcome", "result"), rows)
+    console.emit(f"{sum(result.ok for result in results)} of {jobs} clean")
+
+
+def _rows(result: JobResult) -> list[tuple[str, str, str, str]]:
+    if not result.steps:
+        said = result.error.message if result.error else f"stopped by {result.stopped}"
+        return [(result.name, "", "failed" if result.error else "not run", visible(said, _LONGEST))]
+    return [(result.name, step.step, _outcome(step), visible(step.said, _LONGEST)) for step in result.steps]
+
+
+def _outcome(step: StepResult) -> str:
+    return f"{step.outcome}, done before" if step.is_skipped else step.outcome
+
+
+def show_forecasts(forecasts: Sequence[Forecast]) -> None:
+    """Print what would become of each step."""
+    rows = [(one.name, *row) for one in forecasts for row in _forecast_rows(one)]
+    console.table("what a run would do", ("job", "step", "would", "because"), rows)
+    console.emit("nothing was written")
+
+
+def _forecast_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
+    if forecast.error:
+        return [("", "fail", visible(forecast.error.message, _LONGEST))]
+    return [_forecast_row(step) for step in forecast.steps]
+
+
+def _forecast_row(step: StepForecast) -> tuple[str, str, str]:
+    if step.error:
+        return step.step, "fail", visible(step.error.message, _LONGEST)
+    if step.why is None:
+        return step.step, "be skipped", "it is done"
+    return step.step, "be run", visible("; ".join((step.why, *_estimated(step.estimate))), _LONGEST)
+
+
+def _estimated(estimate: Mapping[str, object] | None) -> list[str]:
+    if estimate is None:
+        return []
+    written, seconds = int(str(estimate["bytes_written"])), float(str(estimate["seconds"]))
+    return [f"writes {sized(written)} in about {seconds:.1f} s"]

@@ -1,0 +1,91 @@
+"""Job files: what they may say, what is filled in, and what is refused with its line."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from migrator import jobs
+from plans.errors import UsageError
+from tests.migrator.jobs.helpers import job_file
+
+
+def test_what_is_left_out_is_filled_in_from_the_steps_before(tmp_path):
+    file = job_file(
+        tmp_path,
+        '[rewrite]\npaths = ["models"]\ntarget = "dtensor"\n[check]\n[verify]\nmax_memory = 64\n[validate]\ntp = 2\n'
+        '[[reshard]]\nname = "a"\nsource = "hub"\ntp = 2\n'
+        '[[reshard]]\nname = "b"\nsource = "hf://owner/name@v1"\ndestination = "../b"\n',
+    )
+    job = jobs.read(file)
+    assert (job.name, job.output) == ("move", tmp_path / "move.job")
+    models = (tmp_path / "models",)
+    hub, hosted, b = str(tmp_path / "hub"), "hf://owner/name@v1", tmp_path / "../b"
+    assert dict(job.steps) == {
+        "rewrite": jobs.Rewrite(models, target="dtensor"),
+        "check": jobs.Check(models, target="dtensor"),
+        "reshard-a": jobs.Reshard(hub, tmp_path / "move.job/a", tp=2),
+        "reshard-b": jobs.Reshard(hosted, b),
+        "verify-a": jobs.Verify(str(tmp_path / "move.job/a"), hub, 64),
+        "verify-b": jobs.Verify(str(b), hosted, 64),
+        "validate-a": jobs.Validate(str(tmp_path / "move.job/a"), hub, tp=2),
+        "validate-b": jobs.Validate(str(b), hosted, tp=2),
+    }
+
+
+def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
+    job = jobs.read(job_file(tmp_path, '[reshard]\nsource = "hub"\n[verify]\nsource = "out"\n'))
+    assert list(job.steps) == ["reshard", "verify"]
+    assert job.steps["verify"] == jobs.Verify(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said", "hint"),
+    [
+        ("", "declares no step", "[rewrite], [check]"),
+        ("[check", "is not TOML", "mend"),
+        ("ouput = 'x'\n[check]\npaths = ['m']", "move.toml:1: ouput is no setting", "output, and the tables [rewrite]"),
+        ("[chekc]\npaths = ['m']", "move.toml:1: chekc is no setting", "[check]"),
+        ("[check]\npaths = ['m']\n\nverify = true", "move.toml:4: check.verify is no setting", "paths, source, target"),
+        ("[rewrite]\npaths = 'models'", "move.toml:2: rewrite.paths is 'models', not a list of paths", 'paths = ["…"]'),
+        ("[rewrite]\npaths = ['']", "rewrite.paths is '', not a string", "paths"),
+        ('[rewrite]\npaths = ["a\\u0000b"]', "not a string", "paths"),
+        ("[rewrite]\npaths = ['m']\nin_place = 1", "move.toml:3: rewrite.in_place is 1, not true or false", "true"),
+        ("[rewrite]", "move.toml:1: rewrite does not say its `paths`", "below [rewrite]"),
+        ("[verify]", "verify does not say its `source`", "below [verify]"),
+        ("[reshard]\nsource = 'a'\ntp = true", "move.toml:3: reshard.tp is True, not a whole number above 0", "tp = 2"),
+        ("[reshard]\nsource = 'a'\ntp = 0", "reshard.tp is 0", "tp = 2"),
+        ("[reshard]\nsource = 'a'\ntp = 2\nep = 3", "reshard makes up no mesh: ep=3 must be", "choose ep"),
+        ("[reshard]\nsource = 'a'\nmode = 'pp'", "reshard.mode is 'pp'", "tp, ep, tp_ep, sp, sp_ep"),
+        ("[reshard]\nsource = 'a'\nlayout = ['hf']", "reshard.layout is ['hf']", "hf, dcp, ranks"),
+        ("[reshard]\nsource = 'a'\nname = '../x'", "reshard.name is '../x', not a name", "letters"),
+        ("[reshard]\nsource = 'a'\nname = 'results'", "has the name or destination 'results' of another", "name"),
+        ("[[reshard]]\nsource = 'a'\n[[reshard]]\nsource = 'b'", "move.toml:3: reshard has the name", "`name`"),
+        ("[[reshard]]\nname = 'a'\nsource = 'a'\n[[reshard]]\nname = 'b'\nsource = 3", "move.toml:6: reshard.sou", "…"),
+        ("[validate]\nsource = 'a'\ntolerance = 2", "validate.tolerance is 2, not a number between 0 and 1", "1e-05"),
+        ("[validate]\nsource = 'a'\ntimeout = nan", "validate.timeout is nan, not a number of seconds", "60"),
+        ("[[validate]]\nsource = 'a'", "validate is no table", "[validate]"),
+        ("check = 3", "move.toml: check is no table", "[check]"),
+        ("a = " + "[" * 5000, "is not TOML", "mend"),
+    ],
+)
+def test_what_no_job_has_is_refused(tmp_path, content, said, hint):
+    with pytest.raises(UsageError) as refused:
+        jobs.read(job_file(tmp_path, content))
+    assert said in refused.value.message
+    assert hint in refused.value.hint
+
+
+def test_what_is_no_text_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
+    (tmp_path / "large.toml").write_bytes(b"#" * 1_000_001)
+    for name, said in {
+        "pipe": "is no regular file",
+        "latin": "is not UTF-8",
+        "large": "larger than 1,000,000 bytes",
+        "none": "No such file",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            jobs.read(tmp_path / f"{name}.toml")

@@ -1,0 +1,94 @@
+"""`migrator run`: its table, its JSON, its exit codes and its dry run."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from migrator.cli import main
+from tests.codemods.helpers import MIGRATED
+from tests.migrator.jobs.helpers import CHECK, contents, job_file, reshard
+from tests.migrator.source_trees import family
+
+
+@pytest.fixture
+def migrator(monkeypatch, capsys):
+    """Run a command in this process: (exit code, output, errors)."""
+
+    def execute(*arguments):
+        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capsys.readouterr()
+
+    return execute
+
+
+def test_a_folder_of_jobs_ends_with_the_worst_code_and_one_table(migrator, tmp_path):
+    family(tmp_path / "models", MIGRATED)
+    family(tmp_path / "packed")
+    job_file(tmp_path, CHECK, "a-clean")
+    job_file(tmp_path, CHECK.replace("models", "packed"), "b-found")
+    assert migrator("run", tmp_path / "a-clean.toml")[0] == 0
+    code, output, errors = migrator("run", tmp_path)
+    assert code == 1
+    rows = [line.split() for line in output.splitlines() if line.strip().startswith(("a-", "b-"))]
+    assert rows == [
+        ["a-clean", "check", "ok,", "done", "before", "clean"],
+        ["b-found", "check", "findings", "4", "findings"],
+    ]
+    assert (output.splitlines()[0], output.splitlines()[-1]) == ("2 jobs", "1 of 2 jobs clean")
+    assert "a-clean: check is done already: clean" in errors
+    assert "b-found: check begins: it was not run yet" in errors
+    job_file(tmp_path, "[[[", "c-bad")
+    code, output, errors = migrator("run", tmp_path, "--format", "json", "--quiet")
+    said = json.loads(output)
+    assert (code, said["code"], [one["code"] for one in said["jobs"]]) == (2, 2, [0, 1, 2])
+    assert "c-bad.toml: is not TOML" in errors
+    assert "already" not in errors
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(migrator, hub_folder, tmp_path):
+    family(tmp_path / "models", MIGRATED)
+    job_file(tmp_path, CHECK + reshard(hub_folder("llama")) + "[verify]\n")
+    before = contents(tmp_path)
+    code, output, _ = migrator("run", tmp_path, "--dry-run")
+    assert (code, contents(tmp_path), (tmp_path / "move.job").exists()) == (0, before, False)
+    assert "it was not run yet; writes" in output
+    assert "reshard comes before it" in output
+    assert output.splitlines()[-1] == "nothing was written"
+    code, output, _ = migrator("run", tmp_path / "move.toml", "--dry-run", "--format", "json")
+    steps = {step["step"]: step for step in json.loads(output)["jobs"][0]["steps"]}
+    assert steps["reshard"]["estimate"]["bytes_written"] > 100_000
+    assert steps["check"]["estimate"] is None
+    job_file(tmp_path, reshard(tmp_path / "none"))
+    code, output, _ = migrator("run", tmp_path, "--dry-run")
+    assert code == 2
+    assert "fail" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "Missing argument"),
+        (("empty",), "holds no job file"),
+        (("none.toml",), "No such file"),
+        (("none", "--watch"), "not a folder to watch"),
+        (("empty", "empty", "--watch"), "--watch takes one folder"),
+        (("empty", "--watch", "--dry-run"), "--watch takes one folder"),
+        (("empty", "--watch", "--interval", "0"), "--interval"),
+    ],
+)
+def test_wrong_use_is_refused(migrator, tmp_path, monkeypatch, arguments, said):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = migrator("run", *arguments)
+    assert (code, said in errors) == (2, True), errors
+
+
+def test_torchrun_is_refused(migrator, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert migrator("run", job_file(tmp_path, CHECK))[0] == 2
