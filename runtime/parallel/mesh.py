@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
+from runtime.wording import first_line
 
 __all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
 
@@ -88,7 +90,7 @@ def _laid_out(mesh: Mesh, device_type: str) -> DeviceMeshes:
     axes: dict[str, DeviceMesh] = {}
     for name in _NAMES if mesh.ep > 1 else _NAMES[:1]:
         whole = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
-        axes |= {axis: whole[axis] for axis in mesh.axes(name)}
+        axes |= {axis: _axis_of(whole, axis) for axis in mesh.axes(name)}
     return DeviceMeshes(mesh, axes)
 
 
@@ -120,4 +122,16 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
             hint="name its axes ('tp',), ('ep',) or ('fsdp', 'tp'), or pass the sizes as a plans.mesh.Mesh",
             axes=list(names),
         )
-    return DeviceMeshes(Mesh(**sizes), {name: mesh[name] for name in names})
+    return DeviceMeshes(Mesh(**sizes), {name: _axis_of(mesh, name) for name in names})
+
+
+def _axis_of(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """Return one axis of a device mesh; torch 2.8 can take none of a mesh that is, or equals, a part of another."""
+    try:
+        return mesh[name]
+    except RuntimeError as error:
+        raise UsageError(
+            f"torch {torch.__version__} cannot take the axis {name!r} of this device mesh: {first_line(error)}",
+            hint="start without device meshes of which this one is a part, or install a newer torch",
+            axis=name,
+        ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,12 +15,7 @@ import torch.distributed as dist
 from plans.errors import UsageError, WorkerError
 from runtime.wording import counted, first_line
 
-__all__ = ["in_worker", "joined", "own_device"]
-
-
-def in_worker() -> bool:
-    """Say whether this process is a rank that torchrun, or `launch`, has started."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+__all__ = ["joined", "own_device"]
 
 
 def own_device(kind: str) -> torch.device:
@@ -46,6 +43,8 @@ def own_device(kind: str) -> torch.device:
 def joined(timeout: float, device: str = "cpu") -> Iterator[None]:
     """Join the process group of the ranks that were started together, and leave it at the end.
 
+    Meanwhile what is written to standard output goes to standard error.
+
     Args:
         timeout: seconds that this rank waits for the others wherever they meet.
         device: where ranks compute, as for `own_device`.
@@ -57,14 +56,33 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[None]:
     own = own_device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    try:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
-        raise WorkerError(
-            f"this rank cannot join the process group: {first_line(error)}",
-            hint="start all ranks through torchrun, or let migrator start them",
-        ) from error
+    with _spared_output():
+        try:
+            dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            raise WorkerError(
+                f"this rank cannot join the process group: {first_line(error)}",
+                hint="start all ranks through torchrun, or let migrator start them",
+            ) from error
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _spared_output() -> Iterator[None]:
+    """Keep standard output for data: what libraries write there meanwhile goes to standard error.
+
+    In torch 2.8 gloo says there whom it has reached. Libraries in C++ know no `sys.stdout` and have their own buffer.
+    """
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(output, 1)
+        os.close(output)

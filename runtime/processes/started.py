@@ -11,11 +11,16 @@ import time
 import traceback
 from typing import NoReturn
 
-__all__ = ["end_with", "leave", "main"]
+__all__ = ["end_with", "in_worker", "leave", "main"]
 
 _WATCH = 0.5
 """Seconds between two looks at the parent."""
 _PR_SET_PDEATHSIG = 1
+
+
+def in_worker() -> bool:
+    """Say whether this process is a rank that torchrun, or `launch`, has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 def end_with(parent: int) -> None:

@@ -162,7 +162,8 @@ def _if_there(name: str) -> ModuleType | None:
 def _check_torch() -> None:
     """Refuse a torch that calls packed placements plain ones: transformers loads packed parameters by that word.
 
-    Source: `DtensorShardOperation` of transformers 5.17.0 to 5.23.0; torch 2.9.1, where `_StridedShard` is a `Shard`.
+    Source: `DtensorShardOperation` of transformers 5.17.0 to 5.23.0; torch 2.8.0 and 2.9.1, whose `_StridedShard` is a
+    `Shard`.
     """
     if _StridedShard(0, split_factor=2).is_shard():
         import torch

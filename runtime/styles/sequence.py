@@ -38,10 +38,20 @@ def gather_inputs(site: Site, run: Run, *args: object, **kwargs: object) -> obje
 
 def gather_and_split(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """Whole inputs, and of the whole output, or the first of several, this rank's slice."""
+    tokens = next((value.shape[:-1] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     outputs = gather_inputs(site, run, *args, **kwargs)
     if isinstance(outputs, tuple):
-        return (_on_tensors(outputs[0], cut, site.axis), *outputs[1:])
-    return _on_tensors(outputs, cut, site.axis)
+        return (_split(outputs[0], tokens, site.axis), *outputs[1:])
+    return _split(outputs, tokens, site.axis)
+
+
+def _split(output: object, tokens: torch.Size | None, axis: DeviceMesh) -> object:
+    """Return a slice of a whole output; a mixture of experts may return one row for each of the tokens."""
+    if not isinstance(output, torch.Tensor) or isinstance(output, DTensor):
+        return output
+    if tokens is not None and output.shape[:-1] == (tokens.numel(),):
+        output = output.view(*tokens, -1)
+    return cut(output, axis)
 
 
 def rowwise_to_sequence(site: Site, run: Run, inputs: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,25 @@ def compared(
     verify_sharding(model, resolved)
     found = backward(model, token_ids(tokens))
     return Parity(relative(found, logits), gradient_errors(model, reference, resolved))
+
+
+def own_batches(name: str, mode: Mode, mesh: Mesh) -> Parity:
+    """Give each data parallel rank a batch of its own, and compare with the unsharded model on all of them at once."""
+    count = 2 * mesh.fsdp, 16
+    reference, logits = after_backward(name, count, "eager")
+    model = tiny_model(eager_config(name)).eval()
+    resolved = parallelize(model, mesh, Plan.from_model(model, mode))
+    here, _ = mesh.coordinates("dense", dist.get_rank())
+    found = backward(model, token_ids(count).chunk(mesh.fsdp)[here])
+    return Parity(relative(found, logits.chunk(mesh.fsdp)[here]), gradient_errors(model, reference, resolved))
+
+
+def asked_reductions(name: str, mesh: Mesh) -> list[str]:
+    """Return how the data parallel axis was asked to reduce gradients during one backward, each way once."""
+    function = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    with patch.object(dist, function, wraps=getattr(dist, function)) as called:
+        own_batches(name, "tp", mesh)
+    return sorted({str(call.kwargs["op"]) for call in called.call_args_list})
 
 
 def gradient_errors(model: nn.Module, reference: nn.Module, resolved: ResolvedPlan) -> dict[str, float]:

@@ -33,7 +33,9 @@ class RankPool:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.store.port, theirs, backend), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, self.store.port, theirs, backend), daemon=True
+            )
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -76,6 +78,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> No
             pipe.send(("done", function(*args)))
         except MigratorError as error:
             pipe.send(("refused", error_to_json(error)))
-        except Exception:
+        except BaseException:  # which torch's CheckpointException is, and no Exception
             pipe.send(("broken", traceback.format_exc()))
     dist.destroy_process_group()

@@ -119,15 +119,15 @@ def embedding_errors(name: str, mesh: Mesh) -> dict[str, float]:
 class Residual(nn.Module):
     """A norm, then a block that returns a tensor or a tuple, whose output is added up."""
 
-    def __init__(self, *, several: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(6)
-        self.block = Several() if several else Mixing()
+        self.block = block
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(inputs)
         output = self.block(hidden)
-        return hidden + (output[0] if isinstance(output, tuple) else output)
+        return hidden + (output[0] if isinstance(output, tuple) else output).view(hidden.shape)
 
 
 class Mixing(nn.Module):
@@ -148,19 +148,20 @@ class Several(Mixing):
         return super().forward(hidden), None
 
 
+class Flat(Mixing):
+    """The same with a row for each token, `[batch * sequence, hidden]`, as Llama 4's mixture of experts returns."""
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return super().forward(hidden).flatten(0, 1), None
+
+
+_SPLIT = {"part.norm": "activation", "part.block": "module_allgather_split"}
 _CASES: dict[str, tuple[type[nn.Module] | Any, dict[str, str], dict[str, Placement]]] = {
     "activation": (lambda: nn.LayerNorm(6), {"part": "activation"}, {}),
     "activation_seq_dim_2": (lambda: nn.LayerNorm(6), {"part": "activation_seq_dim_2"}, {}),
-    "module_allgather_split": (
-        lambda: Residual(several=False),
-        {"part.norm": "activation", "part.block": "module_allgather_split"},
-        {},
-    ),
-    "module_allgather_split of several": (
-        lambda: Residual(several=True),
-        {"part.norm": "activation", "part.block": "module_allgather_split"},
-        {},
-    ),
+    "module_allgather_split": (lambda: Residual(Mixing()), _SPLIT, {}),
+    "module_allgather_split of several": (lambda: Residual(Several()), _SPLIT, {}),
+    "module_allgather_split of rows": (lambda: Residual(Flat()), _SPLIT, {}),
     "module_allgather": (
         lambda: nn.Sequential(nn.LayerNorm(6), nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))),
         {

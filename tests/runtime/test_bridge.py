@@ -23,6 +23,7 @@ from plans.placement import Shard
 from runtime import Plan, register_styles
 from runtime.released.bridge import ReleasedStyle
 from tests.runtime import bridge_cases
+from tests.runtime.installed_torch import tells_packed
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS, tiny_model
 
@@ -98,6 +99,7 @@ def assert_small(errors: dict[str, float]) -> None:
     assert errors[worst] < 1e-5, (worst, errors[worst])
 
 
+@tells_packed
 @pytest.mark.parametrize("target", ["param-level", "dtensor"])
 @pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
 @pytest.mark.parametrize("name", NAMES)
@@ -144,12 +146,14 @@ def _untaught_refusal(folder: Path, plans: bridge_cases.Plans, options: dict[str
     return bridge_cases.refusal(folder, plans, options, taught=False)
 
 
+@tells_packed
 def test_a_sequence_parallel_plan_runs_as_the_releases_tp_plan(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     for errors, places in two_ranks.run(bridge_cases.parity_of_mode, checkpoint("mixtral"), "sp", {"tp_size": 2}):
         assert_small(errors)
         assert places["model.layers.0.mlp.experts.gate_up_proj"] == "Packed(1, 2)"
 
 
+@tells_packed
 @combines
 def test_sequence_and_expert_parallel_plans_run_together(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     options = {"tp_size": 2, "ep_size": 2}
@@ -158,6 +162,7 @@ def test_sequence_and_expert_parallel_plans_run_together(two_ranks: RankPool, ch
         assert places["model.layers.0.mlp.experts.gate_up_proj"] == "Shard(0)"
 
 
+@tells_packed
 @combines
 def test_expert_parallel_plans_go_with_rewritten_ones(
     two_ranks: RankPool, checkpoint: Checkpoint, rewrite: Rewritten
@@ -168,6 +173,7 @@ def test_expert_parallel_plans_go_with_rewritten_ones(
         assert places["model.layers.0.mlp.experts.gate_up_proj"] == "Shard(0)"
 
 
+@tells_packed
 @pytest.mark.usefixtures("untaught")
 def test_the_branchs_expert_plan_runs_or_is_refused(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     """5.17 and 5.18 run it; 5.23 refuses routers; those between pass over it, and only `require` says so."""
@@ -190,6 +196,7 @@ def _taught_refusal(folder: Path, plans: bridge_cases.Plans, options: dict[str, 
     return bridge_cases.refusal(folder, plans, options, taught=True)
 
 
+@tells_packed
 def test_groups_that_do_not_divide_are_refused_before_anything_is_loaded(
     two_ranks: RankPool, checkpoint: Checkpoint, rewrite: Rewritten
 ) -> None:
@@ -199,18 +206,21 @@ def test_groups_that_do_not_divide_are_refused_before_anything_is_loaded(
     assert caught.value.data["works"] == [1, 3, 5, 15]
 
 
+@tells_packed
 def test_summed_experts_that_are_whole_are_refused_not_multiplied(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     plans = {"base_model_tp_plan": {EXPERTS: "moe_experts_allreduce"}}
     with pytest.raises(PlanError, match="its output would be multiplied by 2"):
         two_ranks.run(bridge_cases.load_only, checkpoint("mixtral"), plans)
 
 
+@tells_packed
 def test_a_parameters_style_on_a_module_is_refused(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     plans = {"base_model_tp_plan": {EXPERTS: "moe_tp_down_rowwise"}}
     with pytest.raises(PlanError, match="'moe_tp_down_rowwise' is for a parameter, but its key names a module"):
         two_ranks.run(bridge_cases.load_only, checkpoint("mixtral"), plans)
 
 
+@tells_packed
 def test_an_expert_style_on_a_matrix_is_refused(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     plans = {"base_model_tp_plan": {"layers.*.self_attn.o_proj": "moe_tp_down_rowwise"}}
     with pytest.raises(
@@ -225,6 +235,7 @@ def test_a_models_structure_is_checked_on_a_mesh_without_names(two_ranks: RankPo
     assert [one.found for one in found] == ["tp: Shard(0), local shape [2, 4]"]
 
 
+@tells_packed
 @pytest.mark.usefixtures("untaught")
 def test_registering_adds_what_is_missing_and_nothing_else() -> None:
     before = dict(ALL_PARALLEL_STYLES)
@@ -241,6 +252,7 @@ def test_registering_adds_what_is_missing_and_nothing_else() -> None:
     assert all(ALL_PARALLEL_STYLES[name] is after[name] for name in after)
 
 
+@tells_packed
 @pytest.mark.usefixtures("untaught")
 def test_a_style_that_someone_else_registered_stays_theirs() -> None:
     theirs = ReleasedStyle(runtime.released.bridge.STYLES.styles["replicate"], RELEASE.styles["colwise"])
@@ -249,6 +261,7 @@ def test_a_style_that_someone_else_registered_stays_theirs() -> None:
     assert ALL_PARALLEL_STYLES["moe_tp_down_rowwise"] is theirs
 
 
+@tells_packed
 @pytest.mark.usefixtures("untaught")
 def test_what_a_release_would_not_apply_is_said_before_it_is_loaded() -> None:
     support = register_styles()

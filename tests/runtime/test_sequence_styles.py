@@ -24,6 +24,7 @@ HEADS = (2, 3, 8, 6)
         ("module_allgather", HIDDEN),
         ("module_allgather_split", HIDDEN),
         ("module_allgather_split of several", HIDDEN),
+        ("module_allgather_split of rows", HIDDEN),
     ],
 )
 def test_output_and_gradients_equal_the_plain_modules(

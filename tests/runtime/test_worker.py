@@ -18,8 +18,8 @@ import pytest
 from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
 from runtime.parallel.structure import Mismatch as Row
-from runtime.processes.joined import in_worker
 from runtime.processes.launch import launch
+from runtime.processes.started import in_worker
 from runtime.validation.request import ValidationRequest
 from runtime.validation.values import PARTS, Check, ValidationResult
 from runtime.validation.worker import run_validation

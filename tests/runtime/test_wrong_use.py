@@ -53,6 +53,12 @@ def test_a_device_mesh_of_the_right_axes_will_do(mode: Any, axes: tuple[str, ...
     two_ranks.run(wrong_use_cases.on_device_mesh, mode, axes)
 
 
+def test_a_part_of_a_device_mesh_will_do_or_is_refused(two_ranks: RankPool) -> None:
+    """Torch 2.8 takes no axis of it, and has an error of its own for that."""
+    for refused in two_ranks.run(wrong_use_cases.on_part_of_a_device_mesh):
+        assert not refused or "cannot take the axis 'fsdp' of this device mesh: Cannot create a submesh" in refused
+
+
 def test_experts_that_do_not_divide(four_ranks: RankPool) -> None:
     with pytest.raises(IndivisibleError, match=r"ep=4 does not divide the experts of .*, 6") as caught:
         four_ranks.run(wrong_use_cases.with_chosen_plan, "six_experts", "ep", Mesh(tp=4, ep=4))

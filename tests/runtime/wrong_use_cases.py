@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from tests.runtime.expert_cases import mixtral
@@ -21,6 +23,20 @@ def on_device_mesh(mode: Mode, axes: tuple[str, ...]) -> None:
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=axes)
     model = tiny_model(eager_config("qwen3_moe"))
     parallelize(model, mesh, Plan.from_model(model, mode))
+
+
+def on_part_of_a_device_mesh() -> str:
+    """Use a device mesh that is a part of another and return why that is refused, nothing where it is not.
+
+    Its ranks run backwards, so that no other test's mesh equals it.
+    """
+    ranks = torch.arange(dist.get_world_size()).flip(0).reshape(1, -1, 1)
+    whole = DeviceMesh("cpu", ranks, mesh_dim_names=("fsdp", "tp", "other"))
+    try:
+        parallelize(tiny_model(eager_config("qwen3_moe")), whole["fsdp", "tp"])
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def with_plan(plan: dict[str, str]) -> None:

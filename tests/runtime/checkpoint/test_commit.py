@@ -79,7 +79,7 @@ def test_a_checkpoint_is_replaced_where_that_is_asked_for(tmp_path: Path) -> Non
 
 
 REPLACING = """
-import os, sys; from pathlib import Path; from runtime.checkpoint import commit
+import os, sys; from pathlib import Path; from runtime.checkpoint.files import commit
 out, rename = Path(sys.argv[1]), Path.rename
 def dying(path, target):
     if path.name == sys.argv[2] and sys.argv[3] == "before":

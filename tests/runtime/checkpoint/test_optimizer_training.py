@@ -12,6 +12,7 @@ from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint import optimizer_cases
 from tests.runtime.checkpoint.test_optimizer import assert_equal, values_of
+from tests.runtime.installed_torch import saves_distributed
 from tests.runtime.rank_pool import RankPool
 
 STEPS, STOP = range(6), 3
@@ -57,6 +58,7 @@ def far(losses: list[float], expected: list[float]) -> float:
     return max(abs(found / wanted - 1) for found, wanted in zip(losses, expected, strict=True))
 
 
+@saves_distributed
 @pytest.mark.parametrize(("one", "other"), [*WAYS, *(pytest.param(*way, marks=pytest.mark.full) for way in MORE)])
 def test_training_goes_on_as_if_it_had_never_stopped(
     one: str, other: str, hub_folder: HubFolder, two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path
