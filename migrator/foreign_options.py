@@ -67,14 +67,14 @@ class ForeignOptions:
 
         Raises:
             UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
-            CheckpointError: the plan cannot be read.
+            CheckpointError: the plan or the config cannot be read.
         """
         if self.from_pattern is None:
             self._check_alone()
             return None
         from runtime.checkpoint.foreign.pattern import Pattern
         from runtime.checkpoint.foreign.plan_file import read_plan_file
-        from runtime.checkpoint.foreign.source import Foreign
+        from runtime.checkpoint.foreign.source import Foreign, OwnConfig
         from runtime.hub import hub_name
 
         if hub_name(source) is not None:
@@ -85,7 +85,9 @@ class ForeignOptions:
         if self.from_tp is None and self.from_ep is None:
             raise UsageError("--from-pattern needs --from-tp", hint="say of how many ranks the files are")
         plan = read_plan_file(self.plan_file) if self.plan_file else {}
-        return Foreign(Pattern(self.from_pattern), *self._sizes(), self.from_mode, plan, self._config_folder())
+        folder = self._config_folder()
+        config = None if folder is None else OwnConfig.read(folder)
+        return Foreign(Pattern(self.from_pattern), *self._sizes(), self.from_mode, plan, config)
 
     def _sizes(self) -> tuple[int, int]:
         ep = self.from_ep or 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["counted", "first_line", "listed"]
+__all__ = ["counted", "first_line", "listed", "shortened"]
 
 _SHOWN = 3
+_LONGEST = 120
 
 
 def first_line(error: BaseException) -> str:
@@ -23,6 +24,12 @@ def listed(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def shortened(text: str) -> str:
+    """Return a text that fits a line, its middle left out where it is longer."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}…{text[-half:]}"
 
 
 def _announced(lines: Sequence[str]) -> Iterator[str]:

@@ -27,6 +27,12 @@ def packed(dim: int, groups: int = 2) -> Cut:
     )
 
 
+def grouped(dim: int, *sizes: int) -> Cut:
+    return lambda tensor, world, rank: torch.cat(
+        [part.chunk(world, dim)[rank] for part in tensor.split(sizes, dim)], dim
+    )
+
+
 def whole(tensor: torch.Tensor, world: int, rank: int) -> torch.Tensor:
     return tensor
 

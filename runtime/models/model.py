@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +101,18 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _check_readable(folder: Path) -> None:
+    path = folder / "config.json"
     try:
-        (folder / "config.json").open("rb").close()
+        # Opening a pipe would wait for whoever writes to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")
+        path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IncompleteError(
             f"{folder}: no config.json", hint="name a folder that save_pretrained wrote", folder=str(folder)
         ) from error
     except OSError as error:
-        raise unreadable(folder / "config.json", error) from error
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> IncompleteError:

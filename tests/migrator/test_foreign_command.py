@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from migrator.cli import main
+from runtime.checkpoint import reshard
+from runtime.checkpoint.reshard import ReshardPlan
 from tests.foreign_files import DEEPSEEK, MLA, MLA_WHOLE, TP, Cut, shard, state_of, stored_in, whole, write
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -67,6 +70,7 @@ def changed(file: Path, change: Callable[[Tensors], Tensors]) -> None:
     save_file(change(load_file(file)), file)
 
 
+EXPERTS = {"model.layers.*.mlp.experts.gate_up_proj": {"packed": [1, 2]}}
 ATTENTION = {
     "model.layers.*.self_attn.q_b_proj": "colwise",
     "model.layers.*.self_attn.kv_b_proj.weight": {"shard": 0},
@@ -79,15 +83,15 @@ ATTENTION = {
     [
         ("llama", state_of, TP, 2, 1, None),
         ("llama", state_of, TP, 4, 1, None),
-        ("qwen3_moe", state_of, TP, 2, 1, None),
+        ("qwen3_moe", state_of, TP, 2, 1, EXPERTS),
         ("qwen3_moe", state_of, TP, 2, 2, None),
         ("qwen3_moe", state_of, TP, 2, 4, None),
         ("qwen3_moe", state_of, TP, 1, 4, None),
         ("qwen3_moe", stored_in, TP, 4, 1, None),
         ("qwen3_moe", stored_in, TP, 2, 4, None),
-        ("deepseek_v3", state_of, MLA_WHOLE, 4, 1, None),
+        ("deepseek_v3", state_of, MLA_WHOLE, 4, 1, EXPERTS),
         ("deepseek_v3", stored_in, MLA_WHOLE, 2, 2, None),
-        ("deepseek_v3", state_of, MLA, 4, 1, ATTENTION),
+        ("deepseek_v3", state_of, MLA, 4, 1, ATTENTION | EXPERTS),
         ("deepseek_v3", stored_in, MLA, 2, 2, ATTENTION),
     ],
 )
@@ -129,8 +133,11 @@ def test_parts_and_a_config_from_elsewhere(hub: Hub, run: Run, tmp_path: Path) -
             some = {name: tensors[name] for name in list(tensors)[part::3]}
             save_file(some, source / f"model-rank-{rank}-part-{part:05d}.safetensors")
         (source / f"model{rank}-mp2.safetensors").unlink()
-    (source / "config.json").write_text('{"of": "another program"}')
-    options = ("--from-pattern", pattern, "--from-tp", 2, "--config", hub("qwen3_moe") / "config.json", "--quiet")
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to("/etc/hostname")  # Another one stands in for it, wherever it leads.
+    (tmp_path / "plan.json").write_text(json.dumps(EXPERTS))
+    said = ("--config", hub("qwen3_moe") / "config.json", "--plan", tmp_path / "plan.json")
+    options = ("--from-pattern", pattern, "--from-tp", 2, *said, "--quiet")
     assert run("reshard", source, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("qwen3_moe"))
     (source / "model-rank-1-part-00001.safetensors").unlink()
@@ -232,6 +239,16 @@ def link_out(folder: Path) -> None:
     file.symlink_to(folder.parent / "elsewhere.safetensors")
 
 
+def pipe(folder: Path) -> None:
+    (folder / "model1-mp2.safetensors").unlink()
+    os.mkfifo(folder / "model1-mp2.safetensors")
+
+
+def pipe_for_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 DAMAGES = {
     absent_rank: "1 of 2 ranks have no file, rank 1 is the first",
     rank_over: "'model2-mp2.safetensors' would be of rank 2, but 2 ranks are numbered 0 to 1",
@@ -239,11 +256,13 @@ DAMAGES = {
     no_config: "no config.json",
     other_names: "'model.layers.1.self_attn.qkv_proj.weight' name no tensor of LlamaForCausalLM",
     extra: "'model.rotary.table' name no tensor of LlamaForCausalLM",
-    absent_tensor: f"rank 1 has no {NORM!r}, of which Replicate over tp=2 leaves it [32]",
+    absent_tensor: f"foreign: rank 1 has no {NORM!r}, of which Replicate over tp=2 leaves it [32]",
     flipped_copy: f"{NORM!r} should be the same in ",
     one_dtype_more: f"{O_PROJ!r} is BF16, on other ranks F32",
     truncated: "truncated",
     hostile: "tensor 'a' is F32 [99999999999, 99999999999] but spans 8 bytes",
+    pipe: "model1-mp2.safetensors: not a regular file",
+    pipe_for_config: "config.json: cannot be read: not a regular file",
     link_out: "a link that leads out of the checkpoint",
 }
 
@@ -285,6 +304,11 @@ WRONG = {
         ("--from-pattern", DEEPSEEK, "--from-tp", 2, "--from-mode", "tp_ep"),
         "--from-mode tp_ep does not go with --from-ep 1",
     ),
+    "a long pattern": (("--from-pattern", "a" * 9999, "--from-tp", 2), "--from-pattern 'aaaa"),
+    "a long pattern that fits nothing": (
+        ("--from-pattern", "{rank}" + "a" * 9999 + ".safetensors", "--from-tp", 2),
+        "no file is named like {rank}aaaa",
+    ),
     "another file for a config": ((*TWO, "--config", "my.json"), "--config my.json: not a config.json"),
 }
 
@@ -295,6 +319,42 @@ def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, r
     code, out, errors = run("reshard", llama, tmp_path / "out", *options)
     assert (code, out, len(errors)) == (2, "", 2), errors
     assert what in errors[0]
+    assert len(errors[0]) < 500
+
+
+@pytest.mark.parametrize("option", ["--plan", "--config"])
+@pytest.mark.parametrize("leads_to", ["a device", "a pipe"])
+def test_what_is_no_regular_file_is_neither_read_nor_waited_for(
+    option: str, leads_to: str, llama: Path, run: Run, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    given = tmp_path / ("plan.json" if option == "--plan" else "config.json")
+    given.symlink_to("/dev/zero" if leads_to == "a device" else tmp_path / "pipe")
+    code, out, errors = run("reshard", llama, tmp_path / "out", *TWO, option, given)
+    assert (code, out, len(errors)) == (2, "", 2), errors
+    assert f"{given}: not a regular file" in errors[0]
+
+
+def test_a_config_from_elsewhere_is_read_once(
+    llama: Path, hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").rename(tmp_path / "config.json")
+
+    def then_changed(function: Callable[..., object]) -> Callable[..., object]:
+        def called(*arguments: object, **named: object) -> object:
+            (tmp_path / "config.json").write_text(json.dumps({**said, "rms_norm_eps": 0.5}))
+            return function(*arguments, **named)
+
+        return called
+
+    options = (*TWO, "--config", tmp_path, "--quiet")
+    monkeypatch.setattr(ReshardPlan, "execute", then_changed(ReshardPlan.execute))
+    assert run("reshard", llama, tmp_path / "out", *options) == (0, "", [])
+    assert contents(tmp_path / "out") == contents(hub("llama"))
+    monkeypatch.setattr(reshard, "read_config", then_changed(reshard.read_config))
+    code, _, errors = run("reshard", llama, tmp_path / "again", *options)
+    assert (code, "'config.json' changed while it was read" in errors[0]) == (2, True)
 
 
 def test_a_repository_is_not_read_by_a_pattern(run: Run, tmp_path: Path) -> None:

@@ -4,48 +4,76 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from plans.errors import CheckpointError
 
-__all__ = ["Stop", "check_not_stopped", "stoppable"]
+__all__ = ["Stop", "check_not_stopped", "handling", "stoppable"]
 
 Stop = Callable[[], str | None]
 """Returns the name of the signal that asked to stop, None as long as there was none."""
 
+Handler = Callable[[int, FrameType | None], None]
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Asked:
+    """The handler that takes the first signal for a request; a second one does what it did before."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.before: Mapping[int, Any] = {}
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+        else:
+            _put_back(self.before)
+            signal.raise_signal(number)
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
     """Give a function that returns the name of the signal that asked to stop, None as long as there was none.
 
-    Only the main thread can be asked; elsewhere signals do what they did before.
+    Within another such body it is the same function, so that a signal that came before is not lost. Only the main
+    thread can be asked; elsewhere signals do what they did before.
     """
-    asked: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+    around = signal.getsignal(signal.SIGTERM)
+    if isinstance(around, _Asked):
+        yield lambda: around.name
         return
+    asked = _Asked()
+    with handling(asked) as asked.before:
+        yield lambda: asked.name
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
-        restore()
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@contextmanager
+def handling(handler: Handler) -> Iterator[Mapping[int, Any]]:
+    """Let a handler take SIGINT and SIGTERM during the body, and give those that were there before.
 
-    # A handler that was not set from Python cannot be put back.
-    before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) is not None}
+    Only the main thread's; elsewhere signals do what they did before.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler that was not set from Python cannot be put back.
+        before = {number: known for number in _SIGNALS if (known := signal.getsignal(number)) is not None}
     try:
         for number in before:
-            signal.signal(number, ask)
-        yield lambda: asked[0] if asked else None
+            signal.signal(number, handler)
+        yield before
     finally:
-        restore()
+        _put_back(before)
+
+
+def _put_back(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def check_not_stopped(stop: Stop, folder: Path) -> None:

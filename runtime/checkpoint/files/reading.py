@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from plans.errors import CheckpointError, IncompleteError
 
-__all__ = ["read_exactly", "reading", "truncated"]
+__all__ = ["open_regular", "read_at_most", "read_exactly", "reading", "truncated"]
 
 
 @contextmanager
@@ -28,6 +30,44 @@ def reading(path: Path) -> Iterator[None]:
             file=str(path),
             errno=error.errno,
         ) from error
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file, or what a link to one leads to; pipes and devices are neither opened nor waited for.
+
+    Raises:
+        CheckpointError: it is anything else, or opening or reading failed.
+    """
+    with reading(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(
+                f"{path}: not a regular file",
+                hint="name a file; folders, pipes and devices are not read",
+                file=str(path),
+            )
+        # Whatever took its place since then is not waited for either.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            yield stream
+
+
+def read_at_most(path: Path, size: int) -> bytes:
+    """Return what a small regular file holds.
+
+    Args:
+        path: of the file.
+        size: bytes that it may have.
+
+    Raises:
+        CheckpointError: it has more, is no regular file or cannot be read.
+    """
+    with open_regular(path) as stream:
+        text = stream.read(size + 1)
+    if len(text) > size:
+        raise CheckpointError(
+            f"{path}: over {size:,} bytes, more than any such file has", hint="name another file", file=str(path)
+        )
+    return text
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:

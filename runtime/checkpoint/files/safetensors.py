@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.files.reading import reading, truncated
+from runtime.checkpoint.files.reading import open_regular, truncated
 from runtime.checkpoint.files.strict_json import strict_json
 
 __all__ = [
@@ -82,10 +82,11 @@ def read_header(file: Path) -> Header:
     Raises:
         IncompleteError: the file ends before its header or its tensors do.
         HeaderError: the header is malformed, overlaps, leaves holes or names unknown dtypes.
+        CheckpointError: it is no regular file, or cannot be read.
 
     Source: the safetensors format, https://github.com/huggingface/safetensors#format
     """
-    with reading(file), file.open("rb") as stream:
+    with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:

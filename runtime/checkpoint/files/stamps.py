@@ -11,7 +11,7 @@ from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.side_files import walk
 from runtime.wording import listed
 
-__all__ = ["Stamp", "check_unchanged", "stamps_of"]
+__all__ = ["Stamp", "check_unchanged", "stamp_of", "stamps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def stamps_of(folder: Path) -> dict[str, Stamp]:
     """
     with reading(folder):
         paths = [path for path in walk(folder) if path.is_file()] if folder.is_dir() else []
-    found = {path.relative_to(folder).as_posix(): _stamp(path) for path in paths}
+    found = {path.relative_to(folder).as_posix(): stamp_of(path) for path in paths}
     return {name: stamp for name, stamp in found.items() if stamp is not None}
 
 
@@ -46,7 +46,7 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collecti
     Raises:
         MismatchError: a file was changed, replaced or removed.
     """
-    changed = [name for name in stamps.keys() - set(ignored) if _stamp(folder / name) != stamps[name]]
+    changed = [name for name in stamps.keys() - set(ignored) if stamp_of(folder / name) != stamps[name]]
     if changed:
         raise MismatchError(
             f"{folder}: {listed(sorted(changed))} changed while it was read",
@@ -55,7 +55,8 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collecti
         )
 
 
-def _stamp(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
+    """Return the stamp of one file, None where there is none."""
     try:
         found = path.stat()
     except OSError:  # It is gone, which is a change too.

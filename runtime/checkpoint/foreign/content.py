@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,9 @@ from torch import nn
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.extents import Form
-from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.side_files import SideFiles, find_side_files
+from runtime.checkpoint.files.side_files import find_side_files
+from runtime.checkpoint.foreign.cuts import Cut, check_told, cuts_of
 from runtime.checkpoint.foreign.files import RankFiles, read_rank_files
 from runtime.checkpoint.foreign.holding import check_held
 from runtime.checkpoint.foreign.local import Shape, locals_of
@@ -32,8 +31,6 @@ from runtime.models.quantized import is_quantized
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from plans.resolved import ResolvedParameter
-
 __all__ = ["foreign_content"]
 
 
@@ -48,15 +45,18 @@ def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> C
     Raises:
         UsageError: the pattern or the sizes do not go with the folder, or tensors are quantized otherwise than the
             model's.
-        PlanError: the plan does not go with the model.
+        PlanError: the plan does not go with the model, or tensors may be cut in two ways of one local shape.
         CheckpointError: files are damaged, incomplete or name their tensors otherwise than the model.
         MismatchError: a local shape is not what the plan leaves its rank, or copies differ.
     """
-    rows = plan_of(model, foreign).by_name
+    if foreign.config is not None:
+        foreign.config.check_unchanged()
+    cuts = cuts_of(model, foreign, plan_of(model, foreign))
     files = read_rank_files(folder, foreign)
     shapes = whole_shapes(folder, files.stored, model)
     conversion = conversion_of(folder, shapes, model)
-    pieces = _pieces(files, foreign, conversion, rows, shapes)
+    pieces = _pieces(folder, files, foreign, conversion, cuts, shapes)
+    check_told(folder, model, cuts, {**conversion.forms, **conversion.repeated})
     held = _held(pieces, conversion, model)
     check_tied(pieces, stored_twice(conversion, tied_names(model)))
     kept = without_copies(pieces)
@@ -68,24 +68,25 @@ def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> C
         tied=tied_names(model),
         forms={name: of_stored(form) for name, form in conversion.forms.items()},
         pieces={piece.key: piece.stored for piece in kept},
-        side=_side(find_side_files(folder, files.names), foreign),
-        made=_made(foreign),
+        side=find_side_files(folder, files.names if foreign.config is None else files.names | {CONFIG}),
+        made={} if foreign.config is None else {CONFIG: foreign.config.text},
     )
 
 
 def _pieces(
+    folder: Path,
     files: RankFiles,
     foreign: Foreign,
     conversion: Conversion,
-    rows: Mapping[str, ResolvedParameter],
+    cuts: Mapping[str, Cut],
     shapes: Mapping[str, Shape],
 ) -> list[Piece]:
     """Return what all ranks hold, every shape held against the plan; tensors without elements are left out."""
     forms: Mapping[str, Form] = {**conversion.forms, **conversion.repeated}
     pieces: list[Piece] = []
     for rank, tensors in enumerate(files.tensors):
-        locals_ = locals_of(rank, foreign.mesh, forms, rows, shapes)
-        check_held(rank, foreign.mesh, tensors, locals_, shapes, rows)
+        locals_ = locals_of(rank, foreign.mesh, forms, cuts, shapes)
+        check_held(folder, rank, foreign.mesh, tensors, locals_, shapes, cuts)
         pieces += [Piece(rank, name, local.form, tensors[name]) for name, local in locals_.items()]
     return pieces
 
@@ -109,18 +110,3 @@ def _held(pieces: Sequence[Piece], conversion: Conversion, model: PreTrainedMode
         kind: EntryKind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
         held[name] = Held(kind, found.pop(), form.shape)
     return held
-
-
-def _side(side: SideFiles, foreign: Foreign) -> SideFiles:
-    """Return the side files, without a config.json that another one stands in for."""
-    if foreign.config is None:
-        return side
-    return replace(side, copied=tuple(name for name in side.copied if name != CONFIG))
-
-
-def _made(foreign: Foreign) -> Mapping[str, bytes]:
-    if foreign.config is None:
-        return {}
-    path = foreign.config / CONFIG
-    with reading(path):
-        return {CONFIG: path.read_bytes()}

@@ -13,7 +13,7 @@ from runtime.checkpoint.files.safetensors import StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
 from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.ranks.record import MANIFEST
-from runtime.wording import listed
+from runtime.wording import listed, shortened
 
 __all__ = ["RankFiles", "read_rank_files"]
 
@@ -87,7 +87,8 @@ def _by_rank(folder: Path, foreign: Foreign, present: Sequence[str]) -> Mapping[
     if not found:
         held = [name for name in present if name.endswith(".safetensors")] or present
         raise UsageError(
-            f"{folder}: no file is named like {foreign.pattern}, it has {listed(held) if held else 'nothing'}",
+            f"{folder}: no file is named like {shortened(str(foreign.pattern))}, "
+            f"it has {listed(held) if held else 'nothing'}",
             hint="correct --from-pattern",
             files=held,
         )

@@ -8,9 +8,8 @@ from math import prod
 
 from plans.errors import ConversionError, MismatchError
 from plans.mesh import Mesh
-from plans.resolved import ResolvedParameter
 from runtime.checkpoint.extents import Form, FormError, narrow, whole
-from runtime.checkpoint.shards import local_form
+from runtime.checkpoint.foreign.cuts import Cut
 from runtime.checkpoint.turned import inverse
 
 __all__ = ["Local", "Shape", "locals_of"]
@@ -24,18 +23,18 @@ class Local:
 
     Args:
         form: over the whole stored tensor.
-        row: the parameter that the rank needs it for.
+        cut: of the parameter that the rank needs it for.
     """
 
     form: Form
-    row: ResolvedParameter
+    cut: Cut
 
 
 def locals_of(
     rank: int,
     mesh: Mesh,
     forms: Mapping[str, Form],
-    rows: Mapping[str, ResolvedParameter],
+    cuts: Mapping[str, Cut],
     shapes: Mapping[str, Shape],
 ) -> dict[str, Local]:
     """Return what a rank holds of the stored tensors; those of which it holds nothing are left out.
@@ -47,20 +46,20 @@ def locals_of(
         rank: whose.
         mesh: of the files.
         forms: of the model's tensors over the whole stored ones.
-        rows: where they lie.
+        cuts: how the ranks hold them.
         shapes: of the whole stored tensors.
 
     Raises:
         MismatchError: a packed parameter does not divide.
         ConversionError: a rank would hold a part of a stored tensor that is no box.
     """
-    local = {name: _local(form, rows[name], mesh, rank) for name, form in forms.items()}
+    local = {name: _local(form, cuts[name], mesh, rank) for name, form in forms.items()}
     plain = {name: form.sources[0] for name, form in forms.items() if _is_plain(form, shapes)}
-    held = {source: Local(local[name], rows[name]) for name, source in plain.items() if local[name].extents}
+    held = {source: Local(local[name], cuts[name]) for name, source in plain.items() if local[name].extents}
     converted = {name: form for name, form in local.items() if name not in plain}
-    users = {source: rows[name] for name, form in converted.items() for source in form.sources}
+    users = {source: cuts[name] for name, form in converted.items() for source in form.sources}
     used = inverse(converted, {source: shapes[source] for source in users})
-    return held | {source: Local(_box(source, used[source], row), row) for source, row in users.items()}
+    return held | {source: Local(_box(source, used[source], cut), cut) for source, cut in users.items()}
 
 
 def _is_plain(form: Form, shapes: Mapping[str, Shape]) -> bool:
@@ -68,18 +67,18 @@ def _is_plain(form: Form, shapes: Mapping[str, Shape]) -> bool:
     return len(sources) == 1 and form == whole(sources[0], shapes[sources[0]])
 
 
-def _local(form: Form, row: ResolvedParameter, mesh: Mesh, rank: int) -> Form:
+def _local(form: Form, cut: Cut, mesh: Mesh, rank: int) -> Form:
     try:
-        return local_form(form, row.placements, mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank))
+        return cut.local(form, mesh, rank)
     except FormError as error:
         raise MismatchError(
-            f"{row.name}: {error}",
+            f"{cut.row.name}: {error}",
             hint="correct --from-tp and --from-ep, or say in a --plan how it was cut",
-            name=row.name,
+            name=cut.row.name,
         ) from error
 
 
-def _box(source: str, used: Form, row: ResolvedParameter) -> Form:
+def _box(source: str, used: Form, cut: Cut) -> Form:
     """Return the box of a stored tensor that holds all that is used of it, and nothing else."""
     box = whole(source, used.shape)
     for dim in range(len(used.shape)):
@@ -88,9 +87,9 @@ def _box(source: str, used: Form, row: ResolvedParameter) -> Form:
         box = narrow(box, dim, start, stop - start)
     if prod(box.shape) != sum(prod(extent.shape) for extent in used.extents):
         raise ConversionError(
-            f"{row.name} at {row.placements[-1]} leaves a rank scattered parts of {source!r}",
+            f"{cut.row.name} at {cut.placing} leaves a rank scattered parts of {source!r}",
             hint="save the rank files under the model's own names, which need no conversion",
-            name=row.name,
+            name=cut.row.name,
             tensor=source,
         )
     return box

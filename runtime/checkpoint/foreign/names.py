@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.errors import ConversionError
+from plans.errors import ConversionError, IncompleteError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.extents import whole
 from runtime.checkpoint.files.side_files import SideFiles
@@ -37,7 +37,8 @@ def whole_shapes(folder: Path, stored: Collection[str], model: PreTrainedModel) 
     if any(name not in known for name in stored):
         known = {**_hub_shapes(folder, model), **known}
     if unknown := [name for name in stored if name not in known]:
-        expected = [name for name in known if name not in stored and name not in tied_names(model)]
+        held, tied = set(stored), tied_names(model)
+        expected = [name for name in known if name not in held and name not in tied]
         raise ConversionError(
             f"{folder}: {listed(unknown)} name no tensor of {type(model).__name__}, nor of its hub form",
             hint=f"rename them, and take apart what is fused; expected are {listed(expected)}"
@@ -64,7 +65,10 @@ def conversion_of(folder: Path, shapes: Mapping[str, Shape], model: PreTrainedMo
     """
     tied, of_model = tied_names(model), model_tensors(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
-    conversion = convert(model, shapes, wanted, tied)
+    try:
+        conversion = convert(model, shapes, wanted, tied)
+    except IncompleteError as error:
+        raise IncompleteError(f"{folder}: {error.message}", hint=error.hint, **error.data) from error
     both = [name for name in shapes if name in of_model and not _is_itself(name, conversion, tied)]
     if both or conversion.carried:
         raise ConversionError(

@@ -10,6 +10,7 @@ from string import Formatter
 from typing import NamedTuple
 
 from plans.errors import UsageError
+from runtime.wording import shortened
 
 __all__ = ["FileOf", "Pattern"]
 
@@ -93,12 +94,13 @@ class Pattern:
         for text, field, form, conversion in parsed:
             if field is not None and (field not in _FIELDS or conversion or not _FORMAT.fullmatch(form or "")):
                 raise self._wrong(
-                    f"has a field {field!r} that is not {{rank}}, {{world}} or {{part}} with a width", _HINT
+                    f"has a field {shortened(repr(field))} that is not {{rank}}, {{world}} or {{part}} with a width",
+                    _HINT,
                 )
             yield _Piece(text, field, form or "")
 
     def _wrong(self, what: str, hint: str) -> UsageError:
-        return UsageError(f"--from-pattern {self.text!r} {what}", hint=hint, pattern=self.text)
+        return UsageError(f"--from-pattern {shortened(repr(self.text))} {what}", hint=hint, pattern=self.text)
 
 
 def _expression(piece: _Piece) -> str:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from plans.errors import PlanError, UnmatchedKeyError
-from plans.placement import Packed, Placement, Replicate, Shard
+from plans.placement import Replicate
 from plans.plan import lookup, unmatched_keys
 from plans.resolved import ResolvedParameter, ResolvedPlan
+from runtime.checkpoint.foreign.grouped import Grouped, Placing
 from runtime.checkpoint.foreign.source import Foreign
 from runtime.models.model import model_tensors
 from runtime.planning.plan import Plan, runtime_dialect
@@ -20,7 +21,7 @@ from runtime.wording import listed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["plan_of"]
+__all__ = ["plan_of", "said_keys"]
 
 
 def plan_of(model: PreTrainedModel, foreign: Foreign) -> ResolvedPlan:
@@ -36,15 +37,15 @@ def plan_of(model: PreTrainedModel, foreign: Foreign) -> ResolvedPlan:
         IndivisibleError: a quantized weight would be cut within a block that has one scale.
     """
     scales = scales_of(model)
-    keys = _keys(model, foreign, scales)
+    keys = said_keys(model, foreign)
     styles = {name: style for name, key in keys.items() if isinstance(style := foreign.plan[key], str)}
     base = _model_plan(model, foreign)
     entries = {**base.entries, **styles}
     rows = {row.name: row for row in place(model, Plan(base.mode, entries))}
     for name, key in keys.items():
-        placement = foreign.plan[key]
-        if not isinstance(placement, str):
-            rows[name] = _placed(rows[name], placement, key, scales.get(name))
+        said = foreign.plan[key]
+        if not isinstance(said, str):
+            rows[name] = _placed(rows[name], said, key, scales.get(name))
     _check_tied(rows)
     parameters = tuple(rows.values())
     check_blocks(foreign.mesh, parameters, scales)
@@ -58,8 +59,17 @@ def _model_plan(model: PreTrainedModel, foreign: Foreign) -> Plan:
     return Plan(foreign.chosen_mode, {}) if needs_none else Plan.from_model(model, foreign.chosen_mode)
 
 
-def _keys(model: PreTrainedModel, foreign: Foreign, scales: Mapping[str, Scale]) -> dict[str, str]:
-    """Return the user's key for each tensor that they speak of; scales go with their weights."""
+def said_keys(model: PreTrainedModel, foreign: Foreign) -> dict[str, str]:
+    """Return the user's key for each tensor that they speak of; scales go with their weights.
+
+    Args:
+        model: on meta.
+        foreign: with the user's entries.
+
+    Raises:
+        UnmatchedKeyError: an entry names nothing.
+    """
+    scales = scales_of(model)
     names = list(model_tensors(model))
     owners = {name.rpartition(".")[0] for name in names}
     if unmatched := unmatched_keys(foreign.plan, [*names, *owners]):
@@ -73,13 +83,20 @@ def _keys(model: PreTrainedModel, foreign: Foreign, scales: Mapping[str, Scale])
     return {name: key for name, key in found.items() if key is not None}
 
 
-def _placed(row: ResolvedParameter, placement: Placement, key: str, scale: Scale | None) -> ResolvedParameter:
-    if isinstance(placement, Shard | Packed) and placement.dim >= len(row.shape):
+def _placed(row: ResolvedParameter, placing: Placing, key: str, scale: Scale | None) -> ResolvedParameter:
+    if not isinstance(placing, Replicate) and placing.dim >= len(row.shape):
         raise PlanError(
-            f"--plan: {key!r} makes {row.name} {placement}, but it is {list(row.shape)}",
+            f"--plan: {key!r} makes {row.name} {placing}, but it is {list(row.shape)}",
             hint="give each parameter of the module an entry of its own",
             key=key,
         )
+    if isinstance(placing, Grouped) and scale:
+        raise PlanError(
+            f"--plan: {key!r} cuts {row.name} in groups of several sizes, which is not read of quantized weights",
+            hint="save the whole model in hub form instead",
+            key=key,
+        )
+    placement = placing.packed if isinstance(placing, Grouped) else placing
     own = scale.placement(placement, len(row.shape)) if scale else placement
     return replace(row, placements=(Replicate(), own))
 

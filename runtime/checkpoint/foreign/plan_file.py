@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from plans.errors import HeaderError, UsageError
-from plans.placement import Placement, Replicate, placement_from_json
-from runtime.checkpoint.files.reading import reading
+from plans.placement import Packed, Replicate, Shard, placement_from_json
+from runtime.checkpoint.files.reading import read_at_most
 from runtime.checkpoint.files.strict_json import strict_json
+from runtime.checkpoint.foreign.grouped import Grouped, Placing
+from runtime.wording import shortened
 
 __all__ = ["read_plan_file"]
 
-_MAX_BYTES = 10_000_000
+_MOST_BYTES = 1_000_000
+_MOST_SIZE = 2**63 - 1
+_MOST_DOTS = 32
+_MOST_GROUPS = 64
 _HINT = (
     'write key to style or placement: {"model.layers.*.mlp.down_proj": "rowwise", "model.norm": "replicate", '
     '"model.layers.*.self_attn.o_proj.weight": {"shard": 1}, '
@@ -21,23 +27,22 @@ _HINT = (
 )
 
 
-def read_plan_file(path: Path) -> dict[str, str | Placement]:
-    """Read key → style, or key → placement as manifests have it, `replicate` for `{"replicate": true}`.
+def read_plan_file(path: Path) -> dict[str, str | Placing]:
+    """Read key → style, or key → placement as manifests have it.
+
+    `replicate` stands for `{"replicate": true}`, and `{"packed": [dim, [size, …]]}` for groups of several sizes.
 
     Args:
         path: ends in `.json` or `.toml`.
 
     Raises:
         UsageError: it is neither, or says something else.
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is no regular file of a plan's size.
     """
     parse = _PARSERS.get(path.suffix)
     if parse is None:
         raise UsageError(f"{path}: a plan is a .json or a .toml file", hint=_HINT, file=str(path))
-    with reading(path):
-        if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path}: over {_MAX_BYTES} bytes, no plan", hint=_HINT, file=str(path))
-        text = path.read_bytes()
+    text = read_at_most(path, _MOST_BYTES)
     try:
         table = parse(text, path)
     except HeaderError as error:
@@ -45,23 +50,62 @@ def read_plan_file(path: Path) -> dict[str, str | Placement]:
     return {key: _entry(path, key, value) for key, value in table.items()}
 
 
-def _entry(path: Path, key: str, value: object) -> str | Placement:
-    if value == "replicate":
-        return Replicate()
-    if isinstance(value, str):
+def _entry(path: Path, key: str, value: object) -> str | Placing:
+    if isinstance(value, str) and value != "replicate":
         return value
     try:
-        return placement_from_json(value)
-    except HeaderError as error:
+        return _placing(value)
+    except (HeaderError, RecursionError, ValueError) as error:
         quotes = "; in TOML a key with dots needs quotes" if path.suffix == ".toml" else ""
-        raise UsageError(f"{path}: {key!r}: {error.message}", hint=_HINT + quotes, file=str(path), key=key) from error
+        raise UsageError(
+            f"{path}: {shortened(repr(key))}: {_shown(value)} is not a placement",
+            hint=_HINT + quotes,
+            file=str(path),
+            key=key,
+        ) from error
+
+
+def _placing(value: object) -> Placing:
+    """Return what an entry says, no number in it larger than a tensor can have.
+
+    Raises:
+        HeaderError, RecursionError, ValueError: it is no placement.
+    """
+    match value:
+        case "replicate":
+            return Replicate()
+        case {"packed": [dim, [_, *_] as sizes], **rest} if not rest and len(sizes) <= _MOST_GROUPS:
+            if all(map(_is_size, [dim, *sizes])):
+                return Grouped(dim, tuple(sizes))
+    found = placement_from_json(value)
+    match found:
+        case Shard(dim) if not _is_size(dim):
+            raise ValueError(dim)
+        case Packed(dim, groups) if not (_is_size(dim) and _is_size(groups)):
+            raise ValueError(groups)
+    return found
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_SIZE
+
+
+def _shown(value: object) -> str:
+    """Return a value in so many characters as a line has, however deep or long it is."""
+    try:
+        return shortened(reprlib.repr(value))
+    except ValueError:  # Python spells no number of thousands of digits.
+        return "a number of thousands of digits"
 
 
 def _toml(text: bytes, path: Path) -> Mapping[str, object]:
+    # Python's parser takes the square of a dotted key's parts; keys of plans stand in quotes.
+    if any(line.count(b".") > _MOST_DOTS for line in text.split(b"\n")):
+        raise HeaderError(f"{path}: a line with more than {_MOST_DOTS} dots, which no plan has", hint=_HINT)
     try:
         return tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{path}: not valid TOML: {error}", hint=_HINT) from error
+        raise HeaderError(f"{path}: not valid TOML: {shortened(str(error))}", hint=_HINT) from error
 
 
 _PARSERS: Mapping[str, Callable[[bytes, Path], Mapping[str, object]]] = {".json": strict_json, ".toml": _toml}

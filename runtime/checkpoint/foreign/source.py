@@ -6,14 +6,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plans.errors import UsageError
+from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh, Mode
-from plans.placement import Placement
+from runtime.checkpoint.files.reading import read_at_most
+from runtime.checkpoint.files.stamps import Stamp, check_unchanged, stamp_of
+from runtime.checkpoint.foreign.grouped import Placing
 from runtime.checkpoint.foreign.pattern import Pattern
 
-__all__ = ["CONFIG", "Foreign"]
+__all__ = ["CONFIG", "Foreign", "OwnConfig"]
 
 CONFIG = "config.json"
+_MOST_CONFIG = 10_000_000
+
+
+@dataclass(frozen=True)
+class OwnConfig:
+    """A config.json that does not lie beside the files, read once.
+
+    Args:
+        folder: that it lies in.
+        text: what it said.
+        stamp: by which a later change shows.
+    """
+
+    folder: Path
+    text: bytes = field(repr=False)
+    stamp: Stamp
+
+    @classmethod
+    def read(cls, folder: Path) -> OwnConfig:
+        """Read it.
+
+        Raises:
+            IncompleteError: there is none.
+            CheckpointError: it cannot be read, or is no regular file of a config's size.
+        """
+        stamp = stamp_of(folder / CONFIG)
+        if stamp is None:
+            raise IncompleteError(
+                f"{folder}: no {CONFIG}", hint="name a config.json, or its folder, by --config", folder=str(folder)
+            )
+        return cls(folder, read_at_most(folder / CONFIG, _MOST_CONFIG), stamp)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on where the file is no longer what was read, for the model may be of the other one.
+
+        Raises:
+            MismatchError: it was changed, replaced or removed.
+        """
+        check_unchanged(self.folder, {CONFIG: self.stamp}, ())
 
 
 @dataclass(frozen=True)
@@ -26,7 +67,7 @@ class Foreign:
         ep: ranks that share one set of experts. Where they are more than `tp`, tensor parallel groups repeat.
         mode: which of the model's plans they were cut by; by default `tp`, or `tp_ep` where `ep` is more than 1.
         plan: key to style or placement, where they were cut otherwise.
-        config: the folder of the config.json, None where it lies beside them.
+        config: the config.json, None where it lies beside them.
 
     Raises:
         UsageError: the sizes or the mode contradict one another.
@@ -36,8 +77,8 @@ class Foreign:
     tp: int = 1
     ep: int = 1
     mode: Mode | None = None
-    plan: Mapping[str, str | Placement] = field(default_factory=dict)
-    config: Path | None = None
+    plan: Mapping[str, str | Placing] = field(default_factory=dict)
+    config: OwnConfig | None = None
 
     def __post_init__(self) -> None:
         if self.ep > 1 and self.ep % self.tp:
@@ -72,4 +113,4 @@ class Foreign:
         Args:
             folder: of the files.
         """
-        return self.config or folder
+        return self.config.folder if self.config else folder

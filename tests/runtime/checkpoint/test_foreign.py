@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config
 
 from plans.errors import (
+    CheckpointError,
     ConversionError,
     IncompleteError,
     IndivisibleError,
@@ -21,6 +22,8 @@ from plans.errors import (
 )
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
+from plans.plan import wildcard
+from runtime.checkpoint.foreign.grouped import Grouped
 from runtime.checkpoint.foreign.pattern import FileOf, Pattern
 from runtime.checkpoint.foreign.placing import plan_of
 from runtime.checkpoint.foreign.plan_file import read_plan_file
@@ -86,12 +89,15 @@ def test_a_pattern_that_could_mean_two_things_or_none_is_refused(pattern: str, w
 
 
 def test_a_plan_file_says_styles_and_placements(tmp_path: Path) -> None:
-    said = {"a.*.b": "rowwise", "c": Replicate(), "d": Replicate(), "e": Shard(1), "f": Packed(0, 2)}
+    said: dict[str, Any] = {"a.*.b": "rowwise", "c": Replicate(), "d": Replicate(), "e": Shard(1), "f": Packed(0, 2)}
+    said["g"] = Grouped(0, (32, 16, 16))
     (tmp_path / "plan.json").write_text(
-        '{"a.*.b": "rowwise", "c": "replicate", "d": {"replicate": true}, "e": {"shard": 1}, "f": {"packed": [0, 2]}}'
+        '{"a.*.b": "rowwise", "c": "replicate", "d": {"replicate": true}, "e": {"shard": 1}, "f": {"packed": [0, 2]}, '
+        '"g": {"packed": [0, [32, 16, 16]]}}'
     )
     (tmp_path / "plan.toml").write_text(
         '"a.*.b" = "rowwise"\nc = "replicate"\nd = {replicate = true}\ne = {shard = 1}\nf = {packed = [0, 2]}\n'
+        "g = {packed = [0, [32, 16, 16]]}\n"
     )
     assert read_plan_file(tmp_path / "plan.json") == read_plan_file(tmp_path / "plan.toml") == said
 
@@ -108,6 +114,13 @@ def test_a_plan_file_says_styles_and_placements(tmp_path: Path) -> None:
         ("plan.json", "[" * 100_000, "not valid JSON"),
         ("plan.toml", "model.norm = 'replicate'", "'model': {'norm': 'replicate'} is not a placement"),
         ("plan.toml", "a =", "not valid TOML"),
+        ("plan.toml", "a = " + "[" * 20_000, "not valid TOML"),
+        ("plan.toml", "a = " + "[" * 160 + "]" * 160, "is not a placement"),
+        ("plan.toml", ".".join("a" * 400_000) + " = 1", "a line with more than 32 dots"),
+        ("plan.toml", "a = {shard = 0x" + "f" * 9999 + "}", "is not a placement"),
+        ("plan.json", '{"a": {"packed": [0, [8, -8]]}}', "is not a placement"),
+        ("plan.json", '{"a": {"packed": [0, []]}}', "is not a placement"),
+        ("plan.json", f'{{"{"a" * 9999}": 1}}', "is not a placement"),
     ],
 )
 def test_a_plan_file_that_says_something_else_is_refused(name: str, text: str, what: str, tmp_path: Path) -> None:
@@ -116,6 +129,13 @@ def test_a_plan_file_that_says_something_else_is_refused(name: str, text: str, w
         read_plan_file(tmp_path / name)
     assert what in error.value.message
     assert str(tmp_path / name) in error.value.message
+    assert len(error.value.message) < 500
+
+
+def test_a_plan_file_of_a_megabyte_and_more_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("#" * 1_000_001)
+    with pytest.raises(CheckpointError, match="over 1,000,000 bytes"):
+        read_plan_file(tmp_path / "plan.toml")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -131,7 +151,8 @@ def test_what_dtensor_cut_is_read_as_it_was(
     for rank in range(world):
         held = {n: t.contiguous().clone() for n, t in dtensor_locals(state, placements, rank, world).items()}
         save_file(held, source / DEEPSEEK.format(rank=rank, world=world))
-    plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=world)).execute(tmp_path / "out")
+    foreign = Foreign(Pattern(DEEPSEEK), tp=world, plan={wildcard(GATE_UP): Packed(1, 2)})
+    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
-from plans.errors import HeaderError, IncompleteError, MigratorError
+from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
 from runtime.checkpoint.files.safetensors import BITS, encode_header, read_header
 
 TENSORS = {
@@ -145,6 +146,12 @@ def test_a_changed_byte_is_refused_or_harmless(
     except MigratorError:
         return
     assert sum(tensor.size for tensor in header.tensors.values()) <= len(content)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a regular file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 def test_the_dtypes_are_those_of_safetensors() -> None:

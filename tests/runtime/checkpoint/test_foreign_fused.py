@@ -1,0 +1,121 @@
+"""Foreign tensors that hold several matrices: torch cuts each of them or all as one, and no shape tells which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Phi3Config, Qwen3NextConfig
+
+from plans.errors import MismatchError, PlanError
+from plans.placement import Packed, Shard
+from runtime.checkpoint.foreign.cuts import cuts_of
+from runtime.checkpoint.foreign.grouped import Grouped
+from runtime.checkpoint.foreign.pattern import Pattern
+from runtime.checkpoint.foreign.placing import plan_of
+from runtime.checkpoint.foreign.plan_file import read_plan_file
+from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.target import Target
+from runtime.checkpoint.verifying.verify import verify
+from runtime.models.quantized import stored_model
+from tests.foreign_files import DEEPSEEK, TP, Cut, grouped, packed, shard, state_of, write
+from tests.runtime.checkpoint.test_quantized import deepseek
+from tests.tiny_models import DENSE, tiny_config, tiny_model
+
+QKV = "model.layers.*.self_attn.qkv_proj.weight"
+GATE_UP = "model.layers.*.mlp.gate_up_proj.weight"
+AS_ONE: dict[str, Cut] = {r"(qkv|gate_up)_proj\.weight": shard(0), **TP}
+EQUAL: dict[str, Cut] = {r"qkv_proj\.weight": packed(0, 3), r"gate_up_proj\.weight": packed(0), **TP}
+UNEQUAL: dict[str, Cut] = {**EQUAL, r"qkv_proj\.weight": grouped(0, 32, 16, 16)}
+
+
+def phi3(folder: Path, key_value_heads: int) -> Path:
+    sizes = {"num_key_value_heads": key_value_heads, "intermediate_size": 48, "original_max_position_embeddings": 64}
+    tiny_model(Phi3Config(**{**DENSE, **sizes})).save_pretrained(folder)
+    return folder
+
+
+def entries(hint: str) -> list[dict[str, Any]]:
+    """Return the plans that a hint gives, in its order: each matrix cut, then all as one."""
+    decoder, found = json.JSONDecoder(), []
+    while "{" in hint:
+        plan, stop = decoder.raw_decode(hint[hint.index("{") :])
+        found.append(plan)
+        hint = hint[hint.index("{") + stop :]
+    return found
+
+
+@pytest.mark.parametrize(("key_value_heads", "each"), [(4, EQUAL), (2, UNEQUAL)])
+def test_fused_weights_are_read_by_what_the_user_says_alone(
+    key_value_heads: int, each: dict[str, Cut], tmp_path: Path
+) -> None:
+    hub = phi3(tmp_path / "hub", key_value_heads)
+    hints: set[str] = set()
+    for number, cuts in enumerate((each, AS_ONE)):
+        source = write(tmp_path / f"foreign{number}", hub, state_of(hub), cuts, tp=2)
+        with pytest.raises(PlanError, match="shapes do not tell") as refused:
+            plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2))
+        assert set(refused.value.data["keys"]) == {QKV, GATE_UP}
+        hints.add(refused.value.hint)
+        said = entries(refused.value.hint)
+        assert len(said) == 2
+        for other, plan in enumerate(said):
+            (tmp_path / "plan.json").write_text(json.dumps(plan))
+            foreign = Foreign(Pattern(DEEPSEEK), tp=2, plan=read_plan_file(tmp_path / "plan.json"))
+            out = tmp_path / f"out{number}{other}"
+            plan_reshard(source, target=Target("hf"), foreign=foreign).execute(out)
+            # No shape tells: by the other reading the same files become other weights, which is why it is asked.
+            assert verify(out, hub).ok == (number == other)
+    assert len(hints) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [((32, 16, 8), "sizes that sum to 56 do not split dim 0"), ((31, 17, 16), "do not divide by 2")],
+)
+def test_groups_that_are_not_the_tensors_are_refused(sizes: tuple[int, ...], what: str, tmp_path: Path) -> None:
+    hub = phi3(tmp_path / "hub", 2)
+    source = write(tmp_path / "foreign", hub, state_of(hub), UNEQUAL, tp=2)
+    plan = {QKV: Grouped(0, sizes), GATE_UP: Packed(0, 2)}
+    with pytest.raises(MismatchError) as refused:
+        plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
+    assert what in refused.value.message
+
+
+def test_a_fused_weight_that_looks_cut_may_be_cut_in_two_ways(tmp_path: Path) -> None:
+    hub = phi3(tmp_path / "hub", 2)
+    source = write(tmp_path / "foreign", hub, state_of(hub), UNEQUAL, tp=2)
+    plan = {QKV: Shard(1), GATE_UP: Packed(0, 2)}
+    with pytest.raises(MismatchError, match=r"it looks like Shard\(0\)") as refused:
+        plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
+    assert '"packed": [0, [SIZE' in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "assumed"),
+    [
+        ("llama", {"tp": 2}, set()),
+        ("qwen3_moe", {"tp": 2}, {"gate_up_proj"}),
+        ("qwen3_moe", {"tp": 1}, set()),
+        ("qwen3_moe", {"tp": 2, "ep": 2}, set()),
+        ("qwen3_next", {"tp": 2}, {"in_proj_qkvz.weight", "in_proj_ba.weight", "gate_up_proj"}),
+    ],
+)
+def test_what_only_the_plan_of_the_model_says_is_known(family: str, sizes: dict[str, int], assumed: set[str]) -> None:
+    own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = Qwen3NextConfig(**{**DENSE, **own}) if family == "qwen3_next" else tiny_config(family)
+    model = tiny_model(config)
+    foreign = Foreign(Pattern(DEEPSEEK), **sizes)
+    cuts = cuts_of(model, foreign, plan_of(model, foreign))
+    found = {name for name, cut in cuts.items() if cut.told == "assumed"}
+    ending = {next((one for one in assumed if name.endswith(one)), name) for name in found}
+    assert ending == assumed
+
+
+def test_groups_of_several_sizes_are_not_read_of_quantized_weights() -> None:
+    plan = {"model.layers.*.mlp.experts.gate_up_proj": Grouped(1, (16, 16))}
+    with pytest.raises(PlanError, match="not read of quantized weights"):
+        plan_of(stored_model(deepseek()), Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
