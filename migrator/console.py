@@ -92,7 +92,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], spa
     """
     from rich.console import Console
 
-    terminal = Console(width=None if sys.stdout.isatty() else _UNLIMITED, markup=False, highlight=False)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
+    terminal = Console(width=None if is_terminal else _UNLIMITED, markup=False, highlight=False)
     shown = list(columns)
     drawn = _drawn(title, columns, rows, shown)
     for column in spare:
@@ -100,7 +101,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], spa
             break
         shown.remove(column)
         drawn = _drawn(title, columns, rows, shown)
-    with terminal.capture() as drawing:
+    with _printing(), terminal.capture() as drawing:  # which it ends by a write
         terminal.print(drawn)
     for line in drawing.get().splitlines():
         emit(line.rstrip())

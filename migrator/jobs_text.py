@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +33,8 @@ def listener(*, quiet: bool) -> Listener:
         elif quiet or event.name == "done":
             return
         elif event.name != "progress":
-            console.say(visible(f"{where} {_SAID[event.name].format(**event.data)}", _LONGEST))
+            form = _NOT_RUN if event.data.get("outcome") == "not run" else _SAID[event.name]
+            console.say(visible(f"{where} {form.format(**event.data)}", _LONGEST))
         elif time.monotonic() - last > _SECONDS:
             last = time.monotonic()
             done, total = (int(str(event.data[name])) for name in ("bytes_done", "bytes_total"))
@@ -47,6 +49,7 @@ _SAID: Mapping[str, str] = {
     "finished": "{outcome} in {seconds:.2f} s: {said}",
     "note": "{text}",
 }
+_NOT_RUN = "is not run: {said}"
 
 
 def _complain(where: str, data: Mapping[str, object]) -> None:
@@ -54,6 +57,8 @@ def _complain(where: str, data: Mapping[str, object]) -> None:
     assert isinstance(error, Mapping)
     console.say(f"{where}: error: {error['message']}")
     console.say(f"hint: {error['hint']}")
+    if data.get("traceback") and os.environ.get("MIGRATOR_DEBUG") == "1":
+        console.say(str(data["traceback"]))
 
 
 def show(results: Sequence[JobResult]) -> None:
@@ -69,7 +74,15 @@ def _rows(result: JobResult) -> list[tuple[str, str, str, str]]:
     if not result.steps:
         said = result.error.message if result.error else f"stopped by {result.stopped}"
         return [(result.name, "", "failed" if result.error else "not run", visible(said, _LONGEST))]
-    return [(result.name, step.step, _outcome(step), visible(step.said, _LONGEST)) for step in result.steps]
+    return [(result.name, step.step, _outcome(step), _said(result, step)) for step in result.steps]
+
+
+def _said(result: JobResult, step: StepResult) -> str:
+    """Return what came of a step, and where a person finds what was found."""
+    said = visible(step.said, _LONGEST)
+    if step.code != 1 or result.output is None:
+        return said
+    return f"{said}; see {visible(str(result.output / 'results' / f'{step.step}.json'), _LONGEST)}"
 
 
 def _outcome(step: StepResult) -> str:

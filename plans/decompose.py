@@ -87,6 +87,10 @@ class Decision:
     module: str
 
 
+_STORED_FORM = "colwise"
+"""What shards packed experts in the form that their checkpoint stores."""
+
+
 def decided_with(key: str) -> str:
     """Return the key that an entry is decided with: its experts module's, or its own."""
     module = key.rpartition(".")[0]
@@ -203,7 +207,9 @@ def _left_alone(plan: Mapping[str, str], experts: str, layout_of: LayoutReader) 
     if layout is None:
         yield _finding("MIG203", key, plan[key])
     else:
-        yield _finding(layout.irregularity or "MIG104", key, plan[key], layout.where)
+        # Only a plain colwise is known to shard what a checkpoint stores interleaved; other names say nothing.
+        regular = "MIG104" if plan[key] == _STORED_FORM else "MIG205"
+        yield _finding(layout.irregularity or regular, key, plan[key], layout.where)
 
 
 def _finding(code: str, key: str, style: str, where: str = "") -> Finding:

@@ -11,7 +11,7 @@ import click
 
 from migrator import console
 from migrator.values import SECONDS
-from plans.errors import MigratorError, UsageError
+from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from migrator.jobs import Forecast, JobResult, Listener
@@ -43,12 +43,12 @@ def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float
     of all jobs.
     """
     _refuse_contradictions(paths, dry_run=dry_run, watch=watch)
-    from migrator.jobs import job_files
+    from migrator.jobs import foresee_files, job_files
     from migrator.jobs_text import listener, show, show_forecasts
 
     found: Sequence[Forecast] | Sequence[JobResult]
     if dry_run:
-        found = forecasts = [_foreseen(file) for path in paths for file in job_files(path)]
+        found = forecasts = foresee_files([file for path in paths for file in job_files(path)])
     else:
         found = results = _results(paths, watch, interval, listener(quiet=quiet))
     code = max((one.code for one in found), default=0)
@@ -67,15 +67,6 @@ def _results(paths: Sequence[Path], watch: bool, interval: float, listen: Listen
     if watch:
         return jobs.watch(paths[0], listen, interval)
     return jobs.run_files([file for path in paths for file in jobs.job_files(path)], listen)
-
-
-def _foreseen(file: Path) -> Forecast:
-    from migrator.jobs import Forecast, foresee, read
-
-    try:
-        return foresee(read(file))
-    except MigratorError as error:
-        return Forecast(file, error=error)
 
 
 def _refuse_contradictions(paths: Sequence[Path], *, dry_run: bool, watch: bool) -> None:

@@ -6,7 +6,7 @@ from migrator.jobs.foresight import foresee
 from migrator.jobs.reading import job_files, read
 from migrator.jobs.results import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 from migrator.jobs.running import run
-from migrator.jobs.several import run_files, watch
+from migrator.jobs.several import foresee_files, run_files, watch
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Validate",
     "Verify",
     "foresee",
+    "foresee_files",
     "job_files",
     "read",
     "run",

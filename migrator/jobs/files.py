@@ -1,29 +1,48 @@
-"""A job's own files: each appears whole, and stamps tell whether one was touched since."""
+"""A job's own files: regular ones, in its own folders; each appears whole, and stamps tell whether one was touched."""
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from plans.errors import DestinationError
 
-__all__ = ["Stamps", "as_text", "files_below", "stamps", "write_whole", "writing"]
+__all__ = [
+    "Stamp",
+    "Stamps",
+    "as_text",
+    "files_below",
+    "is_regular",
+    "opened_events",
+    "read_regular",
+    "remove",
+    "stamps",
+    "write_whole",
+    "writing",
+]
 
-Stamps = Mapping[str, tuple[int, int, int]]
-"""Size in bytes, time in nanoseconds and inode of files, by path: they change whenever one is written or replaced."""
+Stamp = tuple[int, int, int, int]
+"""Size in bytes, times of the last write and the last change in nanoseconds, and inode of a file."""
+Stamps = Mapping[str, Stamp]
+"""Stamps of files by path: they change whenever one is written or replaced."""
+
+_OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""No link is followed, and no named pipe waited for."""
 
 
 def stamps(files: Iterable[Path]) -> Stamps:
     """Return the stamps of those files that are there."""
-    found: dict[str, tuple[int, int, int]] = {}
+    found: dict[str, Stamp] = {}
     for file in files:
         with suppress(OSError):  # One that is gone has no stamp, and that is what tells.
             at = file.stat()
-            found[str(file)] = (at.st_size, at.st_mtime_ns, at.st_ino)
+            found[str(file)] = (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)
     return found
 
 
@@ -34,6 +53,64 @@ def files_below(path: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(path):
         folders.sort()
         yield from (Path(folder, name) for name in sorted(names))
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether a regular file lies at a path, and no link to one."""
+    return stat.S_ISREG(path.lstat().st_mode) if os.path.lexists(path) else False
+
+
+def read_regular(path: Path, limit: int, *, follows: bool = False) -> bytes:
+    """Return what a regular file holds.
+
+    Args:
+        path: of the file.
+        limit: bytes that it may have.
+        follows: whether it may be a link.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | (_OURS & ~os.O_NOFOLLOW if follows else _OURS))
+    with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, not a path
+        _check_regular(descriptor)
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(0, f"is larger than {limit:,} bytes")
+    return content
+
+
+def opened_events(path: Path) -> TextIO:
+    """Open a file of lines to add more; a last line that a kill tore is ended first.
+
+    Raises:
+        OSError: it cannot be written, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _OURS, 0o644)
+    try:
+        _check_regular(descriptor)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.write(descriptor, b"\n")
+        return open(descriptor, "a", encoding="utf-8")  # noqa: PTH123 - a descriptor, not a path
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_regular(descriptor: int) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(0, "is no regular file")
+
+
+def remove(file: Path) -> None:
+    """Remove a file that may be there.
+
+    Raises:
+        DestinationError: it cannot be removed.
+    """
+    with writing(file):
+        file.unlink(missing_ok=True)
 
 
 def as_text(value: object) -> str:
@@ -49,6 +126,8 @@ def write_whole(file: Path, content: bytes) -> None:
     """
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.parent.is_symlink():
+            raise OSError(0, f"{file.parent.name} is a link")
         descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         try:
             with open(descriptor, "wb") as stream:  # noqa: PTH123 - a descriptor, not a path

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from migrator.jobs.identity import identity_of, product_of, why_run
+from migrator.jobs.identity import look, sources_of
 from migrator.jobs.results import Forecast, StepForecast
 from migrator.jobs.state import Records, read_state
-from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
-from migrator.needs import need_runtime
+from migrator.jobs.values import Job, Reshard, Step
 from plans.errors import MigratorError
 
 __all__ = ["foresee"]
@@ -45,27 +44,11 @@ def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, s
         step: with its options.
         coming: the steps before it that will be run, by what they write.
     """
-    if (before := next((coming[one] for one in _sources(step) if one in coming), None)) is not None:
+    if (before := next((coming[one] for one in sources_of(step) if one in coming), None)) is not None:
         return StepForecast(name, f"{before} comes before it")
-    if not isinstance(step, Rewrite | Check):
-        need_runtime()
-    product, record = product_of(job, name, step), records.get(name)
-    why = why_run(record, identity_of(step), product)
-    if why is None or not isinstance(step, Reshard):
-        return StepForecast(name, why)
+    found = look(job, records, name, step)
+    if found.why is None or not isinstance(step, Reshard):
+        return StepForecast(name, found.why)
     from migrator.jobs.resharding import estimated
 
-    made = record.product if record else None
-    return StepForecast(name, why, estimated(step, is_ours=made is not None and product in (None, made)))
-
-
-def _sources(step: Step) -> tuple[str, ...]:
-    match step:
-        case Reshard(source=source):
-            return (source,)
-        case Verify(source=source, other=other):
-            return (source, other or "")
-        case Validate(source=source, reference=reference):
-            return (source, reference or "")
-        case _:
-            return ()
+    return StepForecast(name, found.why, estimated(step, is_ours=found.is_ours))

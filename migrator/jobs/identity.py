@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from migrator.jobs.files import Stamps, files_below, stamps
-from migrator.jobs.state import Record
+from migrator.jobs.files import Stamps, files_below, is_regular, stamps
+from migrator.jobs.state import Record, Records
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.needs import need_runtime
 
-__all__ = ["Identity", "identity_of", "located", "product_of", "why_run"]
+__all__ = ["Identity", "Look", "is_hosted", "located", "look", "product_of", "sources_of"]
 
 _HUB = "hf://"
 _MANNER = frozenset(("max_memory", "timeout", "overwrite"))
@@ -56,20 +57,62 @@ class Identity:
         return replace(self, sources=sources)
 
 
-def identity_of(step: Step) -> Identity:
-    """Return what a step is now; sources on the hub are fetched for it.
+@dataclass(frozen=True)
+class Look:
+    """How things stand with a step.
+
+    Args:
+        identity: what it is now.
+        why: it is to be run, None where it is done.
+        is_ours: whether nothing is at its destination but what this job wrote there and nobody touched.
+    """
+
+    identity: Identity
+    why: str | None
+    is_ours: bool
+
+
+def look(job: Job, records: Records, name: str, step: Step) -> Look:
+    """Look whether a step is done; sources on the hub are fetched for it.
+
+    Args:
+        job: of the step.
+        records: what is remembered of the job.
+        name: of the step.
+        step: with its options.
 
     Raises:
         MigratorError: a source on the hub cannot be fetched, or a path holds nothing to read.
     """
+    if type(step) in _SOURCES:
+        need_runtime()
+    identity, record, product = _identity_of(step), records.get(name), product_of(job, name, step)
+    why = _why_run(record, identity, product)
+    if why is None and not all(map(is_regular, _told(job, name, step))):
+        why = "its result or report is no longer there"
+    return Look(identity, why, record is not None and record.product is not None and product in (None, record.product))
+
+
+def sources_of(step: Step) -> tuple[str, ...]:
+    """Return the checkpoints that a step reads: folders, and names on the hub."""
+    named = (getattr(step, name) for name in _SOURCES.get(type(step), ()))
+    return tuple(text for text in named if text is not None)
+
+
+def is_hosted(source: str) -> bool:
+    """Return whether a checkpoint lies on the hub."""
+    return source.startswith(_HUB)
+
+
+def _identity_of(step: Step) -> Identity:
     options = {one.name: getattr(step, one.name) for one in fields(step) if one.name not in _MANNER}
     versions = {name: _version(name) for name in ("plan-migrator", *_PACKAGES.get(type(step), ()))}
     match step:
         case Rewrite() | Check():
-            sources = {"the tree": stamps(_tree(step.paths))}
+            verifies = isinstance(step, Rewrite) and step.verify
+            sources = {"the tree": stamps(_tree(step.paths, verifies=verifies))}
         case _:
-            named = [text for name in _SOURCES[type(step)] if (text := getattr(step, name)) is not None]
-            sources = {text: stamps(files_below(located(text))) for text in named}
+            sources = {text: stamps(files_below(located(text))) for text in sources_of(step)}
     return Identity(options, versions, sources)
 
 
@@ -79,7 +122,7 @@ def located(source: str) -> Path:
     Raises:
         CheckpointError: it cannot be fetched.
     """
-    if not source.startswith(_HUB):
+    if not is_hosted(source):
         return Path(source)
     from runtime.hub import local_folder
 
@@ -88,12 +131,17 @@ def located(source: str) -> Path:
 
 def product_of(job: Job, name: str, step: Step) -> str | None:
     """Return the digest of the stamps of what a step writes, None where there is nothing of it."""
-    files = files_below(step.destination) if isinstance(step, Reshard) else (job.result(name), job.patch(name))
-    found = stamps(files)
+    told = (job.result(name), job.patch(name), job.report(name))
+    found = stamps(files_below(step.destination) if isinstance(step, Reshard) else told)
     return _digest(found) if found else None
 
 
-def why_run(record: Record | None, identity: Identity, product: str | None) -> str | None:
+def _told(job: Job, name: str, step: Step) -> tuple[Path, ...]:
+    """Return the files that tell what came of a step."""
+    return (job.result(name), job.report(name)) if isinstance(step, Reshard | Validate) else (job.result(name),)
+
+
+def _why_run(record: Record | None, identity: Identity, product: str | None) -> str | None:
     """Return why a step is to be run, None where it is done.
 
     Args:
@@ -117,9 +165,15 @@ def _changes(before: Mapping[str, object], now: Mapping[str, object]) -> Iterato
             yield f"{name} changed" if is_files else f"{name} was {before.get(name)} and is {now.get(name)}"
 
 
-def _tree(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files that a look at source reads: those below the paths, of models beside, and configurations."""
+def _tree(paths: Sequence[Path], *, verifies: bool) -> Iterator[Path]:
+    """Yield the files that a look at source reads: those below the paths, of models beside, and configurations.
+
+    Args:
+        paths: to look at.
+        verifies: whether the tree's own converter is run, which may import what lies beside it.
+    """
     from codemods.config import find_project_file
+    from codemods.converter import converter_root
     from codemods.detect import version_file
     from codemods.sources import find_sources
     from codemods.survey import is_model_path
@@ -127,8 +181,11 @@ def _tree(paths: Sequence[Path]) -> Iterator[Path]:
     models = [path for path in paths if is_model_path(path)]
     beside = [path.parent.parent if path.is_file() else path.parent for path in models]
     yield from find_sources([*paths, *beside], [])
-    for look in (find_project_file, version_file):
-        yield from filter(None, dict.fromkeys(look(path.resolve()) for path in paths))
+    for find in (find_project_file, version_file):
+        yield from filter(None, dict.fromkeys(find(path.resolve()) for path in paths))
+    if verifies:
+        for root in dict.fromkeys(converter_root(path.resolve()) for path in paths):
+            yield from sorted((root / "utils").glob("*.py"))
 
 
 def _among(written: Stamps, known: Stamps) -> Stamps:

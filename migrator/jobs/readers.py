@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,8 +131,11 @@ def choice(*names: str) -> Reader:
 
 
 def path(place: Place, value: object) -> Path:
-    """Read a path, relative to the job file."""
-    return (place.file.parent / text(place, value)).absolute()
+    """Read a path, relative to the job file; the folders above it are spelled in one way, without `..` and links."""
+    found = (place.file.parent / text(place, value)).absolute()
+    if found.name in ("", ".."):
+        return Path(os.path.realpath(found))
+    return Path(os.path.realpath(found.parent), found.name)
 
 
 def paths(place: Place, value: object) -> tuple[Path, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from migrator.jobs import readers
+from migrator.jobs.files import read_regular
+from migrator.jobs.places import check_places
 from migrator.jobs.readers import Place, Reader
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 from plans.errors import UsageError
@@ -20,8 +20,6 @@ __all__ = ["job_files", "read"]
 
 _LARGEST = 1_000_000
 _DEFAULT_NAME = "checkpoint"
-_OURS = frozenset(("results", "reports"))
-"""Folders in the output that no checkpoint may be called."""
 
 _AXES: Mapping[str, Reader] = {
     **dict.fromkeys(("tp", "ep", "fsdp"), readers.size),
@@ -62,20 +60,21 @@ Options = dict[str, Any]
 
 
 def read(file: Path) -> Job:
-    """Read a job file; paths in it are relative to its folder, and nothing that it names is looked at.
+    """Read a job file; paths in it are relative to its folder, and of what it names only links are looked at.
 
     Args:
         file: in TOML.
 
     Raises:
-        UsageError: it cannot be read, is not TOML, or has a key or value that no job has; with its line.
+        UsageError: it cannot be read, is not TOML, has a key or value that no job has, with its line, or puts
+            something where something else goes or lies.
     """
     file = file.absolute()
     content = _content(file)
     top = Place(file, content)
     try:
         tables = tomllib.loads(content)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, a plain ValueError
         raise UsageError(f"{file}: is not TOML: {error}", hint="mend the file", path=str(file)) from error
     plain = {key: value for key, value in tables.items() if key not in _STEPS}
     output = _options(top, plain).get("output", file.with_suffix(".job"))
@@ -83,7 +82,9 @@ def read(file: Path) -> Job:
     steps = dict(_steps(top, output, found))
     if not steps:
         raise UsageError(f"{file}: declares no step", hint=f"add one of {_LISTED}", path=str(file))
-    return Job(file, output, steps)
+    job = Job(file, output, steps)
+    check_places(job)
+    return job
 
 
 def job_files(path: Path) -> tuple[Path, ...]:
@@ -105,17 +106,9 @@ def job_files(path: Path) -> tuple[Path, ...]:
 
 def _content(file: Path) -> str:
     try:
-        # Without O_NONBLOCK a named pipe would be waited for.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:  # noqa: PTH123
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise OSError(0, "is no regular file")
-            content = stream.read(_LARGEST + 1)
+        return read_regular(file, _LARGEST, follows=True).decode()
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}", hint="name a job file in TOML", path=str(file)) from error
-    if len(content) > _LARGEST:
-        raise UsageError(f"{file}: larger than {_LARGEST:,} bytes", hint="name a job file", path=str(file))
-    try:
-        return content.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: is not UTF-8: {error}", hint="mend the file", path=str(file)) from error
 
@@ -164,15 +157,13 @@ def _tree_of(rewriting: tuple[Place, Options] | None) -> Options:
 def _targets(output: Path, tables: Sequence[tuple[Place, Options]]) -> Iterator[tuple[str, Reshard]]:
     """Yield what is resharded to, each by what its steps' names end with."""
     names: set[str] = set()
-    places: set[Path] = set()
     for place, options in tables:
         name = options.pop("name", None)
         known = name or _DEFAULT_NAME
-        destination = options.setdefault("destination", output / known)
-        if known in names or destination in places or known in _OURS:
-            place.refuse(f"has the name or destination {known!r} of another", "give each a `name` of its own")
+        if known in names:
+            place.refuse(f"has the name {known!r} of another", "give each a `name` of its own")
         names.add(known)
-        places.add(destination)
+        options.setdefault("destination", output / known)
         _check_mesh(place, options)
         yield f"-{name}" if name else "", Reshard(**_needing("source", place, options))
 

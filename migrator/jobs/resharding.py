@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from migrator.jobs.adopting import is_result
 from migrator.jobs.answers import Answer, Task
-from migrator.jobs.files import files_below
+from migrator.jobs.files import writing
 from migrator.jobs.identity import located
 from migrator.jobs.stopping import interruptible
 from migrator.jobs.values import Reshard
@@ -15,19 +16,15 @@ from migrator.report.from_reshard import reshard_report
 from migrator.report.page import render
 from migrator.reshard_report import estimate_as_json, result_as_json
 from migrator.uncollected import uncollected
+from plans.errors import DestinationError
 from runtime.checkpoint.copying.estimate import estimate
 from runtime.checkpoint.files.commit import check_destination
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.checkpoint.verifying.verify import verify
 from runtime.hub import check_repository, push
 from runtime.wording import counted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = ["estimated", "resharded"]
@@ -47,7 +44,8 @@ def resharded(step: Reshard, task: Task) -> Answer:
         if step.push_to is not None:
             check_repository(step.push_to)
         plan = _planned(step)
-        is_there = not task.is_ours and os.path.lexists(step.destination) and _is_result(plan, step, task)
+        is_foreign = not task.is_ours and os.path.lexists(step.destination)
+        is_there = is_foreign and is_result(plan, step.destination, step.max_memory * _MIB, task)
     answer = _kept(plan, step) if is_there else _written(plan, step, task, overwrites=overwrites)
     if step.push_to is None:
         return answer
@@ -66,7 +64,9 @@ def estimated(step: Reshard, *, is_ours: bool) -> dict[str, object]:
     plan = _planned(step)
     if os.path.lexists(step.destination):
         check_destination(step.destination, overwrite=step.overwrite or is_ours, names=plan.names)
-    above = next(folder for folder in step.destination.parents if folder.is_dir())
+    above = next(folder for folder in step.destination.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise DestinationError(f"{above}: not a folder", hint="name another destination", path=str(above))
     return estimate_as_json(plan, estimate(plan, above / step.destination.name, step.max_memory * _MIB))
 
 
@@ -78,6 +78,8 @@ def _planned(step: Reshard) -> ReshardPlan:
 
 
 def _written(plan: ReshardPlan, step: Reshard, task: Task, *, overwrites: bool) -> Answer:
+    with writing(step.destination):
+        step.destination.parent.mkdir(parents=True, exist_ok=True)
     result = plan.execute(step.destination, task.progress, step.max_memory * _MIB, overwrite=overwrites, say=task.say)
     said = f"{_tensors(plan)}, {result.bytes_written:,} bytes"
     return Answer(0, said, result_as_json(plan, result), render(reshard_report(plan, result)))
@@ -86,28 +88,6 @@ def _written(plan: ReshardPlan, step: Reshard, task: Task, *, overwrites: bool) 
 def _kept(plan: ReshardPlan, step: Reshard) -> Answer:
     result = {"destination": str(step.destination), "files": sorted(plan.names), "kept": True}
     return Answer(0, f"{_tensors(plan)}, there already", result, render(reshard_report(plan)))
-
-
-def _is_result(plan: ReshardPlan, step: Reshard, task: Task) -> bool:
-    """Return whether what lies at the destination is just what would be written, as where a run was killed after it."""
-    here = {path.relative_to(step.destination).as_posix() for path in files_below(step.destination)}
-    if not plan.names <= here:
-        return False
-    if plan.laid.manifest is not None and not _says_the_same(plan.laid.manifest, step.destination):
-        return False
-    task.say(f"note: {step.destination} is there already, and is compared with {step.source}")
-    return verify(step.destination, plan.content.folder, max_memory=step.max_memory * _MIB, progress=task.progress).ok
-
-
-def _says_the_same(planned: Manifest, folder: Path) -> bool:
-    """Return whether a folder's manifest is the planned one, with digests of its own."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    found = read_manifest(folder)
-    digests = {name: entry.digest for name, entry in found.tensors.items()} | dict(found.optimizer)
-    if planned.tensors.keys() != found.tensors.keys() or planned.optimizer.keys() != found.optimizer.keys():
-        return False
-    return planned.with_digests(digests).to_bytes() == (folder / MANIFEST).read_bytes()
 
 
 def _tensors(plan: ReshardPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,18 @@ from typing import Literal
 
 from plans.errors import MigratorError
 
-__all__ = ["Event", "Forecast", "JobResult", "Listener", "Outcome", "StepForecast", "StepResult", "error_as_json"]
+__all__ = [
+    "Event",
+    "Forecast",
+    "JobResult",
+    "Listener",
+    "Outcome",
+    "StepForecast",
+    "StepResult",
+    "error_as_json",
+    "internal",
+    "unheard",
+]
 
 Outcome = Literal["ok", "findings", "failed", "stopped", "not run"]
 """`findings` are those of a check, which are told but stop nothing; `failed` has a mismatch or could not be done."""
@@ -33,6 +45,24 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+
+
+def unheard(listen: Listener, event: Event) -> str | None:
+    """Tell a listener of an event; return the traceback where it failed, which decides nothing else."""
+    try:
+        listen(event)
+    except Exception:
+        return traceback.format_exc()
+    return None
+
+
+def internal(error: Exception) -> MigratorError:
+    """Return what a person is told of a fault of ours."""
+    return MigratorError(
+        f"internal error: {type(error).__name__}: {error}",
+        hint="report it with the traceback: a step's is in its job's events, any is shown with MIGRATOR_DEBUG=1",
+        traceback="".join(traceback.format_exception(error)),
+    )
 
 
 @dataclass(frozen=True)

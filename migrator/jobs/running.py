@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TextIO
 
 from migrator.events import Events
 from migrator.jobs.answers import Answer, Task
-from migrator.jobs.files import as_text, write_whole, writing
-from migrator.jobs.identity import Identity, identity_of, product_of, why_run
-from migrator.jobs.results import Event, JobResult, Listener, Outcome, StepResult
+from migrator.jobs.files import as_text, opened_events, remove, write_whole, writing
+from migrator.jobs.identity import Identity, Look, look, product_of
+from migrator.jobs.places import check_places
+from migrator.jobs.results import Event, JobResult, Listener, Outcome, StepResult, internal, unheard
 from migrator.jobs.state import Record, Status, read_state, write_state
 from migrator.jobs.stopping import Interrupted, interruptible
-from migrator.jobs.values import Check, Job, Rewrite, Step
+from migrator.jobs.values import Check, Job, Step
 from migrator.jobs.working import WORK
-from migrator.needs import need_runtime
 from plans.errors import MigratorError
-from runtime.checkpoint.copying.stopping import Stop, stoppable
+from runtime.checkpoint.copying.stopping import stoppable
 from runtime.checkpoint.files.lock import locked
 
 __all__ = ["ignore", "run"]
@@ -43,16 +42,16 @@ def run(job: Job, listen: Listener = ignore) -> JobResult:
 
     Raises:
         DestinationError: another run has the job, or its output cannot be written.
-        UsageError: its state file is damaged, or is another job's.
+        UsageError: its state file is damaged, or is another job's, or two things would go to one place.
     """
+    check_places(job)
     with stoppable() as stop, _opened(job) as stream:
-        running = _Running(job, dict(read_state(job)), stop, listen, stream)
+        running = _Running(job, dict(read_state(job)), listen, stream)
         results: list[StepResult] = []
         for name, step in job.steps.items():
             blame = next((one for one in results if one.stops), None)
-            results.append(_not_run(name, blame) if blame else running.result(name, step))
-        signals = [one.said for one in results if one.outcome == "stopped"]
-        done = JobResult(job.file, tuple(results), job.output, stop() or (signals[0] if signals else None))
+            results.append(running.left_out(name, blame) if blame else running.result(name, step))
+        done = JobResult(job.file, tuple(results), job.output, stop())
         running.tell("done", None, code=done.code)
         return done
 
@@ -64,12 +63,9 @@ def _opened(job: Job) -> Iterator[TextIO]:
         with writing(job.output):
             job.output.mkdir(parents=True, exist_ok=True)
             opened.enter_context(locked(job.lock))
-            stream = opened.enter_context(job.events.open("a", encoding="utf-8"))
+        with writing(job.events):
+            stream = opened.enter_context(opened_events(job.events))
         yield stream
-
-
-def _not_run(name: str, blame: StepResult) -> StepResult:
-    return StepResult(name, "not run", 0, f"{blame.step} {'was stopped' if blame.outcome == 'stopped' else 'failed'}")
 
 
 @dataclass
@@ -79,14 +75,12 @@ class _Running:
     Args:
         job: that runs.
         records: what is remembered, by step; written whenever it changes.
-        stop: whether a signal asked to stop.
         listen: told what happens.
         stream: takes events.
     """
 
     job: Job
     records: dict[str, Record]
-    stop: Stop
     listen: Listener
     stream: TextIO
 
@@ -94,42 +88,49 @@ class _Running:
         """Run a step if it is not done, whatever may come of it."""
         began = time.perf_counter()
         events = Events(self.stream, job=self.job.name, step=name)
-        if (signal := self.stop()) is not None:
-            return StepResult(name, "stopped", 2, signal, _UNKNOWN)
         why: str | None = _UNKNOWN
         try:
-            identity, why = self._look(name, step)
-            found = self._work(name, step, identity, why, events) if why else self._remembered(name)
+            with interruptible():
+                found = look(self.job, self.records, name, step)
+            why = found.why
+            result = self._work(name, step, found, why, events) if why else self._remembered(name)
         except Interrupted as stopped:
-            found = self._ended(name, "stopped", stopped.name)
+            result = self._ended(name, "stopped", stopped.name)
         except MigratorError as error:
-            found = self._failed(name, error)
+            result = self._failed(name, error)
         except Exception as error:
-            events.emit("traceback", text=traceback.format_exc())
-            found = self._failed(name, _internal(error))
-        found = replace(found, why=why, seconds=time.perf_counter() - began)
-        data = {key: value for key, value in found.to_json().items() if key != "step"}
-        self.tell("skipped" if found.is_skipped else "finished", name, events, **data)
-        return found
+            fault = internal(error)
+            events.emit("traceback", text=fault.data["traceback"])
+            result = self._failed(name, fault)
+        return self._concluded(replace(result, why=why, seconds=time.perf_counter() - began), events)
+
+    def left_out(self, name: str, blame: StepResult) -> StepResult:
+        """Leave a step out because one before it did not come to a good end."""
+        how = "was stopped" if blame.outcome == "stopped" else "failed"
+        return self._concluded(StepResult(name, "not run", 0, f"{blame.step} {how}"))
 
     def tell(self, event: str, step: str | None, events: Events | None = None, **data: object) -> None:
         """Write an event and tell the listener."""
-        (events or Events(self.stream, job=self.job.name, step=step)).emit(event, **data)
-        self.listen(Event(event, self.job.name, step, data))
+        events = events or Events(self.stream, job=self.job.name, step=step)
+        events.emit(event, **data)
+        self._say(event, step, events, data)
 
-    def _look(self, name: str, step: Step) -> tuple[Identity, str | None]:
-        """Return what a step is, and why it is to be run, None where it is done."""
-        with interruptible():
-            if not isinstance(step, Rewrite | Check):
-                need_runtime()
-            identity = identity_of(step)
-            return identity, why_run(self.records.get(name), identity, product_of(self.job, name, step))
+    def _say(self, event: str, step: str | None, events: Events, data: Mapping[str, object]) -> None:
+        """Tell the listener, unless it failed before: what it cannot hear decides nothing."""
+        if problem := unheard(self.listen, Event(event, self.job.name, step, data)):
+            self.listen = ignore
+            events.emit("traceback", text=problem)
+
+    def _concluded(self, result: StepResult, events: Events | None = None) -> StepResult:
+        data = {key: value for key, value in result.to_json().items() if key != "step"}
+        self.tell("skipped" if result.is_skipped else "finished", result.step, events, **data)
+        return result
 
     def _remembered(self, name: str) -> StepResult:
         record = self.records[name]
         return StepResult(name, _outcome(record.status), record.code, record.said)
 
-    def _work(self, name: str, step: Step, identity: Identity, why: str, events: Events) -> StepResult:
+    def _work(self, name: str, step: Step, found: Look, why: str, events: Events) -> StepResult:
         """Run a step, and remember that it was begun before and what came of it afterwards.
 
         Raises:
@@ -138,16 +139,15 @@ class _Running:
         """
         self.tell("started", name, events, why=why)
         made = self.records[name].product if name in self.records else None
-        self._remember(name, Record("started", identity.meaning, product=made, time=time.time()))
-        is_ours = made is not None and product_of(self.job, name, step) in (None, made)
-        answer = WORK[type(step)](step, self._task(name, events, is_ours=is_ours))
-        return self._finished(name, step, identity, answer)
+        self._remember(name, Record("started", found.identity.meaning, product=made, time=time.time()))
+        answer = WORK[type(step)](step, self._task(name, events, is_ours=found.is_ours))
+        return self._finished(name, step, found.identity, answer)
 
     def _task(self, name: str, events: Events, *, is_ours: bool) -> Task:
         def progress(done: int, total: int, current: str) -> None:
             events.progress(done, total, current)
             data = {"bytes_done": done, "bytes_total": total, "current": current}
-            self.listen(Event("progress", self.job.name, name, data))
+            self._say("progress", name, events, data)
 
         return Task(is_ours, progress, lambda text: self.tell("note", name, events, text=text))
 
@@ -173,7 +173,7 @@ class _Running:
             if content is not None:
                 write_whole(file, content)
             else:
-                file.unlink(missing_ok=True)
+                remove(file)
 
     def _failed(self, name: str, error: MigratorError) -> StepResult:
         if isinstance(signal := error.data.get("signal"), str):
@@ -195,10 +195,3 @@ class _Running:
 def _outcome(status: Status) -> Outcome:
     assert status != "started"
     return status
-
-
-def _internal(error: Exception) -> MigratorError:
-    return MigratorError(
-        f"internal error: {type(error).__name__}: {error}",
-        hint="report it with the traceback, which the job's events have",
-    )

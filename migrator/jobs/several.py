@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from migrator.jobs.files import Stamps, stamps
+from migrator.jobs.files import Stamp, Stamps, stamps
+from migrator.jobs.foresight import foresee
+from migrator.jobs.places import check_apart
 from migrator.jobs.reading import job_files, read
-from migrator.jobs.results import Event, JobResult, Listener, error_as_json
+from migrator.jobs.results import Event, Forecast, JobResult, Listener, error_as_json, internal, unheard
 from migrator.jobs.running import ignore, run
+from migrator.jobs.values import Job
 from plans.errors import MigratorError, UsageError
 from runtime.checkpoint.copying.stopping import Stop, stoppable
 
-__all__ = ["run_files", "watch"]
+__all__ = ["foresee_files", "run_files", "watch"]
+
+T = TypeVar("T")
 
 _TICK = 0.1
 """Seconds between two looks for a signal."""
@@ -28,10 +36,19 @@ def run_files(files: Iterable[Path], listen: Listener = ignore) -> tuple[JobResu
     """
     results: list[JobResult] = []
     with stoppable() as stop:
-        for file in files:
-            signal = stop() or (results[-1].stopped if results else None)
-            results.append(JobResult(file, stopped=signal) if signal else _attempt(file, listen))
+        for file, found in _apart(files, {}):
+            signal = stop()
+            results.append(JobResult(file, stopped=signal) if signal else _attempt(file, found, listen))
     return tuple(results)
+
+
+def foresee_files(files: Iterable[Path]) -> tuple[Forecast, ...]:
+    """Say of several jobs which of their steps would be run, and why.
+
+    Args:
+        files: that declare them.
+    """
+    return tuple(_foreseen(file, found) for file, found in _apart(files, {}))
 
 
 def watch(folder: Path, listen: Listener = ignore, interval: float = 2.0) -> tuple[JobResult, ...]:
@@ -55,26 +72,70 @@ def watch(folder: Path, listen: Listener = ignore, interval: float = 2.0) -> tup
         raise UsageError(f"{folder}: not a folder to watch", hint="name one that exists", path=str(folder))
     results: dict[Path, JobResult] = {}
     last: Stamps = {}
-    taken: dict[str, tuple[int, int, int]] = {}
+    taken: dict[str, Stamp] = {}
+    known: dict[Path, Job] = {}
     with stoppable() as stop:
         while stop() is None:
             now = _look(folder)
             for file in _ready(now, last, taken):
                 taken[str(file)] = now[str(file)]
-                results[file] = _attempt(file, listen)
-                if stop() is not None or results[file].stopped:
+                [(_, found)] = _apart([file], known)
+                results[file] = _attempt(file, found, listen)
+                if stop() is not None:
                     return _by_name(results)
             last = now
             _wait(stop, interval)
     return _by_name(results)
 
 
-def _attempt(file: Path, listen: Listener) -> JobResult:
+def _apart(files: Iterable[Path], known: dict[Path, Job]) -> Sequence[tuple[Path, Job | MigratorError]]:
+    """Read job files, all before any of them is run; a job that comes in another's way is refused, the later one.
+
+    Args:
+        files: each taken once, however it is spelled.
+        known: the jobs of the run by their files; those that are read come to them.
+    """
+    found: dict[Path, tuple[Path, Job | MigratorError]] = {}
+    for file in files:
+        at = Path(os.path.realpath(file.parent), file.name)  # a link to a file is a job of its own
+        if at in found:
+            continue
+        known.pop(at, None)
+        job = _caught(partial(_read, file, tuple(known.values())))
+        found[at] = (file, job)
+        if isinstance(job, Job):
+            known[at] = job
+    return tuple(found.values())
+
+
+def _read(file: Path, others: Iterable[Job]) -> Job:
+    job = read(file)
+    check_apart(job, others)
+    return job
+
+
+def _attempt(file: Path, found: Job | MigratorError, listen: Listener) -> JobResult:
+    done = _caught(partial(run, found, listen)) if isinstance(found, Job) else found
+    if isinstance(done, JobResult):
+        return done
+    said = {**(error_as_json(done) or {}), "traceback": done.data.get("traceback")}
+    unheard(listen, Event("refused", file.stem, None, said))
+    return JobResult(file, error=done)
+
+
+def _foreseen(file: Path, found: Job | MigratorError) -> Forecast:
+    forecast = _caught(partial(foresee, found)) if isinstance(found, Job) else found
+    return forecast if isinstance(forecast, Forecast) else Forecast(file, error=forecast)
+
+
+def _caught(work: Callable[[], T]) -> T | MigratorError:
+    """Return what work comes to, or why it cannot be done: an odd job is one entry, and never ends the others."""
     try:
-        return run(read(file), listen)
+        return work()
     except MigratorError as error:
-        listen(Event("refused", file.stem, None, error_as_json(error) or {}))
-        return JobResult(file, error=error)
+        return error
+    except Exception as error:
+        return internal(error)
 
 
 def _look(folder: Path) -> Stamps:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from migrator.jobs.files import as_text, write_whole
+from migrator.jobs.files import as_text, read_regular, write_whole
 from migrator.jobs.values import Job
 from plans.errors import UsageError
 
 __all__ = ["Record", "Records", "Status", "read_state", "write_state"]
 
 _FORMAT, _VERSION = "migrator job", 1
+_LARGEST = 10_000_000
 
 Status = Literal["started", "ok", "findings", "failed", "stopped"]
 
@@ -64,7 +65,7 @@ def read_state(job: Job) -> Records:
         UsageError: the state file is damaged, or belongs to another job.
     """
     try:
-        return _records(job, json.loads(job.state.read_bytes()))
+        return _records(job, json.loads(read_regular(job.state, _LARGEST)))
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupted", "interruptible"]
+from runtime.checkpoint.copying.stopping import handling, stoppable
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+__all__ = ["Interrupted", "interruptible"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,28 +25,21 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the body; only the main thread's, elsewhere they do what they did before.
+    """Let SIGINT and SIGTERM end the body, those that came before it included; only the main thread's.
 
     Raises:
         Interrupted: one came.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    with stoppable() as stop:
 
-    def end(number: int, frame: FrameType | None) -> None:
-        restore()
-        raise Interrupted(signal.Signals(number).name)
+        def end(number: int, frame: FrameType | None) -> None:
+            before[number](number, frame)  # so that all around the body know of it
+            check()
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        def check() -> None:
+            if (name := stop()) is not None:
+                raise Interrupted(name)
 
-    # A handler that was not set from Python cannot be put back.
-    before = {number: handler for number in _SIGNALS if (handler := signal.getsignal(number)) is not None}
-    try:
-        for number in before:
-            signal.signal(number, end)
-        yield
-    finally:
-        restore()
+        with handling(end) as before:
+            check()
+            yield

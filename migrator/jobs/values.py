@@ -154,6 +154,11 @@ class Job:
         """The file whose lock one run at a time holds."""
         return self.output.with_name(self.output.name + ".lock")
 
+    @property
+    def own(self) -> tuple[Path, ...]:
+        """Where it keeps what it knows, and where no checkpoint may go."""
+        return (self.state, self.events, self.lock, self.output / "results", self.output / "reports")
+
     def result(self, step: str) -> Path:
         """Return the file of a step's result in JSON."""
         return self.output / "results" / f"{step}.json"

@@ -109,7 +109,9 @@ def _check_readable(folder: Path) -> None:
         path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IncompleteError(
-            f"{folder}: no config.json", hint="name a folder that save_pretrained wrote", folder=str(folder)
+            f"{folder}: no config.json",
+            hint="name a folder that save_pretrained wrote",
+            folder=str(folder),
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error

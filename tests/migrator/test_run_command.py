@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from migrator.cli import main
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, contents, job_file, reshard
-from tests.migrator.source_trees import family
+from tests.migrator.source_trees import MIGRATOR, family
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_folder_of_jobs_ends_with_the_worst_code_and_one_table(migrator, tmp_p
     rows = [line.split() for line in output.splitlines() if line.strip().startswith(("a-", "b-"))]
     assert rows == [
         ["a-clean", "check", "ok,", "done", "before", "clean"],
-        ["b-found", "check", "findings", "4", "findings"],
+        ["b-found", "check", "findings", "4", "findings;", "see", str(tmp_path / "b-found.job/results/check.json")],
     ]
     assert (output.splitlines()[0], output.splitlines()[-1]) == ("2 jobs", "1 of 2 jobs clean")
     assert "a-clean: check is done already: clean" in errors
@@ -87,6 +88,17 @@ def test_wrong_use_is_refused(migrator, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     code, _, errors = migrator("run", *arguments)
     assert (code, said in errors) == (2, True), errors
+
+
+@pytest.mark.parametrize(("closed", "code"), [("1>&- 2>&-", 0), ("2>/dev/full", 0), ("1>/dev/full", 2)])
+def test_closed_streams_decide_nothing(tmp_path, closed, code):
+    family(tmp_path / "models", MIGRATED)
+    file = job_file(tmp_path, CHECK)
+    command = f"exec {MIGRATOR} run {file} {closed}"
+    done = subprocess.run(command, shell=True, check=False, timeout=120, capture_output=True, text=True)
+    assert done.returncode == code
+    assert "internal error" not in done.stderr
+    assert json.loads((tmp_path / "move.job/state.json").read_text())["steps"]["check"]["status"] == "ok"
 
 
 def test_torchrun_is_refused(migrator, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from migrator import jobs
 from plans.errors import UsageError
 from tests.migrator.jobs.helpers import job_file
 
+PLACES = {"a": "out", "b": "link/out"}
+
 
 def test_what_is_left_out_is_filled_in_from_the_steps_before(tmp_path):
     file = job_file(
@@ -21,7 +23,7 @@ def test_what_is_left_out_is_filled_in_from_the_steps_before(tmp_path):
     job = jobs.read(file)
     assert (job.name, job.output) == ("move", tmp_path / "move.job")
     models = (tmp_path / "models",)
-    hub, hosted, b = str(tmp_path / "hub"), "hf://owner/name@v1", tmp_path / "../b"
+    hub, hosted, b = str(tmp_path / "hub"), "hf://owner/name@v1", tmp_path.parent / "b"
     assert dict(job.steps) == {
         "rewrite": jobs.Rewrite(models, target="dtensor"),
         "check": jobs.Check(models, target="dtensor"),
@@ -60,7 +62,7 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("[reshard]\nsource = 'a'\nmode = 'pp'", "reshard.mode is 'pp'", "tp, ep, tp_ep, sp, sp_ep"),
         ("[reshard]\nsource = 'a'\nlayout = ['hf']", "reshard.layout is ['hf']", "hf, dcp, ranks"),
         ("[reshard]\nsource = 'a'\nname = '../x'", "reshard.name is '../x', not a name", "letters"),
-        ("[reshard]\nsource = 'a'\nname = 'results'", "has the name or destination 'results' of another", "name"),
+        ("[reshard]\nsource = 'a'\nname = 'results'", "is its own results", "name"),
         ("[[reshard]]\nsource = 'a'\n[[reshard]]\nsource = 'b'", "move.toml:3: reshard has the name", "`name`"),
         ("[[reshard]]\nname = 'a'\nsource = 'a'\n[[reshard]]\nname = 'b'\nsource = 3", "move.toml:6: reshard.sou", "…"),
         ("[validate]\nsource = 'a'\ntolerance = 2", "validate.tolerance is 2, not a number between 0 and 1", "1e-05"),
@@ -68,6 +70,23 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("[[validate]]\nsource = 'a'", "validate is no table", "[validate]"),
         ("check = 3", "move.toml: check is no table", "[check]"),
         ("a = " + "[" * 5000, "is not TOML", "mend"),
+        ("a = " + "1" * 5000, "is not TOML", "mend"),
+        ("output = '/'\n[check]\npaths = ['m']", "output is /, which no job can have", "of its own"),
+        ("output = 'a'\n[reshard]\nsource = 'a'", "the destination of reshard, lies in the source of reshard", "own"),
+        ("output = 'a/job'\n[verify]\nsource = 'a'", "a/job, the output, lies in the source of verify", "own"),
+        ("output = 'a'\n[verify]\nsource = 'a'", "the output, is the source of verify", "own"),
+        ("[reshard]\nsource = 'a'\ndestination = 'b/../a'", "destination of reshard, is the source of reshard", "own"),
+        ("[reshard]\nsource = 'a/b'\ndestination = 'a'", "destination of reshard, holds the source of reshard", "own"),
+        ("[reshard]\nsource = 'a'\ndestination = '.'", "the destination of reshard, holds its own", "own"),
+        ("[reshard]\nsource = 'a'\ndestination = 'move.job'", "the destination of reshard, holds its own", "own"),
+        ("[reshard]\nsource = 'a'\ndestination = 'move.job/results/x'", "reshard, lies in its own results", "own"),
+        ("[reshard]\nsource = 'a'\nname = 'state.json'", "the destination of reshard-state.json, is its own", "own"),
+        (
+            "[[reshard]]\nname = 'a'\nsource = 's'\ndestination = 'out'\n"
+            "[[reshard]]\nname = 'b'\nsource = 's'\ndestination = 's/../out'",
+            "the destination of reshard-b, is the destination of reshard-a",
+            "own",
+        ),
     ],
 )
 def test_what_no_job_has_is_refused(tmp_path, content, said, hint):
@@ -75,6 +94,18 @@ def test_what_no_job_has_is_refused(tmp_path, content, said, hint):
         jobs.read(job_file(tmp_path, content))
     assert said in refused.value.message
     assert hint in refused.value.hint
+
+
+def test_a_link_is_no_other_place(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    tables = [f'[[reshard]]\nname = "{name}"\nsource = "s"\ndestination = "{at}"\n' for name, at in PLACES.items()]
+    with pytest.raises(UsageError, match="destination of reshard-b, is the destination of reshard-a"):
+        jobs.read(job_file(tmp_path, "".join(tables)))
+
+
+def test_a_result_may_be_the_next_ones_source(tmp_path):
+    chain = '[[reshard]]\nname = "a"\nsource = "s"\n[[reshard]]\nname = "b"\nsource = "move.job/a"\n[verify]\n'
+    assert len(jobs.read(job_file(tmp_path, chain)).steps) == 4
 
 
 def test_what_is_no_text_file_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,105 @@ def test_a_result_that_is_right_already_is_kept(hub_folder, tmp_path):
         assert "exists already" in run(file).steps[0].said
 
 
+@pytest.mark.parametrize("layout", ["hf", "dcp", "ranks"])
+def test_a_result_that_was_tampered_with_is_not_adopted(hub_folder, tmp_path, layout):
+    mesh = "" if layout == "hf" else "tp = 2\n"
+    file = job_file(tmp_path, f'[reshard]\nsource = "{hub_folder("llama")}"\nlayout = "{layout}"\n{mesh}')
+    assert run(file).ok
+    folder = tmp_path / "move.job/checkpoint"
+    (tmp_path / "move.job/state.json").unlink()
+    assert run(file).steps[0].said.endswith("there already")
+    for path in sorted(folder.rglob("*.*")):
+        content = path.read_bytes()
+        for changed in (content + b" ", content.replace(b"0", b"1", 1)):
+            if changed == content:
+                continue
+            (tmp_path / "move.job/state.json").unlink()
+            path.write_bytes(changed)
+            assert "exists already" in run(file).steps[0].said, path
+            path.write_bytes(content)
+    (tmp_path / "move.job/state.json").unlink()
+    (folder / "generation_config.json").unlink()
+    os.mkfifo(folder / "generation_config.json")
+    assert "exists already" in run(file).steps[0].said
+
+
+def test_what_tells_of_a_step_is_made_again_when_it_is_gone(hub_folder, tmp_path):
+    file = job_file(tmp_path, reshard(hub_folder("llama")))
+    assert run(file).ok
+    for name in ("results/reshard.json", "reports/reshard.html"):
+        (tmp_path / "move.job" / name).unlink()
+        again = run(file)
+        assert (outcomes(again), whys(again)) == (
+            {"reshard": "ok"},
+            {"reshard": "its result or report is no longer there"},
+        )
+        assert (tmp_path / "move.job" / name).is_file()
+    assert outcomes(run(file)) == {"reshard": "skipped"}
+
+
+def test_a_destination_may_lie_in_folders_to_be_made(hub_folder, tmp_path):
+    file = job_file(tmp_path, reshard(hub_folder("llama"), 'destination = "a/b/out"'))
+    assert jobs.foresee(jobs.read(file)).code == 0
+    assert run(file).ok
+    assert (tmp_path / "a/b/out/config.json").is_file()
+    (tmp_path / "file").write_text("")
+    other = job_file(tmp_path, reshard(hub_folder("llama"), 'destination = "file/out"'), "other")
+    assert jobs.foresee(jobs.read(other)).code == 2
+    assert run(other).code == 2
+
+
+@pytest.mark.parametrize("name", ["state.json", "events.jsonl", "results"])
+@pytest.mark.parametrize("kind", ["fifo", "endless", "link"])
+def test_only_regular_files_are_a_jobs_own(tmp_path, name, kind):
+    family(tmp_path / "models", MIGRATED)
+    file = job_file(tmp_path, CHECK)
+    (tmp_path / "move.job").mkdir()
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "move.job" / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "mine")
+    [found] = jobs.run_files([file])
+    assert found.code == 2
+    assert str(path) in (found.error or found.steps[0].error).message
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_torn_last_event_is_ended(tmp_path):
+    family(tmp_path / "models", MIGRATED)
+    file = job_file(tmp_path, CHECK)
+    (tmp_path / "move.job").mkdir()
+    (tmp_path / "move.job/events.jsonl").write_text('{"event": "sta')
+    assert run(file).ok
+    torn, *lines = (tmp_path / "move.job/events.jsonl").read_text().splitlines()
+    assert torn == '{"event": "sta'
+    assert [json.loads(line)["event"] for line in lines] == ["started", "finished", "done"]
+
+
+def test_a_listener_that_fails_decides_nothing(tmp_path):
+    family(tmp_path / "models", MIGRATED)
+
+    def listen(event):
+        raise BrokenPipeError
+
+    assert run(job_file(tmp_path, CHECK), listen).ok
+    said = [json.loads(line) for line in (tmp_path / "move.job/events.jsonl").read_text().splitlines()]
+    assert [one["event"] for one in said] == ["started", "traceback", "finished", "done"]
+
+
+def test_the_converter_is_a_source_of_a_rewrite_that_verifies(tmp_path):
+    family(tmp_path / "src/models", MIGRATED)
+    converter = tmp_path / "utils/modular_model_converter.py"
+    converter.parent.mkdir()
+    converter.write_text("")
+    file = job_file(tmp_path, '[rewrite]\npaths = ["src/models"]\nverify = true\n')
+    run(file)
+    converter.write_text("pass")
+    assert whys(run(file)) == {"rewrite": "files of the tree changed"}
+
+
 def test_a_run_that_was_killed_is_gone_on_with(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("qwen3_moe"), 'layout = "ranks"') + "[verify]\n")
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(file)], check=False, timeout=300)
@@ -166,6 +266,9 @@ def test_a_failed_step_ends_its_job_and_is_run_again(hub_folder, tmp_path):
     assert outcomes(result) == {"reshard": "failed", "verify": "not run", "validate": "not run"}
     assert [step.code for step in result.steps] == [2, 0, 0]
     assert result.steps[1].said == "reshard failed"
+    told = [json.loads(line) for line in (tmp_path / "move.job/events.jsonl").read_text().splitlines()]
+    ended = {one["step"]: one["outcome"] for one in told if one["event"] == "finished"}
+    assert ended == {"reshard": "failed", "verify": "not run", "validate": "not run"}
     assert result.to_json()["steps"][0]["error"]["kind"] == "IncompleteError"
     assert whys(run(file))["reshard"] == "it failed"
     lost.write_bytes(content)

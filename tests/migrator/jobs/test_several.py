@@ -11,9 +11,12 @@ import time
 import pytest
 
 from migrator import jobs
+from migrator.jobs import read
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, job_file, outcomes, reshard, run
 from tests.migrator.source_trees import MIGRATOR, family
+
+PLACES = {"a": "out", "b": "c/../out", "c": "out/in"}
 
 
 def once(number):
@@ -54,6 +57,56 @@ def test_a_signal_ends_at_once_what_writes_nothing(rank_folder, tmp_path):
     assert (outcomes(result), result.stopped) == ({"verify": "stopped"}, "SIGTERM")
     assert json.loads((tmp_path / "move.job/state.json").read_text())["steps"]["verify"]["status"] == "stopped"
     assert run(file).ok
+
+
+@pytest.mark.parametrize("step", ["reshard", "verify"])
+def test_a_signal_before_the_work_begins_is_not_lost(hub_folder, tmp_path, step):
+    file = job_file(tmp_path, f'[{step}]\nsource = "{hub_folder("llama")}"\n')
+
+    def listen(event):
+        if event.name == "started":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = run(file, listen)
+    assert (outcomes(result), result.stopped) == ({step: "stopped"}, "SIGTERM")
+    assert not (tmp_path / "move.job/checkpoint").exists()
+
+
+def test_a_second_signal_insists(tmp_path):
+    family(tmp_path / "models", MIGRATED)
+    before = signal.getsignal(signal.SIGINT)
+
+    def listen(event):
+        if event.name == "started":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_files([job_file(tmp_path, CHECK)], listen)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_no_two_jobs_make_one_thing(hub_folder, tmp_path):
+    texts = {name: reshard(hub_folder("llama"), f'destination = "{at}"') for name, at in PLACES.items()}
+    files = [job_file(tmp_path, text, name) for name, text in texts.items()]
+    assert [one.code for one in jobs.foresee_files(files)] == [0, 2, 2]
+    results = jobs.run_files([*files, files[0]])
+    assert [(one.name, one.code) for one in results] == [("a", 0), ("b", 2), ("c", 2)]
+    for one in results[1:]:
+        assert "the destination of reshard of" in one.error.message
+    assert not (tmp_path / "b.job").exists()
+
+
+def test_an_odd_job_is_one_refused_entry(tmp_path, monkeypatch):
+    family(tmp_path / "models", MIGRATED)
+    texts = {"a": CHECK, "b": "a = " + "1" * 5000, "c": f'output = "/"\n{CHECK}', "d": CHECK}
+    files = [job_file(tmp_path, text, name) for name, text in texts.items()]
+    assert [one.code for one in jobs.run_files(files)] == [0, 2, 2, 0]
+    monkeypatch.setattr("migrator.jobs.several.read", lambda file: read(file) if file.stem == "d" else 1 // 0)
+    heard = []
+    assert [one.code for one in jobs.run_files(files, heard.append)] == [2, 2, 2, 0]
+    assert "internal error: ZeroDivisionError" in heard[0].data["message"]
+    assert "1 // 0" in heard[0].data["traceback"]
 
 
 def test_one_bad_job_stops_no_other(tmp_path):
