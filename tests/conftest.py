@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from tests.tiny_models import tiny_config, tiny_model
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
+
+
+@pytest.fixture(autouse=True)
+def _collector() -> Iterator[None]:
+    """Wake the garbage collector after a test: commands of short processes put it to rest, and run in this one here."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
