@@ -20,24 +20,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from migrator.cli import group, main
+from migrator.cli import group
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
-
-
-@pytest.fixture
-def migrator(monkeypatch, capsys):
-    """Run a command in this process, which has transformers imported already: (exit code, output, error lines)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err.splitlines()
-
-    return run
 
 
 def everything_below(folder):

@@ -13,26 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from migrator.cli import main
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.hub_server import serving
-
-
-@pytest.fixture
-def migrator(monkeypatch, capsys):
-    """Run a command in this process, which has transformers imported already: (exit code, output, error lines)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err.splitlines()
-
-    return run
 
 
 def row(output, name):

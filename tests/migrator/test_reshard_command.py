@@ -13,25 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from migrator.cli import main
-
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 RANKS = ("--layout", "ranks", "--tp", 2)
-
-
-@pytest.fixture
-def migrator(monkeypatch, capsys):
-    """Run a command in this process, which has transformers imported already: (exit code, output, error lines)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err.splitlines()
-
-    return run
 
 
 def content(folder):

@@ -13,7 +13,7 @@ from runtime.checkpoint.hub.hf import same_bytes
 from runtime.checkpoint.runs import covers, runs_of
 from runtime.wording import listed
 
-__all__ = ["Chunk", "Shape", "dtypes_of", "join", "reach"]
+__all__ = ["Chunk", "Shape", "join", "reach"]
 
 Shape = tuple[int, ...]
 
@@ -49,23 +49,6 @@ class Chunk:
     def extent(self) -> Extent:
         """The chunk as a part of its tensor's form."""
         return Extent(self.offset, self.shape, (1,) * len(self.shape), self.piece, self.base, self.strides)
-
-
-def dtypes_of(chunks: Iterable[Chunk]) -> dict[str, str]:
-    """Return the dtype of each tensor.
-
-    Raises:
-        HeaderError: chunks of one tensor have several.
-    """
-    dtypes: dict[str, str] = {}
-    for chunk in chunks:
-        if dtypes.setdefault(chunk.name, chunk.stored.dtype) != chunk.stored.dtype:
-            raise HeaderError(
-                f"{chunk.stored.file}: {chunk.name!r} is {chunk.stored.dtype}, elsewhere {dtypes[chunk.name]}",
-                hint="the files belong to several checkpoints; save the model again into an empty folder",
-                tensor=chunk.name,
-            )
-    return dtypes
 
 
 def reach(chunks: Iterable[Chunk]) -> dict[str, Shape]:

@@ -12,10 +12,10 @@ from torch import nn
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.dcp.chunks import Chunk, Shape, dtypes_of, join, reach
+from runtime.checkpoint.dcp.chunks import Chunk, Shape, join, reach
 from runtime.checkpoint.dcp.saved import SavedTensors, read_saved
 from runtime.checkpoint.extents import Form
-from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.ranks.manifest import read_manifest
@@ -49,7 +49,7 @@ def dcp_content(folder: Path, model: PreTrainedModel) -> Content:
     tied = tied_names(model)
     of_model = model_tensors(model)
     saved = read_saved(folder, [name for name in of_model if name not in tied])
-    dtypes = dtypes_of(replace(chunk, name=tied.get(chunk.name, chunk.name)) for chunk in saved.chunks)
+    dtypes = dtypes_of((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
     forms = _forms(saved, of_model, tied, folder)
     pieces = {chunk.piece: chunk.stored for chunk in saved.chunks}
     _check_quantization(forms, pieces, model)

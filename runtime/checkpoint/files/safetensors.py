@@ -18,6 +18,7 @@ __all__ = [
     "BITS",
     "Header",
     "StoredTensor",
+    "dtypes_of",
     "encode_header",
     "padded_header",
     "read_header",
@@ -74,6 +75,27 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     bits = BITS[dtype] * prod(shape)
     assert bits % 8 == 0
     return bits // 8
+
+
+def dtypes_of(parts: Iterable[tuple[str, StoredTensor]], where: str = "elsewhere") -> dict[str, str]:
+    """Return the dtype of each tensor that files hold in parts.
+
+    Args:
+        parts: a tensor's name with what is stored of it.
+        where: the other parts are, in words.
+
+    Raises:
+        HeaderError: parts of one tensor have several.
+    """
+    dtypes: dict[str, str] = {}
+    for name, stored in parts:
+        if dtypes.setdefault(name, stored.dtype) != stored.dtype:
+            raise HeaderError(
+                f"{stored.file}: {name!r} is {stored.dtype}, {where} {dtypes[name]}",
+                hint="the files belong to several checkpoints; save the model again into an empty folder",
+                tensor=name,
+            )
+    return dtypes
 
 
 def read_header(file: Path) -> Header:

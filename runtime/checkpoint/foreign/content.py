@@ -11,14 +11,14 @@ from torch import nn
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.extents import Form
-from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import find_side_files
 from runtime.checkpoint.foreign.cuts import Cut, check_told, cuts_of
 from runtime.checkpoint.foreign.files import RankFiles, read_rank_files
 from runtime.checkpoint.foreign.holding import check_held
 from runtime.checkpoint.foreign.local import Shape, locals_of
 from runtime.checkpoint.foreign.names import conversion_of, stored_twice, whole_shapes
-from runtime.checkpoint.foreign.pieces import Piece, check_tied, dtypes_of, reassembled, without_copies
+from runtime.checkpoint.foreign.pieces import Piece, check_tied, reassembled, without_copies
 from runtime.checkpoint.foreign.placing import plan_of
 from runtime.checkpoint.foreign.source import CONFIG, Foreign
 from runtime.checkpoint.hub.names import Conversion
@@ -93,7 +93,7 @@ def _pieces(
 
 def _held(pieces: Sequence[Piece], conversion: Conversion, model: PreTrainedModel) -> dict[str, Held]:
     """Return the model's tensors in the dtypes that they are stored in, which must go with the model's."""
-    dtypes = dtypes_of(pieces)
+    dtypes = dtypes_of(((piece.name, piece.stored) for piece in pieces), "on other ranks")
     stored: Mapping[str, StoredTensor] = {piece.name: piece.stored for piece in pieces}
     of_model = {name: tensor for name, tensor in model_tensors(model).items() if name in conversion.forms}
     if is_quantized(model):

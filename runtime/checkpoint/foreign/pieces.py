@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from plans.errors import ConversionError, HeaderError, MismatchError
+from plans.errors import ConversionError, MismatchError
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.foreign.local import Shape
 from runtime.checkpoint.hub.hf import same_bytes
 from runtime.checkpoint.shards import reassemble
 
-__all__ = ["Piece", "check_tied", "dtypes_of", "reassembled", "without_copies"]
+__all__ = ["Piece", "check_tied", "reassembled", "without_copies"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +36,6 @@ class Piece:
     def key(self) -> str:
         """The name of the piece, unique in the checkpoint."""
         return f"{self.rank}/{self.name}"
-
-
-def dtypes_of(pieces: Iterable[Piece]) -> dict[str, str]:
-    """Return the dtype of each stored tensor.
-
-    Raises:
-        HeaderError: ranks hold one in several.
-    """
-    dtypes: dict[str, str] = {}
-    for piece in pieces:
-        if dtypes.setdefault(piece.name, piece.stored.dtype) != piece.stored.dtype:
-            raise HeaderError(
-                f"{piece.stored.file}: {piece.name!r} is {piece.stored.dtype}, on other ranks {dtypes[piece.name]}",
-                hint="the files belong to several checkpoints; save the model again",
-                tensor=piece.name,
-            )
-    return dtypes
 
 
 def without_copies(pieces: Iterable[Piece]) -> list[Piece]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, MismatchError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.dcp.chunks import Shape, dtypes_of, join
+from runtime.checkpoint.dcp.chunks import Shape, join
 from runtime.checkpoint.dcp.metadata import METADATA, Saved, read_metadata
 from runtime.checkpoint.dcp.storage import read_chunks
+from runtime.checkpoint.files.safetensors import dtypes_of
 from runtime.checkpoint.optimizer.checks import check_alike, check_listed
 from runtime.checkpoint.optimizer.state import OptimizerState, SavedName, prefix_of, split_name
 from runtime.checkpoint.optimizer.values import read_values
@@ -93,7 +94,7 @@ def read_optimizer(content: Content, found: FoundOptimizer, model: PreTrainedMod
     values = read_values(folder, found.saved.others)
     check_alike(names, values, shapes, folder)
     chunks = [replace(chunk, piece=f"optimizer/{chunk.piece}") for chunk in read_chunks(folder, found.saved.boxes)]
-    forms, dtypes = join(chunks, found.saved.shapes), dtypes_of(chunks)
+    forms, dtypes = join(chunks, found.saved.shapes), dtypes_of((chunk.name, chunk.stored) for chunk in chunks)
     with_state = {row.parameter for row in names.values() if row.section == "state"}
     return OptimizerState(
         folder=found.folder,
