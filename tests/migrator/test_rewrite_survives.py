@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,25 @@ from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 MODELS = 120
+
+# Kills itself at the given step of its writing: before a new file is made, opened, or put in the old one's place.
+KILLED = """
+import os, signal, sys
+from migrator.cli import main
+
+tree, moment, seen = sys.argv.pop(1), int(sys.argv.pop(1)), []
+
+def hook(event, arguments):
+    steps = event in ("open", "tempfile.mkstemp", "os.rename") and str(arguments[0]).startswith(tree)
+    if steps and str(arguments[0]).endswith(".migrator"):
+        seen.append(event)
+        if len(seen) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+main()
+"""
+STEPS = 3
 
 
 @pytest.fixture
@@ -54,22 +72,21 @@ def restore(tree):
         path.write_text(PACKED.replace("Toy", f"M{number}").lstrip())
 
 
+def killed_at(tree, moment):
+    command = [sys.executable, "-c", KILLED, str(tree), str(moment), "rewrite", str(tree)]
+    return subprocess.run(command, capture_output=True).returncode
+
+
 def test_a_kill_leaves_every_file_old_or_new(tree):
-    begun = time.monotonic()
     assert finish(start(tree)) == (0, "")
-    took = time.monotonic() - begun
     assert all(states(tree))
-    chance, partly, tries = random.Random(7), 0, 0
-    while partly < 3 and tries < 60:
-        tries += 1
+    chance, last = random.Random(7), STEPS * MODELS
+    for moment in (1, *(chance.randrange(last // 5, last) for _ in range(5)), last):
         restore(tree)
-        running = start(tree)
-        time.sleep(took * chance.uniform(0.4, 1.0))
-        running.send_signal(signal.SIGKILL)
-        finish(running)
+        assert killed_at(tree, moment) == -signal.SIGKILL
         new = states(tree)
-        partly += any(new) and not all(new)
-    assert partly, "at least one kill came while files were being written"
+        assert not all(new)
+        assert any(new) == (moment > 1)
     assert finish(start(tree)) == (0, "")
     assert all(states(tree)), "the next run does the rest"
 
