@@ -10,7 +10,7 @@ from migrator import console
 from runtime.wording import counted
 
 if TYPE_CHECKING:
-    from runtime.parallel.structure import Mismatch
+    from runtime.parallel.mismatch import Mismatch
     from runtime.validation.request import ValidationRequest
     from runtime.validation.values import Check, ValidationResult
 

@@ -105,6 +105,7 @@ def command(
     """
     need_runtime(shows_downloads=not quiet)
     from runtime.checkpoint.files.commit import check_destination
+    from runtime.checkpoint.target import Target
     from runtime.hub import check_repository, local_folder
     from runtime.processes.started import in_worker
 
@@ -113,13 +114,11 @@ def command(
     check_destination(Path(destination), overwrite=overwrite)
     stack = foreign.read(source)
     mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not in_worker() or os.environ["RANK"] == "0"
     work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks)
     with recorded(events if speaks else None) as log:
         folder = local_folder(source, quiet=work.quiet)
-        with uncollected():  # of what takes seconds to import, nothing is imported before the source is there
-            from runtime.checkpoint.target import Target
-        target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
         plan = _planned(folder, stack, target, source, log)
         if not dry_run:
             _carry_out(plan, work, log)
@@ -157,7 +156,7 @@ class _Work:
 
 
 def _planned(folder: Path, foreign: Foreign | None, target: Target, source: str, log: Events) -> ReshardPlan:
-    with uncollected():
+    with uncollected():  # of what takes seconds to import, nothing is imported before the source is there
         from runtime.checkpoint.reshard import plan_reshard
 
         plan = plan_reshard(folder, target=target, foreign=foreign)

@@ -125,7 +125,7 @@ def page_of(request: ValidationRequest, result: ValidationResult) -> Report:
     """Return the report of a validation, with what the checkpoint holds as far as it can be read."""
     from migrator.report.from_validation import validation_report
     from plans.errors import MigratorError
-    from runtime.checkpoint.read import layout_of
+    from runtime.checkpoint.layout import layout_of
     from runtime.inspecting.inspection import inspect_checkpoint
     from runtime.inspecting.values import Inspection
     from runtime.validation.request import recorded

@@ -1,38 +1,24 @@
-"""Reading a checkpoint of whatever layout: which one it is, and what it holds of a model."""
+"""Reading what a checkpoint of whatever layout holds of a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.content import Content, Layout
+from runtime.checkpoint.content import Content
 from runtime.checkpoint.dcp.content import dcp_content
-from runtime.checkpoint.dcp.metadata import METADATA
-from runtime.checkpoint.dcp.safetensors import shard_files
-from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.foreign.content import foreign_content
 from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.hub.content import hub_content
-from runtime.checkpoint.hub.hf import INDEX, WEIGHTS, read_hub
+from runtime.checkpoint.hub.hf import read_hub
+from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.of_model import check_of_model
 from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.ranks.record import MANIFEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["layout_of", "read_content"]
-
-
-def layout_of(folder: Path) -> Layout:
-    """Return how a checkpoint lies in a folder, by the names of its files; hub form where nothing says otherwise."""
-    with reading(folder):
-        if folder.is_dir() and shard_files(folder):
-            return "dcp"
-    if (folder / MANIFEST).is_file():
-        return "ranks"
-    is_hub = any((folder / name).exists() for name in (WEIGHTS, INDEX))
-    return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
+__all__ = ["read_content"]
 
 
 def read_content(folder: Path, model: PreTrainedModel, foreign: Foreign | None = None) -> Content:

@@ -22,9 +22,10 @@ from runtime.checkpoint.files.commit import Say
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.stamps import Stamp, stamps_of
 from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.laid_out import LaidOut, lay_out
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.read import read_content
-from runtime.checkpoint.target import LaidOut, Target, lay_out
+from runtime.checkpoint.target import Target
 from runtime.models.model import read_config
 from runtime.models.quantized import stored_model
 

@@ -15,12 +15,13 @@ from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.foreign.placing import plan_of
 from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import MANIFEST, Manifest
-from runtime.checkpoint.read import layout_of, read_content
+from runtime.checkpoint.read import read_content
 from runtime.checkpoint.verifying.differences import read_differences
 from runtime.inspecting.laying import Laying, of_manifest, of_plan
 from runtime.inspecting.values import Inspection, OptimizerFound, Placed, StoredFile, TensorGroup

@@ -51,9 +51,12 @@ def fill(work: Iterable[Unit], threads: int, worker: Callable[[], Worker]) -> No
     def take_part() -> None:
         try:
             own = worker()
-            for unit in shared:
-                own.take(unit)
-            own.finish()
+            try:
+                for unit in shared:
+                    own.take(unit)
+            finally:
+                # Also where reading failed: a copy still under way would write to memory that others may have by then.
+                own.finish()
         except BaseException:
             shared.stop()
             raise

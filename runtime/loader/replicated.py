@@ -57,7 +57,11 @@ def broadcast(dealt: Mapping[str, int], locals_: Mapping[str, torch.Tensor]) -> 
         dealt: rank by name, the same on every rank.
         locals_: the tensors.
     """
-    waiting = [dist.broadcast(locals_[name], src=rank, async_op=True) for name, rank in dealt.items()]
+    # As bytes: NCCL knows neither 16-bit integers nor every 8-bit float.
+    waiting = [
+        dist.broadcast(locals_[name].view(-1).view(torch.uint8), src=rank, async_op=True)
+        for name, rank in dealt.items()
+    ]
     for work in waiting:
         assert work is not None
         work.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,30 +16,10 @@ from runtime.checkpoint.ranks.record import Manifest
 from runtime.checkpoint.shards import local_form
 from runtime.models.model import model_tensors
 from runtime.parallel.hooks import lost_hooks
+from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.placements import planned_placements
 
-__all__ = ["Mismatch", "compare_manifest", "sharding_mismatches"]
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """One thing that is not as promised.
-
-    Args:
-        name: the parameter, buffer or plan entry.
-        expected: in words.
-        found: in words.
-        rank: where, None when all ranks see the same.
-    """
-
-    name: str
-    expected: str
-    found: str
-    rank: int | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """Return the JSON form."""
-        return {"name": self.name, "expected": self.expected, "found": self.found, "rank": self.rank}
+__all__ = ["compare_manifest", "sharding_mismatches"]
 
 
 def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from plans.errors import MigratorError
+import torch
+
+from plans.errors import MigratorError, WorkerError
 from runtime.processes.agreement import gather_json
 from runtime.wording import first_line
 
@@ -23,10 +25,10 @@ _PATIENCE = 30.0
 
 
 class Failed(Generic[Result]):
-    """A model that failed: the first rank where it did, and what it said."""
+    """A model that failed: the first rank where it did, what it said, and whether memory was all that it lacked."""
 
-    def __init__(self, rank: int, reason: str) -> None:
-        self.rank, self.reason = rank, reason
+    def __init__(self, rank: int, reason: str, lacks_memory: bool) -> None:
+        self.rank, self.reason, self.lacks_memory = rank, reason, lacks_memory
 
 
 def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
@@ -41,16 +43,24 @@ def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
     failure: Exception | None = None
     try:
         result = run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # What goes wrong on a GPU is heard of late, and is the model's until here only.
     except MigratorError:
         raise
     except Exception as error:  # Whatever a model raises, it did not compute.
         failure = error
     with _patience(failure):
-        reasons = gather_json(f"{type(failure).__name__}: {first_line(failure)}" if failure else None)
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            return Failed(rank, reason)
+        failures = gather_json(_described(failure) if failure else None)
+    failure = None  # which holds the frames of the model's run, and so the memory of its tensors
+    for rank, found in enumerate(failures):
+        if found is not None:
+            return Failed(rank, *found)
     return result
+
+
+def _described(failure: Exception) -> tuple[str, bool]:
+    lacks_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
+    return f"{type(failure).__name__}: {first_line(failure)}", lacks_memory
 
 
 @contextmanager
@@ -68,5 +78,9 @@ def _patience(failure: Exception | None) -> Iterator[None]:
         timer.start()
     try:
         yield
+    except WorkerError:
+        if failure is not None and torch.cuda.is_initialized():
+            leave()  # NCCL lets the others wait on in their collective, where gloo tells them that this rank is gone.
+        raise
     finally:
         timer.cancel()

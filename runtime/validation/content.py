@@ -17,7 +17,7 @@ from runtime.checkpoint.extents import whole
 from runtime.checkpoint.shards import local_form
 from runtime.checkpoint.verifying.digest import Digest
 from runtime.models.model import model_tensors
-from runtime.parallel.structure import Mismatch
+from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import gather_json, together
 from runtime.validation.local_digest import local_digest
 from runtime.validation.local_tensors import plain

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from plans.errors import UsageError
-from runtime.parallel.structure import Mismatch
+from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import gather_json
 from runtime.validation.attempt import Failed, attempt
 from runtime.validation.outputs import Output, run
@@ -42,9 +42,20 @@ class AsStored:
 
 
 def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> Output | Failed[Output]:
-    """Run a parallel model without gradients; every rank calls this."""
+    """Run a parallel model without gradients; every rank calls this.
+
+    Raises:
+        UsageError: a rank has too little memory for it.
+    """
     with torch.no_grad():
-        return attempt(lambda: run(model, tokens))
+        found = attempt(lambda: run(model, tokens))
+    if isinstance(found, Failed) and found.lacks_memory:
+        raise UsageError(
+            f"rank {found.rank} has too little memory to run the model: {found.reason}",
+            hint="use more ranks",
+            rank=found.rank,
+        )
+    return found
 
 
 def expected_output(reference: Reference, tokens: torch.Tensor, found: Output, source: Path) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.parallel.structure import Mismatch
+from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import gather_json
 from runtime.validation.attempt import Failed, attempt
 from runtime.validation.outputs import generate
@@ -34,6 +34,8 @@ def check_generation(
         return f"{type(model).__name__} does not generate"
     found = attempt(lambda: generate(model, tokens, request.new_tokens))
     if isinstance(found, Failed):
+        if found.lacks_memory:
+            return f"rank {found.rank} has no memory to generate: {found.reason}"
         mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
         return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
     expected = reference.attempt(lambda model: generate(model, tokens, request.new_tokens))

@@ -12,8 +12,8 @@ from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.content import Content
 from runtime.inspecting.laying import of_plan
 from runtime.models.model import model_tensors
+from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.placements import local_piece
-from runtime.parallel.structure import Mismatch
 from runtime.processes.agreement import gather_json
 
 __all__ = ["check_memory", "own_piece", "plain"]

@@ -28,7 +28,7 @@ from runtime.validation.model import (
 from runtime.validation.outputs import tokens_of
 from runtime.validation.reference import Reference, load_reference
 from runtime.validation.request import ValidationRequest
-from runtime.validation.room import has_room
+from runtime.validation.room import give_back, has_room
 from runtime.validation.source import stored_dtypes
 from runtime.validation.values import PARTS
 
@@ -71,6 +71,7 @@ def look(
         return
     stored = _as_stored(request, parallel, dtypes, findings)
     del parallel  # so that the next one has its memory
+    give_back(findings.device)
     with findings.timed("loading"):
         exact = made_parallel(request, _EXACT, findings.device, styles)
         loaded(exact, content, findings.device, _EXACT)

@@ -17,8 +17,9 @@ from runtime.checkpoint.ranks.record import Manifest
 from runtime.loader.loading import load
 from runtime.models.model import meta_model, read_config
 from runtime.parallel.mesh import device_meshes
+from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.structure import Mismatch, compare_manifest, sharding_mismatches
+from runtime.parallel.structure import compare_manifest, sharding_mismatches
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import gather_json, together
 from runtime.styles import StyleRegistry

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
-from runtime.checkpoint.read import layout_of
+from runtime.checkpoint.layout import layout_of
 from runtime.loader.loading import load
 from runtime.models.model import meta_model, model_class, read_config
 from runtime.parallel.mesh import device_meshes

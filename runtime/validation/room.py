@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["has_room"]
+from runtime.validation.local_tensors import plain
+
+__all__ = ["give_back", "has_room"]
 
 _SPARE = 1.2
 """What activations and the allocator take besides, as a factor."""
@@ -15,21 +18,30 @@ _BYTES = 4
 
 
 def has_room(model: nn.Module, device: torch.device) -> bool:
-    """Say whether the weights of a model and their gradients fit unsharded, in float32, into what is free.
+    """Say whether a model's weights and gradients fit unsharded, in float32, beside what the rank holds of it already.
 
     Args:
-        model: on meta or not, whole or sharded.
+        model: on meta or not, whole or sharded; its own gradients are still to come.
         device: that it would be on.
     """
-    elements = sum(parameter.numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    own = sum(plain(parameter).numel() for parameter in model.parameters())
     free = _free(device)
-    return free is None or 2 * _BYTES * elements * _SPARE <= free
+    return free is None or _BYTES * (2 * whole + own) * _SPARE <= free
+
+
+def give_back(device: torch.device) -> None:
+    """Give back the memory of models that nobody has any more: hooked modules and their hooks hold each other."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _free(device: torch.device) -> int | None:
     """Return the bytes that can be allocated, None where that cannot be told."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     except OSError:

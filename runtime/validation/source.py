@@ -8,8 +8,9 @@ from pathlib import Path
 
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.read import layout_of, read_content
+from runtime.checkpoint.read import read_content
 from runtime.checkpoint.verifying.copies import Holding, TensorCopy, digests_of
 from runtime.models.model import DTYPES, read_config
 from runtime.models.quantized import stored_model

@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from plans.errors import MigratorError, MismatchError
+from plans.errors import MigratorError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.ranks.record import Manifest
-from runtime.checkpoint.read import layout_of
-from runtime.checkpoint.verifying.differences import read_differences
-from runtime.parallel.structure import Mismatch
 from runtime.processes.agreement import gather_json, together
 from runtime.processes.joined import own_device
 from runtime.styles import STYLES, StyleRegistry
+from runtime.validation.contradicted import CONTRADICTED, contradicted
 from runtime.validation.findings import Findings
 from runtime.validation.looking import look
 from runtime.validation.model import check_inputs
 from runtime.validation.request import ValidationRequest, check_mesh
 from runtime.validation.source import read_source
-from runtime.validation.values import PARTS, Check, ValidationResult
+from runtime.validation.values import PARTS, ValidationResult
 
-__all__ = ["check_request", "validate"]
-
-_CONTRADICTED = "the files do not make up a checkpoint of this model"
-
-
-def check_request(request: ValidationRequest) -> ValidationResult | None:
-    """Look at what no worker needs to be started for: a manifest, and rank files' headers.
-
-    Returns:
-        The result where these alone refute the checkpoint.
-
-    Raises:
-        UsageError: it is laid out for another mesh.
-        IncompleteError, HeaderError: a file is missing or damaged.
-    """
-    check_mesh(request)
-    try:
-        if layout_of(request.folder) == "ranks":
-            RankCheckpoint.read(request.folder)
-    except MismatchError as error:
-        skipped = {part: _CONTRADICTED for part in PARTS if part != "content"}
-        return ValidationResult(request.mesh.world_size, {"content": _contradicted(request, error)}, skipped)
-    return None
+__all__ = ["validate"]
 
 
 def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> ValidationResult:
@@ -65,8 +40,8 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
         manifest, content = together(lambda: _read(request))
         look(request, styles, manifest, content, findings)
     except MigratorError as error:
-        findings.checks["content"] = _contradicted(request, error)
-        findings.skip(_CONTRADICTED, *(part for part in PARTS if part not in findings.checks))
+        findings.checks["content"] = contradicted(request, error)
+        findings.skip(CONTRADICTED, *(part for part in PARTS if part not in findings.checks))
     seconds: dict[str, float] = gather_json(findings.seconds)[0]
     return ValidationResult(dist.get_world_size(), findings.checks, findings.skipped, device.type, seconds)
 
@@ -75,15 +50,3 @@ def _read(request: ValidationRequest) -> tuple[Manifest | None, Content]:
     manifest = check_mesh(request)
     check_inputs(request)
     return manifest, read_source(request.folder)
-
-
-def _contradicted(request: ValidationRequest, error: MigratorError) -> Check:
-    """Return what it means that files contradict one another or lack parts of tensors.
-
-    Raises:
-        MigratorError: the error itself where it is that the work could not be done.
-    """
-    if not isinstance(error, MismatchError) and "lossy" not in error.data:
-        raise error
-    found = read_differences(error, str(request.folder))
-    return Check(0, tuple(Mismatch(one.name, one.expected, one.found) for one in found))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.parallel.structure import Mismatch
+from runtime.parallel.mismatch import Mismatch
 
 __all__ = ["PARTS", "Check", "ValidationResult"]
 

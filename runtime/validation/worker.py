@@ -13,8 +13,8 @@ from plans.errors import MigratorError
 from runtime.processes.agreement import error_from_json, error_to_json
 from runtime.processes.joined import joined
 from runtime.processes.launch import launch
+from runtime.validation.contradicted import check_request
 from runtime.validation.request import ValidationRequest
-from runtime.validation.validate import check_request, validate
 from runtime.validation.values import ValidationResult
 
 __all__ = ["run_validation", "take_part", "work"]
@@ -51,6 +51,10 @@ def take_part(request: ValidationRequest) -> ValidationResult:
     Raises:
         MigratorError: as `validate`, on every rank alike.
     """
+    # Here, for the parent of the workers runs no model, and need not wait for what does.
+    from runtime.validation.validate import validate
+
+    _compute_exactly()
     # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
     faulthandler.dump_traceback_later(request.timeout, exit=True)
     try:
@@ -58,6 +62,12 @@ def take_part(request: ValidationRequest) -> ValidationResult:
             return validate(request)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _compute_exactly() -> None:
+    """Let GPUs compute float32 as such, with no fewer bits in products, whatever the environment says."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def work(request: str, answer: str) -> None:

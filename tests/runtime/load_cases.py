@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
-from runtime.loader import filling, reads
+from runtime.loader import filling, reads, replicated
 from runtime.loader.reads import Read
 from runtime.models.model import meta_model, model_class, model_tensors
 from tests.runtime.rank_cases import eager_config, unsharded
@@ -149,6 +149,24 @@ def counted(gap: int) -> Iterator[list[Read]]:
 def overlap(ranges: list[Read]) -> int:
     ordered = sorted((read.file, read.start, read.stop) for read in ranges)
     return sum(one[0] == two[0] and two[1] < one[2] for one, two in pairwise(ordered))
+
+
+def sent(dtypes: list[torch.dtype]) -> list[str]:
+    """Send tensors of some types from rank to rank and name what did not arrive bit for bit."""
+    shapes = {"none": torch.Size((0, 3)), "one": torch.Size(()), "some": torch.Size((5, 7))}
+    wanted = {
+        f"{dtype} {name}": torch.arange(shape.numel() * dtype.itemsize).remainder(2).byte().view(dtype).view(shape)
+        for dtype in dtypes
+        for name, shape in shapes.items()
+    }
+    dealt = {name: number % dist.get_world_size() for number, name in enumerate(wanted)}
+    held = {
+        name: tensor.clone() if dealt[name] == dist.get_rank() else torch.empty_like(tensor)
+        for name, tensor in wanted.items()
+    }
+    replicated.broadcast(dealt, held)
+    as_bytes = {name: tensor.view(-1).view(torch.uint8) for name, tensor in held.items()}
+    return [name for name, tensor in wanted.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))]
 
 
 def loads_alone(hub: Path, folder: Path) -> bool | None:

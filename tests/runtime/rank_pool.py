@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> No
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # from_pretrained makes a mesh for each model, whose threads wake a hundred times a second and outlive it.
+    dist.init_device_mesh = cache(dist.init_device_mesh)
     while (call := pipe.recv()) is not None:
         function, args = call
         try:

@@ -19,7 +19,7 @@ from runtime.checkpoint.read import read_content
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.loader.replicated import shares
-from runtime.models.model import meta_model, read_config
+from runtime.models.model import DTYPES, meta_model, read_config
 from tests.runtime import load_cases
 from tests.runtime.rank_pool import RankPool
 
@@ -127,6 +127,10 @@ def test_a_rank_reads_just_what_it_holds(
     for files, overlaps, held in two_ranks.run(load_cases.bytes_read, hub, folder, mode, mesh, 1):
         assert sum(files.values()) == held
         assert overlaps == 0
+
+
+def test_tensors_of_every_type_are_sent_from_rank_to_rank(two_ranks: RankPool) -> None:
+    assert two_ranks.run(load_cases.sent, list(DTYPES.values())) == [[], []]
 
 
 def test_one_rank_loads_a_model_that_is_not_parallel(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime.loader.reads
-from plans.errors import UsageError
+from plans.errors import IncompleteError, UsageError
 from runtime.checkpoint.extents import concatenate, narrow, transpose, whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.runs import Repeat, Run, runs_of
@@ -120,6 +120,20 @@ def test_pinned_buffers_bring_the_same_as_reading_directly(
         runtime.load(other, hub_folder(name), dtype=dtype, threads=3)
     assert len(workers) == 3
     assert not differing(local_tensors(other), local_tensors(one))
+
+
+def test_where_a_read_fails_no_copy_is_left_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "short"
+    file.write_bytes(bytes(64))
+    work = [(Read(file, start, start + 64, (Run(0, start, 0, start, 64),)),) for start in (0, 64)]
+    targets = {0: bringing.target_of(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
+    with as_if_on_a_gpu(monkeypatch):
+        waited: list[bool] = []
+        stream = torch.cuda.Stream(torch.device("cpu"))
+        stream.synchronize = lambda: waited.append(True)
+        with pytest.raises(IncompleteError, match="short"):
+            filling.fill(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
+    assert waited == [True]
 
 
 @contextmanager

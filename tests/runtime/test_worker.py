@@ -17,7 +17,7 @@ import pytest
 
 from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
-from runtime.parallel.structure import Mismatch as Row
+from runtime.parallel.mismatch import Mismatch as Row
 from runtime.processes.launch import launch
 from runtime.processes.started import in_worker
 from runtime.validation.request import ValidationRequest

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from runtime.checkpoint.dcp.safetensors import shard_file, sharding_metadata
+from runtime.checkpoint.dcp.names import shard_file
+from runtime.checkpoint.dcp.safetensors import sharding_metadata
 from runtime.checkpoint.extents import Form, narrow, unravel, whole
 from runtime.checkpoint.files.new_file import NewFile, new_file
 from runtime.checkpoint.files.safetensors import BITS

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import Global, Made, Table, read_pickle
 from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.side_files import check_contained
 
-__all__ = ["METADATA", "Box", "KeyPath", "Place", "Saved", "read_metadata"]
+__all__ = ["Box", "KeyPath", "Place", "Saved", "read_metadata"]
 
-METADATA = ".metadata"
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"

@@ -1,4 +1,4 @@
-"""Shard files of distributed checkpoints in safetensors form: their names, their metadata, and the chunks they store.
+"""Shard files of distributed checkpoints in safetensors form: their metadata, and the chunks they store.
 
 Source: `torch.distributed.checkpoint.hf_storage` of torch 2.13.
 """
@@ -6,7 +6,6 @@ Source: `torch.distributed.checkpoint.hf_storage` of torch 2.13.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,21 +15,10 @@ from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_head
 from runtime.checkpoint.files.side_files import check_contained
 from runtime.checkpoint.files.strict_json import strict_json
 
-__all__ = ["read_shard_files", "shard_file", "shard_files", "sharding_metadata"]
+__all__ = ["read_shard_files", "sharding_metadata"]
 
-_NAME = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _INFO = "DCP_SHARDING_INFO"
 _MAX_SIZE = 2**63 - 1
-
-
-def shard_file(rank: int, number: int, count: int) -> str:
-    """Return the name of one of a rank's files, which torch numbers from one: `shard-00001-model-00001-of-00002…`."""
-    return f"shard-{rank + 1:05d}-model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def shard_files(folder: Path) -> list[str]:
-    """Return the names of a folder's shard files, by which transformers knows a distributed checkpoint."""
-    return sorted(path.name for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:

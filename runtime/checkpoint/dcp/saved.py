@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from plans.errors import CheckpointError
 from runtime.checkpoint.dcp.chunks import Chunk, Shape
-from runtime.checkpoint.dcp.metadata import METADATA, Box, read_metadata
-from runtime.checkpoint.dcp.safetensors import read_shard_files, shard_files
+from runtime.checkpoint.dcp.metadata import Box, read_metadata
+from runtime.checkpoint.dcp.names import METADATA, shard_files
+from runtime.checkpoint.dcp.safetensors import read_shard_files
 from runtime.checkpoint.dcp.storage import read_chunks
 from runtime.wording import listed
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from plans.errors import IncompleteError
 from runtime.checkpoint.dcp.archive import read_archive
 from runtime.checkpoint.dcp.chunks import Chunk
-from runtime.checkpoint.dcp.metadata import METADATA, Box, Place
+from runtime.checkpoint.dcp.metadata import Box, Place
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.zip import Region
 from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.side_files import check_contained

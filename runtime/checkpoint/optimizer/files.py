@@ -15,7 +15,8 @@ from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Held
 from runtime.checkpoint.copying.copy import Destination
 from runtime.checkpoint.dcp.files import box_of, boxes
-from runtime.checkpoint.dcp.metadata import METADATA, Place
+from runtime.checkpoint.dcp.metadata import Place
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.new_file import NewFile
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, tensor_archive, value_archive

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from plans.errors import CheckpointError, ConversionError, MismatchError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.dcp.chunks import Shape, join
-from runtime.checkpoint.dcp.metadata import METADATA, Saved, read_metadata
+from runtime.checkpoint.dcp.metadata import Saved, read_metadata
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.storage import read_chunks
 from runtime.checkpoint.files.safetensors import dtypes_of
 from runtime.checkpoint.optimizer.checks import check_alike, check_listed

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from plans.errors import HeaderError
 from runtime.checkpoint.dcp.archive import read_description
-from runtime.checkpoint.dcp.metadata import METADATA, Place
+from runtime.checkpoint.dcp.metadata import Place
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import Made, Table, read_pickle
 from runtime.checkpoint.dcp.storage import archive_at, opened
 from runtime.checkpoint.dcp.zip import Region

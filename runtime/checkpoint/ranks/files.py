@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from plans.errors import CheckpointError, IncompleteError, MismatchError
+from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, build_table, execute
-from runtime.checkpoint.copying.regions import DigestRegion, MemoryRegion, Region
 from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.files.new_file import NewFile, new_file
-from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header, tensor_bytes
+from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained, find_side_files
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
 from runtime.checkpoint.shards import local_form, reassemble
-from runtime.checkpoint.verifying.digest import Digest
-from runtime.models.model import DTYPES
 
-__all__ = [
-    "Copy",
-    "RankCheckpoint",
-    "assemble",
-    "compute_digest",
-    "held_by",
-    "lay_out",
-    "local",
-    "rank_file",
-    "read_rank",
-]
+__all__ = ["Copy", "RankCheckpoint", "held_by", "lay_out", "local", "rank_file", "read_rank"]
 
 
 def rank_file(rank: int, world_size: int) -> str:
@@ -156,51 +139,6 @@ class RankCheckpoint:
         """Return the local tensor that a form names."""
         rank, _, name = key.partition("/")
         return self.headers[int(rank)].tensors[name]
-
-
-def assemble(folder: Path, *, max_memory: int = DEFAULT_MEMORY) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the unsharded parameters and persistent buffers of rank files, one in memory at a time.
-
-    Tied names are left out; `Manifest.tied` tells where their bytes are.
-
-    Args:
-        folder: that `migrator reshard --layout ranks` wrote.
-        max_memory: bytes for reading, besides the tensor itself.
-
-    Raises:
-        IncompleteError, HeaderError, MismatchError: as `RankCheckpoint.read`.
-        CheckpointError: torch has no such dtype.
-    """
-    checkpoint = RankCheckpoint.read(folder)
-    for name, entry in checkpoint.manifest.tensors.items():
-        if entry.kind == "carried":
-            continue
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{folder}: {name} is {entry.dtype}, which torch lacks", hint="use a newer torch")
-        content = np.empty(tensor_bytes(entry.dtype, entry.shape), np.uint8)
-        _feed(checkpoint, checkpoint.copies(name)[0], MemoryRegion(content), max_memory)
-        yield name, torch.from_numpy(content).view(DTYPES[entry.dtype]).reshape(entry.shape)
-
-
-def compute_digest(checkpoint: RankCheckpoint, copy: Copy, *, max_memory: int = DEFAULT_MEMORY) -> str:
-    """Return the digest of one copy of a tensor as the rank files hold it.
-
-    Args:
-        checkpoint: read before.
-        copy: of one of its tensors.
-        max_memory: bytes for reading.
-    """
-    digest = Digest()
-    _feed(checkpoint, copy, DigestRegion(digest), max_memory)
-    return str(digest)
-
-
-def _feed(checkpoint: RankCheckpoint, copy: Copy, region: Region, max_memory: int) -> None:
-    entry = checkpoint.manifest.tensors[copy.name]
-    form = checkpoint.form(copy)
-    sources = {key: checkpoint.source(key) for key in form.sources}
-    destination = Destination(copy.name, tensor_bytes(entry.dtype, entry.shape))
-    execute(build_table(sources, [(destination, form)]), [region], max_memory=max_memory)
 
 
 def _replica(entry: Entry, mesh: Mesh, rank: int) -> tuple[int, ...]:

@@ -13,10 +13,11 @@ from runtime.checkpoint.copying.table import Table
 from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.read import find_optimizer
 from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.read import layout_of, read_content
+from runtime.checkpoint.read import read_content
 from runtime.checkpoint.verifying.digest import Digest
 from runtime.models.model import read_config
 from runtime.models.quantized import stored_model

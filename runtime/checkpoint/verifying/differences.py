@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from plans.errors import IncompleteError, MigratorError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.verifying.elements import Element
+
+if TYPE_CHECKING:
+    from runtime.checkpoint.verifying.elements import Element
 
 __all__ = ["Aspect", "Difference", "compare_held", "read_differences"]
 

@@ -46,7 +46,8 @@ def _words(rows: torch.Tensor, lead: int) -> torch.Tensor:
     """Return rows of bytes as words, zeros before and behind where they begin or end within one."""
     behind = -(lead + rows.shape[1]) % _WORD
     padded = torch.nn.functional.pad(rows, (lead, behind)) if lead or behind else rows.contiguous()
-    return padded.view(torch.int64)
+    # A piece of a larger tensor may begin in memory where no word does.
+    return (padded.clone() if padded.storage_offset() % _WORD else padded).view(torch.int64)
 
 
 def _add(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:

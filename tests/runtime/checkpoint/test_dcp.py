@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp.safetensors import shard_file, shard_files, sharding_metadata
+from runtime.checkpoint.dcp.names import shard_file, shard_files
+from runtime.checkpoint.dcp.safetensors import sharding_metadata
 from runtime.checkpoint.hub.hf import INDEX
 from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
 from runtime.checkpoint.dcp.content import dcp_content
-from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target

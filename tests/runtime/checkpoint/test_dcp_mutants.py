@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.copying.copy import Destination, build_table
 from runtime.checkpoint.dcp.content import dcp_content
-from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target

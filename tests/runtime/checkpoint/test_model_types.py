@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from plans.errors import PlanError
 from plans.mesh import Mesh
 from runtime.checkpoint.hub.hf import WEIGHTS
-from runtime.checkpoint.ranks.files import assemble
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
+from tests.rank_files import assembled
 from tests.runtime.checkpoint.tiny_types import UNBUILT, model_classes, tiny_type
 
 HUB = Target("hf")
@@ -54,7 +54,7 @@ def there_and_back(model: transformers.PreTrainedModel, folder: Path) -> bool:
     except PlanError:
         return False
     manifest = plan.execute(folder / "ranks").manifest
-    found = dict(assemble(folder / "ranks"))
+    found = assembled(folder / "ranks")
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert same(found, loaded), "ranks"
     plan_reshard(folder / "ranks", target=HUB).execute(folder / "again")
@@ -100,6 +100,6 @@ def test_names_of_older_releases_come_back(prefixes: dict[str, str], tmp_path: P
     save_file(tensors, tmp_path / "hub" / WEIGHTS, metadata={"format": "pt"})
     loaded = type(model).from_pretrained(tmp_path / "hub").state_dict()
     plan_reshard(tmp_path / "hub", Mesh(tp=2)).execute(tmp_path / "ranks")
-    assert same(dict(assemble(tmp_path / "ranks")), loaded)
+    assert same(assembled(tmp_path / "ranks"), loaded)
     plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "hub" / WEIGHTS).read_bytes()

@@ -14,10 +14,10 @@ from plans.errors import ConversionError, HeaderError, IncompleteError, Mismatch
 from plans.mesh import Mesh
 from runtime.checkpoint.hub import names
 from runtime.checkpoint.hub.names import convert
-from runtime.checkpoint.ranks.files import assemble
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.models.model import meta_model
+from tests.rank_files import assembled
 
 _TEXT = {
     "hidden_size": 64,
@@ -76,7 +76,7 @@ def test_a_converter_that_transposes_by_shape(transposed: bool, tmp_path: Path) 
         save_file(tensors, file, metadata={"format": "pt"})
     loaded = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "hub").state_dict()
     manifest = plan_reshard(tmp_path / "hub", Mesh(tp=2)).execute(tmp_path / "ranks").manifest
-    found = dict(assemble(tmp_path / "ranks"))
+    found = assembled(tmp_path / "ranks")
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert all(torch.equal(found[name], loaded[name]) for name in found)
     plan_reshard(tmp_path / "ranks", target=Target("hf")).execute(tmp_path / "back")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint import target as targets
+from runtime.checkpoint import laid_out
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.files.file_names import check_apart_names, is_weight_file
 from runtime.checkpoint.files.safetensors import read_header
@@ -76,8 +76,8 @@ def test_a_tensor_that_a_layout_forgets_is_not_lost(rank_folder: RankFolder, mon
         object.__setattr__(first, "tensors", first.tensors[1:])
         return laid
 
-    whole = targets._LAYOUTS["hf"]
-    monkeypatch.setitem(targets._LAYOUTS, "hf", forgetful)  # type: ignore[misc, arg-type]
+    whole = laid_out._LAYOUTS["hf"]
+    monkeypatch.setitem(laid_out._LAYOUTS, "hf", forgetful)  # type: ignore[misc, arg-type]
     with pytest.raises(AssertionError, match="left out"):
         plan_reshard(rank_folder("qwen2", 2), target=Target("hf"))
 

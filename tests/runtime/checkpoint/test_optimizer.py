@@ -34,7 +34,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.content import Layout
 from runtime.checkpoint.copying.copy import work_of
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.dcp.metadata import METADATA
+from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard

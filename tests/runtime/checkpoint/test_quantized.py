@@ -19,11 +19,12 @@ from plans.errors import IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.hub.hf import WEIGHTS
-from runtime.checkpoint.ranks.files import assemble, rank_file
+from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.models.model import read_config
 from runtime.models.quantized import stored_model
+from tests.rank_files import assembled
 from tests.tiny_models import DENSE, ODD_MODELS
 
 HUB = Target("hf")
@@ -117,7 +118,7 @@ def test_the_tensors_are_those_of_transformers_quantized_loading(
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *arguments, **named: None)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(fp8, dtype="auto").state_dict()
     plan_reshard(fp8, target=MODES["tp"]).execute(tmp_path / "ranks")
-    found = dict(assemble(tmp_path / "ranks"))
+    found = assembled(tmp_path / "ranks")
     assert found.keys() == loaded.keys()
     assert sum(name.endswith("_scale_inv") for name in found) > 20
     for name, tensor in found.items():
@@ -139,7 +140,7 @@ def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8:
     manifest = plan_reshard(fp8, target=MODES[mode]).execute(tmp_path / "ranks").manifest
     assert manifest is not None
     dequantize = Fp8Dequantize(None)._dequantize_one
-    whole = dict(assemble(tmp_path / "ranks"))
+    whole = assembled(tmp_path / "ranks")
     pairs = [(name.removesuffix("_scale_inv"), name) for name in whole if name.endswith("_scale_inv")]
     axis = manifest.mesh.sizes("experts" if mode == "ep" else "dense")[1]
     cut = 0

@@ -1,0 +1,24 @@
+"""Which layout a checkpoint has, by the names of its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.checkpoint.content import Layout
+from runtime.checkpoint.dcp.names import METADATA, shard_files
+from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.hub.hf import INDEX, WEIGHTS
+from runtime.checkpoint.ranks.record import MANIFEST
+
+__all__ = ["layout_of"]
+
+
+def layout_of(folder: Path) -> Layout:
+    """Return how a checkpoint lies in a folder, by the names of its files; hub form where nothing says otherwise."""
+    with reading(folder):
+        if folder.is_dir() and shard_files(folder):
+            return "dcp"
+    if (folder / MANIFEST).is_file():
+        return "ranks"
+    is_hub = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+    return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
