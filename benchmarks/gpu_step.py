@@ -11,12 +11,8 @@ peak of a step beside what was there before the model was loaded. `--device cpu 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
@@ -25,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from gpu_ranks import free, joined, machine, shared_folder
 from step_measure import Answer, compute, errors, largest, profiled, timed
 
 from plans.mesh import Mesh, Mode
@@ -79,28 +76,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--profile", type=Path, help="folder for each system's profile of one step")
     return parser.parse_args()
-
-
-def joined(device_type: str) -> torch.device:
-    """Join the process group that torchrun prepared and return this rank's device."""
-    if device_type == "cpu":
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """Give all ranks one folder, which rank 0 makes and removes."""
-    with tempfile.TemporaryDirectory(prefix="migrator-step-") as own:
-        name = [own]
-        dist.broadcast_object_list(name)
-        yield Path(name[0])
-        dist.barrier()
 
 
 def make_checkpoint(folder: Path, shape: dict[str, Any], device: torch.device) -> None:
@@ -220,22 +195,6 @@ def measured_in_turn(
                 found[name] += timed(lambda step=step, model=model: step(model, tokens), device, WARM_UP, steps)
             model.zero_grad(set_to_none=True)
     return [{f"{name}_ms": largest(median(times), device) for name, times in found.items()} for found in samples]
-
-
-def free() -> None:
-    """Give memory back: hooked modules and their sites refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {
-        "device": f"{dist.get_world_size()} x {name}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def show(rows: list[Row]) -> None:

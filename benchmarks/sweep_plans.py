@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.sweep_cases import VARIANTS, Case
-from codemods.effective import EffectivePlans
-from codemods.migrate import plan_rewrites
-from codemods.sources import read_source
-from codemods.write import write_changes
+from codemods.files.sources import read_source
+from codemods.inheritance.effective import EffectivePlans
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 
 __all__ = ["rewritten_cases"]
 

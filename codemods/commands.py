@@ -14,15 +14,15 @@ from pathlib import Path
 import libcst as cst
 from libcst.codemod import CodemodCommand, SkipFile
 
-from codemods.decisions import line_of, lines_of, settle
-from codemods.module import PlanLiteral
-from codemods.ownership import Place, Tree
-from codemods.propagate import Family, judge
-from codemods.rewrite import rewrite_source
-from codemods.selection import Silencer
-from codemods.sources import Source
-from codemods.survey import expert_plans
-from codemods.transform import to_param_level
+from codemods.files.sources import Source
+from codemods.inheritance.ownership import Place, Tree
+from codemods.reading.module import PlanLiteral
+from codemods.rewriting.decisions import line_of, lines_of, settle
+from codemods.rewriting.propagate import Family, judge
+from codemods.rewriting.rewrite import rewrite_source
+from codemods.rewriting.transform import to_param_level
+from codemods.tree.selection import Silencer
+from codemods.tree.survey import expert_plans
 from plans.decompose import Edit
 
 __all__ = ["DecomposePlansCommand"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from migrator import console
-from migrator.shown import described, dims, sized, visible
+from migrator.shown import described, dims, sized, unmatched_words, visible
 from runtime.inspecting.values import Arrangement, Inspection, TensorGroup
 from runtime.wording import counted
 
@@ -73,7 +73,8 @@ def _lines(found: Inspection) -> Iterator[str]:
         yield f"optimizer: {counted(found.optimizer.tensors, 'tensor')}, {sized(found.optimizer.bytes)}"
     yield f"digests: {len(found.digests):,} recorded, which `migrator verify` checks" if found.digests else _NO_DIGESTS
     for side in filter(None, (found.held, found.planned)):
-        yield from (f"note {visible(key)} matches nothing in this configuration" for key in side.unmatched)
+        if side.unmatched:
+            yield f"note {unmatched_words(side.unmatched)}"
 
 
 _NO_DIGESTS = "digests: none recorded"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from migrator import console
 from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
-from migrator.shown import sized, visible
+from migrator.shown import lasting, sized, visible
 
 __all__ = ["listener", "show", "show_forecasts"]
 
@@ -74,15 +75,15 @@ def _rows(result: JobResult) -> list[tuple[str, str, str, str]]:
     if not result.steps:
         said = result.error.message if result.error else f"stopped by {result.stopped}"
         return [(result.name, "", "failed" if result.error else "not run", visible(said, _LONGEST))]
-    return [(result.name, step.step, _outcome(step), _said(result, step)) for step in result.steps]
+    return [(result.name, step.step, _outcome(step), _said(result.output, step)) for step in result.steps]
 
 
-def _said(result: JobResult, step: StepResult) -> str:
+def _said(output: Path | None, step: StepResult | StepForecast) -> str:
     """Return what came of a step, and where a person finds what was found."""
     said = visible(step.said, _LONGEST)
-    if step.code != 1 or result.output is None:
+    if step.code != 1 or output is None:
         return said
-    return f"{said}; see {visible(str(result.output / 'results' / f'{step.step}.json'), _LONGEST)}"
+    return f"{said}; see {visible(str(output / 'results' / f'{step.step}.json'), _LONGEST)}"
 
 
 def _outcome(step: StepResult) -> str:
@@ -99,19 +100,23 @@ def show_forecasts(forecasts: Sequence[Forecast]) -> None:
 def _forecast_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
     if forecast.error:
         return [("", "fail", visible(forecast.error.message, _LONGEST))]
-    return [_forecast_row(step) for step in forecast.steps]
+    return [_forecast_row(forecast, step) for step in forecast.steps]
 
 
-def _forecast_row(step: StepForecast) -> tuple[str, str, str]:
-    if step.error:
-        return step.step, "fail", visible(step.error.message, _LONGEST)
-    if step.why is None:
-        return step.step, "be skipped", "it is done"
-    return step.step, "be run", visible("; ".join((step.why, *_estimated(step.estimate))), _LONGEST)
+def _forecast_row(forecast: Forecast, step: StepForecast) -> tuple[str, str, str]:
+    said = _said(forecast.output, step)
+    match step.outcome:
+        case "failed":
+            return step.step, "fail", said
+        case "not run":
+            return step.step, "not be run", said
+        case None:
+            return step.step, "be run", visible("; ".join((step.why or "", *_estimated(step.estimate))), _LONGEST)
+    return step.step, "be skipped", f"it is done: {said}"
 
 
 def _estimated(estimate: Mapping[str, object] | None) -> list[str]:
     if estimate is None:
         return []
     written, seconds = int(str(estimate["bytes_written"])), float(str(estimate["seconds"]))
-    return [f"writes {sized(written)} in about {seconds:.1f} s"]
+    return [f"writes {sized(written)}, {lasting(seconds)} to copy"]

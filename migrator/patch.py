@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from codemods.outcome import Change
+from codemods.tree.outcome import Change
 
 __all__ = ["patch", "patch_root"]
 

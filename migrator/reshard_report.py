@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from migrator import console
+from migrator.shown import lasting, sized, unmatched_words, visible
 from runtime.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ __all__ = ["estimate_as_json", "note", "result_as_json", "summarize", "summarize
 
 def note(plan: ReshardPlan) -> None:
     """Say what a person should know of a plan."""
-    for key in _unmatched(plan):
-        console.say(f"note: the plan entry {key} matches nothing in this configuration")
+    if unmatched := _unmatched(plan):
+        console.say(f"note: {unmatched_words(unmatched)}")
     if carried := _carried(plan):
         where = "" if plan.target.layout == "hf" else ", in rank 0's file"
         tensors = counted(len(carried), "tensor")
@@ -51,16 +52,22 @@ def summarize(plan: ReshardPlan, result: ReshardResult) -> None:
 def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
     """Print what carrying a plan out would take."""
     rows = [
-        (group.name, f"{group.tensors:,}", group.old, group.new, f"{group.bytes_written:,}", f"{group.runs:,}")
-        for group in estimate.groups
+        (visible(one.name), f"×{one.tensors:,}", one.old, one.new, sized(one.bytes_written), f"{one.runs:,}")
+        for one in estimate.groups
     ]
-    title = f"{plan.content.folder.name} → {plan.target.layout}"
-    console.table(title, ("tensors", "count", "from", "to", "bytes", "runs"), rows, spare=("runs", "count"))
-    console.emit(f"reads {estimate.bytes_read:,} bytes and writes {estimate.bytes_written:,}")
-    console.emit(f"needs {estimate.disk_needed:,} bytes of disk and {estimate.peak_memory:,} of memory")
+    mesh = f", {plan.laid.manifest.mesh}" if plan.laid.manifest else ""
+    title = f"what would move: {plan.content.folder.name} ({plan.content.layout}) → {plan.target.layout}{mesh}"
+    console.table(title, ("tensors", "", "from", "to", "written", "runs"), rows, spare=("runs", ""))
+    console.emit("written: to the files of all ranks together; runs: stretches of bytes, each copied as one")
+    console.emit(f"would read {sized(estimate.bytes_read)} and write {sized(estimate.bytes_written)} of tensors")
     if estimate.bytes_shared:
-        console.emit(f"shares {estimate.bytes_shared:,} of them ({estimate.reflinkable:.0%}) with the source's files")
-    console.emit(f"about {estimate.seconds:.1f} s to copy; nothing was written")
+        shared = f"{sized(estimate.bytes_shared)} ({estimate.reflinkable:.0%})"
+        console.emit(f"{shared} of what is written would be blocks of the source's own files, which need no disk")
+    console.emit(
+        f"would need {sized(estimate.disk_needed)} of disk, {sized(estimate.peak_memory)} of memory for the whole "
+        f"process, and {lasting(estimate.seconds)} to copy"
+    )
+    console.emit("nothing was written")
 
 
 def result_as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plans.placement import Placement, Replicate
+from runtime.wording import RANK_0, listed, placed_words
 
 if TYPE_CHECKING:
-    from plans.mesh import Mesh, MeshName
     from runtime.inspecting.values import Arrangement, Placed
 
-__all__ = ["described", "dims", "placed_words", "sized", "visible"]
+__all__ = ["described", "dims", "lasting", "sized", "unmatched_words", "visible"]
 
 _LONGEST = 160
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
+_TIMES = ((3600, "h"), (60, "min"), (1, "s"))
+_SHORTEST = 0.1
 
 
 def visible(text: str, longest: int = _LONGEST) -> str:
@@ -31,14 +32,7 @@ def visible(text: str, longest: int = _LONGEST) -> str:
 
 def described(place: Placed | None, side: Arrangement) -> str:
     """Return how a tensor lies in an arrangement, in words; carried tensors are placed nowhere."""
-    return placed_words(place.axes, place.placements, side.mesh) if place else "rank 0 only"
-
-
-def placed_words(axes: MeshName, placements: Sequence[Placement], mesh: Mesh) -> str:
-    """Return placements by the mesh axes that have more than one rank, `fsdp: Shard(0), tp: Shard(0)`."""
-    rows = zip(mesh.axes(axes), mesh.sizes(axes), placements, strict=True)
-    words = [f"{axis}: {one}" for axis, size, one in rows if size > 1 and one != Replicate()]
-    return ", ".join(words) or "replicated"
+    return placed_words(place.axes, place.placements, side.mesh) if place else RANK_0
 
 
 def dims(shape: Sequence[int]) -> str:
@@ -53,3 +47,17 @@ def sized(number: int) -> str:
     power = next((power for power in range(1, len(_UNITS)) if number < 1000 * 1024**power), len(_UNITS))
     value = number / 1024**power
     return f"{value:.3g} {_UNITS[power - 1]}" if value < 1000 else f"{value:,.0f} {_UNITS[power - 1]}"
+
+
+def lasting(seconds: float) -> str:
+    """Return an estimated time in the unit that suits it, `about 2.5 h`."""
+    if seconds < _SHORTEST:
+        return f"less than {_SHORTEST} s"
+    size, unit = next((one for one in _TIMES if seconds >= 2 * one[0]), _TIMES[-1])
+    return f"about {seconds / size:.1f} {unit}"
+
+
+def unmatched_words(keys: Sequence[str]) -> str:
+    """Return in one line how many plan entries match nothing, and the first few of them."""
+    entries = "1 plan entry matches" if len(keys) == 1 else f"{len(keys)} plan entries match"
+    return f"{entries} nothing in this configuration: {listed(keys)}"

@@ -16,7 +16,7 @@ from migrator import console
 from plans.errors import MigratorError, UsageError
 
 if TYPE_CHECKING:
-    from codemods.selection import Selection
+    from codemods.tree.selection import Selection
     from migrator.formats.report import Report
 
 __all__ = [
@@ -100,7 +100,7 @@ def read_requests(
         UsageError: the configuration is not valid, the options contradict each other, or a path is no Python file and
             no folder that holds one.
     """
-    from codemods.projects import by_project
+    from codemods.tree.projects import by_project
 
     if base_ref and not changed_only:
         raise UsageError("--base-ref needs --changed-only", hint="add --changed-only or leave --base-ref out")
@@ -110,8 +110,8 @@ def read_requests(
 
 def _request(paths: tuple[Path, ...], compared: str | None, source: str | None, target: str | None) -> Request:
     """Return what to look at in one project; without paths in the one around the current folder."""
-    from codemods.config import find_configuration
-    from codemods.selection import Selection
+    from codemods.files.config import find_configuration
+    from codemods.tree.selection import Selection
     from plans.dialect import PARAM_LEVEL
 
     start = paths[0] if paths else Path()
@@ -174,7 +174,7 @@ def report_errors(errors: Sequence[MigratorError]) -> None:
 
 
 def _touched(start: Path, base_ref: str) -> frozenset[Path]:
-    from codemods.changed import changed_files, touched_folders
+    from codemods.files.changed import changed_files, touched_folders
 
     start = start.absolute()
     if not start.exists():

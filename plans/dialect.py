@@ -9,18 +9,19 @@ transformers minor versions that speak it, none for a stage of the branch, which
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from plans.alike import did_you_mean
 from plans.errors import UnknownStyleError, UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import PlacementRule, Style
 
-__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect"]
+__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect", "meant_style"]
 
 PARAM_LEVEL = "param-level"
 
@@ -65,7 +66,7 @@ class Dialect:
         except KeyError:
             raise UnknownStyleError(
                 f"{key!r}: the dialect {self.name} has no style {name!r}",
-                hint="styles it has: " + ", ".join(sorted(self.styles)),
+                hint=meant_style(name, self.styles, "styles it has: " + ", ".join(sorted(self.styles))),
                 key=key,
                 style=name,
                 dialect=self.name,
@@ -94,7 +95,8 @@ def load_dialect(name: str) -> Dialect:
         UsageError: there is no such dialect.
     """
     if name not in dialect_names():
-        raise UsageError(f"no dialect is called {name!r}", hint="choose among " + ", ".join(dialect_names()), name=name)
+        hint = did_you_mean(name, dialect_names(), "choose among " + ", ".join(dialect_names()))
+        raise UsageError(f"no dialect is called {name!r}", hint=hint, name=name)
     table = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
     base = load_dialect(table["extends"]).styles if "extends" in table else {}
     kept = {style: base[style] for style in base if style not in table.get("removed", ())}
@@ -128,6 +130,15 @@ def dialect_for_release(version: str) -> Dialect:
             version=version,
         )
     return load_dialect(older[-1])
+
+
+def meant_style(name: str, known: Iterable[str], hint: str = "") -> str:
+    """Return the hint for a style that is not known, as `did_you_mean` does for any name.
+
+    One that some dialect has is not mistyped, and what is spelled like it means something else.
+    """
+    is_spelled = any(name in load_dialect(one).styles for one in dialect_names())
+    return hint if is_spelled else did_you_mean(name, known, hint)
 
 
 def _minor(version: str) -> tuple[int, int]:

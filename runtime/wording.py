@@ -1,13 +1,19 @@
-"""Words for one-line messages: what foreign errors say, and long lists of names."""
+"""Words for one-line messages: what foreign errors say, long lists of names, and where tensors lie."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["counted", "first_line", "listed", "shortened"]
+from plans.mesh import Mesh, MeshName
+from plans.placement import Placement, Replicate
+
+__all__ = ["RANK_0", "counted", "first_line", "listed", "placed_words", "shortened"]
 
 _SHOWN = 3
 _LONGEST = 120
+
+RANK_0 = "rank 0 only"
+"""Where carried tensors lie, which no plan places."""
 
 
 def first_line(error: BaseException) -> str:
@@ -30,6 +36,13 @@ def shortened(text: str) -> str:
     """Return a text that fits a line, its middle left out where it is longer."""
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]}…{text[-half:]}"
+
+
+def placed_words(axes: MeshName, placements: Sequence[Placement], mesh: Mesh) -> str:
+    """Return placements by the mesh axes that have more than one rank, `fsdp: Shard(0), tp: Shard(0)`."""
+    rows = zip(mesh.axes(axes), mesh.sizes(axes), placements, strict=True)
+    words = [f"{axis}: {one}" for axis, size, one in rows if size > 1 and one != Replicate()]
+    return ", ".join(words) or "replicated"
 
 
 def _announced(lines: Sequence[str]) -> Iterator[str]:

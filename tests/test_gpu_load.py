@@ -22,3 +22,4 @@ def test_every_system_loads_the_same(tmp_path: Path) -> None:
     rows = json.loads(answer.read_text("utf-8"))["rows"]
     assert {row["system"] for row in rows} >= SYSTEMS
     assert all(row["equal"] for row in rows if row["system"] != "plain bytes")
+    assert [row["right"] for row in rows if "migrator" in row["system"]] == [True, True]

@@ -20,7 +20,7 @@ from migrator.source_options import (
 )
 
 if TYPE_CHECKING:
-    from codemods.outcome import Outcome
+    from codemods.tree.outcome import Outcome
     from migrator.formats.report import Report
 
 __all__ = ["checked", "command", "exit_code"]
@@ -61,7 +61,7 @@ def checked(requests: Sequence[Request]) -> Report:
     Args:
         requests: what to look at.
     """
-    from codemods.outcome import joined
+    from codemods.tree.outcome import joined
     from migrator.formats.report import pending_report
 
     return pending_report(joined([_check(request) for request in requests]))
@@ -75,9 +75,9 @@ def exit_code(report: Report) -> int:
 
 
 def _check(request: Request) -> Outcome:
-    from codemods.check import check_paths
-    from codemods.pending import unused_comments
-    from codemods.selection import Silencer
+    from codemods.checking.check import check_paths
+    from codemods.tree.pending import unused_comments
+    from codemods.tree.selection import Silencer
 
     silencer = Silencer(request.selection)
     outcome = check_paths(request.paths, silencer, request.source, request.target)

@@ -13,7 +13,7 @@ from migrator import console
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
-    from codemods.revisions import Snapshot
+    from codemods.files.revisions import Snapshot
 
 __all__ = ["command"]
 
@@ -33,8 +33,8 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
     """
     gc.disable()  # for the same reason as in rewrite
-    from codemods.difference import compare
-    from codemods.revisions import find_repository
+    from codemods.comparing.difference import compare
+    from codemods.files.revisions import find_repository
     from migrator.formats.difference import Report, github_lines, human_summary, human_table, report_json
 
     repository = find_repository(Path())

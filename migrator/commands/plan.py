@@ -10,6 +10,7 @@ import click
 from migrator import console
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
+from migrator.shown import unmatched_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +84,8 @@ def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
         [[row[0], f"×{count}", *row[1:]] for row, count in rows.items()],
         spare=["by", "shape"],
     )
-    for key in after.unmatched:
-        console.emit(f"note {key} matches nothing in this configuration")
+    if after.unmatched:
+        console.emit(f"note {unmatched_words(after.unmatched)}")
 
 
 def _sizes(mesh: Mesh) -> str:

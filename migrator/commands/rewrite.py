@@ -21,7 +21,7 @@ from migrator.source_options import (
 from plans.errors import MigratorError, MismatchError, UsageError
 
 if TYPE_CHECKING:
-    from codemods.outcome import Outcome
+    from codemods.tree.outcome import Outcome
     from migrator.formats.report import Report
 
 __all__ = ["command", "exit_code", "rewritten"]
@@ -69,10 +69,10 @@ def rewritten(requests: Sequence[Request], *, writes: bool, verifies: bool) -> R
         writes: whether to write.
         verifies: whether to demand first that the tree's own modular converter writes the same.
     """
-    from codemods.migrate import plan_rewrites
-    from codemods.outcome import joined
-    from codemods.selection import Silencer
-    from codemods.write import write_changes
+    from codemods.rewriting.migrate import plan_rewrites
+    from codemods.rewriting.write import write_changes
+    from codemods.tree.outcome import joined
+    from codemods.tree.selection import Silencer
     from migrator.formats.report import pending_report, written_report
 
     outcome = joined([plan_rewrites(one.paths, Silencer(one.selection), one.target, one.source) for one in requests])
@@ -91,7 +91,7 @@ def exit_code(report: Report) -> int:
 
 
 def _verify(outcome: Outcome, paths: Sequence[Path]) -> Sequence[MigratorError]:
-    from codemods.proof import verify_outcome
+    from codemods.rewriting.proof import verify_outcome
 
     return verify_outcome(outcome, paths)
 

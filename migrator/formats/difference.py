@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from codemods.difference import Comparison, Difference, Side
-from codemods.effective import UNREAD
-from codemods.sources import shown
+from codemods.comparing.difference import Comparison, Difference, Side
+from codemods.files.sources import shown
+from codemods.inheritance.effective import UNREAD
 from migrator.formats.counts import counted
 from migrator.formats.github import workflow_command
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from codemods.outcome import Located
+from codemods.tree.outcome import Located
 from migrator.formats.report import Report
 from plans.errors import MigratorError
 from plans.rule import rule

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from codemods.outcome import Located
-from codemods.sources import shown
+from codemods.files.sources import shown
+from codemods.tree.outcome import Located
 from migrator.formats.counts import counted
 from migrator.formats.report import Report
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from codemods.outcome import Change, Located, LocatedEdit
-from codemods.pending import edit_message
-from codemods.sources import shown
+from codemods.files.sources import shown
+from codemods.tree.outcome import Change, Located, LocatedEdit
+from codemods.tree.pending import edit_message
 from migrator.formats.report import Report
 from plans.decompose import SetStyle
 from plans.errors import MigratorError

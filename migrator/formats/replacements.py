@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from codemods.outcome import Change
-from codemods.sources import Source
+from codemods.files.sources import Source
+from codemods.tree.outcome import Change
 
 __all__ = ["Replacement", "replacements"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.detect import Detected
-from codemods.outcome import Change, Located, Outcome
-from codemods.pending import pending_findings
-from codemods.write import Written
+from codemods.rewriting.write import Written
+from codemods.tree.detect import Detected
+from codemods.tree.outcome import Change, Located, Outcome
+from codemods.tree.pending import pending_findings
 from plans.errors import MigratorError
 
 __all__ = ["Report", "pending_report", "written_report"]

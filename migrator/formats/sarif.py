@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from codemods.outcome import Change, Located, LocatedEdit
-from codemods.ownership import Place
-from codemods.pending import pending_findings
+from codemods.inheritance.ownership import Place
+from codemods.tree.outcome import Change, Located, LocatedEdit
+from codemods.tree.pending import pending_findings
 from migrator.formats.replacements import Replacement, replacements
 from migrator.formats.report import Report
 from plans.errors import MigratorError

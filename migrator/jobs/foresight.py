@@ -19,19 +19,29 @@ def foresee(job: Job) -> Forecast:
     Raises:
         UsageError: its state file is damaged, or is another job's.
     """
-    return Forecast(job.file, tuple(_foreseen(job, read_state(job))))
+    return Forecast(job.file, tuple(_foreseen(job, read_state(job))), job.output)
 
 
 def _foreseen(job: Job, records: Records) -> Iterator[StepForecast]:
     coming: dict[str, str] = {}
+    blame: str | None = None
     for name, step in job.steps.items():
-        try:
-            found = _step(job, records, name, step, coming)
-        except MigratorError as error:
-            found = StepForecast(name, "it was not done", error=error)
+        if blame is not None:
+            yield StepForecast(name, outcome="not run", said=f"{blame} would fail")
+            continue
+        found = _tried(job, records, name, step, coming)
         if found.why is not None and isinstance(step, Reshard):
             coming[str(step.destination)] = name
+        if found.error is not None:
+            blame = name
         yield found
+
+
+def _tried(job: Job, records: Records, name: str, step: Step, coming: dict[str, str]) -> StepForecast:
+    try:
+        return _step(job, records, name, step, coming)
+    except MigratorError as error:
+        return StepForecast(name, "it was not done", "failed", 2, error.message, error=error)
 
 
 def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, str]) -> StepForecast:
@@ -47,8 +57,11 @@ def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, s
     if (before := next((coming[one] for one in sources_of(step) if one in coming), None)) is not None:
         return StepForecast(name, f"{before} comes before it")
     found = look(job, records, name, step)
-    if found.why is None or not isinstance(step, Reshard):
+    if found.why is None:
+        record = records[name]
+        return StepForecast(name, None, record.outcome, record.code, record.said)
+    if not isinstance(step, Reshard):
         return StepForecast(name, found.why)
     from migrator.jobs.resharding import estimated
 
-    return StepForecast(name, found.why, estimated(step, is_ours=found.is_ours))
+    return StepForecast(name, found.why, estimate=estimated(step, is_ours=found.is_ours))

@@ -172,11 +172,11 @@ def _tree(paths: Sequence[Path], *, verifies: bool) -> Iterator[Path]:
         paths: to look at.
         verifies: whether the tree's own converter is run, which may import what lies beside it.
     """
-    from codemods.config import find_project_file
-    from codemods.converter import converter_root
-    from codemods.detect import version_file
-    from codemods.sources import find_sources
-    from codemods.survey import is_model_path
+    from codemods.files.config import find_project_file
+    from codemods.files.sources import find_sources
+    from codemods.rewriting.converter import converter_root
+    from codemods.tree.detect import version_file
+    from codemods.tree.survey import is_model_path
 
     models = [path for path in paths if is_model_path(path)]
     beside = [path.parent.parent if path.is_file() else path.parent for path in models]

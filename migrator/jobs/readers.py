@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from plans.alike import did_you_mean
 from plans.errors import UsageError
 
 __all__ = [
@@ -124,7 +125,7 @@ def choice(*names: str) -> Reader:
 
     def read(place: Place, value: object) -> str:
         if value not in names:
-            place.refuse(f"is {value!r}", f"it is one of {', '.join(names)}")
+            place.refuse(f"is {value!r}", did_you_mean(str(value), names, f"it is one of {', '.join(names)}"))
         return str(value)
 
     return read

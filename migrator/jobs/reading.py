@@ -13,6 +13,7 @@ from migrator.jobs.files import read_regular
 from migrator.jobs.places import check_places
 from migrator.jobs.readers import Place, Reader
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from plans.alike import did_you_mean
 from plans.errors import UsageError
 from plans.mesh import MODES, Mesh
 
@@ -127,8 +128,10 @@ def _options(place: Place, table: Mapping[str, object]) -> Options:
     known = _KEYS[place.table]
     for key in table:
         if key not in known:
-            allowed = ", ".join(known) + ("" if place.table else f", and the tables {_LISTED}")
-            replace(place, key=key).refuse("is no setting", f"settings here are {allowed}")
+            tables = () if place.table else _STEPS
+            allowed = ", ".join(known) + (f", and the tables {_LISTED}" if tables else "")
+            hint = did_you_mean(key, (*known, *tables), f"settings here are {allowed}")
+            replace(place, key=key).refuse("is no setting", hint)
     return {key: known[key](replace(place, key=key), value) for key, value in table.items()}
 
 

@@ -156,13 +156,20 @@ class StepForecast:
 
     Args:
         step: its name.
-        why: it would be run, None where it is done.
+        why: it would be run, None where it would not.
+        outcome: in one word: what came of it where it is done, `failed` where it could not be done, `not run` behind
+            such a one, None where only running it tells.
+        code: its exit code, where its outcome is known.
+        said: what came of it, or would, in one line.
         estimate: of a reshard, in JSON, where its source is there already.
-        error: why it could not be run.
+        error: why it could not be done.
     """
 
     step: str
-    why: str | None
+    why: str | None = None
+    outcome: Outcome | None = None
+    code: int = 0
+    said: str = ""
     estimate: Mapping[str, object] | None = None
     error: MigratorError | None = None
 
@@ -172,6 +179,9 @@ class StepForecast:
             "step": self.step,
             "runs": self.why is not None,
             "why": self.why,
+            "outcome": self.outcome,
+            "code": self.code,
+            "said": self.said,
             "estimate": self.estimate,
             "error": error_as_json(self.error),
         }
@@ -183,6 +193,7 @@ class Forecast:
 
     file: Path
     steps: tuple[StepForecast, ...] = ()
+    output: Path | None = None
     error: MigratorError | None = None
 
     @property
@@ -192,8 +203,8 @@ class Forecast:
 
     @property
     def code(self) -> int:
-        """2 where something could not be done, else 0."""
-        return 2 if self.error or any(step.error for step in self.steps) else 0
+        """The worst exit code of its steps, those that only running tells being 0; 2 where it could not be begun."""
+        return 2 if self.error else max((step.code for step in self.steps), default=0)
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""

@@ -13,7 +13,7 @@ from migrator.jobs.answers import Answer, Task
 from migrator.jobs.files import as_text, opened_events, remove, write_whole, writing
 from migrator.jobs.identity import Identity, Look, look, product_of
 from migrator.jobs.places import check_places
-from migrator.jobs.results import Event, JobResult, Listener, Outcome, StepResult, internal, unheard
+from migrator.jobs.results import Event, JobResult, Listener, StepResult, internal, unheard
 from migrator.jobs.state import Record, Status, read_state, write_state
 from migrator.jobs.stopping import Interrupted, interruptible
 from migrator.jobs.values import Check, Job, Step
@@ -128,7 +128,7 @@ class _Running:
 
     def _remembered(self, name: str) -> StepResult:
         record = self.records[name]
-        return StepResult(name, _outcome(record.status), record.code, record.said)
+        return StepResult(name, record.outcome, record.code, record.said)
 
     def _work(self, name: str, step: Step, found: Look, why: str, events: Events) -> StepResult:
         """Run a step, and remember that it was begun before and what came of it afterwards.
@@ -158,9 +158,10 @@ class _Running:
             status = "findings"
         meaning = identity.after_writing(answer.written).meaning if answer.written else identity.meaning
         made = product_of(self.job, name, step)
-        self._remember(name, Record(status, meaning, answer.code, answer.said, made, time.time()))
+        record = Record(status, meaning, answer.code, answer.said, made, time.time())
+        self._remember(name, record)
         said = answer.error.message if answer.error else answer.said
-        return StepResult(name, _outcome(status), answer.code, said, error=answer.error)
+        return StepResult(name, record.outcome, answer.code, said, error=answer.error)
 
     def _keep(self, name: str, answer: Answer) -> None:
         """Write what came of a step to the files of the output; those of an earlier run do not stay."""
@@ -190,8 +191,3 @@ class _Running:
     def _remember(self, name: str, record: Record) -> None:
         self.records[name] = record
         write_state(self.job, self.records)
-
-
-def _outcome(status: Status) -> Outcome:
-    assert status != "started"
-    return status

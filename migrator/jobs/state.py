@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from migrator.jobs.files import as_text, read_regular, write_whole
+from migrator.jobs.results import Outcome
 from migrator.jobs.values import Job
 from plans.errors import UsageError
 
@@ -44,6 +45,12 @@ class Record:
     def is_done(self) -> bool:
         """Whether it ran to its end and stopped nothing."""
         return self.status in ("ok", "findings")
+
+    @property
+    def outcome(self) -> Outcome:
+        """What came of it, in one word; it was not killed."""
+        assert self.status != "started"
+        return self.status
 
 
 Records = Mapping[str, Record]

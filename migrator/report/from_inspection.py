@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from migrator.report.values import Finding, Mapped, MeshView, PlanRow, Report, TensorRow
-from migrator.shown import described, placed_words, sized
+from migrator.shown import described, sized
 from plans.mesh import Mesh, MeshName
 from plans.placement import Packed, Placement
 from runtime.inspecting.slices import Slice, slices
 from runtime.inspecting.values import Arrangement, Inspection, Placed, TensorGroup
-from runtime.wording import counted
+from runtime.wording import counted, placed_words
 
 __all__ = ["inspection_report"]
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.loader.slots import Slot, mesh_axes
+from runtime.processes.backends import over_nccl
 
 __all__ = ["broadcast", "readers"]
 
@@ -29,7 +30,7 @@ def readers(slots: Mapping[str, Slot], locals_: Mapping[str, torch.Tensor]) -> d
     ranks = 1
     for axis in axes:
         ranks *= axis.size()
-    if ranks == 1 or ranks != dist.get_world_size() or dist.get_backend() != "nccl":
+    if ranks == 1 or ranks != dist.get_world_size() or not over_nccl():
         return {}
     sizes = {name: locals_[name].nbytes for name, slot in slots.items() if slot.is_whole and locals_[name].is_cuda}
     return shares(sizes, ranks) if sum(sizes.values()) >= _LEAST else {}

@@ -20,6 +20,7 @@ from runtime.checkpoint.extents import Form
 from runtime.checkpoint.shards import local_form
 from runtime.models.model import model_tensors, tied_names
 from runtime.parallel.placements import planned_placements
+from runtime.processes.backends import over_nccl
 from runtime.wording import listed
 
 __all__ = ["Slot", "check_buffers", "default_device", "mesh_axes", "move_buffers", "slots_of"]
@@ -115,8 +116,7 @@ def mesh_axes(slots: Iterable[Slot]) -> tuple[DeviceMesh, ...]:
 def default_device(slots: Iterable[Slot]) -> torch.device:
     """Return where tensors on meta go: to the device of the mesh, or of the process group where there is no mesh."""
     axes = mesh_axes(slots)
-    over_nccl = not axes and dist.is_initialized() and dist.get_backend() == "nccl"
-    kind = axes[0].device_type if axes else "cuda" if over_nccl else "cpu"
+    kind = axes[0].device_type if axes else "cuda" if dist.is_initialized() and over_nccl() else "cpu"
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 

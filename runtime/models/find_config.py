@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from plans.alike import did_you_mean
 from plans.errors import UsageError
 from runtime.hub import fetch_config, hub_name
 from runtime.models.model import read_config, transformers_version, unreadable
@@ -32,12 +32,9 @@ def find_config(source: str) -> PreTrainedConfig:
     if (folder := _folder(Path(source))) is not None:
         return read_config(folder)
     if source not in CONFIG_MAPPING:
-        alike = get_close_matches(source, CONFIG_MAPPING, n=1)
         raise UsageError(
             f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
-            hint=f"did you mean {alike[0]}?"
-            if alike
-            else "name a folder that save_pretrained wrote, or hf://owner/name",
+            hint=did_you_mean(source, CONFIG_MAPPING) or "name a folder that save_pretrained wrote, or hf://owner/name",
             source=source,
         )
     return _default_config(source)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from plans.dialect import Dialect
+from plans.dialect import Dialect, meant_style
 from plans.errors import PlanError, UnknownStyleError, UsageError
 from plans.plan import wildcard
 from runtime.styles.registry import StyleRegistry
@@ -33,9 +33,10 @@ def check_entries(plan: Mapping[str, str], dialect: Dialect, styles: StyleRegist
     for key, style in plan.items():
         _check_key(key, style)
         if style not in dialect.styles:
+            able = [name for name in styles.names if name in dialect.styles]
             raise UnknownStyleError(
                 f"{key!r}: the dialect {dialect.name} has no style {style!r}",
-                hint="styles that can run: " + ", ".join(name for name in styles.names if name in dialect.styles),
+                hint=meant_style(style, able, "styles that can run: " + ", ".join(able)),
                 key=key,
                 style=style,
                 dialect=dialect.name,

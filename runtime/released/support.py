@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plans.dialect import dialect_for_release
+from plans.dialect import dialect_for_release, meant_style
 from plans.errors import PlanError, UnknownStyleError, UsageError
 from plans.plan import wildcard
 from runtime.planning.plan import Plan
@@ -60,7 +60,7 @@ class Support:
         if style not in self.known:
             raise UnknownStyleError(
                 f"{key!r}: transformers {self.release} has no style {style!r}",
-                hint=OWN_PATH,
+                hint=meant_style(style, self.known, OWN_PATH),
                 key=key,
                 style=style,
             )

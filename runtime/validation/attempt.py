@@ -43,7 +43,7 @@ def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
     failure: Exception | None = None
     try:
         result = run()
-        if torch.cuda.is_initialized():
+        if _on_a_gpu():
             torch.cuda.synchronize()  # What goes wrong on a GPU is heard of late, and is the model's until here only.
     except MigratorError:
         raise
@@ -56,6 +56,11 @@ def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
         if found is not None:
             return Failed(rank, *found)
     return result
+
+
+def _on_a_gpu() -> bool:
+    found: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _described(failure: Exception) -> tuple[str, bool]:
@@ -79,7 +84,7 @@ def _patience(failure: Exception | None) -> Iterator[None]:
     try:
         yield
     except WorkerError:
-        if failure is not None and torch.cuda.is_initialized():
+        if failure is not None and _on_a_gpu():
             leave()  # NCCL lets the others wait on in their collective, where gloo tells them that this rank is gone.
         raise
     finally:

@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from plans.errors import MigratorError
 from runtime.processes.agreement import error_from_json, error_to_json
 from runtime.processes.joined import joined

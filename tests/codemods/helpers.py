@@ -6,9 +6,9 @@ import ast
 import textwrap
 from pathlib import Path
 
-from codemods.migrate import plan_rewrites
-from codemods.outcome import Outcome
-from codemods.write import write_changes
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
+from codemods.tree.outcome import Outcome
 
 REGULAR = """
 @use_experts_implementation

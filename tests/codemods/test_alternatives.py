@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from codemods.alternatives import alternatives
-from codemods.check import check_paths
-from codemods.entries import Entry
-from codemods.migrate import plan_rewrites
-from codemods.module import ClassPlans, Condition, PlanLiteral
+from codemods.checking.check import check_paths
+from codemods.reading.alternatives import alternatives
+from codemods.reading.entries import Entry
+from codemods.reading.module import ClassPlans, Condition, PlanLiteral
+from codemods.rewriting.migrate import plan_rewrites
 from tests.codemods.helpers import check_noop, check_transformed, codes, generated, rewrite, write_tree
 from tests.migrator.source_trees import MODELING
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.literals import read_module
-from codemods.module import Condition, PlanLiteral, exclusive
-from codemods.sources import Source
+from codemods.checking.check import check_paths
+from codemods.files.sources import Source
+from codemods.reading.literals import read_module
+from codemods.reading.module import Condition, PlanLiteral, exclusive
 from tests.codemods.helpers import REGULAR, check_transformed, codes, write_tree
 from tests.codemods.test_code_built import PAIR, function, migrated
 

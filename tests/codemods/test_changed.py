@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from codemods.changed import changed_files, touched_folders
-from codemods.migrate import plan_rewrites
-from codemods.selection import Selection, Silencer
+from codemods.files.changed import changed_files, touched_folders
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.tree.selection import Selection, Silencer
 from plans.errors import DependencyError, UsageError
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git
 

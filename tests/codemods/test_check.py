@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
+from codemods.checking.check import check_paths
 from plans.rule import all_rules
 from tests.codemods.helpers import REGULAR, codes, generated, write_tree
 
@@ -99,6 +99,15 @@ def test_each_defect_is_found_and_nothing_else(tmp_path, code, text, source):
     outcome = check(tmp_path, text, source)
     assert codes(outcome) == [code]
     assert outcome.findings[0].finding.message.startswith(outcome.findings[0].finding.key)
+
+
+def test_an_unknown_style_is_told_from_a_mistyped_one(tmp_path):
+    for style, told in {
+        "colwize": "no style colwize; did you mean colwise?",
+        "local_colwise": "no style local_colwise",
+    }.items():
+        outcome = check(tmp_path / style, plan(f'"layers.*.self_attn.q_proj": "{style}"'), "transformers-5.23")
+        assert outcome.findings[0].finding.message.endswith(told)
 
 
 @pytest.mark.parametrize(

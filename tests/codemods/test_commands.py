@@ -14,8 +14,8 @@ import pytest
 from libcst.codemod import CodemodContext, SkipFile
 
 from codemods.commands import DecomposePlansCommand
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 
 MODELS = ("mixtral", "qwen3_moe", "mellum", "gemma4", "llama4", "llama")
@@ -92,7 +92,7 @@ def test_without_a_file_name_nothing_is_guessed():
 def test_our_own_rewrite_does_not_import_libcst(tmp_path):
     write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
     code = (
-        "import sys, pathlib, codemods.migrate as m; m.plan_rewrites([pathlib.Path()]);"
+        "import sys, pathlib, codemods.rewriting.migrate as m; m.plan_rewrites([pathlib.Path()]);"
         "assert 'libcst' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.config import Configuration, find_configuration, read_configuration
+from codemods.files.config import Configuration, find_configuration, read_configuration
 from plans.errors import UsageError
 
 
@@ -67,6 +67,7 @@ def test_a_file_without_the_table_says_nothing(tmp_path, text):
         ("source = ['auto']", "source"),
         ("ignore = 'MIG001'", "ignore"),
         ("ignore = ['MIG999']", "ignore"),
+        ("ignore = ['']", "ignore"),
         ("per-path-ignores = ['MIG001']", "per-path-ignores"),
         ("per-path-ignores = {'a.py' = 'MIG001'}", "per-path-ignores"),
         ("exclude = {}", "exclude"),
@@ -79,6 +80,21 @@ def test_a_mistake_names_the_key_and_the_file(tmp_path, line, key):
     assert "\n" not in caught.value.message
     assert caught.value.hint
     assert caught.value.data["path"] == str(tmp_path / "pyproject.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("excludes = []", "did you mean exclude? settings are paths, target, "),
+        ("per_path_ignores = {}", "did you mean per-path-ignores? settings are "),
+        ("quiet = true", "settings are paths, "),
+        ("ignore = ['mig001']", "did you mean MIG001? `migrator explain` lists"),
+    ],
+)
+def test_a_mistyped_name_is_known_again(tmp_path, line, hint):
+    with pytest.raises(UsageError) as caught:
+        configured(tmp_path, f"[tool.migrator]\n{line}\n")
+    assert caught.value.hint.startswith(hint)
 
 
 @pytest.mark.parametrize("data", [b"[tool.migrator\n", b"# migrator \xff\n", b"[tool]\nmigrator = 3\n"])

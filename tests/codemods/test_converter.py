@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.migrate import plan_rewrites
-from codemods.proof import verify_outcome
-from codemods.write import write_changes
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.proof import verify_outcome
+from codemods.rewriting.write import write_changes
 from plans.errors import MismatchError, SourceError, UsageError, WorkerError
 from tests.codemods.helpers import REGULAR, write_tree
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.describe import Model, could_exist, describe
+from codemods.models.describe import Model, could_exist, describe
 from plans.described import Described
 from tests.codemods.helpers import REGULAR, write_tree
 

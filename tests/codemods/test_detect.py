@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.detect import detect
+from codemods.tree.detect import detect
 from plans.dialect import PARAM_LEVEL, dialect_names, load_dialect
 from plans.errors import UsageError
 from tests.codemods.helpers import write_tree

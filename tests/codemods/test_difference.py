@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.difference import compare
-from codemods.effective import UNREAD
-from codemods.migrate import plan_rewrites
-from codemods.revisions import changed_paths, find_repository
-from codemods.touched import touched_lines
-from codemods.write import write_changes
+from codemods.comparing.difference import compare
+from codemods.files.revisions import changed_paths, find_repository
+from codemods.files.touched import touched_lines
+from codemods.inheritance.effective import UNREAD
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from plans.errors import SourceError, UsageError
 from tests.codemods.helpers import write_tree
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.effective import EVERY_KEY, REMOVED, UNREAD, EffectivePlans, PlanPlace, file_kind
-from codemods.inheritors import inheritors
-from codemods.sources import Source
+from codemods.files.sources import Source
+from codemods.inheritance.effective import EVERY_KEY, REMOVED, UNREAD, EffectivePlans, PlanPlace, file_kind
+from codemods.inheritance.inheritors import inheritors
 from plans.errors import SourceError
 
 PARENT = """

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from codemods.entries import read_entries
+from codemods.reading.entries import read_entries
 
 
 def entries(text):

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.check import check_paths
-from codemods.config import Configuration
-from codemods.ignores import read_ignores, silenced_lines, unused_ignores
-from codemods.migrate import plan_rewrites
-from codemods.pending import unused_comments
-from codemods.selection import Selection, Silencer
-from codemods.write import write_changes
+from codemods.checking.check import check_paths
+from codemods.files.config import Configuration
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
+from codemods.tree.ignores import read_ignores, silenced_lines, unused_ignores
+from codemods.tree.pending import unused_comments
+from codemods.tree.selection import Selection, Silencer
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, codes, write_tree
 from tests.migrator.source_trees import COPY, MODELING, OWNER, family, texts
 

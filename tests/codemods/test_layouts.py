@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from codemods.layouts import layout_of, read_layouts
+from codemods.models.layouts import layout_of, read_layouts
 from plans.described import Described
 from plans.layout import ExpertLayout
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, check_noop, check_transformed, codes, write_tree

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from codemods import migrate
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.rewriting import migrate
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from plans.errors import SourceError
 from tests.codemods.helpers import (
     MIGRATED,

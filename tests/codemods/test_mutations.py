@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.checking.check import check_paths
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from tests.codemods.helpers import PACKED, REGULAR
 from tests.codemods.test_code_built import PER_LAYER, PER_LAYER_AFTER
 

@@ -9,9 +9,9 @@ import zipfile
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.checking.check import check_paths
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 
 RELEASE = "5.9.0"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.literals import read_module
-from codemods.migrate import plan_rewrites
-from codemods.skim import skim
-from codemods.sources import Source
+from codemods.checking.check import check_paths
+from codemods.files.sources import Source
+from codemods.reading.literals import read_module
+from codemods.reading.skim import skim
+from codemods.rewriting.migrate import plan_rewrites
 from tests.codemods.helpers import PACKED, REGULAR, codes, generated, rewrite, write_tree
 
 MODELING = (

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from codemods.projects import by_project
+from codemods.tree.projects import by_project
 from tests.codemods.helpers import PACKED, write_tree
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git, migrator
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.literals import read_module
-from codemods.module import all_literals
-from codemods.rewrite import rewrite_source
-from codemods.sources import Source
+from codemods.files.sources import Source
+from codemods.reading.literals import read_module
+from codemods.reading.module import all_literals
+from codemods.rewriting.rewrite import rewrite_source
 from plans.decompose import InsertEntry, SetStyle
 
 NAMES = st.from_regex(r"[a-z_]{1,6}(\.[a-z*]{1,4}){0,3}", fullmatch=True)

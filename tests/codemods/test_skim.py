@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from codemods.literals import read_module
-from codemods.skim import skim
-from codemods.sources import Source, find_sources, read_source
+from codemods.files.sources import Source, find_sources, read_source
+from codemods.reading.literals import read_module
+from codemods.reading.skim import skim
 from tests.codemods.helpers import PACKED
 from tests.codemods.test_rewrite import files
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from codemods.migrate import plan_rewrites
-from codemods.sources import find_sources
+from codemods.files.sources import find_sources
+from codemods.rewriting.migrate import plan_rewrites
 from plans.errors import SourceError, UsageError
 from tests.codemods.helpers import PACKED, REGULAR, write_tree
 

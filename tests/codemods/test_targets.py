@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.checking.check import check_paths
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from plans.errors import UsageError
 from tests.codemods.helpers import write_tree
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 
 EXPERTS = re.compile(r"(?:.*\.)?experts\.(gate_up_proj|down_proj|up_proj)")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.describe import Model
+from codemods.models.describe import Model
 from plans.decompose import apply_edits
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.translate import translate

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from codemods.check import check_paths
-from codemods.literals import read_module
-from codemods.migrate import plan_rewrites
-from codemods.module import Opaque
-from codemods.sources import Source, find_sources, read_source
+from codemods.checking.check import check_paths
+from codemods.files.sources import Source, find_sources, read_source
+from codemods.reading.literals import read_module
+from codemods.reading.module import Opaque
+from codemods.rewriting.migrate import plan_rewrites
 from tests.codemods.helpers import REGULAR, check_noop, check_transformed, codes, write_tree
 from tests.codemods.test_code_built import LAYER_PAIR, PAIR, function, migrated
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.literals import read_module
-from codemods.module import Condition, Removal
-from codemods.sources import Source
+from codemods.files.sources import Source
+from codemods.reading.literals import read_module
+from codemods.reading.module import Condition, Removal
 from tests.codemods.helpers import REGULAR, check_noop, check_transformed, codes, rewrite, write_tree
 from tests.codemods.test_code_built import PAIR, function, migrated
 

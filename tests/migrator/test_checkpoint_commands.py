@@ -21,6 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from migrator.cli import group
+from migrator.shown import unmatched_words
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
@@ -171,7 +172,7 @@ def test_reshard_notes_what_a_person_should_know(migrator, hub):
     assert sorted(carried) == sorted(name for name in stored if name.startswith(("model.layers.1.", "model.layers.2.")))
     first = ", ".join(map(repr, carried[:3]))
     assert errors == [
-        *(f"note: the plan entry {key} matches nothing in this configuration" for key in keys),
+        "note: 3 plan entries match nothing in this configuration: " + ", ".join(map(repr, keys)),
         f"note: carried {len(carried)} tensors that the model does not have, in rank 0's file: "
         f"{first} and {len(carried) - 3} more",
         "note: left behind training_args.bin",
@@ -179,6 +180,23 @@ def test_reshard_notes_what_a_person_should_know(migrator, hub):
     assert (result["unmatched"], result["left_behind"]) == (keys, ["training_args.bin"])
     shutil.rmtree(hub.parent / "out")
     assert migrator(*arguments, "--quiet") == (0, "", [])
+
+
+def test_plan_and_inspect_tell_in_one_line_what_matches_nothing(migrator, hub):
+    config_with(mlp_only_layers=[])(hub)
+    config_with(num_hidden_layers=1)(hub)
+    keys = [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    note = "note 3 plan entries match nothing in this configuration: " + ", ".join(map(repr, keys))
+    for command in ("plan", "inspect"):
+        code, output, _ = migrator(command, hub, "--tp", 2)
+        assert (code, [line for line in output.splitlines() if " match" in line]) == (0, [note])
+    assert json.loads(migrator("plan", hub, "--tp", 2, "--format", "json")[1])["unmatched"] == keys
+
+
+def test_of_many_entries_that_match_nothing_the_first_are_named():
+    assert unmatched_words(["a"]) == "1 plan entry matches nothing in this configuration: 'a'"
+    said = "5 plan entries match nothing in this configuration: 'a', 'b', 'c' and 2 more"
+    assert unmatched_words(list("abcde")) == said
 
 
 def test_reshard_to_one_rank_counts_in_the_singular(migrator, hub):

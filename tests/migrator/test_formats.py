@@ -18,8 +18,8 @@ import sarif_pydantic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.outcome import Change
-from codemods.sources import Source
+from codemods.files.sources import Source
+from codemods.tree.outcome import Change
 from migrator.formats.replacements import replacements
 from plans.rule import all_rules
 from tests.codemods.helpers import PACKED, write_tree

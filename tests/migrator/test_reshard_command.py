@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from migrator.shown import lasting
+
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 RANKS = ("--layout", "ranks", "--tp", 2)
 
@@ -53,7 +55,7 @@ def test_a_dry_run_shows_what_moves_and_writes_nothing(migrator, hub_folder, tmp
     said = json.loads(output)
     groups = {group["name"]: group for group in said["groups"]}
     experts = groups["model.layers.*.mlp.experts.gate_up_proj"]
-    assert (experts["tensors"], experts["old"], experts["new"]) == (2, "whole", "Replicate, Packed(1, 2)")
+    assert (experts["tensors"], experts["old"], experts["new"]) == (2, "whole", "tp: Packed(1, 2)")
     assert groups["model.norm.weight"]["new"] == "replicated"
     assert said["tensors"] == sum(group["tensors"] for group in groups.values())
     _, output, _ = migrator("reshard", hub, out, *RANKS, "--format", "json")
@@ -72,9 +74,44 @@ def test_a_dry_run_of_rank_files_knows_where_tensors_were(migrator, rank_folder,
     code, output, _ = migrator("reshard", rank_folder("qwen3_moe", 2), tmp_path / "out", "--layout", "hf", "--dry-run")
     assert code == 0
     row = next(line for line in output.splitlines() if "experts.down_proj" in line)
-    assert "Replicate, Shard(2)" in row
-    assert "whole" in row
-    assert "nothing was written" in output
+    assert row.split()[1:6] == ["×2", "tp:", "Shard(2)", "whole", "32"]
+
+
+def test_a_dry_run_is_said_in_words_and_units_that_a_person_knows(migrator, hub_folder, tmp_path):
+    arguments = ("reshard", hub_folder("qwen3_moe"), tmp_path / "out", *RANKS, "--dry-run")
+    lines = migrator(*arguments)[1].splitlines()
+    said = json.loads(migrator(*arguments, "--format", "json")[1])
+    assert lines[0] == "what would move: hub (hf) → ranks, tp=2, ep=1, fsdp=1"
+    assert lines[2].split() == ["tensors", "from", "to", "written", "runs"]
+    rows = [line.split() for line in lines[4 : 4 + len(said["groups"])]]
+    assert {row[-2] for row in rows} == {"B", "KiB"}
+    assert lines[-4:] == [
+        "written: to the files of all ranks together; runs: stretches of bytes, each copied as one",
+        "would read 192 KiB and write 195 KiB of tensors",
+        f"would need {said['disk_needed'] / 1024:.0f} KiB of disk, {lines[-2].split()[6]} MiB of memory for the whole "
+        "process, and less than 0.1 s to copy",
+        "nothing was written",
+    ]
+
+
+def test_a_dry_run_puts_what_no_plan_places_where_it_goes(migrator, hub_folder, tmp_path):
+    hub = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    groups = json.loads(migrator("reshard", hub, tmp_path / "o", *RANKS, "--dry-run", "--format", "json")[1])["groups"]
+    assert {one["new"] for one in groups if one["name"] == "model.norm.weight"} == {"replicated"}
+    assert {one["new"] for one in groups if "experts.*" in one["name"]} == {"rank 0 only"}
+
+
+def test_an_estimated_time_is_said_in_the_unit_that_suits_it():
+    times = {
+        0.04: "less than 0.1 s",
+        0.1: "about 0.1 s",
+        119: "about 119.0 s",
+        120: "about 2.0 min",
+        9000: "about 2.5 h",
+    }
+    assert {seconds: lasting(seconds) for seconds in times} == times
 
 
 def test_events_tell_what_happens(migrator, hub_folder, tmp_path):

@@ -56,7 +56,7 @@ def test_the_state_goes_along_and_is_spoken_of(migrator, source, tmp_path):
 def test_a_dry_run_shows_the_state(migrator, source, tmp_path):
     _, output, _ = migrator(source, tmp_path / "out", "--fsdp", 2, "--dry-run", "--format", "json")
     groups = {group["name"]: group for group in json.loads(output)["groups"]}
-    assert groups[f"{STATE}.momentum_buffer"]["new"] == "Shard(0), Replicate"
+    assert groups[f"{STATE}.momentum_buffer"]["new"] == "fsdp: Shard(0)"
     assert groups[f"{STATE}.momentum_buffer"]["bytes_written"] == 128
 
 

@@ -71,6 +71,24 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(migrator, hub_fold
     assert "fail" in output
 
 
+def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrator, tmp_path):
+    family(tmp_path / "models")
+    file = job_file(tmp_path, CHECK + reshard(tmp_path / "none") + "[verify]\n")
+    done = json.loads(migrator("run", file, "--format", "json")[1])["jobs"][0]["steps"]
+    code, output, _ = migrator("run", file, "--dry-run")
+    rows = [line.split(maxsplit=2) for line in output.splitlines() if line.strip().startswith("move ")]
+    assert (code, [row[:2] for row in rows]) == (2, [["move", "check"], ["move", "reshard"], ["move", "verify"]])
+    see = tmp_path / "move.job/results/check.json"
+    assert rows[0][2].split(maxsplit=2) == ["be", "skipped", f"it is done: 4 findings; see {see}"]
+    assert rows[1][2].startswith("fail ")
+    assert rows[2][2].split(maxsplit=3) == ["not", "be", "run", "reshard would fail"]
+    said = json.loads(migrator("run", file, "--dry-run", "--format", "json")[1])["jobs"][0]["steps"]
+    assert [(one["runs"], one["outcome"]) for one in said] == [(False, "findings"), (True, "failed"), (False, "not run")]
+    assert [one["said"] for one in said[:2]] == [one["said"] for one in done[:2]]
+    job_file(tmp_path, CHECK)
+    assert migrator("run", file, "--dry-run")[0] == migrator("run", file)[0] == 1, "what is found stays found"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from codemods.config import read_configuration
+from codemods.files.config import read_configuration
 from migrator.cli import group
 from plans.decompose import apply_edits, decompose
 from plans.layout import ExpertLayout

@@ -166,7 +166,9 @@ def sent(dtypes: list[torch.dtype]) -> list[str]:
     }
     replicated.broadcast(dealt, held)
     as_bytes = {name: tensor.view(-1).view(torch.uint8) for name, tensor in held.items()}
-    return [name for name, tensor in wanted.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))]
+    return [
+        name for name, tensor in wanted.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))
+    ]
 
 
 def loads_alone(hub: Path, folder: Path) -> bool | None:

@@ -28,7 +28,8 @@ class RankPool:
     def __init__(self, world_size: int, backend: str = "gloo") -> None:
         # Ranks meet in memory: in a file they would find each other by polling it, for every process group anew.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")
+        # A process forked from one that has looked for GPUs, as an import may do, cannot use them.
+        context = multiprocessing.get_context("spawn" if backend == "nccl" else "forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.pipes = []
         self.processes = []

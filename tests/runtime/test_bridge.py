@@ -15,8 +15,8 @@ from torch.torch_version import TorchVersion
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 import runtime.released.bridge
-from codemods.migrate import plan_rewrites
-from codemods.write import write_changes
+from codemods.rewriting.migrate import plan_rewrites
+from codemods.rewriting.write import write_changes
 from plans.dialect import dialect_for_release
 from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UsageError
 from plans.placement import Shard
@@ -268,6 +268,9 @@ def test_what_a_release_would_not_apply_is_said_before_it_is_loaded() -> None:
     support.require(Plan("tp", {f"model.{EXPERTS}": "moe_experts_allreduce"}))
     with pytest.raises(UnknownStyleError, match="has no style 'colwise_loss_parallel'"):
         support.require(Plan("tp", {"lm_head": "colwise_loss_parallel"}))
+    with pytest.raises(UnknownStyleError, match="'colwize'") as caught:
+        support.require(Plan("tp", {"lm_head": "colwize"}))
+    assert caught.value.hint.startswith("did you mean colwise? run the plan")
     with pytest.raises(PlanError, match=r"layers\.3\.mlp' matches nothing in transformers"):
         support.require(Plan("sp", {"model.layers.3.mlp": "module_allgather"}))
 

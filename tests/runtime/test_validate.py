@@ -162,6 +162,17 @@ def test_a_forward_that_fails_under_its_plan_is_a_finding(two_ranks: RankPool, r
     assert result[0]["forward"]["max_abs_diff"] is None
 
 
+def test_too_little_memory_is_no_finding(two_ranks: RankPool, rank_folder: RankFolder) -> None:
+    folder = rank_folder("qwen3_moe", 2)
+    found = two_ranks.run(validation_cases.with_style, "without memory for gradients", "moe_tp_experts", folder)[0]
+    assert found["ok"]
+    assert found["skipped"].keys() == {"backward"}
+    assert found["skipped"]["backward"].startswith("rank 0 has no memory for gradients: OutOfMemoryError: CUDA out of")
+    assert found["generation"]["ok"]
+    with pytest.raises(UsageError, match="rank 0 has too little memory to run the model: OutOfMemoryError"):
+        two_ranks.run(validation_cases.with_style, "without memory", "moe_tp_experts", folder)
+
+
 def test_a_reference_of_zeros_compares_nothing(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
     folder = copied(rank_folder("olmoe", 2), tmp_path)
     for rank in (0, 1):

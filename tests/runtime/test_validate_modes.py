@@ -82,6 +82,13 @@ def test_the_checkpoints_own_type_is_compared_too(
     assert found["forward"]["max_abs_diff"] < 1e-5 * found["forward"]["max_abs_reference"]
 
 
+def test_models_in_both_types_never_take_memory_at_once(
+    rounded_hub: Path, laid_out: LaidOut, two_ranks: RankPool
+) -> None:
+    folder = laid_out(rounded_hub, "ranks", Mesh(tp=2), "tp")
+    assert two_ranks.run(validation_cases.forgets_before_it_widens, folder) == [True, True]
+
+
 def test_what_is_wrong_in_the_checkpoints_own_type_alone_is_found(
     rounded_hub: Path, laid_out: LaidOut, two_ranks: RankPool
 ) -> None:

@@ -32,6 +32,12 @@ def test_plans_that_name_what_there_is_not(
         two_ranks.run(wrong_use_cases.with_plan, plan)
 
 
+def test_a_mistyped_style_is_known_again(two_ranks: RankPool) -> None:
+    with pytest.raises(UnknownStyleError) as caught:
+        two_ranks.run(wrong_use_cases.with_plan, {"lm_head": "colwize"})
+    assert caught.value.hint.startswith("did you mean colwise? styles that can run: ")
+
+
 @pytest.mark.parametrize(
     ("mode", "axes", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +21,14 @@ from runtime.validation.validate import validate as validate_checkpoint
 from runtime.validation.values import PARTS
 from tests.runtime.verify_cases import leave_whole
 
-__all__ = ["PARTS", "validate", "with_style", "with_wide_weights", "without_room"]
+__all__ = [
+    "PARTS",
+    "forgets_before_it_widens",
+    "validate",
+    "with_style",
+    "with_wide_weights",
+    "without_room",
+]
 
 
 def validate(
@@ -48,6 +57,29 @@ def without_room(folder: Path, mesh: Mesh, mode: Mode) -> dict[str, Any]:
         looking.has_room = has_room
 
 
+def forgets_before_it_widens(folder: Path) -> bool:
+    """Validate, and say whether the model in the checkpoint's own type was gone when the one in float32 was made."""
+    made: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
+    made_parallel = looking.made_parallel
+
+    def watched(*args: Any) -> Any:
+        gone.extend(model() is None for model in made)
+        parallel = made_parallel(*args)
+        made.append(weakref.ref(parallel.model))
+        return parallel
+
+    looking.made_parallel = watched
+    gc.disable()
+    try:
+        validate(folder)
+    finally:
+        looking.made_parallel = made_parallel
+        gc.enable()
+    assert len(gone) == 1
+    return gone[0]
+
+
 def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
     """Validate where loading leaves a tensor in a wider type than the checkpoint's."""
     loaded = looking.loaded
@@ -72,6 +104,13 @@ def bare(site: Site, run: Any, *args: object, **kwargs: object) -> object:
     return run(*args, **kwargs)
 
 
+def exhausted(style: ParallelStyle, forwards: bool, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+    """Have no memory for what backward needs, or for nothing at all."""
+    if torch.is_grad_enabled() or not forwards:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    return style.around(site, run, *args, **kwargs)
+
+
 def doubled(style: ParallelStyle, site: Site, run: Any, *args: object, **kwargs: object) -> object:
     return 2 * style.around(site, run, *args, **kwargs)
 
@@ -87,5 +126,7 @@ CHANGES: dict[str, Callable[[ParallelStyle], ParallelStyle]] = {
     "failing": lambda style: replace(style, around=fail),
     "unsummed": lambda style: replace(style, around=bare),
     "doubled": lambda style: replace(style, around=partial(doubled, style)),
+    "without memory": lambda style: replace(style, around=partial(exhausted, style, False)),
+    "without memory for gradients": lambda style: replace(style, around=partial(exhausted, style, True)),
     "coarse": lambda style: replace(style, around=partial(coarse, style)),
 }

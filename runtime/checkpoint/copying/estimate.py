@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,8 +21,9 @@ from runtime.checkpoint.files.commit import writing
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.writing import create, regions_for
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Entry
+from runtime.checkpoint.ranks.record import MANIFEST, Manifest
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.wording import RANK_0, placed_words
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
@@ -40,8 +41,8 @@ class Group:
     Args:
         name: with `*` for the numbers.
         tensors: how many they are.
-        old: their placements in the source.
-        new: and in the result.
+        old: where the source has them: by the axes of its mesh, `whole` in a file that is no rank's.
+        new: and the result.
         bytes_written: replicas counted.
         runs: that bring them there.
     """
@@ -120,24 +121,22 @@ def _groups(plan: ReshardPlan) -> Iterator[Group]:
         if plan.table.destinations[run.destination].file is not None:
             counts[owner[run.source]] += 1
             sizes[owner[run.source]] += run.size
-    before, after = _entries(plan.content.folder), plan.laid.manifest.tensors if plan.laid.manifest else {}
+    folder = plan.content.folder
+    before, after = read_manifest(folder) if (folder / MANIFEST).is_file() else None, plan.laid.manifest
     grouped: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     parameters = plan.content.optimizer.parameters if plan.content.optimizer else {}
     for name in plan.content.all_tensors:
         like = parameters.get(name, name)
-        grouped[wildcard(name), _placed(before.get(like)), _placed(after.get(like))].append(name)
+        grouped[wildcard(name), _placed(like, before), _placed(like, after)].append(name)
     for (key, old, new), names in grouped.items():
         yield Group(key, len(names), old, new, sum(sizes[n] for n in names), sum(counts[n] for n in names))
 
 
-def _entries(folder: Path) -> Mapping[str, Entry]:
-    return read_manifest(folder).tensors if (folder / MANIFEST).is_file() else {}
-
-
-def _placed(entry: Entry | None) -> str:
-    if entry is None:
+def _placed(name: str, manifest: Manifest | None) -> str:
+    entry = manifest.tensors.get(name) if manifest else None
+    if manifest is None or entry is None:
         return _WHOLE
-    return ", ".join(map(str, entry.placements)) if entry.is_sharded else "replicated"
+    return RANK_0 if entry.kind == "carried" else placed_words(entry.mesh, entry.placements, manifest.mesh)
 
 
 def _resident() -> int:

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -283,15 +284,20 @@ def test_a_disk_that_cannot_sync_is_no_silent_success(
 def test_copying_does_not_wait_for_the_journal(
     planned: dict[str, ReshardPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fdatasync, taken = os.fdatasync, 1.0
+    fdatasync, copied, in_time = os.fdatasync, threading.Event(), list[bool]()
 
-    def slow(descriptor: int) -> None:
-        time.sleep(taken)
+    def waiting(descriptor: int) -> None:
+        in_time.append(copied.wait(60))
         fdatasync(descriptor)
 
-    monkeypatch.setattr("os.fdatasync", slow)
-    seconds = planned["to hub"].execute(tmp_path / "out", seconds=0).seconds
-    assert seconds.copying < taken <= seconds.syncing
+    def progress(done: int, total: int, name: str) -> None:
+        if done == total:
+            copied.set()
+
+    monkeypatch.setattr("os.fdatasync", waiting)
+    planned["to hub"].execute(tmp_path / "out", progress, seconds=0)
+    assert in_time
+    assert all(in_time), "the last byte was copied while the first sync was waiting for it"
 
 
 def test_a_journal_that_was_cut_short_counts_as_far_as_it_is_whole(

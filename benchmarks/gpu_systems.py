@@ -1,0 +1,104 @@
+"""The ways to load that `gpu_load` compares, each in two steps: what comes before loading, and loading itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from gpu_step import loaded
+
+import runtime
+from plans.mesh import Mesh, Mode
+from runtime import Plan, parallelize
+from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.runs import Run
+from runtime.loader import replicated
+from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, fill
+from runtime.loader.placing import target_of
+from runtime.loader.reads import reads, units
+from runtime.models.model import meta_model, read_config
+from runtime.validation.model import Parallel
+
+NEVER = 2**63
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to load.
+
+    Args:
+        mode: of the plan; systems of one mode load the same tensors.
+        folder: of the checkpoint.
+        prepare: what comes before loading; of our own systems it gives a `Parallel` on meta.
+        load: gives the loaded model, None where there is none, from what was prepared.
+        is_ours: whether `runtime.load` does it.
+    """
+
+    mode: Mode
+    folder: Path
+    prepare: Callable[[], Any]
+    load: Callable[[Any], Any]
+    is_ours: bool = False
+
+
+def systems(folder: Path, device: torch.device, threads: int) -> dict[str, System]:
+    hub, ranks = folder / "hub", folder / "ranks"
+    return {
+        "plain bytes": System("tp", ranks, lambda: plain(ranks, device), lambda memory: read_plain(*memory, threads)),
+        "migrator ranks": ours(ranks, "tp", threads),
+        "migrator hub": ours(hub, "tp", threads),
+        "transformers": System("tp", hub, lambda: None, lambda _: theirs(hub, device)),
+        "hub, ep, each reads all": ours(hub, "ep", threads, NEVER),
+        "hub, ep, broadcast": ours(hub, "ep", threads, 0),
+    }
+
+
+def mesh(mode: Mode) -> Mesh:
+    size = dist.get_world_size()
+    return Mesh(tp=size, ep=size if mode == "ep" else 1)
+
+
+def ours(folder: Path, mode: Mode, threads: int, broadcast_from: int = replicated._LEAST) -> System:
+    def load(parallel: Parallel) -> Any:
+        replicated._LEAST = broadcast_from
+        runtime.load(parallel.model, folder, threads=threads)
+        return parallel.model
+
+    return System(mode, folder, lambda: on_meta(folder, mode), load, is_ours=True)
+
+
+def on_meta(folder: Path, mode: Mode) -> Parallel:
+    model = meta_model(read_config(folder))
+    return Parallel(model, parallelize(model, mesh(mode), Plan.from_model(model, mode)))
+
+
+def theirs(folder: Path, device: torch.device) -> Any:
+    config = transformers.distributed.DistributedConfig(tp_size=dist.get_world_size())
+    return loaded(folder, torch.bfloat16, device, config)
+
+
+def own_file(ranks: Path) -> Path:
+    return ranks / rank_file(dist.get_rank(), dist.get_world_size())
+
+
+def plain(ranks: Path, device: torch.device) -> tuple[Path, torch.Tensor]:
+    file = own_file(ranks)
+    return file, torch.empty(file.stat().st_size, dtype=torch.uint8, device=device)
+
+
+def read_plain(file: Path, memory: torch.Tensor, threads: int) -> None:
+    """Read a file from end to end, whatever it holds, as the loader reads."""
+    size, targets = len(memory), {0: target_of(memory, torch.uint8)}
+    stored, run = StoredTensor(file, "U8", (size,), 0, size), Run(0, 0, 0, 0, size)
+    work = units(reads([stored], [run], LIMIT, lambda part: memory.device.type == "cpu"), LIMIT)
+    if memory.device.type == "cpu":
+        fill(work, threads, lambda: HostWorker(targets))
+    else:
+        before = torch.cuda.current_stream(memory.device)
+        fill(work, threads, lambda: CudaWorker(targets, memory.device, before))

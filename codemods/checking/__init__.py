@@ -1,0 +1,1 @@
+"""Defects of plans that no rewrite mends."""

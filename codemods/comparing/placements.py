@@ -1,0 +1,200 @@
+"""Where a revision's plan entries put parameters: its dialect, and its models' own modeling source."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+from codemods.files.revisions import Snapshot
+from codemods.files.sources import Source
+from codemods.inheritance.effective import REMOVED, PlanPlace, file_kind
+from codemods.models.describe import Model
+from codemods.models.layouts import layout_of
+from codemods.tree.detect import detect
+from plans.described import Described
+from plans.dialect import PARAM_LEVEL, load_dialect
+from plans.layout import ExpertLayout
+from plans.placement import Packed, Placement, Replicate, Shard
+from plans.style import Owner, Style
+
+__all__ = ["UNKNOWN", "WHOLE", "PlacementReader", "Reading"]
+
+WHOLE = "whole"
+UNKNOWN = "unknown"
+
+_VERSION_FILE = ("transformers", "__init__.py")
+_SIBLING = re.compile(rb"^from \.\.(\w+)", re.MULTILINE)
+_VALUE = re.compile(rb":\s*[\"'](\w+)[\"']")
+_OWNED = ("weight", "bias")
+_RANKS = (1, 2, 3)
+_STACKED = 3
+_EXPERT_PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an entry does.
+
+    Args:
+        placement: where it puts what its key names, in words, `Shard(1)`.
+        meaning: what it does besides, in the words of `plans/meanings.toml`; None where the dialect does not say.
+        guessed: whether the model's source does not show what its key names.
+    """
+
+    placement: str
+    meaning: str | None
+    guessed: bool = False
+
+
+class PlacementReader:
+    """Reads one revision's plan entries.
+
+    Args:
+        snapshot: the revision.
+        folder: where modeling files may be written to be read from; made when it is needed.
+    """
+
+    def __init__(self, snapshot: Snapshot, folder: Path) -> None:
+        self._snapshot = snapshot
+        self._folder = folder
+        self._model = cache(self._read_model)
+
+    @cached_property
+    def dialect(self) -> str:
+        """The name of the vocabulary that the revision speaks, by its version file and the styles it uses."""
+        for path in self._snapshot.blobs:
+            if path.parts[-2:] == _VERSION_FILE:
+                self._write(path)
+        return detect(self._folder / "src", self._styles()).dialect
+
+    def load(self, folders: Container[Path]) -> None:
+        """Read the modeling source of folders that will be asked about, all at once."""
+        self._snapshot.load(path for path in self._snapshot.blobs if path.parent in folders)
+
+    @property
+    def styles(self) -> frozenset[str]:
+        """The names of the vocabulary."""
+        return frozenset(self._vocabulary)
+
+    def read(self, place: PlanPlace, key: str, style: str | None) -> Reading:
+        """Return what an entry does.
+
+        Args:
+            place: whose plan it is in.
+            key: the plan key.
+            style: None for a style that code computes.
+        """
+        if style == REMOVED:
+            return Reading(WHOLE, None)
+        known = self._vocabulary.get(style) if style is not None else None
+        if known is None:
+            return Reading(f"{UNKNOWN} ({style or 'computed'})", None)
+        shown = self._describe(place, key)
+        described = shown or _guess(key)
+        meaning = known.meaning(_thing(key, described))
+        return Reading(self._placement(place, key, known, described), meaning, guessed=shown is None)
+
+    def _placement(self, place: PlanPlace, key: str, style: Style, described: Described) -> str:
+        if style.job == "module":
+            return WHOLE
+        found = [style.placement(*tensor) for tensor in self._tensors(place, key, described)]
+        words = [WHOLE if one is None or one == Replicate() else str(one) for one in found]
+        layout = self._of_layout(place, key) if any(map(_cuts_inside, found)) else ""
+        return " or ".join(dict.fromkeys(words)) + layout
+
+    def _of_layout(self, place: PlanPlace, key: str) -> str:
+        """Return what else to say of a cut through each expert: where the layout is not the regular one."""
+        experts, _, parameter = key.rpartition(".")
+        if parameter not in _EXPERT_PARAMETERS or experts.rpartition(".")[2] != "experts":
+            return ""
+        layout = layout_of(self._folder / place.path.parent, self._describe(place, experts))
+        return _layout_words(layout, parameter) if layout else ""
+
+    def _tensors(self, place: PlanPlace, key: str, described: Described) -> Iterator[tuple[Owner, int, str]]:
+        """Yield the parameters that a key may mean: kind of owner, number of dims, name."""
+        owner, _, name = key.rpartition(".")
+        match described.named:
+            case "linear" | "embedding":
+                yield described.named, 2, "weight"
+            case "experts" | "module":
+                yield "module", _STACKED if described.named == "experts" else 1, "weight"
+            case "parameter":
+                module = self._describe(place, owner) if name in _OWNED else None
+                kind: Owner = module.named if module and module.named in ("linear", "embedding") else "module"
+                for rank in (described.rank,) if described.rank else _RANKS:
+                    yield kind, rank, name
+
+    def _describe(self, place: PlanPlace, key: str) -> Described | None:
+        return self._model(place.path.parent).describe(key, place.class_name.rpartition(".")[2])
+
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, Style]:
+        return {**load_dialect(PARAM_LEVEL).styles, **load_dialect(self.dialect).styles}
+
+    def _styles(self) -> set[str]:
+        """Return every word that stands where a configuration file may name a style."""
+        paths = [path for path in self._snapshot.blobs if file_kind(path) == "configuration"]
+        self._snapshot.load(paths)
+        sources = filter(None, map(self._snapshot.source, paths))
+        return {word.decode() for source in sources if b"_plan" in source.data for word in _VALUE.findall(source.data)}
+
+    def _read_model(self, folder: Path) -> Model:
+        """Read a model's modeling source; of a model without, that of the models its modular file names."""
+        if not self._write_all(folder, "modeling_*.py"):
+            for modular in self._write_all(folder, "modular_*.py"):
+                for sibling in set(_SIBLING.findall(modular.data)):
+                    self._write_all(folder.parent / sibling.decode(), "modeling_*.py")
+        return Model(self._folder / folder)
+
+    def _write_all(self, folder: Path, pattern: str) -> list[Source]:
+        return [self._write(path) for path in self._files.get(folder, ()) if path.match(pattern)]
+
+    def _write(self, path: Path) -> Source:
+        """Write a file of the revision down, where what reads trees finds it."""
+        source = self._snapshot.source(path)
+        assert source is not None
+        target = self._folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.data)
+        return source
+
+    @cached_property
+    def _files(self) -> Mapping[Path, list[Path]]:
+        """The revision's files by their folders."""
+        folders: dict[Path, list[Path]] = defaultdict(list)
+        for path in sorted(self._snapshot.blobs):
+            folders[path.parent].append(path)
+        return folders
+
+
+def _cuts_inside(placement: Placement | None) -> bool:
+    """Say whether a placement cuts each expert, so that the order of its rows counts."""
+    return isinstance(placement, Packed) or (isinstance(placement, Shard) and placement.dim > 0)
+
+
+def _layout_words(layout: ExpertLayout, parameter: str) -> str:
+    facts = {
+        "transposed": layout.transposed,
+        "interleaved": not layout.concatenated and parameter == "gate_up_proj",
+        "biased": layout.biased,
+    }
+    words = [word for word, holds in facts.items() if holds]
+    return f" of {', '.join(words)} experts" if words else ""
+
+
+def _guess(key: str) -> Described:
+    """Return what a key most likely names whose model does not show it."""
+    if key.rpartition(".")[0].rpartition(".")[2] == "experts":
+        return Described("parameter", _STACKED)
+    return Described("linear")
+
+
+def _thing(key: str, described: Described) -> str:
+    """Return the word that styles list their meaning under."""
+    if described.named != "parameter":
+        return described.named
+    return "a bias" if key.endswith(".bias") else f"parameter {described.rank}"

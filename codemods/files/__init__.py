@@ -1,0 +1,1 @@
+"""Source files and git revisions: found, read, decoded, and what of them changed."""

@@ -1,0 +1,74 @@
+"""What changed in a git repository since a branch left another, commits, index, working tree and new files alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from codemods.files.sources import shown
+from plans.errors import DependencyError, UsageError
+
+__all__ = ["changed_files", "touched_folders"]
+
+# A repository's own settings can name programs for git to start; none is needed for a list of names.
+_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
+_NAMES = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv")
+
+
+def changed_files(base_ref: str, folder: Path) -> frozenset[Path]:
+    """Return every file that differs from the commit where HEAD left `base_ref`, deleted and untracked ones included.
+
+    Args:
+        base_ref: a branch, tag or commit.
+        folder: any folder of the repository.
+
+    Raises:
+        UsageError: the folder is in no repository, or git knows no such commit or no common history.
+        DependencyError: git is not installed.
+    """
+    root = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+    base = _merge_base(root, base_ref)
+    listed = _git(root, "diff", *_NAMES, base, "--") + _git(root, "ls-files", "--others", "--exclude-standard", "-z")
+    return frozenset(root / os.fsdecode(name) for name in listed.split(b"\0") if name)
+
+
+def touched_folders(files: frozenset[Path]) -> frozenset[Path]:
+    """Return the folders whose Python files changed: a plan depends on the modeling and modular files beside it."""
+    return frozenset(path.parent.resolve() for path in files if path.suffix == ".py")
+
+
+def _merge_base(root: Path, base_ref: str) -> str:
+    fetch = "fetch it first (actions/checkout needs fetch-depth: 0), or name another with --base-ref"
+    commit = _try_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base_ref}^{{commit}}")
+    if commit.returncode:
+        raise UsageError(f"{shown(root)}: git knows no commit {base_ref!r}", hint=fetch, ref=base_ref, path=str(root))
+    base = _try_git(root, "merge-base", commit.stdout.decode().strip(), "HEAD")
+    if base.returncode:
+        raise UsageError(
+            f"{shown(root)}: HEAD and {base_ref!r} have no commit in common", hint=fetch, ref=base_ref, path=str(root)
+        )
+    return base.stdout.decode().strip()
+
+
+def _git(folder: Path, *arguments: str) -> bytes:
+    done = _try_git(folder, *arguments)
+    if done.returncode:
+        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["git failed"])[0]
+        raise UsageError(
+            f"{shown(folder)}: {reason.removeprefix('fatal: ')}",
+            hint="--changed-only needs a git repository; leave it out to look at every file",
+            path=str(folder),
+        )
+    return done.stdout
+
+
+def _try_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run([*_GIT, *arguments], cwd=folder, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise DependencyError(
+            "--changed-only needs git, which is not installed",
+            hint="install git, or leave --changed-only out",
+            packages=["git"],
+        ) from error

@@ -1,0 +1,194 @@
+"""`[tool.migrator]` of a pyproject.toml: what to look at, what to write and what to leave alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
+
+from codemods.files.sources import shown
+from plans.alike import did_you_mean
+from plans.errors import UsageError
+from plans.rule import all_rules
+
+__all__ = ["Configuration", "absolute", "find_configuration", "find_project_file", "read_configuration"]
+
+_NAME = "pyproject.toml"
+_GLOB = r"(\*\*/|\*\*|\*|\?)"
+_WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a project asks for; a command line that says otherwise wins.
+
+    Args:
+        root: the folder of the pyproject.toml; globs are matched against paths below it.
+        paths: what to look at when the command line names nothing.
+        target: the dialect to rewrite to, None for the default.
+        source: the dialect that the tree speaks, None to find out.
+        ignore: codes that are neither reported nor rewritten.
+        per_path_ignores: the same for the files that a glob matches.
+        exclude: globs of files that are neither reported on nor written.
+        link: a folder or file outside of the root, and where in the project a link to it lies.
+    """
+
+    root: Path = Path()
+    paths: tuple[Path, ...] = ()
+    target: str | None = None
+    source: str | None = None
+    ignore: frozenset[str] = frozenset()
+    per_path_ignores: tuple[tuple[str, frozenset[str]], ...] = ()
+    exclude: tuple[str, ...] = ()
+    link: tuple[Path, Path] | None = None
+
+    def includes(self, path: Path) -> bool:
+        """Say whether a file may be reported on and written."""
+        return not self.exclude or self.excluded_by(path) is None
+
+    def excluded_by(self, path: Path) -> str | None:
+        """Return the pattern that excludes a file, None where none does."""
+        return next((pattern for pattern in self.exclude if _matches(pattern, self._relative(path))), None)
+
+    def ignores(self, path: Path, code: str) -> bool:
+        """Say whether a code is ignored in a file."""
+        return code in self.ignore or any(
+            code in codes and _matches(pattern, self._relative(path)) for pattern, codes in self.per_path_ignores
+        )
+
+    def _relative(self, path: Path) -> PurePath:
+        if self.link and path.is_relative_to(self.link[0]):
+            path = self.link[1] / path.relative_to(self.link[0])
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else path
+
+
+def find_configuration(start: Path) -> Configuration:
+    """Return the configuration of the nearest pyproject.toml in or above a folder, an empty one without.
+
+    A link means what it leads to; only where no project holds that, the one that the link lies in counts.
+
+    Args:
+        start: a folder, or a file, whose folder counts.
+
+    Raises:
+        UsageError: the file is not valid, or its table holds an unknown key or a value of another type.
+    """
+    real, given = start.resolve(), absolute(start)
+    if found := find_project_file(real):
+        return read_configuration(found)
+    found = find_project_file(given)
+    return replace(read_configuration(found), link=(real, given)) if found else Configuration()
+
+
+def find_project_file(start: Path) -> Path | None:
+    """Return the nearest pyproject.toml in or above a folder, or above a file."""
+    folders = (start, *start.parents) if start.is_dir() else start.parents
+    return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
+
+
+def absolute(path: Path) -> Path:
+    """Return a path from the root without `..`, its links not followed."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `absolute` keeps `..`, `resolve` follows links
+
+
+def read_configuration(path: Path) -> Configuration:
+    """Read one pyproject.toml.
+
+    Raises:
+        UsageError: as `find_configuration`.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{shown(path)}: {error.strerror}", hint="make it a readable file", path=str(path)) from error
+    table = _table(path, data) if b"migrator" in data else {}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in _READERS:
+            _refuse(path, key, "is no setting", did_you_mean(key, _READERS, "settings are " + ", ".join(_READERS)))
+        field = key.replace("-", "_")
+        values[field] = _READERS[key](path, key, value)
+    return Configuration(path.parent, **values)
+
+
+def _table(path: Path, data: bytes) -> Mapping[str, object]:
+    import tomllib
+
+    try:
+        tool = tomllib.loads(data.decode()).get("tool", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{shown(path)}: is not TOML: {error}", hint="mend the file", path=str(path)) from error
+    table = tool.get("migrator", {}) if isinstance(tool, dict) else {}
+    if not isinstance(table, dict):
+        raise UsageError(
+            f"{shown(path)}: tool.migrator is no table", hint="write it as [tool.migrator]", path=str(path)
+        )
+    return table
+
+
+def _text(path: Path, key: str, value: object) -> str:
+    if not isinstance(value, str):
+        _refuse(path, key, f"is {value!r}, not a string", f'write {key} = "…"')
+    return value
+
+
+def _texts(path: Path, key: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        _refuse(path, key, f"is {value!r}, not a list of strings", f'write {key} = ["…"]')
+    return tuple(value)
+
+
+def _paths(path: Path, key: str, value: object) -> tuple[Path, ...]:
+    """Read paths below the file's own folder; a project that is migrated must not name others to write to."""
+    root = path.parent.resolve()
+    found = tuple(path.parent / text for text in _texts(path, key, value))
+    for listed in found:
+        if not listed.resolve().is_relative_to(root):
+            _refuse(path, key, f"leads out of the project, to {listed}", "name that folder on the command line")
+    return found
+
+
+def _codes(path: Path, key: str, value: object) -> frozenset[str]:
+    codes = _texts(path, key, value)
+    unknown = next((code for code in codes if code not in all_rules()), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, all_rules(), "`migrator explain` lists the codes")
+        _refuse(path, key, f"names {unknown!r}, which no rule has", hint)
+    return frozenset(codes)
+
+
+def _codes_by_glob(path: Path, key: str, value: object) -> tuple[tuple[str, frozenset[str]], ...]:
+    if not isinstance(value, dict):
+        _refuse(path, key, f"is {value!r}, not a table", f'write [tool.migrator.{key}] with "glob" = ["MIG…"]')
+    return tuple((glob, _codes(path, f"{key}.{glob}", codes)) for glob, codes in value.items())
+
+
+_READERS: Mapping[str, Callable[[Path, str, object], object]] = {
+    "paths": _paths,
+    "target": _text,
+    "source": _text,
+    "ignore": _codes,
+    "per-path-ignores": _codes_by_glob,
+    "exclude": _texts,
+}
+
+
+def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
+    raise UsageError(f"{shown(path)}: tool.migrator.{key} {problem}", hint=hint, path=str(path), key=key)
+
+
+def _matches(pattern: str, path: PurePath) -> bool:
+    """Say whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
+    expression = _regex(pattern.removeprefix("./").strip("/"))
+    above: Iterable[PurePath] = (path, *path.parents)
+    texts = (str(found.as_posix() if "/" in pattern else found.name) for found in above)
+    return any(expression.fullmatch(text) for text in texts if text)
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile("".join(_WILDCARDS.get(piece, re.escape(piece)) for piece in re.split(_GLOB, pattern)))

@@ -1,0 +1,76 @@
+"""The classes that a class inherits from, in Python's order and across files, worked out from source alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from codemods.files.sources import Source
+from codemods.inheritance.imports import imported, local_class, module_files
+from codemods.reading.literals import read_module
+from codemods.reading.module import ClassPlans, Module
+
+__all__ = ["Ancestor", "Lineages", "SourceOf"]
+
+SourceOf = Callable[[Path], Source | None]
+"""From a path to that file, None where there is none."""
+
+Ancestor = tuple[Path, ClassPlans]
+"""A class and its file."""
+
+
+@dataclass
+class Lineages:
+    """The classes of a set of files, each parsed at most once."""
+
+    source_of: SourceOf
+    _modules: dict[Path, Module | None] = field(default_factory=dict)
+    _lineages: dict[tuple[Path, str], tuple[Ancestor, ...]] = field(default_factory=dict)
+
+    def module(self, path: Path) -> Module | None:
+        """Return what a file says of plans, None where there is no such file."""
+        if path not in self._modules:
+            source = self.source_of(path)
+            self._modules[path] = read_module(source) if source else None
+        return self._modules[path]
+
+    def of(self, path: Path, class_name: str) -> tuple[Ancestor, ...]:
+        """Return a class and its bases in the order in which Python looks an attribute up."""
+        if (path, class_name) not in self._lineages:
+            self._lineages[path, class_name] = ()  # where a class is its own ancestor, the circle ends here
+            found = list(self._ancestors(path, class_name))
+            last = {(file, owner.name): (file, owner) for file, owner in reversed(found)}
+            self._lineages[path, class_name] = tuple(reversed(last.values()))
+        return self._lineages[path, class_name]
+
+    def meant(self, path: Path, class_name: str, name: str) -> tuple[Ancestor, ...]:
+        """Return the lineage of what a dotted name in a class stands for, none where it is no class that is known."""
+        module = self.module(path)
+        if module is None:
+            return ()
+        local = local_class(module, class_name, name)
+        return self.of(path, local) if local else tuple(self._imported(path, module, name))
+
+    def forget(self) -> None:
+        """Drop what was found; a search that was broken off leaves lineages that look like circles."""
+        self._lineages.clear()
+
+    def _ancestors(self, path: Path, class_name: str) -> Iterator[Ancestor]:
+        """Yield a class, then the lineage of each base; what two bases share comes twice."""
+        module = self.module(path)
+        if module is None:
+            return
+        owner = module.classes.get(class_name)
+        if owner is None:
+            yield from self._imported(path, module, class_name)
+            return
+        yield path, owner
+        for base in owner.bases:
+            name = local_class(module, class_name, base)
+            yield from self.of(path, name) if name else self._imported(path, module, base)
+
+    def _imported(self, path: Path, module: Module, name: str) -> Iterator[Ancestor]:
+        for meant in imported(module, name):
+            for file in module_files(path, meant.level, meant.module):
+                yield from self.of(file, meant.class_name)

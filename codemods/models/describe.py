@@ -1,0 +1,132 @@
+"""What a plan key names, read from the model's own modeling source by walking the key part by part."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+
+from codemods.models.construct import Constructor
+from codemods.models.modeling import ELEMENT, UNKNOWN, Node, read_modeling
+from plans.described import Described, Named
+
+__all__ = ["Model", "could_exist", "describe"]
+
+_DEEPEST = 64  # parts of a key; no model nests like that
+_WEIGHT_RANK = 2
+_STACKED_RANK = 3
+
+
+class Model:
+    """One model folder's modeling source, asked about plan keys; read when it is made, so keep it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._source = read_modeling(folder)
+        self._constructor = Constructor(self._source)
+        self.reach = cache(self._reach)
+
+    def describe(self, key: str, class_name: str = "") -> Described | None:
+        """Return what a key names, None where the source does not show it or shows two different things.
+
+        Args:
+            key: a plan key, which may count from any class of the model: `layers.*.self_attn.q_proj`.
+            class_name: the class whose plan it is; where text and vision models differ, it decides between them.
+        """
+        found = self._answers(self.reach(key, ""))
+        if len(found) != 1 and class_name:
+            found = self._answers(self.reach(key, class_name))
+        return found.pop() if len(found) == 1 else None
+
+    def could_exist(self, key: str) -> bool:
+        """Say whether any class of the model could create what a key names; of unreadable source it is always true."""
+        return not self._source.classes or bool(self.reach(key, ""))
+
+    def _reach(self, key: str, class_name: str) -> frozenset[Node]:
+        """Return what the parts of a key lead to, from the classes on whose plan it may be."""
+        owner, _, part = key.rpartition(".")
+        if owner.count(".") > _DEEPEST:
+            return frozenset()
+        nodes = self.reach(owner, class_name) if owner else self._roots(part, class_name)
+        return frozenset(node for start in nodes for node in self._step(start, part))
+
+    def _roots(self, part: str, class_name: str) -> frozenset[Node]:
+        """Return the classes that a key beginning with `part` may count from.
+
+        They are the named class itself, those that take it as their `config`, or without a name all. Those that inherit
+        from other models could have any attribute, and count only where no other class has this one.
+        """
+        classes = self._source.classes
+        takes = re.compile(rb"\bconfig: [\w| ]*\b" + re.escape(class_name.encode()) + rb"\b")
+        names = (
+            [class_name]
+            if class_name in classes
+            else [name for name, one in classes.items() if not class_name or takes.search(one.data, one.start, one.end)]
+        )
+        assigning = [name for name in names if any(one.assigns(part) for one in self._source.lineage(name))]
+        return frozenset(Node("class", name) for name in assigning or names)
+
+    def _answers(self, nodes: frozenset[Node]) -> set[Described]:
+        by_kind = {
+            (described.named, described.rank): described
+            for described in map(self._described, sorted(nodes - {UNKNOWN}, key=str))
+        }
+        return set(by_kind.values())
+
+    def _step(self, node: Node, part: str) -> Iterable[Node]:
+        is_index = part == "*" or part.isdecimal()
+        if node.kind == "unknown":
+            return [UNKNOWN]
+        if node.kind == "list":
+            return node.elements | self._of_class(node, ELEMENT if is_index else part)
+        if node.kind in ("linear", "embedding") and part in ("weight", "bias"):
+            return [Node("parameter", rank=_WEIGHT_RANK if part == "weight" else 1)]
+        if node.kind == "leaf":
+            return [Node("parameter")] if part in ("weight", "bias") else []
+        return self._of_class(node, part)
+
+    def _of_class(self, node: Node, part: str) -> frozenset[Node]:
+        return self._constructor.attribute(node.name, part) if node.name else frozenset()
+
+    def _described(self, node: Node) -> Described:
+        return Described(self._named(node), node.rank, self._where(node))
+
+    def _named(self, node: Node) -> Named:
+        match node.kind:
+            case "linear" | "embedding" | "parameter":
+                return node.kind
+            case "class" if any(one.rank == _STACKED_RANK for one in self._parameters(node.name)):
+                return "experts"
+        return "module"
+
+    def _parameters(self, name: str) -> Iterator[Node]:
+        for definition in self._source.lineage(name):
+            for attribute in definition.attributes:
+                yield from self._constructor.attribute(name, attribute)
+
+    def _where(self, node: Node) -> str:
+        definition = self._source.classes.get(node.name)
+        return f"{definition.path.name}:{definition.name}" if definition else ""
+
+
+def describe(folder: Path, key: str, class_name: str = "") -> Described | None:
+    """Return what a plan key names in a model folder, None where that cannot be read."""
+    return _model(folder).describe(key, class_name)
+
+
+def could_exist(folder: Path, key: str) -> bool:
+    """Say whether any class of a model folder's source could create what a plan key names."""
+    return _model(folder).could_exist(key)
+
+
+def _model(folder: Path) -> Model:
+    """Return a folder's model, read again only if its modeling files changed."""
+    with os.scandir(folder) as entries:
+        stats = [entry.stat() for entry in entries if entry.name.startswith("modeling_")]
+    return _model_as_it_was(folder, tuple(sorted((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)))
+
+
+@lru_cache(maxsize=1024)
+def _model_as_it_was(folder: Path, _state: tuple[tuple[int, int, int], ...]) -> Model:
+    return Model(folder)

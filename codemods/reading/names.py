@@ -1,0 +1,201 @@
+"""Names that stand for plans: local names of a function, and constants of a module or class."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from codemods.reading.pieces import bindings, pieces
+from codemods.reading.plan_names import is_plan_attribute
+from plans.plan import is_expert_parallel, plan_kind
+
+__all__ = ["Definitions", "Function", "given_parameters", "local_plans", "written_into"]
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """What the names of a file are defined as; looked for only where a plan is made from a name.
+
+    Args:
+        statements: the file's.
+    """
+
+    statements: Sequence[ast.stmt]
+
+    def constant(self, node: ast.AST, homes: Iterable[str]) -> ast.expr | None:
+        """Return what a name, or an attribute of a class, stands for: assigned once and used once in the file.
+
+        Args:
+            node: an expression.
+            homes: the classes, empty for the module, whose bodies may define it.
+        """
+        values = self.defined(node, homes)
+        name = _identifier(node)
+        return values[0] if len(values) == 1 and self._uses[name] == 1 and self._stores[name] == 1 else None
+
+    def defined(self, node: ast.AST, homes: Iterable[str]) -> list[ast.expr]:
+        """Return all that module and class bodies define a name as."""
+        return [value for home in homes for value in self._constants.get((home, _identifier(node)), [])]
+
+    def behind(self, node: ast.AST) -> Iterator[ast.AST]:
+        """Yield an expression and whatever defines the names in it, or is put into what they name."""
+        yield node
+        for name in {_identifier(part) for part in ast.walk(node)} - {""}:
+            yield from self._definers.get(name, ())
+
+    @cached_property
+    def classes(self) -> frozenset[str]:
+        """The names of the classes that stand at the top of the file."""
+        return frozenset(one.name for one in self.statements if isinstance(one, ast.ClassDef))
+
+    @cached_property
+    def _constants(self) -> Mapping[tuple[str, str], list[ast.expr]]:
+        found: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
+        for home, statement in _outside_functions(self.statements):
+            for target, value in bindings(statement):
+                if isinstance(target, ast.Name):
+                    found[home, target.id].append(value)
+        return found
+
+    @cached_property
+    def _uses(self) -> Counter[str]:
+        return Counter(_identifier(node) for node in self._nodes() if isinstance(getattr(node, "ctx", None), ast.Load))
+
+    @cached_property
+    def _stores(self) -> Counter[str]:
+        return Counter(name for node in self._nodes() for name in _bound(node))
+
+    def _nodes(self) -> Iterator[ast.AST]:
+        return (node for statement in self.statements for node in ast.walk(statement))
+
+    @cached_property
+    def _definers(self) -> Mapping[str, list[ast.AST]]:
+        found: dict[str, list[ast.AST]] = defaultdict(list)
+        for node in self._nodes():
+            match node:
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                    found[name].append(node)
+                case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
+                    for part in ast.walk(target):
+                        found[_identifier(part)].append(value)
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=name))):
+                    found[name].append(node)
+            for target, value in bindings(node):
+                found[_identifier(target)].append(value)
+                if isinstance(target, ast.Subscript):
+                    found[_identifier(target.value)].append(target)
+        return found
+
+
+def given_parameters(function: Function) -> frozenset[str]:
+    """Return the parameters of a function that have no value of their own: their callers say what they are."""
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return frozenset(one.arg for one, value in pairs if value is None or ast.unparse(value) == "None")
+
+
+def local_plans(function: Function) -> dict[str, str]:
+    """Return the local names that a function makes from one plan, or makes one plan from, with the plan's attribute.
+
+    A name that stands for plans of two kinds in turn stands for none here; nor does one that is no variable of the
+    function, or that is made from a plan, then from something else, and never put into a plan.
+    """
+    made_from: dict[str, set[str]] = defaultdict(set)
+    put_into: dict[str, set[str]] = defaultdict(set)
+    assigned: set[str] = set()
+    fresh: set[str] = set()
+    for node in ast.walk(function):
+        for target, value in bindings(node):
+            if isinstance(target, ast.Name):
+                read = set(_plans_read(value))
+                made_from[target.id] |= read
+                assigned.add(target.id)
+                fresh |= set() if read or _reads(value, target.id) else {target.id}
+        for name, plan in _looped(node):
+            assigned.add(name)
+            made_from[name].add(plan)
+        for plan, value in written_into(node, function.name):
+            for piece in pieces(value):
+                if isinstance(piece.node, ast.Name):
+                    put_into[piece.node.id].add(plan)
+    result: dict[str, str] = {}
+    for name in assigned:
+        plans = made_from[name] | put_into[name]
+        left = name in fresh and not put_into[name]
+        if len({plan_kind(plan) for plan in plans}) == 1 and not left and not is_plan_attribute(name):
+            result[name] = min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
+    return result
+
+
+def written_into(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what a node writes into a plan that it names itself: the plan's attribute, and an expression.
+
+    Args:
+        node: any part of a function.
+        function: its name.
+    """
+    for target, value in bindings(node):
+        if isinstance(target, ast.Attribute) and is_plan_attribute(target.attr):
+            yield target.attr, value
+    match node:
+        case ast.AugAssign(target=ast.Attribute(attr=plan), op=ast.BitOr(), value=value) if is_plan_attribute(plan):
+            yield plan, value
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(attr=plan), attr="update")) if is_plan_attribute(plan):
+            yield plan, node
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(plan)), value]) if plan_kind(plan):
+            yield plan, value
+        case ast.Call(keywords=keywords):
+            yield from ((one.arg, one.value) for one in keywords if one.arg and plan_kind(one.arg))
+        case ast.Return(value=ast.expr() as value) if plan_kind(function):
+            yield function, value
+
+
+def _plans_read(value: ast.expr) -> Iterator[str]:
+    for piece in pieces(value):
+        match piece.node:
+            case ast.Attribute(attr=plan) if is_plan_attribute(plan):
+                yield plan
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(plan)), *_]) if plan_kind(plan):
+                yield plan
+
+
+def _reads(value: ast.expr, name: str) -> bool:
+    return any(isinstance(piece.node, ast.Name) and piece.node.id == name for piece in pieces(value))
+
+
+def _looped(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the name of a loop over plans with the first of them; the others are made of the same entries."""
+    match node:
+        case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
+            read = [plan for element in plans for plan in _plans_read(element)]
+            if len(read) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in read}) == 1:
+                yield name, read[0]
+
+
+def _outside_functions(statements: Sequence[ast.stmt], home: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    for statement in statements:
+        yield home, statement
+        if isinstance(statement, ast.ClassDef):
+            yield from _outside_functions(statement.body, f"{home}.{statement.name}" if home else statement.name)
+
+
+def _bound(node: ast.AST) -> Iterator[str]:
+    """Yield the name that a node gives a meaning to."""
+    match node:
+        case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
+            yield _identifier(node)
+        case ast.arg(arg=name) | ast.alias(asname=str(name)) | ast.alias(asname=None, name=name):
+            yield name
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            yield name
+
+
+def _identifier(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")

@@ -1,0 +1,1 @@
+"""Edits worked out, decided on, proven and written."""

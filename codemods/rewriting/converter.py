@@ -1,0 +1,163 @@
+"""The tree's own modular converter, run on a copy of the tree.
+
+This is the one place where code of the tree is run, and only because the user asked for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+from codemods.files.sources import shown
+from plans.errors import SourceError, UsageError, WorkerError
+
+__all__ = ["convert", "converter_root", "copy_tree"]
+
+_CONVERTER = Path("utils/modular_model_converter.py")
+_TRACEBACK = b"Traceback (most recent call last)"
+_EXCEPTION = re.compile(rb"[\w.]*(?:Error|Exception)\b:? ")
+
+
+def converter_root(path: Path) -> Path:
+    """Return the repository that a path lies in: the nearest folder above it that holds a modular converter.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for folder in (path, *path.parents):
+        if (folder / _CONVERTER).is_file():
+            return folder
+    raise UsageError(
+        f"{shown(path)}: no folder above it holds {_CONVERTER}",
+        hint="run without --verify; the converter is part of the transformers repository, not of its package",
+        path=str(path),
+    )
+
+
+def copy_tree(root: Path, copy: Path, modulars: Iterable[Path]) -> None:
+    """Copy what a conversion reads: the sources, the converter, and the settings in the repository's own folder.
+
+    Args:
+        root: the repository.
+        copy: an empty folder.
+        modulars: files below the root that will be converted.
+
+    Raises:
+        SourceError: the copy cannot be made.
+    """
+    folders = {"src", "utils"} | {path.relative_to(root).parts[0] for path in modulars}
+    try:
+        for entry in root.iterdir():
+            if entry.is_file():
+                shutil.copyfile(entry, copy / entry.name)
+            elif entry.name in folders:
+                shutil.copytree(entry, copy / entry.name, copy_function=shutil.copyfile, ignore=_not_copied)
+    except OSError as error:
+        raise SourceError(
+            f"{shown(root)}: cannot be copied to {copy}: {error}",
+            hint="make room there, or set TMPDIR to a folder with room",
+            path=str(root),
+        ) from error
+
+
+def convert(root: Path, copy: Path, modulars: Sequence[Path], timeout: float) -> list[SourceError]:
+    """Convert modular files that do not need each other, and say which of them fail.
+
+    Args:
+        root: the repository.
+        copy: its copy, which the converter reads and writes.
+        modulars: files below the root.
+        timeout: seconds that one run may take.
+
+    Raises:
+        WorkerError: a run did not end in time.
+    """
+    names = [str(path.relative_to(root)) for path in modulars]
+    complaint = _run(copy, names, timeout)
+    if complaint is None:
+        return []
+    if len(modulars) > 1:
+        alone = [failure for path in modulars for failure in convert(root, copy, [path], timeout)]
+        if alone:
+            return alone
+    return [
+        SourceError(
+            f"{', '.join(names)}: the modular converter fails: {complaint}",
+            hint=f"run python {_CONVERTER} {' '.join(names)} and mend what it reports",
+            paths=names,
+        )
+    ]
+
+
+def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
+    """Run the converter in the copy; return what went wrong, or None."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, str(_CONVERTER), *names],
+            cwd=copy,
+            env=_environment(copy),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise WorkerError(
+                f"{names[0]}: the modular converter did not end within {timeout:g} s",
+                hint="run it by hand on this file",
+                paths=list(names),
+            ) from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return _complaint(output, code)
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    """Return an environment that imports the copy's sources and finds the formatter installed beside this Python."""
+    sources = [str(copy / "src"), os.environ.get("PYTHONPATH", "")]
+    programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sources)),
+        "PATH": os.pathsep.join(programs),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def _complaint(output: IO[bytes], code: int) -> str | None:
+    """Return the exception that the output tells of, or its last line where only the exit code tells of one."""
+    exception = last = b""
+    in_traceback = False
+    for line in output:
+        if line.startswith(_TRACEBACK):
+            in_traceback = True
+        elif line.strip() and not line[:1].isspace():
+            if in_traceback or _EXCEPTION.match(line):
+                exception = line
+            in_traceback = False
+            last = line
+    if not exception and not in_traceback and not code:
+        return None
+    return (exception or last).decode("utf-8", "replace").strip() or f"exit code {code}"
+
+
+def _not_copied(folder: str, names: list[str]) -> set[str]:
+    """Name what a copy leaves out: caches, links to folders, links to nothing, devices."""
+    paths = [Path(folder, name) for name in names]
+    return {
+        path.name
+        for path in paths
+        if path.name == "__pycache__" or not (path.is_file() or (path.is_dir() and not path.is_symlink()))
+    }

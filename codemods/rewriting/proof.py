@@ -1,0 +1,174 @@
+"""Proof of a rewrite: the tree's own modular converter must write what the rewrite computed, byte for byte."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from codemods.files.sources import read_source, shown
+from codemods.reading.literals import read_module
+from codemods.rewriting.converter import convert, converter_root, copy_tree
+from codemods.tree.outcome import Change, Outcome
+from plans.errors import MigratorError, MismatchError, SourceError
+
+__all__ = ["Progress", "verify_outcome"]
+
+Progress = Callable[[int, int, str], None]
+"""Takes the modular files converted, their number, and the one at hand."""
+
+_TIMEOUT = 600.0
+
+
+def verify_outcome(
+    outcome: Outcome, paths: Sequence[Path], *, timeout: float = _TIMEOUT, progress: Progress | None = None
+) -> list[MigratorError]:
+    """Demand of the tree's own converter that it writes the generated files as the rewrite computed them.
+
+    To be called before anything is written. The modular files behind every changed file are converted, and those of
+    other models that read a changed file; the tree itself is not touched.
+
+    Args:
+        outcome: a rewrite that is not written yet.
+        paths: what was rewritten.
+        timeout: seconds that one run of the converter may take.
+        progress: told of every run.
+
+    Returns:
+        A `MismatchError` for each file that differs, a `SourceError` for each modular file that does not convert.
+
+    Raises:
+        UsageError: no folder above the changed files, or above the paths, holds a converter.
+        WorkerError: the converter did not end in time.
+    """
+    by_root: dict[Path, list[Change]] = defaultdict(list)
+    for change in outcome.changes:
+        by_root[converter_root(change.path)].append(change)
+    if not by_root:
+        for path in paths:
+            converter_root(path.absolute())
+    return [
+        error for root, changes in by_root.items() for error in _verify(root, changes, timeout, progress or _silent)
+    ]
+
+
+def _verify(root: Path, changes: Sequence[Change], timeout: float, progress: Progress) -> list[MigratorError]:
+    levels = _levels(_affected(changes))
+    modulars = [path for level in levels for path in level]
+    with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
+        copy = Path(folder).resolve()
+        copy_tree(root, copy, modulars)
+        for change in changes:
+            if change.role == "owner":
+                target = copy / change.path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)  # folders behind links are not copied
+                target.write_bytes(change.data)
+        done = 0
+        for level in levels:
+            progress(done, len(modulars), level[0].name)
+            if failures := convert(root, copy, level, timeout):
+                return [*failures]
+            done += len(level)
+        computed = {change.path: change.data for change in changes}
+        return [error for path in modulars for error in _differences(root, copy, path, computed)]
+
+
+def _affected(changes: Sequence[Change]) -> list[Path]:
+    """Return the modular files behind the changes, and those that read a changed file of another model."""
+    behind = {path for change in changes if (path := _modular_of(change)) is not None}
+    read = {change.path.with_suffix("") for change in changes if not _is_modular(change.path)}
+    folders = {change.path.parent.parent for change in changes}
+    readers = {
+        path
+        for folder in folders
+        for path in folder.glob("*/modular_*.py")
+        if any(module in read and module.parent != path.parent for module in _imported(path))
+    }
+    return sorted(behind | readers)
+
+
+def _modular_of(change: Change) -> Path | None:
+    if _is_modular(change.path):
+        return change.path
+    name = change.source.generated_from
+    return change.path.with_name(name) if name else None
+
+
+def _is_modular(path: Path) -> bool:
+    return path.name.startswith("modular_")
+
+
+def _imported(path: Path) -> frozenset[Path]:
+    """Return the modules that a file may import from, as paths without a suffix."""
+    return frozenset(
+        base.joinpath(*module.split("."))
+        for found in read_module(read_source(path)).imports.values()
+        for module in (found.module, f"{found.module}.{found.name}".strip("."))
+        for base in (path.parents[found.level - 1 : found.level] if found.level else path.parents)
+    )
+
+
+def _levels(modulars: Sequence[Path]) -> list[list[Path]]:
+    """Group modular files so that each comes after those whose models it imports from.
+
+    Raises:
+        SourceError: they import from each other in a circle.
+    """
+    needs: dict[Path, set[Path]] = {}
+    for path in modulars:
+        folders = {folder for module in _imported(path) for folder in (module, module.parent)} - {path.parent}
+        needs[path] = {other for other in modulars if other.parent in folders}
+    sorter = TopologicalSorter(needs)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        names = " ← ".join(path.name for path in error.args[1])
+        raise SourceError(
+            f"modular files import from each other in a circle: {names}",
+            hint="break the circle: the modular converter does not end on it",
+            paths=[str(path) for path in error.args[1]],
+        ) from error
+    levels: list[list[Path]] = []
+    while ready := sorter.get_ready():
+        levels.append(sorted(ready))
+        sorter.done(*ready)
+    return levels
+
+
+def _differences(root: Path, copy: Path, modular: Path, computed: Mapping[Path, bytes]) -> Iterator[MismatchError]:
+    """Compare every file that the converter wrote for a modular file."""
+    known = sorted(modular.parent.glob("*.py"))
+    for path in known:
+        if path not in computed and read_source(path).generated_from != modular.name:
+            continue
+        expected = computed.get(path) or read_source(path).data
+        target = copy / path.relative_to(root)
+        written = target.read_bytes() if target.is_file() else b""
+        if written != expected:
+            untouched = "" if path in computed else ", and the rewrite leaves this file as it is"
+            line = _first_difference(written, expected)
+            yield _mismatch(path, f"line {line} differs from what the converter writes{untouched}")
+    new = {path.name for path in (copy / modular.parent.relative_to(root)).glob("*.py")}
+    for name in sorted(new.difference(path.name for path in known)):
+        yield _mismatch(modular.with_name(name), "the converter writes this file, which the tree does not have")
+
+
+def _mismatch(path: Path, what: str) -> MismatchError:
+    return MismatchError(
+        f"{shown(path)}: {what}",
+        hint="bring the generated files up to date with the modular converter first, then rewrite",
+        path=str(path),
+    )
+
+
+def _first_difference(one: bytes, other: bytes) -> int:
+    """Return the first line that differs, counted from 1."""
+    lines = zip(one.splitlines(keepends=True), other.splitlines(keepends=True), strict=False)
+    same = next((index for index, (left, right) in enumerate(lines) if left != right), None)
+    return (min(one.count(b"\n"), other.count(b"\n")) if same is None else same) + 1
+
+
+def _silent(done: int, total: int, current: str) -> None:
+    """Take progress and tell nobody."""

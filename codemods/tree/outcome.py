@@ -1,0 +1,115 @@
+"""What a run over a tree found: files to be written, findings and errors, each with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from codemods.files.sources import Source
+from codemods.inheritance.ownership import Place
+from codemods.tree.detect import Detected
+from plans.decompose import Edit
+from plans.errors import MigratorError
+from plans.rule import Finding
+
+__all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "joined"]
+
+Role = Literal["owner", "copy"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A finding with its place in a file, the line counted from 1."""
+
+    path: Path
+    line: int
+    class_name: str
+    attribute: str
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class LocatedEdit:
+    """An edit with its place in a file.
+
+    Args:
+        line: counted from 1 in the file as it was.
+        class_name: where its plan is assigned.
+        attribute: of the plan.
+        edit: what changes.
+        owner: the place that a person edits; the edits of one owner are made together or not at all.
+    """
+
+    line: int
+    class_name: str
+    attribute: str
+    edit: Edit
+    owner: Place
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file to be written.
+
+    Args:
+        source: the file as it was read.
+        data: its new bytes.
+        role: whether a person owns it or the modular converter writes it.
+        edits: what changed in it.
+    """
+
+    source: Source
+    data: bytes
+    role: Role
+    edits: tuple[LocatedEdit, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.source.path
+
+    @property
+    def owners(self) -> frozenset[Place]:
+        """The owners of what changes in it."""
+        return frozenset(edit.owner for edit in self.edits)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run over a tree found.
+
+    Args:
+        changes: files to be written, owners before copies.
+        findings: what a person should know.
+        errors: files that could not be read or parsed; all others were still done.
+        files: how many files were looked at.
+        plan_files: how many of them mention a plan.
+        dialects: what the tree speaks, where it was asked for; of several projects what each of them does.
+    """
+
+    changes: tuple[Change, ...]
+    findings: tuple[Located, ...]
+    errors: tuple[MigratorError, ...]
+    files: int
+    plan_files: int
+    dialects: tuple[Detected, ...] = ()
+
+    @property
+    def dialect(self) -> Detected | None:
+        """The one dialect that was asked for, None where there is none or several."""
+        return self.dialects[0] if len(self.dialects) == 1 else None
+
+
+def joined(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return the outcome of several projects as one."""
+    changes = [change for one in outcomes for change in one.changes]
+    return Outcome(
+        tuple(sorted(changes, key=lambda change: change.role == "copy")),
+        tuple(finding for one in outcomes for finding in one.findings),
+        tuple(error for one in outcomes for error in one.errors),
+        sum(one.files for one in outcomes),
+        sum(one.plan_files for one in outcomes),
+        tuple(dict.fromkeys(dialect for one in outcomes for dialect in one.dialects)),
+    )
