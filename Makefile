@@ -34,6 +34,7 @@ browser:
 
 # With the Python that has the machine's own torch: make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
+gpu-test: export PYTHONPATH := $(CURDIR)
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu
 	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_load.py

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from plans.resolved import ResolvedPlan
 from runtime.parallel.mesh import DeviceMeshes
+from runtime.processes.backends import over_nccl
 
 __all__ = ["shard_over_data"]
 
@@ -40,7 +40,8 @@ def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMesh
 def _shard(module: nn.Module, axis: DeviceMesh, apart: set[nn.Parameter] | None = None) -> None:
     sharded = fully_shard(module, mesh=axis, ignored_params=apart)
     # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
-    sharded.set_force_sum_reduction_for_comms(dist.get_backend(axis.get_group()) != "nccl")
+    averages = axis.device_type == "cuda" and over_nccl(axis.get_group())
+    sharded.set_force_sum_reduction_for_comms(not averages)
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

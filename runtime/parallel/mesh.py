@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
+from runtime.processes.backends import over_nccl
 from runtime.wording import first_line
 
 __all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
@@ -107,7 +108,7 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
     if isinstance(mesh, DeviceMeshes):
         return mesh
     if isinstance(mesh, Mesh):
-        return device_meshes(mesh, "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+        return device_meshes(mesh, "cuda" if dist.is_initialized() and over_nccl() else "cpu")
     if not isinstance(mesh, DeviceMesh):
         raise UsageError(
             f"{mesh!r} is no mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import plans.errors
 from plans.errors import MigratorError, WorkerError
+from runtime.processes.backends import takes_cpu_tensors
 from runtime.wording import first_line
 
 __all__ = ["error_from_json", "error_to_json", "gather_json", "together"]
@@ -76,7 +77,7 @@ def _gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def _gathered(value: object, group: dist.ProcessGroup | None) -> list[Any]:
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    device = "cpu" if takes_cpu_tensors(group) else "cuda"
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, torch.tensor([len(content)], device=device), group=group)

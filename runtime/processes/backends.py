@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-__all__ = ["over_nccl"]
+__all__ = ["takes_cpu_tensors", "over_nccl"]
+
+
+def takes_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:
+    """Say whether a group carries what lies in hosts' own memory too."""
+    return any(entry.startswith("cpu:") for entry in dist.get_backend_config(group).split(","))
 
 
 def over_nccl(group: dist.ProcessGroup | None = None) -> bool:

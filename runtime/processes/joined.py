@@ -28,7 +28,8 @@ def own_device(kind: str) -> torch.device:
         UsageError: there are not enough GPUs.
     """
     ranks, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count() if kind != "cpu" else 0
+    # Some GPUs are counted that no program can use, with a driver too old for this torch say.
+    gpus = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
     if kind == "cuda" and gpus < ranks:
         raise UsageError(
             f"{counted(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",

@@ -151,7 +151,7 @@ def _own(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
 
 def _sum_and_cut(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
     group = axis.get_group()
-    if dist.get_backend(group) == "gloo":  # which has no reduce-scatter in every torch from 2.8 on
+    if not tensor.is_cuda:  # gloo has no reduce-scatter in every torch from 2.8 on, nor a group's name for certain
         return _own(_sum(tensor, axis), axis, dim)
     pieces = torch.cat(tensor.chunk(axis.size(), dim))
     result = pieces.new_empty(pieces.shape[0] // axis.size(), *pieces.shape[1:])

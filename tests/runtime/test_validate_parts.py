@@ -101,6 +101,7 @@ def test_hub_form_is_validated_on_the_mesh_that_is_asked_for(hub_folder: HubFold
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 ranks on this machine need a GPU each, but there are 1"):
         own_device("cuda")
@@ -108,6 +109,8 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device("auto") == own_device("cuda") == torch.device("cuda", 1)
     assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device("auto") == torch.device("cpu")
 
 
 def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch: pytest.MonkeyPatch) -> None:
