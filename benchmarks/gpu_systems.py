@@ -17,7 +17,7 @@ from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.ranks.files import rank_file
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 from runtime.loader import replicated
 from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, fill
 from runtime.loader.placing import target_of

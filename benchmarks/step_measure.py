@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from runtime.parallel.placements import local_piece, placement_of
+from runtime.styles.placements import local_piece, placement_of
 
 
 @dataclass(frozen=True)

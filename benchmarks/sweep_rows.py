@@ -17,10 +17,10 @@ from plans.errors import MigratorError
 from plans.mesh import Mesh, Mode
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.placements import local_piece, placement_of
 from runtime.parallel.verify import verify_sharding
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
+from runtime.styles.placements import local_piece, placement_of
 
 __all__ = ["TOLERANCE", "Result", "one_line", "run_case"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["is_expert_parallel", "lookup", "plan_kind", "unmatched_keys", "wildcard"]
+__all__ = ["is_expert_parallel", "key_in_plan", "lookup", "plan_kind", "unmatched_keys", "wildcard"]
 
 _PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -53,3 +53,17 @@ def unmatched_keys(plan: Mapping[str, object], names: Iterable[str]) -> list[str
     """Return the plan's keys that name none of the given modules and parameters, in plan order."""
     known = {key for name in names for key in (name, wildcard(name))}
     return [key for key in plan if key not in known]
+
+
+def key_in_plan(plan: Mapping[str, str], name: str) -> str:
+    """Return the key by which an entry for a name should be written: its layer's own where that has keys of its own.
+
+    Args:
+        plan: key to style.
+        name: of a module or parameter.
+    """
+    owner, key = name.rpartition(".")[0], wildcard(name)
+    apart = owner != wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
+    # What a layer holds itself is written for all layers, unless they have that entry already.
+    of_one = key in plan or not owner.rpartition(".")[2].isdigit()
+    return name if name in plan or (apart and of_one) else key

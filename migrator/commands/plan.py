@@ -34,7 +34,7 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.
     """
     need_runtime()
-    from runtime.models.find_config import find_config
+    from runtime.find_config import find_config
     from runtime.models.quantized import stored_model
     from runtime.planning.plan import released_plan
     from runtime.planning.resolve import resolve
@@ -118,8 +118,8 @@ def _placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
 
 def _local(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest piece."""
-    from runtime.checkpoint.extents import whole
-    from runtime.checkpoint.shards import local_form
+    from runtime.extents.forms import whole
+    from runtime.extents.shards import local_form
 
     form = whole(parameter.name, parameter.shape)
     return local_form(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

@@ -22,9 +22,8 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.errors import PlanError
 from plans.placement import Replicate
-from plans.plan import lookup, wildcard
+from plans.plan import key_in_plan, lookup, wildcard
 from runtime.blocks.side_by_side import Block, Projection, read_blocks
-from runtime.planning.key_checks import key_in_plan
 from runtime.styles.registry import StyleRegistry
 
 __all__ = ["check_head_norms", "with_head_norms"]

@@ -9,8 +9,7 @@ from torch import nn
 
 from plans.dialect import Dialect
 from plans.placement import Packed, Placement, Replicate, Shard
-from plans.plan import lookup
-from runtime.planning.key_checks import key_in_plan
+from plans.plan import key_in_plan, lookup
 
 __all__ = ["Block", "Projection", "read_blocks"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import SideFiles
 from runtime.checkpoint.ranks.record import EntryKind, StoredForm
+from runtime.extents.forms import Form
 
 if TYPE_CHECKING:
     from runtime.checkpoint.optimizer.state import OptimizerState

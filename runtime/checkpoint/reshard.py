@@ -17,7 +17,6 @@ from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progres
 from runtime.checkpoint.copying.execution import carry_out
 from runtime.checkpoint.copying.journal import SECONDS
 from runtime.checkpoint.copying.values import Options, ReshardResult, Seconds
-from runtime.checkpoint.extents import Form, FormError
 from runtime.checkpoint.files.commit import Say
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.stamps import Stamp, stamps_of
@@ -26,6 +25,7 @@ from runtime.checkpoint.laid_out import LaidOut, lay_out
 from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.target import Target
+from runtime.extents.forms import Form, FormError
 from runtime.models.model import read_config
 from runtime.models.quantized import stored_model
 
@@ -43,6 +43,7 @@ class ReshardPlan:
 
     Args:
         content: of the source.
+        model_type: that its config names.
         target: what it becomes.
         laid: the files of the result.
         table: of all runs, digests included.
@@ -52,6 +53,7 @@ class ReshardPlan:
     """
 
     content: Content
+    model_type: str
     target: Target
     laid: LaidOut
     table: Table
@@ -135,7 +137,7 @@ def plan_reshard(
     except FormError as error:
         raise ConversionError(f"{source}: {error}", hint="choose another mesh size") from error
     planning = time.perf_counter() - began
-    return ReshardPlan(content, target, laid, table, planning, stamps)
+    return ReshardPlan(content, str(config.model_type), target, laid, table, planning, stamps)
 
 
 def _digested(content: Content) -> Iterator[tuple[Destination, Form]]:

@@ -8,9 +8,9 @@ from math import prod
 
 from plans.mesh import Mesh, MeshName
 from plans.placement import Placement
-from runtime.checkpoint.extents import unravel, whole
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.shards import local_form
+from runtime.extents.forms import unravel, whole
+from runtime.extents.shards import local_form
 
 __all__ = ["Slice", "local_bytes", "slices"]
 

@@ -11,7 +11,7 @@ import torch
 from plans.errors import UsageError
 from runtime.checkpoint.copying.table import Destination, build_table
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, Worker, fill
 from runtime.loader.placing import Target, target_of
 from runtime.loader.reads import reads, units

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 
 __all__ = ["Target", "place", "target_of"]
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.runs import Run, cut
+from runtime.extents.runs import Run, cut
 
 __all__ = ["Read", "positions", "reads", "units"]
 

@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.extents import Form
-from runtime.checkpoint.shards import local_form
+from runtime.extents.forms import Form
+from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors, tied_names
-from runtime.parallel.placements import planned_placements
 from runtime.processes.backends import over_nccl
+from runtime.styles.placements import planned_placements
 from runtime.wording import listed
 
 __all__ = ["Slot", "check_buffers", "default_device", "mesh_axes", "move_buffers", "slots_of"]

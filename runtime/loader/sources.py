@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from plans.errors import CheckpointError, ConversionError, IncompleteError, MismatchError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.hub.quantized import check_dtypes
 from runtime.checkpoint.layout import layout_of
@@ -19,6 +18,7 @@ from runtime.checkpoint.ranks.files import held_by, local, read_rank
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import Manifest
 from runtime.checkpoint.read import read_content
+from runtime.extents.forms import Form, FormError, whole
 from runtime.loader.slots import Slot
 from runtime.models.model import DTYPE_NAMES, DTYPES
 from runtime.wording import listed

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate
-from runtime.checkpoint.extents import chunk_bounds
-from runtime.parallel.placements import planned_placements
+from runtime.extents.forms import chunk_bounds
 from runtime.styles.collectives import all_gather
+from runtime.styles.placements import planned_placements
 
 __all__ = ["full_state_dict"]
 

@@ -14,10 +14,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import PlanError
-from plans.plan import lookup
+from plans.plan import key_in_plan, lookup
 from plans.resolved import ResolvedPlan
 from runtime.parallel.mesh import DeviceMeshes
-from runtime.planning.key_checks import key_in_plan
 from runtime.planning.sequence_plan import is_norm
 from runtime.styles.registry import StyleRegistry
 from runtime.styles.sliced import cut

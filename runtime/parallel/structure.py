@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.extents import whole
 from runtime.checkpoint.ranks.record import Manifest
-from runtime.checkpoint.shards import local_form
+from runtime.extents.forms import whole
+from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors
 from runtime.parallel.hooks import lost_hooks
 from runtime.parallel.mismatch import Mismatch
-from runtime.parallel.placements import planned_placements
+from runtime.styles.placements import planned_placements
 
 __all__ = ["compare_manifest", "sharding_mismatches"]
 

@@ -12,7 +12,7 @@ from plans.errors import PlanError, UnknownStyleError, UsageError
 from plans.plan import wildcard
 from runtime.styles.registry import StyleRegistry
 
-__all__ = ["check_entries", "check_model", "key_in_plan"]
+__all__ = ["check_entries", "check_model"]
 
 _NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
 
@@ -56,20 +56,6 @@ def check_model(model: object) -> None:
             hint="pass a model, built from its config or loaded by from_pretrained",
             model=kind,
         )
-
-
-def key_in_plan(plan: Mapping[str, str], name: str) -> str:
-    """Return the key by which an entry for a name should be written: its layer's own where that has keys of its own.
-
-    Args:
-        plan: key to style.
-        name: of a module or parameter.
-    """
-    owner, key = name.rpartition(".")[0], wildcard(name)
-    apart = owner != wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
-    # What a layer holds itself is written for all layers, unless they have that entry already.
-    of_one = key in plan or not owner.rpartition(".")[2].isdigit()
-    return name if name in plan or (apart and of_one) else key
 
 
 def _check_key(key: object, style: object) -> None:

@@ -17,7 +17,7 @@ from plans.expert_axis import expert_keys, merged
 from plans.mesh import MODES, Mode
 from plans.plan import wildcard
 from runtime.blocks.head_norms import with_head_norms
-from runtime.models.find_config import default_architectures
+from runtime.models.architectures import default_architectures
 from runtime.models.model import meta_model, transformers_version
 from runtime.planning.experts_layout import read_layout
 from runtime.planning.key_checks import check_model

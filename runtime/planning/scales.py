@@ -13,7 +13,7 @@ from plans.errors import IndivisibleError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter
-from runtime.checkpoint.extents import chunk_bounds
+from runtime.extents.forms import chunk_bounds
 from runtime.models.packed_experts import PackedExperts
 
 __all__ = ["Scale", "check_blocks", "scales_of"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-__all__ = ["takes_cpu_tensors", "over_nccl"]
+__all__ = ["over_nccl", "takes_cpu_tensors"]
 
 
 def takes_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:

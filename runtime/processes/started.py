@@ -8,10 +8,9 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from typing import NoReturn
 
-__all__ = ["end_with", "in_worker", "leave", "main"]
+__all__ = ["end_with", "in_worker", "leave"]
 
 _WATCH = 0.5
 """Seconds between two looks at the parent."""
@@ -51,25 +50,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def main(arguments: list[str]) -> NoReturn:
-    """Run as a worker of `runtime.validation.worker`; nothing heavy is imported before the parent is watched.
-
-    Args:
-        arguments: the parent's process id, a request in JSON, and the file that rank 0 writes the answer to.
-    """
-    parent, request, answer = arguments
-    end_with(int(parent))
-    try:
-        from runtime.validation.worker import work
-
-        work(request, answer)
-    except BaseException:
-        traceback.print_exc()
-        leave(1)
-    leave(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from plans.placement import Packed, Replicate, Shard
-from runtime.parallel.placements import placement_of
+from runtime.styles.placements import placement_of
 from runtime.styles.style import Site, expect_weight, has_sharded, refuse
 
 __all__ = [

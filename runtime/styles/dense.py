@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Shard
-from runtime.checkpoint.extents import chunk_bounds
-from runtime.parallel.placements import local_tensor
+from runtime.extents.forms import chunk_bounds
 from runtime.styles.checks import (
     check_colwise,
     check_embedding,
@@ -24,6 +23,7 @@ from runtime.styles.checks import (
 )
 from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, all_reduce_gradients, split
 from runtime.styles.facts import WITH_HEADS, Own
+from runtime.styles.placements import local_tensor
 from runtime.styles.sliced import gathered
 from runtime.styles.style import ParallelStyle, Run, Site, expect_tensor, has_sharded, refuse
 

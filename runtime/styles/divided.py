@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Shard
-from runtime.parallel.placements import placement_of
+from runtime.styles.placements import placement_of
 from runtime.styles.style import Site, refuse
 
 __all__ = ["DISPATCHING", "ROUTING", "check_divided", "check_masked_once", "divided_count", "is_divided"]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from plans.placement import Replicate
-from runtime.parallel.placements import placement_of
 from runtime.styles.collectives import all_reduce
 from runtime.styles.dense import sum_gradients
 from runtime.styles.divided import check_divided, is_divided
 from runtime.styles.facts import Own
+from runtime.styles.placements import placement_of
 from runtime.styles.routing import routing_of, run_experts
 from runtime.styles.style import ParallelStyle, Run, Site, has_sharded, refuse
 

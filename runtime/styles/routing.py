@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
-from runtime.parallel.placements import local_tensor
 from runtime.styles.collectives import all_reduce, all_reduce_gradient, all_reduce_gradients, depend
 from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
 from runtime.styles.facts import Own
+from runtime.styles.placements import local_tensor
 from runtime.styles.style import ParallelStyle, Run, Site, refuse, shard_parameter
 
 __all__ = ["ROUTING_STYLES", "Routing", "routing_of", "run_experts"]

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from plans.errors import PlanError
 from plans.placement import Placement
 from plans.style import Owner, PlacementRule
-from runtime.parallel.placements import as_parameter, local_piece, local_tensor, placement_of
 from runtime.styles.facts import Flow, Own, Sums
+from runtime.styles.placements import as_parameter, local_piece, local_tensor, placement_of
 from runtime.styles.shared_inputs import SummedInputs
 
 __all__ = [

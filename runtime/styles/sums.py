@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
-from runtime.parallel.placements import placement_of
+from runtime.styles.placements import placement_of
 from runtime.styles.style import ParallelStyle, Site, has_sharded, owner_of, refuse
 
 __all__ = ["check_own_parameters", "check_summed_once"]

@@ -13,9 +13,9 @@ from torch import nn
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.extents import whole
-from runtime.checkpoint.shards import local_form
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.extents.forms import whole
+from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import gather_json, together

@@ -8,9 +8,9 @@ from math import prod
 
 import torch
 
-from runtime.checkpoint.extents import Form, row_major, unravel
 from runtime.checkpoint.verifying.digest import Digest
 from runtime.checkpoint.verifying.tensor_digest import tensor_digest
+from runtime.extents.forms import Form, row_major, unravel
 
 __all__ = ["local_digest"]
 
@@ -20,7 +20,7 @@ def local_digest(local: torch.Tensor, form: Form, shape: Sequence[int]) -> Diges
 
     Args:
         local: what the rank holds, on any device.
-        form: of it over the whole parameter, as `runtime.checkpoint.shards.local_form` gives it.
+        form: of it over the whole parameter, as `runtime.extents.shards.local_form` gives it.
         shape: of the whole parameter.
     """
     assert tuple(local.shape) == form.shape

@@ -13,8 +13,8 @@ from runtime.checkpoint.content import Content
 from runtime.inspecting.laying import of_plan
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
-from runtime.parallel.placements import local_piece
 from runtime.processes.agreement import gather_json
+from runtime.styles.placements import local_piece
 
 __all__ = ["check_memory", "own_piece", "plain"]
 

@@ -35,7 +35,7 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         answer = Path(folder) / "answer.json"
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
-        command = [sys.executable, "-P", "-m", "runtime.processes.started", str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "runtime.validation.process", str(os.getpid())]
         command += [json.dumps(request.to_json()), str(answer)]
         launch(request.mesh.world_size, command, timeout=request.timeout)
         content = json.loads(answer.read_text("utf-8"))

@@ -23,8 +23,8 @@ from plans.placement import Packed, Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime import Plan, register_styles, verify_sharding
 from runtime.parallel.mismatch import Mismatch
-from runtime.parallel.placements import from_torch, local_piece, placement_of
 from runtime.parallel.structure import sharding_mismatches
+from runtime.styles.placements import from_torch, local_piece, placement_of
 
 Plans = Mapping[str, Mapping[str, str]]
 """Plan attributes of a config class, `base_model_tp_plan`, and what they hold in a rewritten tree."""

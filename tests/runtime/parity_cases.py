@@ -17,8 +17,8 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime import Plan, parallelize, verify_sharding
-from runtime.parallel.placements import local_piece
 from runtime.styles import STYLES, Site, StyleRegistry
+from runtime.styles.placements import local_piece
 from tests.tiny_models import tiny_config, tiny_model
 
 VOCABULARY = 101

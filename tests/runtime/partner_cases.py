@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import PlanError
 from plans.mesh import Mesh
 from runtime import Plan, parallelize, verify_sharding
-from runtime.parallel.placements import local_piece, placement_of
+from runtime.styles.placements import local_piece, placement_of
 from tests.tiny_models import DENSE, MODELS, with_noise
 
 _GROUPED = DENSE | {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_attention_heads": 4}

@@ -17,9 +17,9 @@ from runtime.loader.loading import load
 from runtime.models.model import meta_model, model_class, read_config
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.placements import local_piece, placement_of, to_torch
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import error_to_json, together
+from runtime.styles.placements import local_piece, placement_of, to_torch
 
 
 def refused_together(rank: int) -> dict[str, Any]:

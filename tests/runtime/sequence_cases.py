@@ -15,7 +15,7 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate, Shard
 from runtime import Plan, parallelize
 from runtime.parallel.mesh import device_meshes
-from runtime.parallel.placements import local_piece, placement_of
+from runtime.styles.placements import local_piece, placement_of
 from runtime.styles.sliced import gathered
 from tests.runtime.parity_cases import eager_config, largest_errors, relative, token_ids
 from tests.runtime.style_cases import parallelize_module

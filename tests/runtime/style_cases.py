@@ -14,7 +14,7 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.placements import local_piece, placement_of
+from runtime.styles.placements import local_piece, placement_of
 
 
 def parallelize_module(module: nn.Module, styles: dict[str, str], places: dict[str, Placement]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Shard
-from runtime.parallel.placements import local_piece
+from runtime.styles.placements import local_piece
 from tests.runtime.style_cases import Holder, parallelize_module
 
 NAMES = ("first", "second", "third")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import runtime.loader.reads
 from plans.errors import IncompleteError, UsageError
-from runtime.checkpoint.extents import concatenate, narrow, transpose, whole
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.runs import Repeat, Run, runs_of
+from runtime.extents.forms import concatenate, narrow, transpose, whole
+from runtime.extents.runs import Repeat, Run, runs_of
 from runtime.loader import bringing, filling
 from runtime.loader.filling import CudaWorker
 from runtime.loader.reads import Read, positions, reads, units

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.models.find_config import find_config
+from runtime.find_config import find_config
 from runtime.models.model import meta_model
 from runtime.models.on_meta import built_on_meta
 

@@ -10,7 +10,7 @@ from plans.errors import PlanError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime import Plan
-from runtime.models.find_config import find_config
+from runtime.find_config import find_config
 from runtime.models.model import meta_model
 from runtime.planning.plan import param_level_plan, released_plan
 from runtime.planning.resolve import resolve

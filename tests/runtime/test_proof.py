@@ -13,7 +13,7 @@ INCOMPLETE_TABLE = """
 from pathlib import Path
 from runtime.checkpoint.copying import table
 from runtime.checkpoint.copying.table import Destination, build_table
-from runtime.checkpoint.extents import whole
+from runtime.extents.forms import whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 
 runs_of = table.runs_of

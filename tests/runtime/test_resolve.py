@@ -19,7 +19,7 @@ from transformers import (
 from plans.errors import IndivisibleError, MigratorError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.models.find_config import find_config
+from runtime.find_config import find_config
 from runtime.models.model import meta_model, read_config
 from runtime.planning.plan import released_plan
 from runtime.planning.plan_checks import unmatched_entries

@@ -7,8 +7,8 @@ import pytest
 from plans.dialect import PARAM_LEVEL, dialect_for_release, load_dialect
 from plans.errors import PlanError, UnknownStyleError
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.parallel.placements import from_torch, to_torch
 from runtime.styles import STYLES, ParallelStyle
+from runtime.styles.placements import from_torch, to_torch
 from runtime.styles.style import shard_parameter
 from tests.runtime import style_cases
 from tests.runtime.rank_pool import RankPool

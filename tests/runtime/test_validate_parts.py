@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.extents import chunk_bounds, whole
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.shards import local_form
 from runtime.checkpoint.target import Target
 from runtime.checkpoint.verifying.digest import Digest
-from runtime.parallel.placements import local_piece
+from runtime.extents.forms import chunk_bounds, whole
+from runtime.extents.shards import local_form
 from runtime.processes.joined import own_device
+from runtime.styles.placements import local_piece
 from runtime.validation import room
 from runtime.validation.local_digest import local_digest
 from runtime.validation.request import wanted_mesh

@@ -170,7 +170,7 @@ def test_a_worker_whose_parent_is_gone_before_it_looks_does_nothing(tmp_path: Pa
     gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
     answer = tmp_path / "answer.json"
-    command = [sys.executable, "-P", "-m", "runtime.processes.started", str(gone.pid), "no request", str(answer)]
+    command = [sys.executable, "-P", "-m", "runtime.validation.process", str(gone.pid), "no request", str(answer)]
     done = subprocess.run(command, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stdout, done.stderr, answer.exists()) == (1, b"", b"", False)
 
@@ -190,7 +190,7 @@ def test_a_worker_that_fails_says_why_and_leaves_with_1(tmp_path: Path) -> None:
         sys.executable,
         "-P",
         "-m",
-        "runtime.processes.started",
+        "runtime.validation.process",
         str(os.getpid()),
         "no request",
         str(tmp_path / "answer"),

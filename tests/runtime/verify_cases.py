@@ -14,8 +14,8 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Shard
 from runtime import Plan, parallelize, verify_sharding
 from runtime.parallel.mesh import device_meshes
-from runtime.parallel.placements import to_torch
 from runtime.styles import STYLES, Site
+from runtime.styles.placements import to_torch
 from runtime.styles.style import shard_parameter
 from tests.runtime.expert_cases import PLANS, mixtral
 from tests.runtime.parity_cases import backward, eager_config, token_ids

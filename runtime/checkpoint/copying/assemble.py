@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.checkpoint.copying.regions import Bytes, Region
 from runtime.checkpoint.copying.strided import scatter
-from runtime.checkpoint.runs import Run, cut, flipped
+from runtime.extents.runs import Run, cut, flipped
 
 __all__ = ["Assembler"]
 

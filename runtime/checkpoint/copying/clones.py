@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from runtime.checkpoint.copying.table import Table
 from runtime.checkpoint.files.new_file import NewFile, stretched
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 
 __all__ = ["Clone", "aligned", "clones_of"]
 

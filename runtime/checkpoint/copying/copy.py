@@ -25,7 +25,7 @@ from runtime.checkpoint.copying.strided import pieces, row_groups, rows
 from runtime.checkpoint.copying.table import Destination, Table, build_table
 from runtime.checkpoint.files.reading import read_exactly, reading
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 
 __all__ = [
     "BLOCK",

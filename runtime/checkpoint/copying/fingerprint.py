@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from runtime.checkpoint.copying.copy import slab_size
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan

@@ -12,8 +12,8 @@ from runtime.checkpoint.copying.regions import Bytes, DigestRegion, Region
 from runtime.checkpoint.copying.slabs import Slab
 from runtime.checkpoint.copying.strided import equal, scatter
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.runs import cut, flipped
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.extents.runs import cut, flipped
 
 __all__ = ["is_intact"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from runtime.checkpoint.copying.slabs import by_source, meeting
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.runs import Run
+from runtime.extents.runs import Run
 
 __all__ = ["share_of"]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.runs import Run, cut
+from runtime.extents.runs import Run, cut
 
 __all__ = ["Slab", "by_source", "meeting", "slabs", "units"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.checkpoint.runs import Run, flipped
+from runtime.extents.runs import Run, flipped
 
 __all__ = ["equal", "pieces", "row_groups", "rows", "scatter", "width"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from runtime.checkpoint.copying.strided import width
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor
-from runtime.checkpoint.runs import Run, covers, runs_of
+from runtime.extents.forms import Form
+from runtime.extents.runs import Run, covers, runs_of
 from runtime.proof import prove
 
 __all__ = ["Destination", "Table", "build_table"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 from plans.errors import HeaderError, IncompleteError, MismatchError
-from runtime.checkpoint.extents import Extent, Form, row_major
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.hub.hf import same_bytes
-from runtime.checkpoint.runs import covers, runs_of
+from runtime.extents.forms import Extent, Form, row_major
+from runtime.extents.runs import covers, runs_of
 from runtime.wording import listed
 
 __all__ = ["Chunk", "Shape", "join", "reach"]

@@ -14,12 +14,12 @@ from plans.errors import ConversionError, HeaderError, IncompleteError, Mismatch
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.dcp.chunks import Chunk, Shape, join, reach
 from runtime.checkpoint.dcp.saved import SavedTensors, read_saved
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import MANIFEST, EntryKind
+from runtime.extents.forms import Form
 from runtime.models.model import dtype_name, model_tensors, tied_names
 from runtime.models.quantized import is_quantized
 from runtime.wording import listed

@@ -9,11 +9,11 @@ from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.dcp.names import shard_file
 from runtime.checkpoint.dcp.safetensors import sharding_metadata
-from runtime.checkpoint.extents import Form, narrow, unravel, whole
 from runtime.checkpoint.files.new_file import NewFile, new_file
 from runtime.checkpoint.files.safetensors import BITS
 from runtime.checkpoint.ranks.files import held_by, local
 from runtime.checkpoint.ranks.record import Entry
+from runtime.extents.forms import Form, narrow, unravel, whole
 
 __all__ = ["box_of", "boxes", "dcp_files"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runtime.checkpoint.copying.copy import Destination
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import encode_header, padded_header, tensor_bytes
+from runtime.extents.forms import Form
 
 __all__ = ["NewFile", "NewTensor", "new_file", "stretched"]
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import find_side_files
 from runtime.checkpoint.foreign.cuts import Cut, check_told, cuts_of
@@ -24,7 +23,8 @@ from runtime.checkpoint.foreign.source import CONFIG, Foreign
 from runtime.checkpoint.hub.names import Conversion
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized
 from runtime.checkpoint.ranks.record import EntryKind
-from runtime.checkpoint.turned import through
+from runtime.extents.forms import Form
+from runtime.extents.turned import through
 from runtime.models.model import dtype_name, model_tensors, tied_names
 from runtime.models.quantized import is_quantized
 

@@ -13,12 +13,12 @@ from plans.placement import Packed, Placement, Replicate
 from plans.plan import wildcard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from plans.style import Style
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.foreign.fused import each_cut, is_fused, is_one_matrix, which_of
 from runtime.checkpoint.foreign.grouped import Grouped, Placing
 from runtime.checkpoint.foreign.placing import said_keys
 from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.shards import local_form
+from runtime.extents.forms import Form
+from runtime.extents.shards import local_form
 from runtime.planning.plan import runtime_dialect
 from runtime.planning.scales import scales_of
 from runtime.styles.registry import STYLES

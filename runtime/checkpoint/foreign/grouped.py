@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plans.placement import Packed, Placement, placement_to_json
-from runtime.checkpoint.extents import Form, FormError, chunk_bounds, concatenate, narrow, split
+from runtime.extents.forms import Form, FormError, chunk_bounds, concatenate, narrow, split
 
 __all__ = ["Grouped", "Placing", "placing_to_json"]
 

@@ -10,11 +10,11 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Placement, Replicate, Shard, placement_to_json
 from plans.plan import wildcard
-from runtime.checkpoint.extents import chunk_bounds
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.foreign.cuts import Cut
 from runtime.checkpoint.foreign.fused import is_fused
 from runtime.checkpoint.foreign.local import Local, Shape
+from runtime.extents.forms import chunk_bounds
 from runtime.wording import listed
 
 __all__ = ["check_held"]

@@ -8,9 +8,9 @@ from math import prod
 
 from plans.errors import ConversionError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.extents import Form, FormError, narrow, whole
 from runtime.checkpoint.foreign.cuts import Cut
-from runtime.checkpoint.turned import inverse
+from runtime.extents.forms import Form, FormError, narrow, whole
+from runtime.extents.turned import inverse
 
 __all__ = ["Local", "Shape", "locals_of"]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from plans.errors import ConversionError, IncompleteError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.extents import whole
 from runtime.checkpoint.files.side_files import SideFiles
 from runtime.checkpoint.foreign.local import Shape
 from runtime.checkpoint.hub.form import default_form
 from runtime.checkpoint.hub.names import Conversion, convert
+from runtime.extents.forms import whole
 from runtime.models.model import dtype_name, model_tensors, tied_names
 from runtime.wording import listed
 

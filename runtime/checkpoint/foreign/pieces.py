@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from plans.errors import ConversionError, MismatchError
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.foreign.local import Shape
 from runtime.checkpoint.hub.hf import same_bytes
-from runtime.checkpoint.shards import reassemble
+from runtime.extents.forms import Form
+from runtime.extents.shards import reassemble
 
 __all__ = ["Piece", "check_tied", "reassembled", "without_copies"]
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.hub.hf import HubCheckpoint
 from runtime.checkpoint.hub.names import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.hub.tied import check_repeated
 from runtime.checkpoint.ranks.record import StoredForm
+from runtime.extents.forms import Form, whole
 from runtime.models.model import dtype_name, model_tensors, tied_names
 from runtime.models.quantized import is_quantized
 

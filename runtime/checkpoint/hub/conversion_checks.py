@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from plans.errors import ConversionError, IncompleteError, MismatchError
-from runtime.checkpoint.extents import Form
+from runtime.extents.forms import Form
 from runtime.wording import listed
 
 __all__ = ["check_forms", "check_series", "conflict"]

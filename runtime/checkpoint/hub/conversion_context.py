@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.extents import Form, FormError
+from runtime.extents.forms import Form, FormError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

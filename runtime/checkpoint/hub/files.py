@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from plans.errors import HeaderError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.new_file import NewFile, NewTensor, new_file
 from runtime.checkpoint.hub.names import convert
 from runtime.checkpoint.ranks.record import StoredForm
-from runtime.checkpoint.turned import inverse, through
+from runtime.extents.forms import Form
+from runtime.extents.turned import inverse, through
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

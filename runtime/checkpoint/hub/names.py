@@ -18,10 +18,10 @@ from transformers.core_model_loading import (
 )
 
 from plans.errors import ConversionError, HeaderError
-from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.hub.conversion_checks import check_forms, check_series, conflict
 from runtime.checkpoint.hub.conversion_context import Collected, Context
 from runtime.checkpoint.hub.operations import OPERATIONS
+from runtime.extents.forms import Form, FormError, whole
 from runtime.proof import prove
 from runtime.wording import listed
 

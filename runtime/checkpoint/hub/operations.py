@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.extents import Form, FormError, chunk, concatenate, split, stack, unbind
 from runtime.checkpoint.hub.conversion_context import Collected, Context, one_pattern, only_form
 from runtime.checkpoint.hub.reorderings import (
     conv3d_to_linear,
@@ -20,6 +19,7 @@ from runtime.checkpoint.hub.reorderings import (
     permute_for_rope,
     transposed,
 )
+from runtime.extents.forms import Form, FormError, chunk, concatenate, split, stack, unbind
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 
 from plans.errors import UsageError
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.extents.forms import Form
 
 __all__ = ["check_dtypes", "check_names", "check_quantized", "check_scales"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.extents import Form, FormError, transpose
 from runtime.checkpoint.hub.conversion_context import Collected, Context, only_form
-from runtime.checkpoint.turned import reshape
+from runtime.extents.forms import Form, FormError, transpose
+from runtime.extents.turned import reshape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from plans.errors import ConversionError
-from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.hub.hf import HubCheckpoint, same_bytes
 from runtime.checkpoint.hub.names import Conversion
+from runtime.extents.forms import Form, whole
 
 __all__ = ["check_repeated"]
 

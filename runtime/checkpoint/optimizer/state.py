@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from runtime.checkpoint.dcp.metadata import KeyPath
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.extents.forms import Form
 
 if TYPE_CHECKING:
     from runtime.checkpoint.content import Held

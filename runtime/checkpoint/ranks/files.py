@@ -10,13 +10,13 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.extents import Form, whole
 from runtime.checkpoint.files.new_file import NewFile, new_file
 from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained, find_side_files
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
-from runtime.checkpoint.shards import local_form, reassemble
+from runtime.extents.forms import Form, whole
+from runtime.extents.shards import local_form, reassemble
 
 __all__ = ["Copy", "RankCheckpoint", "held_by", "lay_out", "local", "rank_file", "read_rank"]
 

@@ -10,7 +10,6 @@ from runtime.checkpoint.content import Content
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progress, build_table, execute
 from runtime.checkpoint.copying.regions import DigestRegion
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.extents import Form
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.layout import layout_of
@@ -19,6 +18,7 @@ from runtime.checkpoint.optimizer.read import find_optimizer
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.extents.forms import Form
 from runtime.models.model import read_config
 from runtime.models.quantized import stored_model
 

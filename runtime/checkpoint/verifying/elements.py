@@ -12,8 +12,8 @@ import torch
 
 from runtime.checkpoint.copying.copy import Destination, build_table, execute
 from runtime.checkpoint.copying.regions import Bytes, MemoryRegion
-from runtime.checkpoint.extents import Form, narrow, unravel
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
+from runtime.extents.forms import Form, narrow, unravel
 from runtime.models.model import DTYPES
 
 __all__ = ["Element", "Placed", "Value", "first_difference"]

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.extents import whole
-from runtime.checkpoint.shards import local_form
-from runtime.parallel.placements import as_parameter, local_piece
+from runtime.extents.forms import whole
+from runtime.extents.shards import local_form
+from runtime.styles.placements import as_parameter, local_piece
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 

@@ -10,8 +10,8 @@ import pytest
 
 from runtime.checkpoint.copying.assemble import Assembler
 from runtime.checkpoint.copying.regions import DigestRegion, MemoryRegion
-from runtime.checkpoint.runs import Repeat, Run
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.extents.runs import Repeat, Run
 
 ROWS, COLUMNS = 60, 50
 SOURCE = np.random.default_rng(0).integers(0, 256, (ROWS, COLUMNS, 2), np.uint8)

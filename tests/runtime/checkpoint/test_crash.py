@@ -23,8 +23,8 @@ from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files import commit
 from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
-from runtime.checkpoint.runs import Run
 from runtime.checkpoint.target import Target
+from runtime.extents.runs import Run
 
 Checkpoint = Callable[[str], Path]
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint import extents
-from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.shards import local_form, reassemble
+from runtime.extents import forms as extents
+from runtime.extents.forms import Form, FormError, whole
+from runtime.extents.shards import local_form, reassemble
 
 Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from transformers import core_model_loading as real
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
-from runtime.checkpoint.extents import Form, FormError, whole
 from runtime.checkpoint.hub.conversion_context import Context
 from runtime.checkpoint.hub.operations import OPERATIONS
-from runtime.checkpoint.turned import inverse
+from runtime.extents.forms import Form, FormError, whole
+from runtime.extents.turned import inverse
 
 Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
 Shapes = Mapping[str, Sequence[tuple[int, ...]]]

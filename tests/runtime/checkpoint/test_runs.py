@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.checkpoint import extents
-from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.runs import Repeat, Run, covers, cut, runs_of
+from runtime.extents import forms as extents
+from runtime.extents.forms import Form, FormError, whole
+from runtime.extents.runs import Repeat, Run, covers, cut, runs_of
 
 
 def moved(run: Run) -> list[tuple[int, int]]:

@@ -22,8 +22,8 @@ from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.shares import share_of
 from runtime.checkpoint.files.commit import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult, plan_reshard
-from runtime.checkpoint.runs import covers
 from runtime.checkpoint.target import Target
+from runtime.extents.runs import covers
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint import several_cases as cases
 from tests.runtime.checkpoint.test_optimizer import adamw, with_state

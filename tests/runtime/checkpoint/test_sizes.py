@@ -12,10 +12,10 @@ import pytest
 
 from runtime.checkpoint.copying.copy import Destination, build_table, execute
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
-from runtime.checkpoint.extents import concatenate, narrow, transpose, whole
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import BITS, read_header
 from runtime.checkpoint.verifying.digest import Digest
+from runtime.extents.forms import concatenate, narrow, transpose, whole
 
 GIB = 2**30
 

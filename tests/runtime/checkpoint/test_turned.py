@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.checkpoint import extents
-from runtime.checkpoint.extents import Form, FormError, whole
-from runtime.checkpoint.turned import inverse, reshape, through
+from runtime.extents import forms as extents
+from runtime.extents.forms import Form, FormError, whole
+from runtime.extents.turned import inverse, reshape, through
 
 Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
 Step = tuple[Form, torch.Tensor]

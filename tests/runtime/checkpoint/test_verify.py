@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
-from runtime.checkpoint.extents import whole
 from runtime.checkpoint.files.safetensors import encode_header, read_header
 from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.ranks.record import MANIFEST
@@ -24,6 +23,7 @@ from runtime.checkpoint.target import Target
 from runtime.checkpoint.verifying.differences import Difference
 from runtime.checkpoint.verifying.elements import Placed, first_difference
 from runtime.checkpoint.verifying.verify import verify
+from runtime.extents.forms import whole
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_optimizer import adamw, with_state
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from plans.alike import did_you_mean
 from plans.errors import UsageError
 from runtime.hub import fetch_config, hub_name
+from runtime.models.architectures import default_architectures
 from runtime.models.model import read_config, transformers_version, unreadable
 from runtime.wording import first_line
 
@@ -62,11 +63,3 @@ def _default_config(model_type: str) -> PreTrainedConfig:
             source=model_type,
         ) from error
     return config
-
-
-def default_architectures(model_type: str) -> list[str]:
-    """Return the model classes that a config of this type most likely means: the causal language model, or the base."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
-    return [name for name in (found if isinstance(found, tuple) else (found,)) if name]

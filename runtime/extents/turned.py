@@ -15,7 +15,7 @@ from functools import cache, partial
 from math import gcd, prod
 from typing import NamedTuple
 
-from runtime.checkpoint.extents import Extent, Form, FormError, row_major, unravel
+from runtime.extents.forms import Extent, Form, FormError, row_major, unravel
 
 __all__ = ["inverse", "reshape", "through"]
 

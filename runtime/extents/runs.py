@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from runtime.checkpoint.extents import Extent, Form, FormError, row_major
+from runtime.extents.forms import Extent, Form, FormError, row_major
 
 __all__ = ["Repeat", "Run", "covers", "cut", "flipped", "runs_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.extents import (
+from runtime.extents.forms import (
     Extent,
     Form,
     FormError,

@@ -1,0 +1,33 @@
+"""The process of a validation's worker: `python -m runtime.validation.process PARENT REQUEST ANSWER`."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import NoReturn
+
+from runtime.processes.started import end_with, leave
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Run as a worker of `runtime.validation.worker`; nothing heavy is imported before the parent is watched.
+
+    Args:
+        arguments: the parent's process id, a request in JSON, and the file that rank 0 writes the answer to.
+    """
+    parent, request, answer = arguments
+    end_with(int(parent))
+    try:
+        from runtime.validation.worker import work
+
+        work(request, answer)
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
