@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,12 +69,23 @@ class ForeignOptions:
             UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
             CheckpointError: the plan or the config cannot be read.
         """
+        said = self.checked(source)
+        if said is None:
+            return None
+        from runtime.checkpoint.foreign.plan_file import read_plan_file
+        from runtime.checkpoint.foreign.source import OwnConfig
+
+        plan = read_plan_file(self.plan_file) if self.plan_file else {}
+        folder = self._config_folder()
+        return replace(said, plan=plan, config=None if folder is None else OwnConfig.read(folder))
+
+    def checked(self, source: str) -> Foreign | None:
+        """Return what is said without reading a file; arguments and errors as `read` has them."""
         if self.from_pattern is None:
             self._check_alone()
             return None
         from runtime.checkpoint.foreign.pattern import Pattern
-        from runtime.checkpoint.foreign.plan_file import read_plan_file
-        from runtime.checkpoint.foreign.source import Foreign, OwnConfig
+        from runtime.checkpoint.foreign.source import Foreign
         from runtime.hub import hub_name
 
         if hub_name(source) is not None:
@@ -84,10 +95,7 @@ class ForeignOptions:
             )
         if self.from_tp is None and self.from_ep is None:
             raise UsageError("--from-pattern needs --from-tp", hint="say of how many ranks the files are")
-        plan = read_plan_file(self.plan_file) if self.plan_file else {}
-        folder = self._config_folder()
-        config = None if folder is None else OwnConfig.read(folder)
-        return Foreign(Pattern(self.from_pattern), *self._sizes(), self.from_mode, plan, config)
+        return Foreign(Pattern(self.from_pattern), *self._sizes(), self.from_mode)
 
     def _sizes(self) -> tuple[int, int]:
         ep = self.from_ep or 1

@@ -119,4 +119,6 @@ def _estimated(estimate: Mapping[str, object] | None) -> list[str]:
     if estimate is None:
         return []
     written, seconds = int(str(estimate["bytes_written"])), float(str(estimate["seconds"]))
+    if estimate["there_already"]:
+        return ["compares what is there already, by its looks the result"]
     return [f"writes {sized(written)}, {lasting(seconds)} to copy"]

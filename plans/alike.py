@@ -9,7 +9,7 @@ __all__ = ["did_you_mean"]
 
 
 def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
-    """Return a hint that begins with the known name that a mistyped one is most like, where there is such a one.
+    """Return a hint that begins with the known name that a mistyped or shortened one is most like, if there is one.
 
     Args:
         name: as somebody wrote it.
@@ -17,5 +17,6 @@ def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
         hint: what else to say, and all that is said where no known name is like it.
     """
     by_case = {one.casefold(): one for one in known}
-    near = [f"did you mean {by_case[one]}?" for one in get_close_matches(name.casefold(), by_case, n=1)]
-    return " ".join(filter(None, (*near, hint)))
+    wanted = name.casefold()
+    near = get_close_matches(wanted, by_case, n=1) or [one for one in by_case if wanted and one.startswith(wanted)]
+    return " ".join(filter(None, (*(f"did you mean {by_case[one]}?" for one in near[:1]), hint)))

@@ -18,29 +18,36 @@ from runtime.checkpoint.verifying.verify import verify
 
 if TYPE_CHECKING:
     from runtime.checkpoint.files.new_file import NewFile
+    from runtime.checkpoint.foreign.source import Foreign
     from runtime.checkpoint.reshard import ReshardPlan
 
-__all__ = ["is_result"]
+__all__ = ["is_result", "looks_like_result"]
 
 
-def is_result(plan: ReshardPlan, folder: Path, max_memory: int, task: Task) -> bool:
+def is_result(plan: ReshardPlan, foreign: Foreign | None, folder: Path, max_memory: int, task: Task) -> bool:
     """Return whether what lies at a destination is just what would be written, as where a run was killed after it.
 
     Args:
         plan: of what would be written.
+        foreign: how to read its source, where that is made of another stack's rank files.
         folder: that it would be written to.
         max_memory: bytes that reading may allocate.
         task: told how far it is.
     """
+    if not looks_like_result(plan, folder):
+        return False
+    task.say(f"note: {folder} is there already, and is compared with {plan.content.folder}")
+    return verify(plan.content.folder, folder, max_memory=max_memory, progress=task.progress, foreign=foreign).ok
+
+
+def looks_like_result(plan: ReshardPlan, folder: Path) -> bool:
+    """Return whether a folder holds all that would be written but for the bytes of tensors, which are not read."""
     here = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     if folder.is_symlink() or here.keys() != plan.names or not all(map(is_regular, here.values())):
         return False
     with writing(folder):
         plan = sharing(plan, block_for(plan, folder))
-        if not _has_beside(plan, folder) or not all(_has_fixed(folder / file.name, file) for file in plan.laid.files):
-            return False
-    task.say(f"note: {folder} is there already, and is compared with {plan.content.folder}")
-    return verify(folder, plan.content.folder, max_memory=max_memory, progress=task.progress).ok
+        return _has_beside(plan, folder) and all(_has_fixed(folder / file.name, file) for file in plan.laid.files)
 
 
 def _has_beside(plan: ReshardPlan, folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from migrator.jobs.identity import look, sources_of
 from migrator.jobs.results import Forecast, StepForecast
 from migrator.jobs.state import Records, read_state
-from migrator.jobs.values import Job, Reshard, Step
+from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step
 from plans.errors import MigratorError
 
 __all__ = ["foresee"]
@@ -30,8 +30,8 @@ def _foreseen(job: Job, records: Records) -> Iterator[StepForecast]:
             yield StepForecast(name, outcome="not run", said=f"{blame} would fail")
             continue
         found = _tried(job, records, name, step, coming)
-        if found.why is not None and isinstance(step, Reshard):
-            coming[str(step.destination)] = name
+        if found.why is not None:
+            coming |= dict.fromkeys(_written_by(step), name)
         if found.error is not None:
             blame = name
         yield found
@@ -54,7 +54,7 @@ def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, s
         step: with its options.
         coming: the steps before it that will be run, by what they write.
     """
-    if (before := next((coming[one] for one in sources_of(step) if one in coming), None)) is not None:
+    if (before := next((coming[one] for one in _read_by(step) if one in coming), None)) is not None:
         return StepForecast(name, f"{before} comes before it")
     found = look(job, records, name, step)
     if found.why is None:
@@ -65,3 +65,17 @@ def _step(job: Job, records: Records, name: str, step: Step, coming: dict[str, s
     from migrator.jobs.resharding import estimated
 
     return StepForecast(name, found.why, estimate=estimated(step, is_ours=found.is_ours))
+
+
+def _written_by(step: Step) -> tuple[str, ...]:
+    """Return what a step writes that others may read: a checkpoint, or trees."""
+    match step:
+        case Reshard():
+            return (str(step.destination),)
+        case Rewrite(in_place=True):
+            return tuple(map(str, step.paths))
+    return ()
+
+
+def _read_by(step: Step) -> tuple[str, ...]:
+    return tuple(map(str, step.paths)) if isinstance(step, Check) else sources_of(step)

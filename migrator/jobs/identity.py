@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from migrator.jobs.files import Stamps, files_below, is_regular, stamps
+from migrator.jobs.foreign import files_of
 from migrator.jobs.state import Record, Records
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 from migrator.needs import need_runtime
@@ -113,6 +114,7 @@ def _identity_of(step: Step) -> Identity:
             sources = {"the tree": stamps(_tree(step.paths, verifies=verifies))}
         case _:
             sources = {text: stamps(files_below(located(text))) for text in sources_of(step)}
+            sources |= {str(file): stamps([file]) for file in files_of(step)}
     return Identity(options, versions, sources)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from migrator.jobs.foreign import files_of
 from migrator.jobs.identity import is_hosted, sources_of
 from migrator.jobs.values import Job, Reshard
 from plans.errors import UsageError
@@ -85,9 +86,10 @@ def _destinations(job: Job) -> Iterator[tuple[str, Path]]:
 
 
 def _sources(job: Job) -> Iterator[tuple[str, Path]]:
-    """Yield the checkpoints that steps read from folders."""
+    """Yield the checkpoints that steps read from folders, and the files that say how."""
     for name, step in job.steps.items():
         yield from ((name, _real(Path(text))) for text in sources_of(step) if not is_hosted(text))
+        yield from ((name, _real(file)) for file in files_of(step))
 
 
 def _real(path: Path) -> Path:

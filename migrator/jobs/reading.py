@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from migrator.jobs import readers
 from migrator.jobs.files import read_regular
+from migrator.jobs.foreign import FOREIGN, as_settings, foreign_of
 from migrator.jobs.places import check_places
 from migrator.jobs.readers import Place, Reader
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
@@ -42,8 +43,9 @@ _KEYS: Mapping[str, Mapping[str, Reader]] = {
         "max_memory": readers.size,
         "overwrite": readers.flag,
         "push_to": readers.text,
+        **FOREIGN,
     },
-    "verify": {"source": readers.checkpoint, "other": readers.checkpoint, "max_memory": readers.size},
+    "verify": {"source": readers.checkpoint, "other": readers.checkpoint, "max_memory": readers.size, **FOREIGN},
     "validate": {
         "source": readers.checkpoint,
         "reference": readers.checkpoint,
@@ -125,14 +127,19 @@ def _tables(place: Place, value: object) -> Iterator[tuple[Place, Options]]:
 
 
 def _options(place: Place, table: Mapping[str, object]) -> Options:
+    """Return what a table says; a name of several words may have `-` in it, as options have, or `_`."""
     known = _KEYS[place.table]
-    for key in table:
-        if key not in known:
+    options: Options = {}
+    for key, value in table.items():
+        here, name = replace(place, key=key), key.replace("-", "_")
+        if name not in known:
             tables = () if place.table else _STEPS
             allowed = ", ".join(known) + (f", and the tables {_LISTED}" if tables else "")
-            hint = did_you_mean(key, (*known, *tables), f"settings here are {allowed}")
-            replace(place, key=key).refuse("is no setting", hint)
-    return {key: known[key](replace(place, key=key), value) for key, value in table.items()}
+            here.refuse("is no setting", did_you_mean(name, (*known, *tables), f"settings here are {allowed}"))
+        if name in options:
+            here.refuse("is there twice", "write it once, with `-` or with `_`")
+        options[name] = known[name](here, value)
+    return options
 
 
 def _steps(
@@ -147,9 +154,11 @@ def _steps(
         yield "check", Check(**_needing("paths", checking[0], {**_tree_of(rewriting), **checking[1]}))
     for suffix, target in targets.items():
         yield f"reshard{suffix}", target
-    for suffix, options in _each(only.get("verify"), targets, "other"):
-        yield f"verify{suffix}", Verify(**options)
-    for suffix, options in _each(only.get("validate"), targets, "reference"):
+    for suffix, options in _each(only.get("verify"), targets, _verified):
+        verifying = Verify(**options)
+        _check_foreign(only["verify"][0], verifying)
+        yield f"verify{suffix}", verifying
+    for suffix, options in _each(only.get("validate"), targets, _validated):
         yield f"validate{suffix}", Validate(**options)
 
 
@@ -168,7 +177,9 @@ def _targets(output: Path, tables: Sequence[tuple[Place, Options]]) -> Iterator[
         names.add(known)
         options.setdefault("destination", output / known)
         _check_mesh(place, options)
-        yield f"-{name}" if name else "", Reshard(**_needing("source", place, options))
+        target = Reshard(**_needing("source", place, options))
+        _check_foreign(place, target)
+        yield f"-{name}" if name else "", target
 
 
 def _check_mesh(place: Place, options: Options) -> None:
@@ -178,8 +189,17 @@ def _check_mesh(place: Place, options: Options) -> None:
         place.refuse(f"makes up no mesh: {error}", error.hint)
 
 
+def _check_foreign(place: Place, step: Reshard | Verify) -> None:
+    try:
+        foreign_of(step).checked(step.source)
+    except UsageError as error:
+        place.refuse(f"does not say how to read its source: {as_settings(str(error))}", as_settings(error.hint))
+
+
 def _each(
-    table: tuple[Place, Options] | None, targets: Mapping[str, Reshard], compared: str
+    table: tuple[Place, Options] | None,
+    targets: Mapping[str, Reshard],
+    about: Callable[[Reshard, Options], Options],
 ) -> Iterator[tuple[str, Options]]:
     """Yield a step's options for every result of resharding, unless they name a checkpoint themselves."""
     if table is None:
@@ -189,7 +209,22 @@ def _each(
         yield "", _needing("source", place, options)
         return
     for suffix, target in targets.items():
-        yield suffix, {compared: target.source, **options, "source": str(target.destination)}
+        yield suffix, about(target, options)
+
+
+def _verified(target: Reshard, options: Options) -> Options:
+    """Hold a result against its source; another stack's rank files can be read as the first of two only."""
+    result = str(target.destination)
+    if target.from_pattern is None or "other" in options:
+        return {"other": target.source, **options, "source": result}
+    said = {name: getattr(target, name) for name in FOREIGN}
+    return {**said, **options, "source": target.source, "other": result}
+
+
+def _validated(target: Reshard, options: Options) -> Options:
+    """Hold a result against its source; no model is made of another stack's rank files."""
+    reference = {} if target.from_pattern is not None else {"reference": target.source}
+    return {**reference, **options, "source": str(target.destination)}
 
 
 def _needing(key: str, place: Place, options: Options) -> Options:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from migrator.jobs.adopting import is_result
+from migrator.jobs.adopting import is_result, looks_like_result
 from migrator.jobs.answers import Answer, Task
 from migrator.jobs.files import writing
+from migrator.jobs.foreign import foreign_of
 from migrator.jobs.identity import located
 from migrator.jobs.stopping import interruptible
 from migrator.jobs.values import Reshard
@@ -25,6 +26,7 @@ from runtime.hub import check_repository, push
 from runtime.wording import counted
 
 if TYPE_CHECKING:
+    from runtime.checkpoint.foreign.source import Foreign
     from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = ["estimated", "resharded"]
@@ -43,9 +45,10 @@ def resharded(step: Reshard, task: Task) -> Answer:
     with interruptible():
         if step.push_to is not None:
             check_repository(step.push_to)
-        plan = _planned(step)
-        is_foreign = not task.is_ours and os.path.lexists(step.destination)
-        is_there = is_foreign and is_result(plan, step.destination, step.max_memory * _MIB, task)
+        foreign = foreign_of(step).read(step.source)
+        plan = _planned(step, foreign)
+        is_others = not task.is_ours and os.path.lexists(step.destination)
+        is_there = is_others and is_result(plan, foreign, step.destination, step.max_memory * _MIB, task)
     answer = _kept(plan, step) if is_there else _written(plan, step, task, overwrites=overwrites)
     if step.push_to is None:
         return answer
@@ -61,20 +64,23 @@ def estimated(step: Reshard, *, is_ours: bool) -> dict[str, object]:
     Raises:
         MigratorError: it cannot be planned, or its destination is taken.
     """
-    plan = _planned(step)
-    if os.path.lexists(step.destination):
+    plan = _planned(step, foreign_of(step).read(step.source))
+    is_there = not is_ours and os.path.lexists(step.destination) and looks_like_result(plan, step.destination)
+    if os.path.lexists(step.destination) and not is_there:
         check_destination(step.destination, overwrite=step.overwrite or is_ours, names=plan.names)
     above = next(folder for folder in step.destination.parents if os.path.lexists(folder))
     if not above.is_dir():
         raise DestinationError(f"{above}: not a folder", hint="name another destination", path=str(above))
-    return estimate_as_json(plan, estimate(plan, above / step.destination.name, step.max_memory * _MIB))
+    found = estimate(plan, above / step.destination.name, step.max_memory * _MIB)
+    return {**estimate_as_json(plan, found), "there_already": is_there}
 
 
-def _planned(step: Reshard) -> ReshardPlan:
+def _planned(step: Reshard, foreign: Foreign | None) -> ReshardPlan:
     mesh, mode = mesh_of(step.tp, step.ep, step.fsdp, step.mode)
     layout = step.layout or ("dcp" if mesh.world_size > 1 else "hf")
     with uncollected():
-        return plan_reshard(located(step.source), target=Target(layout, mesh, mode, step.experts, step.optimizer))
+        target = Target(layout, mesh, mode, step.experts, step.optimizer)
+        return plan_reshard(located(step.source), target=target, foreign=foreign)
 
 
 def _written(plan: ReshardPlan, step: Reshard, task: Task, *, overwrites: bool) -> Answer:

@@ -61,6 +61,11 @@ class Reshard:
         max_memory: MiB that copying may allocate.
         overwrite: replace a checkpoint at the destination that this job did not write.
         push_to: a repository of the hub that gets the result too.
+        from_pattern: names of another stack's rank files, where the source is made of such.
+        from_tp, from_ep: of how many ranks they are.
+        from_mode: which of the model's plans cut them, None for the default.
+        plan: the file that says where they were cut otherwise.
+        config: their config.json or its folder, None where it lies beside them.
     """
 
     source: str
@@ -75,6 +80,12 @@ class Reshard:
     max_memory: int = _MEMORY
     overwrite: bool = False
     push_to: str | None = None
+    from_pattern: str | None = None
+    from_tp: int | None = None
+    from_ep: int | None = None
+    from_mode: Mode | None = None
+    plan: Path | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,18 @@ class Verify:
         source: the checkpoint.
         other: what it is compared with, None for its manifest alone.
         max_memory: MiB that reading may allocate.
+        from_pattern, from_tp, from_ep, from_mode, plan, config: as `Reshard` has them.
     """
 
     source: str
     other: str | None = None
     max_memory: int = _MEMORY
+    from_pattern: str | None = None
+    from_tp: int | None = None
+    from_ep: int | None = None
+    from_mode: Mode | None = None
+    plan: Path | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)

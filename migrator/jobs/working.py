@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from migrator.jobs.answers import Answer, Task
+from migrator.jobs.foreign import foreign_of
 from migrator.jobs.identity import located
 from migrator.jobs.stopping import interruptible
 from migrator.jobs.values import Check, Reshard, Rewrite, Validate, Verify
@@ -67,7 +68,8 @@ def _verify(step: Verify, task: Task) -> Answer:
 
     with interruptible():
         folders = [located(text) for text in (step.source, step.other) if text is not None]
-        found = verify(*folders, max_memory=step.max_memory * _MIB, progress=task.progress)
+        foreign = foreign_of(step).read(step.source)
+        found = verify(*folders, max_memory=step.max_memory * _MIB, progress=task.progress, foreign=foreign)
     said = _AGAINST[found.against] if found.ok else _counted(len(found.differences), "difference")
     return Answer(0 if found.ok else 1, said, found.to_json())
 

@@ -11,7 +11,6 @@ from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 from runtime.inspecting.inspection import describe
-from runtime.models.model import read_config
 from runtime.wording import counted
 
 __all__ = ["reshard_report"]
@@ -28,8 +27,7 @@ def reshard_report(plan: ReshardPlan, result: ReshardResult | None = None) -> Re
     """
     folder = plan.content.folder
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    model_type = manifest.model_type if manifest else str(read_config(folder).model_type)
-    found = describe(plan.content, model_type, manifest, plan.laid.resolved)
+    found = describe(plan.content, plan.model_type, manifest, plan.laid.resolved)
     told = inspection_report(found, "in the source", "in the result" if result else "planned for the result")
     to = result.destination.name if result else "planned"
     return replace(

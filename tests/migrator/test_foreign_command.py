@@ -357,6 +357,14 @@ def test_a_config_from_elsewhere_is_read_once(
     assert (code, "'config.json' changed while it was read" in errors[0]) == (2, True)
 
 
+def test_a_report_needs_no_config_beside_the_files(llama: Path, run: Run, tmp_path: Path) -> None:
+    (llama / "config.json").rename(tmp_path / "config.json")
+    options = (*TWO, "--config", tmp_path, "--report", tmp_path / "page.html")
+    for more in (("--dry-run",), ()):
+        assert run("reshard", llama, tmp_path / "out", *options, *more)[0] == 0
+        assert "llama" in (tmp_path / "page.html").read_text("utf-8")
+
+
 def test_a_repository_is_not_read_by_a_pattern(run: Run, tmp_path: Path) -> None:
     code, _, errors = run("reshard", "hf://someone/something", tmp_path / "out", *TWO)
     assert (code, "--from-pattern reads a local folder" in errors[0]) == (2, True)

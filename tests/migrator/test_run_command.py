@@ -83,7 +83,11 @@ def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrato
     assert rows[1][2].startswith("fail ")
     assert rows[2][2].split(maxsplit=3) == ["not", "be", "run", "reshard would fail"]
     said = json.loads(migrator("run", file, "--dry-run", "--format", "json")[1])["jobs"][0]["steps"]
-    assert [(one["runs"], one["outcome"]) for one in said] == [(False, "findings"), (True, "failed"), (False, "not run")]
+    assert [(one["runs"], one["outcome"]) for one in said] == [
+        (False, "findings"),
+        (True, "failed"),
+        (False, "not run"),
+    ]
     assert [one["said"] for one in said[:2]] == [one["said"] for one in done[:2]]
     job_file(tmp_path, CHECK)
     assert migrator("run", file, "--dry-run")[0] == migrator("run", file)[0] == 1, "what is found stays found"

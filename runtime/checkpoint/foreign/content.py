@@ -12,7 +12,7 @@ from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import find_side_files
-from runtime.checkpoint.foreign.cuts import Cut, check_told, cuts_of
+from runtime.checkpoint.foreign.cuts import Cut, check_groups, check_told, cuts_of
 from runtime.checkpoint.foreign.files import RankFiles, read_rank_files
 from runtime.checkpoint.foreign.holding import check_held
 from runtime.checkpoint.foreign.local import Shape, locals_of
@@ -56,6 +56,7 @@ def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> C
     shapes = whole_shapes(folder, files.stored, model)
     conversion = conversion_of(folder, shapes, model)
     pieces = _pieces(folder, files, foreign, conversion, cuts, shapes)
+    check_groups(folder, model, cuts)
     check_told(folder, model, cuts, {**conversion.forms, **conversion.repeated})
     held = _held(pieces, conversion, model)
     check_tied(pieces, stored_twice(conversion, tied_names(model)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from plans.placement import Packed, Placement, Replicate
 from plans.plan import wildcard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from plans.style import Style
-from runtime.checkpoint.foreign.fused import each_cut, is_fused, is_one_matrix, which_of
+from runtime.checkpoint.foreign.fused import each_cut, is_fused, is_one_matrix, placing_of, sizes_in, which_of
 from runtime.checkpoint.foreign.grouped import Grouped, Placing
 from runtime.checkpoint.foreign.placing import said_keys
 from runtime.checkpoint.foreign.source import Foreign
@@ -27,7 +28,7 @@ from runtime.wording import listed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Cut", "check_told", "cuts_of"]
+__all__ = ["Cut", "check_groups", "check_told", "cuts_of"]
 
 Told = Literal["shape", "user", "assumed"]
 """What tells how a tensor was cut: its local shape, the user, or nothing but the plan of the model."""
@@ -120,6 +121,43 @@ def check_told(folder: Path, model: PreTrainedModel, cuts: Mapping[str, Cut], fo
         hint=which_of({key: (dim, each_cut(guessed[key], dim, config)) for key, dim in dims.items()}),
         keys=list(guessed),
     )
+
+
+def check_groups(folder: Path, model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+    """Refuse groups of the user's that take in parts of several matrices, where the model tells how large these are.
+
+    Their local shapes are right, and what comes of them is not: a third of a `qkv_proj` with fewer keys than queries.
+
+    Args:
+        folder: of the files.
+        model: on meta.
+        cuts: how the model's tensors are read, which all divide.
+
+    Raises:
+        PlanError: there is such a tensor.
+    """
+    config = model.config.get_text_config()
+    for name, cut in cuts.items():
+        if cut.told == "user" and (found := _groups(cut)) is not None:
+            dim, groups = found
+            sizes = sizes_in(cut.row, dim, config)
+            if not set(accumulate(sizes)) <= set(accumulate(groups)):
+                raise PlanError(
+                    f"{folder}: --plan cuts {name} in groups of {list(groups)} along dim {dim}, but it has matrices "
+                    f"of {list(sizes)} there",
+                    hint=which_of({wildcard(name): (dim, placing_of(dim, sizes))}),
+                    keys=[wildcard(name)],
+                )
+
+
+def _groups(cut: Cut) -> tuple[int, tuple[int, ...]] | None:
+    """Return the dim and the sizes of what is cut each by itself, None where the tensor is cut as one or not at all."""
+    match cut.placing:
+        case Grouped(dim, sizes):
+            return dim, sizes
+        case Packed(dim, groups) if groups > 1:
+            return dim, (cut.row.shape[dim] // groups,) * groups
+    return None
 
 
 def _is_open(row: ResolvedParameter, style: Style | None) -> bool:

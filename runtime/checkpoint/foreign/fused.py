@@ -14,7 +14,7 @@ from runtime.checkpoint.foreign.grouped import Grouped, Placing, placing_to_json
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["each_cut", "is_fused", "is_one_matrix", "which_of"]
+__all__ = ["each_cut", "is_fused", "is_one_matrix", "placing_of", "sizes_in", "which_of"]
 
 
 def is_fused(name: str) -> bool:
@@ -37,13 +37,27 @@ def each_cut(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> Plac
     """
     if isinstance(row.placements[-1], Packed):
         return row.placements[-1]
-    extent = row.shape[dim]
-    parts = _last(row.name)
+    sizes = sizes_in(row, dim, config)
+    return placing_of(dim, sizes) if sizes else None
+
+
+def placing_of(dim: int, sizes: tuple[int, ...]) -> Placing:
+    """Return how matrices of these sizes are cut, each by itself, where they lie one after the other along a dim."""
+    return Packed(dim, len(sizes)) if len(set(sizes)) == 1 else Grouped(dim, sizes)
+
+
+def sizes_in(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> tuple[int, ...]:
+    """Return the sizes of the matrices in a fused tensor, nothing where the model does not tell.
+
+    Args:
+        row: of the tensor.
+        dim: along which they lie.
+        config: of the language model.
+    """
+    extent, parts = row.shape[dim], _last(row.name)
     of_name = next((of for pattern, of in _FUSED.items() if any(fnmatchcase(part, pattern) for part in parts)), None)
     sizes = of_name(config, extent) if of_name else ()
-    if not sizes or sum(sizes) != extent:
-        return None
-    return Packed(dim, len(sizes)) if len(set(sizes)) == 1 else Grouped(dim, sizes)
+    return sizes if sum(sizes) == extent else ()
 
 
 def which_of(cut: Mapping[str, tuple[int, Placing | None]]) -> str:

@@ -52,6 +52,8 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("ouput = 'x'", "ouput is no setting", "did you mean output? settings here are output, and the tables"),
         ("[chekc]\npaths = ['m']", "chekc is no setting", "did you mean check? settings here are output, and the"),
         ("[reshard]\nlayouts = 'hf'", "reshard.layouts is no setting", "did you mean layout? settings here are name"),
+        ("[reshard]\ndest = 'x'", "reshard.dest is no setting", "did you mean destination? settings here are name"),
+        ("[reshard]\n'' = 'x'", "reshard is no setting", "settings here are name, source"),
         ("[reshard]\nlayout = 'rank'", "reshard.layout is 'rank'", "did you mean ranks? it is one of hf, dcp, ranks"),
         ("[reshard]\nlayout = 'RANKS'", "reshard.layout is 'RANKS'", "did you mean ranks? it is"),
         ("[check]\npaths = ['m']\n\nverify = true", "move.toml:4: check.verify is no setting", "paths, source, target"),

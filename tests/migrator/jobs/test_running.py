@@ -110,6 +110,30 @@ def test_a_changed_job_says_what_changed_and_replaces_its_own_result(hub_folder,
     assert (tmp_path / "move.job/checkpoint/rank-00001-of-00002.safetensors").is_file()
 
 
+def test_a_forecast_knows_of_a_tree_that_will_be_rewritten(tmp_path):
+    family(tmp_path / "models")
+    file = job_file(tmp_path, CHECK)
+    assert outcomes(run(file)) == {"check": "findings"}
+    job_file(tmp_path, '[rewrite]\npaths = ["models"]\nin_place = true\n' + CHECK)
+    forecast = jobs.foresee(jobs.read(file))
+    assert {step.step: step.why for step in forecast.steps} == {
+        "rewrite": "it was not run yet",
+        "check": "rewrite comes before it",
+    }
+    assert outcomes(run(file)) == {"rewrite": "ok", "check": "ok"}
+
+
+def test_a_forecast_knows_of_a_result_that_is_there_already(hub_folder, tmp_path):
+    file = job_file(tmp_path, reshard(hub_folder("llama")))
+    assert run(file).ok
+    (tmp_path / "move.job/state.json").unlink()
+    (step,) = jobs.foresee(jobs.read(file)).steps
+    assert (step.error, step.why) == (None, "it was not run yet")
+    assert step.estimate["there_already"] is True
+    (tmp_path / "move.job/checkpoint/notes.txt").write_text("by someone else")
+    assert jobs.foresee(jobs.read(file)).steps[0].outcome == run(file).steps[0].outcome == "failed"
+
+
 def test_only_what_the_job_itself_wrote_is_replaced(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("llama")) + "[verify]\n")
     assert run(file).ok

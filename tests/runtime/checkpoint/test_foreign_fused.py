@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import Phi3Config, Qwen3NextConfig
 from plans.errors import MismatchError, PlanError
 from plans.placement import Packed, Shard
 from runtime.checkpoint.foreign.cuts import cuts_of
-from runtime.checkpoint.foreign.grouped import Grouped
+from runtime.checkpoint.foreign.grouped import Grouped, Placing
 from runtime.checkpoint.foreign.pattern import Pattern
 from runtime.checkpoint.foreign.placing import plan_of
 from runtime.checkpoint.foreign.plan_file import read_plan_file
@@ -32,9 +33,9 @@ EQUAL: dict[str, Cut] = {r"qkv_proj\.weight": packed(0, 3), r"gate_up_proj\.weig
 UNEQUAL: dict[str, Cut] = {**EQUAL, r"qkv_proj\.weight": grouped(0, 32, 16, 16)}
 
 
-def phi3(folder: Path, key_value_heads: int) -> Path:
-    sizes = {"num_key_value_heads": key_value_heads, "intermediate_size": 48, "original_max_position_embeddings": 64}
-    tiny_model(Phi3Config(**{**DENSE, **sizes})).save_pretrained(folder)
+def phi3(folder: Path, key_value_heads: int, heads: int = 4) -> Path:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "intermediate_size": 48}
+    tiny_model(Phi3Config(**{**DENSE, **sizes, "original_max_position_embeddings": 64})).save_pretrained(folder)
     return folder
 
 
@@ -83,6 +84,45 @@ def test_groups_that_are_not_the_tensors_are_refused(sizes: tuple[int, ...], wha
     with pytest.raises(MismatchError) as refused:
         plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
     assert what in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("heads", "said", "groups"),
+    [
+        ((8, 2), Packed(0, 3), [16, 16, 16]),
+        ((8, 2), "packed_colwise", [24, 24]),
+        ((8, 2), Grouped(0, (24, 16, 8)), [24, 16, 8]),
+        ((4, 2), Packed(0, 2), [32, 32]),
+    ],
+)
+def test_groups_that_mix_the_matrices_are_refused_with_what_to_write(
+    heads: tuple[int, int], said: Placing | str, groups: list[int], tmp_path: Path
+) -> None:
+    """Every local shape is right: of 8 heads of queries, 2 of keys and 2 of values a third is no matrix."""
+    hub = phi3(tmp_path / "hub", heads[1], heads[0])
+    sizes = [heads[0] * 32 // heads[0], *[heads[1] * 32 // heads[0]] * 2]
+    cuts = {**EQUAL, r"qkv_proj\.weight": grouped(0, *sizes)}
+    source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
+    foreign = Foreign(Pattern(DEEPSEEK), tp=2, plan={QKV: said, GATE_UP: Packed(0, 2)})
+    with pytest.raises(PlanError) as refused:
+        plan_reshard(source, target=Target("hf"), foreign=foreign)
+    assert f"model.layers.0.self_attn.qkv_proj.weight in groups of {groups} along dim 0, but" in refused.value.message
+    assert f"matrices of {sizes}" in refused.value.message
+    each, whole = entries(refused.value.hint)
+    assert (each, whole) == ({QKV: {"packed": [0, sizes]}}, {QKV: {"shard": 0}})
+    right = {**foreign.plan, QKV: Grouped(0, tuple(sizes))}
+    plan_reshard(source, target=Target("hf"), foreign=replace(foreign, plan=right)).execute(tmp_path / "out")
+    assert verify(tmp_path / "out", hub).ok
+
+
+def test_groups_within_a_matrix_are_the_users_to_say(tmp_path: Path) -> None:
+    """Some stacks cut each head by itself: then no rank holds rows of another matrix than it must."""
+    hub = phi3(tmp_path / "hub", 2)
+    cuts = {**EQUAL, r"qkv_proj\.weight": packed(0, 8)}
+    source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
+    foreign = Foreign(Pattern(DEEPSEEK), tp=2, plan={QKV: Packed(0, 8), GATE_UP: Packed(0, 2)})
+    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
+    assert verify(tmp_path / "out", hub).ok
 
 
 def test_a_fused_weight_that_looks_cut_may_be_cut_in_two_ways(tmp_path: Path) -> None:
