@@ -36,7 +36,7 @@ def show(source: Path, result: ValidationResult) -> None:
 def hint(request: ValidationRequest, result: ValidationResult) -> str | None:
     """Return what else may explain a failure, None where there is nothing to say."""
     forward, content = result.checks.get("forward"), result.checks.get("content")
-    if request.reference and forward and forward.checked and not forward.ok and content and content.ok:
+    if request.reference and forward and forward.checked and not forward.ok and content and _as_recorded(content):
         return f"{request.reference} may be another checkpoint than the one that was laid out"
     return None
 
@@ -59,7 +59,15 @@ def _content(check: Check, world_size: int) -> str:
     if "copies" not in numbers:
         return ""
     copies = f"{numbers['copies']} {'copy' if numbers['copies'] == 1 else 'copies'}"
-    return f"{counted(check.checked, 'tensor')} in {copies}, by the {numbers['against']}'s digests"
+    text = f"{counted(check.checked, 'tensor')} in {copies}, by the {numbers['against']}'s digests"
+    compared = numbers.get("with_reference", {}).get("compared", check.checked)
+    return text if compared >= check.checked else f"{text}; {compared} stored as in the reference, and compared with it"
+
+
+def _as_recorded(content: Check) -> bool:
+    """Say whether all that differs is between the checkpoint and its reference."""
+    different: int = content.numbers.get("with_reference", {}).get("different", 0)
+    return len(content.mismatches) == different
 
 
 def _forward(check: Check, world_size: int) -> str:

@@ -66,9 +66,10 @@ def command(
     """Prove the checkpoint SOURCE on a mesh: one process for each rank loads its part and runs the model.
 
     Every planned parameter must be sharded as planned and every other one whole; the bytes that ranks hold must be
-    those that were written; outputs, gradients and greedy tokens must equal the unsharded model's. The mesh is the one
-    that SOURCE was laid out for, where it says so. Runs under torchrun too, on several machines that all see SOURCE.
-    SOURCE and the reference may have any layout, and be hf://owner/name[@revision].
+    those that were written, and the reference's; config.json must say to compute what the reference's says; outputs,
+    gradients and greedy tokens must equal the unsharded model's. The mesh is the one that SOURCE was laid out for,
+    where it says so. Runs under torchrun too, on several machines that all see SOURCE. SOURCE and the reference may
+    have any layout, and be hf://owner/name[@revision].
     """
     need_runtime()
     from runtime.hub import local_folder

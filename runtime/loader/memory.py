@@ -79,9 +79,11 @@ def prepare_memory(
         dtype: of new memory for floating point tensors, None for as they are stored.
 
     Raises:
-        UsageError: the device has too little memory, or buffers that no checkpoint stores are on meta.
+        UsageError: the device has too little memory, buffers that no checkpoint stores are on meta, or tensors in
+            memory share some of it.
     """
     if not _is_new(slots):
+        _check_apart(slots)
         return Memory(slots, {name: _contiguous(slot.local()) for name, slot in slots.items()}, None)
     check_buffers(model)
     try:
@@ -96,6 +98,23 @@ def prepare_memory(
             device=str(device),
         ) from error
     return Memory(slots, made, device)
+
+
+def _check_apart(slots: Mapping[str, Slot]) -> None:
+    """Refuse tensors that would be written over each other, or over themselves."""
+    starts: dict[int, str] = {}
+    for name, slot in slots.items():
+        local = slot.local()
+        if not local.numel():
+            continue
+        other = starts.setdefault(local.data_ptr(), name)
+        if other != name or any(step == 0 and size > 1 for step, size in zip(local.stride(), local.shape, strict=True)):
+            with_what = f"with {other}" if other != name else "among its own elements"
+            raise UsageError(
+                f"{name} shares its memory {with_what}, so that what is loaded would overwrite itself",
+                hint="tie tensors by giving modules one parameter, and clone what only looks at another's memory",
+                parameter=name,
+            )
 
 
 def _is_new(slots: Mapping[str, Slot]) -> bool:

@@ -24,7 +24,7 @@ from runtime.validation.local_tensors import plain
 from runtime.validation.source import file_digests
 from runtime.validation.values import Check
 
-__all__ = ["check_content"]
+__all__ = ["check_content", "shared_digests"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def check_content(model: nn.Module, resolved: ResolvedPlan, content: Content) ->
     expected = _expected(content)
     copies = [copy for row in resolved.parameters if row.tied_to is None for copy in _copies(row, resolved)]
     found = {copy: _sum(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
-    carried = _from_files(content, [name for name in content.digests if content.tensors[name].kind == "carried"])
+    carried = shared_digests(content, [name for name in content.digests if content.tensors[name].kind == "carried"])
     found |= {_Copy(name, (0,)): digest for name, digest in carried.items()}
     wrong = tuple(
         _mismatch(copy, expected[copy.name], digest) for copy, digest in found.items() if digest != expected[copy.name]
@@ -90,10 +90,16 @@ def _sum(shares: Iterator[str]) -> str:
 
 def _expected(content: Content) -> Mapping[str, str]:
     """Return the digests that the checkpoint records, else those of its files, which ranks share the reading of."""
-    return content.digests or _from_files(content, [n for n, held in content.tensors.items() if held.kind != "carried"])
+    loaded = [name for name, held in content.tensors.items() if held.kind != "carried"]
+    return content.digests or shared_digests(content, loaded)
 
 
-def _from_files(content: Content, names: list[str]) -> dict[str, str]:
+def shared_digests(content: Content, names: list[str]) -> dict[str, str]:
+    """Return the digests of some tensors as the files hold them; ranks share the reading, and every one calls this.
+
+    Raises:
+        CheckpointError: a file cannot be read any more.
+    """
     own = names[dist.get_rank() :: dist.get_world_size()]
     digests = together(lambda: file_digests(content, own) if own else {})
     return {name: digest for share in gather_json(dict(digests)) for name, digest in share.items()}

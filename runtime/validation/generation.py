@@ -32,15 +32,16 @@ def check_generation(
         return "sequence parallel ranks cannot write one token at a time: tp must divide every length"
     if not model.can_generate():
         return f"{type(model).__name__} does not generate"
+    # The reference goes first: where a model cannot be continued at all, its plan is not to blame.
+    expected = reference.attempt(lambda model: generate(model, tokens, request.new_tokens))
+    if isinstance(expected, Failed):
+        return f"the unsharded model cannot generate: {expected.reason}"
     found = attempt(lambda: generate(model, tokens, request.new_tokens))
     if isinstance(found, Failed):
         if found.lacks_memory:
             return f"rank {found.rank} has no memory to generate: {found.reason}"
         mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
         return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
-    expected = reference.attempt(lambda model: generate(model, tokens, request.new_tokens))
-    if isinstance(expected, Failed):
-        return f"the unsharded model cannot generate: {expected.reason}"
     wanted: list[list[int]] = reference.share(expected).tolist()
     by_rank: list[list[list[int]]] = gather_json(found.tolist())
     wrong = [

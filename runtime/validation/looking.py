@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -9,7 +11,7 @@ from plans.errors import PlanError
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.ranks.record import Manifest
 from runtime.models.model import DTYPES
-from runtime.processes.agreement import gather_json
+from runtime.processes.agreement import gather_json, together
 from runtime.styles import StyleRegistry
 from runtime.validation.attempt import Failed
 from runtime.validation.backward import check_backward
@@ -29,8 +31,9 @@ from runtime.validation.outputs import tokens_of
 from runtime.validation.reference import Reference, load_reference
 from runtime.validation.request import ValidationRequest
 from runtime.validation.room import give_back, has_room
+from runtime.validation.same_as_reference import compare_configs, compare_tensors
 from runtime.validation.source import stored_dtypes
-from runtime.validation.values import PARTS
+from runtime.validation.values import PARTS, Check
 
 __all__ = ["look"]
 
@@ -63,11 +66,11 @@ def look(
     with findings.timed("loading"):
         loaded(parallel, content, findings.device, None)
     with findings.timed("structure"):
-        findings.add("structure", check_loaded(parallel, content))
+        findings.add("structure", _structure(request, parallel, content))
     with findings.timed("content"):
         findings.add("content", check_content(parallel.model, parallel.resolved, content))
     if dtypes == ["F32"]:
-        _compute(request, parallel, None, findings)
+        _compute(request, parallel, content, None, findings)
         return
     stored = _as_stored(request, parallel, dtypes, findings)
     del parallel  # so that the next one has its memory
@@ -75,7 +78,7 @@ def look(
     with findings.timed("loading"):
         exact = made_parallel(request, _EXACT, findings.device, styles)
         loaded(exact, content, findings.device, _EXACT)
-    _compute(request, exact, stored, findings)
+    _compute(request, exact, content, stored, findings)
 
 
 def _parallel(
@@ -97,6 +100,16 @@ def _parallel(
     return parallel
 
 
+def _structure(request: ValidationRequest, parallel: Parallel, content: Content) -> Check:
+    """Hold the loaded model against its plan, and its config against the reference's."""
+    found = check_loaded(parallel, content)
+    reference = request.reference
+    if reference is None:
+        return found
+    unlike = together(lambda: compare_configs(request.folder, reference))
+    return replace(found, mismatches=(*found.mismatches, *unlike))
+
+
 def _as_stored(
     request: ValidationRequest, parallel: Parallel, dtypes: list[str], findings: Findings
 ) -> AsStored | None:
@@ -114,11 +127,16 @@ def _as_stored(
     return found
 
 
-def _compute(request: ValidationRequest, parallel: Parallel, stored: AsStored | None, findings: Findings) -> None:
+def _compute(
+    request: ValidationRequest, parallel: Parallel, content: Content, stored: AsStored | None, findings: Findings
+) -> None:
     """Compare what the model computes in float32."""
     model, source = parallel.model, request.reference or request.folder
     with findings.timed("loading"):
         reference = _reference(request, parallel, _EXACT, findings)
+    if request.reference is not None:
+        with findings.timed("content"):
+            findings.add("content", compare_tensors(findings.checks["content"], content, request.reference))
     tokens = tokens_of(model, request)
     with findings.timed("forward"):
         found = outputs(model, tokens)

@@ -15,7 +15,7 @@ from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.ranks.record import Manifest
 from runtime.loader.loading import load
-from runtime.models.model import meta_model, read_config
+from runtime.models.model import meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.parallelize import parallelize
@@ -26,10 +26,11 @@ from runtime.styles import StyleRegistry
 from runtime.validation.local_tensors import check_memory
 from runtime.validation.reference import config_in
 from runtime.validation.request import ValidationRequest
+from runtime.validation.same_as_reference import check_reference
 from runtime.validation.values import Check
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Parallel",
@@ -125,28 +126,7 @@ def check_inputs(request: ValidationRequest) -> None:
             model=type(model).__name__,
         )
     if request.reference is not None:
-        _check_reference(request, model.config)
-
-
-def _check_reference(request: ValidationRequest, config: PreTrainedConfig) -> None:
-    """Refuse a reference whose config alone says that it is another model, before it meets the folder's tokens."""
-    assert request.reference is not None
-    other = read_config(request.reference)
-    for what, found, expected in (
-        ("model type", other.model_type, config.model_type),
-        ("vocabulary", _vocabulary(other), _vocabulary(config)),
-    ):
-        if found != expected:
-            raise UsageError(
-                f"{request.reference}: the reference's {what} is {found}, that of {request.folder} is {expected}",
-                hint="give the checkpoint that the folder was laid out from as the reference, or none",
-                reference=found,
-                folder=expected,
-            )
-
-
-def _vocabulary(config: PreTrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "vocab_size", None)
+        check_reference(request.folder, request.reference, model)
 
 
 def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:

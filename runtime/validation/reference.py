@@ -5,7 +5,8 @@ Spread so, every rank still computes whole layers by the model's own code; torch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from plans.errors import IncompleteError
+from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint.layout import layout_of
 from runtime.loader.loading import load
@@ -29,7 +30,7 @@ from runtime.wording import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Reference", "config_in", "load_reference"]
+__all__ = ["Reference", "config_in", "load_reference", "of_reference"]
 
 Result = TypeVar("Result")
 
@@ -108,11 +109,27 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sp
         CheckpointError: it cannot be loaded, or is incomplete.
         UsageError: it is quantized.
     """
-    if spread:
-        return Reference(_spread(folder, dtype, device), True, device)
-    is_first = dist.get_rank() == 0
-    model = together(lambda: _whole(folder, dtype, device) if is_first else None)
-    return Reference(model, False, device)
+    with of_reference():
+        if spread:
+            return Reference(_spread(folder, dtype, device), True, device)
+        is_first = dist.get_rank() == 0
+        model = together(lambda: _whole(folder, dtype, device) if is_first else None)
+        return Reference(model, False, device)
+
+
+@contextmanager
+def of_reference() -> Iterator[None]:
+    """Let what is wrong with a reference be no finding of the checkpoint's: nothing can be held against it.
+
+    Raises:
+        CheckpointError: its files contradict one another or lack parts of tensors.
+    """
+    try:
+        yield
+    except MigratorError as error:
+        if isinstance(error, MismatchError) or "lossy" in error.data:
+            raise CheckpointError(f"the reference is damaged: {error.message}", hint=_OTHER) from error
+        raise
 
 
 def _spread(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

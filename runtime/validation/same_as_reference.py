@@ -72,11 +72,14 @@ def compare_configs(folder: Path, reference: Path) -> list[Mismatch]:
     Raises:
         CheckpointError: a config cannot be read.
     """
-    found, expected = (dict(_entries(read_config(one).to_dict())) for one in (folder, reference))
+    tables = [read_config(one).to_dict() for one in (folder, reference)]
+    # What only one of them has at the top its class does not know, and fills what it knows in with its defaults.
+    known = (tables[0].keys() & tables[1].keys()) - _NOT_COMPUTED_BY
+    found, expected = (dict(_entries({key: table[key] for key in table if key in known})) for table in tables)
     return [
-        Mismatch(f"config.json: {key}", f"{expected[key]!r}, as in the reference", repr(value))
-        for key, value in found.items()
-        if key in expected and value != expected[key]
+        Mismatch(f"config.json: {key}", f"{expected.get(key)!r}, as in the reference", repr(found.get(key)))
+        for key in dict.fromkeys([*found, *expected])
+        if found.get(key) != expected.get(key)
     ]
 
 
@@ -104,20 +107,17 @@ def compare_tensors(check: Check, content: Content, reference: Path) -> Check:
         if found[name] != expected[name]
     ]
     numbers = {"compared": len(names), "different": len(wrong)}
-    return replace(
-        check, mismatches=(*check.mismatches, *wrong), numbers={**check.numbers, "with_reference": numbers}
-    )
+    return replace(check, mismatches=(*check.mismatches, *wrong), numbers={**check.numbers, "with_reference": numbers})
 
 
-def _entries(value: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
+def _entries(table: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     """Yield what a config says, that of the tables in it too, by dotted names."""
-    for key, entry in value.items():
-        if key in _NOT_COMPUTED_BY:
-            continue
-        if isinstance(entry, Mapping):
-            yield from _entries(entry, f"{above}{key}.")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            inside = {name: one for name, one in value.items() if name not in _NOT_COMPUTED_BY}
+            yield from _entries(inside, f"{above}{key}.")
         else:
-            yield f"{above}{key}", entry
+            yield f"{above}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -129,6 +129,4 @@ def _vocabulary(config: PreTrainedConfig) -> int | None:
 
 
 def _another(what: str) -> UsageError:
-    return UsageError(
-        what, hint="give the checkpoint that the folder was laid out from as the reference, or none"
-    )
+    return UsageError(what, hint="give the checkpoint that the folder was laid out from as the reference, or none")

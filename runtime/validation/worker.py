@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from plans.errors import MigratorError
+from plans.errors import MigratorError, UsageError
 from runtime.processes.agreement import error_from_json, error_to_json
 from runtime.processes.joined import joined
 from runtime.processes.launch import launch
@@ -21,17 +21,22 @@ from runtime.validation.values import ValidationResult
 
 __all__ = ["run_validation", "take_part", "work"]
 
+_RANKS_PER_PROCESSOR = 32
+"""More of them, which import all of torch each, leave a machine no memory and come to no end."""
+
 
 def run_validation(request: ValidationRequest) -> ValidationResult:
     """Validate with worker processes of our own on this machine, one for each rank of the mesh.
 
     Raises:
+        UsageError: the mesh has more ranks than this machine can run.
         WorkerError: a worker died or was too slow.
         MigratorError: as `validate`.
     """
     refuted = check_request(request)
     if refuted is not None:
         return refuted
+    _check_ranks(request.mesh.world_size)
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         answer = Path(folder) / "answer.json"
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
@@ -42,6 +47,16 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
     if "error" in content:
         raise error_from_json(content["error"])
     return ValidationResult.from_json(content["result"])
+
+
+def _check_ranks(world_size: int) -> None:
+    most = _RANKS_PER_PROCESSOR * len(os.sched_getaffinity(0))
+    if world_size > most:
+        raise UsageError(
+            f"{world_size} ranks are too many for this machine, which can run {most}",
+            hint="use a smaller mesh, or several machines under torchrun",
+            world_size=world_size,
+        )
 
 
 def take_part(request: ValidationRequest) -> ValidationResult:

@@ -381,12 +381,14 @@ def test_validate_finds_exchanged_ranks(tmp_path, rank_folder):
 
 def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hub, rank_folder):
     index = json.loads((hub / "model.safetensors.index.json").read_text())
-    path = hub / index["weight_map"]["lm_head.weight"]
-    tensors = load_file(path)
-    tensors["lm_head.weight"] *= 2
-    save_file(tensors, path, {"format": "pt"})
+    changes = {"lm_head.weight": lambda tensor: tensor * 2, "model.norm.weight": lambda tensor: tensor.double()}
+    for name, change in changes.items():
+        path = hub / index["weight_map"][name]
+        tensors = load_file(path)
+        save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
     code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 2, "--reference", hub)
     assert code == 1
+    assert re.search(r"content    WRONG +36 tensors in .*; 35 stored as in the reference, and compared with it", output)
     assert "forward    WRONG" in output
     assert errors == [f"hint: {hub} may be another checkpoint than the one that was laid out"]
 

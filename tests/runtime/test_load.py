@@ -268,6 +268,19 @@ def test_a_tensor_in_memory_that_is_not_contiguous_is_filled(hub_folder: HubFold
     assert torch.equal(weight, expected.model.layers[0].mlp.up_proj.weight)
 
 
+def test_tensors_that_would_overwrite_each_other_are_refused(hub_folder: HubFolder) -> None:
+    hub = hub_folder("qwen2")
+    model = meta_model(read_config(hub))
+    runtime.load(model, hub)
+    first, second = (layer.self_attn.q_proj.weight for layer in model.model.layers[:2])
+    second.data = first.data
+    with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj\.weight shares its memory with .*layers\.0\."):
+        runtime.load(model, hub)
+    second.data = torch.zeros(len(second), 1).expand(second.shape)
+    with pytest.raises(UsageError, match="shares its memory among its own elements"):
+        runtime.load(model, hub)
+
+
 def test_a_model_in_memory_keeps_its_dtype(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model, expected = (meta_model(read_config(hub)) for _ in range(2))

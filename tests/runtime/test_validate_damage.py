@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
-from plans.errors import IndivisibleError
+from plans.errors import CheckpointError, IndivisibleError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
+from runtime.validation.outputs import generate, tokens_of
+from runtime.validation.request import ValidationRequest
 from tests.runtime import validation_cases
 from tests.runtime.rank_pool import RankPool
-from tests.tiny_models import tiny_config, tiny_model
+from tests.tiny_models import DENSE, tiny_config, tiny_model
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
@@ -44,13 +48,100 @@ def test_a_rank_file_of_another_run(
     assert not found["ok"]
 
 
-def test_a_whole_checkpoint_of_another_run_shows_in_the_forward(
+def test_a_whole_checkpoint_of_another_run_shows_in_content_and_forward(
     two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
     tiny_model(tiny_config("olmoe"), seed=99).save_pretrained(tmp_path / "other")
     plan_reshard(tmp_path / "other", Mesh(tp=2)).execute(tmp_path / "ranks")
     found = two_ranks.run(validation_cases.validate, tmp_path / "ranks", hub_folder("olmoe"))[0]
-    assert wrong_parts(found) == {"forward", "backward", "generation"}
+    assert wrong_parts(found) == {"content", "forward", "backward", "generation"}
+    assert found["content"]["with_reference"]["different"] == len(found["content"]["mismatches"])
+
+
+@pytest.mark.parametrize("layout", ["hf", "ranks"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_row_that_no_token_reaches_is_held_against_the_reference(
+    value: float, layout: Any, two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    reference = hub_folder("qwen2")
+    folder = copied(reference, tmp_path)
+    name = "model.embed_tokens.weight"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name][unread(reference)] = value
+            save_file(tensors, path, {"format": "pt"})
+    if layout == "ranks":
+        plan_reshard(folder, Mesh(tp=2)).execute(tmp_path / "ranks")
+        folder = tmp_path / "ranks"
+    found = two_ranks.run(validation_cases.validate, folder, reference)[0]
+    assert wrong_parts(found) == {"content"}
+    [wrong] = found["content"]["mismatches"]
+    assert (wrong["name"], wrong["expected"].endswith("as in the reference")) == (name, True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "key"),
+    [
+        ({"rms_norm_eps": 1.1e-6}, "rms_norm_eps"),
+        ({"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0}, "sliding_window"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+        ({"attention_dropout": 0.5}, "attention_dropout"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_config_that_few_tokens_do_not_tell_from_the_references(
+    entries: dict[str, Any],
+    key: str,
+    two_ranks: RankPool,
+    rank_folder: RankFolder,
+    hub_folder: HubFolder,
+    tmp_path: Path,
+) -> None:
+    folder = copied(rank_folder("qwen2", 2), tmp_path)
+    edit_json(folder / "config.json", **entries)
+    found = two_ranks.run(validation_cases.validate, folder, hub_folder("qwen2"))[0]
+    assert wrong_parts(found) == {"structure"}
+    assert f"config.json: {key}" in {row["name"] for row in found["structure"]["mismatches"]}
+    assert found["forward"]["ok"]
+
+
+def test_a_config_that_says_the_same_in_other_words(
+    two_ranks: RankPool, rank_folder: RankFolder, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    folder = copied(rank_folder("qwen2", 2), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["attention_dropout"], config["rms_norm_eps"]  # which are as the class has them
+    said = {"use_cache": False, "eos_token_id": 3, "transformers_version": "4.0.0", "of_another_tool": {"any": 1}}
+    (folder / "config.json").write_text(json.dumps(config | said))
+    assert two_ranks.run(validation_cases.validate, folder, hub_folder("qwen2"))[0]["ok"]
+
+
+def test_a_reference_with_fewer_layers_is_refused(
+    two_ranks: RankPool, rank_folder: RankFolder, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    reference = copied(hub_folder("mixtral"), tmp_path)
+    edit_json(reference / "config.json", num_hidden_layers=2)
+    with pytest.raises(UsageError, match=r"has not the tensors of .*'model\.layers\.2\."):
+        two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), reference)
+
+
+def test_a_damaged_reference_is_no_finding_of_the_checkpoint(
+    two_ranks: RankPool, rank_folder: RankFolder, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    folder = rank_folder("mixtral", 2)
+    contradictory = copied(folder, tmp_path)
+    manifest = json.loads((contradictory / "migrator.json").read_text())
+    manifest["tensors"]["model.norm.weight"]["dtype"] = "F16"
+    edit_json(contradictory / "migrator.json", tensors=manifest["tensors"])
+    lossy = tmp_path / "dcp"
+    plan_reshard(hub_folder("mixtral"), target=Target("dcp", Mesh(tp=2))).execute(lossy)
+    (lossy / "migrator.json").unlink()
+    name = f"{EXPERTS}.down_proj"
+    drop(next(path for path in lossy.glob("*.safetensors") if name in load_file(path)), name)
+    for reference in (contradictory, lossy):
+        with pytest.raises(CheckpointError, match="the reference is damaged"):
+            two_ranks.run(validation_cases.validate, folder, reference)
 
 
 @pytest.mark.parametrize("layout", ["dcp", "ranks"])
@@ -108,6 +199,15 @@ def test_gradients_that_stay_partial_on_each_rank(two_ranks: RankPool, rank_fold
     }
 
 
+def test_a_model_that_cannot_be_continued_has_no_wrong_plan(two_ranks: RankPool, tmp_path: Path) -> None:
+    # The first attention of a Jamba is its fifth layer, and its cache asks one for the length of the text.
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_experts": 4, "mamba_d_state": 4}
+    tiny_model(transformers.JambaConfig(**DENSE | sizes)).save_pretrained(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "hub")[0]
+    assert wrong_parts(found) == set()
+    assert found["skipped"]["generation"].startswith("the unsharded model cannot generate: ValueError")
+
+
 def test_heads_of_keys_that_do_not_divide(two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path) -> None:
     config = tiny_config("qwen2")
     config.num_key_value_heads = 1
@@ -141,6 +241,15 @@ def test_a_distributed_checkpoint_without_all_rows_is_lossy(
     assert wrong_parts(found) == {"content"}
     [row] = found["content"]["mismatches"]
     assert (row["name"], "elements are stored" in row["found"]) == (name, True)
+
+
+def unread(folder: Path) -> int:
+    """Return a token that models neither read nor write."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    request = ValidationRequest(folder, Mesh(tp=2))
+    tokens = tokens_of(model, request)
+    read = set(torch.cat([tokens, generate(model, tokens, request.new_tokens)], 1).flatten().tolist())
+    return next(token for token in range(model.config.vocab_size) if token not in read)
 
 
 def wrong_parts(found: dict[str, Any]) -> set[str]:

@@ -59,6 +59,14 @@ def test_no_worker_is_started_for_a_folder_of_another_mesh(
         run_validation(ValidationRequest(rank_folder("llama", 2), Mesh(tp=4)))
 
 
+def test_no_worker_is_started_for_more_ranks_than_a_machine_can_run(
+    hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.validation.worker.launch", None)
+    with pytest.raises(UsageError, match="100000 ranks are too many for this machine"):
+        run_validation(ValidationRequest(hub_folder("llama"), Mesh(tp=100_000)))
+
+
 def test_a_worker_that_fails_is_named_with_its_last_lines_and_the_others_end(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError, match="rank 1 exited with 3: the disk is full") as caught:
