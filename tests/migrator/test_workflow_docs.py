@@ -74,3 +74,15 @@ def test_every_command_named_exists():
     for name, text in DOCS.items():
         for command in re.findall(r"`migrator (\w+)", text):
             assert command in group.list_commands(None), (name, command)
+
+
+def test_the_map_of_the_code_has_every_package_in_the_order_that_is_enforced():
+    text = DOCS["code.md"]
+    contracts = re.findall(r"^layers = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    for name in ("migrator", "codemods", "runtime"):
+        listed = re.findall(r"^\| `(\w+)/` \|", text.partition(f"\n## {name}\n")[2].partition("\n## ")[0], re.MULTILINE)
+        there = {path.parent.name for path in (ROOT / name).glob("*/__init__.py")}
+        assert sorted(listed) == sorted(there)
+        layers = next((found for found in contracts if f'"{name}.' in found), "")
+        enforced = [layer for layer in re.findall(rf"{name}\.(\w+)", layers) if layer in there]
+        assert [one for one in listed if one in enforced] == enforced
