@@ -100,3 +100,20 @@ def _only_values_differ(before: str, after: str, outcome: Outcome) -> None:
         else:
             restored = "".join(line for line in restored.splitlines(keepends=True) if f'"{edit.key}"' not in line)
     assert restored == before
+
+
+def chain(root, *, depth=3, last=""):
+    """toy is hand-written; each next model's modular file inherits its config from the one before."""
+    files = {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR}
+    before, title_before = "toy", "Toy"
+    for number in range(depth):
+        name, title = f"m{number}", f"M{number}"
+        rest = last if number == depth - 1 else ""
+        files[f"{name}/modular_{name}.py"] = (
+            f"from ..{before}.configuration_{before} import {title_before}Config\n"
+            f"class {title}Config({title_before}Config):\n    size = {number}\n{rest}"
+        )
+        files[f"{name}/configuration_{name}.py"] = generated(name, PACKED.replace("ToyConfig", f"{title}Config"))
+        files[f"{name}/modeling_{name}.py"] = REGULAR
+        before, title_before = name, title
+    return write_tree(root, files)
