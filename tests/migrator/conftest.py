@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +24,9 @@ def migrator(monkeypatch, capsys):
         return stop.value.code, captured.out, captured.err.splitlines()
 
     return run
+
+
+@pytest.fixture
+def hub(tmp_path, hub_folder):
+    """A checkpoint of this test's own to damage."""
+    return Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))

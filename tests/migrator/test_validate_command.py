@@ -1,0 +1,146 @@
+"""`migrator validate` as a user runs it: what it proves, what it finds, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+MIGRATOR = str(Path(sys.executable).with_name("migrator"))
+
+
+def test_validate_proves_and_prints_json(hub, rank_folder):
+    command = [MIGRATOR, "validate", rank_folder("qwen3_moe", 2), "--tp", "2", "--reference", hub, "--format", "json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    result = json.loads(done.stdout)
+    assert (result["ok"], result["world_size"]) == (True, 2)
+    assert result["structure"]["checked"] > 20
+    assert result["structure"]["mismatches"] == []
+    assert result["forward"]["max_abs_diff"] < 1e-5
+
+
+def test_validate_finds_exchanged_ranks(tmp_path, rank_folder):
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
+    first, second = sorted(folder.glob("rank-*.safetensors"))
+    first.rename(folder / "held")
+    second.rename(first)
+    (folder / "held").rename(second)
+    done = subprocess.run([MIGRATOR, "validate", folder, "--tp", "2"], capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr.decode()
+    assert "Traceback" not in done.stderr.decode()
+
+
+def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hub, rank_folder):
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    changes = {"lm_head.weight": lambda tensor: tensor * 2, "model.norm.weight": lambda tensor: tensor.double()}
+    for name, change in changes.items():
+        path = hub / index["weight_map"][name]
+        tensors = load_file(path)
+        save_file(tensors | {name: change(tensors[name])}, path, {"format": "pt"})
+    code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 2, "--reference", hub)
+    assert code == 1
+    assert re.search(r"content    WRONG +36 tensors in .*; 35 stored as in the reference, and compared with it", output)
+    assert "forward    WRONG" in output
+    assert errors == [f"hint: {hub} may be another checkpoint than the one that was laid out"]
+
+
+@pytest.mark.parametrize("waited_for", ["nothing", "workers"])
+def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_folder, waited_for):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [MIGRATOR, "validate", str(rank_folder("qwen3_moe", 2)), "--tp", "2"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while waited_for == "workers" and len(processes_naming(tmp_path)) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
+    if waited_for == "workers":
+        assert (process.returncode, told.strip()) == (2, b"interrupted")
+    assert process.returncode in (2, -signal.SIGTERM)
+    assert processes_naming(tmp_path) == []
+    assert list(tmp_path.glob("migrator-*")) == []
+
+
+def processes_naming(folder):
+    """Return the processes that were started with a path below a folder as an argument."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if str(folder) in path.read_bytes().decode("utf-8", "replace"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("tolerance", ["0", "1", "-1e-5", "nan", "inf"])
+def test_validate_refuses_what_is_no_tolerance(migrator, rank_folder, tolerance):
+    code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 2, "--tolerance", tolerance)
+    assert (code, output) == (2, "")
+    assert tolerance.removeprefix("-").split("e-")[0] in errors[-2] + errors[-1]
+
+
+def test_validate_of_files_that_do_not_belong_prints_the_same_keys(migrator, tmp_path, rank_folder):
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
+    shutil.copy(rank_folder("mixtral", 2) / "rank-00001-of-00002.safetensors", folder)
+    code, output, errors = migrator("validate", folder, "--tp", 2, "--format", "json")
+    result = json.loads(output)
+    assert (code, result["ok"], result["world_size"]) == (1, False, 2)
+    assert result["structure"] == result["forward"] == {"ok": None, "checked": 0, "mismatches": []}
+    [found] = result["content"]["mismatches"]
+    assert "rank-00001-of-00002.safetensors" in found["found"]
+    assert result["skipped"].keys() == {"structure", "forward", "backward", "generation"}
+    assert errors == []
+
+
+def test_under_torchrun_one_rank_speaks_for_all(tmp_path, rank_folder):
+    folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
+    shutil.copy(rank_folder("mixtral", 2) / "rank-00001-of-00002.safetensors", folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*torchrun, MIGRATOR, "validate", folder, "--tp", "2", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["ok"] is False
+    assert b"error:" not in done.stderr
+
+
+def test_validate_on_another_mesh_says_which_it_is(migrator, rank_folder):
+    code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 4)
+    assert (code, output) == (2, "")
+    assert "--tp 2" in errors[1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "said"),
+    [
+        pytest.param(None, 0, ["out: proven"], marks=pytest.mark.full),
+        ("bit", 1, ["content", "expected digest", "not as it must be"]),
+        ("foreign", 1, ["files of one checkpoint", "skipped"]),
+        pytest.param("config", 1, ["model_type", "skipped"], marks=pytest.mark.full),
+    ],
+)
+def test_validate_writes_a_report_whatever_it_finds(migrator, tmp_path, rank_folder, damage, code, said):
+    folder = Path(shutil.copytree(rank_folder("olmoe", 2), tmp_path / "out"))
+    last = folder / "rank-00001-of-00002.safetensors"
+    if damage == "bit":
+        last.write_bytes(last.read_bytes()[:-1] + bytes([last.read_bytes()[-1] ^ 1]))
+    elif damage == "foreign":
+        shutil.copy(rank_folder("mixtral", 2) / last.name, folder)
+    elif damage == "config":
+        shutil.copy(rank_folder("mixtral", 2) / "config.json", folder)
+    found, _, errors = migrator("validate", folder, "--report", tmp_path / "page.html")
+    assert (found, errors) == (code, [f"wrote {tmp_path / 'page.html'}"])
+    page = (tmp_path / "page.html").read_text()
+    assert all(text in page for text in said)
