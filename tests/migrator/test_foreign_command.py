@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from migrator.cli import main
 from runtime.checkpoint import reshard
 from runtime.checkpoint.reshard import ReshardPlan
 from tests.foreign_files import DEEPSEEK, MLA, MLA_WHOLE, TP, Cut, shard, state_of, stored_in, whole, write
@@ -39,21 +37,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
         return folders[family]
 
     return saved
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process: (exit code, output, error lines)."""
-
-    def command(*arguments: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["migrator", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err.splitlines()
-
-    return command
 
 
 @pytest.fixture
@@ -103,7 +86,7 @@ def test_what_torch_cut_becomes_what_save_pretrained_wrote(
     ep: int,
     plan: object,
     hub: Hub,
-    run: Run,
+    migrator: Run,
     tmp_path: Path,
 ) -> None:
     source = write(tmp_path / "foreign", hub(family), names(hub(family)), cuts, tp=tp, ep=ep)
@@ -111,20 +94,24 @@ def test_what_torch_cut_becomes_what_save_pretrained_wrote(
     if plan is not None:
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         options += ["--plan", tmp_path / "plan.json"]
-    assert run("reshard", source, tmp_path / "out", *options, "--quiet") == (0, "", [])
+    assert migrator("reshard", source, tmp_path / "out", *options, "--quiet") == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub(family))
 
 
 def test_the_result_on_another_mesh_has_a_manifest_and_the_same_content(
-    llama: Path, hub: Hub, run: Run, tmp_path: Path
+    llama: Path, hub: Hub, migrator: Run, tmp_path: Path
 ) -> None:
-    code, _, errors = run("reshard", llama, tmp_path / "ranks", *TWO, "--tp", 4, "--layout", "ranks", "--quiet")
+    code, _, errors = migrator("reshard", llama, tmp_path / "ranks", *TWO, "--tp", 4, "--layout", "ranks", "--quiet")
     assert (code, errors) == (0, [])
-    assert run("verify", tmp_path / "ranks", hub("llama"))[0] == 0
-    assert run("verify", tmp_path / "ranks")[1].splitlines()[-1].startswith("every copy is as the manifest records it")
+    assert migrator("verify", tmp_path / "ranks", hub("llama"))[0] == 0
+    assert (
+        migrator("verify", tmp_path / "ranks")[1]
+        .splitlines()[-1]
+        .startswith("every copy is as the manifest records it")
+    )
 
 
-def test_parts_and_a_config_from_elsewhere(hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_parts_and_a_config_from_elsewhere(hub: Hub, migrator: Run, tmp_path: Path) -> None:
     pattern = "model-rank-{rank}-part-{part:05d}.safetensors"
     source = write(tmp_path / "foreign", hub("qwen3_moe"), state_of(hub("qwen3_moe")), TP, tp=2)
     for rank in range(2):
@@ -138,37 +125,39 @@ def test_parts_and_a_config_from_elsewhere(hub: Hub, run: Run, tmp_path: Path) -
     (tmp_path / "plan.json").write_text(json.dumps(EXPERTS))
     said = ("--config", hub("qwen3_moe") / "config.json", "--plan", tmp_path / "plan.json")
     options = ("--from-pattern", pattern, "--from-tp", 2, *said, "--quiet")
-    assert run("reshard", source, tmp_path / "out", *options) == (0, "", [])
+    assert migrator("reshard", source, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("qwen3_moe"))
     (source / "model-rank-1-part-00001.safetensors").unlink()
-    code, _, errors = run("reshard", source, tmp_path / "again", *options)
+    code, _, errors = migrator("reshard", source, tmp_path / "again", *options)
     assert (code, "part 1 of rank 1 is missing" in errors[0]) == (2, True)
 
 
-def test_tied_names_may_be_stored_twice_if_they_are_the_same(llama: Path, hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_tied_names_may_be_stored_twice_if_they_are_the_same(
+    llama: Path, hub: Hub, migrator: Run, tmp_path: Path
+) -> None:
     for file in llama.glob("*.safetensors"):
         changed(file, lambda held: {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()})
-    assert run("reshard", llama, tmp_path / "out", *TWO, "--quiet") == (0, "", [])
+    assert migrator("reshard", llama, tmp_path / "out", *TWO, "--quiet") == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("llama"))
     changed(file, lambda held: {**held, "lm_head.weight": held["lm_head.weight"] + 1})
-    code, _, errors = run("reshard", llama, tmp_path / "again", *TWO)
+    code, _, errors = migrator("reshard", llama, tmp_path / "again", *TWO)
     assert code == 2
     assert "lm_head.weight is tied to model.embed_tokens.weight but stored with other values" in errors[0]
 
 
-def test_verify_compares_and_reads_every_copy(llama: Path, hub: Hub, run: Run) -> None:
-    code, out, _ = run("verify", llama, hub("llama"), *TWO)
+def test_verify_compares_and_reads_every_copy(llama: Path, hub: Hub, migrator: Run) -> None:
+    code, out, _ = migrator("verify", llama, hub("llama"), *TWO)
     assert (code, "the same content" in out, "foreign, 38 tensors" in out) == (0, True, True)
     changed(llama / "model1-mp2.safetensors", lambda held: {**held, O_PROJ: held[O_PROJ] + 1})
-    code, out, _ = run("verify", llama, hub("llama"), *TWO)
+    code, out, _ = migrator("verify", llama, hub("llama"), *TWO)
     assert (code, O_PROJ in out) == (1, True)
     changed(llama / "model1-mp2.safetensors", lambda held: {**held, NORM: held[NORM] + 1})
-    code, out, _ = run("verify", llama, *TWO)
+    code, out, _ = migrator("verify", llama, *TWO)
     assert (code, f"{NORM!r} should be the same in" in out) == (1, True)
 
 
-def test_inspect_shows_the_mesh_and_what_each_rank_holds(llama: Path, run: Run) -> None:
-    code, out, errors = run("inspect", llama, *TWO, "--format", "json")
+def test_inspect_shows_the_mesh_and_what_each_rank_holds(llama: Path, migrator: Run) -> None:
+    code, out, errors = migrator("inspect", llama, *TWO, "--format", "json")
     assert (code, errors) == (0, [])
     found = json.loads(out)
     assert found["layout"] == "foreign"
@@ -269,10 +258,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda one: one.__name__)
 def test_files_that_do_not_fit_are_refused_by_name(
-    damage: Callable[[Path], None], llama: Path, run: Run, tmp_path: Path
+    damage: Callable[[Path], None], llama: Path, migrator: Run, tmp_path: Path
 ) -> None:
     damage(llama)
-    code, out, errors = run("reshard", llama, tmp_path / "out", *TWO)
+    code, out, errors = migrator("reshard", llama, tmp_path / "out", *TWO)
     assert (code, out) == (2, "")
     assert len(errors) == 2, errors
     assert DAMAGES[damage] in errors[0]
@@ -280,9 +269,9 @@ def test_files_that_do_not_fit_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_are_expected_are_said(llama: Path, run: Run, tmp_path: Path) -> None:
+def test_names_that_are_expected_are_said(llama: Path, migrator: Run, tmp_path: Path) -> None:
     other_names(llama)
-    _, _, errors = run("reshard", llama, tmp_path / "out", *TWO)
+    _, _, errors = migrator("reshard", llama, tmp_path / "out", *TWO)
     expected = ", ".join(f"'model.layers.1.self_attn.{one}_proj.weight'" for one in "kqv")
     assert errors[1].endswith(f"expected are {expected}")
 
@@ -314,9 +303,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, run: Run, tmp_path: Path) -> None:
+def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, migrator: Run, tmp_path: Path) -> None:
     options, what = WRONG[case]
-    code, out, errors = run("reshard", llama, tmp_path / "out", *options)
+    code, out, errors = migrator("reshard", llama, tmp_path / "out", *options)
     assert (code, out, len(errors)) == (2, "", 2), errors
     assert what in errors[0]
     assert len(errors[0]) < 500
@@ -325,18 +314,18 @@ def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, r
 @pytest.mark.parametrize("option", ["--plan", "--config"])
 @pytest.mark.parametrize("leads_to", ["a device", "a pipe"])
 def test_what_is_no_regular_file_is_neither_read_nor_waited_for(
-    option: str, leads_to: str, llama: Path, run: Run, tmp_path: Path
+    option: str, leads_to: str, llama: Path, migrator: Run, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     given = tmp_path / ("plan.json" if option == "--plan" else "config.json")
     given.symlink_to("/dev/zero" if leads_to == "a device" else tmp_path / "pipe")
-    code, out, errors = run("reshard", llama, tmp_path / "out", *TWO, option, given)
+    code, out, errors = migrator("reshard", llama, tmp_path / "out", *TWO, option, given)
     assert (code, out, len(errors)) == (2, "", 2), errors
     assert f"{given}: not a regular file" in errors[0]
 
 
 def test_a_config_from_elsewhere_is_read_once(
-    llama: Path, hub: Hub, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, hub: Hub, migrator: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = json.loads((llama / "config.json").read_text())
     (llama / "config.json").rename(tmp_path / "config.json")
@@ -350,23 +339,23 @@ def test_a_config_from_elsewhere_is_read_once(
 
     options = (*TWO, "--config", tmp_path, "--quiet")
     monkeypatch.setattr(ReshardPlan, "execute", then_changed(ReshardPlan.execute))
-    assert run("reshard", llama, tmp_path / "out", *options) == (0, "", [])
+    assert migrator("reshard", llama, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("llama"))
     monkeypatch.setattr(reshard, "read_config", then_changed(reshard.read_config))
-    code, _, errors = run("reshard", llama, tmp_path / "again", *options)
+    code, _, errors = migrator("reshard", llama, tmp_path / "again", *options)
     assert (code, "'config.json' changed while it was read" in errors[0]) == (2, True)
 
 
-def test_a_report_needs_no_config_beside_the_files(llama: Path, run: Run, tmp_path: Path) -> None:
+def test_a_report_needs_no_config_beside_the_files(llama: Path, migrator: Run, tmp_path: Path) -> None:
     (llama / "config.json").rename(tmp_path / "config.json")
     options = (*TWO, "--config", tmp_path, "--report", tmp_path / "page.html")
     for more in (("--dry-run",), ()):
-        assert run("reshard", llama, tmp_path / "out", *options, *more)[0] == 0
+        assert migrator("reshard", llama, tmp_path / "out", *options, *more)[0] == 0
         assert "llama" in (tmp_path / "page.html").read_text("utf-8")
 
 
-def test_a_repository_is_not_read_by_a_pattern(run: Run, tmp_path: Path) -> None:
-    code, _, errors = run("reshard", "hf://someone/something", tmp_path / "out", *TWO)
+def test_a_repository_is_not_read_by_a_pattern(migrator: Run, tmp_path: Path) -> None:
+    code, _, errors = migrator("reshard", "hf://someone/something", tmp_path / "out", *TWO)
     assert (code, "--from-pattern reads a local folder" in errors[0]) == (2, True)
 
 
@@ -381,21 +370,21 @@ def test_a_repository_is_not_read_by_a_pattern(run: Run, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_a_shape_that_the_plan_does_not_leave_is_refused_with_what_fits(
-    cut: Cut, says: str, hint: str, hub: Hub, run: Run, tmp_path: Path
+    cut: Cut, says: str, hint: str, hub: Hub, migrator: Run, tmp_path: Path
 ) -> None:
     cuts = {r"self_attn\.o_proj\.weight": cut, **TP}
     source = write(tmp_path / "foreign", hub("llama"), state_of(hub("llama")), cuts, tp=2)
-    code, _, errors = run("reshard", source, tmp_path / "out", *TWO)
+    code, _, errors = migrator("reshard", source, tmp_path / "out", *TWO)
     assert code == 2
     assert says in errors[0]
     assert hint in errors[1]
     if "{" in hint:  # What the hint says is what helps.
         (tmp_path / "plan.json").write_text(errors[1].partition("says ")[2])
-        assert run("reshard", source, tmp_path / "out", *TWO, "--plan", tmp_path / "plan.json", "--quiet")[0] == 0
+        assert migrator("reshard", source, tmp_path / "out", *TWO, "--plan", tmp_path / "plan.json", "--quiet")[0] == 0
         assert contents(tmp_path / "out") == contents(hub("llama"))
 
 
-def test_experts_counted_from_zero_on_every_rank_are_refused(hub: Hub, run: Run, tmp_path: Path) -> None:
+def test_experts_counted_from_zero_on_every_rank_are_refused(hub: Hub, migrator: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "foreign", hub("qwen3_moe"), stored_in(hub("qwen3_moe")), TP, tp=2, ep=2)
     changed(
         source / "model1-mp2.safetensors",
@@ -405,7 +394,7 @@ def test_experts_counted_from_zero_on_every_rank_are_refused(hub: Hub, run: Run,
             for name, tensor in held.items()
         },
     )  # fmt: skip
-    code, _, errors = run("reshard", source, tmp_path / "out", *TWO, "--from-ep", 2)
+    code, _, errors = migrator("reshard", source, tmp_path / "out", *TWO, "--from-ep", 2)
     assert code == 2
     assert "experts" in errors[0]
     assert not (tmp_path / "out").exists()

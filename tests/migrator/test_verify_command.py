@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from migrator.cli import main
 from runtime.checkpoint.files.safetensors import read_header
 from tests.conftest import HubFolder, RankFolder
 
@@ -20,18 +19,8 @@ SECOND = "rank-00001-of-00002.safetensors"
 
 
 @pytest.fixture
-def verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
-    """Run the command in this process: (exit code, output, error lines)."""
-
-    def run(*arguments: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["migrator", "verify", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures had to say
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err.splitlines()
-
-    return run
+def verify(migrator: Verify) -> Verify:
+    return partial(migrator, "verify")
 
 
 @pytest.fixture
