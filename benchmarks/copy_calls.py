@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 
 SLABS = (1, 2, 8)
 """MiB; copying uses 2."""

@@ -43,7 +43,6 @@ SHAPES = {
 TOKENS = {"qwen3": 2048, "tiny": 64}
 MODES: dict[Mode, int] = {"tp": 1, "ep": 2, "tp_ep": 2, "sp": 1, "sp_ep": 2}
 """Each mode with the size of its expert axis, which is that of `tp` where there is one."""
-REFERENCE = "unsharded, float32"
 WARM_UP = 4
 
 Build = Callable[[], Any]

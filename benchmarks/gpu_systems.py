@@ -22,7 +22,8 @@ from runtime.loader import replicated
 from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, fill
 from runtime.loader.placing import target_of
 from runtime.loader.reads import reads, units
-from runtime.models.model import meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model
 from runtime.validation.model import Parallel
 
 NEVER = 2**63

@@ -14,6 +14,9 @@ from runtime.models.model import meta_model
 EXPERTS = 32
 FILE_BYTES = 2**30
 
+Shapes = dict[str, tuple[int, ...]]
+"""Of tensors by name; all of them are bfloat16."""
+
 
 def config(layers: int) -> Qwen3MoeConfig:
     """Return a config with the layer sizes of Qwen3-30B-A3B, and fewer experts in each layer."""
@@ -33,9 +36,9 @@ def config(layers: int) -> Qwen3MoeConfig:
     )
 
 
-def stored_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def stored_shapes(layers: int) -> Shapes:
     """Return the hub form's tensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for name, parameter in meta_model(config(layers)).named_parameters():
         prefix, _, last = name.rpartition(".experts.")
         if not prefix:
@@ -51,31 +54,44 @@ def stored_shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 def write(folder: Path, size: int, sparse: bool = False) -> int:
     """Write a checkpoint of about `size` bytes and return its exact size; a sparse one holds zeros."""
-    one, two = (sum(2 * int(np.prod(shape)) for shape in stored_shapes(count).values()) for count in (1, 2))
+    one, two = (bytes_of(stored_shapes(count)) for count in (1, 2))
     layers = max(1, round((size - one) / (two - one)) + 1)
     folder.mkdir()
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    room = FILE_BYTES
-    for name, shape in stored_shapes(layers).items():
-        if room <= 0:
-            files.append({})
-            room = FILE_BYTES
-        files[-1][name] = shape
-        room -= 2 * int(np.prod(shape))
+    files = divided(stored_shapes(layers))
     noise = np.random.default_rng(0).integers(0, 256, 2**24, np.uint8)
     index = {}
     for number, tensors in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        header = encode_header(((name, "BF16", shape) for name, shape in tensors.items()), {"format": "pt"})
-        body = sum(2 * int(np.prod(shape)) for shape in tensors.values())
-        with (folder / file).open("wb") as stream:
-            stream.write(header)
-            for start in range(0, 0 if sparse else body, len(noise)):
-                stream.write(np.roll(noise, number + start // len(noise))[: body - start].data)
-            stream.truncate(len(header) + body)
+        write_file(folder / file, tensors, None if sparse else np.roll(noise, number))
         index |= dict.fromkeys(tensors, file)
-    total = sum(2 * int(np.prod(shape)) for tensors in files for shape in tensors.values())
+    total = sum(map(bytes_of, files))
     text = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(text, indent=2) + "\n")
     config(layers).save_pretrained(folder)
     return total
+
+
+def divided(shapes: Shapes) -> list[Shapes]:
+    """Return tensors by the file that holds them, each file full once it has reached its size."""
+    files: list[Shapes] = [{}]
+    for name, shape in shapes.items():
+        if bytes_of(files[-1]) >= FILE_BYTES:
+            files.append({})
+        files[-1][name] = shape
+    return files
+
+
+def write_file(path: Path, tensors: Shapes, noise: np.ndarray | None) -> None:
+    """Write a file of noise, no two parts of it the same, or one of zeros that the disk need not hold."""
+    header = encode_header(((name, "BF16", shape) for name, shape in tensors.items()), {"format": "pt"})
+    body = bytes_of(tensors)
+    with path.open("wb") as stream:
+        stream.write(header)
+        if noise is not None:
+            for start in range(0, body, len(noise)):
+                stream.write(np.roll(noise, start // len(noise))[: body - start].data)
+        stream.truncate(len(header) + body)
+
+
+def bytes_of(tensors: Shapes) -> int:
+    return sum(2 * int(np.prod(shape)) for shape in tensors.values())

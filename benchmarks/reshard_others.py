@@ -46,6 +46,21 @@ def main() -> None:
     rank, hub, work = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(work / "store"), RANKS), rank=rank, world_size=RANKS)
+    state = loaded_by_rows(hub, rank)
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(work / "dcp", sync_files=False))
+    seconds = {"torch DCP, load and save": timed(lambda: laid_out_anew(state, work))}
+    files = dict.fromkeys(state, 1)
+    writer = HuggingFaceStorageWriter(str(work / "pieces"), fqn_to_index_mapping=files, save_distributed=True)
+    dcp.save(state, storage_writer=writer)
+    if rank == 0:
+        seconds["torch consolidation"] = consolidated(work, files)
+        (work / "seconds.json").write_text(json.dumps(seconds))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def loaded_by_rows(hub: Path, rank: int) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors as DTensors of which each rank holds a part of the rows."""
     mesh = init_device_mesh("cpu", (RANKS,))
     state: dict[str, torch.Tensor] = {}
     for file in sorted(hub.glob("*.safetensors")):
@@ -55,22 +70,18 @@ def main() -> None:
                 rows = whole.get_shape()[0] // RANKS
                 local = whole[rank * rows : (rank + 1) * rows].clone()
                 state[name] = DTensor.from_local(local, mesh, [Shard(0)])
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(work / "dcp", sync_files=False))
-    seconds = {"torch DCP, load and save": timed(lambda: laid_out_anew(state, work))}
-    files = dict.fromkeys(state, 1)
-    writer = HuggingFaceStorageWriter(str(work / "pieces"), fqn_to_index_mapping=files, save_distributed=True)
-    dcp.save(state, storage_writer=writer)
-    if rank == 0:
-        os.sync()
-        (work / "consolidated").mkdir()
-        began = time.perf_counter()
-        consolidate_safetensors_files(
-            str(work / "pieces"), str(work / "consolidated"), fqn_to_index_mapping=files, num_threads=RANKS
-        )
-        seconds["torch consolidation"] = time.perf_counter() - began
-        (work / "seconds.json").write_text(json.dumps(seconds))
-    dist.barrier()
-    dist.destroy_process_group()
+    return state
+
+
+def consolidated(work: Path, files: dict[str, int]) -> float:
+    """Let torch bring the pieces of both ranks together, and return the seconds."""
+    os.sync()
+    (work / "consolidated").mkdir()
+    began = time.perf_counter()
+    consolidate_safetensors_files(
+        str(work / "pieces"), str(work / "consolidated"), fqn_to_index_mapping=files, num_threads=RANKS
+    )
+    return time.perf_counter() - began
 
 
 def laid_out_anew(state: dict[str, torch.Tensor], work: Path) -> None:

@@ -15,14 +15,14 @@ import libcst as cst
 from libcst.codemod import CodemodCommand, SkipFile
 
 from codemods.files.sources import Source
-from codemods.inheritance.ownership import Place, Tree
+from codemods.inheritance.ownership import Tree
 from codemods.reading.module import PlanLiteral
 from codemods.rewriting.decisions import line_of, lines_of, settle
 from codemods.rewriting.propagate import Family, judge
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_param_level
 from codemods.tree.selection import Silencer
-from codemods.tree.survey import expert_plans
+from codemods.tree.survey import expert_plans, places_in
 from plans.decompose import Edit
 
 __all__ = ["DecomposePlansCommand"]
@@ -58,7 +58,7 @@ class DecomposePlansCommand(CodemodCommand):
     def _edits(self, files: Tree, source: Source) -> Iterator[tuple[PlanLiteral, tuple[Edit, ...]]]:
         silencer = Silencer()
         silencer.read(source)
-        alone = [Family(place, ()) for place in _expert_places(files, source.path)]
+        alone = [Family(place, ()) for place in places_in(files, source.path, expert_plans)]
         verdicts = [(family, judge(files, family, lambda path: None, to_param_level)) for family in alone]
         decided = settle(files, verdicts, silencer)
         for place, finding in decided.findings:
@@ -66,16 +66,4 @@ class DecomposePlansCommand(CodemodCommand):
                 line = line_of(files, place, finding.key)
                 self.warn(f"{source.path}:{line} {finding.code} {finding.message}")
         for place, (_, edits) in decided.edits.items():
-            literal = files.plan(place)
-            assert isinstance(literal, PlanLiteral)
-            yield literal, edits
-
-
-def _expert_places(files: Tree, path: Path) -> Iterator[Place]:
-    for owner in files.module(path).classes.values():
-        for attribute, plan in owner.plans.items():
-            if isinstance(plan, PlanLiteral) and expert_plans.literal(plan):
-                yield Place(path, owner.name, attribute)
-        for index, literal in enumerate(owner.code):
-            if expert_plans.literal(literal):
-                yield Place(path, owner.name, literal.attribute, index)
+            yield files.literal(place), edits

@@ -15,10 +15,23 @@ from plans.errors import MigratorError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Advance", "emit", "emit_bytes", "emit_json", "error", "internal_error", "progress", "say", "table"]
+__all__ = [
+    "Advance",
+    "emit",
+    "emit_bytes",
+    "emit_json",
+    "emit_line",
+    "error",
+    "internal_error",
+    "progress",
+    "say",
+    "table",
+]
 
 
 _UNLIMITED = 1000
+_LONGEST_LINE = 4096
+"""Characters; a path has no more."""
 
 
 class Advance(Protocol):
@@ -32,6 +45,11 @@ def emit(text: str = "") -> None:
     """Print a line of the result."""
     with _printing():
         click.echo(text)
+
+
+def emit_line(text: str) -> None:
+    """Print a line of the result in which names that others chose may stand: nothing in it steers a terminal."""
+    emit(_shown(text))
 
 
 def emit_bytes(data: bytes) -> None:
@@ -64,20 +82,30 @@ def _printing() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not the result."""
-    click.echo(text, err=True)
+    """Tell a person something that is not the result; nothing in it steers a terminal."""
+    click.echo("\n".join(map(_shown, text.split("\n"))), err=True)
 
 
 def error(problem: MigratorError) -> None:
     """Tell a person what is wrong and what to do."""
-    say(f"{click.style('error:', fg='red', bold=True)} {problem.message}")
-    say(f"{click.style('hint:', fg='cyan')} {problem.hint}")
+    _say_after(click.style("error:", fg="red", bold=True), problem.message)
+    _say_after(click.style("hint:", fg="cyan"), problem.hint)
 
 
 def internal_error(problem: Exception) -> None:
     """Tell a person that the fault is ours."""
-    say(f"{click.style('internal error:', fg='red', bold=True)} {type(problem).__name__}: {problem}")
-    say(f"{click.style('hint:', fg='cyan')} run again with MIGRATOR_DEBUG=1 and report the traceback")
+    _say_after(click.style("internal error:", fg="red", bold=True), f"{type(problem).__name__}: {problem}")
+    _say_after(click.style("hint:", fg="cyan"), "run again with MIGRATOR_DEBUG=1 and report the traceback")
+
+
+def _say_after(word: str, text: str) -> None:
+    click.echo(f"{word} {_shown(text)}", err=True)
+
+
+def _shown(text: str) -> str:
+    from migrator.shown import visible
+
+    return visible(text, _LONGEST_LINE)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()) -> None:
@@ -123,6 +151,7 @@ def _drawn(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], sh
 def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
     """Show bytes, rate and time left on standard error; silent when it is no terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     terminal = Console(stderr=True)
@@ -135,9 +164,9 @@ def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
         TextColumn("[dim]{task.fields[current]}"),
     )
     with Progress(*columns, console=terminal, disable=quiet or not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(label, total=None, current="")
+        task = bar.add_task(escape(_shown(label)), total=None, current="")
 
         def advance(done: int, total: int, current: str) -> None:
-            bar.update(task, completed=done, total=total, current=current)
+            bar.update(task, completed=done, total=total, current=escape(_shown(current)))
 
         yield advance

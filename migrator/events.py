@@ -68,7 +68,9 @@ def recorded(path: Path | None) -> Iterator[Events]:
         stream = path.open("a", encoding="utf-8")
     except OSError as error:
         raise UsageError(
-            f"{path}: cannot be written: {error.strerror}", hint="give --events a file in a folder of yours"
+            f"{path}: cannot be written: {error.strerror}",
+            hint="give --events a file in a folder of yours",
+            path=str(path),
         ) from error
     with _closing(stream):
         events = Events(stream, console.say)

@@ -80,7 +80,14 @@ class ForeignOptions:
         return replace(said, plan=plan, config=None if folder is None else OwnConfig.read(folder))
 
     def checked(self, source: str) -> Foreign | None:
-        """Return what is said without reading a file; arguments and errors as `read` has them."""
+        """Return what is said, without reading a file.
+
+        Args:
+            source: as named on the command line.
+
+        Raises:
+            UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
+        """
         if self.from_pattern is None:
             self._check_alone()
             return None
@@ -92,6 +99,7 @@ class ForeignOptions:
             raise UsageError(
                 f"{source}: --from-pattern reads a local folder",
                 hint=f"fetch it first, `hf download {source} --local-dir …`",
+                source=source,
             )
         if self.from_tp is None and self.from_ep is None:
             raise UsageError("--from-pattern needs --from-tp", hint="say of how many ranks the files are")
@@ -105,7 +113,11 @@ class ForeignOptions:
         if self.config is None or self.config.is_dir():
             return self.config
         if self.config.name != "config.json":
-            raise UsageError(f"--config {self.config}: not a config.json", hint="name a config.json, or its folder")
+            raise UsageError(
+                f"--config {self.config}: not a config.json",
+                hint="name a config.json, or its folder",
+                path=str(self.config),
+            )
         return self.config.parent
 
     def _check_alone(self) -> None:

@@ -20,12 +20,13 @@ def show(found: Inspection) -> None:
     """Print what a checkpoint holds, or what is wrong with it."""
     if found.findings:
         for finding in found.findings:
-            console.emit(f"WRONG  {visible(str(finding), 600)}")
-        console.emit(f"{found.folder}: {found.layout}, {found.model_type}, {counted(len(found.findings), 'finding')}")
+            console.emit_line(f"WRONG  {visible(str(finding), 600)}")
+        findings = counted(len(found.findings), "finding")
+        console.emit_line(f"{found.folder}: {found.layout}, {found.model_type}, {findings}")
         return
     _show_groups(found)
     for line in _lines(found):
-        console.emit(line)
+        console.emit_line(line)
 
 
 def _show_groups(found: Inspection) -> None:
@@ -35,11 +36,11 @@ def _show_groups(found: Inspection) -> None:
         columns.pop()
     meshes = "; planned for ".join(_mesh(side) for _, side in sides if side)
     meshes = f", {'' if found.held else 'planned for '}{meshes}" if meshes else ""
-    console.emit(f"{found.folder}: {found.layout}, {found.model_type}{meshes}")
+    console.emit_line(f"{found.folder}: {found.layout}, {found.model_type}{meshes}")
     rows = [_row(group, found)[: len(columns)] for group in found.groups[:_GROUPS]]
     console.table("", columns, rows, spare=["dtype", "shape"])
     if len(found.groups) > _GROUPS:
-        console.emit(f"and {len(found.groups) - _GROUPS:,} groups more, which --format json lists")
+        console.emit_line(f"and {len(found.groups) - _GROUPS:,} groups more, which --format json lists")
 
 
 def _mesh(side: Arrangement) -> str:
@@ -71,6 +72,7 @@ def _lines(found: Inspection) -> Iterator[str]:
         yield f"hub form: known, {counted(found.stored_files, 'file')}, so the way back to it is exact"
     if found.optimizer:
         yield f"optimizer: {counted(found.optimizer.tensors, 'tensor')}, {sized(found.optimizer.bytes)}"
+    yield from _names(_CONFIG_CHANGED, list(map(str, found.config_changes)))
     yield f"digests: {len(found.digests):,} recorded, which `migrator verify` checks" if found.digests else _NO_DIGESTS
     for side in filter(None, (found.held, found.planned)):
         if side.unmatched:
@@ -78,6 +80,7 @@ def _lines(found: Inspection) -> Iterator[str]:
 
 
 _NO_DIGESTS = "digests: none recorded"
+_CONFIG_CHANGED = "note config.json does not say what it said when this was laid out"
 
 
 def _spread(sizes: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from migrator import console
+from migrator.formats.counts import counted
 from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 from migrator.shown import lasting, sized, visible
 
@@ -65,7 +66,7 @@ def _complain(where: str, data: Mapping[str, object]) -> None:
 def show(results: Sequence[JobResult]) -> None:
     """Print a row for each step of each job, and one line on all of them."""
     rows = [row for result in results for row in _rows(result)]
-    jobs = f"{len(results)} {'job' if len(results) == 1 else 'jobs'}"
+    jobs = counted(len(results), "job")
     if rows:
         console.table(jobs, ("job", "step", "outcome", "result"), rows)
     console.emit(f"{sum(result.ok for result in results)} of {jobs} clean")

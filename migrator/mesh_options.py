@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from plans.mesh import Mesh, Mode
+from plans.mesh import MODES, Mesh, Mode
 
 __all__ = ["mesh_of", "mesh_options"]
-
-_MODES = ("tp", "ep", "tp_ep", "sp", "sp_ep")
 
 
 def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
@@ -23,7 +19,7 @@ def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
         click.option("--fsdp", default=1, show_default=True, help="Ranks of the data parallel axis."),
         click.option(
             "--mode",
-            type=click.Choice(_MODES),
+            type=click.Choice(MODES),
             help="Which plans apply; by default tp, or tp_ep where --ep is more than 1.",
         ),
     )
@@ -34,6 +30,4 @@ def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
 
 def mesh_of(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
     """Return the mesh that the options name, and the mode."""
-    from plans.mesh import Mesh
-
     return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from codemods.tree.outcome import Change
 
-__all__ = ["patch", "patch_root"]
+__all__ = ["patch"]
 
 _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 _QUOTED = re.compile(rb"[\"\\\x00-\x1f\x7f]")
 
 
 def patch(changes: Iterable[Change]) -> bytes:
-    """Return a unified diff; each path is relative to `patch_root` of its file, as git writes them."""
+    """Return a unified diff; each path counts from the folder where the patch applies, as git writes it."""
     return b"".join(_file_patch(change) for change in changes)
 
 
-def patch_root(path: Path) -> Path:
+def _patch_root(path: Path) -> Path:
     """Return the folder where a patch of a file applies: its git work tree's top, or the current folder without one."""
     above = [folder for folder in path.parents if (folder / ".git").exists()]
     here = Path.cwd()
@@ -29,7 +29,7 @@ def patch_root(path: Path) -> Path:
 
 
 def _file_patch(change: Change) -> bytes:
-    name = os.fsencode(change.path.relative_to(patch_root(change.path)).as_posix())
+    name = os.fsencode(change.path.relative_to(_patch_root(change.path)).as_posix())
     old, new = _quoted(b"a/" + name), _quoted(b"b/" + name)
     # git reads a file name with spaces up to a tab
     end = b"\t\n" if b" " in name else b"\n"

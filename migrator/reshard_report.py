@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from migrator import console
@@ -9,7 +10,7 @@ from migrator.shown import lasting, sized, unmatched_words, visible
 from runtime.wording import counted, listed
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.copying.estimate import Estimate
+    from runtime.checkpoint.estimate import Estimate
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 
 __all__ = ["estimate_as_json", "note", "result_as_json", "summarize", "summarize_estimate"]
@@ -17,6 +18,9 @@ __all__ = ["estimate_as_json", "note", "result_as_json", "summarize", "summarize
 
 def note(plan: ReshardPlan) -> None:
     """Say what a person should know of a plan."""
+    if plan.config_changes:
+        entries = "; ".join(map(str, plan.config_changes))
+        console.say(f"note: config.json does not say what it said when the source was laid out: {entries}")
     if unmatched := _unmatched(plan):
         console.say(f"note: {unmatched_words(unmatched)}")
     if carried := _carried(plan):
@@ -37,16 +41,17 @@ def summarize(plan: ReshardPlan, result: ReshardResult) -> None:
     sharded = f", {sum(entry.is_sharded for entry in entries)} of them sharded," if entries else ""
     names = [file.name for file in plan.laid.files if not file.name.endswith(".distcp")]
     files = counted(len(names), "rank file" if plan.target.layout == "ranks" else "file")
-    console.emit(f"wrote {result.destination}: {counted(len(plan.content.tensors), 'tensor')}{sharded} in {files}")
+    console.emit_line(f"wrote {result.destination}: {counted(len(plan.content.tensors), 'tensor')}{sharded} in {files}")
     if plan.content.optimizer:
         states = counted(len(plan.content.optimizer.tensors), "tensor")
-        console.emit(f"with the optimizer's state: {states} in {counted(len(plan.laid.files) - len(names), 'file')}")
-    console.emit(
+        others = counted(len(plan.laid.files) - len(names), "file")
+        console.emit_line(f"with the optimizer's state: {states} in {others}")
+    console.emit_line(
         f"{result.bytes_written:,} bytes, planned in {seconds.planning:.2f} s, copied in {seconds.copying:.2f} s, "
         f"synced in {seconds.syncing:.2f} s"
     )
     if result.bytes_shared:
-        console.emit(f"{result.bytes_shared:,} of the bytes are blocks that the source's files have too")
+        console.emit_line(f"{result.bytes_shared:,} of the bytes are blocks that the source's files have too")
 
 
 def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
@@ -56,18 +61,19 @@ def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
         for one in estimate.groups
     ]
     mesh = f", {plan.laid.manifest.mesh}" if plan.laid.manifest else ""
-    title = f"what would move: {plan.content.folder.name} ({plan.content.layout}) → {plan.target.layout}{mesh}"
+    folder = visible(plan.content.folder.name)
+    title = f"what would move: {folder} ({plan.content.layout}) → {plan.target.layout}{mesh}"
     console.table(title, ("tensors", "", "from", "to", "written", "runs"), rows, spare=("runs", ""))
-    console.emit("written: to the files of all ranks together; runs: stretches of bytes, each copied as one")
-    console.emit(f"would read {sized(estimate.bytes_read)} and write {sized(estimate.bytes_written)} of tensors")
+    console.emit_line("written: to the files of all ranks together; runs: stretches of bytes, each copied as one")
+    console.emit_line(f"would read {sized(estimate.bytes_read)} and write {sized(estimate.bytes_written)} of tensors")
     if estimate.bytes_shared:
         shared = f"{sized(estimate.bytes_shared)} ({estimate.reflinkable:.0%})"
-        console.emit(f"{shared} of what is written would be blocks of the source's own files, which need no disk")
-    console.emit(
+        console.emit_line(f"{shared} of what is written would be blocks of the source's own files, which need no disk")
+    console.emit_line(
         f"would need {sized(estimate.disk_needed)} of disk, {sized(estimate.peak_memory)} of memory for the whole "
         f"process, and {lasting(estimate.seconds)} to copy"
     )
-    console.emit("nothing was written")
+    console.emit_line("nothing was written")
 
 
 def result_as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object]:
@@ -92,6 +98,7 @@ def estimate_as_json(plan: ReshardPlan, estimate: Estimate) -> dict[str, object]
 
 def _noted(plan: ReshardPlan) -> dict[str, object]:
     return {
+        "config_changes": [asdict(one) for one in plan.config_changes],
         "unmatched": _unmatched(plan),
         "carried": _carried(plan),
         "left_behind": list(plan.content.side.left_behind),

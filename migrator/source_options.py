@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from migrator.formats.report import Report
 
 __all__ = [
-    "FORMATS",
     "Request",
     "emit_machine_format",
     "read_requests",
@@ -29,11 +28,11 @@ __all__ = [
     "spare_collection",
 ]
 
-FORMATS = ("human", "json", "github", "sarif")
+_FORMATS = ("human", "json", "github", "sarif")
 _DEFAULT_BASE = "origin/main"
 _ANY_SOURCE = "auto"
 
-Command = Callable[..., Any]
+_Command = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Request:
     target: str
 
 
-def source_options(command: Command) -> Command:
+def source_options(command: _Command) -> _Command:
     """Add the arguments and options that `read_requests` takes, `--format` and `--quiet`."""
     for decorator in (
         click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
-        click.option("--format", "form", type=click.Choice(FORMATS), default="human", help="How to print the result."),
+        click.option("--format", "form", type=click.Choice(_FORMATS), default="human", help="How to print the result."),
         click.option(
             "--base-ref", metavar="REF", help=f"What --changed-only compares with; by default {_DEFAULT_BASE}."
         ),

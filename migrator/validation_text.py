@@ -23,14 +23,15 @@ _MOST = 20
 def show(source: Path, result: ValidationResult) -> None:
     """Print each part with its numbers, what is wrong with it, and what was skipped."""
     for part, check in result.checks.items():
-        console.emit(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {_SAID[part](check, result.world_size)}".rstrip())
+        said = _SAID[part](check, result.world_size)
+        console.emit_line(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {said}".rstrip())
         for mismatch in check.mismatches[:_MOST]:
             _list(mismatch)
         if len(check.mismatches) > _MOST:
-            console.emit(f"{'':<10} and {len(check.mismatches) - _MOST} more")
+            console.emit_line(f"{'':<10} and {len(check.mismatches) - _MOST} more")
     for part, reason in result.skipped.items():
-        console.emit(f"{part:<10} skipped  {reason}")
-    console.emit(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+        console.emit_line(f"{part:<10} skipped  {reason}")
+    console.emit_line(f"{source}: {'proven' if result.ok else 'not as it must be'}")
 
 
 def hint(request: ValidationRequest, result: ValidationResult) -> str | None:
@@ -43,7 +44,7 @@ def hint(request: ValidationRequest, result: ValidationResult) -> str | None:
 
 def _list(mismatch: Mismatch) -> None:
     where = "" if mismatch.rank is None else f" on rank {mismatch.rank}"
-    console.emit(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")
+    console.emit_line(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")
 
 
 def _structure(check: Check, world_size: int) -> str:

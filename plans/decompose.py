@@ -152,7 +152,7 @@ def _decompose_experts(plan: Mapping[str, str], experts: str, layout_of: LayoutR
     gate_up_style, down_style = plan.get(gate_up), plan.get(down)
     if gate_up_style is None and down_style is None and f"{experts}.up_proj" not in plan:
         if plan.get(experts) in rule("MIG003").rewrites:
-            yield from _guarded(plan, experts, layout_of, _insertions(plan, experts))
+            yield from _guarded(plan, experts, layout_of, _insertions(experts))
         return
     migratable = {rule(code).to for code in ("MIG001", "MIG004")}.union(
         rule("MIG001").rewrites, rule("MIG004").rewrites
@@ -192,7 +192,7 @@ def _after_renames(plan: Mapping[str, str], key: str) -> str | None:
     return next((edit.style for edit in _renames(plan, key)), plan.get(key))
 
 
-def _insertions(plan: Mapping[str, str], experts: str) -> Iterator[Edit]:
+def _insertions(experts: str) -> Iterator[Edit]:
     for parameter, code in (("gate_up_proj", "MIG001"), ("down_proj", "MIG002")):
         yield InsertEntry("MIG003", f"{experts}.{parameter}", rule(code).to, anchor=experts)
 

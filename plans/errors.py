@@ -57,6 +57,10 @@ class MigratorError(Exception):
         self.hint = hint
         self.data = data
 
+    def to_json(self) -> dict[str, object]:
+        """Return the JSON form: the facts, and what is said of them."""
+        return {**self.data, "kind": type(self).__name__, "message": self.message, "hint": self.hint}
+
 
 class UsageError(MigratorError):
     """The request itself is impossible: a bad option, path or combination."""

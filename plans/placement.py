@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plans.errors import HeaderError
 
-__all__ = ["Packed", "Placement", "Replicate", "Shard", "placement_from_json", "placement_to_json"]
+__all__ = [
+    "Packed",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "fits",
+    "normalized",
+    "placement_from_json",
+    "placement_to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -82,16 +90,12 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def normalized(placements: Sequence[Placement], ndim: int) -> tuple[Placement, ...]:
-    """Return the placements with negative tensor dims counted from the front of an `ndim`-dimensional tensor."""
-    table: Mapping[int, int] = {dim: dim % ndim for dim in range(-ndim, ndim)}
-    result: list[Placement] = []
-    for placement in placements:
-        match placement:
-            case Replicate():
-                result.append(placement)
-            case Shard(dim):
-                result.append(Shard(table[dim]))
-            case Packed(dim, groups):
-                result.append(Packed(table[dim], groups))
-    return tuple(result)
+def fits(placement: Placement, ndim: int) -> bool:
+    """Say whether an `ndim`-dimensional tensor has the dim that a placement cuts."""
+    return isinstance(placement, Replicate) or -ndim <= placement.dim < ndim
+
+
+def normalized(placement: Placement, ndim: int) -> Placement:
+    """Return a placement that fits with its tensor dim counted from the front of an `ndim`-dimensional tensor."""
+    assert fits(placement, ndim)
+    return placement if isinstance(placement, Replicate) else replace(placement, dim=placement.dim % ndim)

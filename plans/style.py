@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plans.placement import Placement, normalized
+from plans.errors import PlanError
+from plans.placement import Placement, fits, normalized
 
 __all__ = ["Job", "Owner", "PlacementRule", "Style"]
 
@@ -66,8 +67,19 @@ class Style:
         return self.means.get(thing) or (None if thing.startswith("parameter") else self.means.get("module"))
 
     def placement(self, owner: Owner, rank: int, parameter: str) -> Placement | None:
-        """Return where the style puts a parameter, dims counted from the front, or None if it says nothing of it."""
-        for rule in self.rules:
-            if rule.matches(owner, rank, parameter):
-                return normalized([rule.place], rank)[0]
-        return None
+        """Return where the style puts a parameter, dims counted from the front, or None if it says nothing of it.
+
+        Raises:
+            PlanError: it cuts a dim that the parameter does not have.
+        """
+        place = next((rule.place for rule in self.rules if rule.matches(owner, rank, parameter)), None)
+        if place is None:
+            return None
+        if not fits(place, rank):
+            raise PlanError(
+                f"{parameter}: the style {self.name} makes it {place}, but its number of dims is {rank}",
+                hint="give it a style for a parameter of so many dims, or leave its entry out",
+                parameter=parameter,
+                style=self.name,
+            )
+        return normalized(place, rank)

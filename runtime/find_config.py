@@ -9,7 +9,7 @@ from plans.alike import did_you_mean
 from plans.errors import UsageError
 from runtime.hub import fetch_config, hub_name
 from runtime.models.architectures import default_architectures
-from runtime.models.model import read_config, transformers_version, unreadable
+from runtime.models.config import read_config, transformers_version, unreadable
 from runtime.wording import first_line
 
 if TYPE_CHECKING:

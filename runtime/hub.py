@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.files.side_files import OTHER_WEIGHTS
-from runtime.checkpoint.hub.hf import INDEX, WEIGHTS
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.wording import first_line
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "hub_name", "local_folder", "push"]
@@ -48,7 +48,9 @@ def hub_name(text: str) -> HubName | None:
     found = _NAME.fullmatch(text.removeprefix(_PREFIX))
     if text.startswith(_PREFIX):
         if found is None:
-            raise UsageError(f"{text}: not a repository", hint="write hf://owner/name or hf://owner/name@revision")
+            raise UsageError(
+                f"{text}: not a repository", hint="write hf://owner/name or hf://owner/name@revision", source=text
+            )
         return HubName(found["repository"], found["revision"])
     # Unlike those of Path, these take names that no file system allows.
     if found is None or os.path.exists(text) or os.path.isdir(os.path.dirname(text)):  # noqa: PTH110, PTH112, PTH120
@@ -166,22 +168,31 @@ def _hub_errors(name: HubName) -> Iterator[None]:
     try:
         yield
     except NoRevisionError as error:
-        raise CheckpointError(f"{name}: no such revision", hint="name a branch, tag or commit") from error
+        raise CheckpointError(
+            f"{name}: no such revision", hint="name a branch, tag or commit", source=str(name)
+        ) from error
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name}: gated, and not yours to read yet", hint="ask for access on its page, then `hf auth login`"
+            f"{name}: gated, and not yours to read yet",
+            hint="ask for access on its page, then `hf auth login`",
+            source=str(name),
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: no such repository, or a private one", hint="check the name; `hf auth login` for private ones"
+            f"{name}: no such repository, or a private one",
+            hint="check the name; `hf auth login` for private ones",
+            source=str(name),
         ) from error
     except LocalEntryNotFoundError as error:
         raise IncompleteError(
             f"{name}: not complete in the cache, and the hub cannot be reached: {first_line(error)}",
             hint="check the network, or unset HF_HUB_OFFLINE",
+            source=str(name),
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: {first_line(error)}", hint="check the network and try again") from error
+        raise CheckpointError(
+            f"{name}: {first_line(error)}", hint="check the network and try again", source=str(name)
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from plans.dialect import PARAM_LEVEL, Dialect, load_dialect
 from plans.rule import Finding
 
 __all__ = ["check_paths"]
+
+_Found = tuple[Place, Finding]
 
 
 def check_paths(
@@ -46,24 +48,34 @@ def check_paths(
     transform = to_param_level if target == PARAM_LEVEL else partial(to_dialect, speaks, wanted)
     speaks_of = expert_plans if target == PARAM_LEVEL else every_plan
     decided = decide(found, transform, speaks_of)
+    others = [place for place in found.places if not speaks_of.literal(found.tree.literal(place))]
     findings = list(decided.findings)
-    others = [place for place in found.places if not speaks_of.literal(_literal(found, place))]
-    groups, lost = families(found.tree, others, found.errors)
-    touches = found.silencer.selection.touches
-    findings += ((place, finding) for place, finding in lost if touches([place.path]))
-    for family in groups:
-        if touches(place.path for place in family.places):
-            findings += (one for one in _at_odds(found, family) if one not in findings)
-    dialect = speaks.overlaid(load_dialect(PARAM_LEVEL))
-    model_of = cache(_model)
-    for place in found.places:
-        if found.tree.source(place.path).generated_from is None and touches([place.path]):
-            model = model_of(place.path.parent) if place.class_name else None
-            findings += ((place, finding) for finding in _defects(found, place, dialect, decided, model))
+    findings += [one for one in dict.fromkeys(_between(found, others)) if one not in decided.findings]
+    findings += _inside(found, speaks.overlaid(load_dialect(PARAM_LEVEL)), decided)
     return replace(outcome(found, replace(decided, findings=findings), every_unread=True), dialects=(spoken,))
 
 
-def _at_odds(found: Survey, family: Family) -> Iterator[tuple[Place, Finding]]:
+def _between(found: Survey, places: Iterable[Place]) -> Iterator[_Found]:
+    """Yield what is wrong between owners and their copies."""
+    groups, lost = families(found.tree, places, found.errors)
+    touches = found.silencer.selection.touches
+    yield from ((place, finding) for place, finding in lost if touches([place.path]))
+    for family in groups:
+        if touches(place.path for place in family.places):
+            yield from _at_odds(found, family)
+
+
+def _inside(found: Survey, dialect: Dialect, decided: Decided) -> Iterator[_Found]:
+    """Yield the defects of every plan that a person wrote."""
+    model_of = cache(_model)
+    for place in found.places:
+        is_own = found.tree.source(place.path).generated_from is None
+        if is_own and found.silencer.selection.touches([place.path]):
+            model = model_of(place.path.parent) if place.class_name else None
+            yield from ((place, finding) for finding in _defects(found, place, dialect, decided, model))
+
+
+def _at_odds(found: Survey, family: Family) -> Iterator[_Found]:
     wanted = found.tree.plan(family.owner)
     for place in family.copies:
         copy = found.tree.plan(place)
@@ -77,15 +89,9 @@ def _defects(found: Survey, place: Place, dialect: Dialect, decided: Decided, mo
     pending = frozenset(edit.key for edit in edits) | decided.ignored.get(place, frozenset())
     exists = model.could_exist if model else None
     held = {finding.key for where, finding in decided.findings if where == place and finding.code == "MIG204"}
-    defects = find_defects(_literal(found, place), Around(dialect, beside(found.tree, place), pending, exists))
+    defects = find_defects(found.tree.literal(place), Around(dialect, beside(found.tree, place), pending, exists))
     return (one for one in defects if one.code != "MIG502" or one.key not in held)  # half of what is held back
 
 
 def _model(folder: Path) -> Model | None:
     return Model(folder) if modeling_files(folder) else None
-
-
-def _literal(found: Survey, place: Place) -> PlanLiteral:
-    plan = found.tree.plan(place)
-    assert isinstance(plan, PlanLiteral)
-    return plan

@@ -4,101 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from codemods.comparing.affected import affected
 from codemods.comparing.guards import guard_lines
 from codemods.comparing.moved import is_obscured, moved_entries, same
-from codemods.comparing.placements import PlacementReader, Reading
+from codemods.comparing.placements import PlacementReader
+from codemods.comparing.touched import touched_lines
+from codemods.comparing.values import Comparison, Difference, Kind, Side
 from codemods.files.revisions import Snapshot, changed_paths
-from codemods.files.touched import touched_lines
 from codemods.inheritance.effective import REMOVED, UNREAD, EffectiveEntry, EffectivePlans, PlanPlace, file_kind
 from plans.errors import MigratorError, UsageError
 
-__all__ = ["Comparison", "Difference", "Kind", "Side", "compare"]
-
-Kind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
-"""Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
-that is gone; the same entry in another function or under other conditions; a plan, or a style, that nobody here can
-read, where something that it is made of changed."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """An entry in one of the two revisions.
-
-    Args:
-        style: None where it is computed.
-        reading: what it does.
-        path: the file that it is written in, which an inherited entry's model does not own.
-        line: where it stands there, counted from 1.
-    """
-
-    style: str | None
-    reading: Reading
-    path: Path
-    line: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """An entry that is not the same in both revisions.
-
-    Args:
-        place: whose plan.
-        key: the plan key.
-        kind: what changed.
-        before: the entry in the first revision, None where it is new.
-        after: the entry in the second revision, None where it is gone.
-        explained: whether the text diff touches the entry's own line in the model's own file, or where only its
-            function or conditions changed, theirs; what cannot be read is explained in new and deleted classes only.
-        moved_from: where the entry was in the first revision, if its function or conditions changed.
-    """
-
-    place: PlanPlace
-    key: str
-    kind: Kind
-    before: Side | None
-    after: Side | None
-    explained: bool
-    moved_from: PlanPlace | None = None
-
-    @property
-    def model(self) -> str:
-        """The model's folder."""
-        return self.place.path.parent.name
-
-    @property
-    def changes_mesh(self) -> bool:
-        """Whether more than a name changed."""
-        return self.kind != "renamed"
-
-    @property
-    def side(self) -> Side:
-        """The entry as it is now, or as it was."""
-        side = self.after or self.before
-        assert side is not None
-        return side
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison found.
-
-    Args:
-        differences: in the order of files, classes and plans.
-        errors: files that could not be read; all others were still compared.
-        dialects: the vocabularies that the two revisions were read in.
-        files: how many files were compared.
-    """
-
-    differences: tuple[Difference, ...]
-    errors: tuple[MigratorError, ...]
-    dialects: tuple[str, str]
-    files: int
+__all__ = ["compare"]
 
 
 def compare(before: Snapshot, after: Snapshot) -> Comparison:
@@ -110,13 +29,7 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
         UsageError: neither revision holds a model.
         SourceError: a revision cannot be read.
     """
-    if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()):
-        raise UsageError(
-            f"neither {before.name} nor {after.name} holds a configuration_*.py or modeling_*.py",
-            hint="run it in a repository of models, and commit or add the files",
-            base=before.name,
-            head=after.name,
-        )
+    _check_models(before, after)
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
         dialects = readers[0].dialect, readers[1].dialect
@@ -134,6 +47,17 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
             except MigratorError as error:
                 errors.append(error)
     return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
+
+
+def _check_models(before: Snapshot, after: Snapshot) -> None:
+    """Refuse two revisions without a model, whose comparison would say that all is well."""
+    if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()):
+        raise UsageError(
+            f"neither {before.name} nor {after.name} holds a configuration_*.py or modeling_*.py",
+            hint="run it in a repository of models, and commit or add the files",
+            base=before.name,
+            head=after.name,
+        )
 
 
 class _Comparer:

@@ -9,11 +9,11 @@ from codemods.inheritance.effective import UNREAD, EffectiveEntry, PlanPlace
 
 __all__ = ["is_obscured", "moved_entries", "same"]
 
-Entries = Mapping[str, EffectiveEntry]
+_Entries = Mapping[str, EffectiveEntry]
 
 
 def moved_entries(
-    old: Mapping[PlanPlace, Entries], new: Mapping[PlanPlace, Entries]
+    old: Mapping[PlanPlace, _Entries], new: Mapping[PlanPlace, _Entries]
 ) -> dict[tuple[PlanPlace, str], PlanPlace | None]:
     """Pair entries of which only the function or the conditions differ.
 
@@ -36,7 +36,7 @@ def moved_entries(
 
 
 def _lacking(
-    one: Mapping[PlanPlace, Entries], other: Mapping[PlanPlace, Entries]
+    one: Mapping[PlanPlace, _Entries], other: Mapping[PlanPlace, _Entries]
 ) -> Iterator[tuple[PlanPlace, str, EffectiveEntry]]:
     """Yield the entries that only the first of two revisions has at their place."""
     for place, entries in one.items():
@@ -47,7 +47,7 @@ def _saying(place: PlanPlace, key: str, entry: EffectiveEntry) -> tuple[object, 
     return place.class_name, place.written[0], key, entry.style, entry.made_of, entry.path
 
 
-def is_obscured(entries: tuple[Entries, Entries]) -> bool:
+def is_obscured(entries: tuple[_Entries, _Entries]) -> bool:
     """Say whether what is not in both revisions' plans may still be in what nobody here can read."""
     pair = entries[0].get(UNREAD), entries[1].get(UNREAD)
     return any(pair) and not same(*pair)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,14 +17,15 @@ from codemods.models.layouts import layout_of
 from codemods.tree.detect import detect
 from plans.described import Described
 from plans.dialect import PARAM_LEVEL, load_dialect
+from plans.errors import PlanError
 from plans.layout import ExpertLayout
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import Owner, Style
 
-__all__ = ["UNKNOWN", "WHOLE", "PlacementReader", "Reading"]
+__all__ = ["PlacementReader", "Reading"]
 
-WHOLE = "whole"
-UNKNOWN = "unknown"
+_WHOLE = "whole"
+_UNKNOWN = "unknown"
 
 _VERSION_FILE = ("transformers", "__init__.py")
 _SIBLING = re.compile(rb"^from \.\.(\w+)", re.MULTILINE)
@@ -89,10 +90,10 @@ class PlacementReader:
             style: None for a style that code computes.
         """
         if style == REMOVED:
-            return Reading(WHOLE, None)
+            return Reading(_WHOLE, None)
         known = self._vocabulary.get(style) if style is not None else None
         if known is None:
-            return Reading(f"{UNKNOWN} ({style or 'computed'})", None)
+            return Reading(f"{_UNKNOWN} ({style or 'computed'})", None)
         shown = self._describe(place, key)
         described = shown or _guess(key)
         meaning = known.meaning(_thing(key, described))
@@ -100,11 +101,11 @@ class PlacementReader:
 
     def _placement(self, place: PlanPlace, key: str, style: Style, described: Described) -> str:
         if style.job == "module":
-            return WHOLE
-        found = [style.placement(*tensor) for tensor in self._tensors(place, key, described)]
-        words = [WHOLE if one is None or one == Replicate() else str(one) for one in found]
+            return _WHOLE
+        found = list(_possible(style, self._tensors(place, key, described)))
+        words = [_WHOLE if one is None or one == Replicate() else str(one) for one in found]
         layout = self._of_layout(place, key) if any(map(_cuts_inside, found)) else ""
-        return " or ".join(dict.fromkeys(words)) + layout
+        return (" or ".join(dict.fromkeys(words)) or f"{_UNKNOWN} ({style.name})") + layout
 
     def _of_layout(self, place: PlanPlace, key: str) -> str:
         """Return what else to say of a cut through each expert: where the layout is not the regular one."""
@@ -169,6 +170,15 @@ class PlacementReader:
         for path in sorted(self._snapshot.blobs):
             folders[path.parent].append(path)
         return folders
+
+
+def _possible(style: Style, tensors: Iterable[tuple[Owner, int, str]]) -> Iterator[Placement | None]:
+    """Yield where a style puts each of some parameters, but for those without the dim that it cuts."""
+    for tensor in tensors:
+        try:
+            yield style.placement(*tensor)
+        except PlanError:
+            continue
 
 
 def _cuts_inside(placement: Placement | None) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
+from functools import partial
 from pathlib import Path
 
+from codemods.files.git import reason, run_git
 from codemods.files.sources import shown
-from plans.errors import DependencyError, UsageError
+from plans.errors import UsageError
 
 __all__ = ["changed_files", "touched_folders"]
 
-# A repository's own settings can name programs for git to start; none is needed for a list of names.
-_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.quotePath=false")
+_try_git = partial(run_git, needed_by="--changed-only", hint="install git, or leave --changed-only out")
 _NAMES = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv")
 
 
@@ -54,21 +54,9 @@ def _merge_base(root: Path, base_ref: str) -> str:
 def _git(folder: Path, *arguments: str) -> bytes:
     done = _try_git(folder, *arguments)
     if done.returncode:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["git failed"])[0]
         raise UsageError(
-            f"{shown(folder)}: {reason.removeprefix('fatal: ')}",
+            f"{shown(folder)}: {reason(done)}",
             hint="--changed-only needs a git repository; leave it out to look at every file",
             path=str(folder),
         )
     return done.stdout
-
-
-def _try_git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    try:
-        return subprocess.run([*_GIT, *arguments], cwd=folder, capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise DependencyError(
-            "--changed-only needs git, which is not installed",
-            hint="install git, or leave --changed-only out",
-            packages=["git"],
-        ) from error

@@ -6,15 +6,16 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from codemods.files.git import reason, run_git
 from codemods.files.sources import Source, read_source, shown
-from plans.errors import DependencyError, SourceError, UsageError
+from plans.errors import SourceError, UsageError
 
 __all__ = ["Repository", "Snapshot", "changed_paths", "find_repository"]
 
-# A repository's settings can name programs for git to start; none is needed to list and read files.
-_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.untrackedCache=false", "--literal-pathspecs")
+_run_git = partial(run_git, needed_by="comparing revisions")
 _REGULAR_FILES = frozenset({b"100644", b"100755"})
 _LARGEST = 16 << 20
 
@@ -100,7 +101,7 @@ class Repository:
         done = self._try_git(*arguments, stdin=stdin)
         if done.returncode:
             raise SourceError(
-                f"{shown(self.root)}: git {arguments[0]} failed: {_reason(done.stderr)}",
+                f"{shown(self.root)}: git {arguments[0]} failed: {reason(done)}",
                 hint="`git fsck` tells what is wrong with the repository",
                 path=str(self.root),
             )
@@ -152,7 +153,7 @@ def find_repository(folder: Path) -> Repository:
     done = _run_git(folder, "rev-parse", "--show-toplevel")
     if done.returncode:
         raise UsageError(
-            f"{shown(folder.absolute())}: {_reason(done.stderr)}",
+            f"{shown(folder.absolute())}: {reason(done)}",
             hint="run it inside the repository whose revisions you compare",
             path=str(folder),
         )
@@ -231,20 +232,3 @@ def _batch(output: bytes, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         size = int(output[place:end].split()[2])
         yield blob, output[end + 1 : end + 1 + size]
         place = end + size + 2
-
-
-def _run_git(folder: Path, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    try:
-        return subprocess.run(
-            [*_GIT, *arguments], cwd=folder, input=stdin, env=environment, capture_output=True, check=False
-        )
-    except FileNotFoundError as error:
-        raise DependencyError(
-            "comparing revisions needs git, which is not installed", hint="install git", packages=["git"]
-        ) from error
-
-
-def _reason(stderr: bytes) -> str:
-    lines = stderr.decode("utf-8", "replace").strip().splitlines()
-    return lines[0].removeprefix("fatal: ") if lines else "no reason given"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["Source", "find_sources", "read_source", "shown"]
+__all__ = ["Source", "add_once", "find_sources", "read_source", "shown"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
@@ -102,16 +102,20 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def find_sources(
-    paths: Iterable[Path], unreadable: list[MigratorError] | None = None, links: list[Path] | None = None
-) -> list[Path]:
+def add_once(errors: list[MigratorError], error: MigratorError) -> None:
+    """Add what is wrong with a file, unless it is said already: several plans may lead to the file."""
+    if error.message not in {known.message for known in errors}:
+        errors.append(error)
+
+
+def find_sources(paths: Iterable[Path], unreadable: list[MigratorError], links: list[Path] | None = None) -> list[Path]:
     """Return the Python files among and below the paths, each once, resolved and sorted.
 
     Links below the paths are not followed: what they lead to is found at its own place, or lies outside.
 
     Args:
         paths: files and folders; a link among them means what it leads to.
-        unreadable: takes the errors of folders that cannot be listed; without it they are raised.
+        unreadable: takes the errors of folders that cannot be listed.
         links: takes the links to Python files that lead out of the paths.
 
     Raises:
@@ -141,7 +145,7 @@ def _is_below(path: Path, folders: Iterable[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
 
 
-def _walk(top: str, unreadable: list[MigratorError] | None) -> tuple[list[str], list[str]]:
+def _walk(top: str, unreadable: list[MigratorError]) -> tuple[list[str], list[str]]:
     """Return the Python files below a folder, and the links to such; hidden ones are passed over."""
     files: list[str] = []
     links: list[str] = []
@@ -152,14 +156,8 @@ def _walk(top: str, unreadable: list[MigratorError] | None) -> tuple[list[str], 
             with os.scandir(folder) as entries:
                 waiting += reversed(_sort_out(entries, files, links))
         except OSError as error:
-            problem = SourceError(
-                f"{shown(Path(folder))}: {error.strerror}",
-                hint="make it a readable folder or leave it out",
-                path=folder,
-            )
-            if unreadable is None:
-                raise problem from error
-            unreadable.append(problem)
+            what = f"{shown(Path(folder))}: {error.strerror}"
+            unreadable.append(SourceError(what, hint="make it a readable folder or leave it out", path=folder))
     return files, links
 
 

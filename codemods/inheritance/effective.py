@@ -19,7 +19,8 @@ from pathlib import Path, PurePath
 from codemods.inheritance.lineage import Ancestor, Lineages, SourceOf
 from codemods.inheritance.lookup import Lookup
 from codemods.reading.module import Condition, PlanLiteral, Removal, Taken
-from codemods.reading.origins import dotted, expression
+from codemods.reading.names import dotted
+from codemods.reading.origins import expression
 from codemods.reading.plan_names import is_plan_attribute
 from plans.errors import SourceError
 
@@ -30,7 +31,6 @@ __all__ = [
     "EffectiveEntry",
     "EffectivePlans",
     "PlanPlace",
-    "SourceOf",
     "Written",
     "file_kind",
 ]
@@ -93,7 +93,11 @@ class EffectiveEntry:
 
 @dataclass
 class EffectivePlans:
-    """The effective plans of a set of files, each parsed at most once."""
+    """The effective plans of a set of files, each parsed at most once.
+
+    Args:
+        source_of: gives the files.
+    """
 
     source_of: SourceOf
     _open: set[tuple[Path, str, str]] = field(default_factory=set)

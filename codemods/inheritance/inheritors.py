@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from codemods.files.sources import Source
-from codemods.inheritance.effective import SourceOf
 from codemods.inheritance.imports import module_files
+from codemods.inheritance.lineage import SourceOf
 
 __all__ = ["inheritors"]
 

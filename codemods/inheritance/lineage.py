@@ -22,7 +22,11 @@ Ancestor = tuple[Path, ClassPlans]
 
 @dataclass
 class Lineages:
-    """The classes of a set of files, each parsed at most once."""
+    """The classes of a set of files, each parsed at most once.
+
+    Args:
+        source_of: gives the files.
+    """
 
     source_of: SourceOf
     _modules: dict[Path, Module | None] = field(default_factory=dict)

@@ -12,7 +12,8 @@ from codemods.inheritance.imports import imported, module_files
 from codemods.inheritance.lineage import Lineages
 from codemods.reading.entries import Entry
 from codemods.reading.module import ClassPlans, Module, PlanLiteral, Taken, all_literals
-from codemods.reading.origins import Origins, dotted, expression
+from codemods.reading.names import dotted
+from codemods.reading.origins import Origins, expression
 from codemods.reading.scope import Scope
 from codemods.reading.written import Target, written
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from codemods.files.sources import add_once
 from codemods.inheritance.ownership import Place, Tree
 from codemods.reading.module import PlanLiteral
 from plans.errors import MigratorError
@@ -43,7 +44,7 @@ def missing_copies(tree: Tree, places: Iterable[Place], errors: list[MigratorErr
                 try:
                     yield from _missing(tree, Place(path, name, attribute))
                 except MigratorError as error:
-                    errors += [error] if error.message not in {known.message for known in errors} else []
+                    add_once(errors, error)
 
 
 def _expected(heirs: Mapping[str, Sequence[_Class]], written: Mapping[str, set[str]]) -> dict[_Class, set[str]]:

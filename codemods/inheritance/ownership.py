@@ -70,7 +70,11 @@ class Tree:
     _modules: dict[Path, Module] = field(default_factory=dict)
 
     def source(self, path: Path) -> Source:
-        """Return a file, read once."""
+        """Return a file, read once.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
         if path not in self._sources:
             self._sources[path] = read_source(path)
         return self._sources[path]
@@ -80,7 +84,11 @@ class Tree:
         self._sources[source.path] = source
 
     def module(self, path: Path) -> Module:
-        """Return what a file says of plans, parsed once."""
+        """Return what a file says of plans, parsed once.
+
+        Raises:
+            SourceError: it cannot be read, or does not parse.
+        """
         if path not in self._modules:
             source = self.source(path)
             skimmed = skim(source) if self.skims else None
@@ -120,10 +128,20 @@ class Tree:
 
     def plan(self, place: Place) -> PlanLiteral | Opaque:
         """Return what is written down at a place; a class that writes nothing there counts as opaque."""
-        found = self.module(place.path).classes[place.class_name]
+        found = self.class_of(place)
         if place.code is not None:
             return found.code[place.code]
         return found.plans.get(place.attribute) or Opaque(place.class_name, place.attribute, self._line(place))
+
+    def literal(self, place: Place) -> PlanLiteral:
+        """Return the entries written down at a place that was found to have some."""
+        plan = self.plan(place)
+        assert isinstance(plan, PlanLiteral)
+        return plan
+
+    def class_of(self, place: Place) -> ClassPlans:
+        """Return the class of a place, which its file has."""
+        return self.module(place.path).classes[place.class_name]
 
     def owner(self, place: Place) -> Place | Lost:
         """Return the place a person edits to change the plan at `place`."""
@@ -142,7 +160,7 @@ class Tree:
     def holder(self, place: Place) -> Place | None:
         """Return where the plan of a class stands as Python looks it up, None where no class has it."""
         lineage = self.lineage(place)
-        return next((one for one in lineage if one.attribute in self._class(one).plans), None)
+        return next((one for one in lineage if one.attribute in self.class_of(one).plans), None)
 
     def lineage(self, place: Place, seen: frozenset[Place] = frozenset()) -> Iterator[Place]:
         """Yield a class and its bases among the models, nearest first, each as a place of the same plan."""
@@ -154,12 +172,9 @@ class Tree:
             yield from self.lineage(elsewhere, seen) if elsewhere else ()
             return
         yield place
-        for base in self._class(place).bases:
+        for base in self.class_of(place).bases:
             if parent := self.meant(place, base):
                 yield from self.lineage(parent, seen)
-
-    def _class(self, place: Place) -> ClassPlans:
-        return self.module(place.path).classes[place.class_name]
 
     def _line(self, place: Place) -> int:
         """Return the line of a class, 1 where its header is written in an unusual way."""

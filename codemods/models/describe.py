@@ -12,7 +12,7 @@ from codemods.models.construct import Constructor
 from codemods.models.modeling import ELEMENT, UNKNOWN, Node, read_modeling
 from plans.described import Described, Named
 
-__all__ = ["Model", "could_exist", "describe"]
+__all__ = ["Model", "describe"]
 
 _DEEPEST = 64  # parts of a key; no model nests like that
 _WEIGHT_RANK = 2
@@ -113,11 +113,6 @@ class Model:
 def describe(folder: Path, key: str, class_name: str = "") -> Described | None:
     """Return what a plan key names in a model folder, None where that cannot be read."""
     return _model(folder).describe(key, class_name)
-
-
-def could_exist(folder: Path, key: str) -> bool:
-    """Say whether any class of a model folder's source could create what a plan key names."""
-    return _model(folder).could_exist(key)
 
 
 def _model(folder: Path) -> Model:

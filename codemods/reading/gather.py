@@ -6,14 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from codemods.reading.module import ClassPlans, Hold, PlanLiteral, Removal, Taken
+from codemods.reading.module import ANY_KEY, ClassPlans, Hold, PlanLiteral, Removal, Taken
 from codemods.reading.reader import Found
 from plans.decompose import decided_with
 from plans.plan import wildcard
 
 __all__ = ["gather"]
-
-_ANY = "*"
 
 
 def gather(found: Iterable[Found]) -> dict[str, ClassPlans]:
@@ -81,7 +79,7 @@ def _changes(changing: ClassPlans, changed: ClassPlans, attribute: str) -> Itera
                 yield Hold(changing.name, attribute, module, f"{changed.name} writes it too")
     for removal in changing.removals:
         if removal.attribute == attribute and removal.key is not None:
-            taken = None if removal.key == _ANY else decided_with(wildcard(removal.key))
+            taken = None if removal.key == ANY_KEY else decided_with(wildcard(removal.key))
             why = f"line {removal.line} takes entries out of it in {changing.name}"
             yield Hold(changed.name, attribute, taken, why)
 

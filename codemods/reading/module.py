@@ -9,6 +9,7 @@ from functools import cached_property
 from codemods.reading.entries import Entry
 
 __all__ = [
+    "ANY_KEY",
     "ClassPlans",
     "Condition",
     "Hold",
@@ -22,6 +23,9 @@ __all__ = [
     "all_literals",
     "exclusive",
 ]
+
+ANY_KEY = "*"
+"""The key of a removal where code computes all of it: any entry may be meant."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Removal:
 
     Args:
         attribute: the plan.
-        key: the entry, its computed parts as wildcards; None for every entry.
+        key: the entry, its computed parts as wildcards, `ANY_KEY` where nothing of it is known; None for every entry.
         line: counted from 1.
         function: the function it stands in, empty in a class body.
         conditions: those around it in that function, outermost first.

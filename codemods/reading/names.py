@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from codemods.reading.pieces import bindings, pieces
 from codemods.reading.plan_names import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
-__all__ = ["Definitions", "Function", "given_parameters", "local_plans", "written_into"]
+__all__ = ["Definitions", "Function", "dotted", "given_parameters", "identifier", "local_plans"]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -35,17 +35,17 @@ class Definitions:
             homes: the classes, empty for the module, whose bodies may define it.
         """
         values = self.defined(node, homes)
-        name = _identifier(node)
+        name = identifier(node)
         return values[0] if len(values) == 1 and self._uses[name] == 1 and self._stores[name] == 1 else None
 
     def defined(self, node: ast.AST, homes: Iterable[str]) -> list[ast.expr]:
         """Return all that module and class bodies define a name as."""
-        return [value for home in homes for value in self._constants.get((home, _identifier(node)), [])]
+        return [value for home in homes for value in self._constants.get((home, identifier(node)), [])]
 
     def behind(self, node: ast.AST) -> Iterator[ast.AST]:
         """Yield an expression and whatever defines the names in it, or is put into what they name."""
         yield node
-        for name in {_identifier(part) for part in ast.walk(node)} - {""}:
+        for name in {identifier(part) for part in ast.walk(node)} - {""}:
             yield from self._definers.get(name, ())
 
     @cached_property
@@ -64,7 +64,7 @@ class Definitions:
 
     @cached_property
     def _uses(self) -> Counter[str]:
-        return Counter(_identifier(node) for node in self._nodes() if isinstance(getattr(node, "ctx", None), ast.Load))
+        return Counter(identifier(node) for node in self._nodes() if isinstance(getattr(node, "ctx", None), ast.Load))
 
     @cached_property
     def _stores(self) -> Counter[str]:
@@ -82,14 +82,30 @@ class Definitions:
                     found[name].append(node)
                 case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
                     for part in ast.walk(target):
-                        found[_identifier(part)].append(value)
+                        found[identifier(part)].append(value)
                 case ast.Call(func=ast.Attribute(value=ast.Name(id=name))):
                     found[name].append(node)
             for target, value in bindings(node):
-                found[_identifier(target)].append(value)
+                found[identifier(target)].append(value)
                 if isinstance(target, ast.Subscript):
-                    found[_identifier(target.value)].append(target)
+                    found[identifier(target.value)].append(target)
         return found
+
+
+def identifier(node: ast.AST) -> str:
+    """Return the name that a name or an attribute ends with, empty for any other node."""
+    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+
+
+def dotted(node: ast.AST) -> str | None:
+    """Return a dotted name as text, None for any other expression."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=holder, attr=name):
+            before = dotted(holder)
+            return before and f"{before}.{name}"
+    return None
 
 
 def given_parameters(function: Function) -> frozenset[str]:
@@ -107,34 +123,56 @@ def local_plans(function: Function) -> dict[str, str]:
     A name that stands for plans of two kinds in turn stands for none here; nor does one that is no variable of the
     function, or that is made from a plan, then from something else, and never put into a plan.
     """
-    made_from: dict[str, set[str]] = defaultdict(set)
-    put_into: dict[str, set[str]] = defaultdict(set)
-    assigned: set[str] = set()
-    fresh: set[str] = set()
+    found = _locals(function).items()
+    return {name: plan for name, local in found if not is_plan_attribute(name) and (plan := local.plan)}
+
+
+@dataclass
+class _Local:
+    """What a function does with a name.
+
+    Args:
+        assigned: whether it gives the name a value.
+        fresh: whether one of these values is made from neither a plan nor the name itself.
+        made_from: the plans that the values are made from.
+        put_into: the plans that the name is put into.
+    """
+
+    assigned: bool = False
+    fresh: bool = False
+    made_from: set[str] = field(default_factory=set)
+    put_into: set[str] = field(default_factory=set)
+
+    @property
+    def plan(self) -> str | None:
+        """The plan that the name stands for, None where there is none, or plans of two kinds."""
+        plans = self.made_from | self.put_into
+        left = self.fresh and not self.put_into
+        if not self.assigned or left or len({plan_kind(plan) for plan in plans}) != 1:
+            return None
+        return min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
+
+
+def _locals(function: Function) -> Mapping[str, _Local]:
+    found: dict[str, _Local] = defaultdict(_Local)
     for node in ast.walk(function):
         for target, value in bindings(node):
             if isinstance(target, ast.Name):
-                read = set(_plans_read(value))
-                made_from[target.id] |= read
-                assigned.add(target.id)
-                fresh |= set() if read or _reads(value, target.id) else {target.id}
+                read, local = set(_plans_read(value)), found[target.id]
+                local.assigned = True
+                local.fresh |= not (read or _reads(value, target.id))
+                local.made_from |= read
         for name, plan in _looped(node):
-            assigned.add(name)
-            made_from[name].add(plan)
-        for plan, value in written_into(node, function.name):
+            found[name].assigned = True
+            found[name].made_from.add(plan)
+        for plan, value in _written_into(node, function.name):
             for piece in pieces(value):
                 if isinstance(piece.node, ast.Name):
-                    put_into[piece.node.id].add(plan)
-    result: dict[str, str] = {}
-    for name in assigned:
-        plans = made_from[name] | put_into[name]
-        left = name in fresh and not put_into[name]
-        if len({plan_kind(plan) for plan in plans}) == 1 and not left and not is_plan_attribute(name):
-            result[name] = min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
-    return result
+                    found[piece.node.id].put_into.add(plan)
+    return found
 
 
-def written_into(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+def _written_into(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
     """Yield what a node writes into a plan that it names itself: the plan's attribute, and an expression.
 
     Args:
@@ -190,12 +228,8 @@ def _bound(node: ast.AST) -> Iterator[str]:
     """Yield the name that a node gives a meaning to."""
     match node:
         case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
-            yield _identifier(node)
+            yield identifier(node)
         case ast.arg(arg=name) | ast.alias(asname=str(name)) | ast.alias(asname=None, name=name):
             yield name
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             yield name
-
-
-def _identifier(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")

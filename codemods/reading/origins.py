@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.files.sources import Source
-from codemods.reading.names import Definitions, Function
+from codemods.reading.names import Definitions, Function, dotted, identifier
 from codemods.reading.pieces import bindings
 from plans.plan import plan_kind
 
-__all__ = ["Origins", "dotted", "expression"]
+__all__ = ["Origins", "expression"]
 
 _CHANGING = frozenset({"update", "setdefault", "pop", "popitem", "clear", "__setitem__", "__delitem__", "__ior__"})
 
@@ -95,7 +95,7 @@ class Origins:
     def _unsure(self) -> frozenset[str]:
         """The names that are bound more than once, bound by calls, or whose values are changed in place."""
         nodes = [node for statement in self._statements for node in ast.walk(statement)]
-        bound = Counter(_identifier(node) for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store))
+        bound = Counter(identifier(node) for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store))
         changed = {name for node in nodes for name in _changed(node)}
         return frozenset({name for name, times in bound.items() if times > 1} | changed)
 
@@ -106,17 +106,6 @@ def expression(text: str) -> ast.AST:
         return ast.parse(f"({text}\n)", mode="eval").body
     except SyntaxError:
         return ast.parse(text).body[0]
-
-
-def dotted(node: ast.AST) -> str | None:
-    """Return a dotted name as text, None for any other expression."""
-    match node:
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(value=holder, attr=name):
-            before = dotted(holder)
-            return before and f"{before}.{name}"
-    return None
 
 
 def _bound(statements: Sequence[ast.stmt], scope: str) -> Iterator[tuple[str, ast.expr]]:
@@ -133,22 +122,18 @@ def _changed(node: ast.AST) -> Iterator[str]:
         case ast.arg(arg=name):
             yield name
         case ast.Subscript(value=holder, ctx=ast.Store() | ast.Del()):
-            yield _identifier(holder)
+            yield identifier(holder)
         case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _CHANGING:
-            yield _identifier(holder)
+            yield identifier(holder)
 
 
 def _names(node: ast.AST) -> Iterator[str]:
     """Yield the names that a piece of code reads, without those that it binds itself and those of plans."""
     parts = list(ast.walk(node))
-    own = {_identifier(part) for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)}
+    own = {identifier(part) for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)}
     own |= {part.arg for part in parts if isinstance(part, ast.arg)}
     for part in parts:
-        name = _identifier(part)
+        name = identifier(part)
         if name and name not in own and not plan_kind(name):
             yield name
             yield dotted(part) or name
-
-
-def _identifier(node: ast.AST) -> str:
-    return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from codemods.files.sources import Source
 from codemods.reading.blocks import blocks, leaves
 from codemods.reading.module import ClassPlans, Condition, Hold, Opaque, PlanLiteral, Removal, Taken, Unread
-from codemods.reading.names import Definitions, Function, given_parameters, local_plans
+from codemods.reading.names import Definitions, Function, dotted, given_parameters, local_plans
 from codemods.reading.pieces import bindings
 from codemods.reading.plan_names import is_plan_attribute, plan_words
 from codemods.reading.removals import removals
@@ -21,7 +21,7 @@ from codemods.reading.written import Target, written
 
 __all__ = ["Found", "Reader", "reader_of"]
 
-Use = PlanLiteral | Removal | Taken | Unread | Hold
+_Use = PlanLiteral | Removal | Taken | Unread | Hold
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Reader:
         for statement in statements:
             if isinstance(statement, ast.ClassDef):
                 name = f"{outer}{statement.name}"
-                bases = tuple(filter(None, map(_dotted, statement.bases)))
+                bases = tuple(filter(None, map(dotted, statement.bases)))
                 if self._mentions(statement):
                     yield self._class(statement, name, bases)
                     yield from self.classes(statement.body, f"{name}.")
@@ -71,7 +71,7 @@ class Reader:
                 for block, _ in blocks(statement):
                     yield from self.classes(block, outer)
 
-    def uses(self, statements: Sequence[ast.stmt], scope: Scope) -> Iterator[Use]:
+    def uses(self, statements: Sequence[ast.stmt], scope: Scope) -> Iterator[_Use]:
         """Yield what statements and the blocks in them write into plans or take out of them, classes left out."""
         for statement in statements:
             if not (scope.names or self._mentions(statement)):
@@ -92,7 +92,7 @@ class Reader:
     def _class(self, definition: ast.ClassDef, name: str, bases: tuple[str, ...]) -> Found:
         scope = Scope(name, classes=self.definitions.classes)
         plans: dict[str, PlanLiteral | Opaque] = {}
-        uses: list[Use] = []
+        uses: list[_Use] = []
         others: list[ast.stmt] = []
         for statement in definition.body:
             bound = list(_bound_plans(statement))
@@ -116,7 +116,7 @@ class Reader:
         following = bisect_left(self.lines, _first_line(node))
         return following < len(self.lines) and self.lines[following] <= (node.end_lineno or node.lineno)
 
-    def _own_uses(self, statement: ast.stmt, scope: Scope) -> Iterator[Use]:
+    def _own_uses(self, statement: ast.stmt, scope: Scope) -> Iterator[_Use]:
         """Yield what a statement itself, not the blocks in it, does to plans."""
         yield from removals(statement, scope)
         yield from shared_plans(statement, scope)
@@ -128,7 +128,7 @@ class Reader:
         yield from unaccounted(statement, scope, self.source, seen)
 
 
-def _found(owner: ClassPlans, uses: Iterable[Use]) -> Found:
+def _found(owner: ClassPlans, uses: Iterable[_Use]) -> Found:
     found = list(uses)
     code = tuple(use for use in found if isinstance(use, PlanLiteral))
     removed = tuple(use for use in found if isinstance(use, Removal))
@@ -167,10 +167,3 @@ def _bound_plans(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
 def _first_line(node: ast.stmt) -> int:
     decorators: Sequence[ast.expr] = getattr(node, "decorator_list", ())
     return min([node.lineno, *(decorator.lineno for decorator in decorators)])
-
-
-def _dotted(node: ast.expr) -> str | None:
-    if isinstance(node, ast.Attribute):
-        prefix = _dotted(node.value)
-        return prefix and f"{prefix}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else None

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 
 from codemods.reading.blocks import own_expressions
 from codemods.reading.entries import key_text
-from codemods.reading.module import Removal
+from codemods.reading.module import ANY_KEY, Removal
 from codemods.reading.pieces import bindings
 from codemods.reading.scope import Scope
 
 __all__ = ["removals"]
-
-_ANY = "*"
 
 
 def removals(statement: ast.stmt, scope: Scope) -> Iterator[Removal]:
@@ -33,7 +31,7 @@ def _removed(statement: ast.stmt) -> Iterator[tuple[ast.expr, str | None]]:
     for target in statement.targets if isinstance(statement, ast.Delete) else ():
         match target:
             case ast.Subscript(value=holder, slice=key):
-                yield holder, key_text(key) or _ANY
+                yield holder, key_text(key) or ANY_KEY
             case ast.Attribute():
                 yield target, None
     for target, value in bindings(statement):
@@ -43,8 +41,8 @@ def _removed(statement: ast.stmt) -> Iterator[tuple[ast.expr, str | None]]:
         for part in ast.walk(expression):
             match part:
                 case ast.Call(func=ast.Attribute(value=holder, attr="pop"), args=[key, *_]):
-                    yield holder, key_text(key) or _ANY
+                    yield holder, key_text(key) or ANY_KEY
                 case ast.Call(func=ast.Attribute(value=holder, attr="popitem"), args=[]):
-                    yield holder, _ANY
+                    yield holder, ANY_KEY
                 case ast.Call(func=ast.Attribute(value=holder, attr="clear"), args=[]):
                     yield holder, None

@@ -8,10 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from codemods.files.sources import read_source, shown
+from codemods.files.sources import add_once, read_source, shown
 from codemods.inheritance.ownership import Place, Tree
 from codemods.reading.literals import read_module
-from codemods.reading.module import PlanLiteral
 from codemods.rewriting.decisions import Decided, OwnedEdits, anchor_of, line_of, lines_of, settle
 from codemods.rewriting.propagate import Family, Transform, Verdict, families, judge
 from codemods.rewriting.rewrite import rewrite_source
@@ -47,22 +46,22 @@ def plan_rewrites(
     if target == PARAM_LEVEL:
         found = survey(paths, expert_plans, silencer, skims=True)
         result = outcome(found, decide(found))
-        return replace(result, errors=(*result.errors, *_unparsable(found, result)))
+        return replace(result, errors=tuple(_with_unparsable(found, result)))
     found = survey(paths, every_plan, silencer)
     spoken = tree_dialect(paths, found, source)
     decided = decide(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
     return replace(outcome(found, decided), dialects=(spoken,))
 
 
-def _unparsable(found: Survey, result: Outcome) -> list[MigratorError]:
-    """Parse the files whose plans were read without a parser; those that change were parsed when they did."""
-    errors: list[MigratorError] = []
+def _with_unparsable(found: Survey, result: Outcome) -> list[MigratorError]:
+    """Return the errors of a run once what was read without a parser is parsed, but for what changes, which was."""
+    errors = list(result.errors)
     for path in sorted({place.path for place in found.places} - {change.path for change in result.changes}):
         try:
             if path in found.reachable:
                 read_module(found.tree.source(path))
         except MigratorError as error:
-            errors += [error] if error.message not in {known.message for known in found.errors} else []
+            add_once(errors, error)
     return errors
 
 
@@ -70,7 +69,7 @@ def tree_dialect(paths: Sequence[Path], found: Survey, source: str = "auto") -> 
     """Return the dialect that a tree speaks, as asked for or found out, with the reason."""
     if source != "auto":
         return Detected(source_dialect(source).name, "asked for")
-    styles = {style for place in found.places for style in _literal(found.tree, place).plan.values()}
+    styles = {style for place in found.places for style in found.tree.literal(place).plan.values()}
     telling = next(filter(version_file, paths), None)
     return detect(telling or next(iter(paths), Path()), styles)
 
@@ -122,7 +121,7 @@ def decide(found: Survey, transform: Transform = to_param_level, wanted: Wanted 
         transform: works out what becomes of a family.
         wanted: which plans it speaks of.
     """
-    places = [place for place in found.places if wanted.literal(_literal(found.tree, place))]
+    places = [place for place in found.places if wanted.literal(found.tree.literal(place))]
     touches = found.silencer.selection.touches
     groups, lost = families(found.tree, places, found.errors)
     verdicts: list[tuple[Family, Verdict]] = []
@@ -163,7 +162,7 @@ def _changes(found: Survey, edits: Mapping[Place, OwnedEdits]) -> list[Change]:
 
 def _change(tree: Tree, path: Path, edits: Mapping[Place, OwnedEdits]) -> Change:
     source = tree.source(path)
-    literals = [(_literal(tree, place), wanted) for place, (_, wanted) in edits.items()]
+    literals = [(tree.literal(place), wanted) for place, (_, wanted) in edits.items()]
     data = rewrite_source(source, tree.module(path), literals)
     located = tuple(
         LocatedEdit(line_of(tree, place, anchor_of(edit)), place.class_name, place.attribute, edit, owner)
@@ -171,9 +170,3 @@ def _change(tree: Tree, path: Path, edits: Mapping[Place, OwnedEdits]) -> Change
         for edit in wanted
     )
     return Change(source, data, "copy" if source.generated_from else "owner", located)
-
-
-def _literal(tree: Tree, place: Place) -> PlanLiteral:
-    plan = tree.plan(place)
-    assert isinstance(plan, PlanLiteral)
-    return plan

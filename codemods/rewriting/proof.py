@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,17 +14,12 @@ from codemods.rewriting.converter import convert, converter_root, copy_tree
 from codemods.tree.outcome import Change, Outcome
 from plans.errors import MigratorError, MismatchError, SourceError
 
-__all__ = ["Progress", "verify_outcome"]
-
-Progress = Callable[[int, int, str], None]
-"""Takes the modular files converted, their number, and the one at hand."""
+__all__ = ["verify_outcome"]
 
 _TIMEOUT = 600.0
 
 
-def verify_outcome(
-    outcome: Outcome, paths: Sequence[Path], *, timeout: float = _TIMEOUT, progress: Progress | None = None
-) -> list[MigratorError]:
+def verify_outcome(outcome: Outcome, paths: Sequence[Path], *, timeout: float = _TIMEOUT) -> list[MigratorError]:
     """Demand of the tree's own converter that it writes the generated files as the rewrite computed them.
 
     To be called before anything is written. The modular files behind every changed file are converted, and those of
@@ -34,7 +29,6 @@ def verify_outcome(
         outcome: a rewrite that is not written yet.
         paths: what was rewritten.
         timeout: seconds that one run of the converter may take.
-        progress: told of every run.
 
     Returns:
         A `MismatchError` for each file that differs, a `SourceError` for each modular file that does not convert.
@@ -49,12 +43,10 @@ def verify_outcome(
     if not by_root:
         for path in paths:
             converter_root(path.absolute())
-    return [
-        error for root, changes in by_root.items() for error in _verify(root, changes, timeout, progress or _silent)
-    ]
+    return [error for root, changes in by_root.items() for error in _verify(root, changes, timeout)]
 
 
-def _verify(root: Path, changes: Sequence[Change], timeout: float, progress: Progress) -> list[MigratorError]:
+def _verify(root: Path, changes: Sequence[Change], timeout: float) -> list[MigratorError]:
     levels = _levels(_affected(changes))
     modulars = [path for level in levels for path in level]
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
@@ -65,12 +57,9 @@ def _verify(root: Path, changes: Sequence[Change], timeout: float, progress: Pro
                 target = copy / change.path.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)  # folders behind links are not copied
                 target.write_bytes(change.data)
-        done = 0
         for level in levels:
-            progress(done, len(modulars), level[0].name)
             if failures := convert(root, copy, level, timeout):
                 return [*failures]
-            done += len(level)
         computed = {change.path: change.data for change in changes}
         return [error for path in modulars for error in _differences(root, copy, path, computed)]
 
@@ -168,7 +157,3 @@ def _first_difference(one: bytes, other: bytes) -> int:
     lines = zip(one.splitlines(keepends=True), other.splitlines(keepends=True), strict=False)
     same = next((index for index, (left, right) in enumerate(lines) if left != right), None)
     return (min(one.count(b"\n"), other.count(b"\n")) if same is None else same) + 1
-
-
-def _silent(done: int, total: int, current: str) -> None:
-    """Take progress and tell nobody."""

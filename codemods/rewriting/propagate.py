@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.files.sources import shown
+from codemods.files.sources import add_once, shown
 from codemods.inheritance.missing import missing_copies
 from codemods.inheritance.ownership import Lost, Place, Tree
 from codemods.inheritance.related import may_come_from
@@ -72,30 +72,39 @@ def families(
         errors: takes those of files on the way to an owner that cannot be read.
     """
     places = tuple(places)
-    copies: dict[Place, list[Place]] = {}
-    lost: list[tuple[Place, Finding]] = []
-    stray: list[Place] = []
+    owners, unknown = _owners(tree, places, errors)
+    copies: dict[Place, list[Place]] = {owner: [] for owner in owners.values()}
+    for place, owner in owners.items():
+        copies[owner] += [place] if place != owner else []
+    for owner, place in missing_copies(tree, places, errors):
+        if owner in copies and place not in (owner, *copies[owner]):
+            copies[owner].append(place)  # at odds with its owner
+            _check_modular(tree, place, errors)
+    stray = [place for place, lost in unknown.items() if not (lost and lost.orphan)]
+    found = [Family(owner, tuple(listed), _doubtful(tree, owner, stray)) for owner, listed in copies.items()]
+    return found, [(place, about(tree, place, lost.code, lost.reason)) for place, lost in unknown.items() if lost]
+
+
+def _owners(
+    tree: Tree, places: Iterable[Place], errors: list[MigratorError]
+) -> tuple[dict[Place, Place], dict[Place, Lost | None]]:
+    """Return the owners of plans, and the plans without one with the reason, None where a file cannot be read."""
+    owners: dict[Place, Place] = {}
+    unknown: dict[Place, Lost | None] = {}
     for place in places:
         try:
             owner = tree.owner(place)
         except MigratorError as error:
             errors.append(error)
-            stray.append(place)
+            unknown[place] = None
             continue
-        if isinstance(owner, Lost):
-            lost.append((place, about(tree, place, owner.code, owner.reason)))
-            if not owner.orphan:
-                stray.append(place)
-                _check_modular(tree, place, errors)
+        if isinstance(owner, Place):
+            owners[place] = owner
             continue
-        known = copies.setdefault(owner, [])
-        if owner != place:
-            known.append(place)
-    for owner, place in missing_copies(tree, places, errors):
-        if owner in copies and place not in (owner, *copies[owner]):
-            copies[owner].append(place)  # at odds with its owner
+        unknown[place] = owner
+        if not owner.orphan:
             _check_modular(tree, place, errors)
-    return [Family(owner, tuple(found), _doubtful(tree, owner, stray)) for owner, found in copies.items()], lost
+    return owners, unknown
 
 
 def _check_modular(tree: Tree, place: Place, errors: list[MigratorError]) -> None:
@@ -104,7 +113,7 @@ def _check_modular(tree: Tree, place: Place, errors: list[MigratorError]) -> Non
     try:
         tree.parse(place.path.with_name(generated_from or place.path.name))
     except MigratorError as error:
-        errors += [error] if error.message not in {known.message for known in errors} else []
+        add_once(errors, error)
 
 
 def _doubtful(tree: Tree, owner: Place, stray: Iterable[Place]) -> tuple[Place, ...]:

@@ -13,13 +13,13 @@ from codemods.reading.module import Module, PlanLiteral, all_literals
 from plans.decompose import Edit, InsertEntry, SetStyle
 from plans.errors import SourceError
 
-__all__ = ["Splice", "edited", "rewrite_source", "splices"]
+__all__ = ["edited", "rewrite_source"]
 
 _OPENING = re.compile(rb"[A-Za-z]*(\"\"\"|'''|\"|')")
 
 
 @dataclass(frozen=True)
-class Splice:
+class _Splice:
     """A piece of a source's body replaced by other bytes.
 
     Args:
@@ -47,7 +47,7 @@ def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLit
         SourceError: the result does not parse or holds anything else; a fault of ours.
     """
     body = source.body
-    for splice in sorted(splices(source, edits), key=lambda splice: splice.start, reverse=True):
+    for splice in sorted(_splices(source, edits), key=lambda splice: splice.start, reverse=True):
         body = body[: splice.start] + splice.text + body[splice.end :]
     result = Source(source.path, source.with_body(body))
     wanted = {id(literal): changes for literal, changes in edits}
@@ -62,13 +62,13 @@ def rewrite_source(source: Source, module: Module, edits: Sequence[tuple[PlanLit
     return result.data
 
 
-def splices(source: Source, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> Iterator[Splice]:
+def _splices(source: Source, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> Iterator[_Splice]:
     """Yield the pieces of text that make the edits."""
     for literal, wanted in edits:
         for edit in wanted:
             for entry in literal.entries:
                 if isinstance(edit, SetStyle) and _changes(edit, entry):
-                    yield Splice(*entry.style_span, _quoted_like(source.body, entry.style_span[0], edit.style))
+                    yield _Splice(*entry.style_span, _quoted_like(source.body, entry.style_span[0], edit.style))
         for entry in literal.entries:
             inserted = [edit for edit in wanted if isinstance(edit, InsertEntry) and edit.anchor == entry.key]
             if inserted:
@@ -81,7 +81,7 @@ def _quoted_like(body: bytes, start: int, value: str) -> bytes:
     return opening[1] + value.encode() + opening[1]
 
 
-def _insertion(body: bytes, anchor: Entry, edits: Sequence[InsertEntry]) -> Splice:
+def _insertion(body: bytes, anchor: Entry, edits: Sequence[InsertEntry]) -> _Splice:
     """Write entries just before their anchor: on lines of their own where the anchor begins one."""
     assert anchor.can_precede
     start, end = anchor.key_span
@@ -96,7 +96,7 @@ def _insertion(body: bytes, anchor: Entry, edits: Sequence[InsertEntry]) -> Spli
         suffix = edit.key.removeprefix(edit.anchor).encode()
         style = _quoted_like(body, anchor.style_span[0], edit.style)
         text += key[: quote.start()] + suffix + quote[0] + b": " + style + b"," + separator
-    return Splice(start, start, text)
+    return _Splice(start, start, text)
 
 
 def _line_end(body: bytes, line_start: int) -> bytes:

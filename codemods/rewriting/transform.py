@@ -33,7 +33,7 @@ __all__ = ["beside", "to_dialect", "to_param_level"]
 
 _NOTHING = Decomposition((), ())
 
-_EXPERT_PARAMETER = re.compile(r"experts\.(?:gate_up_proj|up_proj|down_proj)$")
+_EXPERT_PARAMETER = re.compile(r"(?<!\w)experts\.(?:gate_up_proj|up_proj|down_proj)$")
 
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
@@ -67,7 +67,7 @@ def _decomposed(tree: Tree, place: Place, layout_of: LayoutReader) -> Decomposit
     agreed = _agreed(
         [_writable(literal, decompose(literal.plan, layout_of, one.plan), one) for one in beside(tree, place)]
     )
-    return withheld(literal, tree.module(place.path).classes[place.class_name], agreed)
+    return withheld(literal, tree.class_of(place), agreed)
 
 
 def _translated(source: Dialect, target: Dialect, tree: Tree, place: Place, describer: Describer) -> Decomposition:
@@ -78,7 +78,7 @@ def _translated(source: Dialect, target: Dialect, tree: Tree, place: Place, desc
     if not isinstance(literal, PlanLiteral) or kind is None:
         return _NOTHING
     computed = not_writable([entry.key for entry in literal.entries if entry.style is None])
-    others = alternatives(tree.module(place.path).classes[place.class_name], literal)
+    others = alternatives(tree.class_of(place), literal)
     results = [translate({**one.plan, **literal.plan}, source, target, describer, kind) for one in others]
     return withheld(literal, None, _agreed([_of_literal(literal, result, computed) for result in results]))
 
@@ -98,9 +98,7 @@ def _described(users: frozenset[tuple[Path, str]], key: str) -> Described | None
 
 def beside(tree: Tree, place: Place) -> tuple[Alternative, ...]:
     """Return what the plan of a literal can hold beside it; of TP and SP plans what bears on the same experts."""
-    literal = tree.plan(place)
-    assert isinstance(literal, PlanLiteral)
-    owner = tree.module(place.path).classes[place.class_name]
+    literal, owner = tree.literal(place), tree.class_of(place)
     return alternatives(related(owner, literal) if is_decomposed_plan(place.attribute) else owner, literal)
 
 

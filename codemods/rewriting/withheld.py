@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from codemods.reading.module import ClassPlans, PlanLiteral, exclusive
+from codemods.reading.module import ANY_KEY, ClassPlans, PlanLiteral, exclusive
 from codemods.rewriting.decisions import anchor_of
 from plans.decompose import Decomposition, Edit, SetStyle, decided_with
 from plans.plan import wildcard
@@ -14,7 +14,6 @@ from plans.rule import Finding, rule
 __all__ = ["not_writable", "withheld"]
 
 _UNSAFE = "the code that builds it cannot be rewritten safely"
-_ANY = "*"
 
 
 def withheld(literal: PlanLiteral, owner: ClassPlans | None, wanted: Decomposition) -> Decomposition:
@@ -58,7 +57,7 @@ def _reasons(literal: PlanLiteral, owner: ClassPlans | None, edit: Edit) -> Iter
             yield hold.why
     for one in owner.removals if owner else ():
         # A plan that is taken away whole is not half migrated.
-        removed = one.key is not None and (one.key == _ANY or decided_with(wildcard(one.key)) == module)
+        removed = one.key is not None and (one.key == ANY_KEY or decided_with(wildcard(one.key)) == module)
         if removed and one.attribute == literal.attribute and not exclusive(one, literal):
             yield f"line {one.line} takes entries out of it again"
 

@@ -95,7 +95,7 @@ def _telling(styles: Iterable[str]) -> frozenset[str]:
 
 
 def _by_styles(used: frozenset[str], why: str) -> Detected:
-    """Return the newest dialect that holds all styles, or fewer of none lacking."""
+    """Return the newest dialect that holds all styles; where none does, the newest of those that lack the fewest."""
     missing = {dialect.name: len(used - dialect.styles.keys()) for dialect in _dialects()}
     fewest = min(missing.values())
     fitting = [dialect for dialect in _dialects() if missing[dialect.name] == fewest]

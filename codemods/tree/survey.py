@@ -15,7 +15,7 @@ from codemods.tree.selection import Silencer
 from plans.decompose import is_decomposed_plan
 from plans.errors import MigratorError
 
-__all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "is_model_path", "survey"]
+__all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "is_model_path", "places_in", "survey"]
 
 _PLAN = b"_plan"
 # A string that may be, or begin, the key of experts that are not expert-parallel already; far fewer files hold one than
@@ -120,7 +120,7 @@ def _look_into(path: Path, found: Survey, wanted: Wanted, *, is_named: bool, is_
             found.silencer.read(source)
         if is_named or wanted.in_file(source.data):
             found.tree.add(source)
-            found.places += _places(found.tree, path, wanted.literal)
+            found.places += places_in(found.tree, path, wanted)
     except MigratorError as error:
         if is_below:
             found.errors.append(error)
@@ -141,11 +141,12 @@ def is_model_path(path: Path) -> bool:
     return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))
 
 
-def _places(tree: Tree, path: Path, wanted: Callable[[PlanLiteral], bool]) -> Iterator[Place]:
+def places_in(tree: Tree, path: Path, wanted: Wanted) -> Iterator[Place]:
+    """Yield the plans of one file, class by class."""
     for owner in tree.module(path).writers:
         for attribute, plan in owner.plans.items():
-            if isinstance(plan, PlanLiteral) and wanted(plan):
+            if isinstance(plan, PlanLiteral) and wanted.literal(plan):
                 yield Place(path, owner.name, attribute)
         for index, literal in enumerate(owner.code):
-            if wanted(literal):
+            if wanted.literal(literal):
                 yield Place(path, owner.name, literal.attribute, index)

@@ -12,7 +12,7 @@ from plans.rule import Finding
 __all__ = ["unread_findings"]
 
 
-def unread_findings(found: Survey, *, experts_only: bool = False) -> Iterator[tuple[Path, Unread, Finding]]:
+def unread_findings(found: Survey, *, experts_only: bool) -> Iterator[tuple[Path, Unread, Finding]]:
     """Yield a finding for every use of a plan that puts entries into it which cannot be read.
 
     Generated files are left to their owners.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
+from migrator.source_options import spare_collection
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
     not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
     """
-    gc.disable()  # for the same reason as in rewrite
+    spare_collection()
     from codemods.comparing.difference import compare
     from codemods.files.revisions import find_repository
     from migrator.formats.difference import Report, github_lines, human_summary, human_table, report_json

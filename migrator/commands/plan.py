@@ -10,7 +10,7 @@ import click
 from migrator import console
 from migrator.mesh_options import mesh_of, mesh_options
 from migrator.needs import need_runtime
-from migrator.shown import unmatched_words
+from migrator.shown import dims, unmatched_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,8 +98,8 @@ def _row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tuple[st
 
     return (
         wildcard(new.name),
-        _dims(new.shape),
-        _dims(_local(new, mesh)),
+        dims(new.shape),
+        dims(_local(new, mesh)),
         _placements(new, mesh),
         f"{old.style} → {new.style}" if old.style != new.style else new.style or "",
         new.reason,
@@ -123,7 +123,3 @@ def _local(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
 
     form = whole(parameter.name, parameter.shape)
     return local_form(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"

@@ -104,7 +104,7 @@ def command(
     a DESTINATION that all of them see.
     """
     need_runtime(shows_downloads=not quiet)
-    from runtime.checkpoint.files.commit import check_destination
+    from runtime.checkpoint.copying.commit import check_destination
     from runtime.checkpoint.target import Target
     from runtime.hub import check_repository, local_folder
     from runtime.processes.started import in_worker
@@ -166,7 +166,7 @@ def _planned(folder: Path, foreign: Foreign | None, target: Target, source: str,
 
 
 def _estimate(plan: ReshardPlan, work: _Work, log: Events) -> None:
-    from runtime.checkpoint.copying.estimate import estimate
+    from runtime.checkpoint.estimate import estimate
 
     found = estimate(plan, work.destination, work.max_memory)
     log.emit("estimated", **found.to_json())
@@ -236,5 +236,5 @@ def _pushed(work: _Work, repository: str, log: Events) -> str:
     address = push(work.destination, repository, quiet=work.quiet)
     log.emit("pushed", address=address)
     if work.form == "human" and not work.quiet:
-        console.emit(f"pushed to {address}")
+        console.emit_line(f"pushed to {address}")
     return address

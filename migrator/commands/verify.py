@@ -56,14 +56,14 @@ def command(source: str, other: str | None, foreign: ForeignOptions, max_memory:
 
 def _show(result: Verification, quiet: bool) -> None:
     for difference in result.differences:
-        console.emit(f"DIFFERS  {difference}")
+        console.emit_line(f"DIFFERS  {difference}")
     if quiet:
         return
     for one in (result.source, result.other):
         if one is not None:
-            console.emit(_summary(one))
+            console.emit_line(_summary(one))
     verdict = counted(len(result.differences), "difference") if result.differences else _verdict(result)
-    console.emit(f"{verdict}, in {result.seconds:.2f} s")
+    console.emit_line(f"{verdict}, in {result.seconds:.2f} s")
 
 
 def _summary(one: Verified) -> str:

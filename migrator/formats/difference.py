@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from codemods.comparing.difference import Comparison, Difference, Side
+from codemods.comparing.values import Comparison, Difference, Side
 from codemods.files.sources import shown
 from codemods.inheritance.effective import UNREAD
 from migrator.formats.counts import counted
@@ -112,10 +112,7 @@ def report_json(report: Report) -> dict[str, object]:
         "files": comparison.files,
         "unexplained": len(report.failing),
         "differences": [_difference_json(report, difference) for difference in comparison.differences],
-        "errors": [
-            {**error.data, "kind": type(error).__name__, "message": error.message, "hint": error.hint}
-            for error in comparison.errors
-        ],
+        "errors": [error.to_json() for error in comparison.errors],
     }
 
 

@@ -31,10 +31,10 @@ def rewrite_summary(report: Report) -> Iterator[str]:
     else:
         roles = Counter(change.role for change in report.changes)
         entries = sum(len(change.edits) for change in report.changes)
-        files = counted(len(report.changes), "file", "files")
+        files = counted(len(report.changes), "file")
         yield (
             f"{_verb(report)} {counted(entries, 'entry', 'entries')} in {files}: "
-            f"{counted(roles['owner'], 'owner', 'owners')}, "
+            f"{counted(roles['owner'], 'owner')}, "
             f"{counted(roles['copy'], 'generated copy', 'generated copies')}"
         )
 
@@ -52,7 +52,7 @@ def check_lines(report: Report) -> Iterator[str]:
     for code, hint in sorted(hints.items()):
         yield f"{code}: {hint}"
     severities = Counter(found.finding.severity for found in everything)
-    kinds = [counted(severities[name], name, f"{name}s") for name in ("error", "warning", "note") if severities[name]]
+    kinds = [counted(severities[name], name) for name in ("error", "warning", "note") if severities[name]]
     yield f"{', '.join(kinds) or 'nothing found'} in {_files(report)}"
 
 
@@ -70,4 +70,4 @@ def _finding_line(found: Located) -> str:
 
 
 def _files(report: Report) -> str:
-    return counted(report.files, "file", "files")
+    return counted(report.files, "file")

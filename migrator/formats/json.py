@@ -9,7 +9,6 @@ from codemods.tree.outcome import Change, Located, LocatedEdit
 from codemods.tree.pending import edit_message
 from migrator.formats.report import Report
 from plans.decompose import SetStyle
-from plans.errors import MigratorError
 from plans.rule import rule
 
 __all__ = ["report_json"]
@@ -25,7 +24,7 @@ def report_json(report: Report) -> dict[str, object]:
         "dialects": [asdict(found) for found in report.dialects],
         "changes": [_change(change) for change in report.changes],
         "findings": [_finding(found) for found in report.findings],
-        "errors": [_error(error) for error in report.errors],
+        "errors": [error.to_json() for error in report.errors],
     }
 
 
@@ -60,7 +59,3 @@ def _finding(found: Located) -> dict[str, object]:
         "message": found.finding.message,
         "hint": found.finding.hint,
     }
-
-
-def _error(error: MigratorError) -> dict[str, object]:
-    return {**error.data, "kind": type(error).__name__, "message": error.message, "hint": error.hint}

@@ -11,7 +11,7 @@ from codemods.tree.outcome import Change
 
 __all__ = ["Replacement", "replacements"]
 
-Position = tuple[int, int]
+_Position = tuple[int, int]
 """Line and column, both counted from 1, columns in characters."""
 
 
@@ -25,8 +25,8 @@ class Replacement:
         text: what comes in between.
     """
 
-    start: Position
-    end: Position
+    start: _Position
+    end: _Position
     text: str
 
 
@@ -67,7 +67,7 @@ def _in_common(one: str, other: str) -> int:
     )
 
 
-def _position(lines: Sequence[str], line: int, offset: int) -> Position:
+def _position(lines: Sequence[str], line: int, offset: int) -> _Position:
     """Return the position that lies `offset` characters behind the beginning of a line."""
     while line < len(lines) and offset >= len(lines[line]) and lines[line].endswith(("\n", "\r")):
         offset -= len(lines[line])

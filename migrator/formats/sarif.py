@@ -26,11 +26,11 @@ __all__ = ["report_sarif"]
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _ROOT = "SRCROOT"
 
-Json = dict[str, object]
+_Json = dict[str, object]
 _Fixes = dict[Place, list[tuple[Change, Replacement]]]
 
 
-def report_sarif(report: Report, version: str) -> Json:
+def report_sarif(report: Report, version: str) -> _Json:
     """Return a report as one SARIF run.
 
     Args:
@@ -43,7 +43,7 @@ def report_sarif(report: Report, version: str) -> Json:
         "semanticVersion": version,
         "rules": [_rule(rule) for rule in all_rules().values()],
     }
-    run: Json = {
+    run: _Json = {
         "tool": {"driver": driver},
         "columnKind": "unicodeCodePoints",
         "newlineSequences": ["\r\n", "\n", "\r"],
@@ -55,7 +55,7 @@ def report_sarif(report: Report, version: str) -> Json:
     return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
-def _rule(rule: Rule) -> Json:
+def _rule(rule: Rule) -> _Json:
     explanation = " ".join(rule.explanation.split())
     return {
         "id": rule.code,
@@ -67,23 +67,23 @@ def _rule(rule: Rule) -> Json:
     }
 
 
-def _artifact(change: Change) -> Json:
+def _artifact(change: Change) -> _Json:
     encoding = "utf-8" if change.source.encoding == "utf-8-sig" else change.source.encoding
     return {"location": _artifact_location(change.path), "encoding": encoding, "sourceLanguage": "python"}
 
 
-def _invocation(errors: Iterable[MigratorError]) -> Json:
+def _invocation(errors: Iterable[MigratorError]) -> _Json:
     notifications = [_notification(error) for error in errors]
     return {"executionSuccessful": not notifications, "toolExecutionNotifications": notifications}
 
 
-def _notification(error: MigratorError) -> Json:
+def _notification(error: MigratorError) -> _Json:
     path, line = error.data.get("path"), error.data.get("line")
     located = {"locations": [_location(Path(str(path)), line if isinstance(line, int) else 1)]} if path else {}
     return {"level": "error", "message": {"text": f"{error.message}; {error.hint}"}, **located}
 
 
-def _results(report: Report, codes: list[str]) -> Iterator[Json]:
+def _results(report: Report, codes: list[str]) -> Iterator[_Json]:
     fixes = _fixes(report.changes)
     for change in report.changes:
         for located, found in zip(change.edits, pending_findings([change]), strict=True):
@@ -93,7 +93,7 @@ def _results(report: Report, codes: list[str]) -> Iterator[Json]:
         yield _result(found, codes)
 
 
-def _result(found: Located, codes: list[str]) -> Json:
+def _result(found: Located, codes: list[str]) -> _Json:
     finding = found.finding
     name = ".".join(filter(None, (found.class_name, found.attribute)))
     place = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}]} if name else {}
@@ -124,7 +124,7 @@ def _owner(change: Change, replacement: Replacement) -> Place:
     return max(above or change.edits[:1], key=lambda located: located.line).owner
 
 
-def _fix(located: LocatedEdit, replaced: Iterable[tuple[Change, Replacement]]) -> Json:
+def _fix(located: LocatedEdit, replaced: Iterable[tuple[Change, Replacement]]) -> _Json:
     by_file: dict[Path, list[Replacement]] = {}
     for change, replacement in replaced:
         by_file.setdefault(change.path, []).append(replacement)
@@ -137,17 +137,17 @@ def _fix(located: LocatedEdit, replaced: Iterable[tuple[Change, Replacement]]) -
     }
 
 
-def _replacement(replacement: Replacement) -> Json:
+def _replacement(replacement: Replacement) -> _Json:
     (start_line, start_column), (end_line, end_column) = replacement.start, replacement.end
     region = {"startLine": start_line, "startColumn": start_column, "endLine": end_line, "endColumn": end_column}
     return {"deletedRegion": region, "insertedContent": {"text": replacement.text}}
 
 
-def _location(path: Path, line: int) -> Json:
+def _location(path: Path, line: int) -> _Json:
     return {"physicalLocation": {"artifactLocation": _artifact_location(path), "region": {"startLine": line}}}
 
 
-def _artifact_location(path: Path) -> Json:
+def _artifact_location(path: Path) -> _Json:
     relative = path.is_relative_to(Path.cwd())
     return {"uri": _uri(path), **({"uriBaseId": _ROOT} if relative else {})}
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from migrator.jobs.answers import Task
 from migrator.jobs.files import files_below, is_regular
 from plans.errors import MigratorError
+from runtime.checkpoint.copying.commit import writing
 from runtime.checkpoint.copying.sharing import block_for, sharing
-from runtime.checkpoint.files.commit import writing
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
+from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.checkpoint.verifying.verify import verify
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.files.new_file import NewFile
+    from runtime.checkpoint.copying.new_file import NewFile
     from runtime.checkpoint.foreign.source import Foreign
     from runtime.checkpoint.reshard import ReshardPlan
 

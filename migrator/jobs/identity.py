@@ -12,12 +12,11 @@ from pathlib import Path
 from migrator.jobs.files import Stamps, files_below, is_regular, stamps
 from migrator.jobs.foreign import files_of
 from migrator.jobs.state import Record, Records
-from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify, is_hosted
 from migrator.needs import need_runtime
 
-__all__ = ["Identity", "Look", "is_hosted", "located", "look", "product_of", "sources_of"]
+__all__ = ["Identity", "Look", "located", "look", "product_of", "sources_of"]
 
-_HUB = "hf://"
 _MANNER = frozenset(("max_memory", "timeout", "overwrite"))
 """Options that say how a step works and not what comes of it."""
 _SOURCES: Mapping[type, tuple[str, ...]] = {
@@ -98,11 +97,6 @@ def sources_of(step: Step) -> tuple[str, ...]:
     """Return the checkpoints that a step reads: folders, and names on the hub."""
     named = (getattr(step, name) for name in _SOURCES.get(type(step), ()))
     return tuple(text for text in named if text is not None)
-
-
-def is_hosted(source: str) -> bool:
-    """Return whether a checkpoint lies on the hub."""
-    return source.startswith(_HUB)
 
 
 def _identity_of(step: Step) -> Identity:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from migrator.jobs.foreign import files_of
-from migrator.jobs.identity import is_hosted, sources_of
-from migrator.jobs.values import Job, Reshard
+from migrator.jobs.identity import sources_of
+from migrator.jobs.values import Job, Reshard, is_hosted
 from plans.errors import UsageError
 
 __all__ = ["check_apart", "check_places"]
 
-Places = Mapping[Path, str]
+_Places = Mapping[Path, str]
 """What goes to places, in words."""
 
 
@@ -58,7 +58,7 @@ def check_apart(job: Job, others: Iterable[Job]) -> None:
         _refuse_shared(job, mine, {place: f"{what} of {other.file}" for place, what in theirs.items()})
 
 
-def _refuse_shared(job: Job, mine: Places, taken: Places) -> None:
+def _refuse_shared(job: Job, mine: _Places, taken: _Places) -> None:
     for place, what in mine.items():
         for other, named in taken.items():
             if place.is_relative_to(other) or other.is_relative_to(place):
@@ -70,12 +70,12 @@ def _refuse_shared(job: Job, mine: Places, taken: Places) -> None:
                 )
 
 
-def _own(job: Job) -> Places:
+def _own(job: Job) -> _Places:
     """Return the files and folders in which a job keeps what it knows."""
     return {_real(path): f"its own {path.name}" for path in job.own}
 
 
-def _made(job: Job) -> Places:
+def _made(job: Job) -> _Places:
     return {destination: f"the destination of {name}" for name, destination in _destinations(job)}
 
 

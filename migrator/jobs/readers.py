@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from migrator.jobs.values import is_hosted
 from plans.alike import did_you_mean
 from plans.errors import UsageError
 
@@ -28,7 +29,6 @@ __all__ = [
     "text",
 ]
 
-_HUB = "hf://"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(\w+)[\"']?\s*\]")
 
@@ -149,7 +149,7 @@ def paths(place: Place, value: object) -> tuple[Path, ...]:
 def checkpoint(place: Place, value: object) -> str:
     """Read a checkpoint's folder, relative to the job file, or its name on the hub."""
     found = text(place, value)
-    return found if found.startswith(_HUB) else str(path(place, found))
+    return found if is_hosted(found) else str(path(place, found))
 
 
 def _number(place: Place, value: object, limit: float, what: str) -> float:

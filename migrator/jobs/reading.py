@@ -59,7 +59,7 @@ _KEYS: Mapping[str, Mapping[str, Reader]] = {
 _STEPS = tuple(filter(None, _KEYS))
 _LISTED = ", ".join(f"[{name}]" for name in _STEPS)
 
-Options = dict[str, Any]
+_Options = dict[str, Any]
 
 
 def read(file: Path) -> Job:
@@ -116,7 +116,7 @@ def _content(file: Path) -> str:
         raise UsageError(f"{file}: is not UTF-8: {error}", hint="mend the file", path=str(file)) from error
 
 
-def _tables(place: Place, value: object) -> Iterator[tuple[Place, Options]]:
+def _tables(place: Place, value: object) -> Iterator[tuple[Place, _Options]]:
     """Yield the tables of one name, of which only `reshard` may have several."""
     is_several = place.table == "reshard" and isinstance(value, list)
     for number, table in enumerate(value if isinstance(value, list) and is_several else [value]):
@@ -126,10 +126,10 @@ def _tables(place: Place, value: object) -> Iterator[tuple[Place, Options]]:
         yield here, _options(here, table)
 
 
-def _options(place: Place, table: Mapping[str, object]) -> Options:
+def _options(place: Place, table: Mapping[str, object]) -> _Options:
     """Return what a table says; a name of several words may have `-` in it, as options have, or `_`."""
     known = _KEYS[place.table]
-    options: Options = {}
+    options: _Options = {}
     for key, value in table.items():
         here, name = replace(place, key=key), key.replace("-", "_")
         if name not in known:
@@ -143,7 +143,7 @@ def _options(place: Place, table: Mapping[str, object]) -> Options:
 
 
 def _steps(
-    top: Place, output: Path, found: Mapping[str, Sequence[tuple[Place, Options]]]
+    top: Place, output: Path, found: Mapping[str, Sequence[tuple[Place, _Options]]]
 ) -> Iterator[tuple[str, Step]]:
     """Yield the steps that are declared, what they leave out filled in from the steps before."""
     only = {name: tables[0] for name, tables in found.items()}
@@ -162,11 +162,11 @@ def _steps(
         yield f"validate{suffix}", Validate(**options)
 
 
-def _tree_of(rewriting: tuple[Place, Options] | None) -> Options:
+def _tree_of(rewriting: tuple[Place, _Options] | None) -> _Options:
     return {key: value for key, value in rewriting[1].items() if key in _TREE} if rewriting else {}
 
 
-def _targets(output: Path, tables: Sequence[tuple[Place, Options]]) -> Iterator[tuple[str, Reshard]]:
+def _targets(output: Path, tables: Sequence[tuple[Place, _Options]]) -> Iterator[tuple[str, Reshard]]:
     """Yield what is resharded to, each by what its steps' names end with."""
     names: set[str] = set()
     for place, options in tables:
@@ -182,7 +182,7 @@ def _targets(output: Path, tables: Sequence[tuple[Place, Options]]) -> Iterator[
         yield f"-{name}" if name else "", target
 
 
-def _check_mesh(place: Place, options: Options) -> None:
+def _check_mesh(place: Place, options: _Options) -> None:
     try:
         Mesh(**{axis: options[axis] for axis in ("tp", "ep", "fsdp") if axis in options})
     except UsageError as error:
@@ -197,10 +197,10 @@ def _check_foreign(place: Place, step: Reshard | Verify) -> None:
 
 
 def _each(
-    table: tuple[Place, Options] | None,
+    table: tuple[Place, _Options] | None,
     targets: Mapping[str, Reshard],
-    about: Callable[[Reshard, Options], Options],
-) -> Iterator[tuple[str, Options]]:
+    about: Callable[[Reshard, _Options], _Options],
+) -> Iterator[tuple[str, _Options]]:
     """Yield a step's options for every result of resharding, unless they name a checkpoint themselves."""
     if table is None:
         return
@@ -212,7 +212,7 @@ def _each(
         yield suffix, about(target, options)
 
 
-def _verified(target: Reshard, options: Options) -> Options:
+def _verified(target: Reshard, options: _Options) -> _Options:
     """Hold a result against its source; another stack's rank files can be read as the first of two only."""
     result = str(target.destination)
     if target.from_pattern is None or "other" in options:
@@ -221,13 +221,13 @@ def _verified(target: Reshard, options: Options) -> Options:
     return {**said, **options, "source": target.source, "other": result}
 
 
-def _validated(target: Reshard, options: Options) -> Options:
+def _validated(target: Reshard, options: _Options) -> _Options:
     """Hold a result against its source; no model is made of another stack's rank files."""
     reference = {} if target.from_pattern is not None else {"reference": target.source}
     return {**reference, **options, "source": str(target.destination)}
 
 
-def _needing(key: str, place: Place, options: Options) -> Options:
+def _needing(key: str, place: Place, options: _Options) -> _Options:
     if key not in options:
         place.refuse(f"does not say its `{key}`", f"write {key} = … below [{place.table}]")
     return options

@@ -18,8 +18,8 @@ from migrator.report.page import render
 from migrator.reshard_report import estimate_as_json, result_as_json
 from migrator.uncollected import uncollected
 from plans.errors import DestinationError
-from runtime.checkpoint.copying.estimate import estimate
-from runtime.checkpoint.files.commit import check_destination
+from runtime.checkpoint.copying.commit import check_destination
+from runtime.checkpoint.estimate import estimate
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.hub import check_repository, push

@@ -9,11 +9,24 @@ from typing import Literal
 
 from plans.mesh import Mode
 
-__all__ = ["Check", "Device", "Experts", "Job", "Layout", "Reshard", "Rewrite", "Step", "Validate", "Verify"]
+__all__ = [
+    "Check",
+    "Device",
+    "Experts",
+    "Job",
+    "Layout",
+    "Reshard",
+    "Rewrite",
+    "Step",
+    "Validate",
+    "Verify",
+    "is_hosted",
+]
 
 Layout = Literal["hf", "dcp", "ranks"]
 Experts = Literal["fused", "separate"]
 Device = Literal["cpu", "cuda", "auto"]
+_HUB = "hf://"
 _MEMORY = 256
 _TIMEOUT = 1800.0
 
@@ -188,3 +201,8 @@ class Job:
     def report(self, step: str) -> Path:
         """Return the file of a step's report for a browser."""
         return self.output / "reports" / f"{step}.html"
+
+
+def is_hosted(source: str) -> bool:
+    """Return whether a checkpoint that a step names lies on the hub."""
+    return source.startswith(_HUB)

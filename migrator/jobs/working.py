@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from migrator.formats.counts import counted
 from migrator.jobs.answers import Answer, Task
 from migrator.jobs.foreign import foreign_of
 from migrator.jobs.identity import located
@@ -34,7 +35,7 @@ def _rewrite(step: Rewrite, task: Task) -> Answer:
     report = rewritten(requests, writes=step.in_place, verifies=step.verify)
     edits = sum(len(change.edits) for change in report.changes)
     did = "rewrote" if report.written else "would rewrite"
-    said = f"{did} {_counted(edits, 'entry', 'entries')} in {_counted(len(report.changes), 'file')}"
+    said = f"{did} {counted(edits, 'entry', 'entries')} in {counted(len(report.changes), 'file')}"
     written = tuple(change.path for change in report.changes) if report.written else ()
     pending = None if report.written else patch(report.changes)
     return replace(_of_tree(report, exit_code(report), said), patch=pending, written=written)
@@ -47,7 +48,7 @@ def _check(step: Check, task: Task) -> Answer:
     requests = read_requests(step.paths, changed_only=False, base_ref=None, source=step.source, target=step.target)
     report = checked(requests)
     found = sum(one.finding.severity != "note" for one in report.everything)
-    return _of_tree(report, exit_code(report), _counted(found, "finding") if found else "clean")
+    return _of_tree(report, exit_code(report), counted(found, "finding") if found else "clean")
 
 
 def _of_tree(report: Report, code: int, said: str) -> Answer:
@@ -70,7 +71,7 @@ def _verify(step: Verify, task: Task) -> Answer:
         folders = [located(text) for text in (step.source, step.other) if text is not None]
         foreign = foreign_of(step).read(step.source)
         found = verify(*folders, max_memory=step.max_memory * _MIB, progress=task.progress, foreign=foreign)
-    said = _AGAINST[found.against] if found.ok else _counted(len(found.differences), "difference")
+    said = _AGAINST[found.against] if found.ok else counted(len(found.differences), "difference")
     return Answer(0 if found.ok else 1, said, found.to_json())
 
 
@@ -89,12 +90,8 @@ def _validate(step: Validate, task: Task) -> Answer:
         page = render(page_of(request, result))
     wrong = [part for part, check in result.checks.items() if not check.ok]
     verdict = "proven" if result.ok else f"wrong: {', '.join(wrong)}" if wrong else "not proven"
-    said = f"{verdict} on {_counted(result.world_size, 'rank')}"
+    said = f"{verdict} on {counted(result.world_size, 'rank')}"
     return Answer(0 if result.ok else 1, said, result.to_json(), page)
-
-
-def _counted(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 WORK: Mapping[type, Callable[[Any, Task], Answer]] = {

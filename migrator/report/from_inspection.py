@@ -76,6 +76,8 @@ def _findings(found: Inspection) -> Iterator[Finding]:
     for side in filter(None, (found.held, found.planned)):
         for key in side.unmatched:
             yield Finding("note", key, "the plan's entry matches nothing in this configuration")
+    for entry in found.config_changes:
+        yield Finding("warning", f"config.json: {entry.key}", f"{entry.found}, {entry.expected} when it was laid out")
     for name in found.carried:
         yield Finding("note", name, "carried: the model has no parameter for it")
     for name in found.left_behind:

@@ -8,7 +8,7 @@ from migrator.report.from_inspection import inspection_report
 from migrator.report.values import Report
 from migrator.shown import sized
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 from runtime.inspecting.inspection import describe
 from runtime.wording import counted

@@ -12,6 +12,7 @@ from plans.placement import Replicate
 from plans.plan import lookup
 from runtime.blocks.side_by_side import Block, read_blocks
 from runtime.styles.facts import WITH_HEADS
+from runtime.styles.planned import planned_placement
 from runtime.styles.registry import StyleRegistry
 from runtime.styles.style import owner_of
 
@@ -47,8 +48,7 @@ def check_cut_parts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect,
 
 def _cut(name: str, module: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> Iterator[Cut]:
     for own, parameter in module.named_parameters(recurse=False):
-        key = lookup(plan, f"{name}.{own}", is_parameter=True)
-        place = None if key is None else dialect.style(plan[key], key).placement("module", parameter.ndim, own)
+        place = planned_placement(f"{name}.{own}", "module", parameter.ndim, plan, dialect)
         if place not in (None, Replicate()) and parameter.ndim < 3:
             yield own, tuple(parameter.shape)
 

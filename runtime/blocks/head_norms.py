@@ -24,6 +24,7 @@ from plans.errors import PlanError
 from plans.placement import Replicate
 from plans.plan import key_in_plan, lookup, wildcard
 from runtime.blocks.side_by_side import Block, Projection, read_blocks
+from runtime.styles.planned import planned_placement
 from runtime.styles.registry import StyleRegistry
 
 __all__ = ["check_head_norms", "with_head_norms"]
@@ -225,9 +226,7 @@ def _whole(name: str, module: nn.Module, plan: Mapping[str, str], dialect: Diale
     """Return the shapes of a module's own parameters that the plan leaves whole, by their own names."""
     found: dict[str, tuple[int, ...]] = {}
     for own, shape in _own_shapes(module).items():
-        key = lookup(plan, f"{name}.{own}", is_parameter=True)
-        place = None if key is None else dialect.style(plan[key], key).placement("module", len(shape), own)
-        if place in (None, Replicate()):
+        if planned_placement(f"{name}.{own}", "module", len(shape), plan, dialect) in (None, Replicate()):
             found[own] = shape
     return found
 

@@ -10,6 +10,7 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import key_in_plan, lookup
+from runtime.styles.planned import planned_placement
 
 __all__ = ["Block", "Projection", "read_blocks"]
 
@@ -122,7 +123,7 @@ def _projection(name: str, child: str, linear: nn.Linear, plan: Mapping[str, str
     key = lookup(plan, name, is_parameter=False)
     style = None if key is None else dialect.style(plan[key], key)
     meaning = (style.meaning("linear") or "") if style else ""
-    weight = _weight(name, plan, dialect)
+    weight = planned_placement(f"{name}.weight", "linear", 2, plan, dialect) or Replicate()
     dim = weight.dim if isinstance(weight, (Shard, Packed)) else None
     return Projection(
         name,
@@ -136,11 +137,6 @@ def _projection(name: str, child: str, linear: nn.Linear, plan: Mapping[str, str
         and (style.output == "sharded" or meaning == _SEES_LOCAL_PARAMETERS),
         takes_slice=dim == 1 and not meaning.startswith(_SPLITS_ITS_INPUT),
     )
-
-
-def _weight(name: str, plan: Mapping[str, str], dialect: Dialect) -> Placement:
-    key = lookup(plan, f"{name}.weight", is_parameter=True)
-    return (key and dialect.style(plan[key], key).placement("linear", 2, "weight")) or Replicate()
 
 
 def _nearby(name: str, found: Mapping[str, list[Projection]]) -> tuple[Projection, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.ranks.record import EntryKind, StoredForm
+from runtime.checkpoint.record import EntryKind, StoredForm
 from runtime.extents.forms import Form
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Content:
         side: the other files.
         stored_form: of the hub form that it once came from, where that is known.
         digests: of tensors, where the checkpoint records them.
+        config: what config.json said when the checkpoint was laid out, where it records that.
         optimizer: the state of the optimizer that trained them, where it goes along.
         made: other files that go along although they do not lie in the folder, by name.
     """
@@ -66,6 +67,7 @@ class Content:
     side: SideFiles
     stored_form: StoredForm | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, object] | None = field(default=None, repr=False)
     optimizer: OptimizerState | None = None
     made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 from plans.errors import MismatchError
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
+from runtime.checkpoint.config_record import record_of
 from runtime.checkpoint.content import Content, Held, Layout
+from runtime.checkpoint.copying.new_file import NewFile
 from runtime.checkpoint.dcp.files import dcp_files
-from runtime.checkpoint.files.commit import MARKER
-from runtime.checkpoint.files.file_names import check_apart_names
-from runtime.checkpoint.files.new_file import NewFile
+from runtime.checkpoint.files.file_names import INDEX, MARKER, check_apart_names
 from runtime.checkpoint.hub.files import hub_files, index_text
 from runtime.checkpoint.hub.form import default_form
-from runtime.checkpoint.hub.hf import INDEX
 from runtime.checkpoint.optimizer.files import optimizer_files
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import lay_out as lay_out_rank
-from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
+from runtime.checkpoint.record import MANIFEST, Entry, Manifest
 from runtime.checkpoint.target import Target
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
@@ -140,6 +139,7 @@ def _manifest(content: Content, resolved: ResolvedPlan) -> Manifest:
         tensors={name: _entry(name, held, resolved) for name, held in content.tensors.items()},
         tied=content.tied,
         stored_form=content.stored_form,
+        config=record_of(content),
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from runtime.checkpoint.content import Layout
 from runtime.checkpoint.dcp.names import METADATA, shard_files
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.files.reading import reading
-from runtime.checkpoint.hub.hf import INDEX, WEIGHTS
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["layout_of"]
 

@@ -6,11 +6,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from plans.errors import IncompleteError, MismatchError
 from runtime.checkpoint.content import Content, Held
-from runtime.models.model import model_tensors, tied_names
+from runtime.models.model import model_tensors, tensor_kind, tied_names
 from runtime.wording import listed
 
 if TYPE_CHECKING:
@@ -47,7 +45,7 @@ def check_of_model(content: Content, model: PreTrainedModel) -> None:
             tensors=surplus,
         )
     for name, tensor in wanted.items():
-        expected = Held("parameter" if isinstance(tensor, nn.Parameter) else "buffer", "", tuple(tensor.shape))
+        expected = Held(tensor_kind(tensor), "", tuple(tensor.shape))
         _check_alike(content.folder, name, expected, held[name])
 
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.config_record import config_changes
 from runtime.checkpoint.content import Content
 from runtime.checkpoint.copying.clones import clones_of
-from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progress, Table, build_table
+from runtime.checkpoint.copying.commit import Say
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
 from runtime.checkpoint.copying.execution import carry_out
 from runtime.checkpoint.copying.journal import SECONDS
+from runtime.checkpoint.copying.table import Destination, Table, build_table
 from runtime.checkpoint.copying.values import Options, ReshardResult, Seconds
-from runtime.checkpoint.files.commit import Say
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.stamps import Stamp, stamps_of
 from runtime.checkpoint.foreign.source import Foreign
@@ -26,7 +28,8 @@ from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.target import Target
 from runtime.extents.forms import Form, FormError
-from runtime.models.model import read_config
+from runtime.models.config import read_config
+from runtime.models.config_entries import Differing
 from runtime.models.quantized import stored_model
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ class ReshardPlan:
         planning: seconds it took to plan.
         stamps: of the source's files, from before they were read.
         block: bytes that the disk of the result can share with the source at least; 0 where it shares none.
+        config_changes: entries by which the source's config says something else than when it was laid out.
     """
 
     content: Content
@@ -60,6 +64,7 @@ class ReshardPlan:
     planning: float
     stamps: Mapping[str, Stamp] = field(repr=False)
     block: int = 0
+    config_changes: tuple[Differing, ...] = ()
 
     @cached_property
     def bytes_shared(self) -> int:
@@ -108,6 +113,9 @@ def plan_reshard(
 ) -> ReshardPlan:
     """Plan how a checkpoint becomes another: read headers, compose the maps, prove the run table.
 
+    A config that was changed since the source was laid out goes along, for a person may have meant the change; it is
+    named, and the result keeps the record of what it was, by which `verify` and `validate` name it again.
+
     Args:
         source: a folder, of any layout.
         mesh: to lay rank files out for, where that is all there is to say.
@@ -115,12 +123,18 @@ def plan_reshard(
         foreign: how to read another stack's rank files, where the source is made of such.
 
     Raises:
-        UsageError: the target contradicts itself, or the checkpoint is quantized in a way that is not supported.
+        UsageError: a mesh is given beside a target, the target contradicts itself, or the checkpoint is quantized in
+            a way that is not supported.
         CheckpointError: the source is damaged, or does not fit its config.
         PlanError: the plan does not resolve on this model and mesh.
         MismatchError: stored shapes are not the model's, or the optimizer's state is of another model.
     """
     began = time.perf_counter()
+    if mesh is not None and target is not None:
+        raise UsageError(
+            "both a mesh and a target are given, and a target has a mesh of its own",
+            hint="give the target alone, Target(layout, mesh)",
+        )
     target = target or Target(mesh=mesh or Mesh())
     stamps = stamps_of(source)
     described = foreign.config_folder(source) if foreign else source
@@ -135,9 +149,11 @@ def plan_reshard(
         wanted = [*(row for file in laid.files for row in file.tensors), *_digested(content)]
         table = build_table(content.all_pieces, wanted)
     except FormError as error:
-        raise ConversionError(f"{source}: {error}", hint="choose another mesh size") from error
+        raise ConversionError(f"{source}: {error}", hint="choose another mesh size", source=str(source)) from error
     planning = time.perf_counter() - began
-    return ReshardPlan(content, str(config.model_type), target, laid, table, planning, stamps)
+    return ReshardPlan(
+        content, str(config.model_type), target, laid, table, planning, stamps, config_changes=config_changes(content)
+    )
 
 
 def _digested(content: Content) -> Iterator[tuple[Destination, Form]]:

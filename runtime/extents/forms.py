@@ -31,7 +31,10 @@ __all__ = [
 
 
 class FormError(ValueError):
-    """An operation is not defined for tensors of these shapes; callers know the names and say them."""
+    """An operation is not defined for tensors of these shapes; callers know the names and say them.
+
+    Every function below that takes a dim, a range, sizes or an order raises it where they are not the form's.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ def local_form(form: Form, placements: Sequence[Placement], sizes: Sequence[int]
             tensor and expert parallelism leave.
         sizes: of the mesh axes.
         coordinates: the rank's index on each mesh axis.
+
+    Raises:
+        FormError: packed groups do not divide by their axis.
     """
     for placement, size, coordinate in reversed(list(zip(placements, sizes, coordinates, strict=True))):
         form = _placed(form, placement, size, coordinate)

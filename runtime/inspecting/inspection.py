@@ -11,6 +11,7 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, Mode
 from plans.plan import wildcard
 from plans.resolved import ResolvedPlan
+from runtime.checkpoint.config_record import config_changes
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.foreign.placing import plan_of
@@ -20,12 +21,12 @@ from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
 from runtime.checkpoint.read import read_content
+from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.checkpoint.verifying.differences import read_differences
 from runtime.inspecting.laying import Laying, of_manifest, of_plan
 from runtime.inspecting.values import Inspection, OptimizerFound, Placed, StoredFile, TensorGroup
-from runtime.models.model import read_config
+from runtime.models.config import read_config
 from runtime.models.quantized import stored_model
 from runtime.planning.resolve import resolve
 
@@ -115,6 +116,7 @@ def describe(
         digests=content.digests,
         optimizer=_optimizer(content.optimizer) if content.optimizer else None,
         written_by=manifest.written_by if manifest else {},
+        config_changes=config_changes(content),
     )
 
 

@@ -13,7 +13,7 @@ from plans.plan import lookup
 from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Held
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.ranks.record import Manifest
+from runtime.checkpoint.record import Manifest
 from runtime.inspecting.slices import local_bytes
 from runtime.inspecting.values import Arrangement, Placed
 

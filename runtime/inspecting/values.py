@@ -9,8 +9,9 @@ from pathlib import Path
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 from runtime.checkpoint.content import FoundLayout
-from runtime.checkpoint.ranks.record import EntryKind
+from runtime.checkpoint.record import EntryKind
 from runtime.checkpoint.verifying.differences import Difference
+from runtime.models.config_entries import Differing
 
 __all__ = ["Arrangement", "Inspection", "OptimizerFound", "Placed", "StoredFile", "TensorGroup"]
 
@@ -156,6 +157,7 @@ class Inspection:
         digests: recorded ones by tensor.
         optimizer: where the state of one is beside it.
         written_by: versions by package, where that is recorded.
+        config_changes: entries by which config.json says to compute something else than when it was laid out.
     """
 
     folder: Path
@@ -173,6 +175,7 @@ class Inspection:
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     optimizer: OptimizerFound | None = None
     written_by: Mapping[str, str] = field(default_factory=dict)
+    config_changes: tuple[Differing, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -211,4 +214,5 @@ class Inspection:
             "digests": dict(self.digests),
             "optimizer": asdict(self.optimizer) if self.optimizer else None,
             "written_by": dict(self.written_by),
+            "config_changes": [asdict(one) for one in self.config_changes],
         }

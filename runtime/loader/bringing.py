@@ -16,7 +16,7 @@ from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, Worker, fill
 from runtime.loader.placing import Target, target_of
 from runtime.loader.reads import reads, units
 from runtime.loader.sources import Source
-from runtime.models.model import DTYPES
+from runtime.models.dtypes import DTYPES
 
 __all__ = ["bring", "default_threads"]
 

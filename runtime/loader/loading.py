@@ -16,7 +16,8 @@ from plans.errors import UsageError
 from runtime.checkpoint.content import Content
 from runtime.hub import local_folder
 from runtime.loader.bringing import bring, default_threads
-from runtime.loader.memory import Memory, check_dtype, prepare_memory
+from runtime.loader.fresh import fresh_of
+from runtime.loader.memory import Memory, check_dtype, check_room, prepare_memory
 from runtime.loader.replicated import broadcast, readers
 from runtime.loader.slots import default_device, mesh_axes, slots_of
 from runtime.loader.sources import find_source
@@ -43,14 +44,18 @@ def load(
 
     A rank reads the ranges of files that hold its own tensors: its own file where rank files are laid out as the model
     is, its slices of all others. A model on meta gets memory for what it holds and no more; one in memory is filled
-    where it is. Tied weights stay tied, and buffers that no checkpoint stores keep their values. Tensors that a
-    checkpoint carries along for no parameter are passed over.
+    where it is. Tied weights stay tied. Buffers that no checkpoint stores, tables of rotary positions say, get the
+    values of a model newly built from the same config, whatever was there; what such a model has not, or in another
+    shape, keeps its own. Tensors that a checkpoint carries along for no parameter are passed over.
+
+    What the files hold is read as it is, and no digest is checked: `migrator verify` and `migrator validate` do that.
 
     Args:
         model: parallel or not, on meta or in memory.
         checkpoint: a folder of any layout, `hf://owner/name`, or what was read of one.
-        dtype: what floating-point tensors are cast to, on their device. By default a model on meta gets what is stored,
-            and one in memory keeps its own.
+        dtype: what floating-point tensors are cast to, on their device, but for those that transformers'
+            `from_pretrained` leaves in a wider type. By default a model on meta gets what is stored, and one in memory
+            keeps its own.
         device: where a model on meta goes; by default to the device of its mesh.
         threads: that read at once; by default this rank's share of the processors.
         every_copy: whether each rank reads for itself what all hold whole, where one could send it to the others.
@@ -65,11 +70,13 @@ def load(
     slots = slots_of(model)
 
     def filled() -> tuple[Memory, dict[str, int]]:
-        check_dtype(dtype, slots)
         _check_threads(threads)
+        check_dtype(dtype)
+        fresh = fresh_of(model, slots, dtype)
+        check_room(dtype, slots, fresh.kept)
         place = torch.device(device) if device is not None else default_device(slots.values())
         source = find_source(_found(checkpoint), model, slots)
-        memory = prepare_memory(model, slots, source, place, dtype)
+        memory = prepare_memory(model, slots, source, place, dtype, fresh)
         dealt = {} if every_copy else readers(slots, memory.locals_)
         own = [name for name in slots if name not in dealt or dealt[name] == dist.get_rank()]
         bring(source, memory.locals_, own, threads or default_threads())

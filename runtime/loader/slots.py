@@ -21,9 +21,8 @@ from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors, tied_names
 from runtime.processes.backends import over_nccl
 from runtime.styles.placements import planned_placements
-from runtime.wording import listed
 
-__all__ = ["Slot", "check_buffers", "default_device", "mesh_axes", "move_buffers", "slots_of"]
+__all__ = ["Slot", "default_device", "holders_of", "mesh_axes", "slots_of"]
 
 Holder = tuple[dict[str, Any], str]
 """A table of a module's parameters or buffers, and the name in it."""
@@ -97,7 +96,7 @@ class Slot:
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:
     """Return what a checkpoint fills of a model, by name: its parameters and persistent buffers, tied ones once."""
-    tied, holders = tied_names(model), _holders(model)
+    tied, holders = tied_names(model), holders_of(model)
     tensors = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
     return {name: Slot(name, tensor, holders[id(tensor)]) for name, tensor in tensors.items()}
 
@@ -120,38 +119,7 @@ def default_device(slots: Iterable[Slot]) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def check_buffers(model: nn.Module) -> None:
-    """Refuse buffers on meta that no checkpoint stores: nothing could bring their values back.
-
-    Raises:
-        UsageError: there are some.
-    """
-    lost = [name for name, buffer in _unsaved(model).items() if buffer.is_meta]
-    if lost:
-        raise UsageError(
-            f"the buffers {listed(lost)} are on meta, and checkpoints do not store them",
-            hint="build the model with real buffers, as transformers and runtime.models.model.meta_model do, "
-            "or give them their values first",
-            buffers=lost,
-        )
-
-
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers that no checkpoint stores to a device, their values as the constructor made them."""
-    holders = _holders(model)
-    for buffer in _unsaved(model).values():
-        if buffer.device != device:
-            moved = buffer.to(device)
-            for table, name in holders[id(buffer)]:
-                table[name] = moved
-
-
-def _unsaved(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    saved = model_tensors(model)
-    return {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-
-
-def _holders(model: nn.Module) -> Mapping[int, list[Holder]]:
+def holders_of(model: nn.Module) -> Mapping[int, list[Holder]]:
     """Return where the model holds each tensor, by its identity."""
     holders: defaultdict[int, list[Holder]] = defaultdict(list)
     for module in model.modules():

@@ -16,11 +16,11 @@ from runtime.checkpoint.hub.quantized import check_dtypes
 from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.ranks.files import held_by, local, read_rank
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import Manifest
 from runtime.checkpoint.read import read_content
+from runtime.checkpoint.record import Manifest
 from runtime.extents.forms import Form, FormError, whole
 from runtime.loader.slots import Slot
-from runtime.models.model import DTYPE_NAMES, DTYPES
+from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.wording import listed
 
 if TYPE_CHECKING:

@@ -1,16 +1,15 @@
-"""Models without weights: a checkpoint's config read, its class found, its parameters built on the meta device."""
+"""Models without weights: a config's class found, its parameters built on the meta device, and their names."""
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from plans.errors import CheckpointError, DependencyError, IncompleteError, MigratorError, UsageError
+from plans.errors import CheckpointError, MigratorError, UsageError
+from runtime.models.config import quantization_of, transformers_version
 from runtime.models.on_meta import built_on_meta
 from runtime.wording import first_line
 
@@ -18,121 +17,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "DTYPES",
-    "DTYPE_NAMES",
     "build_on_meta",
-    "dtype_name",
     "meta_model",
     "model_class",
     "model_tensors",
-    "quantization_of",
-    "read_config",
+    "tensor_kind",
     "tied_names",
-    "transformers_version",
-    "unreadable",
 ]
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.complex64: "C64",
-}
-
-
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return safetensors' name of a torch dtype."""
-    return DTYPE_NAMES[dtype]
-
-
-def transformers_version() -> str:
-    """Return the installed transformers' version.
-
-    Raises:
-        DependencyError: transformers is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise DependencyError(
-            "transformers is not installed", hint="pip install 'plan-migrator[runtime]'", package="transformers"
-        ) from error
-    return str(transformers.__version__)
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a checkpoint's config.json with the installed transformers, running no code of the checkpoint's own.
-
-    Raises:
-        IncompleteError: there is no config.json, or it cannot be read.
-        CheckpointError: the file is not a config of a model type that the installed transformers knows.
-    """
-    from transformers import AutoConfig
-
-    _check_readable(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # What transformers' config classes raise is not ours to list.
-        raise CheckpointError(
-            f"{folder}/config.json: {first_line(error)}",
-            hint=f"correct the entry; transformers {transformers_version()} must know the model type, and models with "
-            "code of their own in the checkpoint are not run",
-            folder=str(folder),
-        ) from error
-    _check_dtype(config, folder)
-    # A config may name a kernel repository for its attention or experts, whose code would be fetched and run.
-    # Grouped expert kernels also ask for widths in multiples of 16 bytes, which a rank's slice need not have.
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    return config
-
-
-def _check_readable(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        # Opening a pipe would wait for whoever writes to it.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError("not a regular file")
-        path.open("rb").close()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise IncompleteError(
-            f"{folder}: no config.json",
-            hint="name a folder that save_pretrained wrote",
-            folder=str(folder),
-        ) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: Path, error: OSError) -> IncompleteError:
-    """Return the error of a file or folder that is there but cannot be read."""
-    return IncompleteError(
-        f"{path}: cannot be read: {error.strerror or error}",
-        hint="check the path and that you may read it and its folder",
-        path=str(path),
-    )
-
-
-def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
-    if not isinstance(config.dtype, torch.dtype | None):
-        raise CheckpointError(
-            f"{folder}/config.json: {config.dtype!r} is not a dtype of torch {torch.__version__}",
-            hint="set `dtype` to the one the weights were saved in, such as bfloat16",
-            dtype=str(config.dtype),
-        )
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -219,6 +110,11 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def tensor_kind(tensor: torch.Tensor) -> Literal["parameter", "buffer"]:
+    """Return which of the two one of a model's own tensors is."""
+    return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+
+
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Return each tied name of a model with the name that holds the bytes, the one transformers calls the source."""
     declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -230,21 +126,3 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if holder != name:
             tied[name] = holder
     return tied
-
-
-def quantization_of(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
-    """Return where a config, or one inside it, speaks of quantization, and what it says; None where it does not."""
-    for where, part in _parts(config, "config.json"):
-        settings: Any = getattr(part, "quantization_config", None)
-        if settings:
-            return where, settings if isinstance(settings, Mapping) else {"quant_method": repr(settings)}
-    return None
-
-
-def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Yield a config and those inside it, each with where it stands."""
-    yield where, config
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            yield from _parts(part, f"{where}: {name}")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from plans.errors import CheckpointError, UsageError
-from runtime.models.model import build_on_meta, meta_model, quantization_of
+from runtime.models.config import quantization_of
+from runtime.models.model import build_on_meta, meta_model
 from runtime.models.packed_experts import PackedExperts
 from runtime.wording import first_line
 

@@ -31,7 +31,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         On rank 0 whole tensors on the CPU by their names, tied ones as one tensor; nothing on other ranks.
 
     Raises:
-        UsageError: the model is still on meta.
+        UsageError: the model is still on meta, or a parameter is placed in a way that is no shard.
     """
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
@@ -40,7 +40,7 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         if value.is_meta:
             raise UsageError(f"{name} is on meta, it has no values", hint="load the model's weights first", name=name)
         if id(value) not in gathered:
-            whole = _whole(value) if isinstance(value, DTensor) else value.detach()
+            whole = _whole(name, value) if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if _is_first() else whole.new_empty(0)
         state[name] = gathered[id(value)]
     return state if _is_first() else {}
@@ -50,11 +50,9 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _whole(parameter: DTensor) -> torch.Tensor:
+def _whole(name: str, parameter: DTensor) -> torch.Tensor:
     """Join a parameter's pieces, those of the outermost axis first: it cut what the inner one had left."""
-    mesh, placements = parameter.device_mesh, planned_placements(parameter)
-    planned = [place for place in placements if isinstance(place, Placement)]
-    assert len(planned) == len(placements), "partial or foreign placements"
+    mesh, planned = parameter.device_mesh, _planned(name, parameter)
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
     shape, cuts = tuple(parameter.shape), []
     for axis, placement in zip(reversed(axes), reversed(planned), strict=True):
@@ -64,6 +62,19 @@ def _whole(parameter: DTensor) -> torch.Tensor:
     for axis, placement, before in reversed(cuts):
         value = _joined(value, placement, axis, before)
     return value
+
+
+def _planned(name: str, parameter: DTensor) -> list[Placement]:
+    planned: list[Placement] = []
+    for place in planned_placements(parameter):
+        if not isinstance(place, Placement):
+            raise UsageError(
+                f"{name} is placed as {place}, which is no shard of a tensor",
+                hint="sum what is partial before it is gathered; other placements are not gathered",
+                name=name,
+            )
+        planned.append(place)
+    return planned
 
 
 def _left(shape: tuple[int, ...], placement: Placement, axis: DeviceMesh) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from runtime.styles.style import Site
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["inner_placement", "parallelize"]
+__all__ = ["parallelize"]
 
 
 def parallelize(
@@ -101,6 +101,8 @@ def _resolved(
         raise UsageError(
             f"the plan is for {resolved.mesh}, the device mesh is {meshes.sizes}",
             hint="resolve the plan for this mesh, or build the mesh with device_meshes(resolved.mesh, ...)",
+            planned=resolved.mesh.to_json(),
+            found=meshes.sizes.to_json(),
         )
     _check_resolved_on(model, resolved)
     if resolved.mesh.tp > 1:
@@ -112,7 +114,7 @@ def _resolved(
     return resolved
 
 
-def inner_placement(parameter: ResolvedParameter) -> Placement:
+def _inner_placement(parameter: ResolvedParameter) -> Placement:
     """Return a parameter's placement on the axis that plan entries shard over."""
     return parameter.placements[-1]
 
@@ -131,7 +133,7 @@ def _mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: 
 
 def _warn_of_whole_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
     """Say so where the plan that a model's classes write down cuts none of its layers."""
-    cut = [row.name for row in resolved.parameters if inner_placement(row) != Replicate() and row.kind == "parameter"]
+    cut = [row.name for row in resolved.parameters if _inner_placement(row) != Replicate() and row.kind == "parameter"]
     if resolved.mesh.tp > 1 and resolved.plan and all(name == wildcard(name) for name in cut):
         warnings.warn(
             f"{type(model).__name__}: the plan cuts {', '.join(cut) or 'nothing'} only, every rank holds and computes "
@@ -147,7 +149,9 @@ def _axis_of(row: ResolvedParameter) -> str:
 def _check_plain(model: nn.Module) -> None:
     if is_parallel(model):
         raise UsageError(
-            f"this {type(model).__name__} is parallel already", hint="build the model anew and parallelize it once"
+            f"this {type(model).__name__} is parallel already",
+            hint="build the model anew and parallelize it once",
+            model=type(model).__name__,
         )
 
 
@@ -166,13 +170,13 @@ def _check_resolved_on(model: nn.Module, resolved: ResolvedPlan) -> None:
 
 def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
     for row in resolved.parameters:
-        if row.kind == "parameter" and inner_placement(row) != Replicate():
+        if row.kind == "parameter" and _inner_placement(row) != Replicate():
             assert row.style is not None
             assert row.key is not None
             owner, _, name = row.name.rpartition(".")
             axis = meshes.axis(_axis_of(row))
             site = Site(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
-            styles.style(row.style, row.key).shard(site, name, inner_placement(row))
+            styles.style(row.style, row.key).shard(site, name, _inner_placement(row))
     for row in resolved.parameters:
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.ranks.record import Manifest
+from runtime.checkpoint.record import Manifest
 from runtime.extents.forms import whole
 from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors

@@ -18,7 +18,8 @@ from plans.mesh import MODES, Mode
 from plans.plan import wildcard
 from runtime.blocks.head_norms import with_head_norms
 from runtime.models.architectures import default_architectures
-from runtime.models.model import meta_model, transformers_version
+from runtime.models.config import transformers_version
+from runtime.models.model import meta_model
 from runtime.planning.experts_layout import read_layout
 from runtime.planning.key_checks import check_model
 from runtime.planning.sequence_plan import sequence_plan

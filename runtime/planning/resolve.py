@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,8 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import lookup, wildcard
 from plans.resolved import Kind, ResolvedParameter, ResolvedPlan
 from plans.style import Style
-from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import model_tensors, tensor_kind, tied_names
 from runtime.planning.key_checks import check_entries, check_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.plan_checks import (
@@ -123,7 +125,7 @@ def _resolve_tensor(
     scale: Scale | None,
 ) -> ResolvedParameter:
     tensor = tensors[name]
-    kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+    kind = tensor_kind(tensor)
     decided = scale.weight if scale else name
     key = lookup(plan.entries, decided, is_parameter=True) if kind == "parameter" else None
     placement = None if key is None else _placement(tensors, name, module, dialect.style(plan.entries[key], key), scale)
@@ -185,11 +187,4 @@ def _as_tied(found: ResolvedParameter, target: ResolvedParameter) -> ResolvedPar
             hint="give both entries styles with one placement, or untie the weights",
             names=[found.name, target.name],
         )
-    return ResolvedParameter(
-        **{
-            **{name: getattr(found, name) for name in found.__dataclass_fields__},
-            "kind": "tied",
-            "reason": f"the same tensor as {target.name}",
-            "tied_to": target.name,
-        }
-    )
+    return replace(found, kind="tied", reason=f"the same tensor as {target.name}", tied_to=target.name)

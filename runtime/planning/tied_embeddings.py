@@ -10,6 +10,7 @@ from plans.dialect import Dialect
 from plans.placement import Placement, Shard
 from plans.plan import lookup, wildcard
 from runtime.models.model import tied_names
+from runtime.styles.planned import planned_placement
 from runtime.styles.style import owner_of
 
 __all__ = ["with_tied_embeddings"]
@@ -37,8 +38,5 @@ def with_tied_embeddings(model: nn.Module, plan: Mapping[str, str], dialect: Dia
 
 
 def _placement(model: nn.Module, name: str, plan: Mapping[str, str], dialect: Dialect) -> Placement | None:
-    key = lookup(plan, name, is_parameter=True)
-    if key is None:
-        return None
-    module, _, parameter = name.rpartition(".")
-    return dialect.style(plan[key], key).placement(owner_of(model.get_submodule(module)), 2, parameter)
+    owner = owner_of(model.get_submodule(name.rpartition(".")[0]))
+    return planned_placement(name, owner, 2, plan, dialect)

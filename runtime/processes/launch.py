@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -33,28 +32,38 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 @dataclass(frozen=True)
 class _Worker:
+    """A started rank, and the descriptor of the file that it writes to."""
+
     rank: int
     process: subprocess.Popen[bytes]
-    log: Path
+    log: int
 
     def last_lines(self) -> list[str]:
-        lines = self.log.read_text("utf-8", "replace").splitlines()
+        # Read in place: the worker has the same position in the file, and writes on from there.
+        lines = os.pread(self.log, os.fstat(self.log).st_size, 0).decode("utf-8", "replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
 
 
 def launch(
-    world_size: int, command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None
+    world_size: int,
+    command: Sequence[str],
+    *,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    files: Sequence[int] = (),
 ) -> None:
     """Run a command as `world_size` ranks of one process group and wait for all of them.
 
     The command finds the variables that torchrun sets, so the same command also runs under torchrun. What it
-    prints goes to log files; the last lines of a rank that fails become part of the error.
+    prints goes to log files; the last lines of a rank that fails become part of the error. The files have no names, so
+    that nothing of them is left however this process ends.
 
     Args:
         world_size: processes to start.
         command: program and arguments, the same for every rank.
         timeout: seconds after which all are killed.
         environment: variables to add for every rank.
+        files: descriptors that every rank inherits, under the same numbers.
 
     Raises:
         WorkerError: a rank failed, died or was too slow; all others have been ended.
@@ -62,20 +71,17 @@ def launch(
     # This process holds the store of the rendezvous, so no port is chosen that another process might take.
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     shared = _shared_environment(world_size, store.port) | dict(environment or {})
-    with tempfile.TemporaryDirectory(prefix="migrator-") as logs, ExitStack() as running:
-        workers = [
-            running.enter_context(_started(rank, command, shared, Path(logs, f"rank-{rank}.log")))
-            for rank in range(world_size)
-        ]
+    with ExitStack() as running:
+        workers = [running.enter_context(_started(rank, command, shared, files)) for rank in range(world_size)]
         _wait(workers, timeout)
 
 
 @contextmanager
-def _started(rank: int, command: Sequence[str], shared: Mapping[str, str], log: Path) -> Iterator[_Worker]:
+def _started(rank: int, command: Sequence[str], shared: Mapping[str, str], files: Sequence[int]) -> Iterator[_Worker]:
     """Start one rank in a session of its own, and end whatever of it still runs on the way out."""
     environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     with (
-        log.open("wb") as output,
+        tempfile.TemporaryFile() as output,
         subprocess.Popen(
             command,
             env=environment,
@@ -83,10 +89,11 @@ def _started(rank: int, command: Sequence[str], shared: Mapping[str, str], log: 
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=files,
         ) as process,
     ):
         try:
-            yield _Worker(rank, process, log)
+            yield _Worker(rank, process, output.fileno())
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

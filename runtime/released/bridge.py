@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from plans.errors import IndivisibleError, PlanError, UsageError
 from plans.placement import Packed, Placement, Replicate
 from plans.style import Style
-from runtime.models.model import transformers_version
+from runtime.models.config import transformers_version
 from runtime.parallel.hooks import wrapped
 from runtime.planning.plan import runtime_dialect
 from runtime.released.support import OWN_PATH, Support

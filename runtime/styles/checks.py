@@ -22,7 +22,11 @@ __all__ = [
 
 
 def rope_width(site: Site) -> int:
-    """Return how wide the shared rope key is, as the attention itself says, or else the config; layers may differ."""
+    """Return how wide the shared rope key is, as the attention itself says, or else the config; layers may differ.
+
+    Raises:
+        PlanError: neither does.
+    """
     width = getattr(site.owner, "qk_rope_head_dim", None)
     if width is None:
         config = getattr(site.config, "get_text_config", lambda: None)()
@@ -33,14 +37,22 @@ def rope_width(site: Site) -> int:
 
 
 def check_rope(site: Site) -> None:
-    """Refuse what is no projection, or one of whose output nothing says how wide the shared rope key is."""
+    """Refuse what is no projection, or one of whose output nothing says how wide the shared rope key is.
+
+    Raises:
+        PlanError: it is one of these.
+    """
     if not hasattr(site.module, "out_features"):
         raise refuse(site, "which has no out_features", hint="use this style on attention's first latent projection")
     rope_width(site)
 
 
 def check_colwise(site: Site) -> None:
-    """Refuse what is no Linear cut along its output, bias too."""
+    """Refuse what is no Linear cut along its output, bias too.
+
+    Raises:
+        PlanError: it is none.
+    """
     if not hasattr(site.module, "out_features"):
         raise refuse(site, "which has no out_features", hint="use this style on Linear layers only")
     expect_weight(site, Shard(0))
@@ -49,7 +61,11 @@ def check_colwise(site: Site) -> None:
 
 
 def check_packed_colwise(site: Site) -> None:
-    """Refuse what is no Linear cut along its output in two groups, bias too."""
+    """Refuse what is no Linear cut along its output in two groups, bias too.
+
+    Raises:
+        PlanError: it is none.
+    """
     if not hasattr(site.module, "out_features"):
         raise refuse(site, "which has no out_features", hint="name the parameter itself in the plan")
     expect_weight(site, Packed(0, 2))
@@ -59,7 +75,11 @@ def check_packed_colwise(site: Site) -> None:
 
 
 def check_rowwise(site: Site) -> None:
-    """Refuse what is no Linear cut along its input, or has a bias that is cut."""
+    """Refuse what is no Linear cut along its input, or has a bias that is cut.
+
+    Raises:
+        PlanError: it is one of these.
+    """
     if not hasattr(site.module, "in_features"):
         raise refuse(site, "which has no in_features", hint="use this style on Linear layers only")
     expect_weight(site, Shard(1))
@@ -68,7 +88,11 @@ def check_rowwise(site: Site) -> None:
 
 
 def check_embedding(placement: Shard) -> Callable[[Site], None]:
-    """Return a check that refuses what is no embedding laid out so."""
+    """Return a check that refuses what is no embedding laid out so.
+
+    Raises:
+        PlanError: by the check, where it is none.
+    """
 
     def check(site: Site) -> None:
         if not isinstance(site.module, nn.Embedding):
@@ -81,7 +105,11 @@ def check_embedding(placement: Shard) -> Callable[[Site], None]:
 
 
 def check_partial(site: Site) -> None:
-    """Refuse a module whose output is whole, which a sum would multiply."""
+    """Refuse a module whose output is whole, which a sum would multiply.
+
+    Raises:
+        PlanError: nothing of it is sharded.
+    """
     if not has_sharded(site.module, recurse=True):
         raise refuse(
             site,

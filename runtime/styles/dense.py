@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Shard
 from runtime.extents.forms import chunk_bounds
+from runtime.styles.arguments import by_place, called, with_summed_gradients
 from runtime.styles.checks import (
     check_colwise,
     check_embedding,
@@ -21,7 +22,7 @@ from runtime.styles.checks import (
     check_rowwise,
     rope_width,
 )
-from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, all_reduce_gradients, split
+from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, split
 from runtime.styles.facts import WITH_HEADS, Own
 from runtime.styles.placements import local_tensor
 from runtime.styles.sliced import gathered
@@ -31,7 +32,6 @@ __all__ = [
     "DENSE_STYLES",
     "expect_slice",
     "own_vectors",
-    "sum_gradients",
     "summed_parameters",
     "without_bias",
 ]
@@ -100,24 +100,15 @@ def mla_kv_a_proj(site: Site, run: Run, *args: object, **kwargs: object) -> torc
 
 def sum_output(site: Site, run: Run, *args: object, **kwargs: object) -> torch.Tensor:
     """Partial output summed; inputs that the module's own sharded parameters use get their gradients summed."""
-    if has_sharded(site.module, recurse=False):
-        args, kwargs = sum_gradients(site, args, kwargs)
-    return all_reduce(expect_tensor(site, run(*args, **kwargs)), site.axis)
+    if not has_sharded(site.module, recurse=False):
+        return all_reduce(expect_tensor(site, run(*args, **kwargs)), site.axis)
+    positional, named = called(with_summed_gradients(by_place(args, kwargs), site.axis), len(args))
+    return all_reduce(expect_tensor(site, run(*positional, **named)), site.axis)
 
 
 def local_params(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """Nothing but the module's own sharded parameters seen as local tensors."""
     return run(*args, **kwargs)
-
-
-def sum_gradients(
-    site: Site, args: tuple[object, ...], kwargs: dict[str, object], kept: int | str | None = None
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the arguments with every tensor's gradient summed over the axis, but the one at `kept`."""
-    values: dict[int | str, object] = dict([*enumerate(args), *kwargs.items()])
-    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor) and place != kept}
-    values |= dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), site.axis), strict=True))
-    return tuple(values[place] for place in range(len(args))), {name: values[name] for name in kwargs}
 
 
 @contextmanager
@@ -175,7 +166,11 @@ def _lookup(site: Site, run: Run, tokens: torch.Tensor, length: int) -> torch.Te
 
 
 def expect_slice(site: Site, inputs: torch.Tensor) -> None:
-    """Refuse an input that is not this rank's slice; another plan entry should have left it so."""
+    """Refuse an input that is not this rank's slice; another plan entry should have left it so.
+
+    Raises:
+        PlanError: it has another width.
+    """
     width = _weight(site).shape[1]
     _, length = chunk_bounds(width, site.axis.size(), site.axis.get_local_rank())
     if inputs.shape[-1] != length:

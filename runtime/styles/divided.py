@@ -32,7 +32,11 @@ def divided_count(module: nn.Module) -> int | None:
 
 
 def check_divided(site: Site) -> None:
-    """Refuse experts that are not divided, or of which a rank holds some parameters for others than its own."""
+    """Refuse experts that are not divided, or of which a rank holds some parameters for others than its own.
+
+    Raises:
+        PlanError: they are such.
+    """
     count = divided_count(site.module)
     if count is None:
         raise refuse(

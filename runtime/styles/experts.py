@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from plans.placement import Replicate
+from runtime.styles.arguments import by_place, called, with_summed_gradients
 from runtime.styles.collectives import all_reduce
-from runtime.styles.dense import sum_gradients
 from runtime.styles.divided import check_divided, is_divided
 from runtime.styles.facts import Own
 from runtime.styles.placements import placement_of
@@ -27,8 +27,8 @@ def experts_all_reduce(site: Site, run: Run, *args: object, **kwargs: object) ->
     Under expert parallelism the router's hook has masked the routing weights and sums their gradients.
     """
     kept = routing_of(args, kwargs).weights if is_divided(site.module) else None
-    args, kwargs = sum_gradients(site, args, kwargs, kept)
-    return all_reduce(run_experts(site, run, args, kwargs), site.axis)
+    values = with_summed_gradients(by_place(args, kwargs), site.axis, kept)
+    return all_reduce(run_experts(site, run, *called(values, len(args))), site.axis)
 
 
 def identity_expert(site: Site, run: Run, inputs: torch.Tensor, *args: object, **kwargs: object) -> object:

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
-from runtime.styles.collectives import all_reduce, all_reduce_gradient, all_reduce_gradients, depend
+from runtime.styles.arguments import Place, by_place, called, with_summed_gradients
+from runtime.styles.collectives import all_reduce, all_reduce_gradient, depend
 from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
 from runtime.styles.facts import Own
 from runtime.styles.placements import local_tensor
@@ -29,12 +30,12 @@ class Routing:
     """Where a call's arguments, or a router's outputs, hold the routing.
 
     Args:
-        index: position or name of the chosen experts, `[tokens, top_k]` integers.
-        weights: position or name of their weights, of the same shape.
+        index: place of the chosen experts, `[tokens, top_k]` integers.
+        weights: place of their weights, of the same shape.
     """
 
-    index: int | str
-    weights: int | str
+    index: Place
+    weights: Place
 
 
 def whole_experts(site: Site, name: str, placement: Placement) -> None:
@@ -49,11 +50,11 @@ def whole_experts(site: Site, name: str, placement: Placement) -> None:
 
 def dispatch_experts(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """Mask and renumber the routing inside the experts' hook, run the local experts, sum over the ranks."""
-    values = _summed(site, args, kwargs)
+    values = with_summed_gradients(by_place(args, kwargs), site.axis)
     routing = routing_of(args, kwargs)
     index, weights = _localized(site, values[routing.index], values[routing.weights], _local_experts(site, site.module))
     values |= {routing.index: index, routing.weights: weights}
-    return all_reduce(run_experts(site, run, *_called(values, len(args))), site.axis)
+    return all_reduce(run_experts(site, run, *called(values, len(args))), site.axis)
 
 
 def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[str, object]) -> torch.Tensor:
@@ -62,13 +63,13 @@ def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[st
     Such a rank would have no gradient for them, and whatever then works on all gradients, as clipping does, would call
     other collectives there than elsewhere.
     """
-    values = _by_place(args, kwargs)
+    values = by_place(args, kwargs)
     if is_divided(site.module) and _counts_strictly(site.module):
         index = routing_of(args, kwargs).index
         chosen = values[index]
         assert isinstance(chosen, torch.Tensor)
         values[index] = chosen.clamp(max=_local_experts(site, site.module) - 1)
-    positional, named = _called(values, len(args))
+    positional, named = called(values, len(args))
     output: torch.Tensor = run(*positional, **named)
     if output.requires_grad or not torch.is_grad_enabled():
         return output
@@ -81,7 +82,11 @@ def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[st
 
 
 def route(site: Site, run: Run, *args: object, **kwargs: object) -> object:
-    """Mask and renumber a router's choices; the gradient of its scores, used in part, is summed."""
+    """Mask and renumber a router's choices; the gradient of its scores, used in part, is summed.
+
+    Raises:
+        PlanError: the router returns no scores with the numbers of experts.
+    """
     outputs = run(*args, **kwargs)
     if not isinstance(outputs, tuple):
         raise refuse(site, "which does not return scores and indices", hint="drop the entry, use ep_dispatch_experts")
@@ -100,7 +105,7 @@ def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
     Raises:
         PlanError: there is no such pair.
     """
-    values = _by_place(args, kwargs)
+    values = by_place(args, kwargs)
     tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
     chosen = [place for place, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
     if len(chosen) == 1:
@@ -116,23 +121,6 @@ def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
         + ", ".join(f"{list(value.shape)} {value.dtype}" for value in tensors.values()),
         hint="expert parallel styles need `[tokens, top_k]` expert numbers and weights of the same shape",
     )
-
-
-def _summed(site: Site, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
-    values = _by_place(args, kwargs)
-    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
-    return values | dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), site.axis), strict=True))
-
-
-def _by_place(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[int | str, object]:
-    values: dict[int | str, object] = dict(enumerate(args))
-    return values | dict(kwargs)
-
-
-def _called(values: Mapping[int | str, object], positional: int) -> tuple[list[object], dict[str, object]]:
-    """Return arguments by place as positional and named ones."""
-    named = {place: value for place, value in values.items() if isinstance(place, str)}
-    return [values[place] for place in range(positional)], named
 
 
 def _counts_strictly(module: nn.Module) -> bool:

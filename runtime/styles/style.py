@@ -160,7 +160,11 @@ def refuse(site: Site, why: str, hint: str) -> PlanError:
 
 
 def expect_tensor(site: Site, output: object) -> torch.Tensor:
-    """Return a module's output, refused where it is not one tensor; all ranks get here alike, before they sum it."""
+    """Return a module's output, refused where it is not one tensor; all ranks get here alike, before they sum it.
+
+    Raises:
+        PlanError: it is not.
+    """
     if isinstance(output, torch.Tensor):
         return output
     raise refuse(
@@ -171,7 +175,11 @@ def expect_tensor(site: Site, output: object) -> torch.Tensor:
 
 
 def expect_weight(site: Site, *accepted: Placement) -> None:
-    """Refuse a module whose weight is not laid out as the style's forward takes for granted."""
+    """Refuse a module whose weight is not laid out as the style's forward takes for granted.
+
+    Raises:
+        PlanError: its placement is none of those accepted.
+    """
     found = placement_of(site.parameter("weight"))
     if found not in accepted:
         wanted = " or ".join(str(placement) for placement in accepted)

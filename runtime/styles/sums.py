@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
@@ -21,7 +20,7 @@ _INSTEAD = {
 
 
 @dataclass(frozen=True)
-class Hooked:
+class _Hooked:
     """A hooked module and its style."""
 
     site: Site
@@ -68,11 +67,11 @@ def check_own_parameters(sites: Sequence[Site], styles: Mapping[str, ParallelSty
                 raise _refused(one.site, name, parameter)
 
 
-def _hooked(sites: Sequence[Site], styles: Mapping[str, ParallelStyle]) -> list[Hooked]:
-    return [Hooked(site, styles[site.style]) for site in sites if styles[site.style].around is not None]
+def _hooked(sites: Sequence[Site], styles: Mapping[str, ParallelStyle]) -> list[_Hooked]:
+    return [_Hooked(site, styles[site.style]) for site in sites if styles[site.style].around is not None]
 
 
-def _whole_below(summing: Hooked, hooked: Sequence[Hooked]) -> Hooked | None:
+def _whole_below(summing: _Hooked, hooked: Sequence[_Hooked]) -> _Hooked | None:
     for one in hooked:
         gives_whole = one.style.gives in ("whole", "sequence") and has_sharded(one.site.module, recurse=False)
         if _is_below(one.site, summing.site) and (gives_whole or one.style.sums != "nothing"):
@@ -80,20 +79,16 @@ def _whole_below(summing: Hooked, hooked: Sequence[Hooked]) -> Hooked | None:
     return None
 
 
-def _accepted(one: Hooked, parameter: DTensor, hooked: Sequence[Hooked]) -> bool:
+def _accepted(one: _Hooked, parameter: DTensor, hooked: Sequence[_Hooked]) -> bool:
     owner, place = owner_of(one.site.module), placement_of(parameter)
     fitting = [own for own in one.style.own if own.accepts(owner, place, parameter.ndim)]
     return any(not own.below_sum or _is_summed_above(one.site, hooked) for own in fitting)
 
 
-def _is_summed_above(site: Site, hooked: Sequence[Hooked]) -> bool:
+def _is_summed_above(site: Site, hooked: Sequence[_Hooked]) -> bool:
     """Say whether all of a module's parameters are cut and an entry above sums what comes of them."""
-    cut = all(isinstance(parameter, DTensor) for parameter in _parameters(site.module))
+    cut = all(isinstance(parameter, DTensor) for parameter in site.module.parameters(recurse=False))
     return cut and any(above.style.sums == "its parts" and _is_below(site, above.site) for above in hooked)
-
-
-def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters(recurse=False)
 
 
 def _is_below(site: Site, above: Site) -> bool:

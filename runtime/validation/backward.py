@@ -50,6 +50,10 @@ def check_backward(
     Returns:
         What was found, or why nothing could be compared.
     """
+    # The reference goes first: where a model has no gradients at all, its plan is not to blame.
+    expected = reference.attempt(lambda model: backward(model, tokens, request.seed))
+    if isinstance(expected, Failed):
+        return f"the unsharded model has no gradients: {expected.reason}"
     found = attempt(lambda: backward(model, tokens, request.seed))
     if isinstance(found, Failed):
         if found.lacks_memory:
@@ -57,9 +61,6 @@ def check_backward(
             return f"rank {found.rank} has no memory for gradients: {found.reason}"
         mismatch = Mismatch("backward", "gradients", found.reason, found.rank)
         return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
-    expected = reference.attempt(lambda model: backward(model, tokens, request.seed))
-    if isinstance(expected, Failed):
-        return f"the unsharded model has no gradients: {expected.reason}"
     rows: list[list[_Row]] = gather_json(_errors(model, resolved, reference))
     return _judged(rows, _WIDER * request.tolerance)
 

@@ -13,7 +13,7 @@ from torch import nn
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 from runtime.extents.forms import whole
 from runtime.extents.shards import local_form
 from runtime.models.model import model_tensors

@@ -20,7 +20,7 @@ from runtime.validation.values import Check
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AsStored", "as_stored", "check_forward", "expected_output", "outputs"]
+__all__ = ["AsStored", "as_stored", "check_comparable", "check_forward", "expected_output", "outputs"]
 
 _ROUNDING = 3.0
 """How many times the unsharded model's rounding error a parallel model may have: it adds up rounded parts."""
@@ -58,39 +58,51 @@ def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> Output | Failed[Out
     return found
 
 
-def expected_output(reference: Reference, tokens: torch.Tensor, found: Output, source: Path) -> torch.Tensor:
+def expected_output(reference: Reference, tokens: torch.Tensor, source: Path) -> Output:
     """Return what the reference computes, on every rank; every rank calls this.
 
+    It goes before the parallel model: where a model cannot run at all, its plan is not to blame.
+
     Raises:
-        UsageError: it cannot run on the tokens, or computes something else than the parallel model.
+        UsageError: it cannot run on the tokens.
     """
     with torch.no_grad():
         expected = reference.attempt(lambda model: run(model, tokens))
     if isinstance(expected, Failed):
         raise _other(source, f"the unsharded model cannot run on these tokens: {expected.reason}")
-    kind = gather_json((expected.name, list(expected.tensor.shape)) if expected else None)[0]
-    if kind != [found.name, list(found.tensor.shape)]:
-        raise _other(source, f"{kind[0]} are {kind[1]}, those of the folder, {found.name}, {list(found.tensor.shape)}")
-    return reference.share(expected.tensor if expected else None)
+    name: str = gather_json(expected.name if expected else None)[0]
+    return Output(name, reference.share(expected.tensor if expected else None))
+
+
+def check_comparable(found: Output, expected: Output, source: Path) -> None:
+    """Refuse a reference that computes something else than the parallel model.
+
+    Raises:
+        UsageError: it does.
+    """
+    kinds = [(output.name, list(output.tensor.shape)) for output in (expected, found)]
+    if kinds[0] != kinds[1]:
+        (name, shape), (other, others) = kinds
+        raise _other(source, f"{name} are {shape}, those of the folder, {other}, {others}")
 
 
 def as_stored(model: PreTrainedModel, reference: Reference, tokens: torch.Tensor, dtype: str) -> AsStored | str:
-    """Run both models, loaded in the checkpoint's own type; every rank calls this.
+    """Run both models, loaded in the checkpoint's own type, the reference first; every rank calls this.
 
     Returns:
         What they computed, or why the unsharded one did not.
     """
-    found = outputs(model, tokens)
     with torch.no_grad():
         expected = reference.attempt(lambda model: run(model, tokens).tensor)
     if isinstance(expected, Failed):
         return f"the unsharded model does not run in {dtype}: {expected.reason}"
-    return AsStored(dtype, found, reference.share(expected))
+    shared = reference.share(expected)
+    return AsStored(dtype, outputs(model, tokens), shared)
 
 
 def check_forward(
     found: Output | Failed[Output],
-    expected: torch.Tensor | None,
+    expected: torch.Tensor,
     tolerance: float,
     against: str,
     stored: AsStored | None = None,
@@ -99,13 +111,12 @@ def check_forward(
 
     Args:
         found: by the parallel model.
-        expected: by the reference; None where the parallel model computed nothing.
+        expected: by the reference.
         tolerance: relative to the largest of the reference's outputs.
         against: what the reference is, in words.
         stored: outputs in the checkpoint's own type, where that is another.
     """
-    if isinstance(found, Failed) or expected is None:
-        assert isinstance(found, Failed)
+    if isinstance(found, Failed):
         return _nothing(
             Mismatch("forward", "an output", found.reason, found.rank), f"rank {found.rank}: {found.reason}"
         )

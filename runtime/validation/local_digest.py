@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.verifying.tensor_digest import tensor_digest
 from runtime.extents.forms import Form, row_major, unravel
 

@@ -9,15 +9,15 @@ import torch.distributed as dist
 
 from plans.errors import PlanError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.ranks.record import Manifest
-from runtime.models.model import DTYPES
+from runtime.checkpoint.record import Manifest
+from runtime.models.dtypes import DTYPES
 from runtime.processes.agreement import gather_json, together
 from runtime.styles import StyleRegistry
 from runtime.validation.attempt import Failed
 from runtime.validation.backward import check_backward
 from runtime.validation.content import check_content
 from runtime.validation.findings import Findings
-from runtime.validation.forward import AsStored, as_stored, check_forward, expected_output, outputs
+from runtime.validation.forward import AsStored, as_stored, check_comparable, check_forward, expected_output, outputs
 from runtime.validation.generation import check_generation
 from runtime.validation.model import (
     Parallel,
@@ -31,7 +31,7 @@ from runtime.validation.outputs import tokens_of
 from runtime.validation.reference import Reference, load_reference
 from runtime.validation.request import ValidationRequest
 from runtime.validation.room import give_back, has_room
-from runtime.validation.same_as_reference import compare_configs, compare_tensors
+from runtime.validation.same_as_reference import compare_configs, compare_record, compare_tensors
 from runtime.validation.source import stored_dtypes
 from runtime.validation.values import PARTS, Check
 
@@ -101,13 +101,11 @@ def _parallel(
 
 
 def _structure(request: ValidationRequest, parallel: Parallel, content: Content) -> Check:
-    """Hold the loaded model against its plan, and its config against the reference's."""
-    found = check_loaded(parallel, content)
-    reference = request.reference
-    if reference is None:
-        return found
-    unlike = together(lambda: compare_configs(request.folder, reference))
-    return replace(found, mismatches=(*found.mismatches, *unlike))
+    """Hold the loaded model against its plan, and its config against the recorded one and the reference's."""
+    found, reference = check_loaded(parallel, content), request.reference
+    changed = together(lambda: compare_record(content))
+    unlike = together(lambda: compare_configs(request.folder, reference)) if reference else []
+    return replace(found, mismatches=(*found.mismatches, *changed, *unlike))
 
 
 def _as_stored(
@@ -139,10 +137,12 @@ def _compute(
             findings.add("content", compare_tensors(findings.checks["content"], content, request.reference))
     tokens = tokens_of(model, request)
     with findings.timed("forward"):
+        expected = expected_output(reference, tokens, source)
         found = outputs(model, tokens)
-        expected = None if isinstance(found, Failed) else expected_output(reference, tokens, found, source)
-        findings.add("forward", check_forward(found, expected, request.tolerance, reference.words, stored))
-    if expected is None:
+        if not isinstance(found, Failed):
+            check_comparable(found, expected, source)
+        findings.add("forward", check_forward(found, expected.tensor, request.tolerance, reference.words, stored))
+    if isinstance(found, Failed):
         findings.skip("the forward failed", *PARTS[3:])
         return
     with findings.timed("backward"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +15,8 @@ from plans.errors import PlanError, UsageError
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.ranks.record import Manifest
+from runtime.checkpoint.files.reading import open_regular
+from runtime.checkpoint.record import Manifest
 from runtime.loader.loading import load
 from runtime.models.model import meta_model
 from runtime.parallel.mesh import device_meshes
@@ -116,8 +119,10 @@ def check_inputs(request: ValidationRequest) -> None:
 
     Raises:
         UsageError: it is one of these.
-        CheckpointError: a config cannot be read.
+        CheckpointError: a config, or what transformers reads beside it, cannot be read.
     """
+    for folder in filter(None, (request.folder, request.reference)):
+        _check_generation(folder)
     model = meta_model(config_in(request.folder, torch.float32))
     if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
         raise UsageError(
@@ -127,6 +132,14 @@ def check_inputs(request: ValidationRequest) -> None:
         )
     if request.reference is not None:
         check_reference(request.folder, request.reference, model)
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse settings of generation that are a pipe, say: transformers passes over them without a word, or waits."""
+    path = folder / "generation_config.json"
+    if os.path.lexists(path):
+        with open_regular(path):
+            pass
 
 
 def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:

@@ -15,14 +15,15 @@ def main(arguments: list[str]) -> NoReturn:
     """Run as a worker of `runtime.validation.worker`; nothing heavy is imported before the parent is watched.
 
     Args:
-        arguments: the parent's process id, a request in JSON, and the file that rank 0 writes the answer to.
+        arguments: the parent's process id, a request in JSON, and the descriptor of the file that rank 0 writes
+            the answer to.
     """
     parent, request, answer = arguments
     end_with(int(parent))
     try:
         from runtime.validation.worker import work
 
-        work(request, answer)
+        work(request, int(answer))
     except BaseException:
         traceback.print_exc()
         leave(1)

@@ -19,7 +19,8 @@ from plans.errors import CheckpointError, IncompleteError, MigratorError, Mismat
 from plans.mesh import Mesh
 from runtime.checkpoint.layout import layout_of
 from runtime.loader.loading import load
-from runtime.models.model import meta_model, model_class, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model, model_class
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
+from runtime.checkpoint.record import MANIFEST, Manifest
 
 __all__ = ["Device", "ValidationRequest", "check_mesh", "recorded", "wanted_mesh"]
 

@@ -5,7 +5,6 @@ The few tokens that models are run on reach neither every row of an embedding no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from plans.errors import UsageError
+from runtime.checkpoint.config_record import CONFIG, config_changes, read_entries
 from runtime.checkpoint.content import Content
-from runtime.models.model import meta_model, model_tensors, read_config
+from runtime.models.config_entries import Differing, compare_entries
+from runtime.models.model import meta_model, model_tensors
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import together
 from runtime.validation.content import shared_digests
@@ -26,17 +27,7 @@ from runtime.wording import listed
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_reference", "compare_configs", "compare_tensors"]
-
-_NOT_COMPUTED_BY = frozenset(
-    {
-        *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
-        *("bos_token_id", "eos_token_id", "initializer_range", "use_cache"),
-        *("id2label", "label2id", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
-        "router_aux_loss_coef",
-    }
-)
-"""Entries of a config that change no output, gradient or greedy token."""
+__all__ = ["check_reference", "compare_configs", "compare_record", "compare_tensors"]
 
 
 def check_reference(folder: Path, reference: Path, model: PreTrainedModel) -> None:
@@ -72,15 +63,21 @@ def compare_configs(folder: Path, reference: Path) -> list[Mismatch]:
     Raises:
         CheckpointError: a config cannot be read.
     """
-    tables = [read_config(one).to_dict() for one in (folder, reference)]
-    # What only one of them has at the top its class does not know, and fills what it knows in with its defaults.
-    known = (tables[0].keys() & tables[1].keys()) - _NOT_COMPUTED_BY
-    found, expected = (dict(_entries({key: table[key] for key in table if key in known})) for table in tables)
-    return [
-        Mismatch(f"config.json: {key}", f"{expected.get(key)!r}, as in the reference", repr(found.get(key)))
-        for key in dict.fromkeys([*found, *expected])
-        if found.get(key) != expected.get(key)
-    ]
+    found, expected = (read_entries(one) or {} for one in (folder, reference))
+    return [_mismatch(one, "as in the reference") for one in compare_entries(found, expected)]
+
+
+def compare_record(content: Content) -> list[Mismatch]:
+    """Return the entries of config.json by which the model would compute something else than what was laid out.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+    """
+    return [_mismatch(one, "as when it was laid out") for one in config_changes(content)]
+
+
+def _mismatch(one: Differing, why: str) -> Mismatch:
+    return Mismatch(f"{CONFIG}: {one.key}", f"{one.expected}, {why}", one.found)
 
 
 def compare_tensors(check: Check, content: Content, reference: Path) -> Check:
@@ -108,16 +105,6 @@ def compare_tensors(check: Check, content: Content, reference: Path) -> Check:
     ]
     numbers = {"compared": len(names), "different": len(wrong)}
     return replace(check, mismatches=(*check.mismatches, *wrong), numbers={**check.numbers, "with_reference": numbers})
-
-
-def _entries(table: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Yield what a config says, that of the tables in it too, by dotted names."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            inside = {name: one for name, one in value.items() if name not in _NOT_COMPUTED_BY}
-            yield from _entries(inside, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ from runtime.checkpoint.layout import layout_of
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.read import read_content
 from runtime.checkpoint.verifying.copies import Holding, TensorCopy, digests_of
-from runtime.models.model import DTYPES, read_config
+from runtime.models.config import read_config
+from runtime.models.dtypes import DTYPES
 from runtime.models.quantized import stored_model
 
 __all__ = ["file_digests", "read_source", "stored_dtypes"]

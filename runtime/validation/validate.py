@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from plans.errors import MigratorError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.ranks.record import Manifest
+from runtime.checkpoint.record import Manifest
 from runtime.processes.agreement import gather_json, together
 from runtime.processes.joined import own_device
 from runtime.styles import STYLES, StyleRegistry

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -37,13 +36,14 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
     if refuted is not None:
         return refuted
     _check_ranks(request.mesh.world_size)
-    with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
-        answer = Path(folder) / "answer.json"
+    # It has no name, so that nothing is left of it however this process ends.
+    with tempfile.TemporaryFile() as answer:
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
         command = [sys.executable, "-P", "-m", "runtime.validation.process", str(os.getpid())]
-        command += [json.dumps(request.to_json()), str(answer)]
-        launch(request.mesh.world_size, command, timeout=request.timeout)
-        content = json.loads(answer.read_text("utf-8"))
+        command += [json.dumps(request.to_json()), str(answer.fileno())]
+        launch(request.mesh.world_size, command, timeout=request.timeout, files=[answer.fileno()])
+        answer.seek(0)
+        content = json.loads(answer.read())
     if "error" in content:
         raise error_from_json(content["error"])
     return ValidationResult.from_json(content["result"])
@@ -87,16 +87,17 @@ def _compute_exactly() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def work(request: str, answer: str) -> None:
+def work(request: str, answer: int) -> None:
     """Take part as a worker that `run_validation` has started.
 
     Args:
         request: in JSON.
-        answer: file that rank 0 writes the result or the error to.
+        answer: descriptor of the file that rank 0 writes the result or the error to.
     """
     try:
         content = {"result": take_part(ValidationRequest.from_json(json.loads(request))).to_json()}
     except MigratorError as error:
         content = {"error": error_to_json(error)}
     if os.environ["RANK"] == "0":
-        Path(answer).write_text(json.dumps(content), "utf-8")
+        with os.fdopen(answer, "wb") as file:
+            file.write(json.dumps(content).encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.models.describe import Model, could_exist, describe
+from codemods.models.describe import Model, describe
 from plans.described import Described
 from tests.codemods.helpers import REGULAR, write_tree
 
@@ -181,7 +181,7 @@ def test_a_model_without_modeling_source_asks_the_one_it_is_made_from(tmp_path):
         "embedding", None, "modeling_toy.py:ToyScaledEmbedding"
     )
     assert describe(tmp_path / "bare", "embed_tokens") is None
-    assert could_exist(tmp_path / "bare", "embed_tokens")
+    assert Model(tmp_path / "bare").could_exist("embed_tokens")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         tmp_path, {"modeling_toy.py": "class A(nn.Module):\n    def f(self):\n        self.x = nn.Linear(1, 2)\n"}
     )
     assert describe(tmp_path, "x") == Described("linear")
-    assert not could_exist(tmp_path, "other")
+    assert describe(tmp_path, "other") is None
     write_tree(
         tmp_path,
         {"modeling_toy.py": "class A(nn.Module):\n    def f(self):\n        self.other = nn.Embedding(1, 2)\n"},
@@ -278,4 +278,4 @@ def test_a_file_that_changes_is_read_again(tmp_path):
 
 
 def test_a_file_without_classes_is_no_model(tmp_path):
-    assert could_exist(write_tree(tmp_path, {"modeling_toy.py": "x = 1\n"}), "x")
+    assert Model(write_tree(tmp_path, {"modeling_toy.py": "x = 1\n"})).could_exist("x")

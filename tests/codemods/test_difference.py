@@ -135,6 +135,13 @@ def test_the_same_entry_on_another_parameter_is_not_explained(root):
     ]
 
 
+def test_a_style_that_cuts_a_dim_which_its_parameter_lacks_is_told_and_stops_nothing(root):
+    edit(root, MIXTRAL, f'"{Q_PROJ}": "colwise"', '"layers.*.input_layernorm.weight": "moe_tp_gate_up_colwise"')
+    _, added = (one for one in differences(root) if one.model == "mixtral")
+    assert (added.key, added.kind) == ("layers.*.input_layernorm.weight", "added")
+    assert added.after.reading.placement == "unknown (moe_tp_gate_up_colwise)"
+
+
 @pytest.mark.parametrize(
     ("line", "key"),
     [

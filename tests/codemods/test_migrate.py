@@ -116,6 +116,11 @@ def test_expert_parallel_plans_stay(tmp_path):
 
 def test_dense_layers_and_shared_experts_stay(tmp_path):
     check_noop(tmp_path, PACKED.replace("mlp.experts", "mlp.shared_experts"))
+
+
+def test_a_computed_style_of_shared_experts_is_nobodys_affair(tmp_path):
+    plan = '{"layers.*.mlp.shared_experts.up_proj": STYLE, "layers.*.mlp.shared_experts.down_proj": "rowwise"}'
+    assert codes(check_noop(tmp_path, f"class ToyConfig:\n    base_model_tp_plan = {plan}\n")) == []
     check_noop(tmp_path, PACKED.replace("mlp.experts", "mlp"))
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codemods.comparing.difference import compare
+from codemods.comparing.touched import touched_lines
 from codemods.files.revisions import changed_paths, find_repository
-from codemods.files.touched import touched_lines
 from plans.errors import SourceError, UsageError
 from tests.codemods.repositories import MIXTRAL, commit, differences, edit, git
 

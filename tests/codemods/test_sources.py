@@ -33,7 +33,7 @@ def deep(tmp_path):
 
 
 def test_folders_may_nest_as_deep_as_they_like(tmp_path, deep):
-    assert find_sources([tmp_path]) == [deep / "configuration_toy.py", deep / "modeling_toy.py"]
+    assert find_sources([tmp_path], []) == [deep / "configuration_toy.py", deep / "modeling_toy.py"]
 
 
 def test_a_plan_far_down_is_rewritten(tmp_path, deep):
@@ -44,7 +44,9 @@ def test_a_plan_far_down_is_rewritten(tmp_path, deep):
 
 def test_files_come_sorted_and_once(tmp_path):
     write_tree(tmp_path, {"b/one.py": "", "a/two.py": "", "a.py": "", "a/deep/three.py": "", "c.txt": ""})
-    found = [str(path.relative_to(tmp_path)) for path in find_sources([tmp_path, tmp_path / "a", tmp_path / "a.py"])]
+    found = [
+        str(path.relative_to(tmp_path)) for path in find_sources([tmp_path, tmp_path / "a", tmp_path / "a.py"], [])
+    ]
     assert found == ["a.py", "a/deep/three.py", "a/two.py", "b/one.py"]
 
 
@@ -52,7 +54,7 @@ def test_hidden_skipped_and_odd_files_are_passed_over(tmp_path):
     write_tree(tmp_path, {".git/one.py": "", "__pycache__/two.py": "", "node_modules/x/three.py": "", "a/.four.py": ""})
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "folder.py").mkdir()
-    assert find_sources([tmp_path]) == []
+    assert find_sources([tmp_path], []) == []
 
 
 def test_only_links_to_files_elsewhere_are_named_each_once(tmp_path):
@@ -65,7 +67,7 @@ def test_only_links_to_files_elsewhere_are_named_each_once(tmp_path):
     (root / "folder").symlink_to(tmp_path / "out")
     (root / "toy/outer.py").symlink_to(tmp_path / "out/two.py")
     links: list[Path] = []
-    assert find_sources([root, root / "toy"], links=links) == [root / "toy/one.py"]
+    assert find_sources([root, root / "toy"], [], links) == [root / "toy/one.py"]
     assert links == [root / "toy/outer.py"]
 
 
@@ -81,11 +83,9 @@ def test_a_folder_that_cannot_be_listed_stops_no_other(tmp_path):
     os.close(folder)
     unreadable: list = []
     assert [path.name for path in find_sources([tmp_path], unreadable)] == ["one.py", "two.py"]
-    assert [str(error).endswith("File name too long") for error in unreadable] == [True]
-    with pytest.raises(SourceError, match="File name too long"):
-        find_sources([tmp_path])
+    assert [(type(error), str(error).endswith("File name too long")) for error in unreadable] == [(SourceError, True)]
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no such file or folder"):
-        find_sources([tmp_path / "gone"])
+        find_sources([tmp_path / "gone"], [])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.verifying.tensor_digest import tensor_digest
 from tests.runtime.load_cases import differing, local_tensors, on_meta, parallel
 from tests.runtime.parity_cases import eager_config, largest_errors, token_ids

@@ -55,24 +55,37 @@ def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hu
     assert errors == [f"hint: {hub} may be another checkpoint than the one that was laid out"]
 
 
-@pytest.mark.parametrize("waited_for", ["nothing", "workers"])
-def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_folder, waited_for):
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    command = [MIGRATOR, "validate", str(rank_folder("qwen3_moe", 2)), "--tp", "2"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize(
+    ("waited_for", "sent"),
+    [("nothing", signal.SIGTERM), ("workers", signal.SIGTERM), ("workers", signal.SIGKILL)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_folder, waited_for, sent):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    folder = shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "ranks")
+    command = [MIGRATOR, "validate", str(folder), "--tp", "2"]
+    with subprocess.Popen(
+        command, env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
         deadline = time.monotonic() + 60
-        while waited_for == "workers" and len(processes_naming(tmp_path)) < 2:
+        while waited_for == "workers" and len(processes_naming(folder)) < 3:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.5)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(sent)
         told = process.communicate(timeout=60)[1]
-    if waited_for == "workers":
+    if sent == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    elif waited_for == "workers":
         assert (process.returncode, told.strip()) == (2, b"interrupted")
-    assert process.returncode in (2, -signal.SIGTERM)
-    assert processes_naming(tmp_path) == []
-    assert list(tmp_path.glob("migrator-*")) == []
+    assert process.returncode in (2, -sent)
+    while processes_naming(folder) and sent == signal.SIGKILL:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert processes_naming(folder) == []
+    assert list(temporary.iterdir()) == []
 
 
 def processes_naming(folder):

@@ -12,6 +12,7 @@ import pytest
 import plans.dialect
 from plans.described import Named
 from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
+from plans.errors import PlanError
 from plans.meaning import all_meanings
 from plans.placement import Packed, Placement, Replicate, Shard, normalized
 from plans.style import Job, Owner
@@ -161,10 +162,16 @@ def test_meanings_agree_with_placements(name):
                 assert style.rules == ()
 
 
+def test_a_style_that_cuts_a_dim_which_a_parameter_lacks_is_refused():
+    style = load_dialect(PARAM_LEVEL).styles["moe_tp_gate_up_colwise"]
+    with pytest.raises(PlanError, match=r"bias: the style moe_tp_gate_up_colwise makes it Packed\(-2, 2\), but"):
+        style.placement("module", 1, "bias")
+
+
 def placed(text: str, rank: int) -> Placement:
     table = {"replicate": Replicate, "shard": Shard, "packed": Packed}
     kind, *numbers = text.split()
-    return normalized([table[kind](*map(int, numbers))], rank)[0]
+    return normalized(table[kind](*map(int, numbers)), rank)
 
 
 @dialects

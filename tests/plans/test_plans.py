@@ -45,7 +45,8 @@ def test_other_json_is_no_placement(value):
 
 
 def test_dims_count_from_the_front():
-    assert normalized([Packed(-2, 2), Shard(-1), Replicate()], 3) == (Packed(1, 2), Shard(2), Replicate())
+    placements = Packed(-2, 2), Shard(-1), Shard(0), Replicate()
+    assert [normalized(one, 3) for one in placements] == [Packed(1, 2), Shard(2), Shard(0), Replicate()]
 
 
 def test_the_two_meshes_of_one_job():

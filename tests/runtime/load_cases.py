@@ -99,16 +99,13 @@ def ties_kept(hub: Path, folder: Path) -> bool:
 
 
 def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
-    """Load with a cast and name what differs from casting after loading."""
-    one, other = on_meta(hub, mode, mesh), on_meta(hub, mode, mesh)
-    runtime.load(one, folder)
-    runtime.load(other, folder, dtype=torch.bfloat16)
-    saved = model_tensors(one)
-    expected = {
-        name: tensor.bfloat16() if name in saved and tensor.is_floating_point() else tensor
-        for name, tensor in local_tensors(one).items()
-    }
-    return differing(local_tensors(other), expected)
+    """Load with a cast and name what differs from the unsharded model that transformers loads so, made parallel."""
+    model = on_meta(hub, mode, mesh)
+    runtime.load(model, folder, dtype=torch.bfloat16)
+    config = eager_config(hub)
+    whole: Any = model_class(config)
+    reference = parallel(whole.from_pretrained(hub, config=config, dtype=torch.bfloat16).eval(), mode, mesh)
+    return differing(local_tensors(model), local_tensors(reference))
 
 
 def load_into(hub: Path, folder: Path, **options: Any) -> None:

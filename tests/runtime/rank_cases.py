@@ -14,7 +14,8 @@ from plans.mesh import Mesh
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.loader.loading import load
-from runtime.models.model import meta_model, model_class, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model, model_class
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.resolve import resolve

@@ -9,23 +9,29 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import runtime
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError, UsageError
 from plans.mesh import Mesh, Mode
-from runtime.checkpoint.ranks.record import MANIFEST
 from runtime.checkpoint.read import read_content
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.loader.replicated import shares
-from runtime.models.model import DTYPES, meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.dtypes import DTYPES
+from runtime.models.model import meta_model, model_tensors
 from tests.runtime import load_cases
+from tests.runtime.load_cases import local_tensors
 from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import DENSE, tiny_config, tiny_model
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
 LaidOut = Callable[[str, Target], Path]
+UNDECLARED = ("gpt_oss", torch.bfloat16)
 FIRST = "rank-00000-of-00002.safetensors"
 SECOND = "rank-00001-of-00002.safetensors"
 TP2 = Mesh(tp=2)
@@ -249,11 +255,67 @@ def test_arguments_that_make_no_sense_are_refused(hub_folder: HubFolder) -> None
         runtime.load(model, hub, dtype=torch.bfloat16)
 
 
-def test_lost_buffers_are_refused(hub_folder: HubFolder) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v3", "laguna", "gemma3_text"])
+def test_what_was_emptied_is_as_from_pretrained_gives_it(name: str, tmp_path: Path) -> None:
+    config = transformers.Gemma3TextConfig(**DENSE) if name == "gemma3_text" else tiny_config(name)
+    tiny_model(config).save_pretrained(tmp_path)
+    expected = local_tensors(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager"))
+    emptied, on_meta = (meta_model(read_config(tmp_path)) for _ in range(2))
+    emptied.to_empty(device="cpu").tie_weights()
+    for buffer in emptied.buffers():
+        buffer.view(torch.uint8 if buffer.ndim else buffer.dtype).fill_(113)
+    on_meta.to("meta")
+    rounded = meta_model(read_config(tmp_path))
+    runtime.load(rounded, tmp_path)
+    for name, buffer in rounded.named_buffers():
+        if name not in model_tensors(rounded):
+            buffer.data = buffer.bfloat16()
+    for model in (emptied, on_meta, rounded):
+        runtime.load(model, tmp_path)
+        assert not load_cases.differing(local_tensors(model), expected)
+
+
+def test_buffers_that_a_new_model_has_not_keep_their_values(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
-    model = meta_model(read_config(hub)).to("meta")
-    with pytest.raises(UsageError, match=r"'model\.rotary_emb\.inv_freq'.* on meta"):
+    model = meta_model(read_config(hub))
+    model.register_buffer("own", torch.tensor([2.0, 3.0]), persistent=False)
+    longer = torch.arange(9.0)
+    model.model.rotary_emb.inv_freq = longer
+    runtime.load(model, hub)
+    assert model.own.tolist() == [2.0, 3.0]
+    assert model.model.rotary_emb.inv_freq.tolist() == longer.tolist()
+
+
+def test_lost_buffers_that_a_new_model_has_not_are_refused(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model = meta_model(read_config(hub))
+    model.register_buffer("own", torch.zeros(2), persistent=False)
+    model.to("meta")
+    with pytest.raises(UsageError, match=r"the buffers 'own' are on meta"):
         runtime.load(model, hub)
+
+
+def test_a_model_that_cannot_be_built_again_says_so_where_it_has_buffers(hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    model = meta_model(read_config(hub))
+    model.__class__ = type("Grown", (type(model),), {"__init__": lambda self, config, depth: None})
+    with pytest.warns(UserWarning, match=r"Grown cannot be built again, so 'model\.rotary_emb\.inv_freq'"):
+        runtime.load(model, hub)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "gpt_oss"])
+def test_a_cast_leaves_alone_what_from_pretrained_does(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    ernie = transformers.Ernie4_5_MoeConfig(**DENSE | {"moe_num_experts": 4, "moe_k": 2})
+    tiny_model(ernie if name == "ernie4_5_moe" else tiny_config(name)).save_pretrained(tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    expected = local_tensors(read(tmp_path, dtype=dtype, attn_implementation="eager"))
+    model = meta_model(read_config(tmp_path))
+    runtime.load(model, tmp_path, dtype=dtype)
+    assert not load_cases.differing(local_tensors(model), expected)
+    assert len({tensor.dtype for tensor in model_tensors(model).values()}) == (1 if (name, dtype) == UNDECLARED else 2)
+    runtime.load(model, tmp_path, dtype=dtype)  # now that it is in memory
+    assert not load_cases.differing(local_tensors(model), expected)
 
 
 def test_a_tensor_in_memory_that_is_not_contiguous_is_filled(hub_folder: HubFolder) -> None:

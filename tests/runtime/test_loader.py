@@ -22,7 +22,8 @@ from runtime.extents.runs import Repeat, Run, runs_of
 from runtime.loader import bringing, filling
 from runtime.loader.filling import CudaWorker
 from runtime.loader.reads import Read, positions, reads, units
-from runtime.models.model import meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model
 from tests.runtime.load_cases import differing, local_tensors
 
 HubFolder = Callable[[str], Path]

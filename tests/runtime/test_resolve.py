@@ -20,7 +20,8 @@ from plans.errors import IndivisibleError, MigratorError, PlanError, UnknownStyl
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
 from runtime.find_config import find_config
-from runtime.models.model import meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model
 from runtime.planning.plan import released_plan
 from runtime.planning.plan_checks import unmatched_entries
 from runtime.planning.resolve import resolve

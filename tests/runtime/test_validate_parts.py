@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.checkpoint.verifying.digest import Digest
 from runtime.extents.forms import chunk_bounds, whole
 from runtime.extents.shards import local_form
 from runtime.processes.joined import own_device

@@ -138,6 +138,12 @@ def test_a_parallel_model_is_not_copied_with_the_originals_hooks(two_ranks: Rank
     assert "state_dict" in caught.value.hint
 
 
+def test_what_ranks_hold_summands_of_is_not_gathered(two_ranks: RankPool) -> None:
+    with pytest.raises(UsageError, match=r"weight is placed as .*, which is no shard of a tensor") as caught:
+        two_ranks.run(wrong_use_cases.gathered_partial)
+    assert caught.value.data["name"] == "weight"
+
+
 def test_a_mode_is_no_plan(two_ranks: RankPool) -> None:
     with pytest.raises(UsageError, match="'sp' is not a plan") as caught:
         two_ranks.run(wrong_use_cases.with_plan, "sp")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from plans.mesh import Mesh, Mode
 from runtime.styles import STYLES, ParallelStyle, Site, StyleRegistry
-from runtime.validation import looking
+from runtime.validation import backward, looking
 from runtime.validation.request import ValidationRequest
 from runtime.validation.validate import validate as validate_checkpoint
 from runtime.validation.values import PARTS
@@ -27,6 +27,7 @@ __all__ = [
     "validate",
     "with_style",
     "with_wide_weights",
+    "without_gradients",
     "without_room",
 ]
 
@@ -78,6 +79,20 @@ def forgets_before_it_widens(folder: Path) -> bool:
         gc.enable()
     assert len(gone) == 1
     return gone[0]
+
+
+def without_gradients(folder: Path) -> dict[str, Any]:
+    """Validate a model through which no gradient comes, parallel or not."""
+    compute = backward.backward
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no derivative")
+
+    backward.backward = fail
+    try:
+        return validate(folder)
+    finally:
+        backward.backward = compute
 
 
 def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import copy
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
-from runtime import Plan, parallelize
+from runtime import Plan, full_state_dict, parallelize
 from tests.runtime.expert_cases import mixtral
 from tests.runtime.parity_cases import eager_config
 from tests.tiny_models import tiny_model
@@ -61,6 +62,14 @@ def copied() -> None:
     model = mixtral()
     parallelize(model, Mesh(tp=dist.get_world_size()))
     copy.deepcopy(model)
+
+
+def gathered_partial() -> None:
+    """Gather a layer of one's own whose weight each rank holds a summand of."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, [Partial()], run_check=False))
+    full_state_dict(layer)
 
 
 def twice(mode: Mode) -> None:

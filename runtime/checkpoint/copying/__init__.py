@@ -1,1 +1,1 @@
-"""Copying: the run table of a reshard, carried out at the speed of the disk and resumable."""
+"""Copying: the run table of a reshard, carried out at the speed of the disk, resumable, committed by one rename."""

@@ -9,8 +9,8 @@ from threading import Lock
 
 import numpy as np
 
-from runtime.checkpoint.copying.regions import Bytes, Region
-from runtime.checkpoint.copying.strided import scatter
+from runtime.checkpoint.copying.regions import Region
+from runtime.checkpoint.copying.strided import Bytes, scatter
 from runtime.extents.runs import Run, cut, flipped
 
 __all__ = ["Assembler"]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
+from runtime.checkpoint.copying.new_file import NewFile, stretched
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.files.new_file import NewFile, stretched
 from runtime.extents.runs import Run
 
 __all__ = ["Clone", "aligned", "clones_of"]

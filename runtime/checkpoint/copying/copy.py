@@ -19,23 +19,20 @@ import numpy as np
 
 from plans.errors import UsageError
 from runtime.checkpoint.copying.assemble import Assembler
-from runtime.checkpoint.copying.regions import Bytes, Region
+from runtime.checkpoint.copying.regions import Region
 from runtime.checkpoint.copying.slabs import Slab, slabs, units
-from runtime.checkpoint.copying.strided import pieces, row_groups, rows
-from runtime.checkpoint.copying.table import Destination, Table, build_table
-from runtime.checkpoint.files.reading import read_exactly, reading
+from runtime.checkpoint.copying.strided import Bytes, pieces, row_groups, rows
+from runtime.checkpoint.copying.table import Table
+from runtime.checkpoint.files.reading import opened, read_exactly
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.extents.runs import Run
 
 __all__ = [
     "BLOCK",
     "DEFAULT_MEMORY",
-    "Destination",
     "Keeper",
     "Progress",
-    "Table",
     "buffer_bytes",
-    "build_table",
     "execute",
     "feed",
     "slab_size",
@@ -103,7 +100,11 @@ def execute(
         CheckpointError: a source file cannot be read.
     """
     if max_memory < _LEAST_MEMORY:
-        raise UsageError(f"{max_memory} bytes are too little memory to copy with", hint="allow 1 MiB or more")
+        raise UsageError(
+            f"{max_memory} bytes are too little memory to copy with",
+            hint="allow 1 MiB or more",
+            max_memory=max_memory,
+        )
     keeper = keeper or _NothingKept()
     limit = slab_size(max_memory)
     work = work_of(table, max_memory)
@@ -214,9 +215,5 @@ def feed(part: Run, content: Bytes, start: int, table: Table, regions: Sequence[
 
 
 def _read(tensor: StoredTensor, start: int, content: Bytes) -> None:
-    with reading(tensor.file):
-        descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(tensor.file) as descriptor:
         read_exactly(descriptor, content.data, tensor.offset + start, tensor.file)
-    finally:
-        os.close(descriptor)

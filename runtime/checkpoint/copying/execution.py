@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from plans.errors import DestinationError, MismatchError
 from runtime.checkpoint.content import Content
+from runtime.checkpoint.copying.commit import check_destination, staging, sync, writing
 from runtime.checkpoint.copying.copy import execute, work_of
 from runtime.checkpoint.copying.fingerprint import fingerprint
 from runtime.checkpoint.copying.journal import Journal, Kept, end_journal, read_journal
@@ -19,12 +20,12 @@ from runtime.checkpoint.copying.regions import Region
 from runtime.checkpoint.copying.sharing import block_for, share, sharing
 from runtime.checkpoint.copying.stopping import Stop, check_not_stopped, stoppable
 from runtime.checkpoint.copying.values import Filled, Options, ReshardResult, Seconds
-from runtime.checkpoint.files.commit import MARKER, check_destination, staging, sync, writing
+from runtime.checkpoint.copying.writing import copy_files, create, regions_for, write_file
+from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.stamps import check_unchanged
-from runtime.checkpoint.files.writing import copy_files, create, regions_for, write_file
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.wording import listed
 
 if TYPE_CHECKING:
@@ -168,7 +169,11 @@ def _still_there(plan: ReshardPlan, path: Path, regions: Sequence[Region], optio
 
 
 def check_apart(source: Path, destination: Path) -> None:
-    """Refuse to replace the source or a folder that holds it, and to write into the source."""
+    """Refuse to replace the source or a folder that holds it, and to write into the source.
+
+    Raises:
+        DestinationError: the destination is such a place.
+    """
     apart = source.resolve(), destination.resolve()
     for one, other, what in ((*apart, "holds the source itself"), (*apart[::-1], "lies in the source")):
         if one.is_relative_to(other):

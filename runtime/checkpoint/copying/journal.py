@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from plans.errors import CheckpointError
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 
 __all__ = ["Journal", "Kept", "begin_journal", "end_journal", "read_journal"]
 

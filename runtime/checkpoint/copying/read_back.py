@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from runtime.checkpoint.copying.assemble import Assembler
 from runtime.checkpoint.copying.copy import BLOCK, feed
-from runtime.checkpoint.copying.regions import Bytes, DigestRegion, Region
+from runtime.checkpoint.copying.regions import DigestRegion, Region
 from runtime.checkpoint.copying.slabs import Slab
-from runtime.checkpoint.copying.strided import equal, scatter
+from runtime.checkpoint.copying.strided import Bytes, equal, scatter
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.verifying.digest import Digest
-from runtime.extents.runs import cut, flipped
+from runtime.checkpoint.digest import Digest
+from runtime.extents.runs import Run, cut, flipped
 
 __all__ = ["is_intact"]
 
@@ -50,15 +50,18 @@ def is_intact(table: Table, regions: Sequence[Region], work: Iterable[Sequence[S
 
 def _reads_back(slab: Slab, content: Bytes, table: Table, regions: Sequence[Region]) -> bool:
     """Fill the slab from its destinations, and return whether all of them agree."""
-    for agrees in (False, True):
-        for part in slab.parts:
-            if table.destinations[part.destination].file is None:
-                continue
+    for piece, span in _written(slab, table, regions):
+        scatter(piece, span, piece.source_offset, content, slab.start)
+    return all(
+        equal(piece, span, piece.source_offset, content, slab.start) for piece, span in _written(slab, table, regions)
+    )
+
+
+def _written(slab: Slab, table: Table, regions: Sequence[Region]) -> Iterator[tuple[Run, Bytes]]:
+    """Yield the runs that lead back from the files to a slab, block by block, each with the bytes that it spans."""
+    for part in slab.parts:
+        if table.destinations[part.destination].file is not None:
             for _, piece in cut(flipped(part), BLOCK):
                 span = np.empty(piece.source_stop - piece.source_offset, np.uint8)
                 regions[part.destination].read(piece.source_offset, span)
-                if not agrees:
-                    scatter(piece, span, piece.source_offset, content, slab.start)
-                elif not equal(piece, span, piece.source_offset, content, slab.start):
-                    return False
-    return True
+                yield piece, span

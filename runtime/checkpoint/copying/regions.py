@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.checkpoint.copying.strided import Bytes
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.verifying.digest import Digest
 
-__all__ = ["Bytes", "DigestRegion", "FileRegion", "MemoryRegion", "Region", "SharedRegion"]
-
-Bytes = NDArray[np.uint8]
+__all__ = ["DigestRegion", "FileRegion", "MemoryRegion", "Region", "SharedRegion"]
 
 
 class Region(Protocol):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 
 from plans.errors import UsageError
+from runtime.checkpoint.copying.commit import check_destination, partial_folder, writing
 from runtime.checkpoint.copying.execution import check_apart, complete, create_files, fill, grown, opened_for
 from runtime.checkpoint.copying.fingerprint import fingerprint, outline
 from runtime.checkpoint.copying.journal import begin_journal, read_journal
@@ -23,10 +24,10 @@ from runtime.checkpoint.copying.shares import share_of
 from runtime.checkpoint.copying.sharing import block_for, sharing
 from runtime.checkpoint.copying.stopping import Stop, check_not_stopped, stoppable
 from runtime.checkpoint.copying.values import Filled, Options, ReshardResult, Seconds
-from runtime.checkpoint.files.commit import MARKER, check_destination, partial_folder, writing
+from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import held
 from runtime.checkpoint.files.stamps import check_unchanged
-from runtime.checkpoint.verifying.digest import Digest
 from runtime.processes.agreement import gather_json, together
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def _check_same_plan(plan: ReshardPlan, options: Options) -> None:
         raise UsageError(
             f"{plan.content.folder}: the ranks do not plan the same",
             hint="give every rank the same command, the same source and the same versions of all packages",
+            source=str(plan.content.folder),
         )
 
 

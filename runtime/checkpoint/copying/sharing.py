@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +13,7 @@ from runtime.checkpoint.copying.clones import Clone, aligned, clones_of
 from runtime.checkpoint.copying.regions import Region, SharedRegion
 from runtime.checkpoint.copying.table import Table
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import opened
 from runtime.checkpoint.files.reflink import clone, shared_block
 
 if TYPE_CHECKING:
@@ -81,7 +79,7 @@ def _cloned(table: Table, block: int, files: OpenFiles) -> Iterator[Clone]:
         return table.sources[one.source].file
 
     for path, found in groupby(sorted(clones_of(table, block), key=file_of), key=file_of):
-        with _opened(path) as source:
+        with opened(path) as source:
             for one in found:
                 name = table.destinations[one.destination].file
                 assert name is not None, "only what goes to files is cloned"
@@ -89,13 +87,3 @@ def _cloned(table: Table, block: int, files: OpenFiles) -> Iterator[Clone]:
                     done = clone(source, one.source_offset, one.length, target, one.destination_offset)
                 if done:
                     yield one
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with reading(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -86,9 +86,9 @@ def check_not_stopped(stop: Stop, folder: Path) -> None:
     Raises:
         CheckpointError: one did.
     """
-    if (signal := stop()) is not None:
+    if (asked_by := stop()) is not None:
         raise CheckpointError(
-            f"stopped by {signal}; all tensors are safe in {folder}",
+            f"stopped by {asked_by}; all tensors are safe in {folder}",
             hint="run the same command again, and it goes on from there",
-            signal=signal,
+            signal=asked_by,
         )

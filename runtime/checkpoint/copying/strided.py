@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from runtime.extents.runs import Run, flipped
 
-__all__ = ["equal", "pieces", "row_groups", "rows", "scatter", "width"]
+__all__ = ["Bytes", "equal", "pieces", "row_groups", "rows", "scatter", "width"]
 
 Bytes = NDArray[np.uint8]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.checkpoint.copying.commit import Say
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
 from runtime.checkpoint.copying.journal import SECONDS
-from runtime.checkpoint.files.commit import Say
-from runtime.checkpoint.ranks.record import Manifest
+from runtime.checkpoint.record import Manifest
 
 __all__ = ["Filled", "Options", "ReshardResult", "Seconds"]
 

@@ -9,7 +9,7 @@ from math import prod
 from runtime.checkpoint.dcp.pickle import Global, Made, read_pickle
 from runtime.checkpoint.dcp.zip import Member, Region, find_members
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor
-from runtime.models.model import DTYPE_NAMES
+from runtime.models.dtypes import DTYPE_NAMES
 
 __all__ = ["STORAGES", "TORCH_DTYPES", "Archived", "read_archive", "read_description"]
 

@@ -8,7 +8,7 @@ from math import prod
 
 from plans.errors import HeaderError, IncompleteError, MismatchError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.hub.hf import same_bytes
+from runtime.checkpoint.files.same_bytes import same_bytes
 from runtime.extents.forms import Extent, Form, row_major
 from runtime.extents.runs import covers, runs_of
 from runtime.wording import listed

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from runtime.checkpoint.content import Content, Held
@@ -18,9 +17,10 @@ from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, EntryKind
+from runtime.checkpoint.record import MANIFEST, EntryKind
 from runtime.extents.forms import Form
-from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import model_tensors, tensor_kind, tied_names
 from runtime.models.quantized import is_quantized
 from runtime.wording import listed
 
@@ -127,9 +127,7 @@ def _check_quantization(forms: Mapping[str, Form], pieces: Mapping[str, StoredTe
 
 
 def _kind(tensor: torch.Tensor | None) -> EntryKind:
-    if tensor is None:
-        return "carried"
-    return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+    return "carried" if tensor is None else tensor_kind(tensor)
 
 
 def _as_recorded(content: Content) -> Content:
@@ -144,7 +142,7 @@ def _as_recorded(content: Content) -> Content:
             tensors=differing,
         )
     digests = {name: entry.digest for name, entry in manifest.tensors.items()}
-    return replace(content, stored_form=manifest.stored_form, digests=digests)
+    return replace(content, stored_form=manifest.stored_form, digests=digests, config=manifest.config)
 
 
 def _differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

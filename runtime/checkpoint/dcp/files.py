@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from plans.mesh import Mesh
 from plans.placement import Replicate
+from runtime.checkpoint.copying.new_file import NewFile, new_file
 from runtime.checkpoint.dcp.names import shard_file
 from runtime.checkpoint.dcp.safetensors import sharding_metadata
-from runtime.checkpoint.files.new_file import NewFile, new_file
 from runtime.checkpoint.files.safetensors import BITS
 from runtime.checkpoint.ranks.files import held_by, local
-from runtime.checkpoint.ranks.record import Entry
+from runtime.checkpoint.record import Entry
 from runtime.extents.forms import Form, narrow, unravel, whole
 
 __all__ = ["box_of", "boxes", "dcp_files"]

@@ -84,7 +84,9 @@ def read_metadata(folder: Path) -> Saved:
     check_contained(folder, path)
     with reading(path):
         if path.stat().st_size > _MAX_BYTES:
-            raise HeaderError(f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form")
+            raise HeaderError(
+                f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form", file=str(path)
+            )
         content = path.read_bytes()
     return _Reader(path).saved(read_pickle(content, _ADMITTED, str(path)))
 
@@ -137,6 +139,7 @@ class _Reader:
                     raise CheckpointError(
                         f"{self.path}: chunks are compressed or otherwise transformed, which is not supported",
                         hint="save the checkpoint without extensions",
+                        file=str(self.path),
                     )
                 if "\0" not in file and Path(file).name == file and _is_size(offset) and _is_size(size):
                     return Place(file, offset, size)
@@ -165,7 +168,8 @@ class _Reader:
         raise self.error("no table where one belongs")
 
     def error(self, what: str) -> HeaderError:
-        return HeaderError(f"{self.path}: {what}", hint="the file is damaged; copy or save it again")
+        hint = "the file is damaged; copy or save it again"
+        return HeaderError(f"{self.path}: {what}", hint=hint, file=str(self.path))
 
 
 def _paths(value: object) -> Iterator[tuple[str, KeyPath]]:

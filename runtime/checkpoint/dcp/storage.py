@@ -14,10 +14,10 @@ from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import Box, Place
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.zip import Region
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import opened
 from runtime.checkpoint.files.side_files import check_contained
 
-__all__ = ["archive_at", "opened", "read_chunks"]
+__all__ = ["archive_at", "read_chunks", "saved_file"]
 
 
 def read_chunks(folder: Path, boxes: Sequence[Box]) -> list[Chunk]:
@@ -41,7 +41,7 @@ def read_chunks(folder: Path, boxes: Sequence[Box]) -> list[Chunk]:
 
 
 @contextmanager
-def opened(folder: Path, name: str) -> Iterator[Region]:
+def saved_file(folder: Path, name: str) -> Iterator[Region]:
     """Give one of a folder's `.distcp` files, whole.
 
     Raises:
@@ -50,14 +50,12 @@ def opened(folder: Path, name: str) -> Iterator[Region]:
     """
     path = folder / name
     if not path.is_file():
-        raise IncompleteError(f"{path}: missing, though {METADATA} names it", hint="copy the missing file")
+        raise IncompleteError(
+            f"{path}: missing, though {METADATA} names it", hint="copy the missing file", file=str(path)
+        )
     check_contained(folder, path)
-    with reading(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with opened(path) as descriptor:
         yield Region(descriptor, path, 0, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
 
 
 def archive_at(place: Place, file: Region) -> Region:
@@ -76,7 +74,7 @@ def archive_at(place: Place, file: Region) -> Region:
 
 
 def _file_chunks(folder: Path, name: str, boxes: Iterator[Box]) -> Iterator[Chunk]:
-    with opened(folder, name) as file:
+    with saved_file(folder, name) as file:
         for box in boxes:
             yield _chunk(box, file)
 

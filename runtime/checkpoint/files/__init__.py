@@ -1,1 +1,1 @@
-"""Files as they lie on a disk: safetensors headers, names, locks, commits and shared blocks."""
+"""Files as they lie on a disk: safetensors headers, names, locks, stamps and shared blocks."""

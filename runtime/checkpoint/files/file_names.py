@@ -1,4 +1,4 @@
-"""Names of files: which ones weight files in hub form may have, and that those of a result are apart."""
+"""Names of files: those of hub form and of a journal, what weight files may be called, and that none are alike."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path, PurePosixPath
 from plans.errors import CheckpointError
 from runtime.wording import listed
 
-__all__ = ["INDEX", "WEIGHTS", "check_apart_names", "is_weight_file"]
+__all__ = ["INDEX", "MARKER", "WEIGHTS", "check_apart_names", "is_weight_file"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+MARKER = ".migrator-partial"
+"""The journal of a folder that is being written, by which a later run knows what was left there."""
 
 _MAX_BYTES = 255
 _OTHER_LAYOUTS = re.compile(r"rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors")

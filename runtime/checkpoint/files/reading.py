@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from plans.errors import CheckpointError, IncompleteError
 
-__all__ = ["open_regular", "read_at_most", "read_exactly", "reading", "truncated"]
+__all__ = ["open_regular", "opened", "read_at_most", "read_exactly", "reading", "truncated"]
 
 
 @contextmanager
@@ -30,6 +30,21 @@ def reading(path: Path) -> Iterator[None]:
             file=str(path),
             errno=error.errno,
         ) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Give the descriptor of a file that is read by offsets; what the body says is not taken for what opening says.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import opened, reading
 
 __all__ = ["clone", "shared_block"]
 
@@ -79,11 +79,6 @@ def _largest(sources: Iterable[Path]) -> Iterable[Path]:
 
 
 def _is_shared(source: Path, folder: Path, block: int) -> bool:
-    with tempfile.TemporaryFile(dir=folder) as probe:
+    with tempfile.TemporaryFile(dir=folder) as probe, opened(source) as descriptor:
         probe.truncate(block)
-        with reading(source):
-            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return clone(descriptor, 0, block, probe.fileno(), 0)
-        finally:
-            os.close(descriptor)
+        return clone(descriptor, 0, block, probe.fileno(), 0)

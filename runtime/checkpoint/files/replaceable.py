@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from plans.errors import DestinationError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.wording import listed
 
 __all__ = ["check_replaceable"]

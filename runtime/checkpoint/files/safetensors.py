@@ -115,7 +115,8 @@ def read_header(file: Path) -> Header:
             raise truncated(file, size, _LENGTH.size)
         (length,) = _LENGTH.unpack(prefix)
         if length > _MAX_HEADER:
-            raise HeaderError(f"{file}: a header of {length} bytes is over the format's limit", hint=_HINT)
+            what = f"a header of {length} bytes is over the format's limit"
+            raise HeaderError(f"{file}: {what}", hint=_HINT, file=str(file))
         if size < _LENGTH.size + length:
             raise truncated(file, size, _LENGTH.size + length)
         entries = strict_json(stream.read(length), file)

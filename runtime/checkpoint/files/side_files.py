@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, IncompleteError
-from runtime.checkpoint.files.commit import MARKER
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.files.file_names import MARKER
+from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["OTHER_WEIGHTS", "SideFiles", "check_contained", "find_side_files", "walk"]
 

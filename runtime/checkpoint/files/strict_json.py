@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from plans.errors import HeaderError
 
-__all__ = ["strict_json"]
+__all__ = ["is_deeper", "strict_json"]
 
 _MAX_PARSED = 2**29
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
@@ -41,6 +41,18 @@ def strict_json(text: bytes, file: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
     return value
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Return whether lists and tables lie in one another over more than so many levels."""
+    inside = [value]
+    for _ in range(levels):
+        inside = [part for one in inside if isinstance(one, dict | list) for part in _parts(one)]
+    return any(isinstance(one, dict | list) for one in inside)
+
+
+def _parts(value: dict[str, object] | list[object]) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _parsed_bytes(text: bytes) -> int:

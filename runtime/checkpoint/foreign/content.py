@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
@@ -22,10 +20,10 @@ from runtime.checkpoint.foreign.placing import plan_of
 from runtime.checkpoint.foreign.source import CONFIG, Foreign
 from runtime.checkpoint.hub.names import Conversion
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized
-from runtime.checkpoint.ranks.record import EntryKind
 from runtime.extents.forms import Form
 from runtime.extents.turned import through
-from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import model_tensors, tensor_kind, tied_names
 from runtime.models.quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -108,6 +106,5 @@ def _held(pieces: Sequence[Piece], conversion: Conversion, model: PreTrainedMode
             raise ConversionError(
                 f"{name} would mix {' and '.join(sorted(found))}", hint="save the rank files in one dtype", name=name
             )
-        kind: EntryKind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-        held[name] = Held(kind, found.pop(), form.shape)
+        held[name] = Held(tensor_kind(tensor), found.pop(), form.shape)
     return held

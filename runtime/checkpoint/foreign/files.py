@@ -12,7 +12,7 @@ from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.safetensors import StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
 from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.wording import listed, shortened
 
 __all__ = ["RankFiles", "read_rank_files"]
@@ -54,12 +54,15 @@ def read_rank_files(folder: Path, foreign: Foreign) -> RankFiles:
     """
     with reading(folder):
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: not a folder", hint="name the folder that holds the rank files")
+            raise CheckpointError(
+                f"{folder}: not a folder", hint="name the folder that holds the rank files", folder=str(folder)
+            )
         present = sorted(path.name for path in folder.iterdir())
     if MANIFEST in present:
         raise UsageError(
             f"{folder}: has a {MANIFEST}, which says what --from-pattern would",
             hint="leave --from-pattern and what belongs to it out",
+            folder=str(folder),
         )
     found = _by_rank(folder, foreign, present)
     _check_ranks(folder, foreign, found)

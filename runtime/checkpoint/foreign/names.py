@@ -13,7 +13,8 @@ from runtime.checkpoint.foreign.local import Shape
 from runtime.checkpoint.hub.form import default_form
 from runtime.checkpoint.hub.names import Conversion, convert
 from runtime.extents.forms import whole
-from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import model_tensors, tied_names
 from runtime.wording import listed
 
 if TYPE_CHECKING:

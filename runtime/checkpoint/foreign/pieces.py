@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from plans.errors import ConversionError, MismatchError
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.same_bytes import same_bytes
 from runtime.checkpoint.foreign.local import Shape
-from runtime.checkpoint.hub.hf import same_bytes
 from runtime.extents.forms import Form
 from runtime.extents.shards import reassemble
 

@@ -85,16 +85,20 @@ class Foreign:
             raise UsageError(
                 f"--from-ep {self.ep} is no multiple of --from-tp {self.tp}",
                 hint="an expert group holds whole tensor parallel groups",
+                ep=self.ep,
+                tp=self.tp,
             )
         if self.mode is not None and self.mode.endswith("ep") != (self.ep > 1):
             raise UsageError(
                 f"--from-mode {self.mode} does not go with --from-ep {self.ep}",
                 hint="give --from-ep with the modes ep and tp_ep, and with no other",
+                mode=self.mode,
             )
         if self.mode == "ep" and self.tp != self.ep:
             raise UsageError(
                 f"--from-mode ep has one kind of ranks, but --from-tp is {self.tp} and --from-ep {self.ep}",
                 hint="give both the same size",
+                mode=self.mode,
             )
 
     @property

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
@@ -14,9 +13,10 @@ from runtime.checkpoint.hub.hf import HubCheckpoint
 from runtime.checkpoint.hub.names import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
 from runtime.checkpoint.hub.tied import check_repeated
-from runtime.checkpoint.ranks.record import StoredForm
+from runtime.checkpoint.record import StoredForm
 from runtime.extents.forms import Form, whole
-from runtime.models.model import dtype_name, model_tensors, tied_names
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import model_tensors, tensor_kind, tied_names
 from runtime.models.quantized import is_quantized
 
 if TYPE_CHECKING:
@@ -70,13 +70,14 @@ def _held(name: str, form: Form, tensor: torch.Tensor, hub: HubCheckpoint) -> He
         listed = " and ".join(f"{source} ({dtype})" for dtype, source in sorted(dtypes.items()))
         raise ConversionError(f"{name} would mix dtypes: {listed}", hint="save the checkpoint in one dtype", name=name)
     dtype = next(iter(dtypes), dtype_name(tensor.dtype))
-    return Held("parameter" if isinstance(tensor, nn.Parameter) else "buffer", dtype, form.shape)
+    return Held(tensor_kind(tensor), dtype, form.shape)
 
 
 def _carried(hub: HubCheckpoint, conversion: Conversion) -> Mapping[str, Held]:
     for name in conversion.carried:
         if name in conversion.forms:
-            raise ConversionError(f"{name} is both stored for itself and made from others", hint="save it again")
+            what = f"{name} is both stored for itself and made from others"
+            raise ConversionError(what, hint="save it again", name=name)
     return {name: Held("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.carried}
 
 

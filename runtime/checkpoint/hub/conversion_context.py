@@ -36,7 +36,11 @@ class Context:
     config: PreTrainedConfig
 
     def target_shape(self, target: str) -> tuple[int, ...]:
-        """Return the shape of the tensor that a target pattern means in this layer."""
+        """Return the shape of the tensor that a target pattern means in this layer.
+
+        Raises:
+            FormError: the model has no such tensor.
+        """
         name = self.layer.replace(self.targets[0], target)
         if name not in self.shapes:
             raise FormError(f"the model has no {name}")
@@ -46,6 +50,9 @@ class Context:
         """Return the name that an operation on one tensor gives it.
 
         First of a chain that ends in several targets, it leaves the source's.
+
+        Raises:
+            FormError: there are several patterns on the side that it takes the name from.
         """
         return one_pattern(self.targets if len(self.targets) == 1 else self.sources)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from plans.errors import HeaderError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.files.new_file import NewFile, NewTensor, new_file
+from runtime.checkpoint.copying.new_file import NewFile, NewTensor, new_file
 from runtime.checkpoint.hub.names import convert
-from runtime.checkpoint.ranks.record import StoredForm
+from runtime.checkpoint.record import StoredForm
 from runtime.extents.forms import Form
 from runtime.extents.turned import inverse, through
 
@@ -85,4 +85,6 @@ def _shape(name: str, row: Mapping[str, object]) -> tuple[int, ...]:
     match row["shape"]:
         case list(sizes) if all(type(size) is int and size >= 0 for size in sizes):
             return tuple(sizes)
-    raise HeaderError(f"stored tensor {name!r} has no well-formed shape", hint="the manifest is damaged; reshard again")
+    raise HeaderError(
+        f"stored tensor {name!r} has no well-formed shape", hint="the manifest is damaged; reshard again", tensor=name
+    )

@@ -10,8 +10,8 @@ import torch
 from plans.errors import ConversionError
 from runtime.checkpoint.content import Content, Held
 from runtime.checkpoint.files.safetensors import BITS, tensor_bytes
-from runtime.checkpoint.ranks.record import StoredForm
-from runtime.models.model import DTYPE_NAMES, DTYPES
+from runtime.checkpoint.record import StoredForm
+from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.wording import first_line
 
 if TYPE_CHECKING:
@@ -81,5 +81,6 @@ def _reverted(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Mapping
         raise ConversionError(
             f"transformers cannot bring {type(model).__name__} to its hub form: {first_line(error)}",
             hint="give --experts fused to store its tensors as the model holds them",
+            model=type(model).__name__,
         ) from error
     return reverted

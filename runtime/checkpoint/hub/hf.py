@@ -11,13 +11,12 @@ from runtime.checkpoint.files.file_names import INDEX, WEIGHTS, is_weight_file
 from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
-from runtime.checkpoint.files.strict_json import strict_json
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.files.strict_json import is_deeper, strict_json
+from runtime.checkpoint.record import MANIFEST
 
-__all__ = ["INDEX", "WEIGHTS", "HubCheckpoint", "read_hub", "same_bytes"]
+__all__ = ["HubCheckpoint", "read_hub"]
 
 _MAX_INDEX = 100_000_000
-_CHUNK = 2**20
 _MAX_DEPTH = 16
 
 
@@ -53,7 +52,9 @@ def read_hub(folder: Path) -> HubCheckpoint:
     """
     with reading(folder):
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: not a folder", hint="name the folder that holds config.json and weights")
+            raise CheckpointError(
+                f"{folder}: not a folder", hint="name the folder that holds config.json and weights", folder=str(folder)
+            )
         if (folder / WEIGHTS).exists():
             return _checkpoint(folder, [WEIGHTS], None)
         if not (folder / INDEX).exists():
@@ -62,17 +63,6 @@ def read_hub(folder: Path) -> HubCheckpoint:
         checkpoint = _checkpoint(folder, sorted(set(weight_map.values())), extra)
         _check_index(folder / INDEX, weight_map, checkpoint.tensors)
         return checkpoint
-
-
-def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return whether two stored tensors are equal bit for bit, dtype and shape included."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with reading(first.file), first.file.open("rb") as one, second.file.open("rb") as other:
-        one.seek(first.offset)
-        other.seek(second.offset)
-        steps = (min(_CHUNK, first.size - done) for done in range(0, first.size, _CHUNK))
-        return all(one.read(step) == other.read(step) for step in steps)
 
 
 def _checkpoint(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
@@ -84,13 +74,17 @@ def _checkpoint(folder: Path, files: Sequence[str], index: Mapping[str, object] 
 def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
     path = _inside(folder, INDEX)
     if path.stat().st_size > _MAX_INDEX:
-        raise HeaderError(f"{path}: an index of over {_MAX_INDEX} bytes", hint="the index is damaged; save it again")
+        raise HeaderError(
+            f"{path}: an index of over {_MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
+        )
     content = strict_json(path.read_bytes(), path)
     match content.pop("weight_map", None):
         case dict(weight_map) if weight_map and all(isinstance(name, str) for name in weight_map.values()):
             pass
         case _:
-            raise HeaderError(f"{path}: no weight_map of tensors to files", hint="download the index again")
+            raise HeaderError(
+                f"{path}: no weight_map of tensors to files", hint="download the index again", file=str(path)
+            )
     for tensor, name in weight_map.items():
         if not is_weight_file(name):
             raise HeaderError(
@@ -99,8 +93,12 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
                 tensor=tensor,
                 file=name,
             )
-    if not _is_shallow(content, _MAX_DEPTH):
-        raise HeaderError(f"{path}: nested more than {_MAX_DEPTH} deep", hint="the index is damaged; download it again")
+    if is_deeper(content, _MAX_DEPTH):
+        raise HeaderError(
+            f"{path}: nested more than {_MAX_DEPTH} deep",
+            hint="the index is damaged; download it again",
+            file=str(path),
+        )
     return content, weight_map
 
 
@@ -132,7 +130,9 @@ def _merged(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
 def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
     for name, file in weight_map.items():
         if name not in tensors:
-            raise IncompleteError(f"{index}: tensor {name!r} is not in {file}", hint="download the file again")
+            raise IncompleteError(
+                f"{index}: tensor {name!r} is not in {file}", hint="download the file again", tensor=name, file=file
+            )
         if tensors[name].file.name != file:
             raise HeaderError(
                 f"{index}: tensor {name!r} is said to be in {file} but is in {tensors[name].file.name}",
@@ -146,11 +146,6 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
                 hint="the index belongs to another version of the checkpoint; download both again",
                 tensor=name,
             )
-
-
-def _is_shallow(value: object, depth: int) -> bool:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_shallow(child, depth - 1) for child in children)
 
 
 def _no_weights(folder: Path) -> CheckpointError:

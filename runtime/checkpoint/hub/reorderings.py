@@ -20,7 +20,11 @@ __all__ = ["conv3d_to_linear", "interleave", "linear_to_conv3d", "permute_for_ro
 
 
 def transposed(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
-    """Swap two dims, or leave a tensor that has the model's shape already where the operation says so."""
+    """Swap two dims, or leave a tensor that has the model's shape already where the operation says so.
+
+    Raises:
+        FormError: there are several tensors.
+    """
     form, target = only_form(collected), context.alone()
     if getattr(operation, "check_dims", False) and form.shape == context.shapes.get(context.layer):
         return {target: [form]}
@@ -36,7 +40,11 @@ def interleave(operation: ConversionOps, collected: Collected, context: Context)
 
 
 def permute_for_rope(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
-    """Bring each head's rotary pairs from neighbours to halves, or back, in those layers that the operation names."""
+    """Bring each head's rotary pairs from neighbours to halves, or back, in those layers that the operation names.
+
+    Raises:
+        FormError: heads do not divide the rows, or there are several patterns on both sides.
+    """
     if len(context.targets) > 1 and len(context.sources) > 1:
         raise FormError("several patterns on both sides where the operation is defined for one")
     config = getattr(context.config, operation.subconfig_key or "", context.config)
@@ -51,7 +59,11 @@ def permute_for_rope(operation: ConversionOps, collected: Collected, context: Co
 
 
 def conv3d_to_linear(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
-    """Flatten a convolution's weight to one row per output channel; one that is flat already stays."""
+    """Flatten a convolution's weight to one row per output channel; one that is flat already stays.
+
+    Raises:
+        FormError: it has neither two dims nor five.
+    """
     form, target = only_form(collected), context.alone()
     if len(form.shape) not in (2, 5):
         raise FormError(f"a tensor of {len(form.shape)} dims where the operation is defined for 2 or 5")
@@ -59,7 +71,11 @@ def conv3d_to_linear(operation: ConversionOps, collected: Collected, context: Co
 
 
 def linear_to_conv3d(operation: ConversionOps, collected: Collected, context: Context) -> Collected:
-    """Give a flat weight the shape of the convolution that it is."""
+    """Give a flat weight the shape of the convolution that it is.
+
+    Raises:
+        FormError: it has another number of elements.
+    """
     form, target = only_form(collected), context.alone()
     return {target: [reshape(form, (form.shape[0], operation.in_channels, *operation.kernel_size))]}
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from plans.errors import ConversionError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.hub.hf import HubCheckpoint, same_bytes
+from runtime.checkpoint.files.same_bytes import same_bytes
+from runtime.checkpoint.hub.hf import HubCheckpoint
 from runtime.checkpoint.hub.names import Conversion
 from runtime.extents.forms import Form, whole
 

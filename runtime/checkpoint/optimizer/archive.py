@@ -22,7 +22,7 @@ from runtime.checkpoint.dcp.archive import STORAGES
 from runtime.checkpoint.dcp.zip import END, END_64, ENTRY, EXTRA, FOR_64, IN_64, LOCAL, LOCATOR, SIZE_64
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.extents.forms import row_major
-from runtime.models.model import DTYPES
+from runtime.models.dtypes import DTYPES
 
 __all__ = ["ALIGNMENT", "Archive", "tensor_archive", "value_archive"]
 

@@ -11,8 +11,8 @@ from runtime.checkpoint.content import Content
 from runtime.checkpoint.files.side_files import SideFiles
 from runtime.checkpoint.optimizer.read import FoundOptimizer, find_optimizer, read_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.ranks.manifest import find_manifest
+from runtime.checkpoint.record import MANIFEST
 from runtime.wording import listed
 
 if TYPE_CHECKING:
@@ -86,5 +86,5 @@ def _check_never_there(content: Content) -> None:
 
 
 def _in_manifest(content: Content) -> Mapping[str, str]:
-    has_one = (content.folder / MANIFEST).is_file()
-    return read_manifest(content.folder).optimizer if has_one else {}
+    manifest = find_manifest(content.folder)
+    return manifest.optimizer if manifest else {}

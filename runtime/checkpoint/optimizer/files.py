@@ -13,15 +13,15 @@ from plans.mesh import Mesh
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.checkpoint.content import Held
-from runtime.checkpoint.copying.copy import Destination
+from runtime.checkpoint.copying.new_file import NewFile
+from runtime.checkpoint.copying.table import Destination
 from runtime.checkpoint.dcp.files import box_of, boxes
 from runtime.checkpoint.dcp.metadata import Place
 from runtime.checkpoint.dcp.names import METADATA
-from runtime.checkpoint.files.new_file import NewFile
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, tensor_archive, value_archive
 from runtime.checkpoint.optimizer.metadata import SavedBox, encode_metadata
 from runtime.checkpoint.optimizer.state import OptimizerState
-from runtime.checkpoint.ranks.record import Entry
+from runtime.checkpoint.record import Entry
 from runtime.extents.forms import Form
 
 __all__ = ["optimizer_files"]

@@ -10,7 +10,7 @@ import torch
 
 from runtime.checkpoint.content import Held
 from runtime.checkpoint.dcp.metadata import KeyPath, Place
-from runtime.models.model import DTYPES
+from runtime.models.dtypes import DTYPES
 
 __all__ = ["SavedBox", "encode_metadata"]
 

@@ -11,7 +11,7 @@ from runtime.checkpoint.dcp.archive import read_description
 from runtime.checkpoint.dcp.metadata import Place
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import Made, Table, read_pickle
-from runtime.checkpoint.dcp.storage import archive_at, opened
+from runtime.checkpoint.dcp.storage import archive_at, saved_file
 from runtime.checkpoint.dcp.zip import Region
 
 __all__ = ["read_values"]
@@ -35,7 +35,7 @@ def read_values(folder: Path, places: Mapping[str, Place | None]) -> dict[str, b
     ordered = sorted(known.items(), key=lambda row: (row[1].file, row[1].offset))
     found: dict[str, bytes] = {}
     for file, rows in groupby(ordered, key=lambda row: row[1].file):
-        with opened(folder, file) as region:
+        with saved_file(folder, file) as region:
             found |= {name: _plain(archive_at(place, region), name) for name, place in rows}
     return {name: found[name] for name in places}
 
@@ -43,7 +43,10 @@ def read_values(folder: Path, places: Mapping[str, Place | None]) -> dict[str, b
 def _known(folder: Path, name: str, place: Place | None) -> Place:
     if place is None:
         raise HeaderError(
-            f"{folder / METADATA}: {name!r} is saved nowhere", hint="the file is damaged; copy or save it again"
+            f"{folder / METADATA}: {name!r} is saved nowhere",
+            hint="the file is damaged; copy or save it again",
+            file=str(folder / METADATA),
+            name=name,
         )
     return place
 

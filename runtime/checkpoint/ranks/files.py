@@ -10,11 +10,11 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.files.new_file import NewFile, new_file
+from runtime.checkpoint.copying.new_file import NewFile, new_file
 from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained, find_side_files
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Entry, Manifest
+from runtime.checkpoint.record import MANIFEST, Entry, Manifest
 from runtime.extents.forms import Form, whole
 from runtime.extents.shards import local_form, reassemble
 
@@ -133,6 +133,7 @@ class RankCheckpoint:
             side=find_side_files(self.folder, used),
             stored_form=self.manifest.stored_form,
             digests={name: entry.digest for name, entry in entries.items()},
+            config=self.manifest.config,
         )
 
     def source(self, key: str) -> StoredTensor:

@@ -15,10 +15,10 @@ from plans.placement import Packed, Placement, Replicate, Shard, placement_from_
 from runtime.checkpoint.files.file_names import is_weight_file
 from runtime.checkpoint.files.reading import reading
 from runtime.checkpoint.files.safetensors import BITS
-from runtime.checkpoint.files.strict_json import strict_json
-from runtime.checkpoint.ranks.record import MANIFEST, VERSION, Entry, Manifest, StoredForm
+from runtime.checkpoint.files.strict_json import is_deeper, strict_json
+from runtime.checkpoint.record import DEEPEST, MANIFEST, VERSION, Entry, Manifest, StoredForm
 
-__all__ = ["read_manifest"]
+__all__ = ["find_manifest", "read_manifest"]
 
 _MAX_BYTES = 200_000_000
 _MAX_DIMS = 64
@@ -38,6 +38,15 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     with reading(path):
         return _Reader(path).manifest(strict_json(_content(path), path))
+
+
+def find_manifest(folder: Path) -> Manifest | None:
+    """Read and check a folder's manifest, None where it has none.
+
+    Raises:
+        HeaderError: it is not a manifest of this version, or says what cannot be.
+    """
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def _content(path: Path) -> bytes:
@@ -77,6 +86,7 @@ class _Reader:
             tied=cast("dict[str, str]", tied),
             stored_form=self.stored_form(content.get("stored_form", {})),
             optimizer=self.digests(content.get("optimizer", {})),
+            config=self.config(content.get("config")),
         )
 
     def mesh(self, value: object) -> Mesh:
@@ -149,6 +159,11 @@ class _Reader:
         if not all(map(_DIGEST.fullmatch, digests.values())):
             raise self.error("optimizer has entries that are no digests")
         return digests
+
+    def config(self, value: object) -> dict[str, object] | None:
+        if value is not None and (not isinstance(value, dict) or is_deeper(value, DEEPEST)):
+            raise self.error(f"config is not a table of {DEEPEST} levels at most")
+        return value
 
     def table(self, value: object, what: str, kind: type) -> dict[str, Any]:
         if isinstance(value, dict) and all(isinstance(item, kind) for item in value.values()):

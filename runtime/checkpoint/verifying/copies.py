@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Destination, Progress, build_table, execute
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute
 from runtime.checkpoint.copying.regions import DigestRegion
-from runtime.checkpoint.copying.table import Table
+from runtime.checkpoint.copying.table import Destination, Table, build_table
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.layout import layout_of
@@ -17,9 +18,8 @@ from runtime.checkpoint.optimizer.choice import with_optimizer
 from runtime.checkpoint.optimizer.read import find_optimizer
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.read import read_content
-from runtime.checkpoint.verifying.digest import Digest
 from runtime.extents.forms import Form
-from runtime.models.model import read_config
+from runtime.models.config import read_config
 from runtime.models.quantized import stored_model
 
 __all__ = ["Holding", "TensorCopy", "digests_of", "read_holding"]
@@ -47,10 +47,12 @@ class Holding:
     Args:
         content: of the checkpoint, with the state of its optimizer where there is one.
         copies: of every tensor one or more, in the order of the tensors, the optimizer's last.
+        described: the folder with its config.json, where that is another than its own.
     """
 
     content: Content
     copies: Sequence[TensorCopy] = field(repr=False)
+    described: Path | None = None
 
     def table(self) -> Table:
         """Return the table of runs that make up each copy, which proves that none of its bytes is missing."""
@@ -78,7 +80,7 @@ def read_holding(folder: Path, foreign: Foreign | None = None) -> Holding:
     if content is None or find_optimizer(content) is not None or (ranks and ranks.manifest.optimizer):
         model = stored_model(read_config(foreign.config_folder(folder) if foreign else folder))
         content = with_optimizer(content or read_content(folder, model, foreign), model, is_wanted=True)
-    return Holding(content, _copies(content, ranks))
+    return Holding(content, _copies(content, ranks), foreign.config_folder(folder) if foreign else None)
 
 
 def digests_of(

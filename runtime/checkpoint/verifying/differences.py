@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Aspect", "Difference", "compare_held", "read_differences"]
 
-Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", "content"]
-"""In what something differs: `files` contradict one another, `content` is the bytes of a tensor."""
+Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", "content", "config"]
+"""In what something differs: `files` contradict one another, `content` is the bytes of a tensor.
+
+`config` is an entry of config.json that says what the model computes.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Difference:
     """One thing that is not as it should be.
 
     Args:
-        name: of the tensor, or of the folder where it is of no single one.
+        name: of the tensor or the config's entry, or of the folder where it is of no single one.
         aspect: in what it differs.
         expected: in words.
         found: in words.

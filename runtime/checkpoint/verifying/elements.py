@@ -10,11 +10,13 @@ from math import prod
 import numpy as np
 import torch
 
-from runtime.checkpoint.copying.copy import Destination, build_table, execute
-from runtime.checkpoint.copying.regions import Bytes, MemoryRegion
+from runtime.checkpoint.copying.copy import execute
+from runtime.checkpoint.copying.regions import MemoryRegion
+from runtime.checkpoint.copying.strided import Bytes
+from runtime.checkpoint.copying.table import Destination, build_table
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
 from runtime.extents.forms import Form, narrow, unravel
-from runtime.models.model import DTYPES
+from runtime.models.dtypes import DTYPES
 
 __all__ = ["Element", "Placed", "Value", "first_difference"]
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from runtime.checkpoint.verifying.digest import BLOCK, MULTIPLIERS, SEEDS, STEP, Digest
+from runtime.checkpoint.digest import BLOCK, MULTIPLIERS, SEEDS, STEP, Digest
 
 __all__ = ["tensor_digest"]
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.errors import IncompleteError, MismatchError
+from runtime.checkpoint.config_record import CONFIG, config_changes, read_entries
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
 from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.verifying.copies import TensorCopy, digests_of, read_holding
+from runtime.checkpoint.verifying.copies import Holding, TensorCopy, digests_of, read_holding
 from runtime.checkpoint.verifying.differences import Difference, compare_held, read_differences
 from runtime.checkpoint.verifying.elements import Placed, first_difference
 from runtime.checkpoint.verifying.verification import Verification, Verified
+from runtime.models.config_entries import Differing, compare_entries
 
 __all__ = ["verify"]
 
@@ -33,7 +35,8 @@ def verify(
 
     Against its manifest the digest of each copy must be the recorded one; where nothing is recorded, only headers,
     index and completeness are looked at. Against another checkpoint the tensors must also be the same, one by one,
-    carried ones, tied names and the optimizer's state included.
+    carried ones, tied names and the optimizer's state included. What config.json says to compute must be what the
+    manifest records, and what the other one's says, where both are there.
 
     Args:
         source: a folder, of any layout.
@@ -109,6 +112,21 @@ def _against_manifest(one: Verified) -> Iterator[_Found]:
             said = f"digest {recorded}, which the manifest records"
             difference = Difference(copy.name, "content", said, f"digest {digest}", _where(one, copy))
             yield _Found(difference, right.get(copy.name), (one, copy))
+    assert one.holding is not None
+    for entry in config_changes(one.holding.content):
+        yield _Found(_of_config(entry, "which the manifest records", one.folder))
+
+
+def _of_config(entry: Differing, why: str, folder: Path) -> Difference:
+    return Difference(entry.key, "config", f"{entry.expected}, {why}", entry.found, str(folder / CONFIG))
+
+
+def _between_configs(one: Holding, other: Holding) -> Iterator[_Found]:
+    folders = [side.described or side.content.folder for side in (one, other)]
+    found, expected = map(read_entries, folders)
+    if found is not None and expected is not None:
+        for entry in compare_entries(found, expected):
+            yield _Found(_of_config(entry, f"as in {folders[1]}", folders[0]))
 
 
 def _between(one: Verified, other: Verified) -> Iterator[_Found]:
@@ -125,6 +143,7 @@ def _between(one: Verified, other: Verified) -> Iterator[_Found]:
         digests = f"digest {other.digests[expected[name]]}", f"digest {one.digests[copy]}"
         difference = Difference(name, "content", *digests, _where(one, copy))
         yield _Found(difference, (other, expected[name]), (one, copy))
+    yield from _between_configs(one.holding, other.holding)
 
 
 def _placed(one: Verified, copy: TensorCopy) -> Placed:

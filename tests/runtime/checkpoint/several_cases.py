@@ -16,7 +16,7 @@ from plans.errors import MigratorError
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.several import carry_out_together
 from runtime.checkpoint.copying.values import Options
-from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.processes.joined import joined

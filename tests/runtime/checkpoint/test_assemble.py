@@ -10,7 +10,7 @@ import pytest
 
 from runtime.checkpoint.copying.assemble import Assembler
 from runtime.checkpoint.copying.regions import DigestRegion, MemoryRegion
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.digest import Digest
 from runtime.extents.runs import Repeat, Run
 
 ROWS, COLUMNS = 60, 50

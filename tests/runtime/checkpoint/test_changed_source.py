@@ -14,7 +14,7 @@ from plans.errors import CheckpointError, DestinationError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import execution
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import held
 from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from plans.errors import DestinationError
-from runtime.checkpoint.files.commit import MARKER, staging
+from runtime.checkpoint.copying.commit import staging
+from runtime.checkpoint.files.file_names import MARKER
 
 
 def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_checkpoint_is_replaced_where_that_is_asked_for(tmp_path: Path) -> Non
 
 
 REPLACING = """
-import os, sys; from pathlib import Path; from runtime.checkpoint.files import commit
+import os, sys; from pathlib import Path; from runtime.checkpoint.copying import commit
 out, rename = Path(sys.argv[1]), Path.rename
 def dying(path, target):
     if path.name == sys.argv[2] and sys.argv[3] == "before":
@@ -147,7 +148,7 @@ def test_a_link_at_the_working_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from runtime.checkpoint.files.commit import staging\n"
+        "import os, sys; from pathlib import Path; from runtime.checkpoint.copying.commit import staging\n"
         "with staging(Path(sys.argv[1]), 1) as folder:\n"
         "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)"
     )
@@ -170,7 +171,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 COMMITTING = """
 import sys, time
 from pathlib import Path
-from runtime.checkpoint.files import commit
+from runtime.checkpoint.copying import commit
 
 root, synced = Path(sys.argv[1]), commit.sync
 

@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 
 from plans.errors import CheckpointError, UsageError
 from runtime.checkpoint.copying import copy
-from runtime.checkpoint.copying.copy import Destination, build_table, execute, work_of
+from runtime.checkpoint.copying.copy import execute, work_of
 from runtime.checkpoint.copying.read_back import is_intact
-from runtime.checkpoint.copying.regions import Bytes, DigestRegion, FileRegion, MemoryRegion
+from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
+from runtime.checkpoint.copying.strided import Bytes
+from runtime.checkpoint.copying.table import Destination, build_table
+from runtime.checkpoint.copying.writing import regions_for
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import read_header
-from runtime.checkpoint.files.writing import regions_for
-from runtime.checkpoint.verifying.digest import Digest
 from runtime.extents import forms as extents
 from runtime.extents.forms import Form, whole
 

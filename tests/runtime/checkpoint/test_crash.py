@@ -17,11 +17,10 @@ import pytest
 
 from plans.errors import CheckpointError, DestinationError
 from plans.mesh import Mesh
-from runtime.checkpoint.copying import copy
+from runtime.checkpoint.copying import commit, copy
 from runtime.checkpoint.copying.copy import work_of
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.files import commit
-from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.extents.runs import Run

@@ -17,8 +17,8 @@ from plans.errors import ConversionError, HeaderError, IncompleteError, Migrator
 from plans.mesh import Mesh
 from runtime.checkpoint.dcp.names import shard_file, shard_files
 from runtime.checkpoint.dcp.safetensors import sharding_metadata
-from runtime.checkpoint.hub.hf import INDEX
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.files.file_names import INDEX
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder, RankFolder

@@ -26,7 +26,8 @@ from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.models.model import meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model
 from tests.conftest import HubFolder
 
 NORM, EMBEDDING, Q = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import MigratorError
 from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.copy import Destination, build_table
+from runtime.checkpoint.copying.table import Destination, build_table
 from runtime.checkpoint.dcp.content import dcp_content
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.models.model import meta_model, read_config
+from runtime.models.config import read_config
+from runtime.models.model import meta_model
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_dcp_metadata import DISTCP, save, weights
 

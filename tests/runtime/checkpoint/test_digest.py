@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.checkpoint.verifying.digest import BLOCK, Digest, block_weights, word_weights
+from runtime.checkpoint.digest import BLOCK, Digest, block_weights, word_weights
 from runtime.checkpoint.verifying.tensor_digest import tensor_digest
 
 MASK = 2**64 - 1

@@ -31,7 +31,7 @@ from runtime.checkpoint.foreign.source import Foreign
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.checkpoint.verifying.verify import verify
-from runtime.models.model import read_config
+from runtime.models.config import read_config
 from runtime.models.quantized import stored_model
 from runtime.planning.resolve import resolve
 from tests.foreign_files import DEEPSEEK, MLA_WHOLE, TP, Cut, packed, shard, state_of, stored_in, write

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
-from runtime.checkpoint.hub.hf import INDEX, WEIGHTS, read_hub, same_bytes
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.files.same_bytes import same_bytes
+from runtime.checkpoint.hub.hf import read_hub
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from plans.errors import HeaderError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.hub.hf import INDEX, WEIGHTS
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.ranks.files import rank_file
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES

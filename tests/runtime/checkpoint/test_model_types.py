@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import PlanError
 from plans.mesh import Mesh
-from runtime.checkpoint.hub.hf import WEIGHTS
+from runtime.checkpoint.files.file_names import WEIGHTS
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.rank_files import assembled

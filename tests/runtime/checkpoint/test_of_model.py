@@ -19,7 +19,7 @@ from runtime.checkpoint.content import Content
 from runtime.checkpoint.files.file_names import check_apart_names, is_weight_file
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.files.strict_json import strict_json
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from tests.conftest import HubFolder, RankFolder

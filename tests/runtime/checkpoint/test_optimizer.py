@@ -35,8 +35,8 @@ from runtime.checkpoint.content import Layout
 from runtime.checkpoint.copying.copy import work_of
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.dcp.names import METADATA
-from runtime.checkpoint.files.commit import MARKER
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.files.file_names import MARKER
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.checkpoint.verifying.verify import verify

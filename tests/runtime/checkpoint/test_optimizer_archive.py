@@ -15,7 +15,7 @@ import torch
 from runtime.checkpoint.dcp.archive import read_archive, read_description
 from runtime.checkpoint.dcp.zip import Region
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, tensor_archive, value_archive
-from runtime.models.model import DTYPES
+from runtime.models.dtypes import DTYPES
 
 ONE = b"\x00\x00\x80\x3f"
 

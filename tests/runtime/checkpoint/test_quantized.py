@@ -18,11 +18,11 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from plans.errors import IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.checkpoint.hub.hf import WEIGHTS
+from runtime.checkpoint.files.file_names import WEIGHTS
 from runtime.checkpoint.ranks.files import rank_file
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
-from runtime.models.model import read_config
+from runtime.models.config import read_config
 from runtime.models.quantized import stored_model
 from tests.rank_files import assembled
 from tests.tiny_models import DENSE, ODD_MODELS

@@ -19,7 +19,7 @@ from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchEr
 from plans.mesh import Mesh
 from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 
 NORM = "model.norm.weight"

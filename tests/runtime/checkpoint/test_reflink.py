@@ -26,12 +26,12 @@ from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import clones, copy
 from runtime.checkpoint.copying.clones import aligned, clones_of
-from runtime.checkpoint.copying.estimate import estimate
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
+from runtime.checkpoint.estimate import estimate
 from runtime.checkpoint.files import reflink
-from runtime.checkpoint.files.commit import MARKER
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.files.file_names import MARKER
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
 from runtime.checkpoint.target import Target
 from tests.runtime.checkpoint.reflink_disks import BLOCK, mounted, shared

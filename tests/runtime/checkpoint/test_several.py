@@ -20,7 +20,7 @@ from plans.errors import DestinationError, MismatchError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.shares import share_of
-from runtime.checkpoint.files.commit import MARKER
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult, plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.extents.runs import covers

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.checkpoint.copying.copy import Destination, build_table, execute
+from runtime.checkpoint.copying.copy import execute
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
+from runtime.checkpoint.copying.table import Destination, build_table
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import BITS, read_header
-from runtime.checkpoint.verifying.digest import Digest
 from runtime.extents.forms import concatenate, narrow, transpose, whole
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from plans.errors import IncompleteError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.safetensors import encode_header, read_header
 from runtime.checkpoint.ranks.files import rank_file
-from runtime.checkpoint.ranks.record import MANIFEST
+from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
 from runtime.checkpoint.target import Target
 from runtime.checkpoint.verifying.differences import Difference

@@ -1,4 +1,4 @@
-"""Writing a folder's files: created at full size, filled by sinks, synced."""
+"""Writing a folder's files: created at full size, then filled by regions, side files copied, all of it synced."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.checkpoint.copying.commit import sync
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, Region
 from runtime.checkpoint.copying.table import Destination
-from runtime.checkpoint.files.commit import sync
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.reading import reading
-from runtime.checkpoint.verifying.digest import Digest
 
 __all__ = ["copy_files", "create", "regions_for", "write_file"]
 

@@ -10,23 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plans.plan import wildcard
+from runtime.checkpoint.copying.commit import writing
 from runtime.checkpoint.copying.copy import buffer_bytes, execute, work_of
 from runtime.checkpoint.copying.sharing import block_for, share, sharing
 from runtime.checkpoint.copying.slabs import Slab
 from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.files.commit import writing
+from runtime.checkpoint.copying.writing import create, regions_for
+from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.files.writing import create, regions_for
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.ranks.record import MANIFEST, Manifest
-from runtime.checkpoint.verifying.digest import Digest
+from runtime.checkpoint.ranks.manifest import find_manifest
+from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.reshard import ReshardPlan
 from runtime.wording import RANK_0, placed_words
-
-if TYPE_CHECKING:
-    from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = ["Estimate", "Group", "estimate"]
 
@@ -63,10 +60,10 @@ class Estimate:
         groups: of tensors.
         bytes_read: from weight files.
         bytes_written: of tensors, replicas counted.
+        bytes_shared: of these, as blocks of the source's own files, where the destination's disk can share them.
         disk_needed: bytes of the whole result, beside what it shares.
         peak_memory: bytes of the whole process.
-        bytes_shared: of these, as blocks of the source's own files, where the destination's disk can share them.
-        reflinkable: their share of the bytes written, 0 to 1.
+        reflinkable: the share of `bytes_shared` in the bytes written, 0 to 1.
         seconds: to copy, by a short sample on the destination's disk.
     """
 
@@ -122,7 +119,7 @@ def _groups(plan: ReshardPlan) -> Iterator[Group]:
             counts[owner[run.source]] += 1
             sizes[owner[run.source]] += run.size
     folder = plan.content.folder
-    before, after = read_manifest(folder) if (folder / MANIFEST).is_file() else None, plan.laid.manifest
+    before, after = find_manifest(folder), plan.laid.manifest
     grouped: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     parameters = plan.content.optimizer.parameters if plan.content.optimizer else {}
     for name in plan.content.all_tensors:

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, MigratorError, MismatchError
 from runtime.checkpoint.copying.journal import begin_journal, read_journal
+from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import check_free, locked
 from runtime.checkpoint.files.replaceable import check_replaceable
 
-__all__ = ["MARKER", "Say", "check_destination", "partial_folder", "staging", "sync", "writing"]
-
-MARKER = ".migrator-partial"
-"""The journal of a folder that is being written, by which a later run knows what was left there."""
+__all__ = ["Say", "check_destination", "partial_folder", "staging", "sync", "writing"]
 
 Say = Callable[[str], None]
 """Tells a person what is good to know."""
@@ -93,7 +91,9 @@ def check_destination(destination: Path, *, overwrite: bool = False, names: Coll
             )
         check_replaceable(destination, names)
     if not destination.absolute().parent.is_dir():
-        raise DestinationError(f"{destination.parent}: not a folder", hint="create it first")
+        raise DestinationError(
+            f"{destination.parent}: not a folder", hint="create it first", path=str(destination.parent)
+        )
 
 
 def partial_folder(destination: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from runtime.checkpoint.copying.copy import Destination
+from runtime.checkpoint.copying.table import Destination
 from runtime.checkpoint.files.safetensors import encode_header, padded_header, tensor_bytes
 from runtime.extents.forms import Form
 

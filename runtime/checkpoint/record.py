@@ -10,10 +10,12 @@ from typing import Literal
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 
-__all__ = ["MANIFEST", "VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"]
+__all__ = ["DEEPEST", "MANIFEST", "VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"]
 
 MANIFEST = "migrator.json"
 VERSION = 1
+DEEPEST = 32
+"""Levels of lists and tables in a config."""
 
 EntryKind = Literal["parameter", "buffer", "carried"]
 
@@ -95,6 +97,7 @@ class Manifest:
         tied: other names of tensors, each with the name that holds the bytes.
         stored_form: of the hub form that it came from, where that is known.
         optimizer: digests of the optimizer's tensors by the names they are saved under, where its state went along.
+        config: what config.json said when the checkpoint was laid out, where that is recorded.
     """
 
     written_by: Mapping[str, str]
@@ -107,6 +110,7 @@ class Manifest:
     tied: Mapping[str, str]
     stored_form: StoredForm | None
     optimizer: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, object] | None = None
 
     def with_digests(self, digests: Mapping[str, str]) -> Manifest:
         """Return the manifest with each tensor's digest."""
@@ -129,5 +133,6 @@ class Manifest:
             "tensors": tensors,
             "stored_form": self.stored_form.to_json() if self.stored_form else None,
             **({"optimizer": dict(self.optimizer)} if self.optimizer else {}),
+            **({"config": self.config} if self.config is not None else {}),
         }
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

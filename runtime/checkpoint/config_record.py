@@ -1,0 +1,75 @@
+"""What a checkpoint's config.json says, beside what it said when the checkpoint was laid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from plans.errors import CheckpointError
+from runtime.checkpoint.content import Content
+from runtime.checkpoint.files.reading import read_at_most
+from runtime.checkpoint.files.strict_json import is_deeper
+from runtime.checkpoint.record import DEEPEST
+from runtime.models.config_entries import Differing, compare_entries
+
+__all__ = ["CONFIG", "config_changes", "read_entries", "record_of"]
+
+CONFIG = "config.json"
+_MAX_BYTES = 2**24
+
+
+def record_of(content: Content) -> Mapping[str, object] | None:
+    """Return what a manifest is to record of the config: what was recorded before, else what it says now.
+
+    A record goes along with the tensors, as their digests do. One made anew of a config that has been changed would
+    call the change right from then on, and no one would hear of it again; kept, `verify` and `validate` name it in
+    whatever is made of the checkpoint, until the config is restored or a person takes the record out.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+    """
+    if content.config is not None:
+        return content.config
+    made = content.made.get(CONFIG)
+    path = content.folder / CONFIG
+    return _entries(made, path) if made is not None else read_entries(content.folder)
+
+
+def config_changes(content: Content) -> tuple[Differing, ...]:
+    """Return the entries by which a checkpoint's config says to compute something else than the recorded one.
+
+    Nothing is said where nothing is recorded, or no config is there.
+
+    Raises:
+        CheckpointError: the config cannot be read.
+    """
+    found = read_entries(content.folder) if content.config is not None else None
+    return compare_entries(found, content.config) if found is not None and content.config is not None else ()
+
+
+def read_entries(folder: Path) -> dict[str, object] | None:
+    """Return what a folder's config.json says, None where it has none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no config.
+    """
+    path = folder / CONFIG
+    return _entries(read_at_most(path, _MAX_BYTES), path) if path.exists() else None
+
+
+def _entries(text: bytes, path: Path) -> dict[str, object]:
+    """Parse a config as transformers does, and in such a way that a manifest can say the same."""
+    try:
+        # Numbers that JSON has not are written in the words of transformers.
+        entries = json.loads(text, parse_constant=lambda name: {"__float__": name})
+        json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise _no_config(path, f"not valid JSON: {error}") from error
+    if not isinstance(entries, dict) or is_deeper(entries, DEEPEST):
+        raise _no_config(path, f"not an object of {DEEPEST} levels at most")
+    return entries
+
+
+def _no_config(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}", hint="restore the file, or save the checkpoint again", file=str(path))

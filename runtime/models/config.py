@@ -1,0 +1,113 @@
+"""A checkpoint's config, read by the installed transformers, none of the checkpoint's own code run."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plans.errors import CheckpointError, DependencyError, IncompleteError
+from runtime.wording import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["quantization_of", "read_config", "transformers_version", "unreadable"]
+
+
+def transformers_version() -> str:
+    """Return the installed transformers' version.
+
+    Raises:
+        DependencyError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError(
+            "transformers is not installed", hint="pip install 'plan-migrator[runtime]'", package="transformers"
+        ) from error
+    return str(transformers.__version__)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Read a checkpoint's config.json with the installed transformers, running no code of the checkpoint's own.
+
+    Raises:
+        IncompleteError: there is no config.json, or it cannot be read.
+        CheckpointError: the file is not a config of a model type that the installed transformers knows.
+    """
+    from transformers import AutoConfig
+
+    _check_readable(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # What transformers' config classes raise is not ours to list.
+        raise CheckpointError(
+            f"{folder}/config.json: {first_line(error)}",
+            hint=f"correct the entry; transformers {transformers_version()} must know the model type, and models with "
+            "code of their own in the checkpoint are not run",
+            folder=str(folder),
+        ) from error
+    _check_dtype(config, folder)
+    # A config may name a kernel repository for its attention or experts, whose code would be fetched and run.
+    # Grouped expert kernels also ask for widths in multiples of 16 bytes, which a rank's slice need not have.
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
+
+
+def _check_readable(folder: Path) -> None:
+    path = folder / "config.json"
+    try:
+        # Opening a pipe would wait for whoever writes to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IncompleteError(
+            f"{folder}: no config.json",
+            hint="name a folder that save_pretrained wrote",
+            folder=str(folder),
+        ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> IncompleteError:
+    """Return the error of a file or folder that is there but cannot be read."""
+    return IncompleteError(
+        f"{path}: cannot be read: {error.strerror or error}",
+        hint="check the path and that you may read it and its folder",
+        path=str(path),
+    )
+
+
+def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(
+            f"{folder}/config.json: {config.dtype!r} is not a dtype of torch {torch.__version__}",
+            hint="set `dtype` to the one the weights were saved in, such as bfloat16",
+            dtype=str(config.dtype),
+        )
+
+
+def quantization_of(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
+    """Return where a config, or one inside it, speaks of quantization, and what it says; None where it does not."""
+    for where, part in _parts(config, "config.json"):
+        settings: Any = getattr(part, "quantization_config", None)
+        if settings:
+            return where, settings if isinstance(settings, Mapping) else {"quant_method": repr(settings)}
+    return None
+
+
+def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield a config and those inside it, each with where it stands."""
+    yield where, config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _parts(part, f"{where}: {name}")

@@ -1,0 +1,28 @@
+"""Where a plan puts one parameter, asked of the plan alone, before a model is resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from plans.dialect import Dialect
+from plans.placement import Placement
+from plans.plan import lookup
+from plans.style import Owner
+
+__all__ = ["planned_placement"]
+
+
+def planned_placement(
+    name: str, owner: Owner, ndim: int, plan: Mapping[str, str], dialect: Dialect
+) -> Placement | None:
+    """Return where a plan puts a parameter, None where no entry speaks of it or its entry shards nothing.
+
+    Args:
+        name: in the model.
+        owner: the kind of module that holds it.
+        ndim: how many dims it has.
+        plan: key to style.
+        dialect: that it is written in.
+    """
+    key = lookup(plan, name, is_parameter=True)
+    return None if key is None else dialect.style(plan[key], key).placement(owner, ndim, name.rpartition(".")[2])
