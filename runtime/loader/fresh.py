@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from runtime.loader.slots import Slot, holders_of
@@ -67,11 +68,12 @@ def fresh_of(model: nn.Module, slots: Mapping[str, Slot], dtype: torch.dtype | N
 
 
 def _kept(
-    model: nn.Module, built: Mapping[str, torch.Tensor], slots: Iterable[str], dtype: torch.dtype | None
+    model: nn.Module, built: Mapping[str, torch.Tensor], slots: Mapping[str, Slot], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.dtype]]:
     """Yield what transformers' from_pretrained casts otherwise than to a type of 16 bits, which is asked for.
 
     Names and parts of names that a class declares stay in float32; others have the type that its constructor gives.
+    Of parameters that FSDP shards none is left out: it gathers those of a module as one, and stops at two types.
 
     Source: `_get_dtype_plan` in transformers/modeling_utils.py, and its use in core_model_loading.py.
     """
@@ -81,11 +83,17 @@ def _kept(
     declared = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if dtype == torch.float16 else [])]
     wide: set[str] = {pattern for names in declared for pattern in _declared(model, names)}
     found = re.compile("|".join(pattern.replace("*", ".*") for pattern in wide)) if wide else None
-    for name in slots:
+    for name, slot in slots.items():
+        if _is_gathered(slot.tensor):
+            continue
         if found is not None and found.search(name):
             yield name, torch.float32
         elif name in built and built[name].dtype != dtype and built[name].is_floating_point():
             yield name, built[name].dtype
+
+
+def _is_gathered(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor) and any("fsdp" in name for name in tensor.device_mesh.mesh_dim_names or ())
 
 
 def _declared(model: nn.Module, attribute: str) -> Iterable[str]:

@@ -54,8 +54,8 @@ def load(
         model: parallel or not, on meta or in memory.
         checkpoint: a folder of any layout, `hf://owner/name`, or what was read of one.
         dtype: what floating-point tensors are cast to, on their device, but for those that transformers'
-            `from_pretrained` leaves in a wider type. By default a model on meta gets what is stored, and one in memory
-            keeps its own.
+            `from_pretrained` leaves in a wider type, unless FSDP shards them, which takes one type only. By default a
+            model on meta gets what is stored, and one in memory keeps its own.
         device: where a model on meta goes; by default to the device of its mesh.
         threads: that read at once; by default this rank's share of the processors.
         every_copy: whether each rank reads for itself what all hold whole, where one could send it to the others.

@@ -108,6 +108,14 @@ def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
     return differing(local_tensors(model), local_tensors(reference))
 
 
+def runs_after_a_cast(hub: Path, mesh: Mesh) -> bool:
+    """Load with a cast and run the model, for FSDP gathers only now what it shards."""
+    model = on_meta(hub, "tp", mesh)
+    runtime.load(model, hub, dtype=torch.bfloat16)
+    logits = model(torch.arange(8)[None]).logits
+    return logits.dtype == torch.bfloat16 and bool(logits.isfinite().all())
+
+
 def load_into(hub: Path, folder: Path, **options: Any) -> None:
     """Load a folder into the model of another folder's config."""
     runtime.load(on_meta(hub, "tp", Mesh(tp=dist.get_world_size())), folder, **options)

@@ -318,6 +318,12 @@ def test_a_cast_leaves_alone_what_from_pretrained_does(name: str, dtype: torch.d
     assert not load_cases.differing(local_tensors(model), expected)
 
 
+def test_fsdp_takes_one_type_whatever_a_class_would_keep(two_ranks: RankPool, tmp_path: Path) -> None:
+    config = transformers.Ernie4_5_MoeConfig(**DENSE | {"moe_num_experts": 4, "moe_k": 2})
+    tiny_model(config).save_pretrained(tmp_path)
+    assert two_ranks.run(load_cases.runs_after_a_cast, tmp_path, Mesh(fsdp=2)) == [True, True]
+
+
 def test_a_tensor_in_memory_that_is_not_contiguous_is_filled(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model, expected = (meta_model(read_config(hub)) for _ in range(2))

@@ -161,3 +161,8 @@ def test_a_manifest_that_names_other_stored_tensors_is_refused(checkpoint: Check
 def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Target(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_mesh_beside_a_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a target has a mesh of its own"):
+        plan_reshard(tmp_path, Mesh(tp=2), Target("ranks"))
