@@ -23,11 +23,12 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 _INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _CLASSES = (
     "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-    "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    "MetadataIndex", "StorageMeta",
 )  # fmt: skip
+_ENUMERATIONS = (f"{_MODULE}._MEM_FORMAT_ENCODING",)
 _OTHERS = ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", _INFO)
 _PATHS = tuple(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows"))
-_ADMITTED = frozenset((*TORCH_DTYPES, *_OTHERS, *_PATHS, *(f"{_MODULE}.{name}" for name in _CLASSES)))
+_ADMITTED = frozenset((*TORCH_DTYPES, *_ENUMERATIONS, *_OTHERS, *_PATHS, *(f"{_MODULE}.{name}" for name in _CLASSES)))
 _MAX_BYTES = 2**26
 _MAX_DIMS = 64
 
@@ -88,7 +89,7 @@ def read_metadata(folder: Path) -> Saved:
                 f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form", file=str(path)
             )
         content = path.read_bytes()
-    return _Reader(path).saved(read_pickle(content, _ADMITTED, str(path)))
+    return _Reader(path).saved(read_pickle(content, _ADMITTED, str(path), _ENUMERATIONS))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from plans.errors import HeaderError
 
 __all__ = ["Global", "Made", "Table", "read_pickle"]
 
+_MEMBER_OF = ("builtins.getattr", "__builtin__.getattr")
+"""By which early releases of Python 3.11, Debian 12's among them, pickle a member of an enumeration."""
+
 
 @dataclass(frozen=True, slots=True)
 class Global:
@@ -39,18 +42,19 @@ class Table:
     pairs: list[tuple[object, object]] = field(default_factory=list)
 
 
-def read_pickle(content: bytes, admitted: Collection[str], where: str) -> object:
+def read_pickle(content: bytes, admitted: Collection[str], where: str, enumerations: Collection[str] = ()) -> object:
     """Return what a pickle describes.
 
     Args:
         content: the pickle.
         admitted: full names that it may mention.
         where: what to call it in messages.
+        enumerations: those of the names that are enumerations, of which a member may be named.
 
     Raises:
         HeaderError: it mentions another name, uses an instruction that data do not need, or is no pickle.
     """
-    machine = _Machine(admitted, where)
+    machine = _Machine(admitted, where, enumerations)
     try:
         # Python warns of odd escapes in text of a kind that is refused here anyway.
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
@@ -68,6 +72,7 @@ def read_pickle(content: bytes, admitted: Collection[str], where: str) -> object
 class _Machine:
     admitted: Collection[str]
     where: str
+    enumerations: Collection[str]
     stack: list[object] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: dict[int, object] = field(default_factory=dict)
@@ -95,7 +100,8 @@ class _Machine:
 
     def name(self, module: object, name: object) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else ""
-        if full not in self.admitted:
+        is_member = full in _MEMBER_OF and self.enumerations
+        if full not in self.admitted and not is_member:
             raise _refused(self.where, f"names {full[:200]!r}")
         self.push(Global(full))
 
@@ -103,7 +109,14 @@ class _Machine:
         arguments, called = self.pop(), self.pop()
         if not isinstance(called, Global):
             raise TypeError
-        self.push(Made(called.name, arguments))
+        self.push(self.member(arguments) if called.name in _MEMBER_OF else Made(called.name, arguments))
+
+    def member(self, arguments: object) -> Made:
+        """Return what an enumeration's member is by its name, as if it had been made of it."""
+        match arguments:
+            case (Global(owner), str(name)) if owner in self.enumerations:
+                return Made(owner, (name,))
+        raise _refused(self.where, f"names {_MEMBER_OF[0]!r}")
 
     def build(self) -> None:
         state, made = self.pop(), self.stack[-1]

@@ -108,6 +108,40 @@ def test_tensors_in_any_memory_order_and_of_any_dtype_come_back(
     assert found[Q].is_contiguous()
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_member_of_an_enumeration_may_be_pickled_by_its_name(
+    protocol: int, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = pickle.loads((saved / METADATA).read_bytes())
+    kind = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    # As Debian 12's Python does, 3.11.2; later releases name the value.
+    monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (kind, self.name)))
+    content = pickle.dumps(metadata, protocol)
+    assert b"getattr" in content
+    plan_reshard(saved, target=Target("hf")).execute(tmp_path / "before")
+    (saved / METADATA).write_bytes(content)
+    plan_reshard(saved, target=Target("hf")).execute(tmp_path / "after")
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert written[0] == written[1]
+
+
+class Attribute:
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize("owner", [torch.Size, torch.distributed.checkpoint.metadata.Metadata])
+def test_no_other_attribute_may_be_named(owner: type, saved: Path) -> None:
+    metadata = pickle.loads((saved / METADATA).read_bytes())
+    metadata.planner_data = Attribute(owner, "__init__")
+    (saved / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(HeaderError, match=r"names 'builtins\.getattr', which"):
+        plan_reshard(saved, target=Target("hf"))
+
+
 class TestNothingRuns:
     @pytest.fixture
     def mark(self, tmp_path: Path) -> Path:
