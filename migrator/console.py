@@ -83,7 +83,7 @@ def _printing() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Tell a person something that is not the result; nothing in it steers a terminal."""
-    click.echo("\n".join(map(_shown, text.split("\n"))), err=True)
+    _tell("\n".join(map(_shown, text.split("\n"))))
 
 
 def error(problem: MigratorError) -> None:
@@ -99,7 +99,16 @@ def internal_error(problem: Exception) -> None:
 
 
 def _say_after(word: str, text: str) -> None:
-    click.echo(f"{word} {_shown(text)}", err=True)
+    _tell(f"{word} {_shown(text)}")
+
+
+def _tell(text: str) -> None:
+    """Print to standard error; where that takes no more nobody is told, and the work goes on."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        # What is still buffered must not fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _shown(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -112,12 +113,16 @@ def test_wrong_use_is_refused(migrator, tmp_path, monkeypatch, arguments, said):
     assert (code, said in errors) == (2, True), errors
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("closed", "code"), [("1>&- 2>&-", 0), ("2>/dev/full", 0), ("1>/dev/full", 2)])
-def test_closed_streams_decide_nothing(tmp_path, closed, code):
+def test_closed_streams_decide_nothing(tmp_path, closed, code, unbuffered):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
     command = f"exec {MIGRATOR} run {file} {closed}"
-    done = subprocess.run(command, shell=True, check=False, timeout=120, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, shell=True, check=False, timeout=120, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == code
     assert "internal error" not in done.stderr
     assert json.loads((tmp_path / "move.job/state.json").read_text())["steps"]["check"]["status"] == "ok"
