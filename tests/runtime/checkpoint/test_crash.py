@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -75,21 +74,20 @@ def killed_after(seconds: float, plan: ReshardPlan, destination: Path) -> None:
     assert ended(child) in (0, -signal.SIGKILL)
 
 
-def wait_for_journal(destination: Path) -> None:
-    """Wait until a run that is under way has something safe."""
+def wait_for_journal(destination: Path, least: int = 1) -> None:
+    """Wait until a run that is under way has so many units safe."""
     marker, deadline = destination.with_name(destination.name + ".partial") / MARKER, time.monotonic() + 30
-    while not read_journal(marker).units:
+    while read_journal(marker).units < least:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def stopped_halfway(plan: ReshardPlan, destination: Path, how: Callable[[], object]) -> int:
-    """Let a run end when half of the bytes are copied and some of them are safe; return its exit code."""
+def stopped_halfway(plan: ReshardPlan, destination: Path, how: Callable[[], object], least: int = 1) -> int:
+    """Let a run end when half of the bytes are copied and so many units are safe; return its exit code."""
 
     def stop(done: int, total: int, name: str) -> None:
-        time.sleep(0.005)  # so that the journal keeps pace
         if done > total // 2:
-            wait_for_journal(destination)
+            wait_for_journal(destination, least)
             how()
 
     return ended(forked(lambda: plan.execute(destination, stop, SMALL, seconds=0)))
@@ -138,15 +136,15 @@ def test_a_killed_run_is_gone_on_with(name: str, planned: dict[str, ReshardPlan]
     assert [line for line in said if "going on" in line] == said != []
 
 
-def flipped_part(plan: ReshardPlan, kept: int, replicated: bool) -> Run:
-    """Return a run of finished work that goes to a file, the first of several copies if asked for."""
-    for unit in islice(work_of(plan.table, SMALL), kept):
+def part_to_flip(plan: ReshardPlan, replicated: bool) -> tuple[int, Run]:
+    """Return the first run that goes to a file, and to several if asked for, and how many units end with it."""
+    for number, unit in enumerate(work_of(plan.table, SMALL), 1):
         for slab in unit:
             parts = [part for part in slab.parts if plan.table.destinations[part.destination].file is not None]
             copies = [part for part in parts if part.source_offset == parts[0].source_offset]
             if not replicated or len(copies) > 1:
-                return copies[0]
-    raise AssertionError("nothing like that was done")
+                return number, copies[0]
+    raise AssertionError("nothing like that is done")
 
 
 @pytest.mark.parametrize(("name", "replicated"), [("to ranks", False), ("to ranks", True), ("to hub", False)])
@@ -155,9 +153,8 @@ def test_a_byte_flipped_in_what_was_done_is_found(
 ) -> None:
     plan, said = planned[name], list[str]()
     plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
-    stopped_halfway(plan, tmp_path / "out", die)
-    kept = read_journal(tmp_path / "out.partial" / MARKER).units
-    part = flipped_part(plan, kept, replicated)
+    units, part = part_to_flip(plan, replicated)
+    assert stopped_halfway(plan, tmp_path / "out", die, units) == -signal.SIGKILL
     at = plan.table.destinations[part.destination]
     damaged = tmp_path / "out.partial" / at.file
     content = bytearray(damaged.read_bytes())

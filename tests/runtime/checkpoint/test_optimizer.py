@@ -392,9 +392,11 @@ def killed_with_state_done(plan: ReshardPlan, destination: Path) -> tuple[str, i
     )
 
     def stop(done: int, total: int, name: str) -> None:
-        time.sleep(0.005)  # so that the journal keeps pace
-        if read_journal(marker).units > first:
-            die()
+        deadline = time.monotonic() + 30
+        while read_journal(marker).units <= first:
+            if done < total or time.monotonic() > deadline:
+                return
+        die()
 
     assert ended(forked(lambda: plan.execute(destination, stop, SMALL, seconds=0))) == -signal.SIGKILL
     return str(at.file), at.offset + part.destination_offset
