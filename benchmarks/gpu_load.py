@@ -32,14 +32,14 @@ from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mode
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.loader.bringing import default_threads
-from runtime.loader.slots import slots_of
+from runtime.loader.slots import find_parameter_refs
 from runtime.loader.sources import find_source
 from runtime.models.model import model_tensors
 from runtime.validation.content import check_content
 from runtime.validation.model import check_loaded
-from runtime.validation.source import read_source
+from runtime.validation.source import read_checkpoint_headers
 
 GOALS = {"migrator ranks": 8, "migrator hub": 5}
 """Times faster than `from_pretrained`."""
@@ -54,7 +54,7 @@ def main() -> None:
     with shared_folder() as folder:
         if dist.get_rank() == 0:
             make_checkpoint(folder / "hub", SHAPES[arguments.shape], device)
-            plan_reshard(folder / "hub", target=Target("ranks", mesh("tp"), "tp")).execute(folder / "ranks")
+            plan_reshard(folder / "hub", target=ReshardTarget("ranks", mesh("tp"), "tp")).execute(folder / "ranks")
         free()
         dist.barrier()
         size = own_file(folder / "ranks").stat().st_size
@@ -131,7 +131,7 @@ def clock(device: torch.device) -> float:
 def planned(system: System, device: torch.device) -> float:
     model = system.prepare().model
     began = clock(device)
-    find_source(system.folder, model, slots_of(model))
+    find_source(system.folder, model, find_parameter_refs(model))
     return largest(time.perf_counter() - began, device)
 
 
@@ -140,7 +140,7 @@ def validated(system: System, device: torch.device) -> Row:
     say(f"validated: {system.folder.name}, {system.mode}")
     parallel = system.prepare()
     system.load(parallel)
-    source = read_source(system.folder)
+    source = read_checkpoint_headers(system.folder)
     ready = clock(device)
     structure = check_loaded(parallel, source)
     looked = clock(device)

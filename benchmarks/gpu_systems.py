@@ -16,15 +16,15 @@ import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.ranks.files import rank_file
-from runtime.extents.runs import Run
+from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.extents.runs import StridedCopy
 from runtime.loader import replicated
-from runtime.loader.filling import LIMIT, CudaWorker, HostWorker, fill
-from runtime.loader.placing import target_of
-from runtime.loader.reads import reads, units
+from runtime.loader.filling import BUFFER_BYTES, CudaWorker, HostWorker, run_workers
+from runtime.loader.placing import build_target
+from runtime.loader.reads import group_reads, plan_reads
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
-from runtime.validation.model import Parallel
+from runtime.validation.model import ParallelModel
 
 NEVER = 2**63
 
@@ -36,7 +36,7 @@ class System:
     Args:
         mode: of the plan; systems of one mode load the same tensors.
         folder: of the checkpoint.
-        prepare: what comes before loading; of our own systems it gives a `Parallel` on meta.
+        prepare: what comes before loading; of our own systems it gives a `ParallelModel` on meta.
         load: gives the loaded model, None where there is none, from what was prepared.
         is_ours: whether `runtime.load` does it.
     """
@@ -65,18 +65,18 @@ def mesh(mode: Mode) -> Mesh:
     return Mesh(tp=size, ep=size if mode == "ep" else 1)
 
 
-def ours(folder: Path, mode: Mode, threads: int, broadcast_from: int = replicated._LEAST) -> System:
-    def load(parallel: Parallel) -> Any:
-        replicated._LEAST = broadcast_from
+def ours(folder: Path, mode: Mode, threads: int, broadcast_from: int = replicated._MIN_BROADCAST_BYTES) -> System:
+    def load(parallel: ParallelModel) -> Any:
+        replicated._MIN_BROADCAST_BYTES = broadcast_from
         runtime.load(parallel.model, folder, threads=threads)
         return parallel.model
 
     return System(mode, folder, lambda: on_meta(folder, mode), load, is_ours=True)
 
 
-def on_meta(folder: Path, mode: Mode) -> Parallel:
+def on_meta(folder: Path, mode: Mode) -> ParallelModel:
     model = meta_model(read_config(folder))
-    return Parallel(model, parallelize(model, mesh(mode), Plan.from_model(model, mode)))
+    return ParallelModel(model, parallelize(model, mesh(mode), Plan.from_model(model, mode)))
 
 
 def theirs(folder: Path, device: torch.device) -> Any:
@@ -85,7 +85,7 @@ def theirs(folder: Path, device: torch.device) -> Any:
 
 
 def own_file(ranks: Path) -> Path:
-    return ranks / rank_file(dist.get_rank(), dist.get_world_size())
+    return ranks / rank_file_name(dist.get_rank(), dist.get_world_size())
 
 
 def plain(ranks: Path, device: torch.device) -> tuple[Path, torch.Tensor]:
@@ -95,11 +95,13 @@ def plain(ranks: Path, device: torch.device) -> tuple[Path, torch.Tensor]:
 
 def read_plain(file: Path, memory: torch.Tensor, threads: int) -> None:
     """Read a file from end to end, whatever it holds, as the loader reads."""
-    size, targets = len(memory), {0: target_of(memory, torch.uint8)}
-    stored, run = StoredTensor(file, "U8", (size,), 0, size), Run(0, 0, 0, 0, size)
-    work = units(reads([stored], [run], LIMIT, lambda part: memory.device.type == "cpu"), LIMIT)
+    size, targets = len(memory), {0: build_target(memory, torch.uint8)}
+    stored, run = StoredTensor(file, "U8", (size,), 0, size), StridedCopy(0, 0, 0, 0, size)
+    work = group_reads(
+        plan_reads([stored], [run], BUFFER_BYTES, lambda part: memory.device.type == "cpu"), BUFFER_BYTES
+    )
     if memory.device.type == "cpu":
-        fill(work, threads, lambda: HostWorker(targets))
+        run_workers(work, threads, lambda: HostWorker(targets))
     else:
         before = torch.cuda.current_stream(memory.device)
-        fill(work, threads, lambda: CudaWorker(targets, memory.device, before))
+        run_workers(work, threads, lambda: CudaWorker(targets, memory.device, before))

@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from migrator.report.from_reshard import reshard_report
+from migrator.report.from_reshard import build_reshard_report
 from migrator.report.page import write_report
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.chromium import chromium, find_chromium
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -38,8 +38,8 @@ def written_report(folder: Path) -> Path:
     with contextlib.chdir(folder):
         tiny_model(tiny_config("qwen3_moe")).save_pretrained(hub)
         plan_reshard(hub, Mesh(tp=4)).execute(trained)
-        plan = plan_reshard(trained, target=Target("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"))
-        write_report(reshard_report(plan, plan.execute(moved)), Path("report.html"))
+        plan = plan_reshard(trained, target=ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"))
+        write_report(build_reshard_report(plan, plan.execute(moved)), Path("report.html"))
     return folder / "report.html"
 
 

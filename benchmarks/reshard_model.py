@@ -53,7 +53,7 @@ def stored_shapes(layers: int) -> Shapes:
 
 
 def write(folder: Path, size: int, sparse: bool = False) -> int:
-    """Write a checkpoint of about `size` bytes and return its exact size; a sparse one holds zeros."""
+    """Write a checkpoint of about `read_size` bytes and return its exact size; a sparse one holds zeros."""
     one, two = (bytes_of(stored_shapes(count)) for count in (1, 2))
     layers = max(1, round((size - one) / (two - one)) + 1)
     folder.mkdir()

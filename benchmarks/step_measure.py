@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from runtime.styles.placements import local_piece, placement_of
+from runtime.styles.placements import cut_local_shard, get_placement
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def own_piece(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return what this rank should hold of a whole tensor if it is sharded like another."""
     if not isinstance(like, DTensor):
         return whole
-    placement = placement_of(like)
+    placement = get_placement(like)
     assert placement is not None
-    return local_piece(whole, placement, like.device_mesh.size(), like.device_mesh.get_local_rank())
+    return cut_local_shard(whole, placement, like.device_mesh.size(), like.device_mesh.get_local_rank())
 
 
 def largest(value: float, device: torch.device) -> float:

@@ -46,7 +46,7 @@ def _plans(paths: list[Path]) -> Iterator[tuple[str, str, dict[str, dict[str, st
     read = EffectivePlans(lambda path: read_source(path) if path.is_file() else None)
     for path in paths:
         found: dict[str, dict[str, dict[str, str]]] = {}
-        for place, plan in read.of_file(path).items():
+        for place, plan in read.compute_file_plans(path).items():
             kind = _KINDS.get(place.plan)
             if kind is not None:
                 styles = {key: entry.style for key, entry in plan.items() if entry.style is not None}

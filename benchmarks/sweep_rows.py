@@ -20,7 +20,7 @@ from runtime.parallel.parallelize import parallelize
 from runtime.parallel.verify import verify_sharding
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
-from runtime.styles.placements import local_piece, placement_of
+from runtime.styles.placements import cut_local_shard, get_placement
 
 __all__ = ["TOLERANCE", "Result", "one_line", "run_case"]
 
@@ -149,7 +149,7 @@ def _gradient_error(parameter: nn.Parameter, whole: torch.Tensor | None, floor: 
     if whole is None or parameter.grad is None:
         return 0.0 if whole is None and parameter.grad is None else float("inf")
     found = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-    expected = local_piece(whole, placement_of(parameter), dist.get_world_size(), dist.get_rank())
+    expected = cut_local_shard(whole, get_placement(parameter), dist.get_world_size(), dist.get_rank())
     return _relative(found, expected, max(float(whole.abs().max()), floor))
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import libcst as cst
 from libcst.codemod import CodemodCommand, SkipFile
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.inheritance.ownership import Tree
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.decisions import line_of, lines_of, settle
-from codemods.rewriting.propagate import Family, judge
+from codemods.rewriting.decisions import find_line, find_lines, resolve_edits
+from codemods.rewriting.propagate import Family, evaluate_family
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_param_level
-from codemods.tree.selection import Silencer
-from codemods.tree.survey import expert_plans, places_in
+from codemods.tree.selection import Suppressions
+from codemods.tree.survey import expert_plans, find_plans
 from plans.decompose import Edit
 
 __all__ = ["DecomposePlansCommand"]
@@ -45,25 +45,25 @@ class DecomposePlansCommand(CodemodCommand):
         """
         if self.context.filename is None:
             raise SkipFile("plans cannot be judged without a file name: expert layouts are read from its folder")
-        source = Source(Path(self.context.filename).absolute(), tree.bytes)
-        if not expert_plans.in_file(source.data):
+        source = SourceFile(Path(self.context.filename).absolute(), tree.bytes)
+        if not expert_plans.matches_file(source.data):
             return tree
         files = Tree()
         files.add(source)
-        edits = list(self._edits(files, source))
+        edits = list(self._compute_edits(files, source))
         if not edits:
             return tree
         return cst.parse_module(rewrite_source(source, files.module(source.path), edits), tree.config_for_parsing)
 
-    def _edits(self, files: Tree, source: Source) -> Iterator[tuple[PlanLiteral, tuple[Edit, ...]]]:
-        silencer = Silencer()
-        silencer.read(source)
-        alone = [Family(place, ()) for place in places_in(files, source.path, expert_plans)]
-        verdicts = [(family, judge(files, family, lambda path: None, to_param_level)) for family in alone]
-        decided = settle(files, verdicts, silencer)
+    def _compute_edits(self, files: Tree, source: SourceFile) -> Iterator[tuple[PlanLiteral, tuple[Edit, ...]]]:
+        silencer = Suppressions()
+        silencer.read_comments(source)
+        alone = [Family(place, ()) for place in find_plans(files, source.path, expert_plans)]
+        verdicts = [(family, evaluate_family(files, family, lambda path: None, to_param_level)) for family in alone]
+        decided = resolve_edits(files, verdicts, silencer)
         for place, finding in decided.findings:
-            if not silencer.is_silent(source.path, lines_of(files, place, finding.key), finding.code):
-                line = line_of(files, place, finding.key)
+            if not silencer.is_suppressed(source.path, find_lines(files, place, finding.key), finding.code):
+                line = find_line(files, place, finding.key)
                 self.warn(f"{source.path}:{line} {finding.code} {finding.message}")
         for place, (_, edits) in decided.edits.items():
             yield files.literal(place), edits

@@ -23,14 +23,14 @@ __all__ = [
     "emit_line",
     "error",
     "internal_error",
+    "print_table",
     "progress",
     "say",
-    "table",
 ]
 
 
-_UNLIMITED = 1000
-_LONGEST_LINE = 4096
+_UNLIMITED_WIDTH = 1000
+_MAX_LINE_LENGTH = 4096
 """Characters; a path has no more."""
 
 
@@ -43,18 +43,18 @@ class Advance(Protocol):
 
 def emit(text: str = "") -> None:
     """Print a line of the result."""
-    with _printing():
+    with _translate_output_errors():
         click.echo(text)
 
 
 def emit_line(text: str) -> None:
     """Print a line of the result in which names that others chose may stand: nothing in it steers a terminal."""
-    emit(_shown(text))
+    emit(_escape(text))
 
 
 def emit_bytes(data: bytes) -> None:
     """Print a piece of the result as it is."""
-    with _printing():
+    with _translate_output_errors():
         click.echo(data, nl=False)
 
 
@@ -66,7 +66,7 @@ def emit_json(value: object) -> None:
 
 
 @contextmanager
-def _printing() -> Iterator[None]:
+def _translate_output_errors() -> Iterator[None]:
     """Turn what the system says when standard output cannot take more into an error for the user."""
     try:
         yield
@@ -83,26 +83,26 @@ def _printing() -> Iterator[None]:
 
 def say(text: str) -> None:
     """Tell a person something that is not the result; nothing in it steers a terminal."""
-    _tell("\n".join(map(_shown, text.split("\n"))))
+    _print_stderr("\n".join(map(_escape, text.split("\n"))))
 
 
 def error(problem: MigratorError) -> None:
     """Tell a person what is wrong and what to do."""
-    _say_after(click.style("error:", fg="red", bold=True), problem.message)
-    _say_after(click.style("hint:", fg="cyan"), problem.hint)
+    _say_labelled(click.style("error:", fg="red", bold=True), problem.message)
+    _say_labelled(click.style("hint:", fg="cyan"), problem.hint)
 
 
 def internal_error(problem: Exception) -> None:
     """Tell a person that the fault is ours."""
-    _say_after(click.style("internal error:", fg="red", bold=True), f"{type(problem).__name__}: {problem}")
-    _say_after(click.style("hint:", fg="cyan"), "run again with MIGRATOR_DEBUG=1 and report the traceback")
+    _say_labelled(click.style("internal error:", fg="red", bold=True), f"{type(problem).__name__}: {problem}")
+    _say_labelled(click.style("hint:", fg="cyan"), "run again with MIGRATOR_DEBUG=1 and report the traceback")
 
 
-def _say_after(word: str, text: str) -> None:
-    _tell(f"{word} {_shown(text)}")
+def _say_labelled(label: str, text: str) -> None:
+    _print_stderr(f"{label} {_escape(text)}")
 
 
-def _tell(text: str) -> None:
+def _print_stderr(text: str) -> None:
     """Print to standard error; where that takes no more nobody is told, and the work goes on."""
     try:
         click.echo(text, err=True)
@@ -111,48 +111,52 @@ def _tell(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
-def _shown(text: str) -> str:
-    from migrator.shown import visible
+def _escape(text: str) -> str:
+    from migrator.shown import sanitize
 
-    return visible(text, _LONGEST_LINE)
+    return sanitize(text, _MAX_LINE_LENGTH)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Sequence[str] = ()) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], droppable: Sequence[str] = ()
+) -> None:
     """Print a table of the result; where no terminal limits it, every row is one line.
 
     Args:
         title: above it.
         columns: their headings.
         rows: a cell for each column.
-        spare: columns that a terminal too narrow for all does without, the first of them first; what still does not
+        droppable: columns that a terminal too narrow for all does without, the first of them first; what still does not
             fit is folded.
     """
     from rich.console import Console
 
     is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
-    terminal = Console(width=None if is_terminal else _UNLIMITED, markup=False, highlight=False)
+    terminal = Console(width=None if is_terminal else _UNLIMITED_WIDTH, markup=False, highlight=False)
     shown = list(columns)
-    drawn = _drawn(title, columns, rows, shown)
-    for column in spare:
-        if terminal.measure(drawn, options=terminal.options.update(width=_UNLIMITED)).maximum <= terminal.width:
+    drawn = _build_table(title, columns, rows, shown)
+    for column in droppable:
+        if terminal.measure(drawn, options=terminal.options.update(width=_UNLIMITED_WIDTH)).maximum <= terminal.width:
             break
         shown.remove(column)
-        drawn = _drawn(title, columns, rows, shown)
-    with _printing(), terminal.capture() as drawing:  # which it ends by a write
+        drawn = _build_table(title, columns, rows, shown)
+    with _translate_output_errors(), terminal.capture() as drawing:  # which it ends by a write
         terminal.print(drawn)
     for line in drawing.get().splitlines():
         emit(line.rstrip())
 
 
-def _drawn(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], shown: Sequence[str]) -> Table:
+def _build_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], visible_columns: Sequence[str]
+) -> Table:
     from rich import box
     from rich.table import Table
 
     drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in shown:
+    for column in visible_columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in shown))
+        drawn.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in visible_columns))
     return drawn
 
 
@@ -173,9 +177,9 @@ def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
         TextColumn("[dim]{task.fields[current]}"),
     )
     with Progress(*columns, console=terminal, disable=quiet or not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(escape(_shown(label)), total=None, current="")
+        task = bar.add_task(escape(_escape(label)), total=None, current="")
 
         def advance(done: int, total: int, current: str) -> None:
-            bar.update(task, completed=done, total=total, current=escape(_shown(current)))
+            bar.update(task, completed=done, total=total, current=escape(_escape(current)))
 
         yield advance

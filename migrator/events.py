@@ -12,26 +12,26 @@ from typing import TextIO
 from migrator import console
 from plans.errors import MigratorError, UsageError
 
-__all__ = ["Events", "recorded"]
+__all__ = ["EventLog", "record_events"]
 
-_SECONDS = 1.0
+_PROGRESS_INTERVAL = 1.0
 
 
-class Events:
+class EventLog:
     """Writes one line for each event, with its name and the time; none where there is no file.
 
     Args:
         stream: where lines go.
-        complain: told once that they can go there no longer, which is no reason to end the work.
-        common: what every line says.
+        on_error: told once that they can go there no longer, which is no reason to end the work.
+        common_fields: what every line says.
     """
 
     def __init__(
-        self, stream: TextIO | None, complain: Callable[[str], None] = lambda text: None, **common: object
+        self, stream: TextIO | None, on_error: Callable[[str], None] = lambda text: None, **common_fields: object
     ) -> None:
         self._stream = stream
-        self._complain = complain
-        self._common = common
+        self._on_error = on_error
+        self._common_fields = common_fields
         self._last = 0.0
 
     def emit(self, event: str, **data: object) -> None:
@@ -40,29 +40,29 @@ class Events:
             return
         try:
             self._stream.write(
-                json.dumps({"event": event, "time": time.time(), **self._common, **data}, default=str) + "\n"
+                json.dumps({"event": event, "time": time.time(), **self._common_fields, **data}, default=str) + "\n"
             )
             self._stream.flush()
         except OSError as error:
             self._stream = None
-            self._complain(f"note: events are written no longer: {error.strerror or error}")
+            self._on_error(f"note: events are written no longer: {error.strerror or error}")
 
     def progress(self, done: int, total: int, current: str) -> None:
         """Write how far the work is, at most once a second."""
-        if time.monotonic() - self._last >= _SECONDS:
+        if time.monotonic() - self._last >= _PROGRESS_INTERVAL:
             self._last = time.monotonic()
             self.emit("progress", bytes_done=done, bytes_total=total, current=current)
 
 
 @contextmanager
-def recorded(path: Path | None) -> Iterator[Events]:
+def record_events(path: Path | None) -> Iterator[EventLog]:
     """Give what records the events of the body in a new or longer file; its failure is the last of them.
 
     Raises:
         UsageError: the file cannot be written.
     """
     if path is None:
-        yield Events(None)
+        yield EventLog(None)
         return
     try:
         stream = path.open("a", encoding="utf-8")
@@ -73,7 +73,7 @@ def recorded(path: Path | None) -> Iterator[Events]:
             path=str(path),
         ) from error
     with _closing(stream):
-        events = Events(stream, console.say)
+        events = EventLog(stream, console.say)
         try:
             yield events
         except MigratorError as error:

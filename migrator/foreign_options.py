@@ -14,9 +14,9 @@ from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
-    from runtime.checkpoint.foreign.source import Foreign
+    from runtime.checkpoint.foreign.source import ExternalSettings
 
-__all__ = ["ForeignOptions", "foreign_options"]
+__all__ = ["ExternalOptions", "external_options"]
 
 _SIZE = click.IntRange(min=1)
 _OPTIONS = (
@@ -49,7 +49,7 @@ _OPTIONS = (
 
 
 @dataclass(frozen=True)
-class ForeignOptions:
+class ExternalOptions:
     """What was said of foreign rank files; each None where it was not said."""
 
     from_pattern: str | None
@@ -59,7 +59,7 @@ class ForeignOptions:
     plan_file: Path | None
     config: Path | None
 
-    def read(self, source: str) -> Foreign | None:
+    def read(self, source: str) -> ExternalSettings | None:
         """Return how to read a source's files, None where they are to be read as any layout.
 
         Args:
@@ -69,17 +69,17 @@ class ForeignOptions:
             UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
             CheckpointError: the plan or the config cannot be read.
         """
-        said = self.checked(source)
+        said = self.parse(source)
         if said is None:
             return None
         from runtime.checkpoint.foreign.plan_file import read_plan_file
-        from runtime.checkpoint.foreign.source import OwnConfig
+        from runtime.checkpoint.foreign.source import SeparateConfig
 
         plan = read_plan_file(self.plan_file) if self.plan_file else {}
         folder = self._config_folder()
-        return replace(said, plan=plan, config=None if folder is None else OwnConfig.read(folder))
+        return replace(said, plan=plan, config=None if folder is None else SeparateConfig.read(folder))
 
-    def checked(self, source: str) -> Foreign | None:
+    def parse(self, source: str) -> ExternalSettings | None:
         """Return what is said, without reading a file.
 
         Args:
@@ -89,13 +89,13 @@ class ForeignOptions:
             UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
         """
         if self.from_pattern is None:
-            self._check_alone()
+            self._require_pattern()
             return None
-        from runtime.checkpoint.foreign.pattern import Pattern
-        from runtime.checkpoint.foreign.source import Foreign
-        from runtime.hub import hub_name
+        from runtime.checkpoint.foreign.pattern import FilePattern
+        from runtime.checkpoint.foreign.source import ExternalSettings
+        from runtime.hub import parse_hub_name
 
-        if hub_name(source) is not None:
+        if parse_hub_name(source) is not None:
             raise UsageError(
                 f"{source}: --from-pattern reads a local folder",
                 hint=f"fetch it first, `hf download {source} --local-dir …`",
@@ -103,7 +103,7 @@ class ForeignOptions:
             )
         if self.from_tp is None and self.from_ep is None:
             raise UsageError("--from-pattern needs --from-tp", hint="say of how many ranks the files are")
-        return Foreign(Pattern(self.from_pattern), *self._sizes(), self.from_mode)
+        return ExternalSettings(FilePattern(self.from_pattern), *self._sizes(), self.from_mode)
 
     def _sizes(self) -> tuple[int, int]:
         ep = self.from_ep or 1
@@ -120,7 +120,7 @@ class ForeignOptions:
             )
         return self.config.parent
 
-    def _check_alone(self) -> None:
+    def _require_pattern(self) -> None:
         said = {
             "--from-tp": self.from_tp,
             "--from-ep": self.from_ep,
@@ -136,7 +136,7 @@ class ForeignOptions:
                 )
 
 
-def foreign_options(function: Callable[..., object]) -> Callable[..., object]:
+def external_options(function: Callable[..., object]) -> Callable[..., object]:
     """Add `--from-pattern` and what belongs to it to a command, which gets them as `foreign`."""
 
     @functools.wraps(function)
@@ -149,7 +149,7 @@ def foreign_options(function: Callable[..., object]) -> Callable[..., object]:
         config: Path | None,
         **others: object,
     ) -> object:
-        said = ForeignOptions(from_pattern, from_tp, from_ep, from_mode, plan_file, config)
+        said = ExternalOptions(from_pattern, from_tp, from_ep, from_mode, plan_file, config)
         return function(**others, foreign=said)
 
     decorated: Callable[..., object] = command

@@ -5,92 +5,96 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from migrator import console
-from migrator.shown import described, dims, sized, unmatched_words, visible
+from migrator.shown import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
 from runtime.inspecting.values import Arrangement, Inspection, TensorGroup
-from runtime.wording import counted
+from runtime.wording import pluralize
 
-__all__ = ["show"]
+__all__ = ["show_inspection"]
 
-_GROUPS = 200
-_LARGEST = 3
-_LISTED = 8
+_MAX_GROUPS = 200
+_LARGEST_COUNT = 3
+_MAX_NAMES = 8
 
 
-def show(found: Inspection) -> None:
+def show_inspection(inspection: Inspection) -> None:
     """Print what a checkpoint holds, or what is wrong with it."""
-    if found.findings:
-        for finding in found.findings:
-            console.emit_line(f"WRONG  {visible(str(finding), 600)}")
-        findings = counted(len(found.findings), "finding")
-        console.emit_line(f"{found.folder}: {found.layout}, {found.model_type}, {findings}")
+    if inspection.findings:
+        for finding in inspection.findings:
+            console.emit_line(f"WRONG  {sanitize(str(finding), 600)}")
+        findings = pluralize(len(inspection.findings), "finding")
+        console.emit_line(f"{inspection.folder}: {inspection.layout}, {inspection.model_type}, {findings}")
         return
-    _show_groups(found)
-    for line in _lines(found):
+    _show_groups(inspection)
+    for line in _summary_lines(inspection):
         console.emit_line(line)
 
 
-def _show_groups(found: Inspection) -> None:
-    sides = [("placement", found.held), ("would be", found.planned)]
+def _show_groups(inspection: Inspection) -> None:
+    sides = [("placement", inspection.current), ("would be", inspection.planned)]
     columns = ["tensors", "", "dtype", "shape", *(name for name, side in sides if side), "bytes", "on one rank"]
-    if not (found.held or found.planned):
+    if not (inspection.current or inspection.planned):
         columns.pop()
-    meshes = "; planned for ".join(_mesh(side) for _, side in sides if side)
-    meshes = f", {'' if found.held else 'planned for '}{meshes}" if meshes else ""
-    console.emit_line(f"{found.folder}: {found.layout}, {found.model_type}{meshes}")
-    rows = [_row(group, found)[: len(columns)] for group in found.groups[:_GROUPS]]
-    console.table("", columns, rows, spare=["dtype", "shape"])
-    if len(found.groups) > _GROUPS:
-        console.emit_line(f"and {len(found.groups) - _GROUPS:,} groups more, which --format json lists")
+    meshes = "; planned for ".join(_describe_mesh(side) for _, side in sides if side)
+    meshes = f", {'' if inspection.current else 'planned for '}{meshes}" if meshes else ""
+    console.emit_line(f"{inspection.folder}: {inspection.layout}, {inspection.model_type}{meshes}")
+    rows = [_build_row(group, inspection)[: len(columns)] for group in inspection.groups[:_MAX_GROUPS]]
+    console.print_table("", columns, rows, droppable=["dtype", "shape"])
+    if len(inspection.groups) > _MAX_GROUPS:
+        console.emit_line(f"and {len(inspection.groups) - _MAX_GROUPS:,} groups more, which --format json lists")
 
 
-def _mesh(side: Arrangement) -> str:
-    return f"{side.mesh}, mode {side.mode}"
+def _describe_mesh(arrangement: Arrangement) -> str:
+    return f"{arrangement.mesh}, mode {arrangement.mode}"
 
 
-def _row(group: TensorGroup, found: Inspection) -> list[str]:
-    sides = ((found.held, group.held), (found.planned, group.planned))
-    placed = [described(place, side) for side, place in sides if side]
-    last = group.planned or group.held
-    share = sized(last.most * len(group.names)) if last else sized(group.bytes)
-    name, count = visible(group.name), f"×{len(group.names):,}"
-    return [name, count, group.dtype, dims(group.shape), *placed, sized(group.bytes), share]
+def _build_row(group: TensorGroup, inspection: Inspection) -> list[str]:
+    sides = ((inspection.current, group.current), (inspection.planned, group.planned))
+    placed = [describe_tensor_placement(place, side) for side, place in sides if side]
+    last = group.planned or group.current
+    share = format_bytes(last.max_bytes * len(group.names)) if last else format_bytes(group.bytes)
+    name, count = sanitize(group.name), f"×{len(group.names):,}"
+    return [name, count, group.dtype, format_shape(group.shape), *placed, format_bytes(group.bytes), share]
 
 
-def _lines(found: Inspection) -> Iterator[str]:
-    files = counted(len(found.files), "weight file")
-    yield f"{counted(found.tensors, 'tensor')}, {found.bytes:,} bytes, in {files}"
-    for word, side in (("each rank holds", found.held), ("each rank would hold", found.planned)):
+def _summary_lines(inspection: Inspection) -> Iterator[str]:
+    files = pluralize(len(inspection.files), "weight file")
+    yield f"{pluralize(inspection.tensors, 'tensor')}, {inspection.bytes:,} bytes, in {files}"
+    for word, side in (("each rank holds", inspection.current), ("each rank would hold", inspection.planned)):
         if side is not None:
-            yield f"{word} {_spread(side.rank_bytes)}"
-    largest = sorted(found.groups, key=lambda group: -group.bytes // len(group.names))[:_LARGEST]
-    yield f"largest: {', '.join(f'{visible(g.name)} {sized(g.bytes // len(g.names))}' for g in largest)}"
-    yield from _names("tied", [f"{name} to {target}" for name, target in found.tied.items()])
-    yield from _names("carried", found.carried)
-    yield from _names("side files", found.side)
-    yield from _names("left behind", found.left_behind)
-    if found.held and found.stored_files is not None:
-        yield f"hub form: known, {counted(found.stored_files, 'file')}, so the way back to it is exact"
-    if found.optimizer:
-        yield f"optimizer: {counted(found.optimizer.tensors, 'tensor')}, {sized(found.optimizer.bytes)}"
-    yield from _names(_CONFIG_CHANGED, list(map(str, found.config_changes)))
-    yield f"digests: {len(found.digests):,} recorded, which `migrator verify` checks" if found.digests else _NO_DIGESTS
-    for side in filter(None, (found.held, found.planned)):
+            yield f"{word} {_format_size_range(side.rank_bytes)}"
+    largest = sorted(inspection.groups, key=lambda group: -group.bytes // len(group.names))[:_LARGEST_COUNT]
+    yield f"largest: {', '.join(f'{sanitize(g.name)} {format_bytes(g.bytes // len(g.names))}' for g in largest)}"
+    yield from _list_names("tied", [f"{name} to {target}" for name, target in inspection.tied.items()])
+    yield from _list_names("carried", inspection.passthrough)
+    yield from _list_names("side files", inspection.side_files)
+    yield from _list_names("left behind", inspection.left_behind)
+    if inspection.current and inspection.hub_file_count is not None:
+        yield f"hub form: known, {pluralize(inspection.hub_file_count, 'file')}, so the way back to it is exact"
+    if inspection.optimizer:
+        yield f"optimizer: {pluralize(inspection.optimizer.tensors, 'tensor')}, {format_bytes(inspection.optimizer.bytes)}"
+    yield from _list_names(_CONFIG_CHANGED, list(map(str, inspection.config_changes)))
+    yield (
+        f"digests: {len(inspection.digests):,} recorded, which `migrator verify` checks"
+        if inspection.digests
+        else _NO_DIGESTS
+    )
+    for side in filter(None, (inspection.current, inspection.planned)):
         if side.unmatched:
-            yield f"note {unmatched_words(side.unmatched)}"
+            yield f"note {describe_unmatched(side.unmatched)}"
 
 
 _NO_DIGESTS = "digests: none recorded"
 _CONFIG_CHANGED = "note config.json does not say what it said when this was laid out"
 
 
-def _spread(sizes: Sequence[int]) -> str:
+def _format_size_range(sizes: Sequence[int]) -> str:
     least, most = min(sizes), max(sizes)
     if least == most:
         return f"{most:,} bytes"
     return f"{least:,} (rank {sizes.index(least)}) to {most:,} bytes (rank {sizes.index(most)})"
 
 
-def _names(what: str, names: Sequence[str]) -> Iterator[str]:
+def _list_names(label: str, names: Sequence[str]) -> Iterator[str]:
     if names:
-        more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-        yield f"{what}: {', '.join(map(visible, names[:_LISTED]))}{more}"
+        more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+        yield f"{label}: {', '.join(map(sanitize, names[:_MAX_NAMES]))}{more}"

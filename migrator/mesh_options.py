@@ -8,7 +8,7 @@ import click
 
 from plans.mesh import MODES, Mesh, Mode
 
-__all__ = ["mesh_of", "mesh_options"]
+__all__ = ["build_mesh", "mesh_options"]
 
 
 def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
@@ -28,6 +28,6 @@ def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
     return function
 
 
-def mesh_of(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
+def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
     """Return the mesh that the options name, and the mode."""
     return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")

@@ -8,16 +8,16 @@ from importlib.util import find_spec
 
 from plans.errors import DependencyError
 
-__all__ = ["need_runtime"]
+__all__ = ["require_runtime"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
-def need_runtime(*, shows_downloads: bool = False) -> None:
+def require_runtime(*, show_downloads: bool = False) -> None:
     """Make the runtime's packages importable without a word of theirs on the terminal.
 
     Args:
-        shows_downloads: let the hub's client show its progress, which it does on a terminal.
+        show_downloads: let the hub's client show its progress, which it does on a terminal.
 
     Raises:
         DependencyError: one is not installed.
@@ -30,7 +30,7 @@ def need_runtime(*, shows_downloads: bool = False) -> None:
             packages=missing,
         )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not shows_downloads:
+    if not show_downloads:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")

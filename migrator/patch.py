@@ -10,41 +10,41 @@ from pathlib import Path
 
 from codemods.tree.outcome import Change
 
-__all__ = ["patch"]
+__all__ = ["format_patch"]
 
 _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
-_QUOTED = re.compile(rb"[\"\\\x00-\x1f\x7f]")
+_NEEDS_QUOTES = re.compile(rb"[\"\\\x00-\x1f\x7f]")
 
 
-def patch(changes: Iterable[Change]) -> bytes:
+def format_patch(changes: Iterable[Change]) -> bytes:
     """Return a unified diff; each path counts from the folder where the patch applies, as git writes it."""
-    return b"".join(_file_patch(change) for change in changes)
+    return b"".join(_format_file_patch(change) for change in changes)
 
 
-def _patch_root(path: Path) -> Path:
+def _find_patch_root(path: Path) -> Path:
     """Return the folder where a patch of a file applies: its git work tree's top, or the current folder without one."""
     above = [folder for folder in path.parents if (folder / ".git").exists()]
     here = Path.cwd()
     return above[0] if above else here if path.is_relative_to(here) else path.parent
 
 
-def _file_patch(change: Change) -> bytes:
-    name = os.fsencode(change.path.relative_to(_patch_root(change.path)).as_posix())
-    old, new = _quoted(b"a/" + name), _quoted(b"b/" + name)
+def _format_file_patch(change: Change) -> bytes:
+    name = os.fsencode(change.path.relative_to(_find_patch_root(change.path)).as_posix())
+    old, new = _quote_name(b"a/" + name), _quote_name(b"b/" + name)
     # git reads a file name with spaces up to a tab
     end = b"\t\n" if b" " in name else b"\n"
     header = b"diff --git " + old + b" " + new + b"\n--- " + old + end + b"+++ " + new + end
     before, after = _LINES.findall(change.source.data), _LINES.findall(change.data)
     hunks = list(difflib.diff_bytes(difflib.unified_diff, before, after))[2:]
-    return header + b"".join(map(_terminated, hunks))
+    return header + b"".join(map(_terminate_line, hunks))
 
 
-def _quoted(name: bytes) -> bytes:
+def _quote_name(name: bytes) -> bytes:
     """Write a name as git does: in quotes, and special characters in octal, where it has any."""
-    if not _QUOTED.search(name):
+    if not _NEEDS_QUOTES.search(name):
         return name
-    return b'"' + _QUOTED.sub(lambda match: b"\\%03o" % match[0][0], name) + b'"'
+    return b'"' + _NEEDS_QUOTES.sub(lambda match: b"\\%03o" % match[0][0], name) + b'"'
 
 
-def _terminated(line: bytes) -> bytes:
+def _terminate_line(line: bytes) -> bytes:
     return line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n"

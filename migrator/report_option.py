@@ -11,7 +11,7 @@ from plans.errors import DestinationError
 __all__ = ["report_option"]
 
 
-def _in_a_folder(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+def _check_report_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that could not be written before the work that it is about, not after it."""
     if value is None:
         return None
@@ -25,6 +25,6 @@ report_option = click.option(
     "--report",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    callback=_in_a_folder,
+    callback=_check_report_path,
     help="Write a report for a browser too, one file.",
 )

@@ -6,45 +6,47 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from migrator import console
-from migrator.shown import lasting, sized, unmatched_words, visible
-from runtime.wording import counted, listed
+from migrator.shown import describe_unmatched, format_bytes, format_duration, sanitize
+from runtime.wording import format_names, pluralize
 
 if TYPE_CHECKING:
     from runtime.checkpoint.estimate import Estimate
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
 
-__all__ = ["estimate_as_json", "note", "result_as_json", "summarize", "summarize_estimate"]
+__all__ = ["estimate_as_json", "print_estimate", "print_notes", "print_summary", "result_as_json"]
 
 
-def note(plan: ReshardPlan) -> None:
+def print_notes(plan: ReshardPlan) -> None:
     """Say what a person should know of a plan."""
     if plan.config_changes:
         entries = "; ".join(map(str, plan.config_changes))
         console.say(f"note: config.json does not say what it said when the source was laid out: {entries}")
-    if unmatched := _unmatched(plan):
-        console.say(f"note: {unmatched_words(unmatched)}")
-    if carried := _carried(plan):
+    if unmatched := _find_unmatched(plan):
+        console.say(f"note: {describe_unmatched(unmatched)}")
+    if carried := _find_passthrough(plan):
         where = "" if plan.target.layout == "hf" else ", in rank 0's file"
-        tensors = counted(len(carried), "tensor")
-        console.say(f"note: carried {tensors} that the model does not have{where}: {listed(carried)}")
-    if without := _stateless(plan):
-        parameters = counted(len(without), "parameter")
-        console.say(f"note: the optimizer has no state of {parameters}, frozen ones perhaps: {listed(without)}")
-    for name in plan.content.side.left_behind:
+        tensors = pluralize(len(carried), "tensor")
+        console.say(f"note: carried {tensors} that the model does not have{where}: {format_names(carried)}")
+    if without := _find_stateless(plan):
+        parameters = pluralize(len(without), "parameter")
+        console.say(f"note: the optimizer has no state of {parameters}, frozen ones perhaps: {format_names(without)}")
+    for name in plan.checkpoint.side_files.left_behind:
         console.say(f"note: left behind {name}")
 
 
-def summarize(plan: ReshardPlan, result: ReshardResult) -> None:
+def print_summary(plan: ReshardPlan, result: ReshardResult) -> None:
     """Print what was written."""
     seconds = result.seconds
     entries = result.manifest.tensors.values() if result.manifest else ()
     sharded = f", {sum(entry.is_sharded for entry in entries)} of them sharded," if entries else ""
-    names = [file.name for file in plan.laid.files if not file.name.endswith(".distcp")]
-    files = counted(len(names), "rank file" if plan.target.layout == "ranks" else "file")
-    console.emit_line(f"wrote {result.destination}: {counted(len(plan.content.tensors), 'tensor')}{sharded} in {files}")
-    if plan.content.optimizer:
-        states = counted(len(plan.content.optimizer.tensors), "tensor")
-        others = counted(len(plan.laid.files) - len(names), "file")
+    names = [file.name for file in plan.output.files if not file.name.endswith(".distcp")]
+    files = pluralize(len(names), "rank file" if plan.target.layout == "ranks" else "file")
+    console.emit_line(
+        f"wrote {result.destination}: {pluralize(len(plan.checkpoint.tensors), 'tensor')}{sharded} in {files}"
+    )
+    if plan.checkpoint.optimizer:
+        states = pluralize(len(plan.checkpoint.optimizer.tensors), "tensor")
+        others = pluralize(len(plan.output.files) - len(names), "file")
         console.emit_line(f"with the optimizer's state: {states} in {others}")
     console.emit_line(
         f"{result.bytes_written:,} bytes, planned in {seconds.planning:.2f} s, copied in {seconds.copying:.2f} s, "
@@ -54,24 +56,26 @@ def summarize(plan: ReshardPlan, result: ReshardResult) -> None:
         console.emit_line(f"{result.bytes_shared:,} of the bytes are blocks that the source's files have too")
 
 
-def summarize_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
+def print_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
     """Print what carrying a plan out would take."""
     rows = [
-        (visible(one.name), f"×{one.tensors:,}", one.old, one.new, sized(one.bytes_written), f"{one.runs:,}")
+        (sanitize(one.name), f"×{one.tensors:,}", one.old, one.new, format_bytes(one.bytes_written), f"{one.runs:,}")
         for one in estimate.groups
     ]
-    mesh = f", {plan.laid.manifest.mesh}" if plan.laid.manifest else ""
-    folder = visible(plan.content.folder.name)
-    title = f"what would move: {folder} ({plan.content.layout}) → {plan.target.layout}{mesh}"
-    console.table(title, ("tensors", "", "from", "to", "written", "runs"), rows, spare=("runs", ""))
+    mesh = f", {plan.output.manifest.mesh}" if plan.output.manifest else ""
+    folder = sanitize(plan.checkpoint.folder.name)
+    title = f"what would move: {folder} ({plan.checkpoint.layout}) → {plan.target.layout}{mesh}"
+    console.print_table(title, ("tensors", "", "from", "to", "written", "runs"), rows, droppable=("runs", ""))
     console.emit_line("written: to the files of all ranks together; runs: stretches of bytes, each copied as one")
-    console.emit_line(f"would read {sized(estimate.bytes_read)} and write {sized(estimate.bytes_written)} of tensors")
+    console.emit_line(
+        f"would read {format_bytes(estimate.bytes_read)} and write {format_bytes(estimate.bytes_written)} of tensors"
+    )
     if estimate.bytes_shared:
-        shared = f"{sized(estimate.bytes_shared)} ({estimate.reflinkable:.0%})"
+        shared = f"{format_bytes(estimate.bytes_shared)} ({estimate.reflinkable:.0%})"
         console.emit_line(f"{shared} of what is written would be blocks of the source's own files, which need no disk")
     console.emit_line(
-        f"would need {sized(estimate.disk_needed)} of disk, {sized(estimate.peak_memory)} of memory for the whole "
-        f"process, and {lasting(estimate.seconds)} to copy"
+        f"would need {format_bytes(estimate.disk_needed)} of disk, {format_bytes(estimate.peak_memory)} of memory for the whole "
+        f"process, and {format_duration(estimate.seconds)} to copy"
     )
     console.emit_line("nothing was written")
 
@@ -82,44 +86,49 @@ def result_as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object
     return {
         "destination": str(result.destination),
         "files": list(result.files),
-        "tensors": len(plan.content.tensors),
+        "tensors": len(plan.checkpoint.tensors),
         "bytes_read": result.bytes_read,
         "bytes_written": result.bytes_written,
         "bytes_shared": result.bytes_shared,
-        **_noted(plan),
+        **_notes_as_json(plan),
         "seconds": {"planning": seconds.planning, "copying": seconds.copying, "syncing": seconds.syncing},
     }
 
 
 def estimate_as_json(plan: ReshardPlan, estimate: Estimate) -> dict[str, object]:
     """Return what carrying a plan out would take, for other programs."""
-    return {"tensors": len(plan.content.tensors), "planning": plan.planning, **estimate.to_json(), **_noted(plan)}
-
-
-def _noted(plan: ReshardPlan) -> dict[str, object]:
     return {
-        "config_changes": [asdict(one) for one in plan.config_changes],
-        "unmatched": _unmatched(plan),
-        "carried": _carried(plan),
-        "left_behind": list(plan.content.side.left_behind),
-        "optimizer": _optimizer(plan),
+        "tensors": len(plan.checkpoint.tensors),
+        "planning": plan.planning_seconds,
+        **estimate.to_json(),
+        **_notes_as_json(plan),
     }
 
 
-def _optimizer(plan: ReshardPlan) -> dict[str, object] | None:
-    state = plan.content.optimizer
+def _notes_as_json(plan: ReshardPlan) -> dict[str, object]:
+    return {
+        "config_changes": [asdict(one) for one in plan.config_changes],
+        "unmatched": _find_unmatched(plan),
+        "carried": _find_passthrough(plan),
+        "left_behind": list(plan.checkpoint.side_files.left_behind),
+        "optimizer": _optimizer_as_json(plan),
+    }
+
+
+def _optimizer_as_json(plan: ReshardPlan) -> dict[str, object] | None:
+    state = plan.checkpoint.optimizer
     if state is None:
         return None
-    return {"tensors": len(state.tensors), "values": len(state.values), "stateless": _stateless(plan)}
+    return {"tensors": len(state.tensors), "values": len(state.values), "stateless": _find_stateless(plan)}
 
 
-def _carried(plan: ReshardPlan) -> list[str]:
-    return [name for name, held in plan.content.tensors.items() if held.kind == "carried"]
+def _find_passthrough(plan: ReshardPlan) -> list[str]:
+    return [name for name, held in plan.checkpoint.tensors.items() if held.kind == "carried"]
 
 
-def _stateless(plan: ReshardPlan) -> list[str]:
-    return list(plan.content.optimizer.stateless) if plan.content.optimizer else []
+def _find_stateless(plan: ReshardPlan) -> list[str]:
+    return list(plan.checkpoint.optimizer.stateless) if plan.checkpoint.optimizer else []
 
 
-def _unmatched(plan: ReshardPlan) -> list[str]:
-    return list(plan.laid.resolved.unmatched) if plan.laid.resolved else []
+def _find_unmatched(plan: ReshardPlan) -> list[str]:
+    return list(plan.output.resolved_plan.unmatched) if plan.output.resolved_plan else []

@@ -17,15 +17,15 @@ from plans.errors import MigratorError, UsageError
 
 if TYPE_CHECKING:
     from codemods.tree.selection import Selection
-    from migrator.formats.report import Report
+    from migrator.formats.report import SourceReport
 
 __all__ = [
-    "Request",
+    "ProjectRequest",
+    "disable_gc",
     "emit_machine_format",
+    "print_errors",
     "read_requests",
-    "report_errors",
     "source_options",
-    "spare_collection",
 ]
 
 _FORMATS = ("human", "json", "github", "sarif")
@@ -36,7 +36,7 @@ _Command = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class ProjectRequest:
     """What to look at in one project.
 
     Args:
@@ -69,7 +69,7 @@ def source_options(command: _Command) -> _Command:
     return command
 
 
-def spare_collection() -> None:
+def disable_gc() -> None:
     """Collect no garbage in this short process, nor at its end: looking for it takes a tenth of the time.
 
     What is allocated is needed to the end.
@@ -85,7 +85,7 @@ def read_requests(
     base_ref: str | None,
     source: str | None = None,
     target: str | None = None,
-) -> list[Request]:
+) -> list[ProjectRequest]:
     """Join the command line with each project's pyproject.toml; the command line wins.
 
     Args:
@@ -99,15 +99,17 @@ def read_requests(
         UsageError: the configuration is not valid, the options contradict each other, or a path is no Python file and
             no folder that holds one.
     """
-    from codemods.tree.projects import by_project
+    from codemods.tree.projects import group_by_project
 
     if base_ref and not changed_only:
         raise UsageError("--base-ref needs --changed-only", hint="add --changed-only or leave --base-ref out")
     compared = (base_ref or _DEFAULT_BASE) if changed_only else None
-    return [_request(group, compared, source, target) for group in by_project(paths)]
+    return [_resolve_request(group, compared, source, target) for group in group_by_project(paths)]
 
 
-def _request(paths: tuple[Path, ...], compared: str | None, source: str | None, target: str | None) -> Request:
+def _resolve_request(
+    paths: tuple[Path, ...], base_ref: str | None, source: str | None, target: str | None
+) -> ProjectRequest:
     """Return what to look at in one project; without paths in the one around the current folder."""
     from codemods.files.config import find_configuration
     from codemods.tree.selection import Selection
@@ -117,19 +119,19 @@ def _request(paths: tuple[Path, ...], compared: str | None, source: str | None, 
     configuration = find_configuration(start)
     found = paths or configuration.paths or (Path(),)
     for path in found:
-        _check_python(path)
-    return Request(
+        _check_has_python(path)
+    return ProjectRequest(
         found,
-        Selection(configuration, _touched(start, compared) if compared else None),
+        Selection(configuration, _find_changed_folders(start, base_ref) if base_ref else None),
         source=source or configuration.source or _ANY_SOURCE,
         target=target or configuration.target or PARAM_LEVEL,
     )
 
 
-def _check_python(path: Path) -> None:
+def _check_has_python(path: Path) -> None:
     """Refuse what there is nothing to read in; a path that does not exist is refused where paths are read."""
     wrong = path.is_file() and path.suffix != ".py"
-    if wrong or (path.is_dir() and not _holds_python(path)):
+    if wrong or (path.is_dir() and not _has_python(path)):
         raise UsageError(
             f"{path}: {'not a Python file' if wrong else 'no Python file below this folder'}",
             hint="name .py files, or folders that hold some",
@@ -137,7 +139,7 @@ def _check_python(path: Path) -> None:
         )
 
 
-def _holds_python(folder: Path) -> bool:
+def _has_python(folder: Path) -> bool:
     """Say whether there is a Python file below a folder, or something that cannot be listed, which is told later."""
     unreadable: list[OSError] = []
     for _, folders, files in os.walk(folder, onerror=unreadable.append):
@@ -147,12 +149,12 @@ def _holds_python(folder: Path) -> bool:
     return bool(unreadable)
 
 
-def emit_machine_format(report: Report, form: str) -> None:
+def emit_machine_format(report: SourceReport, form: str) -> None:
     """Print a report as json, github or sarif."""
     if form == "json":
-        from migrator.formats.json import report_json
+        from migrator.formats.json import report_as_json
 
-        console.emit_json(report_json(report))
+        console.emit_json(report_as_json(report))
     elif form == "github":
         from migrator.formats.github import github_lines
 
@@ -161,21 +163,21 @@ def emit_machine_format(report: Report, form: str) -> None:
     else:
         from importlib.metadata import version
 
-        from migrator.formats.sarif import report_sarif
+        from migrator.formats.sarif import report_as_sarif
 
-        console.emit_json(report_sarif(report, version("plan-migrator")))
+        console.emit_json(report_as_sarif(report, version("plan-migrator")))
 
 
-def report_errors(errors: Sequence[MigratorError]) -> None:
+def print_errors(errors: Sequence[MigratorError]) -> None:
     """Tell a person about everything that could not be done."""
     for error in errors:
         console.error(error)
 
 
-def _touched(start: Path, base_ref: str) -> frozenset[Path]:
-    from codemods.files.changed import changed_files, touched_folders
+def _find_changed_folders(start: Path, base_ref: str) -> frozenset[Path]:
+    from codemods.files.changed import find_changed_folders, list_changed_files
 
     start = start.absolute()
     if not start.exists():
         raise UsageError(f"{start}: no such file or folder", hint="name files or folders that exist", path=str(start))
-    return touched_folders(changed_files(base_ref, start if start.is_dir() else start.parent))
+    return find_changed_folders(list_changed_files(base_ref, start if start.is_dir() else start.parent))

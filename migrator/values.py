@@ -7,7 +7,7 @@ from typing import SupportsFloat
 
 import click
 
-__all__ = ["SECONDS", "not_empty"]
+__all__ = ["SECONDS", "reject_empty"]
 
 
 class _Seconds(click.ParamType[float]):
@@ -25,7 +25,7 @@ class _Seconds(click.ParamType[float]):
 SECONDS = _Seconds()
 
 
-def not_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def reject_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Refuse an empty argument, which a shell makes of a variable that is not set; a path would read it as `.`."""
     if value is not None and not value.strip():
         raise click.BadParameter("is empty", ctx, param)

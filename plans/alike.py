@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["did_you_mean"]
+__all__ = ["suggest_name"]
 
 
-def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
+def suggest_name(name: str, known: Iterable[str], hint: str = "") -> str:
     """Return a hint that begins with the known name that a mistyped or shortened one is most like, if there is one.
 
     Args:

@@ -6,27 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Described", "Describer", "Named"]
+__all__ = ["KeyTarget", "TargetKind", "TargetReader"]
 
-Named = Literal["linear", "embedding", "experts", "module", "parameter"]
+TargetKind = Literal["linear", "embedding", "experts", "module", "parameter"]
 """A `Linear`, an `Embedding`, a module that stacks its experts in three-dimensional parameters, any other module, or a
 parameter."""
 
 
 @dataclass(frozen=True)
-class Described:
+class KeyTarget:
     """What one key names.
 
     Args:
-        named: the kind of thing.
-        rank: a parameter's number of dims, None where the source does not show it and for modules.
+        kind: the kind of thing.
+        ndim: a parameter's number of dims, None where the source does not show it and for modules.
         where: where it was read, `modeling_mixtral.py:MixtralExperts`.
     """
 
-    named: Named
-    rank: int | None = None
+    kind: TargetKind
+    ndim: int | None = None
     where: str = ""
 
 
-Describer = Callable[[str], Described | None]
+TargetReader = Callable[[str], KeyTarget | None]
 """From a plan key to what it names, None where that cannot be read."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from plans.alike import did_you_mean
+from plans.alike import suggest_name
 from plans.errors import UnknownStyleError, UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import PlacementRule, Style
 
-__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect", "meant_style"]
+__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect", "suggest_style"]
 
 PARAM_LEVEL = "param-level"
 
@@ -51,9 +51,9 @@ class Dialect:
     expert_plan_refuses: tuple[str, ...] = ()
 
     @property
-    def age(self) -> tuple[tuple[int, int], int]:
+    def sort_key(self) -> tuple[tuple[int, int], int]:
         """A sort key, oldest first: stages of the branch in their order, then releases."""
-        return (max(map(_minor, self.releases), default=(0, 0)), self.stage)
+        return (max(map(_parse_minor, self.releases), default=(0, 0)), self.stage)
 
     def style(self, name: str, key: str) -> Style:
         """Return the style that a plan entry names.
@@ -66,17 +66,17 @@ class Dialect:
         except KeyError:
             raise UnknownStyleError(
                 f"{key!r}: the dialect {self.name} has no style {name!r}",
-                hint=meant_style(name, self.styles, "styles it has: " + ", ".join(sorted(self.styles))),
+                hint=suggest_style(name, self.styles, "styles it has: " + ", ".join(sorted(self.styles))),
                 key=key,
                 style=name,
                 dialect=self.name,
             ) from None
 
-    def overlaid(self, upper: Dialect) -> Dialect:
+    def with_overrides(self, upper: Dialect) -> Dialect:
         """Return this dialect with another one's styles added; where both have a name the upper one decides."""
         return replace(self, name=f"{self.name}+{upper.name}", styles={**self.styles, **upper.styles})
 
-    def extended(self, other: Dialect) -> Dialect:
+    def with_defaults(self, other: Dialect) -> Dialect:
         """Return this dialect with the styles of another one whose names it does not have itself."""
         return replace(self, styles={**other.styles, **self.styles})
 
@@ -95,12 +95,12 @@ def load_dialect(name: str) -> Dialect:
         UsageError: there is no such dialect.
     """
     if name not in dialect_names():
-        hint = did_you_mean(name, dialect_names(), "choose among " + ", ".join(dialect_names()))
+        hint = suggest_name(name, dialect_names(), "choose among " + ", ".join(dialect_names()))
         raise UsageError(f"no dialect is called {name!r}", hint=hint, name=name)
     table = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
     base = load_dialect(table["extends"]).styles if "extends" in table else {}
     kept = {style: base[style] for style in base if style not in table.get("removed", ())}
-    added = {style: _style(style, row) for style, row in table.get("styles", {}).items()}
+    added = {style: _read_style(style, row) for style, row in table.get("styles", {}).items()}
     styles = MappingProxyType({**kept, **added})
     return Dialect(
         name=table["name"],
@@ -119,8 +119,8 @@ def dialect_for_release(version: str) -> Dialect:
     Raises:
         UsageError: the release is older than every known dialect.
     """
-    wanted = _minor(version)
-    known = sorted((_minor(release), name) for name in dialect_names() for release in load_dialect(name).releases)
+    wanted = _parse_minor(version)
+    known = sorted((_parse_minor(release), name) for name in dialect_names() for release in load_dialect(name).releases)
     older = [name for release, name in known if release <= wanted]
     if not older:
         oldest = ".".join(str(part) for part in known[0][0])
@@ -132,38 +132,38 @@ def dialect_for_release(version: str) -> Dialect:
     return load_dialect(older[-1])
 
 
-def meant_style(name: str, known: Iterable[str], hint: str = "") -> str:
-    """Return the hint for a style that is not known, as `did_you_mean` does for any name.
+def suggest_style(name: str, known: Iterable[str], hint: str = "") -> str:
+    """Return the hint for a style that is not known, as `suggest_name` does for any name.
 
     One that some dialect has is not mistyped, and what is spelled like it means something else.
     """
     is_spelled = any(name in load_dialect(one).styles for one in dialect_names())
-    return hint if is_spelled else did_you_mean(name, known, hint)
+    return hint if is_spelled else suggest_name(name, known, hint)
 
 
-def _minor(version: str) -> tuple[int, int]:
+def _parse_minor(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int("".join(character for character in minor if character.isdigit()))
 
 
-def _style(name: str, row: Mapping[str, Any]) -> Style:
+def _read_style(name: str, row: Mapping[str, Any]) -> Style:
     return Style(
         name=name,
         job=row["job"],
         does=row["does"],
         output=row.get("output", "whole"),
-        rules=tuple(_rule(rule) for rule in row.get("placements", ())),
+        rules=tuple(_read_rule(rule) for rule in row.get("placements", ())),
         means=MappingProxyType(row["means"]),
         only=row.get("only", ""),
         alias_of=row.get("alias_of", ""),
     )
 
 
-def _rule(row: Mapping[str, Any]) -> PlacementRule:
-    return PlacementRule(_placement(row["place"]), row.get("owner"), row.get("rank"), row.get("parameter"))
+def _read_rule(row: Mapping[str, Any]) -> PlacementRule:
+    return PlacementRule(_read_placement(row["place"]), row.get("owner"), row.get("rank"), row.get("parameter"))
 
 
-def _placement(value: str) -> Placement:
+def _read_placement(value: str) -> Placement:
     match value.split():
         case ["replicate"]:
             return Replicate()

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from plans.dialect import Dialect
 from plans.mesh import Mode
 from plans.placement import Replicate
-from plans.plan import wildcard
+from plans.plan import to_wildcard
 
-__all__ = ["expert_keys", "expert_modules", "merged"]
+__all__ = ["find_expert_keys", "find_expert_modules", "merge_expert_plan"]
 
 _WHOLE_EXPERTS = "parameter/whole experts"
 _DISPATCHED = "experts/dispatched"
@@ -17,7 +17,7 @@ _ROUTERS = "router/"
 _STACKED = "parameter 3"
 
 
-def expert_modules(plan: Mapping[str, str], dialect: Dialect) -> frozenset[str]:
+def find_expert_modules(plan: Mapping[str, str], dialect: Dialect) -> frozenset[str]:
     """Return the keys of the experts modules that a plan gives whole experts per rank."""
     found: set[str] = set()
     for key, name in plan.items():
@@ -31,7 +31,7 @@ def expert_modules(plan: Mapping[str, str], dialect: Dialect) -> frozenset[str]:
     return frozenset(found)
 
 
-def expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> frozenset[str]:
+def find_expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> frozenset[str]:
     """Return the keys whose entries shard and communicate over the expert axis; all others do so over `tp`.
 
     In mode `ep` these are all. In combined modes they are the entries of expert-parallel modules, of what lies below
@@ -41,11 +41,11 @@ def expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> frozen
         return frozenset(plan)
     if mode in ("tp", "sp"):
         return frozenset()
-    modules = expert_modules(plan, dialect)
+    modules = find_expert_modules(plan, dialect)
     return frozenset(key for key, name in plan.items() if _is_within(key, modules) or _is_router(name, dialect))
 
 
-def merged(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+def merge_expert_plan(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
     """Return one plan of a dense plan and an expert plan.
 
     Where the expert plan gives a module whole experts, the dense plan's entries that cut the experts are dropped; what
@@ -53,18 +53,20 @@ def merged(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialec
 
     Source: `merge_dense_and_ep_plan` on the branch of transformers pull request 46290.
     """
-    modules = expert_modules(experts, dialect)
+    modules = find_expert_modules(experts, dialect)
     kept = {
         key: name
         for key, name in dense.items()
-        if not (_is_within(key, modules) and _shards(name, dialect))
-        and (key in experts or wildcard(key) not in experts)
+        if not (_is_within(key, modules) and _is_sharding(name, dialect))
+        and (key in experts or to_wildcard(key) not in experts)
     }
     return {**kept, **experts}
 
 
 def _is_within(key: str, modules: frozenset[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for name in (key, wildcard(key)) for module in modules)
+    return any(
+        name == module or name.startswith(f"{module}.") for name in (key, to_wildcard(key)) for module in modules
+    )
 
 
 def _is_router(name: str, dialect: Dialect) -> bool:
@@ -72,6 +74,6 @@ def _is_router(name: str, dialect: Dialect) -> bool:
     return style is not None and (style.meaning("module") or "").startswith(_ROUTERS)
 
 
-def _shards(name: str, dialect: Dialect) -> bool:
+def _is_sharding(name: str, dialect: Dialect) -> bool:
     style = dialect.styles.get(name)
     return style is not None and any(not isinstance(rule.place, Replicate) for rule in style.rules)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["Meaning", "all_meanings"]
+__all__ = ["Meaning", "load_meanings"]
 
 _FILE = Path(__file__).with_name("meanings.toml")
 
@@ -47,7 +47,7 @@ class Meaning:
 
 
 @cache
-def all_meanings() -> Mapping[str, Meaning]:
+def load_meanings() -> Mapping[str, Meaning]:
     """Return every meaning by its name."""
     table = tomllib.loads(_FILE.read_text("utf-8"))
     return MappingProxyType({name: Meaning(name, **row) for name, row in table.items()})

@@ -11,8 +11,8 @@ __all__ = [
     "Placement",
     "Replicate",
     "Shard",
-    "fits",
-    "normalized",
+    "is_valid_placement",
+    "normalize_placement",
     "placement_from_json",
     "placement_to_json",
 ]
@@ -90,12 +90,12 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def fits(placement: Placement, ndim: int) -> bool:
+def is_valid_placement(placement: Placement, ndim: int) -> bool:
     """Say whether an `ndim`-dimensional tensor has the dim that a placement cuts."""
     return isinstance(placement, Replicate) or -ndim <= placement.dim < ndim
 
 
-def normalized(placement: Placement, ndim: int) -> Placement:
+def normalize_placement(placement: Placement, ndim: int) -> Placement:
     """Return a placement that fits with its tensor dim counted from the front of an `ndim`-dimensional tensor."""
-    assert fits(placement, ndim)
+    assert is_valid_placement(placement, ndim)
     return placement if isinstance(placement, Replicate) else replace(placement, dim=placement.dim % ndim)

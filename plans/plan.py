@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["is_expert_parallel", "key_in_plan", "lookup", "plan_kind", "unmatched_keys", "wildcard"]
+__all__ = ["choose_key", "find_key", "find_unmatched_keys", "is_expert_parallel", "plan_kind", "to_wildcard"]
 
 _PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -25,12 +25,12 @@ def is_expert_parallel(name: str) -> bool:
     return "ep" in (plan_kind(name) or "")
 
 
-def wildcard(name: str) -> str:
+def to_wildcard(name: str) -> str:
     """Return the key form of a name: `layers.3.mlp.w1` becomes `layers.*.mlp.w1`."""
     return _LAYER_NUMBER.sub(".*", name)
 
 
-def lookup(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> str | None:
+def find_key(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> str | None:
     """Return the plan key that decides for a parameter or module, or None.
 
     A parameter's own entry wins over its module's; a module listens only to its own. Of two keys for one thing the one
@@ -45,25 +45,25 @@ def lookup(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> str 
     are the branch's, after pull request 46290.
     """
     names = [name, name.rpartition(".")[0]] if is_parameter else [name]
-    candidates = (key for one in names if one for key in (one, wildcard(one)))
+    candidates = (key for one in names if one for key in (one, to_wildcard(one)))
     return next((key for key in candidates if key in plan), None)
 
 
-def unmatched_keys(plan: Mapping[str, object], names: Iterable[str]) -> list[str]:
+def find_unmatched_keys(plan: Mapping[str, object], names: Iterable[str]) -> list[str]:
     """Return the plan's keys that name none of the given modules and parameters, in plan order."""
-    known = {key for name in names for key in (name, wildcard(name))}
+    known = {key for name in names for key in (name, to_wildcard(name))}
     return [key for key in plan if key not in known]
 
 
-def key_in_plan(plan: Mapping[str, str], name: str) -> str:
+def choose_key(plan: Mapping[str, str], name: str) -> str:
     """Return the key by which an entry for a name should be written: its layer's own where that has keys of its own.
 
     Args:
         plan: key to style.
         name: of a module or parameter.
     """
-    owner, key = name.rpartition(".")[0], wildcard(name)
-    apart = owner != wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
+    owner, key = name.rpartition(".")[0], to_wildcard(name)
+    apart = owner != to_wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
     # What a layer holds itself is written for all layers, unless they have that entry already.
     of_one = key in plan or not owner.rpartition(".")[2].isdigit()
     return name if name in plan or (apart and of_one) else key

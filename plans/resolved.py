@@ -10,9 +10,9 @@ from typing import Literal
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, placement_to_json
 
-__all__ = ["Kind", "ResolvedParameter", "ResolvedPlan"]
+__all__ = ["ParameterKind", "ResolvedParameter", "ResolvedPlan"]
 
-Kind = Literal["parameter", "buffer", "tied"]
+ParameterKind = Literal["parameter", "buffer", "tied"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ResolvedParameter:
     """
 
     name: str
-    kind: Kind
+    kind: ParameterKind
     dtype: str
     shape: tuple[int, ...]
     mesh: MeshName

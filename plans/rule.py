@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["Finding", "Rule", "Severity", "all_rules", "rule"]
+__all__ = ["Finding", "Rule", "Severity", "load_rule", "load_rules"]
 
 _FOLDER = Path(__file__).with_name("rules")
 
@@ -63,23 +63,23 @@ class Finding:
     @property
     def severity(self) -> Severity:
         """The rule's severity."""
-        return rule(self.code).severity
+        return load_rule(self.code).severity
 
     @property
     def hint(self) -> str:
         """The rule's hint."""
-        return rule(self.code).hint
+        return load_rule(self.code).hint
 
 
 @cache
-def all_rules() -> Mapping[str, Rule]:
+def load_rules() -> Mapping[str, Rule]:
     """Return every rule by its code, in the order of the codes."""
     codes = sorted(path.stem for path in _FOLDER.glob("*.toml"))
-    return MappingProxyType({code: rule(code) for code in codes})
+    return MappingProxyType({code: load_rule(code) for code in codes})
 
 
 @cache
-def rule(code: str) -> Rule:
+def load_rule(code: str) -> Rule:
     """Return the rule with this code; each lies in a file of its own, and a run needs few."""
     row = tomllib.loads((_FOLDER / f"{code}.toml").read_text("utf-8"))
     assert row["code"] == code

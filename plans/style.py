@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from plans.errors import PlanError
-from plans.placement import Placement, fits, normalized
+from plans.placement import Placement, is_valid_placement, normalize_placement
 
-__all__ = ["Job", "Owner", "PlacementRule", "Style"]
+__all__ = ["OwnerKind", "PlacementRule", "Style", "StyleJob"]
 
-Job = Literal["parameter", "module", "both"]
-Owner = Literal["linear", "embedding", "module"]
+StyleJob = Literal["parameter", "module", "both"]
+OwnerKind = Literal["linear", "embedding", "module"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class PlacementRule:
     """
 
     place: Placement
-    owner: Owner | None = None
+    owner: OwnerKind | None = None
     rank: int | None = None
     parameter: str | None = None
 
-    def matches(self, owner: Owner, rank: int, parameter: str) -> bool:
+    def matches(self, owner: OwnerKind, rank: int, parameter: str) -> bool:
         """Say whether this row speaks of such a parameter."""
         return self.owner in (None, owner) and self.rank in (None, rank) and self.parameter in (None, parameter)
 
@@ -54,7 +54,7 @@ class Style:
     """
 
     name: str
-    job: Job
+    job: StyleJob
     does: str
     output: Literal["sharded", "whole"] = "whole"
     rules: tuple[PlacementRule, ...] = ()
@@ -62,24 +62,24 @@ class Style:
     only: str = ""
     alias_of: str = ""
 
-    def meaning(self, thing: str) -> str | None:
+    def meaning(self, target: str) -> str | None:
         """Return what the style means on a thing, None where the dialect does not say."""
-        return self.means.get(thing) or (None if thing.startswith("parameter") else self.means.get("module"))
+        return self.means.get(target) or (None if target.startswith("parameter") else self.means.get("module"))
 
-    def placement(self, owner: Owner, rank: int, parameter: str) -> Placement | None:
+    def placement(self, owner: OwnerKind, ndim: int, parameter: str) -> Placement | None:
         """Return where the style puts a parameter, dims counted from the front, or None if it says nothing of it.
 
         Raises:
             PlanError: it cuts a dim that the parameter does not have.
         """
-        place = next((rule.place for rule in self.rules if rule.matches(owner, rank, parameter)), None)
+        place = next((rule.place for rule in self.rules if rule.matches(owner, ndim, parameter)), None)
         if place is None:
             return None
-        if not fits(place, rank):
+        if not is_valid_placement(place, ndim):
             raise PlanError(
-                f"{parameter}: the style {self.name} makes it {place}, but its number of dims is {rank}",
+                f"{parameter}: the style {self.name} makes it {place}, but its number of dims is {ndim}",
                 hint="give it a style for a parameter of so many dims, or leave its entry out",
                 parameter=parameter,
                 style=self.name,
             )
-        return normalized(place, rank)
+        return normalize_placement(place, ndim)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from plans.decompose import Decomposition, SetStyle
-from plans.described import Described, Describer
+from plans.described import KeyTarget, TargetReader
 from plans.dialect import PARAM_LEVEL, Dialect, load_dialect
-from plans.meaning import all_meanings
-from plans.rule import Finding, rule
+from plans.meaning import load_meanings
+from plans.rule import Finding, load_rule
 from plans.style import Style
 
 __all__ = ["translate"]
@@ -32,7 +32,7 @@ _PARAMETER_OF_EXPERTS = {  # what one expert's Linear means, and what its stacke
 
 
 def translate(
-    plan: Mapping[str, str], source: Dialect, target: Dialect, describe: Describer, kind: str = "tp"
+    plan: Mapping[str, str], source: Dialect, target: Dialect, read_target: TargetReader, kind: str = "tp"
 ) -> Decomposition:
     """Work out a plan of one dialect in the words of another.
 
@@ -43,15 +43,15 @@ def translate(
         plan: key to style, in source order.
         source: the dialect that the plan speaks.
         target: the dialect wanted.
-        describe: says what a key names; asked only where the answer matters.
+        read_target: says what a key names; asked only where the answer matters.
         kind: of the plan, `tp`, `sp`, `ep`, `tp_ep` or `sp_ep`: some styles mean something in expert plans only.
     """
     overlay = load_dialect(PARAM_LEVEL).styles
     understood = {**overlay, **source.styles}
     everywhere = {name: style for name, style in overlay.items() if name not in target.styles}
     wanted = {name: style for name, style in target.styles.items() if not style.only or style.only in kind.split("_")}
-    translation = _Translation(plan, source.name, understood, target.name, wanted, everywhere, cache(describe))
-    results = list(translation.results())
+    translation = _Translation(plan, source.name, understood, target.name, wanted, everywhere, cache(read_target))
+    results = list(translation.translate_entries())
     return Decomposition(
         tuple(result for result in results if isinstance(result, SetStyle)),
         tuple(result for result in results if isinstance(result, Finding)),
@@ -64,117 +64,119 @@ class _Translation:
 
     Args:
         plan: key to style.
-        source: the name of the dialect that it speaks.
-        understood: that dialect's styles.
-        target: the name of the dialect wanted.
-        wanted: the styles that may be written.
-        everywhere: the param-level styles that may stay besides.
-        describe: says what a key names.
+        source_dialect: the name of the dialect that it speaks.
+        source_styles: that dialect's styles.
+        target_dialect: the name of the dialect wanted.
+        target_styles: the styles that may be written.
+        param_level_styles: the param-level styles that may stay besides.
+        read_target: says what a key names.
     """
 
     plan: Mapping[str, str]
-    source: str
-    understood: Mapping[str, Style]
-    target: str
-    wanted: Mapping[str, Style]
-    everywhere: Mapping[str, Style]
-    describe: Describer
+    source_dialect: str
+    source_styles: Mapping[str, Style]
+    target_dialect: str
+    target_styles: Mapping[str, Style]
+    param_level_styles: Mapping[str, Style]
+    read_target: TargetReader
 
-    def results(self) -> Iterator[SetStyle | Finding]:
+    def translate_entries(self) -> Iterator[SetStyle | Finding]:
         """Yield an edit or a finding for every entry that cannot stay as it is."""
         for key, name in self.plan.items():
-            style = self.understood.get(name)
+            style = self.source_styles.get(name)
             if style is None:
-                yield self._stays(key, f"{self.source} has no such style")
+                yield self._report_unchanged(key, f"{self.source_dialect} has no such style")
             elif not self._is_shared(style):
-                yield from self._entry(key, style)
+                yield from self._translate_entry(key, style)
 
     def _is_shared(self, style: Style) -> bool:
         """Say whether a style means the same in both dialects, whatever its key names."""
-        twin = self.wanted.get(style.name)
+        twin = self.target_styles.get(style.name)
         return twin is not None and twin.means == style.means
 
-    def _entry(self, key: str, style: Style) -> Iterator[SetStyle | Finding]:
-        described = self.describe(key)
-        if described is None or (described.named == "parameter" and described.rank is None):
-            yield self._unreadable(key)
+    def _translate_entry(self, key: str, style: Style) -> Iterator[SetStyle | Finding]:
+        described = self.read_target(key)
+        if described is None or (described.kind == "parameter" and described.ndim is None):
+            yield self._report_unreadable(key)
             return
-        thing = self._thing(key, described)
+        thing = self._classify_target(key, described)
         meaning = style.meaning(thing)
         if meaning is None:
-            yield self._stays(key, f"{self.source} does not say what it means on {thing}")
-        elif self._is_relieved(key, meaning):
-            yield self._stays(key, f"in {self.target} parts below sum their own outputs: remove it once all do")
-        elif (name := self._name(key, thing, meaning)) is None:
-            yield self._stays(key, f"{self.target} has nothing for {meaning!r} on {thing}")
+            yield self._report_unchanged(key, f"{self.source_dialect} does not say what it means on {thing}")
+        elif self._is_summed_below(key, meaning):
+            yield self._report_unchanged(
+                key, f"in {self.target_dialect} parts below sum their own outputs: remove it once all do"
+            )
+        elif (name := self._choose_style(key, thing, meaning)) is None:
+            yield self._report_unchanged(key, f"{self.target_dialect} has nothing for {meaning!r} on {thing}")
         elif name != style.name:
             yield SetStyle("MIG400", key, style.name, name)
 
-    def _thing(self, key: str, described: Described) -> str:
+    def _classify_target(self, key: str, target: KeyTarget) -> str:
         """Return the word for a thing that styles list their meanings under."""
-        if described.named == "parameter":
-            return "parameter, a bias" if key.endswith(".bias") else f"parameter {described.rank}"
-        if described.named != "experts":
-            return described.named
-        below = [self.understood.get(self.plan[other]) for other in self._below(key)]
+        if target.kind == "parameter":
+            return "parameter, a bias" if key.endswith(".bias") else f"parameter {target.ndim}"
+        if target.kind != "experts":
+            return target.kind
+        below = [self.source_styles.get(self.plan[other]) for other in self._find_keys_below(key)]
         if any(style is not None and style.meaning(_STACKED) == _WHOLE_EXPERTS for style in below):
             return "expert-parallel"
         return "experts" if below else "unsharded experts"
 
-    def _meaning(self, key: str) -> str | None:
-        described, style = self.describe(key), self.understood.get(self.plan[key])
-        return style.meaning(self._thing(key, described)) if described and style else None
+    def _read_meaning(self, key: str) -> str | None:
+        described, style = self.read_target(key), self.source_styles.get(self.plan[key])
+        return style.meaning(self._classify_target(key, described)) if described and style else None
 
-    def _name(self, key: str, thing: str, meaning: str) -> str | None:
+    def _choose_style(self, key: str, target: str, meaning: str) -> str | None:
         """Return the name for a meaning, or for the one that stands in for it."""
-        own, names = self.plan[key], self._names(thing, meaning)
-        if own in names and not self.wanted[own].alias_of:
+        own, names = self.plan[key], self._find_styles(target, meaning)
+        if own in names and not self.target_styles[own].alias_of:
             return own
         if names:
             return names[0]
-        if own in self.everywhere and self.everywhere[own].meaning(thing) == meaning:
+        if own in self.param_level_styles and self.param_level_styles[own].meaning(target) == meaning:
             return own
-        known = all_meanings()[meaning]
+        known = load_meanings()[meaning]
         if not known.becomes or (known.within and not self._is_within(key, known.within)):
             return None
-        return self._name(key, thing, known.becomes)
+        return self._choose_style(key, target, known.becomes)
 
-    def _names(self, thing: str, meaning: str) -> list[str]:
+    def _find_styles(self, target: str, meaning: str) -> list[str]:
         """Return the styles that may be written for a meaning, best first."""
-        if thing == "expert-parallel" and not self._names(_STACKED, _WHOLE_EXPERTS):
+        if target == "expert-parallel" and not self._find_styles(_STACKED, _WHOLE_EXPERTS):
             return []
-        return [name for name, style in self.wanted.items() if style.meaning(thing) == meaning]
+        return [name for name, style in self.target_styles.items() if style.meaning(target) == meaning]
 
     def _is_within(self, key: str, meaning: str) -> bool:
-        return any(key.startswith(f"{other}.") and self._meaning(other) == meaning for other in self.plan)
+        return any(key.startswith(f"{other}.") and self._read_meaning(other) == meaning for other in self.plan)
 
-    def _is_relieved(self, key: str, meaning: str) -> bool:
+    def _is_summed_below(self, key: str, meaning: str) -> bool:
         """Say whether entries below one sum for themselves in the target what it sums in the source."""
         lost = {
             name
-            for name, known in all_meanings().items()
-            if known.within == meaning and not self._names(known.on, name)
+            for name, known in load_meanings().items()
+            if known.within == meaning and not self._find_styles(known.on, name)
         }
-        return bool(lost) and any(self._meaning(other) in lost for other in self._below(key))
+        return bool(lost) and any(self._read_meaning(other) in lost for other in self._find_keys_below(key))
 
-    def _below(self, key: str) -> Iterator[str]:
+    def _find_keys_below(self, key: str) -> Iterator[str]:
         return (other for other in self.plan if other.startswith(f"{key}."))
 
-    def _unreadable(self, key: str) -> Finding:
+    def _report_unreadable(self, key: str) -> Finding:
         """Say why an entry cannot be read, and what takes its place if the model now stacks its experts."""
         match = _ONE_EXPERT.fullmatch(key)
-        experts = self.describe(match["experts"]) if match else None
-        meaning = self.understood[self.plan[key]].meaning("linear")
-        if match is None or experts is None or experts.named != "experts" or meaning not in _PARAMETER_OF_EXPERTS:
-            return _finding("MIG402", key, self.plan[key])
+        experts = self.read_target(match["experts"]) if match else None
+        meaning = self.source_styles[self.plan[key]].meaning("linear")
+        if match is None or experts is None or experts.kind != "experts" or meaning not in _PARAMETER_OF_EXPERTS:
+            return _build_finding("MIG402", key, self.plan[key])
         parameter, stacked = _PARAMETER_OF_EXPERTS[meaning]
-        name = next(iter(self._names(_STACKED, stacked)), "")
+        name = next(iter(self._find_styles(_STACKED, stacked)), "")
         to = f"{match['experts']}.{parameter}" + (f": {name}" if name else "")
-        return _finding("MIG403", key, self.plan[key], where=experts.where, to=to)
+        return _build_finding("MIG403", key, self.plan[key], where=experts.where, to=to)
 
-    def _stays(self, key: str, where: str) -> Finding:
-        return _finding("MIG401", key, self.plan[key], where=where)
+    def _report_unchanged(self, key: str, where: str) -> Finding:
+        return _build_finding("MIG401", key, self.plan[key], where=where)
 
 
-def _finding(code: str, key: str, style: str, where: str = "", to: str = "") -> Finding:
-    return Finding(code, key, rule(code).message.format(key=key, style=style, where=where, to=to))
+def _build_finding(code: str, key: str, style: str, where: str = "", to: str = "") -> Finding:
+    return Finding(code, key, load_rule(code).message.format(key=key, style=style, where=where, to=to))

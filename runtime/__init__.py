@@ -38,7 +38,7 @@ __all__ = [
     "verify_sharding",
 ]
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "STYLES": "runtime.styles",
     "Mesh": "plans.mesh",
     "ParallelStyle": "runtime.styles",
@@ -57,6 +57,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_LAZY_IMPORTS[name]), name)

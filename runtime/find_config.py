@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.alike import did_you_mean
+from plans.alike import suggest_name
 from plans.errors import UsageError
-from runtime.hub import fetch_config, hub_name
+from runtime.hub import fetch_config, parse_hub_name
 from runtime.models.architectures import default_architectures
-from runtime.models.config import read_config, transformers_version, unreadable
+from runtime.models.config import build_unreadable_error, read_config, transformers_version
 from runtime.wording import first_line
 
 if TYPE_CHECKING:
@@ -28,30 +28,30 @@ def find_config(source: str) -> PreTrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
-    if (name := hub_name(source)) is not None:
+    if (name := parse_hub_name(source)) is not None:
         return read_config(fetch_config(name))
-    if (folder := _folder(Path(source))) is not None:
+    if (folder := _find_config_folder(Path(source))) is not None:
         return read_config(folder)
     if source not in CONFIG_MAPPING:
         raise UsageError(
             f"{source}: not a folder, a config.json or a model type of transformers {transformers_version()}",
-            hint=did_you_mean(source, CONFIG_MAPPING) or "name a folder that save_pretrained wrote, or hf://owner/name",
+            hint=suggest_name(source, CONFIG_MAPPING) or "name a folder that save_pretrained wrote, or hf://owner/name",
             source=source,
         )
-    return _default_config(source)
+    return _build_default_config(source)
 
 
-def _folder(path: Path) -> Path | None:
+def _find_config_folder(path: Path) -> Path | None:
     """Return the folder whose config.json a path speaks of, None where it is neither a folder nor such a file."""
     try:
         if path.is_dir():
             return path
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise build_unreadable_error(path, error) from error
     return path.parent if path.name == "config.json" else None
 
 
-def _default_config(model_type: str) -> PreTrainedConfig:
+def _build_default_config(model_type: str) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     try:

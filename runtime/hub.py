@@ -12,15 +12,15 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.files.side_files import OTHER_WEIGHTS
+from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 from runtime.checkpoint.record import MANIFEST
 from runtime.wording import first_line
 
-__all__ = ["HubName", "check_repository", "fetch", "fetch_config", "hub_name", "local_folder", "push"]
+__all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
 
 _PREFIX = "hf://"
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_LARGEST_INDEX = 100_000_000
+_MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class HubName:
         return f"{_PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision else "")
 
 
-def hub_name(text: str) -> HubName | None:
+def parse_hub_name(text: str) -> HubName | None:
     """Read `hf://owner/name[@revision]`, or a plain `owner/name` that is no path here; None for a local path.
 
     Raises:
@@ -69,13 +69,13 @@ def check_repository(text: str) -> None:
         raise UsageError(f"{text}: not a repository to push to", hint="write owner/name", repository=text)
 
 
-def local_folder(source: str, *, quiet: bool = False) -> Path:
+def resolve_folder(source: str, *, quiet: bool = False) -> Path:
     """Return the folder that a user names, fetched from the hub where it lies there.
 
     Raises:
         CheckpointError: there is no such folder, or as `fetch`.
     """
-    if (name := hub_name(source)) is not None:
+    if (name := parse_hub_name(source)) is not None:
         return fetch(name, quiet=quiet)
     # Said here, before torch is imported to read what is not there; names that no file system allows are no folder.
     if not os.path.isdir(source):  # noqa: PTH112
@@ -97,11 +97,11 @@ def fetch(name: HubName, *, quiet: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(name), _progress(quiet):
-        ignored = [f"*{suffix}" for suffix in sorted(OTHER_WEIGHTS)]
+    with _convert_hub_errors(name), _control_progress_bars(quiet):
+        ignored = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
         folder = Path(snapshot_download(name.repository, revision=name.revision, ignore_patterns=ignored))
         # The commit that the revision meant, so that weights and index are of one.
-        weights = _weights(folder)
+        weights = _list_weight_files(folder)
         snapshot_download(name.repository, revision=folder.name, allow_patterns=weights)
     return folder
 
@@ -114,7 +114,7 @@ def fetch_config(name: HubName) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(name), _progress(quiet=True):
+    with _convert_hub_errors(name), _control_progress_bars(quiet=True):
         return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=["config.json"]))
 
 
@@ -133,7 +133,7 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
 
     api = HfApi()
     try:
-        with _progress(quiet):
+        with _control_progress_bars(quiet):
             api.create_repo(repository, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Reshard with migrator")
     except Exception as error:  # What the client and the network below it raise is not ours to list.
@@ -145,13 +145,13 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
     return str(commit.repo_url)
 
 
-def _weights(folder: Path) -> list[str]:
+def _list_weight_files(folder: Path) -> list[str]:
     """Return the weight files, or patterns of them, that a checkpoint needs, by its small files."""
     if (folder / MANIFEST).is_file():
         return ["rank-*.safetensors", "shard-*.safetensors"]
     if not (folder / INDEX).is_file():
         return [WEIGHTS, "shard-*.safetensors"]
-    if (folder / INDEX).stat().st_size > _LARGEST_INDEX:
+    if (folder / INDEX).stat().st_size > _MAX_INDEX_BYTES:
         return ["*.safetensors"]  # too large to be true, which its reader will say
     try:
         files = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
@@ -161,7 +161,7 @@ def _weights(folder: Path) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(name: HubName) -> Iterator[None]:
+def _convert_hub_errors(name: HubName) -> Iterator[None]:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
@@ -196,7 +196,7 @@ def _hub_errors(name: HubName) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[None]:
+def _control_progress_bars(quiet: bool) -> Iterator[None]:
     """Let the client show its progress bars, or none; as it was before is how it is left."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

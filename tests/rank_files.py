@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Shard
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import Entry
+from runtime.checkpoint.record import ManifestEntry
 
 # By the bytes of an element: integers of every width can be put in their places, small floats cannot.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,7 +28,7 @@ def assembled(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _whole(mesh: Mesh, entry: Entry, held: list[torch.Tensor]) -> torch.Tensor:
+def _whole(mesh: Mesh, entry: ManifestEntry, held: list[torch.Tensor]) -> torch.Tensor:
     bits = [tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]) for tensor in held]
     count = torch.Size(entry.shape).numel()
     whole, written = torch.zeros(count, dtype=bits[0].dtype), torch.zeros(count, dtype=torch.bool)

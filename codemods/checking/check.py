@@ -7,34 +7,34 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from codemods.checking.defects import Around, find_defects
-from codemods.inheritance.ownership import Place
+from codemods.checking.defects import DefectContext, find_defects
+from codemods.inheritance.ownership import PlanLocation
 from codemods.models.describe import Model
-from codemods.models.modeling import modeling_files
+from codemods.models.modeling import list_modeling_files
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.decisions import Decided
-from codemods.rewriting.migrate import decide, outcome, tree_dialect
-from codemods.rewriting.propagate import Family, about, families
-from codemods.rewriting.transform import beside, to_dialect, to_param_level
+from codemods.rewriting.decisions import Resolution
+from codemods.rewriting.migrate import build_outcome, resolve_dialect, resolve_survey
+from codemods.rewriting.propagate import Family, build_plan_finding, group_families
+from codemods.rewriting.transform import find_siblings, to_dialect, to_param_level
 from codemods.tree.outcome import Outcome
-from codemods.tree.selection import Silencer
-from codemods.tree.survey import Survey, every_plan, expert_plans, survey
+from codemods.tree.selection import Suppressions
+from codemods.tree.survey import Survey, every_plan, expert_plans, survey_tree
 from plans.dialect import PARAM_LEVEL, Dialect, load_dialect
 from plans.rule import Finding
 
 __all__ = ["check_paths"]
 
-_Found = tuple[Place, Finding]
+_PlanFinding = tuple[PlanLocation, Finding]
 
 
 def check_paths(
-    paths: Sequence[Path], silencer: Silencer | None = None, source: str = "auto", target: str = PARAM_LEVEL
+    paths: Sequence[Path], suppressions: Suppressions | None = None, source: str = "auto", target: str = PARAM_LEVEL
 ) -> Outcome:
     """Compute every finding below the paths, pending rewrites among the changes; nothing is written.
 
     Args:
         paths: files and folders.
-        silencer: says what of them is spoken of and what is ignored; without it everything is said.
+        suppressions: says what of them is spoken of and what is ignored; without it everything is said.
         source: the dialect that the tree speaks, `auto` to find out.
         target: the dialect whose rewrites are pending.
 
@@ -42,56 +42,62 @@ def check_paths(
         UsageError: a path or a dialect does not exist.
     """
     wanted = load_dialect(target)
-    found = survey(paths, every_plan, silencer, skims=True)
-    spoken = tree_dialect(paths, found, source)
+    found = survey_tree(paths, every_plan, suppressions, skims=True)
+    spoken = resolve_dialect(paths, found, source)
     speaks = load_dialect(spoken.dialect)
     transform = to_param_level if target == PARAM_LEVEL else partial(to_dialect, speaks, wanted)
     speaks_of = expert_plans if target == PARAM_LEVEL else every_plan
-    decided = decide(found, transform, speaks_of)
-    others = [place for place in found.places if not speaks_of.literal(found.tree.literal(place))]
+    decided = resolve_survey(found, transform, speaks_of)
+    others = [place for place in found.locations if not speaks_of.matches_literal(found.tree.literal(place))]
     findings = list(decided.findings)
-    findings += [one for one in dict.fromkeys(_between(found, others)) if one not in decided.findings]
-    findings += _inside(found, speaks.overlaid(load_dialect(PARAM_LEVEL)), decided)
-    return replace(outcome(found, replace(decided, findings=findings), every_unread=True), dialects=(spoken,))
+    findings += [one for one in dict.fromkeys(_find_copy_mismatches(found, others)) if one not in decided.findings]
+    findings += _find_plan_defects(found, speaks.with_overrides(load_dialect(PARAM_LEVEL)), decided)
+    return replace(build_outcome(found, replace(decided, findings=findings), every_unresolved=True), dialects=(spoken,))
 
 
-def _between(found: Survey, places: Iterable[Place]) -> Iterator[_Found]:
+def _find_copy_mismatches(survey: Survey, locations: Iterable[PlanLocation]) -> Iterator[_PlanFinding]:
     """Yield what is wrong between owners and their copies."""
-    groups, lost = families(found.tree, places, found.errors)
-    touches = found.silencer.selection.touches
+    groups, lost = group_families(survey.tree, locations, survey.errors)
+    touches = survey.suppressions.selection.is_in_scope
     yield from ((place, finding) for place, finding in lost if touches([place.path]))
     for family in groups:
-        if touches(place.path for place in family.places):
-            yield from _at_odds(found, family)
+        if touches(place.path for place in family.locations):
+            yield from _find_differing_copies(survey, family)
 
 
-def _inside(found: Survey, dialect: Dialect, decided: Decided) -> Iterator[_Found]:
+def _find_plan_defects(survey: Survey, dialect: Dialect, resolution: Resolution) -> Iterator[_PlanFinding]:
     """Yield the defects of every plan that a person wrote."""
-    model_of = cache(_model)
-    for place in found.places:
-        is_own = found.tree.source(place.path).generated_from is None
-        if is_own and found.silencer.selection.touches([place.path]):
+    model_of = cache(_load_model)
+    for place in survey.locations:
+        is_own = survey.tree.source(place.path).generated_from is None
+        if is_own and survey.suppressions.selection.is_in_scope([place.path]):
             model = model_of(place.path.parent) if place.class_name else None
-            yield from ((place, finding) for finding in _defects(found, place, dialect, decided, model))
+            yield from (
+                (place, finding) for finding in _find_literal_defects(survey, place, dialect, resolution, model)
+            )
 
 
-def _at_odds(found: Survey, family: Family) -> Iterator[_Found]:
-    wanted = found.tree.plan(family.owner)
+def _find_differing_copies(survey: Survey, family: Family) -> Iterator[_PlanFinding]:
+    wanted = survey.tree.plan(family.owner)
     for place in family.copies:
-        copy = found.tree.plan(place)
-        same = isinstance(wanted, PlanLiteral) and isinstance(copy, PlanLiteral) and copy.says_the_same_as(wanted)
+        copy = survey.tree.plan(place)
+        same = isinstance(wanted, PlanLiteral) and isinstance(copy, PlanLiteral) and copy.equals(wanted)
         if not same:
-            yield place, about(found.tree, place, "MIG301", family.owner.path.name)
+            yield place, build_plan_finding(survey.tree, place, "MIG301", family.owner.path.name)
 
 
-def _defects(found: Survey, place: Place, dialect: Dialect, decided: Decided, model: Model | None) -> Iterator[Finding]:
-    _, edits = decided.edits.get(place, (place, ()))
-    pending = frozenset(edit.key for edit in edits) | decided.ignored.get(place, frozenset())
-    exists = model.could_exist if model else None
-    held = {finding.key for where, finding in decided.findings if where == place and finding.code == "MIG204"}
-    defects = find_defects(found.tree.literal(place), Around(dialect, beside(found.tree, place), pending, exists))
+def _find_literal_defects(
+    survey: Survey, location: PlanLocation, dialect: Dialect, resolution: Resolution, model: Model | None
+) -> Iterator[Finding]:
+    _, edits = resolution.edits.get(location, (location, ()))
+    pending = frozenset(edit.key for edit in edits) | resolution.ignored.get(location, frozenset())
+    exists = model.can_exist if model else None
+    held = {finding.key for where, finding in resolution.findings if where == location and finding.code == "MIG204"}
+    defects = find_defects(
+        survey.tree.literal(location), DefectContext(dialect, find_siblings(survey.tree, location), pending, exists)
+    )
     return (one for one in defects if one.code != "MIG502" or one.key not in held)  # half of what is held back
 
 
-def _model(folder: Path) -> Model | None:
-    return Model(folder) if modeling_files(folder) else None
+def _load_model(folder: Path) -> Model | None:
+    return Model(folder) if list_modeling_files(folder) else None

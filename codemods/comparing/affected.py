@@ -8,15 +8,15 @@ from pathlib import Path
 
 from codemods.files.revisions import Snapshot
 from codemods.inheritance.effective import file_kind
-from codemods.inheritance.inheritors import inheritors
-from codemods.inheritance.takers import importers, may_build_plans, takers
+from codemods.inheritance.inheritors import find_dependents
+from codemods.inheritance.takers import can_build_plans, find_importers, find_plan_importers
 
-__all__ = ["affected"]
+__all__ = ["find_affected"]
 
 _NOT_IMPORTED = re.compile(r"(modular|test)_")
 
 
-def affected(
+def find_affected(
     before: Snapshot, after: Snapshot, changed: frozenset[Path], styles: frozenset[str], *, everything: bool
 ) -> frozenset[Path]:
     """Return the model files whose plans may differ, or whose models read them differently.
@@ -35,33 +35,33 @@ def affected(
     remodelled = {path.parent for path in models if kinds[path] == "modeling"}
     found = {path for path in kinds if path.parent in remodelled}
     for snapshot in (before, after):
-        helpers = _helpers(snapshot, changed - kinds.keys(), styles)
+        helpers = _find_helpers(snapshot, changed - kinds.keys(), styles)
         reached = set(kinds.values()) if helpers else {kinds[path] for path in models}
         candidates = [path for path, kind in kinds.items() if kind in reached]
-        snapshot.load(candidates)
-        found |= _reached({*models, *helpers}, candidates, snapshot)
+        snapshot.prefetch(candidates)
+        found |= _expand_dependents({*models, *helpers}, candidates, snapshot)
     return frozenset(found & kinds.keys())
 
 
-def _helpers(snapshot: Snapshot, changed: Iterable[Path], styles: frozenset[str]) -> frozenset[Path]:
+def _find_helpers(snapshot: Snapshot, changed: Iterable[Path], styles: frozenset[str]) -> frozenset[Path]:
     """Return the changed files besides the models' that plans may be made from, and what beside them imports those."""
     sources = (snapshot.source(path) for path in changed if not _NOT_IMPORTED.match(path.name))
-    found = frozenset(source.path for source in sources if source and may_build_plans(source, styles))
+    found = frozenset(source.path for source in sources if source and can_build_plans(source, styles))
     folders = {path.parent for path in found}
     beside = [path for path in snapshot.blobs if path.parent in folders and not file_kind(path)]
-    snapshot.load(beside)
-    return _grown(found, beside, snapshot)
+    snapshot.prefetch(beside)
+    return _expand_importers(found, beside, snapshot)
 
 
-def _reached(changed: Iterable[Path], candidates: list[Path], snapshot: Snapshot) -> frozenset[Path]:
-    found = inheritors(changed, candidates, snapshot.source)
-    while more := takers(found, [path for path in candidates if path not in found], snapshot.source):
-        found = inheritors(found | more, candidates, snapshot.source)
+def _expand_dependents(changed: Iterable[Path], candidates: list[Path], snapshot: Snapshot) -> frozenset[Path]:
+    found = find_dependents(changed, candidates, snapshot.source)
+    while more := find_plan_importers(found, [path for path in candidates if path not in found], snapshot.source):
+        found = find_dependents(found | more, candidates, snapshot.source)
     return found
 
 
-def _grown(found: frozenset[Path], candidates: list[Path], snapshot: Snapshot) -> frozenset[Path]:
+def _expand_importers(files: frozenset[Path], candidates: list[Path], snapshot: Snapshot) -> frozenset[Path]:
     """Return files with those that import from them, however indirectly."""
-    while more := importers(found, [path for path in candidates if path not in found], snapshot.source):
-        found |= more
-    return found
+    while more := find_importers(files, [path for path in candidates if path not in files], snapshot.source):
+        files |= more
+    return files

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from codemods.comparing.affected import affected
-from codemods.comparing.guards import guard_lines
-from codemods.comparing.moved import is_obscured, moved_entries, same
+from codemods.comparing.affected import find_affected
+from codemods.comparing.guards import find_guard_lines
+from codemods.comparing.moved import is_obscured, is_same_entry, match_moved_entries
 from codemods.comparing.placements import PlacementReader
-from codemods.comparing.touched import touched_lines
-from codemods.comparing.values import Comparison, Difference, Kind, Side
-from codemods.files.revisions import Snapshot, changed_paths
-from codemods.inheritance.effective import REMOVED, UNREAD, EffectiveEntry, EffectivePlans, PlanPlace, file_kind
+from codemods.comparing.touched import diff_lines
+from codemods.comparing.values import Comparison, DifferenceKind, PlanDifference, Side
+from codemods.files.revisions import Snapshot, find_changed_paths
+from codemods.inheritance.effective import REMOVED, UNRESOLVED, EffectiveEntry, EffectivePlans, PlanVariant, file_kind
 from plans.errors import MigratorError, UsageError
 
 __all__ = ["compare"]
@@ -33,17 +33,17 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
         dialects = readers[0].dialect, readers[1].dialect
-        changed = changed_paths(before, after)
+        changed = find_changed_paths(before, after)
         styles = readers[0].styles | readers[1].styles
-        paths = affected(before, after, changed, styles, everything=dialects[0] != dialects[1])
+        paths = find_affected(before, after, changed, styles, everything=dialects[0] != dialects[1])
         for reader in readers:
             reader.load({path.parent for path in paths})
         comparer = _Comparer(before, after, changed, *readers)
-        differences: list[Difference] = []
+        differences: list[PlanDifference] = []
         errors: list[MigratorError] = []
         for path in sorted(paths):
             try:
-                differences += comparer.of_file(path)
+                differences += comparer.compare_file(path)
             except MigratorError as error:
                 errors.append(error)
     return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
@@ -75,13 +75,13 @@ class _Comparer:
         self._plans = EffectivePlans(before.source), EffectivePlans(after.source)
         self._readers = old_reader, new_reader
         self._same_dialect = old_reader.dialect == new_reader.dialect
-        self._remodelled = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
-        self._touched = cache(self._touched_in)
+        self._changed_models = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
+        self._get_touched_lines = cache(self._find_touched_lines)
 
-    def of_file(self, path: Path) -> Iterator[Difference]:
-        old, new = (plans.of_file(path) for plans in self._plans)
-        survivors = frozenset(self._plans[0].classes(path)).intersection(self._plans[1].classes(path))
-        moved = moved_entries(old, new)
+    def compare_file(self, path: Path) -> Iterator[PlanDifference]:
+        old, new = (plans.compute_file_plans(path) for plans in self._plans)
+        survivors = frozenset(self._plans[0].list_classes(path)).intersection(self._plans[1].list_classes(path))
+        moved = match_moved_entries(old, new)
         for place in sorted(old.keys() | new.keys(), key=lambda place: (place.class_name, place.plan)):
             entries = old.get(place, {}), new.get(place, {})
             obscured = is_obscured(entries)
@@ -91,66 +91,72 @@ class _Comparer:
                     continue
                 places = came_from or place, place
                 pair = old.get(places[0], {}).get(key), entries[1].get(key)
-                found = self._of_entry(key, places, pair, whole_class=place.class_name not in survivors)
+                found = self._compare_entry(key, places, pair, whole_class=place.class_name not in survivors)
                 if found is not None and not (obscured and found.kind in ("added", "removed")):
                     yield found
 
-    def _of_entry(
+    def _compare_entry(
         self,
         key: str,
-        places: tuple[PlanPlace, PlanPlace],
+        variants: tuple[PlanVariant, PlanVariant],
         pair: tuple[EffectiveEntry | None, EffectiveEntry | None],
         *,
         whole_class: bool,
-    ) -> Difference | None:
-        place = places[1]
-        is_moved = places[0] != places[1]
-        unread = key == UNREAD or bool(pair[0] and pair[1] and pair[0].style == pair[1].style is None)
-        if same(*pair) and not is_moved and (unread or self._read_alike(place.path.parent)):
+    ) -> PlanDifference | None:
+        place = variants[1]
+        is_moved = variants[0] != variants[1]
+        unread = key == UNRESOLVED or bool(pair[0] and pair[1] and pair[0].style == pair[1].style is None)
+        if is_same_entry(*pair) and not is_moved and (unread or self._reads_same(place.path.parent)):
             return None
-        before, after = (_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
-        kind = "unread" if unread and not same(*pair) else _kind(before, after) or ("condition" if is_moved else None)
+        before, after = (_build_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
+        kind = (
+            "unread"
+            if unread and not is_same_entry(*pair)
+            else _classify_change(before, after) or ("condition" if is_moved else None)
+        )
         if kind is None:
             return None
-        touched = kind != "unread" and self._is_touched(places, before, after, with_guards=is_moved)
-        return Difference(place, key, kind, before, after, whole_class or touched, places[0] if is_moved else None)
+        touched = kind != "unread" and self._is_touched(variants, before, after, with_guards=is_moved)
+        return PlanDifference(
+            place, key, kind, before, after, whole_class or touched, variants[0] if is_moved else None
+        )
 
-    def _read_alike(self, folder: Path) -> bool:
+    def _reads_same(self, folder: Path) -> bool:
         """Say whether both revisions read a model's styles alike: in one dialect, against the same modeling source."""
-        return self._same_dialect and folder not in self._remodelled
+        return self._same_dialect and folder not in self._changed_models
 
     def _is_touched(
-        self, places: tuple[PlanPlace, PlanPlace], before: Side | None, after: Side | None, *, with_guards: bool
+        self, variants: tuple[PlanVariant, PlanVariant], before: Side | None, after: Side | None, *, with_guards: bool
     ) -> bool:
         """Say whether the text diff touches the entry's line in the model's own file, or a guard's."""
-        path = places[1].path
+        path = variants[1].path
         for snapshot, place, side, touched in zip(
-            self._snapshots, places, (before, after), self._touched(path), strict=True
+            self._snapshots, variants, (before, after), self._get_touched_lines(path), strict=True
         ):
             source = snapshot.source(path)
             if side is None or side.path != path or source is None:
                 continue
-            guards = guard_lines(source, side.line, place.written) if with_guards else frozenset()
+            guards = find_guard_lines(source, side.line, place.branch) if with_guards else frozenset()
             if not touched.isdisjoint({side.line, *guards}):
                 return True
         return False
 
-    def _touched_in(self, path: Path) -> tuple[frozenset[int], frozenset[int]]:
+    def _find_touched_lines(self, path: Path) -> tuple[frozenset[int], frozenset[int]]:
         sources = [snapshot.source(path) for snapshot in self._snapshots]
         before, after = (source.body if source else b"" for source in sources)
-        return touched_lines(before, after)
+        return diff_lines(before, after)
 
 
-def _side(place: PlanPlace, key: str, entry: EffectiveEntry | None, reader: PlacementReader) -> Side | None:
+def _build_side(variant: PlanVariant, key: str, entry: EffectiveEntry | None, reader: PlacementReader) -> Side | None:
     if entry is None:
         return None
-    return Side(entry.style, reader.read(place, key, entry.style), entry.path, entry.line)
+    return Side(entry.style, reader.read(variant, key, entry.style), entry.path, entry.line)
 
 
-def _kind(before: Side | None, after: Side | None) -> Kind | None:
+def _classify_change(before: Side | None, after: Side | None) -> DifferenceKind | None:
     if before is None or after is None or REMOVED in (before.style, after.style):
-        return _kind_of_presence(before, after)
-    old, new = before.reading, after.reading
+        return _classify_presence(before, after)
+    old, new = before.effect, after.effect
     if before.style == after.style and (old.guessed or new.guessed):
         return None
     if old.placement != new.placement:
@@ -160,15 +166,15 @@ def _kind(before: Side | None, after: Side | None) -> Kind | None:
     return "renamed" if before.style != after.style else None
 
 
-def _kind_of_presence(before: Side | None, after: Side | None) -> Kind | None:
+def _classify_presence(before: Side | None, after: Side | None) -> DifferenceKind | None:
     """Return what changed where an entry is not in both plans: code that takes it out is the reverse of an entry."""
-    was, stays = (_presence(side) for side in (before, after))
+    was, stays = (_rank_presence(side) for side in (before, after))
     if was == stays:
         return None
     return "added" if was < stays else "removed"
 
 
-def _presence(side: Side | None) -> int:
+def _rank_presence(side: Side | None) -> int:
     """Rank a side: an entry, nothing said, an entry taken out."""
     if side is None:
         return 0

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from codemods.inheritance.effective import UNREAD, EffectiveEntry, PlanPlace
+from codemods.inheritance.effective import UNRESOLVED, EffectiveEntry, PlanVariant
 
-__all__ = ["is_obscured", "moved_entries", "same"]
+__all__ = ["is_obscured", "is_same_entry", "match_moved_entries"]
 
 _Entries = Mapping[str, EffectiveEntry]
 
 
-def moved_entries(
-    old: Mapping[PlanPlace, _Entries], new: Mapping[PlanPlace, _Entries]
-) -> dict[tuple[PlanPlace, str], PlanPlace | None]:
+def match_moved_entries(
+    old: Mapping[PlanVariant, _Entries], new: Mapping[PlanVariant, _Entries]
+) -> dict[tuple[PlanVariant, str], PlanVariant | None]:
     """Pair entries of which only the function or the conditions differ.
 
     Args:
@@ -24,35 +24,35 @@ def moved_entries(
     Returns:
         To each place and key of the second revision its place in the first; to those of the first, None.
     """
-    waiting: dict[tuple[object, ...], list[PlanPlace]] = defaultdict(list)
-    for place, key, entry in _lacking(old, new):
-        waiting[_saying(place, key, entry)].append(place)
-    moved: dict[tuple[PlanPlace, str], PlanPlace | None] = {}
-    for place, key, entry in _lacking(new, old):
-        if candidates := waiting[_saying(place, key, entry)]:
+    waiting: dict[tuple[object, ...], list[PlanVariant]] = defaultdict(list)
+    for place, key, entry in _find_unmatched(old, new):
+        waiting[_build_match_key(place, key, entry)].append(place)
+    moved: dict[tuple[PlanVariant, str], PlanVariant | None] = {}
+    for place, key, entry in _find_unmatched(new, old):
+        if candidates := waiting[_build_match_key(place, key, entry)]:
             source = candidates.pop(0)
             moved |= {(place, key): source, (source, key): None}
     return moved
 
 
-def _lacking(
-    one: Mapping[PlanPlace, _Entries], other: Mapping[PlanPlace, _Entries]
-) -> Iterator[tuple[PlanPlace, str, EffectiveEntry]]:
+def _find_unmatched(
+    one: Mapping[PlanVariant, _Entries], other: Mapping[PlanVariant, _Entries]
+) -> Iterator[tuple[PlanVariant, str, EffectiveEntry]]:
     """Yield the entries that only the first of two revisions has at their place."""
     for place, entries in one.items():
         yield from ((place, key, entry) for key, entry in entries.items() if key not in other.get(place, {}))
 
 
-def _saying(place: PlanPlace, key: str, entry: EffectiveEntry) -> tuple[object, ...]:
-    return place.class_name, place.written[0], key, entry.style, entry.made_of, entry.path
+def _build_match_key(variant: PlanVariant, key: str, entry: EffectiveEntry) -> tuple[object, ...]:
+    return variant.class_name, variant.branch[0], key, entry.style, entry.provenance, entry.path
 
 
 def is_obscured(entries: tuple[_Entries, _Entries]) -> bool:
     """Say whether what is not in both revisions' plans may still be in what nobody here can read."""
-    pair = entries[0].get(UNREAD), entries[1].get(UNREAD)
-    return any(pair) and not same(*pair)
+    pair = entries[0].get(UNRESOLVED), entries[1].get(UNRESOLVED)
+    return any(pair) and not is_same_entry(*pair)
 
 
-def same(one: EffectiveEntry | None, other: EffectiveEntry | None) -> bool:
+def is_same_entry(one: EffectiveEntry | None, other: EffectiveEntry | None) -> bool:
     """Say whether both revisions write the same, if not at the same place."""
-    return one is not None and other is not None and (one.style, one.made_of) == (other.style, other.made_of)
+    return one is not None and other is not None and (one.style, one.provenance) == (other.style, other.provenance)

@@ -10,19 +10,19 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from codemods.files.revisions import Snapshot
-from codemods.files.sources import Source
-from codemods.inheritance.effective import REMOVED, PlanPlace, file_kind
+from codemods.files.sources import SourceFile
+from codemods.inheritance.effective import REMOVED, PlanVariant, file_kind
 from codemods.models.describe import Model
-from codemods.models.layouts import layout_of
-from codemods.tree.detect import detect
-from plans.described import Described
+from codemods.models.layouts import find_layout
+from codemods.tree.detect import detect_dialect
+from plans.described import KeyTarget
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import PlanError
 from plans.layout import ExpertLayout
 from plans.placement import Packed, Placement, Replicate, Shard
-from plans.style import Owner, Style
+from plans.style import OwnerKind, Style
 
-__all__ = ["PlacementReader", "Reading"]
+__all__ = ["EntryEffect", "PlacementReader"]
 
 _WHOLE = "whole"
 _UNKNOWN = "unknown"
@@ -30,14 +30,14 @@ _UNKNOWN = "unknown"
 _VERSION_FILE = ("transformers", "__init__.py")
 _SIBLING = re.compile(rb"^from \.\.(\w+)", re.MULTILINE)
 _VALUE = re.compile(rb":\s*[\"'](\w+)[\"']")
-_OWNED = ("weight", "bias")
+_MODULE_PARAMETERS = ("weight", "bias")
 _RANKS = (1, 2, 3)
 _STACKED = 3
 _EXPERT_PARAMETERS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)
-class Reading:
+class EntryEffect:
     """What an entry does.
 
     Args:
@@ -62,7 +62,7 @@ class PlacementReader:
     def __init__(self, snapshot: Snapshot, folder: Path) -> None:
         self._snapshot = snapshot
         self._folder = folder
-        self._model = cache(self._read_model)
+        self._load_model = cache(self._read_model)
 
     @cached_property
     def dialect(self) -> str:
@@ -70,76 +70,76 @@ class PlacementReader:
         for path in self._snapshot.blobs:
             if path.parts[-2:] == _VERSION_FILE:
                 self._write(path)
-        return detect(self._folder / "src", self._styles()).dialect
+        return detect_dialect(self._folder / "src", self._find_styles()).dialect
 
     def load(self, folders: Container[Path]) -> None:
         """Read the modeling source of folders that will be asked about, all at once."""
-        self._snapshot.load(path for path in self._snapshot.blobs if path.parent in folders)
+        self._snapshot.prefetch(path for path in self._snapshot.blobs if path.parent in folders)
 
     @property
     def styles(self) -> frozenset[str]:
         """The names of the vocabulary."""
         return frozenset(self._vocabulary)
 
-    def read(self, place: PlanPlace, key: str, style: str | None) -> Reading:
+    def read(self, variant: PlanVariant, key: str, style: str | None) -> EntryEffect:
         """Return what an entry does.
 
         Args:
-            place: whose plan it is in.
+            variant: whose plan it is in.
             key: the plan key.
             style: None for a style that code computes.
         """
         if style == REMOVED:
-            return Reading(_WHOLE, None)
+            return EntryEffect(_WHOLE, None)
         known = self._vocabulary.get(style) if style is not None else None
         if known is None:
-            return Reading(f"{_UNKNOWN} ({style or 'computed'})", None)
-        shown = self._describe(place, key)
-        described = shown or _guess(key)
-        meaning = known.meaning(_thing(key, described))
-        return Reading(self._placement(place, key, known, described), meaning, guessed=shown is None)
+            return EntryEffect(f"{_UNKNOWN} ({style or 'computed'})", None)
+        shown = self._describe_key(variant, key)
+        described = shown or _guess_target(key)
+        meaning = known.meaning(_get_meaning_key(key, described))
+        return EntryEffect(self._describe_placement(variant, key, known, described), meaning, guessed=shown is None)
 
-    def _placement(self, place: PlanPlace, key: str, style: Style, described: Described) -> str:
+    def _describe_placement(self, variant: PlanVariant, key: str, style: Style, target: KeyTarget) -> str:
         if style.job == "module":
             return _WHOLE
-        found = list(_possible(style, self._tensors(place, key, described)))
+        found = list(_list_placements(style, self._list_tensors(variant, key, target)))
         words = [_WHOLE if one is None or one == Replicate() else str(one) for one in found]
-        layout = self._of_layout(place, key) if any(map(_cuts_inside, found)) else ""
+        layout = self._describe_layout(variant, key) if any(map(_shards_each_expert, found)) else ""
         return (" or ".join(dict.fromkeys(words)) or f"{_UNKNOWN} ({style.name})") + layout
 
-    def _of_layout(self, place: PlanPlace, key: str) -> str:
+    def _describe_layout(self, variant: PlanVariant, key: str) -> str:
         """Return what else to say of a cut through each expert: where the layout is not the regular one."""
         experts, _, parameter = key.rpartition(".")
         if parameter not in _EXPERT_PARAMETERS or experts.rpartition(".")[2] != "experts":
             return ""
-        layout = layout_of(self._folder / place.path.parent, self._describe(place, experts))
-        return _layout_words(layout, parameter) if layout else ""
+        layout = find_layout(self._folder / variant.path.parent, self._describe_key(variant, experts))
+        return _format_layout(layout, parameter) if layout else ""
 
-    def _tensors(self, place: PlanPlace, key: str, described: Described) -> Iterator[tuple[Owner, int, str]]:
+    def _list_tensors(self, variant: PlanVariant, key: str, target: KeyTarget) -> Iterator[tuple[OwnerKind, int, str]]:
         """Yield the parameters that a key may mean: kind of owner, number of dims, name."""
         owner, _, name = key.rpartition(".")
-        match described.named:
+        match target.kind:
             case "linear" | "embedding":
-                yield described.named, 2, "weight"
+                yield target.kind, 2, "weight"
             case "experts" | "module":
-                yield "module", _STACKED if described.named == "experts" else 1, "weight"
+                yield "module", _STACKED if target.kind == "experts" else 1, "weight"
             case "parameter":
-                module = self._describe(place, owner) if name in _OWNED else None
-                kind: Owner = module.named if module and module.named in ("linear", "embedding") else "module"
-                for rank in (described.rank,) if described.rank else _RANKS:
+                module = self._describe_key(variant, owner) if name in _MODULE_PARAMETERS else None
+                kind: OwnerKind = module.kind if module and module.kind in ("linear", "embedding") else "module"
+                for rank in (target.ndim,) if target.ndim else _RANKS:
                     yield kind, rank, name
 
-    def _describe(self, place: PlanPlace, key: str) -> Described | None:
-        return self._model(place.path.parent).describe(key, place.class_name.rpartition(".")[2])
+    def _describe_key(self, variant: PlanVariant, key: str) -> KeyTarget | None:
+        return self._load_model(variant.path.parent).describe(key, variant.class_name.rpartition(".")[2])
 
     @cached_property
     def _vocabulary(self) -> Mapping[str, Style]:
         return {**load_dialect(PARAM_LEVEL).styles, **load_dialect(self.dialect).styles}
 
-    def _styles(self) -> set[str]:
+    def _find_styles(self) -> set[str]:
         """Return every word that stands where a configuration file may name a style."""
         paths = [path for path in self._snapshot.blobs if file_kind(path) == "configuration"]
-        self._snapshot.load(paths)
+        self._snapshot.prefetch(paths)
         sources = filter(None, map(self._snapshot.source, paths))
         return {word.decode() for source in sources if b"_plan" in source.data for word in _VALUE.findall(source.data)}
 
@@ -151,10 +151,10 @@ class PlacementReader:
                     self._write_all(folder.parent / sibling.decode(), "modeling_*.py")
         return Model(self._folder / folder)
 
-    def _write_all(self, folder: Path, pattern: str) -> list[Source]:
+    def _write_all(self, folder: Path, pattern: str) -> list[SourceFile]:
         return [self._write(path) for path in self._files.get(folder, ()) if path.match(pattern)]
 
-    def _write(self, path: Path) -> Source:
+    def _write(self, path: Path) -> SourceFile:
         """Write a file of the revision down, where what reads trees finds it."""
         source = self._snapshot.source(path)
         assert source is not None
@@ -172,7 +172,7 @@ class PlacementReader:
         return folders
 
 
-def _possible(style: Style, tensors: Iterable[tuple[Owner, int, str]]) -> Iterator[Placement | None]:
+def _list_placements(style: Style, tensors: Iterable[tuple[OwnerKind, int, str]]) -> Iterator[Placement | None]:
     """Yield where a style puts each of some parameters, but for those without the dim that it cuts."""
     for tensor in tensors:
         try:
@@ -181,12 +181,12 @@ def _possible(style: Style, tensors: Iterable[tuple[Owner, int, str]]) -> Iterat
             continue
 
 
-def _cuts_inside(placement: Placement | None) -> bool:
+def _shards_each_expert(placement: Placement | None) -> bool:
     """Say whether a placement cuts each expert, so that the order of its rows counts."""
     return isinstance(placement, Packed) or (isinstance(placement, Shard) and placement.dim > 0)
 
 
-def _layout_words(layout: ExpertLayout, parameter: str) -> str:
+def _format_layout(layout: ExpertLayout, parameter: str) -> str:
     facts = {
         "transposed": layout.transposed,
         "interleaved": not layout.concatenated and parameter == "gate_up_proj",
@@ -196,15 +196,15 @@ def _layout_words(layout: ExpertLayout, parameter: str) -> str:
     return f" of {', '.join(words)} experts" if words else ""
 
 
-def _guess(key: str) -> Described:
+def _guess_target(key: str) -> KeyTarget:
     """Return what a key most likely names whose model does not show it."""
     if key.rpartition(".")[0].rpartition(".")[2] == "experts":
-        return Described("parameter", _STACKED)
-    return Described("linear")
+        return KeyTarget("parameter", _STACKED)
+    return KeyTarget("linear")
 
 
-def _thing(key: str, described: Described) -> str:
+def _get_meaning_key(key: str, target: KeyTarget) -> str:
     """Return the word that styles list their meaning under."""
-    if described.named != "parameter":
-        return described.named
-    return "a bias" if key.endswith(".bias") else f"parameter {described.rank}"
+    if target.kind != "parameter":
+        return target.kind
+    return "a bias" if key.endswith(".bias") else f"parameter {target.ndim}"

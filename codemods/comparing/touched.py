@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-__all__ = ["touched_lines"]
+__all__ = ["diff_lines"]
 
 
-def touched_lines(before: bytes, after: bytes) -> tuple[frozenset[int], frozenset[int]]:
+def diff_lines(before: bytes, after: bytes) -> tuple[frozenset[int], frozenset[int]]:
     """Return the lines that a text diff removes from `before` and those that it adds to `after`, counted from 1."""
     old, new = before.splitlines(), after.splitlines()
     start = 0

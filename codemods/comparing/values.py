@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from codemods.comparing.placements import Reading
-from codemods.inheritance.effective import PlanPlace
+from codemods.comparing.placements import EntryEffect
+from codemods.inheritance.effective import PlanVariant
 from plans.errors import MigratorError
 
-__all__ = ["Comparison", "Difference", "Kind", "Side"]
+__all__ = ["Comparison", "DifferenceKind", "PlanDifference", "Side"]
 
-Kind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
+DifferenceKind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
 """Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
 that is gone; the same entry in another function or under other conditions; a plan, or a style, that nobody here can
 read, where something that it is made of changed."""
@@ -24,23 +24,23 @@ class Side:
 
     Args:
         style: None where it is computed.
-        reading: what it does.
+        effect: what it does.
         path: the file that it is written in, which an inherited entry's model does not own.
         line: where it stands there, counted from 1.
     """
 
     style: str | None
-    reading: Reading
+    effect: EntryEffect
     path: Path
     line: int
 
 
 @dataclass(frozen=True)
-class Difference:
+class PlanDifference:
     """An entry that is not the same in both revisions.
 
     Args:
-        place: whose plan.
+        variant: whose plan.
         key: the plan key.
         kind: what changed.
         before: the entry in the first revision, None where it is new.
@@ -50,18 +50,18 @@ class Difference:
         moved_from: where the entry was in the first revision, if its function or conditions changed.
     """
 
-    place: PlanPlace
+    variant: PlanVariant
     key: str
-    kind: Kind
+    kind: DifferenceKind
     before: Side | None
     after: Side | None
     explained: bool
-    moved_from: PlanPlace | None = None
+    moved_from: PlanVariant | None = None
 
     @property
     def model(self) -> str:
         """The model's folder."""
-        return self.place.path.parent.name
+        return self.variant.path.parent.name
 
     @property
     def changes_mesh(self) -> bool:
@@ -87,7 +87,7 @@ class Comparison:
         files: how many files were compared.
     """
 
-    differences: tuple[Difference, ...]
+    differences: tuple[PlanDifference, ...]
     errors: tuple[MigratorError, ...]
     dialects: tuple[str, str]
     files: int

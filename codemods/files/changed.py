@@ -6,17 +6,17 @@ import os
 from functools import partial
 from pathlib import Path
 
-from codemods.files.git import reason, run_git
-from codemods.files.sources import shown
+from codemods.files.git import get_failure_reason, run_git
+from codemods.files.sources import format_path
 from plans.errors import UsageError
 
-__all__ = ["changed_files", "touched_folders"]
+__all__ = ["find_changed_folders", "list_changed_files"]
 
 _try_git = partial(run_git, needed_by="--changed-only", hint="install git, or leave --changed-only out")
-_NAMES = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv")
+_DIFF_OPTIONS = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv")
 
 
-def changed_files(base_ref: str, folder: Path) -> frozenset[Path]:
+def list_changed_files(base_ref: str, folder: Path) -> frozenset[Path]:
     """Return every file that differs from the commit where HEAD left `base_ref`, deleted and untracked ones included.
 
     Args:
@@ -27,35 +27,42 @@ def changed_files(base_ref: str, folder: Path) -> frozenset[Path]:
         UsageError: the folder is in no repository, or git knows no such commit or no common history.
         DependencyError: git is not installed.
     """
-    root = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").rstrip(b"\n")))
-    base = _merge_base(root, base_ref)
-    listed = _git(root, "diff", *_NAMES, base, "--") + _git(root, "ls-files", "--others", "--exclude-standard", "-z")
+    root = Path(os.fsdecode(_read_git(folder, "rev-parse", "--show-toplevel").rstrip(b"\n")))
+    base = _find_merge_base(root, base_ref)
+    listed = _read_git(root, "diff", *_DIFF_OPTIONS, base, "--") + _read_git(
+        root, "ls-files", "--others", "--exclude-standard", "-z"
+    )
     return frozenset(root / os.fsdecode(name) for name in listed.split(b"\0") if name)
 
 
-def touched_folders(files: frozenset[Path]) -> frozenset[Path]:
+def find_changed_folders(files: frozenset[Path]) -> frozenset[Path]:
     """Return the folders whose Python files changed: a plan depends on the modeling and modular files beside it."""
     return frozenset(path.parent.resolve() for path in files if path.suffix == ".py")
 
 
-def _merge_base(root: Path, base_ref: str) -> str:
+def _find_merge_base(root: Path, base_ref: str) -> str:
     fetch = "fetch it first (actions/checkout needs fetch-depth: 0), or name another with --base-ref"
     commit = _try_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base_ref}^{{commit}}")
     if commit.returncode:
-        raise UsageError(f"{shown(root)}: git knows no commit {base_ref!r}", hint=fetch, ref=base_ref, path=str(root))
+        raise UsageError(
+            f"{format_path(root)}: git knows no commit {base_ref!r}", hint=fetch, ref=base_ref, path=str(root)
+        )
     base = _try_git(root, "merge-base", commit.stdout.decode().strip(), "HEAD")
     if base.returncode:
         raise UsageError(
-            f"{shown(root)}: HEAD and {base_ref!r} have no commit in common", hint=fetch, ref=base_ref, path=str(root)
+            f"{format_path(root)}: HEAD and {base_ref!r} have no commit in common",
+            hint=fetch,
+            ref=base_ref,
+            path=str(root),
         )
     return base.stdout.decode().strip()
 
 
-def _git(folder: Path, *arguments: str) -> bytes:
+def _read_git(folder: Path, *arguments: str) -> bytes:
     done = _try_git(folder, *arguments)
     if done.returncode:
         raise UsageError(
-            f"{shown(folder)}: {reason(done)}",
+            f"{format_path(folder)}: {get_failure_reason(done)}",
             hint="--changed-only needs a git repository; leave it out to look at every file",
             path=str(folder),
         )

@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
-from codemods.files.sources import shown
-from plans.alike import did_you_mean
+from codemods.files.sources import format_path
+from plans.alike import suggest_name
 from plans.errors import UsageError
-from plans.rule import all_rules
+from plans.rule import load_rules
 
-__all__ = ["Configuration", "absolute", "find_configuration", "find_project_file", "read_configuration"]
+__all__ = ["Configuration", "find_configuration", "find_project_file", "make_absolute", "read_configuration"]
 
-_NAME = "pyproject.toml"
+_FILE_NAME = "pyproject.toml"
 _GLOB = r"(\*\*/|\*\*|\*|\?)"
 _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
@@ -46,21 +46,21 @@ class Configuration:
     exclude: tuple[str, ...] = ()
     link: tuple[Path, Path] | None = None
 
-    def includes(self, path: Path) -> bool:
+    def is_included(self, path: Path) -> bool:
         """Say whether a file may be reported on and written."""
-        return not self.exclude or self.excluded_by(path) is None
+        return not self.exclude or self.find_exclude_pattern(path) is None
 
-    def excluded_by(self, path: Path) -> str | None:
+    def find_exclude_pattern(self, path: Path) -> str | None:
         """Return the pattern that excludes a file, None where none does."""
-        return next((pattern for pattern in self.exclude if _matches(pattern, self._relative(path))), None)
+        return next((pattern for pattern in self.exclude if _is_match(pattern, self._make_relative(path))), None)
 
-    def ignores(self, path: Path, code: str) -> bool:
+    def is_ignored(self, path: Path, code: str) -> bool:
         """Say whether a code is ignored in a file."""
         return code in self.ignore or any(
-            code in codes and _matches(pattern, self._relative(path)) for pattern, codes in self.per_path_ignores
+            code in codes and _is_match(pattern, self._make_relative(path)) for pattern, codes in self.per_path_ignores
         )
 
-    def _relative(self, path: Path) -> PurePath:
+    def _make_relative(self, path: Path) -> PurePath:
         if self.link and path.is_relative_to(self.link[0]):
             path = self.link[1] / path.relative_to(self.link[0])
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
@@ -77,7 +77,7 @@ def find_configuration(start: Path) -> Configuration:
     Raises:
         UsageError: the file is not valid, or its table holds an unknown key or a value of another type.
     """
-    real, given = start.resolve(), absolute(start)
+    real, given = start.resolve(), make_absolute(start)
     if found := find_project_file(real):
         return read_configuration(found)
     found = find_project_file(given)
@@ -87,12 +87,12 @@ def find_configuration(start: Path) -> Configuration:
 def find_project_file(start: Path) -> Path | None:
     """Return the nearest pyproject.toml in or above a folder, or above a file."""
     folders = (start, *start.parents) if start.is_dir() else start.parents
-    return next((folder / _NAME for folder in folders if (folder / _NAME).is_file()), None)
+    return next((folder / _FILE_NAME for folder in folders if (folder / _FILE_NAME).is_file()), None)
 
 
-def absolute(path: Path) -> Path:
+def make_absolute(path: Path) -> Path:
     """Return a path from the root without `..`, its links not followed."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - `absolute` keeps `..`, `resolve` follows links
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `make_absolute` keeps `..`, `resolve` follows links
 
 
 def read_configuration(path: Path) -> Configuration:
@@ -104,91 +104,93 @@ def read_configuration(path: Path) -> Configuration:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"{shown(path)}: {error.strerror}", hint="make it a readable file", path=str(path)) from error
-    table = _table(path, data) if b"migrator" in data else {}
+        raise UsageError(
+            f"{format_path(path)}: {error.strerror}", hint="make it a readable file", path=str(path)
+        ) from error
+    table = _read_table(path, data) if b"migrator" in data else {}
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in _READERS:
-            _refuse(path, key, "is no setting", did_you_mean(key, _READERS, "settings are " + ", ".join(_READERS)))
+            _refuse(path, key, "is no setting", suggest_name(key, _READERS, "settings are " + ", ".join(_READERS)))
         field = key.replace("-", "_")
         values[field] = _READERS[key](path, key, value)
     return Configuration(path.parent, **values)
 
 
-def _table(path: Path, data: bytes) -> Mapping[str, object]:
+def _read_table(path: Path, data: bytes) -> Mapping[str, object]:
     import tomllib
 
     try:
         tool = tomllib.loads(data.decode()).get("tool", {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{shown(path)}: is not TOML: {error}", hint="mend the file", path=str(path)) from error
+        raise UsageError(f"{format_path(path)}: is not TOML: {error}", hint="mend the file", path=str(path)) from error
     table = tool.get("migrator", {}) if isinstance(tool, dict) else {}
     if not isinstance(table, dict):
         raise UsageError(
-            f"{shown(path)}: tool.migrator is no table", hint="write it as [tool.migrator]", path=str(path)
+            f"{format_path(path)}: tool.migrator is no table", hint="write it as [tool.migrator]", path=str(path)
         )
     return table
 
 
-def _text(path: Path, key: str, value: object) -> str:
+def _read_text(path: Path, key: str, value: object) -> str:
     if not isinstance(value, str):
         _refuse(path, key, f"is {value!r}, not a string", f'write {key} = "…"')
     return value
 
 
-def _texts(path: Path, key: str, value: object) -> tuple[str, ...]:
+def _read_texts(path: Path, key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         _refuse(path, key, f"is {value!r}, not a list of strings", f'write {key} = ["…"]')
     return tuple(value)
 
 
-def _paths(path: Path, key: str, value: object) -> tuple[Path, ...]:
+def _read_paths(path: Path, key: str, value: object) -> tuple[Path, ...]:
     """Read paths below the file's own folder; a project that is migrated must not name others to write to."""
     root = path.parent.resolve()
-    found = tuple(path.parent / text for text in _texts(path, key, value))
+    found = tuple(path.parent / text for text in _read_texts(path, key, value))
     for listed in found:
         if not listed.resolve().is_relative_to(root):
             _refuse(path, key, f"leads out of the project, to {listed}", "name that folder on the command line")
     return found
 
 
-def _codes(path: Path, key: str, value: object) -> frozenset[str]:
-    codes = _texts(path, key, value)
-    unknown = next((code for code in codes if code not in all_rules()), None)
+def _read_codes(path: Path, key: str, value: object) -> frozenset[str]:
+    codes = _read_texts(path, key, value)
+    unknown = next((code for code in codes if code not in load_rules()), None)
     if unknown is not None:
-        hint = did_you_mean(unknown, all_rules(), "`migrator explain` lists the codes")
+        hint = suggest_name(unknown, load_rules(), "`migrator explain` lists the codes")
         _refuse(path, key, f"names {unknown!r}, which no rule has", hint)
     return frozenset(codes)
 
 
-def _codes_by_glob(path: Path, key: str, value: object) -> tuple[tuple[str, frozenset[str]], ...]:
+def _read_codes_by_glob(path: Path, key: str, value: object) -> tuple[tuple[str, frozenset[str]], ...]:
     if not isinstance(value, dict):
         _refuse(path, key, f"is {value!r}, not a table", f'write [tool.migrator.{key}] with "glob" = ["MIG…"]')
-    return tuple((glob, _codes(path, f"{key}.{glob}", codes)) for glob, codes in value.items())
+    return tuple((glob, _read_codes(path, f"{key}.{glob}", codes)) for glob, codes in value.items())
 
 
 _READERS: Mapping[str, Callable[[Path, str, object], object]] = {
-    "paths": _paths,
-    "target": _text,
-    "source": _text,
-    "ignore": _codes,
-    "per-path-ignores": _codes_by_glob,
-    "exclude": _texts,
+    "paths": _read_paths,
+    "target": _read_text,
+    "source": _read_text,
+    "ignore": _read_codes,
+    "per-path-ignores": _read_codes_by_glob,
+    "exclude": _read_texts,
 }
 
 
 def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
-    raise UsageError(f"{shown(path)}: tool.migrator.{key} {problem}", hint=hint, path=str(path), key=key)
+    raise UsageError(f"{format_path(path)}: tool.migrator.{key} {problem}", hint=hint, path=str(path), key=key)
 
 
-def _matches(pattern: str, path: PurePath) -> bool:
+def _is_match(pattern: str, path: PurePath) -> bool:
     """Say whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
-    expression = _regex(pattern.removeprefix("./").strip("/"))
+    expression = _compile_glob(pattern.removeprefix("./").strip("/"))
     above: Iterable[PurePath] = (path, *path.parents)
     texts = (str(found.as_posix() if "/" in pattern else found.name) for found in above)
     return any(expression.fullmatch(text) for text in texts if text)
 
 
 @cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def _compile_glob(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(_WILDCARDS.get(piece, re.escape(piece)) for piece in re.split(_GLOB, pattern)))

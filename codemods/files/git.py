@@ -8,7 +8,7 @@ from pathlib import Path
 
 from plans.errors import DependencyError
 
-__all__ = ["reason", "run_git"]
+__all__ = ["get_failure_reason", "run_git"]
 
 # A repository's own settings can name programs for git to start; none is needed to list and read files.
 _GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.untrackedCache=false", "--literal-pathspecs")
@@ -37,7 +37,7 @@ def run_git(
         raise DependencyError(f"{needed_by} needs git, which is not installed", hint=hint, packages=["git"]) from error
 
 
-def reason(done: subprocess.CompletedProcess[bytes]) -> str:
+def get_failure_reason(completed: subprocess.CompletedProcess[bytes]) -> str:
     """Return why git failed, in its own words."""
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    lines = completed.stderr.decode("utf-8", "replace").strip().splitlines()
     return lines[0].removeprefix("fatal: ") if lines else "no reason given"

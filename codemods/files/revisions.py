@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from codemods.files.git import reason, run_git
-from codemods.files.sources import Source, read_source, shown
+from codemods.files.git import get_failure_reason, run_git
+from codemods.files.sources import SourceFile, format_path, read_source
 from plans.errors import SourceError, UsageError
 
-__all__ = ["Repository", "Snapshot", "changed_paths", "find_repository"]
+__all__ = ["Repository", "Snapshot", "find_changed_paths", "find_repository"]
 
 _run_git = partial(run_git, needed_by="comparing revisions")
 _REGULAR_FILES = frozenset({b"100644", b"100755"})
-_LARGEST = 16 << 20
+_MAX_BYTES = 16 << 20
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Repository:
     root: Path
     _blobs: dict[str, bytes] = field(default_factory=dict)
 
-    def revision(self, name: str) -> Snapshot:
+    def read_revision(self, name: str) -> Snapshot:
         """Return the Python files of a revision.
 
         Args:
@@ -43,28 +43,28 @@ class Repository:
         found = self._try_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
         if found.returncode:
             raise UsageError(
-                f"{shown(self.root)}: git knows no revision {name!r}",
+                f"{format_path(self.root)}: git knows no revision {name!r}",
                 hint="name a commit, branch or tag that `git log` shows; fetch it first if it is elsewhere",
                 revision=name,
                 path=str(self.root),
             )
         commit = found.stdout.decode().strip()
-        listed = self._git("ls-tree", "-r", "-z", "--full-tree", commit)
-        return Snapshot(self, name, dict(_tree_files(listed)))
+        listed = self._read_git("ls-tree", "-r", "-z", "--full-tree", commit)
+        return Snapshot(self, name, dict(_parse_tree(listed)))
 
-    def working_tree(self) -> Snapshot:
+    def read_working_tree(self) -> Snapshot:
         """Return the Python files as they lie in the working tree, untracked ones included, ignored ones not."""
-        blobs = dict(_index_files(self._git("ls-files", "--stage", "-z")))
-        touched = _python_files(self._git("diff-files", "--name-only", "-z"))
-        untracked = _python_files(self._git("ls-files", "--others", "--exclude-standard", "-z"))
+        blobs = dict(_parse_index(self._read_git("ls-files", "--stage", "-z")))
+        touched = _parse_python_paths(self._read_git("diff-files", "--name-only", "-z"))
+        untracked = _parse_python_paths(self._read_git("ls-files", "--others", "--exclude-standard", "-z"))
         for path in (*touched, *untracked):
-            if self._is_own_file(path):
+            if self._is_regular_file(path):
                 blobs[path] = ""
             else:
                 blobs.pop(path, None)
         return Snapshot(self, "the working tree", blobs)
 
-    def load(self, files: Iterable[tuple[Path, str]]) -> None:
+    def prefetch(self, files: Iterable[tuple[Path, str]]) -> None:
         """Read files that will be asked for, all at once.
 
         Args:
@@ -77,31 +77,31 @@ class Repository:
         if not wanted:
             return
         stdin = "".join(f"{blob}\n" for blob in wanted).encode()
-        sizes = self._git("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=stdin)
+        sizes = self._read_git("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=stdin)
         for path, facts in zip(wanted.values(), sizes.decode().splitlines(), strict=True):
             _check_size(path, facts.split()[1])
-        self._blobs |= _batch(self._git("cat-file", "--batch", stdin=stdin), wanted)
+        self._blobs |= _parse_batch(self._read_git("cat-file", "--batch", stdin=stdin), wanted)
 
-    def content(self, path: Path, blob: str) -> bytes:
+    def read_content(self, path: Path, blob: str) -> bytes:
         """Return a file by the id of its content.
 
         Raises:
             SourceError: as `load`.
         """
-        self.load([(path, blob)])
+        self.prefetch([(path, blob)])
         return self._blobs[blob]
 
-    def _is_own_file(self, path: Path) -> bool:
+    def _is_regular_file(self, path: Path) -> bool:
         """Say whether a path of the working tree is a regular file, reached through no link that leads out."""
         absolute = self.root / path
         inside = absolute.parent.resolve().is_relative_to(self.root.resolve())
         return inside and absolute.is_file() and not absolute.is_symlink()
 
-    def _git(self, *arguments: str, stdin: bytes = b"") -> bytes:
+    def _read_git(self, *arguments: str, stdin: bytes = b"") -> bytes:
         done = self._try_git(*arguments, stdin=stdin)
         if done.returncode:
             raise SourceError(
-                f"{shown(self.root)}: git {arguments[0]} failed: {reason(done)}",
+                f"{format_path(self.root)}: git {arguments[0]} failed: {get_failure_reason(done)}",
                 hint="`git fsck` tells what is wrong with the repository",
                 path=str(self.root),
             )
@@ -125,7 +125,7 @@ class Snapshot:
     name: str
     blobs: Mapping[Path, str]
 
-    def source(self, path: Path) -> Source | None:
+    def source(self, path: Path) -> SourceFile | None:
         """Return a file, None if this revision does not have it.
 
         Raises:
@@ -134,13 +134,13 @@ class Snapshot:
         blob = self.blobs.get(path)
         if blob is None:
             return None
-        return Source(
-            path, self.repository.content(path, blob) if blob else read_source(self.repository.root / path).data
+        return SourceFile(
+            path, self.repository.read_content(path, blob) if blob else read_source(self.repository.root / path).data
         )
 
-    def load(self, paths: Iterable[Path]) -> None:
+    def prefetch(self, paths: Iterable[Path]) -> None:
         """Read files that will be asked for, all at once."""
-        self.repository.load((path, self.blobs.get(path, "")) for path in paths)
+        self.repository.prefetch((path, self.blobs.get(path, "")) for path in paths)
 
 
 def find_repository(folder: Path) -> Repository:
@@ -153,51 +153,51 @@ def find_repository(folder: Path) -> Repository:
     done = _run_git(folder, "rev-parse", "--show-toplevel")
     if done.returncode:
         raise UsageError(
-            f"{shown(folder.absolute())}: {reason(done)}",
+            f"{format_path(folder.absolute())}: {get_failure_reason(done)}",
             hint="run it inside the repository whose revisions you compare",
             path=str(folder),
         )
     return Repository(Path(os.fsdecode(done.stdout.removesuffix(b"\n"))))
 
 
-def changed_paths(before: Snapshot, after: Snapshot) -> frozenset[Path]:
+def find_changed_paths(before: Snapshot, after: Snapshot) -> frozenset[Path]:
     """Return the files that differ between two snapshots, or that only one of them has."""
     paths = before.blobs.keys() | after.blobs.keys()
     differing = [path for path in paths if before.blobs.get(path) != after.blobs.get(path)]
-    before.load(differing)
-    return frozenset(path for path in differing if _content(before, path) != _content(after, path))
+    before.prefetch(differing)
+    return frozenset(path for path in differing if _read_content(before, path) != _read_content(after, path))
 
 
-def _content(snapshot: Snapshot, path: Path) -> bytes | None:
+def _read_content(snapshot: Snapshot, path: Path) -> bytes | None:
     source = snapshot.source(path)
     return source.data if source else None
 
 
-def _tree_files(listed: bytes) -> Iterator[tuple[Path, str]]:
+def _parse_tree(listed: bytes) -> Iterator[tuple[Path, str]]:
     """Read `MODE TYPE BLOB<tab>PATH` records; links and submodules are no source files."""
     for record in filter(None, listed.split(b"\0")):
         facts, _, name = record.partition(b"\t")
         mode, _, blob = facts.split()
         if name.endswith(b".py") and mode in _REGULAR_FILES:
-            yield _path(name), blob.decode()
+            yield _parse_path(name), blob.decode()
 
 
-def _index_files(listed: bytes) -> Iterator[tuple[Path, str]]:
+def _parse_index(listed: bytes) -> Iterator[tuple[Path, str]]:
     """Read `MODE BLOB STAGE<tab>PATH` records."""
     for record in filter(None, listed.split(b"\0")):
         facts, _, name = record.partition(b"\t")
         mode, blob, _ = facts.split()
         if name.endswith(b".py") and mode in _REGULAR_FILES:
-            yield _path(name), blob.decode()
+            yield _parse_path(name), blob.decode()
 
 
-def _python_files(listed: bytes) -> Iterator[Path]:
+def _parse_python_paths(listed: bytes) -> Iterator[Path]:
     for name in listed.split(b"\0"):
         if name.endswith(b".py"):
-            yield _path(name)
+            yield _parse_path(name)
 
 
-def _path(name: bytes) -> Path:
+def _parse_path(name: bytes) -> Path:
     """Return a path inside the repository; a tree object can be made to name any."""
     path = Path(os.fsdecode(name))
     if path.is_absolute() or ".." in path.parts:
@@ -216,15 +216,15 @@ def _check_size(path: Path, size: str) -> None:
             hint="a shallow or partial clone may hold too little: `git fetch --refetch`",
             path=str(path),
         )
-    if int(size) > _LARGEST:
+    if int(size) > _MAX_BYTES:
         raise SourceError(
             f"{path}: {int(size):,} bytes, too large for a source file",
-            hint=f"files of more than {_LARGEST:,} bytes are not read",
+            hint=f"files of more than {_MAX_BYTES:,} bytes are not read",
             path=str(path),
         )
 
 
-def _batch(output: bytes, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+def _parse_batch(output: bytes, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Read `BLOB TYPE SIZE<newline>CONTENT<newline>` records, in the order they were asked for."""
     place = 0
     for blob in wanted:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["Source", "add_once", "find_sources", "read_source", "shown"]
+__all__ = ["SourceFile", "add_error_once", "find_sources", "format_path", "read_source"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
@@ -23,7 +23,7 @@ _HEADER_BYTES = 2048
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """One file as it was read.
 
     Args:
@@ -48,7 +48,7 @@ class Source:
             return tokenize.detect_encoding(io.BytesIO(self.data).readline)[0]
         except SyntaxError as error:
             raise SourceError(
-                f"{shown(self.path)}: {error.msg}",
+                f"{format_path(self.path)}: {error.msg}",
                 hint="mend the coding cookie in its first two lines",
                 path=str(self.path),
             ) from error
@@ -66,7 +66,7 @@ class Source:
             return self.data.decode(self.encoding).encode()
         except (LookupError, UnicodeError) as error:
             raise SourceError(
-                f"{shown(self.path)}: not {self.encoding} text: {error}",
+                f"{format_path(self.path)}: not {self.encoding} text: {error}",
                 hint="declare its encoding with a coding cookie",
                 path=str(self.path),
             ) from error
@@ -76,7 +76,7 @@ class Source:
         """`body` after a line end, so that every line has one before it, which `re` finds far faster than `^`."""
         return b"\n" + self.body
 
-    def with_body(self, body: bytes) -> bytes:
+    def encode_body(self, body: bytes) -> bytes:
         """Return the file's bytes for a new body, in its own encoding and with its BOM."""
         return body if self.encoding == "utf-8" else body.decode().encode(self.encoding)
 
@@ -96,13 +96,13 @@ class Source:
         return match[1].decode("utf-8", "replace").rpartition("/")[2] if match else None
 
 
-def shown(path: Path) -> str:
+def format_path(path: Path) -> str:
     """Return a path as people want to read it: relative to the current folder where it lies below it."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def add_once(errors: list[MigratorError], error: MigratorError) -> None:
+def add_error_once(errors: list[MigratorError], error: MigratorError) -> None:
     """Add what is wrong with a file, unless it is said already: several plans may lead to the file."""
     if error.message not in {known.message for known in errors}:
         errors.append(error)
@@ -134,7 +134,7 @@ def find_sources(paths: Iterable[Path], unreadable: list[MigratorError], links: 
             found[str(path.resolve())] = None
         else:
             raise UsageError(
-                f"{shown(path)}: no such file or folder", hint="name files or folders that exist", path=str(path)
+                f"{format_path(path)}: no such file or folder", hint="name files or folders that exist", path=str(path)
             )
     if links is not None:
         links += (link for link in map(Path, linked) if not _is_below(link.resolve(), folders))
@@ -154,14 +154,14 @@ def _walk(top: str, unreadable: list[MigratorError]) -> tuple[list[str], list[st
         folder = waiting.pop()
         try:
             with os.scandir(folder) as entries:
-                waiting += reversed(_sort_out(entries, files, links))
+                waiting += reversed(_sort_entries(entries, files, links))
         except OSError as error:
-            what = f"{shown(Path(folder))}: {error.strerror}"
+            what = f"{format_path(Path(folder))}: {error.strerror}"
             unreadable.append(SourceError(what, hint="make it a readable folder or leave it out", path=folder))
     return files, links
 
 
-def _sort_out(entries: Iterable[os.DirEntry[str]], files: list[str], links: list[str]) -> list[str]:
+def _sort_entries(entries: Iterable[os.DirEntry[str]], files: list[str], links: list[str]) -> list[str]:
     """Add a folder's Python files and links to such to the lists, and return the folders in it."""
     folders: list[str] = []
     for entry in entries:
@@ -173,19 +173,19 @@ def _sort_out(entries: Iterable[os.DirEntry[str]], files: list[str], links: list
         elif entry.name.endswith(".py"):
             if entry.is_file(follow_symlinks=False):
                 files.append(entry.path)
-            elif entry.is_symlink() and _leads_to_file(entry):
+            elif entry.is_symlink() and _is_link_to_file(entry):
                 links.append(entry.path)
     return folders
 
 
-def _leads_to_file(link: os.DirEntry[str]) -> bool:
+def _is_link_to_file(link: os.DirEntry[str]) -> bool:
     try:
         return link.is_file()
     except OSError:  # a link to itself, or into a folder that is closed
         return False
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> SourceFile:
     """Read one file.
 
     Raises:
@@ -198,12 +198,12 @@ def read_source(path: Path) -> Source:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
                 raise OSError(0, "is no regular file")
-            return Source(path, _read_all(descriptor, state.st_size))
+            return SourceFile(path, _read_all(descriptor, state.st_size))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise SourceError(
-            f"{shown(path)}: {error.strerror}", hint="make it a readable file or leave it out", path=str(path)
+            f"{format_path(path)}: {error.strerror}", hint="make it a readable file or leave it out", path=str(path)
         ) from error
 
 

@@ -7,21 +7,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.reading.module import Module
 from plans.errors import SourceError
 
-__all__ = ["heirs_by_name", "importers_by_folder"]
+__all__ = ["index_importers", "index_subclasses"]
 
 _HEADER = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?")
 _NAME = re.compile(rb"\w+")
 _ALIAS = re.compile(rb" as (\w+)")
-_SECOND_NAME = re.compile(rb"\n(\w+) = (\w+)[ \t]*(?=\n)")
+_ASSIGNED_ALIAS = re.compile(rb"\n(\w+) = (\w+)[ \t]*(?=\n)")
 _MODULE = re.compile(rb"\n[ \t]*from[ \t]+([\w.]*\.[\w.]*)[ \t]+import\b")
-_LONGEST = 80  # bytes before an alias in which the name is looked for
+_ALIAS_WINDOW = 80  # bytes before an alias in which the name is looked for
 
 
-def heirs_by_name(sources: Iterable[Source], known: Mapping[Path, Module]) -> dict[str, list[tuple[Path, str]]]:
+def index_subclasses(sources: Iterable[SourceFile], known: Mapping[Path, Module]) -> dict[str, list[tuple[Path, str]]]:
     """Return the classes that a name may give plans to, itself among them: each with its file.
 
     Args:
@@ -31,8 +31,8 @@ def heirs_by_name(sources: Iterable[Source], known: Mapping[Path, Module]) -> di
     found: dict[str, list[tuple[Path, str]]] = defaultdict(list)
     for source in sources:
         module = known.get(source.path)
-        headers = _read_headers(module) if module else _found_headers(source)
-        aliases = _aliases(source)
+        headers = _read_headers(module) if module else _scan_headers(source)
+        aliases = _read_aliases(source)
         for name, bases in headers:
             heir = source.path, name
             found[name].append(heir)
@@ -41,17 +41,17 @@ def heirs_by_name(sources: Iterable[Source], known: Mapping[Path, Module]) -> di
     return dict(found)
 
 
-def importers_by_folder(sources: Iterable[Source]) -> dict[str, list[Path]]:
+def index_importers(sources: Iterable[SourceFile]) -> dict[str, list[Path]]:
     """Return the files that mention plans by the words of the modules they import from, model folders among them."""
     found: dict[bytes, dict[Path, None]] = defaultdict(dict)
     for source in sources:
-        for module in _MODULE.findall(_lines(source)) if b"_plan" in source.data else ():
+        for module in _MODULE.findall(_read_lines(source)) if b"_plan" in source.data else ():
             for word in _NAME.findall(module):
                 found[word][source.path] = None
     return {word.decode("utf-8", "replace"): list(paths) for word, paths in found.items()}
 
 
-def _lines(source: Source) -> bytes:
+def _read_lines(source: SourceFile) -> bytes:
     """Return a file's text; of one that is no text in its own codec, which only a parser may complain of, its bytes."""
     try:
         return source.lines
@@ -65,23 +65,23 @@ def _read_headers(module: Module) -> Iterator[tuple[str, Sequence[str]]]:
             yield name, [word for base in owner.bases for word in base.split(".")]
 
 
-def _found_headers(source: Source) -> Iterator[tuple[str, Sequence[str]]]:
-    for header in _HEADER.finditer(_lines(source)):
-        yield _text(header[1]), [_text(word) for word in _NAME.findall(header[2] or b"")]
+def _scan_headers(source: SourceFile) -> Iterator[tuple[str, Sequence[str]]]:
+    for header in _HEADER.finditer(_read_lines(source)):
+        yield _decode(header[1]), [_decode(word) for word in _NAME.findall(header[2] or b"")]
 
 
-def _aliases(source: Source) -> dict[str, str]:
+def _read_aliases(source: SourceFile) -> dict[str, str]:
     """Return the other names that the beginning of a file gives to classes, with those they stand for."""
-    data = _lines(source)
+    data = _read_lines(source)
     head = data[: data.find(b"\nclass ")]
     found: dict[str, str] = {}
     for match in _ALIAS.finditer(head) if b" as " in head else ():
-        before = _NAME.findall(head, max(0, match.start() - _LONGEST), match.start())
-        found[_text(match[1])] = _text(before[-1] if before else match[1])
-    second = _SECOND_NAME.findall(head) if b" = " in head else ()
-    return found | {_text(name): found.get(_text(meant), _text(meant)) for name, meant in second}
+        before = _NAME.findall(head, max(0, match.start() - _ALIAS_WINDOW), match.start())
+        found[_decode(match[1])] = _decode(before[-1] if before else match[1])
+    second = _ASSIGNED_ALIAS.findall(head) if b" = " in head else ()
+    return found | {_decode(name): found.get(_decode(meant), _decode(meant)) for name, meant in second}
 
 
-def _text(name: bytes) -> str:
+def _decode(name: bytes) -> str:
     """Read a name; in a file that is no text it is only never found."""
     return name.decode("utf-8", "replace")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from codemods.reading.module import Import, Module
 
-__all__ = ["Imported", "imported", "local_class", "module_files"]
+__all__ = ["ImportedClass", "find_local_class", "list_module_files", "resolve_imported_name"]
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedClass:
     """A class in another file, as far as the importing file tells.
 
     Args:
@@ -27,7 +27,7 @@ class Imported:
     class_name: str
 
 
-def local_class(module: Module, class_name: str, base: str) -> str | None:
+def find_local_class(module: Module, class_name: str, base: str) -> str | None:
     """Return the class of the same file that a base of a class is, None where it is none of them.
 
     Args:
@@ -40,31 +40,31 @@ def local_class(module: Module, class_name: str, base: str) -> str | None:
     return next((name for name in names if name in module.classes and name != class_name), None)
 
 
-def imported(module: Module, name: str) -> Iterator[Imported]:
+def resolve_imported_name(module: Module, name: str) -> Iterator[ImportedClass]:
     """Yield what a dotted name may mean that a file imports: `Config`, `configuration.Config`, `Outer.Config`."""
     parts = name.split(".")
     for size in range(len(parts), 0, -1):
         found = module.imports.get(".".join(parts[:size]))
         if found is not None:
-            yield from _meanings(found, parts[size:])
+            yield from _split_import(found, parts[size:])
             return
     if len(parts) > 1:
-        yield from _meanings(Import(0, "", ""), parts)
+        yield from _split_import(Import(0, "", ""), parts)
     elif everything := module.imports.get("*"):
-        yield Imported(everything.level, everything.module, name)
+        yield ImportedClass(everything.level, everything.module, name)
 
 
-def _meanings(found: Import, rest: list[str]) -> Iterator[Imported]:
+def _split_import(base: Import, rest: list[str]) -> Iterator[ImportedClass]:
     """Yield the ways to cut what stands below an import into modules and classes, the longest module first."""
-    below = [found.name, *rest] if found.name else rest
+    below = [base.name, *rest] if base.name else rest
     for size in range(len(below) - 1, -1, -1):
-        module = ".".join(filter(None, [found.module, *below[:size]]))
-        if found.level or module:
-            yield Imported(found.level, module, ".".join(below[size:]))
+        module = ".".join(filter(None, [base.module, *below[:size]]))
+        if base.level or module:
+            yield ImportedClass(base.level, module, ".".join(below[size:]))
 
 
 @cache
-def module_files(path: Path, level: int, module: str) -> tuple[Path, ...]:
+def list_module_files(path: Path, level: int, module: str) -> tuple[Path, ...]:
     """Return where an import may lead: a module, or a model package that re-exports its configuration.
 
     Args:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from codemods.files.sources import Source
-from codemods.inheritance.imports import imported, local_class, module_files
+from codemods.files.sources import SourceFile
+from codemods.inheritance.imports import find_local_class, list_module_files, resolve_imported_name
 from codemods.reading.literals import read_module
 from codemods.reading.module import ClassPlans, Module
 
-__all__ = ["Ancestor", "Lineages", "SourceOf"]
+__all__ = ["Ancestor", "ClassGraph", "SourceLookup"]
 
-SourceOf = Callable[[Path], Source | None]
+SourceLookup = Callable[[Path], SourceFile | None]
 """From a path to that file, None where there is none."""
 
 Ancestor = tuple[Path, ClassPlans]
@@ -21,60 +21,60 @@ Ancestor = tuple[Path, ClassPlans]
 
 
 @dataclass
-class Lineages:
+class ClassGraph:
     """The classes of a set of files, each parsed at most once.
 
     Args:
-        source_of: gives the files.
+        get_source: gives the files.
     """
 
-    source_of: SourceOf
+    get_source: SourceLookup
     _modules: dict[Path, Module | None] = field(default_factory=dict)
-    _lineages: dict[tuple[Path, str], tuple[Ancestor, ...]] = field(default_factory=dict)
+    _mros: dict[tuple[Path, str], tuple[Ancestor, ...]] = field(default_factory=dict)
 
     def module(self, path: Path) -> Module | None:
         """Return what a file says of plans, None where there is no such file."""
         if path not in self._modules:
-            source = self.source_of(path)
+            source = self.get_source(path)
             self._modules[path] = read_module(source) if source else None
         return self._modules[path]
 
-    def of(self, path: Path, class_name: str) -> tuple[Ancestor, ...]:
+    def mro(self, path: Path, class_name: str) -> tuple[Ancestor, ...]:
         """Return a class and its bases in the order in which Python looks an attribute up."""
-        if (path, class_name) not in self._lineages:
-            self._lineages[path, class_name] = ()  # where a class is its own ancestor, the circle ends here
-            found = list(self._ancestors(path, class_name))
+        if (path, class_name) not in self._mros:
+            self._mros[path, class_name] = ()  # where a class is its own ancestor, the circle ends here
+            found = list(self._walk_ancestors(path, class_name))
             last = {(file, owner.name): (file, owner) for file, owner in reversed(found)}
-            self._lineages[path, class_name] = tuple(reversed(last.values()))
-        return self._lineages[path, class_name]
+            self._mros[path, class_name] = tuple(reversed(last.values()))
+        return self._mros[path, class_name]
 
-    def meant(self, path: Path, class_name: str, name: str) -> tuple[Ancestor, ...]:
+    def resolve_name(self, path: Path, class_name: str, name: str) -> tuple[Ancestor, ...]:
         """Return the lineage of what a dotted name in a class stands for, none where it is no class that is known."""
         module = self.module(path)
         if module is None:
             return ()
-        local = local_class(module, class_name, name)
-        return self.of(path, local) if local else tuple(self._imported(path, module, name))
+        local = find_local_class(module, class_name, name)
+        return self.mro(path, local) if local else tuple(self._resolve_import(path, module, name))
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what was found; a search that was broken off leaves lineages that look like circles."""
-        self._lineages.clear()
+        self._mros.clear()
 
-    def _ancestors(self, path: Path, class_name: str) -> Iterator[Ancestor]:
+    def _walk_ancestors(self, path: Path, class_name: str) -> Iterator[Ancestor]:
         """Yield a class, then the lineage of each base; what two bases share comes twice."""
         module = self.module(path)
         if module is None:
             return
         owner = module.classes.get(class_name)
         if owner is None:
-            yield from self._imported(path, module, class_name)
+            yield from self._resolve_import(path, module, class_name)
             return
         yield path, owner
         for base in owner.bases:
-            name = local_class(module, class_name, base)
-            yield from self.of(path, name) if name else self._imported(path, module, base)
+            name = find_local_class(module, class_name, base)
+            yield from self.mro(path, name) if name else self._resolve_import(path, module, base)
 
-    def _imported(self, path: Path, module: Module, name: str) -> Iterator[Ancestor]:
-        for meant in imported(module, name):
-            for file in module_files(path, meant.level, meant.module):
-                yield from self.of(file, meant.class_name)
+    def _resolve_import(self, path: Path, module: Module, name: str) -> Iterator[Ancestor]:
+        for meant in resolve_imported_name(module, name):
+            for file in list_module_files(path, meant.level, meant.module):
+                yield from self.mro(file, meant.class_name)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from codemods.inheritance.imports import imported, module_files
-from codemods.inheritance.lineage import Lineages
-from codemods.reading.entries import Entry
-from codemods.reading.module import ClassPlans, Module, PlanLiteral, Taken, all_literals
-from codemods.reading.names import dotted
-from codemods.reading.origins import Origins, expression
+from codemods.inheritance.imports import list_module_files, resolve_imported_name
+from codemods.inheritance.lineage import ClassGraph
+from codemods.reading.entries import PlanEntry
+from codemods.reading.module import ClassPlans, Module, PlanLiteral, Reference, iter_literals
+from codemods.reading.names import get_dotted_name
+from codemods.reading.origins import NameResolver, parse_expression
 from codemods.reading.scope import Scope
-from codemods.reading.written import Target, written
+from codemods.reading.written import AssignmentTarget, read_assignment
 
-__all__ = ["Constant", "Lookup"]
+__all__ = ["Constant", "NameLookup"]
 
 
 @dataclass(frozen=True)
@@ -36,103 +36,107 @@ class Constant:
 
 
 @dataclass
-class Lookup:
+class NameLookup:
     """Looks names up in files, each parsed at most once.
 
     Args:
-        lineages: the files.
+        graph: the files.
     """
 
-    lineages: Lineages
-    _origins: dict[Path, Origins | None] = field(default_factory=dict)
+    graph: ClassGraph
+    _origins: dict[Path, NameResolver | None] = field(default_factory=dict)
 
-    def constant(self, path: Path, scope: str, name: str) -> Constant | None:
+    def find_constant(self, path: Path, scope: str, name: str) -> Constant | None:
         """Return the constant that a dotted name in a class of a file stands for, None where it is none for sure."""
-        return next(self._constants(path, scope, name, frozenset()), None)
+        return next(self._search_constants(path, scope, name, frozenset()), None)
 
-    def uses(self, constant: Constant, attribute: str) -> Iterator[PlanLiteral | Taken]:
+    def read_plan_uses(self, constant: Constant, attribute: str) -> Iterator[PlanLiteral | Reference]:
         """Yield what a constant's value gives to a plan."""
-        origins = self._origins_of(constant.path)
+        origins = self._get_origins(constant.path)
         assert origins is not None
-        target = Target(constant.scope, attribute, Scope(constant.scope), assigned=True)
-        for use in written(constant.value, target, origins.source, origins.definitions):
-            if isinstance(use, (PlanLiteral, Taken)):
+        target = AssignmentTarget(constant.scope, attribute, Scope(constant.scope), is_assigned=True)
+        for use in read_assignment(constant.value, target, origins.source, origins.definitions):
+            if isinstance(use, (PlanLiteral, Reference)):
                 yield use
 
-    def style(self, path: Path, scope: str, entry: Entry) -> tuple[str | None, str]:
+    def resolve_style(self, path: Path, scope: str, entry: PlanEntry) -> tuple[str | None, str]:
         """Return an entry's style; of one that is computed from more than a constant, None and what it is made of."""
         if entry.style is not None:
             return entry.style, ""
-        origins = self._origins_of(path)
+        origins = self._get_origins(path)
         assert origins is not None
-        node = origins.part(entry.style_span)
-        name = dotted(node)
-        found = self.constant(path, scope, name) if name else None
+        node = origins.parse_span(entry.style_span)
+        name = get_dotted_name(node)
+        found = self.find_constant(path, scope, name) if name else None
         if found and isinstance(found.value, ast.Constant) and isinstance(found.value.value, str):
             return found.value.value, ""
-        return None, self.behind(path, node)
+        return None, self.compute_provenance(path, node)
 
-    def behind(self, path: Path, node: ast.AST) -> str:
+    def compute_provenance(self, path: Path, node: ast.AST) -> str:
         """Return all that an expression is made of: its text, what defines its names, and the files they come from."""
-        origins, module = self._origins_of(path), self.lineages.module(path)
+        origins, module = self._get_origins(path), self.graph.module(path)
         assert origins is not None
         assert module is not None
-        texts, names = origins.behind(node)
-        sources = filter(None, map(self.lineages.source_of, sorted(_files(path, module, names))))
+        texts, names = origins.collect_dependencies(node)
+        sources = filter(None, map(self.graph.get_source, sorted(_list_imported_files(path, module, names))))
         return "\n".join([*texts, *(sha256(source.data).hexdigest() for source in sources)])
 
-    def hidden(self, path: Path, owner: ClassPlans) -> Iterator[Taken]:
+    def find_unresolved_references(self, path: Path, owner: ClassPlans) -> Iterator[Reference]:
         """Yield as taken whatever else puts entries into a class's plans that cannot be read."""
-        module, origins = self.lineages.module(path), self._origins_of(path)
+        module, origins = self.graph.module(path), self._get_origins(path)
         assert module is not None
         assert origins is not None
-        for use in module.unread:
+        for use in module.unresolved:
             if use.class_name != owner.name:
                 continue
-            function, statement = origins.statement(use.line)
+            function, statement = origins.find_statement(use.line)
             lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
-            if not any(taken.attribute == use.attribute and taken.line in lines for taken in owner.taken):
+            if not any(taken.attribute == use.attribute and taken.line in lines for taken in owner.references):
                 text = ast.unparse(statement)
                 start = origins.source.offset(statement.lineno, statement.col_offset)
-                yield Taken(owner.name, use.attribute, use.line, start, text, function)
+                yield Reference(owner.name, use.attribute, use.line, start, text, function)
 
-    def plan_files(self, path: Path) -> frozenset[Path]:
+    def find_plan_dependencies(self, path: Path) -> frozenset[Path]:
         """Return the files that a file's plans may take entries or styles from.
 
         Raises:
             SourceError: the file does not parse.
         """
-        origins, module = self._origins_of(path), self.lineages.module(path)
+        origins, module = self._get_origins(path), self.graph.module(path)
         if origins is None or module is None:
             return frozenset()
         owners = module.classes.values()
-        taken = [expression(one.text) for owner in owners for one in (*owner.taken, *self.hidden(path, owner))]
-        entries = (entry for literal in all_literals(module) for entry in literal.entries)
-        styles = [origins.part(entry.style_span) for entry in entries if entry.style is None]
-        names = {name for node in (*taken, *styles) for name in origins.behind(node)[1]}
-        return frozenset(_files(path, module, names))
+        taken = [
+            parse_expression(one.text)
+            for owner in owners
+            for one in (*owner.references, *self.find_unresolved_references(path, owner))
+        ]
+        entries = (entry for literal in iter_literals(module) for entry in literal.entries)
+        styles = [origins.parse_span(entry.style_span) for entry in entries if entry.style is None]
+        names = {name for node in (*taken, *styles) for name in origins.collect_dependencies(node)[1]}
+        return frozenset(_list_imported_files(path, module, names))
 
-    def _constants(self, path: Path, scope: str, name: str, passed: frozenset[Path]) -> Iterator[Constant]:
+    def _search_constants(self, path: Path, scope: str, name: str, visited: frozenset[Path]) -> Iterator[Constant]:
         """Yield what a name stands for in a file, or in one that it imports the name from."""
-        origins, module = self._origins_of(path), self.lineages.module(path)
-        if origins is None or module is None or path in passed:
+        origins, module = self._get_origins(path), self.graph.module(path)
+        if origins is None or module is None or path in visited:
             return
-        value = origins.constant(name, scope)
+        value = origins.resolve_constant(name, scope)
         if value is not None:
             yield Constant(path, scope, value)
             return
-        for meant in imported(module, name):
-            for file in module_files(path, meant.level, meant.module):
-                yield from self._constants(file, "", meant.class_name, passed | {path})
+        for meant in resolve_imported_name(module, name):
+            for file in list_module_files(path, meant.level, meant.module):
+                yield from self._search_constants(file, "", meant.class_name, visited | {path})
 
-    def _origins_of(self, path: Path) -> Origins | None:
+    def _get_origins(self, path: Path) -> NameResolver | None:
         if path not in self._origins:
-            source = self.lineages.source_of(path)
-            self._origins[path] = Origins(source) if source else None
+            source = self.graph.get_source(path)
+            self._origins[path] = NameResolver(source) if source else None
         return self._origins[path]
 
 
-def _files(path: Path, module: Module, names: Iterable[str]) -> set[Path]:
+def _list_imported_files(path: Path, module: Module, names: Iterable[str]) -> set[Path]:
     """Return where names of a file may be imported from."""
-    modules = {(meant.level, meant.module) for name in names for meant in imported(module, name)}
-    return {file for level, name in modules for file in module_files(path, level, name)}
+    modules = {(meant.level, meant.module) for name in names for meant in resolve_imported_name(module, name)}
+    return {file for level, name in modules for file in list_module_files(path, level, name)}

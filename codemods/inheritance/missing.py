@@ -12,66 +12,70 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from codemods.files.sources import add_once
-from codemods.inheritance.ownership import Place, Tree
+from codemods.files.sources import add_error_once
+from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral
 from plans.errors import MigratorError
 
-__all__ = ["missing_copies"]
+__all__ = ["find_missing_copies"]
 
 _Class = tuple[Path, str]
 """A class of a modular file."""
 
 
-def missing_copies(tree: Tree, places: Iterable[Place], errors: list[MigratorError]) -> Iterator[tuple[Place, Place]]:
+def find_missing_copies(
+    tree: Tree, locations: Iterable[PlanLocation], errors: list[MigratorError]
+) -> Iterator[tuple[PlanLocation, PlanLocation]]:
     """Yield each plan that a class of a generated file should have and lacks: its owner, and where it should be.
 
     Args:
         tree: has the modular files to look at.
-        places: the plans that were found; what else a generated class assigns counts as lacking.
+        locations: the plans that were found; what else a generated class assigns counts as lacking.
         errors: takes those of files on the way that cannot be read.
     """
     written: dict[str, set[str]] = defaultdict(set)
     known: set[tuple[Path, str, str]] = set()
-    for place in places:
+    for place in locations:
         if place.code is None:
             written[place.class_name].add(place.attribute)
             if tree.source(place.path).generated_from is not None:
                 known.add((place.path.parent, place.class_name, place.attribute))
-    for (path, name), attributes in _expected(tree.heirs, written).items():
+    for (path, name), attributes in _compute_expected_plans(tree.modular_subclasses, written).items():
         for attribute in sorted(attributes):
             if (path.parent, name, attribute) not in known:
                 try:
-                    yield from _missing(tree, Place(path, name, attribute))
+                    yield from _find_missing(tree, PlanLocation(path, name, attribute))
                 except MigratorError as error:
-                    add_once(errors, error)
+                    add_error_once(errors, error)
 
 
-def _expected(heirs: Mapping[str, Sequence[_Class]], written: Mapping[str, set[str]]) -> dict[_Class, set[str]]:
+def _compute_expected_plans(
+    subclasses: Mapping[str, Sequence[_Class]], written: Mapping[str, set[str]]
+) -> dict[_Class, set[str]]:
     """Return the plans that each class of a modular file may have: by name, its own and those of its bases."""
     expected: dict[_Class, set[str]] = defaultdict(set)
     waiting = [(name, frozenset(attributes)) for name, attributes in written.items()]
     while waiting:
         name, attributes = waiting.pop()
-        for heir in heirs.get(name, ()):
+        for heir in subclasses.get(name, ()):
             if new := attributes - expected[heir]:
                 expected[heir] |= new
                 waiting.append((heir[1], new))
     return expected
 
 
-def _missing(tree: Tree, place: Place) -> Iterator[tuple[Place, Place]]:
+def _find_missing(tree: Tree, location: PlanLocation) -> Iterator[tuple[PlanLocation, PlanLocation]]:
     """Yield the plan of a modular file's class if it has one and its generated class has none."""
-    owner = tree.origin(place)
-    if not isinstance(owner, Place) or not isinstance(tree.plan(owner), PlanLiteral):
+    owner = tree.find_origin(location)
+    if not isinstance(owner, PlanLocation) or not isinstance(tree.plan(owner), PlanLiteral):
         return
-    for path in sorted(place.path.parent.glob("*.py")):
-        copy = replace(place, path=path)
-        if tree.source(path).generated_from == place.path.name and _lacks(tree, copy):
+    for path in sorted(location.path.parent.glob("*.py")):
+        copy = replace(location, path=path)
+        if tree.source(path).generated_from == location.path.name and _lacks_plan(tree, copy):
             yield owner, copy
 
 
-def _lacks(tree: Tree, place: Place) -> bool:
+def _lacks_plan(tree: Tree, location: PlanLocation) -> bool:
     """Say whether a class is in a file without having a plan, or writes another one than those that were found."""
-    found = tree.module(place.path).classes.get(place.class_name)
-    return found is not None and (place.attribute in found.plans or not tree.holds(place))
+    found = tree.module(location.path).classes.get(location.class_name)
+    return found is not None and (location.attribute in found.plans or not tree.has_plan(location))

@@ -14,19 +14,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from codemods.files.sources import Source, read_source
-from codemods.inheritance.heirs import heirs_by_name, importers_by_folder
-from codemods.inheritance.imports import imported, local_class
-from codemods.inheritance.model_files import alias, file_of, is_package
+from codemods.files.sources import SourceFile, read_source
+from codemods.inheritance.heirs import index_importers, index_subclasses
+from codemods.inheritance.imports import find_local_class, resolve_imported_name
+from codemods.inheritance.model_files import find_module_file, is_from_package, resolve_alias
 from codemods.reading.literals import read_module
 from codemods.reading.module import ClassPlans, Module, Opaque, PlanLiteral
 from codemods.reading.skim import skim
 
-__all__ = ["Lost", "Place", "Tree"]
+__all__ = ["MissingOwner", "PlanLocation", "Tree"]
 
 
 @dataclass(frozen=True)
-class Place:
+class PlanLocation:
     """Where plan entries are written down.
 
     Args:
@@ -43,18 +43,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Lost:
+class MissingOwner:
     """An owner that could not be found.
 
     Args:
         code: the finding's.
         reason: in words.
-        orphan: whether there is no modular file any more; else the plan may be a copy of an owner that will change.
+        lacks_modular: whether there is no modular file any more; else the plan may be a copy of an owner that will change.
     """
 
     code: str
     reason: str
-    orphan: bool = False
+    lacks_modular: bool = False
 
 
 @dataclass
@@ -66,10 +66,10 @@ class Tree:
     """
 
     skims: bool = False
-    _sources: dict[Path, Source] = field(default_factory=dict)
+    _sources: dict[Path, SourceFile] = field(default_factory=dict)
     _modules: dict[Path, Module] = field(default_factory=dict)
 
-    def source(self, path: Path) -> Source:
+    def source(self, path: Path) -> SourceFile:
         """Return a file, read once.
 
         Raises:
@@ -79,7 +79,7 @@ class Tree:
             self._sources[path] = read_source(path)
         return self._sources[path]
 
-    def add(self, source: Source) -> None:
+    def add(self, source: SourceFile) -> None:
         """Take a file that was read already."""
         self._sources[source.path] = source
 
@@ -101,21 +101,21 @@ class Tree:
         return self._modules
 
     @cached_property
-    def heirs(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
+    def modular_subclasses(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
         """The classes of the modular files that were taken, by the names that may give them plans."""
-        return heirs_by_name(self._files("modular_"), self._modules)
+        return index_subclasses(self._iterate_sources("modular_"), self._modules)
 
     @cached_property
-    def configurations(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
+    def configuration_subclasses(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
         """The classes of the configuration files that were taken, by the names that may give them plans."""
-        return heirs_by_name(self._files("configuration_"), self._modules)
+        return index_subclasses(self._iterate_sources("configuration_"), self._modules)
 
     @cached_property
     def importers(self) -> Mapping[str, Sequence[Path]]:
         """The configuration files that mention plans, by the model folders they import from."""
-        return importers_by_folder(self._files("configuration_"))
+        return index_importers(self._iterate_sources("configuration_"))
 
-    def _files(self, prefix: str) -> Iterator[Source]:
+    def _iterate_sources(self, prefix: str) -> Iterator[SourceFile]:
         return (source for source in self._sources.values() if source.path.name.startswith(prefix))
 
     def parse(self, path: Path) -> Module:
@@ -126,123 +126,135 @@ class Tree:
         """
         return read_module(self.source(path))
 
-    def plan(self, place: Place) -> PlanLiteral | Opaque:
+    def plan(self, location: PlanLocation) -> PlanLiteral | Opaque:
         """Return what is written down at a place; a class that writes nothing there counts as opaque."""
-        found = self.class_of(place)
-        if place.code is not None:
-            return found.code[place.code]
-        return found.plans.get(place.attribute) or Opaque(place.class_name, place.attribute, self._line(place))
+        found = self.get_class(location)
+        if location.code is not None:
+            return found.code_literals[location.code]
+        return found.plans.get(location.attribute) or Opaque(
+            location.class_name, location.attribute, self._find_class_line(location)
+        )
 
-    def literal(self, place: Place) -> PlanLiteral:
+    def literal(self, location: PlanLocation) -> PlanLiteral:
         """Return the entries written down at a place that was found to have some."""
-        plan = self.plan(place)
+        plan = self.plan(location)
         assert isinstance(plan, PlanLiteral)
         return plan
 
-    def class_of(self, place: Place) -> ClassPlans:
+    def get_class(self, location: PlanLocation) -> ClassPlans:
         """Return the class of a place, which its file has."""
-        return self.module(place.path).classes[place.class_name]
+        return self.module(location.path).classes[location.class_name]
 
-    def owner(self, place: Place) -> Place | Lost:
-        """Return the place a person edits to change the plan at `place`."""
-        return self._find(place, self.plan(place), frozenset())
+    def find_owner(self, location: PlanLocation) -> PlanLocation | MissingOwner:
+        """Return the place a person edits to change the plan at `location`."""
+        return self._search_owner(location, self.plan(location), frozenset())
 
-    def origin(self, place: Place) -> Place | Lost:
+    def find_origin(self, location: PlanLocation) -> PlanLocation | MissingOwner:
         """Return the place that gives a class a plan which the class may not write itself."""
-        assert place.code is None
-        return self._find(place, None, frozenset())
+        assert location.code is None
+        return self._search_owner(location, None, frozenset())
 
-    def holds(self, place: Place) -> bool:
+    def has_plan(self, location: PlanLocation) -> bool:
         """Say whether a class has a plan as Python looks it up, wherever its file comes from."""
-        holder = self.holder(place)
+        holder = self.find_definition(location)
         return holder is not None and isinstance(self.plan(holder), PlanLiteral)
 
-    def holder(self, place: Place) -> Place | None:
+    def find_definition(self, location: PlanLocation) -> PlanLocation | None:
         """Return where the plan of a class stands as Python looks it up, None where no class has it."""
-        lineage = self.lineage(place)
-        return next((one for one in lineage if one.attribute in self.class_of(one).plans), None)
+        lineage = self.mro(location)
+        return next((one for one in lineage if one.attribute in self.get_class(one).plans), None)
 
-    def lineage(self, place: Place, seen: frozenset[Place] = frozenset()) -> Iterator[Place]:
+    def mro(self, location: PlanLocation, seen: frozenset[PlanLocation] = frozenset()) -> Iterator[PlanLocation]:
         """Yield a class and its bases among the models, nearest first, each as a place of the same plan."""
-        if place in seen:
+        if location in seen:
             return
-        seen |= {place}
-        if place.class_name not in self.module(place.path).classes:
-            elsewhere = self._imported(place, place.class_name)
-            yield from self.lineage(elsewhere, seen) if elsewhere else ()
+        seen |= {location}
+        if location.class_name not in self.module(location.path).classes:
+            elsewhere = self._resolve_import(location, location.class_name)
+            yield from self.mro(elsewhere, seen) if elsewhere else ()
             return
-        yield place
-        for base in self.class_of(place).bases:
-            if parent := self.meant(place, base):
-                yield from self.lineage(parent, seen)
+        yield location
+        for base in self.get_class(location).bases:
+            if parent := self.resolve_name(location, base):
+                yield from self.mro(parent, seen)
 
-    def _line(self, place: Place) -> int:
+    def _find_class_line(self, location: PlanLocation) -> int:
         """Return the line of a class, 1 where its header is written in an unusual way."""
-        name = place.class_name.rpartition(".")[2].encode()
-        header = re.search(rb"^[ \t]*class[ \t]+" + name + rb"\b", self.source(place.path).body, re.MULTILINE)
-        return bisect_right(self.source(place.path).line_offsets, header.start()) if header else 1
+        name = location.class_name.rpartition(".")[2].encode()
+        header = re.search(rb"^[ \t]*class[ \t]+" + name + rb"\b", self.source(location.path).body, re.MULTILINE)
+        return bisect_right(self.source(location.path).line_offsets, header.start()) if header else 1
 
-    def _find(self, place: Place, wanted: PlanLiteral | Opaque | None, seen: frozenset[Place]) -> Place | Lost:
-        if place in seen:
-            return Lost("MIG303", f"{place.class_name} inherits its {place.attribute} from itself")
-        seen |= {place}
-        generated_from = self.source(place.path).generated_from
+    def _search_owner(
+        self, location: PlanLocation, wanted: PlanLiteral | Opaque | None, seen: frozenset[PlanLocation]
+    ) -> PlanLocation | MissingOwner:
+        if location in seen:
+            return MissingOwner("MIG303", f"{location.class_name} inherits its {location.attribute} from itself")
+        seen |= {location}
+        generated_from = self.source(location.path).generated_from
         if generated_from is not None:
-            modular = place.path.parent / generated_from
+            modular = location.path.parent / generated_from
             if not modular.is_file():
-                return Lost("MIG302", f"{generated_from} does not exist", orphan=True)
-            return self._find(replace(place, path=modular), wanted, seen)
-        found = self.module(place.path).classes.get(place.class_name)
+                return MissingOwner("MIG302", f"{generated_from} does not exist", lacks_modular=True)
+            return self._search_owner(replace(location, path=modular), wanted, seen)
+        found = self.module(location.path).classes.get(location.class_name)
         if found is None:
-            elsewhere = self._imported(place, place.class_name)
+            elsewhere = self._resolve_import(location, location.class_name)
             if elsewhere is not None:
-                return self._find(elsewhere, wanted, seen)
-            return Lost("MIG302", f"{place.path.name} has no class {place.class_name}")
-        return self._written_in(place, found, wanted) or self._find_in_bases(place, found, wanted, seen)
+                return self._search_owner(elsewhere, wanted, seen)
+            return MissingOwner("MIG302", f"{location.path.name} has no class {location.class_name}")
+        return self._find_in_class(location, found, wanted) or self._find_in_bases(location, found, wanted, seen)
 
-    def _written_in(self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque | None) -> Place | None:
+    def _find_in_class(
+        self, location: PlanLocation, owner: ClassPlans, wanted: PlanLiteral | Opaque | None
+    ) -> PlanLocation | None:
         """Return where a class writes a plan itself: the attribute, or in code a literal with the same entries."""
-        if place.code is None:
-            return place if place.attribute in found.plans else None
+        if location.code is None:
+            return location if location.attribute in owner.plans else None
         assert isinstance(wanted, PlanLiteral)
-        for index, literal in enumerate(found.code):
-            if literal.says_the_same_as(wanted):
-                return replace(place, code=index)
+        for index, literal in enumerate(owner.code_literals):
+            if literal.equals(wanted):
+                return replace(location, code=index)
         return None
 
     def _find_in_bases(
-        self, place: Place, found: ClassPlans, wanted: PlanLiteral | Opaque | None, seen: frozenset[Place]
-    ) -> Place | Lost:
-        lost: Lost | None = None
-        for base in found.bases:
-            parent = self.meant(place, base)
+        self,
+        location: PlanLocation,
+        owner: ClassPlans,
+        wanted: PlanLiteral | Opaque | None,
+        seen: frozenset[PlanLocation],
+    ) -> PlanLocation | MissingOwner:
+        lost: MissingOwner | None = None
+        for base in owner.bases:
+            parent = self.resolve_name(location, base)
             if parent is None:
                 continue
-            result = self._find(parent, wanted, seen)
-            if isinstance(result, Place) or result.code == "MIG303":
+            result = self._search_owner(parent, wanted, seen)
+            if isinstance(result, PlanLocation) or result.code == "MIG303":
                 return result
             lost = lost or result
-        return lost or Lost("MIG302", f"no base of {place.class_name} in {place.path.name} assigns {place.attribute}")
+        return lost or MissingOwner(
+            "MIG302", f"no base of {location.class_name} in {location.path.name} assigns {location.attribute}"
+        )
 
-    def meant(self, place: Place, name: str) -> Place | None:
+    def resolve_name(self, location: PlanLocation, name: str) -> PlanLocation | None:
         """Return what a name in a class stands for, a base for instance, None for anything outside the models."""
-        local = local_class(self.module(place.path), place.class_name, name)
+        local = find_local_class(self.module(location.path), location.class_name, name)
         if local:
-            return replace(place, class_name=local)
-        other = alias(self.source(place.path), name)
-        return self.meant(place, other) if other else self._imported(place, name)
+            return replace(location, class_name=local)
+        other = resolve_alias(self.source(location.path), name)
+        return self.resolve_name(location, other) if other else self._resolve_import(location, name)
 
-    def _imported(self, place: Place, name: str) -> Place | None:
+    def _resolve_import(self, location: PlanLocation, name: str) -> PlanLocation | None:
         """Return where an import brings a class from, None for anything outside the models."""
-        for meant in imported(self.module(place.path), name):
-            path = file_of(place.path, meant.level, meant.module)
+        for meant in resolve_imported_name(self.module(location.path), name):
+            path = find_module_file(location.path, meant.level, meant.module)
             if path is not None:
-                return replace(place, path=path, class_name=meant.class_name)
-            if is_package(meant):
-                return self._re_exported(place, meant.class_name)
+                return replace(location, path=path, class_name=meant.class_name)
+            if is_from_package(meant):
+                return self._resolve_re_export(location, meant.class_name)
         return None
 
-    def _re_exported(self, place: Place, name: str) -> Place | None:
+    def _resolve_re_export(self, location: PlanLocation, name: str) -> PlanLocation | None:
         """Return the one configuration class of a name; the package above the models re-exports them all."""
-        found = [path for path, heir in self.configurations.get(name, ()) if heir == name]
-        return replace(place, path=found[0], class_name=name) if len(found) == 1 else None
+        found = [path for path, heir in self.configuration_subclasses.get(name, ()) if heir == name]
+        return replace(location, path=found[0], class_name=name) if len(found) == 1 else None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 
-from codemods.inheritance.ownership import Place, Tree
+from codemods.inheritance.ownership import PlanLocation, Tree
 
-__all__ = ["may_come_from"]
+__all__ = ["can_derive_from"]
 
 _IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+([\w. \t]+)", re.MULTILINE)
 _WORD = re.compile(rb"\w+")
 _PREFIX = re.compile(r"^(?:configuration|modular|modeling)_")
 
 
-def may_come_from(tree: Tree, copy: Place, owner: Place) -> bool:
+def can_derive_from(tree: Tree, copy: PlanLocation, owner: PlanLocation) -> bool:
     """Say whether the modular file of a copy names a plan's class, its model, or a class or model that inherits it.
 
     Args:
@@ -29,7 +29,11 @@ def may_come_from(tree: Tree, copy: Place, owner: Place) -> bool:
     waiting = list(classes)
     while waiting:
         _, parent = waiting.pop()
-        new = {heir for by_name in (tree.heirs, tree.configurations) for heir in by_name.get(parent, ())} - classes
+        new = {
+            heir
+            for by_name in (tree.modular_subclasses, tree.configuration_subclasses)
+            for heir in by_name.get(parent, ())
+        } - classes
         classes |= new
         waiting += new
     others = {(path.parent, name) for path, name in classes if path.parent != copy.path.parent}

@@ -6,71 +6,71 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from codemods.inheritance.ownership import Place, Tree
-from codemods.models.modeling import modeling_files
+from codemods.inheritance.ownership import PlanLocation, Tree
+from codemods.models.modeling import list_modeling_files
 
-__all__ = ["User", "users"]
+__all__ = ["Consumer", "find_consumers"]
 
-User = tuple[Path, str]
+Consumer = tuple[Path, str]
 """A model folder, and the class with the plan."""
 
 
-def users(tree: Tree, places: Iterable[Place]) -> tuple[User, ...]:
+def find_consumers(tree: Tree, locations: Iterable[PlanLocation]) -> tuple[Consumer, ...]:
     """Return the models that use a plan, those of its places first.
 
     A class that only inherits counts where a modeling file lies beside it: without one its model is its parent's.
 
     Args:
         tree: has the configuration files to look at.
-        places: where the plan is written.
+        locations: where the plan is written.
 
     Raises:
         SourceError: a file that may use it does not parse.
     """
-    places = tuple(places)
-    others = {(place.path, place.class_name): place for place in _takers(tree, places)}
-    waiting = [*places, *others.values()]
+    locations = tuple(locations)
+    others = {(place.path, place.class_name): place for place in _find_importers(tree, locations)}
+    waiting = [*locations, *others.values()]
     while waiting:
         parent = waiting.pop()
-        for path, name in _heirs(tree, parent.class_name.rpartition(".")[2]):
+        for path, name in _find_subclasses(tree, parent.class_name.rpartition(".")[2]):
             heir = replace(parent, path=path, class_name=name)
-            if (path, name) not in others and heir not in places and _inherits(tree, heir, parent):
+            if (path, name) not in others and heir not in locations and _inherits_plan(tree, heir, parent):
                 others[path, name] = heir
                 waiting.append(heir)
-    inheriting = [place for place in others.values() if modeling_files(place.path.parent)]
-    return tuple(dict.fromkeys((place.path.parent, place.class_name) for place in (*places, *inheriting)))
+    inheriting = [place for place in others.values() if list_modeling_files(place.path.parent)]
+    return tuple(dict.fromkeys((place.path.parent, place.class_name) for place in (*locations, *inheriting)))
 
 
-def _heirs(tree: Tree, base: str) -> Iterator[tuple[Path, str]]:
+def _find_subclasses(tree: Tree, base: str) -> Iterator[tuple[Path, str]]:
     """Yield the classes that inherit from one of a name; each class is also listed once under its own."""
-    listed = tree.configurations.get(base, ())
+    listed = tree.configuration_subclasses.get(base, ())
     return (heir for heir in dict.fromkeys(listed) if heir[1] != base or listed.count(heir) > 1)
 
 
-def _inherits(tree: Tree, heir: Place, parent: Place) -> bool:
+def _inherits_plan(tree: Tree, subclass: PlanLocation, parent: PlanLocation) -> bool:
     """Say whether a class has a plan from another: the plan itself, or the code that makes it."""
-    if heir.class_name not in tree.module(heir.path).classes:
+    if subclass.class_name not in tree.module(subclass.path).classes:
         return False
     if parent.code is not None:
-        return parent in tree.lineage(heir)
-    holder, owner = tree.holder(heir), tree.holder(parent)
+        return parent in tree.mro(subclass)
+    holder, owner = tree.find_definition(subclass), tree.find_definition(parent)
     return holder is not None and holder == owner
 
 
-def _takers(tree: Tree, places: Iterable[Place]) -> Iterator[Place]:
+def _find_importers(tree: Tree, locations: Iterable[PlanLocation]) -> Iterator[PlanLocation]:
     """Yield the classes of other files that make their plan of this one, or of a constant of its file."""
-    for place in places:
+    for place in locations:
         for path in tree.importers.get(place.path.parent.name, ()):
             for name, owner in tree.module(path).classes.items() if path != place.path else ():
-                taker = Place(path, name, place.attribute)
-                if any(_means(tree, taker, taken.text, place) for taken in owner.taken):
+                taker = PlanLocation(path, name, place.attribute)
+                if any(_refers_to(tree, taker, taken.text, place) for taken in owner.references):
                     yield taker
 
 
-def _means(tree: Tree, taker: Place, text: str, place: Place) -> bool:
+def _refers_to(tree: Tree, importer: PlanLocation, text: str, location: PlanLocation) -> bool:
     """Say whether an expression in a class is a plan, `ToyConfig.base_model_tp_plan`, or a constant of its file."""
     name, _, attribute = text.rpartition(".")
-    meant = tree.meant(taker, name if attribute == place.attribute else text)
-    if meant is None or meant.path != place.path:
+    meant = tree.resolve_name(importer, name if attribute == location.attribute else text)
+    if meant is None or meant.path != location.path:
         return False
-    return meant.class_name == place.class_name or meant.class_name not in tree.module(place.path).classes
+    return meant.class_name == location.class_name or meant.class_name not in tree.module(location.path).classes

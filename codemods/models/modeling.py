@@ -25,7 +25,7 @@ __all__ = [
     "ModelingSource",
     "Node",
     "NodeKind",
-    "modeling_files",
+    "list_modeling_files",
     "read_modeling",
 ]
 
@@ -97,10 +97,10 @@ class ClassSource:
         """Name to the places of its assignments; `*` for what the class appends to itself."""
         found: dict[str, list[int]] = defaultdict(list)
         for match in _ATTRIBUTE.finditer(self.data, self.start, self.end):
-            found[_attribute(match)].append(match.start() + 1)
+            found[_parse_attribute(match)].append(match.start() + 1)
         return dict(found)
 
-    def assigns(self, name: str) -> bool:
+    def has_attribute(self, name: str) -> bool:
         """Say whether it has an attribute; where its text does not even mention the name, nothing else is read."""
         mentioned = name == ELEMENT or self.data.find(name.encode(errors="replace"), self.start, self.end) >= 0
         return mentioned and name in self.attributes
@@ -112,13 +112,13 @@ class ModelingSource:
 
     Args:
         classes: by name.
-        borrowed: names imported from other models' modeling files, whose attributes are not read here.
+        imported_names: names imported from other models' modeling files, whose attributes are not read here.
     """
 
     classes: Mapping[str, ClassSource]
-    borrowed: frozenset[str]
+    imported_names: frozenset[str]
 
-    def lineage(self, name: str) -> list[ClassSource]:
+    def mro(self, name: str) -> list[ClassSource]:
         """Return a class and its bases in this folder, nearest first."""
         names = [name]
         for current in names:
@@ -126,13 +126,13 @@ class ModelingSource:
                 names += [base for base in self.classes[current].bases if base not in names]
         return [self.classes[one] for one in names if one in self.classes]
 
-    def outer_bases(self, name: str) -> set[str]:
+    def external_bases(self, name: str) -> set[str]:
         """Return the bases of a class that are defined elsewhere."""
-        return {base for one in self.lineage(name) for base in one.bases if base not in self.classes}
+        return {base for one in self.mro(name) for base in one.bases if base not in self.classes}
 
-    def kind(self, name: str) -> NodeKind:
+    def get_kind(self, name: str) -> NodeKind:
         """Return what instances of a class are: a class made from `nn.Linear` is one."""
-        return next((KINDS[base] for base in sorted(self.outer_bases(name)) if base in KINDS), "class")
+        return next((KINDS[base] for base in sorted(self.external_bases(name)) if base in KINDS), "class")
 
 
 def read_modeling(folder: Path) -> ModelingSource:
@@ -141,13 +141,13 @@ def read_modeling(folder: Path) -> ModelingSource:
     Raises:
         SourceError: a file cannot be read.
     """
-    paths = modeling_files(folder) or sorted(_of_parents(folder))
-    files = {path: _lines(path) for path in paths}
-    classes = {one.name: one for path, data in files.items() for one in _classes(path, data)}
-    return ModelingSource(classes, frozenset(name for data in files.values() for name in _imported(data)))
+    paths = list_modeling_files(folder) or sorted(_find_parent_files(folder))
+    files = {path: _read_lines(path) for path in paths}
+    classes = {one.name: one for path, data in files.items() for one in _parse_classes(path, data)}
+    return ModelingSource(classes, frozenset(name for data in files.values() for name in _find_imported_names(data)))
 
 
-def modeling_files(folder: Path) -> list[Path]:
+def list_modeling_files(folder: Path) -> list[Path]:
     """Return the modeling files that lie in a folder, sorted; of a folder that cannot be listed none."""
     try:
         with os.scandir(folder) as entries:
@@ -157,39 +157,39 @@ def modeling_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if name.endswith(".py")]
 
 
-def _lines(path: Path) -> bytes:
+def _read_lines(path: Path) -> bytes:
     return b"\n" + read_source(path).data
 
 
-def _imported(data: bytes) -> Iterator[str]:
+def _find_imported_names(data: bytes) -> Iterator[str]:
     for match in _IMPORT.finditer(data):
-        yield from (_text(name.strip().rpartition(b" ")[2]) for name in match[1].strip(b"()").split(b","))
+        yield from (_decode(name.strip().rpartition(b" ")[2]) for name in match[1].strip(b"()").split(b","))
 
 
-def _of_parents(folder: Path) -> Iterator[Path]:
+def _find_parent_files(folder: Path) -> Iterator[Path]:
     """Yield the modeling files of the models that a folder with a configuration alone imports its classes from."""
     for modular in folder.glob("modular_*.py"):
-        for match in _SIBLING.finditer(_lines(modular)):
-            yield from modeling_files(folder.parent / _text(match[1]))
+        for match in _SIBLING.finditer(_read_lines(modular)):
+            yield from list_modeling_files(folder.parent / _decode(match[1]))
 
 
-def _classes(path: Path, data: bytes) -> Iterator[ClassSource]:
+def _parse_classes(path: Path, data: bytes) -> Iterator[ClassSource]:
     headers = list(_CLASS.finditer(data))
     starts = [header.start() + 1 for header in headers]
     for header, start, end in zip(headers, starts, [*starts[1:], len(data)], strict=False):
-        yield ClassSource(_text(header[1]), _bases(header), path, data, start, end)
+        yield ClassSource(_decode(header[1]), _parse_bases(header), path, data, start, end)
 
 
-def _bases(header: re.Match[bytes]) -> tuple[str, ...]:
+def _parse_bases(header: re.Match[bytes]) -> tuple[str, ...]:
     listed = (base.strip() for base in (header[2] or b"").split(b",") if b"=" not in base)
-    return tuple(_text(base.rpartition(b".")[2]) for base in listed if base)
+    return tuple(_decode(base.rpartition(b".")[2]) for base in listed if base)
 
 
-def _attribute(match: re.Match[bytes]) -> str:
+def _parse_attribute(match: re.Match[bytes]) -> str:
     name = match["assigned"] or match["registered"] or (match["listed"] or b"").removeprefix(b".")
-    return _text(name) or ELEMENT
+    return _decode(name) or ELEMENT
 
 
-def _text(name: bytes) -> str:
+def _decode(name: bytes) -> str:
     """Read a name; in a file that is no text it is only never found."""
     return name.decode("utf-8", "replace")

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from codemods.reading.branches import layer_kind
-from codemods.reading.module import ClassPlans, Condition, PlanLiteral, exclusive
-from plans.decompose import decided_with
+from codemods.reading.branches import find_layer_kind
+from codemods.reading.module import ClassPlans, Condition, PlanLiteral, are_exclusive
+from plans.decompose import find_group_key
 
-__all__ = ["Alternative", "alternatives", "related"]
+__all__ = ["Alternative", "find_alternatives", "keep_relevant_literals"]
 
-_MOST = 64  # literals of one plan, and combinations of them, that are told apart
+_MAX_COMBINATIONS = 64  # literals of one plan, and combinations of them, that are told apart
 
-_Settled = frozenset[tuple[str, Condition]]
+_KnownConditions = frozenset[tuple[str, Condition]]
 """Conditions that are decided, each with its function: only there the same test is the same."""
 
 
@@ -29,108 +29,114 @@ class Alternative:
     Args:
         plan: key to style.
         computed: keys whose style is computed.
-        takes_in: whether entries may come in besides that nobody here can see.
+        is_partial: whether entries may come in besides that nobody here can see.
         lines: key to the line that writes it.
     """
 
     plan: Mapping[str, str] = field(default_factory=dict)
     computed: frozenset[str] = frozenset()
-    takes_in: bool = False
+    is_partial: bool = False
     lines: Mapping[str, int] = field(default_factory=dict)
 
 
-def related(owner: ClassPlans, this: PlanLiteral) -> ClassPlans:
+def keep_relevant_literals(owner: ClassPlans, this: PlanLiteral) -> ClassPlans:
     """Return a class without those literals that cannot matter to the experts modules that one of them writes."""
-    modules = _experts_modules(this)
-    code = (one for one in owner.code if one is this or one.replaces or one.takes_in or modules & _experts_modules(one))
-    return replace(owner, code=tuple(code))
+    modules = _get_group_keys(this)
+    code = (
+        one
+        for one in owner.code_literals
+        if one is this or one.replaces or one.is_partial or modules & _get_group_keys(one)
+    )
+    return replace(owner, code_literals=tuple(code))
 
 
-def alternatives(owner: ClassPlans, this: PlanLiteral) -> tuple[Alternative, ...]:
+def find_alternatives(owner: ClassPlans, this: PlanLiteral) -> tuple[Alternative, ...]:
     """Return what the plan of a literal can hold beside it, one alternative at least.
 
     Args:
         owner: the class.
         this: one of its literals.
     """
-    written = [owner.plans.get(this.attribute), *owner.code]
+    written = [owner.plans.get(this.attribute), *owner.code_literals]
     literals = [one for one in written if isinstance(one, PlanLiteral) and one.attribute == this.attribute]
     if len(literals) == 1:
         return (Alternative(),)
-    if len(literals) > _MOST:
-        return (_unsure(literals, this),)
-    possible = [one for one in literals if not exclusive(one, this)]
+    if len(literals) > _MAX_COMBINATIONS:
+        return (_build_partial(literals, this),)
+    possible = [one for one in literals if not are_exclusive(one, this)]
     settled = frozenset((this.function, condition) for condition in this.conditions)
     # Every open test splits one combination in two at least once.
-    tests = {(one.function, condition.test) for one in possible for condition in _deciding(one)}
+    tests = {(one.function, condition.test) for one in possible for condition in _get_model_conditions(one)}
     splits = len(tests - {(function, condition.test) for function, condition in settled})
-    found = list(islice(_combinations(possible, settled), _MOST + 1)) if splits < _MOST else []
-    if not found or len(found) > _MOST:
-        return (_unsure(possible, this),)
+    found = (
+        list(islice(_iter_combinations(possible, settled), _MAX_COMBINATIONS + 1)) if splits < _MAX_COMBINATIONS else []
+    )
+    if not found or len(found) > _MAX_COMBINATIONS:
+        return (_build_partial(possible, this),)
     distinct: list[Alternative] = []
     for combination in found:
-        alternative = _alternative(_beside(combination, this))
+        alternative = _build_alternative(_find_coexisting(combination, this))
         distinct += [alternative] if alternative not in distinct else []
     return tuple(distinct)
 
 
-def _combinations(literals: Sequence[PlanLiteral], settled: _Settled) -> Iterator[Sequence[PlanLiteral]]:
+def _iter_combinations(literals: Sequence[PlanLiteral], known: _KnownConditions) -> Iterator[Sequence[PlanLiteral]]:
     """Yield the literals that apply together, for every way in which their conditions can turn out."""
     still_open = (
         (one.function, condition)
         for one in literals
-        for condition in _deciding(one)
-        if (one.function, condition) not in settled
+        for condition in _get_model_conditions(one)
+        if (one.function, condition) not in known
     )
     function, condition = next(still_open, ("", None))
     if condition is None:
         yield literals
         return
-    for chosen, other in ((condition, _opposite(condition)), (_opposite(condition), condition)):
-        kept = [one for one in literals if one.function != function or other not in _deciding(one)]
-        yield from _combinations(kept, settled | {(function, chosen)})
+    for chosen, other in ((condition, _negate(condition)), (_negate(condition), condition)):
+        kept = [one for one in literals if one.function != function or other not in _get_model_conditions(one)]
+        yield from _iter_combinations(kept, known | {(function, chosen)})
 
 
-def _deciding(literal: PlanLiteral) -> tuple[Condition, ...]:
+def _get_model_conditions(literal: PlanLiteral) -> tuple[Condition, ...]:
     """Return the conditions that hold for the whole model or not at all; those on a layer do both, layer by layer."""
     if any(entry.computed for entry in literal.entries):
         return ()
-    return tuple(condition for condition in literal.conditions if layer_kind((condition,)) is None)
+    return tuple(condition for condition in literal.conditions if find_layer_kind((condition,)) is None)
 
 
-def _opposite(condition: Condition) -> Condition:
+def _negate(condition: Condition) -> Condition:
     return replace(condition, holds=not condition.holds)
 
 
-def _beside(literals: Sequence[PlanLiteral], this: PlanLiteral) -> list[PlanLiteral]:
+def _find_coexisting(literals: Sequence[PlanLiteral], this: PlanLiteral) -> list[PlanLiteral]:
     """Return the literals whose entries are in the plan together with this one's."""
     held: list[PlanLiteral] = []
     for literal in literals:
-        dropped = [one for one in held if _drops(literal, one)]
+        dropped = [one for one in held if _is_replacing(literal, one)]
         if any(one is this for one in dropped):
             break
         held = [one for one in held if not any(one is gone for gone in dropped)] + [literal]
     return [one for one in held if one is not this]
 
 
-def _drops(later: PlanLiteral, earlier: PlanLiteral) -> bool:
+def _is_replacing(later: PlanLiteral, earlier: PlanLiteral) -> bool:
     """Say whether a literal leaves nothing of one before it; of two that replace the plan only one ever counts."""
     return later.replaces and (earlier.replaces or earlier.function in ("", later.function))
 
 
-def _alternative(literals: Sequence[PlanLiteral]) -> Alternative:
+def _build_alternative(literals: Sequence[PlanLiteral]) -> Alternative:
     return Alternative(
         {key: style for one in literals for key, style in one.plan.items()},
         frozenset(entry.key for one in literals for entry in one.entries if entry.style is None),
-        any(one.takes_in for one in literals),
+        any(one.is_partial for one in literals),
         {entry.key: entry.line for one in literals for entry in one.entries},
     )
 
 
-def _experts_modules(literal: PlanLiteral) -> set[str]:
-    return {decided_with(entry.key) for entry in literal.entries if "experts" in entry.key}
+def _get_group_keys(literal: PlanLiteral) -> set[str]:
+    return {find_group_key(entry.key) for entry in literal.entries if "experts" in entry.key}
 
 
-def _unsure(literals: Sequence[PlanLiteral], this: PlanLiteral) -> Alternative:
+def _build_partial(literals: Sequence[PlanLiteral], this: PlanLiteral) -> Alternative:
     """Return one alternative for too many of them: everything may be in the plan, and more."""
-    return replace(_alternative([one for one in literals if one is not this]), takes_in=True)
+    return replace(_build_alternative([one for one in literals if one is not this]), is_partial=True)

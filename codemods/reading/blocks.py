@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from codemods.reading.module import Condition
 
-__all__ = ["blocks", "leaves", "own_expressions"]
+__all__ = ["is_exiting", "iter_blocks", "iter_expressions"]
 
 
-def blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
+def iter_blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
     """Yield the blocks of a compound statement with the conditions that each adds."""
     if isinstance(statement, ast.If):
         test = ast.unparse(statement.test)
@@ -18,7 +18,7 @@ def blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Cond
         yield statement.orelse, (Condition(test, False),)
         return
     if isinstance(statement, ast.Match):
-        yield from _cases(statement)
+        yield from _iter_cases(statement)
         return
     for name in ("body", "orelse", "finalbody"):
         yield getattr(statement, name, ()), ()
@@ -26,28 +26,28 @@ def blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Cond
         yield handler.body, ()
 
 
-def leaves(statements: Sequence[ast.stmt]) -> bool:
+def is_exiting(statements: Sequence[ast.stmt]) -> bool:
     """Say whether what follows a block does not run after it."""
     return bool(statements) and isinstance(statements[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
 
 
-def own_expressions(statement: ast.stmt) -> Iterator[ast.AST]:
+def iter_expressions(statement: ast.stmt) -> Iterator[ast.AST]:
     """Yield what a statement holds besides other statements."""
     for child in ast.iter_child_nodes(statement):
         if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
             yield child
 
 
-def _cases(statement: ast.Match) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
+def _iter_cases(statement: ast.Match) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
     """Yield the blocks of a match statement; each runs only where no case before it did."""
     before: tuple[Condition, ...] = ()
     for case in statement.cases:
-        test = _test(statement.subject, case)
+        test = _unparse_case(statement.subject, case)
         yield case.body, (*before, Condition(test, True))
         before = (*before, Condition(test, False))
 
 
-def _test(subject: ast.expr, case: ast.match_case) -> str:
+def _unparse_case(subject: ast.expr, case: ast.match_case) -> str:
     """Return a case as a test, a true expression; patterns that are more than values are named in a call."""
     match case.pattern:
         case ast.MatchValue(value=value):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from codemods.reading.module import Condition
 
-__all__ = ["LayerKind", "layer_kind"]
+__all__ = ["LayerKind", "find_layer_kind"]
 
 LayerKind = Literal["sparse", "dense"]
 
@@ -20,69 +20,69 @@ _DENSE_WORDS = ("dense",)
 _SPARSE_WORDS = ("sparse", "moe")
 
 
-def layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Condition] | None:
+def find_layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Condition] | None:
     """Return which layers the innermost telling condition is about, None where none of them tells.
 
     Understood are comparisons of the layer with the number of leading dense layers, membership in lists of layers,
     and comparisons or names that say `sparse`, `moe` or `dense`.
     """
     for condition in reversed(conditions):
-        if (kind := _kind_of(condition)) is not None:
+        if (kind := _classify_condition(condition)) is not None:
             return kind, condition
     return None
 
 
 @cache
-def _kind_of(condition: Condition) -> LayerKind | None:
+def _classify_condition(condition: Condition) -> LayerKind | None:
     test = ast.parse(condition.test, mode="eval").body
     # Where `a and b` is false nothing is known of either.
-    kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _kind(test)
-    return kind if kind is None or condition.holds else _other(kind)
+    kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _classify_test(test)
+    return kind if kind is None or condition.holds else _invert_kind(kind)
 
 
-def _other(kind: LayerKind) -> LayerKind:
+def _invert_kind(kind: LayerKind) -> LayerKind:
     return "dense" if kind == "sparse" else "sparse"
 
 
-def _kind(test: ast.expr) -> LayerKind | None:
+def _classify_test(test: ast.expr) -> LayerKind | None:
     """Return the kind of layers for which a test is true."""
     match test:
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            kind = _kind(operand)
-            return None if kind is None else _other(kind)
+            kind = _classify_test(operand)
+            return None if kind is None else _invert_kind(kind)
         case ast.BoolOp(op=ast.And(), values=values):
-            return next((kind for kind in map(_kind, values) if kind is not None), None)
+            return next((kind for kind in map(_classify_test, values) if kind is not None), None)
         case ast.Compare(ops=[operator], comparators=[right], left=left):
-            return _compared(left, operator, right)
+            return _classify_comparison(left, operator, right)
         case ast.Name() | ast.Attribute() | ast.Subscript():
-            return _named(ast.unparse(test))
+            return _classify_name(ast.unparse(test))
     return None
 
 
-def _compared(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> LayerKind | None:
-    name = _last_name(right)
+def _classify_comparison(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> LayerKind | None:
+    name = _get_last_name(right)
     if isinstance(operator, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
         below = isinstance(operator, (ast.Lt, ast.LtE))
         if name in _DENSE_COUNTS:
             return "dense" if below else "sparse"
-        if _last_name(left) in _DENSE_COUNTS:
+        if _get_last_name(left) in _DENSE_COUNTS:
             return "sparse" if below else "dense"
     kind: LayerKind | None = "dense" if name in _DENSE_LISTS else "sparse" if name in _SPARSE_LISTS else None
     if kind is not None and isinstance(operator, ast.In):
         return kind
     if kind is not None and isinstance(operator, ast.NotIn):
-        return _other(kind)
+        return _invert_kind(kind)
     if isinstance(operator, (ast.Eq, ast.NotEq)) and isinstance(right, ast.Constant) and isinstance(right.value, str):
-        said = _named(right.value)
-        return said if said is None or isinstance(operator, ast.Eq) else _other(said)
+        said = _classify_name(right.value)
+        return said if said is None or isinstance(operator, ast.Eq) else _invert_kind(said)
     return None
 
 
-def _last_name(node: ast.expr) -> str:
+def _get_last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
-def _named(text: str) -> LayerKind | None:
+def _classify_name(text: str) -> LayerKind | None:
     words = text.lower().replace(".", "_").split("_")
     if any(word in words for word in _SPARSE_WORDS):
         return "sparse"

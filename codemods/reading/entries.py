@@ -8,9 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeGuard
 
-__all__ = ["Entry", "Offset", "is_numbered", "key_text", "read_entries", "span", "unreadable", "writes_entries"]
+__all__ = [
+    "OffsetReader",
+    "PlanEntry",
+    "can_hold_entries",
+    "find_unreadable_keys",
+    "is_numbered",
+    "read_entries",
+    "read_key",
+    "span",
+]
 
-Offset = Callable[[int, int], int]
+OffsetReader = Callable[[int, int], int]
 """From a line counted from 1 and a column in UTF-8 bytes to a place in the text."""
 
 _COMPUTED = "\0"
@@ -19,7 +28,7 @@ _REPLACEMENT_FIELD = re.compile(r"\{[^{}]*\}")
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlanEntry:
     """One `key: style`.
 
     Args:
@@ -46,7 +55,7 @@ class Entry:
     replaceable: bool = True
 
 
-def read_entries(nodes: Iterable[ast.AST], offset: Offset) -> tuple[Entry, ...]:
+def read_entries(nodes: Iterable[ast.AST], offset: OffsetReader) -> tuple[PlanEntry, ...]:
     """Return every entry that some pieces of code write down, in the order of the text.
 
     Args:
@@ -54,23 +63,23 @@ def read_entries(nodes: Iterable[ast.AST], offset: Offset) -> tuple[Entry, ...]:
         offset: finds places in the text that the nodes were parsed from.
     """
     return tuple(
-        sorted((entry for node in nodes for entry in _entries(node, offset)), key=lambda entry: entry.key_span)
+        sorted((entry for node in nodes for entry in _iter_entries(node, offset)), key=lambda entry: entry.key_span)
     )
 
 
-def writes_entries(node: ast.AST) -> bool:
+def can_hold_entries(node: ast.AST) -> bool:
     """Say whether a node is of a kind that writes entries down itself."""
-    return isinstance(node, ast.Dict) or next(_pairs(node), None) is not None
+    return isinstance(node, ast.Dict) or next(_iter_pairs(node), None) is not None
 
 
-def unreadable(node: ast.AST) -> list[ast.expr | ast.keyword]:
+def find_unreadable_keys(node: ast.AST) -> list[ast.expr | ast.keyword]:
     """Return the keys that a node gives to a plan and that are no text: names, or nothing but a computed ending."""
-    return [pair.key for pair in _pairs(node) if _is_unreadable(pair)]
+    return [pair.key for pair in _iter_pairs(node) if _is_unreadable(pair)]
 
 
-def key_text(node: ast.expr) -> str | None:
+def read_key(node: ast.expr) -> str | None:
     """Return the key that an expression writes, computed parts as wildcards; None for what is no string at all."""
-    text = _text(node)
+    text = _read_text(node)
     return None if text is None else text.replace(_COMPUTED, "*")
 
 
@@ -79,7 +88,7 @@ def is_numbered(key: str) -> bool:
     return _LAYER_NUMBER.search(key) is not None
 
 
-def span(node: ast.AST, offset: Offset) -> tuple[int, int]:
+def span(node: ast.AST, offset: OffsetReader) -> tuple[int, int]:
     """Return where an expression or statement stands in the text."""
     assert isinstance(node, (ast.expr, ast.stmt, ast.keyword))
     assert node.end_lineno is not None
@@ -89,26 +98,26 @@ def span(node: ast.AST, offset: Offset) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A key with its style; `alone` where no other key has the very same style node, `in_display` in a dict display."""
+    """A key with its style; `has_own_style` where no other key has the very same style node, `in_display` in a dict display."""
 
     key: ast.expr | ast.keyword
     style: ast.expr
-    alone: bool = True
+    has_own_style: bool = True
     in_display: bool = False
 
 
-def _pairs(node: ast.AST) -> Iterator[_Pair]:
+def _iter_pairs(node: ast.AST) -> Iterator[_Pair]:
     match node:
         case ast.Dict(keys=keys, values=values):
             for key, value in zip(keys, values, strict=True):
                 if key is not None:
                     yield _Pair(key, value, in_display=True)
         case ast.DictComp():
-            yield from _comprehended(node)
+            yield from _iter_comprehension(node)
         case ast.List(elts=[_, *_] as elements) | ast.Tuple(elts=[_, *_] as elements) if all(map(_is_pair, elements)):
             yield from (_Pair(pair.elts[0], pair.elts[1]) for pair in elements if _is_pair(pair))
         case ast.Call(func=ast.Attribute(attr="fromkeys"), args=[keys, value]):
-            yield from _shared(_elements(keys), value)
+            yield from _pair_with_style(_get_elements(keys), value)
         case ast.Call(func=ast.Attribute(attr="setdefault" | "__setitem__"), args=[key, value]):
             yield _Pair(key, value)
         case ast.Call(func=ast.Name(id="dict") | ast.Attribute(attr="update"), keywords=keywords):
@@ -117,43 +126,43 @@ def _pairs(node: ast.AST) -> Iterator[_Pair]:
             yield _Pair(key, value)
 
 
-def _comprehended(node: ast.DictComp) -> Iterator[_Pair]:
+def _iter_comprehension(node: ast.DictComp) -> Iterator[_Pair]:
     """Yield the pairs of a comprehension: over keys or pairs that are written out, those; else its one computed key."""
     match node:
         case ast.DictComp(
             key=ast.Name(id=key), generators=[ast.comprehension(target=ast.Name(id=name), iter=keys)]
-        ) if key == name and _elements(keys):
-            yield from _shared(_elements(keys), node.value)
+        ) if key == name and _get_elements(keys):
+            yield from _pair_with_style(_get_elements(keys), node.value)
         case ast.DictComp(
             key=ast.Name(id=key),
             value=ast.Name(id=value),
             generators=[
                 ast.comprehension(target=ast.Tuple(elts=[ast.Name(id=first), ast.Name(id=second)]), iter=pairs)
             ],
-        ) if (key, value) == (first, second) and _elements(pairs):
-            yield from _pairs(pairs)
+        ) if (key, value) == (first, second) and _get_elements(pairs):
+            yield from _iter_pairs(pairs)
         case _:
             yield _Pair(node.key, node.value)
 
 
-def _elements(node: ast.expr) -> list[ast.expr]:
+def _get_elements(node: ast.expr) -> list[ast.expr]:
     return node.elts if isinstance(node, (ast.List, ast.Tuple, ast.Set)) else []
 
 
-def _shared(keys: list[ast.expr], style: ast.expr) -> Iterator[_Pair]:
-    return (_Pair(key, style, alone=len(keys) == 1) for key in keys)
+def _pair_with_style(keys: list[ast.expr], style: ast.expr) -> Iterator[_Pair]:
+    return (_Pair(key, style, has_own_style=len(keys) == 1) for key in keys)
 
 
 def _is_pair(node: ast.expr) -> TypeGuard[ast.Tuple | ast.List]:
     return isinstance(node, (ast.Tuple, ast.List)) and len(node.elts) == 2
 
 
-def _entries(node: ast.AST, offset: Offset) -> Iterator[Entry]:
-    for pair in _pairs(node):
-        text = _text(pair.key)
+def _iter_entries(node: ast.AST, offset: OffsetReader) -> Iterator[PlanEntry]:
+    for pair in _iter_pairs(node):
+        text = _read_text(pair.key)
         style = pair.style.value if isinstance(pair.style, ast.Constant) else None
         if text is not None and (style is None or isinstance(style, str)):
-            yield Entry(
+            yield PlanEntry(
                 text.replace(_COMPUTED, "*"),
                 style,
                 pair.style.lineno,
@@ -162,16 +171,16 @@ def _entries(node: ast.AST, offset: Offset) -> Iterator[Entry]:
                 can_precede=pair.in_display and isinstance(pair.key, (ast.Constant, ast.JoinedStr)),
                 computed=_COMPUTED in text,
                 numbered=is_numbered(text),
-                replaceable=pair.alone,
+                replaceable=pair.has_own_style,
             )
 
 
 def _is_unreadable(pair: _Pair) -> bool:
-    text = _text(pair.key)
+    text = _read_text(pair.key)
     return text is None or (text.endswith(_COMPUTED) and isinstance(pair.style, ast.Constant))
 
 
-def _text(node: ast.expr | ast.keyword) -> str | None:
+def _read_text(node: ast.expr | ast.keyword) -> str | None:
     """Return a string expression's text with marks for what is computed, None for what is no string at all."""
     match node:
         case ast.Constant(value=str(text)):
@@ -179,9 +188,9 @@ def _text(node: ast.expr | ast.keyword) -> str | None:
         case ast.keyword(arg=name):
             return name
         case ast.JoinedStr(values=parts):
-            return "".join(_text(part) or _COMPUTED for part in parts)
+            return "".join(_read_text(part) or _COMPUTED for part in parts)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            pieces = _text(left), _text(right)
+            pieces = _read_text(left), _read_text(right)
             return None if pieces == (None, None) else "".join(piece or _COMPUTED for piece in pieces)
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(text)), attr="format")):
             return _REPLACEMENT_FIELD.sub(_COMPUTED, text)

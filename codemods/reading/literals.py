@@ -11,11 +11,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 
-from codemods.files.sources import Source, shown
-from codemods.reading.blocks import blocks
-from codemods.reading.gather import gather
+from codemods.files.sources import SourceFile, format_path
+from codemods.reading.blocks import iter_blocks
+from codemods.reading.gather import merge_classes
 from codemods.reading.module import Import, Module
-from codemods.reading.reader import reader_of
+from codemods.reading.reader import create_parser
 from plans.errors import SourceError
 
 __all__ = ["read_module"]
@@ -23,43 +23,43 @@ __all__ = ["read_module"]
 _MODELS = ".models"
 
 
-def read_module(source: Source) -> Module:
+def read_module(source: SourceFile) -> Module:
     """Read a file's classes with their plans, and where it imports names from.
 
     Raises:
         SourceError: the file does not parse.
     """
     try:
-        return _read(source, _parse(source).body)
+        return _read_statements(source, _parse(source).body)
     except RecursionError as error:
         raise SourceError(
-            f"{shown(source.path)}: nested too deeply to be read", hint="leave it out", path=str(source.path)
+            f"{format_path(source.path)}: nested too deeply to be read", hint="leave it out", path=str(source.path)
         ) from error
 
 
-def _read(source: Source, statements: Sequence[ast.stmt]) -> Module:
-    reader = reader_of(source, statements)
-    found = [*reader.classes(statements), reader.outside(statements)]
-    unread = sorted((use for one in found for use in one.unread), key=lambda use: use.line)
-    imports = dict(_imports(statements))
-    return Module(gather(found), lambda: imports, tuple(unread))
+def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Module:
+    reader = create_parser(source, statements)
+    found = [*reader.parse_classes(statements), reader.parse_outside_classes(statements)]
+    unread = sorted((use for one in found for use in one.unresolved), key=lambda use: use.line)
+    imports = dict(_read_imports(statements))
+    return Module(merge_classes(found), lambda: imports, tuple(unread))
 
 
-def _parse(source: Source) -> ast.Module:
+def _parse(source: SourceFile) -> ast.Module:
     try:
         return ast.parse(source.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         reason = getattr(error, "msg", None) or str(error)
         raise SourceError(
-            f"{shown(source.path)}:{line}: does not parse: {reason}",
+            f"{format_path(source.path)}:{line}: does not parse: {reason}",
             hint="mend the file or leave it out",
             path=str(source.path),
             line=line,
         ) from error
 
 
-def _imports(statements: Sequence[ast.stmt], *, nested: bool = False) -> Iterator[tuple[str, Import]]:
+def _read_imports(statements: Sequence[ast.stmt], *, nested: bool = False) -> Iterator[tuple[str, Import]]:
     """Yield the names that imports of a file bring in, in `try` and `if` too, the one that counts last.
 
     Of `import` statements and of nested ones only those are told that lead to a model.
@@ -74,5 +74,5 @@ def _imports(statements: Sequence[ast.stmt], *, nested: bool = False) -> Iterato
                 named = [alias for alias in names if alias.asname and _MODELS in alias.name]
                 yield from ((alias.asname or "", Import(0, alias.name, "")) for alias in named)
             case ast.If() | ast.Try() | ast.With():
-                for block, _ in reversed(list(blocks(statement))):
-                    yield from _imports(block, nested=True)
+                for block, _ in reversed(list(iter_blocks(statement))):
+                    yield from _read_imports(block, nested=True)

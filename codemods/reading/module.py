@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from codemods.reading.entries import Entry
+from codemods.reading.entries import PlanEntry
 
 __all__ = [
     "ANY_KEY",
     "ClassPlans",
     "Condition",
-    "Hold",
+    "Conflict",
     "Import",
     "Module",
     "Opaque",
     "PlanLiteral",
+    "Reference",
     "Removal",
-    "Taken",
-    "Unread",
-    "all_literals",
-    "exclusive",
+    "Unresolved",
+    "are_exclusive",
+    "iter_literals",
 ]
 
 ANY_KEY = "*"
@@ -52,17 +52,17 @@ class PlanLiteral:
         entries: in order.
         function: the function it stands in, empty in a class body.
         conditions: those around it in that function, outermost first.
-        takes_in: whether it also takes in entries that are written elsewhere, `{**BASE, …}`.
+        is_partial: whether it also takes in entries that are written elsewhere, `{**BASE, …}`.
         replaces: whether it takes the place of all that the plan held, as in `self.plan = {…}`, and adds nothing.
     """
 
     class_name: str
     attribute: str
     line: int
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
     function: str = ""
     conditions: tuple[Condition, ...] = ()
-    takes_in: bool = False
+    is_partial: bool = False
     replaces: bool = False
 
     @cached_property
@@ -70,12 +70,12 @@ class PlanLiteral:
         """Key to style; of a key given twice the last counts, as in Python. Computed styles are left out."""
         return {entry.key: entry.style for entry in self.entries if entry.style is not None}
 
-    def says_the_same_as(self, other: PlanLiteral) -> bool:
+    def equals(self, other: PlanLiteral) -> bool:
         """Say whether both put the same entries into the same plan in the same function."""
-        return self._saying == other._saying
+        return self._comparison_key == other._comparison_key
 
     @property
-    def _saying(self) -> tuple[object, ...]:
+    def _comparison_key(self) -> tuple[object, ...]:
         return self.attribute, self.function, tuple((entry.key, entry.style) for entry in self.entries)
 
 
@@ -110,7 +110,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Reference:
     """What a plan takes over from an expression that writes no keys of its own: `BASE`, `Parent.plan`, `make(1)`.
 
     Args:
@@ -135,39 +135,39 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Unread:
+class Unresolved:
     """A use of a plan that puts entries into it which nobody here can read.
 
     Args:
         class_name: the qualified name of the class it stands in, empty outside of classes.
         attribute: the plan.
         line: counted from 1.
-        experts: whether text beside it speaks of experts.
-        why: what keeps it from being read, to follow `entries here`.
+        mentions_experts: whether text beside it speaks of experts.
+        reason: what keeps it from being read, to follow `entries here`.
     """
 
     class_name: str
     attribute: str
     line: int
-    experts: bool
-    why: str = "that cannot be read"
+    mentions_experts: bool
+    reason: str = "that cannot be read"
 
 
 @dataclass(frozen=True)
-class Hold:
+class Conflict:
     """What keeps a plan as it is: another statement of its file that shares its entries or changes some of them.
 
     Args:
         class_name: the qualified name of the class whose plan it is.
         attribute: the plan.
         module: the experts module that stays as it is, None for every one.
-        why: what the other statement does, with its line.
+        reason: what the other statement does, with its line.
     """
 
     class_name: str
     attribute: str
     module: str | None
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -178,19 +178,19 @@ class ClassPlans:
         name: qualified, `Outer.Inner`; empty for what stands outside of classes.
         bases: its base classes as written, dotted; a base that is computed is left out.
         plans: attribute name to what the class body last assigns to it.
-        code: the literals in its functions, and those that depend on conditions, in order.
+        code_literals: the literals in its functions, and those that depend on conditions, in order.
         removals: what its functions take out of plans again, in order.
-        holds: what else keeps its plans as they are.
-        taken: what its plans take over from expressions that write no keys of their own, in order.
+        conflicts: what else keeps its plans as they are.
+        references: what its plans take over from expressions that write no keys of their own, in order.
     """
 
     name: str
     bases: tuple[str, ...] = ()
     plans: Mapping[str, PlanLiteral | Opaque] = field(default_factory=dict)
-    code: tuple[PlanLiteral, ...] = ()
+    code_literals: tuple[PlanLiteral, ...] = ()
     removals: tuple[Removal, ...] = ()
-    holds: tuple[Hold, ...] = ()
-    taken: tuple[Taken, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    references: tuple[Reference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,19 +215,19 @@ class Module:
     Args:
         classes: by name.
         read_imports: reads `imports` when they are asked for.
-        unread: uses of plans that put entries into them which cannot be read, in order.
-        planned: the classes that write plans, where that is known without looking at each.
+        unresolved: uses of plans that put entries into them which cannot be read, in order.
+        plan_classes: the classes that write plans, where that is known without looking at each.
     """
 
     classes: Mapping[str, ClassPlans]
     read_imports: Callable[[], Mapping[str, Import]] = field(repr=False, compare=False)
-    unread: tuple[Unread, ...] = ()
-    planned: tuple[str, ...] | None = field(default=None, compare=False)
+    unresolved: tuple[Unresolved, ...] = ()
+    plan_classes: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property
     def writers(self) -> Iterator[ClassPlans]:
         """The classes that may write plans."""
-        return (self.classes[name] for name in (self.classes if self.planned is None else self.planned))
+        return (self.classes[name] for name in (self.classes if self.plan_classes is None else self.plan_classes))
 
     @cached_property
     def imports(self) -> Mapping[str, Import]:
@@ -239,14 +239,14 @@ class Module:
         return self.read_imports()
 
 
-def all_literals(module: Module) -> Iterator[PlanLiteral]:
+def iter_literals(module: Module) -> Iterator[PlanLiteral]:
     """Yield every literal of a file, class by class."""
     for owner in module.classes.values():
         yield from (plan for plan in owner.plans.values() if isinstance(plan, PlanLiteral))
-        yield from owner.code
+        yield from owner.code_literals
 
 
-def exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
+def are_exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
     """Say whether two can never both apply: some condition in their one function holds for one, not for the other."""
     if one.function != other.function:
         return False

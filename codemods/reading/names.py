@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from codemods.reading.pieces import bindings, pieces
+from codemods.reading.pieces import iter_bindings, split_expression
 from codemods.reading.plan_names import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
-__all__ = ["Definitions", "Function", "dotted", "given_parameters", "identifier", "local_plans"]
+__all__ = ["Definitions", "Function", "find_free_parameters", "find_local_plans", "get_dotted_name", "get_identifier"]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -27,25 +27,25 @@ class Definitions:
 
     statements: Sequence[ast.stmt]
 
-    def constant(self, node: ast.AST, homes: Iterable[str]) -> ast.expr | None:
+    def resolve_constant(self, node: ast.AST, class_names: Iterable[str]) -> ast.expr | None:
         """Return what a name, or an attribute of a class, stands for: assigned once and used once in the file.
 
         Args:
             node: an expression.
-            homes: the classes, empty for the module, whose bodies may define it.
+            class_names: the classes, empty for the module, whose bodies may define it.
         """
-        values = self.defined(node, homes)
-        name = identifier(node)
-        return values[0] if len(values) == 1 and self._uses[name] == 1 and self._stores[name] == 1 else None
+        values = self.find_values(node, class_names)
+        name = get_identifier(node)
+        return values[0] if len(values) == 1 and self._use_counts[name] == 1 and self._store_counts[name] == 1 else None
 
-    def defined(self, node: ast.AST, homes: Iterable[str]) -> list[ast.expr]:
+    def find_values(self, node: ast.AST, class_names: Iterable[str]) -> list[ast.expr]:
         """Return all that module and class bodies define a name as."""
-        return [value for home in homes for value in self._constants.get((home, identifier(node)), [])]
+        return [value for home in class_names for value in self._constants.get((home, get_identifier(node)), [])]
 
-    def behind(self, node: ast.AST) -> Iterator[ast.AST]:
+    def find_dependencies(self, node: ast.AST) -> Iterator[ast.AST]:
         """Yield an expression and whatever defines the names in it, or is put into what they name."""
         yield node
-        for name in {identifier(part) for part in ast.walk(node)} - {""}:
+        for name in {get_identifier(part) for part in ast.walk(node)} - {""}:
             yield from self._definers.get(name, ())
 
     @cached_property
@@ -56,59 +56,61 @@ class Definitions:
     @cached_property
     def _constants(self) -> Mapping[tuple[str, str], list[ast.expr]]:
         found: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
-        for home, statement in _outside_functions(self.statements):
-            for target, value in bindings(statement):
+        for home, statement in _iter_outside_functions(self.statements):
+            for target, value in iter_bindings(statement):
                 if isinstance(target, ast.Name):
                     found[home, target.id].append(value)
         return found
 
     @cached_property
-    def _uses(self) -> Counter[str]:
-        return Counter(identifier(node) for node in self._nodes() if isinstance(getattr(node, "ctx", None), ast.Load))
+    def _use_counts(self) -> Counter[str]:
+        return Counter(
+            get_identifier(node) for node in self._iter_nodes() if isinstance(getattr(node, "ctx", None), ast.Load)
+        )
 
     @cached_property
-    def _stores(self) -> Counter[str]:
-        return Counter(name for node in self._nodes() for name in _bound(node))
+    def _store_counts(self) -> Counter[str]:
+        return Counter(name for node in self._iter_nodes() for name in _iter_bound_names(node))
 
-    def _nodes(self) -> Iterator[ast.AST]:
+    def _iter_nodes(self) -> Iterator[ast.AST]:
         return (node for statement in self.statements for node in ast.walk(statement))
 
     @cached_property
     def _definers(self) -> Mapping[str, list[ast.AST]]:
         found: dict[str, list[ast.AST]] = defaultdict(list)
-        for node in self._nodes():
+        for node in self._iter_nodes():
             match node:
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                     found[name].append(node)
                 case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
                     for part in ast.walk(target):
-                        found[identifier(part)].append(value)
+                        found[get_identifier(part)].append(value)
                 case ast.Call(func=ast.Attribute(value=ast.Name(id=name))):
                     found[name].append(node)
-            for target, value in bindings(node):
-                found[identifier(target)].append(value)
+            for target, value in iter_bindings(node):
+                found[get_identifier(target)].append(value)
                 if isinstance(target, ast.Subscript):
-                    found[identifier(target.value)].append(target)
+                    found[get_identifier(target.value)].append(target)
         return found
 
 
-def identifier(node: ast.AST) -> str:
+def get_identifier(node: ast.AST) -> str:
     """Return the name that a name or an attribute ends with, empty for any other node."""
     return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
 
 
-def dotted(node: ast.AST) -> str | None:
+def get_dotted_name(node: ast.AST) -> str | None:
     """Return a dotted name as text, None for any other expression."""
     match node:
         case ast.Name(id=name):
             return name
         case ast.Attribute(value=holder, attr=name):
-            before = dotted(holder)
+            before = get_dotted_name(holder)
             return before and f"{before}.{name}"
     return None
 
 
-def given_parameters(function: Function) -> frozenset[str]:
+def find_free_parameters(function: Function) -> frozenset[str]:
     """Return the parameters of a function that have no value of their own: their callers say what they are."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -117,69 +119,69 @@ def given_parameters(function: Function) -> frozenset[str]:
     return frozenset(one.arg for one, value in pairs if value is None or ast.unparse(value) == "None")
 
 
-def local_plans(function: Function) -> dict[str, str]:
+def find_local_plans(function: Function) -> dict[str, str]:
     """Return the local names that a function makes from one plan, or makes one plan from, with the plan's attribute.
 
     A name that stands for plans of two kinds in turn stands for none here; nor does one that is no variable of the
     function, or that is made from a plan, then from something else, and never put into a plan.
     """
-    found = _locals(function).items()
+    found = _read_local_names(function).items()
     return {name: plan for name, local in found if not is_plan_attribute(name) and (plan := local.plan)}
 
 
 @dataclass
-class _Local:
+class _LocalName:
     """What a function does with a name.
 
     Args:
         assigned: whether it gives the name a value.
-        fresh: whether one of these values is made from neither a plan nor the name itself.
-        made_from: the plans that the values are made from.
-        put_into: the plans that the name is put into.
+        has_other_value: whether one of these values is made from neither a plan nor the name itself.
+        source_plans: the plans that the values are made from.
+        target_plans: the plans that the name is put into.
     """
 
     assigned: bool = False
-    fresh: bool = False
-    made_from: set[str] = field(default_factory=set)
-    put_into: set[str] = field(default_factory=set)
+    has_other_value: bool = False
+    source_plans: set[str] = field(default_factory=set)
+    target_plans: set[str] = field(default_factory=set)
 
     @property
     def plan(self) -> str | None:
         """The plan that the name stands for, None where there is none, or plans of two kinds."""
-        plans = self.made_from | self.put_into
-        left = self.fresh and not self.put_into
+        plans = self.source_plans | self.target_plans
+        left = self.has_other_value and not self.target_plans
         if not self.assigned or left or len({plan_kind(plan) for plan in plans}) != 1:
             return None
         return min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
 
 
-def _locals(function: Function) -> Mapping[str, _Local]:
-    found: dict[str, _Local] = defaultdict(_Local)
+def _read_local_names(function: Function) -> Mapping[str, _LocalName]:
+    found: dict[str, _LocalName] = defaultdict(_LocalName)
     for node in ast.walk(function):
-        for target, value in bindings(node):
+        for target, value in iter_bindings(node):
             if isinstance(target, ast.Name):
-                read, local = set(_plans_read(value)), found[target.id]
+                read, local = set(_iter_plan_reads(value)), found[target.id]
                 local.assigned = True
-                local.fresh |= not (read or _reads(value, target.id))
-                local.made_from |= read
-        for name, plan in _looped(node):
+                local.has_other_value |= not (read or _has_name(value, target.id))
+                local.source_plans |= read
+        for name, plan in _iter_loop_plans(node):
             found[name].assigned = True
-            found[name].made_from.add(plan)
-        for plan, value in _written_into(node, function.name):
-            for piece in pieces(value):
+            found[name].source_plans.add(plan)
+        for plan, value in _iter_plan_writes(node, function.name):
+            for piece in split_expression(value):
                 if isinstance(piece.node, ast.Name):
-                    found[piece.node.id].put_into.add(plan)
+                    found[piece.node.id].target_plans.add(plan)
     return found
 
 
-def _written_into(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
     """Yield what a node writes into a plan that it names itself: the plan's attribute, and an expression.
 
     Args:
         node: any part of a function.
         function: its name.
     """
-    for target, value in bindings(node):
+    for target, value in iter_bindings(node):
         if isinstance(target, ast.Attribute) and is_plan_attribute(target.attr):
             yield target.attr, value
     match node:
@@ -195,8 +197,8 @@ def _written_into(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]
             yield function, value
 
 
-def _plans_read(value: ast.expr) -> Iterator[str]:
-    for piece in pieces(value):
+def _iter_plan_reads(value: ast.expr) -> Iterator[str]:
+    for piece in split_expression(value):
         match piece.node:
             case ast.Attribute(attr=plan) if is_plan_attribute(plan):
                 yield plan
@@ -204,31 +206,33 @@ def _plans_read(value: ast.expr) -> Iterator[str]:
                 yield plan
 
 
-def _reads(value: ast.expr, name: str) -> bool:
-    return any(isinstance(piece.node, ast.Name) and piece.node.id == name for piece in pieces(value))
+def _has_name(value: ast.expr, name: str) -> bool:
+    return any(isinstance(piece.node, ast.Name) and piece.node.id == name for piece in split_expression(value))
 
 
-def _looped(node: ast.AST) -> Iterator[tuple[str, str]]:
+def _iter_loop_plans(node: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield the name of a loop over plans with the first of them; the others are made of the same entries."""
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
-            read = [plan for element in plans for plan in _plans_read(element)]
+            read = [plan for element in plans for plan in _iter_plan_reads(element)]
             if len(read) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in read}) == 1:
                 yield name, read[0]
 
 
-def _outside_functions(statements: Sequence[ast.stmt], home: str = "") -> Iterator[tuple[str, ast.stmt]]:
+def _iter_outside_functions(statements: Sequence[ast.stmt], class_name: str = "") -> Iterator[tuple[str, ast.stmt]]:
     for statement in statements:
-        yield home, statement
+        yield class_name, statement
         if isinstance(statement, ast.ClassDef):
-            yield from _outside_functions(statement.body, f"{home}.{statement.name}" if home else statement.name)
+            yield from _iter_outside_functions(
+                statement.body, f"{class_name}.{statement.name}" if class_name else statement.name
+            )
 
 
-def _bound(node: ast.AST) -> Iterator[str]:
+def _iter_bound_names(node: ast.AST) -> Iterator[str]:
     """Yield the name that a node gives a meaning to."""
     match node:
         case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
-            yield identifier(node)
+            yield get_identifier(node)
         case ast.arg(arg=name) | ast.alias(asname=str(name)) | ast.alias(asname=None, name=name):
             yield name
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):

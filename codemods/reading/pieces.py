@@ -10,71 +10,71 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from codemods.reading.entries import writes_entries
+from codemods.reading.entries import can_hold_entries
 from codemods.reading.module import Condition
 from plans.plan import plan_kind
 
-__all__ = ["Piece", "bindings", "mentions_plan", "pieces", "plan_names"]
+__all__ = ["PlanPart", "has_plan_name", "iter_bindings", "iter_plan_names", "split_expression"]
 
 _WRAPPERS = frozenset({"dict", "OrderedDict", "MappingProxyType", "copy", "deepcopy", "field", "update", "__ior__"})
 """Functions whose result holds what their arguments hold."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlanPart:
     """A part of an expression that makes a plan.
 
     Args:
         node: the part.
         conditions: those of the conditional expressions that it stands in, outermost first.
-        writes: whether it writes entries down; if not, they are written elsewhere.
-        partial: whether only some of its entries are taken.
+        has_entries: whether it writes entries down; if not, they are written elsewhere.
+        is_filtered: whether only some of its entries are taken.
     """
 
     node: ast.AST
     conditions: tuple[Condition, ...] = ()
-    writes: bool = False
-    partial: bool = False
+    has_entries: bool = False
+    is_filtered: bool = False
 
 
-def pieces(node: ast.AST, around: tuple[Condition, ...] = ()) -> Iterator[Piece]:
+def split_expression(node: ast.AST, conditions: tuple[Condition, ...] = ()) -> Iterator[PlanPart]:
     """Yield the pieces of an expression, of a call `plan.update(…)` or of an item assignment, in order.
 
     Args:
         node: the expression.
-        around: conditions that hold for all of it.
+        conditions: conditions that hold for all of it.
     """
     match node:
         case ast.IfExp(test=test, body=body, orelse=orelse):
-            yield from pieces(body, (*around, Condition(ast.unparse(test), True)))
-            yield from pieces(orelse, (*around, Condition(ast.unparse(test), False)))
+            yield from split_expression(body, (*conditions, Condition(ast.unparse(test), True)))
+            yield from split_expression(orelse, (*conditions, Condition(ast.unparse(test), False)))
         case ast.BoolOp(op=operator, values=[*first, last]):
             # Of `a or b` either may be the value; of `a and b` a false `a` has no entries.
             tests = tuple(Condition(ast.unparse(value), isinstance(operator, ast.And)) for value in first)
             for value in first if isinstance(operator, ast.Or) else ():
-                yield from pieces(value, around)
-            yield from pieces(last, (*around, *tests))
+                yield from split_expression(value, conditions)
+            yield from split_expression(last, (*conditions, *tests))
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            yield from pieces(left, around)
-            yield from pieces(right, around)
+            yield from split_expression(left, conditions)
+            yield from split_expression(right, conditions)
         case ast.NamedExpr(value=value) | ast.Lambda(body=value):
-            yield from pieces(value, around)
+            yield from split_expression(value, conditions)
         case ast.Dict(keys=keys, values=values):
-            yield Piece(node, around, writes=True)
+            yield PlanPart(node, conditions, has_entries=True)
             for key, value in zip(keys, values, strict=True):
                 if key is None:
-                    yield from pieces(value, around)
+                    yield from split_expression(value, conditions)
         case ast.DictComp():
-            yield from _of_comprehension(node, around)
+            yield from _split_comprehension(node, conditions)
         case ast.Call():
-            yield from _of_call(node, around)
+            yield from _split_call(node, conditions)
         case ast.Constant(value=None) | ast.Name(id="dict"):
             return
         case _:
-            yield Piece(node, around, writes_entries(node))
+            yield PlanPart(node, conditions, can_hold_entries(node))
 
 
-def bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+def iter_bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
     """Yield what an assignment assigns: every target with its value, tuples taken apart."""
     match statement:
         case ast.Assign(targets=targets, value=value):
@@ -87,12 +87,12 @@ def bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
             yield target, value
 
 
-def mentions_plan(node: ast.AST) -> bool:
+def has_plan_name(node: ast.AST) -> bool:
     """Say whether an expression reads something that has a plan's name: `self._tp_plan`, `getattr(x, "_tp_plan")`."""
-    return any(True for part in ast.walk(node) for _ in plan_names(part))
+    return any(True for part in ast.walk(node) for _ in iter_plan_names(part))
 
 
-def plan_names(node: ast.AST) -> Iterator[str]:
+def iter_plan_names(node: ast.AST) -> Iterator[str]:
     """Yield the plan that a node itself names."""
     match node:
         case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)):
@@ -100,38 +100,40 @@ def plan_names(node: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def _of_call(call: ast.Call, around: tuple[Condition, ...]) -> Iterator[Piece]:
+def _split_call(call: ast.Call, conditions: tuple[Condition, ...]) -> Iterator[PlanPart]:
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     if name == "AttributeError":
         return
     if isinstance(call.func, ast.Attribute) and name == "copy" and not call.args:
-        yield from pieces(call.func.value, around)
+        yield from split_expression(call.func.value, conditions)
         return
     arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
     if name == "field":
         arguments = [keyword.value for keyword in call.keywords if keyword.arg in ("default", "default_factory")]
-    elif writes_entries(call):
-        yield Piece(call, around, writes=True)
+    elif can_hold_entries(call):
+        yield PlanPart(call, conditions, has_entries=True)
         arguments = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is None)]
         if name not in _WRAPPERS:
             return
-    found = [piece for argument in arguments for piece in pieces(argument, around)]
+    found = [piece for argument in arguments for piece in split_expression(argument, conditions)]
     if name not in _WRAPPERS:
         # What an unknown function makes of its arguments is its own affair, but displays are there to be read.
-        found = [piece for piece in found if piece.writes] or [Piece(call, around)]
+        found = [piece for piece in found if piece.has_entries] or [PlanPart(call, conditions)]
     yield from found
 
 
-def _of_comprehension(node: ast.DictComp, around: tuple[Condition, ...]) -> Iterator[Piece]:
-    taken = _taken_over(node)
+def _split_comprehension(node: ast.DictComp, conditions: tuple[Condition, ...]) -> Iterator[PlanPart]:
+    taken = _get_copied_plan(node)
     if taken is None:
-        yield Piece(node, around, writes_entries(node))
+        yield PlanPart(node, conditions, can_hold_entries(node))
     else:
         filtered = any(generator.ifs for generator in node.generators)
-        yield from (replace(piece, partial=piece.partial or filtered) for piece in pieces(taken, around))
+        yield from (
+            replace(piece, is_filtered=piece.is_filtered or filtered) for piece in split_expression(taken, conditions)
+        )
 
 
-def _taken_over(node: ast.DictComp) -> ast.expr | None:
+def _get_copied_plan(node: ast.DictComp) -> ast.expr | None:
     """Return the plan whose entries a comprehension takes over as they are, `{k: v for k, v in PLAN.items()}`."""
     match node:
         case ast.DictComp(

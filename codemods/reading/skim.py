@@ -12,11 +12,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from codemods.files.sources import Source
-from codemods.reading.entries import Entry, is_numbered
+from codemods.files.sources import SourceFile
+from codemods.reading.entries import PlanEntry, is_numbered
 from codemods.reading.literals import read_module
 from codemods.reading.module import ClassPlans, Import, Module, Opaque, PlanLiteral
-from codemods.reading.plan_names import is_plan_attribute, plan_words
+from codemods.reading.plan_names import find_plan_mentions, is_plan_attribute
 
 __all__ = ["skim"]
 
@@ -35,17 +35,17 @@ _COMMENT = re.compile(rb"#[^\n]*")
 _IMPORTED = re.compile(rb"(\w+)(?:\s+as\s+(\w+))?")
 _NO_CODE = re.compile(rb"\n[ \t]*#")  # a comment, or text inside a string
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
-_NOTHING = rb"(?:\s|#[^\n]*\n)*+"
+_BLANK = rb"(?:\s|#[^\n]*\n)*+"
 _PAIR = rb'"([^"\\\n]*)"[ \t]*+:[ \t]*+"([^"\\\n]*)"'
 _PLAN = re.compile(
     rb"\n    (?P<name>_?\w+)(?:[ \t]*:[ \t]*dict(?:\[str, str\])?)?[ \t]*=[ \t]*"
-    rb"(?:(?P<display>\{" + _NOTHING + rb"(?:" + _PAIR + _NOTHING + rb"(?:," + _NOTHING + rb"|(?=\})))*+\})"
+    rb"(?:(?P<display>\{" + _BLANK + rb"(?:" + _PAIR + _BLANK + rb"(?:," + _BLANK + rb"|(?=\})))*+\})"
     rb"|None|AttributeError\(\))[ \t]*(?:#[^\n]*)?(?=\r?\n)"
 )
 _ENTRY = re.compile(rb"#[^\n]*|" + _PAIR)
 
 
-def skim(source: Source) -> Module | None:
+def skim(source: SourceFile) -> Module | None:
     """Return what `read_module` would, or None where only a parser can tell."""
     body = source.lines
     if b"\r" in body or _has_other_strings(body):
@@ -54,26 +54,26 @@ def skim(source: Source) -> Module | None:
     if any(header[1] is None for header in headers):
         return None
     try:
-        plans = _plans(body, headers)
+        plans = _read_plans(body, headers)
     except UnicodeDecodeError:
         return None
     if plans is None:
         return None
-    return Module(_Classes(headers, plans), partial(_imports, source), planned=tuple(plans))
+    return Module(_LazyClasses(headers, plans), partial(_read_imports, source), plan_classes=tuple(plans))
 
 
-class _Classes(Mapping[str, ClassPlans]):
+class _LazyClasses(Mapping[str, ClassPlans]):
     """Classes by name, each put together when it is asked for; most of a tree's never are."""
 
     def __init__(self, headers: list[re.Match[bytes]], plans: Mapping[str, dict[str, PlanLiteral | Opaque]]) -> None:
-        self._bases = {_name(header): header[2] for header in headers}
+        self._bases = {_get_name(header): header[2] for header in headers}
         self._plans = plans
-        self._made: dict[str, ClassPlans] = {}
+        self._built: dict[str, ClassPlans] = {}
 
     def __getitem__(self, name: str) -> ClassPlans:
-        if name not in self._made:
-            self._made[name] = ClassPlans(name, _bases(self._bases[name]), self._plans.get(name, {}))
-        return self._made[name]
+        if name not in self._built:
+            self._built[name] = ClassPlans(name, _parse_bases(self._bases[name]), self._plans.get(name, {}))
+        return self._built[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._bases
@@ -95,11 +95,11 @@ def _has_other_strings(body: bytes) -> bool:
     return False
 
 
-def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, PlanLiteral | Opaque]] | None:
+def _read_plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, PlanLiteral | Opaque]] | None:
     """Return the plans by class and attribute; every mention of a plan must be accounted for."""
     found: dict[str, dict[str, PlanLiteral | Opaque]] = {}
     starts = [header.start() for header in headers]
-    for start, end in plan_words(body):
+    for start, end in find_plan_mentions(body):
         line = body.rfind(b"\n", 0, start)
         if _NO_CODE.match(body, line):
             continue
@@ -110,8 +110,8 @@ def _plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, P
             return None
         if _TOP_LEVEL.search(body, headers[index].end(), start) or not _is_code(body, headers[index], plan):
             return None
-        owner = _name(headers[index])
-        found.setdefault(owner, {})[name] = _literal(owner, name, plan)
+        owner = _get_name(headers[index])
+        found.setdefault(owner, {})[name] = _read_literal(owner, name, plan)
     return found
 
 
@@ -121,22 +121,22 @@ def _is_code(body: bytes, header: re.Match[bytes], plan: re.Match[bytes]) -> boo
     return before % 2 == 0 and body.count(b'"""', header.start(), plan.start()) % 2 == 0
 
 
-def _literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLiteral | Opaque:
+def _read_literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLiteral | Opaque:
     # Places in `body` are one more than in the source's, for the line end put before it.
     if plan["display"] is None:
-        return Opaque(owner, attribute, _line(plan.string, plan.start("name")))
+        return Opaque(owner, attribute, _get_line(plan.string, plan.start("name")))
     start, end = plan.span("display")
-    line = _line(plan.string, start)
+    line = _get_line(plan.string, start)
     matches = _ENTRY.finditer(plan.string, start, end)
-    entries = tuple(_entry(match, start, line) for match in matches if match[1] is not None)
+    entries = tuple(_read_entry(match, start, line) for match in matches if match[1] is not None)
     return PlanLiteral(owner, attribute, line, entries)
 
 
-def _entry(match: re.Match[bytes], start: int, line: int) -> Entry:
+def _read_entry(match: re.Match[bytes], start: int, line: int) -> PlanEntry:
     """Return the entry of a display that begins at a place and on a line."""
     (key_start, key_end), (style_start, style_end) = match.span(1), match.span(2)
     key = match[1].decode()
-    return Entry(
+    return PlanEntry(
         key,
         match[2].decode(),
         line + match.string.count(b"\n", start, style_start),
@@ -147,30 +147,30 @@ def _entry(match: re.Match[bytes], start: int, line: int) -> Entry:
     )
 
 
-def _line(body: bytes, place: int) -> int:
+def _get_line(body: bytes, place: int) -> int:
     """Return the line of a place, counted from 1; the line end put before the body makes up for the count from 0."""
     return body.count(b"\n", 0, place)
 
 
-def _imports(source: Source) -> Mapping[str, Import]:
+def _read_imports(source: SourceFile) -> Mapping[str, Import]:
     """Return what `read_module` would; most files are never asked."""
     try:
-        found = _plain_imports(source.lines)
+        found = _read_plain_imports(source.lines)
     except UnicodeDecodeError:
         found = None
     return read_module(source).imports if found is None else found
 
 
-def _plain_imports(body: bytes) -> dict[str, Import] | None:
-    if any(_OTHER_IMPORT.search(line) for line in _suspicious_lines(body)):
+def _read_plain_imports(body: bytes) -> dict[str, Import] | None:
+    if any(_OTHER_IMPORT.search(line) for line in _iter_suspicious_lines(body)):
         return None
     matches = list(_IMPORT.finditer(body))
     if body.count(b"\nfrom ") != len(matches):
         return None
-    return {bound: meant for match in matches for bound, meant in _imported_names(match)}
+    return {bound: meant for match in matches for bound, meant in _iter_imported_names(match)}
 
 
-def _suspicious_lines(body: bytes) -> Iterator[bytes]:
+def _iter_suspicious_lines(body: bytes) -> Iterator[bytes]:
     """Yield the lines that may hold an unusual import, each after its line end."""
     for sign in _SIGNS_OF_OTHER_IMPORTS:
         place = body.find(sign)
@@ -180,18 +180,18 @@ def _suspicious_lines(body: bytes) -> Iterator[bytes]:
             place = body.find(sign, end) if end >= 0 else -1
 
 
-def _imported_names(match: re.Match[bytes]) -> Iterator[tuple[str, Import]]:
+def _iter_imported_names(match: re.Match[bytes]) -> Iterator[tuple[str, Import]]:
     """Yield the names that an import brings in, each with what it stands for."""
     level, module, listed = len(match[1]), (match[2] or b"").decode(), match[3] or match[4]
     for name, bound in _IMPORTED.findall(_COMMENT.sub(b"", listed) if b"#" in listed else listed):
         yield (bound or name).decode(), Import(level, module, name.decode())
 
 
-def _name(header: re.Match[bytes]) -> str:
+def _get_name(header: re.Match[bytes]) -> str:
     return header[1].decode()
 
 
-def _bases(listed: bytes | None) -> tuple[str, ...]:
+def _parse_bases(listed: bytes | None) -> tuple[str, ...]:
     if not listed:
         return ()
     parts = map(str.strip, listed.decode().split(","))

@@ -6,62 +6,62 @@ import ast
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from codemods.reading.blocks import own_expressions
-from codemods.reading.pieces import bindings
+from codemods.reading.blocks import iter_expressions
+from codemods.reading.pieces import iter_bindings
 from codemods.reading.scope import Scope
 from plans.plan import plan_kind
 
-__all__ = ["PlanOf", "plan_values"]
+__all__ = ["PlanName", "find_plan_values"]
 
-_ADDING = frozenset({"update", "setdefault", "__setitem__", "__ior__"})
+_ADDING_METHODS = frozenset({"update", "setdefault", "__setitem__", "__ior__"})
 """Methods that put entries into a plan."""
 
-PlanOf = tuple[str, str]
+PlanName = tuple[str, str]
 """A class and its plan."""
 
 
-def plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanOf, ast.expr | ast.stmt, bool]]:
+def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanName, ast.expr | ast.stmt, bool]]:
     """Yield plan, expression, and whether the expression becomes the plan."""
-    for target, value in bindings(statement):
-        if not isinstance(target, ast.Subscript) and (plan := _plan(target, scope)):
+    for target, value in iter_bindings(statement):
+        if not isinstance(target, ast.Subscript) and (plan := _resolve_plan(target, scope)):
             yield plan, value, not isinstance(target, ast.Name) or not scope.function
     match statement:
         case ast.Assign(targets=[ast.Subscript(value=holder, slice=key)], value=value):
-            if plan := _plan(holder, scope):
-                yield plan, _looped(statement, key, value, scope.loops), False
+            if plan := _resolve_plan(holder, scope):
+                yield plan, _expand_loop(statement, key, value, scope.loops), False
             elif isinstance(key, ast.Constant) and isinstance(key.value, str) and plan_kind(key.value):
                 yield (scope.class_name, key.value), value, True
-        case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _plan(target, scope):
+        case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _resolve_plan(target, scope):
             yield plan, value, False
         case ast.Return(value=ast.expr() as value) if plan_kind(scope.function):
             yield (scope.class_name, scope.function), value, True
-    for expression in own_expressions(statement):
+    for expression in iter_expressions(statement):
         for node in ast.walk(expression):
-            yield from _in_expression(node, scope)
+            yield from _find_expression_values(node, scope)
 
 
-def _plan(node: ast.expr, scope: Scope) -> PlanOf | None:
-    plan = scope.plan_of(node)
-    return (scope.class_of(node), plan) if plan else None
+def _resolve_plan(node: ast.expr, scope: Scope) -> PlanName | None:
+    plan = scope.resolve_plan(node)
+    return (scope.resolve_class(node), plan) if plan else None
 
 
-def _in_expression(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanOf, ast.expr, bool]]:
+def _find_expression_values(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanName, ast.expr, bool]]:
     match node:
-        case ast.NamedExpr(target=target, value=value) if plan := _plan(target, scope):
+        case ast.NamedExpr(target=target, value=value) if plan := _resolve_plan(target, scope):
             yield plan, value, False
-        case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _ADDING and (
-            plan := _plan(holder, scope)
+        case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _ADDING_METHODS and (
+            plan := _resolve_plan(holder, scope)
         ):
             yield plan, node, False
         case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(name)), value]) if plan_kind(name):
             yield (scope.class_name, name), value, True
             return
-    for beside, value in _named(node):
+    for beside, value in _iter_named_values(node):
         if beside and plan_kind(beside):
             yield (scope.class_name, beside), value, True
 
 
-def _named(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
+def _iter_named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
     """Yield the values that stand beside a name: arguments, defaults of parameters, values of a display."""
     match node:
         case ast.Call(args=arguments, keywords=keywords):
@@ -80,7 +80,9 @@ def _named(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
             yield from ((one.arg, value) for one, value in zip(named, node.kw_defaults, strict=True) if value)
 
 
-def _looped(statement: ast.Assign, key: ast.expr, value: ast.expr, loops: Sequence[ast.For]) -> ast.stmt | ast.expr:
+def _expand_loop(
+    statement: ast.Assign, key: ast.expr, value: ast.expr, loops: Sequence[ast.For]
+) -> ast.stmt | ast.expr:
     """Return an item assignment, or where its key is a loop's own the comprehension that says the same."""
     for loop in loops:
         if isinstance(key, ast.Name) and key.id in {

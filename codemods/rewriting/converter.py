@@ -16,17 +16,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from codemods.files.sources import shown
+from codemods.files.sources import format_path
 from plans.errors import SourceError, UsageError, WorkerError
 
-__all__ = ["convert", "converter_root", "copy_tree"]
+__all__ = ["convert", "copy_tree", "find_converter_root"]
 
 _CONVERTER = Path("utils/modular_model_converter.py")
 _TRACEBACK = b"Traceback (most recent call last)"
 _EXCEPTION = re.compile(rb"[\w.]*(?:Error|Exception)\b:? ")
 
 
-def converter_root(path: Path) -> Path:
+def find_converter_root(path: Path) -> Path:
     """Return the repository that a path lies in: the nearest folder above it that holds a modular converter.
 
     Raises:
@@ -36,7 +36,7 @@ def converter_root(path: Path) -> Path:
         if (folder / _CONVERTER).is_file():
             return folder
     raise UsageError(
-        f"{shown(path)}: no folder above it holds {_CONVERTER}",
+        f"{format_path(path)}: no folder above it holds {_CONVERTER}",
         hint="run without --verify; the converter is part of the transformers repository, not of its package",
         path=str(path),
     )
@@ -59,10 +59,10 @@ def copy_tree(root: Path, copy: Path, modulars: Iterable[Path]) -> None:
             if entry.is_file():
                 shutil.copyfile(entry, copy / entry.name)
             elif entry.name in folders:
-                shutil.copytree(entry, copy / entry.name, copy_function=shutil.copyfile, ignore=_not_copied)
+                shutil.copytree(entry, copy / entry.name, copy_function=shutil.copyfile, ignore=_list_excluded)
     except OSError as error:
         raise SourceError(
-            f"{shown(root)}: cannot be copied to {copy}: {error}",
+            f"{format_path(root)}: cannot be copied to {copy}: {error}",
             hint="make room there, or set TMPDIR to a folder with room",
             path=str(root),
         ) from error
@@ -103,7 +103,7 @@ def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
         process = subprocess.Popen(
             [sys.executable, str(_CONVERTER), *names],
             cwd=copy,
-            env=_environment(copy),
+            env=_build_environment(copy),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -122,10 +122,10 @@ def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         output.seek(0)
-        return _complaint(output, code)
+        return _extract_error(output, code)
 
 
-def _environment(copy: Path) -> dict[str, str]:
+def _build_environment(copy: Path) -> dict[str, str]:
     """Return an environment that imports the copy's sources and finds the formatter installed beside this Python."""
     sources = [str(copy / "src"), os.environ.get("PYTHONPATH", "")]
     programs = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -136,7 +136,7 @@ def _environment(copy: Path) -> dict[str, str]:
     }
 
 
-def _complaint(output: IO[bytes], code: int) -> str | None:
+def _extract_error(output: IO[bytes], code: int) -> str | None:
     """Return the exception that the output tells of, or its last line where only the exit code tells of one."""
     exception = last = b""
     in_traceback = False
@@ -153,7 +153,7 @@ def _complaint(output: IO[bytes], code: int) -> str | None:
     return (exception or last).decode("utf-8", "replace").strip() or f"exit code {code}"
 
 
-def _not_copied(folder: str, names: list[str]) -> set[str]:
+def _list_excluded(folder: str, names: list[str]) -> set[str]:
     """Name what a copy leaves out: caches, links to folders, links to nothing, devices."""
     paths = [Path(folder, name) for name in names]
     return {

@@ -13,26 +13,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.files.sources import shown
-from codemods.inheritance.ownership import Place, Tree
+from codemods.files.sources import format_path
+from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.propagate import Family, Verdict
-from codemods.tree.ignores import overruled_ignore
-from codemods.tree.selection import Silencer
-from plans.decompose import Decision, Edit, InsertEntry, decided_with
+from codemods.rewriting.propagate import Evaluation, Family
+from codemods.tree.ignores import build_overruled_finding
+from codemods.tree.selection import Suppressions
+from plans.decompose import Edit, EditGroup, InsertEntry, find_group_key
 from plans.rule import Finding
 
-__all__ = ["Decided", "OwnedEdits", "anchor_of", "line_of", "lines_of", "settle"]
+__all__ = ["OwnedEdits", "Resolution", "find_line", "find_lines", "get_anchor", "resolve_edits"]
 
-OwnedEdits = tuple[Place, tuple[Edit, ...]]
+OwnedEdits = tuple[PlanLocation, tuple[Edit, ...]]
 """A plan's owner, and what changes in the plan."""
 
-_Verdicts = Sequence[tuple[Family, Verdict]]
-_Held = frozenset[tuple[Path, Decision]]
+_Evaluations = Sequence[tuple[Family, Evaluation]]
+_Blocked = frozenset[tuple[Path, EditGroup]]
 
 
 @dataclass(frozen=True)
-class Decided:
+class Resolution:
     """What is to be done to the plans of a tree.
 
     Args:
@@ -41,98 +41,100 @@ class Decided:
         ignored: the keys of edits that are not made because a person wants it so, by their place.
     """
 
-    edits: Mapping[Place, OwnedEdits]
-    findings: Sequence[tuple[Place, Finding]]
-    ignored: Mapping[Place, frozenset[str]]
+    edits: Mapping[PlanLocation, OwnedEdits]
+    findings: Sequence[tuple[PlanLocation, Finding]]
+    ignored: Mapping[PlanLocation, frozenset[str]]
 
 
-def settle(tree: Tree, verdicts: _Verdicts, silencer: Silencer, loose: Iterable[Place] = ()) -> Decided:
+def resolve_edits(
+    tree: Tree, evaluations: _Evaluations, suppressions: Suppressions, orphans: Iterable[PlanLocation] = ()
+) -> Resolution:
     """Decide which edits of all families are made.
 
     Args:
         tree: reads files.
-        verdicts: what may be done to each family.
-        silencer: says what is ignored.
-        loose: plans that belong to no family, because their owner cannot be found.
+        evaluations: what may be done to each family.
+        suppressions: says what is ignored.
+        orphans: plans that belong to no family, because their owner cannot be found.
     """
-    ignored = _spread(_ignored(tree, verdicts, silencer), verdicts)
-    held = _spread(ignored | _unfit(tree, verdicts, loose), verdicts)
-    edits: dict[Place, OwnedEdits] = {}
-    left: dict[Place, frozenset[str]] = {}
-    findings = [finding for _, verdict in verdicts for finding in verdict.findings]
-    for family, verdict in verdicts:
+    ignored = _propagate(_find_ignored(tree, evaluations, suppressions), evaluations)
+    held = _propagate(ignored | _find_infeasible(tree, evaluations, orphans), evaluations)
+    edits: dict[PlanLocation, OwnedEdits] = {}
+    left: dict[PlanLocation, frozenset[str]] = {}
+    findings = [finding for _, verdict in evaluations for finding in verdict.findings]
+    for family, verdict in evaluations:
         for place, proposed in verdict.edits.items():
-            left[place] = frozenset(edit.key for edit in proposed if _decision(place, edit.key) in ignored)
-            if kept := tuple(edit for edit in proposed if _decision(place, edit.key) not in held):
+            left[place] = frozenset(edit.key for edit in proposed if _get_decision(place, edit.key) in ignored)
+            if kept := tuple(edit for edit in proposed if _get_decision(place, edit.key) not in held):
                 edits[place] = (family.owner, kept)
-                findings += _overruled(tree, place, family.owner, kept, silencer)
-    return Decided(edits, findings, left)
+                findings += _report_overruled(tree, place, family.owner, kept, suppressions)
+    return Resolution(edits, findings, left)
 
 
-def anchor_of(edit: Edit) -> str:
+def get_anchor(edit: Edit) -> str:
     """Return the key of the entry that an edit stands at."""
     return edit.anchor if isinstance(edit, InsertEntry) else edit.key
 
 
-def line_of(tree: Tree, place: Place, key: str) -> int:
+def find_line(tree: Tree, location: PlanLocation, key: str) -> int:
     """Return the line of an entry, or of the whole plan for a key that it does not hold."""
-    return lines_of(tree, place, key)[-1]
+    return find_lines(tree, location, key)[-1]
 
 
-def lines_of(tree: Tree, place: Place, key: str) -> range:
+def find_lines(tree: Tree, location: PlanLocation, key: str) -> range:
     """Return the lines of an entry from its key to where its style begins, or that of the whole plan."""
-    plan = tree.plan(place)
+    plan = tree.plan(location)
     entries = plan.entries if isinstance(plan, PlanLiteral) else ()
     entry = next((entry for entry in entries if entry.key == key), None)
     if entry is None:
         return range(plan.line, plan.line + 1)
-    first = bisect_right(tree.source(place.path).line_offsets, entry.key_span[0])
+    first = bisect_right(tree.source(location.path).line_offsets, entry.key_span[0])
     return range(min(first, entry.line), entry.line + 1)
 
 
-def _unfit(tree: Tree, verdicts: _Verdicts, loose: Iterable[Place]) -> _Held:
+def _find_infeasible(tree: Tree, evaluations: _Evaluations, orphans: Iterable[PlanLocation]) -> _Blocked:
     """Return the decisions that cannot be carried out everywhere."""
-    plans = ((place, tree.plan(place)) for place in loose)
+    plans = ((place, tree.plan(place)) for place in orphans)
     keys = [(place, entry.key) for place, plan in plans if isinstance(plan, PlanLiteral) for entry in plan.entries]
-    keys += [(place, key) for family, verdict in verdicts for key in verdict.held for place in family.places]
-    return frozenset(_decision(place, key) for place, key in keys)
+    keys += [(place, key) for family, verdict in evaluations for key in verdict.blocked for place in family.locations]
+    return frozenset(_get_decision(place, key) for place, key in keys)
 
 
-def _spread(held: _Held, verdicts: _Verdicts) -> _Held:
+def _propagate(blocked: _Blocked, evaluations: _Evaluations) -> _Blocked:
     """Hold what is held in one place of a family in all of them, and so on from plan to plan."""
-    while held:
+    while blocked:
         more = {
-            _decision(place, edit.key)
-            for family, verdict in verdicts
+            _get_decision(place, edit.key)
+            for family, verdict in evaluations
             for edit in dict.fromkeys(edit for edits in verdict.edits.values() for edit in edits)
-            if any(_decision(place, edit.key) in held for place in family.places)
-            for place in family.places
+            if any(_get_decision(place, edit.key) in blocked for place in family.locations)
+            for place in family.locations
         }
-        if more <= held:
+        if more <= blocked:
             break
-        held |= more
-    return held
+        blocked |= more
+    return blocked
 
 
-def _ignored(tree: Tree, verdicts: _Verdicts, silencer: Silencer) -> _Held:
+def _find_ignored(tree: Tree, evaluations: _Evaluations, suppressions: Suppressions) -> _Blocked:
     """Return the decisions that a person does not want; a copy's edits are looked for in the owner."""
     return frozenset(
-        _decision(family.owner, edit.key)
-        for family, verdict in verdicts
+        _get_decision(family.owner, edit.key)
+        for family, verdict in evaluations
         for edit in dict.fromkeys(edit for edits in verdict.edits.values() for edit in edits)
-        if silencer.is_silent(family.owner.path, lines_of(tree, family.owner, anchor_of(edit)), edit.code)
+        if suppressions.is_suppressed(family.owner.path, find_lines(tree, family.owner, get_anchor(edit)), edit.code)
     )
 
 
-def _decision(place: Place, key: str) -> tuple[Path, Decision]:
-    return place.path, Decision(place.class_name, place.attribute, decided_with(key))
+def _get_decision(location: PlanLocation, key: str) -> tuple[Path, EditGroup]:
+    return location.path, EditGroup(location.class_name, location.attribute, find_group_key(key))
 
 
-def _overruled(
-    tree: Tree, place: Place, owner: Place, edits: Iterable[Edit], silencer: Silencer
-) -> Iterator[tuple[Place, Finding]]:
+def _report_overruled(
+    tree: Tree, location: PlanLocation, owner: PlanLocation, edits: Iterable[Edit], suppressions: Suppressions
+) -> Iterator[tuple[PlanLocation, Finding]]:
     """Yield a finding for every edit that is ignored in a copy, where nothing is decided."""
-    for edit in edits if place != owner else ():
-        key = anchor_of(edit)
-        if silencer.is_silent(place.path, lines_of(tree, place, key), edit.code):
-            yield place, overruled_ignore(edit.code, key, shown(owner.path))
+    for edit in edits if location != owner else ():
+        key = get_anchor(edit)
+        if suppressions.is_suppressed(location.path, find_lines(tree, location, key), edit.code):
+            yield location, build_overruled_finding(edit.code, key, format_path(owner.path))

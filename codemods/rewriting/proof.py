@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from codemods.files.sources import read_source, shown
+from codemods.files.sources import format_path, read_source
 from codemods.reading.literals import read_module
-from codemods.rewriting.converter import convert, converter_root, copy_tree
+from codemods.rewriting.converter import convert, copy_tree, find_converter_root
 from codemods.tree.outcome import Change, Outcome
 from plans.errors import MigratorError, MismatchError, SourceError
 
@@ -39,15 +39,15 @@ def verify_outcome(outcome: Outcome, paths: Sequence[Path], *, timeout: float = 
     """
     by_root: dict[Path, list[Change]] = defaultdict(list)
     for change in outcome.changes:
-        by_root[converter_root(change.path)].append(change)
+        by_root[find_converter_root(change.path)].append(change)
     if not by_root:
         for path in paths:
-            converter_root(path.absolute())
+            find_converter_root(path.absolute())
     return [error for root, changes in by_root.items() for error in _verify(root, changes, timeout)]
 
 
 def _verify(root: Path, changes: Sequence[Change], timeout: float) -> list[MigratorError]:
-    levels = _levels(_affected(changes))
+    levels = _sort_into_levels(_find_affected_modulars(changes))
     modulars = [path for level in levels for path in level]
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         copy = Path(folder).resolve()
@@ -61,24 +61,24 @@ def _verify(root: Path, changes: Sequence[Change], timeout: float) -> list[Migra
             if failures := convert(root, copy, level, timeout):
                 return [*failures]
         computed = {change.path: change.data for change in changes}
-        return [error for path in modulars for error in _differences(root, copy, path, computed)]
+        return [error for path in modulars for error in _compare_outputs(root, copy, path, computed)]
 
 
-def _affected(changes: Sequence[Change]) -> list[Path]:
+def _find_affected_modulars(changes: Sequence[Change]) -> list[Path]:
     """Return the modular files behind the changes, and those that read a changed file of another model."""
-    behind = {path for change in changes if (path := _modular_of(change)) is not None}
+    behind = {path for change in changes if (path := _find_modular(change)) is not None}
     read = {change.path.with_suffix("") for change in changes if not _is_modular(change.path)}
     folders = {change.path.parent.parent for change in changes}
     readers = {
         path
         for folder in folders
         for path in folder.glob("*/modular_*.py")
-        if any(module in read and module.parent != path.parent for module in _imported(path))
+        if any(module in read and module.parent != path.parent for module in _read_imports(path))
     }
     return sorted(behind | readers)
 
 
-def _modular_of(change: Change) -> Path | None:
+def _find_modular(change: Change) -> Path | None:
     if _is_modular(change.path):
         return change.path
     name = change.source.generated_from
@@ -89,7 +89,7 @@ def _is_modular(path: Path) -> bool:
     return path.name.startswith("modular_")
 
 
-def _imported(path: Path) -> frozenset[Path]:
+def _read_imports(path: Path) -> frozenset[Path]:
     """Return the modules that a file may import from, as paths without a suffix."""
     return frozenset(
         base.joinpath(*module.split("."))
@@ -99,7 +99,7 @@ def _imported(path: Path) -> frozenset[Path]:
     )
 
 
-def _levels(modulars: Sequence[Path]) -> list[list[Path]]:
+def _sort_into_levels(modulars: Sequence[Path]) -> list[list[Path]]:
     """Group modular files so that each comes after those whose models it imports from.
 
     Raises:
@@ -107,7 +107,7 @@ def _levels(modulars: Sequence[Path]) -> list[list[Path]]:
     """
     needs: dict[Path, set[Path]] = {}
     for path in modulars:
-        folders = {folder for module in _imported(path) for folder in (module, module.parent)} - {path.parent}
+        folders = {folder for module in _read_imports(path) for folder in (module, module.parent)} - {path.parent}
         needs[path] = {other for other in modulars if other.parent in folders}
     sorter = TopologicalSorter(needs)
     try:
@@ -126,7 +126,7 @@ def _levels(modulars: Sequence[Path]) -> list[list[Path]]:
     return levels
 
 
-def _differences(root: Path, copy: Path, modular: Path, computed: Mapping[Path, bytes]) -> Iterator[MismatchError]:
+def _compare_outputs(root: Path, copy: Path, modular: Path, computed: Mapping[Path, bytes]) -> Iterator[MismatchError]:
     """Compare every file that the converter wrote for a modular file."""
     known = sorted(modular.parent.glob("*.py"))
     for path in known:
@@ -137,22 +137,22 @@ def _differences(root: Path, copy: Path, modular: Path, computed: Mapping[Path, 
         written = target.read_bytes() if target.is_file() else b""
         if written != expected:
             untouched = "" if path in computed else ", and the rewrite leaves this file as it is"
-            line = _first_difference(written, expected)
-            yield _mismatch(path, f"line {line} differs from what the converter writes{untouched}")
+            line = _find_first_difference(written, expected)
+            yield _build_mismatch(path, f"line {line} differs from what the converter writes{untouched}")
     new = {path.name for path in (copy / modular.parent.relative_to(root)).glob("*.py")}
     for name in sorted(new.difference(path.name for path in known)):
-        yield _mismatch(modular.with_name(name), "the converter writes this file, which the tree does not have")
+        yield _build_mismatch(modular.with_name(name), "the converter writes this file, which the tree does not have")
 
 
-def _mismatch(path: Path, what: str) -> MismatchError:
+def _build_mismatch(path: Path, what: str) -> MismatchError:
     return MismatchError(
-        f"{shown(path)}: {what}",
+        f"{format_path(path)}: {what}",
         hint="bring the generated files up to date with the modular converter first, then rewrite",
         path=str(path),
     )
 
 
-def _first_difference(one: bytes, other: bytes) -> int:
+def _find_first_difference(one: bytes, other: bytes) -> int:
     """Return the first line that differs, counted from 1."""
     lines = zip(one.splitlines(keepends=True), other.splitlines(keepends=True), strict=False)
     same = next((index for index, (left, right) in enumerate(lines) if left != right), None)

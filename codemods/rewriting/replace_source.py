@@ -7,13 +7,13 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from codemods.files.sources import Source, read_source, shown
+from codemods.files.sources import SourceFile, format_path, read_source
 from plans.errors import SourceError
 
 __all__ = ["check_replaceable", "replace_source"]
 
 
-def check_replaceable(source: Source) -> None:
+def check_replaceable(source: SourceFile) -> None:
     """Check that a file can be replaced and is still as it was read.
 
     Raises:
@@ -22,7 +22,7 @@ def check_replaceable(source: Source) -> None:
     try:
         if read_source(source.path).data != source.data:
             raise SourceError(
-                f"{shown(source.path)}: changed by someone else since it was read",
+                f"{format_path(source.path)}: changed by someone else since it was read",
                 hint="run again",
                 path=str(source.path),
             )
@@ -30,10 +30,10 @@ def check_replaceable(source: Source) -> None:
         if not (os.access(target, os.W_OK) and os.access(target.parent, os.W_OK)):
             raise PermissionError(0, "is read-only")
     except OSError as error:
-        raise _unwritable(source, error) from error
+        raise _build_write_error(source, error) from error
 
 
-def replace_source(source: Source, data: bytes) -> None:
+def replace_source(source: SourceFile, data: bytes) -> None:
     """Replace a file's bytes in one step, keeping its mode; a kill leaves the old file or the new one.
 
     Raises:
@@ -41,18 +41,18 @@ def replace_source(source: Source, data: bytes) -> None:
     """
     check_replaceable(source)
     try:
-        _write_beside(source.path.resolve(), data)
+        _replace_atomically(source.path.resolve(), data)
     except OSError as error:
-        raise _unwritable(source, error) from error
+        raise _build_write_error(source, error) from error
 
 
-def _unwritable(source: Source, error: OSError) -> SourceError:
+def _build_write_error(source: SourceFile, error: OSError) -> SourceError:
     return SourceError(
-        f"{shown(source.path)}: {error.strerror}", hint="make it writable or leave it out", path=str(source.path)
+        f"{format_path(source.path)}: {error.strerror}", hint="make it writable or leave it out", path=str(source.path)
     )
 
 
-def _write_beside(target: Path, data: bytes) -> None:
+def _replace_atomically(target: Path, data: bytes) -> None:
     import tempfile
 
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".migrator")

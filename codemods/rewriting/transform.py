@@ -12,152 +12,165 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from codemods.files.sources import shown
-from codemods.inheritance.ownership import Place, Tree
-from codemods.inheritance.users import User, users
+from codemods.files.sources import format_path
+from codemods.inheritance.ownership import PlanLocation, Tree
+from codemods.inheritance.users import Consumer, find_consumers
 from codemods.models.describe import describe
-from codemods.models.layouts import layout_of
-from codemods.reading.alternatives import Alternative, alternatives, related
+from codemods.models.layouts import find_layout
+from codemods.reading.alternatives import Alternative, find_alternatives, keep_relevant_literals
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.decisions import anchor_of
+from codemods.rewriting.decisions import get_anchor
 from codemods.rewriting.propagate import Family
-from codemods.rewriting.withheld import not_writable, withheld
-from plans.decompose import Decomposition, InsertEntry, LayoutReader, decided_with, decompose, is_decomposed_plan
-from plans.described import Described, Describer
+from codemods.rewriting.withheld import block_unsafe_edits, report_blocked
+from plans.decompose import Decomposition, InsertEntry, LayoutReader, decompose, find_group_key, is_decomposable_plan
+from plans.described import KeyTarget, TargetReader
 from plans.dialect import Dialect
 from plans.layout import ExpertLayout
 from plans.plan import plan_kind
 from plans.rule import Finding
 
-__all__ = ["beside", "to_dialect", "to_param_level"]
+__all__ = ["find_siblings", "to_dialect", "to_param_level"]
 
 _NOTHING = Decomposition((), ())
 
 _EXPERT_PARAMETER = re.compile(r"(?<!\w)experts\.(?:gate_up_proj|up_proj|down_proj)$")
 
 
-def to_param_level(tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
+def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
     """Decompose the expert entries of a family's plans, where every model that uses them has the regular layout."""
-    layouts = _layouts_of_users(tree, family)
-    own = {place.path.parent for place in family.places}
+    layouts = _build_layout_reader(tree, family)
+    own = {place.path.parent for place in family.locations}
 
     def read(experts: str) -> ExpertLayout | None:
         found = list(layouts(experts).values())
         return None if None in found else next((one for one in found if one and one.irregularity), found[0])
 
-    def named(found: Finding) -> Finding:
-        shows = layouts(decided_with(found.key)) if found.code == "MIG203" else {}
+    def name_consumer(found: Finding) -> Finding:
+        shows = layouts(find_group_key(found.key)) if found.code == "MIG203" else {}
         unclear = next((folder for (folder, _), layout in shows.items() if layout is None and folder not in own), None)
-        return replace(found, message=f"{found.message} of {shown(unclear)}, which uses it") if unclear else found
+        return replace(found, message=f"{found.message} of {format_path(unclear)}, which uses it") if unclear else found
 
-    results = {place: _decomposed(tree, place, read) for place in family.places}
-    return {place: replace(found, findings=tuple(map(named, found.findings))) for place, found in results.items()}
+    results = {place: _decompose_plan(tree, place, read) for place in family.locations}
+    return {
+        place: replace(found, findings=tuple(map(name_consumer, found.findings))) for place, found in results.items()
+    }
 
 
-def to_dialect(source: Dialect, target: Dialect, tree: Tree, family: Family) -> Mapping[Place, Decomposition]:
+def to_dialect(source: Dialect, target: Dialect, tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
     """Translate a family's plans by meaning; what a key names must be the same in every model that uses it."""
-    describer = partial(_described, frozenset((place.path.parent, place.class_name) for place in family.places))
-    return {place: _translated(source, target, tree, place, describer) for place in family.places}
+    describer = partial(
+        _describe_for_all, frozenset((place.path.parent, place.class_name) for place in family.locations)
+    )
+    return {place: _translate_plan(source, target, tree, place, describer) for place in family.locations}
 
 
-def _decomposed(tree: Tree, place: Place, layout_of: LayoutReader) -> Decomposition:
-    literal = tree.plan(place)
+def _decompose_plan(tree: Tree, location: PlanLocation, read_layout: LayoutReader) -> Decomposition:
+    literal = tree.plan(location)
     if not isinstance(literal, PlanLiteral):
         return _NOTHING
-    agreed = _agreed(
-        [_writable(literal, decompose(literal.plan, layout_of, one.plan), one) for one in beside(tree, place)]
+    agreed = _merge_alternatives(
+        [
+            _block_unwritable(literal, decompose(literal.plan, read_layout, one.plan), one)
+            for one in find_siblings(tree, location)
+        ]
     )
-    return withheld(literal, tree.class_of(place), agreed)
+    return block_unsafe_edits(literal, tree.get_class(location), agreed)
 
 
-def _translated(source: Dialect, target: Dialect, tree: Tree, place: Place, describer: Describer) -> Decomposition:
+def _translate_plan(
+    source: Dialect, target: Dialect, tree: Tree, location: PlanLocation, describer: TargetReader
+) -> Decomposition:
     from plans.translate import translate
 
-    literal = tree.plan(place)
-    kind = plan_kind(place.attribute)
+    literal = tree.plan(location)
+    kind = plan_kind(location.attribute)
     if not isinstance(literal, PlanLiteral) or kind is None:
         return _NOTHING
-    computed = not_writable([entry.key for entry in literal.entries if entry.style is None])
-    others = alternatives(tree.class_of(place), literal)
+    computed = report_blocked([entry.key for entry in literal.entries if entry.style is None])
+    others = find_alternatives(tree.get_class(location), literal)
     results = [translate({**one.plan, **literal.plan}, source, target, describer, kind) for one in others]
-    return withheld(literal, None, _agreed([_of_literal(literal, result, computed) for result in results]))
+    return block_unsafe_edits(
+        literal, None, _merge_alternatives([_restrict_to_literal(literal, result, computed) for result in results])
+    )
 
 
-def _of_literal(literal: PlanLiteral, wanted: Decomposition, more: Sequence[Finding]) -> Decomposition:
+def _restrict_to_literal(literal: PlanLiteral, wanted: Decomposition, more: Sequence[Finding]) -> Decomposition:
     """Keep of a whole plan's translation what speaks of one literal's entries."""
     edits = tuple(edit for edit in wanted.edits if edit.key in literal.plan)
     return Decomposition(edits, (*(found for found in wanted.findings if found.key in literal.plan), *more))
 
 
-def _described(users: frozenset[tuple[Path, str]], key: str) -> Described | None:
+def _describe_for_all(consumers: frozenset[tuple[Path, str]], key: str) -> KeyTarget | None:
     """Return what a key names in every model that uses the plan, None where two of them differ."""
-    found = {describe(folder, key, owner.rpartition(".")[2]) for folder, owner in users}
-    kinds = {(one.named, one.rank) if one else None for one in found}
+    found = {describe(folder, key, owner.rpartition(".")[2]) for folder, owner in consumers}
+    kinds = {(one.kind, one.ndim) if one else None for one in found}
     return next(iter(found)) if len(kinds) == 1 else None
 
 
-def beside(tree: Tree, place: Place) -> tuple[Alternative, ...]:
+def find_siblings(tree: Tree, location: PlanLocation) -> tuple[Alternative, ...]:
     """Return what the plan of a literal can hold beside it; of TP and SP plans what bears on the same experts."""
-    literal, owner = tree.literal(place), tree.class_of(place)
-    return alternatives(related(owner, literal) if is_decomposed_plan(place.attribute) else owner, literal)
-
-
-def _agreed(results: Sequence[Decomposition]) -> Decomposition:
-    """Return what every alternative asks for; what only some of them ask for is disputed."""
-    wanted = [frozenset(result.edits) for result in results]
-    contested = [edit for result in results for edit in result.edits if not all(edit in edits for edits in wanted)]
-    disputed = frozenset(decided_with(edit.key) for edit in contested)
-    findings = dict.fromkeys(found for result in results for found in result.findings)
-    explained = {decided_with(found.key) for found in findings}
-    unexplained = [anchor_of(edit) for edit in contested if decided_with(edit.key) not in explained]
-    return Decomposition(
-        tuple(edit for edit in results[0].edits if decided_with(edit.key) not in disputed),
-        (*findings, *not_writable(unexplained)),
-        disputed.union(*(result.disputed for result in results)),
+    literal, owner = tree.literal(location), tree.get_class(location)
+    return find_alternatives(
+        keep_relevant_literals(owner, literal) if is_decomposable_plan(location.attribute) else owner, literal
     )
 
 
-def _writable(literal: PlanLiteral, wanted: Decomposition, other: Alternative) -> Decomposition:
+def _merge_alternatives(results: Sequence[Decomposition]) -> Decomposition:
+    """Return what every alternative asks for; what only some of them ask for is disputed."""
+    wanted = [frozenset(result.edits) for result in results]
+    contested = [edit for result in results for edit in result.edits if not all(edit in edits for edits in wanted)]
+    disputed = frozenset(find_group_key(edit.key) for edit in contested)
+    findings = dict.fromkeys(found for result in results for found in result.findings)
+    explained = {find_group_key(found.key) for found in findings}
+    unexplained = [get_anchor(edit) for edit in contested if find_group_key(edit.key) not in explained]
+    return Decomposition(
+        tuple(edit for edit in results[0].edits if find_group_key(edit.key) not in disputed),
+        (*findings, *report_blocked(unexplained)),
+        disputed.union(*(result.ambiguous for result in results)),
+    )
+
+
+def _block_unwritable(literal: PlanLiteral, wanted: Decomposition, other: Alternative) -> Decomposition:
     """Turn what cannot be written safely into findings.
 
     That is: experts with a computed style, or with an entry that is written twice, new entries without a place for
     them, and whatever depends on entries that the plan takes in from elsewhere and that nobody here can see.
     """
-    takes_in = literal.takes_in or other.takes_in
+    takes_in = literal.is_partial or other.is_partial
     here = [entry.key for entry in literal.entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
-    computed = {decided_with(key) for key in (*here, *filter(_EXPERT_PARAMETER.search, other.computed))}
+    computed = {find_group_key(key) for key in (*here, *filter(_EXPERT_PARAMETER.search, other.computed))}
     fixed = {entry.key for entry in literal.entries if takes_in or not entry.can_precede}
     unseen = [found.key for found in wanted.findings if takes_in and found.code == "MIG202"]
-    twice = _written_twice(literal, other)
+    twice = _find_duplicates(literal, other)
     lost = [
         edit
         for edit in wanted.edits
-        if decided_with(edit.key) in computed or (isinstance(edit, InsertEntry) and edit.anchor in fixed)
+        if find_group_key(edit.key) in computed or (isinstance(edit, InsertEntry) and edit.anchor in fixed)
     ]
-    overridden = [edit for edit in wanted.edits if edit not in lost and decided_with(edit.key) in twice]
-    whys = {anchor_of(edit): f"line {twice[decided_with(edit.key)]} writes it too" for edit in overridden}
+    overridden = [edit for edit in wanted.edits if edit not in lost and find_group_key(edit.key) in twice]
+    whys = {get_anchor(edit): f"line {twice[find_group_key(edit.key)]} writes it too" for edit in overridden}
     findings = [found for found in wanted.findings if found.key not in unseen]
     return Decomposition(
         tuple(edit for edit in wanted.edits if edit not in (*lost, *overridden)),
-        (*findings, *not_writable([*here, *map(anchor_of, lost), *unseen]), *not_writable(whys)),
-        frozenset(decided_with(edit.key) for edit in (*lost, *overridden)),
+        (*findings, *report_blocked([*here, *map(get_anchor, lost), *unseen]), *report_blocked(whys)),
+        frozenset(find_group_key(edit.key) for edit in (*lost, *overridden)),
     )
 
 
-def _written_twice(literal: PlanLiteral, other: Alternative) -> Mapping[str, int]:
+def _find_duplicates(literal: PlanLiteral, other: Alternative) -> Mapping[str, int]:
     """Return the experts modules of which an entry is written elsewhere too, with the line; the later one counts."""
     keys = {entry.key for entry in literal.entries}
-    return {decided_with(key): line for key, line in other.lines.items() if key in keys}
+    return {find_group_key(key): line for key, line in other.lines.items() if key in keys}
 
 
-def _layouts_of_users(tree: Tree, family: Family) -> Callable[[str], Mapping[User, ExpertLayout | None]]:
+def _build_layout_reader(tree: Tree, family: Family) -> Callable[[str], Mapping[Consumer, ExpertLayout | None]]:
     """Return a reader that lets every model speak that uses a plan, from the key of an experts module."""
 
     @cache
-    def read(experts: str) -> Mapping[User, ExpertLayout | None]:
+    def read(experts: str) -> Mapping[Consumer, ExpertLayout | None]:
         return {
-            (folder, owner): layout_of(folder, describe(folder, experts, owner.rpartition(".")[2]))
-            for folder, owner in users(tree, family.places)
+            (folder, owner): find_layout(folder, describe(folder, experts, owner.rpartition(".")[2]))
+            for folder, owner in find_consumers(tree, family.locations)
         }
 
     return read

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.files.sources import read_source, shown
+from codemods.files.sources import format_path, read_source
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, dialect_names, load_dialect
 from plans.errors import UsageError
 
-__all__ = ["Detected", "detect", "source_dialect", "version_file"]
+__all__ = ["DetectedDialect", "detect_dialect", "find_version_file", "load_source_dialect"]
 
 _VERSION = re.compile(rb"^__version__\s*=\s*[\"'](\d+\.\d+[\w.+-]*)[\"']", re.MULTILINE)
 _PACKAGE = "transformers"
 
 
 @dataclass(frozen=True)
-class Detected:
+class DetectedDialect:
     """A tree's dialect.
 
     Args:
@@ -36,7 +36,7 @@ class Detected:
     alternatives: tuple[str, ...] = ()
 
 
-def detect(root: Path, styles: Iterable[str]) -> Detected:
+def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
     """Find the dialect of a tree.
 
     Args:
@@ -47,26 +47,26 @@ def detect(root: Path, styles: Iterable[str]) -> Detected:
         UsageError: the version file names a release older than every known dialect.
         SourceError: the version file cannot be read.
     """
-    used = _telling(styles)
-    said = _version(root)
+    used = _filter_distinctive(styles)
+    said = _find_version(root)
     if said is None:
-        return _by_styles(used, "no version file says, ")
+        return _detect_by_styles(used, "no version file says, ")
     file, version = said
     try:
         released = dialect_for_release(version)
     except UsageError as error:
         hint = "say with --source which dialect its plans speak"
-        raise UsageError(f"{shown(file)}: {error.message}", hint=hint, path=str(file), version=version) from error
-    says = f"{shown(file)} says {version}"
+        raise UsageError(f"{format_path(file)}: {error.message}", hint=hint, path=str(file), version=version) from error
+    says = f"{format_path(file)} says {version}"
     missing = used - released.styles.keys()
-    best = _by_styles(used, f"{says}, which has no {_listed(missing)}; ")
+    best = _detect_by_styles(used, f"{says}, which has no {_join_names(missing)}; ")
     # One style that the release lacks is a mistake in a plan, which must not talk the whole tree into another dialect.
     if len(missing) <= max(1, len(used - load_dialect(best.dialect).styles.keys())):
-        return Detected(released.name, says)
+        return DetectedDialect(released.name, says)
     return best
 
 
-def source_dialect(name: str) -> Dialect:
+def load_source_dialect(name: str) -> Dialect:
     """Return the dialect that a tree is said to speak.
 
     Raises:
@@ -82,54 +82,56 @@ def source_dialect(name: str) -> Dialect:
     return load_dialect(name)
 
 
-def version_file(path: Path) -> Path | None:
+def find_version_file(path: Path) -> Path | None:
     """Return the file that says which release the tree around a path is, None where none does."""
-    said = _version(path)
+    said = _find_version(path)
     return said[0] if said else None
 
 
-def _telling(styles: Iterable[str]) -> frozenset[str]:
+def _filter_distinctive(styles: Iterable[str]) -> frozenset[str]:
     """Return the styles that tell dialects apart: not those valid everywhere, not those no dialect knows."""
-    known = {name for dialect in _dialects() for name in dialect.styles}
+    known = {name for dialect in _load_dialects() for name in dialect.styles}
     return frozenset(styles) & (known - load_dialect(PARAM_LEVEL).styles.keys())
 
 
-def _by_styles(used: frozenset[str], why: str) -> Detected:
+def _detect_by_styles(used: frozenset[str], why: str) -> DetectedDialect:
     """Return the newest dialect that holds all styles; where none does, the newest of those that lack the fewest."""
-    missing = {dialect.name: len(used - dialect.styles.keys()) for dialect in _dialects()}
+    missing = {dialect.name: len(used - dialect.styles.keys()) for dialect in _load_dialects()}
     fewest = min(missing.values())
-    fitting = [dialect for dialect in _dialects() if missing[dialect.name] == fewest]
+    fitting = [dialect for dialect in _load_dialects() if missing[dialect.name] == fewest]
     newest = fitting[-1]
-    others = [dialect.name for dialect in reversed(fitting[:-1]) if _differs(dialect, newest, used)]
-    held = "all of" if not fewest else f"most, all but {_listed(used - newest.styles.keys())}, of"
+    others = [dialect.name for dialect in reversed(fitting[:-1]) if _has_different_meaning(dialect, newest, used)]
+    held = "all of" if not fewest else f"most, all but {_join_names(used - newest.styles.keys())}, of"
     reason = f"{why}{newest.name} is the newest that has {held} its styles"
-    return Detected(newest.name, reason + (f"; {_listed(others)} would do too" if others else ""), tuple(others))
+    return DetectedDialect(
+        newest.name, reason + (f"; {_join_names(others)} would do too" if others else ""), tuple(others)
+    )
 
 
-def _differs(one: Dialect, other: Dialect, used: frozenset[str]) -> bool:
+def _has_different_meaning(one: Dialect, other: Dialect, used: frozenset[str]) -> bool:
     """Say whether two dialects mean something different by a style that both have."""
     shared = used & one.styles.keys() & other.styles.keys()
     return any(one.styles[name].means != other.styles[name].means for name in shared)
 
 
-def _dialects() -> list[Dialect]:
+def _load_dialects() -> list[Dialect]:
     """Return every dialect a tree can speak, oldest first; a release is likelier than a stage of the branch."""
     loaded = [load_dialect(name) for name in dialect_names() if name != PARAM_LEVEL]
-    return sorted(loaded, key=lambda dialect: dialect.age)
+    return sorted(loaded, key=lambda dialect: dialect.sort_key)
 
 
-def _version(root: Path) -> tuple[Path, str] | None:
-    for file in _version_files(root.absolute()):
+def _find_version(root: Path) -> tuple[Path, str] | None:
+    for file in _list_version_files(root.absolute()):
         if file.is_file() and (match := _VERSION.search(read_source(file).data)):
             return file, match[1].decode()
     return None
 
 
-def _version_files(root: Path) -> Iterator[Path]:
+def _list_version_files(root: Path) -> Iterator[Path]:
     """Yield where the package's version may stand: above a path in it, below a repository's root."""
     yield from (folder / "__init__.py" for folder in (root, *root.parents) if folder.name == _PACKAGE)
     yield from (root / below / _PACKAGE / "__init__.py" for below in ("src", "."))
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))

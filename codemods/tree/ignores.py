@@ -14,9 +14,16 @@ from bisect import bisect_left
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from plans.rule import Finding, all_rules, rule
+from plans.rule import Finding, load_rule, load_rules
 
-__all__ = ["Ignore", "may_ignore", "overruled_ignore", "read_ignores", "silenced_lines", "unused_ignores"]
+__all__ = [
+    "Ignore",
+    "build_overruled_finding",
+    "can_contain_ignores",
+    "find_suppressed_lines",
+    "find_unused_ignores",
+    "read_ignores",
+]
 
 _MARKS = (b"igrator:", b"IGRATOR:")
 _COMMENT = r"(?i:migrator:\s*ignore)\b(?:\s*\[(?P<codes>[^\]]*)\])?"
@@ -31,21 +38,21 @@ class Ignore:
 
     Args:
         line: where it stands, counted from 1.
-        speaks_of: the line whose findings it silences.
+        target_line: the line whose findings it silences.
         codes: those it names, as written.
     """
 
     line: int
-    speaks_of: int
+    target_line: int
     codes: tuple[str, ...]
 
     @property
-    def unknown(self) -> tuple[str, ...]:
+    def unknown_codes(self) -> tuple[str, ...]:
         """What it names that is no rule's code; a comment without any code names the empty one."""
-        return tuple(code for code in self.codes or ("",) if code not in all_rules())
+        return tuple(code for code in self.codes or ("",) if code not in load_rules())
 
 
-def may_ignore(data: bytes) -> bool:
+def can_contain_ignores(data: bytes) -> bool:
     """Say whether a file's bytes can hold an ignore comment; nearly none does."""
     return any(mark in data for mark in _MARKS)
 
@@ -56,35 +63,37 @@ def read_ignores(body: bytes) -> tuple[Ignore, ...]:
     Args:
         body: the file's text as UTF-8. What does not tokenize has none: whoever parses the file says what is wrong.
     """
-    if not may_ignore(body):
+    if not can_contain_ignores(body):
         return ()
     try:
-        return tuple(_ignores(io.StringIO(body.decode(), newline=None)))
+        return tuple(_parse_ignores(io.StringIO(body.decode(), newline=None)))
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError):
         return ()
 
 
-def silenced_lines(ignores: Iterable[Ignore], lines: Container[int], code: str) -> frozenset[int]:
+def find_suppressed_lines(ignores: Iterable[Ignore], lines: Container[int], code: str) -> frozenset[int]:
     """Return those among some lines on which a comment silences a code."""
-    return frozenset(one.speaks_of for one in ignores if one.speaks_of in lines and code in one.codes)
+    return frozenset(one.target_line for one in ignores if one.target_line in lines and code in one.codes)
 
 
-def unused_ignores(ignores: Iterable[Ignore], silenced: Collection[tuple[int, str]]) -> Iterator[tuple[int, Finding]]:
+def find_unused_ignores(
+    ignores: Iterable[Ignore], suppressed: Collection[tuple[int, str]]
+) -> Iterator[tuple[int, Finding]]:
     """Yield a finding for every code of a comment that silenced nothing, with the comment's line.
 
     Args:
         ignores: a file's comments.
-        silenced: line and code of everything in the file that comments kept quiet.
+        suppressed: line and code of everything in the file that comments kept quiet.
     """
     for ignore in ignores:
-        for code in ignore.unknown:
-            yield ignore.line, _without_code(code or "ignore")
+        for code in ignore.unknown_codes:
+            yield ignore.line, _build_no_code_finding(code or "ignore")
         for code in ignore.codes:
-            if code not in ignore.unknown and (ignore.speaks_of, code) not in silenced:
-                yield ignore.line, _of_no_use(code, code, f"nothing here is {code}")
+            if code not in ignore.unknown_codes and (ignore.target_line, code) not in suppressed:
+                yield ignore.line, _build_unused_finding(code, code, f"nothing here is {code}")
 
 
-def overruled_ignore(code: str, key: str, owner: str) -> Finding:
+def build_overruled_finding(code: str, key: str, owner: str) -> Finding:
     """Return the finding for an ignored code in a generated copy, whose owner decides.
 
     Args:
@@ -92,28 +101,28 @@ def overruled_ignore(code: str, key: str, owner: str) -> Finding:
         key: of the entry.
         owner: the owner's file.
     """
-    return _of_no_use(code, key, f"{owner} owns this entry and decides")
+    return _build_unused_finding(code, key, f"{owner} owns this entry and decides")
 
 
-def _ignores(text: io.StringIO) -> Iterator[Ignore]:
+def _parse_ignores(text: io.StringIO) -> Iterator[Ignore]:
     tokens = list(tokenize.generate_tokens(text.readline))
     code_lines = sorted({token.start[0] for token in tokens if token.type not in _NO_CODE})
     for token in tokens:
         if token.type == tokenize.COMMENT:
             for match in re.finditer(_COMMENT, token.string):
                 codes = tuple(filter(None, map(str.strip, (match["codes"] or "").split(","))))
-                yield Ignore(token.start[0], _line_of_code(code_lines, token.start[0]), codes)
+                yield Ignore(token.start[0], _find_code_line(code_lines, token.start[0]), codes)
 
 
-def _line_of_code(code_lines: Sequence[int], line: int) -> int:
+def _find_code_line(code_lines: Sequence[int], line: int) -> int:
     """Return the line itself or the next one that holds code."""
     place = bisect_left(code_lines, line)
     return code_lines[place] if place < len(code_lines) else line
 
 
-def _of_no_use(code: str, key: str, where: str) -> Finding:
-    return Finding("MIG901", key, rule("MIG901").message.format(key=code, where=where))
+def _build_unused_finding(code: str, key: str, where: str) -> Finding:
+    return Finding("MIG901", key, load_rule("MIG901").message.format(key=code, where=where))
 
 
-def _without_code(key: str) -> Finding:
-    return Finding("MIG902", key, rule("MIG902").message.format(key=key))
+def _build_no_code_finding(key: str) -> Finding:
+    return Finding("MIG902", key, load_rule("MIG902").message.format(key=key))

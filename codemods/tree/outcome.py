@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from codemods.files.sources import Source
-from codemods.inheritance.ownership import Place
-from codemods.tree.detect import Detected
+from codemods.files.sources import SourceFile
+from codemods.inheritance.ownership import PlanLocation
+from codemods.tree.detect import DetectedDialect
 from plans.decompose import Edit
 from plans.errors import MigratorError
 from plans.rule import Finding
 
-__all__ = ["Change", "Located", "LocatedEdit", "Outcome", "Role", "joined"]
+__all__ = ["Change", "LocatedEdit", "LocatedFinding", "Outcome", "Role", "merge_outcomes"]
 
 Role = Literal["owner", "copy"]
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedFinding:
     """A finding with its place in a file, the line counted from 1."""
 
     path: Path
@@ -46,7 +46,7 @@ class LocatedEdit:
     class_name: str
     attribute: str
     edit: Edit
-    owner: Place
+    owner: PlanLocation
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Change:
         edits: what changed in it.
     """
 
-    source: Source
+    source: SourceFile
     data: bytes
     role: Role
     edits: tuple[LocatedEdit, ...]
@@ -71,7 +71,7 @@ class Change:
         return self.source.path
 
     @property
-    def owners(self) -> frozenset[Place]:
+    def owners(self) -> frozenset[PlanLocation]:
         """The owners of what changes in it."""
         return frozenset(edit.owner for edit in self.edits)
 
@@ -90,19 +90,19 @@ class Outcome:
     """
 
     changes: tuple[Change, ...]
-    findings: tuple[Located, ...]
+    findings: tuple[LocatedFinding, ...]
     errors: tuple[MigratorError, ...]
     files: int
     plan_files: int
-    dialects: tuple[Detected, ...] = ()
+    dialects: tuple[DetectedDialect, ...] = ()
 
     @property
-    def dialect(self) -> Detected | None:
+    def dialect(self) -> DetectedDialect | None:
         """The one dialect that was asked for, None where there is none or several."""
         return self.dialects[0] if len(self.dialects) == 1 else None
 
 
-def joined(outcomes: Sequence[Outcome]) -> Outcome:
+def merge_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
     """Return the outcome of several projects as one."""
     changes = [change for one in outcomes for change in one.changes]
     return Outcome(

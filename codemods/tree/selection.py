@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from codemods.files.config import Configuration
-from codemods.files.sources import Source
-from codemods.tree.ignores import Ignore, may_ignore, read_ignores, silenced_lines, unused_ignores
+from codemods.files.sources import SourceFile
+from codemods.tree.ignores import Ignore, can_contain_ignores, find_suppressed_lines, find_unused_ignores, read_ignores
 from plans.rule import Finding
 
-__all__ = ["Selection", "Silencer"]
+__all__ = ["Selection", "Suppressions"]
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,26 @@ class Selection:
 
     Args:
         configuration: the project's.
-        touched: folders whose files changed, None for all.
+        changed_folders: folders whose files changed, None for all.
     """
 
     configuration: Configuration = field(default_factory=Configuration)
-    touched: frozenset[Path] | None = None
+    changed_folders: frozenset[Path] | None = None
 
     def includes(self, path: Path) -> bool:
         """Say whether a file may be reported on and written."""
-        return self.configuration.includes(path)
+        return self.configuration.is_included(path)
 
-    def touches(self, paths: Iterable[Path]) -> bool:
+    def is_in_scope(self, paths: Iterable[Path]) -> bool:
         """Say whether a plan that lies in these files is spoken of: one changed file in one of their folders is enough.
 
         An owner and its copies change together, so a change beside any of them brings all of them in.
         """
-        return self.touched is None or any(path.parent.resolve() in self.touched for path in paths)
+        return self.changed_folders is None or any(path.parent.resolve() in self.changed_folders for path in paths)
 
 
 @dataclass
-class Silencer:
+class Suppressions:
     """Answers what is ignored, by comments and by configuration, and remembers which comments were of use.
 
     Args:
@@ -47,17 +47,17 @@ class Silencer:
     """
 
     selection: Selection = field(default_factory=Selection)
-    _sources: dict[Path, Source] = field(default_factory=dict)
+    _sources: dict[Path, SourceFile] = field(default_factory=dict)
     _ignores: dict[Path, tuple[Ignore, ...]] = field(default_factory=dict)
-    _silenced: dict[Path, set[tuple[int, str]]] = field(default_factory=dict)
+    _used: dict[Path, set[tuple[int, str]]] = field(default_factory=dict)
 
-    def read(self, source: Source) -> None:
+    def read_comments(self, source: SourceFile) -> None:
         """Take the comments of a file."""
-        if may_ignore(source.data) and (ignores := read_ignores(source.body)):
+        if can_contain_ignores(source.data) and (ignores := read_ignores(source.body)):
             self._sources[source.path] = source
             self._ignores[source.path] = ignores
 
-    def is_silent(self, path: Path, lines: Container[int], code: str) -> bool:
+    def is_suppressed(self, path: Path, lines: Container[int], code: str) -> bool:
         """Say whether a finding is to be kept quiet.
 
         Args:
@@ -65,20 +65,20 @@ class Silencer:
             lines: those that what is found stands on.
             code: of the finding.
         """
-        if found := silenced_lines(self._ignores.get(path, ()), lines, code):
-            self._silenced.setdefault(path, set()).update((line, code) for line in found)
+        if found := find_suppressed_lines(self._ignores.get(path, ()), lines, code):
+            self._used.setdefault(path, set()).update((line, code) for line in found)
             return True
-        return self.selection.configuration.ignores(path, code)
+        return self.selection.configuration.is_ignored(path, code)
 
-    def unused(self) -> Iterator[tuple[Path, int, Finding]]:
+    def find_unused(self) -> Iterator[tuple[Path, int, Finding]]:
         """Yield a finding for every comment that silenced nothing, once everything else was asked.
 
         Generated files are left out: their comments come from the modular file and are mended there. Those that
         ignore an edit which their owner wants are found with it.
         """
         for path, ignores in self._ignores.items():
-            if self._sources[path].generated_from or not self.selection.touches([path]):
+            if self._sources[path].generated_from or not self.selection.is_in_scope([path]):
                 continue
-            for line, finding in unused_ignores(ignores, self._silenced.get(path, set())):
-                if not self.selection.configuration.ignores(path, finding.code):
+            for line, finding in find_unused_ignores(ignores, self._used.get(path, set())):
+                if not self.selection.configuration.is_ignored(path, finding.code):
                     yield path, line, finding

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from codemods.files.sources import find_sources, read_source, shown
-from codemods.inheritance.ownership import Place, Tree
+from codemods.files.sources import find_sources, format_path, read_source
+from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral
-from codemods.tree.selection import Silencer
-from plans.decompose import is_decomposed_plan
+from codemods.tree.selection import Suppressions
+from plans.decompose import is_decomposable_plan
 from plans.errors import MigratorError
 
-__all__ = ["Survey", "Wanted", "every_plan", "expert_plans", "is_model_path", "places_in", "survey"]
+__all__ = ["PlanFilter", "Survey", "every_plan", "expert_plans", "find_plans", "is_model_path", "survey_tree"]
 
 _PLAN = b"_plan"
 # A string that may be, or begin, the key of experts that are not expert-parallel already; far fewer files hold one than
@@ -24,24 +24,24 @@ _EXPERTS_ENTRY = re.compile(rb"experts(?:\.[\w{}]*)?[\"'](?!\s*+(?:#[^\n]*+\s*+)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlanFilter:
     """Which plans a survey looks for.
 
     Args:
-        in_file: whether a file's bytes can hold one; those that cannot are not even parsed.
-        literal: whether a literal is one.
+        matches_file: whether a file's bytes can hold one; those that cannot are not even parsed.
+        matches_literal: whether a literal is one.
     """
 
-    in_file: Callable[[bytes], bool]
-    literal: Callable[[PlanLiteral], bool]
+    matches_file: Callable[[bytes], bool]
+    matches_literal: Callable[[PlanLiteral], bool]
 
 
 def _is_expert_plan(literal: PlanLiteral) -> bool:
-    return is_decomposed_plan(literal.attribute) and any("experts" in entry.key for entry in literal.entries)
+    return is_decomposable_plan(literal.attribute) and any("experts" in entry.key for entry in literal.entries)
 
 
-expert_plans = Wanted(lambda data: _EXPERTS_ENTRY.search(data) is not None, _is_expert_plan)
-every_plan = Wanted(lambda data: True, lambda literal: True)
+expert_plans = PlanFilter(lambda data: _EXPERTS_ENTRY.search(data) is not None, _is_expert_plan)
+every_plan = PlanFilter(lambda data: True, lambda literal: True)
 
 
 @dataclass
@@ -50,83 +50,85 @@ class Survey:
 
     Args:
         tree: the files that were read.
-        below: the files below the given paths that may be reported on and written.
-        silencer: says what is spoken of and what is ignored.
+        files_in_scope: the files below the given paths that may be reported on and written.
+        suppressions: says what is spoken of and what is ignored.
         links: below the given paths, to files outside of them.
-        places: the plans found, in and beside the given paths.
+        locations: the plans found, in and beside the given paths.
         errors: files that could not be read or parsed.
         plan_files: how many files mention a plan.
     """
 
     tree: Tree
-    below: tuple[Path, ...]
-    silencer: Silencer
+    files_in_scope: tuple[Path, ...]
+    suppressions: Suppressions
     links: list[Path]
-    places: list[Place] = field(default_factory=list)
+    locations: list[PlanLocation] = field(default_factory=list)
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
 
     @cached_property
-    def reachable(self) -> frozenset[Path]:
+    def scope(self) -> frozenset[Path]:
         """The files that may be reported on and written, to ask for one of them."""
-        return frozenset(self.below)
+        return frozenset(self.files_in_scope)
 
-    def out_of_reach(self, path: Path) -> str | None:
+    def explain_out_of_scope(self, path: Path) -> str | None:
         """Return why a file may not be written, in words; None where it may."""
-        if path in self.reachable:
+        if path in self.scope:
             return None
-        pattern = self.silencer.selection.configuration.excluded_by(path)
+        pattern = self.suppressions.selection.configuration.find_exclude_pattern(path)
         why = f"excluded by {pattern!r} in pyproject.toml" if pattern else "outside the given paths"
-        return f"{shown(path)} is {why}"
+        return f"{format_path(path)} is {why}"
 
 
-def survey(paths: Sequence[Path], wanted: Wanted, silencer: Silencer | None = None, *, skims: bool = False) -> Survey:
+def survey_tree(
+    paths: Sequence[Path], plan_filter: PlanFilter, suppressions: Suppressions | None = None, *, skims: bool = False
+) -> Survey:
     """Read a tree and find its plans.
 
     Args:
         paths: files and folders.
-        wanted: which plans.
-        silencer: says what of them is spoken of and what is ignored; without it everything is said.
+        plan_filter: which plans.
+        suppressions: says what of them is spoken of and what is ignored; without it everything is said.
         skims: whether files with plain plans need not be parsed.
 
     Raises:
         UsageError: a path does not exist.
     """
-    silencer = silencer or Silencer()
+    suppressions = suppressions or Suppressions()
     errors: list[MigratorError] = []
     links: list[Path] = []
     given = find_sources(paths, errors, links)
-    below = tuple(filter(silencer.selection.includes, given))
+    below = tuple(filter(suppressions.selection.includes, given))
     named = frozenset(path.resolve() for path in paths)
-    result = Survey(Tree(skims), below, silencer, links, errors=errors)
+    result = Survey(Tree(skims), below, suppressions, links, errors=errors)
     files = frozenset(path for path in named if path.is_file())
     for path in below:  # hashing thousands of paths costs more than asking whether any file was named
-        _look_into(path, result, wanted, is_named=bool(files) and path in files, is_below=True)
-    for path in _context(named, given, below):
-        _look_into(path, result, wanted, is_named=path in files, is_below=False)
+        _survey_file(path, result, plan_filter, is_named=bool(files) and path in files, is_below=True)
+    for path in _find_context_files(named, given, below):
+        _survey_file(path, result, plan_filter, is_named=path in files, is_below=False)
     return result
 
 
-def _look_into(path: Path, found: Survey, wanted: Wanted, *, is_named: bool, is_below: bool) -> None:
+def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_named: bool, is_below: bool) -> None:
     """Read one file and add what it has to what was found."""
     try:
         source = read_source(path)
         if path.name.startswith(("modular_", "configuration_")):
-            found.tree.add(source)
+            survey.tree.add(source)
         if _PLAN not in source.data:
             return
-        found.plan_files += 1
+        survey.plan_files += 1
         if is_below:
-            found.silencer.read(source)
-        if is_named or wanted.in_file(source.data):
-            found.tree.add(source)
-            found.places += places_in(found.tree, path, wanted)
+            survey.suppressions.read_comments(source)
+        if is_named or plan_filter.matches_file(source.data):
+            survey.tree.add(source)
+            survey.locations += find_plans(survey.tree, path, plan_filter)
     except MigratorError as error:
         if is_below:
-            found.errors.append(error)
+            survey.errors.append(error)
 
 
-def _context(named: Iterable[Path], given: Sequence[Path], below: Sequence[Path]) -> list[Path]:
+def _find_context_files(named: Iterable[Path], given: Sequence[Path], below: Sequence[Path]) -> list[Path]:
     """Return other files to look at: excluded ones, and those of sibling models where copies of a plan may live."""
     roots = {path.parent.parent if path.is_file() else path.parent for path in named if is_model_path(path)}
     if not roots and len(given) == len(below):
@@ -141,12 +143,12 @@ def is_model_path(path: Path) -> bool:
     return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))
 
 
-def places_in(tree: Tree, path: Path, wanted: Wanted) -> Iterator[Place]:
+def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[PlanLocation]:
     """Yield the plans of one file, class by class."""
     for owner in tree.module(path).writers:
         for attribute, plan in owner.plans.items():
-            if isinstance(plan, PlanLiteral) and wanted.literal(plan):
-                yield Place(path, owner.name, attribute)
-        for index, literal in enumerate(owner.code):
-            if wanted.literal(literal):
-                yield Place(path, owner.name, literal.attribute, index)
+            if isinstance(plan, PlanLiteral) and plan_filter.matches_literal(plan):
+                yield PlanLocation(path, owner.name, attribute)
+        for index, literal in enumerate(owner.code_literals):
+            if plan_filter.matches_literal(literal):
+                yield PlanLocation(path, owner.name, literal.attribute, index)

@@ -11,19 +11,19 @@ import click
 
 from migrator import console
 from migrator.source_options import (
-    Request,
+    ProjectRequest,
+    disable_gc,
     emit_machine_format,
+    print_errors,
     read_requests,
-    report_errors,
     source_options,
-    spare_collection,
 )
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
-    from migrator.formats.report import Report
+    from migrator.formats.report import SourceReport
 
-__all__ = ["checked", "command", "exit_code"]
+__all__ = ["command", "compute_check_exit_code", "run_check"]
 
 
 @click.command("check")
@@ -41,9 +41,9 @@ def command(
 
     Exits 1 where a finding is a warning or an error, never for notes, and 2 where a file could not be looked at.
     """
-    spare_collection()
+    disable_gc()
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
-    report = checked(requests)
+    report = run_check(requests)
     if form != "human":
         emit_machine_format(report, form)
     elif not quiet:
@@ -51,34 +51,34 @@ def command(
 
         for line in check_lines(report):
             console.emit(line)
-    report_errors(report.errors)
-    return exit_code(report)
+    print_errors(report.errors)
+    return compute_check_exit_code(report)
 
 
-def checked(requests: Sequence[Request]) -> Report:
+def run_check(requests: Sequence[ProjectRequest]) -> SourceReport:
     """Look for pending rewrites and defects.
 
     Args:
         requests: what to look at.
     """
-    from codemods.tree.outcome import joined
-    from migrator.formats.report import pending_report
+    from codemods.tree.outcome import merge_outcomes
+    from migrator.formats.report import build_pending_report
 
-    return pending_report(joined([_check(request) for request in requests]))
+    return build_pending_report(merge_outcomes([_check_project(request) for request in requests]))
 
 
-def exit_code(report: Report) -> int:
+def compute_check_exit_code(report: SourceReport) -> int:
     """Return 0, 1 where a finding is a warning or an error, 2 where a file could not be looked at."""
     if report.errors:
         return 2
     return 0 if report.is_clean else 1
 
 
-def _check(request: Request) -> Outcome:
+def _check_project(request: ProjectRequest) -> Outcome:
     from codemods.checking.check import check_paths
-    from codemods.tree.pending import unused_comments
-    from codemods.tree.selection import Silencer
+    from codemods.tree.pending import find_unused_comments
+    from codemods.tree.selection import Suppressions
 
-    silencer = Silencer(request.selection)
+    silencer = Suppressions(request.selection)
     outcome = check_paths(request.paths, silencer, request.source, request.target)
-    return replace(outcome, findings=(*outcome.findings, *unused_comments(silencer)))
+    return replace(outcome, findings=(*outcome.findings, *find_unused_comments(silencer)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
-from migrator.source_options import spare_collection
+from migrator.source_options import disable_gc
 from plans.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,25 +32,31 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
     not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
     """
-    spare_collection()
+    disable_gc()
     from codemods.comparing.difference import compare
     from codemods.files.revisions import find_repository
-    from migrator.formats.difference import Report, github_lines, human_summary, human_table, report_json
+    from migrator.formats.difference import (
+        DiffReport,
+        build_diff_table,
+        diff_as_json,
+        diff_github_lines,
+        diff_summary_lines,
+    )
 
     repository = find_repository(Path())
-    before = repository.revision(base)
-    after = repository.revision(head) if head is not None else repository.working_tree()
+    before = repository.read_revision(base)
+    after = repository.read_revision(head) if head is not None else repository.read_working_tree()
     _check_allowed(allow, before, after)
-    report = Report(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
+    report = DiffReport(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
     if form == "json":
-        console.emit_json(report_json(report))
+        console.emit_json(diff_as_json(report))
     elif form == "github":
-        for line in github_lines(report):
+        for line in diff_github_lines(report):
             console.emit(line)
     else:
         if report.comparison.differences:
-            console.table(*human_table(report))
-        for line in human_summary(report):
+            console.print_table(*build_diff_table(report))
+        for line in diff_summary_lines(report):
             console.emit(line)
     for name in sorted(allow):
         if name not in {difference.model for difference in report.comparison.differences}:

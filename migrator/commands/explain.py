@@ -9,7 +9,7 @@ import click
 
 from migrator import console
 from plans.errors import UsageError
-from plans.rule import Rule, all_rules
+from plans.rule import Rule, load_rules
 
 __all__ = ["command"]
 
@@ -19,19 +19,21 @@ __all__ = ["command"]
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def command(code: str | None, form: str) -> None:
     """Explain the rule CODE, or list all rules: what each does, why, and an example before and after."""
-    chosen = [_find(code)] if code else list(all_rules().values())
+    chosen = [_find_rule(code)] if code else list(load_rules().values())
     if form == "json":
         rows = [asdict(rule) for rule in chosen]
         console.emit_json(rows[0] if code else rows)
     elif code:
-        _show(chosen[0])
+        _show_rule(chosen[0])
     else:
-        rows_of_text = [[rule.code, rule.name, rule.severity, _job(rule)] for rule in chosen]
-        console.table("rules; `migrator explain CODE` says more", ["code", "name", "severity", "does"], rows_of_text)
+        rows_of_text = [[rule.code, rule.name, rule.severity, _describe_action(rule)] for rule in chosen]
+        console.print_table(
+            "rules; `migrator explain CODE` says more", ["code", "name", "severity", "does"], rows_of_text
+        )
 
 
-def _find(code: str) -> Rule:
-    rules = all_rules()
+def _find_rule(code: str) -> Rule:
+    rules = load_rules()
     names = {name: rule for rule in rules.values() for name in (rule.code, rule.name)}
     wanted = code.upper() if code.upper() in names else code.lower()
     if wanted not in names:
@@ -48,15 +50,15 @@ def _find(code: str) -> Rule:
     return names[wanted]
 
 
-def _show(rule: Rule) -> None:
-    console.emit(f"{rule.code} {rule.name}, {rule.severity}: {_job(rule)}")
+def _show_rule(rule: Rule) -> None:
+    console.emit(f"{rule.code} {rule.name}, {rule.severity}: {_describe_action(rule)}")
     console.emit(f"\n{rule.explanation.strip()}\n")
-    for line in _example(rule):
+    for line in _format_example(rule):
         console.emit(line)
     console.emit(f"\nNext: {rule.hint}")
 
 
-def _example(rule: Rule) -> list[str]:
+def _format_example(rule: Rule) -> list[str]:
     """Return the example as a diff, or as it is where the rule leaves it alone."""
     before, after = rule.before.strip().splitlines(), rule.after.strip().splitlines()
     if before == after:
@@ -64,7 +66,7 @@ def _example(rule: Rule) -> list[str]:
     return [line for line in difflib.ndiff(before, after) if not line.startswith("?")]
 
 
-def _job(rule: Rule) -> str:
+def _describe_action(rule: Rule) -> str:
     if rule.before != rule.after:
         return "rewrites"
     return "leaves alone, with a note" if rule.severity == "note" else "reports"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
-from migrator.foreign_options import ForeignOptions, foreign_options
-from migrator.mesh_options import mesh_of, mesh_options
-from migrator.needs import need_runtime
+from migrator.foreign_options import ExternalOptions, external_options
+from migrator.mesh_options import build_mesh, mesh_options
+from migrator.needs import require_runtime
 from migrator.report_option import report_option
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.command("inspect")
 @click.argument("source")
 @mesh_options
-@foreign_options
+@external_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @report_option
 def command(
@@ -32,7 +32,7 @@ def command(
     ep: int,
     fsdp: int,
     mode: Mode | None,
-    foreign: ForeignOptions,
+    foreign: ExternalOptions,
     form: str,
     report: Path | None,
 ) -> int:
@@ -42,30 +42,30 @@ def command(
     a mesh or a mode, it also shows what the model's plan would make of it there. Exits 1 where the files contradict one
     another or do not make up the tensors, and names each that is lossy. `migrator verify` reads the tensors, too.
     """
-    need_runtime()
-    from runtime.hub import local_folder
+    require_runtime()
+    from runtime.hub import resolve_folder
 
     stack = foreign.read(source)
-    folder = local_folder(source)
+    folder = resolve_folder(source)
     from runtime.inspecting.inspection import inspect_checkpoint
 
-    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
     is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
     found = inspect_checkpoint(folder, mesh if is_asked else None, chosen, stack)
     if form == "json":
         console.emit_json(found.to_json())
     else:
-        from migrator.inspection_text import show
+        from migrator.inspection_text import show_inspection
 
-        show(found)
+        show_inspection(found)
     if report is not None:
-        _write(found, report)
+        _save_report(found, report)
     return 1 if found.findings else 0
 
 
-def _write(found: Inspection, file: Path) -> None:
-    from migrator.report.from_inspection import inspection_report
+def _save_report(inspection: Inspection, file: Path) -> None:
+    from migrator.report.from_inspection import build_inspection_report
     from migrator.report.page import write_report
 
-    write_report(inspection_report(found), file)
+    write_report(build_inspection_report(inspection), file)
     console.say(f"wrote {file}")

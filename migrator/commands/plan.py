@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console
-from migrator.mesh_options import mesh_of, mesh_options
-from migrator.needs import need_runtime
-from migrator.shown import dims, unmatched_words
+from migrator.mesh_options import build_mesh, mesh_options
+from migrator.needs import require_runtime
+from migrator.shown import describe_unmatched, format_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,80 +33,80 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     The plan is the model's own, read in the dialect of the installed transformers, and its param-level form, which
     must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.
     """
-    need_runtime()
+    require_runtime()
     from runtime.find_config import find_config
-    from runtime.models.quantized import stored_model
-    from runtime.planning.plan import released_plan
+    from runtime.models.quantized import build_stored_model
+    from runtime.planning.plan import get_released_plan
     from runtime.planning.resolve import resolve
 
-    model = stored_model(find_config(source))
-    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
+    model = build_stored_model(find_config(source))
+    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
     after = resolve(model, mesh, chosen)
-    before = resolve(model, mesh, plan=released_plan(model)) if chosen == "tp" else after
+    before = resolve(model, mesh, plan=get_released_plan(model)) if chosen == "tp" else after
     if form == "json":
         console.emit_json(after.to_json())
     else:
-        _show(source, before, after)
-        _tell_of_whole_experts(model, after)
+        _show_plan(source, before, after)
+        _note_whole_experts(model, after)
 
 
-def _tell_of_whole_experts(model: PreTrainedModel, shown: ResolvedPlan) -> None:
+def _note_whole_experts(model: PreTrainedModel, plan: ResolvedPlan) -> None:
     """Say so where the plan leaves parameters whole that the model's expert parallel plan would divide."""
     from plans.errors import PlanError
     from plans.placement import Replicate
-    from plans.plan import wildcard
+    from plans.plan import to_wildcard
     from runtime.parallel.verify import verify_plan
     from runtime.planning.plan import Plan
-    from runtime.wording import listed
+    from runtime.wording import format_names
 
-    whole = [row.name for row in shown.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]
+    whole = [row.name for row in plan.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]
     try:
         left = set(verify_plan(whole, Plan.from_model(model, "ep")).whole)
     except PlanError:
         return  # There is no such plan.
-    keys = dict.fromkeys(wildcard(name) for name in whole if name not in left)
+    keys = dict.fromkeys(to_wildcard(name) for name in whole if name not in left)
     if keys:
-        ranks = max(shown.mesh.tp, 2)
+        ranks = max(plan.mesh.tp, 2)
         console.emit(
-            f"note the {shown.mode} plan leaves the experts whole on every rank, {listed(list(keys))}; the model's "
+            f"note the {plan.mode} plan leaves the experts whole on every rank, {format_names(list(keys))}; the model's "
             f"expert parallel plan divides them: --tp {ranks} --ep {ranks}, with --mode ep to leave all else whole"
         )
 
 
-def _show(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
+def _show_plan(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
     rows: dict[tuple[str, ...], int] = Counter(
-        _row(old, new, after.mesh) for old, new in zip(before.parameters, after.parameters, strict=True)
+        _build_row(old, new, after.mesh) for old, new in zip(before.parameters, after.parameters, strict=True)
     )
     mode = "" if after.mode == "tp" else f"{after.mode}, "
-    console.table(
-        f"{source}: {after.model_type}, {mode}{_sizes(after.mesh)}, {before.dialect}",
+    console.print_table(
+        f"{source}: {after.model_type}, {mode}{_format_sizes(after.mesh)}, {before.dialect}",
         ["parameters", "", "shape", "on one rank", "placement", "style", "by"],
         [[row[0], f"×{count}", *row[1:]] for row, count in rows.items()],
-        spare=["by", "shape"],
+        droppable=["by", "shape"],
     )
     if after.unmatched:
-        console.emit(f"note {unmatched_words(after.unmatched)}")
+        console.emit(f"note {describe_unmatched(after.unmatched)}")
 
 
-def _sizes(mesh: Mesh) -> str:
+def _format_sizes(mesh: Mesh) -> str:
     sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
     return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis == "tp" or size > 1)
 
 
-def _row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tuple[str, ...]:
-    from plans.plan import wildcard
+def _build_row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tuple[str, ...]:
+    from plans.plan import to_wildcard
 
     return (
-        wildcard(new.name),
-        dims(new.shape),
-        dims(_local(new, mesh)),
-        _placements(new, mesh),
+        to_wildcard(new.name),
+        format_shape(new.shape),
+        format_shape(_compute_local_shape(new, mesh)),
+        _format_placements(new, mesh),
         f"{old.style} → {new.style}" if old.style != new.style else new.style or "",
         new.reason,
     )
 
 
-def _placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
+def _format_placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
     """Return the placement on the plan's own axis, and before it the data parallel one where there is one."""
     axes = zip(mesh.axes(parameter.mesh), mesh.sizes(parameter.mesh), parameter.placements, strict=True)
     (outer, outer_size, cut), (inner, _, placement) = axes
@@ -116,10 +116,10 @@ def _placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
     return words if outer_size == 1 else f"{outer}: {cut}, {words}"
 
 
-def _local(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
+def _compute_local_shape(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest piece."""
     from runtime.extents.forms import whole
-    from runtime.extents.shards import local_form
+    from runtime.extents.shards import shard_for_rank
 
     form = whole(parameter.name, parameter.shape)
-    return local_form(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape
+    return shard_for_rank(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

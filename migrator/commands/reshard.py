@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator import console, reshard_report
-from migrator.events import Events, recorded
-from migrator.foreign_options import ForeignOptions, foreign_options
-from migrator.mesh_options import mesh_of, mesh_options
-from migrator.needs import need_runtime
+from migrator.events import EventLog, record_events
+from migrator.foreign_options import ExternalOptions, external_options
+from migrator.mesh_options import build_mesh, mesh_options
+from migrator.needs import require_runtime
 from migrator.report_option import report_option
-from migrator.uncollected import uncollected
-from migrator.values import SECONDS, not_empty
-from runtime.processes.started import leave
+from migrator.uncollected import gc_paused
+from migrator.values import SECONDS, reject_empty
+from runtime.processes.started import exit_now
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
     from runtime.checkpoint.content import Layout
-    from runtime.checkpoint.foreign.source import Foreign
+    from runtime.checkpoint.foreign.source import ExternalSettings
     from runtime.checkpoint.hub.form import Experts
     from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
-    from runtime.checkpoint.target import Target
+    from runtime.checkpoint.target import ReshardTarget
 
 __all__ = ["command"]
 
 
 @click.command("reshard")
-@click.argument("source", callback=not_empty)
-@click.argument("destination", callback=not_empty)
+@click.argument("source", callback=reject_empty)
+@click.argument("destination", callback=reject_empty)
 @mesh_options
-@foreign_options
+@external_options
 @click.option(
     "--layout",
     type=click.Choice(["hf", "dcp", "ranks"]),
@@ -82,7 +82,7 @@ def command(
     ep: int,
     fsdp: int,
     mode: Mode | None,
-    foreign: ForeignOptions,
+    foreign: ExternalOptions,
     layout: Layout | None,
     experts: Experts | None,
     optimizer: bool | None,
@@ -103,35 +103,37 @@ def command(
     DESTINATION.partial, and the same command goes on with it. Under torchrun each rank moves its share of the bytes to
     a DESTINATION that all of them see.
     """
-    need_runtime(shows_downloads=not quiet)
+    require_runtime(show_downloads=not quiet)
     from runtime.checkpoint.copying.commit import check_destination
-    from runtime.checkpoint.target import Target
-    from runtime.hub import check_repository, local_folder
-    from runtime.processes.started import in_worker
+    from runtime.checkpoint.target import ReshardTarget
+    from runtime.hub import check_repository, resolve_folder
+    from runtime.processes.started import is_worker_process
 
     if push_to is not None:
         check_repository(push_to)
     check_destination(Path(destination), overwrite=overwrite)
     stack = foreign.read(source)
-    mesh, chosen = mesh_of(tp, ep, fsdp, mode)
-    target = Target(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
-    speaks = not in_worker() or os.environ["RANK"] == "0"
-    work = _Work(Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks)
-    with recorded(events if speaks else None) as log:
-        folder = local_folder(source, quiet=work.quiet)
-        plan = _planned(folder, stack, target, source, log)
+    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
+    target = ReshardTarget(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
+    speaks = not is_worker_process() or os.environ["RANK"] == "0"
+    work = _ReshardSettings(
+        Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks
+    )
+    with record_events(events if speaks else None) as log:
+        folder = resolve_folder(source, quiet=work.quiet)
+        plan = _plan(folder, stack, target, source, log)
         if not dry_run:
-            _carry_out(plan, work, log)
+            _reshard(plan, work, log)
         elif speaks:
-            _estimate(plan, work, log)
+            _show_estimate(plan, work, log)
     if not work.quiet:
-        reshard_report.note(plan)
-    if in_worker():
-        leave(0)
+        reshard_report.print_notes(plan)
+    if is_worker_process():
+        exit_now(0)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _ReshardSettings:
     """What is to be done with a plan.
 
     Args:
@@ -155,53 +157,59 @@ class _Work:
     quiet: bool
 
 
-def _planned(folder: Path, foreign: Foreign | None, target: Target, source: str, log: Events) -> ReshardPlan:
-    with uncollected():  # of what takes seconds to import, nothing is imported before the source is there
+def _plan(
+    folder: Path, external: ExternalSettings | None, target: ReshardTarget, source: str, log: EventLog
+) -> ReshardPlan:
+    with gc_paused():  # of what takes seconds to import, nothing is imported before the source is there
         from runtime.checkpoint.reshard import plan_reshard
 
-        plan = plan_reshard(folder, target=target, foreign=foreign)
-    facts = {"tensors": len(plan.content.tensors), "bytes_total": plan.table.bytes_written, "seconds": plan.planning}
+        plan = plan_reshard(folder, target=target, external=external)
+    facts = {
+        "tensors": len(plan.checkpoint.tensors),
+        "bytes_total": plan.copy_plan.bytes_written,
+        "seconds": plan.planning_seconds,
+    }
     log.emit("planned", source=source, layout=target.layout, **facts)
     return plan
 
 
-def _estimate(plan: ReshardPlan, work: _Work, log: Events) -> None:
+def _show_estimate(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> None:
     from runtime.checkpoint.estimate import estimate
 
-    found = estimate(plan, work.destination, work.max_memory)
+    found = estimate(plan, settings.destination, settings.max_memory)
     log.emit("estimated", **found.to_json())
-    if work.form == "json":
+    if settings.form == "json":
         console.emit_json(reshard_report.estimate_as_json(plan, found))
-    elif not work.quiet:
-        reshard_report.summarize_estimate(plan, found)
-    _report(plan, None, work)
+    elif not settings.quiet:
+        reshard_report.print_estimate(plan, found)
+    _save_report(plan, None, settings)
 
 
-def _carry_out(plan: ReshardPlan, work: _Work, log: Events) -> None:
+def _reshard(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> None:
     """Write what was planned, push it where that is wanted, and say so; other ranks than the first say nothing."""
-    log.emit("started", destination=work.destination, bytes_total=plan.table.bytes_written)
-    result = _written(plan, work, log)
+    log.emit("started", destination=settings.destination, bytes_total=plan.copy_plan.bytes_written)
+    result = _execute(plan, settings, log)
     if result is None:
         return
     said = reshard_report.result_as_json(plan, result)
     log.emit("finished", **said)
-    if work.form == "human" and not work.quiet:
-        reshard_report.summarize(plan, result)
-    _report(plan, result, work)
-    if work.push_to is not None:
-        said["pushed"] = _pushed(work, work.push_to, log)
-    if work.form == "json":
+    if settings.form == "human" and not settings.quiet:
+        reshard_report.print_summary(plan, result)
+    _save_report(plan, result, settings)
+    if settings.push_to is not None:
+        said["pushed"] = _push(settings, settings.push_to, log)
+    if settings.form == "json":
         console.emit_json(said)
 
 
-def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | None:
-    from runtime.checkpoint.copying.execution import carry_out
-    from runtime.checkpoint.copying.several import carry_out_together
-    from runtime.checkpoint.copying.values import Options
-    from runtime.processes.joined import joined
-    from runtime.processes.started import in_worker
+def _execute(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> ReshardResult | None:
+    from runtime.checkpoint.copying.execution import execute_reshard
+    from runtime.checkpoint.copying.several import execute_distributed_reshard
+    from runtime.checkpoint.copying.values import ReshardOptions
+    from runtime.processes.joined import process_group
+    from runtime.processes.started import is_worker_process
 
-    with console.progress(f"{plan.content.folder.name} → {plan.target.layout}", quiet=work.quiet) as advance:
+    with console.progress(f"{plan.checkpoint.folder.name} → {plan.target.layout}", quiet=settings.quiet) as advance:
 
         def progress(done: int, total: int, current: str) -> None:
             advance(done, total, current)
@@ -209,32 +217,32 @@ def _written(plan: ReshardPlan, work: _Work, log: Events) -> ReshardResult | Non
 
         def say(text: str) -> None:
             log.emit("note", text=text)
-            if not work.quiet:
+            if not settings.quiet:
                 console.say(text)
 
-        options = Options(progress, say, work.max_memory, work.overwrite)
-        if not in_worker():
-            return carry_out(plan, work.destination, options)
-        with joined(work.timeout):
-            return carry_out_together(plan, work.destination, options)
+        options = ReshardOptions(progress, say, settings.max_memory, settings.overwrite)
+        if not is_worker_process():
+            return execute_reshard(plan, settings.destination, options)
+        with process_group(settings.timeout):
+            return execute_distributed_reshard(plan, settings.destination, options)
 
 
-def _report(plan: ReshardPlan, result: ReshardResult | None, work: _Work) -> None:
-    if work.report is None:
+def _save_report(plan: ReshardPlan, result: ReshardResult | None, settings: _ReshardSettings) -> None:
+    if settings.report is None:
         return
     from migrator.report import from_reshard
     from migrator.report.page import write_report
 
-    write_report(from_reshard.reshard_report(plan, result), work.report)
-    if not work.quiet:
-        console.say(f"wrote {work.report}")
+    write_report(from_reshard.build_reshard_report(plan, result), settings.report)
+    if not settings.quiet:
+        console.say(f"wrote {settings.report}")
 
 
-def _pushed(work: _Work, repository: str, log: Events) -> str:
+def _push(settings: _ReshardSettings, repository: str, log: EventLog) -> str:
     from runtime.hub import push
 
-    address = push(work.destination, repository, quiet=work.quiet)
+    address = push(settings.destination, repository, quiet=settings.quiet)
     log.emit("pushed", address=address)
-    if work.form == "human" and not work.quiet:
+    if settings.form == "human" and not settings.quiet:
         console.emit_line(f"pushed to {address}")
     return address

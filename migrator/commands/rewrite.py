@@ -11,20 +11,20 @@ import click
 
 from migrator import console
 from migrator.source_options import (
-    Request,
+    ProjectRequest,
+    disable_gc,
     emit_machine_format,
+    print_errors,
     read_requests,
-    report_errors,
     source_options,
-    spare_collection,
 )
 from plans.errors import MigratorError, MismatchError, UsageError
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
-    from migrator.formats.report import Report
+    from migrator.formats.report import SourceReport
 
-__all__ = ["command", "exit_code", "rewritten"]
+__all__ = ["command", "compute_rewrite_exit_code", "run_rewrite"]
 
 
 @click.command("rewrite")
@@ -49,41 +49,43 @@ def command(
     Owners are rewritten first, then every generated copy, and nothing else. Expert layouts that the param-level
     styles do not describe are left alone, with a note saying why.
     """
-    spare_collection()
+    disable_gc()
     _refuse_contradictions(check=check, diff=diff, form=form)
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
-    report = rewritten(requests, writes=not (check or diff), verifies=verify)
+    report = run_rewrite(requests, write=not (check or diff), verify=verify)
     if form != "human":
         emit_machine_format(report, form)
     else:
-        _show(report, diff=diff, quiet=quiet)
-    report_errors(report.errors)
-    return exit_code(report) or (1 if check and report.changes else 0)
+        _show_report(report, diff=diff, quiet=quiet)
+    print_errors(report.errors)
+    return compute_rewrite_exit_code(report) or (1 if check and report.changes else 0)
 
 
-def rewritten(requests: Sequence[Request], *, writes: bool, verifies: bool) -> Report:
+def run_rewrite(requests: Sequence[ProjectRequest], *, write: bool, verify: bool) -> SourceReport:
     """Compute every rewrite, and write them all where none of the proofs fails.
 
     Args:
         requests: what to look at.
-        writes: whether to write.
-        verifies: whether to demand first that the tree's own modular converter writes the same.
+        write: whether to write.
+        verify: whether to demand first that the tree's own modular converter writes the same.
     """
     from codemods.rewriting.migrate import plan_rewrites
     from codemods.rewriting.write import write_changes
-    from codemods.tree.outcome import joined
-    from codemods.tree.selection import Silencer
-    from migrator.formats.report import pending_report, written_report
+    from codemods.tree.outcome import merge_outcomes
+    from codemods.tree.selection import Suppressions
+    from migrator.formats.report import build_pending_report, build_written_report
 
-    outcome = joined([plan_rewrites(one.paths, Silencer(one.selection), one.target, one.source) for one in requests])
-    problems = _verify(outcome, [path for one in requests for path in one.paths]) if verifies else ()
+    outcome = merge_outcomes(
+        [plan_rewrites(one.paths, Suppressions(one.selection), one.target, one.source) for one in requests]
+    )
+    problems = _verify(outcome, [path for one in requests for path in one.paths]) if verify else ()
     outcome = replace(outcome, errors=(*outcome.errors, *problems))
-    if problems or not writes:
-        return pending_report(outcome)
-    return written_report(outcome, write_changes(outcome.changes))
+    if problems or not write:
+        return build_pending_report(outcome)
+    return build_written_report(outcome, write_changes(outcome.changes))
 
 
-def exit_code(report: Report) -> int:
+def compute_rewrite_exit_code(report: SourceReport) -> int:
     """Return 0, 1 where only the converter writes something else, 2 where something could not be done."""
     if not report.errors:
         return 0
@@ -96,13 +98,13 @@ def _verify(outcome: Outcome, paths: Sequence[Path]) -> Sequence[MigratorError]:
     return verify_outcome(outcome, paths)
 
 
-def _show(report: Report, *, diff: bool, quiet: bool) -> None:
+def _show_report(report: SourceReport, *, diff: bool, quiet: bool) -> None:
     from migrator.formats.human import rewrite_lines, rewrite_summary
 
     if diff:
-        from migrator.patch import patch
+        from migrator.patch import format_patch
 
-        console.emit_bytes(patch(report.changes))
+        console.emit_bytes(format_patch(report.changes))
     if quiet:
         return
     for line in () if diff else rewrite_lines(report):

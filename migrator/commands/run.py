@@ -44,24 +44,24 @@ def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float
     """
     _refuse_contradictions(paths, dry_run=dry_run, watch=watch)
     from migrator.jobs import foresee_files, job_files
-    from migrator.jobs_text import listener, show, show_forecasts
+    from migrator.jobs_text import make_listener, show_forecasts, show_results
 
     found: Sequence[Forecast] | Sequence[JobResult]
     if dry_run:
         found = forecasts = foresee_files([file for path in paths for file in job_files(path)])
     else:
-        found = results = _results(paths, watch, interval, listener(quiet=quiet))
+        found = results = _run_jobs(paths, watch, interval, make_listener(quiet=quiet))
     code = max((one.code for one in found), default=0)
     if form == "json":
         console.emit_json({"code": code, "jobs": [one.to_json() for one in found]})
     elif dry_run:
         show_forecasts(forecasts)
     elif not quiet:
-        show(results)
+        show_results(results)
     return code
 
 
-def _results(paths: Sequence[Path], watch: bool, interval: float, listen: Listener) -> Sequence[JobResult]:
+def _run_jobs(paths: Sequence[Path], watch: bool, interval: float, listen: Listener) -> Sequence[JobResult]:
     from migrator import jobs
 
     if watch:

@@ -11,10 +11,10 @@ import click
 
 from migrator import console
 from migrator.mesh_options import mesh_options
-from migrator.needs import need_runtime
+from migrator.needs import require_runtime
 from migrator.report_option import report_option
-from migrator.values import SECONDS, not_empty
-from runtime.processes.started import leave
+from migrator.values import SECONDS, reject_empty
+from runtime.processes.started import exit_now
 
 if TYPE_CHECKING:
     from migrator.report.values import Report
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from runtime.validation.request import Device, ValidationRequest
     from runtime.validation.values import ValidationResult
 
-__all__ = ["command", "page_of"]
+__all__ = ["build_report", "command"]
 
 
 @click.command("validate")
-@click.argument("source", callback=not_empty)
+@click.argument("source", callback=reject_empty)
 @mesh_options
 @click.option(
     "--device",
@@ -37,7 +37,7 @@ __all__ = ["command", "page_of"]
 )
 @click.option(
     "--reference",
-    callback=not_empty,
+    callback=reject_empty,
     help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
 )
 @click.option(
@@ -71,70 +71,70 @@ def command(
     where it says so. Runs under torchrun too, on several machines that all see SOURCE. SOURCE and the reference may
     have any layout, and be hf://owner/name[@revision].
     """
-    need_runtime()
-    from runtime.hub import local_folder
-    from runtime.processes.started import in_worker
-    from runtime.validation.request import ValidationRequest, wanted_mesh
+    require_runtime()
+    from runtime.hub import resolve_folder
+    from runtime.processes.started import is_worker_process
+    from runtime.validation.request import ValidationRequest, resolve_mesh
 
-    folder, compared = local_folder(source), local_folder(reference) if reference else None
-    mesh, chosen = wanted_mesh(folder, _given({"tp": tp, "ep": ep, "fsdp": fsdp}), mode)
+    folder, compared = resolve_folder(source), resolve_folder(reference) if reference else None
+    mesh, chosen = resolve_mesh(folder, _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp}), mode)
     request = ValidationRequest(folder, mesh, chosen, compared, device, tolerance, timeout)
-    result = _result(request)
+    result = _validate(request)
     if os.environ.get("RANK", "0") == "0":
-        _tell(request, result, form, report)
+        _show_and_save(request, result, form, report)
     code = 0 if result.ok else 1
-    if in_worker():
-        leave(code)
+    if is_worker_process():
+        exit_now(code)
     return code
 
 
-def _given(sizes: dict[str, int]) -> dict[str, int]:
+def _read_explicit_sizes(sizes: dict[str, int]) -> dict[str, int]:
     """Return the sizes that are no defaults, but were asked for."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {axis: size for axis, size in sizes.items() if context.get_parameter_source(axis) != default}
 
 
-def _result(request: ValidationRequest) -> ValidationResult:
-    from runtime.processes.started import in_worker
-    from runtime.validation.worker import run_validation, take_part
+def _validate(request: ValidationRequest) -> ValidationResult:
+    from runtime.processes.started import is_worker_process
+    from runtime.validation.worker import run_validation, validate_as_rank
 
-    if in_worker():
-        return take_part(request)
+    if is_worker_process():
+        return validate_as_rank(request)
     # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_validation(request)
 
 
-def _tell(request: ValidationRequest, result: ValidationResult, form: str, report: Path | None) -> None:
-    from migrator.validation_text import hint, show
+def _show_and_save(request: ValidationRequest, result: ValidationResult, form: str, report: Path | None) -> None:
+    from migrator.validation_text import explain_failure, show_result
 
     if form == "json":
         console.emit_json(result.to_json())
     else:
-        show(request.folder, result)
-    if (text := hint(request, result)) is not None:
+        show_result(request.folder, result)
+    if (text := explain_failure(request, result)) is not None:
         console.say(f"hint: {text}")
     if report is not None:
         from migrator.report.page import write_report
 
-        write_report(page_of(request, result), report)
+        write_report(build_report(request, result), report)
         console.say(f"wrote {report}")
 
 
-def page_of(request: ValidationRequest, result: ValidationResult) -> Report:
+def build_report(request: ValidationRequest, result: ValidationResult) -> Report:
     """Return the report of a validation, with what the checkpoint holds as far as it can be read."""
-    from migrator.report.from_validation import validation_report
+    from migrator.report.from_validation import build_validation_report
     from plans.errors import MigratorError
-    from runtime.checkpoint.layout import layout_of
+    from runtime.checkpoint.layout import detect_layout
     from runtime.inspecting.inspection import inspect_checkpoint
     from runtime.inspecting.values import Inspection
-    from runtime.validation.request import recorded
+    from runtime.validation.request import find_manifest
 
     try:
-        planned = None if recorded(request.folder) else request.mesh
+        planned = None if find_manifest(request.folder) else request.mesh
         found = inspect_checkpoint(request.folder, planned, request.mode)
     except MigratorError:
         # What is wrong with it is among the mismatches; the rest of the page is what could not be read.
-        found = Inspection(request.folder, layout_of(request.folder), "")
-    return validation_report(found, result.to_json())
+        found = Inspection(request.folder, detect_layout(request.folder), "")
+    return build_validation_report(found, result.to_json())

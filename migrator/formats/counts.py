@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["counted"]
+__all__ = ["format_count"]
 
 
-def counted(number: int, one: str, many: str = "") -> str:
+def format_count(number: int, singular: str, plural: str = "") -> str:
     """Return a number with the noun that goes with it, `1 entry` or `1,200 entries`.
 
     Args:
         number: of things.
-        one: the noun for one of them.
-        many: for several, where it does not just end with an s.
+        singular: the noun for one of them.
+        plural: for several, where it does not just end with an s.
     """
-    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+    return f"{number:,} {singular if number == 1 else plural or f'{singular}s'}"

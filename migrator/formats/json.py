@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from codemods.files.sources import shown
-from codemods.tree.outcome import Change, Located, LocatedEdit
-from codemods.tree.pending import edit_message
-from migrator.formats.report import Report
+from codemods.files.sources import format_path
+from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding
+from codemods.tree.pending import format_edit_message
+from migrator.formats.report import SourceReport
 from plans.decompose import SetStyle
-from plans.rule import rule
+from plans.rule import load_rule
 
-__all__ = ["report_json"]
+__all__ = ["report_as_json"]
 
 
-def report_json(report: Report) -> dict[str, object]:
+def report_as_json(report: SourceReport) -> dict[str, object]:
     """Return a report as JSON values."""
     return {
         "written": report.written,
@@ -22,40 +22,44 @@ def report_json(report: Report) -> dict[str, object]:
         "plan_files": report.plan_files,
         "dialect": asdict(report.dialects[0]) if len(report.dialects) == 1 else None,
         "dialects": [asdict(found) for found in report.dialects],
-        "changes": [_change(change) for change in report.changes],
-        "findings": [_finding(found) for found in report.findings],
+        "changes": [_change_as_json(change) for change in report.changes],
+        "findings": [_finding_as_json(found) for found in report.findings],
         "errors": [error.to_json() for error in report.errors],
     }
 
 
-def _change(change: Change) -> dict[str, object]:
-    return {"path": shown(change.path), "role": change.role, "edits": [_edit(edit) for edit in change.edits]}
+def _change_as_json(change: Change) -> dict[str, object]:
+    return {
+        "path": format_path(change.path),
+        "role": change.role,
+        "edits": [_edit_as_json(edit) for edit in change.edits],
+    }
 
 
-def _edit(located: LocatedEdit) -> dict[str, object]:
+def _edit_as_json(located: LocatedEdit) -> dict[str, object]:
     edit = located.edit
     return {
         "line": located.line,
         "class": located.class_name,
         "plan": located.attribute,
         "code": edit.code,
-        "severity": rule(edit.code).severity,
+        "severity": load_rule(edit.code).severity,
         "key": edit.key,
         "before": edit.before if isinstance(edit, SetStyle) else None,
         "style": edit.style,
-        "message": edit_message(edit),
+        "message": format_edit_message(edit),
     }
 
 
-def _finding(found: Located) -> dict[str, object]:
+def _finding_as_json(located: LocatedFinding) -> dict[str, object]:
     return {
-        "path": shown(found.path),
-        "line": found.line,
-        "class": found.class_name,
-        "plan": found.attribute,
-        "code": found.finding.code,
-        "severity": found.finding.severity,
-        "key": found.finding.key,
-        "message": found.finding.message,
-        "hint": found.finding.hint,
+        "path": format_path(located.path),
+        "line": located.line,
+        "class": located.class_name,
+        "plan": located.attribute,
+        "code": located.finding.code,
+        "severity": located.finding.severity,
+        "key": located.finding.key,
+        "message": located.finding.message,
+        "hint": located.finding.hint,
     }

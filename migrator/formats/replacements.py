@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.tree.outcome import Change
 
-__all__ = ["Replacement", "replacements"]
+__all__ = ["Replacement", "compute_replacements"]
 
 _Position = tuple[int, int]
 """Line and column, both counted from 1, columns in characters."""
@@ -30,44 +30,44 @@ class Replacement:
     text: str
 
 
-def replacements(change: Change) -> list[Replacement]:
+def compute_replacements(change: Change) -> list[Replacement]:
     """Return what turns a file into its new form, in the file's order; made one by one they give exactly `data`."""
-    before, after = _lines(change.source), _lines(Source(change.path, change.data))
-    return list(_replacements(before, after))
+    before, after = _decode_lines(change.source), _decode_lines(SourceFile(change.path, change.data))
+    return list(_iter_replacements(before, after))
 
 
-def _lines(source: Source) -> list[str]:
+def _decode_lines(source: SourceFile) -> list[str]:
     return [line.decode() for line in source.body.splitlines(keepends=True)]
 
 
-def _replacements(before: Sequence[str], after: Sequence[str]) -> Iterator[Replacement]:
+def _iter_replacements(before: Sequence[str], after: Sequence[str]) -> Iterator[Replacement]:
     for kind, first, last, new_first, new_last in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
         if kind == "replace" and last - first == new_last - new_first:
             # As many lines as before: each is its own, so that the piece is an entry's and not a paragraph's.
             for line, new in zip(range(first, last), after[new_first:new_last], strict=True):
-                yield _smallest(before, line, line + 1, new)
+                yield _trim_common(before, line, line + 1, new)
         elif kind != "equal":
-            yield _smallest(before, first, last, "".join(after[new_first:new_last]))
+            yield _trim_common(before, first, last, "".join(after[new_first:new_last]))
 
 
-def _smallest(before: Sequence[str], first: int, last: int, new: str) -> Replacement:
+def _trim_common(before: Sequence[str], first: int, last: int, new: str) -> Replacement:
     """Return the replacement of whole lines without what both texts begin and end with."""
     old = "".join(before[first:last])
-    head = _in_common(old, new)
-    tail = _in_common(old[head:][::-1], new[head:][::-1])
-    start, end = _position(before, first, head), _position(before, first, len(old) - tail)
+    head = _common_prefix_length(old, new)
+    tail = _common_prefix_length(old[head:][::-1], new[head:][::-1])
+    start, end = _find_position(before, first, head), _find_position(before, first, len(old) - tail)
     return Replacement(start, end, new[head : len(new) - tail])
 
 
-def _in_common(one: str, other: str) -> int:
+def _common_prefix_length(first: str, second: str) -> int:
     """Return how many characters two texts begin with alike."""
     return next(
-        (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
-        min(len(one), len(other)),
+        (place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(second)),
     )
 
 
-def _position(lines: Sequence[str], line: int, offset: int) -> _Position:
+def _find_position(lines: Sequence[str], line: int, offset: int) -> _Position:
     """Return the position that lies `offset` characters behind the beginning of a line."""
     while line < len(lines) and offset >= len(lines[line]) and lines[line].endswith(("\n", "\r")):
         offset -= len(lines[line])

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from codemods.rewriting.write import Written
-from codemods.tree.detect import Detected
-from codemods.tree.outcome import Change, Located, Outcome
-from codemods.tree.pending import pending_findings
+from codemods.rewriting.write import WriteResult
+from codemods.tree.detect import DetectedDialect
+from codemods.tree.outcome import Change, LocatedFinding, Outcome
+from codemods.tree.pending import build_pending_findings
 from plans.errors import MigratorError
 
-__all__ = ["Report", "pending_report", "written_report"]
+__all__ = ["SourceReport", "build_pending_report", "build_written_report"]
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """The result of `rewrite` or `check`.
 
     Args:
@@ -29,49 +29,49 @@ class Report:
     """
 
     changes: tuple[Change, ...]
-    findings: tuple[Located, ...]
+    findings: tuple[LocatedFinding, ...]
     errors: tuple[MigratorError, ...]
     files: int
     plan_files: int
     written: bool
-    dialects: tuple[Detected, ...] = ()
+    dialects: tuple[DetectedDialect, ...] = ()
 
     @property
-    def pending(self) -> tuple[Located, ...]:
+    def pending(self) -> tuple[LocatedFinding, ...]:
         """The edits that wait to be made, each as a finding."""
-        return () if self.written else tuple(pending_findings(self.changes))
+        return () if self.written else tuple(build_pending_findings(self.changes))
 
     @property
-    def everything(self) -> tuple[Located, ...]:
+    def all_findings(self) -> tuple[LocatedFinding, ...]:
         """Pending edits and findings, by file and line."""
-        return tuple(sorted((*self.pending, *self.findings), key=_place))
+        return tuple(sorted((*self.pending, *self.findings), key=_sort_key))
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing is a warning or an error; notes are right as they are."""
-        return all(found.finding.severity == "note" for found in self.everything)
+        return all(found.finding.severity == "note" for found in self.all_findings)
 
 
-def pending_report(outcome: Outcome) -> Report:
+def build_pending_report(outcome: Outcome) -> SourceReport:
     """Return the report of a run that writes nothing."""
-    return _report(outcome, outcome.changes, outcome.errors, written=False)
+    return _build_report(outcome, outcome.changes, outcome.errors, written=False)
 
 
-def written_report(outcome: Outcome, result: Written) -> Report:
+def build_written_report(outcome: Outcome, result: WriteResult) -> SourceReport:
     """Return the report of a run whose changes were made, as far as they could be."""
     errors = (*outcome.errors, *result.errors)
-    return _report(outcome, result.changes, errors, written=True)
+    return _build_report(outcome, result.changes, errors, written=True)
 
 
-def _report(
+def _build_report(
     outcome: Outcome,
     changes: tuple[Change, ...],
     errors: tuple[MigratorError, ...],
     *,
     written: bool,
-) -> Report:
-    return Report(changes, outcome.findings, errors, outcome.files, outcome.plan_files, written, outcome.dialects)
+) -> SourceReport:
+    return SourceReport(changes, outcome.findings, errors, outcome.files, outcome.plan_files, written, outcome.dialects)
 
 
-def _place(found: Located) -> tuple[Path, int]:
-    return found.path, found.line
+def _sort_key(located: LocatedFinding) -> tuple[Path, int]:
+    return located.path, located.line

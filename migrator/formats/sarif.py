@@ -13,35 +13,35 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from codemods.inheritance.ownership import Place
-from codemods.tree.outcome import Change, Located, LocatedEdit
-from codemods.tree.pending import pending_findings
-from migrator.formats.replacements import Replacement, replacements
-from migrator.formats.report import Report
+from codemods.inheritance.ownership import PlanLocation
+from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding
+from codemods.tree.pending import build_pending_findings
+from migrator.formats.replacements import Replacement, compute_replacements
+from migrator.formats.report import SourceReport
 from plans.errors import MigratorError
-from plans.rule import Rule, all_rules
+from plans.rule import Rule, load_rules
 
-__all__ = ["report_sarif"]
+__all__ = ["report_as_sarif"]
 
 _SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _ROOT = "SRCROOT"
 
 _Json = dict[str, object]
-_Fixes = dict[Place, list[tuple[Change, Replacement]]]
+_Fixes = dict[PlanLocation, list[tuple[Change, Replacement]]]
 
 
-def report_sarif(report: Report, version: str) -> _Json:
+def report_as_sarif(report: SourceReport, version: str) -> _Json:
     """Return a report as one SARIF run.
 
     Args:
         report: of files that were not written.
         version: migrator's own.
     """
-    codes = list(all_rules())
+    codes = list(load_rules())
     driver = {
         "name": "migrator",
         "semanticVersion": version,
-        "rules": [_rule(rule) for rule in all_rules().values()],
+        "rules": [_rule(rule) for rule in load_rules().values()],
     }
     run: _Json = {
         "tool": {"driver": driver},
@@ -83,50 +83,50 @@ def _notification(error: MigratorError) -> _Json:
     return {"level": "error", "message": {"text": f"{error.message}; {error.hint}"}, **located}
 
 
-def _results(report: Report, codes: list[str]) -> Iterator[_Json]:
-    fixes = _fixes(report.changes)
+def _results(report: SourceReport, codes: list[str]) -> Iterator[_Json]:
+    fixes = _group_fixes(report.changes)
     for change in report.changes:
-        for located, found in zip(change.edits, pending_findings([change]), strict=True):
+        for located, found in zip(change.edits, build_pending_findings([change]), strict=True):
             fix = fixes.pop(located.owner, None)
             yield _result(found, codes) | ({"fixes": [_fix(located, fix)]} if fix else {})
     for found in report.findings:
         yield _result(found, codes)
 
 
-def _result(found: Located, codes: list[str]) -> _Json:
-    finding = found.finding
-    name = ".".join(filter(None, (found.class_name, found.attribute)))
+def _result(located: LocatedFinding, codes: list[str]) -> _Json:
+    finding = located.finding
+    name = ".".join(filter(None, (located.class_name, located.attribute)))
     place = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}]} if name else {}
     return {
         "ruleId": finding.code,
         "ruleIndex": codes.index(finding.code),
         "level": finding.severity,
         "message": {"text": finding.message},
-        "locations": [_location(found.path, found.line) | place],
+        "locations": [_location(located.path, located.line) | place],
         # The line may move, the entry stays the same one.
-        "partialFingerprints": {"entry/v1": f"{_uri(found.path)}:{name}:{finding.key}:{finding.code}"},
+        "partialFingerprints": {"entry/v1": f"{_uri(located.path)}:{name}:{finding.key}:{finding.code}"},
         "properties": {"key": finding.key, "hint": finding.hint},
     }
 
 
-def _fixes(changes: Iterable[Change]) -> _Fixes:
+def _group_fixes(changes: Iterable[Change]) -> _Fixes:
     """Group the replacements of all files by the owner whose edits they make."""
     grouped: _Fixes = {}
     for change in changes:
-        for replacement in replacements(change):
-            grouped.setdefault(_owner(change, replacement), []).append((change, replacement))
+        for replacement in compute_replacements(change):
+            grouped.setdefault(_find_owner(change, replacement), []).append((change, replacement))
     return grouped
 
 
-def _owner(change: Change, replacement: Replacement) -> Place:
+def _find_owner(change: Change, replacement: Replacement) -> PlanLocation:
     """Return the owner of the edit that lies in a replacement's lines, or nearest above it."""
     above = [located for located in change.edits if located.line <= replacement.end[0]]
     return max(above or change.edits[:1], key=lambda located: located.line).owner
 
 
-def _fix(located: LocatedEdit, replaced: Iterable[tuple[Change, Replacement]]) -> _Json:
+def _fix(located: LocatedEdit, replacements: Iterable[tuple[Change, Replacement]]) -> _Json:
     by_file: dict[Path, list[Replacement]] = {}
-    for change, replacement in replaced:
+    for change, replacement in replacements:
         by_file.setdefault(change.path, []).append(replacement)
     return {
         "description": {"text": f"Rewrite {located.owner.attribute} of {located.owner.class_name} and its copies"},

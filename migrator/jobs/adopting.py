@@ -7,68 +7,77 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from migrator.jobs.answers import Task
-from migrator.jobs.files import files_below, is_regular
+from migrator.jobs.answers import StepContext
+from migrator.jobs.files import is_regular_file, list_files
 from plans.errors import MigratorError
-from runtime.checkpoint.copying.commit import writing
-from runtime.checkpoint.copying.sharing import block_for, sharing
+from runtime.checkpoint.copying.commit import convert_write_errors
+from runtime.checkpoint.copying.sharing import find_block_size, plan_block_sharing
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.checkpoint.verifying.verify import verify
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.copying.new_file import NewFile
-    from runtime.checkpoint.foreign.source import Foreign
+    from runtime.checkpoint.copying.new_file import OutputFile
+    from runtime.checkpoint.foreign.source import ExternalSettings
     from runtime.checkpoint.reshard import ReshardPlan
 
-__all__ = ["is_result", "looks_like_result"]
+__all__ = ["can_reuse_destination", "has_expected_files"]
 
 
-def is_result(plan: ReshardPlan, foreign: Foreign | None, folder: Path, max_memory: int, task: Task) -> bool:
+def can_reuse_destination(
+    plan: ReshardPlan, external: ExternalSettings | None, folder: Path, max_memory: int, context: StepContext
+) -> bool:
     """Return whether what lies at a destination is just what would be written, as where a run was killed after it.
 
     Args:
         plan: of what would be written.
-        foreign: how to read its source, where that is made of another stack's rank files.
+        external: how to read its source, where that is made of another stack's rank files.
         folder: that it would be written to.
         max_memory: bytes that reading may allocate.
-        task: told how far it is.
+        context: told how far it is.
     """
-    if not looks_like_result(plan, folder):
+    if not has_expected_files(plan, folder):
         return False
-    task.say(f"note: {folder} is there already, and is compared with {plan.content.folder}")
-    return verify(plan.content.folder, folder, max_memory=max_memory, progress=task.progress, foreign=foreign).ok
+    context.notify(f"note: {folder} is there already, and is compared with {plan.checkpoint.folder}")
+    return verify(
+        plan.checkpoint.folder, folder, max_memory=max_memory, progress=context.progress, external=external
+    ).ok
 
 
-def looks_like_result(plan: ReshardPlan, folder: Path) -> bool:
+def has_expected_files(plan: ReshardPlan, folder: Path) -> bool:
     """Return whether a folder holds all that would be written but for the bytes of tensors, which are not read."""
-    here = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    if folder.is_symlink() or here.keys() != plan.names or not all(map(is_regular, here.values())):
+    here = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
+    if folder.is_symlink() or here.keys() != plan.file_names or not all(map(is_regular_file, here.values())):
         return False
-    with writing(folder):
-        plan = sharing(plan, block_for(plan, folder))
-        return _has_beside(plan, folder) and all(_has_fixed(folder / file.name, file) for file in plan.laid.files)
+    with convert_write_errors(folder):
+        plan = plan_block_sharing(plan, find_block_size(plan, folder))
+        return _has_side_files(plan, folder) and all(
+            _has_fixed_bytes(folder / file.name, file) for file in plan.output.files
+        )
 
 
-def _has_beside(plan: ReshardPlan, folder: Path) -> bool:
+def _has_side_files(plan: ReshardPlan, folder: Path) -> bool:
     """Return whether all files without tensors are there as they would be written."""
     return (
-        all((folder / name).read_bytes() == text for name, text in plan.laid.texts.items())
-        and all(_digest(folder / name) == _digest(plan.content.folder / name) for name in plan.content.side.copied)
-        and (plan.laid.manifest is None or _says_the_same(plan.laid.manifest, folder))
+        all((folder / name).read_bytes() == text for name, text in plan.output.extra_files.items())
+        and all(
+            _digest_file(folder / name) == _digest_file(plan.checkpoint.folder / name)
+            for name in plan.checkpoint.side_files.copied
+        )
+        and (plan.output.manifest is None or _has_equal_manifest(plan.output.manifest, folder))
     )
 
 
-def _has_fixed(path: Path, file: NewFile) -> bool:
+def _has_fixed_bytes(path: Path, file: OutputFile) -> bool:
     """Return whether a file with tensors has the size and all bytes that no tensor brings."""
     with path.open("rb") as stream:
         is_fixed = all(
-            os.pread(stream.fileno(), len(content), offset) == content for offset, content in file.fixed.items()
+            os.pread(stream.fileno(), len(content), offset) == content for offset, content in file.fixed_bytes.items()
         )
         return is_fixed and os.fstat(stream.fileno()).st_size == file.size
 
 
-def _says_the_same(planned: Manifest, folder: Path) -> bool:
+def _has_equal_manifest(planned: Manifest, folder: Path) -> bool:
     """Return whether a folder's manifest is the planned one, with digests of its own."""
     try:
         found = read_manifest(folder)
@@ -80,6 +89,6 @@ def _says_the_same(planned: Manifest, folder: Path) -> bool:
     return planned.with_digests(digests).to_bytes() == (folder / MANIFEST).read_bytes()
 
 
-def _digest(path: Path) -> bytes:
+def _digest_file(path: Path) -> bytes:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()

@@ -8,42 +8,42 @@ from pathlib import Path
 
 from plans.errors import MigratorError
 
-__all__ = ["Answer", "Task"]
+__all__ = ["ActionOutcome", "StepContext"]
 
 
 @dataclass(frozen=True)
-class Task:
+class StepContext:
     """What a step is given beside its options.
 
     Args:
-        is_ours: whether nothing is at the destination but what this job wrote there and nobody touched.
+        is_own_output: whether nothing is at the destination but what this job wrote there and nobody touched.
         progress: told bytes done, bytes in all and what is at hand.
-        say: told what a person should know.
+        notify: told what a person should know.
     """
 
-    is_ours: bool
+    is_own_output: bool
     progress: Callable[[int, int, str], None]
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ActionOutcome:
     """What came of a step's work.
 
     Args:
         code: its exit code.
-        said: in one line.
+        summary: in one line.
         result: in JSON, as the command prints it.
         page: its report for a browser.
         patch: that would do what it did not.
-        written: files of its own sources that it changed.
+        written_files: files of its own sources that it changed.
         error: why part of it could not be done.
     """
 
     code: int
-    said: str
+    summary: str
     result: Mapping[str, object]
     page: str | None = None
     patch: bytes | None = None
-    written: tuple[Path, ...] = ()
+    written_files: tuple[Path, ...] = ()
     error: MigratorError | None = None

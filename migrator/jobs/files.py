@@ -16,15 +16,15 @@ from plans.errors import DestinationError
 __all__ = [
     "Stamp",
     "Stamps",
-    "as_text",
-    "files_below",
-    "is_regular",
-    "opened_events",
-    "read_regular",
-    "remove",
-    "stamps",
-    "write_whole",
-    "writing",
+    "collect_stamps",
+    "format_json",
+    "is_regular_file",
+    "list_files",
+    "open_events",
+    "raise_destination_errors",
+    "read_regular_file",
+    "remove_file",
+    "write_atomically",
 ]
 
 Stamp = tuple[int, int, int, int]
@@ -32,11 +32,11 @@ Stamp = tuple[int, int, int, int]
 Stamps = Mapping[str, Stamp]
 """Stamps of files by path: they change whenever one is written or replaced."""
 
-_OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """No link is followed, and no named pipe waited for."""
 
 
-def stamps(files: Iterable[Path]) -> Stamps:
+def collect_stamps(files: Iterable[Path]) -> Stamps:
     """Return the stamps of those files that are there."""
     found: dict[str, Stamp] = {}
     for file in files:
@@ -46,7 +46,7 @@ def stamps(files: Iterable[Path]) -> Stamps:
     return found
 
 
-def files_below(path: Path) -> Iterator[Path]:
+def list_files(path: Path) -> Iterator[Path]:
     """Yield the files of a folder and its subfolders, or the path itself where it is none."""
     if not path.is_dir():
         yield path
@@ -55,40 +55,40 @@ def files_below(path: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names))
 
 
-def is_regular(path: Path) -> bool:
+def is_regular_file(path: Path) -> bool:
     """Return whether a regular file lies at a path, and no link to one."""
     return stat.S_ISREG(path.lstat().st_mode) if os.path.lexists(path) else False
 
 
-def read_regular(path: Path, limit: int, *, follows: bool = False) -> bytes:
+def read_regular_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
     """Return what a regular file holds.
 
     Args:
         path: of the file.
         limit: bytes that it may have.
-        follows: whether it may be a link.
+        follow_links: whether it may be a link.
 
     Raises:
         OSError: it cannot be read, is no regular file, or is larger.
     """
-    descriptor = os.open(path, os.O_RDONLY | (_OURS & ~os.O_NOFOLLOW if follows else _OURS))
+    descriptor = os.open(path, os.O_RDONLY | (_OPEN_FLAGS & ~os.O_NOFOLLOW if follow_links else _OPEN_FLAGS))
     with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, not a path
-        _check_regular(descriptor)
+        _check_regular_file(descriptor)
         content = stream.read(limit + 1)
     if len(content) > limit:
         raise OSError(0, f"is larger than {limit:,} bytes")
     return content
 
 
-def opened_events(path: Path) -> TextIO:
+def open_events(path: Path) -> TextIO:
     """Open a file of lines to add more; a last line that a kill tore is ended first.
 
     Raises:
         OSError: it cannot be written, or is no regular file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _OURS, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _OPEN_FLAGS, 0o644)
     try:
-        _check_regular(descriptor)
+        _check_regular_file(descriptor)
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             os.write(descriptor, b"\n")
@@ -98,33 +98,33 @@ def opened_events(path: Path) -> TextIO:
         raise
 
 
-def _check_regular(descriptor: int) -> None:
+def _check_regular_file(descriptor: int) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise OSError(0, "is no regular file")
 
 
-def remove(file: Path) -> None:
+def remove_file(file: Path) -> None:
     """Remove a file that may be there.
 
     Raises:
         DestinationError: it cannot be removed.
     """
-    with writing(file):
+    with raise_destination_errors(file):
         file.unlink(missing_ok=True)
 
 
-def as_text(value: object) -> str:
+def format_json(value: object) -> str:
     """Return a value as the JSON text of a file."""
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
-def write_whole(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
     """Write a file in one step, its folder made where it is missing; a kill leaves the old one or the new one.
 
     Raises:
         DestinationError: it cannot be written.
     """
-    with writing(file):
+    with raise_destination_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.parent.is_symlink():
             raise OSError(0, f"{file.parent.name} is a link")
@@ -142,7 +142,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def raise_destination_errors(path: Path) -> Iterator[None]:
     """Turn what the system says when the body cannot write into an error for the user.
 
     Raises:

@@ -6,18 +6,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from migrator.jobs.foreign import files_of
-from migrator.jobs.identity import sources_of
-from migrator.jobs.values import Job, Reshard, is_hosted
+from migrator.jobs.foreign import list_external_files
+from migrator.jobs.identity import find_source_checkpoints
+from migrator.jobs.values import Job, Reshard, is_on_hub
 from plans.errors import UsageError
 
-__all__ = ["check_apart", "check_places"]
+__all__ = ["check_job_conflicts", "check_path_conflicts"]
 
-_Places = Mapping[Path, str]
+_PathUses = Mapping[Path, str]
 """What goes to places, in words."""
 
 
-def check_places(job: Job) -> None:
+def check_path_conflicts(job: Job) -> None:
     """Refuse a job that puts something where something else goes or is read.
 
     Raises:
@@ -29,20 +29,20 @@ def check_places(job: Job) -> None:
             hint="name a folder of its own",
             path=str(job.file),
         )
-    taken = {**_own(job), _real(job.file): "the job file"}
+    taken = {**_list_own_paths(job), _resolve_path(job.file): "the job file"}
     made: dict[Path, str] = {}
-    for name, destination in _destinations(job):
-        _refuse_shared(job, {destination: f"the destination of {name}"}, taken | made)
+    for name, destination in _iter_destinations(job):
+        _refuse_conflicts(job, {destination: f"the destination of {name}"}, taken | made)
         made[destination] = f"the destination of {name}"
-    for name, source in _sources(job):
+    for name, source in _iter_sources(job):
         said = {source: f"the source of {name}"}
         others = {place: what for place, what in made.items() if place != source or what.endswith(f" of {name}")}
-        _refuse_shared(job, others, said)
-        if source not in made and _real(job.output).is_relative_to(source):
-            _refuse_shared(job, {_real(job.output): "the output"}, said)
+        _refuse_conflicts(job, others, said)
+        if source not in made and _resolve_path(job.output).is_relative_to(source):
+            _refuse_conflicts(job, {_resolve_path(job.output): "the output"}, said)
 
 
-def check_apart(job: Job, others: Iterable[Job]) -> None:
+def check_job_conflicts(job: Job, others: Iterable[Job]) -> None:
     """Refuse a job that puts something where another one of the run does.
 
     Args:
@@ -52,15 +52,15 @@ def check_apart(job: Job, others: Iterable[Job]) -> None:
     Raises:
         UsageError: it does.
     """
-    mine = {**_own(job), **_made(job)}
+    mine = {**_list_own_paths(job), **_map_destinations(job)}
     for other in others:
-        theirs = {**_own(other), **_made(other)}
-        _refuse_shared(job, mine, {place: f"{what} of {other.file}" for place, what in theirs.items()})
+        theirs = {**_list_own_paths(other), **_map_destinations(other)}
+        _refuse_conflicts(job, mine, {place: f"{what} of {other.file}" for place, what in theirs.items()})
 
 
-def _refuse_shared(job: Job, mine: _Places, taken: _Places) -> None:
+def _refuse_conflicts(job: Job, mine: _PathUses, used: _PathUses) -> None:
     for place, what in mine.items():
-        for other, named in taken.items():
+        for other, named in used.items():
             if place.is_relative_to(other) or other.is_relative_to(place):
                 how = "is" if place == other else "lies in" if place.is_relative_to(other) else "holds"
                 raise UsageError(
@@ -70,28 +70,28 @@ def _refuse_shared(job: Job, mine: _Places, taken: _Places) -> None:
                 )
 
 
-def _own(job: Job) -> _Places:
+def _list_own_paths(job: Job) -> _PathUses:
     """Return the files and folders in which a job keeps what it knows."""
-    return {_real(path): f"its own {path.name}" for path in job.own}
+    return {_resolve_path(path): f"its own {path.name}" for path in job.own}
 
 
-def _made(job: Job) -> _Places:
-    return {destination: f"the destination of {name}" for name, destination in _destinations(job)}
+def _map_destinations(job: Job) -> _PathUses:
+    return {destination: f"the destination of {name}" for name, destination in _iter_destinations(job)}
 
 
-def _destinations(job: Job) -> Iterator[tuple[str, Path]]:
+def _iter_destinations(job: Job) -> Iterator[tuple[str, Path]]:
     for name, step in job.steps.items():
         if isinstance(step, Reshard):
-            yield name, _real(step.destination)
+            yield name, _resolve_path(step.destination)
 
 
-def _sources(job: Job) -> Iterator[tuple[str, Path]]:
+def _iter_sources(job: Job) -> Iterator[tuple[str, Path]]:
     """Yield the checkpoints that steps read from folders, and the files that say how."""
     for name, step in job.steps.items():
-        yield from ((name, _real(Path(text))) for text in sources_of(step) if not is_hosted(text))
-        yield from ((name, _real(file)) for file in files_of(step))
+        yield from ((name, _resolve_path(Path(text))) for text in find_source_checkpoints(step) if not is_on_hub(text))
+        yield from ((name, _resolve_path(file)) for file in list_external_files(step))
 
 
-def _real(path: Path) -> Path:
+def _resolve_path(path: Path) -> Path:
     """Return the one way to spell a path; none of its parts needs to be there."""
     return Path(os.path.realpath(path))

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from migrator.jobs.values import is_hosted
-from plans.alike import did_you_mean
+from migrator.jobs.values import is_on_hub
+from plans.alike import suggest_name
 from plans.errors import UsageError
 
 __all__ = [
-    "Place",
-    "Reader",
-    "checkpoint",
-    "choice",
-    "flag",
-    "fraction",
-    "name",
-    "path",
-    "paths",
-    "seconds",
-    "size",
-    "text",
+    "SettingLocation",
+    "SettingReader",
+    "make_choice_reader",
+    "read_checkpoint_name",
+    "read_flag",
+    "read_fraction",
+    "read_name",
+    "read_path",
+    "read_paths",
+    "read_seconds",
+    "read_size",
+    "read_text",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -34,7 +34,7 @@ _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(\w+)[\"']?\s*\]")
 
 
 @dataclass(frozen=True)
-class Place:
+class SettingLocation:
     """Where a value stands.
 
     Args:
@@ -78,81 +78,81 @@ class Place:
         return None
 
 
-Reader = Callable[[Place, Any], Any]
+SettingReader = Callable[[SettingLocation, Any], Any]
 
 
-def text(place: Place, value: object) -> str:
+def read_text(location: SettingLocation, value: object) -> str:
     """Read a string that is not empty."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        place.refuse(f"is {value!r}, not a string with something in it", f'write {place.key} = "…"')
+        location.refuse(f"is {value!r}, not a string with something in it", f'write {location.key} = "…"')
     return value
 
 
-def name(place: Place, value: object) -> str:
+def read_name(location: SettingLocation, value: object) -> str:
     """Read a name that a file may have."""
-    found = text(place, value)
+    found = read_text(location, value)
     if not _NAME.fullmatch(found):
-        place.refuse(f"is {found!r}, not a name", "letters, digits, `-`, `_` and `.` make up a name")
+        location.refuse(f"is {found!r}, not a name", "letters, digits, `-`, `_` and `.` make up a name")
     return found
 
 
-def flag(place: Place, value: object) -> bool:
+def read_flag(location: SettingLocation, value: object) -> bool:
     """Read true or false."""
     if not isinstance(value, bool):
-        place.refuse(f"is {value!r}, not true or false", f"write {place.key} = true")
+        location.refuse(f"is {value!r}, not true or false", f"write {location.key} = true")
     return value
 
 
-def size(place: Place, value: object) -> int:
+def read_size(location: SettingLocation, value: object) -> int:
     """Read a whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        place.refuse(f"is {value!r}, not a whole number above 0", f"write {place.key} = 2, say")
+        location.refuse(f"is {value!r}, not a whole number above 0", f"write {location.key} = 2, say")
     return value
 
 
-def seconds(place: Place, value: object) -> float:
+def read_seconds(location: SettingLocation, value: object) -> float:
     """Read a time that ends."""
-    return _number(place, value, math.inf, "a number of seconds above 0")
+    return _read_number(location, value, math.inf, "a number of seconds above 0")
 
 
-def fraction(place: Place, value: object) -> float:
+def read_fraction(location: SettingLocation, value: object) -> float:
     """Read a number between 0 and 1."""
-    return _number(place, value, 1, "a number between 0 and 1")
+    return _read_number(location, value, 1, "a number between 0 and 1")
 
 
-def choice(*names: str) -> Reader:
+def make_choice_reader(*names: str) -> SettingReader:
     """Return what reads one of some names."""
 
-    def read(place: Place, value: object) -> str:
+    def read(location: SettingLocation, value: object) -> str:
         if value not in names:
-            place.refuse(f"is {value!r}", did_you_mean(str(value), names, f"it is one of {', '.join(names)}"))
+            location.refuse(f"is {value!r}", suggest_name(str(value), names, f"it is one of {', '.join(names)}"))
         return str(value)
 
     return read
 
 
-def path(place: Place, value: object) -> Path:
+def read_path(location: SettingLocation, value: object) -> Path:
     """Read a path, relative to the job file; the folders above it are spelled in one way, without `..` and links."""
-    found = (place.file.parent / text(place, value)).absolute()
+    found = (location.file.parent / read_text(location, value)).absolute()
     if found.name in ("", ".."):
         return Path(os.path.realpath(found))
     return Path(os.path.realpath(found.parent), found.name)
 
 
-def paths(place: Place, value: object) -> tuple[Path, ...]:
+def read_paths(location: SettingLocation, value: object) -> tuple[Path, ...]:
     """Read a list of paths."""
     if not isinstance(value, list) or not value:
-        place.refuse(f"is {value!r}, not a list of paths", f'write {place.key} = ["…"]')
-    return tuple(path(place, one) for one in value)
+        location.refuse(f"is {value!r}, not a list of paths", f'write {location.key} = ["…"]')
+    return tuple(read_path(location, one) for one in value)
 
 
-def checkpoint(place: Place, value: object) -> str:
+def read_checkpoint_name(location: SettingLocation, value: object) -> str:
     """Read a checkpoint's folder, relative to the job file, or its name on the hub."""
-    found = text(place, value)
-    return found if is_hosted(found) else str(path(place, found))
+    found = read_text(location, value)
+    return found if is_on_hub(found) else str(read_path(location, found))
 
 
-def _number(place: Place, value: object, limit: float, what: str) -> float:
+def _read_number(location: SettingLocation, value: object, limit: float, expected: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < limit:
-        place.refuse(f"is {value!r}, not {what}", f"write {place.key} = {1e-5 if limit == 1 else 60}, say")
+        location.refuse(f"is {value!r}, not {expected}", f"write {location.key} = {1e-5 if limit == 1 else 60}, say")
     return float(value)

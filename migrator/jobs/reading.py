@@ -9,55 +9,64 @@ from pathlib import Path
 from typing import Any
 
 from migrator.jobs import readers
-from migrator.jobs.files import read_regular
-from migrator.jobs.foreign import FOREIGN, as_settings, foreign_of
-from migrator.jobs.places import check_places
-from migrator.jobs.readers import Place, Reader
+from migrator.jobs.files import read_regular_file
+from migrator.jobs.foreign import EXTERNAL_SETTINGS, get_external_options, replace_option_names
+from migrator.jobs.places import check_path_conflicts
+from migrator.jobs.readers import SettingLocation, SettingReader
 from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
-from plans.alike import did_you_mean
+from plans.alike import suggest_name
 from plans.errors import UsageError
 from plans.mesh import MODES, Mesh
 
 __all__ = ["job_files", "read"]
 
-_LARGEST = 1_000_000
+_MAX_BYTES = 1_000_000
 _DEFAULT_NAME = "checkpoint"
 
-_AXES: Mapping[str, Reader] = {
-    **dict.fromkeys(("tp", "ep", "fsdp"), readers.size),
-    "mode": readers.choice(*MODES),
+_MESH_SETTINGS: Mapping[str, SettingReader] = {
+    **dict.fromkeys(("tp", "ep", "fsdp"), readers.read_size),
+    "mode": readers.make_choice_reader(*MODES),
 }
-_TREE: Mapping[str, Reader] = {"paths": readers.paths, "source": readers.text, "target": readers.text}
-_KEYS: Mapping[str, Mapping[str, Reader]] = {
-    "": {"output": readers.path},
-    "rewrite": {**_TREE, "verify": readers.flag, "in_place": readers.flag},
-    "check": _TREE,
+_TREE_SETTINGS: Mapping[str, SettingReader] = {
+    "paths": readers.read_paths,
+    "source": readers.read_text,
+    "target": readers.read_text,
+}
+_SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
+    "": {"output": readers.read_path},
+    "rewrite": {**_TREE_SETTINGS, "verify": readers.read_flag, "in_place": readers.read_flag},
+    "check": _TREE_SETTINGS,
     "reshard": {
-        "name": readers.name,
-        "source": readers.checkpoint,
-        "destination": readers.path,
-        **_AXES,
-        "layout": readers.choice("hf", "dcp", "ranks"),
-        "experts": readers.choice("fused", "separate"),
-        "optimizer": readers.flag,
-        "max_memory": readers.size,
-        "overwrite": readers.flag,
-        "push_to": readers.text,
-        **FOREIGN,
+        "name": readers.read_name,
+        "source": readers.read_checkpoint_name,
+        "destination": readers.read_path,
+        **_MESH_SETTINGS,
+        "layout": readers.make_choice_reader("hf", "dcp", "ranks"),
+        "experts": readers.make_choice_reader("fused", "separate"),
+        "optimizer": readers.read_flag,
+        "max_memory": readers.read_size,
+        "overwrite": readers.read_flag,
+        "push_to": readers.read_text,
+        **EXTERNAL_SETTINGS,
     },
-    "verify": {"source": readers.checkpoint, "other": readers.checkpoint, "max_memory": readers.size, **FOREIGN},
+    "verify": {
+        "source": readers.read_checkpoint_name,
+        "other": readers.read_checkpoint_name,
+        "max_memory": readers.read_size,
+        **EXTERNAL_SETTINGS,
+    },
     "validate": {
-        "source": readers.checkpoint,
-        "reference": readers.checkpoint,
-        **_AXES,
-        "device": readers.choice("cpu", "cuda", "auto"),
-        "tolerance": readers.fraction,
-        "timeout": readers.seconds,
+        "source": readers.read_checkpoint_name,
+        "reference": readers.read_checkpoint_name,
+        **_MESH_SETTINGS,
+        "device": readers.make_choice_reader("cpu", "cuda", "auto"),
+        "tolerance": readers.read_fraction,
+        "timeout": readers.read_seconds,
     },
 }
 """What may be written in each table, and at the top."""
-_STEPS = tuple(filter(None, _KEYS))
-_LISTED = ", ".join(f"[{name}]" for name in _STEPS)
+_STEP_NAMES = tuple(filter(None, _SETTINGS))
+_STEP_TABLES = ", ".join(f"[{name}]" for name in _STEP_NAMES)
 
 _Options = dict[str, Any]
 
@@ -73,20 +82,20 @@ def read(file: Path) -> Job:
             something where something else goes or lies.
     """
     file = file.absolute()
-    content = _content(file)
-    top = Place(file, content)
+    content = _read_content(file)
+    top = SettingLocation(file, content)
     try:
         tables = tomllib.loads(content)
     except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, a plain ValueError
         raise UsageError(f"{file}: is not TOML: {error}", hint="mend the file", path=str(file)) from error
-    plain = {key: value for key, value in tables.items() if key not in _STEPS}
-    output = _options(top, plain).get("output", file.with_suffix(".job"))
-    found = {name: list(_tables(replace(top, table=name), tables[name])) for name in _STEPS if name in tables}
-    steps = dict(_steps(top, output, found))
+    plain = {key: value for key, value in tables.items() if key not in _STEP_NAMES}
+    output = _read_options(top, plain).get("output", file.with_suffix(".job"))
+    found = {name: list(_read_tables(replace(top, table=name), tables[name])) for name in _STEP_NAMES if name in tables}
+    steps = dict(_build_steps(top, output, found))
     if not steps:
-        raise UsageError(f"{file}: declares no step", hint=f"add one of {_LISTED}", path=str(file))
+        raise UsageError(f"{file}: declares no step", hint=f"add one of {_STEP_TABLES}", path=str(file))
     job = Job(file, output, steps)
-    check_places(job)
+    check_path_conflicts(job)
     return job
 
 
@@ -107,66 +116,69 @@ def job_files(path: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _content(file: Path) -> str:
+def _read_content(file: Path) -> str:
     try:
-        return read_regular(file, _LARGEST, follows=True).decode()
+        return read_regular_file(file, _MAX_BYTES, follow_links=True).decode()
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}", hint="name a job file in TOML", path=str(file)) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: is not UTF-8: {error}", hint="mend the file", path=str(file)) from error
 
 
-def _tables(place: Place, value: object) -> Iterator[tuple[Place, _Options]]:
+def _read_tables(location: SettingLocation, value: object) -> Iterator[tuple[SettingLocation, _Options]]:
     """Yield the tables of one name, of which only `reshard` may have several."""
-    is_several = place.table == "reshard" and isinstance(value, list)
+    is_several = location.table == "reshard" and isinstance(value, list)
     for number, table in enumerate(value if isinstance(value, list) and is_several else [value]):
-        here = replace(place, number=number)
+        here = replace(location, number=number)
         if not isinstance(table, dict):
-            here.refuse("is no table", f"write [{place.table}]")
-        yield here, _options(here, table)
+            here.refuse("is no table", f"write [{location.table}]")
+        yield here, _read_options(here, table)
 
 
-def _options(place: Place, table: Mapping[str, object]) -> _Options:
+def _read_options(location: SettingLocation, table: Mapping[str, object]) -> _Options:
     """Return what a table says; a name of several words may have `-` in it, as options have, or `_`."""
-    known = _KEYS[place.table]
+    known = _SETTINGS[location.table]
     options: _Options = {}
     for key, value in table.items():
-        here, name = replace(place, key=key), key.replace("-", "_")
+        here, name = replace(location, key=key), key.replace("-", "_")
         if name not in known:
-            tables = () if place.table else _STEPS
-            allowed = ", ".join(known) + (f", and the tables {_LISTED}" if tables else "")
-            here.refuse("is no setting", did_you_mean(name, (*known, *tables), f"settings here are {allowed}"))
+            tables = () if location.table else _STEP_NAMES
+            allowed = ", ".join(known) + (f", and the tables {_STEP_TABLES}" if tables else "")
+            here.refuse("is no setting", suggest_name(name, (*known, *tables), f"settings here are {allowed}"))
         if name in options:
             here.refuse("is there twice", "write it once, with `-` or with `_`")
         options[name] = known[name](here, value)
     return options
 
 
-def _steps(
-    top: Place, output: Path, found: Mapping[str, Sequence[tuple[Place, _Options]]]
+def _build_steps(
+    top: SettingLocation, output: Path, tables_by_name: Mapping[str, Sequence[tuple[SettingLocation, _Options]]]
 ) -> Iterator[tuple[str, Step]]:
     """Yield the steps that are declared, what they leave out filled in from the steps before."""
-    only = {name: tables[0] for name, tables in found.items()}
-    targets = dict(_targets(output, found.get("reshard", ())))
+    only = {name: tables[0] for name, tables in tables_by_name.items()}
+    targets = dict(_build_reshards(output, tables_by_name.get("reshard", ())))
     if rewriting := only.get("rewrite"):
-        yield "rewrite", Rewrite(**_needing("paths", *rewriting))
+        yield "rewrite", Rewrite(**_require_option("paths", *rewriting))
     if checking := only.get("check"):
-        yield "check", Check(**_needing("paths", checking[0], {**_tree_of(rewriting), **checking[1]}))
+        yield (
+            "check",
+            Check(**_require_option("paths", checking[0], {**_select_tree_options(rewriting), **checking[1]})),
+        )
     for suffix, target in targets.items():
         yield f"reshard{suffix}", target
-    for suffix, options in _each(only.get("verify"), targets, _verified):
+    for suffix, options in _expand_per_target(only.get("verify"), targets, _build_verify_options):
         verifying = Verify(**options)
-        _check_foreign(only["verify"][0], verifying)
+        _check_external_options(only["verify"][0], verifying)
         yield f"verify{suffix}", verifying
-    for suffix, options in _each(only.get("validate"), targets, _validated):
+    for suffix, options in _expand_per_target(only.get("validate"), targets, _build_validate_options):
         yield f"validate{suffix}", Validate(**options)
 
 
-def _tree_of(rewriting: tuple[Place, _Options] | None) -> _Options:
-    return {key: value for key, value in rewriting[1].items() if key in _TREE} if rewriting else {}
+def _select_tree_options(rewriting: tuple[SettingLocation, _Options] | None) -> _Options:
+    return {key: value for key, value in rewriting[1].items() if key in _TREE_SETTINGS} if rewriting else {}
 
 
-def _targets(output: Path, tables: Sequence[tuple[Place, _Options]]) -> Iterator[tuple[str, Reshard]]:
+def _build_reshards(output: Path, tables: Sequence[tuple[SettingLocation, _Options]]) -> Iterator[tuple[str, Reshard]]:
     """Yield what is resharded to, each by what its steps' names end with."""
     names: set[str] = set()
     for place, options in tables:
@@ -177,57 +189,59 @@ def _targets(output: Path, tables: Sequence[tuple[Place, _Options]]) -> Iterator
         names.add(known)
         options.setdefault("destination", output / known)
         _check_mesh(place, options)
-        target = Reshard(**_needing("source", place, options))
-        _check_foreign(place, target)
+        target = Reshard(**_require_option("source", place, options))
+        _check_external_options(place, target)
         yield f"-{name}" if name else "", target
 
 
-def _check_mesh(place: Place, options: _Options) -> None:
+def _check_mesh(location: SettingLocation, options: _Options) -> None:
     try:
         Mesh(**{axis: options[axis] for axis in ("tp", "ep", "fsdp") if axis in options})
     except UsageError as error:
-        place.refuse(f"makes up no mesh: {error}", error.hint)
+        location.refuse(f"makes up no mesh: {error}", error.hint)
 
 
-def _check_foreign(place: Place, step: Reshard | Verify) -> None:
+def _check_external_options(location: SettingLocation, step: Reshard | Verify) -> None:
     try:
-        foreign_of(step).checked(step.source)
+        get_external_options(step).parse(step.source)
     except UsageError as error:
-        place.refuse(f"does not say how to read its source: {as_settings(str(error))}", as_settings(error.hint))
+        location.refuse(
+            f"does not say how to read its source: {replace_option_names(str(error))}", replace_option_names(error.hint)
+        )
 
 
-def _each(
-    table: tuple[Place, _Options] | None,
+def _expand_per_target(
+    table: tuple[SettingLocation, _Options] | None,
     targets: Mapping[str, Reshard],
-    about: Callable[[Reshard, _Options], _Options],
+    build_options: Callable[[Reshard, _Options], _Options],
 ) -> Iterator[tuple[str, _Options]]:
     """Yield a step's options for every result of resharding, unless they name a checkpoint themselves."""
     if table is None:
         return
     place, options = table
     if "source" in options or not targets:
-        yield "", _needing("source", place, options)
+        yield "", _require_option("source", place, options)
         return
     for suffix, target in targets.items():
-        yield suffix, about(target, options)
+        yield suffix, build_options(target, options)
 
 
-def _verified(target: Reshard, options: _Options) -> _Options:
+def _build_verify_options(target: Reshard, options: _Options) -> _Options:
     """Hold a result against its source; another stack's rank files can be read as the first of two only."""
     result = str(target.destination)
     if target.from_pattern is None or "other" in options:
         return {"other": target.source, **options, "source": result}
-    said = {name: getattr(target, name) for name in FOREIGN}
+    said = {name: getattr(target, name) for name in EXTERNAL_SETTINGS}
     return {**said, **options, "source": target.source, "other": result}
 
 
-def _validated(target: Reshard, options: _Options) -> _Options:
+def _build_validate_options(target: Reshard, options: _Options) -> _Options:
     """Hold a result against its source; no model is made of another stack's rank files."""
     reference = {} if target.from_pattern is not None else {"reference": target.source}
     return {**reference, **options, "source": str(target.destination)}
 
 
-def _needing(key: str, place: Place, options: _Options) -> _Options:
+def _require_option(key: str, location: SettingLocation, options: _Options) -> _Options:
     if key not in options:
-        place.refuse(f"does not say its `{key}`", f"write {key} = … below [{place.table}]")
+        location.refuse(f"does not say its `{key}`", f"write {key} = … below [{location.table}]")
     return options

@@ -5,69 +5,69 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from migrator.jobs.adopting import is_result, looks_like_result
-from migrator.jobs.answers import Answer, Task
-from migrator.jobs.files import writing
-from migrator.jobs.foreign import foreign_of
-from migrator.jobs.identity import located
+from migrator.jobs.adopting import can_reuse_destination, has_expected_files
+from migrator.jobs.answers import ActionOutcome, StepContext
+from migrator.jobs.files import raise_destination_errors
+from migrator.jobs.foreign import get_external_options
+from migrator.jobs.identity import locate_checkpoint
 from migrator.jobs.stopping import interruptible
 from migrator.jobs.values import Reshard
-from migrator.mesh_options import mesh_of
-from migrator.report.from_reshard import reshard_report
-from migrator.report.page import render
+from migrator.mesh_options import build_mesh
+from migrator.report.from_reshard import build_reshard_report
+from migrator.report.page import render_report
 from migrator.reshard_report import estimate_as_json, result_as_json
-from migrator.uncollected import uncollected
+from migrator.uncollected import gc_paused
 from plans.errors import DestinationError
 from runtime.checkpoint.copying.commit import check_destination
 from runtime.checkpoint.estimate import estimate
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.hub import check_repository, push
-from runtime.wording import counted
+from runtime.wording import pluralize
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.foreign.source import Foreign
+    from runtime.checkpoint.foreign.source import ExternalSettings
     from runtime.checkpoint.reshard import ReshardPlan
 
-__all__ = ["estimated", "resharded"]
+__all__ = ["estimate_reshard", "run_reshard"]
 
 _MIB = 2**20
 
 
-def resharded(step: Reshard, task: Task) -> Answer:
+def run_reshard(step: Reshard, context: StepContext) -> ActionOutcome:
     """Bring a checkpoint to its new layout; a run that was stopped before is gone on with.
 
     Raises:
         DestinationError: something else lies at the destination.
-        MigratorError: as `plan_reshard` and `carry_out`.
+        MigratorError: as `plan_reshard` and `execute_reshard`.
     """
-    overwrites = step.overwrite or task.is_ours
+    overwrites = step.overwrite or context.is_own_output
     with interruptible():
         if step.push_to is not None:
             check_repository(step.push_to)
-        foreign = foreign_of(step).read(step.source)
-        plan = _planned(step, foreign)
-        is_others = not task.is_ours and os.path.lexists(step.destination)
-        is_there = is_others and is_result(plan, foreign, step.destination, step.max_memory * _MIB, task)
-    answer = _kept(plan, step) if is_there else _written(plan, step, task, overwrites=overwrites)
+        foreign = get_external_options(step).read(step.source)
+        plan = _plan_step(step, foreign)
+        is_others = not context.is_own_output and os.path.lexists(step.destination)
+        is_there = is_others and can_reuse_destination(plan, foreign, step.destination, step.max_memory * _MIB, context)
+    answer = _keep_existing(plan, step) if is_there else _write_result(plan, step, context, overwrites=overwrites)
     if step.push_to is None:
         return answer
     with interruptible():
         address = push(step.destination, step.push_to, quiet=True)
-    said = f"{answer.said}, pushed to {address}"
-    return Answer(answer.code, said, {**answer.result, "pushed": address}, answer.page)
+    said = f"{answer.summary}, pushed to {address}"
+    return ActionOutcome(answer.code, said, {**answer.result, "pushed": address}, answer.page)
 
 
-def estimated(step: Reshard, *, is_ours: bool) -> dict[str, object]:
+def estimate_reshard(step: Reshard, *, is_own_output: bool) -> dict[str, object]:
     """Return what a reshard would take, in JSON; nothing stays written.
 
     Raises:
         MigratorError: it cannot be planned, or its destination is taken.
     """
-    plan = _planned(step, foreign_of(step).read(step.source))
-    is_there = not is_ours and os.path.lexists(step.destination) and looks_like_result(plan, step.destination)
+    plan = _plan_step(step, get_external_options(step).read(step.source))
+    is_there = not is_own_output and os.path.lexists(step.destination) and has_expected_files(plan, step.destination)
     if os.path.lexists(step.destination) and not is_there:
-        check_destination(step.destination, overwrite=step.overwrite or is_ours, names=plan.names)
+        check_destination(step.destination, overwrite=step.overwrite or is_own_output, names=plan.file_names)
     above = next(folder for folder in step.destination.parents if os.path.lexists(folder))
     if not above.is_dir():
         raise DestinationError(f"{above}: not a folder", hint="name another destination", path=str(above))
@@ -75,26 +75,30 @@ def estimated(step: Reshard, *, is_ours: bool) -> dict[str, object]:
     return {**estimate_as_json(plan, found), "there_already": is_there}
 
 
-def _planned(step: Reshard, foreign: Foreign | None) -> ReshardPlan:
-    mesh, mode = mesh_of(step.tp, step.ep, step.fsdp, step.mode)
+def _plan_step(step: Reshard, external: ExternalSettings | None) -> ReshardPlan:
+    mesh, mode = build_mesh(step.tp, step.ep, step.fsdp, step.mode)
     layout = step.layout or ("dcp" if mesh.world_size > 1 else "hf")
-    with uncollected():
-        target = Target(layout, mesh, mode, step.experts, step.optimizer)
-        return plan_reshard(located(step.source), target=target, foreign=foreign)
+    with gc_paused():
+        target = ReshardTarget(layout, mesh, mode, step.experts, step.optimizer)
+        return plan_reshard(locate_checkpoint(step.source), target=target, external=external)
 
 
-def _written(plan: ReshardPlan, step: Reshard, task: Task, *, overwrites: bool) -> Answer:
-    with writing(step.destination):
+def _write_result(plan: ReshardPlan, step: Reshard, context: StepContext, *, overwrites: bool) -> ActionOutcome:
+    with raise_destination_errors(step.destination):
         step.destination.parent.mkdir(parents=True, exist_ok=True)
-    result = plan.execute(step.destination, task.progress, step.max_memory * _MIB, overwrite=overwrites, say=task.say)
-    said = f"{_tensors(plan)}, {result.bytes_written:,} bytes"
-    return Answer(0, said, result_as_json(plan, result), render(reshard_report(plan, result)))
+    result = plan.execute(
+        step.destination, context.progress, step.max_memory * _MIB, overwrite=overwrites, say=context.notify
+    )
+    said = f"{_describe_tensors(plan)}, {result.bytes_written:,} bytes"
+    return ActionOutcome(0, said, result_as_json(plan, result), render_report(build_reshard_report(plan, result)))
 
 
-def _kept(plan: ReshardPlan, step: Reshard) -> Answer:
-    result = {"destination": str(step.destination), "files": sorted(plan.names), "kept": True}
-    return Answer(0, f"{_tensors(plan)}, there already", result, render(reshard_report(plan)))
+def _keep_existing(plan: ReshardPlan, step: Reshard) -> ActionOutcome:
+    result = {"destination": str(step.destination), "files": sorted(plan.file_names), "kept": True}
+    return ActionOutcome(
+        0, f"{_describe_tensors(plan)}, there already", result, render_report(build_reshard_report(plan))
+    )
 
 
-def _tensors(plan: ReshardPlan) -> str:
-    return f"{counted(len(plan.content.tensors), 'tensor')} in {counted(len(plan.laid.files), 'file')}"
+def _describe_tensors(plan: ReshardPlan) -> str:
+    return f"{pluralize(len(plan.checkpoint.tensors), 'tensor')} in {pluralize(len(plan.output.files), 'file')}"

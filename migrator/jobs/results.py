@@ -19,8 +19,8 @@ __all__ = [
     "StepForecast",
     "StepResult",
     "error_as_json",
-    "internal",
-    "unheard",
+    "notify_listener",
+    "wrap_internal_error",
 ]
 
 Outcome = Literal["ok", "findings", "failed", "stopped", "not run"]
@@ -32,7 +32,7 @@ class Event:
     """Something that happens while a job runs.
 
     Args:
-        name: `started`, `skipped`, `progress`, `note` or `finished` of a step; `refused` or `done` of a job.
+        name: `started`, `skipped`, `progress`, `print_notes` or `finished` of a step; `refused` or `done` of a job.
         job: its name.
         step: its name, None where the whole job is meant.
         data: what there is to say.
@@ -47,7 +47,7 @@ class Event:
 Listener = Callable[[Event], None]
 
 
-def unheard(listen: Listener, event: Event) -> str | None:
+def notify_listener(listen: Listener, event: Event) -> str | None:
     """Tell a listener of an event; return the traceback where it failed, which decides nothing else."""
     try:
         listen(event)
@@ -56,7 +56,7 @@ def unheard(listen: Listener, event: Event) -> str | None:
     return None
 
 
-def internal(error: Exception) -> MigratorError:
+def wrap_internal_error(error: Exception) -> MigratorError:
     """Return what a person is told of a fault of ours."""
     return MigratorError(
         f"internal error: {type(error).__name__}: {error}",

@@ -9,25 +9,33 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from migrator.jobs.files import Stamp, Stamps, stamps
+from migrator.jobs.files import Stamp, Stamps, collect_stamps
 from migrator.jobs.foresight import foresee
-from migrator.jobs.places import check_apart
+from migrator.jobs.places import check_job_conflicts
 from migrator.jobs.reading import job_files, read
-from migrator.jobs.results import Event, Forecast, JobResult, Listener, error_as_json, internal, unheard
-from migrator.jobs.running import ignore, run
+from migrator.jobs.results import (
+    Event,
+    Forecast,
+    JobResult,
+    Listener,
+    error_as_json,
+    notify_listener,
+    wrap_internal_error,
+)
+from migrator.jobs.running import ignore_event, run
 from migrator.jobs.values import Job
 from plans.errors import MigratorError, UsageError
-from runtime.checkpoint.copying.stopping import Stop, stoppable
+from runtime.checkpoint.copying.stopping import Stop, catch_stop_signals
 
 __all__ = ["foresee_files", "run_files", "watch"]
 
 T = TypeVar("T")
 
-_TICK = 0.1
+_TICK_SECONDS = 0.1
 """Seconds between two looks for a signal."""
 
 
-def run_files(files: Iterable[Path], listen: Listener = ignore) -> tuple[JobResult, ...]:
+def run_files(files: Iterable[Path], listen: Listener = ignore_event) -> tuple[JobResult, ...]:
     """Run jobs one after the other, whatever becomes of those before; a signal ends all of them.
 
     Args:
@@ -35,10 +43,10 @@ def run_files(files: Iterable[Path], listen: Listener = ignore) -> tuple[JobResu
         listen: told what happens.
     """
     results: list[JobResult] = []
-    with stoppable() as stop:
-        for file, found in _apart(files, {}):
+    with catch_stop_signals() as stop:
+        for file, found in _read_jobs(files, {}):
             signal = stop()
-            results.append(JobResult(file, stopped=signal) if signal else _attempt(file, found, listen))
+            results.append(JobResult(file, stopped=signal) if signal else _run_file(file, found, listen))
     return tuple(results)
 
 
@@ -48,10 +56,10 @@ def foresee_files(files: Iterable[Path]) -> tuple[Forecast, ...]:
     Args:
         files: that declare them.
     """
-    return tuple(_foreseen(file, found) for file, found in _apart(files, {}))
+    return tuple(_preview_file(file, found) for file, found in _read_jobs(files, {}))
 
 
-def watch(folder: Path, listen: Listener = ignore, interval: float = 2.0) -> tuple[JobResult, ...]:
+def watch(folder: Path, listen: Listener = ignore_event, interval: float = 2.0) -> tuple[JobResult, ...]:
     """Run the jobs of a folder, and every file that appears there or changes, until a signal comes.
 
     The folder is looked at again and again: network disks do not tell of files that another machine puts there. A file
@@ -74,21 +82,21 @@ def watch(folder: Path, listen: Listener = ignore, interval: float = 2.0) -> tup
     last: Stamps = {}
     taken: dict[str, Stamp] = {}
     known: dict[Path, Job] = {}
-    with stoppable() as stop:
+    with catch_stop_signals() as stop:
         while stop() is None:
-            now = _look(folder)
-            for file in _ready(now, last, taken):
+            now = _read_folder_stamps(folder)
+            for file in _find_ready_files(now, last, taken):
                 taken[str(file)] = now[str(file)]
-                [(_, found)] = _apart([file], known)
-                results[file] = _attempt(file, found, listen)
+                [(_, found)] = _read_jobs([file], known)
+                results[file] = _run_file(file, found, listen)
                 if stop() is not None:
-                    return _by_name(results)
+                    return _sort_by_name(results)
             last = now
             _wait(stop, interval)
-    return _by_name(results)
+    return _sort_by_name(results)
 
 
-def _apart(files: Iterable[Path], known: dict[Path, Job]) -> Sequence[tuple[Path, Job | MigratorError]]:
+def _read_jobs(files: Iterable[Path], known: dict[Path, Job]) -> Sequence[tuple[Path, Job | MigratorError]]:
     """Read job files, all before any of them is run; a job that comes in another's way is refused, the later one.
 
     Args:
@@ -101,55 +109,55 @@ def _apart(files: Iterable[Path], known: dict[Path, Job]) -> Sequence[tuple[Path
         if at in found:
             continue
         known.pop(at, None)
-        job = _caught(partial(_read, file, tuple(known.values())))
+        job = _catch_errors(partial(_read_job, file, tuple(known.values())))
         found[at] = (file, job)
         if isinstance(job, Job):
             known[at] = job
     return tuple(found.values())
 
 
-def _read(file: Path, others: Iterable[Job]) -> Job:
+def _read_job(file: Path, others: Iterable[Job]) -> Job:
     job = read(file)
-    check_apart(job, others)
+    check_job_conflicts(job, others)
     return job
 
 
-def _attempt(file: Path, found: Job | MigratorError, listen: Listener) -> JobResult:
-    done = _caught(partial(run, found, listen)) if isinstance(found, Job) else found
+def _run_file(file: Path, job: Job | MigratorError, listen: Listener) -> JobResult:
+    done = _catch_errors(partial(run, job, listen)) if isinstance(job, Job) else job
     if isinstance(done, JobResult):
         return done
     said = {**(error_as_json(done) or {}), "traceback": done.data.get("traceback")}
-    unheard(listen, Event("refused", file.stem, None, said))
+    notify_listener(listen, Event("refused", file.stem, None, said))
     return JobResult(file, error=done)
 
 
-def _foreseen(file: Path, found: Job | MigratorError) -> Forecast:
-    forecast = _caught(partial(foresee, found)) if isinstance(found, Job) else found
+def _preview_file(file: Path, job: Job | MigratorError) -> Forecast:
+    forecast = _catch_errors(partial(foresee, job)) if isinstance(job, Job) else job
     return forecast if isinstance(forecast, Forecast) else Forecast(file, error=forecast)
 
 
-def _caught(work: Callable[[], T]) -> T | MigratorError:
+def _catch_errors(work: Callable[[], T]) -> T | MigratorError:
     """Return what work comes to, or why it cannot be done: an odd job is one entry, and never ends the others."""
     try:
         return work()
     except MigratorError as error:
         return error
     except Exception as error:
-        return internal(error)
+        return wrap_internal_error(error)
 
 
-def _look(folder: Path) -> Stamps:
+def _read_folder_stamps(folder: Path) -> Stamps:
     """Return the stamps of a folder's job files; while it cannot be read, as a disk that is away, it has none."""
     try:
-        return stamps(job_files(folder))
+        return collect_stamps(job_files(folder))
     except UsageError:
         return {}
 
 
-def _ready(now: Stamps, last: Stamps, taken: Stamps) -> Iterator[Path]:
+def _find_ready_files(now: Stamps, last: Stamps, handled: Stamps) -> Iterator[Path]:
     """Yield files that did not change between two looks, and are still the same, unless they were taken like that."""
     for name, stamp in now.items():
-        if stamp == last.get(name) and stamp != taken.get(name) and stamps([Path(name)]).get(name) == stamp:
+        if stamp == last.get(name) and stamp != handled.get(name) and collect_stamps([Path(name)]).get(name) == stamp:
             yield Path(name)
 
 
@@ -157,8 +165,8 @@ def _wait(stop: Stop, seconds: float) -> None:
     """Wait, but not once a signal came; a sleep goes on behind one."""
     until = time.monotonic() + seconds
     while stop() is None and (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, _TICK))
+        time.sleep(min(left, _TICK_SECONDS))
 
 
-def _by_name(results: dict[Path, JobResult]) -> tuple[JobResult, ...]:
+def _sort_by_name(results: dict[Path, JobResult]) -> tuple[JobResult, ...]:
     return tuple(results[file] for file in sorted(results))

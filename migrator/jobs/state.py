@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from migrator.jobs.files import as_text, read_regular, write_whole
+from migrator.jobs.files import format_json, read_regular_file, write_atomically
 from migrator.jobs.results import Outcome
 from migrator.jobs.values import Job
 from plans.errors import UsageError
@@ -16,7 +16,7 @@ from plans.errors import UsageError
 __all__ = ["Record", "Records", "Status", "read_state", "write_state"]
 
 _FORMAT, _VERSION = "migrator job", 1
-_LARGEST = 10_000_000
+_MAX_BYTES = 10_000_000
 
 Status = Literal["started", "ok", "findings", "failed", "stopped"]
 
@@ -55,7 +55,7 @@ class Record:
 
 Records = Mapping[str, Record]
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
     "status": (str,),
     "meaning": (dict,),
     "code": (int,),
@@ -72,13 +72,13 @@ def read_state(job: Job) -> Records:
         UsageError: the state file is damaged, or belongs to another job.
     """
     try:
-        return _records(job, json.loads(read_regular(job.state, _LARGEST)))
+        return _parse_records(job, json.loads(read_regular_file(job.state, _MAX_BYTES)))
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise _damaged(job, error.strerror or str(error)) from error
+        raise _build_state_error(job, error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(job, str(error)) from error
+        raise _build_state_error(job, str(error)) from error
 
 
 def write_state(job: Job, records: Records) -> None:
@@ -88,14 +88,14 @@ def write_state(job: Job, records: Records) -> None:
         DestinationError: it cannot be written.
     """
     steps = {name: vars(record) for name, record in records.items()}
-    state = {"format": _FORMAT, "version": _VERSION, "job": _belongs_to(job), "steps": steps}
-    write_whole(job.state, as_text(state).encode())
+    state = {"format": _FORMAT, "version": _VERSION, "job": _relative_job_file(job), "steps": steps}
+    write_atomically(job.state, format_json(state).encode())
 
 
-def _records(job: Job, state: object) -> Records:
+def _parse_records(job: Job, state: object) -> Records:
     if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"it does not say that it is the state of a {_FORMAT}, version {_VERSION}")
-    if state.get("job") != _belongs_to(job):
+    if state.get("job") != _relative_job_file(job):
         raise UsageError(
             f"{job.output} is the output of another job, {state.get('job')}",
             hint=f"give {job.file} an `output` of its own",
@@ -104,23 +104,25 @@ def _records(job: Job, state: object) -> Records:
     steps = state.get("steps")
     if not isinstance(steps, dict):
         raise ValueError("it has no steps")
-    return {name: _record(name, entry) for name, entry in steps.items()}
+    return {name: _parse_record(name, entry) for name, entry in steps.items()}
 
 
-def _record(name: str, entry: object) -> Record:
-    if not isinstance(entry, dict) or entry.keys() != _TYPES.keys():
+def _parse_record(name: str, entry: object) -> Record:
+    if not isinstance(entry, dict) or entry.keys() != _FIELD_TYPES.keys():
         raise ValueError(f"what it says of {name} is not what a run writes")
-    if entry["status"] not in get_args(Status) or not all(isinstance(entry[key], _TYPES[key]) for key in _TYPES):
+    if entry["status"] not in get_args(Status) or not all(
+        isinstance(entry[key], _FIELD_TYPES[key]) for key in _FIELD_TYPES
+    ):
         raise ValueError(f"what it says of {name} is not what a run writes")
     return Record(**entry)
 
 
-def _belongs_to(job: Job) -> str:
+def _relative_job_file(job: Job) -> str:
     """Return the job file as seen from the output, so that both may be moved together."""
     return os.path.relpath(job.file, job.output)
 
 
-def _damaged(job: Job, reason: str) -> UsageError:
+def _build_state_error(job: Job, reason: str) -> UsageError:
     return UsageError(
         f"{job.state}: cannot be read as a job's state: {reason}",
         hint="remove it: every step is then looked at anew, and checkpoints that are right already are kept",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from runtime.checkpoint.copying.stopping import handling, stoppable
+from runtime.checkpoint.copying.stopping import catch_stop_signals, handle_signals
 
 __all__ = ["Interrupted", "interruptible"]
 
@@ -30,7 +30,7 @@ def interruptible() -> Iterator[None]:
     Raises:
         Interrupted: one came.
     """
-    with stoppable() as stop:
+    with catch_stop_signals() as stop:
 
         def end(number: int, frame: FrameType | None) -> None:
             before[number](number, frame)  # so that all around the body know of it
@@ -40,6 +40,6 @@ def interruptible() -> Iterator[None]:
             if (name := stop()) is not None:
                 raise Interrupted(name)
 
-        with handling(end) as before:
+        with handle_signals(end) as before:
             check()
             yield

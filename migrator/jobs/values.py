@@ -20,15 +20,15 @@ __all__ = [
     "Step",
     "Validate",
     "Verify",
-    "is_hosted",
+    "is_on_hub",
 ]
 
 Layout = Literal["hf", "dcp", "ranks"]
 Experts = Literal["fused", "separate"]
 Device = Literal["cpu", "cuda", "auto"]
-_HUB = "hf://"
-_MEMORY = 256
-_TIMEOUT = 1800.0
+_HUB_PREFIX = "hf://"
+_DEFAULT_MEMORY_MIB = 256
+_DEFAULT_TIMEOUT = 1800.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Reshard:
     layout: Layout | None = None
     experts: Experts | None = None
     optimizer: bool | None = None
-    max_memory: int = _MEMORY
+    max_memory: int = _DEFAULT_MEMORY_MIB
     overwrite: bool = False
     push_to: str | None = None
     from_pattern: str | None = None
@@ -114,7 +114,7 @@ class Verify:
 
     source: str
     other: str | None = None
-    max_memory: int = _MEMORY
+    max_memory: int = _DEFAULT_MEMORY_MIB
     from_pattern: str | None = None
     from_tp: int | None = None
     from_ep: int | None = None
@@ -145,7 +145,7 @@ class Validate:
     mode: Mode | None = None
     device: Device = "auto"
     tolerance: float = 1e-5
-    timeout: float = _TIMEOUT
+    timeout: float = _DEFAULT_TIMEOUT
 
 
 Step = Rewrite | Check | Reshard | Verify | Validate
@@ -203,6 +203,6 @@ class Job:
         return self.output / "reports" / f"{step}.html"
 
 
-def is_hosted(source: str) -> bool:
+def is_on_hub(source: str) -> bool:
     """Return whether a checkpoint that a step names lies on the hub."""
-    return source.startswith(_HUB)
+    return source.startswith(_HUB_PREFIX)

@@ -6,95 +6,102 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from migrator.formats.counts import counted
-from migrator.jobs.answers import Answer, Task
-from migrator.jobs.foreign import foreign_of
-from migrator.jobs.identity import located
+from migrator.formats.counts import format_count
+from migrator.jobs.answers import ActionOutcome, StepContext
+from migrator.jobs.foreign import get_external_options
+from migrator.jobs.identity import locate_checkpoint
 from migrator.jobs.stopping import interruptible
 from migrator.jobs.values import Check, Reshard, Rewrite, Validate, Verify
 
 if TYPE_CHECKING:
-    from migrator.formats.report import Report
+    from migrator.formats.report import SourceReport
 
-__all__ = ["WORK"]
+__all__ = ["EXECUTORS"]
 
 _MIB = 2**20
-_AGAINST = {
+_COMPARED_WITH = {
     "checkpoint": "the same content",
     "manifest": "as the manifest records it",
     "headers": "whole, by its headers",
 }
 
 
-def _rewrite(step: Rewrite, task: Task) -> Answer:
-    from migrator.commands.rewrite import exit_code, rewritten
-    from migrator.patch import patch
+def _rewrite(step: Rewrite, context: StepContext) -> ActionOutcome:
+    from migrator.commands.rewrite import compute_rewrite_exit_code, run_rewrite
+    from migrator.patch import format_patch
     from migrator.source_options import read_requests
 
     requests = read_requests(step.paths, changed_only=False, base_ref=None, source=step.source, target=step.target)
-    report = rewritten(requests, writes=step.in_place, verifies=step.verify)
+    report = run_rewrite(requests, write=step.in_place, verify=step.verify)
     edits = sum(len(change.edits) for change in report.changes)
     did = "rewrote" if report.written else "would rewrite"
-    said = f"{did} {counted(edits, 'entry', 'entries')} in {counted(len(report.changes), 'file')}"
+    said = f"{did} {format_count(edits, 'entry', 'entries')} in {format_count(len(report.changes), 'file')}"
     written = tuple(change.path for change in report.changes) if report.written else ()
-    pending = None if report.written else patch(report.changes)
-    return replace(_of_tree(report, exit_code(report), said), patch=pending, written=written)
+    pending = None if report.written else format_patch(report.changes)
+    return replace(
+        _build_tree_outcome(report, compute_rewrite_exit_code(report), said), patch=pending, written_files=written
+    )
 
 
-def _check(step: Check, task: Task) -> Answer:
-    from migrator.commands.check import checked, exit_code
+def _check(step: Check, context: StepContext) -> ActionOutcome:
+    from migrator.commands.check import compute_check_exit_code, run_check
     from migrator.source_options import read_requests
 
     requests = read_requests(step.paths, changed_only=False, base_ref=None, source=step.source, target=step.target)
-    report = checked(requests)
-    found = sum(one.finding.severity != "note" for one in report.everything)
-    return _of_tree(report, exit_code(report), counted(found, "finding") if found else "clean")
+    report = run_check(requests)
+    found = sum(one.finding.severity != "note" for one in report.all_findings)
+    return _build_tree_outcome(
+        report, compute_check_exit_code(report), format_count(found, "finding") if found else "clean"
+    )
 
 
-def _of_tree(report: Report, code: int, said: str) -> Answer:
-    from migrator.formats.json import report_json
+def _build_tree_outcome(report: SourceReport, code: int, summary: str) -> ActionOutcome:
+    from migrator.formats.json import report_as_json
 
     error = report.errors[0] if report.errors else None
-    return Answer(code, said, report_json(report), error=error)
+    return ActionOutcome(code, summary, report_as_json(report), error=error)
 
 
-def _reshard(step: Reshard, task: Task) -> Answer:
-    from migrator.jobs.resharding import resharded
+def _reshard(step: Reshard, context: StepContext) -> ActionOutcome:
+    from migrator.jobs.resharding import run_reshard
 
-    return resharded(step, task)
+    return run_reshard(step, context)
 
 
-def _verify(step: Verify, task: Task) -> Answer:
+def _verify(step: Verify, context: StepContext) -> ActionOutcome:
     from runtime.checkpoint.verifying.verify import verify
 
     with interruptible():
-        folders = [located(text) for text in (step.source, step.other) if text is not None]
-        foreign = foreign_of(step).read(step.source)
-        found = verify(*folders, max_memory=step.max_memory * _MIB, progress=task.progress, foreign=foreign)
-    said = _AGAINST[found.against] if found.ok else counted(len(found.differences), "difference")
-    return Answer(0 if found.ok else 1, said, found.to_json())
+        folders = [locate_checkpoint(text) for text in (step.source, step.other) if text is not None]
+        foreign = get_external_options(step).read(step.source)
+        found = verify(*folders, max_memory=step.max_memory * _MIB, progress=context.progress, external=foreign)
+    said = _COMPARED_WITH[found.against] if found.ok else format_count(len(found.differences), "difference")
+    return ActionOutcome(0 if found.ok else 1, said, found.to_json())
 
 
-def _validate(step: Validate, task: Task) -> Answer:
-    from migrator.commands.validate import page_of
-    from migrator.report.page import render
-    from runtime.validation.request import ValidationRequest, wanted_mesh
+def _validate(step: Validate, context: StepContext) -> ActionOutcome:
+    from migrator.commands.validate import build_report
+    from migrator.report.page import render_report
+    from runtime.validation.request import ValidationRequest, resolve_mesh
     from runtime.validation.worker import run_validation
 
     with interruptible():
-        folder, reference = located(step.source), located(step.reference) if step.reference else None
+        folder, reference = (
+            locate_checkpoint(step.source),
+            locate_checkpoint(step.reference) if step.reference else None,
+        )
         sizes = {axis: size for axis in ("tp", "ep", "fsdp") if (size := getattr(step, axis)) is not None}
-        mesh, mode = wanted_mesh(folder, sizes, step.mode)
+        mesh, mode = resolve_mesh(folder, sizes, step.mode)
         request = ValidationRequest(folder, mesh, mode, reference, step.device, step.tolerance, step.timeout)
         result = run_validation(request)
-        page = render(page_of(request, result))
+        page = render_report(build_report(request, result))
     wrong = [part for part, check in result.checks.items() if not check.ok]
     verdict = "proven" if result.ok else f"wrong: {', '.join(wrong)}" if wrong else "not proven"
-    said = f"{verdict} on {counted(result.world_size, 'rank')}"
-    return Answer(0 if result.ok else 1, said, result.to_json(), page)
+    said = f"{verdict} on {format_count(result.world_size, 'rank')}"
+    return ActionOutcome(0 if result.ok else 1, said, result.to_json(), page)
 
 
-WORK: Mapping[type, Callable[[Any, Task], Answer]] = {
+EXECUTORS: Mapping[type, Callable[[Any, StepContext], ActionOutcome]] = {
     Rewrite: _rewrite,
     Check: _check,
     Reshard: _reshard,

@@ -6,60 +6,62 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from migrator.report.from_inspection import inspection_report
-from migrator.report.values import Finding, Report
+from migrator.report.from_inspection import build_inspection_report
+from migrator.report.values import Report, ReportFinding
 from runtime.inspecting.values import Inspection
 
-__all__ = ["validation_report"]
+__all__ = ["build_validation_report"]
 
 _PARTS = ("structure", "content", "forward", "backward", "generation")
 
 
-def validation_report(found: Inspection, answer: Mapping[str, Any]) -> Report:
+def build_validation_report(inspection: Inspection, result_json: Mapping[str, Any]) -> Report:
     """Return the report of a validation: its verdict and every mismatch, above what the checkpoint holds.
 
     Args:
-        found: `runtime.inspecting.inspection.inspect_checkpoint` of the folder that was validated.
-        answer: the validation's JSON form, as `--format json` prints it.
+        inspection: `runtime.inspecting.inspection.inspect_checkpoint` of the folder that was validated.
+        result_json: the validation's JSON form, as `--format json` prints it.
     """
-    told = inspection_report(found)
-    ok = bool(answer["ok"])
-    proven = [part for part in _PARTS if answer.get(part) and part not in answer["skipped"]]
+    told = build_inspection_report(inspection)
+    ok = bool(result_json["ok"])
+    proven = [part for part in _PARTS if result_json.get(part) and part not in result_json["skipped"]]
     return replace(
         told,
-        title=f"{found.folder.name}: {'proven' if ok else 'not as it must be'}",
-        summary=f"Looked at {', '.join(proven) or 'nothing'} on {answer['world_size']} ranks.",
+        title=f"{inspection.folder.name}: {'proven' if ok else 'not as it must be'}",
+        summary=f"Looked at {', '.join(proven) or 'nothing'} on {result_json['world_size']} ranks.",
         ok=ok,
-        facts={**{part: _said(answer[part]) for part in proven}, **told.facts},
-        findings=(*_findings(answer), *told.findings),
-        timings=answer.get("seconds", {}),
+        facts={**{part: _describe_numbers(result_json[part]) for part in proven}, **told.facts},
+        findings=(*_findings(result_json), *told.findings),
+        timings=result_json.get("seconds", {}),
     )
 
 
-def _findings(answer: Mapping[str, Any]) -> Iterator[Finding]:
+def _findings(result_json: Mapping[str, Any]) -> Iterator[ReportFinding]:
     for part in _PARTS:
-        for row in (answer.get(part) or {}).get("mismatches", ()):
+        for row in (result_json.get(part) or {}).get("mismatches", ()):
             where = "" if row["rank"] is None else f" on rank {row['rank']}"
-            yield Finding("error", row["name"], f"{part}{where}: expected {row['expected']}, found {row['found']}")
-    for part, reason in answer["skipped"].items():
-        yield Finding("note", part, f"skipped: {reason}")
+            yield ReportFinding(
+                "error", row["name"], f"{part}{where}: expected {row['expected']}, found {row['found']}"
+            )
+    for part, reason in result_json["skipped"].items():
+        yield ReportFinding("note", part, f"skipped: {reason}")
 
 
-def _said(part: Mapping[str, Any]) -> str:
+def _describe_numbers(part: Mapping[str, Any]) -> str:
     """Return the numbers of one part of a validation, each with its name."""
-    return ", ".join(_numbers(part)) or "looked at"
+    return ", ".join(_format_numbers(part)) or "looked at"
 
 
-def _numbers(part: Mapping[str, Any]) -> Iterator[str]:
+def _format_numbers(part: Mapping[str, Any]) -> Iterator[str]:
     for name, value in part.items():
         words = name.replace("_", " ")
         if isinstance(value, Mapping):
-            yield f"{words} {' '.join(_numbers(value))}"
+            yield f"{words} {' '.join(_format_numbers(value))}"
         elif isinstance(value, (int, float, str)) and value != "":
-            yield f"{words} {_number(value)}"
+            yield f"{words} {_format_number(value)}"
 
 
-def _number(value: object) -> str:
+def _format_number(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

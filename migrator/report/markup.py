@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from migrator.shown import visible
+from migrator.shown import sanitize
 
 __all__ = ["Child", "Html", "element", "fragment", "table"]
 
-_EMPTY = frozenset(("meta", "link", "br"))
-_MANY = 10**6
+_VOID_TAGS = frozenset(("meta", "link", "br"))
+_MAX_TEXT_LENGTH = 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,13 @@ Child = Html | str
 def element(tag: str, /, *children: Child, **attributes: str | int) -> Html:
     """Return an element; an attribute is written with `_` for `-`, and with one more at its end for Python's words."""
     names = ((name.rstrip("_").replace("_", "-"), str(value)) for name, value in attributes.items())
-    opening = "".join([f"<{tag}", *(f' {name}="{_escaped(value)}"' for name, value in names), ">"])
-    return Html(opening if tag in _EMPTY else f"{opening}{fragment(children).text}</{tag}>")
+    opening = "".join([f"<{tag}", *(f' {name}="{_escape(value)}"' for name, value in names), ">"])
+    return Html(opening if tag in _VOID_TAGS else f"{opening}{fragment(children).text}</{tag}>")
 
 
 def fragment(children: Iterable[Child]) -> Html:
     """Return pieces one after the other."""
-    return Html("".join(child.text if isinstance(child, Html) else _escaped(child) for child in children))
+    return Html("".join(child.text if isinstance(child, Html) else _escape(child) for child in children))
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Child]]) -> Html:
@@ -59,5 +59,5 @@ def _row(columns: Sequence[str], row: Sequence[Child]) -> Html:
     return element("tr", head, *cells, role="row")
 
 
-def _escaped(text: str) -> str:
-    return escape(visible(text, _MANY), quote=True)
+def _escape(text: str) -> str:
+    return escape(sanitize(text, _MAX_TEXT_LENGTH), quote=True)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from itertools import islice
 
 from migrator.report.markup import Child, Html, element, table
-from migrator.report.shard_map import shard_map
-from migrator.report.values import Finding, MeshView, PlanRow, Report, TensorRow
-from migrator.shown import dims, sized, visible
+from migrator.report.shard_map import draw_shard_maps
+from migrator.report.values import MeshView, PlanRow, Report, ReportFinding, TensorRow
+from migrator.shown import format_bytes, format_shape, sanitize
 
-__all__ = ["Section", "sections"]
+__all__ = ["Section", "build_sections"]
 
-_ROWS = 250
-_RANKS = 1024
-_LONG = 600
-_OPEN_RANKS = 64
+_MAX_ROWS = 250
+_MAX_RANKS = 1024
+_MAX_TEXT_LENGTH = 600
+_MAX_OPEN_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Section:
     body: tuple[Html, ...]
 
 
-def sections(report: Report) -> Iterator[Section]:
+def build_sections(report: Report) -> Iterator[Section]:
     """Yield the sections that a report has something for."""
     if report.findings:
         yield Section("findings", "Findings", (_findings(report),))
     for number, view in enumerate(report.views):
-        yield Section(f"map-{number}", f"Shard map, {view.title}", (element("p", view.mesh), shard_map(view)))
+        yield Section(f"map-{number}", f"Shard map, {view.title}", (element("p", view.mesh), draw_shard_maps(view)))
     if report.views:
         yield Section("ranks", "Bytes per rank", tuple(_rank_bytes(view) for view in report.views))
     if report.plan:
@@ -47,48 +47,52 @@ def sections(report: Report) -> Iterator[Section]:
     if report.digests:
         yield Section("digests", "Digests", tuple(_digests(report.digests)))
     if report.versions:
-        yield Section("versions", "Versions", (_pairs("Versions", "package", "version", report.versions),))
+        yield Section("versions", "Versions", (_pairs_table("Versions", "package", "version", report.versions),))
 
 
 def _findings(report: Report) -> Html:
-    shown = map(_finding, report.findings[:_ROWS])
-    return element("ul", *shown, *_more(len(report.findings), "finding", "li"), class_="findings")
+    shown = map(_finding, report.findings[:_MAX_ROWS])
+    return element("ul", *shown, *_note_more(len(report.findings), "finding", "li"), class_="findings")
 
 
-def _finding(one: Finding) -> Html:
-    subject: list[Child] = [element("code", visible(one.subject)), " "] if one.subject else []
-    return element("li", element("strong", one.severity), " ", *subject, visible(one.text, _LONG))
+def _finding(finding: ReportFinding) -> Html:
+    subject: list[Child] = [element("code", sanitize(finding.subject)), " "] if finding.subject else []
+    return element("li", element("strong", finding.severity), " ", *subject, sanitize(finding.text, _MAX_TEXT_LENGTH))
 
 
 def _rank_bytes(view: MeshView) -> Html:
     most = max((*view.rank_bytes, 1))
     rows = [
-        (f"rank {rank}", _amount(size), element("meter", f"{size / most:.0%}", min=0, max=most, value=size))
-        for rank, size in enumerate(view.rank_bytes[:_RANKS])
+        (f"rank {rank}", _format_size(size), element("meter", f"{size / most:.0%}", min=0, max=most, value=size))
+        for rank, size in enumerate(view.rank_bytes[:_MAX_RANKS])
     ]
     caption = f"{view.title}: {view.mesh}"
     drawn = table(caption, ("rank", "bytes", "of the fullest"), rows)
-    if len(rows) <= _OPEN_RANKS:
+    if len(rows) <= _MAX_OPEN_RANKS:
         return drawn
-    words = f"{view.title}: {len(view.rank_bytes):,} ranks, at most {sized(most)} each"
-    return element("details", element("summary", words), drawn, *_more(len(view.rank_bytes), "rank", "p", _RANKS))
+    words = f"{view.title}: {len(view.rank_bytes):,} ranks, at most {format_bytes(most)} each"
+    return element(
+        "details", element("summary", words), drawn, *_note_more(len(view.rank_bytes), "rank", "p", _MAX_RANKS)
+    )
 
 
 def _plan(report: Report) -> Iterator[Html]:
     titles = [view.title for view in report.views]
     change = ["change"] if len(titles) > 1 else []
-    rows: list[tuple[Child, ...]] = [(element("code", visible(row.key)), *_styles(row)) for row in report.plan[:_ROWS]]
+    rows: list[tuple[Child, ...]] = [
+        (element("code", sanitize(row.key)), *_styles(row)) for row in report.plan[:_MAX_ROWS]
+    ]
     yield table("The entries of the plan", ("key", *titles, *change), rows)
-    yield from _more(len(report.plan), "entry", "p")
+    yield from _note_more(len(report.plan), "entry", "p")
 
 
 def _styles(row: PlanRow) -> Iterator[str]:
-    yield from (visible(style) if style else "–" for style in row.styles)
+    yield from (sanitize(style) if style else "–" for style in row.styles)
     if len(row.styles) > 1:
-        yield _change(row.styles[0], row.styles[-1])
+        yield _describe_change(row.styles[0], row.styles[-1])
 
 
-def _change(before: str | None, after: str | None) -> str:
+def _describe_change(before: str | None, after: str | None) -> str:
     if before == after:
         return "same"
     return "added" if before is None else "removed" if after is None else "changed"
@@ -96,14 +100,14 @@ def _change(before: str | None, after: str | None) -> str:
 
 def _tensors(report: Report) -> Iterator[Html]:
     columns = ("tensors", "count", "dtype", "shape", *(view.title for view in report.views), "bytes")
-    yield table("Tensors by name, layer numbers as *", columns, map(_tensor, report.tensors[:_ROWS]))
-    rest = report.tensors[_ROWS:]
-    yield from _more(len(report.tensors), "group", "p", of=f", {sized(sum(row.bytes for row in rest))}")
+    yield table("Tensors by name, layer numbers as *", columns, map(_tensor, report.tensors[:_MAX_ROWS]))
+    rest = report.tensors[_MAX_ROWS:]
+    yield from _note_more(len(report.tensors), "group", "p", suffix=f", {format_bytes(sum(row.bytes for row in rest))}")
 
 
 def _tensor(row: TensorRow) -> tuple[Child, ...]:
-    name = element("code", visible(row.name))
-    return (name, f"{row.count:,}", row.dtype, dims(row.shape), *row.placements, _amount(row.bytes))
+    name = element("code", sanitize(row.name))
+    return (name, f"{row.count:,}", row.dtype, format_shape(row.shape), *row.placements, _format_size(row.bytes))
 
 
 def _timings(timings: Mapping[str, float]) -> Html:
@@ -111,29 +115,29 @@ def _timings(timings: Mapping[str, float]) -> Html:
 
 
 def _files(files: Mapping[str, int]) -> Iterator[Html]:
-    rows = [(element("code", visible(name)), _amount(size)) for name, size in islice(files.items(), _ROWS)]
-    yield _folded(f"{len(files):,} weight files", table("Weight files", ("file", "bytes of tensors"), rows))
-    yield from _more(len(files), "file", "p")
+    rows = [(element("code", sanitize(name)), _format_size(size)) for name, size in islice(files.items(), _MAX_ROWS)]
+    yield _wrap_in_details(f"{len(files):,} weight files", table("Weight files", ("file", "bytes of tensors"), rows))
+    yield from _note_more(len(files), "file", "p")
 
 
 def _digests(digests: Mapping[str, str]) -> Iterator[Html]:
-    rows = [(element("code", visible(n)), element("code", d)) for n, d in islice(digests.items(), _ROWS)]
-    yield _folded(f"{len(digests):,} digests", table("Digests", ("tensor", "digest"), rows))
-    yield from _more(len(digests), "digest", "p")
+    rows = [(element("code", sanitize(n)), element("code", d)) for n, d in islice(digests.items(), _MAX_ROWS)]
+    yield _wrap_in_details(f"{len(digests):,} digests", table("Digests", ("tensor", "digest"), rows))
+    yield from _note_more(len(digests), "digest", "p")
 
 
-def _pairs(caption: str, one: str, other: str, values: Mapping[str, str]) -> Html:
-    return table(caption, (one, other), [(visible(name), visible(value)) for name, value in values.items()])
+def _pairs_table(caption: str, first: str, second: str, values: Mapping[str, str]) -> Html:
+    return table(caption, (first, second), [(sanitize(name), sanitize(value)) for name, value in values.items()])
 
 
-def _folded(words: str, body: Html) -> Html:
-    return element("details", element("summary", words), body)
+def _wrap_in_details(title: str, body: Html) -> Html:
+    return element("details", element("summary", title), body)
 
 
-def _amount(size: int) -> Html:
-    return element("span", sized(size), title=f"{size:,} bytes")
+def _format_size(size: int) -> Html:
+    return element("span", format_bytes(size), title=f"{size:,} bytes")
 
 
-def _more(count: int, noun: str, tag: str, shown: int = _ROWS, of: str = "") -> Iterator[Html]:
+def _note_more(count: int, noun: str, tag: str, shown: int = _MAX_ROWS, suffix: str = "") -> Iterator[Html]:
     if count > shown:
-        yield element(tag, f"and {count - shown:,} more, by {noun}{of}; --format json lists all", class_="idle")
+        yield element(tag, f"and {count - shown:,} more, by {noun}{suffix}; --format json lists all", class_="idle")

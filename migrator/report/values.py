@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from runtime.inspecting.slices import Slice
+from runtime.inspecting.slices import TensorSlice
 
-__all__ = ["Finding", "Mapped", "MeshView", "PlanRow", "Report", "Severity", "TensorRow"]
+__all__ = ["MeshView", "PlanRow", "Report", "ReportFinding", "Severity", "ShardMap", "TensorRow"]
 
 Severity = Literal["note", "warning", "error"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ReportFinding:
     """One thing that a reader must know: how bad it is, what it is of, and what it is."""
 
     severity: Severity
@@ -44,7 +44,7 @@ class TensorRow:
 
 
 @dataclass(frozen=True)
-class Mapped:
+class ShardMap:
     """A way in which tensors lie on ranks.
 
     Args:
@@ -59,7 +59,7 @@ class Mapped:
     names: tuple[str, ...]
     shape: tuple[int, ...]
     placement: str
-    slices: tuple[Slice, ...]
+    slices: tuple[TensorSlice, ...]
     parts: tuple[str, ...] = ()
     packed_dim: int | None = None
 
@@ -78,7 +78,7 @@ class MeshView:
     title: str
     mesh: str
     rank_bytes: tuple[int, ...]
-    maps: tuple[Mapped, ...]
+    maps: tuple[ShardMap, ...]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Report:
     summary: str
     ok: bool | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ReportFinding, ...] = ()
     views: tuple[MeshView, ...] = ()
     tensors: tuple[TensorRow, ...] = ()
     plan: tuple[PlanRow, ...] = ()

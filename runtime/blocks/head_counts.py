@@ -17,12 +17,12 @@ from torch import nn
 
 from plans.dialect import Dialect
 from plans.errors import PlanError
-from runtime.blocks.side_by_side import read_blocks
+from runtime.blocks.side_by_side import read_linear_groups
 
 __all__ = ["check_head_counts"]
 
-_COUNT = re.compile(r"(num|n)_(\w+_)?heads?|heads|nheads?")
-_SHAPING = frozenset({"narrow", "reshape", "split", "unflatten", "view"})
+_HEAD_COUNT_NAME = re.compile(r"(num|n)_(\w+_)?heads?|heads|nheads?")
+_SHAPING_METHODS = frozenset({"narrow", "reshape", "split", "unflatten", "view"})
 
 
 def check_head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
@@ -36,13 +36,13 @@ def check_head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialec
     Raises:
         PlanError: the forward of a block whose layers leave heads sharded does so; names both.
     """
-    blocks = [block for block in read_blocks(model, plan, dialect).values() if block.sharded]
-    counts = {kind: counted_heads(kind) for kind in {type(block.module) for block in blocks}}
+    blocks = [block for block in read_linear_groups(model, plan, dialect).values() if block.column_parallel_layers]
+    counts = {kind: find_head_count(kind) for kind in {type(block.module) for block in blocks}}
     for block in blocks:
         found = counts[type(block.module)]
         if found is not None:
             raise PlanError(
-                f"{block.sharded[0].name} leaves its output sharded, but {type(block.module).__name__} shapes it by "
+                f"{block.column_parallel_layers[0].name} leaves its output sharded, but {type(block.module).__name__} shapes it by "
                 f"{found}, the number of all heads, where a rank has some",
                 hint=f"give no entries to the layers of {block.name}, or gather them: 'colwise_gather_output', and "
                 "'rowwise_split_input' for the one behind",
@@ -50,24 +50,24 @@ def check_head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialec
             )
 
 
-def counted_heads(kind: type) -> str | None:
+def find_head_count(module_class: type) -> str | None:
     """Return the number of heads, as the source spells it, by which a class's forward shapes or slices a tensor.
 
     Args:
-        kind: of module; its own methods that `forward` calls are read too.
+        module_class: of module; its own methods that `forward` calls are read too.
     """
     methods: dict[str, ast.FunctionDef] = {}
     waiting = ["forward"]
     while waiting:
         name = waiting.pop()
-        tree = None if name in methods else _source(getattr(kind, name, None))
+        tree = None if name in methods else _parse_source(getattr(module_class, name, None))
         if tree is not None:
             methods[name] = tree
-            waiting += list(_called(tree))
-    return next((found for tree in methods.values() for found in _shaped_by_counts(tree)), None)
+            waiting += list(_find_called_methods(tree))
+    return next((found for tree in methods.values() for found in _find_shaping_counts(tree)), None)
 
 
-def _source(function: Callable[..., object] | None) -> ast.FunctionDef | None:
+def _parse_source(function: Callable[..., object] | None) -> ast.FunctionDef | None:
     """Return a function's source as a tree, None for what torch wrote or no file holds."""
     if not inspect.isfunction(function) or function.__module__.startswith("torch."):
         return None
@@ -78,51 +78,51 @@ def _source(function: Callable[..., object] | None) -> ast.FunctionDef | None:
     return tree if isinstance(tree, ast.FunctionDef) else None
 
 
-def _called(tree: ast.FunctionDef) -> Iterator[str]:
+def _find_called_methods(tree: ast.FunctionDef) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_self(node.func.value):
             yield node.func.attr
 
 
-def _shaped_by_counts(tree: ast.FunctionDef) -> Iterator[str]:
-    given = _given_counts(tree)
-    names = dict(_assigned(tree, given)) | {name: name for name in given}
+def _find_shaping_counts(tree: ast.FunctionDef) -> Iterator[str]:
+    given = _find_count_parameters(tree)
+    names = dict(_find_count_variables(tree, given)) | {name: name for name in given}
     for node in ast.walk(tree):
-        for size in _sizes(node):
+        for size in _get_shape_arguments(node):
             for part in ast.walk(size):
-                spelled = names.get(part.id) if isinstance(part, ast.Name) else _count(part)
+                spelled = names.get(part.id) if isinstance(part, ast.Name) else _read_head_count(part)
                 if spelled is not None:
                     yield spelled
 
 
-def _given_counts(tree: ast.FunctionDef) -> frozenset[str]:
+def _find_count_parameters(tree: ast.FunctionDef) -> frozenset[str]:
     """Return the parameters that a function's caller gives a number of heads by."""
-    return frozenset(one.arg for one in tree.args.args if _COUNT.fullmatch(one.arg))
+    return frozenset(one.arg for one in tree.args.args if _HEAD_COUNT_NAME.fullmatch(one.arg))
 
 
-def _assigned(tree: ast.FunctionDef, given: frozenset[str]) -> Iterator[tuple[str, str]]:
+def _find_count_variables(tree: ast.FunctionDef, count_parameters: frozenset[str]) -> Iterator[tuple[str, str]]:
     """Yield the local names that stand for a number of heads, or for what is computed from it alone."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.BinOp | ast.Tuple):
-            found = [spelled for part in ast.walk(node.value) if (spelled := _count(part, given))]
+            found = [spelled for part in ast.walk(node.value) if (spelled := _read_head_count(part, count_parameters))]
             for name in (part for target in node.targets for part in ast.walk(target)):
                 if found and isinstance(name, ast.Name):
                     yield name.id, found[0]
 
 
-def _sizes(node: ast.AST) -> list[ast.expr]:
+def _get_shape_arguments(node: ast.AST) -> list[ast.expr]:
     """Return the sizes that a node shapes or slices a tensor by."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING_METHODS:
         return [*node.args, *(keyword.value for keyword in node.keywords)]
     if isinstance(node, ast.Slice):
         return [bound for bound in (node.lower, node.upper) if bound is not None]
     return []
 
 
-def _count(node: ast.AST, given: frozenset[str] = frozenset()) -> str | None:
+def _read_head_count(node: ast.AST, count_parameters: frozenset[str] = frozenset()) -> str | None:
     """Return how a node spells a number of heads, held by a module or its config or given; None for other nodes."""
-    of_module = isinstance(node, ast.Attribute) and _COUNT.fullmatch(node.attr)
-    return ast.unparse(node) if of_module or (isinstance(node, ast.Name) and node.id in given) else None
+    of_module = isinstance(node, ast.Attribute) and _HEAD_COUNT_NAME.fullmatch(node.attr)
+    return ast.unparse(node) if of_module or (isinstance(node, ast.Name) and node.id in count_parameters) else None
 
 
 def _is_self(node: ast.AST) -> bool:

@@ -19,13 +19,13 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.errors import PlanError
 from plans.placement import Packed
-from runtime.blocks.shared_rope import check_shared_rope, rope_of
-from runtime.blocks.side_by_side import Block, Projection, read_blocks
+from runtime.blocks.shared_rope import check_shared_rope, get_rope_width
+from runtime.blocks.side_by_side import LinearGroup, Projection, read_linear_groups
 
-__all__ = ["check_partners"]
+__all__ = ["check_pairs"]
 
 
-def check_partners(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
+def check_pairs(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> None:
     """Refuse a plan that cuts a layer, but not one that its numbers depend on.
 
     A module without a config is a part by itself, whose caller may take and give slices; nothing is said of it.
@@ -40,16 +40,16 @@ def check_partners(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) 
     """
     if getattr(model, "config", None) is None:
         return
-    for block in read_blocks(model, plan, dialect).values():
-        _check_taken(block)
-        _check_given(block)
-        _check_whole(block)
-        _check_packed(block)
+    for block in read_linear_groups(model, plan, dialect).values():
+        _check_sharded_outputs(block)
+        _check_sharded_inputs(block)
+        _check_whole_outputs(block)
+        _check_packed_layers(block)
         check_shared_rope(block)
 
 
-def _check_taken(block: Block) -> None:
-    for one in block.sharded if not block.takers else ():
+def _check_sharded_outputs(group: LinearGroup) -> None:
+    for one in group.column_parallel_layers if not group.reachable_row_parallel_layers else ():
         raise PlanError(
             f"{one.name} leaves its output sharded, but nothing beside it takes a sharded input: a slice would be used "
             "as if it were the whole",
@@ -58,9 +58,9 @@ def _check_taken(block: Block) -> None:
         )
 
 
-def _check_given(block: Block) -> None:
-    for one in block.projections if not block.givers else ():
-        if one.takes_slice:
+def _check_sharded_inputs(group: LinearGroup) -> None:
+    for one in group.projections if not group.reachable_column_parallel_layers else ():
+        if one.has_sharded_input:
             raise PlanError(
                 f"{one.name} takes a sharded input, but nothing beside it leaves its output sharded",
                 hint=f"give what computes its input 'colwise', or {one.key!r} 'rowwise_split_input'",
@@ -68,55 +68,61 @@ def _check_given(block: Block) -> None:
             )
 
 
-def _check_whole(block: Block) -> None:
-    widths = _widths(block)
-    for one in block.whole if block.sharded else ():
+def _check_whole_outputs(group: LinearGroup) -> None:
+    widths = _get_inner_widths(group)
+    for one in group.self_contained_layers if group.column_parallel_layers else ():
         width = one.linear.out_features
-        of_heads = any(width % head == 0 for head in block.head_widths)
-        if not _feeds_sharded(one, block) and (width in widths or of_heads):
+        of_heads = any(width % head == 0 for head in group.head_widths)
+        if not _is_latent_projection(one, group) and (width in widths or of_heads):
             raise PlanError(
-                f"{one.name} gives a whole output, which would meet the slices that {block.sharded[0].name} leaves",
+                f"{one.name} gives a whole output, which would meet the slices that {group.column_parallel_layers[0].name} leaves",
                 hint=f"add the entry {one.key!r}: 'colwise'",
                 module=one.name,
             )
 
 
-def _widths(block: Block) -> frozenset[int]:
+def _get_inner_widths(group: LinearGroup) -> frozenset[int]:
     """Return the widths, whole, of what flows between the block's sharded layers, and the numbers of heads in them."""
-    taken = {one.linear.in_features for one in block.takers}
-    heads = {width // head for width in taken for head in block.head_widths if width % head == 0}
-    return frozenset(taken | heads | {one.linear.out_features for one in block.sharded})
+    taken = {one.linear.in_features for one in group.reachable_row_parallel_layers}
+    heads = {width // head for width in taken for head in group.head_widths if width % head == 0}
+    return frozenset(taken | heads | {one.linear.out_features for one in group.column_parallel_layers})
 
 
-def _feeds_sharded(one: Projection, block: Block) -> bool:
+def _is_latent_projection(layer: Projection, group: LinearGroup) -> bool:
     """Say whether a layer computes the input of a sharded one, as the first of a pair of latent projections does.
 
     Such pairs are named `q_a_proj` and `q_b_proj`; by other names their widths tell, the rope key aside that the first
     may compute too. Side by side, layers of one input do not feed each other, whatever their widths.
     """
-    latents = {one.linear.out_features, one.linear.out_features - rope_of(block)} - {one.linear.in_features}
-    return "_a_" in one.child or any(other.linear.in_features in latents for other in block.sharded)
+    latents = {layer.linear.out_features, layer.linear.out_features - get_rope_width(group)} - {
+        layer.linear.in_features
+    }
+    return "_a_" in layer.child or any(other.linear.in_features in latents for other in group.column_parallel_layers)
 
 
-def _check_packed(block: Block) -> None:
-    pairs = {2 * one.linear.in_features for one in block.takers}
-    for one in block.sharded:
-        gates_and_ups = one.linear.out_features in pairs and not block.head_widths
-        if isinstance(one.weight, Packed) and not gates_and_ups:
-            why = "holds heads" if block.head_widths else f"is not twice as wide as {block.takers[0].name} takes"
+def _check_packed_layers(group: LinearGroup) -> None:
+    pairs = {2 * one.linear.in_features for one in group.reachable_row_parallel_layers}
+    for one in group.column_parallel_layers:
+        gates_and_ups = one.linear.out_features in pairs and not group.head_widths
+        if isinstance(one.weight_placement, Packed) and not gates_and_ups:
+            why = (
+                "holds heads"
+                if group.head_widths
+                else f"is not twice as wide as {group.reachable_row_parallel_layers[0].name} takes"
+            )
             raise PlanError(
                 f"{one.name} is cut as gate and up in one, but {why}",
-                hint=f"give {one.key!r} 'colwise', or {_gathered(one, block)}",
+                hint=f"give {one.key!r} 'colwise', or {_suggest_gathered_output(one, group)}",
                 module=one.name,
             )
-        if not isinstance(one.weight, Packed) and gates_and_ups and len(block.sharded) == 1:
+        if not isinstance(one.weight_placement, Packed) and gates_and_ups and len(group.column_parallel_layers) == 1:
             raise PlanError(
-                f"{one.name} is twice as wide as {block.takers[0].name} takes, gate and up in one, but is cut as if it "
+                f"{one.name} is twice as wide as {group.reachable_row_parallel_layers[0].name} takes, gate and up in one, but is cut as if it "
                 "were one: a rank's slice would not hold gates together with their ups",
-                hint=f"give {one.key!r} 'packed_colwise', or {_gathered(one, block)}",
+                hint=f"give {one.key!r} 'packed_colwise', or {_suggest_gathered_output(one, group)}",
                 module=one.name,
             )
 
 
-def _gathered(one: Projection, block: Block) -> str:
-    return f"'colwise_gather_output' for {one.key!r} with 'rowwise_split_input' for {block.takers[0].key!r}"
+def _suggest_gathered_output(layer: Projection, group: LinearGroup) -> str:
+    return f"'colwise_gather_output' for {layer.key!r} with 'rowwise_split_input' for {group.reachable_row_parallel_layers[0].key!r}"

@@ -9,14 +9,14 @@ from torch import nn
 
 from plans.dialect import Dialect
 from plans.placement import Packed, Placement, Replicate, Shard
-from plans.plan import key_in_plan, lookup
-from runtime.styles.planned import planned_placement
+from plans.plan import choose_key, find_key
+from runtime.styles.planned import find_planned_placement
 
-__all__ = ["Block", "Projection", "read_blocks"]
+__all__ = ["LinearGroup", "Projection", "read_linear_groups"]
 
 _HEAD_WIDTHS = ("head_dim", "qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_SPLITS_ITS_INPUT = "linear/in split"
-_SEES_LOCAL_PARAMETERS = "module/parameters unwrapped"
+_SPLIT_INPUT_MEANING = "linear/in split"
+_LOCAL_PARAMETERS_MEANING = "module/parameters unwrapped"
 
 
 @dataclass(frozen=True)
@@ -28,59 +28,59 @@ class Projection:
         key: by which an entry for it should be written.
         child: the name by which the block holds it, or the module that only wraps it.
         linear: the layer.
-        weight: where the plan puts its weight.
+        weight_placement: where the plan puts its weight.
         meaning: what its entry means, as the dialect says; empty without one.
-        leaves_slice: whether its output stays sharded by feature.
-        takes_slice: whether its input must come sharded by feature.
+        has_sharded_output: whether its output stays sharded by feature.
+        has_sharded_input: whether its input must come sharded by feature.
     """
 
     name: str
     key: str
     child: str
     linear: nn.Linear
-    weight: Placement
+    weight_placement: Placement
     meaning: str
-    leaves_slice: bool
-    takes_slice: bool
+    has_sharded_output: bool
+    has_sharded_input: bool
 
 
 @dataclass(frozen=True)
-class Block:
+class LinearGroup:
     """A module with Linear layers.
 
     Args:
         name: its name in the model.
         module: the module.
         projections: its layers, in the order it holds them.
-        nearby: the layers that may be partners of its own in the blocks that it holds, in the block that holds it, and
+        nearby_layers: the layers that may be partners of its own in the blocks that it holds, in the block that holds it, and
             in those beside it.
     """
 
     name: str
     module: nn.Module
     projections: tuple[Projection, ...]
-    nearby: tuple[Projection, ...] = ()
+    nearby_layers: tuple[Projection, ...] = ()
 
     @property
-    def givers(self) -> tuple[Projection, ...]:
+    def reachable_column_parallel_layers(self) -> tuple[Projection, ...]:
         """The layers that leave their output sharded; those nearby where the block has none."""
-        return _chosen(self.sharded, (one for one in self.nearby if one.leaves_slice))
+        return _prefer_own(self.column_parallel_layers, (one for one in self.nearby_layers if one.has_sharded_output))
 
     @property
-    def takers(self) -> tuple[Projection, ...]:
+    def reachable_row_parallel_layers(self) -> tuple[Projection, ...]:
         """The layers that take a sharded input; those nearby where the block has none."""
-        own = (one for one in self.projections if one.takes_slice)
-        return _chosen(own, (one for one in self.nearby if one.takes_slice))
+        own = (one for one in self.projections if one.has_sharded_input)
+        return _prefer_own(own, (one for one in self.nearby_layers if one.has_sharded_input))
 
     @property
-    def sharded(self) -> tuple[Projection, ...]:
+    def column_parallel_layers(self) -> tuple[Projection, ...]:
         """The block's own layers that leave their output sharded."""
-        return tuple(one for one in self.projections if one.leaves_slice)
+        return tuple(one for one in self.projections if one.has_sharded_output)
 
     @property
-    def whole(self) -> tuple[Projection, ...]:
+    def self_contained_layers(self) -> tuple[Projection, ...]:
         """The block's own layers that every rank gives a whole input and gets a whole output from."""
-        return tuple(one for one in self.projections if not one.leaves_slice and not one.takes_slice)
+        return tuple(one for one in self.projections if not one.has_sharded_output and not one.has_sharded_input)
 
     @property
     def head_widths(self) -> frozenset[int]:
@@ -89,7 +89,7 @@ class Block:
         return frozenset(width for width in found if isinstance(width, int) and width)
 
 
-def read_blocks(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, Block]:
+def read_linear_groups(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, LinearGroup]:
     """Return a model's blocks by name.
 
     A module that holds one Linear and nothing else is that layer's wrapper, and no block.
@@ -103,15 +103,15 @@ def read_blocks(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> 
     found: dict[str, list[Projection]] = {}
     for name, module in modules.items():
         if isinstance(module, nn.Linear) and name:
-            owner, child = _holder(name, modules)
-            found.setdefault(owner, []).append(_projection(name, child, module, plan, dialect))
+            owner, child = _find_group(name, modules)
+            found.setdefault(owner, []).append(_read_projection(name, child, module, plan, dialect))
     return {
-        name: Block(name, modules[name], tuple(projections), _nearby(name, found))
+        name: LinearGroup(name, modules[name], tuple(projections), _find_nearby_layers(name, found))
         for name, projections in found.items()
     }
 
 
-def _holder(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+def _find_group(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     """Return the block that holds a layer, past all wrappers, and the name of the child by which it does."""
     owner, _, child = name.rpartition(".")
     while owner and len(modules[owner]._modules) == 1:
@@ -119,57 +119,65 @@ def _holder(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     return owner, child
 
 
-def _projection(name: str, child: str, linear: nn.Linear, plan: Mapping[str, str], dialect: Dialect) -> Projection:
-    key = lookup(plan, name, is_parameter=False)
+def _read_projection(name: str, child: str, linear: nn.Linear, plan: Mapping[str, str], dialect: Dialect) -> Projection:
+    key = find_key(plan, name, is_parameter=False)
     style = None if key is None else dialect.style(plan[key], key)
     meaning = (style.meaning("linear") or "") if style else ""
-    weight = planned_placement(f"{name}.weight", "linear", 2, plan, dialect) or Replicate()
+    weight = find_planned_placement(f"{name}.weight", "linear", 2, plan, dialect) or Replicate()
     dim = weight.dim if isinstance(weight, (Shard, Packed)) else None
     return Projection(
         name,
-        key_in_plan(plan, name),
+        choose_key(plan, name),
         child,
         linear,
         weight,
         meaning,
-        leaves_slice=dim == 0
+        has_sharded_output=dim == 0
         and style is not None
-        and (style.output == "sharded" or meaning == _SEES_LOCAL_PARAMETERS),
-        takes_slice=dim == 1 and not meaning.startswith(_SPLITS_ITS_INPUT),
+        and (style.output == "sharded" or meaning == _LOCAL_PARAMETERS_MEANING),
+        has_sharded_input=dim == 1 and not meaning.startswith(_SPLIT_INPUT_MEANING),
     )
 
 
-def _nearby(name: str, found: Mapping[str, list[Projection]]) -> tuple[Projection, ...]:
+def _find_nearby_layers(name: str, layers_by_group: Mapping[str, list[Projection]]) -> tuple[Projection, ...]:
     above = name.rpartition(".")[0]
     around = [above] if name else []
-    around += [owner for owner in found if owner and owner.rpartition(".")[0] == name]
-    beside = [owner for owner in found if name and owner != name and owner.rpartition(".")[0] == above]
-    own = found[name]
-    layers = [one for owner in around for one in _open(found.get(owner, []), own)]
-    return (*layers, *(one for owner in beside for one in _fitting(found[owner], own) if _does_one_thing(found[owner])))
+    around += [owner for owner in layers_by_group if owner and owner.rpartition(".")[0] == name]
+    beside = [owner for owner in layers_by_group if name and owner != name and owner.rpartition(".")[0] == above]
+    own = layers_by_group[name]
+    layers = [one for owner in around for one in _get_unpaired_layers(layers_by_group.get(owner, []), own)]
+    return (
+        *layers,
+        *(
+            one
+            for owner in beside
+            for one in _find_matching_layers(layers_by_group[owner], own)
+            if _has_one_direction(layers_by_group[owner])
+        ),
+    )
 
 
-def _open(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterable[Projection]:
+def _get_unpaired_layers(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterable[Projection]:
     """Return a block's layers; where some of them give slices and others take these, only what fits the other block."""
-    paired = any(one.leaves_slice for one in layers) and any(one.takes_slice for one in layers)
-    return _fitting(layers, others) if paired else layers
+    paired = any(one.has_sharded_output for one in layers) and any(one.has_sharded_input for one in layers)
+    return _find_matching_layers(layers, others) if paired else layers
 
 
-def _fitting(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterator[Projection]:
+def _find_matching_layers(layers: Sequence[Projection], others: Sequence[Projection]) -> Iterator[Projection]:
     """Yield the layers that take slices as wide as the others give, or give them as wide as the others take."""
-    given = {one.linear.out_features for one in others if one.leaves_slice}
-    taken = {one.linear.in_features for one in others if one.takes_slice}
+    given = {one.linear.out_features for one in others if one.has_sharded_output}
+    taken = {one.linear.in_features for one in others if one.has_sharded_input}
     for one in layers:
-        if (one.takes_slice and one.linear.in_features in given) or (
-            one.leaves_slice and one.linear.out_features in taken
+        if (one.has_sharded_input and one.linear.in_features in given) or (
+            one.has_sharded_output and one.linear.out_features in taken
         ):
             yield one
 
 
-def _does_one_thing(layers: Sequence[Projection]) -> bool:
+def _has_one_direction(layers: Sequence[Projection]) -> bool:
     """Say whether a block's layers all give slices, or all take them."""
-    return all(one.leaves_slice for one in layers) or all(one.takes_slice for one in layers)
+    return all(one.has_sharded_output for one in layers) or all(one.has_sharded_input for one in layers)
 
 
-def _chosen(own: Iterable[Projection], nearby: Iterable[Projection]) -> tuple[Projection, ...]:
+def _prefer_own(own: Iterable[Projection], nearby: Iterable[Projection]) -> tuple[Projection, ...]:
     return tuple(own) or tuple(nearby)

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plans.errors import CheckpointError
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.files.reading import read_at_most
-from runtime.checkpoint.files.strict_json import is_deeper
-from runtime.checkpoint.record import DEEPEST
-from runtime.models.config_entries import Differing, compare_entries
+from runtime.checkpoint.files.strict_json import is_nested_deeper
+from runtime.checkpoint.record import MAX_CONFIG_DEPTH
+from runtime.models.config_entries import ConfigDifference, compare_entries
 
-__all__ = ["CONFIG", "config_changes", "read_entries", "record_of"]
+__all__ = ["CONFIG", "find_config_changes", "get_config_record", "read_config_entries"]
 
 CONFIG = "config.json"
 _MAX_BYTES = 2**24
 
 
-def record_of(content: Content) -> Mapping[str, object] | None:
+def get_config_record(checkpoint: Checkpoint) -> Mapping[str, object] | None:
     """Return what a manifest is to record of the config: what was recorded before, else what it says now.
 
     A record goes along with the tensors, as their digests do. One made anew of a config that has been changed would
@@ -29,14 +29,14 @@ def record_of(content: Content) -> Mapping[str, object] | None:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    if content.config is not None:
-        return content.config
-    made = content.made.get(CONFIG)
-    path = content.folder / CONFIG
-    return _entries(made, path) if made is not None else read_entries(content.folder)
+    if checkpoint.config is not None:
+        return checkpoint.config
+    made = checkpoint.extra_files.get(CONFIG)
+    path = checkpoint.folder / CONFIG
+    return _parse_entries(made, path) if made is not None else read_config_entries(checkpoint.folder)
 
 
-def config_changes(content: Content) -> tuple[Differing, ...]:
+def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
     """Return the entries by which a checkpoint's config says to compute something else than the recorded one.
 
     Nothing is said where nothing is recorded, or no config is there.
@@ -44,32 +44,32 @@ def config_changes(content: Content) -> tuple[Differing, ...]:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    found = read_entries(content.folder) if content.config is not None else None
-    return compare_entries(found, content.config) if found is not None and content.config is not None else ()
+    found = read_config_entries(checkpoint.folder) if checkpoint.config is not None else None
+    return compare_entries(found, checkpoint.config) if found is not None and checkpoint.config is not None else ()
 
 
-def read_entries(folder: Path) -> dict[str, object] | None:
+def read_config_entries(folder: Path) -> dict[str, object] | None:
     """Return what a folder's config.json says, None where it has none.
 
     Raises:
         CheckpointError: it cannot be read, or is no config.
     """
     path = folder / CONFIG
-    return _entries(read_at_most(path, _MAX_BYTES), path) if path.exists() else None
+    return _parse_entries(read_at_most(path, _MAX_BYTES), path) if path.exists() else None
 
 
-def _entries(text: bytes, path: Path) -> dict[str, object]:
+def _parse_entries(text: bytes, path: Path) -> dict[str, object]:
     """Parse a config as transformers does, and in such a way that a manifest can say the same."""
     try:
         # Numbers that JSON has not are written in the words of transformers.
         entries = json.loads(text, parse_constant=lambda name: {"__float__": name})
         json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise _no_config(path, f"not valid JSON: {error}") from error
-    if not isinstance(entries, dict) or is_deeper(entries, DEEPEST):
-        raise _no_config(path, f"not an object of {DEEPEST} levels at most")
+        raise _config_error(path, f"not valid JSON: {error}") from error
+    if not isinstance(entries, dict) or is_nested_deeper(entries, MAX_CONFIG_DEPTH):
+        raise _config_error(path, f"not an object of {MAX_CONFIG_DEPTH} levels at most")
     return entries
 
 
-def _no_config(path: Path, what: str) -> CheckpointError:
+def _config_error(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: {what}", hint="restore the file, or save the checkpoint again", file=str(path))

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Literal
 
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.record import EntryKind, StoredForm
-from runtime.extents.forms import Form
+from runtime.checkpoint.record import StoredForm, TensorKind
+from runtime.extents.forms import TensorMap
 
 if TYPE_CHECKING:
     from runtime.checkpoint.optimizer.state import OptimizerState
 
-__all__ = ["Content", "FoundLayout", "Held", "Layout"]
+__all__ = ["Checkpoint", "Layout", "SourceLayout", "TensorInfo"]
 
 Layout = Literal["hf", "dcp", "ranks"]
 """Those that are written."""
 
-FoundLayout = Layout | Literal["foreign"]
+SourceLayout = Layout | Literal["foreign"]
 """Those that are read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TensorInfo:
     """A whole tensor that a checkpoint holds.
 
     Args:
@@ -34,13 +34,13 @@ class Held:
         shape: of the whole tensor.
     """
 
-    kind: EntryKind
+    kind: TensorKind
     dtype: str
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Content:
+class Checkpoint:
     """A checkpoint read up to its headers, no tensor touched.
 
     Args:
@@ -48,40 +48,40 @@ class Content:
         layout: how it lies there.
         tensors: by name in the model, carried ones by stored name; tied names are left out.
         tied: other names of tensors, each with the name that holds the bytes.
-        forms: of the tensors over the pieces.
-        pieces: what files store, by names of this layout's own.
-        side: the other files.
+        tensor_maps: of the tensors over the pieces.
+        chunks: what files store, by names of this layout's own.
+        side_files: the other files.
         stored_form: of the hub form that it once came from, where that is known.
         digests: of tensors, where the checkpoint records them.
         config: what config.json said when the checkpoint was laid out, where it records that.
         optimizer: the state of the optimizer that trained them, where it goes along.
-        made: other files that go along although they do not lie in the folder, by name.
+        extra_files: other files that go along although they do not lie in the folder, by name.
     """
 
     folder: Path
-    layout: FoundLayout
-    tensors: Mapping[str, Held]
+    layout: SourceLayout
+    tensors: Mapping[str, TensorInfo]
     tied: Mapping[str, str]
-    forms: Mapping[str, Form] = field(repr=False)
-    pieces: Mapping[str, StoredTensor] = field(repr=False)
-    side: SideFiles
+    tensor_maps: Mapping[str, TensorMap] = field(repr=False)
+    chunks: Mapping[str, StoredTensor] = field(repr=False)
+    side_files: SideFiles
     stored_form: StoredForm | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] | None = field(default=None, repr=False)
     optimizer: OptimizerState | None = None
-    made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
-    def all_tensors(self) -> dict[str, Held]:
+    def all_tensors(self) -> dict[str, TensorInfo]:
         """The tensors, and those of the optimizer by the names they are saved under."""
         return {**self.tensors, **(self.optimizer.tensors if self.optimizer else {})}
 
     @property
-    def all_forms(self) -> dict[str, Form]:
+    def all_tensor_maps(self) -> dict[str, TensorMap]:
         """The forms, and those of the optimizer's tensors."""
-        return {**self.forms, **(self.optimizer.forms if self.optimizer else {})}
+        return {**self.tensor_maps, **(self.optimizer.tensor_maps if self.optimizer else {})}
 
     @property
-    def all_pieces(self) -> dict[str, StoredTensor]:
+    def all_chunks(self) -> dict[str, StoredTensor]:
         """The pieces, and those of the optimizer's tensors."""
-        return {**self.pieces, **(self.optimizer.pieces if self.optimizer else {})}
+        return {**self.chunks, **(self.optimizer.chunks if self.optimizer else {})}

@@ -32,7 +32,7 @@ BLOCK: Final = 2048
 _WORD: Final = 8
 _MASK: Final = 2**64 - 1
 _BATCH: Final = 16
-_FEW: Final = 4
+_MIN_ROWS_PER_CALL: Final = 4
 """Rows at each place of their blocks below which one call for each place costs more than it saves."""
 
 SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
@@ -43,27 +43,27 @@ MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """The constants of SplitMix64."""
 
 
-def _mixed(values: Words) -> Words:
+def _mix(values: Words) -> Words:
     """Hash counters to odd words (the finalizer of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
     values = (values ^ (values >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
     return (values ^ (values >> np.uint64(31))) | np.uint64(1)
 
 
-def _sequence(seed: int, start: int, count: int) -> Words:
+def _generate_weights(seed: int, start: int, count: int) -> Words:
     counters = np.arange(start + 1, start + count + 1, dtype=np.uint64)
-    return _mixed(counters * np.uint64(STEP) + np.uint64(seed))
+    return _mix(counters * np.uint64(STEP) + np.uint64(seed))
 
 
 @lru_cache
 def word_weights(lane: int) -> Words:
     """Return T, the factors by place in a block, of lane 0 or 1."""
-    return _sequence(SEEDS[lane][0], 0, BLOCK)
+    return _generate_weights(SEEDS[lane][0], 0, BLOCK)
 
 
 def block_weights(lane: int, start: int, count: int) -> Words:
     """Return S for `count` blocks from block `start`, of lane 0 or 1."""
-    return _sequence(SEEDS[lane][1], start, count)
+    return _generate_weights(SEEDS[lane][1], start, count)
 
 
 @lru_cache(4096)
@@ -83,21 +83,21 @@ class Digest:
         """Return the sums that `str` wrote, to go on with."""
         return cls(int(text[:16], 16), int(text[16:], 16))
 
-    def add(self, offset: int, piece: NDArray[np.uint8]) -> None:
+    def add(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Add bytes of the parameter.
 
         Args:
             offset: of the piece's first byte in the parameter's logical row-major bytes.
-            piece: one-dimensional and contiguous.
+            data: one-dimensional and contiguous.
         """
-        lead = min(-offset % _WORD, len(piece))
+        lead = min(-offset % _WORD, len(data))
         if lead:
-            self._add_bytes(offset, piece[:lead])
-            offset, piece = offset + lead, piece[lead:]
-        whole = len(piece) // _WORD * _WORD
-        self._add_words(offset // _WORD, piece[:whole])
-        if whole < len(piece):
-            self._add_bytes(offset + whole, piece[whole:])
+            self._add_bytes(offset, data[:lead])
+            offset, data = offset + lead, data[lead:]
+        whole = len(data) // _WORD * _WORD
+        self._add_words(offset // _WORD, data[:whole])
+        if whole < len(data):
+            self._add_bytes(offset + whole, data[whole:])
 
     def add_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
         """Add rows of words that lie regularly apart, if there are enough of them to be quicker than one by one.
@@ -117,7 +117,7 @@ class Digest:
             return True
         step = stride // _WORD
         period = BLOCK // gcd(BLOCK, step)
-        if rows.itemsize != _WORD or offset % _WORD or stride % _WORD or len(rows) < period * _FEW:
+        if rows.itemsize != _WORD or offset % _WORD or stride % _WORD or len(rows) < period * _MIN_ROWS_PER_CALL:
             return False
         index = offset // _WORD
         first = index // BLOCK
@@ -125,7 +125,7 @@ class Digest:
         outer = [block_weights(lane, first, last - first + 1) for lane in (0, 1)]
         for row in range(period):
             start = index + row * step - first * BLOCK
-            self._add_alike(start, rows[row::period], period * step // BLOCK, outer)
+            self._add_aligned_rows(start, rows[row::period], period * step // BLOCK, outer)
         return True
 
     def join(self, other: Digest) -> None:
@@ -133,7 +133,7 @@ class Digest:
         self._accumulate(0, other.lane1)
         self._accumulate(1, other.lane2)
 
-    def _add_alike(self, start: int, rows: NDArray[Any], blocks: int, outer: Sequence[Words]) -> None:
+    def _add_aligned_rows(self, start: int, rows: NDArray[Any], blocks: int, outer: Sequence[Words]) -> None:
         """Add rows that lie whole blocks apart, `start` words behind the block that `outer` begins with."""
         column = 0
         while column < rows.shape[1]:
@@ -145,10 +145,10 @@ class Digest:
                 self._accumulate(lane, int(np.dot(sums, outer[lane][block::blocks][: len(rows)])))
             column += words.shape[1]
 
-    def _add_bytes(self, offset: int, piece: NDArray[np.uint8]) -> None:
+    def _add_bytes(self, offset: int, data: NDArray[np.uint8]) -> None:
         word = np.zeros(_WORD, np.uint8)
         place = offset % _WORD
-        word[place : place + len(piece)] = piece
+        word[place : place + len(data)] = data
         self._add_words(offset // _WORD, word)
 
     def _add_words(self, index: int, data: NDArray[np.uint8]) -> None:

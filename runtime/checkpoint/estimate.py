@@ -11,28 +11,28 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
-from plans.plan import wildcard
-from runtime.checkpoint.copying.commit import writing
-from runtime.checkpoint.copying.copy import buffer_bytes, execute, work_of
-from runtime.checkpoint.copying.sharing import block_for, share, sharing
+from plans.plan import to_wildcard
+from runtime.checkpoint.copying.commit import convert_write_errors
+from runtime.checkpoint.copying.copy import estimate_buffer_bytes, execute_copy_plan, plan_units
+from runtime.checkpoint.copying.sharing import clone_shared_blocks, find_block_size, plan_block_sharing
 from runtime.checkpoint.copying.slabs import Slab
-from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.copying.writing import create, regions_for
+from runtime.checkpoint.copying.table import CopyPlan
+from runtime.checkpoint.copying.writing import allocate_files, build_regions
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.ranks.manifest import find_manifest
 from runtime.checkpoint.record import Manifest
 from runtime.checkpoint.reshard import ReshardPlan
-from runtime.wording import RANK_0, placed_words
+from runtime.wording import RANK_0, format_placements
 
-__all__ = ["Estimate", "Group", "estimate"]
+__all__ = ["Estimate", "EstimateGroup", "estimate"]
 
-_SAMPLE = 64 * 2**20
+_SAMPLE_BYTES = 64 * 2**20
 _WHOLE = "whole"
 
 
 @dataclass(frozen=True)
-class Group:
+class EstimateGroup:
     """Tensors whose names differ in numbers only, and that are laid out alike.
 
     Args:
@@ -67,7 +67,7 @@ class Estimate:
         seconds: to copy, by a short sample on the destination's disk.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[EstimateGroup, ...]
     bytes_read: int
     bytes_written: int
     bytes_shared: int
@@ -93,86 +93,88 @@ def estimate(plan: ReshardPlan, destination: Path, max_memory: int) -> Estimate:
         DestinationError: the destination's disk cannot be written.
         CheckpointError: a source cannot be read.
     """
-    with writing(destination):
-        plan = sharing(plan, block_for(plan, destination))
-    read = sum(slab.size for unit in work_of(plan.table, max_memory) for slab in unit)
-    written = plan.table.bytes_written
+    with convert_write_errors(destination):
+        plan = plan_block_sharing(plan, find_block_size(plan, destination))
+    read = sum(slab.size for unit in plan_units(plan.copy_plan, max_memory) for slab in unit)
+    written = plan.copy_plan.bytes_written
     return Estimate(
-        groups=tuple(_groups(plan)),
+        groups=tuple(_group_tensors(plan)),
         bytes_read=read,
         bytes_written=written,
         bytes_shared=plan.bytes_shared,
         disk_needed=plan.bytes_needed,
-        peak_memory=_resident() + buffer_bytes(plan.table, max_memory),
+        peak_memory=_read_resident_bytes() + estimate_buffer_bytes(plan.copy_plan, max_memory),
         reflinkable=plan.bytes_shared / written if written else 0.0,
-        seconds=_seconds(plan, destination, max_memory),
+        seconds=_estimate_seconds(plan, destination, max_memory),
     )
 
 
-def _groups(plan: ReshardPlan) -> Iterator[Group]:
+def _group_tensors(plan: ReshardPlan) -> Iterator[EstimateGroup]:
     """Yield the groups in the order of the model; a run is of the tensor that its source is a piece of."""
-    numbers = {name: number for number, name in enumerate(plan.content.all_pieces)}
-    owner = {numbers[piece]: name for name, form in plan.content.all_forms.items() for piece in form.sources}
+    numbers = {name: number for number, name in enumerate(plan.checkpoint.all_chunks)}
+    owner = {numbers[piece]: name for name, form in plan.checkpoint.all_tensor_maps.items() for piece in form.sources}
     counts, sizes = Counter[str](), Counter[str]()
-    for run in plan.table.runs:
-        if plan.table.destinations[run.destination].file is not None:
+    for run in plan.copy_plan.copies:
+        if plan.copy_plan.destinations[run.destination].file is not None:
             counts[owner[run.source]] += 1
             sizes[owner[run.source]] += run.size
-    folder = plan.content.folder
-    before, after = find_manifest(folder), plan.laid.manifest
+    folder = plan.checkpoint.folder
+    before, after = find_manifest(folder), plan.output.manifest
     grouped: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
-    parameters = plan.content.optimizer.parameters if plan.content.optimizer else {}
-    for name in plan.content.all_tensors:
+    parameters = plan.checkpoint.optimizer.parameters if plan.checkpoint.optimizer else {}
+    for name in plan.checkpoint.all_tensors:
         like = parameters.get(name, name)
-        grouped[wildcard(name), _placed(like, before), _placed(like, after)].append(name)
+        grouped[to_wildcard(name), _describe_placement(like, before), _describe_placement(like, after)].append(name)
     for (key, old, new), names in grouped.items():
-        yield Group(key, len(names), old, new, sum(sizes[n] for n in names), sum(counts[n] for n in names))
+        yield EstimateGroup(key, len(names), old, new, sum(sizes[n] for n in names), sum(counts[n] for n in names))
 
 
-def _placed(name: str, manifest: Manifest | None) -> str:
+def _describe_placement(name: str, manifest: Manifest | None) -> str:
     entry = manifest.tensors.get(name) if manifest else None
     if manifest is None or entry is None:
         return _WHOLE
-    return RANK_0 if entry.kind == "carried" else placed_words(entry.mesh, entry.placements, manifest.mesh)
+    return RANK_0 if entry.kind == "carried" else format_placements(entry.mesh, entry.placements, manifest.mesh)
 
 
-def _resident() -> int:
+def _read_resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _seconds(plan: ReshardPlan, destination: Path, max_memory: int) -> float:
-    sample = _sample(plan.table, max_memory)
+def _estimate_seconds(plan: ReshardPlan, destination: Path, max_memory: int) -> float:
+    sample = _take_sample(plan.copy_plan, max_memory)
     if not sample.bytes_written:
         return 0.0
     parent = destination.absolute().parent
-    with writing(destination), tempfile.TemporaryDirectory(dir=parent, prefix=".migrator-sample-") as name:
-        taken = _timed(plan, sample, Path(name), max_memory)
-    return taken * plan.table.bytes_written / sum(_to_files(sample))
+    with convert_write_errors(destination), tempfile.TemporaryDirectory(dir=parent, prefix=".migrator-sample-") as name:
+        taken = _time_sample(plan, sample, Path(name), max_memory)
+    return taken * plan.copy_plan.bytes_written / sum(_iter_file_sizes(sample))
 
 
-def _timed(plan: ReshardPlan, sample: Table, folder: Path, max_memory: int) -> float:
-    create(folder, {file.name: (file.size, file.fixed) for file in plan.laid.files})
+def _time_sample(plan: ReshardPlan, sample: CopyPlan, folder: Path, max_memory: int) -> float:
+    allocate_files(folder, {file.name: (file.size, file.fixed_bytes) for file in plan.output.files})
     digests = [Digest() for at in sample.destinations if at.file is None]
     with OpenFiles(folder) as files:
         began = time.perf_counter()
-        regions, _ = share(sample, plan.block, files, regions_for(sample.destinations, files, digests))
-        execute(sample, regions, max_memory=max_memory)
+        regions, _ = clone_shared_blocks(
+            sample, plan.reflink_block, files, build_regions(sample.destinations, files, digests)
+        )
+        execute_copy_plan(sample, regions, max_memory=max_memory)
         return time.perf_counter() - began
 
 
-def _sample(table: Table, max_memory: int) -> Table:
+def _take_sample(copy_plan: CopyPlan, max_memory: int) -> CopyPlan:
     """Return the first units of work as a table of their own; it need not fill its destinations."""
     read = 0
 
     def is_early(unit: Sequence[Slab]) -> bool:
         nonlocal read
         read += sum(slab.size for slab in unit)
-        return read <= _SAMPLE or read == sum(slab.size for slab in unit)
+        return read <= _SAMPLE_BYTES or read == sum(slab.size for slab in unit)
 
-    early = takewhile(is_early, work_of(table, max_memory))
-    return replace(table, runs=tuple(part for unit in early for slab in unit for part in slab.parts))
+    early = takewhile(is_early, plan_units(copy_plan, max_memory))
+    return replace(copy_plan, copies=tuple(part for unit in early for slab in unit for part in slab.parts))
 
 
-def _to_files(table: Table) -> Iterator[int]:
-    return (run.size for run in table.runs if table.destinations[run.destination].file is not None)
+def _iter_file_sizes(copy_plan: CopyPlan) -> Iterator[int]:
+    return (run.size for run in copy_plan.copies if copy_plan.destinations[run.destination].file is not None)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 from plans.errors import MismatchError
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
-from runtime.checkpoint.config_record import record_of
-from runtime.checkpoint.content import Content, Held, Layout
-from runtime.checkpoint.copying.new_file import NewFile
-from runtime.checkpoint.dcp.files import dcp_files
-from runtime.checkpoint.files.file_names import INDEX, MARKER, check_apart_names
-from runtime.checkpoint.hub.files import hub_files, index_text
-from runtime.checkpoint.hub.form import default_form
-from runtime.checkpoint.optimizer.files import optimizer_files
+from runtime.checkpoint.config_record import get_config_record
+from runtime.checkpoint.content import Checkpoint, Layout, TensorInfo
+from runtime.checkpoint.copying.new_file import OutputFile
+from runtime.checkpoint.dcp.files import plan_dcp_files
+from runtime.checkpoint.files.file_names import INDEX, MARKER, check_distinct_names
+from runtime.checkpoint.hub.files import build_index, plan_hub_files
+from runtime.checkpoint.hub.form import build_default_form
+from runtime.checkpoint.optimizer.files import plan_optimizer_files
 from runtime.checkpoint.optimizer.state import OptimizerState
-from runtime.checkpoint.ranks.files import lay_out as lay_out_rank
-from runtime.checkpoint.record import MANIFEST, Entry, Manifest
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.ranks.files import plan_rank_file as lay_out_rank
+from runtime.checkpoint.record import MANIFEST, Manifest, ManifestEntry
+from runtime.checkpoint.target import ReshardTarget
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
 from runtime.proof import prove
@@ -29,39 +29,39 @@ from runtime.proof import prove
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LaidOut", "lay_out"]
+__all__ = ["OutputFiles", "plan_files"]
 
 _WHOLE = (Replicate(), Replicate())
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class OutputFiles:
     """The files of a result, before they are written.
 
     Args:
         files: with tensors.
-        resolved: the plan that they are laid out by, None for hub form.
+        resolved_plan: the plan that they are laid out by, None for hub form.
         manifest: of the result, digests still empty; None for hub form.
-        texts: other files that are made, by name.
+        extra_files: other files that are made, by name.
     """
 
-    files: tuple[NewFile, ...]
-    resolved: ResolvedPlan | None = None
+    files: tuple[OutputFile, ...]
+    resolved_plan: ResolvedPlan | None = None
     manifest: Manifest | None = None
-    texts: Mapping[str, bytes] = field(default_factory=dict)
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def file_names(self) -> tuple[str, ...]:
         """The names of all files that are made."""
         manifest = (MANIFEST,) if self.manifest else ()
-        return (*(file.name for file in self.files), *self.texts, *manifest)
+        return (*(file.name for file in self.files), *self.extra_files, *manifest)
 
 
-def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
+def plan_files(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
     """Lay a checkpoint's tensors out in the files of a target.
 
     Args:
-        content: what there is.
+        checkpoint: what there is.
         model: that it is of, on meta.
         target: what it is to become.
 
@@ -71,93 +71,97 @@ def lay_out(content: Content, model: PreTrainedModel, target: Target) -> LaidOut
         PlanError: the plan does not resolve on this model and mesh.
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    laid = _LAYOUTS[target.layout](content, model, target)
-    laid = replace(laid, texts={**laid.texts, **content.made})
-    if content.optimizer is not None:
-        laid = _with_optimizer(laid, content.optimizer)
-    prove(_is_whole(laid, content), "a tensor would be left out")
-    check_apart_names(content.folder, (*laid.names, *content.side.copied, MARKER))
+    laid = _PLANNERS[target.layout](checkpoint, model, target)
+    laid = replace(laid, extra_files={**laid.extra_files, **checkpoint.extra_files})
+    if checkpoint.optimizer is not None:
+        laid = _add_optimizer(laid, checkpoint.optimizer)
+    prove(_is_complete(laid, checkpoint), "a tensor would be left out")
+    check_distinct_names(checkpoint.folder, (*laid.file_names, *checkpoint.side_files.copied, MARKER))
     return laid
 
 
-def _is_whole(laid: LaidOut, content: Content) -> bool:
+def _is_complete(output: OutputFiles, checkpoint: Checkpoint) -> bool:
     """Return whether every tensor of the source, and of the plan, goes into some file, empty ones too."""
-    held = content.all_forms
-    if laid.resolved is None:
-        used = {source for file in laid.files for _, form in file.tensors for source in form.sources}
+    held = checkpoint.all_tensor_maps
+    if output.resolved_plan is None:
+        used = {source for file in output.files for _, form in file.tensors for source in form.sources}
         return all(used >= set(form.sources) for form in held.values())
-    laid_out = {at.name for file in laid.files for at, _ in file.tensors}
-    planned = {parameter.name for parameter in laid.resolved.parameters if parameter.kind != "tied"}
+    laid_out = {at.name for file in output.files for at, _ in file.tensors}
+    planned = {parameter.name for parameter in output.resolved_plan.parameters if parameter.kind != "tied"}
     return laid_out >= planned | held.keys()
 
 
-def _with_optimizer(laid: LaidOut, state: OptimizerState) -> LaidOut:
-    files, texts = optimizer_files(state, laid.resolved)
-    manifest = laid.manifest and replace(laid.manifest, optimizer=dict.fromkeys(state.tensors, ""))
-    return replace(laid, files=(*laid.files, *files), manifest=manifest, texts={**laid.texts, **texts})
+def _add_optimizer(output: OutputFiles, state: OptimizerState) -> OutputFiles:
+    files, texts = plan_optimizer_files(state, output.resolved_plan)
+    manifest = output.manifest and replace(output.manifest, optimizer=dict.fromkeys(state.tensors, ""))
+    return replace(
+        output, files=(*output.files, *files), manifest=manifest, extra_files={**output.extra_files, **texts}
+    )
 
 
-def _as_hub(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
-    known = content.stored_form if target.experts is None else None
-    form = known or default_form(content, model, target.experts or "separate")
-    index = index_text(form)
-    files = hub_files(content, model, form)
+def _plan_hub(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
+    known = checkpoint.stored_form if target.experts is None else None
+    form = known or build_default_form(checkpoint, model, target.experts or "separate")
+    index = build_index(form)
+    files = plan_hub_files(checkpoint, model, form)
     if known is not None:
         files = tuple(replace(file, may_grow=False) for file in files)
-    return LaidOut(files, texts={INDEX: index} if index is not None else {})
+    return OutputFiles(files, extra_files={INDEX: index} if index is not None else {})
 
 
-def _as_ranks(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
-    resolved = _resolved(model, target)
-    manifest = _manifest(content, resolved)
+def _plan_ranks(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
+    resolved = _resolve_plan(model, target)
+    manifest = _build_manifest(checkpoint, resolved)
     ranks = range(resolved.mesh.world_size)
-    files = (lay_out_rank(rank, resolved.mesh, manifest.tensors, content.forms) for rank in ranks)
-    return LaidOut(tuple(files), resolved, manifest)
+    files = (lay_out_rank(rank, resolved.mesh, manifest.tensors, checkpoint.tensor_maps) for rank in ranks)
+    return OutputFiles(tuple(files), resolved, manifest)
 
 
-def _as_dcp(content: Content, model: PreTrainedModel, target: Target) -> LaidOut:
-    resolved = _resolved(model, target)
-    manifest = _manifest(content, resolved)
-    return LaidOut(dcp_files(resolved.mesh, manifest.tensors, content.forms, content.tied), resolved, manifest)
+def _plan_dcp(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
+    resolved = _resolve_plan(model, target)
+    manifest = _build_manifest(checkpoint, resolved)
+    return OutputFiles(
+        plan_dcp_files(resolved.mesh, manifest.tensors, checkpoint.tensor_maps, checkpoint.tied), resolved, manifest
+    )
 
 
-def _resolved(model: PreTrainedModel, target: Target) -> ResolvedPlan:
+def _resolve_plan(model: PreTrainedModel, target: ReshardTarget) -> ResolvedPlan:
     """Resolve the model's plan; where no axis of a plan has more than one rank, a model may do without."""
     needs_none = target.mesh.tp == target.mesh.ep == 1 and not model.tp_plan
     return resolve(model, target.mesh, target.mode, Plan(target.mode, {}) if needs_none else None)
 
 
-def _manifest(content: Content, resolved: ResolvedPlan) -> Manifest:
+def _build_manifest(checkpoint: Checkpoint, resolved_plan: ResolvedPlan) -> Manifest:
     """Return the manifest of a result, digests still empty."""
     return Manifest(
-        written_by=_versions(),
-        model_type=resolved.model_type,
-        mode=resolved.mode,
-        dialect=resolved.dialect,
-        mesh=resolved.mesh,
-        plan=resolved.plan,
-        tensors={name: _entry(name, held, resolved) for name, held in content.tensors.items()},
-        tied=content.tied,
-        stored_form=content.stored_form,
-        config=record_of(content),
+        written_by=_read_versions(),
+        model_type=resolved_plan.model_type,
+        mode=resolved_plan.mode,
+        dialect=resolved_plan.dialect,
+        mesh=resolved_plan.mesh,
+        plan=resolved_plan.plan,
+        tensors={name: _build_entry(name, held, resolved_plan) for name, held in checkpoint.tensors.items()},
+        tied=checkpoint.tied,
+        stored_form=checkpoint.stored_form,
+        config=get_config_record(checkpoint),
     )
 
 
-def _entry(name: str, held: Held, resolved: ResolvedPlan) -> Entry:
+def _build_entry(name: str, info: TensorInfo, resolved_plan: ResolvedPlan) -> ManifestEntry:
     """Return what the manifest says of a tensor, carried ones whole."""
-    parameter = resolved.by_name[name] if held.kind != "carried" else None
+    parameter = resolved_plan.by_name[name] if info.kind != "carried" else None
     if parameter is None:
-        return Entry(held.kind, held.dtype, held.shape, "dense", _WHOLE)
-    if parameter.shape != held.shape:
+        return ManifestEntry(info.kind, info.dtype, info.shape, "dense", _WHOLE)
+    if parameter.shape != info.shape:
         raise MismatchError(
-            f"{name} is {list(parameter.shape)} in the model but {list(held.shape)} in the checkpoint",
+            f"{name} is {list(parameter.shape)} in the model but {list(info.shape)} in the checkpoint",
             hint="config.json does not belong to these weights",
             name=name,
         )
-    return Entry(held.kind, held.dtype, held.shape, parameter.mesh, parameter.placements)
+    return ManifestEntry(info.kind, info.dtype, info.shape, parameter.mesh, parameter.placements)
 
 
-def _versions() -> dict[str, str]:
+def _read_versions() -> dict[str, str]:
     versions: dict[str, str] = {}
     for name, distribution in (("migrator", "plan-migrator"), ("torch", "torch"), ("transformers", "transformers")):
         try:
@@ -167,8 +171,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-_LAYOUTS: Mapping[Layout, Callable[[Content, PreTrainedModel, Target], LaidOut]] = {
-    "hf": _as_hub,
-    "dcp": _as_dcp,
-    "ranks": _as_ranks,
+_PLANNERS: Mapping[Layout, Callable[[Checkpoint, PreTrainedModel, ReshardTarget], OutputFiles]] = {
+    "hf": _plan_hub,
+    "dcp": _plan_dcp,
+    "ranks": _plan_ranks,
 }

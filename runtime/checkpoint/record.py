@@ -10,18 +10,18 @@ from typing import Literal
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 
-__all__ = ["DEEPEST", "MANIFEST", "VERSION", "Entry", "EntryKind", "Manifest", "StoredForm"]
+__all__ = ["MANIFEST", "MAX_CONFIG_DEPTH", "VERSION", "Manifest", "ManifestEntry", "StoredForm", "TensorKind"]
 
 MANIFEST = "migrator.json"
 VERSION = 1
-DEEPEST = 32
+MAX_CONFIG_DEPTH = 32
 """Levels of lists and tables in a config."""
 
-EntryKind = Literal["parameter", "buffer", "carried"]
+TensorKind = Literal["parameter", "buffer", "carried"]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ManifestEntry:
     """One tensor of the model, or one that is carried along.
 
     Args:
@@ -33,7 +33,7 @@ class Entry:
         digest: of the whole tensor's bytes, empty until it is known.
     """
 
-    kind: EntryKind
+    kind: TensorKind
     dtype: str
     shape: tuple[int, ...]
     mesh: MeshName
@@ -106,7 +106,7 @@ class Manifest:
     dialect: str
     mesh: Mesh
     plan: Mapping[str, str]
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, ManifestEntry]
     tied: Mapping[str, str]
     stored_form: StoredForm | None
     optimizer: Mapping[str, str] = field(default_factory=dict)

@@ -11,79 +11,79 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.config_record import config_changes
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.clones import clones_of
+from runtime.checkpoint.config_record import find_config_changes
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.copying.clones import find_clones
 from runtime.checkpoint.copying.commit import Say
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
-from runtime.checkpoint.copying.execution import carry_out
-from runtime.checkpoint.copying.journal import SECONDS
-from runtime.checkpoint.copying.table import Destination, Table, build_table
-from runtime.checkpoint.copying.values import Options, ReshardResult, Seconds
+from runtime.checkpoint.copying.execution import execute_reshard
+from runtime.checkpoint.copying.journal import JOURNAL_INTERVAL
+from runtime.checkpoint.copying.table import CopyPlan, Destination, build_copy_plan
+from runtime.checkpoint.copying.values import PhaseSeconds, ReshardOptions, ReshardResult
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.files.stamps import Stamp, stamps_of
-from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.laid_out import LaidOut, lay_out
-from runtime.checkpoint.optimizer.choice import with_optimizer
-from runtime.checkpoint.read import read_content
-from runtime.checkpoint.target import Target
-from runtime.extents.forms import Form, FormError
+from runtime.checkpoint.files.stamps import Stamp, read_stamps
+from runtime.checkpoint.foreign.source import ExternalSettings
+from runtime.checkpoint.laid_out import OutputFiles, plan_files
+from runtime.checkpoint.optimizer.choice import select_optimizer
+from runtime.checkpoint.read import read_checkpoint
+from runtime.checkpoint.target import ReshardTarget
+from runtime.extents.forms import TensorMap, TensorMapError
 from runtime.models.config import read_config
-from runtime.models.config_entries import Differing
-from runtime.models.quantized import stored_model
+from runtime.models.config_entries import ConfigDifference
+from runtime.models.quantized import build_stored_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ReshardPlan", "ReshardResult", "Seconds", "plan_reshard"]
+__all__ = ["PhaseSeconds", "ReshardPlan", "ReshardResult", "plan_reshard"]
 
 _MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """Everything that `execute` will do, proven and checked; nothing is written yet.
+    """Everything that `execute_copy_plan` will do, proven and checked; nothing is written yet.
 
     Args:
-        content: of the source.
+        checkpoint: of the source.
         model_type: that its config names.
         target: what it becomes.
-        laid: the files of the result.
-        table: of all runs, digests included.
-        planning: seconds it took to plan.
+        output: the files of the result.
+        copy_plan: of all runs, digests included.
+        planning_seconds: seconds it took to plan.
         stamps: of the source's files, from before they were read.
-        block: bytes that the disk of the result can share with the source at least; 0 where it shares none.
+        reflink_block: bytes that the disk of the result can share with the source at least; 0 where it shares none.
         config_changes: entries by which the source's config says something else than when it was laid out.
     """
 
-    content: Content
+    checkpoint: Checkpoint
     model_type: str
-    target: Target
-    laid: LaidOut
-    table: Table
-    planning: float
+    target: ReshardTarget
+    output: OutputFiles
+    copy_plan: CopyPlan
+    planning_seconds: float
     stamps: Mapping[str, Stamp] = field(repr=False)
-    block: int = 0
-    config_changes: tuple[Differing, ...] = ()
+    reflink_block: int = 0
+    config_changes: tuple[ConfigDifference, ...] = ()
 
     @cached_property
     def bytes_shared(self) -> int:
         """Bytes of tensors that the result shares with the source."""
-        return sum(clone.length for clone in clones_of(self.table, self.block))
+        return sum(clone.length for clone in find_clones(self.copy_plan, self.reflink_block))
 
     @property
-    def names(self) -> frozenset[str]:
+    def file_names(self) -> frozenset[str]:
         """The names of all files of the result."""
-        return frozenset((*self.laid.names, *self.content.side.copied))
+        return frozenset((*self.output.file_names, *self.checkpoint.side_files.copied))
 
     @property
     def bytes_needed(self) -> int:
         """Disk space that the result takes, beside what it shares with the source."""
-        side = sum(self.stamps[name].size for name in self.content.side.copied)
-        made = sum(map(len, self.laid.texts.values())) + (
-            len(self.laid.manifest.to_bytes()) if self.laid.manifest else 0
+        side = sum(self.stamps[name].size for name in self.checkpoint.side_files.copied)
+        made = sum(map(len, self.output.extra_files.values())) + (
+            len(self.output.manifest.to_bytes()) if self.output.manifest else 0
         )
-        return side + made + sum(file.size for file in self.laid.files) - self.bytes_shared
+        return side + made + sum(file.size for file in self.output.files) - self.bytes_shared
 
     def execute(
         self,
@@ -93,9 +93,9 @@ class ReshardPlan:
         *,
         overwrite: bool = False,
         say: Say = lambda text: None,
-        seconds: float = SECONDS,
+        seconds: float = JOURNAL_INTERVAL,
     ) -> ReshardResult:
-        """Write the files, the manifest and the side files, and commit them; raises what `carry_out` does.
+        """Write the files, the manifest and the side files, and commit them; raises what `execute_reshard` does.
 
         Args:
             destination: a folder that must not exist, or may be replaced.
@@ -105,11 +105,14 @@ class ReshardPlan:
             say: told what became of an earlier run's work.
             seconds: between two lines of the journal, which is what a killed run loses at most.
         """
-        return carry_out(self, destination, Options(progress, say, max_memory, overwrite, seconds))
+        return execute_reshard(self, destination, ReshardOptions(progress, say, max_memory, overwrite, seconds))
 
 
 def plan_reshard(
-    source: Path, mesh: Mesh | None = None, target: Target | None = None, foreign: Foreign | None = None
+    source: Path,
+    mesh: Mesh | None = None,
+    target: ReshardTarget | None = None,
+    external: ExternalSettings | None = None,
 ) -> ReshardPlan:
     """Plan how a checkpoint becomes another: read headers, compose the maps, prove the run table.
 
@@ -120,7 +123,7 @@ def plan_reshard(
         source: a folder, of any layout.
         mesh: to lay rank files out for, where that is all there is to say.
         target: what it is to become.
-        foreign: how to read another stack's rank files, where the source is made of such.
+        external: how to read another stack's rank files, where the source is made of such.
 
     Raises:
         UsageError: a mesh is given beside a target, the target contradicts itself, or the checkpoint is quantized in
@@ -135,31 +138,38 @@ def plan_reshard(
             "both a mesh and a target are given, and a target has a mesh of its own",
             hint="give the target alone, Target(layout, mesh)",
         )
-    target = target or Target(mesh=mesh or Mesh())
-    stamps = stamps_of(source)
-    described = foreign.config_folder(source) if foreign else source
+    target = target or ReshardTarget(mesh=mesh or Mesh())
+    stamps = read_stamps(source)
+    described = external.config_folder(source) if external else source
     config = read_config(described)
-    _check_weights_named(described, config)
+    _check_standard_weights(described, config)
     _check_layers(described, config)
-    model = stored_model(config)
-    content = read_content(source, model, foreign)
-    content = with_optimizer(content, model, is_wanted=target.with_optimizer, is_demanded=target.optimizer is True)
+    model = build_stored_model(config)
+    content = read_checkpoint(source, model, external)
+    content = select_optimizer(content, model, include=target.includes_optimizer, require=target.optimizer is True)
     try:
-        laid = lay_out(content, model, target)
-        wanted = [*(row for file in laid.files for row in file.tensors), *_digested(content)]
-        table = build_table(content.all_pieces, wanted)
-    except FormError as error:
+        laid = plan_files(content, model, target)
+        wanted = [*(row for file in laid.files for row in file.tensors), *_build_digest_destinations(content)]
+        table = build_copy_plan(content.all_chunks, wanted)
+    except TensorMapError as error:
         raise ConversionError(f"{source}: {error}", hint="choose another mesh size", source=str(source)) from error
     planning = time.perf_counter() - began
     return ReshardPlan(
-        content, str(config.model_type), target, laid, table, planning, stamps, config_changes=config_changes(content)
+        content,
+        str(config.model_type),
+        target,
+        laid,
+        table,
+        planning,
+        stamps,
+        config_changes=find_config_changes(content),
     )
 
 
-def _digested(content: Content) -> Iterator[tuple[Destination, Form]]:
+def _build_digest_destinations(checkpoint: Checkpoint) -> Iterator[tuple[Destination, TensorMap]]:
     """Yield one destination per tensor that only its digest sees, so that replicas are not summed again."""
-    forms = content.all_forms
-    for name, held in content.all_tensors.items():
+    forms = checkpoint.all_tensor_maps
+    for name, held in checkpoint.all_tensors.items():
         yield Destination(name, tensor_bytes(held.dtype, held.shape)), forms[name]
 
 
@@ -174,7 +184,7 @@ def _check_layers(source: Path, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_weights_named(source: Path, config: PreTrainedConfig) -> None:
+def _check_standard_weights(source: Path, config: PreTrainedConfig) -> None:
     """Refuse a config that sends transformers to other weight files than those we read."""
     named = getattr(config, "transformers_weights", None)
     if named is not None:

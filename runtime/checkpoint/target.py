@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from runtime.checkpoint.content import Layout
     from runtime.checkpoint.hub.form import Experts
 
-__all__ = ["Target"]
+__all__ = ["ReshardTarget"]
 
 
 @dataclass(frozen=True)
-class Target:
+class ReshardTarget:
     """What a checkpoint is to become.
 
     Args:
@@ -34,7 +34,7 @@ class Target:
     optimizer: bool | None = None
 
     @property
-    def with_optimizer(self) -> bool:
+    def includes_optimizer(self) -> bool:
         """Whether the state of an optimizer goes along where there is one."""
         return self.layout != "hf" if self.optimizer is None else self.optimizer
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import prod
 
 __all__ = [
-    "Extent",
-    "Form",
-    "FormError",
+    "StridedBox",
+    "TensorMap",
+    "TensorMapError",
     "chunk",
     "chunk_bounds",
     "concatenate",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-class FormError(ValueError):
+class TensorMapError(ValueError):
     """An operation is not defined for tensors of these shapes; callers know the names and say them.
 
     Every function below that takes a dim, a range, sizes or an order raises it where they are not the form's.
@@ -38,7 +38,7 @@ class FormError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class StridedBox:
     """One box of a tensor, or a regular grid in one, as an affine view of a source.
 
     Args:
@@ -59,16 +59,16 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class TensorMap:
     """A tensor's shape and the extents that make it up; together they cover it exactly once."""
 
     shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
+    boxes: tuple[StridedBox, ...]
 
     @property
     def sources(self) -> tuple[str, ...]:
         """The names of the sources, each once, in order of first use."""
-        return tuple(dict.fromkeys(extent.source for extent in self.extents))
+        return tuple(dict.fromkeys(extent.source for extent in self.boxes))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -79,90 +79,92 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def whole(source: str, shape: Sequence[int]) -> Form:
+def whole(source: str, shape: Sequence[int]) -> TensorMap:
     """Return the form of a tensor that is the source itself."""
     shape = tuple(shape)
     origin = (0,) * len(shape)
-    return Form(shape, (Extent(origin, shape, (1,) * len(shape), source, 0, row_major(shape)),) if prod(shape) else ())
+    return TensorMap(
+        shape, (StridedBox(origin, shape, (1,) * len(shape), source, 0, row_major(shape)),) if prod(shape) else ()
+    )
 
 
-def narrow(form: Form, dim: int, start: int, length: int) -> Form:
+def narrow(tensor_map: TensorMap, dim: int, start: int, length: int) -> TensorMap:
     """Return the slice `[start, start + length)` along `dim`."""
-    dim = _dim(dim, len(form.shape))
-    if not 0 <= start <= start + length <= form.shape[dim]:
-        raise FormError(f"[{start}, {start + length}) is outside dim {dim} of {list(form.shape)}")
-    if length == form.shape[dim]:
-        return form
-    extents = (_clipped(extent, dim, start, start + length) for extent in form.extents)
-    return Form(_with(form.shape, dim, length), tuple(extent for extent in extents if extent))
+    dim = _normalize_dim(dim, len(tensor_map.shape))
+    if not 0 <= start <= start + length <= tensor_map.shape[dim]:
+        raise TensorMapError(f"[{start}, {start + length}) is outside dim {dim} of {list(tensor_map.shape)}")
+    if length == tensor_map.shape[dim]:
+        return tensor_map
+    extents = (_clip(extent, dim, start, start + length) for extent in tensor_map.boxes)
+    return TensorMap(_replace_at(tensor_map.shape, dim, length), tuple(extent for extent in extents if extent))
 
 
-def concatenate(forms: Sequence[Form], dim: int) -> Form:
+def concatenate(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
     """Return the forms joined along `dim`, as `torch.cat` joins tensors of equal dims."""
-    if not forms:
-        raise FormError("there is nothing to concatenate")
-    first = forms[0].shape
-    dim = _dim(dim, len(first))
-    for form in forms:
-        if len(form.shape) != len(first) or _with(form.shape, dim, 0) != _with(first, dim, 0):
-            raise FormError(f"{list(first)} and {list(form.shape)} do not join along dim {dim}")
-    extents: list[Extent] = []
+    if not tensor_maps:
+        raise TensorMapError("there is nothing to concatenate")
+    first = tensor_maps[0].shape
+    dim = _normalize_dim(dim, len(first))
+    for form in tensor_maps:
+        if len(form.shape) != len(first) or _replace_at(form.shape, dim, 0) != _replace_at(first, dim, 0):
+            raise TensorMapError(f"{list(first)} and {list(form.shape)} do not join along dim {dim}")
+    extents: list[StridedBox] = []
     length = 0
-    for form in forms:
-        extents += [_moved(extent, dim, length) for extent in form.extents]
+    for form in tensor_maps:
+        extents += [_shift(extent, dim, length) for extent in form.boxes]
         length += form.shape[dim]
-    return Form(_with(first, dim, length), tuple(extents))
+    return TensorMap(_replace_at(first, dim, length), tuple(extents))
 
 
-def stack(forms: Sequence[Form], dim: int) -> Form:
+def stack(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
     """Return the forms joined along a new dim, as `torch.stack` joins tensors."""
-    return concatenate([_unsqueezed(form, dim) for form in forms], dim)
+    return concatenate([_unsqueeze(form, dim) for form in tensor_maps], dim)
 
 
-def unbind(form: Form, dim: int) -> tuple[Form, ...]:
+def unbind(tensor_map: TensorMap, dim: int) -> tuple[TensorMap, ...]:
     """Return the slices along `dim`, each without that dim, as `torch.unbind`."""
-    dim = _dim(dim, len(form.shape))
-    slices = (narrow(form, dim, index, 1) for index in range(form.shape[dim]))
-    return tuple(_squeezed(piece, dim) for piece in slices)
+    dim = _normalize_dim(dim, len(tensor_map.shape))
+    slices = (narrow(tensor_map, dim, index, 1) for index in range(tensor_map.shape[dim]))
+    return tuple(_squeeze(piece, dim) for piece in slices)
 
 
-def split(form: Form, sizes: Iterable[int], dim: int) -> tuple[Form, ...]:
+def split(tensor_map: TensorMap, sizes: Iterable[int], dim: int) -> tuple[TensorMap, ...]:
     """Return consecutive slices of the given sizes along `dim`, which they must fill."""
-    pieces: list[Form] = []
+    pieces: list[TensorMap] = []
     start = 0
     for size in sizes:
-        pieces.append(narrow(form, dim, start, size))
+        pieces.append(narrow(tensor_map, dim, start, size))
         start += size
-    if start != form.shape[_dim(dim, len(form.shape))]:
-        raise FormError(f"sizes that sum to {start} do not split dim {dim} of {list(form.shape)}")
+    if start != tensor_map.shape[_normalize_dim(dim, len(tensor_map.shape))]:
+        raise TensorMapError(f"sizes that sum to {start} do not split dim {dim} of {list(tensor_map.shape)}")
     return tuple(pieces)
 
 
-def chunk(form: Form, count: int, dim: int) -> tuple[Form, ...]:
+def chunk(tensor_map: TensorMap, count: int, dim: int) -> tuple[TensorMap, ...]:
     """Return what `torch.chunk` returns: at most `count` slices of equal size, the last one shorter."""
-    dim = _dim(dim, len(form.shape))
-    bounds = (chunk_bounds(form.shape[dim], count, index) for index in range(count))
+    dim = _normalize_dim(dim, len(tensor_map.shape))
+    bounds = (chunk_bounds(tensor_map.shape[dim], count, index) for index in range(count))
     filled = [length for _, length in bounds if length] or [0]
-    return split(form, filled, dim)
+    return split(tensor_map, filled, dim)
 
 
-def transpose(form: Form, dim0: int, dim1: int) -> Form:
+def transpose(tensor_map: TensorMap, dim0: int, dim1: int) -> TensorMap:
     """Return the form with two dims swapped."""
-    order = list(range(len(form.shape)))
-    dim0, dim1 = _dim(dim0, len(order)), _dim(dim1, len(order))
+    order = list(range(len(tensor_map.shape)))
+    dim0, dim1 = _normalize_dim(dim0, len(order)), _normalize_dim(dim1, len(order))
     order[dim0], order[dim1] = order[dim1], order[dim0]
-    return permute(form, order)
+    return permute(tensor_map, order)
 
 
-def permute(form: Form, order: Sequence[int]) -> Form:
+def permute(tensor_map: TensorMap, order: Sequence[int]) -> TensorMap:
     """Return the form with its dims in another order, as `torch.permute`."""
-    if sorted(order) != list(range(len(form.shape))):
-        raise FormError(f"{list(order)} is no order of {len(form.shape)} dims")
+    if sorted(order) != list(range(len(tensor_map.shape))):
+        raise TensorMapError(f"{list(order)} is no order of {len(tensor_map.shape)} dims")
 
-    def ordered(values: tuple[int, ...]) -> tuple[int, ...]:
+    def reorder(values: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(values[dim] for dim in order)
 
-    return Form(ordered(form.shape), tuple(_every_dim(extent, ordered) for extent in form.extents))
+    return TensorMap(reorder(tensor_map.shape), tuple(_apply_to_dims(extent, reorder) for extent in tensor_map.boxes))
 
 
 def chunk_bounds(size: int, count: int, index: int) -> tuple[int, int]:
@@ -181,64 +183,73 @@ def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(place)
 
 
-def _clipped(extent: Extent, dim: int, start: int, stop: int) -> Extent | None:
-    offset, step = extent.offset[dim], extent.steps[dim]
+def _clip(box: StridedBox, dim: int, start: int, stop: int) -> StridedBox | None:
+    offset, step = box.offset[dim], box.steps[dim]
     first = max(0, -((offset - start) // step))
-    last = min(extent.shape[dim], -((offset - stop) // step))
+    last = min(box.shape[dim], -((offset - stop) // step))
     if first >= last:
         return None
-    return Extent(
-        _with(extent.offset, dim, offset + first * step - start),
-        _with(extent.shape, dim, last - first),
-        extent.steps,
-        extent.source,
-        extent.base + first * extent.strides[dim],
-        extent.strides,
+    return StridedBox(
+        _replace_at(box.offset, dim, offset + first * step - start),
+        _replace_at(box.shape, dim, last - first),
+        box.steps,
+        box.source,
+        box.base + first * box.strides[dim],
+        box.strides,
     )
 
 
-def _moved(extent: Extent, dim: int, distance: int) -> Extent:
+def _shift(box: StridedBox, dim: int, distance: int) -> StridedBox:
     # Spelled out: `dataclasses.replace` takes several times as long, and a large model has a million extents.
-    offset = _with(extent.offset, dim, extent.offset[dim] + distance)
-    return Extent(offset, extent.shape, extent.steps, extent.source, extent.base, extent.strides)
+    offset = _replace_at(box.offset, dim, box.offset[dim] + distance)
+    return StridedBox(offset, box.shape, box.steps, box.source, box.base, box.strides)
 
 
-def _unsqueezed(form: Form, dim: int) -> Form:
-    dim = _dim(dim, len(form.shape) + 1)
+def _unsqueeze(tensor_map: TensorMap, dim: int) -> TensorMap:
+    dim = _normalize_dim(dim, len(tensor_map.shape) + 1)
 
-    def wider(values: tuple[int, ...], value: int) -> tuple[int, ...]:
+    def insert_value(values: tuple[int, ...], value: int) -> tuple[int, ...]:
         return (*values[:dim], value, *values[dim:])
 
     extents = (
-        Extent(wider(e.offset, 0), wider(e.shape, 1), wider(e.steps, 1), e.source, e.base, wider(e.strides, 0))
-        for e in form.extents
+        StridedBox(
+            insert_value(e.offset, 0),
+            insert_value(e.shape, 1),
+            insert_value(e.steps, 1),
+            e.source,
+            e.base,
+            insert_value(e.strides, 0),
+        )
+        for e in tensor_map.boxes
     )
-    return Form(wider(form.shape, 1), tuple(extents))
+    return TensorMap(insert_value(tensor_map.shape, 1), tuple(extents))
 
 
-def _squeezed(form: Form, dim: int) -> Form:
-    def slimmer(values: tuple[int, ...]) -> tuple[int, ...]:
+def _squeeze(tensor_map: TensorMap, dim: int) -> TensorMap:
+    def remove_dim(values: tuple[int, ...]) -> tuple[int, ...]:
         return values[:dim] + values[dim + 1 :]
 
-    return Form(slimmer(form.shape), tuple(_every_dim(extent, slimmer) for extent in form.extents))
-
-
-def _every_dim(extent: Extent, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Extent:
-    return Extent(
-        change(extent.offset),
-        change(extent.shape),
-        change(extent.steps),
-        extent.source,
-        extent.base,
-        change(extent.strides),
+    return TensorMap(
+        remove_dim(tensor_map.shape), tuple(_apply_to_dims(extent, remove_dim) for extent in tensor_map.boxes)
     )
 
 
-def _with(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+def _apply_to_dims(box: StridedBox, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> StridedBox:
+    return StridedBox(
+        change(box.offset),
+        change(box.shape),
+        change(box.steps),
+        box.source,
+        box.base,
+        change(box.strides),
+    )
+
+
+def _replace_at(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
     return (*values[:dim], value, *values[dim + 1 :])
 
 
-def _dim(dim: int, ndim: int) -> int:
+def _normalize_dim(dim: int, ndim: int) -> int:
     if not -ndim <= dim < ndim:
-        raise FormError(f"there is no dim {dim} among {ndim}")
+        raise TensorMapError(f"there is no dim {dim} among {ndim}")
     return dim % ndim

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.extents.forms import (
-    Extent,
-    Form,
-    FormError,
+    StridedBox,
+    TensorMap,
+    TensorMapError,
     chunk,
     chunk_bounds,
     concatenate,
@@ -17,14 +17,16 @@ from runtime.extents.forms import (
     unravel,
 )
 
-__all__ = ["local_form", "reassemble"]
+__all__ = ["reassemble", "shard_for_rank"]
 
 
-def local_form(form: Form, placements: Sequence[Placement], sizes: Sequence[int], coordinates: Sequence[int]) -> Form:
+def shard_for_rank(
+    tensor_map: TensorMap, placements: Sequence[Placement], sizes: Sequence[int], coordinates: Sequence[int]
+) -> TensorMap:
     """Return the form of the local tensor that a rank holds.
 
     Args:
-        form: of the whole tensor.
+        tensor_map: of the whole tensor.
         placements: one per mesh axis, outermost first. The innermost is applied first: FSDP, the outer one, cuts what
             tensor and expert parallelism leave.
         sizes: of the mesh axes.
@@ -34,40 +36,42 @@ def local_form(form: Form, placements: Sequence[Placement], sizes: Sequence[int]
         FormError: packed groups do not divide by their axis.
     """
     for placement, size, coordinate in reversed(list(zip(placements, sizes, coordinates, strict=True))):
-        form = _placed(form, placement, size, coordinate)
-    return form
+        tensor_map = _apply_placement(tensor_map, placement, size, coordinate)
+    return tensor_map
 
 
-def reassemble(shape: Sequence[int], locals_: Iterable[tuple[str, Form]]) -> Form:
+def reassemble(shape: Sequence[int], local_maps: Iterable[tuple[str, TensorMap]]) -> TensorMap:
     """Return the form of a whole tensor over the local tensors that ranks hold.
 
     Args:
         shape: of the whole tensor.
-        locals_: each local tensor's name and its form over the whole tensor; together they cover it once.
+        local_maps: each local tensor's name and its form over the whole tensor; together they cover it once.
     """
     strides = row_major(shape)
-    extents: list[Extent] = []
-    for name, form in locals_:
+    extents: list[StridedBox] = []
+    for name, form in local_maps:
         own = row_major(form.shape)
-        for extent in form.extents:
+        for extent in form.boxes:
             assert all(a == b or n == 1 for a, b, n in zip(extent.strides, strides, extent.shape, strict=True))
             base = sum(index * stride for index, stride in zip(extent.offset, own, strict=True))
-            extents.append(Extent(unravel(extent.base, shape), extent.shape, extent.steps, name, base, own))
-    return Form(tuple(shape), tuple(extents))
+            extents.append(StridedBox(unravel(extent.base, shape), extent.shape, extent.steps, name, base, own))
+    return TensorMap(tuple(shape), tuple(extents))
 
 
-def _placed(form: Form, placement: Placement, size: int, coordinate: int) -> Form:
+def _apply_placement(tensor_map: TensorMap, placement: Placement, size: int, coordinate: int) -> TensorMap:
     match placement:
         case Replicate():
-            return form
+            return tensor_map
         case Shard(dim):
-            return narrow(form, dim, *chunk_bounds(form.shape[dim], size, coordinate))
+            return narrow(tensor_map, dim, *chunk_bounds(tensor_map.shape[dim], size, coordinate))
         case Packed(dim, groups):
-            if form.shape[dim] % (groups * size):
-                raise FormError(f"{groups} groups of dim {dim} of {list(form.shape)} do not divide by {size}")
+            if tensor_map.shape[dim] % (groups * size):
+                raise TensorMapError(
+                    f"{groups} groups of dim {dim} of {list(tensor_map.shape)} do not divide by {size}"
+                )
             if size == 1:
-                return form
-            parts = chunk(form, groups, dim)
+                return tensor_map
+            parts = chunk(tensor_map, groups, dim)
             return concatenate(
                 [narrow(part, dim, *chunk_bounds(part.shape[dim], size, coordinate)) for part in parts], dim
             )

@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING
 
 from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, Mode
-from plans.plan import wildcard
+from plans.plan import to_wildcard
 from plans.resolved import ResolvedPlan
-from runtime.checkpoint.config_record import config_changes
-from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.config_record import find_config_changes
+from runtime.checkpoint.content import Checkpoint, TensorInfo
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.foreign.placing import plan_of
-from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.layout import layout_of
-from runtime.checkpoint.optimizer.choice import with_optimizer
+from runtime.checkpoint.foreign.placing import resolve_external_plan
+from runtime.checkpoint.foreign.source import ExternalSettings
+from runtime.checkpoint.layout import detect_layout
+from runtime.checkpoint.optimizer.choice import select_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.read import read_content
+from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.record import MANIFEST, Manifest
-from runtime.checkpoint.verifying.differences import read_differences
-from runtime.inspecting.laying import Laying, of_manifest, of_plan
-from runtime.inspecting.values import Inspection, OptimizerFound, Placed, StoredFile, TensorGroup
+from runtime.checkpoint.verifying.differences import extract_differences
+from runtime.inspecting.laying import PlacementTable, place_by_manifest, place_by_plan
+from runtime.inspecting.values import Inspection, MeshPlacement, OptimizerSummary, StoredFile, TensorGroup
 from runtime.models.config import read_config
-from runtime.models.quantized import stored_model
+from runtime.models.quantized import build_stored_model
 from runtime.planning.resolve import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["describe", "inspect_checkpoint"]
+__all__ = ["describe_checkpoint", "inspect_checkpoint"]
 
 
 def inspect_checkpoint(
-    folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", foreign: Foreign | None = None
+    folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", external: ExternalSettings | None = None
 ) -> Inspection:
     """Read what a checkpoint holds, and what a plan would make of it; only tensors that must be alike are read.
 
@@ -45,7 +45,7 @@ def inspect_checkpoint(
         folder: of the checkpoint; rank files say everything themselves, other layouts need its config.json.
         mesh: that the model's plan is resolved for, None for none.
         mode: which of the model's plans apply there.
-        foreign: how to read another stack's rank files, where it is made of such.
+        external: how to read another stack's rank files, where it is made of such.
 
     Returns:
         An inspection with findings alone where the files contradict one another or do not make up the tensors.
@@ -56,92 +56,96 @@ def inspect_checkpoint(
         UsageError: it is quantized in a way that is not supported, the mode does not go with the mesh, or a mesh is too
             large to be told rank by rank.
     """
-    if foreign is not None:
-        return _inspect_foreign(folder, foreign, mesh, mode)
-    layout = layout_of(folder)
+    if external is not None:
+        return _inspect_external(folder, external, mesh, mode)
+    layout = detect_layout(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     needs_model = layout != "ranks" or mesh is not None or manifest is None or bool(manifest.optimizer)
-    model = stored_model(read_config(folder)) if needs_model else None
+    model = build_stored_model(read_config(folder)) if needs_model else None
     planned = resolve(model, mesh, mode) if model is not None and mesh is not None else None
     try:
-        content = RankCheckpoint.read(folder).content() if model is None else _content(folder, model)
+        content = RankCheckpoint.read(folder).to_checkpoint() if model is None else _read_with_optimizer(folder, model)
     except (MismatchError, IncompleteError) as error:
         model_type = manifest.model_type if manifest else str(model and model.config.model_type)
-        return Inspection(folder, layout, model_type, tuple(read_differences(error, str(folder))))
+        return Inspection(folder, layout, model_type, tuple(extract_differences(error, str(folder))))
     model_type = str(model.config.model_type) if model is not None else manifest.model_type if manifest else ""
-    return describe(content, model_type, manifest, planned)
+    return describe_checkpoint(content, model_type, manifest, planned)
 
 
-def _inspect_foreign(folder: Path, foreign: Foreign, mesh: Mesh | None, mode: Mode) -> Inspection:
-    model = stored_model(read_config(foreign.config_folder(folder)))
+def _inspect_external(folder: Path, external: ExternalSettings, mesh: Mesh | None, mode: Mode) -> Inspection:
+    model = build_stored_model(read_config(external.config_folder(folder)))
     planned = resolve(model, mesh, mode) if mesh is not None else None
-    plan, model_type = plan_of(model, foreign), str(model.config.model_type)
+    plan, model_type = resolve_external_plan(model, external), str(model.config.model_type)
     try:
-        content = with_optimizer(read_content(folder, model, foreign), model, is_wanted=True)
+        content = select_optimizer(read_checkpoint(folder, model, external), model, include=True)
     except (MismatchError, IncompleteError) as error:
-        return Inspection(folder, "foreign", model_type, tuple(read_differences(error, str(folder))))
-    return describe(content, model_type, None, planned, plan)
+        return Inspection(folder, "foreign", model_type, tuple(extract_differences(error, str(folder))))
+    return describe_checkpoint(content, model_type, None, planned, plan)
 
 
-def describe(
-    content: Content,
+def describe_checkpoint(
+    checkpoint: Checkpoint,
     model_type: str,
     manifest: Manifest | None = None,
     planned: ResolvedPlan | None = None,
-    cut_by: ResolvedPlan | None = None,
+    sharded_by: ResolvedPlan | None = None,
 ) -> Inspection:
     """Describe a checkpoint that was read.
 
     Args:
-        content: what it holds.
+        checkpoint: what it holds.
         model_type: as its config names it.
         manifest: its own, where it has one.
         planned: a plan for it, or what it was laid out by.
-        cut_by: the plan of files that have no manifest to say so.
+        sharded_by: the plan of files that have no manifest to say so.
     """
-    held = of_manifest(manifest) if manifest else of_plan(cut_by) if cut_by else None
-    wanted = of_plan(planned) if planned else None
+    held = place_by_manifest(manifest) if manifest else place_by_plan(sharded_by) if sharded_by else None
+    wanted = place_by_plan(planned) if planned else None
     return Inspection(
-        folder=content.folder,
-        layout=content.layout,
+        folder=checkpoint.folder,
+        layout=checkpoint.layout,
         model_type=model_type,
-        groups=tuple(_groups(content.tensors, held, wanted)),
-        files=tuple(_files(content)),
-        held=held.arrangement(content.tensors) if held else None,
-        planned=wanted.arrangement(content.tensors) if wanted else None,
-        tied=content.tied,
-        side=content.side.copied,
-        left_behind=content.side.left_behind,
-        stored_files=len(content.stored_form.files) if content.stored_form else None,
-        digests=content.digests,
-        optimizer=_optimizer(content.optimizer) if content.optimizer else None,
+        groups=tuple(_group_tensors(checkpoint.tensors, held, wanted)),
+        files=tuple(_list_files(checkpoint)),
+        current=held.arrange(checkpoint.tensors) if held else None,
+        planned=wanted.arrange(checkpoint.tensors) if wanted else None,
+        tied=checkpoint.tied,
+        side_files=checkpoint.side_files.copied,
+        left_behind=checkpoint.side_files.left_behind,
+        hub_file_count=len(checkpoint.stored_form.files) if checkpoint.stored_form else None,
+        digests=checkpoint.digests,
+        optimizer=_summarize_optimizer(checkpoint.optimizer) if checkpoint.optimizer else None,
         written_by=manifest.written_by if manifest else {},
-        config_changes=config_changes(content),
+        config_changes=find_config_changes(checkpoint),
     )
 
 
-def _content(folder: Path, model: PreTrainedModel) -> Content:
-    return with_optimizer(read_content(folder, model), model, is_wanted=True)
+def _read_with_optimizer(folder: Path, model: PreTrainedModel) -> Checkpoint:
+    return select_optimizer(read_checkpoint(folder, model), model, include=True)
 
 
-def _groups(tensors: Mapping[str, Held], held: Laying | None, planned: Laying | None) -> Iterator[TensorGroup]:
-    alike: defaultdict[tuple[str, Held, Placed | None, Placed | None], list[str]] = defaultdict(list)
+def _group_tensors(
+    tensors: Mapping[str, TensorInfo], current: PlacementTable | None, planned: PlacementTable | None
+) -> Iterator[TensorGroup]:
+    alike: defaultdict[tuple[str, TensorInfo, MeshPlacement | None, MeshPlacement | None], list[str]] = defaultdict(
+        list
+    )
     for name, tensor in tensors.items():
-        places = (laying.placed(name, tensor) if laying else None for laying in (held, planned))
-        alike[wildcard(name), tensor, *places].append(name)  # type: ignore[index]
+        places = (laying.get_placement(name, tensor) if laying else None for laying in (current, planned))
+        alike[to_wildcard(name), tensor, *places].append(name)  # type: ignore[index]
     for (name, tensor, now, then), names in alike.items():
         size = len(names) * tensor_bytes(tensor.dtype, tensor.shape)
         yield TensorGroup(name, tuple(names), tensor.kind, tensor.dtype, tensor.shape, size, now, then)
 
 
-def _optimizer(state: OptimizerState) -> OptimizerFound:
+def _summarize_optimizer(state: OptimizerState) -> OptimizerSummary:
     sizes = (tensor_bytes(held.dtype, held.shape) for held in state.tensors.values())
-    return OptimizerFound(len(state.tensors), sum(sizes), state.stateless)
+    return OptimizerSummary(len(state.tensors), sum(sizes), state.stateless)
 
 
-def _files(content: Content) -> Iterator[StoredFile]:
+def _list_files(checkpoint: Checkpoint) -> Iterator[StoredFile]:
     counts, sizes = Counter[Path](), Counter[Path]()
-    for piece in content.pieces.values():
+    for piece in checkpoint.chunks.values():
         counts[piece.file] += 1
         sizes[piece.file] += piece.size
     for file in sorted(counts):

@@ -8,33 +8,33 @@ from pathlib import Path
 
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
-from runtime.checkpoint.content import FoundLayout
-from runtime.checkpoint.record import EntryKind
-from runtime.checkpoint.verifying.differences import Difference
-from runtime.models.config_entries import Differing
+from runtime.checkpoint.content import SourceLayout
+from runtime.checkpoint.record import TensorKind
+from runtime.checkpoint.verifying.differences import CheckpointDifference
+from runtime.models.config_entries import ConfigDifference
 
-__all__ = ["Arrangement", "Inspection", "OptimizerFound", "Placed", "StoredFile", "TensorGroup"]
+__all__ = ["Arrangement", "Inspection", "MeshPlacement", "OptimizerSummary", "StoredFile", "TensorGroup"]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class MeshPlacement:
     """How a tensor lies on a mesh.
 
     Args:
         axes: which of the two meshes the placements speak of.
         placements: one per axis, outermost first.
         style: of the plan's entry that says so, where that is known.
-        least: bytes on the rank that holds least of it.
-        most: bytes on the rank that holds most of it.
+        min_bytes: bytes on the rank that holds least of it.
+        max_bytes: bytes on the rank that holds most of it.
     """
 
     axes: MeshName
     placements: tuple[Placement, ...]
     style: str | None
-    least: int
-    most: int
+    min_bytes: int
+    max_bytes: int
 
-    def is_cut(self, mesh: Mesh) -> bool:
+    def is_sharded(self, mesh: Mesh) -> bool:
         """Return whether ranks of a mesh hold different parts; an axis of one rank cuts nothing."""
         pairs = zip(mesh.sizes(self.axes), self.placements, strict=True)
         return any(size > 1 and placement != Replicate() for size, placement in pairs)
@@ -45,7 +45,7 @@ class Placed:
             "mesh": self.axes,
             "placements": [placement_to_json(placement) for placement in self.placements],
             "style": self.style,
-            "bytes_per_rank": {"least": self.least, "most": self.most},
+            "bytes_per_rank": {"least": self.min_bytes, "most": self.max_bytes},
         }
 
 
@@ -92,18 +92,18 @@ class TensorGroup:
         dtype: safetensors' name.
         shape: of each.
         bytes: of all of them, each whole.
-        held: how they lie on the checkpoint's own mesh, None where it has none.
+        current: how they lie on the checkpoint's own mesh, None where it has none.
         planned: how they would lie on the mesh that was asked for.
     """
 
     name: str
     names: tuple[str, ...] = field(repr=False)
-    kind: EntryKind
+    kind: TensorKind
     dtype: str
     shape: tuple[int, ...]
     bytes: int
-    held: Placed | None
-    planned: Placed | None
+    current: MeshPlacement | None
+    planned: MeshPlacement | None
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
@@ -114,7 +114,7 @@ class TensorGroup:
             "dtype": self.dtype,
             "shape": list(self.shape),
             "bytes": self.bytes,
-            "held": self.held.to_json() if self.held else None,
+            "held": self.current.to_json() if self.current else None,
             "planned": self.planned.to_json() if self.planned else None,
         }
 
@@ -129,7 +129,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class OptimizerFound:
+class OptimizerSummary:
     """An optimizer's state beside the model: its tensors, their bytes, and the parameters that it has no state of."""
 
     tensors: int
@@ -148,12 +148,12 @@ class Inspection:
         findings: what is wrong with it; where there is one, its reader gave up, and nothing more is known.
         groups: its tensors, in the order of the model, carried ones last.
         files: its weight files.
-        held: the mesh that it is laid out for, where it says so.
+        current: the mesh that it is laid out for, where it says so.
         planned: the mesh that was asked for.
         tied: other names of tensors, each with the name that holds the bytes.
-        side: names of files that go along.
+        side_files: names of files that go along.
         left_behind: what would not.
-        stored_files: weight files of the hub form that it came from, None where that is not known.
+        hub_file_count: weight files of the hub form that it came from, None where that is not known.
         digests: recorded ones by tensor.
         optimizer: where the state of one is beside it.
         written_by: versions by package, where that is recorded.
@@ -161,21 +161,21 @@ class Inspection:
     """
 
     folder: Path
-    layout: FoundLayout
+    layout: SourceLayout
     model_type: str
-    findings: tuple[Difference, ...] = ()
+    findings: tuple[CheckpointDifference, ...] = ()
     groups: tuple[TensorGroup, ...] = field(default=(), repr=False)
     files: tuple[StoredFile, ...] = field(default=(), repr=False)
-    held: Arrangement | None = None
+    current: Arrangement | None = None
     planned: Arrangement | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
-    side: tuple[str, ...] = ()
+    side_files: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
-    stored_files: int | None = None
+    hub_file_count: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
-    optimizer: OptimizerFound | None = None
+    optimizer: OptimizerSummary | None = None
     written_by: Mapping[str, str] = field(default_factory=dict)
-    config_changes: tuple[Differing, ...] = ()
+    config_changes: tuple[ConfigDifference, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -188,7 +188,7 @@ class Inspection:
         return sum(group.bytes for group in self.groups)
 
     @property
-    def carried(self) -> tuple[str, ...]:
+    def passthrough(self) -> tuple[str, ...]:
         """The tensors that the model has no parameter for."""
         return tuple(name for group in self.groups if group.kind == "carried" for name in group.names)
 
@@ -202,15 +202,15 @@ class Inspection:
             "findings": [finding.to_json() for finding in self.findings],
             "tensors": self.tensors,
             "bytes": self.bytes,
-            "held": self.held.to_json() if self.held else None,
+            "held": self.current.to_json() if self.current else None,
             "planned": self.planned.to_json() if self.planned else None,
             "groups": [group.to_json() for group in self.groups],
             "files": [asdict(file) for file in self.files],
             "tied": dict(self.tied),
-            "carried": list(self.carried),
-            "side_files": list(self.side),
+            "carried": list(self.passthrough),
+            "side_files": list(self.side_files),
             "left_behind": list(self.left_behind),
-            "stored_form": {"files": self.stored_files} if self.stored_files is not None else None,
+            "stored_form": {"files": self.hub_file_count} if self.hub_file_count is not None else None,
             "digests": dict(self.digests),
             "optimizer": asdict(self.optimizer) if self.optimizer else None,
             "written_by": dict(self.written_by),

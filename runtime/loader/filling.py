@@ -11,49 +11,49 @@ from typing import Protocol
 
 import torch
 
-from runtime.checkpoint.files.reading import read_exactly, reading
-from runtime.loader.placing import Target, place
-from runtime.loader.reads import Read, positions
+from runtime.checkpoint.files.reading import convert_read_errors, read_exactly
+from runtime.loader.placing import LoadTarget, copy_elements
+from runtime.loader.reads import Read, compute_buffer_offsets
 
-__all__ = ["LIMIT", "CudaWorker", "HostWorker", "Worker", "fill", "read_range"]
+__all__ = ["BUFFER_BYTES", "CudaWorker", "HostWorker", "TransferWorker", "read_range", "run_workers"]
 
-LIMIT = 8 * 2**20
+BUFFER_BYTES = 8 * 2**20
 """Bytes of a buffer: large enough that calls do not matter, small enough that reading and copying overlap."""
 
-Unit = Sequence[Read]
-Targets = Mapping[int, Target]
+ReadGroup = Sequence[Read]
+Targets = Mapping[int, LoadTarget]
 
 
-class Worker(Protocol):
+class TransferWorker(Protocol):
     """Brings units to their targets, one at a time."""
 
-    def take(self, unit: Unit) -> None:
+    def submit(self, group: ReadGroup) -> None:
         """Read a unit and place it, or set out to."""
 
     def finish(self) -> None:
         """Wait until everything is in its place."""
 
 
-def fill(work: Iterable[Unit], threads: int, worker: Callable[[], Worker]) -> None:
+def run_workers(groups: Iterable[ReadGroup], threads: int, make_worker: Callable[[], TransferWorker]) -> None:
     """Bring all units to their targets.
 
     Args:
-        work: the units.
+        groups: the units.
         threads: how many take part.
-        worker: makes one for each thread, in it.
+        make_worker: makes one for each thread, in it.
 
     Raises:
         IncompleteError: a file ends before its tensors do.
         CheckpointError: a file cannot be read.
     """
-    shared = _Shared(iter(work))
+    shared = _SharedIterator(iter(groups))
 
-    def take_part() -> None:
+    def run_worker() -> None:
         try:
-            own = worker()
+            own = make_worker()
             try:
                 for unit in shared:
-                    own.take(unit)
+                    own.submit(unit)
             finally:
                 # Also where reading failed: a copy still under way would write to memory that others may have by then.
                 own.finish()
@@ -62,18 +62,18 @@ def fill(work: Iterable[Unit], threads: int, worker: Callable[[], Worker]) -> No
             raise
 
     with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(take_part) for _ in range(threads)]
+        parts = [pool.submit(run_worker) for _ in range(threads)]
     for part in parts:
         part.result()
 
 
-class _Shared:
+class _SharedIterator:
     """An iterator that several threads take from, until it ends or one of them fails."""
 
-    def __init__(self, items: Iterator[Unit]) -> None:
+    def __init__(self, items: Iterator[ReadGroup]) -> None:
         self._items, self._lock = items, Lock()
 
-    def __iter__(self) -> Iterator[Unit]:
+    def __iter__(self) -> Iterator[ReadGroup]:
         while True:
             with self._lock:
                 found = next(self._items, None)
@@ -93,34 +93,34 @@ class HostWorker:
         self._targets = targets
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, unit: Unit) -> None:
+    def submit(self, group: ReadGroup) -> None:
         """Read a unit and place it."""
-        for read in unit:
+        for read in group:
             first = read.parts[0]
             target = self._targets[first.destination]
-            if len(read.parts) == 1 and target.takes_bytes(first):
-                read_range(read, target.bytes_of(first).numpy().data)
+            if len(read.parts) == 1 and target.can_copy_bytes(first):
+                read_range(read, target.view_bytes(first).numpy().data)
             else:
-                self._through_buffer(read)
+                self._transfer_through_buffer(read)
 
     def finish(self) -> None:
         """Do nothing: all is in its place."""
 
-    def _through_buffer(self, read: Read) -> None:
+    def _transfer_through_buffer(self, read: Read) -> None:
         if not len(self._buffer):
-            self._buffer = torch.empty(LIMIT, dtype=torch.uint8)
+            self._buffer = torch.empty(BUFFER_BYTES, dtype=torch.uint8)
         read_range(read, self._buffer.numpy().data[: read.size])
         for part in read.parts:
-            place(part, self._buffer, read.start, self._targets[part.destination])
+            copy_elements(part, self._buffer, read.start, self._targets[part.destination])
 
 
 @dataclass
-class _Half:
+class _StagingBuffer:
     """One of the two buffers of a thread: while one is read into, the other is copied from."""
 
     pinned: torch.Tensor
     memory: memoryview
-    copied: torch.cuda.Event
+    copy_done: torch.cuda.Event
     on_device: torch.Tensor | None = None
 
 
@@ -131,65 +131,65 @@ class CudaWorker:
     moved apart on the device, which is quicker there.
     """
 
-    def __init__(self, targets: Targets, device: torch.device, before: torch.cuda.Stream) -> None:
+    def __init__(self, targets: Targets, device: torch.device, producer_stream: torch.cuda.Stream) -> None:
         """Prepare buffers.
 
         Args:
             targets: by the number that runs use.
             device: that they are on.
-            before: the stream that made them, whose work comes first.
+            producer_stream: the stream that made them, whose work comes first.
         """
         torch.cuda.set_device(device)
         self._targets, self._device = targets, device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(before)
-        self._halves = [self._half(), self._half()]
+        self._stream.wait_stream(producer_stream)
+        self._staging_buffers = [self._make_staging_buffer(), self._make_staging_buffer()]
 
-    def take(self, unit: Unit) -> None:
+    def submit(self, group: ReadGroup) -> None:
         """Read a unit and set out to copy it."""
-        half = self._halves[0]
-        self._halves.reverse()
-        half.copied.synchronize()
-        begins = positions(unit)
-        for read, begin in zip(unit, begins, strict=True):
+        half = self._staging_buffers[0]
+        self._staging_buffers.reverse()
+        half.copy_done.synchronize()
+        begins = compute_buffer_offsets(group)
+        for read, begin in zip(group, begins, strict=True):
             read_range(read, half.memory[begin : begin + read.size])
         with torch.cuda.stream(self._stream):
-            for read, begin in zip(unit, begins, strict=True):
-                self._copy(read, begin, half)
-            half.copied.record(self._stream)
+            for read, begin in zip(group, begins, strict=True):
+                self._copy_to_device(read, begin, half)
+            half.copy_done.record(self._stream)
 
     def finish(self) -> None:
         """Wait for the stream."""
         self._stream.synchronize()
 
-    def _copy(self, read: Read, begin: int, half: _Half) -> None:
-        if all(self._targets[part.destination].takes_bytes(part) for part in read.parts):
+    def _copy_to_device(self, read: Read, begin: int, staging: _StagingBuffer) -> None:
+        if all(self._targets[part.destination].can_copy_bytes(part) for part in read.parts):
             for part in read.parts:
                 first = begin + part.source_offset - read.start
-                found = half.pinned[first : first + part.length]
-                self._targets[part.destination].bytes_of(part).copy_(found, non_blocking=True)
+                found = staging.pinned[first : first + part.length]
+                self._targets[part.destination].view_bytes(part).copy_(found, non_blocking=True)
             return
-        if half.on_device is None:
-            half.on_device = torch.empty_like(half.pinned, device=self._device)
+        if staging.on_device is None:
+            staging.on_device = torch.empty_like(staging.pinned, device=self._device)
         end = begin + read.size
-        half.on_device[begin:end].copy_(half.pinned[begin:end], non_blocking=True)
+        staging.on_device[begin:end].copy_(staging.pinned[begin:end], non_blocking=True)
         for part in read.parts:
-            place(part, half.on_device, read.start - begin, self._targets[part.destination])
+            copy_elements(part, staging.on_device, read.start - begin, self._targets[part.destination])
 
     @staticmethod
-    def _half() -> _Half:
-        pinned = _pinned(LIMIT)
-        return _Half(pinned, pinned.numpy().data, torch.cuda.Event())  # type: ignore[no-untyped-call]
+    def _make_staging_buffer() -> _StagingBuffer:
+        pinned = _allocate_pinned(BUFFER_BYTES)
+        return _StagingBuffer(pinned, pinned.numpy().data, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
 
-def _pinned(size: int) -> torch.Tensor:
+def _allocate_pinned(size: int) -> torch.Tensor:
     """Return memory that a GPU can copy from while the processor does other things."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def read_range(read: Read, memory: memoryview) -> None:
     """Read a range of a file into memory; the interpreter does other things meanwhile."""
-    with reading(read.file):
+    with convert_read_errors(read.file):
         descriptor = os.open(read.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         read_exactly(descriptor, memory, read.start, read.file)

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import UsageError
-from runtime.checkpoint.content import Content
-from runtime.hub import local_folder
-from runtime.loader.bringing import bring, default_threads
-from runtime.loader.fresh import fresh_of
-from runtime.loader.memory import Memory, check_dtype, check_room, prepare_memory
-from runtime.loader.replicated import broadcast, readers
-from runtime.loader.slots import default_device, mesh_axes, slots_of
+from runtime.checkpoint.content import Checkpoint
+from runtime.hub import resolve_folder
+from runtime.loader.bringing import default_threads, transfer
+from runtime.loader.fresh import rebuild_non_persistent
+from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
+from runtime.loader.replicated import assign_readers, broadcast_tensors
+from runtime.loader.slots import default_device, find_parameter_refs, mesh_axes
 from runtime.loader.sources import find_source
-from runtime.processes.agreement import together
+from runtime.processes.agreement import raise_on_any_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 def load(
     model: PreTrainedModel,
-    checkpoint: str | Path | Content,
+    checkpoint: str | Path | Checkpoint,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -67,29 +67,29 @@ def load(
         UsageError: it is quantized, a tensor has no place in memory, or an argument makes no sense.
         WorkerError: another rank died.
     """
-    slots = slots_of(model)
+    slots = find_parameter_refs(model)
 
-    def filled() -> tuple[Memory, dict[str, int]]:
+    def transfer_own_tensors() -> tuple[ModelMemory, dict[str, int]]:
         _check_threads(threads)
         check_dtype(dtype)
-        fresh = fresh_of(model, slots, dtype)
-        check_room(dtype, slots, fresh.kept)
+        fresh = rebuild_non_persistent(model, slots, dtype)
+        check_cast(dtype, slots, fresh.kept_dtypes)
         place = torch.device(device) if device is not None else default_device(slots.values())
-        source = find_source(_found(checkpoint), model, slots)
+        source = find_source(_resolve_checkpoint(checkpoint), model, slots)
         memory = prepare_memory(model, slots, source, place, dtype, fresh)
-        dealt = {} if every_copy else readers(slots, memory.locals_)
+        dealt = {} if every_copy else assign_readers(slots, memory.local_tensors)
         own = [name for name in slots if name not in dealt or dealt[name] == dist.get_rank()]
-        bring(source, memory.locals_, own, threads or default_threads())
+        transfer(source, memory.local_tensors, own, threads or default_threads())
         return memory, dealt
 
-    with _collection_paused():
-        memory, dealt = _alike(filled, mesh_axes(slots.values()))
-    broadcast(dealt, memory.locals_)
+    with _gc_paused():
+        memory, dealt = _run_on_all_ranks(transfer_own_tensors, mesh_axes(slots.values()))
+    broadcast_tensors(dealt, memory.local_tensors)
     memory.install(model)
 
 
 @contextmanager
-def _collection_paused() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Let Python collect no garbage: going through all of torch's and transformers' objects would take longer
     than planning what to read, and all threads wait meanwhile.
     """
@@ -102,15 +102,15 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _alike(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:
+def _run_on_all_ranks(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:
     """Run a stage; where several ranks hold a model together, all fail if one does."""
-    return together(stage, axes) if axes else stage()
+    return raise_on_any_rank(stage, axes) if axes else stage()
 
 
-def _found(checkpoint: str | Path | Content) -> Path | Content:
-    if isinstance(checkpoint, Content):
+def _resolve_checkpoint(checkpoint: str | Path | Checkpoint) -> Path | Checkpoint:
+    if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    return local_folder(str(checkpoint), quiet=dist.is_initialized() and dist.get_rank() > 0)
+    return resolve_folder(str(checkpoint), quiet=dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _check_threads(threads: int | None) -> None:

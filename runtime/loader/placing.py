@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.extents.runs import Run
+from runtime.extents.runs import StridedCopy
 
-__all__ = ["Target", "place", "target_of"]
+__all__ = ["LoadTarget", "build_target", "copy_elements"]
 
-_WORDS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORD_DTYPES: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What elements are moved as, by their bytes: torch copies these whatever the elements mean."""
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """A tensor in memory that is to be filled.
 
     Args:
@@ -27,16 +27,16 @@ class Target:
     memory: torch.Tensor
     stored: torch.dtype
 
-    def takes_bytes(self, part: Run) -> bool:
+    def can_copy_bytes(self, part: StridedCopy) -> bool:
         """Return whether a part's bytes go to the tensor as they are, one after the other."""
-        return not part.repeats and self.memory.dtype == self.stored
+        return not part.strides and self.memory.dtype == self.stored
 
-    def bytes_of(self, part: Run) -> torch.Tensor:
+    def view_bytes(self, part: StridedCopy) -> torch.Tensor:
         """Return where such a part's bytes go."""
         return self.memory.view(torch.uint8)[part.destination_offset : part.destination_offset + part.length]
 
 
-def target_of(local: torch.Tensor, stored: torch.dtype) -> Target:
+def build_target(local: torch.Tensor, stored: torch.dtype) -> LoadTarget:
     """Return a contiguous tensor as a target.
 
     Args:
@@ -45,12 +45,12 @@ def target_of(local: torch.Tensor, stored: torch.dtype) -> Target:
     """
     memory = local.view(-1)
     if local.dtype != stored:
-        return Target(memory, stored)
-    word = _WORDS[stored.itemsize]
-    return Target(memory.view(word), word)
+        return LoadTarget(memory, stored)
+    word = _WORD_DTYPES[stored.itemsize]
+    return LoadTarget(memory.view(word), word)
 
 
-def place(part: Run, buffer: torch.Tensor, start: int, target: Target) -> None:
+def copy_elements(part: StridedCopy, buffer: torch.Tensor, start: int, target: LoadTarget) -> None:
     """Copy a part's elements from a buffer to where they belong.
 
     Args:
@@ -60,9 +60,9 @@ def place(part: Run, buffer: torch.Tensor, start: int, target: Target) -> None:
         target: that the part is of.
     """
     size = target.stored.itemsize
-    shape = (*(repeat.steps for repeat in part.repeats), part.length // size)
-    inward = (*(repeat.source_stride // size for repeat in part.repeats), 1)
-    outward = (*(repeat.destination_stride // size for repeat in part.repeats), 1)
+    shape = (*(repeat.steps for repeat in part.strides), part.length // size)
+    inward = (*(repeat.source_stride // size for repeat in part.strides), 1)
+    outward = (*(repeat.destination_stride // size for repeat in part.strides), 1)
     begin, rest = divmod(part.source_offset - start, size)
     assert not rest, "reads begin where an element does"
     found = buffer.view(target.stored).as_strided(shape, inward, begin)

@@ -9,13 +9,13 @@ from itertools import accumulate
 from pathlib import Path
 
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.runs import Run, cut
+from runtime.extents.runs import StridedCopy, split_at_blocks
 
-__all__ = ["Read", "positions", "reads", "units"]
+__all__ = ["Read", "compute_buffer_offsets", "group_reads", "plan_reads"]
 
-_GAP = 64 * 2**10
+_MAX_GAP = 64 * 2**10
 """Bytes; leaving out fewer costs more by the call than it saves."""
-_ALIGNED = 16
+_ALIGNMENT = 16
 """The bytes of the widest element."""
 
 
@@ -33,7 +33,7 @@ class Read:
     file: Path
     start: int
     stop: int
-    parts: tuple[Run, ...]
+    parts: tuple[StridedCopy, ...]
 
     @property
     def size(self) -> int:
@@ -41,92 +41,94 @@ class Read:
         return self.stop - self.start
 
 
-def reads(
-    sources: Sequence[StoredTensor], runs: Iterable[Run], limit: int, is_alone: Callable[[Run], bool]
+def plan_reads(
+    sources: Sequence[StoredTensor], copies: Iterable[StridedCopy], limit: int, is_alone: Callable[[StridedCopy], bool]
 ) -> Iterator[Read]:
     """Yield the reads of some runs, in the order of the files' bytes.
 
     Args:
         sources: stored tensors by the number that runs use.
-        runs: to bring.
+        copies: to bring.
         limit: bytes of a read.
         is_alone: says of a part that nothing may be read along with it.
     """
-    found: defaultdict[Path, list[Run]] = defaultdict(list)
-    for run in runs:
+    found: defaultdict[Path, list[StridedCopy]] = defaultdict(list)
+    for run in copies:
         stored = sources[run.source]
-        for dense in _without_gaps(run):
-            for part in _cut(dense, limit):
+        for dense in _split_at_gaps(run):
+            for part in _split_by_limit(dense, limit):
                 found[stored.file].append(part._replace(source_offset=stored.offset + part.source_offset))
     for file in sorted(found):
-        yield from _merged(file, sorted(found[file], key=lambda part: part.source_offset), limit, is_alone)
+        yield from _merge_reads(file, sorted(found[file], key=lambda part: part.source_offset), limit, is_alone)
 
 
-def units(found: Iterable[Read], limit: int) -> Iterator[tuple[Read, ...]]:
+def group_reads(reads: Iterable[Read], limit: int) -> Iterator[tuple[Read, ...]]:
     """Yield reads in groups that fit into a buffer of `limit` bytes, each begun at an aligned place of it."""
     group: list[Read] = []
     filled = 0
-    for read in found:
+    for read in reads:
         if group and filled + read.size > limit:
             yield tuple(group)
             group, filled = [], 0
         group.append(read)
-        filled += _padded(read)
+        filled += _align_size(read)
     if group:
         yield tuple(group)
 
 
-def positions(unit: Iterable[Read]) -> list[int]:
+def compute_buffer_offsets(group: Iterable[Read]) -> list[int]:
     """Return where in their buffer the reads of a unit begin."""
-    *begins, _ = accumulate(map(_padded, unit), initial=0)
+    *begins, _ = accumulate(map(_align_size, group), initial=0)
     return begins
 
 
-def _padded(read: Read) -> int:
-    return read.size + -read.size % _ALIGNED
+def _align_size(read: Read) -> int:
+    return read.size + -read.size % _ALIGNMENT
 
 
-def _without_gaps(run: Run) -> Iterator[Run]:
+def _split_at_gaps(copy: StridedCopy) -> Iterator[StridedCopy]:
     """Yield a run in parts that leave out no more than a little of what lies between their bytes."""
-    if not _has_gap(run):
-        yield run
+    if not _has_gap(copy):
+        yield copy
         return
-    widest = max(range(len(run.repeats)), key=lambda index: run.repeats[index].source_stride)
-    steps, inward, outward = run.repeats[widest]
-    others = run.repeats[:widest] + run.repeats[widest + 1 :]
+    widest = max(range(len(copy.strides)), key=lambda index: copy.strides[index].source_stride)
+    steps, inward, outward = copy.strides[widest]
+    others = copy.strides[:widest] + copy.strides[widest + 1 :]
     for step in range(steps):
-        begin = run.source_offset + step * inward, run.destination_offset + step * outward
-        yield from _without_gaps(run._replace(source_offset=begin[0], destination_offset=begin[1], repeats=others))
+        begin = copy.source_offset + step * inward, copy.destination_offset + step * outward
+        yield from _split_at_gaps(copy._replace(source_offset=begin[0], destination_offset=begin[1], strides=others))
 
 
-def _has_gap(run: Run) -> bool:
-    span = run.length
-    for repeat in sorted(run.repeats, key=lambda repeat: repeat.source_stride):
-        if repeat.source_stride - span >= _GAP:
+def _has_gap(copy: StridedCopy) -> bool:
+    span = copy.length
+    for repeat in sorted(copy.strides, key=lambda repeat: repeat.source_stride):
+        if repeat.source_stride - span >= _MAX_GAP:
             return True
         span += (repeat.steps - 1) * repeat.source_stride
     return False
 
 
-def _cut(run: Run, limit: int) -> Iterator[Run]:
+def _split_by_limit(copy: StridedCopy, limit: int) -> Iterator[StridedCopy]:
     """Yield a run in parts that span up to `limit` bytes, between its widest steps where these are small enough."""
-    if run.source_stop - run.source_offset <= limit:
-        yield run
+    if copy.source_stop - copy.source_offset <= limit:
+        yield copy
         return
-    widest = max((repeat.source_stride for repeat in run.repeats), default=1)
+    widest = max((repeat.source_stride for repeat in copy.strides), default=1)
     block = limit // widest * widest or limit
-    for _, part in cut(run._replace(source_offset=0), block):
-        yield part._replace(source_offset=part.source_offset + run.source_offset)
+    for _, part in split_at_blocks(copy._replace(source_offset=0), block):
+        yield part._replace(source_offset=part.source_offset + copy.source_offset)
 
 
-def _merged(file: Path, parts: Iterable[Run], limit: int, is_alone: Callable[[Run], bool]) -> Iterator[Read]:
-    group: list[Run] = []
+def _merge_reads(
+    file: Path, parts: Iterable[StridedCopy], limit: int, is_alone: Callable[[StridedCopy], bool]
+) -> Iterator[Read]:
+    group: list[StridedCopy] = []
     stop = 0
     for part in parts:
         if is_alone(part):
             yield Read(file, part.source_offset, part.source_stop, (part,))
             continue
-        if group and not _joins(part, group, stop, limit):
+        if group and not _can_join(part, group, stop, limit):
             yield Read(file, group[0].source_offset, stop, tuple(group))
             group, stop = [], 0
         group.append(part)
@@ -135,8 +137,8 @@ def _merged(file: Path, parts: Iterable[Run], limit: int, is_alone: Callable[[Ru
         yield Read(file, group[0].source_offset, stop, tuple(group))
 
 
-def _joins(part: Run, group: Sequence[Run], stop: int, limit: int) -> bool:
+def _can_join(part: StridedCopy, group: Sequence[StridedCopy], stop: int, limit: int) -> bool:
     """Return whether a part may be read together with those before it, its elements aligned in the buffer."""
     start = group[0].source_offset
-    is_aligned = (part.source_offset - start) % _ALIGNED == 0 or part.source == group[-1].source
-    return is_aligned and part.source_offset - stop < _GAP and max(stop, part.source_stop) - start <= limit
+    is_aligned = (part.source_offset - start) % _ALIGNMENT == 0 or part.source == group[-1].source
+    return is_aligned and part.source_offset - stop < _MAX_GAP and max(stop, part.source_stop) - start <= limit

@@ -16,31 +16,31 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.extents.forms import Form
-from runtime.extents.shards import local_form
-from runtime.models.model import model_tensors, tied_names
-from runtime.processes.backends import over_nccl
-from runtime.styles.placements import planned_placements
+from runtime.extents.forms import TensorMap
+from runtime.extents.shards import shard_for_rank
+from runtime.models.model import find_tied_names, model_tensors
+from runtime.processes.backends import uses_nccl
+from runtime.styles.placements import get_plan_placements
 
-__all__ = ["Slot", "default_device", "holders_of", "mesh_axes", "slots_of"]
+__all__ = ["ParameterRef", "default_device", "find_module_entries", "find_parameter_refs", "mesh_axes"]
 
-Holder = tuple[dict[str, Any], str]
+ModuleEntry = tuple[dict[str, Any], str]
 """A table of a module's parameters or buffers, and the name in it."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParameterRef:
     """A tensor of a model that a checkpoint fills.
 
     Args:
         name: in the model; of tied names the one that holds the bytes.
         tensor: that the model has now, on meta or in memory, sharded or whole.
-        holders: where the model keeps it; tied names are several places of one tensor.
+        entries: where the model keeps it; tied names are several places of one tensor.
     """
 
     name: str
     tensor: torch.Tensor
-    holders: Sequence[Holder]
+    entries: Sequence[ModuleEntry]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,38 +52,38 @@ class Slot:
         """Whether the tensor is whole on this rank, and so on every other one."""
         return not isinstance(self.tensor, DTensor)
 
-    def local(self) -> torch.Tensor:
+    def get_local(self) -> torch.Tensor:
         """Return what this rank holds, outside of any graph."""
         with torch.no_grad():
             value = self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor
         return value.detach()
 
-    def cut(self, form: Form) -> Form:
+    def map_local(self, tensor_map: TensorMap) -> TensorMap:
         """Return the form of what this rank holds, given that of the whole tensor.
 
         Raises:
             UsageError: the tensor is placed in a way that is no shard.
         """
         if not isinstance(self.tensor, DTensor):
-            return form
+            return tensor_map
         mesh = self.tensor.device_mesh
         coordinates = mesh.get_coordinate()
         assert coordinates is not None, "a rank outside of a model's mesh has none of it"
-        found = local_form(form, self._placements(), tuple(mesh.shape), tuple(coordinates))
-        held = tuple(self.local().shape)
+        found = shard_for_rank(tensor_map, self._resolve_placements(), tuple(mesh.shape), tuple(coordinates))
+        held = tuple(self.get_local().shape)
         assert found.shape == held or prod(found.shape) == prod(held) == 0, f"{self.name}: {found.shape} is not {held}"
         return found
 
     def replace(self, local: torch.Tensor) -> None:
         """Put another local tensor in the place of this one wherever the model holds it."""
-        new = _like(self.tensor, local)
-        for table, name in self.holders:
+        new = _wrap_like(self.tensor, local)
+        for table, name in self.entries:
             table[name] = new
 
-    def _placements(self) -> list[Placement]:
+    def _resolve_placements(self) -> list[Placement]:
         assert isinstance(self.tensor, DTensor)
         found: list[Placement] = []
-        for placement in planned_placements(self.tensor):
+        for placement in get_plan_placements(self.tensor):
             if not isinstance(placement, Replicate | Shard | Packed):
                 raise UsageError(
                     f"{self.name} is placed as {placement}, which is no shard of a tensor",
@@ -94,16 +94,16 @@ class Slot:
         return found
 
 
-def slots_of(model: nn.Module) -> dict[str, Slot]:
+def find_parameter_refs(model: nn.Module) -> dict[str, ParameterRef]:
     """Return what a checkpoint fills of a model, by name: its parameters and persistent buffers, tied ones once."""
-    tied, holders = tied_names(model), holders_of(model)
+    tied, holders = find_tied_names(model), find_module_entries(model)
     tensors = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
-    return {name: Slot(name, tensor, holders[id(tensor)]) for name, tensor in tensors.items()}
+    return {name: ParameterRef(name, tensor, holders[id(tensor)]) for name, tensor in tensors.items()}
 
 
-def mesh_axes(slots: Iterable[Slot]) -> tuple[DeviceMesh, ...]:
+def mesh_axes(refs: Iterable[ParameterRef]) -> tuple[DeviceMesh, ...]:
     """Return the mesh axes, innermost first, whose ranks hold a model together; none of one that is not parallel."""
-    meshes = [slot.tensor.device_mesh for slot in slots if isinstance(slot.tensor, DTensor)]
+    meshes = [slot.tensor.device_mesh for slot in refs if isinstance(slot.tensor, DTensor)]
     if not meshes:
         return ()
     largest = max(meshes, key=lambda mesh: mesh.size())
@@ -112,16 +112,16 @@ def mesh_axes(slots: Iterable[Slot]) -> tuple[DeviceMesh, ...]:
     return tuple(largest[name] for name in reversed(largest.mesh_dim_names or ()))
 
 
-def default_device(slots: Iterable[Slot]) -> torch.device:
+def default_device(refs: Iterable[ParameterRef]) -> torch.device:
     """Return where tensors on meta go: to the device of the mesh, or of the process group where there is no mesh."""
-    axes = mesh_axes(slots)
-    kind = axes[0].device_type if axes else "cuda" if dist.is_initialized() and over_nccl() else "cpu"
+    axes = mesh_axes(refs)
+    kind = axes[0].device_type if axes else "cuda" if dist.is_initialized() and uses_nccl() else "cpu"
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
-def holders_of(model: nn.Module) -> Mapping[int, list[Holder]]:
+def find_module_entries(model: nn.Module) -> Mapping[int, list[ModuleEntry]]:
     """Return where the model holds each tensor, by its identity."""
-    holders: defaultdict[int, list[Holder]] = defaultdict(list)
+    holders: defaultdict[int, list[ModuleEntry]] = defaultdict(list)
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -130,7 +130,7 @@ def holders_of(model: nn.Module) -> Mapping[int, list[Holder]]:
     return holders
 
 
-def _like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+def _wrap_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """Return what takes the place of `old` when its local tensor is `local`."""
     new = local
     if isinstance(old, DTensor):

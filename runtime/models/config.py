@@ -15,7 +15,7 @@ from runtime.wording import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["quantization_of", "read_config", "transformers_version", "unreadable"]
+__all__ = ["build_unreadable_error", "find_quantization", "read_config", "transformers_version"]
 
 
 def transformers_version() -> str:
@@ -74,10 +74,10 @@ def _check_readable(folder: Path) -> None:
             folder=str(folder),
         ) from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise build_unreadable_error(path, error) from error
 
 
-def unreadable(path: Path, error: OSError) -> IncompleteError:
+def build_unreadable_error(path: Path, error: OSError) -> IncompleteError:
     """Return the error of a file or folder that is there but cannot be read."""
     return IncompleteError(
         f"{path}: cannot be read: {error.strerror or error}",
@@ -95,19 +95,19 @@ def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def quantization_of(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
+def find_quantization(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
     """Return where a config, or one inside it, speaks of quantization, and what it says; None where it does not."""
-    for where, part in _parts(config, "config.json"):
+    for where, part in _walk_configs(config, "config.json"):
         settings: Any = getattr(part, "quantization_config", None)
         if settings:
             return where, settings if isinstance(settings, Mapping) else {"quant_method": repr(settings)}
     return None
 
 
-def _parts(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
+def _walk_configs(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
     """Yield a config and those inside it, each with where it stands."""
     yield where, config
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
-            yield from _parts(part, f"{where}: {name}")
+            yield from _walk_configs(part, f"{where}: {name}")

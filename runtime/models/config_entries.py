@@ -10,9 +10,9 @@ from typing import Any
 from plans.errors import CheckpointError
 from runtime.wording import first_line
 
-__all__ = ["Differing", "compare_entries"]
+__all__ = ["ConfigDifference", "compare_entries"]
 
-_COMPUTES_NOTHING = frozenset(
+_INERT_ENTRIES = frozenset(
     {
         *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
         *("bos_token_id", "eos_token_id", "initializer_range", "use_cache"),
@@ -21,12 +21,12 @@ _COMPUTES_NOTHING = frozenset(
     }
 )
 """Entries of a config that change no output, gradient or greedy token."""
-_LONGEST = 200
+_MAX_VALUE_LENGTH = 200
 """Characters of a value that are told."""
 
 
 @dataclass(frozen=True, slots=True)
-class Differing:
+class ConfigDifference:
     """An entry of a config, a dotted name where it is in a table, and what two configs say there."""
 
     key: str
@@ -37,7 +37,7 @@ class Differing:
         return f"{self.key} {self.found} instead of {self.expected}"
 
 
-def compare_entries(found: Mapping[str, object], expected: Mapping[str, object]) -> tuple[Differing, ...]:
+def compare_entries(found: Mapping[str, object], expected: Mapping[str, object]) -> tuple[ConfigDifference, ...]:
     """Return the entries by which a model would compute something else than another one's.
 
     What is written otherwise, or not at all, may mean the same: transformers is asked, where it knows the model type.
@@ -46,23 +46,23 @@ def compare_entries(found: Mapping[str, object], expected: Mapping[str, object])
         found: a config.json's entries.
         expected: another one's.
     """
-    written = [_computing(entries) for entries in (found, expected)]
+    written = [_drop_inert_entries(entries) for entries in (found, expected)]
     if written[0] == written[1]:
         return ()
     try:
-        read = [_computing(_read(entries)) for entries in written]
+        read = [_drop_inert_entries(_normalize_entries(entries)) for entries in written]
     except CheckpointError:  # of a model type or an entry that is not known; what is written differs all the same
-        return tuple(_differing(*written))
+        return tuple(_find_differences(*written))
     # What only one of them has now its class does not know, and fills what it knows in with its defaults.
     known = read[0].keys() & read[1].keys()
-    return tuple(_differing(*({key: table[key] for key in table if key in known} for table in read)))
+    return tuple(_find_differences(*({key: table[key] for key in table if key in known} for table in read)))
 
 
-def _computing(entries: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in entries.items() if key not in _COMPUTES_NOTHING}
+def _drop_inert_entries(entries: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in entries.items() if key not in _INERT_ENTRIES}
 
 
-def _read(entries: Mapping[str, object]) -> dict[str, object]:
+def _normalize_entries(entries: Mapping[str, object]) -> dict[str, object]:
     """Return a config's entries as its class reads them, with defaults, and in today's words.
 
     Raises:
@@ -71,7 +71,7 @@ def _read(entries: Mapping[str, object]) -> dict[str, object]:
     from transformers import AutoConfig
 
     try:
-        given: dict[str, Any] = json.loads(json.dumps(entries), object_hook=_untagged)
+        given: dict[str, Any] = json.loads(json.dumps(entries), object_hook=_decode_tagged_float)
         table: dict[str, object] = AutoConfig.for_model(given.pop("model_type", ""), **given).to_dict()
     except Exception as error:  # What transformers' config classes raise is not ours to list.
         raise CheckpointError(
@@ -80,27 +80,27 @@ def _read(entries: Mapping[str, object]) -> dict[str, object]:
     return table
 
 
-def _untagged(table: dict[str, Any]) -> object:
+def _decode_tagged_float(table: dict[str, Any]) -> object:
     """Return the number that transformers writes as a table, for JSON has no such: `{"__float__": "Infinity"}`."""
     return float(table["__float__"]) if table.keys() == {"__float__"} else table
 
 
-def _differing(found: Mapping[str, object], expected: Mapping[str, object]) -> Iterator[Differing]:
-    has, wanted = dict(_flat(found)), dict(_flat(expected))
+def _find_differences(found: Mapping[str, object], expected: Mapping[str, object]) -> Iterator[ConfigDifference]:
+    has, wanted = dict(_flatten(found)), dict(_flatten(expected))
     for key in dict.fromkeys([*has, *wanted]):
         if has.get(key) != wanted.get(key):
-            yield Differing(key, _words(wanted.get(key)), _words(has.get(key)))
+            yield ConfigDifference(key, _format_value(wanted.get(key)), _format_value(has.get(key)))
 
 
-def _flat(table: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(table: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
     """Yield what a config says, that of the tables in it too, by dotted names."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flat(_computing(value), f"{above}{key}.")
+            yield from _flatten(_drop_inert_entries(value), f"{above}{key}.")
         else:
             yield f"{above}{key}", list(value) if isinstance(value, tuple) else value
 
 
-def _words(value: object) -> str:
+def _format_value(value: object) -> str:
     words = repr(value)
-    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}…"
+    return words if len(words) <= _MAX_VALUE_LENGTH else f"{words[:_MAX_VALUE_LENGTH]}…"

@@ -9,24 +9,24 @@ import torch
 from torch import nn
 
 from plans.errors import CheckpointError, MigratorError, UsageError
-from runtime.models.config import quantization_of, transformers_version
-from runtime.models.on_meta import built_on_meta
+from runtime.models.config import find_quantization, transformers_version
+from runtime.models.on_meta import init_on_meta
 from runtime.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "build_on_meta",
+    "build_meta_model",
+    "find_model_class",
+    "find_tied_names",
     "meta_model",
-    "model_class",
     "model_tensors",
     "tensor_kind",
-    "tied_names",
 ]
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the transformers class that a config's `architectures` names.
 
     Raises:
@@ -54,17 +54,17 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         CheckpointError: the class refuses the config.
         UsageError: the config is quantized, and quantized models are not run.
     """
-    found = quantization_of(config)
+    found = find_quantization(config)
     if found is not None:
         raise UsageError(
             f"{found[0]}: has a quantization_config; quantized models are not run",
             hint="use the checkpoint's unquantized form",
             model_type=config.model_type,
         )
-    return build_on_meta(config)
+    return build_meta_model(config)
 
 
-def build_on_meta(
+def build_meta_model(
     config: PreTrainedConfig, prepare: Callable[[PreTrainedModel], None] | None = None
 ) -> PreTrainedModel:
     """Build the config's model on meta, whatever quantization it speaks of.
@@ -76,7 +76,7 @@ def build_on_meta(
     Raises:
         CheckpointError: the class refuses the config.
     """
-    kind = model_class(config)
+    kind = find_model_class(config)
 
     def build() -> PreTrainedModel:
         built = kind(config)
@@ -85,7 +85,7 @@ def build_on_meta(
         return built
 
     try:
-        model: Any = built_on_meta(build, config.dtype)
+        model: Any = init_on_meta(build, config.dtype)
         model.tie_weights()
     except MigratorError:
         raise
@@ -115,7 +115,7 @@ def tensor_kind(tensor: torch.Tensor) -> Literal["parameter", "buffer"]:
     return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
+def find_tied_names(model: nn.Module) -> dict[str, str]:
     """Return each tied name of a model with the name that holds the bytes, the one transformers calls the source."""
     declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
     holders: dict[int, str] = {}

@@ -23,10 +23,10 @@ class PackedExperts(nn.Module):
         for name in ("gate_up_proj", "down_proj"):
             count, inputs, outputs = experts.get_parameter(name).shape
             blocks = count, outputs, inputs // _BLOCK
-            setattr(self, f"{name}_blocks", _stored(*blocks, _BLOCK // 2))
-            setattr(self, f"{name}_scales", _stored(*blocks))
+            setattr(self, f"{name}_blocks", _make_meta_parameter(*blocks, _BLOCK // 2))
+            setattr(self, f"{name}_scales", _make_meta_parameter(*blocks))
             setattr(self, f"{name}_bias", experts.get_parameter(f"{name}_bias"))
 
 
-def _stored(*shape: int) -> nn.Parameter:
+def _make_meta_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)

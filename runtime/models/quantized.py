@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from plans.errors import CheckpointError, UsageError
-from runtime.models.config import quantization_of
-from runtime.models.model import build_on_meta, meta_model
+from runtime.models.config import find_quantization
+from runtime.models.model import build_meta_model, meta_model
 from runtime.models.packed_experts import PackedExperts
 from runtime.wording import first_line
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
-__all__ = ["is_quantized", "stored_model"]
+__all__ = ["build_stored_model", "is_quantized"]
 
 Settings = Mapping[str, Any]
 
 
-def stored_model(config: PreTrainedConfig) -> PreTrainedModel:
+def build_stored_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a config's model on meta with the tensors that a checkpoint of it stores.
 
     It is there for its names, shapes and plan; a quantized one does not run.
@@ -29,7 +29,7 @@ def stored_model(config: PreTrainedConfig) -> PreTrainedModel:
         CheckpointError: the class refuses the config, or the quantizer its quantization_config.
         UsageError: the quantization method is not supported.
     """
-    found = quantization_of(config)
+    found = find_quantization(config)
     if found is None:
         return meta_model(config)
     where, settings = found
@@ -40,15 +40,15 @@ def stored_model(config: PreTrainedConfig) -> PreTrainedModel:
             hint=f"supported are {' and '.join(_QUANTIZERS)}; otherwise use the checkpoint's unquantized form",
             method=method,
         )
-    return build_on_meta(config, lambda model: _QUANTIZERS[method](model, settings, where))
+    return build_meta_model(config, lambda model: _QUANTIZERS[method](model, settings, where))
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Say whether `stored_model` put quantized tensors in place of weights."""
+    """Say whether `build_stored_model` put quantized tensors in place of weights."""
     return bool(getattr(model, "is_quantized", False))
 
 
-def _fine_grained_fp8(model: PreTrainedModel, settings: Settings, where: str) -> None:
+def _apply_fp8(model: PreTrainedModel, settings: Settings, where: str) -> None:
     """Let transformers' quantizer replace layers; what hardware is here does not matter to what is stored."""
     from transformers.quantizers import AutoHfQuantizer
 
@@ -60,10 +60,10 @@ def _fine_grained_fp8(model: PreTrainedModel, settings: Settings, where: str) ->
         ) from error
     quantizer.preprocess_model(model)
     model.hf_quantizer = quantizer
-    model._weight_conversions = _conversions_to_save(model)
+    model._weight_conversions = _find_save_conversions(model)
 
 
-def _conversions_to_save(model: PreTrainedModel) -> list[WeightTransform]:
+def _find_save_conversions(model: PreTrainedModel) -> list[WeightTransform]:
     """Return what `save_pretrained` would turn round, scales included.
 
     Without the renamings of scales that only some checkpoints need, nor changes of prefixes, which leave it open
@@ -79,7 +79,7 @@ def _conversions_to_save(model: PreTrainedModel) -> list[WeightTransform]:
     return extended
 
 
-def _mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None:
+def _apply_mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None:
     """Put the blocks and scales that checkpoints hold in place of the experts' weights.
 
     transformers' quantizer holds what its kernels make of them instead, and fetches those to be built at all.
@@ -96,7 +96,7 @@ def _mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None:
 
 
 _QUANTIZERS: Mapping[str, Callable[[PreTrainedModel, Settings, str], None]] = {
-    "fp8": _fine_grained_fp8,
-    "mxfp4": _mxfp4,
+    "fp8": _apply_fp8,
+    "mxfp4": _apply_mxfp4,
 }
 """By `quant_method` of the config."""

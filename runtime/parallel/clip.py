@@ -15,7 +15,7 @@ from plans.errors import UsageError
 
 __all__ = ["clip_grad_norm"]
 
-_SMALLEST = 1e-6
+_EPSILON = 1e-6
 
 Groups = tuple[ProcessGroup, ...]
 
@@ -44,22 +44,22 @@ def clip_grad_norm(model: nn.Module | Iterable[torch.Tensor], max_norm: float) -
     parameters = [parameter for parameter in dict.fromkeys(given) if parameter.requires_grad]
     if not parameters:
         raise UsageError("there are no parameters with gradients to clip", hint="pass the model, or its parameters")
-    norm = _squares(parameters).sqrt()
-    scale = (max_norm / (norm + _SMALLEST)).clamp(max=1.0)
+    norm = _sum_squared_norms(parameters).sqrt()
+    scale = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:
-            gradient = _local(parameter.grad)
+            gradient = _get_local(parameter.grad)
             gradient.mul_(scale.to(gradient.device))
     return norm
 
 
-def _squares(parameters: list[torch.Tensor]) -> torch.Tensor:
+def _sum_squared_norms(parameters: list[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the squares of all gradients: one all-reduce for each set of ranks that gradients lie over."""
     sums: dict[Groups, list[torch.Tensor]] = defaultdict(list)
-    home = _local(parameters[0]).device
+    home = _get_local(parameters[0]).device
     for parameter in parameters:
         # Parameters without a gradient count too, so that ranks which have none of their own join in the all-reduce.
-        sums[_groups(parameter)].append(_square(parameter.grad, home))
+        sums[_find_shard_groups(parameter)].append(_compute_squared_norm(parameter.grad, home))
     total = torch.zeros((), device=home)
     for groups, squares in sums.items():
         square = torch.stack(squares).sum()
@@ -69,7 +69,7 @@ def _squares(parameters: list[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def _groups(parameter: torch.Tensor) -> Groups:
+def _find_shard_groups(parameter: torch.Tensor) -> Groups:
     """Return the groups of ranks, one for each mesh axis, that hold different pieces of a parameter."""
     if not isinstance(parameter, DTensor):
         return ()
@@ -77,12 +77,12 @@ def _groups(parameter: torch.Tensor) -> Groups:
     return tuple(mesh.get_group(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())
 
 
-def _square(gradient: torch.Tensor | None, home: torch.device) -> torch.Tensor:
+def _compute_squared_norm(gradient: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     if gradient is None:
-        return torch.zeros((), device=home)
-    norm: torch.Tensor = torch.linalg.vector_norm(_local(gradient), dtype=torch.float32)
-    return norm.to(home).square()
+        return torch.zeros((), device=device)
+    norm: torch.Tensor = torch.linalg.vector_norm(_get_local(gradient), dtype=torch.float32)
+    return norm.to(device).square()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _get_local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,12 +10,12 @@ from torch.distributed.fsdp import fully_shard
 
 from plans.resolved import ResolvedPlan
 from runtime.parallel.mesh import DeviceMeshes
-from runtime.processes.backends import over_nccl
+from runtime.processes.backends import uses_nccl
 
-__all__ = ["shard_over_data"]
+__all__ = ["apply_fsdp"]
 
 
-def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
+def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
     """Shard every parameter on dim 0 over its data parallel axis, one group for each layer and one for the rest.
 
     Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
@@ -31,20 +31,20 @@ def shard_over_data(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMesh
     experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
     if meshes.sizes.efsdp > 1:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
-            _shard(model.get_submodule(owner), meshes.axis("efsdp"))
+            _fully_shard_module(model.get_submodule(owner), meshes.axis("efsdp"))
     apart = {model.get_parameter(name) for name in experts}
-    for module in (*_layers(model), model):
-        _shard(module, meshes.axis("fsdp"), apart)
+    for module in (*_find_layers(model), model):
+        _fully_shard_module(module, meshes.axis("fsdp"), apart)
 
 
-def _shard(module: nn.Module, axis: DeviceMesh, apart: set[nn.Parameter] | None = None) -> None:
-    sharded = fully_shard(module, mesh=axis, ignored_params=apart)
+def _fully_shard_module(module: nn.Module, axis: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
+    sharded = fully_shard(module, mesh=axis, ignored_params=ignored)
     # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
-    averages = axis.device_type == "cuda" and over_nccl(axis.get_group())
+    averages = axis.device_type == "cuda" and uses_nccl(axis.get_group())
     sharded.set_force_sum_reduction_for_comms(not averages)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def _find_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model's repeated blocks, as transformers names them."""
     blocks = set(getattr(model, "_no_split_modules", None) or ())
     for module in model.modules():

@@ -12,7 +12,7 @@ from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate
 from runtime.extents.forms import chunk_bounds
 from runtime.styles.collectives import all_gather
-from runtime.styles.placements import planned_placements
+from runtime.styles.placements import get_plan_placements
 
 __all__ = ["full_state_dict"]
 
@@ -40,33 +40,33 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         if value.is_meta:
             raise UsageError(f"{name} is on meta, it has no values", hint="load the model's weights first", name=name)
         if id(value) not in gathered:
-            whole = _whole(name, value) if isinstance(value, DTensor) else value.detach()
-            gathered[id(value)] = whole.cpu() if _is_first() else whole.new_empty(0)
+            whole = _gather_parameter(name, value) if isinstance(value, DTensor) else value.detach()
+            gathered[id(value)] = whole.cpu() if _is_rank_0() else whole.new_empty(0)
         state[name] = gathered[id(value)]
-    return state if _is_first() else {}
+    return state if _is_rank_0() else {}
 
 
-def _is_first() -> bool:
+def _is_rank_0() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _whole(name: str, parameter: DTensor) -> torch.Tensor:
+def _gather_parameter(name: str, parameter: DTensor) -> torch.Tensor:
     """Join a parameter's pieces, those of the outermost axis first: it cut what the inner one had left."""
-    mesh, planned = parameter.device_mesh, _planned(name, parameter)
+    mesh, planned = parameter.device_mesh, _read_placements(name, parameter)
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
     shape, cuts = tuple(parameter.shape), []
     for axis, placement in zip(reversed(axes), reversed(planned), strict=True):
         cuts.append((axis, placement, shape))
-        shape = _left(shape, placement, axis)
+        shape = _compute_local_shape(shape, placement, axis)
     value = parameter.to_local()
     for axis, placement, before in reversed(cuts):
-        value = _joined(value, placement, axis, before)
+        value = _gather_shards(value, placement, axis, before)
     return value
 
 
-def _planned(name: str, parameter: DTensor) -> list[Placement]:
+def _read_placements(name: str, parameter: DTensor) -> list[Placement]:
     planned: list[Placement] = []
-    for place in planned_placements(parameter):
+    for place in get_plan_placements(parameter):
         if not isinstance(place, Placement):
             raise UsageError(
                 f"{name} is placed as {place}, which is no shard of a tensor",
@@ -77,7 +77,7 @@ def _planned(name: str, parameter: DTensor) -> list[Placement]:
     return planned
 
 
-def _left(shape: tuple[int, ...], placement: Placement, axis: DeviceMesh) -> tuple[int, ...]:
+def _compute_local_shape(shape: tuple[int, ...], placement: Placement, axis: DeviceMesh) -> tuple[int, ...]:
     """Return the shape of what this rank holds of a tensor."""
     if isinstance(placement, Replicate):
         return shape
@@ -85,7 +85,7 @@ def _left(shape: tuple[int, ...], placement: Placement, axis: DeviceMesh) -> tup
     return (*shape[: placement.dim], length, *shape[placement.dim + 1 :])
 
 
-def _joined(value: torch.Tensor, placement: Placement, axis: DeviceMesh, shape: tuple[int, ...]) -> torch.Tensor:
+def _gather_shards(value: torch.Tensor, placement: Placement, axis: DeviceMesh, shape: tuple[int, ...]) -> torch.Tensor:
     if isinstance(placement, Replicate):
         return value
     joined = all_gather(value, axis, shape[placement.dim], placement.dim)

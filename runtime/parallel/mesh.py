@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
-from runtime.processes.backends import over_nccl
+from runtime.processes.backends import uses_nccl
 from runtime.wording import first_line
 
 __all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
 
-_NAMES: tuple[MeshName, ...] = ("dense", "experts")
+_MESH_NAMES: tuple[MeshName, ...] = ("dense", "experts")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class DeviceMeshes:
         return self.axes[name]
 
     @property
-    def all_ranks(self) -> tuple[DeviceMesh, ...]:
+    def spanning_axes(self) -> tuple[DeviceMesh, ...]:
         """The axes, innermost first, that together hold every rank once."""
         found = tuple(self.axes[name] for name in ("tp", "fsdp") if name in self.axes)
         return found or (self.axes["ep"],)
 
 
-_LAID_OUT: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], DeviceMeshes]] = WeakKeyDictionary()
+_MESH_CACHE: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], DeviceMeshes]] = WeakKeyDictionary()
 
 
 def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
@@ -81,17 +81,17 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
         )
     world = dist.group.WORLD
     assert world is not None
-    known = _LAID_OUT.setdefault(world, {})
+    known = _MESH_CACHE.setdefault(world, {})
     if (mesh, device_type) not in known:
-        known[mesh, device_type] = _laid_out(mesh, device_type)
+        known[mesh, device_type] = _build_device_meshes(mesh, device_type)
     return known[mesh, device_type]
 
 
-def _laid_out(mesh: Mesh, device_type: str) -> DeviceMeshes:
+def _build_device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
     axes: dict[str, DeviceMesh] = {}
-    for name in _NAMES if mesh.ep > 1 else _NAMES[:1]:
+    for name in _MESH_NAMES if mesh.ep > 1 else _MESH_NAMES[:1]:
         whole = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
-        axes |= {axis: _axis_of(whole, axis) for axis in mesh.axes(name)}
+        axes |= {axis: _get_axis(whole, axis) for axis in mesh.axes(name)}
     return DeviceMeshes(mesh, axes)
 
 
@@ -108,7 +108,7 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
     if isinstance(mesh, DeviceMeshes):
         return mesh
     if isinstance(mesh, Mesh):
-        return device_meshes(mesh, "cuda" if dist.is_initialized() and over_nccl() else "cpu")
+        return device_meshes(mesh, "cuda" if dist.is_initialized() and uses_nccl() else "cpu")
     if not isinstance(mesh, DeviceMesh):
         raise UsageError(
             f"{mesh!r} is no mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)
@@ -123,10 +123,10 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
             hint="name its axes ('tp',), ('ep',) or ('fsdp', 'tp'), or pass the sizes as a plans.mesh.Mesh",
             axes=list(names),
         )
-    return DeviceMeshes(Mesh(**sizes), {name: _axis_of(mesh, name) for name in names})
+    return DeviceMeshes(Mesh(**sizes), {name: _get_axis(mesh, name) for name in names})
 
 
-def _axis_of(mesh: DeviceMesh, name: str) -> DeviceMesh:
+def _get_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """Return one axis of a device mesh; torch 2.8 can take none of a mesh that is, or equals, a part of another."""
     try:
         return mesh[name]

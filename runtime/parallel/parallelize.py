@@ -11,26 +11,26 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from plans.dialect import Dialect
 from plans.errors import PlanError, UsageError
-from plans.expert_axis import expert_keys
+from plans.expert_axis import find_expert_keys
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
-from plans.plan import wildcard
+from plans.plan import to_wildcard
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.blocks.cut_parts import check_cut_parts
+from runtime.blocks.cut_parts import check_sharded_head_parameters
 from runtime.blocks.head_counts import check_head_counts
 from runtime.blocks.head_norms import check_head_norms
-from runtime.blocks.partners import check_partners
-from runtime.parallel.fsdp import shard_over_data
+from runtime.blocks.partners import check_pairs
+from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.hooks import is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
 from runtime.parallel.same_on_ranks import check_same_model
 from runtime.parallel.second_pass import hook_modules
-from runtime.parallel.sequence_checks import check_sequence_plan, take_embeddings
+from runtime.parallel.sequence_checks import check_sequence_plan, hook_input_embeddings
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
-from runtime.processes.agreement import together
+from runtime.processes.agreement import raise_on_any_rank
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.style import Site
+from runtime.styles.style import HookSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,30 +71,30 @@ def parallelize(
             f"{plan!r} is not a plan", hint=f"pass Plan.from_model(model, {plan!r}), or key to style", plan=plan
         )
     meshes = as_device_meshes(mesh)
-    resolved = together(lambda: _resolved(model, meshes, plan, styles), meshes.all_ranks)
-    check_same_model(model, resolved, meshes.all_ranks)
+    resolved = raise_on_any_rank(lambda: _resolve_checked(model, meshes, plan, styles), meshes.spanning_axes)
+    check_same_model(model, resolved, meshes.spanning_axes)
     if not isinstance(plan, Mapping):
-        _warn_of_whole_layers(model, resolved)
+        _warn_about_unsharded_layers(model, resolved)
     _shard_parameters(model, resolved, meshes, styles)
     hook_modules(model, resolved, meshes, styles)
-    take_embeddings(model, resolved, meshes, styles)
-    shard_over_data(model, resolved, meshes)
+    hook_input_embeddings(model, resolved, meshes, styles)
+    apply_fsdp(model, resolved, meshes)
     return resolved
 
 
-def _resolved(
+def _resolve_checked(
     model: PreTrainedModel,
     meshes: DeviceMeshes,
     plan: ResolvedPlan | Plan | Mapping[str, str] | None,
     styles: StyleRegistry,
 ) -> ResolvedPlan:
     """Return the plan as it is on this model and mesh, everything checked that can be before the model is changed."""
-    _check_plain(model)
+    _check_not_parallel(model)
     dialect = styles.dialect(runtime_dialect())
     if isinstance(plan, ResolvedPlan):
         resolved = plan
     else:
-        resolved = resolve(model, meshes.sizes, _mode(meshes, plan, dialect), plan, styles)
+        resolved = resolve(model, meshes.sizes, _infer_mode(meshes, plan, dialect), plan, styles)
     for key, style in resolved.plan.items():
         styles.style(style, key)
     if resolved.mesh != meshes.sizes:
@@ -104,22 +104,22 @@ def _resolved(
             planned=resolved.mesh.to_json(),
             found=meshes.sizes.to_json(),
         )
-    _check_resolved_on(model, resolved)
+    _check_plan_fits_model(model, resolved)
     if resolved.mesh.tp > 1:
-        check_partners(model, resolved.plan, dialect)
+        check_pairs(model, resolved.plan, dialect)
         check_head_counts(model, resolved.plan, dialect)
         check_head_norms(model, resolved.plan, dialect, styles)
-        check_cut_parts(model, resolved.plan, dialect, styles)
+        check_sharded_head_parameters(model, resolved.plan, dialect, styles)
     check_sequence_plan(model, resolved, styles)
     return resolved
 
 
-def _inner_placement(parameter: ResolvedParameter) -> Placement:
+def _get_inner_placement(parameter: ResolvedParameter) -> Placement:
     """Return a parameter's placement on the axis that plan entries shard over."""
     return parameter.placements[-1]
 
 
-def _mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: Dialect) -> Mode:
+def _infer_mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: Dialect) -> Mode:
     """Return the mode that a mesh, and a plan that is only key to style, mean."""
     sizes = meshes.sizes
     if sizes.ep == 1:
@@ -127,14 +127,16 @@ def _mode(meshes: DeviceMeshes, plan: Plan | Mapping[str, str] | None, dialect: 
     if "tp" not in meshes.axes:
         return "ep"
     given = plan if isinstance(plan, Mapping) else {}
-    only_experts = bool(given) and expert_keys(given, "tp_ep", dialect) == given.keys()
+    only_experts = bool(given) and find_expert_keys(given, "tp_ep", dialect) == given.keys()
     return "ep" if only_experts and sizes.tp == sizes.ep and sizes.fsdp == 1 else "tp_ep"
 
 
-def _warn_of_whole_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
+def _warn_about_unsharded_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
     """Say so where the plan that a model's classes write down cuts none of its layers."""
-    cut = [row.name for row in resolved.parameters if _inner_placement(row) != Replicate() and row.kind == "parameter"]
-    if resolved.mesh.tp > 1 and resolved.plan and all(name == wildcard(name) for name in cut):
+    cut = [
+        row.name for row in resolved.parameters if _get_inner_placement(row) != Replicate() and row.kind == "parameter"
+    ]
+    if resolved.mesh.tp > 1 and resolved.plan and all(name == to_wildcard(name) for name in cut):
         warnings.warn(
             f"{type(model).__name__}: the plan cuts {', '.join(cut) or 'nothing'} only, every rank holds and computes "
             "all layers whole; pass a plan of your own",
@@ -142,11 +144,11 @@ def _warn_of_whole_layers(model: nn.Module, resolved: ResolvedPlan) -> None:
         )
 
 
-def _axis_of(row: ResolvedParameter) -> str:
+def _get_axis_name(row: ResolvedParameter) -> str:
     return "ep" if row.mesh == "experts" else "tp"
 
 
-def _check_plain(model: nn.Module) -> None:
+def _check_not_parallel(model: nn.Module) -> None:
     if is_parallel(model):
         raise UsageError(
             f"this {type(model).__name__} is parallel already",
@@ -155,7 +157,7 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def _check_resolved_on(model: nn.Module, resolved: ResolvedPlan) -> None:
+def _check_plan_fits_model(model: nn.Module, resolved: ResolvedPlan) -> None:
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     planned = {row.name: row.shape for row in resolved.parameters if row.kind != "buffer"}
     if planned != shapes:
@@ -170,13 +172,13 @@ def _check_resolved_on(model: nn.Module, resolved: ResolvedPlan) -> None:
 
 def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
     for row in resolved.parameters:
-        if row.kind == "parameter" and _inner_placement(row) != Replicate():
+        if row.kind == "parameter" and _get_inner_placement(row) != Replicate():
             assert row.style is not None
             assert row.key is not None
             owner, _, name = row.name.rpartition(".")
-            axis = meshes.axis(_axis_of(row))
-            site = Site(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
-            styles.style(row.style, row.key).shard(site, name, _inner_placement(row))
+            axis = meshes.axis(_get_axis_name(row))
+            site = HookSite(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
+            styles.style(row.style, row.key).shard(site, name, _get_inner_placement(row))
     for row in resolved.parameters:
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")

@@ -19,11 +19,11 @@ from plans.mesh import Mesh
 from plans.resolved import ResolvedPlan
 from runtime.models.model import model_tensors
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
-from runtime.processes.agreement import gather_json
+from runtime.processes.agreement import all_gather_json
 
 __all__ = ["check_same_model", "verify_batch"]
 
-_SAMPLED = 1024
+_SAMPLE_SIZE = 1024
 _PLAN = "the plan"
 
 
@@ -42,7 +42,8 @@ def check_same_model(model: nn.Module, resolved: ResolvedPlan, axes: Sequence[De
         UsageError: on every rank alike, names the first parameter that differs.
     """
     _check_same(
-        {_PLAN: _hashed(json.dumps(sorted(resolved.plan.items())).encode())} | _digests(model_tensors(model), _SAMPLED),
+        {_PLAN: _hash(json.dumps(sorted(resolved.plan.items())).encode())}
+        | _compute_digests(model_tensors(model), _SAMPLE_SIZE),
         axes,
         hint="load the same checkpoint on every rank, or set the same seed before the model is built",
     )
@@ -66,27 +67,27 @@ def verify_batch(batch: Mapping[str, object], mesh: DeviceMeshes | DeviceMesh | 
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     for axis in [meshes.axis(name) for name in ("ep", "tp") if name in meshes.axes][:1]:
         _check_same(
-            _digests(tensors),
+            _compute_digests(tensors),
             [axis],
             hint="give all ranks of one tensor or expert parallel group the same batch, of the same length",
         )
         _check_same(
-            _digests(_random_states(axis)),
+            _compute_digests(_read_random_states(axis)),
             [axis],
             hint="call torch.manual_seed with one seed on all ranks of one tensor or expert parallel group",
         )
 
 
-def _random_states(axis: DeviceMesh) -> dict[str, torch.Tensor]:
+def _read_random_states(axis: DeviceMesh) -> dict[str, torch.Tensor]:
     states = {"the random state": torch.get_rng_state()}
     return states | {"the GPU's random state": torch.cuda.get_rng_state()} if axis.device_type == "cuda" else states
 
 
 def _check_same(digests: Mapping[str, str], axes: Sequence[DeviceMesh], hint: str) -> None:
     """Compare all digests at once, and one by one only where they differ."""
-    if len(set(gather_json(_hashed(json.dumps(digests).encode()), axes))) == 1:
+    if len(set(all_gather_json(_hash(json.dumps(digests).encode()), axes))) == 1:
         return
-    found: list[dict[str, str]] = gather_json(dict(digests), axes)
+    found: list[dict[str, str]] = all_gather_json(dict(digests), axes)
     names = dict.fromkeys(name for one in found for name in one)
     name = next(name for name in names if len({one.get(name) for one in found}) > 1)
     others = [str(rank) for rank, one in enumerate(found) if one.get(name) != found[0].get(name)]
@@ -97,7 +98,7 @@ def _check_same(digests: Mapping[str, str], axes: Sequence[DeviceMesh], hint: st
     )
 
 
-def _digests(tensors: Mapping[str, torch.Tensor], count: int | None = None) -> dict[str, str]:
+def _compute_digests(tensors: Mapping[str, torch.Tensor], count: int | None = None) -> dict[str, str]:
     """Return a digest of each tensor's shape, type and values, of a few of these where `count` says how many."""
     pieces = [_sample(tensor.detach(), count) for tensor in tensors.values()]
     # One transfer for all, where they lie on a GPU.
@@ -105,7 +106,7 @@ def _digests(tensors: Mapping[str, torch.Tensor], count: int | None = None) -> d
     together = torch.cat([piece.to(home) for piece in pieces]).cpu() if pieces else torch.empty(0)
     fetched = torch.split(together, [len(piece) for piece in pieces])
     return {
-        name: _hashed(f"{tensor.dtype} {list(tensor.shape)}".encode() + content.numpy().tobytes())
+        name: _hash(f"{tensor.dtype} {list(tensor.shape)}".encode() + content.numpy().tobytes())
         for (name, tensor), content in zip(tensors.items(), fetched, strict=True)
     }
 
@@ -120,5 +121,5 @@ def _sample(tensor: torch.Tensor, count: int | None) -> torch.Tensor:
     return flat[::step].contiguous().view(torch.uint8)
 
 
-def _hashed(content: bytes) -> str:
+def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -13,16 +13,16 @@ from plans.placement import Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.record import Manifest
 from runtime.extents.forms import whole
-from runtime.extents.shards import local_form
+from runtime.extents.shards import shard_for_rank
 from runtime.models.model import model_tensors
-from runtime.parallel.hooks import lost_hooks
+from runtime.parallel.hooks import find_hook_mismatches
 from runtime.parallel.mismatch import Mismatch
-from runtime.styles.placements import planned_placements
+from runtime.styles.placements import get_plan_placements
 
-__all__ = ["compare_manifest", "sharding_mismatches"]
+__all__ = ["compare_manifest", "find_sharding_mismatches"]
 
 
-def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:
+def find_sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:
     """Check every parameter and persistent buffer of a parallel model, before its first forward.
 
     Those that the plan shards must be DTensors with the planned placement and local shape, all others whole plain
@@ -38,10 +38,10 @@ def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> 
         Mismatch(name, "no such tensor in the plan", _describe_tensor(found[name]), rank)
         for name in sorted(found.keys() - resolved.by_name.keys())
     ]
-    planned = (_verify_row(row, found, resolved.mesh, rank) for row in resolved.parameters)
+    planned = (_compare_tensor(row, found, resolved.mesh, rank) for row in resolved.parameters)
     hooks = (
         Mismatch(one.name, _describe_hook(one.expected), _describe_hook(one.found), rank)
-        for one in lost_hooks(model, resolved.plan)
+        for one in find_hook_mismatches(model, resolved.plan)
     )
     return [*unplanned, *(mismatch for mismatch in planned if mismatch), *hooks]
 
@@ -49,23 +49,27 @@ def sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> 
 def compare_manifest(manifest: Manifest, resolved: ResolvedPlan) -> list[Mismatch]:
     """Compare what a checkpoint was laid out by with a plan resolved anew from its config."""
     rows = [
-        *_differences({"model_type": resolved.model_type}, {"model_type": manifest.model_type}),
-        *_differences({"mode": resolved.mode}, {"mode": manifest.mode}),
-        *_differences(_entries(resolved.plan), _entries(manifest.plan)),
+        *_find_differences({"model_type": resolved.model_type}, {"model_type": manifest.model_type}),
+        *_find_differences({"mode": resolved.mode}, {"mode": manifest.mode}),
+        *_find_differences(_label_entries(resolved.plan), _label_entries(manifest.plan)),
     ]
     expected = {
-        row.name: f"tied to {row.tied_to}" if row.tied_to else _layout(row.kind, row.shape, row.mesh, row.placements)
+        row.name: f"tied to {row.tied_to}"
+        if row.tied_to
+        else _describe_layout(row.kind, row.shape, row.mesh, row.placements)
         for row in resolved.parameters
     }
     found = {
-        name: _layout(entry.kind, entry.shape, entry.mesh, entry.placements)
+        name: _describe_layout(entry.kind, entry.shape, entry.mesh, entry.placements)
         for name, entry in manifest.tensors.items()
         if entry.kind != "carried"
     } | {name: f"tied to {target}" for name, target in manifest.tied.items()}
-    return [*rows, *_differences(expected, found)]
+    return [*rows, *_find_differences(expected, found)]
 
 
-def _verify_row(row: ResolvedParameter, tensors: Mapping[str, torch.Tensor], mesh: Mesh, rank: int) -> Mismatch | None:
+def _compare_tensor(
+    row: ResolvedParameter, tensors: Mapping[str, torch.Tensor], mesh: Mesh, rank: int
+) -> Mismatch | None:
     expected = _describe_row(row, mesh, rank)
     tensor = tensors.get(row.name)
     found = "missing" if tensor is None else _describe_tensor(tensor)
@@ -80,17 +84,17 @@ def _describe_hook(style: str | None) -> str:
     return f"{style!r} around its forward" if style is not None else "a forward without a hook"
 
 
-def _differences(expected: dict[str, str], found: dict[str, str]) -> Iterator[Mismatch]:
+def _find_differences(expected: dict[str, str], found: dict[str, str]) -> Iterator[Mismatch]:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             yield Mismatch(name, expected.get(name, "nothing"), found.get(name, "nothing"))
 
 
-def _entries(plan: Mapping[str, str]) -> dict[str, str]:
+def _label_entries(plan: Mapping[str, str]) -> dict[str, str]:
     return {f"plan[{key!r}]": style for key, style in plan.items()}
 
 
-def _layout(kind: str, shape: tuple[int, ...], mesh: str, placements: tuple[Placement, ...]) -> str:
+def _describe_layout(kind: str, shape: tuple[int, ...], mesh: str, placements: tuple[Placement, ...]) -> str:
     return f"{kind} {list(shape)} {mesh} " + ", ".join(str(placement) for placement in placements)
 
 
@@ -100,7 +104,7 @@ def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:
         for axis, placement in zip(mesh.axes(row.mesh), row.placements, strict=True)
         if placement != Replicate()
     ]
-    form = local_form(
+    form = shard_for_rank(
         whole(row.name, row.shape), row.placements, mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
     )
     return _describe(sharded, form.shape)
@@ -109,13 +113,13 @@ def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:
 def _describe_tensor(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return _describe([], tuple(tensor.shape))
-    placed = zip(_axis_names(tensor), planned_placements(tensor), strict=True)
+    placed = zip(_get_axis_names(tensor), get_plan_placements(tensor), strict=True)
     sharded = [f"{axis}: {place}" for axis, place in placed if place != Replicate()]
     with torch.no_grad():
         return _describe(sharded, tuple(tensor.to_local().shape))
 
 
-def _axis_names(tensor: DTensor) -> tuple[str, ...]:
+def _get_axis_names(tensor: DTensor) -> tuple[str, ...]:
     """Return the mesh axes' names; transformers 5.17 and 5.18 give none to a tensor parallel axis that is alone."""
     mesh = tensor.device_mesh
     if mesh.mesh_dim_names:

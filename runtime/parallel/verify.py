@@ -11,9 +11,9 @@ import torch.distributed as dist
 from plans.errors import MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from plans.plan import lookup, unmatched_keys
+from plans.plan import find_key, find_unmatched_keys
 from plans.resolved import ResolvedPlan
-from runtime.parallel.structure import sharding_mismatches
+from runtime.parallel.structure import find_sharding_mismatches
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanUse", "verify_plan", "verify_sharding"]
 
-_SHOWN = 3
+_MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def verify_sharding(
         MismatchError: something is not as planned; `data["mismatches"]` lists everything.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    resolved = plan if isinstance(plan, ResolvedPlan) else _resolved(model, plan, mesh)
-    found = sharding_mismatches(model, resolved, rank)
+    resolved = plan if isinstance(plan, ResolvedPlan) else _resolve_for_world(model, plan, mesh)
+    found = find_sharding_mismatches(model, resolved, rank)
     if found:
-        shown = "; ".join(f"{one.name}: expected {one.expected}, found {one.found}" for one in found[:_SHOWN])
+        shown = "; ".join(f"{one.name}: expected {one.expected}, found {one.found}" for one in found[:_MAX_LISTED])
         raise MismatchError(
             f"rank {rank}: {len(found)} tensors are not as the plan says: {shown}",
             hint="a style that should shard does not, a module or its forward was replaced, or the plan is not the one "
@@ -91,12 +91,12 @@ def verify_plan(keys: Iterable[str], plan: Plan | Mapping[str, str]) -> PlanUse:
     }
     owners = [name.rpartition(".")[0] for name in names]
     return PlanUse(
-        tuple(unmatched_keys(sharding, [*names, *owners])),
-        tuple(name for name in names if lookup(sharding, name, is_parameter=True) is None),
+        tuple(find_unmatched_keys(sharding, [*names, *owners])),
+        tuple(name for name in names if find_key(sharding, name, is_parameter=True) is None),
     )
 
 
-def _resolved(model: PreTrainedModel, plan: Plan | Mapping[str, str], mesh: Mesh | None) -> ResolvedPlan:
+def _resolve_for_world(model: PreTrainedModel, plan: Plan | Mapping[str, str], mesh: Mesh | None) -> ResolvedPlan:
     chosen = plan if isinstance(plan, Plan) else Plan.from_model(model, plan=plan)
     world = dist.get_world_size() if dist.is_initialized() else 1
     sizes = mesh or Mesh(tp=world, ep=world if chosen.mode.endswith("ep") else 1)

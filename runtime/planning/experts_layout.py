@@ -7,10 +7,10 @@ from torch import nn
 
 from plans.layout import ExpertLayout
 
-__all__ = ["read_layout"]
+__all__ = ["read_expert_layout"]
 
 
-def read_layout(name: str, module: nn.Module) -> ExpertLayout | None:
+def read_expert_layout(name: str, module: nn.Module) -> ExpertLayout | None:
     """Return an experts module's layout by its parameters' shapes and its decorator's flags, None for other modules."""
     down = getattr(module, "down_proj", None)
     packed = getattr(module, "gate_up_proj", None)

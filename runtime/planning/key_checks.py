@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from plans.dialect import Dialect, meant_style
+from plans.dialect import Dialect, suggest_style
 from plans.errors import PlanError, UnknownStyleError, UsageError
-from plans.plan import wildcard
+from plans.plan import to_wildcard
 from runtime.styles.registry import StyleRegistry
 
 __all__ = ["check_entries", "check_model"]
@@ -36,7 +36,7 @@ def check_entries(plan: Mapping[str, str], dialect: Dialect, styles: StyleRegist
             able = [name for name in styles.names if name in dialect.styles]
             raise UnknownStyleError(
                 f"{key!r}: the dialect {dialect.name} has no style {style!r}",
-                hint=meant_style(style, able, "styles that can run: " + ", ".join(able)),
+                hint=suggest_style(style, able, "styles that can run: " + ", ".join(able)),
                 key=key,
                 style=style,
                 dialect=dialect.name,
@@ -73,6 +73,6 @@ def _check_key(key: object, style: object) -> None:
     if "*" in key.split(".") and _NUMBER.search(key):
         raise PlanError(
             f"the key {key!r} mixes a number and a wildcard, and matches nothing",
-            hint=f"write wildcards for all numbers, {wildcard(key)!r}, or a number for each",
+            hint=f"write wildcards for all numbers, {to_wildcard(key)!r}, or a number for each",
             key=key,
         )

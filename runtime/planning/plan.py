@@ -13,22 +13,22 @@ from torch import nn
 from plans.decompose import apply_edits, decompose
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialect
 from plans.errors import PlanError, UsageError
-from plans.expert_axis import expert_keys, merged
+from plans.expert_axis import find_expert_keys, merge_expert_plan
 from plans.mesh import MODES, Mode
-from plans.plan import wildcard
-from runtime.blocks.head_norms import with_head_norms
+from plans.plan import to_wildcard
+from runtime.blocks.head_norms import add_head_norm_entries
 from runtime.models.architectures import default_architectures
 from runtime.models.config import transformers_version
 from runtime.models.model import meta_model
-from runtime.planning.experts_layout import read_layout
+from runtime.planning.experts_layout import read_expert_layout
 from runtime.planning.key_checks import check_model
-from runtime.planning.sequence_plan import sequence_plan
-from runtime.planning.tied_embeddings import with_tied_embeddings
+from runtime.planning.sequence_plan import derive_sequence_plan
+from runtime.planning.tied_embeddings import add_tied_embedding_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Plan", "param_level_plan", "released_plan", "runtime_dialect"]
+__all__ = ["Plan", "convert_to_param_level", "get_released_plan", "runtime_dialect"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     @cached_property
     def expert_keys(self) -> frozenset[str]:
         """The keys whose entries work over the expert axis; all others work over `tp`."""
-        return expert_keys(self.entries, self.mode, runtime_dialect())
+        return find_expert_keys(self.entries, self.mode, runtime_dialect())
 
     @classmethod
     def from_model(
@@ -77,70 +77,74 @@ class Plan:
             raise UsageError(f"no mode is called {mode!r}", hint="choose among " + ", ".join(MODES), mode=mode)
         if plan is not None:
             return cls(mode, dict(plan))
-        return cls(mode, _CHOICES[mode](_as_model(model)))
+        return cls(mode, _PLAN_BUILDERS[mode](_as_model(model)))
 
 
 def runtime_dialect() -> Dialect:
     """Return what plans may say here: the installed transformers' dialect, param-level names, and the branch's own."""
-    released = dialect_for_release(transformers_version()).overlaid(load_dialect(PARAM_LEVEL))
-    return released.extended(load_dialect("dtensor"))
+    released = dialect_for_release(transformers_version()).with_overrides(load_dialect(PARAM_LEVEL))
+    return released.with_defaults(load_dialect("dtensor"))
 
 
-def released_plan(model: PreTrainedModel) -> dict[str, str]:
+def get_released_plan(model: PreTrainedModel) -> dict[str, str]:
     """Return the TP plan as the installed transformers would apply it, keys prefixed as the model's names are.
 
     Raises:
         PlanError: the model has none.
     """
-    return _needed(model, dict(model.tp_plan or {}), "tp", "tensor parallel")
+    return _require_plan(model, dict(model.tp_plan or {}), "tp", "tensor parallel")
 
 
-def param_level_plan(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[str, str]:
+def convert_to_param_level(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[str, str]:
     """Return a plan's param-level form, where the model's own experts have the layout that it describes."""
-    layouts = {wildcard(name): read_layout(name, module) for name, module in model.named_modules()}
+    layouts = {to_wildcard(name): read_expert_layout(name, module) for name, module in model.named_modules()}
     return apply_edits(plan, decompose(plan, layouts.get).edits)
 
 
-def _tp(model: PreTrainedModel) -> dict[str, str]:
+def _build_tp_plan(model: PreTrainedModel) -> dict[str, str]:
     dialect = runtime_dialect()
-    plan = with_tied_embeddings(model, param_level_plan(model, released_plan(model)), dialect)
-    return with_head_norms(model, plan, dialect)
+    plan = add_tied_embedding_entries(model, convert_to_param_level(model, get_released_plan(model)), dialect)
+    return add_head_norm_entries(model, plan, dialect)
 
 
-def _ep(model: PreTrainedModel) -> dict[str, str]:
-    return _needed(model, _written(model, "ep"), "ep", "expert parallel")
+def _build_ep_plan(model: PreTrainedModel) -> dict[str, str]:
+    return _require_plan(model, _read_model_plan(model, "ep"), "ep", "expert parallel")
 
 
-def _sp(model: PreTrainedModel) -> dict[str, str]:
-    return _written(model, "sp") or sequence_plan(model, _tp(model), runtime_dialect())
+def _build_sp_plan(model: PreTrainedModel) -> dict[str, str]:
+    return _read_model_plan(model, "sp") or derive_sequence_plan(model, _build_tp_plan(model), runtime_dialect())
 
 
-def _tp_ep(model: PreTrainedModel) -> dict[str, str]:
-    return _written(model, "tp_ep") or merged(_tp(model), _ep(model), runtime_dialect())
+def _build_tp_ep_plan(model: PreTrainedModel) -> dict[str, str]:
+    return _read_model_plan(model, "tp_ep") or merge_expert_plan(
+        _build_tp_plan(model), _build_ep_plan(model), runtime_dialect()
+    )
 
 
-def _sp_ep(model: PreTrainedModel) -> dict[str, str]:
-    return _written(model, "sp_ep") or merged(_sp(model), _ep(model), runtime_dialect())
+def _build_sp_ep_plan(model: PreTrainedModel) -> dict[str, str]:
+    return _read_model_plan(model, "sp_ep") or merge_expert_plan(
+        _build_sp_plan(model), _build_ep_plan(model), runtime_dialect()
+    )
 
 
-_CHOICES: Mapping[Mode, Callable[[PreTrainedModel], dict[str, str]]] = {
-    "tp": _tp,
-    "ep": _ep,
-    "sp": _sp,
-    "tp_ep": _tp_ep,
-    "sp_ep": _sp_ep,
+_PLAN_BUILDERS: Mapping[Mode, Callable[[PreTrainedModel], dict[str, str]]] = {
+    "tp": _build_tp_plan,
+    "ep": _build_ep_plan,
+    "sp": _build_sp_plan,
+    "tp_ep": _build_tp_ep_plan,
+    "sp_ep": _build_sp_ep_plan,
 }
 
 
-def _written(model: PreTrainedModel, kind: str) -> dict[str, str]:
+def _read_model_plan(model: PreTrainedModel, kind: str) -> dict[str, str]:
     """Return the plan of a kind that a model's classes and configs write down, keys prefixed as its names are."""
     found: dict[str, str] = {}
-    for prefix, plan in _parts(model, kind, ""):
+    for prefix, plan in _find_model_plans(model, kind, ""):
         found |= {f"{prefix}{key}": style for key, style in plan.items()}
     return found
 
 
-def _parts(module: nn.Module, kind: str, prefix: str) -> Iterator[tuple[str, Mapping[str, str]]]:
+def _find_model_plans(module: nn.Module, kind: str, prefix: str) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield what each model inside a model says, outermost first, as transformers gathers TP and EP plans."""
     own: Any = getattr(type(module), f"_{kind}_plan", None)
     if isinstance(own, Mapping):
@@ -151,29 +155,29 @@ def _parts(module: nn.Module, kind: str, prefix: str) -> Iterator[tuple[str, Map
             yield prefix, of_config
     for name, child in module.named_children():
         if hasattr(child, "base_model"):
-            yield from _parts(child, kind, f"{prefix}{name}.")
+            yield from _find_model_plans(child, kind, f"{prefix}{name}.")
 
 
-def _needed(model: PreTrainedModel, plan: dict[str, str], kind: str, words: str) -> dict[str, str]:
+def _require_plan(model: PreTrainedModel, plan: dict[str, str], kind: str, description: str) -> dict[str, str]:
     if not plan:
         raise PlanError(
-            f"{type(model).__name__} has no {words} plan",
+            f"{type(model).__name__} has no {description} plan",
             hint=f"its config needs a `base_model_{kind}_plan`, or pass a plan of your own",
             model=type(model).__name__,
         )
     return plan
 
 
-def _as_model(given: object) -> PreTrainedModel:
+def _as_model(model_or_config: object) -> PreTrainedModel:
     from transformers import PreTrainedConfig
 
-    if isinstance(given, PreTrainedConfig):
-        return _built(given)
-    check_model(given)
-    return cast("PreTrainedModel", given)
+    if isinstance(model_or_config, PreTrainedConfig):
+        return _build_model(model_or_config)
+    check_model(model_or_config)
+    return cast("PreTrainedModel", model_or_config)
 
 
-def _built(config: PreTrainedConfig) -> PreTrainedModel:
+def _build_model(config: PreTrainedConfig) -> PreTrainedModel:
     if not config.architectures:
         config = copy.deepcopy(config)
         config.architectures = default_architectures(config.model_type)

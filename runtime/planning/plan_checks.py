@@ -12,12 +12,12 @@ from plans.errors import IndivisibleError, PlanError, UnmatchedKeyError, UsageEr
 from plans.layout import ExpertLayout
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
-from plans.plan import lookup, unmatched_keys, wildcard
+from plans.plan import find_key, find_unmatched_keys, to_wildcard
 from plans.resolved import ResolvedParameter
-from runtime.planning.creatable import first_unknown_part
-from runtime.planning.experts_layout import read_layout
+from runtime.planning.creatable import find_unknown_part
+from runtime.planning.experts_layout import read_expert_layout
 
-__all__ = ["check_divisible", "check_mode", "check_packed_experts", "check_stacked", "unmatched_entries"]
+__all__ = ["check_divisible", "check_mode", "check_packed_experts", "check_stacked_experts", "check_unmatched_entries"]
 
 
 def check_mode(mode: Mode, mesh: Mesh) -> None:
@@ -44,7 +44,7 @@ def check_mode(mode: Mode, mesh: Mesh) -> None:
         )
 
 
-def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
+def check_unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
     """Return the keys that match nothing, and refuse those that no class of the model's modules could create.
 
     An entry may rightly match nothing in this configuration: dense-layer entries of a model whose layers are all
@@ -54,9 +54,9 @@ def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, .
         UnmatchedKeyError: no configuration would.
     """
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
-    unmatched = tuple(key for key in unmatched_keys(plan, names) if not _is_repeated(model, plan, key))
+    unmatched = tuple(key for key in find_unmatched_keys(plan, names) if not _is_duplicate_key(model, plan, key))
     for key in unmatched:
-        unknown = first_unknown_part(model, key)
+        unknown = find_unknown_part(model, key)
         if unknown is not None:
             part, parent = unknown
             raise UnmatchedKeyError(
@@ -68,17 +68,17 @@ def unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, .
     return unmatched
 
 
-def _is_repeated(model: nn.Module, plan: Mapping[str, str], key: str) -> bool:
+def _is_duplicate_key(model: nn.Module, plan: Mapping[str, str], key: str) -> bool:
     """Say whether the key is another one that lost its prefix.
 
     Where a model, or one inside it, holds its base model under another name than its class says, transformers takes it
     for a base model itself and adds the config's entries a second time, as they stand there.
     """
     inner = (name for name, module in model.named_modules() if name and hasattr(module, "base_model"))
-    return any(_without_last_part(name, other) == key for name in inner for other in plan)
+    return any(_strip_inner_model_name(name, other) == key for name in inner for other in plan)
 
 
-def _without_last_part(name: str, key: str) -> str | None:
+def _strip_inner_model_name(name: str, key: str) -> str | None:
     """Return a key below a model inside a model as it reads without that model's own name, None for other keys."""
     owner, _, _ = name.rpartition(".")
     return f"{owner}.{key.removeprefix(f'{name}.')}".lstrip(".") if key.startswith(f"{name}.") else None
@@ -96,8 +96,8 @@ def check_divisible(
     Raises:
         IndivisibleError: an axis does not divide one of them.
     """
-    over_tp = {**_packed_sizes(parameters), **_head_counts(model, plan, dialect)}
-    for axis, size, counts in (("tp", mesh.tp, over_tp), ("ep", mesh.ep, _expert_counts(parameters))):
+    over_tp = {**_get_packed_sizes(parameters), **_count_heads(model, plan, dialect)}
+    for axis, size, counts in (("tp", mesh.tp, over_tp), ("ep", mesh.ep, _count_experts(parameters))):
         failing = [(what, count) for what, count in counts.items() if count % size]
         if failing:
             what, count = failing[0]
@@ -122,10 +122,12 @@ def check_packed_experts(model: nn.Module, parameters: tuple[ResolvedParameter, 
     """
     for parameter in parameters:
         owner, _, name = parameter.name.rpartition(".")
-        layout = read_layout(owner, model.get_submodule(owner)) if name in ("gate_up_proj", "down_proj") else None
+        layout = (
+            read_expert_layout(owner, model.get_submodule(owner)) if name in ("gate_up_proj", "down_proj") else None
+        )
         if layout is None or not layout.gated:
             continue
-        right, why = _right_cut(layout) if name == "gate_up_proj" else _right_cut_behind(layout)
+        right, why = _get_gate_up_placement(layout) if name == "gate_up_proj" else _get_down_placement(layout)
         if parameter.placements[-1] not in (Replicate(), Shard(0), right):
             raise PlanError(
                 f"{parameter.name}: {parameter.style!r} makes it {parameter.placements[-1]}, but {why}",
@@ -134,18 +136,18 @@ def check_packed_experts(model: nn.Module, parameters: tuple[ResolvedParameter, 
             )
 
 
-def _right_cut(layout: ExpertLayout) -> tuple[Placement, str]:
+def _get_gate_up_placement(layout: ExpertLayout) -> tuple[Placement, str]:
     dim = 2 if layout.transposed else 1
     lie = "lie one after the other" if layout.concatenated else "alternate"
     why = f"gate and up {lie} there: no rank's slice would hold gates together with their ups"
     return (Packed(dim, 2) if layout.concatenated else Shard(dim)), why
 
 
-def _right_cut_behind(layout: ExpertLayout) -> tuple[Placement, str]:
+def _get_down_placement(layout: ExpertLayout) -> tuple[Placement, str]:
     return Shard(1 if layout.transposed else 2), "what each rank's gates and ups compute is one run of its inputs"
 
 
-def check_stacked(parameters: tuple[ResolvedParameter, ...]) -> None:
+def check_stacked_experts(parameters: tuple[ResolvedParameter, ...]) -> None:
     """Refuse half a plan for stacked experts: whole parameters beside sliced ones, whose widths would not fit.
 
     Raises:
@@ -160,46 +162,46 @@ def check_stacked(parameters: tuple[ResolvedParameter, ...]) -> None:
         if 0 < len(whole) < len(rows):
             raise PlanError(
                 f"{whole[0]} is whole, but the plan cuts other parameters of {owner}, which would not fit it",
-                hint=f"add an entry for {wildcard(whole[0])!r}, or remove those of the others",
+                hint=f"add an entry for {to_wildcard(whole[0])!r}, or remove those of the others",
                 parameter=whole[0],
             )
 
 
-def _expert_counts(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
+def _count_experts(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
     return {
-        f"the experts of {wildcard(parameter.name)}": parameter.shape[0]
+        f"the experts of {to_wildcard(parameter.name)}": parameter.shape[0]
         for parameter in parameters
         if parameter.mesh == "experts" and parameter.placements[-1] == Shard(0) and len(parameter.shape) > 2
     }
 
 
-def _packed_sizes(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
+def _get_packed_sizes(parameters: tuple[ResolvedParameter, ...]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for parameter in parameters:
         placement = parameter.placements[-1]
         if isinstance(placement, Packed):
             size = parameter.shape[placement.dim] // placement.groups
-            sizes[f"the intermediate size of {wildcard(parameter.name)}"] = size
+            sizes[f"the intermediate size of {to_wildcard(parameter.name)}"] = size
     return sizes
 
 
-def _head_counts(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, int]:
+def _count_heads(model: nn.Module, plan: Mapping[str, str], dialect: Dialect) -> dict[str, int]:
     """Count the heads of every projection whose output the plan leaves sharded: those must be whole on each rank."""
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        key = lookup(plan, name, is_parameter=False)
+        key = find_key(plan, name, is_parameter=False)
         if key is None or not isinstance(module, nn.Linear):
             continue
         style = dialect.style(plan[key], key)
         if style.output == "sharded" and isinstance(style.placement("linear", 2, "weight"), Shard):
             owner, _, projection = name.rpartition(".")
-            heads = _heads(model.get_submodule(owner), projection, module)
+            heads = _count_projection_heads(model.get_submodule(owner), projection, module)
             if heads is not None:
                 counts[f"the heads of {key}"] = heads
     return counts
 
 
-def _heads(attention: nn.Module, projection: str, module: nn.Linear) -> int | None:
+def _count_projection_heads(attention: nn.Module, projection: str, module: nn.Linear) -> int | None:
     """Count the heads in an attention projection's output, None where it holds none."""
     head_dim: Any = getattr(attention, "head_dim", None)
     if projection in ("q_proj", "k_proj", "v_proj") and isinstance(head_dim, int):

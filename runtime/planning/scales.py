@@ -16,7 +16,7 @@ from plans.resolved import ResolvedParameter
 from runtime.extents.forms import chunk_bounds
 from runtime.models.packed_experts import PackedExperts
 
-__all__ = ["Scale", "check_blocks", "scales_of"]
+__all__ = ["Scale", "check_scale_blocks", "find_scales"]
 
 _SCALE = re.compile(r"(?:(?P<weight>\w+?)_)??(?P<kind>activation_scale|scale_inv|scale|scales|blocks)")
 _FP4_BLOCK = 1, 16
@@ -35,18 +35,18 @@ class Scale:
     weight: str
     block: tuple[int, ...] | None
 
-    def placement(self, of_weight: Placement, ndim: int) -> Placement:
+    def placement(self, weight_placement: Placement, ndim: int) -> Placement:
         """Return where the scale goes.
 
         Args:
-            of_weight: where the weight goes.
+            weight_placement: where the weight goes.
             ndim: of the scale.
         """
-        one_each = self.block is not None or (of_weight == Shard(0) and ndim > 0)
-        return of_weight if one_each else Replicate()
+        one_each = self.block is not None or (weight_placement == Shard(0) and ndim > 0)
+        return weight_placement if one_each else Replicate()
 
 
-def scales_of(model: nn.Module) -> dict[str, Scale]:
+def find_scales(model: nn.Module) -> dict[str, Scale]:
     """Return the scales that a quantizer gave a model by name, and the blocks that it put in place of weights.
 
     Args:
@@ -60,11 +60,13 @@ def scales_of(model: nn.Module) -> dict[str, Scale]:
             match = _SCALE.fullmatch(name)
             if match:
                 weight = match["weight"] or "weight"
-                found[f"{owner}.{name}"] = Scale(f"{owner}.{weight}", _block(module, weight, match["kind"], tensor))
+                found[f"{owner}.{name}"] = Scale(
+                    f"{owner}.{weight}", _get_block_shape(module, weight, match["kind"], tensor)
+                )
     return found
 
 
-def check_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scales: Mapping[str, Scale]) -> None:
+def check_scale_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scales: Mapping[str, Scale]) -> None:
     """Refuse sizes that would cut a weight within a block that one scale stands for, naming the sizes that work.
 
     FSDP may: it gathers what it cut before anything is computed.
@@ -74,15 +76,15 @@ def check_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scales: Ma
     """
     rows = {row.name: row for row in parameters}
     scaled = [
-        _Scaled(rows[s.weight], rows[name], s.block) for name, s in scales.items() if s.block and s.weight in rows
+        _ScaledWeight(rows[s.weight], rows[name], s.block) for name, s in scales.items() if s.block and s.weight in rows
     ]
     for kind in ("dense", "experts"):
         axis, size = mesh.axes(kind)[1], mesh.sizes(kind)[1]
         here = [each for each in scaled if each.weight.mesh == kind]
-        failing = [each for each in here if not each.is_whole(size)]
+        failing = [each for each in here if not each.is_aligned(size)]
         if failing:
             most = max(max(each.scale.shape) for each in here)
-            works = [one for one in range(1, most + 1) if all(each.is_whole(one) for each in here)]
+            works = [one for one in range(1, most + 1) if all(each.is_aligned(one) for each in here)]
             raise IndivisibleError(
                 f"{axis}={size} would cut {failing[0].weight.name}, {list(failing[0].weight.shape)}, within blocks of "
                 f"{list(failing[0].block)} that have one scale each",
@@ -93,14 +95,14 @@ def check_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scales: Ma
 
 
 @dataclass(frozen=True)
-class _Scaled:
+class _ScaledWeight:
     """A weight, its scale, and how many of the weight's elements, by tensor dim, share an element of the scale."""
 
     weight: ResolvedParameter
     scale: ResolvedParameter
     block: tuple[int, ...]
 
-    def is_whole(self, size: int) -> bool:
+    def is_aligned(self, size: int) -> bool:
         """Say whether the weight's chunks begin where those of the scale do, on an axis of this size."""
         match self.weight.placements[-1]:
             case Shard(dim):
@@ -118,7 +120,7 @@ class _Scaled:
         )
 
 
-def _block(module: nn.Module, weight: str, kind: str, scale: torch.Tensor) -> tuple[int, ...] | None:
+def _get_block_shape(module: nn.Module, weight: str, kind: str, scale: torch.Tensor) -> tuple[int, ...] | None:
     if isinstance(module, PackedExperts):
         return (1,) * scale.ndim
     size: tuple[int, int] | None = getattr(module, "block_size", None)

@@ -20,17 +20,17 @@ from torch import nn
 
 from plans.dialect import Dialect
 from plans.errors import PlanError
-from plans.plan import lookup, wildcard
+from plans.plan import find_key, to_wildcard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["is_norm", "sequence_plan"]
+__all__ = ["derive_sequence_plan", "is_norm"]
 
-_ROWWISE = "linear/in"
+_ROWWISE_MEANING = "linear/in"
 
 
-def sequence_plan(model: PreTrainedModel, plan: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
+def derive_sequence_plan(model: PreTrainedModel, plan: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
     """Derive an SP plan; the sequence must then divide by tp.
 
     Args:
@@ -41,35 +41,37 @@ def sequence_plan(model: PreTrainedModel, plan: Mapping[str, str], dialect: Dial
     Raises:
         PlanError: some module's place in the stream cannot be told.
     """
-    layers = _layers(model, plan)
+    layers = _find_layer_list(model, plan)
     base, _, _ = layers.rpartition(".")
-    concrete = dict(_around_layers(model, base, layers, plan))
+    concrete = dict(_plan_outside_layers(model, base, layers, plan))
     for name, layer in model.get_submodule(layers).named_children():
-        concrete |= _of_layer(model, f"{layers}.{name}", layer, plan, dialect)
-    return {**plan, **_with_wildcards(model, concrete)}
+        concrete |= _plan_layer(model, f"{layers}.{name}", layer, plan, dialect)
+    return {**plan, **_merge_with_wildcards(model, concrete)}
 
 
-def _layers(model: PreTrainedModel, plan: Mapping[str, str]) -> str:
+def _find_layer_list(model: PreTrainedModel, plan: Mapping[str, str]) -> str:
     """Return the name of the one list of layers that the plan speaks of."""
     found = {key.partition(".*")[0] for key in plan if ".*" in key}
-    lists = sorted(name for name in found if _is_list(model, name))
+    lists = sorted(name for name in found if _is_module_list(model, name))
     if len(lists) != 1:
-        raise _refused(model, f"its plan speaks of {len(lists)} lists of layers, {', '.join(lists) or 'none'}")
+        raise _build_underivable_error(
+            model, f"its plan speaks of {len(lists)} lists of layers, {', '.join(lists) or 'none'}"
+        )
     return lists[0]
 
 
-def _is_list(model: nn.Module, name: str) -> bool:
+def _is_module_list(model: nn.Module, name: str) -> bool:
     try:
         return isinstance(model.get_submodule(name), nn.ModuleList)
     except AttributeError:
         return False
 
 
-def _around_layers(
+def _plan_outside_layers(
     model: PreTrainedModel, base: str, layers: str, plan: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    embedding, head = _embedding_and_head(model)
-    for name, module in _outside(model, base, layers):
+    embedding, head = _get_embedding_and_head(model)
+    for name, module in _find_outside_modules(model, base, layers):
         if module is embedding and isinstance(module, nn.Embedding):
             yield name, "vocab_reduce_scatter"
         elif module is head:
@@ -77,17 +79,17 @@ def _around_layers(
         elif is_norm(module):
             yield name, "activation"
         else:
-            raise _refused(model, f"{name} is neither embedding, norm nor head")
+            raise _build_underivable_error(model, f"{name} is neither embedding, norm nor head")
 
 
-def _embedding_and_head(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
+def _get_embedding_and_head(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
     try:
         return model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:
-        raise _refused(model, "it does not say which module embeds its input") from None
+        raise _build_underivable_error(model, "it does not say which module embeds its input") from None
 
 
-def _outside(model: nn.Module, base: str, layers: str) -> Iterator[tuple[str, nn.Module]]:
+def _find_outside_modules(model: nn.Module, base: str, layers: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules with parameters that stand beside the layers, or beside what the layers stand in."""
     for parent in dict.fromkeys(("", base)):
         for name, child in model.get_submodule(parent).named_children():
@@ -97,23 +99,23 @@ def _outside(model: nn.Module, base: str, layers: str) -> Iterator[tuple[str, nn
                 yield full, child
 
 
-def _of_layer(
+def _plan_layer(
     model: PreTrainedModel, prefix: str, layer: nn.Module, plan: Mapping[str, str], dialect: Dialect
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     if any(True for _ in layer.parameters(recurse=False)):
-        raise _refused(model, f"{prefix} has parameters of its own")
+        raise _build_underivable_error(model, f"{prefix} has parameters of its own")
     for name, part in layer.named_children():
         if next(part.parameters(), None) is not None:
-            found |= _of_part(model, f"{prefix}.{name}", part, plan, dialect)
+            found |= _plan_part(model, f"{prefix}.{name}", part, plan, dialect)
     return found
 
 
-def _of_part(
+def _plan_part(
     model: PreTrainedModel, name: str, part: nn.Module, plan: Mapping[str, str], dialect: Dialect
 ) -> dict[str, str]:
     if isinstance(part, nn.ModuleList):  # which is never called itself
-        return _of_layer(model, name, part, plan, dialect)
+        return _plan_layer(model, name, part, plan, dialect)
     if is_norm(part):
         return {name: "activation"}
     last = [
@@ -121,21 +123,21 @@ def _of_part(
         for below, module in part.named_modules()
         if _is_rowwise(module, f"{name}.{below}", plan, dialect)
     ]
-    if len(last) == 1 and not _has_stacked(part):
+    if len(last) == 1 and not _has_stacked_parameters(part):
         return {name: "module_allgather", last[0]: "rowwise_reduce_scatter"}
     return {name: "module_allgather_split"}
 
 
 def _is_rowwise(module: nn.Module, name: str, plan: Mapping[str, str], dialect: Dialect) -> bool:
-    key = lookup(plan, name, is_parameter=False)
+    key = find_key(plan, name, is_parameter=False)
     return (
         key is not None
         and isinstance(module, nn.Linear)
-        and dialect.style(plan[key], key).meaning("linear") == _ROWWISE
+        and dialect.style(plan[key], key).meaning("linear") == _ROWWISE_MEANING
     )
 
 
-def _has_stacked(module: nn.Module) -> bool:
+def _has_stacked_parameters(module: nn.Module) -> bool:
     return any(parameter.ndim > 2 for parameter in module.parameters())
 
 
@@ -145,12 +147,12 @@ def is_norm(module: nn.Module) -> bool:
     return named and all(parameter.ndim == 1 for parameter in module.parameters())
 
 
-def _with_wildcards(model: nn.Module, concrete: Mapping[str, str]) -> dict[str, str]:
+def _merge_with_wildcards(model: nn.Module, concrete: Mapping[str, str]) -> dict[str, str]:
     """Return one entry with wildcards where all layers agree, and numbered ones where they do not."""
-    counts = Counter(wildcard(name) for name, _ in model.named_modules())
+    counts = Counter(to_wildcard(name) for name, _ in model.named_modules())
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name, style in concrete.items():
-        groups[wildcard(name)][name] = style
+        groups[to_wildcard(name)][name] = style
     entries: dict[str, str] = {}
     for key, members in groups.items():
         agree = len(members) == counts[key] and len(set(members.values())) == 1
@@ -158,9 +160,9 @@ def _with_wildcards(model: nn.Module, concrete: Mapping[str, str]) -> dict[str, 
     return entries
 
 
-def _refused(model: nn.Module, why: str) -> PlanError:
+def _build_underivable_error(model: nn.Module, reason: str) -> PlanError:
     return PlanError(
-        f"{type(model).__name__}: no sequence parallel plan can be derived, {why}",
+        f"{type(model).__name__}: no sequence parallel plan can be derived, {reason}",
         hint="write a `base_model_sp_plan`, or choose a mode without sequence parallelism",
         model=type(model).__name__,
     )

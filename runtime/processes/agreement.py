@@ -12,15 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import plans.errors
 from plans.errors import MigratorError, WorkerError
-from runtime.processes.backends import takes_cpu_tensors
+from runtime.processes.backends import supports_cpu_tensors
 from runtime.wording import first_line
 
-__all__ = ["error_from_json", "error_to_json", "gather_json", "together"]
+__all__ = ["all_gather_json", "error_from_json", "error_to_json", "raise_on_any_rank"]
 
 Result = TypeVar("Result")
 
 
-def gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
+def all_gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
     """Return every rank's value, in order of rank; all ranks call this.
 
     Args:
@@ -31,21 +31,21 @@ def gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
         WorkerError: one of them died, or did not answer in the time that the process group allows.
     """
     if not axes:
-        return _gather(value, None)
+        return _all_gather(value, None)
     values = [value]
     for axis in axes:
-        values = [one for some in _gather(values, axis.get_group()) for one in some]
+        values = [one for some in _all_gather(values, axis.get_group()) for one in some]
     return values
 
 
-def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Result:
+def raise_on_any_rank(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Result:
     """Run a stage on every rank; where one rank fails, all raise the first such rank's error.
 
     Without this the other ranks would wait in their next collective for a rank that has left.
 
     Args:
         stage: calls no collective itself.
-        axes: as in `gather_json`.
+        axes: as in `all_gather_json`.
 
     Raises:
         MigratorError: of the first rank that failed.
@@ -57,7 +57,7 @@ def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Re
     except MigratorError as error:
         failure = error
     try:
-        failures = gather_json(error_to_json(failure) if failure else None, axes)
+        failures = all_gather_json(error_to_json(failure) if failure else None, axes)
     except WorkerError as lost:
         raise (failure or lost) from lost.__cause__  # what went wrong here is nearer to the cause
     for found in failures:
@@ -66,9 +66,9 @@ def together(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Re
     return result
 
 
-def _gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
+def _all_gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
     try:
-        return _gathered(value, group)
+        return _exchange_json(value, group)
     except RuntimeError as error:
         raise WorkerError(
             f"rank {dist.get_rank()} waited for another one in vain: {first_line(error)}",
@@ -76,8 +76,8 @@ def _gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
         ) from error
 
 
-def _gathered(value: object, group: dist.ProcessGroup | None) -> list[Any]:
-    device = "cpu" if takes_cpu_tensors(group) else "cuda"
+def _exchange_json(value: object, group: dist.ProcessGroup | None) -> list[Any]:
+    device = "cpu" if supports_cpu_tensors(group) else "cuda"
     content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, torch.tensor([len(content)], device=device), group=group)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-__all__ = ["over_nccl", "takes_cpu_tensors"]
+__all__ = ["supports_cpu_tensors", "uses_nccl"]
 
 
-def takes_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:
+def supports_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:
     """Say whether a group carries what lies in hosts' own memory too."""
     return any(entry.startswith("cpu:") for entry in dist.get_backend_config(group).split(","))
 
 
-def over_nccl(group: dist.ProcessGroup | None = None) -> bool:
+def uses_nccl(group: dist.ProcessGroup | None = None) -> bool:
     """Say whether NCCL carries what lies on GPUs, whatever carries what lies elsewhere."""
     return "cuda:nccl" in dist.get_backend_config(group).split(",")

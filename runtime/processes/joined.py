@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from plans.errors import UsageError, WorkerError
-from runtime.wording import counted, first_line
+from runtime.wording import first_line, pluralize
 
-__all__ = ["joined", "own_device"]
+__all__ = ["process_group", "select_device"]
 
 
-def own_device(kind: str) -> torch.device:
+def select_device(kind: str) -> torch.device:
     """Return the device that this rank computes on.
 
     Args:
@@ -32,7 +32,7 @@ def own_device(kind: str) -> torch.device:
     gpus = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
     if kind == "cuda" and gpus < ranks:
         raise UsageError(
-            f"{counted(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",
+            f"{pluralize(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",
             hint="use --device cpu, a smaller mesh, or several machines through torchrun",
             ranks=ranks,
             gpus=gpus,
@@ -41,23 +41,23 @@ def own_device(kind: str) -> torch.device:
 
 
 @contextmanager
-def joined(timeout: float, device: str = "cpu") -> Iterator[None]:
+def process_group(timeout: float, device: str = "cpu") -> Iterator[None]:
     """Join the process group of the ranks that were started together, and leave it at the end.
 
     Meanwhile what is written to standard output goes to standard error.
 
     Args:
         timeout: seconds that this rank waits for the others wherever they meet.
-        device: where ranks compute, as for `own_device`.
+        device: where ranks compute, as for `select_device`.
 
     Raises:
         WorkerError: there is no such group to join.
         UsageError: there are not enough GPUs.
     """
-    own = own_device(device)
+    own = select_device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    with _spared_output():
+    with _redirect_stdout():
         try:
             dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
@@ -72,7 +72,7 @@ def joined(timeout: float, device: str = "cpu") -> Iterator[None]:
 
 
 @contextmanager
-def _spared_output() -> Iterator[None]:
+def _redirect_stdout() -> Iterator[None]:
     """Keep standard output for data: what libraries write there meanwhile goes to standard error.
 
     In torch 2.8 gloo says there whom it has reached. Libraries in C++ know no `sys.stdout` and have their own buffer.

@@ -24,21 +24,21 @@ from plans.errors import WorkerError
 
 __all__ = ["launch"]
 
-_POLL = 0.05
+_POLL_SECONDS = 0.05
 """Seconds between two looks at the workers."""
 _LAST_LINES = 20
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 
 @dataclass(frozen=True)
-class _Worker:
+class _RankProcess:
     """A started rank, and the descriptor of the file that it writes to."""
 
     rank: int
     process: subprocess.Popen[bytes]
     log: int
 
-    def last_lines(self) -> list[str]:
+    def read_last_lines(self) -> list[str]:
         # Read in place: the worker has the same position in the file, and writes on from there.
         lines = os.pread(self.log, os.fstat(self.log).st_size, 0).decode("utf-8", "replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
@@ -50,7 +50,7 @@ def launch(
     *,
     timeout: float,
     environment: Mapping[str, str] | None = None,
-    files: Sequence[int] = (),
+    pass_fds: Sequence[int] = (),
 ) -> None:
     """Run a command as `world_size` ranks of one process group and wait for all of them.
 
@@ -63,7 +63,7 @@ def launch(
         command: program and arguments, the same for every rank.
         timeout: seconds after which all are killed.
         environment: variables to add for every rank.
-        files: descriptors that every rank inherits, under the same numbers.
+        pass_fds: descriptors that every rank inherits, under the same numbers.
 
     Raises:
         WorkerError: a rank failed, died or was too slow; all others have been ended.
@@ -72,12 +72,14 @@ def launch(
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     shared = _shared_environment(world_size, store.port) | dict(environment or {})
     with ExitStack() as running:
-        workers = [running.enter_context(_started(rank, command, shared, files)) for rank in range(world_size)]
-        _wait(workers, timeout)
+        workers = [running.enter_context(_start_rank(rank, command, shared, pass_fds)) for rank in range(world_size)]
+        _wait_for_workers(workers, timeout)
 
 
 @contextmanager
-def _started(rank: int, command: Sequence[str], shared: Mapping[str, str], files: Sequence[int]) -> Iterator[_Worker]:
+def _start_rank(
+    rank: int, command: Sequence[str], shared: Mapping[str, str], pass_fds: Sequence[int]
+) -> Iterator[_RankProcess]:
     """Start one rank in a session of its own, and end whatever of it still runs on the way out."""
     environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     with (
@@ -89,11 +91,11 @@ def _started(rank: int, command: Sequence[str], shared: Mapping[str, str], files
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=files,
+            pass_fds=pass_fds,
         ) as process,
     ):
         try:
-            yield _Worker(rank, process, output.fileno())
+            yield _RankProcess(rank, process, output.fileno())
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -111,26 +113,26 @@ def _shared_environment(world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _wait(workers: Sequence[_Worker], timeout: float) -> None:
+def _wait_for_workers(workers: Sequence[_RankProcess], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while None in [worker.process.poll() for worker in workers]:
         _raise_failure(workers)
         if time.monotonic() > deadline:
-            raise _too_slow(workers, timeout)
-        time.sleep(_POLL)
+            raise _build_timeout_error(workers, timeout)
+        time.sleep(_POLL_SECONDS)
     _raise_failure(workers)
 
 
-def _raise_failure(workers: Sequence[_Worker]) -> None:
+def _raise_failure(workers: Sequence[_RankProcess]) -> None:
     failed = [worker for worker in workers if worker.process.returncode]
     if not failed:
         return
     # A rank that died by a signal brings others down, which may fail before the next look.
     first = min(failed, key=lambda worker: worker.process.returncode > 0)
-    code, last = first.process.returncode, first.last_lines()
+    code, last = first.process.returncode, first.read_last_lines()
     how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
     raise WorkerError(
-        f"rank {first.rank} {how}: {_reason(last)}",
+        f"rank {first.rank} {how}: {_find_error_line(last)}",
         hint="run it under torchrun to see all that the ranks write",
         rank=first.rank,
         exitcode=code,
@@ -138,14 +140,14 @@ def _raise_failure(workers: Sequence[_Worker]) -> None:
     )
 
 
-def _reason(lines: Sequence[str]) -> str:
+def _find_error_line(lines: Sequence[str]) -> str:
     """Return the line that names an error, else the last one."""
     named = [line for line in lines if _ERROR.match(line)]
     return [*lines, *named][-1] if lines else "it wrote nothing"
 
 
-def _too_slow(workers: Sequence[_Worker], timeout: float) -> WorkerError:
-    lines = {worker.rank: worker.last_lines() for worker in workers if worker.process.returncode is None}
+def _build_timeout_error(workers: Sequence[_RankProcess], timeout: float) -> WorkerError:
+    lines = {worker.rank: worker.read_last_lines() for worker in workers if worker.process.returncode is None}
     said = "; ".join(f"rank {rank}: {last[-1] if last else 'nothing'}" for rank, last in lines.items())
     return WorkerError(
         f"{len(lines)} workers were not done after {timeout:g} s; what each wrote last: {said}",

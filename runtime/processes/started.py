@@ -10,19 +10,19 @@ import threading
 import time
 from typing import NoReturn
 
-__all__ = ["end_with", "in_worker", "leave"]
+__all__ = ["die_with_parent", "exit_now", "is_worker_process"]
 
-_WATCH = 0.5
+_PARENT_POLL_SECONDS = 0.5
 """Seconds between two looks at the parent."""
 _PR_SET_PDEATHSIG = 1
 
 
-def in_worker() -> bool:
+def is_worker_process() -> bool:
     """Say whether this process is a rank that torchrun, or `launch`, has started."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """End this process soon after its parent is gone, however that ended.
 
     Args:
@@ -33,7 +33,7 @@ def end_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_WATCH)
+            time.sleep(_PARENT_POLL_SECONDS)
         os._exit(1)
 
     if os.getppid() != parent:
@@ -41,7 +41,7 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End this process with an exit code, all written, without the interpreter's own ending.
 
     Gloo's threads live on after their process group is destroyed, and now and then the interpreter's ending under

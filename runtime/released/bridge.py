@@ -20,18 +20,18 @@ from plans.errors import IndivisibleError, PlanError, UsageError
 from plans.placement import Packed, Placement, Replicate
 from plans.style import Style
 from runtime.models.config import transformers_version
-from runtime.parallel.hooks import wrapped
+from runtime.parallel.hooks import wrap_forward
 from runtime.planning.plan import runtime_dialect
-from runtime.released.support import OWN_PATH, Support
-from runtime.styles import STYLES, ParallelStyle, Site
-from runtime.styles.style import owner_of
+from runtime.released.support import PARALLELIZE_HINT, Support
+from runtime.styles import STYLES, HookSite, ParallelStyle
+from runtime.styles.style import get_owner_kind
 
 __all__ = ["ReleasedStyle", "register_styles"]
 
-_OLDEST = (5, 17)
+_MIN_RELEASE = (5, 17)
 _INTERFACE = ("validate_param", "shard_param", "install_forward")
 
-_NOT_OURS = frozenset({"ep_router"})
+_EXCLUDED = frozenset({"ep_router"})
 """Releases that lack these refuse plans that name them; a style here could not see the experts beside its router."""
 
 
@@ -49,10 +49,10 @@ def register_styles() -> Support:
         UsageError: its registry has another interface, or the installed torch would have packed parameters loaded in
             the wrong rows.
     """
-    registry = _registry(transformers_version())
+    registry = _find_registry(transformers_version())
     _check_torch()
     dialect = runtime_dialect()
-    present = _NOT_OURS.union(registry)
+    present = _EXCLUDED.union(registry)
     for name in STYLES.names:
         if name in dialect.styles and name not in present:
             registry.register(name, ReleasedStyle(STYLES.styles[name], dialect.styles[name]))
@@ -89,15 +89,15 @@ class ReleasedStyle:
                 parameter=name,
                 style=self.style.name,
             )
-        placement = self._placement(module, param)
+        placement = self._resolve_placement(module, param)
         if isinstance(placement, Packed):
-            _check_groups(name, tensor.shape[placement.dim], placement.groups, _axis(mesh).size())
+            _check_groups(name, tensor.shape[placement.dim], placement.groups, _get_tp_axis(mesh).size())
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         """Replace a module's own parameter, still on meta, by a placeholder into which its piece will be loaded."""
-        placement = self._placement(module, param)
+        placement = self._resolve_placement(module, param)
         if placement not in (None, Replicate()):
-            self.style.shard(self._site(module, mesh), param, placement)
+            self.style.shard(self._build_site(module, mesh), param, placement)
 
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         """Put the style around a module's forward.
@@ -105,7 +105,7 @@ class ReleasedStyle:
         Raises:
             PlanError: the style is a parameter's, or cannot hook this module.
         """
-        site = self._site(module, mesh)
+        site = self._build_site(module, mesh)
         if self.style.around is None:
             raise PlanError(
                 f"{self.style.name!r} is for a parameter, but its key names a module, a {type(module).__name__}",
@@ -113,17 +113,17 @@ class ReleasedStyle:
                 style=self.style.name,
             )
         self.style.check(site)
-        module.forward = wrapped(site, self.style.around, module.forward)
+        module.forward = wrap_forward(site, self.style.around, module.forward)
         return module
 
-    def _placement(self, module: nn.Module, param: str) -> Placement | None:
+    def _resolve_placement(self, module: nn.Module, param: str) -> Placement | None:
         tensor = module._parameters.get(param)
-        return None if tensor is None else self.entry.placement(owner_of(module), tensor.ndim, param)
+        return None if tensor is None else self.entry.placement(get_owner_kind(module), tensor.ndim, param)
 
-    def _site(self, module: nn.Module, mesh: DeviceMesh) -> Site:
+    def _build_site(self, module: nn.Module, mesh: DeviceMesh) -> HookSite:
         config = getattr(module, "config", None)
         kind = type(module).__name__
-        return Site(kind, module, _axis(mesh), config, self.style.name)
+        return HookSite(kind, module, _get_tp_axis(mesh), config, self.style.name)
 
 
 class _Registry(Protocol):
@@ -132,27 +132,27 @@ class _Registry(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-def _registry(release: str) -> _Registry:
+def _find_registry(release: str) -> _Registry:
     """Return the release's registry of styles.
 
     Raises:
         UsageError: it has another interface than the one that is known.
     """
-    older = tuple(int(part) for part in release.split(".")[:2]) < _OLDEST
-    module = None if older else _if_there("transformers.distributed.tensor_parallel")
+    older = tuple(int(part) for part in release.split(".")[:2]) < _MIN_RELEASE
+    module = None if older else _import_if_installed("transformers.distributed.tensor_parallel")
     layer = getattr(module, "TensorParallelLayer", None)
     if not all(hasattr(layer, method) for method in _INTERFACE):
         raise UsageError(
             f"transformers {release} cannot be taught styles: "
             + ("it passes over unknown ones or calls them otherwise" if older else "it calls them in an unknown way"),
-            hint=f"install transformers 5.17 to 5.23, or {OWN_PATH}",
+            hint=f"install transformers 5.17 to 5.23, or {PARALLELIZE_HINT}",
             version=release,
         )
     registry: _Registry = vars(module)["ALL_PARALLEL_STYLES"]
     return registry
 
 
-def _if_there(name: str) -> ModuleType | None:
+def _import_if_installed(name: str) -> ModuleType | None:
     try:
         return import_module(name)
     except ModuleNotFoundError:
@@ -170,7 +170,7 @@ def _check_torch() -> None:
 
         raise UsageError(
             f"torch {torch.__version__} would have transformers load gate_up_proj in the wrong rows",
-            hint=f"install torch 2.13 or newer, or {OWN_PATH}",
+            hint=f"install torch 2.13 or newer, or {PARALLELIZE_HINT}",
             version=str(torch.__version__),
         )
 
@@ -187,5 +187,5 @@ def _check_groups(name: str, size: int, groups: int, ranks: int) -> None:
         )
 
 
-def _axis(mesh: DeviceMesh) -> DeviceMesh:
+def _get_tp_axis(mesh: DeviceMesh) -> DeviceMesh:
     return mesh if mesh.ndim == 1 else mesh["tp"]

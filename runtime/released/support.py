@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plans.dialect import dialect_for_release, meant_style
+from plans.dialect import dialect_for_release, suggest_style
 from plans.errors import PlanError, UnknownStyleError, UsageError
-from plans.plan import wildcard
+from plans.plan import to_wildcard
 from runtime.planning.plan import Plan
 
-__all__ = ["OWN_PATH", "Support"]
+__all__ = ["PARALLELIZE_HINT", "Support"]
 
-OWN_PATH = "run the plan with runtime.parallelize, which needs no registry"
+PARALLELIZE_HINT = "run the plan with runtime.parallelize, which needs no registry"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Support:
         if plan.mode in ("tp_ep", "sp_ep") and not combines:
             raise UsageError(
                 f"transformers {self.release} cannot run mode {plan.mode!r}: its expert plan replaces the other one",
-                hint=f"install transformers 5.19 or newer, or {OWN_PATH}",
+                hint=f"install transformers 5.19 or newer, or {PARALLELIZE_HINT}",
                 mode=plan.mode,
             )
 
@@ -60,14 +60,14 @@ class Support:
         if style not in self.known:
             raise UnknownStyleError(
                 f"{key!r}: transformers {self.release} has no style {style!r}",
-                hint=meant_style(style, self.known, OWN_PATH),
+                hint=suggest_style(style, self.known, PARALLELIZE_HINT),
                 key=key,
                 style=style,
             )
-        if not numbered_keys and key != wildcard(key):
+        if not numbered_keys and key != to_wildcard(key):
             raise PlanError(
-                f"{key!r} matches nothing in transformers {self.release}, which looks for {wildcard(key)!r} only",
-                hint=OWN_PATH,
+                f"{key!r} matches nothing in transformers {self.release}, which looks for {to_wildcard(key)!r} only",
+                hint=PARALLELIZE_HINT,
                 key=key,
             )
 
@@ -76,13 +76,13 @@ class Support:
         if refused:
             raise PlanError(
                 f"transformers {self.release} refuses {refused[0]!r} in an expert plan",
-                hint=f"give the experts ep_dispatch_experts and their router no entry, or {OWN_PATH}",
+                hint=f"give the experts ep_dispatch_experts and their router no entry, or {PARALLELIZE_HINT}",
                 style=refused[0],
             )
         if needs and not any(styles.issuperset(one) for one in needs):
             wanted = ", or ".join(" and ".join(one) for one in needs)
             raise PlanError(
                 f"transformers {self.release} would not apply this expert plan, and say nothing: it names no {wanted}",
-                hint=f"give the experts ep_dispatch_experts, or {OWN_PATH}",
+                hint=f"give the experts ep_dispatch_experts, or {PARALLELIZE_HINT}",
                 styles=sorted(styles),
             )

@@ -1,7 +1,7 @@
 """Parallel styles, one small value each: how a parameter is sharded, what happens around a module's forward."""
 
-from runtime.styles.facts import Own
+from runtime.styles.facts import LocalParameters
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.style import ParallelStyle, Site
+from runtime.styles.style import HookSite, ParallelStyle
 
-__all__ = ["STYLES", "Own", "ParallelStyle", "Site", "StyleRegistry"]
+__all__ = ["STYLES", "HookSite", "LocalParameters", "ParallelStyle", "StyleRegistry"]

@@ -9,38 +9,42 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from runtime.styles.collectives import all_reduce_gradients
 
-__all__ = ["Place", "by_place", "called", "with_summed_gradients"]
+__all__ = ["ArgumentKey", "index_arguments", "split_arguments", "sum_argument_gradients"]
 
-Place = int | str
+ArgumentKey = int | str
 """The position or the name of an argument."""
 
 
-def by_place(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[Place, object]:
+def index_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[ArgumentKey, object]:
     """Return a call's arguments by place, positional ones first."""
-    values: dict[Place, object] = dict(enumerate(args))
+    values: dict[ArgumentKey, object] = dict(enumerate(args))
     return values | dict(kwargs)
 
 
-def called(values: Mapping[Place, object], positional: int) -> tuple[list[object], dict[str, object]]:
+def split_arguments(
+    arguments: Mapping[ArgumentKey, object], positional_count: int
+) -> tuple[list[object], dict[str, object]]:
     """Return arguments by place as positional and named ones.
 
     Args:
-        values: by place.
-        positional: how many of them have positions.
+        arguments: by place.
+        positional_count: how many of them have positions.
     """
-    named = {place: value for place, value in values.items() if isinstance(place, str)}
-    return [values[place] for place in range(positional)], named
+    named = {place: value for place, value in arguments.items() if isinstance(place, str)}
+    return [arguments[place] for place in range(positional_count)], named
 
 
-def with_summed_gradients(
-    values: Mapping[Place, object], axis: DeviceMesh, kept: Place | None = None
-) -> dict[Place, object]:
+def sum_argument_gradients(
+    arguments: Mapping[ArgumentKey, object], axis: DeviceMesh, excluded: ArgumentKey | None = None
+) -> dict[ArgumentKey, object]:
     """Return arguments with every tensor's gradient summed over a mesh axis, in one collective.
 
     Args:
-        values: by place.
+        arguments: by place.
         axis: the mesh axis.
-        kept: the place of a tensor whose gradient is whole already, None where there is no such.
+        excluded: the place of a tensor whose gradient is whole already, None where there is no such.
     """
-    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor) and place != kept}
-    return {**values, **dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), axis), strict=True))}
+    tensors = {
+        place: value for place, value in arguments.items() if isinstance(value, torch.Tensor) and place != excluded
+    }
+    return {**arguments, **dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), axis), strict=True))}

@@ -18,11 +18,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from runtime.extents.forms import chunk_bounds
 
 __all__ = [
+    "add_dependency",
     "all_gather",
     "all_reduce",
     "all_reduce_gradient",
     "all_reduce_gradients",
-    "depend",
     "reduce_scatter",
     "split",
 ]
@@ -32,16 +32,16 @@ _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def all_reduce(tensor: torch.Tensor, axis: DeviceMesh, *, fresh: bool = False) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, axis: DeviceMesh, *, may_overwrite: bool = False) -> torch.Tensor:
     """Sum the ranks' partial tensors; the gradient passes as it is.
 
     Args:
         tensor: partial, the same shape on every rank.
         axis: the mesh axis.
-        fresh: whether nobody else holds the tensor, so that without gradients the sum may take its place.
+        may_overwrite: whether nobody else holds the tensor, so that without gradients the sum may take its place.
     """
     if not torch.is_grad_enabled():
-        return _sum_in_place(tensor, axis) if fresh and tensor.is_contiguous() else _sum(tensor, axis)
+        return _sum_in_place(tensor, axis) if may_overwrite and tensor.is_contiguous() else _sum_copy(tensor, axis)
     result: torch.Tensor = _AllReduce.apply(tensor, axis)  # type: ignore[no-untyped-call]
     return result
 
@@ -61,7 +61,7 @@ def all_reduce_gradients(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> t
     return tuple(next(summed) if tensor.requires_grad else tensor for tensor in tensors)
 
 
-def depend(output: torch.Tensor, *inputs: object) -> torch.Tensor:
+def add_dependency(output: torch.Tensor, *inputs: object) -> torch.Tensor:
     """Return an output that depends on its inputs even where this rank computed nothing from them.
 
     Without that, a rank to whose experts no token went would leave the collectives of backward to the others.
@@ -69,7 +69,7 @@ def depend(output: torch.Tensor, *inputs: object) -> torch.Tensor:
     needed = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if output.requires_grad or not needed or not torch.is_grad_enabled():
         return output
-    result: torch.Tensor = _Depend.apply(output, *needed)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _AddDependency.apply(output, *needed)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -77,7 +77,7 @@ def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int = -1
     """Join the ranks' chunks along a dim; the gradient is split.
 
     Args:
-        tensor: this rank's chunk, as `torch.chunk` cuts `width`.
+        tensor: this rank's chunk, as `torch.chunk` cuts `get_contiguous_size`.
         axis: the mesh axis.
         width: of that dim of the result.
         dim: of the tensor.
@@ -88,7 +88,7 @@ def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int = -1
 
 def split(tensor: torch.Tensor, axis: DeviceMesh, dim: int = -1) -> torch.Tensor:
     """Return this rank's chunk of a whole tensor along a dim; the gradient is gathered."""
-    result: torch.Tensor = _Cut.apply(tensor, axis, dim, False)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _TakeChunk.apply(tensor, axis, dim, False)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -100,11 +100,11 @@ def reduce_scatter(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Te
         axis: the mesh axis.
         dim: of the tensor.
     """
-    result: torch.Tensor = _Cut.apply(tensor, axis, dim, True)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _TakeChunk.apply(tensor, axis, dim, True)  # type: ignore[no-untyped-call]
     return result
 
 
-def _sum(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+def _sum_copy(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     # A copy, because the module may have saved what it returned for its own backward.
     return _sum_in_place(tensor.clone(memory_format=torch.contiguous_format), axis)
 
@@ -114,20 +114,20 @@ def _sum_in_place(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     return tensor
 
 
-def _sum_together(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
+def _sum_coalesced(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
     """Sum each tensor over the ranks, in one collective where they are of one dtype."""
     if len({tensor.dtype for tensor in tensors}) > 1:
-        return tuple(_sum(tensor, axis) for tensor in tensors)
+        return tuple(_sum_copy(tensor, axis) for tensor in tensors)
     if len(tensors) == 1:
-        return (_sum(tensors[0], axis),)
+        return (_sum_copy(tensors[0], axis),)
     flat = _sum_in_place(torch.cat([tensor.reshape(-1) for tensor in tensors]), axis)
     pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
     return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
 
 
-def _join(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
+def _gather_chunks(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     if width % axis.size():
-        return _join_uneven(tensor, axis, width, dim)
+        return _gather_uneven_chunks(tensor, axis, width, dim)
     pieces = tensor.new_empty(axis.size() * tensor.shape[0], *tensor.shape[1:])
     _ALL_GATHER(pieces, tensor.contiguous(), group=axis.get_group())
     # As one block after another where that is how they lie; torch.cat copies faster than a strided view would.
@@ -136,7 +136,7 @@ def _join(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch
     return torch.cat(pieces.view(axis.size(), *tensor.shape).unbind(), dim)
 
 
-def _join_uneven(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
+def _gather_uneven_chunks(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     lengths = [chunk_bounds(width, axis.size(), index)[1] for index in range(axis.size())]
     last = tensor.movedim(dim, -1)
     padded = nn.functional.pad(last, (0, lengths[0] - last.shape[-1])).movedim(-1, dim).contiguous()
@@ -145,21 +145,21 @@ def _join_uneven(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -
     return torch.cat([piece.narrow(dim, 0, length) for piece, length in zip(pieces, lengths, strict=True)], dim=dim)
 
 
-def _own(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+def _take_chunk(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
     return tensor.narrow(dim, *chunk_bounds(tensor.shape[dim], axis.size(), axis.get_local_rank())).contiguous()
 
 
-def _sum_and_cut(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
+def _sum_and_take_chunk(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
     group = axis.get_group()
     if not tensor.is_cuda:  # gloo has no reduce-scatter in every torch from 2.8 on, nor a group's name for certain
-        return _own(_sum(tensor, axis), axis, dim)
+        return _take_chunk(_sum_copy(tensor, axis), axis, dim)
     pieces = torch.cat(tensor.chunk(axis.size(), dim))
     result = pieces.new_empty(pieces.shape[0] // axis.size(), *pieces.shape[1:])
     _REDUCE_SCATTER(result, pieces, group=group)
     return result
 
 
-class _Context(Protocol):
+class _CollectiveContext(Protocol):
     axis: DeviceMesh
     width: int
     dim: int
@@ -169,61 +169,63 @@ class _Context(Protocol):
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-        return _sum(tensor, axis)
+    def forward(ctx: _CollectiveContext, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+        return _sum_copy(tensor, axis)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: _CollectiveContext, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
 
 
 class _AllReduceGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, axis: DeviceMesh, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: _CollectiveContext, axis: DeviceMesh, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.axis = axis
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, *_sum_together(gradients, ctx.axis)
+    def backward(ctx: _CollectiveContext, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *_sum_coalesced(gradients, ctx.axis)
 
 
-class _Depend(torch.autograd.Function):
+class _AddDependency(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: _CollectiveContext, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.inputs = [torch.empty_like(tensor, device="meta") for tensor in inputs]
         ctx.device = output.device
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _CollectiveContext, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, *(torch.zeros_like(tensor, device=ctx.device) for tensor in ctx.inputs)
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
+    def forward(ctx: _CollectiveContext, tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
         ctx.axis, ctx.dim = axis, dim
-        return _join(tensor, axis, width, dim)
+        return _gather_chunks(tensor, axis, width, dim)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _own(gradients[0], ctx.axis, ctx.dim), None, None, None
+    def backward(ctx: _CollectiveContext, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _take_chunk(gradients[0], ctx.axis, ctx.dim), None, None, None
 
 
-class _Cut(torch.autograd.Function):
+class _TakeChunk(torch.autograd.Function):
     """Takes this rank's chunk of a whole tensor, or of the sum of partial ones; either way back is a gather."""
 
     @staticmethod
-    def forward(ctx: _Context, tensor: torch.Tensor, axis: DeviceMesh, dim: int, partial: bool) -> torch.Tensor:
+    def forward(
+        ctx: _CollectiveContext, tensor: torch.Tensor, axis: DeviceMesh, dim: int, partial: bool
+    ) -> torch.Tensor:
         ctx.axis, ctx.width, ctx.dim = axis, tensor.shape[dim], dim
-        return _sum_and_cut(tensor, axis, dim) if partial else _own(tensor, axis, dim)
+        return _sum_and_take_chunk(tensor, axis, dim) if partial else _take_chunk(tensor, axis, dim)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _join(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None, None
+    def backward(ctx: _CollectiveContext, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _gather_chunks(gradients[0], ctx.axis, ctx.width, ctx.dim), None, None, None

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from plans.placement import Placement
-from plans.style import Owner
+from plans.style import OwnerKind
 
-__all__ = ["WITH_HEADS", "Flow", "Own", "Sums"]
+__all__ = ["HEAD_PARAMETERS", "ActivationLayout", "LocalParameters", "SumScope"]
 
-Flow = Literal["any", "whole", "gathered", "features", "sequence", "sequence at 2", "partial"]
+ActivationLayout = Literal["any", "whole", "gathered", "features", "sequence", "sequence at 2", "partial"]
 """What a module takes or gives on each rank: the whole tensor; that, or a slice of the sequence which it gathers; a
 slice of the features; one of the sequence, dim 1 or dim 2; or a summand."""
 
-Sums = Literal["nothing", "its own", "its parts"]
+SumScope = Literal["nothing", "its own", "its parts"]
 """Whose partial outputs a style sums over the ranks: a layer's own, or those of whatever the module holds."""
 
 
 @dataclass(frozen=True)
-class Own:
+class LocalParameters:
     """Sharded parameters of a module's own with which a style's forward computes what it should.
 
     Args:
@@ -29,12 +29,12 @@ class Own:
         below_sum: only where an entry above sums what the module's parts compute, and nothing of its own is whole.
     """
 
-    owner: Owner | None = None
+    owner: OwnerKind | None = None
     placements: tuple[Placement, ...] = ()
     dims: tuple[int, ...] = ()
     below_sum: bool = False
 
-    def accepts(self, owner: Owner, placement: Placement | None, ndim: int) -> bool:
+    def accepts(self, owner: OwnerKind, placement: Placement | None, ndim: int) -> bool:
         """Say whether these are parameters of such a kind."""
         return (
             self.owner in (None, owner)
@@ -43,5 +43,5 @@ class Own:
         )
 
 
-WITH_HEADS = Own("module", dims=(1, 2))
+HEAD_PARAMETERS = LocalParameters("module", dims=(1, 2))
 """Values or rows for each head, seen by an attention or a norm that works on its rank's heads."""

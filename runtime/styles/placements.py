@@ -22,11 +22,11 @@ from runtime.extents.forms import chunk_bounds
 
 __all__ = [
     "as_parameter",
+    "cut_local_shard",
     "from_torch",
-    "local_piece",
+    "get_placement",
+    "get_plan_placements",
     "local_tensor",
-    "placement_of",
-    "planned_placements",
     "to_torch",
 ]
 
@@ -51,7 +51,7 @@ def from_torch(placement: TorchPlacement) -> Placement | None:
     return Replicate() if isinstance(placement, TorchReplicate) else None
 
 
-def planned_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
+def get_plan_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
     """Return a DTensor's placements in the plan's terms, outermost first; torch's own where there are none.
 
     torch's FSDP cuts what tensor parallelism left. Where that was cut along dim 0 too, torch calls its own cut strided
@@ -63,14 +63,14 @@ def planned_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
     return found
 
 
-def placement_of(tensor: torch.Tensor | None) -> Placement | None:
+def get_placement(tensor: torch.Tensor | None) -> Placement | None:
     """Return a parameter's placement on its one mesh axis; plain tensors are whole, missing ones have none."""
     if isinstance(tensor, DTensor):
         return from_torch(tensor.placements[-1])
     return None if tensor is None else Replicate()
 
 
-def local_piece(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
+def cut_local_shard(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
     """Cut what one rank holds of a tensor, on meta or not; the piece may share memory with it.
 
     Args:
@@ -113,7 +113,7 @@ def local_tensor(parameter: DTensor) -> torch.Tensor:
     return local
 
 
-class _Context(Protocol):
+class _LocalTensorContext(Protocol):
     mesh: DeviceMesh
     placements: tuple[TorchPlacement, ...]
     shape: torch.Size
@@ -124,14 +124,14 @@ class _LocalTensor(torch.autograd.Function):
     """`DTensor.to_local`, but with the gradient's shape and placement taken from the parameter, never inferred."""
 
     @staticmethod
-    def forward(ctx: _Context, parameter: DTensor) -> torch.Tensor:
+    def forward(ctx: _LocalTensorContext, parameter: DTensor) -> torch.Tensor:
         ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
         ctx.shape, ctx.stride = parameter.shape, parameter.stride()
         local = parameter.to_local()
         return local.view_as(local)
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: torch.Tensor) -> DTensor:
+    def backward(ctx: _LocalTensorContext, *gradients: torch.Tensor) -> DTensor:
         (gradient,) = gradients
         return DTensor.from_local(
             gradient.contiguous(), ctx.mesh, ctx.placements, run_check=False, shape=ctx.shape, stride=ctx.stride

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from plans.dialect import Dialect
 from plans.placement import Placement
-from plans.plan import lookup
-from plans.style import Owner
+from plans.plan import find_key
+from plans.style import OwnerKind
 
-__all__ = ["planned_placement"]
+__all__ = ["find_planned_placement"]
 
 
-def planned_placement(
-    name: str, owner: Owner, ndim: int, plan: Mapping[str, str], dialect: Dialect
+def find_planned_placement(
+    name: str, owner: OwnerKind, ndim: int, plan: Mapping[str, str], dialect: Dialect
 ) -> Placement | None:
     """Return where a plan puts a parameter, None where no entry speaks of it or its entry shards nothing.
 
@@ -24,5 +24,5 @@ def planned_placement(
         plan: key to style.
         dialect: that it is written in.
     """
-    key = lookup(plan, name, is_parameter=True)
+    key = find_key(plan, name, is_parameter=True)
     return None if key is None else dialect.style(plan[key], key).placement(owner, ndim, name.rpartition(".")[2])

@@ -40,7 +40,7 @@ class StyleRegistry:
     def dialect(self, base: Dialect) -> Dialect:
         """Return a dialect that also has the registered styles that it does not know, or that bring rules."""
         added = {
-            name: _entry(self.styles[name])
+            name: _to_dialect_style(self.styles[name])
             for name in self.registered
             if name not in base.styles or self.styles[name].rules
         }
@@ -68,7 +68,7 @@ class StyleRegistry:
             ) from None
 
 
-def _entry(style: ParallelStyle) -> Style:
+def _to_dialect_style(style: ParallelStyle) -> Style:
     """Return what a plan entry of a registered style says, in the terms of dialects."""
     linear = {"features": "linear/in"}.get(style.takes, "linear/in split")
     return Style(

@@ -15,14 +15,20 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
-from runtime.styles.arguments import Place, by_place, called, with_summed_gradients
-from runtime.styles.collectives import all_reduce, all_reduce_gradient, depend
-from runtime.styles.divided import DISPATCHING, ROUTING, check_divided, divided_count, is_divided
-from runtime.styles.facts import Own
+from runtime.styles.arguments import ArgumentKey, index_arguments, split_arguments, sum_argument_gradients
+from runtime.styles.collectives import add_dependency, all_reduce, all_reduce_gradient
+from runtime.styles.divided import (
+    DISPATCH_STYLE,
+    ROUTER_STYLE,
+    check_sharded_experts,
+    count_sharded_experts,
+    has_sharded_experts,
+)
+from runtime.styles.facts import LocalParameters
 from runtime.styles.placements import local_tensor
-from runtime.styles.style import ParallelStyle, Run, Site, refuse, shard_parameter
+from runtime.styles.style import Forward, HookSite, ParallelStyle, build_hook_error, shard_parameter
 
-__all__ = ["ROUTING_STYLES", "Routing", "routing_of", "run_experts"]
+__all__ = ["ROUTING_STYLES", "Routing", "find_routing", "run_experts"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,11 @@ class Routing:
         weights: place of their weights, of the same shape.
     """
 
-    index: Place
-    weights: Place
+    index: ArgumentKey
+    weights: ArgumentKey
 
 
-def whole_experts(site: Site, name: str, placement: Placement) -> None:
+def shard_experts(site: HookSite, name: str, placement: Placement) -> None:
     """Shard a stacked parameter by expert, and let the module count its own experts only."""
     shard_parameter(site, name, placement)
     parameter = site.parameter(name)
@@ -48,28 +54,30 @@ def whole_experts(site: Site, name: str, placement: Placement) -> None:
     site.module.__dict__["_is_expert_parallel"] = True
 
 
-def dispatch_experts(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+def dispatch_experts(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
     """Mask and renumber the routing inside the experts' hook, run the local experts, sum over the ranks."""
-    values = with_summed_gradients(by_place(args, kwargs), site.axis)
-    routing = routing_of(args, kwargs)
-    index, weights = _localized(site, values[routing.index], values[routing.weights], _local_experts(site, site.module))
+    values = sum_argument_gradients(index_arguments(args, kwargs), site.axis)
+    routing = find_routing(args, kwargs)
+    index, weights = _mask_remote_choices(
+        site, values[routing.index], values[routing.weights], _count_local_experts(site, site.module)
+    )
     values |= {routing.index: index, routing.weights: weights}
-    return all_reduce(run_experts(site, run, *called(values, len(args))), site.axis)
+    return all_reduce(run_experts(site, run, *split_arguments(values, len(args))), site.axis)
 
 
-def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[str, object]) -> torch.Tensor:
+def run_experts(site: HookSite, run: Forward, args: Sequence[object], kwargs: Mapping[str, object]) -> torch.Tensor:
     """Run experts so that backward reaches inputs and parameters even where no token came to this rank's experts.
 
     Such a rank would have no gradient for them, and whatever then works on all gradients, as clipping does, would call
     other collectives there than elsewhere.
     """
-    values = by_place(args, kwargs)
-    if is_divided(site.module) and _counts_strictly(site.module):
-        index = routing_of(args, kwargs).index
+    values = index_arguments(args, kwargs)
+    if has_sharded_experts(site.module) and _has_strict_expert_ids(site.module):
+        index = find_routing(args, kwargs).index
         chosen = values[index]
         assert isinstance(chosen, torch.Tensor)
-        values[index] = chosen.clamp(max=_local_experts(site, site.module) - 1)
-    positional, named = called(values, len(args))
+        values[index] = chosen.clamp(max=_count_local_experts(site, site.module) - 1)
+    positional, named = split_arguments(values, len(args))
     output: torch.Tensor = run(*positional, **named)
     if output.requires_grad or not torch.is_grad_enabled():
         return output
@@ -78,10 +86,10 @@ def run_experts(site: Site, run: Run, args: Sequence[object], kwargs: Mapping[st
         for value in site.module._parameters.values()
         if isinstance(value, DTensor)
     ]
-    return depend(output, *values.values(), *own)
+    return add_dependency(output, *values.values(), *own)
 
 
-def route(site: Site, run: Run, *args: object, **kwargs: object) -> object:
+def mask_router_output(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
     """Mask and renumber a router's choices; the gradient of its scores, used in part, is summed.
 
     Raises:
@@ -89,23 +97,27 @@ def route(site: Site, run: Run, *args: object, **kwargs: object) -> object:
     """
     outputs = run(*args, **kwargs)
     if not isinstance(outputs, tuple):
-        raise refuse(site, "which does not return scores and indices", hint="drop the entry, use ep_dispatch_experts")
-    found = routing_of(outputs, {})
+        raise build_hook_error(
+            site, "which does not return scores and indices", hint="drop the entry, use ep_dispatch_experts"
+        )
+    found = find_routing(outputs, {})
     assert isinstance(found.index, int)
     assert isinstance(found.weights, int)
     scores = all_reduce_gradient(outputs[found.weights], site.axis)
     changed = list(outputs)
-    changed[found.index], changed[found.weights] = _localized(site, outputs[found.index], scores, _experts_beside(site))
+    changed[found.index], changed[found.weights] = _mask_remote_choices(
+        site, outputs[found.index], scores, _count_sibling_experts(site)
+    )
     return tuple(changed)
 
 
-def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
+def find_routing(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
     """Find the chosen experts, the one tensor of integers, and their weights, the tensor of its shape next to it.
 
     Raises:
         PlanError: there is no such pair.
     """
-    values = by_place(args, kwargs)
+    values = index_arguments(args, kwargs)
     tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
     chosen = [place for place, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
     if len(chosen) == 1:
@@ -123,7 +135,7 @@ def routing_of(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
     )
 
 
-def _counts_strictly(module: nn.Module) -> bool:
+def _has_strict_expert_ids(module: nn.Module) -> bool:
     """Say whether experts may take the numbers of experts only, where a choice of another rank must get one of those.
 
     A model's own code may: some classes' does in every release, and all of it before transformers 5.18. The choice's
@@ -132,27 +144,29 @@ def _counts_strictly(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", None) in (None, "eager")
 
 
-def _localized(site: Site, index: object, weights: object, local: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mask_remote_choices(
+    site: HookSite, index: object, weights: object, local_count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     assert isinstance(index, torch.Tensor)
     assert isinstance(weights, torch.Tensor)
-    elsewhere = index // local != site.axis.get_local_rank()
-    return torch.where(elsewhere, local, index % local), weights.masked_fill(elsewhere, 0.0)
+    elsewhere = index // local_count != site.axis.get_local_rank()
+    return torch.where(elsewhere, local_count, index % local_count), weights.masked_fill(elsewhere, 0.0)
 
 
-def _local_experts(site: Site, module: nn.Module) -> int:
+def _count_local_experts(site: HookSite, module: nn.Module) -> int:
     """Return the number of experts of each rank; of all there are, since FSDP cuts what a rank holds between calls."""
-    count = divided_count(module)
+    count = count_sharded_experts(module)
     assert count is not None, "checked before the module was hooked"
     return count // site.axis.size()
 
 
-def _experts_beside(site: Site) -> int:
-    return next(_local_experts(site, module) for module in site.beside if is_divided(module))
+def _count_sibling_experts(site: HookSite) -> int:
+    return next(_count_local_experts(site, module) for module in site.siblings if has_sharded_experts(module))
 
 
-def _check_router(site: Site) -> None:
-    if not any(map(is_divided, site.beside)):
-        raise refuse(
+def _check_router(site: HookSite) -> None:
+    if not any(map(has_sharded_experts, site.siblings)):
+        raise build_hook_error(
             site,
             "beside which no experts are divided",
             hint="add grouped_gemm entries for the experts' parameters",
@@ -160,15 +174,15 @@ def _check_router(site: Site) -> None:
 
 
 ROUTING_STYLES = (
-    ParallelStyle("grouped_gemm", shard=whole_experts),
+    ParallelStyle("grouped_gemm", shard=shard_experts),
     ParallelStyle(
-        DISPATCHING,
+        DISPATCH_STYLE,
         dispatch_experts,
-        check_divided,
+        check_sharded_experts,
         takes="whole",
         gives="whole",
         sums="its parts",
-        own=(Own("module", (Shard(0),)),),
+        own=(LocalParameters("module", (Shard(0),)),),
     ),
-    ParallelStyle(ROUTING, route, _check_router),
+    ParallelStyle(ROUTER_STYLE, mask_router_output, _check_router),
 )

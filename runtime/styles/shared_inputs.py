@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from runtime.styles.collectives import all_reduce_gradient
 
-__all__ = ["SummedInputs"]
+__all__ = ["SharedInputs"]
 
 
-class SummedInputs:
+class SharedInputs:
     """The tensors that parts of one module were given during one of its calls, each with its gradient summed.
 
     Several column-wise layers of one input each leave a partial gradient of it on each rank. Where all of them get
@@ -23,28 +23,28 @@ class SummedInputs:
     """
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._summed_tensors: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def summed(self, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+    def sum_gradient(self, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
         """Return a whole tensor as it is, its gradient summed over the axis, together with that of other calls."""
-        if self._found is None or not (torch.is_grad_enabled() and tensor.requires_grad):
+        if self._summed_tensors is None or not (torch.is_grad_enabled() and tensor.requires_grad):
             return all_reduce_gradient(tensor, axis)
         # The version tells a tensor from what it was before something changed it in place.
         key = (id(tensor), tensor._version, id(axis))
-        if key not in self._found:
+        if key not in self._summed_tensors:
             # The tensor is kept too, so that no other takes its id during the call.
-            self._found[key] = tensor, all_reduce_gradient(tensor, axis)
-        return self._found[key][1]
+            self._summed_tensors[key] = tensor, all_reduce_gradient(tensor, axis)
+        return self._summed_tensors[key][1]
 
-    def during(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward of the module whose calls these are."""
 
         @functools.wraps(forward)
         def call(*args: object, **kwargs: object) -> object:
-            outer, self._found = self._found, {}
+            outer, self._summed_tensors = self._summed_tensors, {}
             try:
                 return forward(*args, **kwargs)
             finally:
-                self._found = outer
+                self._summed_tensors = outer
 
         return call

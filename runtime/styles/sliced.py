@@ -13,18 +13,18 @@ from torch.distributed.tensor import DTensor, Shard
 from plans.errors import IndivisibleError
 from runtime.styles.collectives import all_gather, reduce_scatter, split
 
-__all__ = ["SEQUENCE_DIM", "cut", "gathered", "own_slice", "scattered", "sliced"]
+__all__ = ["SEQUENCE_DIM", "gather_slice", "reduce_scatter_slice", "shard_activation", "take_local_slice", "wrap_slice"]
 
 SEQUENCE_DIM = 1
 """Of activations, `[batch, sequence, hidden]`."""
 
 
-def sliced(local: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+def wrap_slice(local: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
     """Return this rank's slice as a DTensor of the whole sequence's shape."""
     return DTensor.from_local(local, axis, [Shard(dim)], run_check=False)
 
 
-def gathered(value: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
+def gather_slice(value: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     """Return a slice's whole tensor on every rank; what is whole already stays as it is."""
     if not isinstance(value, DTensor):
         return value
@@ -34,7 +34,7 @@ def gathered(value: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
     return all_gather(value.to_local(), axis, value.shape[placement.dim], placement.dim)
 
 
-def own_slice(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+def take_local_slice(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
     """Return this rank's slice as a plain tensor, of a DTensor or of a whole tensor.
 
     Raises:
@@ -46,12 +46,12 @@ def own_slice(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) ->
     return split(value, axis, dim)
 
 
-def cut(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+def shard_activation(value: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
     """Return a whole tensor's own slice as a DTensor; a DTensor stays as it is."""
-    return value if isinstance(value, DTensor) else sliced(own_slice(value, axis, dim), axis, dim)
+    return value if isinstance(value, DTensor) else wrap_slice(take_local_slice(value, axis, dim), axis, dim)
 
 
-def scattered(partial: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
+def reduce_scatter_slice(partial: torch.Tensor, axis: DeviceMesh, dim: int = SEQUENCE_DIM) -> torch.Tensor:
     """Sum the ranks' partial tensors and return this rank's slice, a plain tensor.
 
     Raises:

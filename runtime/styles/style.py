@@ -13,30 +13,30 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement
-from plans.style import Owner, PlacementRule
-from runtime.styles.facts import Flow, Own, Sums
-from runtime.styles.placements import as_parameter, local_piece, local_tensor, placement_of
-from runtime.styles.shared_inputs import SummedInputs
+from plans.style import OwnerKind, PlacementRule
+from runtime.styles.facts import ActivationLayout, LocalParameters, SumScope
+from runtime.styles.placements import as_parameter, cut_local_shard, get_placement, local_tensor
+from runtime.styles.shared_inputs import SharedInputs
 
 __all__ = [
-    "Around",
-    "Check",
+    "Forward",
+    "ForwardHook",
+    "HookCheck",
+    "HookSite",
     "ParallelStyle",
-    "Run",
-    "Sharder",
-    "Site",
+    "ParameterSharder",
+    "build_hook_error",
     "expect_tensor",
     "expect_weight",
-    "has_sharded",
-    "on_local_parameters",
-    "owner_of",
-    "refuse",
+    "get_owner_kind",
+    "has_sharded_parameters",
     "shard_parameter",
+    "use_local_parameters",
 ]
 
 
 @dataclass(frozen=True)
-class Site:
+class HookSite:
     """One place where a style works.
 
     Args:
@@ -45,8 +45,8 @@ class Site:
         axis: the mesh axis that the style's parameters are sharded over and its communication uses.
         config: the model's config.
         style: the style's name, as the plan spells it.
-        owner: its parent, None where that is not known.
-        inputs: those that it shares with the modules beside it.
+        parent: its parent, None where that is not known.
+        shared_inputs: those that it shares with the modules beside it.
     """
 
     name: str
@@ -54,43 +54,43 @@ class Site:
     axis: DeviceMesh
     config: Any
     style: str
-    owner: nn.Module | None = None
-    inputs: SummedInputs = field(default_factory=SummedInputs, compare=False)
+    parent: nn.Module | None = None
+    shared_inputs: SharedInputs = field(default_factory=SharedInputs, compare=False)
 
     @property
-    def beside(self) -> tuple[nn.Module, ...]:
+    def siblings(self) -> tuple[nn.Module, ...]:
         """The modules of its parent, itself among them."""
-        return () if self.owner is None else tuple(self.owner.children())
+        return () if self.parent is None else tuple(self.parent.children())
 
     def parameter(self, name: str) -> torch.Tensor | None:
         """Return the module's own parameter as it is just now, or None."""
         return self.module._parameters.get(name)
 
 
-Run = Callable[..., Any]
+Forward = Callable[..., Any]
 """A module's forward, its own sharded parameters seen as local tensors."""
 
-Around = Callable[..., Any]
+ForwardHook = Callable[..., Any]
 """`(site, run, *args, **kwargs) -> output`."""
 
-Check = Callable[[Site], None]
+HookCheck = Callable[[HookSite], None]
 """Raises PlanError where the style's forward would not be right."""
 
-Sharder = Callable[[Site, str, Placement], None]
+ParameterSharder = Callable[[HookSite, str, Placement], None]
 """`(site, parameter name, placement)`; replaces the module's own parameter by a sharded one."""
 
 
-def shard_parameter(site: Site, name: str, placement: Placement) -> None:
+def shard_parameter(site: HookSite, name: str, placement: Placement) -> None:
     """Replace a module's own parameter by a DTensor that holds this rank's piece; on meta nothing is allocated."""
     whole = site.parameter(name)
     assert whole is not None
-    piece = local_piece(whole.detach(), placement, site.axis.size(), site.axis.get_local_rank())
+    piece = cut_local_shard(whole.detach(), placement, site.axis.size(), site.axis.get_local_rank())
     # A view would keep the whole tensor's memory alive.
     local = piece.clone() if piece.shape != whole.shape else piece
     site.module._parameters[name] = as_parameter(local, whole.shape, placement, site.axis, whole.requires_grad)
 
 
-def _accept(site: Site) -> None:
+def _accept(site: HookSite) -> None:
     """Accept every module."""
 
 
@@ -112,17 +112,17 @@ class ParallelStyle:
     """
 
     name: str
-    around: Around | None = None
-    check: Check = _accept
-    shard: Sharder = shard_parameter
-    takes: Flow = "any"
-    gives: Flow = "any"
-    sums: Sums = "nothing"
-    own: tuple[Own, ...] = ()
+    around: ForwardHook | None = None
+    check: HookCheck = _accept
+    shard: ParameterSharder = shard_parameter
+    takes: ActivationLayout = "any"
+    gives: ActivationLayout = "any"
+    sums: SumScope = "nothing"
+    own: tuple[LocalParameters, ...] = ()
     rules: tuple[PlacementRule, ...] = ()
 
 
-def on_local_parameters(module: nn.Module, forward: Run) -> Run:
+def use_local_parameters(module: nn.Module, forward: Forward) -> Forward:
     """Return a forward in which a module's own sharded parameters are local tensors; gradients reach the DTensors."""
 
     def run(*args: object, **kwargs: object) -> object:
@@ -137,29 +137,29 @@ def on_local_parameters(module: nn.Module, forward: Run) -> Run:
     return run
 
 
-def has_sharded(module: nn.Module, *, recurse: bool) -> bool:
+def has_sharded_parameters(module: nn.Module, *, recurse: bool) -> bool:
     """Say whether a module holds a parameter that is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=recurse))
 
 
-def owner_of(module: nn.Module) -> Owner:
+def get_owner_kind(module: nn.Module) -> OwnerKind:
     """Return the kind of module that styles tell apart."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "linear" if isinstance(module, nn.Linear) else "module"
 
 
-def refuse(site: Site, why: str, hint: str) -> PlanError:
+def build_hook_error(site: HookSite, reason: str, hint: str) -> PlanError:
     """Return the error for a module that a style cannot hook."""
     return PlanError(
-        f"{site.name}: {site.style!r} cannot hook this {type(site.module).__name__}, {why}",
+        f"{site.name}: {site.style!r} cannot hook this {type(site.module).__name__}, {reason}",
         hint=hint,
         module=site.name,
         style=site.style,
     )
 
 
-def expect_tensor(site: Site, output: object) -> torch.Tensor:
+def expect_tensor(site: HookSite, output: object) -> torch.Tensor:
     """Return a module's output, refused where it is not one tensor; all ranks get here alike, before they sum it.
 
     Raises:
@@ -167,23 +167,23 @@ def expect_tensor(site: Site, output: object) -> torch.Tensor:
     """
     if isinstance(output, torch.Tensor):
         return output
-    raise refuse(
+    raise build_hook_error(
         site,
         f"which returns a {type(output).__name__} and not one tensor",
         hint="name the module in it that computes the tensor",
     )
 
 
-def expect_weight(site: Site, *accepted: Placement) -> None:
+def expect_weight(site: HookSite, *accepted: Placement) -> None:
     """Refuse a module whose weight is not laid out as the style's forward takes for granted.
 
     Raises:
         PlanError: its placement is none of those accepted.
     """
-    found = placement_of(site.parameter("weight"))
+    found = get_placement(site.parameter("weight"))
     if found not in accepted:
         wanted = " or ".join(str(placement) for placement in accepted)
-        raise refuse(
+        raise build_hook_error(
             site,
             f"whose weight is {found or 'missing'} where it takes {wanted}",
             hint="give the module and its weight one style, or remove the weight's own entry",

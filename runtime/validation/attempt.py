@@ -13,25 +13,25 @@ from typing import Generic, TypeVar
 import torch
 
 from plans.errors import MigratorError, WorkerError
-from runtime.processes.agreement import gather_json
+from runtime.processes.agreement import all_gather_json
 from runtime.wording import first_line
 
-__all__ = ["Failed", "attempt"]
+__all__ = ["RankFailure", "run_on_all_ranks"]
 
 Result = TypeVar("Result")
 
-_PATIENCE = 30.0
+_EXIT_TIMEOUT = 30.0
 """Seconds that a rank whose model failed waits for the others."""
 
 
-class Failed(Generic[Result]):
+class RankFailure(Generic[Result]):
     """A model that failed: the first rank where it did, what it said, and whether memory was all that it lacked."""
 
-    def __init__(self, rank: int, reason: str, lacks_memory: bool) -> None:
-        self.rank, self.reason, self.lacks_memory = rank, reason, lacks_memory
+    def __init__(self, rank: int, reason: str, out_of_memory: bool) -> None:
+        self.rank, self.reason, self.out_of_memory = rank, reason, out_of_memory
 
 
-def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
+def run_on_all_ranks(run: Callable[[], Result]) -> Result | RankFailure[Result]:
     """Run a model on every rank and return what it computes, or the first rank's failure; every rank calls this.
 
     A rank that fails alone leaves the others waiting in one of the plan's collectives. It waits for them only a
@@ -43,33 +43,33 @@ def attempt(run: Callable[[], Result]) -> Result | Failed[Result]:
     failure: Exception | None = None
     try:
         result = run()
-        if _on_a_gpu():
+        if _is_cuda_initialized():
             torch.cuda.synchronize()  # What goes wrong on a GPU is heard of late, and is the model's until here only.
     except MigratorError:
         raise
     except Exception as error:  # Whatever a model raises, it did not compute.
         failure = error
-    with _patience(failure):
-        failures = gather_json(_described(failure) if failure else None)
+    with _exit_on_timeout(failure):
+        failures = all_gather_json(_describe_failure(failure) if failure else None)
     failure = None  # which holds the frames of the model's run, and so the memory of its tensors
     for rank, found in enumerate(failures):
         if found is not None:
-            return Failed(rank, *found)
+            return RankFailure(rank, *found)
     return result
 
 
-def _on_a_gpu() -> bool:
+def _is_cuda_initialized() -> bool:
     found: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return found
 
 
-def _described(failure: Exception) -> tuple[str, bool]:
+def _describe_failure(failure: Exception) -> tuple[str, bool]:
     lacks_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
     return f"{type(failure).__name__}: {first_line(failure)}", lacks_memory
 
 
 @contextmanager
-def _patience(failure: Exception | None) -> Iterator[None]:
+def _exit_on_timeout(failure: Exception | None) -> Iterator[None]:
     """End this process with its failure where the other ranks do not come to hear of it."""
 
     def leave() -> None:
@@ -77,14 +77,14 @@ def _patience(failure: Exception | None) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(_PATIENCE, leave)
+    timer = threading.Timer(_EXIT_TIMEOUT, leave)
     timer.daemon = True
     if failure is not None:
         timer.start()
     try:
         yield
     except WorkerError:
-        if failure is not None and _on_a_gpu():
+        if failure is not None and _is_cuda_initialized():
             leave()  # NCCL lets the others wait on in their collective, where gloo tells them that this rank is gone.
         raise
     finally:

@@ -12,19 +12,19 @@ from torch import nn
 
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.digest import Digest
 from runtime.extents.forms import whole
-from runtime.extents.shards import local_form
+from runtime.extents.shards import shard_for_rank
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
-from runtime.processes.agreement import gather_json, together
-from runtime.validation.local_digest import local_digest
-from runtime.validation.local_tensors import plain
-from runtime.validation.source import file_digests
-from runtime.validation.values import Check
+from runtime.processes.agreement import all_gather_json, raise_on_any_rank
+from runtime.validation.local_digest import compute_local_digest
+from runtime.validation.local_tensors import detach_local
+from runtime.validation.source import compute_file_digests
+from runtime.validation.values import CheckResult
 
-__all__ = ["check_content", "shared_digests"]
+__all__ = ["check_content", "gather_file_digests"]
 
 
 @dataclass(frozen=True)
@@ -35,43 +35,47 @@ class _Copy:
     ranks: tuple[int, ...]
 
 
-def check_content(model: nn.Module, resolved: ResolvedPlan, content: Content) -> Check:
+def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoint) -> CheckResult:
     """Hold the digest of every copy of every tensor against the recorded one, or the source's; every rank calls this.
 
     Args:
         model: loaded with the types that the checkpoint stores.
         resolved: the plan that it is sharded by.
-        content: of the checkpoint. Carried tensors, which no model holds, are read from its files.
+        checkpoint: of the checkpoint. Carried tensors, which no model holds, are read from its files.
 
     Raises:
         CheckpointError: a file of the checkpoint cannot be read any more.
     """
-    shares: list[dict[str, str]] = gather_json(_local_digests(model, resolved))
-    expected = _expected(content)
-    copies = [copy for row in resolved.parameters if row.tied_to is None for copy in _copies(row, resolved)]
-    found = {copy: _sum(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
-    carried = shared_digests(content, [name for name in content.digests if content.tensors[name].kind == "carried"])
+    shares: list[dict[str, str]] = all_gather_json(_compute_local_digests(model, resolved))
+    expected = _get_expected_digests(checkpoint)
+    copies = [copy for row in resolved.parameters if row.tied_to is None for copy in _find_copies(row, resolved)]
+    found = {copy: _sum_digests(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
+    carried = gather_file_digests(
+        checkpoint, [name for name in checkpoint.digests if checkpoint.tensors[name].kind == "carried"]
+    )
     found |= {_Copy(name, (0,)): digest for name, digest in carried.items()}
     wrong = tuple(
-        _mismatch(copy, expected[copy.name], digest) for copy, digest in found.items() if digest != expected[copy.name]
+        _build_digest_mismatch(copy, expected[copy.name], digest)
+        for copy, digest in found.items()
+        if digest != expected[copy.name]
     )
-    against = "manifest" if content.digests else "source"
-    return Check(len({copy.name for copy in found}), wrong, {"copies": len(found), "against": against})
+    against = "manifest" if checkpoint.digests else "source"
+    return CheckResult(len({copy.name for copy in found}), wrong, {"copies": len(found), "against": against})
 
 
-def _local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
+def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
     tensors, mesh, rank = model_tensors(model), resolved.mesh, dist.get_rank()
     digests: dict[str, str] = {}
     with torch.no_grad():
         for row in resolved.parameters:
             if row.tied_to is None:
                 sizes, place = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
-                form = local_form(whole(row.name, row.shape), row.placements, sizes, place)
-                digests[row.name] = str(local_digest(plain(tensors[row.name]), form, row.shape))
+                form = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, place)
+                digests[row.name] = str(compute_local_digest(detach_local(tensors[row.name]), form, row.shape))
     return digests
 
 
-def _copies(row: ResolvedParameter, resolved: ResolvedPlan) -> Iterator[_Copy]:
+def _find_copies(row: ResolvedParameter, resolved: ResolvedPlan) -> Iterator[_Copy]:
     """Yield the copies of a tensor: ranks at one place of the axes that replicate it hold one together."""
     copies: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank in range(resolved.mesh.world_size):
@@ -81,31 +85,31 @@ def _copies(row: ResolvedParameter, resolved: ResolvedPlan) -> Iterator[_Copy]:
         yield _Copy(row.name, tuple(ranks))
 
 
-def _sum(shares: Iterator[str]) -> str:
+def _sum_digests(shares: Iterator[str]) -> str:
     total = Digest()
     for share in shares:
         total.join(Digest.parse(share))
     return str(total)
 
 
-def _expected(content: Content) -> Mapping[str, str]:
+def _get_expected_digests(checkpoint: Checkpoint) -> Mapping[str, str]:
     """Return the digests that the checkpoint records, else those of its files, which ranks share the reading of."""
-    loaded = [name for name, held in content.tensors.items() if held.kind != "carried"]
-    return content.digests or shared_digests(content, loaded)
+    loaded = [name for name, held in checkpoint.tensors.items() if held.kind != "carried"]
+    return checkpoint.digests or gather_file_digests(checkpoint, loaded)
 
 
-def shared_digests(content: Content, names: list[str]) -> dict[str, str]:
+def gather_file_digests(checkpoint: Checkpoint, names: list[str]) -> dict[str, str]:
     """Return the digests of some tensors as the files hold them; ranks share the reading, and every one calls this.
 
     Raises:
         CheckpointError: a file cannot be read any more.
     """
     own = names[dist.get_rank() :: dist.get_world_size()]
-    digests = together(lambda: file_digests(content, own) if own else {})
-    return {name: digest for share in gather_json(dict(digests)) for name, digest in share.items()}
+    digests = raise_on_any_rank(lambda: compute_file_digests(checkpoint, own) if own else {})
+    return {name: digest for share in all_gather_json(dict(digests)) for name, digest in share.items()}
 
 
-def _mismatch(copy: _Copy, expected: str, found: str) -> Mismatch:
+def _build_digest_mismatch(copy: _Copy, expected: str, found: str) -> Mismatch:
     alone = copy.ranks[0] if len(copy.ranks) == 1 else None
     where = "" if alone is not None else f" of ranks {', '.join(map(str, copy.ranks))} together"
     return Mismatch(copy.name, f"digest {expected}", f"digest {found}{where}", alone)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from plans.errors import MigratorError, MismatchError
-from runtime.checkpoint.layout import layout_of
+from runtime.checkpoint.layout import detect_layout
 from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.verifying.differences import read_differences
+from runtime.checkpoint.verifying.differences import extract_differences
 from runtime.parallel.mismatch import Mismatch
 from runtime.validation.request import ValidationRequest, check_mesh
-from runtime.validation.values import PARTS, Check, ValidationResult
+from runtime.validation.values import PARTS, CheckResult, ValidationResult
 
-__all__ = ["CONTRADICTED", "check_request", "contradicted"]
+__all__ = ["INCONSISTENT_FILES", "check_files", "convert_file_error"]
 
-CONTRADICTED = "the files do not make up a checkpoint of this model"
+INCONSISTENT_FILES = "the files do not make up a checkpoint of this model"
 """Why nothing else is looked at."""
 
 
-def check_request(request: ValidationRequest) -> ValidationResult | None:
+def check_files(request: ValidationRequest) -> ValidationResult | None:
     """Look at what no worker needs to be started for: a manifest, and rank files' headers.
 
     Returns:
@@ -28,15 +28,15 @@ def check_request(request: ValidationRequest) -> ValidationResult | None:
     """
     check_mesh(request)
     try:
-        if layout_of(request.folder) == "ranks":
+        if detect_layout(request.folder) == "ranks":
             RankCheckpoint.read(request.folder)
     except MismatchError as error:
-        skipped = {part: CONTRADICTED for part in PARTS if part != "content"}
-        return ValidationResult(request.mesh.world_size, {"content": contradicted(request, error)}, skipped)
+        skipped = {part: INCONSISTENT_FILES for part in PARTS if part != "content"}
+        return ValidationResult(request.mesh.world_size, {"content": convert_file_error(request, error)}, skipped)
     return None
 
 
-def contradicted(request: ValidationRequest, error: MigratorError) -> Check:
+def convert_file_error(request: ValidationRequest, error: MigratorError) -> CheckResult:
     """Return what it means that files contradict one another or lack parts of tensors.
 
     Raises:
@@ -44,5 +44,5 @@ def contradicted(request: ValidationRequest, error: MigratorError) -> Check:
     """
     if not isinstance(error, MismatchError) and "lossy" not in error.data:
         raise error
-    found = read_differences(error, str(request.folder))
-    return Check(0, tuple(Mismatch(one.name, one.expected, one.found) for one in found))
+    found = extract_differences(error, str(request.folder))
+    return CheckResult(0, tuple(Mismatch(one.name, one.expected, one.found) for one in found))

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.validation.values import Check
+from runtime.validation.values import CheckResult
 
-__all__ = ["Findings"]
+__all__ = ["ResultBuilder"]
 
 
 @dataclass(frozen=True)
-class Findings:
+class ResultBuilder:
     """A result in the making.
 
     Args:
@@ -26,11 +26,11 @@ class Findings:
     """
 
     device: torch.device
-    checks: dict[str, Check] = field(default_factory=dict)
+    checks: dict[str, CheckResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, part: str, found: Check | str) -> None:
+    def add(self, part: str, found: CheckResult | str) -> None:
         """Take what was found of a part, or why it was not looked at."""
         if isinstance(found, str):
             self.skip(found, part)
@@ -42,7 +42,7 @@ class Findings:
         self.skipped.update(dict.fromkeys(parts, reason))
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def time_phase(self, phase: str) -> Iterator[None]:
         """Add the seconds that the body takes to a phase, what the device has still to do included."""
         began = time.perf_counter()
         yield

@@ -11,23 +11,30 @@ import torch
 
 from plans.errors import UsageError
 from runtime.parallel.mismatch import Mismatch
-from runtime.processes.agreement import gather_json
-from runtime.validation.attempt import Failed, attempt
-from runtime.validation.outputs import Output, run
-from runtime.validation.reference import Reference
-from runtime.validation.values import Check
+from runtime.processes.agreement import all_gather_json
+from runtime.validation.attempt import RankFailure, run_on_all_ranks
+from runtime.validation.outputs import Output, compute_output
+from runtime.validation.reference import ReferenceModel
+from runtime.validation.values import CheckResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AsStored", "as_stored", "check_comparable", "check_forward", "expected_output", "outputs"]
+__all__ = [
+    "StoredDtypeOutputs",
+    "check_comparable",
+    "check_forward",
+    "run_in_stored_dtype",
+    "run_parallel_model",
+    "run_reference_model",
+]
 
-_ROUNDING = 3.0
+_ROUNDING_FACTOR = 3.0
 """How many times the unsharded model's rounding error a parallel model may have: it adds up rounded parts."""
 
 
 @dataclass(frozen=True)
-class AsStored:
+class StoredDtypeOutputs:
     """Outputs of models with weights of the checkpoint's own type.
 
     Args:
@@ -37,19 +44,19 @@ class AsStored:
     """
 
     dtype: str
-    found: Output | Failed[Output]
+    found: Output | RankFailure[Output]
     expected: torch.Tensor
 
 
-def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> Output | Failed[Output]:
+def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output | RankFailure[Output]:
     """Run a parallel model without gradients; every rank calls this.
 
     Raises:
         UsageError: a rank has too little memory for it.
     """
     with torch.no_grad():
-        found = attempt(lambda: run(model, tokens))
-    if isinstance(found, Failed) and found.lacks_memory:
+        found = run_on_all_ranks(lambda: compute_output(model, tokens))
+    if isinstance(found, RankFailure) and found.out_of_memory:
         raise UsageError(
             f"rank {found.rank} has too little memory to run the model: {found.reason}",
             hint="use more ranks",
@@ -58,7 +65,7 @@ def outputs(model: PreTrainedModel, tokens: torch.Tensor) -> Output | Failed[Out
     return found
 
 
-def expected_output(reference: Reference, tokens: torch.Tensor, source: Path) -> Output:
+def run_reference_model(reference: ReferenceModel, tokens: torch.Tensor, source: Path) -> Output:
     """Return what the reference computes, on every rank; every rank calls this.
 
     It goes before the parallel model: where a model cannot run at all, its plan is not to blame.
@@ -67,11 +74,11 @@ def expected_output(reference: Reference, tokens: torch.Tensor, source: Path) ->
         UsageError: it cannot run on the tokens.
     """
     with torch.no_grad():
-        expected = reference.attempt(lambda model: run(model, tokens))
-    if isinstance(expected, Failed):
-        raise _other(source, f"the unsharded model cannot run on these tokens: {expected.reason}")
-    name: str = gather_json(expected.name if expected else None)[0]
-    return Output(name, reference.share(expected.tensor if expected else None))
+        expected = reference.run(lambda model: compute_output(model, tokens))
+    if isinstance(expected, RankFailure):
+        raise _wrong_reference_error(source, f"the unsharded model cannot run on these tokens: {expected.reason}")
+    name: str = all_gather_json(expected.name if expected else None)[0]
+    return Output(name, reference.broadcast(expected.tensor if expected else None))
 
 
 def check_comparable(found: Output, expected: Output, source: Path) -> None:
@@ -83,109 +90,120 @@ def check_comparable(found: Output, expected: Output, source: Path) -> None:
     kinds = [(output.name, list(output.tensor.shape)) for output in (expected, found)]
     if kinds[0] != kinds[1]:
         (name, shape), (other, others) = kinds
-        raise _other(source, f"{name} are {shape}, those of the folder, {other}, {others}")
+        raise _wrong_reference_error(source, f"{name} are {shape}, those of the folder, {other}, {others}")
 
 
-def as_stored(model: PreTrainedModel, reference: Reference, tokens: torch.Tensor, dtype: str) -> AsStored | str:
+def run_in_stored_dtype(
+    model: PreTrainedModel, reference: ReferenceModel, tokens: torch.Tensor, dtype: str
+) -> StoredDtypeOutputs | str:
     """Run both models, loaded in the checkpoint's own type, the reference first; every rank calls this.
 
     Returns:
         What they computed, or why the unsharded one did not.
     """
     with torch.no_grad():
-        expected = reference.attempt(lambda model: run(model, tokens).tensor)
-    if isinstance(expected, Failed):
+        expected = reference.run(lambda model: compute_output(model, tokens).tensor)
+    if isinstance(expected, RankFailure):
         return f"the unsharded model does not run in {dtype}: {expected.reason}"
-    shared = reference.share(expected)
-    return AsStored(dtype, outputs(model, tokens), shared)
+    shared = reference.broadcast(expected)
+    return StoredDtypeOutputs(dtype, run_parallel_model(model, tokens), shared)
 
 
 def check_forward(
-    found: Output | Failed[Output],
+    found: Output | RankFailure[Output],
     expected: torch.Tensor,
     tolerance: float,
-    against: str,
-    stored: AsStored | None = None,
-) -> Check:
+    reference_description: str,
+    stored: StoredDtypeOutputs | None = None,
+) -> CheckResult:
     """Compare what the parallel model computed in float32 with the reference; every rank calls this.
 
     Args:
         found: by the parallel model.
         expected: by the reference.
         tolerance: relative to the largest of the reference's outputs.
-        against: what the reference is, in words.
+        reference_description: what the reference is, in words.
         stored: outputs in the checkpoint's own type, where that is another.
     """
-    if isinstance(found, Failed):
-        return _nothing(
+    if isinstance(found, RankFailure):
+        return _failed_check(
             Mismatch("forward", "an output", found.reason, found.rank), f"rank {found.rank}: {found.reason}"
         )
-    differences: list[float] = gather_json(_largest(found.tensor - expected))
-    largest = _largest(expected)
+    differences: list[float] = all_gather_json(_compute_max_abs(found.tensor - expected))
+    largest = _compute_max_abs(expected)
     numbers = {
         "max_abs_diff": max(differences),
         "max_abs_reference": largest,
         "tolerance": tolerance,
         "compared": found.name,
-        "against": against,
+        "against": reference_description,
     }
     if not 0 < largest < inf:
         reason = "the reference is " + ("not finite" if largest else "all zero") + ", nothing was compared"
-        return _nothing(Mismatch(found.name, "outputs to compare with", reason), reason, numbers)
+        return _failed_check(Mismatch(found.name, "outputs to compare with", reason), reason, numbers)
     wrong = [
-        Mismatch(found.name, f"{largest:.3g} at most, give or take {tolerance * largest:.2g}", _off(difference), rank)
+        Mismatch(
+            found.name,
+            f"{largest:.3g} at most, give or take {tolerance * largest:.2g}",
+            _format_difference(difference),
+            rank,
+        )
         for rank, difference in enumerate(differences)
         if not difference <= tolerance * largest
     ]
     if stored is not None:
         also_wrong, numbers["as_stored"] = _compare_stored(stored, expected, tolerance, found.name)
         wrong += also_wrong
-    return Check(found.tensor.numel(), tuple(wrong), numbers)
+    return CheckResult(found.tensor.numel(), tuple(wrong), numbers)
 
 
 def _compare_stored(
-    stored: AsStored, exact: torch.Tensor, tolerance: float, name: str
+    stored: StoredDtypeOutputs, exact: torch.Tensor, tolerance: float, name: str
 ) -> tuple[list[Mismatch], dict[str, object]]:
     """Compare errors of rounding, parallel and unsharded.
 
     A token that is routed to other experts because of a rounding is far off in either model, hence the median.
     """
     what, found = f"{name} in {stored.dtype}", stored.found
-    if isinstance(found, Failed):
+    if isinstance(found, RankFailure):
         return [Mismatch(what, "an output", found.reason, found.rank)], {"dtype": stored.dtype}
-    rounding = _typical(stored.expected - exact)
-    errors: list[float] = gather_json(_typical(found.tensor - exact))
-    allowed = _ROUNDING * rounding + tolerance * _largest(exact)
+    rounding = _compute_median_error(stored.expected - exact)
+    errors: list[float] = all_gather_json(_compute_median_error(found.tensor - exact))
+    allowed = _ROUNDING_FACTOR * rounding + tolerance * _compute_max_abs(exact)
     wrong = [
-        Mismatch(what, f"a typical error of {allowed:.2g} at most", _off(error), rank)
+        Mismatch(what, f"a typical error of {allowed:.2g} at most", _format_difference(error), rank)
         for rank, error in enumerate(errors)
         if not error <= allowed
     ]
-    return wrong, {"dtype": stored.dtype, "typical_error": _number(max(errors)), "unsharded_error": _number(rounding)}
+    return wrong, {
+        "dtype": stored.dtype,
+        "typical_error": _get_finite(max(errors)),
+        "unsharded_error": _get_finite(rounding),
+    }
 
 
-def _typical(errors: torch.Tensor) -> float:
+def _compute_median_error(errors: torch.Tensor) -> float:
     """Return the median over tokens of each token's largest error."""
     return float(errors.abs().nan_to_num(nan=inf).amax(-1).median())
 
 
-def _largest(values: torch.Tensor) -> float:
+def _compute_max_abs(values: torch.Tensor) -> float:
     return float(values.abs().max().nan_to_num(nan=inf))
 
 
-def _off(difference: float) -> str:
+def _format_difference(difference: float) -> str:
     return f"{difference:.2g} off" if isfinite(difference) else "what is no finite number"
 
 
-def _number(value: float) -> float | None:
+def _get_finite(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def _nothing(mismatch: Mismatch, reason: str, numbers: dict[str, object] | None = None) -> Check:
-    return Check(0, (mismatch,), {"max_abs_diff": None, **(numbers or {}), "reason": reason})
+def _failed_check(mismatch: Mismatch, reason: str, numbers: dict[str, object] | None = None) -> CheckResult:
+    return CheckResult(0, (mismatch,), {"max_abs_diff": None, **(numbers or {}), "reason": reason})
 
 
-def _other(source: Path, what: str) -> UsageError:
+def _wrong_reference_error(source: Path, what: str) -> UsageError:
     return UsageError(
         f"{source}: {what}", hint="give the checkpoint that the folder was resharded from as the reference"
     )

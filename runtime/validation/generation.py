@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.parallel.mismatch import Mismatch
-from runtime.processes.agreement import gather_json
-from runtime.validation.attempt import Failed, attempt
-from runtime.validation.outputs import generate
-from runtime.validation.reference import Reference
+from runtime.processes.agreement import all_gather_json
+from runtime.validation.attempt import RankFailure, run_on_all_ranks
+from runtime.validation.outputs import generate_tokens
+from runtime.validation.reference import ReferenceModel
 from runtime.validation.request import ValidationRequest
-from runtime.validation.values import Check
+from runtime.validation.values import CheckResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,8 +21,8 @@ __all__ = ["check_generation"]
 
 
 def check_generation(
-    model: PreTrainedModel, tokens: torch.Tensor, reference: Reference, request: ValidationRequest
-) -> Check | str:
+    model: PreTrainedModel, tokens: torch.Tensor, reference: ReferenceModel, request: ValidationRequest
+) -> CheckResult | str:
     """Compare the tokens by which models continue a prompt; every rank calls this.
 
     Returns:
@@ -33,21 +33,21 @@ def check_generation(
     if not model.can_generate():
         return f"{type(model).__name__} does not generate"
     # The reference goes first: where a model cannot be continued at all, its plan is not to blame.
-    expected = reference.attempt(lambda model: generate(model, tokens, request.new_tokens))
-    if isinstance(expected, Failed):
+    expected = reference.run(lambda model: generate_tokens(model, tokens, request.new_tokens))
+    if isinstance(expected, RankFailure):
         return f"the unsharded model cannot generate: {expected.reason}"
-    found = attempt(lambda: generate(model, tokens, request.new_tokens))
-    if isinstance(found, Failed):
-        if found.lacks_memory:
+    found = run_on_all_ranks(lambda: generate_tokens(model, tokens, request.new_tokens))
+    if isinstance(found, RankFailure):
+        if found.out_of_memory:
             return f"rank {found.rank} has no memory to generate: {found.reason}"
         mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
-        return Check(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
-    wanted: list[list[int]] = reference.share(expected).tolist()
-    by_rank: list[list[list[int]]] = gather_json(found.tolist())
+        return CheckResult(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
+    wanted: list[list[int]] = reference.broadcast(expected).tolist()
+    by_rank: list[list[list[int]]] = all_gather_json(found.tolist())
     wrong = [
         Mismatch(f"text {number}", str(text), str(texts[number]), rank)
         for rank, texts in enumerate(by_rank)
         for number, text in enumerate(wanted)
         if texts[number] != text
     ]
-    return Check(sum(map(len, wanted)), tuple(wrong), {"texts": len(wanted), "tokens_each": len(wanted[0])})
+    return CheckResult(sum(map(len, wanted)), tuple(wrong), {"texts": len(wanted), "tokens_each": len(wanted[0])})

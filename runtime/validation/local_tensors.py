@@ -9,32 +9,32 @@ from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.content import Content
-from runtime.inspecting.laying import of_plan
+from runtime.checkpoint.content import Checkpoint
+from runtime.inspecting.laying import place_by_plan
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
-from runtime.processes.agreement import gather_json
-from runtime.styles.placements import local_piece
+from runtime.processes.agreement import all_gather_json
+from runtime.styles.placements import cut_local_shard
 
-__all__ = ["check_memory", "own_piece", "plain"]
+__all__ = ["check_memory", "detach_local", "slice_local_shard"]
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
+def detach_local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's local tensor, without its history."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def own_piece(tensor: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> torch.Tensor:
+def slice_local_shard(tensor: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> torch.Tensor:
     """Return what this rank holds of a whole tensor: cut by the plan's entry first, then by FSDP."""
     axes = zip(row.placements, mesh.sizes(row.mesh), mesh.coordinates(row.mesh, dist.get_rank()), strict=True)
     for placement, size, index in reversed(list(axes)):
-        tensor = local_piece(tensor, placement, size, index)
+        tensor = cut_local_shard(tensor, placement, size, index)
     return tensor
 
 
 def check_memory(
-    model: nn.Module, resolved: ResolvedPlan, content: Content
+    model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoint
 ) -> tuple[list[Mismatch], dict[str, object]]:
     """Compare the bytes that each rank holds with what the plan says; every rank calls this.
 
@@ -44,9 +44,9 @@ def check_memory(
     Raises:
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    loaded = {name: held for name, held in content.tensors.items() if held.kind != "carried"}
-    planned = of_plan(resolved).arrangement(loaded).rank_bytes
-    found: list[int] = gather_json(_held_bytes(model))
+    loaded = {name: held for name, held in checkpoint.tensors.items() if held.kind != "carried"}
+    planned = place_by_plan(resolved).arrange(loaded).rank_bytes
+    found: list[int] = all_gather_json(_count_local_bytes(model))
     wrong = [
         Mismatch("memory", f"{expected} bytes", f"{held} bytes", rank)
         for rank, (expected, held) in enumerate(zip(planned, found, strict=True))
@@ -55,7 +55,7 @@ def check_memory(
     return wrong, {"bytes_per_rank": found, "bytes_planned": list(planned)}
 
 
-def _held_bytes(model: nn.Module) -> int:
+def _count_local_bytes(model: nn.Module) -> int:
     """Return the bytes of the model's tensors, those that share memory counted once."""
-    local = (plain(tensor) for tensor in model_tensors(model).values())
+    local = (detach_local(tensor) for tensor in model_tensors(model).values())
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in local if tensor.numel()}.values())

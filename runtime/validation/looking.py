@@ -8,41 +8,52 @@ import torch
 import torch.distributed as dist
 
 from plans.errors import PlanError
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.record import Manifest
 from runtime.models.dtypes import DTYPES
-from runtime.processes.agreement import gather_json, together
+from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.styles import StyleRegistry
-from runtime.validation.attempt import Failed
+from runtime.validation.attempt import RankFailure
 from runtime.validation.backward import check_backward
 from runtime.validation.content import check_content
-from runtime.validation.findings import Findings
-from runtime.validation.forward import AsStored, as_stored, check_comparable, check_forward, expected_output, outputs
+from runtime.validation.findings import ResultBuilder
+from runtime.validation.forward import (
+    StoredDtypeOutputs,
+    check_comparable,
+    check_forward,
+    run_in_stored_dtype,
+    run_parallel_model,
+    run_reference_model,
+)
 from runtime.validation.generation import check_generation
 from runtime.validation.model import (
-    Parallel,
+    ParallelModel,
+    build_parallel_model,
     check_loaded,
     check_structure,
-    loaded,
-    made_parallel,
-    refuted_plan,
+    convert_plan_error,
+    load_weights,
 )
-from runtime.validation.outputs import tokens_of
-from runtime.validation.reference import Reference, load_reference
+from runtime.validation.outputs import sample_tokens
+from runtime.validation.reference import ReferenceModel, load_reference
 from runtime.validation.request import ValidationRequest
-from runtime.validation.room import give_back, has_room
-from runtime.validation.same_as_reference import compare_configs, compare_record, compare_tensors
-from runtime.validation.source import stored_dtypes
-from runtime.validation.values import PARTS, Check
+from runtime.validation.room import fits_in_memory, free_memory
+from runtime.validation.same_as_reference import compare_configs, compare_recorded_config, compare_tensors
+from runtime.validation.source import list_stored_dtypes
+from runtime.validation.values import PARTS, CheckResult
 
-__all__ = ["look"]
+__all__ = ["run_checks"]
 
 _EXACT = torch.float32
 _STORED = "forward as stored"
 
 
-def look(
-    request: ValidationRequest, styles: StyleRegistry, manifest: Manifest | None, content: Content, findings: Findings
+def run_checks(
+    request: ValidationRequest,
+    styles: StyleRegistry,
+    manifest: Manifest | None,
+    checkpoint: Checkpoint,
+    builder: ResultBuilder,
 ) -> None:
     """Look at everything in order; every rank calls this.
 
@@ -50,109 +61,115 @@ def look(
         request: what to validate.
         styles: those that may run.
         manifest: of the checkpoint, where it has one.
-        content: of the checkpoint.
-        findings: that are added to.
+        checkpoint: of the checkpoint.
+        builder: that are added to.
 
     Raises:
         MigratorError: the work could not be done, or the files contradict one another; on every rank alike.
     """
-    dtypes = stored_dtypes(content)
+    dtypes = list_stored_dtypes(checkpoint)
     own = DTYPES[dtypes[0]] if len(dtypes) == 1 else _EXACT
-    with findings.timed("structure"):
-        parallel = _parallel(request, styles, manifest, own, findings)
-    if parallel is None or not findings.checks["structure"].ok:
-        findings.skip("the structure is wrong", *PARTS[1:])
+    with builder.time_phase("structure"):
+        parallel = _build_checked_model(request, styles, manifest, own, builder)
+    if parallel is None or not builder.checks["structure"].ok:
+        builder.skip("the structure is wrong", *PARTS[1:])
         return
-    with findings.timed("loading"):
-        loaded(parallel, content, findings.device, None)
-    with findings.timed("structure"):
-        findings.add("structure", _structure(request, parallel, content))
-    with findings.timed("content"):
-        findings.add("content", check_content(parallel.model, parallel.resolved, content))
+    with builder.time_phase("loading"):
+        load_weights(parallel, checkpoint, builder.device, None)
+    with builder.time_phase("structure"):
+        builder.add("structure", _check_loaded_structure(request, parallel, checkpoint))
+    with builder.time_phase("content"):
+        builder.add("content", check_content(parallel.model, parallel.resolved, checkpoint))
     if dtypes == ["F32"]:
-        _compute(request, parallel, content, None, findings)
+        _run_float32_checks(request, parallel, checkpoint, None, builder)
         return
-    stored = _as_stored(request, parallel, dtypes, findings)
+    stored = _run_stored_dtype_models(request, parallel, dtypes, builder)
     del parallel  # so that the next one has its memory
-    give_back(findings.device)
-    with findings.timed("loading"):
-        exact = made_parallel(request, _EXACT, findings.device, styles)
-        loaded(exact, content, findings.device, _EXACT)
-    _compute(request, exact, content, stored, findings)
+    free_memory(builder.device)
+    with builder.time_phase("loading"):
+        exact = build_parallel_model(request, _EXACT, builder.device, styles)
+        load_weights(exact, checkpoint, builder.device, _EXACT)
+    _run_float32_checks(request, exact, checkpoint, stored, builder)
 
 
-def _parallel(
+def _build_checked_model(
     request: ValidationRequest,
     styles: StyleRegistry,
     manifest: Manifest | None,
     dtype: torch.dtype,
-    findings: Findings,
-) -> Parallel | None:
+    builder: ResultBuilder,
+) -> ParallelModel | None:
     """Make the model parallel; a checkpoint that was laid out by a plan must have one that can be applied."""
     try:
-        parallel = made_parallel(request, dtype, findings.device, styles)
+        parallel = build_parallel_model(request, dtype, builder.device, styles)
     except PlanError as error:
         if manifest is None:
             raise
-        findings.add("structure", refuted_plan(error))
+        builder.add("structure", convert_plan_error(error))
         return None
-    findings.add("structure", check_structure(parallel, manifest))
+    builder.add("structure", check_structure(parallel, manifest))
     return parallel
 
 
-def _structure(request: ValidationRequest, parallel: Parallel, content: Content) -> Check:
+def _check_loaded_structure(request: ValidationRequest, parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult:
     """Hold the loaded model against its plan, and its config against the recorded one and the reference's."""
-    found, reference = check_loaded(parallel, content), request.reference
-    changed = together(lambda: compare_record(content))
-    unlike = together(lambda: compare_configs(request.folder, reference)) if reference else []
+    found, reference = check_loaded(parallel, checkpoint), request.reference
+    changed = raise_on_any_rank(lambda: compare_recorded_config(checkpoint))
+    unlike = raise_on_any_rank(lambda: compare_configs(request.folder, reference)) if reference else []
     return replace(found, mismatches=(*found.mismatches, *changed, *unlike))
 
 
-def _as_stored(
-    request: ValidationRequest, parallel: Parallel, dtypes: list[str], findings: Findings
-) -> AsStored | None:
+def _run_stored_dtype_models(
+    request: ValidationRequest, parallel: ParallelModel, dtypes: list[str], builder: ResultBuilder
+) -> StoredDtypeOutputs | None:
     """Run both models with weights of the checkpoint's own type."""
     if len(dtypes) != 1:
-        findings.skip(f"parameters are stored as {', '.join(dtypes)}", _STORED)
+        builder.skip(f"parameters are stored as {', '.join(dtypes)}", _STORED)
         return None
-    with findings.timed("loading"):
-        reference = _reference(request, parallel, DTYPES[dtypes[0]], findings)
-    with findings.timed("forward"):
-        found = as_stored(parallel.model, reference, tokens_of(parallel.model, request), dtypes[0])
+    with builder.time_phase("loading"):
+        reference = _load_fitting_reference(request, parallel, DTYPES[dtypes[0]], builder)
+    with builder.time_phase("forward"):
+        found = run_in_stored_dtype(parallel.model, reference, sample_tokens(parallel.model, request), dtypes[0])
     if isinstance(found, str):
-        findings.skip(found, _STORED)
+        builder.skip(found, _STORED)
         return None
     return found
 
 
-def _compute(
-    request: ValidationRequest, parallel: Parallel, content: Content, stored: AsStored | None, findings: Findings
+def _run_float32_checks(
+    request: ValidationRequest,
+    parallel: ParallelModel,
+    checkpoint: Checkpoint,
+    stored: StoredDtypeOutputs | None,
+    builder: ResultBuilder,
 ) -> None:
     """Compare what the model computes in float32."""
     model, source = parallel.model, request.reference or request.folder
-    with findings.timed("loading"):
-        reference = _reference(request, parallel, _EXACT, findings)
+    with builder.time_phase("loading"):
+        reference = _load_fitting_reference(request, parallel, _EXACT, builder)
     if request.reference is not None:
-        with findings.timed("content"):
-            findings.add("content", compare_tensors(findings.checks["content"], content, request.reference))
-    tokens = tokens_of(model, request)
-    with findings.timed("forward"):
-        expected = expected_output(reference, tokens, source)
-        found = outputs(model, tokens)
-        if not isinstance(found, Failed):
+        with builder.time_phase("content"):
+            builder.add("content", compare_tensors(builder.checks["content"], checkpoint, request.reference))
+    tokens = sample_tokens(model, request)
+    with builder.time_phase("forward"):
+        expected = run_reference_model(reference, tokens, source)
+        found = run_parallel_model(model, tokens)
+        if not isinstance(found, RankFailure):
             check_comparable(found, expected, source)
-        findings.add("forward", check_forward(found, expected.tensor, request.tolerance, reference.words, stored))
-    if isinstance(found, Failed):
-        findings.skip("the forward failed", *PARTS[3:])
+        builder.add("forward", check_forward(found, expected.tensor, request.tolerance, reference.description, stored))
+    if isinstance(found, RankFailure):
+        builder.skip("the forward failed", *PARTS[3:])
         return
-    with findings.timed("backward"):
-        findings.add("backward", check_backward(model, parallel.resolved, tokens, reference, request))
-    with findings.timed("generation"):
-        findings.add("generation", check_generation(model, tokens, reference, request))
+    with builder.time_phase("backward"):
+        builder.add("backward", check_backward(model, parallel.resolved, tokens, reference, request))
+    with builder.time_phase("generation"):
+        builder.add("generation", check_generation(model, tokens, reference, request))
 
 
-def _reference(request: ValidationRequest, parallel: Parallel, dtype: torch.dtype, findings: Findings) -> Reference:
+def _load_fitting_reference(
+    request: ValidationRequest, parallel: ParallelModel, dtype: torch.dtype, builder: ResultBuilder
+) -> ReferenceModel:
     """Load the reference: whole on rank 0 where it has room there, else spread over the ranks."""
-    fits: bool = gather_json(has_room(parallel.model, findings.device))[0]
+    fits: bool = all_gather_json(fits_in_memory(parallel.model, builder.device))[0]
     spread = not fits and dist.get_world_size() > 1
-    return load_reference(request.reference or request.folder, dtype, findings.device, spread=spread)
+    return load_reference(request.reference or request.folder, dtype, builder.device, sharded=spread)

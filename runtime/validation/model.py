@@ -14,7 +14,7 @@ import torch.distributed as dist
 from plans.errors import PlanError, UsageError
 from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.files.reading import open_regular
 from runtime.checkpoint.record import Manifest
 from runtime.loader.loading import load
@@ -22,59 +22,61 @@ from runtime.models.model import meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.structure import compare_manifest, sharding_mismatches
+from runtime.parallel.structure import compare_manifest, find_sharding_mismatches
 from runtime.planning.resolve import resolve
-from runtime.processes.agreement import gather_json, together
+from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.styles import StyleRegistry
 from runtime.validation.local_tensors import check_memory
-from runtime.validation.reference import config_in
+from runtime.validation.reference import read_config_with_dtype
 from runtime.validation.request import ValidationRequest
 from runtime.validation.same_as_reference import check_reference
-from runtime.validation.values import Check
+from runtime.validation.values import CheckResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "Parallel",
+    "ParallelModel",
+    "build_parallel_model",
     "check_inputs",
     "check_loaded",
     "check_structure",
-    "loaded",
-    "made_parallel",
-    "refuted_plan",
+    "convert_plan_error",
+    "load_weights",
 ]
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelModel:
     """A parallel model and the plan that made it so."""
 
     model: PreTrainedModel
     resolved: ResolvedPlan
 
 
-def made_parallel(
+def build_parallel_model(
     request: ValidationRequest, dtype: torch.dtype, device: torch.device, styles: StyleRegistry
-) -> Parallel:
+) -> ParallelModel:
     """Build the folder's model on meta and make it parallel; every rank calls this.
 
     Raises:
         PlanError: the plan does not resolve on this model and mesh.
         UsageError: the model is quantized, or there are not as many ranks as the mesh has.
     """
-    model = together(lambda: meta_model(config_in(request.folder, dtype)))
-    resolved = together(lambda: resolve(model, request.mesh, request.mode, styles=styles))
+    model = raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, dtype)))
+    resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, styles=styles))
     parallelize(model, device_meshes(request.mesh, device.type), resolved, styles)
-    return Parallel(model, resolved)
+    return ParallelModel(model, resolved)
 
 
-def loaded(parallel: Parallel, content: Content, device: torch.device, dtype: torch.dtype | None) -> None:
+def load_weights(
+    parallel: ParallelModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
+) -> None:
     """Fill the model; every rank calls this.
 
     Args:
         parallel: on meta.
-        content: of the checkpoint.
+        checkpoint: of the checkpoint.
         device: where this rank computes.
         dtype: that floating point tensors are cast to, None for as they are stored.
 
@@ -82,36 +84,39 @@ def loaded(parallel: Parallel, content: Content, device: torch.device, dtype: to
         CheckpointError: it lacks tensors of the model, or cannot be read.
         MismatchError: it holds others than the model.
     """
-    load(parallel.model, content, dtype=dtype, device=device, every_copy=True)
+    load(parallel.model, checkpoint, dtype=dtype, device=device, every_copy=True)
 
 
-def check_structure(parallel: Parallel, manifest: Manifest | None) -> Check:
+def check_structure(parallel: ParallelModel, manifest: Manifest | None) -> CheckResult:
     """Hold the model, still on meta, against its plan, and the plan against the manifest; every rank calls this."""
     recorded = compare_manifest(manifest, parallel.resolved) if manifest else []
-    wrong = (*recorded, *_of_all_ranks(sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank())))
-    return Check(len(parallel.resolved.parameters), wrong)
+    wrong = (
+        *recorded,
+        *_gather_mismatches(find_sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank())),
+    )
+    return CheckResult(len(parallel.resolved.parameters), wrong)
 
 
-def check_loaded(parallel: Parallel, content: Content) -> Check:
+def check_loaded(parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult:
     """Hold the model against its plan once more now that it is loaded, and its bytes too; every rank calls this.
 
     Raises:
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    wrong = _of_all_ranks(sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank()))
-    memory, numbers = check_memory(parallel.model, parallel.resolved, content)
+    wrong = _gather_mismatches(find_sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank()))
+    memory, numbers = check_memory(parallel.model, parallel.resolved, checkpoint)
     mesh = parallel.resolved.mesh
     sharded = sum(
         any(size > 1 and place != Replicate() for size, place in zip(mesh.sizes(row.mesh), row.placements, strict=True))
         for row in parallel.resolved.parameters
     )
-    return Check(len(parallel.resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
+    return CheckResult(len(parallel.resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
 
 
-def refuted_plan(error: PlanError) -> Check:
+def convert_plan_error(error: PlanError) -> CheckResult:
     """Return what it means that a checkpoint which was laid out by a plan has one that does not even resolve."""
     name = next((str(error.data[key]) for key in ("parameter", "key", "name") if key in error.data), "plan")
-    return Check(0, (Mismatch(name, "a plan that goes with this model and mesh", error.message),))
+    return CheckResult(0, (Mismatch(name, "a plan that goes with this model and mesh", error.message),))
 
 
 def check_inputs(request: ValidationRequest) -> None:
@@ -122,8 +127,8 @@ def check_inputs(request: ValidationRequest) -> None:
         CheckpointError: a config, or what transformers reads beside it, cannot be read.
     """
     for folder in filter(None, (request.folder, request.reference)):
-        _check_generation(folder)
-    model = meta_model(config_in(request.folder, torch.float32))
+        _check_generation_config(folder)
+    model = meta_model(read_config_with_dtype(request.folder, torch.float32))
     if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
         raise UsageError(
             f"{type(model).__name__} does not run on input_ids alone",
@@ -134,7 +139,7 @@ def check_inputs(request: ValidationRequest) -> None:
         check_reference(request.folder, request.reference, model)
 
 
-def _check_generation(folder: Path) -> None:
+def _check_generation_config(folder: Path) -> None:
     """Refuse settings of generation that are a pipe, say: transformers passes over them without a word, or waits."""
     path = folder / "generation_config.json"
     if os.path.lexists(path):
@@ -142,5 +147,5 @@ def _check_generation(folder: Path) -> None:
             pass
 
 
-def _of_all_ranks(mismatches: list[Mismatch]) -> list[Mismatch]:
-    return [Mismatch(**row) for rows in gather_json([row.to_json() for row in mismatches]) for row in rows]
+def _gather_mismatches(mismatches: list[Mismatch]) -> list[Mismatch]:
+    return [Mismatch(**row) for rows in all_gather_json([row.to_json() for row in mismatches]) for row in rows]

@@ -14,7 +14,7 @@ from runtime.validation.request import ValidationRequest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Output", "backward", "generate", "run", "tokens_of"]
+__all__ = ["Output", "compute_gradients", "compute_output", "generate_tokens", "sample_tokens"]
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class Output:
     tensor: torch.Tensor
 
 
-def tokens_of(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
+def sample_tokens(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
     """Return the tokens that models are run on, `[batch, sequence]`, the same on every rank."""
     generator = torch.Generator().manual_seed(request.seed)
     vocabulary: int = model.config.get_text_config().vocab_size
     length = -(-request.sequence // request.mesh.tp) * request.mesh.tp
-    return torch.randint(0, vocabulary, (request.batch, length), generator=generator).to(_device(model))
+    return torch.randint(0, vocabulary, (request.batch, length), generator=generator).to(_get_device(model))
 
 
-def run(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
+def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
     """Run a model on tokens; one without a head is judged by its last hidden state.
 
     Raises:
         UsageError: it computes neither.
     """
-    output = model(input_ids=tokens.to(_device(model)), use_cache=False)
+    output = model(input_ids=tokens.to(_get_device(model)), use_cache=False)
     for name in ("logits", "last_hidden_state"):
         tensor = getattr(output, name, None)
         if isinstance(tensor, torch.Tensor):
@@ -52,28 +52,28 @@ def run(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
     )
 
 
-def backward(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
+def compute_gradients(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
     """Leave gradients on a model: those of its outputs summed with random weights, the same for the same seed."""
-    output = run(model, tokens).tensor
+    output = compute_output(model, tokens).tensor
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(output.shape, generator=generator).to(output.device)
     torch.autograd.backward((output * weights).mean())
 
 
-def generate(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
+def generate_tokens(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
     """Return the tokens by which a model continues a prompt greedily, `[batch, count]`, whatever its defaults are."""
     from transformers import GenerationConfig
 
     writer: Any = model
     # Without a token that ends a text, and whatever else the checkpoint's own settings say.
     writer.generation_config = GenerationConfig(pad_token_id=0)
-    prompt = prompt.to(_device(model))
+    prompt = prompt.to(_get_device(model))
     text: torch.Tensor = writer.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count
     )
     return text[:, prompt.shape[1] :]
 
 
-def _device(model: PreTrainedModel) -> torch.device:
+def _get_device(model: PreTrainedModel) -> torch.device:
     device: torch.device = next(model.parameters()).device
     return device

@@ -6,7 +6,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from runtime.processes.started import end_with, leave
+from runtime.processes.started import die_with_parent, exit_now
 
 __all__ = ["main"]
 
@@ -19,15 +19,15 @@ def main(arguments: list[str]) -> NoReturn:
             the answer to.
     """
     parent, request, answer = arguments
-    end_with(int(parent))
+    die_with_parent(int(parent))
     try:
-        from runtime.validation.worker import work
+        from runtime.validation.worker import run_worker
 
-        work(request, int(answer))
+        run_worker(request, int(answer))
     except BaseException:
         traceback.print_exc()
-        leave(1)
-    leave(0)
+        exit_now(1)
+    exit_now(0)
 
 
 if __name__ == "__main__":

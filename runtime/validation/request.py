@@ -12,7 +12,7 @@ from plans.mesh import Mesh, Mode
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.record import MANIFEST, Manifest
 
-__all__ = ["Device", "ValidationRequest", "check_mesh", "recorded", "wanted_mesh"]
+__all__ = ["Device", "ValidationRequest", "check_mesh", "find_manifest", "resolve_mesh"]
 
 Device = Literal["cpu", "cuda", "auto"]
 
@@ -78,7 +78,7 @@ class ValidationRequest:
         )
 
 
-def recorded(folder: Path) -> Manifest | None:
+def find_manifest(folder: Path) -> Manifest | None:
     """Return a checkpoint's manifest, None where it has none.
 
     Raises:
@@ -87,7 +87,7 @@ def recorded(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def wanted_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tuple[Mesh, Mode]:
+def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tuple[Mesh, Mode]:
     """Return the mesh and mode to validate on: what the checkpoint was laid out for, else what is asked for.
 
     Args:
@@ -99,14 +99,14 @@ def wanted_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tu
         UsageError: it was laid out for another mesh or mode than is asked for, or the sizes make up no mesh.
         HeaderError: its manifest is damaged.
     """
-    manifest = recorded(folder)
+    manifest = find_manifest(folder)
     if manifest is None:
         mesh = Mesh(**sizes)
         return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
     held = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
     if any(held[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
         asked = [f"--{axis} {size}" for axis, size in sizes.items()] + ([f"--mode {mode}"] if mode else [])
-        raise _other_mesh(folder, manifest, " ".join(asked))
+        raise _mesh_mismatch_error(folder, manifest, " ".join(asked))
     return manifest.mesh, manifest.mode
 
 
@@ -117,14 +117,14 @@ def check_mesh(request: ValidationRequest) -> Manifest | None:
         UsageError: it was laid out for another mesh or mode than the request's.
         HeaderError: its manifest is damaged.
     """
-    manifest = recorded(request.folder)
+    manifest = find_manifest(request.folder)
     if manifest is not None and (manifest.mesh, manifest.mode) != (request.mesh, request.mode):
-        raise _other_mesh(request.folder, manifest, _options(request.mesh, request.mode))
+        raise _mesh_mismatch_error(request.folder, manifest, _format_options(request.mesh, request.mode))
     return manifest
 
 
-def _other_mesh(folder: Path, manifest: Manifest, asked: str) -> UsageError:
-    laid_out = _options(manifest.mesh, manifest.mode)
+def _mesh_mismatch_error(folder: Path, manifest: Manifest, asked: str) -> UsageError:
+    laid_out = _format_options(manifest.mesh, manifest.mode)
     return UsageError(
         f"{folder} is laid out for {laid_out}, not {asked}",
         hint=f"leave the mesh out, say {laid_out}, or reshard",
@@ -133,7 +133,7 @@ def _other_mesh(folder: Path, manifest: Manifest, asked: str) -> UsageError:
     )
 
 
-def _options(mesh: Mesh, mode: Mode) -> str:
+def _format_options(mesh: Mesh, mode: Mode) -> str:
     sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
     axes = [f"--{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp"]
     return " ".join(axes + ([f"--mode {mode}"] if mode != ("tp_ep" if mesh.ep > 1 else "tp") else []))

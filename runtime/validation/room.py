@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime.validation.local_tensors import plain
+from runtime.validation.local_tensors import detach_local
 
-__all__ = ["give_back", "has_room"]
+__all__ = ["fits_in_memory", "free_memory"]
 
-_SPARE = 1.2
+_OVERHEAD_FACTOR = 1.2
 """What activations and the allocator take besides, as a factor."""
-_BYTES = 4
+_FLOAT32_BYTES = 4
 
 
-def has_room(model: nn.Module, device: torch.device) -> bool:
+def fits_in_memory(model: nn.Module, device: torch.device) -> bool:
     """Say whether a model's weights and gradients fit unsharded, in float32, beside what the rank holds of it already.
 
     Args:
@@ -25,19 +25,19 @@ def has_room(model: nn.Module, device: torch.device) -> bool:
         device: that it would be on.
     """
     whole = sum(parameter.numel() for parameter in model.parameters())
-    own = sum(plain(parameter).numel() for parameter in model.parameters())
-    free = _free(device)
-    return free is None or _BYTES * (2 * whole + own) * _SPARE <= free
+    own = sum(detach_local(parameter).numel() for parameter in model.parameters())
+    free = _read_free_bytes(device)
+    return free is None or _FLOAT32_BYTES * (2 * whole + own) * _OVERHEAD_FACTOR <= free
 
 
-def give_back(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give back the memory of models that nobody has any more: hooked modules and their hooks hold each other."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _free(device: torch.device) -> int | None:
+def _read_free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can be allocated, None where that cannot be told."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

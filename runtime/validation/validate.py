@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.record import Manifest
-from runtime.processes.agreement import gather_json, together
-from runtime.processes.joined import own_device
+from runtime.processes.agreement import all_gather_json, raise_on_any_rank
+from runtime.processes.joined import select_device
 from runtime.styles import STYLES, StyleRegistry
-from runtime.validation.contradicted import CONTRADICTED, contradicted
-from runtime.validation.findings import Findings
-from runtime.validation.looking import look
+from runtime.validation.contradicted import INCONSISTENT_FILES, convert_file_error
+from runtime.validation.findings import ResultBuilder
+from runtime.validation.looking import run_checks
 from runtime.validation.model import check_inputs
 from runtime.validation.request import ValidationRequest, check_mesh
-from runtime.validation.source import read_source
+from runtime.validation.source import read_checkpoint_headers
 from runtime.validation.values import PARTS, ValidationResult
 
 __all__ = ["validate"]
@@ -34,19 +34,19 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
     Raises:
         MigratorError: the work could not be done; on every rank alike.
     """
-    device = together(lambda: own_device(request.device))
-    findings = Findings(device)
+    device = raise_on_any_rank(lambda: select_device(request.device))
+    findings = ResultBuilder(device)
     try:
-        manifest, content = together(lambda: _read(request))
-        look(request, styles, manifest, content, findings)
+        manifest, content = raise_on_any_rank(lambda: _read_checkpoint(request))
+        run_checks(request, styles, manifest, content, findings)
     except MigratorError as error:
-        findings.checks["content"] = contradicted(request, error)
-        findings.skip(CONTRADICTED, *(part for part in PARTS if part not in findings.checks))
-    seconds: dict[str, float] = gather_json(findings.seconds)[0]
+        findings.checks["content"] = convert_file_error(request, error)
+        findings.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in findings.checks))
+    seconds: dict[str, float] = all_gather_json(findings.seconds)[0]
     return ValidationResult(dist.get_world_size(), findings.checks, findings.skipped, device.type, seconds)
 
 
-def _read(request: ValidationRequest) -> tuple[Manifest | None, Content]:
+def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:
     manifest = check_mesh(request)
     check_inputs(request)
-    return manifest, read_source(request.folder)
+    return manifest, read_checkpoint_headers(request.folder)

@@ -9,17 +9,17 @@ from typing import Any
 
 from runtime.parallel.mismatch import Mismatch
 
-__all__ = ["PARTS", "Check", "ValidationResult"]
+__all__ = ["PARTS", "CheckResult", "ValidationResult"]
 
 PARTS = ("structure", "content", "forward", "backward", "generation")
 """In the order in which they are looked at; what a part says means little where one before it is wrong."""
 
 _ESSENTIAL = PARTS[:3]
-_NOT_LOOKED_AT: Mapping[str, Any] = {"ok": None, "checked": 0, "mismatches": []}
+_UNCHECKED: Mapping[str, Any] = {"ok": None, "checked": 0, "mismatches": []}
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """What one part of a validation found.
 
     Args:
@@ -40,13 +40,13 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; a number that is not finite is null there."""
         rows = [row.to_json() for row in self.mismatches]
-        numbers = {name: _finite(value) for name, value in self.numbers.items()}
+        numbers = {name: _replace_non_finite(value) for name, value in self.numbers.items()}
         return {"ok": self.ok, "checked": self.checked, "mismatches": rows, **numbers}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Check:
+    def from_json(cls, value: Mapping[str, Any]) -> CheckResult:
         """Read the JSON form that our own worker wrote."""
-        numbers = {name: one for name, one in value.items() if name not in _NOT_LOOKED_AT}
+        numbers = {name: one for name, one in value.items() if name not in _UNCHECKED}
         return cls(value["checked"], tuple(Mismatch(**row) for row in value["mismatches"]), numbers)
 
 
@@ -63,7 +63,7 @@ class ValidationResult:
     """
 
     world_size: int
-    checks: Mapping[str, Check]
+    checks: Mapping[str, CheckResult]
     skipped: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class ValidationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the one JSON form of a validation; it has every part, looked at or not."""
-        parts = {part: self.checks[part].to_json() if part in self.checks else dict(_NOT_LOOKED_AT) for part in PARTS}
+        parts = {part: self.checks[part].to_json() if part in self.checks else dict(_UNCHECKED) for part in PARTS}
         return {
             "ok": self.ok,
             "world_size": self.world_size,
@@ -88,9 +88,9 @@ class ValidationResult:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ValidationResult:
         """Read the JSON form that our own worker wrote."""
-        checks = {part: Check.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None}
+        checks = {part: CheckResult.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None}
         return cls(value["world_size"], checks, value["skipped"], value["device"], value["seconds"])
 
 
-def _finite(value: object) -> object:
+def _replace_non_finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value

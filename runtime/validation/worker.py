@@ -12,13 +12,13 @@ import torch
 
 from plans.errors import MigratorError, UsageError
 from runtime.processes.agreement import error_from_json, error_to_json
-from runtime.processes.joined import joined
+from runtime.processes.joined import process_group
 from runtime.processes.launch import launch
-from runtime.validation.contradicted import check_request
+from runtime.validation.contradicted import check_files
 from runtime.validation.request import ValidationRequest
 from runtime.validation.values import ValidationResult
 
-__all__ = ["run_validation", "take_part", "work"]
+__all__ = ["run_validation", "run_worker", "validate_as_rank"]
 
 _RANKS_PER_PROCESSOR = 32
 """More of them, which import all of torch each, leave a machine no memory and come to no end."""
@@ -32,7 +32,7 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
         WorkerError: a worker died or was too slow.
         MigratorError: as `validate`.
     """
-    refuted = check_request(request)
+    refuted = check_files(request)
     if refuted is not None:
         return refuted
     _check_ranks(request.mesh.world_size)
@@ -41,7 +41,7 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
         # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
         command = [sys.executable, "-P", "-m", "runtime.validation.process", str(os.getpid())]
         command += [json.dumps(request.to_json()), str(answer.fileno())]
-        launch(request.mesh.world_size, command, timeout=request.timeout, files=[answer.fileno()])
+        launch(request.mesh.world_size, command, timeout=request.timeout, pass_fds=[answer.fileno()])
         answer.seek(0)
         content = json.loads(answer.read())
     if "error" in content:
@@ -59,7 +59,7 @@ def _check_ranks(world_size: int) -> None:
         )
 
 
-def take_part(request: ValidationRequest) -> ValidationResult:
+def validate_as_rank(request: ValidationRequest) -> ValidationResult:
     """Validate as one rank among those that torchrun, or `launch`, has started.
 
     Returns:
@@ -71,23 +71,23 @@ def take_part(request: ValidationRequest) -> ValidationResult:
     # Here, for the parent of the workers runs no model, and need not wait for what does.
     from runtime.validation.validate import validate
 
-    _compute_exactly()
+    _disable_tf32()
     # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
     faulthandler.dump_traceback_later(request.timeout, exit=True)
     try:
-        with joined(request.timeout, request.device):
+        with process_group(request.timeout, request.device):
             return validate(request)
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _compute_exactly() -> None:
+def _disable_tf32() -> None:
     """Let GPUs compute float32 as such, with no fewer bits in products, whatever the environment says."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
-def work(request: str, answer: int) -> None:
+def run_worker(request: str, answer: int) -> None:
     """Take part as a worker that `run_validation` has started.
 
     Args:
@@ -95,7 +95,7 @@ def work(request: str, answer: int) -> None:
         answer: descriptor of the file that rank 0 writes the result or the error to.
     """
     try:
-        content = {"result": take_part(ValidationRequest.from_json(json.loads(request))).to_json()}
+        content = {"result": validate_as_rank(ValidationRequest.from_json(json.loads(request))).to_json()}
     except MigratorError as error:
         content = {"error": error_to_json(error)}
     if os.environ["RANK"] == "0":

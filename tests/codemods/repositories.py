@@ -41,8 +41,8 @@ def edit(root, name, before, after):
 
 def differences(root, base="HEAD", head=None):
     repository = find_repository(root)
-    after = repository.revision(head) if head else repository.working_tree()
-    found = compare(repository.revision(base), after)
+    after = repository.read_revision(head) if head else repository.read_working_tree()
+    found = compare(repository.read_revision(base), after)
     assert found.errors == ()
     return found.differences
 

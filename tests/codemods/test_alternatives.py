@@ -7,8 +7,8 @@ import time
 import pytest
 
 from codemods.checking.check import check_paths
-from codemods.reading.alternatives import alternatives
-from codemods.reading.entries import Entry
+from codemods.reading.alternatives import find_alternatives
+from codemods.reading.entries import PlanEntry
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral
 from codemods.rewriting.migrate import plan_rewrites
 from tests.codemods.helpers import check_noop, check_transformed, codes, generated, rewrite, write_tree
@@ -25,14 +25,14 @@ OLD = {**OLD_GATE_UP, **OLD_DOWN}
 
 
 def literal(*conditions, function="f", replaces=False, takes_in=False, computed=False, **plan):
-    entries = tuple(Entry(key, style, 1, (0, 0), (0, 0), True, computed) for key, style in plan.items())
+    entries = tuple(PlanEntry(key, style, 1, (0, 0), (0, 0), True, computed) for key, style in plan.items())
     found = tuple(Condition(test.removeprefix("not "), not test.startswith("not ")) for test in conditions)
     return PlanLiteral("C", "_tp_plan", 1, entries, function, found, takes_in, replaces)
 
 
 def plans(this, *code, body=None):
-    owner = ClassPlans("C", plans={"_tp_plan": body} if body else {}, code=code)
-    return [dict(one.plan) for one in alternatives(owner, this)]
+    owner = ClassPlans("C", plans={"_tp_plan": body} if body else {}, code_literals=code)
+    return [dict(one.plan) for one in find_alternatives(owner, this)]
 
 
 def test_a_literal_alone_has_nothing_beside_it():
@@ -86,8 +86,8 @@ def test_conditions_on_layers_hold_for_some_of_them():
 def test_what_cannot_be_told_apart_is_said_to_be_uncertain():
     arms = [literal(f"flag_{number}", **{f"a{number}": "x"}) for number in range(20)]
     this = literal(a="x")
-    (found,) = alternatives(ClassPlans("C", code=(this, *arms)), this)
-    assert found.takes_in
+    (found,) = find_alternatives(ClassPlans("C", code_literals=(this, *arms)), this)
+    assert found.is_partial
     assert len(found.plan) == 20
 
 
@@ -97,9 +97,9 @@ def test_a_thousand_arms_take_no_time():
         PlanLiteral("C", "_tp_plan", 1, (), "f", (*conditions[:number], Condition(conditions[number].test, True)))
         for number in range(1000)
     ]
-    owner = ClassPlans("C", code=tuple(arms))
+    owner = ClassPlans("C", code_literals=tuple(arms))
     started = time.process_time()
-    assert all(len(alternatives(owner, arm)) == 1 for arm in arms)
+    assert all(len(find_alternatives(owner, arm)) == 1 for arm in arms)
     assert time.process_time() - started < 5
 
 

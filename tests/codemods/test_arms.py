@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from codemods.checking.check import check_paths
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.reading.literals import read_module
-from codemods.reading.module import Condition, PlanLiteral, exclusive
+from codemods.reading.module import Condition, PlanLiteral, are_exclusive
 from tests.codemods.helpers import REGULAR, check_transformed, codes, write_tree
 from tests.codemods.test_code_built import PAIR, function, migrated
 
@@ -18,13 +18,13 @@ HOOK = '"layers.*.mlp.experts": "moe_experts_allreduce"'
 
 
 def read(text):
-    return read_module(Source(Path("x.py"), textwrap.dedent(text).encode()))
+    return read_module(SourceFile(Path("x.py"), textwrap.dedent(text).encode()))
 
 
 def literals(text):
     return [
         (literal.conditions, [entry.key for entry in literal.entries])
-        for literal in read(text).classes["ToyConfig"].code
+        for literal in read(text).classes["ToyConfig"].code_literals
     ]
 
 
@@ -61,9 +61,9 @@ def test_arms_in_a_class_body_are_code():
             base_model_sp_plan = {"b": "x"}
     """
     assert literals(text) == [(YES, ["a"]), (NO, ["b"])] * 2
-    one, other, *_ = read(text).classes["ToyConfig"].code
-    assert exclusive(one, other)
-    assert not exclusive(one, one)
+    one, other, *_ = read(text).classes["ToyConfig"].code_literals
+    assert are_exclusive(one, other)
+    assert not are_exclusive(one, one)
 
 
 def test_cases_exclude_one_another():
@@ -75,18 +75,18 @@ match kind:
         self.base_model_tp_plan |= {"b": "x"}
     case _:
         self.base_model_tp_plan |= {"c": "x"}"""
-    first, second, third = read(function(body)).classes["ToyConfig"].code
+    first, second, third = read(function(body)).classes["ToyConfig"].code_literals
     assert first.conditions == (Condition("kind == 'sparse'", True),)
     assert second.conditions[0] == Condition("kind == 'sparse'", False)
-    assert exclusive(first, second)
-    assert exclusive(second, third)
-    assert exclusive(first, third)
+    assert are_exclusive(first, second)
+    assert are_exclusive(second, third)
+    assert are_exclusive(first, third)
 
 
 def test_the_same_test_in_another_function_excludes_nothing():
     one = PlanLiteral("A", "_tp_plan", 1, (), "f", YES)
-    assert not exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "g", NO))
-    assert not exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "f", (Condition("old", False),)))
+    assert not are_exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "g", NO))
+    assert not are_exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "f", (Condition("old", False),)))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_same_test_in_another_function_excludes_nothing():
     ],
 )
 def test_what_replaces_a_plan_and_what_adds_to_it(body, replaces):
-    (literal,) = read(function(body)).classes["ToyConfig"].code
+    (literal,) = read(function(body)).classes["ToyConfig"].code_literals
     assert [entry.key for entry in literal.entries] == ["a"]
     assert literal.replaces is replaces
 

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from codemods.files.changed import changed_files, touched_folders
+from codemods.files.changed import find_changed_folders, list_changed_files
 from codemods.rewriting.migrate import plan_rewrites
-from codemods.tree.selection import Selection, Silencer
+from codemods.tree.selection import Selection, Suppressions
 from plans.errors import DependencyError, UsageError
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git
 
@@ -36,7 +36,7 @@ def repository(tmp_path):
 
 
 def names(root, base="main", folder=None):
-    return {str(path.relative_to(root.resolve())) for path in changed_files(base, folder or root)}
+    return {str(path.relative_to(root.resolve())) for path in list_changed_files(base, folder or root)}
 
 
 def test_commits_index_working_tree_and_new_files_count(repository):
@@ -58,7 +58,7 @@ def test_any_folder_of_the_repository_and_any_kind_of_ref_will_do(repository):
 def test_an_unknown_ref_is_refused(repository):
     for ref in ("nowhere", "--output=x", ""):
         with pytest.raises(UsageError) as caught:
-            changed_files(ref, repository)
+            list_changed_files(ref, repository)
         assert repr(ref) in caught.value.message
         assert "fetch" in caught.value.hint
     assert not (repository / "x").exists()
@@ -68,18 +68,18 @@ def test_histories_without_a_common_commit_are_refused(repository):
     git(repository, "checkout", "-q", "--orphan", "other")
     commit_all(repository)
     with pytest.raises(UsageError, match="no commit in common"):
-        changed_files("main", repository)
+        list_changed_files("main", repository)
 
 
 def test_a_folder_outside_any_repository_is_refused(tmp_path):
     with pytest.raises(UsageError, match="not a git repository"):
-        changed_files("main", tmp_path)
+        list_changed_files("main", tmp_path)
 
 
 def test_git_must_be_installed(repository, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DependencyError):
-        changed_files("main", repository)
+        list_changed_files("main", repository)
 
 
 def test_the_repository_starts_no_program_of_its_own(repository):
@@ -96,8 +96,8 @@ def test_the_repository_starts_no_program_of_its_own(repository):
 
 
 def outcome_of(root):
-    touched = touched_folders(changed_files("main", root))
-    return plan_rewrites([root], Silencer(Selection(touched=touched)))
+    touched = find_changed_folders(list_changed_files("main", root))
+    return plan_rewrites([root], Suppressions(Selection(changed_folders=touched)))
 
 
 def test_only_models_with_a_changed_file_are_spoken_of(repository):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from codemods.checking.check import check_paths
-from plans.rule import all_rules
+from plans.rule import load_rules
 from tests.codemods.helpers import REGULAR, codes, generated, write_tree
 
 DENSE = """
@@ -187,9 +187,9 @@ def test_the_installed_tree_has_no_defect(tmp_path):
     assert len(outcome.changes) > 80
 
 
-@pytest.mark.parametrize("code", [code for code in all_rules() if code.startswith("MIG5")] + ["MIG204"])
+@pytest.mark.parametrize("code", [code for code in load_rules() if code.startswith("MIG5")] + ["MIG204"])
 def test_every_rules_own_example_is_found(tmp_path, code):
-    rule = all_rules()[code]
+    rule = load_rules()[code]
     indented = "\n".join(f"    {line}" for line in rule.before.splitlines())
     text = f"class ToyConfig:\n    base_model_sp_plan = {{}}\n{indented}\n"
     source = "dtensor" if code == "MIG505" else "transformers-5.23"

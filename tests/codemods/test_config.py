@@ -132,17 +132,17 @@ def test_paths_that_lead_out_by_a_link_are_refused(tmp_path):
     ],
 )
 def test_globs(tmp_path, glob, path, expected):
-    assert Configuration(tmp_path, exclude=(glob,)).includes(tmp_path / path) is not expected
+    assert Configuration(tmp_path, exclude=(glob,)).is_included(tmp_path / path) is not expected
 
 
 def test_a_file_elsewhere_is_matched_by_its_whole_path(tmp_path):
-    assert Configuration(tmp_path, exclude=("src/*",)).includes(Path("/other/src/x.py"))
+    assert Configuration(tmp_path, exclude=("src/*",)).is_included(Path("/other/src/x.py"))
 
 
 def test_what_excludes_a_file_is_named(tmp_path):
     configuration = Configuration(tmp_path, exclude=("old", "./src/*.py"))
-    assert configuration.excluded_by(tmp_path / "src/x.py") == "./src/*.py"
-    assert configuration.excluded_by(tmp_path / "x.py") is None
+    assert configuration.find_exclude_pattern(tmp_path / "src/x.py") == "./src/*.py"
+    assert configuration.find_exclude_pattern(tmp_path / "x.py") is None
 
 
 @pytest.mark.parametrize("link", ["project", "project/src", "project/src/x.py"])
@@ -154,7 +154,7 @@ def test_a_link_means_the_project_that_it_leads_into(tmp_path, link):
     (tmp_path / "link").symlink_to(tmp_path / "real" / link)
     found = find_configuration(tmp_path / "link")
     assert found.root == root
-    assert found.excluded_by(root / "src/x.py")
+    assert found.find_exclude_pattern(root / "src/x.py")
 
 
 def test_a_link_out_of_every_project_belongs_where_it_lies(tmp_path):
@@ -163,5 +163,5 @@ def test_a_link_out_of_every_project_belongs_where_it_lies(tmp_path):
     (tmp_path / "project/models").symlink_to(tmp_path / "elsewhere")
     configured(tmp_path / "project", "[tool.migrator]\nexclude = ['models/old']\n")
     found = find_configuration(tmp_path / "project/../project/models")
-    assert found.excluded_by(tmp_path / "elsewhere/old/x.py") == "models/old"
-    assert found.excluded_by(tmp_path / "elsewhere/new/x.py") is None
+    assert found.find_exclude_pattern(tmp_path / "elsewhere/old/x.py") == "models/old"
+    assert found.find_exclude_pattern(tmp_path / "elsewhere/new/x.py") is None

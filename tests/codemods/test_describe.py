@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from codemods.models.describe import Model, describe
-from plans.described import Described
+from plans.described import KeyTarget
 from tests.codemods.helpers import REGULAR, write_tree
 
 SOURCE = (
@@ -140,7 +140,7 @@ def test_what_keys_name(toy, key, named, rank):
 
 
 def test_where_it_was_read(toy):
-    assert toy.describe("layers.*.mlp.experts") == Described("experts", None, "modeling_toy.py:ToyExperts")
+    assert toy.describe("layers.*.mlp.experts") == KeyTarget("experts", None, "modeling_toy.py:ToyExperts")
 
 
 @pytest.mark.parametrize(
@@ -177,11 +177,11 @@ def test_a_model_without_modeling_source_asks_the_one_it_is_made_from(tmp_path):
     write_tree(
         tmp_path, {"toy/modeling_toy.py": SOURCE, "new/modular_new.py": modular, "bare/configuration_bare.py": ""}
     )
-    assert describe(tmp_path / "new", "embed_tokens") == Described(
+    assert describe(tmp_path / "new", "embed_tokens") == KeyTarget(
         "embedding", None, "modeling_toy.py:ToyScaledEmbedding"
     )
     assert describe(tmp_path / "bare", "embed_tokens") is None
-    assert Model(tmp_path / "bare").could_exist("embed_tokens")
+    assert Model(tmp_path / "bare").can_exist("embed_tokens")
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_a_model_without_modeling_source_asks_the_one_it_is_made_from(tmp_path):
 def test_broken_source_is_unknown_not_fatal(tmp_path, text):
     model = Model(write_tree(tmp_path, {"modeling_toy.py": text}))
     found = model.describe("x")
-    assert found is None or found == Described("parameter")
-    assert model.could_exist("x")
-    assert not model.could_exist("x" + ".x" * 5000)
+    assert found is None or found == KeyTarget("parameter")
+    assert model.can_exist("x")
+    assert not model.can_exist("x" + ".x" * 5000)
 
 
 def actually(model, key):
@@ -240,7 +240,7 @@ def check_against_model(model_type):
         if expected := actually(built, key):
             found = source.describe(key, config_class.__name__)
             assert found is not None, (model_type, key)
-            assert {(found.named, found.rank)} == expected, (model_type, key)
+            assert {(found.kind, found.ndim)} == expected, (model_type, key)
             compared += 1
     return compared
 
@@ -267,15 +267,15 @@ def test_a_file_that_changes_is_read_again(tmp_path):
     write_tree(
         tmp_path, {"modeling_toy.py": "class A(nn.Module):\n    def f(self):\n        self.x = nn.Linear(1, 2)\n"}
     )
-    assert describe(tmp_path, "x") == Described("linear")
+    assert describe(tmp_path, "x") == KeyTarget("linear")
     assert describe(tmp_path, "other") is None
     write_tree(
         tmp_path,
         {"modeling_toy.py": "class A(nn.Module):\n    def f(self):\n        self.other = nn.Embedding(1, 2)\n"},
     )
     assert describe(tmp_path, "x") is None
-    assert describe(tmp_path, "other") == Described("embedding")
+    assert describe(tmp_path, "other") == KeyTarget("embedding")
 
 
 def test_a_file_without_classes_is_no_model(tmp_path):
-    assert Model(write_tree(tmp_path, {"modeling_toy.py": "x = 1\n"})).could_exist("x")
+    assert Model(write_tree(tmp_path, {"modeling_toy.py": "x = 1\n"})).can_exist("x")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.tree.detect import detect
+from codemods.tree.detect import detect_dialect
 from plans.dialect import PARAM_LEVEL, dialect_names, load_dialect
 from plans.errors import UsageError
 from tests.codemods.helpers import write_tree
@@ -22,7 +22,7 @@ def tree(root, version):
     "below", ["", "src", "src/transformers", "src/transformers/models", "src/transformers/models/a/x.py"]
 )
 def test_the_version_file_says(tmp_path, below):
-    found = detect(tree(tmp_path, "5.17.0.dev0") / below, {"colwise", "ep_router"})
+    found = detect_dialect(tree(tmp_path, "5.17.0.dev0") / below, {"colwise", "ep_router"})
     assert found.dialect == "transformers-5.16"
     assert "5.17.0.dev0" in found.reason
     assert found.alternatives == ()
@@ -32,31 +32,31 @@ def test_the_installed_tree_speaks_its_release():
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
-    assert detect(Path(spec.origin).parent / "models", {"colwise"}).dialect == "transformers-5.23"
+    assert detect_dialect(Path(spec.origin).parent / "models", {"colwise"}).dialect == "transformers-5.23"
 
 
 def test_a_version_file_that_the_styles_belie(tmp_path):
     root = tree(tmp_path, "5.3.0")
-    found = detect(root / "src/transformers/models", {"colwise", "vocab_allreduce", "module_allgather"})
+    found = detect_dialect(root / "src/transformers/models", {"colwise", "vocab_allreduce", "module_allgather"})
     assert found.dialect == "dtensor"
     assert "5.3.0" in found.reason
     assert "module_allgather, vocab_allreduce" in found.reason
 
 
 def test_a_style_that_no_dialect_knows_belies_nothing(tmp_path):
-    found = detect(tree(tmp_path, "5.3.0"), {"colwise", "colwize"})
+    found = detect_dialect(tree(tmp_path, "5.3.0"), {"colwise", "colwize"})
     assert (found.dialect, found.alternatives) == ("transformers-5.3", ())
 
 
 def test_param_level_names_fit_everywhere(tmp_path):
     overlay = set(load_dialect(PARAM_LEVEL).styles)
-    assert detect(tree(tmp_path, "5.9.0"), {"colwise", *overlay}).dialect == "transformers-5.6"
-    assert detect(tmp_path / "elsewhere", {"colwise_rep", "gather", *overlay}).dialect == "transformers-4.57"
+    assert detect_dialect(tree(tmp_path, "5.9.0"), {"colwise", *overlay}).dialect == "transformers-5.6"
+    assert detect_dialect(tmp_path / "elsewhere", {"colwise_rep", "gather", *overlay}).dialect == "transformers-4.57"
 
 
 def test_a_tree_older_than_every_dialect_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"__init__\.py: .*4\.40"):
-        detect(tree(tmp_path, "4.40.0"), {"colwise"})
+        detect_dialect(tree(tmp_path, "4.40.0"), {"colwise"})
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_tree_older_than_every_dialect_is_refused(tmp_path):
     ],
 )
 def test_without_a_version_file_the_newest_that_holds_all_styles(tmp_path, styles, dialect):
-    found = detect(tmp_path, styles)
+    found = detect_dialect(tmp_path, styles)
     assert found.dialect == dialect
     assert dialect in found.reason
     assert "no version file" in found.reason
@@ -81,7 +81,7 @@ def test_without_a_version_file_the_newest_that_holds_all_styles(tmp_path, style
 
 
 def test_what_is_ambiguous_says_so(tmp_path):
-    found = detect(tmp_path, {"sequence_parallel", "ep_router"})
+    found = detect_dialect(tmp_path, {"sequence_parallel", "ep_router"})
     assert found.dialect == "transformers-5.21"
     assert found.alternatives[-1] == "transformers-4.57"
     assert "transformers-5.3" in found.reason
@@ -90,7 +90,7 @@ def test_what_is_ambiguous_says_so(tmp_path):
 
 
 def test_styles_of_two_dialects_say_what_is_lacking(tmp_path):
-    found = detect(tmp_path, {"gather", "packed_colwise", "mla_kv_a_proj"})
+    found = detect_dialect(tmp_path, {"gather", "packed_colwise", "mla_kv_a_proj"})
     assert found.dialect == "transformers-5.23"
     assert "all but gather" in found.reason
 
@@ -98,7 +98,7 @@ def test_styles_of_two_dialects_say_what_is_lacking(tmp_path):
 @pytest.mark.parametrize("name", [name for name in dialect_names() if name != PARAM_LEVEL])
 def test_a_whole_vocabulary_is_recognised(tmp_path, name):
     styles = load_dialect(name).styles.keys()
-    found = detect(tmp_path, styles)
+    found = detect_dialect(tmp_path, styles)
     assert styles - load_dialect(PARAM_LEVEL).styles.keys() <= load_dialect(found.dialect).styles.keys()
     if name == "transformers-5.19":
         assert found.dialect == "transformers-5.21", "which only added names"

@@ -32,7 +32,7 @@ def test_a_rewrite_only_renames(root):
     assert {one.model for one in found} == {"mixtral", "qwen3_moe", "mellum", "gemma4", "offspring"}
     assert {one.kind for one in found} == {"renamed"}
     assert len(found) == 10
-    assert {one.after.reading.placement for one in found} == {"Packed(1, 2)", "Shard(2)"}
+    assert {one.after.effect.placement for one in found} == {"Packed(1, 2)", "Shard(2)"}
     assert {one.model for one in found if not one.explained} == {"offspring"}, "it inherits, and renames are harmless"
     commit(root, "rewritten")
     assert differences(root, "HEAD~1", "HEAD") == found, "the working tree and its commit are compared alike"
@@ -46,7 +46,7 @@ def test_a_placement_that_a_class_inherits_is_not_explained(root):
         ("mixtral", "layers.*.self_attn.q_proj", "placement", True),
         ("offspring", "layers.*.self_attn.q_proj", "placement", False),
     ]
-    assert [(one.before.reading.placement, one.after.reading.placement) for one in found] == [
+    assert [(one.before.effect.placement, one.after.effect.placement) for one in found] == [
         ("Shard(0)", "Shard(1)")
     ] * 2
     assert {str(one.side.path) for one in found} == {MIXTRAL}, "where the inherited entry is written"
@@ -112,11 +112,11 @@ def test_a_new_release_changes_what_the_same_lines_mean(root):
     commit(root, "older")
     edit(root, f"{PACKAGE}/__init__.py", "5.20.0", "5.23.0")
     repository = find_repository(root)
-    found = compare(repository.revision("HEAD"), repository.working_tree())
+    found = compare(repository.read_revision("HEAD"), repository.read_working_tree())
     assert found.dialects == ("transformers-5.19", "transformers-5.23")
     assert told(found.differences) == [("toy", "embed", "placement", False)]
     (embed,) = found.differences
-    assert (embed.before.reading.placement, embed.after.reading.placement) == ("Shard(1)", "Shard(0)")
+    assert (embed.before.effect.placement, embed.after.effect.placement) == ("Shard(1)", "Shard(0)")
 
 
 def test_the_same_entry_on_another_parameter_is_not_explained(root):
@@ -129,7 +129,7 @@ def test_the_same_entry_on_another_parameter_is_not_explained(root):
         "        self.other = nn.Parameter(torch.empty(",
     )
     edit(root, name, "        self.other", "        self.down_proj = nn.Linear(1, 1)\n        self.other")
-    assert [(one.place.plan, one.side.style, *told([one])[0][1:]) for one in differences(root)] == [
+    assert [(one.variant.plan, one.side.style, *told([one])[0][1:]) for one in differences(root)] == [
         ("base_model_ep_plan", "grouped_gemm", "layers.*.mlp.experts.down_proj", "meaning", False),
         ("base_model_tp_plan", "rowwise", "layers.*.mlp.experts.down_proj", "placement", False),
     ]
@@ -139,7 +139,7 @@ def test_a_style_that_cuts_a_dim_which_its_parameter_lacks_is_told_and_stops_not
     edit(root, MIXTRAL, f'"{Q_PROJ}": "colwise"', '"layers.*.input_layernorm.weight": "moe_tp_gate_up_colwise"')
     _, added = (one for one in differences(root) if one.model == "mixtral")
     assert (added.key, added.kind) == ("layers.*.input_layernorm.weight", "added")
-    assert added.after.reading.placement == "unknown (moe_tp_gate_up_colwise)"
+    assert added.after.effect.placement == "unknown (moe_tp_gate_up_colwise)"
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_entries_that_code_takes_out(root, line, key):
     edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
     found = differences(root)
     assert told(found) == [("mixtral", key, "removed", True), ("offspring", key, "removed", False)]
-    assert {one.place.plan for one in found} == {"base_model_tp_plan in __post_init__"}
-    assert {one.after.reading.placement for one in found} == {"whole"}
+    assert {one.variant.plan for one in found} == {"base_model_tp_plan in __post_init__"}
+    assert {one.after.effect.placement for one in found} == {"whole"}
     commit(root, "taken out")
     edit(root, MIXTRAL, line, "pass")
     assert told(differences(root)) == [("mixtral", key, "added", True), ("offspring", key, "added", False)]
@@ -181,7 +181,7 @@ def test_one_arm_of_a_conditional_expression(root):
     edit(root, MIXTRAL, f'else {{"{Q_PROJ}": "rowwise"}}', f'else {{"{Q_PROJ}": "colwise"}}')
     found = differences(root)
     assert told(found) == [("mixtral", Q_PROJ, "placement", True), ("offspring", Q_PROJ, "placement", False)]
-    assert {one.place.plan for one in found} == {"base_model_tp_plan in __post_init__ if not (self.fused)"}
+    assert {one.variant.plan for one in found} == {"base_model_tp_plan in __post_init__ if not (self.fused)"}
 
 
 def test_a_plan_kept_in_a_constant(root):
@@ -223,8 +223,8 @@ LAYOUTS = {
 def test_another_layout_under_the_same_style_is_another_placement(root, edits, expected):
     for before, after in edits:
         edit(root, f"{PACKAGE}/models/mixtral/modeling_mixtral.py", before, after)
-    found = [one for one in differences(root) if one.place.plan == "base_model_tp_plan"]
-    assert {one.key: one.after.reading.placement for one in found} == expected
+    found = [one for one in differences(root) if one.variant.plan == "base_model_tp_plan"]
+    assert {one.key: one.after.effect.placement for one in found} == expected
     assert {(one.model, one.kind, one.explained) for one in found} == {("mixtral", "placement", False)}
 
 
@@ -244,7 +244,7 @@ def test_a_file_that_does_not_parse_stops_no_other(root):
     edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": ')
     edit(root, f"{PACKAGE}/models/llama/configuration_llama.py", '"layers.*.mlp.up_proj": "colwise"', '"x": "colwise"')
     repository = find_repository(root)
-    found = compare(repository.revision("HEAD"), repository.working_tree())
+    found = compare(repository.read_revision("HEAD"), repository.read_working_tree())
     assert {one.model for one in found.differences} == {"llama"}
     assert all(isinstance(error, SourceError) and "configuration_mixtral.py" in error.message for error in found.errors)
     assert found.errors

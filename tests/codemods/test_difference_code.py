@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from codemods.inheritance.effective import UNREAD
+from codemods.inheritance.effective import UNRESOLVED
 from tests.codemods.helpers import write_tree
 from tests.codemods.repositories import ADDED, MIXTRAL, PACKAGE, Q_PROJ, commit, differences, edit, told
 
@@ -23,7 +23,7 @@ def test_a_constant_of_two_classes(root):
     kid(root, f"{NORM}class A:\n    base_model_tp_plan = BASE\nclass B:\n    base_model_tp_plan = BASE\n")
     edit(root, KID, "colwise", "rowwise")
     found = differences(root)
-    assert [(one.place.class_name, *told([one])[0]) for one in found] == [
+    assert [(one.variant.class_name, *told([one])[0]) for one in found] == [
         ("A", "kid", "norm", "placement", True),
         ("B", "kid", "norm", "placement", True),
     ]
@@ -89,14 +89,14 @@ def test_what_cannot_be_read_may_have_changed(root, text, before, after):
     (root / KID).write_text((root / KID).read_text() + "\n# no more than a comment\n")
     assert differences(root) == ()
     edit(root, KID, before, after)
-    assert told(differences(root)) == [("kid", UNREAD, "unread", False)]
+    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 def test_what_a_helper_in_another_file_makes_may_have_changed(root):
     text = "from ..plans import make\nclass A:\n    base_model_tp_plan = make(1)\n"
     kid(root, text, plans='def make(n):\n    return {f"layers.{n}": "colwise"}\n')
     edit(root, PLANS, "colwise", "rowwise")
-    assert told(differences(root)) == [("kid", UNREAD, "unread", False)]
+    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 def test_a_computed_style_may_have_changed(root):
@@ -108,7 +108,7 @@ def test_a_computed_style_may_have_changed(root):
 def test_a_plan_that_cannot_be_read_any_more_has_lost_nothing_for_sure(root):
     kid(root, 'class A:\n    base_model_tp_plan = {"norm": "colwise"}\n')
     edit(root, KID, '{"norm": "colwise"}', "make()")
-    assert told(differences(root)) == [("kid", UNREAD, "unread", False)]
+    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 UPDATE = '        self.base_model_tp_plan["norm"] = "rowwise"\n'
@@ -131,7 +131,7 @@ def test_another_function_or_condition_is_one_change_that_its_own_line_explains(
     (found,) = differences(root)
     assert told([found]) == [("kid", "norm", "condition", True)]
     assert found.moved_from is not None
-    assert found.moved_from.plan != found.place.plan
+    assert found.moved_from.plan != found.variant.plan
 
 
 def test_another_condition_that_a_class_inherits_is_not_explained(root):

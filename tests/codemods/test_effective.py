@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from codemods.files.sources import Source
-from codemods.inheritance.effective import EVERY_KEY, REMOVED, UNREAD, EffectivePlans, PlanPlace, file_kind
-from codemods.inheritance.inheritors import inheritors
+from codemods.files.sources import SourceFile
+from codemods.inheritance.effective import EVERY_KEY, REMOVED, UNRESOLVED, EffectivePlans, PlanVariant, file_kind
+from codemods.inheritance.inheritors import find_dependents
 from plans.errors import SourceError
 
 PARENT = """
@@ -23,13 +23,13 @@ A, B, C, D = (Path(f"src/transformers/models/{name}/configuration_{name}.py") fo
 
 
 def sources(files):
-    table = {path: Source(path, textwrap.dedent(text).encode()) for path, text in files.items()}
+    table = {path: SourceFile(path, textwrap.dedent(text).encode()) for path, text in files.items()}
     return table.get
 
 
 def plan_of(files, path, class_name, plan="base_model_tp_plan"):
-    found = EffectivePlans(sources(files)).of_file(path)
-    entries = found.get(PlanPlace(path, class_name, plan))
+    found = EffectivePlans(sources(files)).compute_file_plans(path)
+    entries = found.get(PlanVariant(path, class_name, plan))
     return None if entries is None else {key: entry.style for key, entry in entries.items()}
 
 
@@ -39,13 +39,13 @@ def test_plans_are_inherited_across_files_with_the_place_they_are_written_at():
         B: "from ..a.configuration_a import Parent\nclass Middle(Parent): pass\n",
         C: "from ..b.configuration_b import Middle\nclass Child(Middle):\n    base_model_ep_plan = None\n",
     }
-    found = EffectivePlans(sources(files)).of_file(C)
-    entries = found[PlanPlace(C, "Child", "base_model_tp_plan")]
+    found = EffectivePlans(sources(files)).compute_file_plans(C)
+    entries = found[PlanVariant(C, "Child", "base_model_tp_plan")]
     assert {key: (entry.style, entry.path, entry.line) for key, entry in entries.items()} == {
         "a": ("colwise", A, 3),
         "b": ("rowwise", A, 3),
     }
-    assert found[PlanPlace(C, "Child", "base_model_ep_plan")] == {}
+    assert found[PlanVariant(C, "Child", "base_model_ep_plan")] == {}
 
 
 def test_an_own_plan_replaces_the_inherited_one_whole():
@@ -88,7 +88,7 @@ def test_an_own_plan_replaces_the_inherited_one_whole():
 def test_ways_to_a_parent(text):
     files = {A: PARENT + "class Child(Parent): pass\n", B: text, C: "from ..a.configuration_a import Parent\n"}
     assert plan_of(files, B, "Child") == {"a": "colwise", "b": "rowwise"}
-    assert B in inheritors([A], [A, B], sources(files)) or text.startswith("from ..c")
+    assert B in find_dependents([A], [A, B], sources(files)) or text.startswith("from ..c")
 
 
 def test_a_parent_inside_of_another_class():
@@ -253,16 +253,16 @@ def test_constants_and_other_plans_are_followed(text, expected):
     ids=["assigned twice", "updated", "deleted from", "call", "arm", "circle", "filtered"],
 )
 def test_what_cannot_be_followed_is_said_to_be_unread(text):
-    found = EffectivePlans(sources({A: PARENT, B: text})).of_file(B)
+    found = EffectivePlans(sources({A: PARENT, B: text})).compute_file_plans(B)
     plans = [plan for place, plan in found.items() if place.class_name == "Child" and plan]
-    assert [list(plan) for plan in plans] == [[UNREAD]]
-    assert plans[0][UNREAD].style is None
-    assert plans[0][UNREAD].made_of
+    assert [list(plan) for plan in plans] == [[UNRESOLVED]]
+    assert plans[0][UNRESOLVED].style is None
+    assert plans[0][UNRESOLVED].provenance
 
 
 def test_a_parameter_of_a_constants_name_is_not_the_constant():
     text = f"{BASE}x = BASE\nclass Child:\n    def f(self, BASE):\n        self.base_model_tp_plan |= BASE\n"
-    assert plan_of({B: text}, B, "Child", "base_model_tp_plan in f") == {UNREAD: None}
+    assert plan_of({B: text}, B, "Child", "base_model_tp_plan in f") == {UNRESOLVED: None}
 
 
 def test_the_parents_plan_by_super():
@@ -281,8 +281,8 @@ def test_inheritors_are_found_however_indirect():
         C: "from transformers.models.b.configuration_b import Middle\nclass Child(Middle): pass\n",
         Path("src/transformers/models/d/configuration_d.py"): "from ..a.configuration_a import Parent\nx = Parent\n",
     }
-    assert inheritors([A], files, sources(files)) == {A, B, C}
-    assert inheritors([C], files, sources(files)) == {C}
+    assert find_dependents([A], files, sources(files)) == {A, B, C}
+    assert find_dependents([C], files, sources(files)) == {C}
 
 
 def test_modular_files_are_no_models():
@@ -301,13 +301,13 @@ def test_every_configuration_class_of_transformers_has_the_plans_that_python_giv
     assert spec is not None
     assert spec.origin is not None
     package = Path(spec.origin).parent
-    plans = EffectivePlans(lambda path: Source(path, path.read_bytes()) if path.is_file() else None)
+    plans = EffectivePlans(lambda path: SourceFile(path, path.read_bytes()) if path.is_file() else None)
     compared = 0
     for path in sorted((package / "models").glob("*/configuration_*.py")):
         if b"_plan" not in path.read_bytes():
             continue
         module = importlib.import_module(".".join(path.relative_to(package.parent).with_suffix("").parts))
-        for place, entries in plans.of_file(path).items():
+        for place, entries in plans.compute_file_plans(path).items():
             if place.class_name == "HrmTextConfig":  # a comprehension: its keys are known with a wildcard only
                 continue
             value = getattr(getattr(module, place.class_name), place.plan)

@@ -10,9 +10,9 @@ from codemods.checking.check import check_paths
 from codemods.files.config import Configuration
 from codemods.rewriting.migrate import plan_rewrites
 from codemods.rewriting.write import write_changes
-from codemods.tree.ignores import read_ignores, silenced_lines, unused_ignores
-from codemods.tree.pending import unused_comments
-from codemods.tree.selection import Selection, Silencer
+from codemods.tree.ignores import find_suppressed_lines, find_unused_ignores, read_ignores
+from codemods.tree.pending import find_unused_comments
+from codemods.tree.selection import Selection, Suppressions
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, codes, write_tree
 from tests.migrator.source_trees import COPY, MODELING, OWNER, family, texts
 
@@ -21,7 +21,7 @@ COMMENT = "  # migrator: ignore[MIG001]"
 
 
 def spoken_of(text: str) -> list[tuple[int, tuple[str, ...]]]:
-    return [(ignore.speaks_of, ignore.codes) for ignore in read_ignores(text.encode())]
+    return [(ignore.target_line, ignore.codes) for ignore in read_ignores(text.encode())]
 
 
 @pytest.mark.parametrize(
@@ -65,28 +65,28 @@ def test_text_that_is_no_python_has_none(text):
 
 def test_a_comment_silences_its_codes_on_its_line_only():
     ignores = read_ignores(b"x = 1  # migrator: ignore[MIG001]\n")
-    assert silenced_lines(ignores, [1], "MIG001") == {1}
-    assert silenced_lines(ignores, range(1, 4), "MIG001") == {1}
-    assert silenced_lines(ignores, [1], "MIG002") == frozenset()
-    assert silenced_lines(ignores, [2, 3], "MIG001") == frozenset()
+    assert find_suppressed_lines(ignores, [1], "MIG001") == {1}
+    assert find_suppressed_lines(ignores, range(1, 4), "MIG001") == {1}
+    assert find_suppressed_lines(ignores, [1], "MIG002") == frozenset()
+    assert find_suppressed_lines(ignores, [2, 3], "MIG001") == frozenset()
 
 
 def test_comments_of_no_use_are_found():
     ignores = read_ignores(
         b"x = 1  # migrator: ignore[MIG001, MIG002]\n# migrator: ignore\n# migrator: ignore[MIG999]\n"
     )
-    found = [(line, finding.code) for line, finding in unused_ignores(ignores, {(1, "MIG001")})]
+    found = [(line, finding.code) for line, finding in find_unused_ignores(ignores, {(1, "MIG001")})]
     assert found == [(1, "MIG901"), (2, "MIG902"), (3, "MIG902")]
-    messages = [finding.message for _, finding in unused_ignores(ignores, set())]
+    messages = [finding.message for _, finding in find_unused_ignores(ignores, set())]
     assert "MIG001" in messages[0]
     assert "{" not in "".join(messages)
 
 
 def rewritten(root, configuration=None):
-    silencer = Silencer(Selection(configuration or Configuration()))
+    silencer = Suppressions(Selection(configuration or Configuration()))
     outcome = plan_rewrites([root], silencer)
     assert write_changes(outcome.changes).errors == ()
-    return outcome, list(unused_comments(silencer))
+    return outcome, list(find_unused_comments(silencer))
 
 
 @pytest.mark.parametrize("entry", [GATE_UP, DOWN])
@@ -200,9 +200,9 @@ def test_what_is_ignored_is_no_other_finding_instead(tmp_path):
     hook = '"layers.*.mlp.experts": "moe_experts_allreduce",  # migrator: ignore[MIG003]'
     write_tree(tmp_path, {OWNER: f"class ToyConfig:\n    base_model_tp_plan = {{\n        {hook}\n    }}\n"})
     write_tree(tmp_path, {"toy/modeling_toy.py": MODELING})
-    silencer = Silencer()
+    silencer = Suppressions()
     outcome = check_paths([tmp_path], silencer, source="transformers-5.23")
-    assert (outcome.changes, codes(outcome), list(unused_comments(silencer))) == ((), [], [])
+    assert (outcome.changes, codes(outcome), list(find_unused_comments(silencer))) == ((), [], [])
 
 
 def test_the_other_modules_of_the_plan_are_still_rewritten(tmp_path):
@@ -273,7 +273,7 @@ def test_an_excluded_file_may_be_broken(tmp_path):
 @given(st.binary(), st.binary())
 def test_no_bytes_make_it_raise(before, after):
     for ignore in read_ignores(before + b"# migrator: ignore[MIG001]" + after):
-        assert ignore.speaks_of >= ignore.line >= 1
+        assert ignore.target_line >= ignore.line >= 1
 
 
 @given(st.text(alphabet="xy =()[]{}:'\"#\\\r\n\t\0é,"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from codemods.models.layouts import layout_of, read_layouts
-from plans.described import Described
+from codemods.models.layouts import find_layout, read_layouts
+from plans.described import KeyTarget
 from plans.layout import ExpertLayout
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, check_noop, check_transformed, codes, write_tree
 
@@ -373,12 +373,12 @@ def test_an_heir_of_an_heir_and_its_flags(tmp_path):
 
 def test_what_the_key_names_decides(tmp_path):
     write_tree(tmp_path, {"modeling_toy.py": heir(IRREGULAR["another forward"][0])})
-    assert layout_of(tmp_path, Described("experts", None, "modeling_toy.py:ToyExperts")) == BASE
-    own = layout_of(tmp_path, Described("experts", None, "modeling_toy.py:OwnExperts"))
+    assert find_layout(tmp_path, KeyTarget("experts", None, "modeling_toy.py:ToyExperts")) == BASE
+    own = find_layout(tmp_path, KeyTarget("experts", None, "modeling_toy.py:OwnExperts"))
     assert own is not None
     assert own.irregularity == "MIG102"
-    assert layout_of(tmp_path, Described("module", None, "modeling_toy.py:Elsewhere")) is None
-    assert layout_of(tmp_path, None) is None, "two classes, and nothing says which"
+    assert find_layout(tmp_path, KeyTarget("module", None, "modeling_toy.py:Elsewhere")) is None
+    assert find_layout(tmp_path, None) is None, "two classes, and nothing says which"
 
 
 @pytest.mark.parametrize("body", SAME.values(), ids=SAME)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from codemods.checking.check import check_paths
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.reading.literals import read_module
 from codemods.reading.skim import skim
 from codemods.rewriting.migrate import plan_rewrites
@@ -127,7 +127,7 @@ def test_a_class_that_another_file_passes_on_is_found(tmp_path):
     ],
 )
 def test_imports_are_read_alike_with_and_without_a_parser(text):
-    source = Source(Path("x.py"), (text + PACKED).encode())
+    source = SourceFile(Path("x.py"), (text + PACKED).encode())
     read, skimmed = read_module(source), skim(source)
     assert "ToyConfig" in read.classes
     assert skimmed is None or dict(skimmed.imports) == dict(read.imports)

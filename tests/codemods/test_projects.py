@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from codemods.tree.projects import by_project
+from codemods.tree.projects import group_by_project
 from tests.codemods.helpers import PACKED, write_tree
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git, migrator
 
@@ -17,8 +17,8 @@ OLD = OLD.replace("moe_tp_experts", "gather")
 def test_paths_of_one_project_stay_together_in_their_order(tmp_path):
     write_tree(tmp_path, {"pyproject.toml": "", "b/x.py": "", "a/y.py": ""})
     paths = [tmp_path / "b", tmp_path / "a/y.py", tmp_path]
-    assert by_project(paths) == [tuple(paths)]
-    assert by_project([]) == [()]
+    assert group_by_project(paths) == [tuple(paths)]
+    assert group_by_project([]) == [()]
 
 
 @pytest.mark.parametrize("mark", ["pyproject.toml", ".git/config", "src/transformers/__init__.py"])
@@ -26,7 +26,7 @@ def test_what_makes_two_projects(tmp_path, mark):
     for name in ("a", "b"):
         write_tree(tmp_path / name, {mark: '__version__ = "5.23.0"\n', "models/x.py": ""})
     a, b = tmp_path / "a", tmp_path / "b"
-    assert by_project([a, b, a / "models"]) == [(a, a / "models"), (b,)]
+    assert group_by_project([a, b, a / "models"]) == [(a, a / "models"), (b,)]
 
 
 def test_a_path_that_no_version_file_speaks_of_goes_with_the_others(tmp_path):
@@ -35,13 +35,13 @@ def test_a_path_that_no_version_file_speaks_of_goes_with_the_others(tmp_path):
     )
     write_tree(tmp_path, {"tests/y.py": ""})
     paths = [tmp_path / "tests", tmp_path / "src/transformers/models"]
-    assert by_project(paths) == [tuple(paths)]
+    assert group_by_project(paths) == [tuple(paths)]
 
 
 def test_a_path_inside_another_goes_with_it(tmp_path):
     write_tree(tmp_path, {"pyproject.toml": "", "inner/pyproject.toml": "", "inner/x.py": ""})
     paths = [tmp_path / "inner/x.py", tmp_path]
-    assert by_project(paths) == [tuple(paths)]
+    assert group_by_project(paths) == [tuple(paths)]
 
 
 @pytest.mark.parametrize("order", [("toy", "heir"), ("heir", "toy")])
@@ -52,7 +52,9 @@ def test_models_of_one_folder_go_together_whatever_lies_among_their_files(tmp_pa
     assert {change["path"] for change in json.loads(done.stdout)["changes"]} == {OWNER, COPY}
     (tmp_path / "pyproject.toml").write_text("")
     paths = [tmp_path / "heir", tmp_path / "toy"]
-    assert by_project(paths) == [(paths[1], paths[0])], "the outermost project comes first, and its settings count"
+    assert group_by_project(paths) == [(paths[1], paths[0])], (
+        "the outermost project comes first, and its settings count"
+    )
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_exclusion_works_through_links(tmp_path):
         (tmp_path / name / "models").symlink_to(tmp_path / "elsewhere" / ("toy" if name == "a" else "heir"))
         (tmp_path / name / "pyproject.toml").write_text("[tool.migrator]\nexclude = ['models/configuration_toy.py']\n")
     paths = [tmp_path / "a/models", tmp_path / "b/models"]
-    assert by_project(paths) == [(paths[0],), (paths[1],)]
+    assert group_by_project(paths) == [(paths[0],), (paths[1],)]
     done = migrator("rewrite", "a/models", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, b"nothing to rewrite in 1 file\n")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")

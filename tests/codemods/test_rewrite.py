@@ -8,9 +8,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.reading.literals import read_module
-from codemods.reading.module import all_literals
+from codemods.reading.module import iter_literals
 from codemods.rewriting.rewrite import rewrite_source
 from plans.decompose import InsertEntry, SetStyle
 
@@ -56,15 +56,15 @@ def files(draw):
 def test_only_the_named_values_change(case):
     before, after, edits = case
     ast.parse(before)
-    source = Source(Path("x.py"), before.encode())
+    source = SourceFile(Path("x.py"), before.encode())
     module = read_module(source)
-    literals = list(all_literals(module))
+    literals = list(iter_literals(module))
     assert rewrite_source(source, module, [(literals[0], tuple(edits))]).decode() == after
     assert rewrite_source(source, module, []).decode() == before
 
 
 def test_strings_written_in_pieces_are_one_value():
-    source = Source(Path("x.py"), b'load(tp_plan={"a" ".b": "row" "wise"})')
+    source = SourceFile(Path("x.py"), b'load(tp_plan={"a" ".b": "row" "wise"})')
     module = read_module(source)
     edit = SetStyle("MIG002", "a.b", "rowwise", "x")
-    assert rewrite_source(source, module, [(next(all_literals(module)), (edit,))]) == b'load(tp_plan={"a" ".b": "x"})'
+    assert rewrite_source(source, module, [(next(iter_literals(module)), (edit,))]) == b'load(tp_plan={"a" ".b": "x"})'

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from codemods.files.sources import Source, find_sources, read_source
+from codemods.files.sources import SourceFile, find_sources, read_source
 from codemods.reading.literals import read_module
 from codemods.reading.skim import skim
 from tests.codemods.helpers import PACKED
@@ -37,7 +37,7 @@ def test_nearly_every_file_of_the_installed_tree():
 @given(files())
 def test_what_is_read_is_right(case):
     before, _, _ = case
-    same(Source(Path("x.py"), before.encode()))
+    same(SourceFile(Path("x.py"), before.encode()))
 
 
 @pytest.mark.parametrize(
@@ -60,17 +60,17 @@ def test_what_is_read_is_right(case):
     ],
 )
 def test_what_is_unusual_is_left_to_the_parser(text):
-    assert skim(Source(Path("x.py"), text.encode())) is None
+    assert skim(SourceFile(Path("x.py"), text.encode())) is None
 
 
 def test_bytes_that_are_no_text_are_left_to_the_parser():
-    assert skim(Source(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
+    assert skim(SourceFile(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
 
 
 def test_quotes_of_the_other_kind_in_a_docstring_hide_nothing():
-    assert same(Source(Path("x.py"), f"\"\"\"Say '''x'''.\"\"\"\n{PACKED}".encode()))
+    assert same(SourceFile(Path("x.py"), f"\"\"\"Say '''x'''.\"\"\"\n{PACKED}".encode()))
 
 
 def test_what_is_usual_is_not():
-    assert same(Source(Path("x.py"), PACKED.encode()))
-    assert same(Source(Path("x.py"), PACKED.replace("= {", "= None  # {").split("{")[0].encode() + b"\n"))
+    assert same(SourceFile(Path("x.py"), PACKED.encode()))
+    assert same(SourceFile(Path("x.py"), PACKED.replace("= {", "= None  # {").split("{")[0].encode() + b"\n"))

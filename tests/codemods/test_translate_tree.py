@@ -85,13 +85,13 @@ def test_every_key_is_described_and_could_exist(plans):
     assert len(keys) > 2000
     unanswered = [place for place in keys if describer(*place[:2])(place[2]) is None]
     assert unanswered == []
-    assert [place for place in keys if not model(place[0].parent).could_exist(place[2])] == []
+    assert [place for place in keys if not model(place[0].parent).can_exist(place[2])] == []
 
 
 def test_a_misspelt_key_could_not_exist(plans):
     """Of real keys with their last letter doubled nearly none can be created, the rest by other models' classes."""
     keys = {(path.parent, key + key[-1]) for (path, _, _), plan in plans.items() for key in plan}
-    accepted = [place for place in keys if model(place[0]).could_exist(place[1])]
+    accepted = [place for place in keys if model(place[0]).can_exist(place[1])]
     assert len(accepted) < len(keys) / 50
 
 

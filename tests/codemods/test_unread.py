@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from codemods.checking.check import check_paths
-from codemods.files.sources import Source, find_sources, read_source
+from codemods.files.sources import SourceFile, find_sources, read_source
 from codemods.reading.literals import read_module
 from codemods.reading.module import Opaque
 from codemods.rewriting.migrate import plan_rewrites
@@ -22,7 +22,7 @@ IN_CLASS = "class ToyConfig:\n    {}\n"
 def check_read(root, text):
     """Everything in a file is read: it is rewritten, and nothing of it is left unread."""
     check_transformed(root, text, migrated(text))
-    assert read_module(Source(Path("x.py"), text.encode())).unread == ()
+    assert read_module(SourceFile(Path("x.py"), text.encode())).unresolved == ()
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_more_places_are_read(tmp_path, text):
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, text, line, experts):
-    first, *_ = read_module(Source(Path("x.py"), text.encode())).unread
+    first, *_ = read_module(SourceFile(Path("x.py"), text.encode())).unresolved
     assert (first.class_name, first.attribute, first.line) == ("ToyConfig", "base_model_tp_plan", line)
-    assert first.experts is experts
+    assert first.mentions_experts is experts
     outcome = check_noop(tmp_path, text)
     assert ("MIG204" in codes(outcome)) is experts
     found = check_paths([tmp_path], source="transformers-5.23").findings
@@ -135,21 +135,21 @@ def test_what_cannot_be_read_is_named(tmp_path, text, line, experts):
     ],
 )
 def test_reading_a_plan_is_no_use_to_name(body):
-    module = read_module(Source(Path("x.py"), function(body).encode()))
-    assert module.unread == ()
-    assert not any(literal.entries for literal in module.classes["ToyConfig"].code)
+    module = read_module(SourceFile(Path("x.py"), function(body).encode()))
+    assert module.unresolved == ()
+    assert not any(literal.entries for literal in module.classes["ToyConfig"].code_literals)
 
 
 def test_a_name_made_anew_is_no_plan_any_more():
     body = f"other = self.base_model_ep_plan\nother = {{{PAIR}}}\nself.x = other"
-    assert read_module(Source(Path("x.py"), function(body).encode())).classes["ToyConfig"].code == ()
+    assert read_module(SourceFile(Path("x.py"), function(body).encode())).classes["ToyConfig"].code_literals == ()
 
 
 def test_a_plan_that_only_takes_over_another_is_opaque():
     text = "class ToyConfig(Base):\n    base_model_tp_plan = Base.base_model_tp_plan\n"
-    module = read_module(Source(Path("x.py"), text.encode()))
+    module = read_module(SourceFile(Path("x.py"), text.encode()))
     assert isinstance(module.classes["ToyConfig"].plans["base_model_tp_plan"], Opaque)
-    assert module.unread == ()
+    assert module.unresolved == ()
 
 
 def test_a_comment_keeps_an_unread_plan_quiet(tmp_path):
@@ -165,13 +165,13 @@ def test_the_installed_models_leave_nothing_unread():
     sources = map(read_source, find_sources([Path(spec.origin).parent / "models"], []))
     modules = [read_module(source) for source in sources if b"_plan" in source.data]
     assert len(modules) > 400
-    assert [use for module in modules for use in module.unread] == []
+    assert [use for module in modules for use in module.unresolved] == []
 
 
 @pytest.mark.parametrize("default", ["", "=None"])
 def test_a_setter_defines_no_plan(default):
     text = IN_CLASS.format(f"def tp_plan(self, plan{default}):\n        self._tp_plan = plan")
-    assert read_module(Source(Path("x.py"), text.encode())).unread == ()
+    assert read_module(SourceFile(Path("x.py"), text.encode())).unresolved == ()
 
 
 _READ = {'{{{}: "colwise"}}': ["MIG506"], '{{"norm": {}}}': [], '{{"norm": "colwise"}} if {} else {{}}': ["MIG506"]}

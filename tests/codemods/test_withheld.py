@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.reading.literals import read_module
 from codemods.reading.module import Condition, Removal
 from tests.codemods.helpers import REGULAR, check_noop, check_transformed, codes, rewrite, write_tree
@@ -32,12 +32,12 @@ HOOK = '"layers.*.mlp.experts": "moe_experts_allreduce"'
     ],
 )
 def test_removals_are_read(body, key):
-    (removal,) = read_module(Source(Path("x.py"), function(body).encode())).classes["ToyConfig"].removals
+    (removal,) = read_module(SourceFile(Path("x.py"), function(body).encode())).classes["ToyConfig"].removals
     assert (removal.attribute, removal.key, removal.function) == ("base_model_tp_plan", key, "__post_init__")
 
 
 def test_removals_have_their_conditions():
-    module = read_module(Source(Path("x.py"), function("if i:\n    self.base_model_tp_plan = None").encode()))
+    module = read_module(SourceFile(Path("x.py"), function("if i:\n    self.base_model_tp_plan = None").encode()))
     expected = Removal("base_model_tp_plan", None, 6, "__post_init__", (Condition("i", True),))
     assert module.classes["ToyConfig"].removals == (expected,)
 
@@ -195,5 +195,5 @@ def test_entries_put_into_a_plan_outside_of_its_class_are_its_own(tmp_path):
         for name, style in (("gate_up_proj", "packed_colwise"), ("down_proj", "rowwise"))
     )
     check_transformed(tmp_path, text, migrated(text))
-    literals = read_module(Source(Path("x.py"), text.encode())).classes["ToyConfig"].code
+    literals = read_module(SourceFile(Path("x.py"), text.encode())).classes["ToyConfig"].code_literals
     assert [literal.class_name for literal in literals] == ["ToyConfig", "ToyConfig"]

@@ -12,7 +12,7 @@ import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.verifying.tensor_digest import tensor_digest
+from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from tests.runtime.load_cases import differing, local_tensors, on_meta, parallel
 from tests.runtime.parity_cases import eager_config, largest_errors, token_ids
 from tests.runtime.rank_cases import unsharded
@@ -50,6 +50,6 @@ def digests_differ(sizes: list[int]) -> list[int]:
         content = np.random.default_rng(size).integers(0, 256, size, np.uint8)
         digest = Digest()
         digest.add(0, content)
-        if str(tensor_digest(torch.from_numpy(content).to(device()))) != str(digest):
+        if str(digest_tensor(torch.from_numpy(content).to(device()))) != str(digest):
             wrong.append(size)
     return wrong

@@ -8,7 +8,7 @@ import pytest
 
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder
 from tests.gpu import gpu_cases
 from tests.runtime.rank_pool import RankPool
@@ -41,9 +41,9 @@ def test_ranks_hold_what_slicing_gives(
 ) -> None:
     hub = hub_folder("qwen3_moe")
     targets = {
-        "ranks": Target("ranks", mesh, mode),
-        "dcp": Target("dcp", mesh, mode),
-        "four": Target("ranks", Mesh(tp=4)),
+        "ranks": ReshardTarget("ranks", mesh, mode),
+        "dcp": ReshardTarget("dcp", mesh, mode),
+        "four": ReshardTarget("ranks", Mesh(tp=4)),
     }
     for name, target in targets.items():
         plan_reshard(hub, target=target).execute(tmp_path / name)

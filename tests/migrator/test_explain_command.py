@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from plans.rule import all_rules
+from plans.rule import load_rules
 from tests.migrator.source_trees import migrator
 
 
@@ -14,12 +14,12 @@ def test_every_rule_is_listed(tmp_path):
     done = migrator("explain", cwd=tmp_path)
     assert done.returncode == 0
     printed = done.stdout.decode()
-    assert [line.split()[0] for line in printed.splitlines() if line.lstrip().startswith("MIG")] == list(all_rules())
+    assert [line.split()[0] for line in printed.splitlines() if line.lstrip().startswith("MIG")] == list(load_rules())
 
 
-@pytest.mark.parametrize("code", all_rules())
+@pytest.mark.parametrize("code", load_rules())
 def test_every_rule_is_explained_whole(tmp_path, code):
-    rule = all_rules()[code]
+    rule = load_rules()[code]
     done = migrator("explain", code, cwd=tmp_path)
     printed = done.stdout.decode()
     assert done.returncode == 0
@@ -38,7 +38,7 @@ def test_names_will_do_and_case_does_not_count(tmp_path):
 
 def test_json(tmp_path):
     rows = json.loads(migrator("explain", "--format", "json", cwd=tmp_path).stdout)
-    assert [row["code"] for row in rows] == list(all_rules())
+    assert [row["code"] for row in rows] == list(load_rules())
     one = json.loads(migrator("explain", "MIG003", "--format", "json", cwd=tmp_path).stdout)
     assert one == next(row for row in rows if row["code"] == "MIG003")
     assert one["before"] != one["after"]

@@ -18,10 +18,10 @@ import sarif_pydantic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from codemods.files.sources import Source
+from codemods.files.sources import SourceFile
 from codemods.tree.outcome import Change
-from migrator.formats.replacements import replacements
-from plans.rule import all_rules
+from migrator.formats.replacements import compute_replacements
+from plans.rule import load_rules
 from tests.codemods.helpers import PACKED, write_tree
 from tests.migrator.source_trees import MODELING, OWNER, family, migrator, texts
 
@@ -54,7 +54,7 @@ def apply_fixes(root: Path, run: dict) -> None:
                 assert change["artifactLocation"]["uriBaseId"] == "SRCROOT"
                 wanted.setdefault(unquote(change["artifactLocation"]["uri"]), []).extend(change["replacements"])
     for uri in wanted:
-        source = Source(root / uri, (root / uri).read_bytes())
+        source = SourceFile(root / uri, (root / uri).read_bytes())
         text = source.body.decode()
         spans = []
         for replacement in wanted[uri]:
@@ -67,7 +67,7 @@ def apply_fixes(root: Path, run: dict) -> None:
         assert len({span[:2] for span in spans}) == len(spans), "their order does not matter"
         for start, end, new in reversed(spans):
             text = text[:start] + new + text[end:]
-        (root / uri).write_bytes(source.with_body(text.encode()))
+        (root / uri).write_bytes(source.encode_body(text.encode()))
 
 
 def assert_fixes_are_the_rewrite(root: Path) -> dict:
@@ -96,9 +96,9 @@ LINES = st.lists(st.text(alphabet="ab\u00e9\U0001f600", max_size=4), max_size=8)
 @given(LINES, LINES, st.sampled_from(["\n", "\r\n", "\r"]), st.booleans())
 def test_replacements_turn_any_text_into_any_other(before, after, newline, ends):
     old, new = (newline.join(lines) + (newline if ends else "") for lines in (before, after))
-    change = Change(Source(Path("x.py"), old.encode()), new.encode(), "owner", ())
+    change = Change(SourceFile(Path("x.py"), old.encode()), new.encode(), "owner", ())
     text = old
-    for replacement in reversed(replacements(change)):
+    for replacement in reversed(compute_replacements(change)):
         start, end = (offset(old, position) for position in (replacement.start, replacement.end))
         text = text[:start] + replacement.text + text[end:]
     assert text == new
@@ -113,7 +113,7 @@ def offset(text: str, position: tuple[int, int]) -> int:
 def test_sarif_names_every_rule_and_places_every_result(root):
     run = sarif(write_tree(family(root), {"a b/configuration_\u00e9.py": PACKED}))
     driver = run["tool"]["driver"]
-    assert [rule["id"] for rule in driver["rules"]] == list(all_rules())
+    assert [rule["id"] for rule in driver["rules"]] == list(load_rules())
     for result in run["results"]:
         assert driver["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
         place = result["locations"][0]["physicalLocation"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.hub_server import serving
 
 
@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_written_is_one_clear_error(migrator, rank_folde
 
 
 def test_lossy_tensors_are_named_one_by_one(migrator, hub_folder, tmp_path):
-    plan_reshard(hub_folder("qwen3_moe"), target=Target("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
+    plan_reshard(hub_folder("qwen3_moe"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
     sorted((tmp_path / "dcp").glob("shard-*.safetensors"))[-1].unlink()
     code, output, errors = migrator("inspect", tmp_path / "dcp", "--report", tmp_path / "report.html")
     assert (code, errors) == (1, [f"wrote {tmp_path / 'report.html'}"])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from migrator.shown import unmatched_words
+from migrator.shown import describe_unmatched
 from tests.migrator.configs import config_with
 
 
@@ -22,9 +22,9 @@ def test_plan_and_inspect_tell_in_one_line_what_matches_nothing(migrator, hub):
 
 
 def test_of_many_entries_that_match_nothing_the_first_are_named():
-    assert unmatched_words(["a"]) == "1 plan entry matches nothing in this configuration: 'a'"
+    assert describe_unmatched(["a"]) == "1 plan entry matches nothing in this configuration: 'a'"
     said = "5 plan entries match nothing in this configuration: 'a', 'b', 'c' and 2 more"
-    assert unmatched_words(list("abcde")) == said
+    assert describe_unmatched(list("abcde")) == said
 
 
 def test_plan_says_where_and_why(migrator, hub):

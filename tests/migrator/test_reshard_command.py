@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from migrator.shown import lasting
+from migrator.shown import format_duration
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 RANKS = ("--layout", "ranks", "--tp", 2)
@@ -111,7 +111,7 @@ def test_an_estimated_time_is_said_in_the_unit_that_suits_it():
         120: "about 2.0 min",
         9000: "about 2.5 h",
     }
-    assert {seconds: lasting(seconds) for seconds in times} == times
+    assert {seconds: format_duration(seconds) for seconds in times} == times
 
 
 def test_events_tell_what_happens(migrator, hub_folder, tmp_path):

@@ -6,15 +6,15 @@ import gc
 
 import pytest
 
-from migrator.uncollected import uncollected
+from migrator.uncollected import gc_paused
 
 
 def test_the_collector_rests_and_comes_back() -> None:
     assert gc.isenabled()
-    with uncollected(), uncollected():
+    with gc_paused(), gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(ValueError, match="wrong"), uncollected():
+    with pytest.raises(ValueError, match="wrong"), gc_paused():
         raise ValueError("wrong")
     assert gc.isenabled()
 
@@ -22,7 +22,7 @@ def test_the_collector_rests_and_comes_back() -> None:
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     try:
-        with uncollected():
+        with gc_paused():
             pass
         assert not gc.isenabled()
     finally:

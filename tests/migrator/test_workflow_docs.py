@@ -34,8 +34,8 @@ def test_the_configuration_is_one(tmp_path):
     found = read_configuration(path)
     assert found.paths == (tmp_path / "src/transformers/models",)
     assert found.exclude == ("**/deprecated",)
-    assert not found.includes(tmp_path / "src/deprecated/x.py")
-    assert found.ignores(tmp_path / "src/transformers/models/llama4/configuration_llama4.py", "MIG002")
+    assert not found.is_included(tmp_path / "src/deprecated/x.py")
+    assert found.is_ignored(tmp_path / "src/transformers/models/llama4/configuration_llama4.py", "MIG002")
 
 
 def test_the_hooks_exist():

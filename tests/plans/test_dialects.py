@@ -10,12 +10,12 @@ from typing import get_args
 import pytest
 
 import plans.dialect
-from plans.described import Named
+from plans.described import TargetKind
 from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
 from plans.errors import PlanError
-from plans.meaning import all_meanings
-from plans.placement import Packed, Placement, Replicate, Shard, normalized
-from plans.style import Job, Owner
+from plans.meaning import load_meanings
+from plans.placement import Packed, Placement, Replicate, Shard, normalize_placement
+from plans.style import OwnerKind, StyleJob
 
 FOLDER = Path(plans.dialect.__file__).with_name("dialects")
 RELEASES = [
@@ -72,15 +72,15 @@ def test_the_file_says_only_what_the_schema_knows(name):
     assert named <= load_dialect(name).styles.keys() | {"ep_router"}, "5.23 still knows the name, to refuse it"
     for style, row in table["styles"].items():
         assert {"job", "does", "means"} <= row.keys() <= STYLE_FIELDS, style
-        assert row["job"] in get_args(Job)
+        assert row["job"] in get_args(StyleJob)
         assert row.get("output", "sharded") == "sharded", "whole is the default"
         assert row.get("only", "ep") == "ep"
         assert row["does"].strip()
         assert row["means"].keys() <= THINGS
-        assert set(row["means"].values()) <= all_meanings().keys()
+        assert set(row["means"].values()) <= load_meanings().keys()
         for placement in row.get("placements", ()):
             assert {"place"} <= placement.keys() <= ROW_FIELDS
-            assert placement.get("owner", "linear") in get_args(Owner)
+            assert placement.get("owner", "linear") in get_args(OwnerKind)
 
 
 @dialects
@@ -149,7 +149,7 @@ def test_meanings_agree_with_placements(name):
     """Where a meaning says a tensor goes is where the style's placement rows put it."""
     for style in load_dialect(name).styles.values():
         for thing, meaning in style.means.items():
-            known = all_meanings()[meaning]
+            known = load_meanings()[meaning]
             owner = thing if thing in ("linear", "embedding") else "module"
             if thing in ("linear", "embedding"):
                 assert style.placement(owner, 2, "weight") == placed(known.weight, 2), (style.name, thing)
@@ -171,20 +171,20 @@ def test_a_style_that_cuts_a_dim_which_a_parameter_lacks_is_refused():
 def placed(text: str, rank: int) -> Placement:
     table = {"replicate": Replicate, "shard": Shard, "packed": Packed}
     kind, *numbers = text.split()
-    return normalized(table[kind](*map(int, numbers)), rank)
+    return normalize_placement(table[kind](*map(int, numbers)), rank)
 
 
 @dialects
 def test_a_style_that_leaves_features_sharded_says_so_twice(name):
     for style in load_dialect(name).styles.values():
         if meaning := style.means.get("linear"):
-            expected = "sharded" if "sharded by feature" in all_meanings()[meaning].output else "whole"
+            expected = "sharded" if "sharded by feature" in load_meanings()[meaning].output else "whole"
             assert style.output == expected or style.job == "parameter", style.name
 
 
 def test_no_two_meanings_are_the_same():
     described = {}
-    for name, known in all_meanings().items():
+    for name, known in load_meanings().items():
         facts = (known.on, known.weight, known.bias, known.input, known.output, known.forward, known.backward)
         assert facts not in described, (name, described.get(facts))
         described[facts] = name
@@ -197,12 +197,12 @@ def test_the_vocabulary_is_closed_and_every_word_of_it_is_used():
         for style in load_dialect(name).styles.values()
         for meaning in style.means.values()
     }
-    assert used == all_meanings().keys()
-    for known in all_meanings().values():
-        assert known.on in {*THINGS, *get_args(Named)}
+    assert used == load_meanings().keys()
+    for known in load_meanings().values():
+        assert known.on in {*THINGS, *get_args(TargetKind)}
         for other in filter(None, (known.becomes, known.within)):
-            assert other in all_meanings()
-        assert not known.becomes or all_meanings()[known.becomes].on == known.on
+            assert other in load_meanings()
+        assert not known.becomes or load_meanings()[known.becomes].on == known.on
         assert not known.within or known.becomes
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from plans.dialect import PARAM_LEVEL, dialect_for_release, load_dialect
-from plans.expert_axis import expert_keys, expert_modules, merged
+from plans.expert_axis import find_expert_keys, find_expert_modules, merge_expert_plan
 
-DIALECT = dialect_for_release("5.23.0").overlaid(load_dialect(PARAM_LEVEL)).extended(load_dialect("dtensor"))
+DIALECT = dialect_for_release("5.23.0").with_overrides(load_dialect(PARAM_LEVEL)).with_defaults(load_dialect("dtensor"))
 
 DENSE = {
     "layers.*.self_attn.q_proj": "colwise",
@@ -36,34 +36,34 @@ def numbered(plan: dict[str, str], layer: int = 0) -> dict[str, str]:
 
 
 def test_experts_modules_are_known_by_their_parameters_or_their_hook() -> None:
-    assert expert_modules(DENSE, DIALECT) == frozenset()
-    assert expert_modules(ROUTED, DIALECT) == {"layers.*.mlp.experts"}
-    assert expert_modules({"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT) == {"layers.*.mlp.experts"}
+    assert find_expert_modules(DENSE, DIALECT) == frozenset()
+    assert find_expert_modules(ROUTED, DIALECT) == {"layers.*.mlp.experts"}
+    assert find_expert_modules({"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT) == {"layers.*.mlp.experts"}
 
 
 def test_a_merged_plan_gives_experts_parameters_grouped_gemm() -> None:
     for experts in (ROUTED, DISPATCHED):
-        found = merged(DENSE, experts, DIALECT)
+        found = merge_expert_plan(DENSE, experts, DIALECT)
         assert found.items() >= experts.items()
         assert found.keys() - experts.keys() == {"layers.*.self_attn.q_proj", "layers.*.mlp.shared_experts.down_proj"}
 
 
 def test_what_would_cut_whole_experts_goes_even_where_the_expert_plan_does_not_name_it() -> None:
-    found = merged(DENSE, {"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT)
+    found = merge_expert_plan(DENSE, {"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT)
     assert not [style for style in found.values() if style.startswith("moe_tp_")]
     bias = {**DENSE, "layers.*.mlp.experts.gate_up_proj_bias": "packed_colwise"}
-    assert "layers.*.mlp.experts.gate_up_proj_bias" not in merged(bias, ROUTED, DIALECT)
+    assert "layers.*.mlp.experts.gate_up_proj_bias" not in merge_expert_plan(bias, ROUTED, DIALECT)
 
 
 def test_what_does_not_cut_experts_stays() -> None:
     dense = {"layers.*.mlp": "module_allgather_split", "layers.*.mlp.experts.act": "replicate"}
-    assert merged(dense, ROUTED, DIALECT).items() >= dense.items()
+    assert merge_expert_plan(dense, ROUTED, DIALECT).items() >= dense.items()
 
 
 @pytest.mark.parametrize("experts", [ROUTED, DISPATCHED])
 def test_numbered_entries_of_a_dense_plan_give_way_too(experts: dict[str, str]) -> None:
     dense = {**numbered(DENSE), "layers.0.mlp": "module_allgather_split", "layers.1.mlp": "module_allgather"}
-    found = merged(dense, experts, DIALECT)
+    found = merge_expert_plan(dense, experts, DIALECT)
     assert {key for key in found if "experts" in key and "shared" not in key} == {
         key for key in experts if "experts" in key
     }
@@ -71,27 +71,27 @@ def test_numbered_entries_of_a_dense_plan_give_way_too(experts: dict[str, str]) 
 
 
 def test_numbered_entries_of_an_expert_plan_leave_other_layers_as_they_are() -> None:
-    found = merged(DENSE, numbered(DISPATCHED, 1), DIALECT)
+    found = merge_expert_plan(DENSE, numbered(DISPATCHED, 1), DIALECT)
     assert found == {**DENSE, **numbered(DISPATCHED, 1)}
 
 
 @pytest.mark.parametrize("mode", ["tp", "sp"])
 def test_without_an_expert_axis_no_entry_works_over_it(mode: Any) -> None:
-    assert expert_keys(merged(DENSE, ROUTED, DIALECT), mode, DIALECT) == frozenset()
+    assert find_expert_keys(merge_expert_plan(DENSE, ROUTED, DIALECT), mode, DIALECT) == frozenset()
 
 
 def test_alone_every_entry_of_an_expert_plan_works_over_its_axis() -> None:
-    assert expert_keys(ROUTED, "ep", DIALECT) == ROUTED.keys()
+    assert find_expert_keys(ROUTED, "ep", DIALECT) == ROUTED.keys()
 
 
 @pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
 @pytest.mark.parametrize("experts", [ROUTED, DISPATCHED])
 def test_in_combinations_experts_and_their_routers_work_over_it(mode: Any, experts: dict[str, str]) -> None:
-    plan = merged(DENSE, experts, DIALECT)
-    assert expert_keys(plan, mode, DIALECT) == experts.keys()
+    plan = merge_expert_plan(DENSE, experts, DIALECT)
+    assert find_expert_keys(plan, mode, DIALECT) == experts.keys()
 
 
 def test_a_numbered_hook_works_over_the_axis_of_its_parameters() -> None:
     plan = {**ROUTED, "layers.0.mlp.experts": "moe_experts_allreduce", "layers.0.mlp": "module_allgather_split"}
-    assert "layers.0.mlp.experts" in expert_keys(plan, "tp_ep", DIALECT)
-    assert "layers.0.mlp" not in expert_keys(plan, "tp_ep", DIALECT)
+    assert "layers.0.mlp.experts" in find_expert_keys(plan, "tp_ep", DIALECT)
+    assert "layers.0.mlp" not in find_expert_keys(plan, "tp_ep", DIALECT)

@@ -8,14 +8,14 @@ import re
 import pytest
 
 import plans.errors
-from plans.decompose import apply_edits, decompose, is_decomposed_plan
+from plans.decompose import apply_edits, decompose, is_decomposable_plan
 from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
 from plans.errors import HeaderError, MigratorError, UnknownStyleError, UsageError
 from plans.layout import ExpertLayout
 from plans.mesh import Mesh
-from plans.placement import Packed, Replicate, Shard, normalized, placement_from_json, placement_to_json
-from plans.plan import lookup, unmatched_keys, wildcard
-from plans.rule import all_rules
+from plans.placement import Packed, Replicate, Shard, normalize_placement, placement_from_json, placement_to_json
+from plans.plan import find_key, find_unmatched_keys, to_wildcard
+from plans.rule import load_rules
 
 
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(3), Packed(1, 2)])
@@ -46,7 +46,7 @@ def test_other_json_is_no_placement(value):
 
 def test_dims_count_from_the_front():
     placements = Packed(-2, 2), Shard(-1), Shard(0), Replicate()
-    assert [normalized(one, 3) for one in placements] == [Packed(1, 2), Shard(2), Shard(0), Replicate()]
+    assert [normalize_placement(one, 3) for one in placements] == [Packed(1, 2), Shard(2), Shard(0), Replicate()]
 
 
 def test_the_two_meshes_of_one_job():
@@ -65,18 +65,18 @@ def test_impossible_meshes_name_the_sizes_that_work():
 
 
 def test_keys_are_names_with_their_layer_numbers_as_wildcards():
-    assert wildcard("model.layers.3.mlp.experts.12.w1") == "model.layers.*.mlp.experts.*.w1"
-    assert wildcard("layers.0") == "layers.*"
-    assert wildcard("w2.weight") == "w2.weight"
+    assert to_wildcard("model.layers.3.mlp.experts.12.w1") == "model.layers.*.mlp.experts.*.w1"
+    assert to_wildcard("layers.0") == "layers.*"
+    assert to_wildcard("w2.weight") == "w2.weight"
 
 
 def test_a_parameters_own_entry_wins_over_its_modules():
     plan = {"layers.*.mlp.experts": "module", "layers.*.mlp.experts.down_proj": "own", "layers.*.q": "q"}
-    assert lookup(plan, "layers.1.mlp.experts.down_proj", is_parameter=True) == "layers.*.mlp.experts.down_proj"
-    assert lookup(plan, "layers.1.mlp.experts.gate_up_proj", is_parameter=True) == "layers.*.mlp.experts"
-    assert lookup(plan, "layers.1.q.weight", is_parameter=True) == "layers.*.q"
-    assert lookup(plan, "layers.1.q.act", is_parameter=False) is None
-    assert unmatched_keys(plan, ["layers.0.q", "layers.0.mlp.experts"]) == ["layers.*.mlp.experts.down_proj"]
+    assert find_key(plan, "layers.1.mlp.experts.down_proj", is_parameter=True) == "layers.*.mlp.experts.down_proj"
+    assert find_key(plan, "layers.1.mlp.experts.gate_up_proj", is_parameter=True) == "layers.*.mlp.experts"
+    assert find_key(plan, "layers.1.q.weight", is_parameter=True) == "layers.*.q"
+    assert find_key(plan, "layers.1.q.act", is_parameter=False) is None
+    assert find_unmatched_keys(plan, ["layers.0.q", "layers.0.mlp.experts"]) == ["layers.*.mlp.experts.down_proj"]
 
 
 def test_dialects_know_their_releases():
@@ -152,12 +152,12 @@ LAYOUTS = {
 }
 
 
-DECOMPOSED = [code for code in all_rules() if re.fullmatch(r"MIG[012]\d\d", code) and code != "MIG204"]
+DECOMPOSED = [code for code in load_rules() if re.fullmatch(r"MIG[012]\d\d", code) and code != "MIG204"]
 
 
 @pytest.mark.parametrize("code", DECOMPOSED)
 def test_every_rule_does_what_its_example_says(code):
-    rule = all_rules()[code]
+    rule = load_rules()[code]
     before, after = (ast.literal_eval(text.split("=", 1)[1].strip()) for text in (rule.before, rule.after))
     result = decompose(before, lambda _: LAYOUTS.get(code, ExpertLayout("m.py:E")))
     assert list(apply_edits(before, result.edits).items()) == list(after.items())
@@ -171,7 +171,7 @@ def test_every_rule_does_what_its_example_says(code):
 
 
 def test_every_rule_is_complete():
-    for code, rule in all_rules().items():
+    for code, rule in load_rules().items():
         assert rule.code == code
         assert rule.message
         assert rule.hint
@@ -183,7 +183,7 @@ def test_combination_and_expert_plans_are_not_decomposed():
     assert [
         name
         for name in ("base_model_tp_plan", "_tp_plan", "base_model_sp_plan", "base_model_ep_plan", "_tp_ep_plan")
-        if is_decomposed_plan(name)
+        if is_decomposable_plan(name)
     ] == ["base_model_tp_plan", "_tp_plan", "base_model_sp_plan"]
 
 

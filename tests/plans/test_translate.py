@@ -8,27 +8,27 @@ import re
 import pytest
 
 from plans.decompose import SetStyle, apply_edits
-from plans.described import Described
+from plans.described import KeyTarget
 from plans.dialect import PARAM_LEVEL, dialect_names, load_dialect
-from plans.rule import all_rules
+from plans.rule import load_rules
 from plans.translate import translate
 
-LINEAR = Described("linear")
+LINEAR = KeyTarget("linear")
 STACKED = {
-    "experts": Described("experts", where="modeling_toy.py:ToyExperts"),
-    "experts.gate_up_proj": Described("parameter", 3),
-    "experts.up_proj": Described("parameter", 3),
-    "experts.down_proj": Described("parameter", 3),
-    "experts.gate_up_proj_bias": Described("parameter", 2),
-    "self_attn.sinks": Described("parameter", 1),
-    "embed_tokens": Described("embedding"),
-    "mlp": Described("module"),
-    "shared_experts": Described("module"),
-    "q_norm": Described("module"),
-    "gate": Described("module"),
+    "experts": KeyTarget("experts", where="modeling_toy.py:ToyExperts"),
+    "experts.gate_up_proj": KeyTarget("parameter", 3),
+    "experts.up_proj": KeyTarget("parameter", 3),
+    "experts.down_proj": KeyTarget("parameter", 3),
+    "experts.gate_up_proj_bias": KeyTarget("parameter", 2),
+    "self_attn.sinks": KeyTarget("parameter", 1),
+    "embed_tokens": KeyTarget("embedding"),
+    "mlp": KeyTarget("module"),
+    "shared_experts": KeyTarget("module"),
+    "q_norm": KeyTarget("module"),
+    "gate": KeyTarget("module"),
     "unseen": None,
-    "shapeless": Described("parameter"),
-    "bias": Described("parameter", 1),
+    "shapeless": KeyTarget("parameter"),
+    "bias": KeyTarget("parameter", 1),
 }
 
 
@@ -43,7 +43,7 @@ def stacked(key):
 def separate(key):
     """The same with one module for every expert."""
     if ".experts.*" in key or key.endswith(".experts"):
-        return Described("module") if key.endswith((".*", ".experts")) else LINEAR
+        return KeyTarget("module") if key.endswith((".*", ".experts")) else LINEAR
     return stacked(key)
 
 
@@ -324,9 +324,9 @@ def test_sequence_plans():
     assert found == dict.fromkeys(["layers.*.self_attn", "layers.*.self_attn.o_proj"], "MIG401")
 
 
-@pytest.mark.parametrize("code", [code for code in all_rules() if code.startswith("MIG4")])
+@pytest.mark.parametrize("code", [code for code in load_rules() if code.startswith("MIG4")])
 def test_every_rule_does_what_its_example_says(code):
-    known = all_rules()[code]
+    known = load_rules()[code]
     before, after = (ast.literal_eval(text.split("=", 1)[1].strip()) for text in (known.before, known.after))
     source = "transformers-4.57" if code == "MIG403" else "transformers-5.23"
     target = "transformers-5.23" if code == "MIG403" else "dtensor"

@@ -23,8 +23,8 @@ from plans.placement import Packed, Placement, Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime import Plan, register_styles, verify_sharding
 from runtime.parallel.mismatch import Mismatch
-from runtime.parallel.structure import sharding_mismatches
-from runtime.styles.placements import from_torch, local_piece, placement_of
+from runtime.parallel.structure import find_sharding_mismatches
+from runtime.styles.placements import cut_local_shard, from_torch, get_placement
 
 Plans = Mapping[str, Mapping[str, str]]
 """Plan attributes of a config class, `base_model_tp_plan`, and what they hold in a rewritten tree."""
@@ -92,8 +92,8 @@ def step_errors(folder: Path, model: Any) -> dict[str, float]:
     errors = {"logits": distance(step(model), step(reference))}
     for name, parameter in model.named_parameters():
         found, wanted = parameter.grad, reference.get_parameter(name).grad
-        if isinstance(placement_of(found), Packed):  # which not every torch can make whole
-            wanted = local_piece(wanted, placement_of(found), dist.get_world_size(), dist.get_rank())
+        if isinstance(get_placement(found), Packed):  # which not every torch can make whole
+            wanted = cut_local_shard(wanted, get_placement(found), dist.get_world_size(), dist.get_rank())
             found = local(found)
         errors[name] = distance(whole(found), wanted)
     return errors
@@ -168,7 +168,7 @@ def mismatches_on_a_mesh_without_names(planned: Placement) -> list[Mismatch]:
     )
     mesh = Mesh(tp=dist.get_world_size())
     resolved = ResolvedPlan("by hand", "tp", "by hand", mesh, {"*": "colwise"}, (row,))
-    return sharding_mismatches(model, resolved, dist.get_rank())
+    return find_sharding_mismatches(model, resolved, dist.get_rank())
 
 
 def load_only(folder: Path, plans: Plans) -> None:

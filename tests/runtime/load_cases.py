@@ -19,7 +19,7 @@ from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from runtime.loader import filling, reads, replicated
 from runtime.loader.reads import Read
-from runtime.models.model import meta_model, model_class, model_tensors
+from runtime.models.model import find_model_class, meta_model, model_tensors
 from tests.runtime.rank_cases import eager_config, unsharded
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
@@ -103,7 +103,7 @@ def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
     model = on_meta(hub, mode, mesh)
     runtime.load(model, folder, dtype=torch.bfloat16)
     config = eager_config(hub)
-    whole: Any = model_class(config)
+    whole: Any = find_model_class(config)
     reference = parallel(whole.from_pretrained(hub, config=config, dtype=torch.bfloat16).eval(), mode, mesh)
     return differing(local_tensors(model), local_tensors(reference))
 
@@ -137,18 +137,18 @@ def bytes_read(hub: Path, folder: Path, mode: Mode, mesh: Mesh, gap: int) -> tup
 def counted(gap: int) -> Iterator[list[Read]]:
     """Count what is read, gaps of `gap` bytes and more left out."""
     ranges: list[Read] = []
-    original, least = filling.read_range, reads._GAP
+    original, least = filling.read_range, reads._MAX_GAP
 
     def counting(read: Read, memory: memoryview) -> None:
         assert len(memory) == read.size
         ranges.append(read)
         original(read, memory)
 
-    filling.read_range, reads._GAP = counting, gap
+    filling.read_range, reads._MAX_GAP = counting, gap
     try:
         yield ranges
     finally:
-        filling.read_range, reads._GAP = original, least
+        filling.read_range, reads._MAX_GAP = original, least
 
 
 def overlap(ranges: list[Read]) -> int:
@@ -169,7 +169,7 @@ def sent(dtypes: list[torch.dtype]) -> list[str]:
         name: tensor.clone() if dealt[name] == dist.get_rank() else torch.empty_like(tensor)
         for name, tensor in wanted.items()
     }
-    replicated.broadcast(dealt, held)
+    replicated.broadcast_tensors(dealt, held)
     as_bytes = {name: tensor.view(-1).view(torch.uint8) for name, tensor in held.items()}
     return [
         name for name, tensor in wanted.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))
@@ -183,5 +183,5 @@ def loads_alone(hub: Path, folder: Path) -> bool | None:
     model = meta_model(eager_config(hub))
     runtime.load(model, folder)
     config = eager_config(hub)
-    whole = model_class(config).from_pretrained(hub, config=config, dtype=torch.float32)
+    whole = find_model_class(config).from_pretrained(hub, config=config, dtype=torch.float32)
     return not differing(local_tensors(model), local_tensors(whole))

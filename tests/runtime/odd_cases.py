@@ -13,7 +13,7 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Shard
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
-from runtime.planning.plan import Plan, released_plan
+from runtime.planning.plan import Plan, get_released_plan
 from tests.runtime.style_cases import Holder, parallelize_module
 from tests.tiny_models import MODELS
 
@@ -22,7 +22,7 @@ def parallelize_norms_on_heads(entries: dict[str, str]) -> None:
     """Make GLM-4.5 with norms on heads parallel by its released plan, which forgets them, and these entries."""
     config = transformers.Glm4MoeConfig(**MODELS["glm4_moe"][1], use_qk_norm=True)
     model = transformers.Glm4MoeForCausalLM(config)
-    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), released_plan(model) | entries)
+    parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), get_released_plan(model) | entries)
 
 
 def run_whole_input_through_rowwise() -> None:

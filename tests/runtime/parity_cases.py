@@ -17,8 +17,8 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime import Plan, parallelize, verify_sharding
-from runtime.styles import STYLES, Site, StyleRegistry
-from runtime.styles.placements import local_piece
+from runtime.styles import STYLES, HookSite, StyleRegistry
+from runtime.styles.placements import cut_local_shard
 from tests.tiny_models import tiny_config, tiny_model
 
 VOCABULARY = 101
@@ -114,7 +114,7 @@ def lost_reduction(name: str, mesh: Mesh, style: str) -> Parity:
     return compared(name, plan, mesh, styles=STYLES.register(silent))
 
 
-def without_collectives(site: Site, run: Any, inputs: torch.Tensor) -> Any:
+def without_collectives(site: HookSite, run: Any, inputs: torch.Tensor) -> Any:
     return run(inputs)
 
 
@@ -191,7 +191,7 @@ def piece(whole: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> torch.Tens
     for placement, size, index in reversed(
         list(zip(row.placements, mesh.sizes(row.mesh), mesh.coordinates(row.mesh, dist.get_rank()), strict=True))
     ):
-        whole = whole if placement == Replicate() else local_piece(whole, placement, size, index)
+        whole = whole if placement == Replicate() else cut_local_shard(whole, placement, size, index)
     return whole
 
 

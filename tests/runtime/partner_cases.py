@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import PlanError
 from plans.mesh import Mesh
 from runtime import Plan, parallelize, verify_sharding
-from runtime.styles.placements import local_piece, placement_of
+from runtime.styles.placements import cut_local_shard, get_placement
 from tests.tiny_models import DENSE, MODELS, with_noise
 
 _GROUPED = DENSE | {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_attention_heads": 4}
@@ -110,11 +110,11 @@ def errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
     for key, parameter in shard.named_parameters():
         whole = reference.get_parameter(key).grad
         own = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
-        place = placement_of(parameter)
+        place = get_placement(parameter)
         assert place is not None
         # What attention adds to the scores of all keys cancels out: the gradient of such a bias is noise beside 1.
         scale = torch.ones(()) if key.endswith("key.bias") else whole
-        found[key] = _relative(own, local_piece(whole, place, dist.get_world_size(), dist.get_rank()), scale)
+        found[key] = _relative(own, cut_local_shard(whole, place, dist.get_world_size(), dist.get_rank()), scale)
     return found
 
 

@@ -15,12 +15,12 @@ from plans.placement import Replicate
 from plans.resolved import ResolvedPlan
 from runtime.loader.loading import load
 from runtime.models.config import read_config
-from runtime.models.model import meta_model, model_class
+from runtime.models.model import find_model_class, meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.resolve import resolve
-from runtime.processes.agreement import error_to_json, together
-from runtime.styles.placements import local_piece, placement_of, to_torch
+from runtime.processes.agreement import error_to_json, raise_on_any_rank
+from runtime.styles.placements import cut_local_shard, get_placement, to_torch
 
 
 def refused_together(rank: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def refused_together(rank: int) -> dict[str, Any]:
             raise MigratorError(f"rank {rank} has no disk", hint="give it one", rank=rank)
 
     try:
-        together(stage)
+        raise_on_any_rank(stage)
     except MigratorError as error:
         return error_to_json(error)
     raise AssertionError("no rank failed")
@@ -47,7 +47,7 @@ def eager_config(folder: Path) -> Any:
 
 def unsharded(folder: Path) -> Any:
     config = eager_config(folder)
-    return model_class(config).from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    return find_model_class(config).from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def parallel(folder: Path) -> tuple[Any, ResolvedPlan]:
@@ -71,14 +71,14 @@ def gradient_errors(hub: Path, ranks: Path) -> dict[str, float]:
     errors: dict[str, float] = {}
     wanted = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
-        placement = placement_of(parameter)
+        placement = get_placement(parameter)
         whole = wanted[name].grad
         assert (parameter.grad is None) == (whole is None), name
         if whole is None:
             continue
-        assert placement_of(parameter.grad) == placement
+        assert get_placement(parameter.grad) == placement
         local = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
-        expected = local_piece(whole, placement, dist.get_world_size(), dist.get_rank())
+        expected = cut_local_shard(whole, placement, dist.get_world_size(), dist.get_rank())
         assert local.shape == expected.shape, name
         errors[name] = float((local - expected).abs().max() / whole.abs().max()) if local.numel() else 0.0
     return errors

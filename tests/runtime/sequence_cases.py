@@ -15,8 +15,8 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate, Shard
 from runtime import Plan, parallelize
 from runtime.parallel.mesh import device_meshes
-from runtime.styles.placements import local_piece, placement_of
-from runtime.styles.sliced import gathered
+from runtime.styles.placements import cut_local_shard, get_placement
+from runtime.styles.sliced import gather_slice
 from tests.runtime.parity_cases import eager_config, largest_errors, relative, token_ids
 from tests.runtime.style_cases import parallelize_module
 from tests.tiny_models import tiny_model, with_noise
@@ -199,7 +199,7 @@ def style_errors(case: str, shape: tuple[int, ...]) -> dict[str, float]:
     (wanted * weights).sum().backward()
     sliced = shard(given[1])
     assert isinstance(sliced, DTensor), "the output stays sliced"
-    output = gathered(sliced, axis())
+    output = gather_slice(sliced, axis())
     (output * weights).sum().backward()
     errors = {"output": relative(output, wanted), "input": relative(given[1].grad, given[0].grad)}
     return errors | parameter_errors(plain, shard)
@@ -208,9 +208,9 @@ def style_errors(case: str, shape: tuple[int, ...]) -> dict[str, float]:
 def parameter_errors(plain: nn.Module, shard: nn.Module) -> dict[str, float]:
     errors: dict[str, float] = {}
     for name, parameter in shard.named_parameters():
-        whole, place = plain.get_parameter(name).grad, placement_of(parameter) or Replicate()
+        whole, place = plain.get_parameter(name).grad, get_placement(parameter) or Replicate()
         gradient = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
-        errors[name] = relative(gradient, local_piece(whole, place, dist.get_world_size(), dist.get_rank()), whole)
+        errors[name] = relative(gradient, cut_local_shard(whole, place, dist.get_world_size(), dist.get_rank()), whole)
     return errors
 
 
@@ -221,13 +221,13 @@ def rowwise_errors(*, bias: bool) -> dict[str, float]:
     shard = copy.deepcopy(plain)
     parallelize_module(shard, {"part": "rowwise_reduce_scatter"}, {"part.weight": Shard(1)})
     whole, weights = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 6)
-    piece = local_piece(whole.detach(), Shard(2), dist.get_world_size(), dist.get_rank()).clone().requires_grad_()
-    wanted, output = plain(whole), gathered(shard(piece), axis())
+    piece = cut_local_shard(whole.detach(), Shard(2), dist.get_world_size(), dist.get_rank()).clone().requires_grad_()
+    wanted, output = plain(whole), gather_slice(shard(piece), axis())
     for found in (wanted, output):
         (found * weights).sum().backward()
     errors = {
         "output": relative(output, wanted),
-        "input": relative(piece.grad, local_piece(whole.grad, Shard(2), dist.get_world_size(), dist.get_rank())),
+        "input": relative(piece.grad, cut_local_shard(whole.grad, Shard(2), dist.get_world_size(), dist.get_rank())),
     }
     return errors | parameter_errors(plain, shard)
 

@@ -14,7 +14,7 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.resolved import ResolvedParameter, ResolvedPlan
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
-from runtime.styles.placements import local_piece, placement_of
+from runtime.styles.placements import cut_local_shard, get_placement
 
 
 def parallelize_module(module: nn.Module, styles: dict[str, str], places: dict[str, Placement]) -> nn.Module:
@@ -67,17 +67,17 @@ def style_errors(style: str, kind: str, sizes: tuple[int, ...], places: dict[str
     sharded_input = style in ("rowwise", "rowwise_allreduce")
     sharded_output = {"colwise": Shard(2), "packed_colwise": Packed(2, 2)}.get(style, Replicate())
     given = inputs.detach()
-    given = local_piece(given, Shard(2), world_size, rank).clone() if sharded_input else given.clone()
+    given = cut_local_shard(given, Shard(2), world_size, rank).clone() if sharded_input else given.clone()
     given.requires_grad_(kind == "linear")
     output = shard(given)
-    (output * local_piece(weights, sharded_output, world_size, rank)).sum().backward()
+    (output * cut_local_shard(weights, sharded_output, world_size, rank)).sum().backward()
 
-    errors = {"output": largest(output, local_piece(whole, sharded_output, world_size, rank))}
+    errors = {"output": largest(output, cut_local_shard(whole, sharded_output, world_size, rank))}
     if kind == "linear":
-        wanted = local_piece(inputs.grad, Shard(2), world_size, rank) if sharded_input else inputs.grad
+        wanted = cut_local_shard(inputs.grad, Shard(2), world_size, rank) if sharded_input else inputs.grad
         errors["input gradient"] = largest(given.grad, wanted)
     for name, parameter in shard.part.named_parameters():
-        wanted = local_piece(plain.part.get_parameter(name).grad, places.get(name, Replicate()), world_size, rank)
+        wanted = cut_local_shard(plain.part.get_parameter(name).grad, places.get(name, Replicate()), world_size, rank)
         gradient = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
         errors[name] = largest(gradient, wanted)
     return errors
@@ -114,7 +114,7 @@ def tied_before_its_target() -> tuple[bool, str]:
     rows = (row(0, "tied", "1.weight"), row(1, "parameter", None))
     resolved = ResolvedPlan("by hand", "tp", "by hand", mesh, plan, rows)
     parallelize(model, device_meshes(mesh, "cpu"), resolved)
-    return model[0].weight is model[1].weight, str(placement_of(model[0].weight))
+    return model[0].weight is model[1].weight, str(get_placement(model[0].weight))
 
 
 def refuse_module(kind: str) -> None:
@@ -167,10 +167,10 @@ def packed_errors() -> dict[str, float]:
     (plain(given) * weights).sum().backward()
     wanted, given.grad = given.grad, None
     output = shard(given)
-    (output * local_piece(weights, Packed(1, 2), world_size, rank)).sum().backward()
-    whole = local_piece(plain.weight.grad, Packed(0, 2), world_size, rank)
+    (output * cut_local_shard(weights, Packed(1, 2), world_size, rank)).sum().backward()
+    whole = cut_local_shard(plain.weight.grad, Packed(0, 2), world_size, rank)
     return {
-        "output": largest(output, local_piece(plain(given), Packed(1, 2), world_size, rank)),
+        "output": largest(output, cut_local_shard(plain(given), Packed(1, 2), world_size, rank)),
         "input gradient": largest(given.grad, wanted),
         "weight": largest(shard.part.weight.grad.to_local(), whole),
     }
@@ -185,7 +185,7 @@ def partial_norm_gradients() -> dict[str, float]:
     errors = {}
     for when in ("first pass", "accumulated"):
         plain(heads).square().sum().backward()
-        shard(local_piece(heads, Shard(0), world_size, rank)).square().sum().backward()
+        shard(cut_local_shard(heads, Shard(0), world_size, rank)).square().sum().backward()
         errors[when] = largest(shard.part.weight.grad, plain.weight.grad) / float(plain.weight.grad.abs().max())
     return errors
 
@@ -223,7 +223,7 @@ def mixer_errors(style: str) -> dict[str, float]:
         for name, wanted, found in zip(("output", "inputs", "scale"), *results, strict=True)
     }
     for name, place in (("up", Shard(0)), ("down", Shard(1))):
-        wanted = local_piece(plain.get_parameter(name).grad, place, world_size, rank)
+        wanted = cut_local_shard(plain.get_parameter(name).grad, place, world_size, rank)
         errors[name] = largest(shard.part.get_parameter(name).grad.to_local(), wanted)
     return errors
 
@@ -278,4 +278,4 @@ def bare_parameter() -> tuple[list[float], list[float], str]:
     output = module(torch.full((1,), 10.0))
     output.sum().backward()
     gradient = module.part.sinks.grad
-    return output.tolist(), gradient.to_local().tolist(), str(placement_of(gradient))
+    return output.tolist(), gradient.to_local().tolist(), str(get_placement(gradient))

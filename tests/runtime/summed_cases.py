@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Shard
-from runtime.styles.placements import local_piece
+from runtime.styles.placements import cut_local_shard
 from tests.runtime.style_cases import Holder, parallelize_module
 
 NAMES = ("first", "second", "third")
@@ -56,7 +56,7 @@ def pair(between: Callable[[torch.Tensor], object]) -> tuple[Projections, Holder
 def own(whole: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of the plain module's outputs or their weights."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    return torch.cat([local_piece(part, Shard(part.ndim - 1), size, rank) for part in whole.chunk(3, -1)], -1)
+    return torch.cat([cut_local_shard(part, Shard(part.ndim - 1), size, rank) for part in whole.chunk(3, -1)], -1)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def errors_and_sums(calls: int) -> tuple[float, list[int]]:
         gradient = shard.part.get_parameter(f"{name}.weight").grad
         assert isinstance(gradient, DTensor)
         whole = plain.get_parameter(f"{name}.weight").grad
-        expected = local_piece(whole, Shard(0), dist.get_world_size(), dist.get_rank())
+        expected = cut_local_shard(whole, Shard(0), dist.get_world_size(), dist.get_rank())
         errors.append(float((gradient.to_local() - expected).abs().max()))
     return max(errors), sizes
 

@@ -8,7 +8,7 @@ from plans.errors import UsageError
 from plans.mesh import Mesh
 from plans.placement import Shard
 from runtime import Plan
-from runtime.planning.plan import released_plan
+from runtime.planning.plan import get_released_plan
 from runtime.planning.resolve import resolve
 from tests.runtime import wrong_entry_cases
 from tests.runtime.rank_pool import RankPool
@@ -47,13 +47,13 @@ def test_a_vocabulary_is_not_taken_for_experts() -> None:
 def test_an_embedding_tied_to_a_sharded_head_gets_its_entry() -> None:
     model = wrong_entry_cases.composite("lfm2_vl")
     name = "model.language_model.embed_tokens"
-    assert name not in released_plan(model)
+    assert name not in get_released_plan(model)
     assert Plan.from_model(model, "tp").entries[name] == "embedding_rowwise"
 
 
 def test_an_embedding_that_has_an_entry_keeps_it() -> None:
     model = tiny_model(tiny_config("llama"))
-    assert Plan.from_model(model, "tp").entries == released_plan(model)
+    assert Plan.from_model(model, "tp").entries == get_released_plan(model)
 
 
 def test_keys_that_lost_a_part_in_the_middle_are_another_ones() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UnmatchedKeyError
 from plans.mesh import Mesh
-from plans.plan import lookup
+from plans.plan import find_key
 from runtime.styles import STYLES
 from tests.runtime import expert_cases
 from tests.runtime.expert_cases import EXPERTS, PLANS
@@ -18,7 +18,7 @@ LAYER = "model.layers.0.mlp"
 
 
 def found_in(plan: str, name: str, *, is_parameter: bool) -> str | None:
-    key = lookup(PLANS[plan], name, is_parameter=is_parameter)
+    key = find_key(PLANS[plan], name, is_parameter=is_parameter)
     return None if key is None else PLANS[plan][key]
 
 
@@ -36,7 +36,7 @@ def test_modules_get_their_own_entries_never_a_childs() -> None:
     assert found_in("ep", f"{LAYER}.experts", is_parameter=False) == "moe_experts_allreduce"
     assert found_in("ep", f"{LAYER}.gate", is_parameter=False) == "ep_router"
     children = {key: style for key, style in PLANS["ep"].items() if key != EXPERTS}
-    assert lookup(children, f"{LAYER}.experts", is_parameter=False) is None
+    assert find_key(children, f"{LAYER}.experts", is_parameter=False) is None
 
 
 def test_experts_parallel_divides_dim_0_of_both_and_counts_local_experts(two_ranks: RankPool) -> None:

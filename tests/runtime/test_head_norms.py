@@ -7,9 +7,9 @@ import transformers
 
 from plans.errors import PlanError
 from plans.mesh import Mesh, Mode
-from runtime.blocks.head_norms import with_head_norms
+from runtime.blocks.head_norms import add_head_norm_entries
 from runtime.models.model import meta_model
-from runtime.planning.plan import Plan, released_plan, runtime_dialect
+from runtime.planning.plan import Plan, get_released_plan, runtime_dialect
 from runtime.planning.resolve import resolve
 from tests.runtime import odd_cases
 from tests.runtime.rank_pool import RankPool
@@ -27,7 +27,7 @@ def glm():
 
 
 def test_the_plan_of_a_model_is_completed(glm):
-    written = released_plan(glm)
+    written = get_released_plan(glm)
     assert written.keys().isdisjoint(NORMS)
     chosen = Plan.from_model(glm, "tp").entries
     assert {key: chosen[key] for key in NORMS} == NORMS
@@ -55,8 +55,8 @@ def test_norms_of_latents_of_whole_projections_and_those_with_entries_are_left_a
     class_name, sizes = MODELS[name]
     config = getattr(transformers, class_name)(**sizes)
     config.architectures = [class_name.replace("Config", "ForCausalLM")]
-    plan = released_plan(meta_model(config))
-    assert with_head_norms(meta_model(config), plan, runtime_dialect()) == plan
+    plan = get_released_plan(meta_model(config))
+    assert add_head_norm_entries(meta_model(config), plan, runtime_dialect()) == plan
 
 
 def test_layer_norms_on_heads_are_found_in_dense_models_too():

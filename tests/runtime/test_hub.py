@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from plans.errors import UsageError
-from runtime.hub import HubName, hub_name
+from runtime.hub import HubName, parse_hub_name
 from tests.hub_server import TOKEN, Hub, serving
 
 ASK = """
@@ -79,13 +79,13 @@ def ask(hub: Hub, tmp_path: Path) -> Ask:
     ],
 )
 def test_names(text: str, found: HubName | None) -> None:
-    assert hub_name(text) == found
+    assert parse_hub_name(text) == found
 
 
 @pytest.mark.parametrize("text", ["hf://", "hf://owner", "hf://owner/name/file", "hf://../x y"])
 def test_what_no_hub_could_have_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="not a repository"):
-        hub_name(text)
+        parse_hub_name(text)
 
 
 def test_only_the_files_needed_are_fetched_and_only_once(hub: Hub, ask: Ask, tiny_hub: Path) -> None:

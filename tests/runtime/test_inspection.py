@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.runtime.checkpoint.test_optimizer import with_state
 
-TP_EP = Target("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep")
+TP_EP = ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep")
 
 
 def stored_bytes(folder: Path, pattern: str) -> list[int]:
@@ -39,20 +39,20 @@ def test_hub_form_has_tensors_by_their_names_in_the_model(hub_folder):
     hub = hub_folder("qwen3_moe")
     found = inspect_checkpoint(hub)
     experts = next(group for group in found.groups if group.name.endswith("experts.gate_up_proj"))
-    assert (found.layout, found.model_type, found.held, found.planned) == ("hf", "qwen3_moe", None, None)
+    assert (found.layout, found.model_type, found.current, found.planned) == ("hf", "qwen3_moe", None, None)
     assert experts.names == tuple(f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (0, 2))
     assert (experts.dtype, experts.shape, experts.bytes) == ("F32", (8, 32, 32), 2 * 8 * 32 * 32 * 4)
     assert found.bytes == sum(file.bytes for file in found.files) == sum(stored_bytes(hub, "*.safetensors"))
-    assert set(found.side) == {"config.json", "generation_config.json"}
-    assert found.stored_files == len(found.files) == 4
+    assert set(found.side_files) == {"config.json", "generation_config.json"}
+    assert found.hub_file_count == len(found.files) == 4
 
 
 def test_rank_files_hold_the_bytes_that_are_said(rank_folder):
     folder = rank_folder("qwen3_moe", 4)
     found = inspect_checkpoint(folder)
-    assert found.held is not None
-    assert found.held.mesh == Mesh(tp=4)
-    assert list(found.held.rank_bytes) == stored_bytes(folder, "rank-*.safetensors")
+    assert found.current is not None
+    assert found.current.mesh == Mesh(tp=4)
+    assert list(found.current.rank_bytes) == stored_bytes(folder, "rank-*.safetensors")
     assert len(found.digests) == found.tensors
     assert "migrator" in found.written_by
 
@@ -68,25 +68,25 @@ def test_rank_files_need_no_config(rank_folder, tmp_path):
 def test_a_distributed_checkpoint_says_its_mesh_and_mode(hub_folder, tmp_path):
     hub = hub_folder("qwen3_moe")
     found = inspect_checkpoint(dcp(hub, tmp_path))
-    plan_reshard(hub, target=Target("ranks", TP_EP.mesh, "tp_ep")).execute(tmp_path / "ranks")
-    assert found.held is not None
-    assert (found.layout, found.held.mode, found.held.mesh) == ("dcp", "tp_ep", TP_EP.mesh)
-    assert list(found.held.rank_bytes) == stored_bytes(tmp_path / "ranks", "rank-*.safetensors")
+    plan_reshard(hub, target=ReshardTarget("ranks", TP_EP.mesh, "tp_ep")).execute(tmp_path / "ranks")
+    assert found.current is not None
+    assert (found.layout, found.current.mode, found.current.mesh) == ("dcp", "tp_ep", TP_EP.mesh)
+    assert list(found.current.rank_bytes) == stored_bytes(tmp_path / "ranks", "rank-*.safetensors")
     without = found.folder
     (without / "migrator.json").unlink()
-    assert inspect_checkpoint(without).held is None
+    assert inspect_checkpoint(without).current is None
 
 
 def test_a_plan_for_another_mesh_is_what_reshard_would_make(rank_folder, tmp_path):
     folder = rank_folder("qwen3_moe", 2)
     found = inspect_checkpoint(folder, Mesh(tp=2, ep=2), "tp_ep")
-    plan_reshard(folder, target=Target("ranks", Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
+    plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
     made = inspect_checkpoint(tmp_path / "out")
-    assert made.held is not None
+    assert made.current is not None
     assert found.planned is not None
-    assert found.planned.rank_bytes == made.held.rank_bytes
+    assert found.planned.rank_bytes == made.current.rank_bytes
     assert [(g.name, g.planned.placements) for g in found.groups if g.planned] == [
-        (g.name, g.held.placements) for g in made.groups if g.held
+        (g.name, g.current.placements) for g in made.groups if g.current
     ]
 
 
@@ -102,9 +102,9 @@ def test_tied_and_carried_tensors_are_told(hub_folder, tmp_path):
     for folder in (hub, tmp_path / "ranks"):
         found = inspect_checkpoint(folder)
         assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-        assert found.carried == ("mtp.weight",)
-    assert found.held is not None
-    assert list(found.held.rank_bytes) == stored_bytes(tmp_path / "ranks", "rank-*.safetensors")
+        assert found.passthrough == ("mtp.weight",)
+    assert found.current is not None
+    assert list(found.current.rank_bytes) == stored_bytes(tmp_path / "ranks", "rank-*.safetensors")
 
 
 def test_a_lossy_checkpoint_is_named_tensor_by_tensor(hub_folder, tmp_path):

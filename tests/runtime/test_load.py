@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import runtime
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError, UsageError
 from plans.mesh import Mesh, Mode
-from runtime.checkpoint.read import read_content
+from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
-from runtime.loader.replicated import shares
+from runtime.checkpoint.target import ReshardTarget
+from runtime.loader.replicated import assign_by_size
 from runtime.models.config import read_config
 from runtime.models.dtypes import DTYPES
 from runtime.models.model import meta_model, model_tensors
@@ -30,7 +30,7 @@ from tests.tiny_models import DENSE, tiny_config, tiny_model
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
-LaidOut = Callable[[str, Target], Path]
+LaidOut = Callable[[str, ReshardTarget], Path]
 UNDECLARED = ("gpt_oss", torch.bfloat16)
 FIRST = "rank-00000-of-00002.safetensors"
 SECOND = "rank-00001-of-00002.safetensors"
@@ -64,9 +64,9 @@ def said(case: tuple[str, Mode, Mesh]) -> str:
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder) -> LaidOut:
     """Return a function from a tiny model's name and a target to its checkpoint there; those who damage it copy."""
-    folders: dict[tuple[str, Target], Path] = {}
+    folders: dict[tuple[str, ReshardTarget], Path] = {}
 
-    def resharded(name: str, target: Target) -> Path:
+    def resharded(name: str, target: ReshardTarget) -> Path:
         if (name, target) not in folders:
             folders[name, target] = tmp_path_factory.mktemp(name) / f"{target.layout} {target.mode} {target.mesh}"
             plan_reshard(hub_folder(name), target=target).execute(folders[name, target])
@@ -91,9 +91,9 @@ def test_four_ranks_hold_what_slicing_gives(
 
 def run(case: tuple[str, Mode, Mesh], ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut) -> list[list[str]]:
     name, mode, mesh = case
-    targets = [Target("ranks", mesh, mode), Target("dcp", mesh, mode)]
+    targets = [ReshardTarget("ranks", mesh, mode), ReshardTarget("dcp", mesh, mode)]
     if name != "gpt_oss":  # whose layers no plan cuts
-        targets.append(Target("ranks", Mesh(tp=4)))
+        targets.append(ReshardTarget("ranks", Mesh(tp=4)))
     folders = [hub_folder(name), *(laid_out(name, target) for target in targets)]
     return ranks.run(load_cases.loads_what_slicing_gives, hub_folder(name), folders, mode, mesh)
 
@@ -108,7 +108,7 @@ def test_a_cast_is_that_of_what_is_loaded(
     mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     hub = hub_folder("deepseek_v3")
-    for folder in (hub, laid_out("deepseek_v3", Target("ranks", TP2))):
+    for folder in (hub, laid_out("deepseek_v3", ReshardTarget("ranks", TP2))):
         assert two_ranks.run(load_cases.cast, hub, folder, mode, mesh) == [[], []]
 
 
@@ -128,7 +128,7 @@ def test_a_rank_reads_just_what_it_holds(
     layout: str, mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     hub = hub_folder("deepseek_v3")
-    targets = {"dcp": Target("dcp", Mesh(tp=4)), "ranks": Target("ranks", Mesh(tp=4))}
+    targets = {"dcp": ReshardTarget("dcp", Mesh(tp=4)), "ranks": ReshardTarget("ranks", Mesh(tp=4))}
     folder = laid_out("deepseek_v3", targets[layout]) if layout in targets else hub
     for files, overlaps, held in two_ranks.run(load_cases.bytes_read, hub, folder, mode, mesh, 1):
         assert sum(files.values()) == held
@@ -149,7 +149,7 @@ def test_one_rank_loads_a_model_that_is_not_parallel(
 def test_content_that_was_read_before_is_taken(hub_folder: HubFolder) -> None:
     hub = hub_folder("qwen3_moe")
     one, other = (meta_model(read_config(hub)) for _ in range(2))
-    runtime.load(one, read_content(hub, one))
+    runtime.load(one, read_checkpoint(hub, one))
     runtime.load(other, str(hub), threads=1)
     assert not load_cases.differing(load_cases.local_tensors(one), load_cases.local_tensors(other))
 
@@ -225,7 +225,7 @@ def test_one_rank_that_cannot_read_stops_all(
 def test_a_file_that_shrinks_under_the_reader_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
     model = meta_model(read_config(hub))
-    content = read_content(hub, model)
+    content = read_checkpoint(hub, model)
     file = hub / "model-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(IncompleteError, match=r"model-00002-of-00003\.safetensors: truncated"):
@@ -389,10 +389,10 @@ def test_a_cast_leaves_integers_alone(tmp_path: Path, hub_folder: HubFolder) -> 
 
 def test_replicated_tensors_are_dealt_out_evenly() -> None:
     sizes = {"a": 5, "b": 4, "c": 3, "d": 3, "e": 1}
-    dealt = shares(sizes, 2)
+    dealt = assign_by_size(sizes, 2)
     assert dealt.keys() == sizes.keys()
     assert [sum(sizes[name] for name, rank in dealt.items() if rank == one) for one in (0, 1)] == [8, 8]
-    assert shares(dict(reversed(sizes.items())), 2) == dealt
+    assert assign_by_size(dict(reversed(sizes.items())), 2) == dealt
 
 
 def edit(file: Path, change: Callable[..., object]) -> None:

@@ -18,10 +18,10 @@ import runtime.loader.reads
 from plans.errors import IncompleteError, UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.extents.forms import concatenate, narrow, transpose, whole
-from runtime.extents.runs import Repeat, Run, runs_of
+from runtime.extents.runs import Stride, StridedCopy, plan_copies
 from runtime.loader import bringing, filling
 from runtime.loader.filling import CudaWorker
-from runtime.loader.reads import Read, positions, reads, units
+from runtime.loader.reads import Read, compute_buffer_offsets, group_reads, plan_reads
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from tests.runtime.load_cases import differing, local_tensors
@@ -39,44 +39,48 @@ def ranges(found: Iterator[Read]) -> list[tuple[int, int]]:
     return [(read.start, read.stop) for read in found]
 
 
-def together(part: Run) -> bool:
+def together(part: StridedCopy) -> bool:
     return False
 
 
 def test_neighbours_are_read_at_once_and_wide_gaps_left_out() -> None:
     sources = [stored(100 * KIB, 8), stored(100 * KIB, 8 + 112 * KIB), stored(8 * KIB, 8 + 400 * KIB)]
-    runs = [Run(number, 0, number, 0, one.size) for number, one in enumerate(sources)]
-    assert ranges(reads(sources, runs, 2**20, together)) == [(8, 8 + 212 * KIB), (8 + 400 * KIB, 8 + 408 * KIB)]
+    runs = [StridedCopy(number, 0, number, 0, one.size) for number, one in enumerate(sources)]
+    assert ranges(plan_reads(sources, runs, 2**20, together)) == [(8, 8 + 212 * KIB), (8 + 400 * KIB, 8 + 408 * KIB)]
 
 
 def test_what_is_to_be_alone_is_alone() -> None:
     sources = [stored(KIB, 0), stored(KIB, KIB), stored(KIB, 2 * KIB)]
-    runs = [Run(number, 0, number, 0, KIB) for number in range(3)]
-    found = list(reads(sources, runs, 2**20, lambda part: part.source == 1))
+    runs = [StridedCopy(number, 0, number, 0, KIB) for number in range(3)]
+    found = list(plan_reads(sources, runs, 2**20, lambda part: part.source == 1))
     assert [[part.source for part in read.parts] for read in found] == [[1], [0, 2]]
 
 
 def test_rows_far_apart_are_read_one_by_one_and_rows_nearby_with_what_lies_between() -> None:
     size = 4 * 2**20
-    far = Run(0, 0, 0, 0, KIB, (Repeat(4, 2**20, KIB),))
-    assert ranges(reads([stored(size)], [far], size, together)) == [(n * 2**20, n * 2**20 + KIB) for n in range(4)]
-    near = Run(0, 0, 0, 0, KIB, (Repeat(4, 32 * KIB, KIB),))
-    assert ranges(reads([stored(size)], [near], size, together)) == [(0, 97 * KIB)]
+    far = StridedCopy(0, 0, 0, 0, KIB, (Stride(4, 2**20, KIB),))
+    assert ranges(plan_reads([stored(size)], [far], size, together)) == [(n * 2**20, n * 2**20 + KIB) for n in range(4)]
+    near = StridedCopy(0, 0, 0, 0, KIB, (Stride(4, 32 * KIB, KIB),))
+    assert ranges(plan_reads([stored(size)], [near], size, together)) == [(0, 97 * KIB)]
 
 
 def test_elements_stay_aligned_where_tensors_begin_anywhere() -> None:
     sources = [stored(9), stored(64, 9)]
-    found = list(reads(sources, [Run(0, 0, 0, 0, 9), Run(1, 0, 1, 0, 64)], 2**20, together))
+    found = list(plan_reads(sources, [StridedCopy(0, 0, 0, 0, 9), StridedCopy(1, 0, 1, 0, 64)], 2**20, together))
     assert ranges(iter(found)) == [(0, 9), (9, 73)]
-    assert positions(found) == [0, 16]
+    assert compute_buffer_offsets(found) == [0, 16]
 
 
 def test_units_fit_into_their_buffer() -> None:
     source = random.Random(0)
     found = [Read(FILE, 0, source.randint(1, 4096), ()) for _ in range(500)]
-    made = list(units(found, 4096))
+    made = list(group_reads(found, 4096))
     assert [read for unit in made for read in unit] == found
-    assert all(begin + read.size <= 4096 for unit in made for read, begin in zip(unit, positions(unit), strict=True))
+    assert all(
+        begin + read.size <= 4096
+        for unit in made
+        for read, begin in zip(unit, compute_buffer_offsets(unit), strict=True)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -97,16 +101,16 @@ def test_reads_hold_all_that_runs_need(data: st.DataObject) -> None:
             form, expected = concatenate([form, form], dim), torch.cat([expected, expected], dim)
     limit = data.draw(st.integers(16, 64)) * 2
     file = b"header" + content.numpy().tobytes()
-    target = bringing.target_of(torch.zeros(form.shape, dtype=torch.float32), torch.int16)
+    target = bringing.build_target(torch.zeros(form.shape, dtype=torch.float32), torch.int16)
     sources = [StoredTensor(FILE, "I16", shape, 6, content.nbytes)]
     with patch.object(runtime.loader.reads, "_GAP", data.draw(st.integers(1, 64))):
-        found = list(reads(sources, runs_of(form, 16, {"t": 0}, 0), limit, together))
+        found = list(plan_reads(sources, plan_copies(form, 16, {"t": 0}, 0), limit, together))
     for read in found:
         assert read.size <= limit
         buffer = torch.zeros(limit, dtype=torch.uint8)
         buffer[: read.size] = torch.frombuffer(bytearray(file[read.start : read.stop]), dtype=torch.uint8)
         for part in read.parts:
-            filling.place(part, buffer, read.start, target)
+            filling.copy_elements(part, buffer, read.start, target)
     assert torch.equal(target.memory.reshape(form.shape), expected.float())
 
 
@@ -126,14 +130,14 @@ def test_pinned_buffers_bring_the_same_as_reading_directly(
 def test_where_a_read_fails_no_copy_is_left_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "short"
     file.write_bytes(bytes(64))
-    work = [(Read(file, start, start + 64, (Run(0, start, 0, start, 64),)),) for start in (0, 64)]
-    targets = {0: bringing.target_of(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
+    work = [(Read(file, start, start + 64, (StridedCopy(0, start, 0, start, 64),)),) for start in (0, 64)]
+    targets = {0: bringing.build_target(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
     with as_if_on_a_gpu(monkeypatch):
         waited: list[bool] = []
         stream = torch.cuda.Stream(torch.device("cpu"))
         stream.synchronize = lambda: waited.append(True)
         with pytest.raises(IncompleteError, match="short"):
-            filling.fill(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
+            filling.run_workers(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
     assert waited == [True]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime.find_config import find_config
 from runtime.models.model import meta_model
-from runtime.models.on_meta import built_on_meta
+from runtime.models.on_meta import init_on_meta
 
 LARGE = 2**24 + 2
 
@@ -55,30 +55,30 @@ class Broken(nn.Module):
 
 def test_what_is_filled_takes_no_memory() -> None:
     """128 GiB each, of which there are two."""
-    model = built_on_meta(Filled, torch.bfloat16)
+    model = init_on_meta(Filled, torch.bfloat16)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert model.table.tolist() == [1, 1, 1]
 
 
 def test_a_large_buffer_keeps_its_values() -> None:
-    model = built_on_meta(LargeBuffer, None)
+    model = init_on_meta(LargeBuffer, None)
     assert model.weight.is_meta
     assert model.table.min() == model.table.max() == 3
 
 
 def test_a_constructor_that_reads_a_large_tensor_gets_a_real_one() -> None:
-    model = built_on_meta(Mixed, None)
+    model = init_on_meta(Mixed, None)
     assert model.weight.is_meta
     assert model.total == LARGE
 
 
 def test_what_a_class_raises_is_raised() -> None:
     with pytest.raises(ValueError, match="no such size"):
-        built_on_meta(Broken, None)
+        init_on_meta(Broken, None)
 
 
 def test_the_default_dtype_is_as_it_was_before() -> None:
-    built_on_meta(Filled, torch.bfloat16)
+    init_on_meta(Filled, torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
 
 

@@ -15,10 +15,10 @@ from benchmarks.sweep_cases import VARIANTS
 from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
-from runtime.blocks.cut_parts import check_cut_parts
+from runtime.blocks.cut_parts import check_sharded_head_parameters
 from runtime.blocks.head_counts import check_head_counts
 from runtime.blocks.head_norms import check_head_norms
-from runtime.blocks.partners import check_partners
+from runtime.blocks.partners import check_pairs
 from runtime.models.model import meta_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
@@ -328,7 +328,7 @@ def made(family: str, name: str, variant: str) -> torch.nn.Module | None:
 
 
 def check(model: torch.nn.Module, plan: dict[str, str]) -> None:
-    check_partners(model, plan, runtime_dialect())
+    check_pairs(model, plan, runtime_dialect())
     check_head_norms(model, plan, runtime_dialect(), STYLES)
     check_head_counts(model, plan, runtime_dialect())
-    check_cut_parts(model, plan, runtime_dialect(), STYLES)
+    check_sharded_head_parameters(model, plan, runtime_dialect(), STYLES)

@@ -12,7 +12,7 @@ from plans.placement import Packed, Shard
 from runtime import Plan
 from runtime.find_config import find_config
 from runtime.models.model import meta_model
-from runtime.planning.plan import param_level_plan, released_plan
+from runtime.planning.plan import convert_to_param_level, get_released_plan
 from runtime.planning.resolve import resolve
 from tests.tiny_models import tiny_config
 
@@ -213,10 +213,10 @@ def test_a_literal_layer_number_wins_over_the_wildcard() -> None:
 def test_a_plan_is_not_decomposed_where_the_layout_is_another() -> None:
     built = model("gpt_oss")
     written = {f"{EXPERTS}.gate_up_proj": "packed_colwise", f"{EXPERTS}.down_proj": "rowwise"}
-    assert param_level_plan(built, written) == written
+    assert convert_to_param_level(built, written) == written
 
 
 def test_the_released_form_of_a_plan_places_experts_alike() -> None:
     built = model("qwen3_moe")
-    placed = resolve(built, Mesh(tp=2), plan=released_plan(built)).by_name
+    placed = resolve(built, Mesh(tp=2), plan=get_released_plan(built)).by_name
     assert placed["model.layers.0.mlp.experts.gate_up_proj"].placements[-1] == Packed(1, 2)

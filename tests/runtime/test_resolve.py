@@ -22,8 +22,8 @@ from plans.placement import Packed, Replicate, Shard
 from runtime.find_config import find_config
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
-from runtime.planning.plan import released_plan
-from runtime.planning.plan_checks import unmatched_entries
+from runtime.planning.plan import get_released_plan
+from runtime.planning.plan_checks import check_unmatched_entries
 from runtime.planning.resolve import resolve
 
 QWEN = {
@@ -64,7 +64,7 @@ def test_every_parameter_has_a_placement_and_a_reason():
 
 def test_the_released_and_the_param_level_plan_place_alike():
     model = qwen()
-    before, after = resolve(model, Mesh(tp=2), plan=released_plan(model)), resolve(model, Mesh(tp=2))
+    before, after = resolve(model, Mesh(tp=2), plan=get_released_plan(model)), resolve(model, Mesh(tp=2))
     assert placements(before) == placements(after)
     assert "packed_colwise" in before.plan.values()
     assert "packed_colwise" not in after.plan.values()
@@ -120,7 +120,7 @@ RELEASED = ["doge", "gemma4", "minicpm3", "mistral4", "qwen2_moe", "qwen3_next",
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_released_plans_are_not_refused(model_type):
     model = meta_model(find_config(model_type))
-    unmatched_entries(model, released_plan(model))
+    check_unmatched_entries(model, get_released_plan(model))
 
 
 @pytest.mark.full
@@ -132,10 +132,10 @@ def test_no_released_plan_of_any_default_config_is_refused():
             continue
         try:
             model = meta_model(find_config(model_type))
-            plan = released_plan(model)
+            plan = get_released_plan(model)
         except MigratorError:
             continue  # Not every default config describes a model.
-        unmatched_entries(model, plan)
+        check_unmatched_entries(model, plan)
         checked += 1
     assert checked > 120
 
@@ -174,7 +174,7 @@ def test_sizes_that_do_not_divide_name_those_that_work(changes, tp, named, works
 
 def test_kv_heads_may_be_any_number_where_the_plan_gathers_them():
     model = qwen(num_key_value_heads=1)
-    plan = {**released_plan(model), "model.layers.*.self_attn.k_proj": "colwise_gather_output"}
+    plan = {**get_released_plan(model), "model.layers.*.self_attn.k_proj": "colwise_gather_output"}
     plan["model.layers.*.self_attn.v_proj"] = "colwise_gather_output"
     assert placements(resolve(model, Mesh(tp=2), plan=plan))["model.layers.0.self_attn.k_proj.weight"] == Shard(0)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.inspecting.slices import local_bytes, slices
+from runtime.inspecting.slices import compute_local_bytes, find_slices
 
 
 def cut(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
@@ -37,8 +37,8 @@ def cases(draw):
 def test_each_rank_holds_the_elements_of_its_slices(case):
     mesh, shape, placements = case
     whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    sizes, held = mesh.sizes("dense"), local_bytes("I64", shape, placements, mesh, "dense")
-    found = slices(shape, placements, mesh, "dense")
+    sizes, held = mesh.sizes("dense"), compute_local_bytes("I64", shape, placements, mesh, "dense")
+    found = find_slices(shape, placements, mesh, "dense")
     assert list(found) == sorted(found, key=lambda piece: piece.bounds)
     for rank in range(mesh.world_size):
         outer, inner = mesh.coordinates("dense", rank)
@@ -51,7 +51,7 @@ def test_each_rank_holds_the_elements_of_its_slices(case):
 
 
 def test_gate_and_up_are_slices_of_their_own():
-    found = slices((2, 8, 3), (Replicate(), Packed(1, 2)), Mesh(tp=2), "dense")
+    found = find_slices((2, 8, 3), (Replicate(), Packed(1, 2)), Mesh(tp=2), "dense")
     assert [(piece.bounds[1], piece.ranks) for piece in found] == [
         ((0, 2), (0,)),
         ((2, 4), (1,)),
@@ -61,7 +61,7 @@ def test_gate_and_up_are_slices_of_their_own():
 
 
 def test_a_replicated_tensor_is_one_slice_of_every_rank():
-    (piece,) = slices((5,), (Replicate(), Replicate()), Mesh(tp=2, fsdp=2), "dense")
+    (piece,) = find_slices((5,), (Replicate(), Replicate()), Mesh(tp=2, fsdp=2), "dense")
     assert piece.ranks == (0, 1, 2, 3)
-    assert slices((), (Replicate(), Replicate()), Mesh(tp=2), "dense")[0].bounds == ()
-    assert slices((0, 4), (Replicate(), Shard(0)), Mesh(tp=2), "dense") == ()
+    assert find_slices((), (Replicate(), Replicate()), Mesh(tp=2), "dense")[0].bounds == ()
+    assert find_slices((0, 4), (Replicate(), Shard(0)), Mesh(tp=2), "dense") == ()

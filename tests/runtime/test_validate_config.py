@@ -13,7 +13,7 @@ import pytest
 from plans.errors import CheckpointError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime import validation_cases
 from tests.runtime.rank_pool import RankPool
@@ -43,7 +43,7 @@ def test_a_config_that_was_changed_after_the_layout(
 ) -> None:
     layout, entries, keys = CASES[name]
     if layout == "dcp":
-        plan_reshard(hub_folder(name), target=Target("dcp", Mesh(tp=2))).execute(tmp_path / "out")
+        plan_reshard(hub_folder(name), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "out")
     else:
         shutil.copytree(rank_folder(name, 2), tmp_path / "out")
     found = two_ranks.run(validation_cases.validate, edit(tmp_path / "out", **entries))[0]

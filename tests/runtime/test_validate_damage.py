@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from plans.errors import CheckpointError, IndivisibleError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
-from runtime.validation.outputs import generate, tokens_of
+from runtime.checkpoint.target import ReshardTarget
+from runtime.validation.outputs import generate_tokens, sample_tokens
 from runtime.validation.request import ValidationRequest
 from tests.runtime import validation_cases
 from tests.runtime.rank_pool import RankPool
@@ -135,7 +135,7 @@ def test_a_damaged_reference_is_no_finding_of_the_checkpoint(
     manifest["tensors"]["model.norm.weight"]["dtype"] = "F16"
     edit_json(contradictory / "migrator.json", tensors=manifest["tensors"])
     lossy = tmp_path / "dcp"
-    plan_reshard(hub_folder("mixtral"), target=Target("dcp", Mesh(tp=2))).execute(lossy)
+    plan_reshard(hub_folder("mixtral"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(lossy)
     (lossy / "migrator.json").unlink()
     name = f"{EXPERTS}.down_proj"
     drop(next(path for path in lossy.glob("*.safetensors") if name in load_file(path)), name)
@@ -148,7 +148,7 @@ def test_a_damaged_reference_is_no_finding_of_the_checkpoint(
 def test_one_flipped_bit_in_any_file_is_named(
     layout: Any, two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder("olmoe"), target=Target(layout, Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
+    plan_reshard(hub_folder("olmoe"), target=ReshardTarget(layout, Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
     path = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -232,7 +232,7 @@ def test_memory_that_is_not_as_predicted(two_ranks: RankPool, rank_folder: RankF
 def test_a_distributed_checkpoint_without_all_rows_is_lossy(
     two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder("olmoe"), target=Target("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
+    plan_reshard(hub_folder("olmoe"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
     (tmp_path / "dcp" / "migrator.json").unlink()
     name = f"{EXPERTS}.down_proj"
     path = next(path for path in (tmp_path / "dcp").glob("*.safetensors") if name in load_file(path))
@@ -247,8 +247,8 @@ def unread(folder: Path) -> int:
     """Return a token that models neither read nor write."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     request = ValidationRequest(folder, Mesh(tp=2))
-    tokens = tokens_of(model, request)
-    read = set(torch.cat([tokens, generate(model, tokens, request.new_tokens)], 1).flatten().tolist())
+    tokens = sample_tokens(model, request)
+    read = set(torch.cat([tokens, generate_tokens(model, tokens, request.new_tokens)], 1).flatten().tolist())
     return next(token for token in range(model.config.vocab_size) if token not in read)
 
 

@@ -12,7 +12,7 @@ import torch
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.content import Layout
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.validation.values import PARTS
 from tests.runtime import validation_cases
 from tests.runtime.rank_pool import RankPool
@@ -142,7 +142,7 @@ def laid_out(tmp_path: Path) -> LaidOut:
     def folder(hub: Path, layout: Layout, mesh: Mesh, mode: Mode) -> Path:
         if layout == "hf":
             return hub
-        plan_reshard(hub, target=Target(layout, mesh, mode)).execute(tmp_path / layout)
+        plan_reshard(hub, target=ReshardTarget(layout, mesh, mode)).execute(tmp_path / layout)
         return tmp_path / layout
 
     return folder

@@ -16,14 +16,14 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.extents.forms import chunk_bounds, whole
-from runtime.extents.shards import local_form
-from runtime.processes.joined import own_device
-from runtime.styles.placements import local_piece
+from runtime.extents.shards import shard_for_rank
+from runtime.processes.joined import select_device
+from runtime.styles.placements import cut_local_shard
 from runtime.validation import room
-from runtime.validation.local_digest import local_digest
-from runtime.validation.request import wanted_mesh
+from runtime.validation.local_digest import compute_local_digest
+from runtime.validation.request import resolve_mesh
 
 RankFolder = Callable[[str, int], Path]
 HubFolder = Callable[[str], Path]
@@ -56,10 +56,10 @@ def test_shares_of_a_digest_add_up_to_the_whole_tensors(
     total = Digest()
     for outer in range(1 if placements[0] == Replicate() else sizes[0]):
         for inner in range(1 if placements[1] == Replicate() else sizes[1]):
-            local = local_piece(tensor, placements[1], sizes[1], inner)
-            local = local_piece(local, placements[0], sizes[0], outer)
-            form = local_form(whole("", shape), placements, sizes, (outer, inner))
-            total.join(local_digest(local, form, shape))
+            local = cut_local_shard(tensor, placements[1], sizes[1], inner)
+            local = cut_local_shard(local, placements[0], sizes[0], outer)
+            form = shard_for_rank(whole("", shape), placements, sizes, (outer, inner))
+            total.join(compute_local_digest(local, form, shape))
     expected = Digest()
     expected.add(
         0, tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
@@ -69,16 +69,18 @@ def test_shares_of_a_digest_add_up_to_the_whole_tensors(
 
 def test_a_share_of_a_digest_depends_on_its_place() -> None:
     tensor = torch.arange(64, dtype=torch.int32).reshape(4, 16)
-    forms = [local_form(whole("", (4, 16)), (Shard(1),), (2,), (index,)) for index in (0, 1)]
+    forms = [shard_for_rank(whole("", (4, 16)), (Shard(1),), (2,), (index,)) for index in (0, 1)]
     assert chunk_bounds(16, 2, 1) == (8, 8)
-    assert local_digest(tensor[:, :8], forms[0], (4, 16)) != local_digest(tensor[:, :8], forms[1], (4, 16))
+    assert compute_local_digest(tensor[:, :8], forms[0], (4, 16)) != compute_local_digest(
+        tensor[:, :8], forms[1], (4, 16)
+    )
 
 
 @pytest.mark.parametrize(
     ("sizes", "mode"), [({}, None), ({"tp": 2}, None), ({"ep": 2}, "ep"), ({"tp": 2, "ep": 2, "fsdp": 1}, "ep")]
 )
 def test_the_recorded_mesh_is_the_default(sizes: dict[str, int], mode: Mode | None, expert_ranks: Path) -> None:
-    assert wanted_mesh(expert_ranks, sizes, mode) == (Mesh(tp=2, ep=2), "ep")
+    assert resolve_mesh(expert_ranks, sizes, mode) == (Mesh(tp=2, ep=2), "ep")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +90,14 @@ def test_another_mesh_than_the_recorded_one_is_refused(
     sizes: dict[str, int], mode: Mode | None, expert_ranks: Path
 ) -> None:
     with pytest.raises(UsageError, match="laid out for --tp 2 --ep 2 --mode ep, not --"):
-        wanted_mesh(expert_ranks, sizes, mode)
+        resolve_mesh(expert_ranks, sizes, mode)
 
 
 def test_hub_form_is_validated_on_the_mesh_that_is_asked_for(hub_folder: HubFolder) -> None:
     hub = hub_folder("mixtral")
-    assert wanted_mesh(hub, {}, None) == (Mesh(), "tp")
-    assert wanted_mesh(hub, {"tp": 2, "ep": 2}, None) == (Mesh(tp=2, ep=2), "tp_ep")
-    assert wanted_mesh(hub, {"tp": 2}, "sp") == (Mesh(tp=2), "sp")
+    assert resolve_mesh(hub, {}, None) == (Mesh(), "tp")
+    assert resolve_mesh(hub, {"tp": 2, "ep": 2}, None) == (Mesh(tp=2, ep=2), "tp_ep")
+    assert resolve_mesh(hub, {"tp": 2}, "sp") == (Mesh(tp=2), "sp")
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,27 +106,27 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="2 ranks on this machine need a GPU each, but there are 1"):
-        own_device("cuda")
-    assert own_device("auto") == own_device("cpu") == torch.device("cpu")
+        select_device("cuda")
+    assert select_device("auto") == select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert own_device("auto") == own_device("cuda") == torch.device("cuda", 1)
-    assert own_device("cpu") == torch.device("cpu")
+    assert select_device("auto") == select_device("cuda") == torch.device("cuda", 1)
+    assert select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert own_device("auto") == torch.device("cpu")
+    assert select_device("auto") == torch.device("cpu")
 
 
 def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1000, 1000, bias=False, device="meta")
     for free, fits in ((14_000_000, False), (15_000_000, True), (None, True)):
         monkeypatch.setattr(room, "_free", lambda device, free=free: free)
-        assert room.has_room(model, torch.device("cpu")) == fits
+        assert room.fits_in_memory(model, torch.device("cpu")) == fits
     monkeypatch.undo()
-    assert room.has_room(model, torch.device("cpu"))
-    assert not room.has_room(torch.nn.Linear(10**6, 10**8, device="meta"), torch.device("cpu"))
+    assert room.fits_in_memory(model, torch.device("cpu"))
+    assert not room.fits_in_memory(torch.nn.Linear(10**6, 10**8, device="meta"), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def expert_ranks(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts") / "ranks"
-    plan_reshard(hub_folder("mixtral"), target=Target("ranks", Mesh(tp=2, ep=2), "ep")).execute(folder)
+    plan_reshard(hub_folder("mixtral"), target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "ep")).execute(folder)
     return folder

@@ -19,9 +19,9 @@ from plans.errors import IncompleteError, UsageError, WorkerError
 from plans.mesh import Mesh
 from runtime.parallel.mismatch import Mismatch as Row
 from runtime.processes.launch import launch
-from runtime.processes.started import in_worker
+from runtime.processes.started import is_worker_process
 from runtime.validation.request import ValidationRequest
-from runtime.validation.values import PARTS, Check, ValidationResult
+from runtime.validation.values import PARTS, CheckResult, ValidationResult
 from runtime.validation.worker import run_validation
 
 HubFolder = Callable[[str], Path]
@@ -202,17 +202,17 @@ def test_a_worker_that_fails_says_why_and_leaves_with_1() -> None:
 
 
 def test_being_a_worker_shows_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not in_worker()
+    assert not is_worker_process()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "0")
-    assert in_worker()
+    assert is_worker_process()
 
 
 WRONG = (Row("a", "b", "c", 1),)
 
 
 def test_results_and_requests_survive_json() -> None:
-    checks = {"structure": Check(3, WRONG), "content": Check(3, numbers={"copies": 4})}
+    checks = {"structure": CheckResult(3, WRONG), "content": CheckResult(3, numbers={"copies": 4})}
     result = ValidationResult(2, checks, {"forward": "no"}, "cuda", {"loading": 1.5})
     assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
     request = ValidationRequest(Path("/one"), Mesh(tp=2, ep=2), "ep", Path("/two"), "cuda", seed=5)
@@ -220,7 +220,7 @@ def test_results_and_requests_survive_json() -> None:
 
 
 def test_what_is_not_finite_is_null_in_json() -> None:
-    found = Check(1, numbers={"max_abs_diff": float("inf"), "tolerance": 1e-5}).to_json()
+    found = CheckResult(1, numbers={"max_abs_diff": float("inf"), "tolerance": 1e-5}).to_json()
     assert (found["max_abs_diff"], found["tolerance"]) == (None, 1e-5)
 
 
@@ -236,11 +236,11 @@ def test_what_is_no_tolerance_is_refused(tolerance: float) -> None:
 
 
 def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
-    right = {part: Check(3) for part in PARTS}
+    right = {part: CheckResult(3) for part in PARTS}
     assert ValidationResult(2, right).ok
     for part in PARTS:
-        assert not ValidationResult(2, right | {part: Check(3, WRONG)}).ok
-        assert not ValidationResult(2, right | {part: Check(0)}).ok
+        assert not ValidationResult(2, right | {part: CheckResult(3, WRONG)}).ok
+        assert not ValidationResult(2, right | {part: CheckResult(0)}).ok
         without = {name: check for name, check in right.items() if name != part}
         # A model may have no text to write, but there is no proof without its outputs.
         assert ValidationResult(2, without).ok == (part in ("backward", "generation"))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from plans.mesh import Mesh, Mode
-from runtime.styles import STYLES, ParallelStyle, Site, StyleRegistry
+from runtime.styles import STYLES, HookSite, ParallelStyle, StyleRegistry
 from runtime.validation import backward, looking
 from runtime.validation.request import ValidationRequest
 from runtime.validation.validate import validate as validate_checkpoint
@@ -50,19 +50,19 @@ def with_style(change: str, style: str, folder: Path, mesh: Mesh | None = None, 
 
 def without_room(folder: Path, mesh: Mesh, mode: Mode) -> dict[str, Any]:
     """Validate where the unsharded model has no room on one rank."""
-    has_room = looking.has_room
-    looking.has_room = lambda model, device: False
+    has_room = looking.fits_in_memory
+    looking.fits_in_memory = lambda model, device: False
     try:
         return validate(folder, None, mesh, mode)
     finally:
-        looking.has_room = has_room
+        looking.fits_in_memory = has_room
 
 
 def forgets_before_it_widens(folder: Path) -> bool:
     """Validate, and say whether the model in the checkpoint's own type was gone when the one in float32 was made."""
     made: list[weakref.ref[Any]] = []
     gone: list[bool] = []
-    made_parallel = looking.made_parallel
+    made_parallel = looking.build_parallel_model
 
     def watched(*args: Any) -> Any:
         gone.extend(model() is None for model in made)
@@ -70,12 +70,12 @@ def forgets_before_it_widens(folder: Path) -> bool:
         made.append(weakref.ref(parallel.model))
         return parallel
 
-    looking.made_parallel = watched
+    looking.build_parallel_model = watched
     gc.disable()
     try:
         validate(folder)
     finally:
-        looking.made_parallel = made_parallel
+        looking.build_parallel_model = made_parallel
         gc.enable()
     assert len(gone) == 1
     return gone[0]
@@ -83,54 +83,56 @@ def forgets_before_it_widens(folder: Path) -> bool:
 
 def without_gradients(folder: Path) -> dict[str, Any]:
     """Validate a model through which no gradient comes, parallel or not."""
-    compute = backward.backward
+    compute = backward.compute_gradients
 
     def fail(*args: Any) -> None:
         raise RuntimeError("no derivative")
 
-    backward.backward = fail
+    backward.compute_gradients = fail
     try:
         return validate(folder)
     finally:
-        backward.backward = compute
+        backward.compute_gradients = compute
 
 
 def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
     """Validate where loading leaves a tensor in a wider type than the checkpoint's."""
-    loaded = looking.loaded
+    loaded = looking.load_weights
 
     def widened(parallel: Any, *args: Any) -> None:
         loaded(parallel, *args)
         parameter = parallel.model.get_parameter(name)
         parameter.data = parameter.data.double()
 
-    looking.loaded = widened
+    looking.load_weights = widened
     try:
         return validate(folder)
     finally:
-        looking.loaded = loaded
+        looking.load_weights = loaded
 
 
-def fail(site: Site, run: Any, *args: object, **kwargs: object) -> object:
+def fail(site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
     raise IndexError("no such expert\nand more that no one needs")
 
 
-def bare(site: Site, run: Any, *args: object, **kwargs: object) -> object:
+def bare(site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
     return run(*args, **kwargs)
 
 
-def exhausted(style: ParallelStyle, forwards: bool, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+def exhausted(
+    style: ParallelStyle, forwards: bool, site: HookSite, run: Any, *args: object, **kwargs: object
+) -> object:
     """Have no memory for what backward needs, or for nothing at all."""
     if torch.is_grad_enabled() or not forwards:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     return style.around(site, run, *args, **kwargs)
 
 
-def doubled(style: ParallelStyle, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+def doubled(style: ParallelStyle, site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
     return 2 * style.around(site, run, *args, **kwargs)
 
 
-def coarse(style: ParallelStyle, site: Site, run: Any, *args: object, **kwargs: object) -> object:
+def coarse(style: ParallelStyle, site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
     """Be right in float32 only."""
     output = style.around(site, run, *args, **kwargs)
     return output if output.dtype == torch.float32 else 0.5 * output

@@ -14,7 +14,7 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Shard
 from runtime import Plan, parallelize, verify_sharding
 from runtime.parallel.mesh import device_meshes
-from runtime.styles import STYLES, Site
+from runtime.styles import STYLES, HookSite
 from runtime.styles.placements import to_torch
 from runtime.styles.style import shard_parameter
 from tests.runtime.expert_cases import PLANS, mixtral
@@ -28,7 +28,7 @@ def mesh_of(mode: Mode, fsdp: int = 1) -> Mesh:
     return Mesh(tp=tp, ep=tp if mode.endswith("ep") else 1, fsdp=fsdp)
 
 
-def leave_whole(site: Site, name: str, placement: Placement) -> None:
+def leave_whole(site: HookSite, name: str, placement: Placement) -> None:
     """Shard nothing, and say nothing."""
 
 
@@ -56,7 +56,7 @@ def after_one_too_many(name: str) -> None:
     resolved = parallelize(model, mesh_of("tp"), Plan.from_model(model, "tp"))
     owner, _, last = name.rpartition(".")
     axis = device_meshes(resolved.mesh, "cpu").axis("tp")
-    shard_parameter(Site(owner, model.get_submodule(owner), axis, model.config, "by hand"), last, Shard(0))
+    shard_parameter(HookSite(owner, model.get_submodule(owner), axis, model.config, "by hand"), last, Shard(0))
     verify_sharding(model, resolved)
 
 

@@ -17,14 +17,14 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Replicate, Shard
 from plans.style import PlacementRule
 from runtime import STYLES, ParallelStyle, Plan, full_state_dict, parallelize
-from runtime.styles import Own, Site
+from runtime.styles import HookSite, LocalParameters
 from runtime.styles.collectives import all_gather
 from tests.runtime.parity_cases import backward, compared, eager_config, gradient_errors, relative, token_ids
 from tests.tiny_models import DENSE, tiny_model, with_noise
 
 
 def refused(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool = False) -> str:
-    """Return what is said of a model's changed plan, as it is made parallel or, where `run` says so, run."""
+    """Return what is said of a model's changed plan, as it is made parallel or, where `compute_output` says so, run."""
     config = eager_config(name)
     config.tie_word_embeddings = False
     model = tiny_model(config)
@@ -39,11 +39,11 @@ def refused(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool 
     return "accepted"
 
 
-def gathered_by_three(site: Site, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+def gathered_by_three(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
     """Gather a column-wise layer's output, as a style of one's own may."""
     weight = site.parameter("weight")
     assert weight is not None
-    return all_gather(run(site.inputs.summed(inputs, site.axis)), site.axis, weight.shape[0])
+    return all_gather(run(site.shared_inputs.sum_gradient(inputs, site.axis)), site.axis, weight.shape[0])
 
 
 def own_style(rules: bool, own: bool) -> tuple[float, tuple[str, float], tuple[int, ...]]:
@@ -53,12 +53,12 @@ def own_style(rules: bool, own: bool) -> tuple[float, tuple[str, float], tuple[i
         gathered_by_three,
         takes="whole",
         gives="whole",
-        own=(Own("linear", (Shard(0),)),) if own else (),
+        own=(LocalParameters("linear", (Shard(0),)),) if own else (),
         rules=(PlacementRule(Replicate(), parameter="bias"), PlacementRule(Shard(0))) if rules else (),
     )
     seen: list[tuple[int, ...]] = []
 
-    def watched(site: Site, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+    def watched(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
         weight = site.parameter("weight")
         seen.append(tuple(weight.to_local().shape))  # type: ignore[union-attr]
         return gathered_by_three(site, run, inputs)

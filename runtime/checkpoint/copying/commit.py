@@ -12,10 +12,10 @@ from pathlib import Path
 from plans.errors import CheckpointError, DestinationError, MigratorError, MismatchError
 from runtime.checkpoint.copying.journal import begin_journal, read_journal
 from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.files.lock import check_free, locked
+from runtime.checkpoint.files.lock import check_unlocked, hold_temporary_lock
 from runtime.checkpoint.files.replaceable import check_replaceable
 
-__all__ = ["Say", "check_destination", "partial_folder", "staging", "sync", "writing"]
+__all__ = ["Say", "check_destination", "convert_write_errors", "partial_folder", "stage_folder", "sync"]
 
 Say = Callable[[str], None]
 """Tells a person what is good to know."""
@@ -24,11 +24,11 @@ _RESUMES = "then run the same command again: it goes on where this one stopped"
 
 
 @contextmanager
-def staging(
+def stage_folder(
     destination: Path,
     size: int,
     *,
-    key: str = "",
+    fingerprint: str = "",
     overwrite: bool = False,
     names: Collection[str] = (),
     say: Say = lambda text: None,
@@ -42,7 +42,7 @@ def staging(
     Args:
         destination: must not exist unless it may be replaced; its parent must.
         size: bytes that the result takes.
-        key: the fingerprint of the work; only a run with the same one goes on with what another left.
+        fingerprint: the fingerprint of the work; only a run with the same one goes on with what another left.
         overwrite: replace the checkpoint that is at the destination, if it holds nothing else.
         names: of the result's files, which may replace others of their names.
         say: told what became of an earlier run's work.
@@ -54,13 +54,13 @@ def staging(
     destination = destination.absolute()
     check_destination(destination, overwrite=overwrite, names=names)
     partial, aside = partial_folder(destination), destination.with_name(destination.name + ".replaced")
-    with writing(destination), locked(partial.with_name(partial.name + ".lock")):
-        _put_back(destination, aside)
+    with convert_write_errors(destination), hold_temporary_lock(partial.with_name(partial.name + ".lock")):
+        _restore_replaced(destination, aside)
         # Only now: the run that held the lock before may have committed since.
         check_destination(destination, overwrite=overwrite, names=names)
-        _check_space(destination, size - _allocated(partial))
-        _start(partial, key, say)
-        with _kept_if_worth_it(partial, destination):
+        _check_space(destination, size - _count_allocated_bytes(partial))
+        _create_or_resume(partial, fingerprint, say)
+        with _keep_if_resumable(partial, destination):
             yield partial
             sync(partial)
             check_destination(destination, overwrite=overwrite, names=names)
@@ -103,7 +103,7 @@ def partial_folder(destination: Path) -> Path:
 
 
 @contextmanager
-def writing(destination: Path) -> Iterator[None]:
+def convert_write_errors(destination: Path) -> Iterator[None]:
     """Turn what the system says when a destination cannot be written into an error for the user.
 
     Raises:
@@ -112,7 +112,7 @@ def writing(destination: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(destination, error) from error
+        raise _write_error(destination, error) from error
 
 
 def sync(path: Path) -> None:
@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _kept_if_worth_it(partial: Path, destination: Path) -> Iterator[None]:
+def _keep_if_resumable(partial: Path, destination: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
@@ -133,7 +133,7 @@ def _kept_if_worth_it(partial: Path, destination: Path) -> Iterator[None]:
         if not is_worth_it and partial.is_dir():
             _discard(partial)
         if isinstance(error, OSError):
-            raise _unwritable(destination, error, resumes=is_worth_it) from error
+            raise _write_error(destination, error, resumes=is_worth_it) from error
         if isinstance(error, CheckpointError) and is_worth_it:
             _add_hint(error)
         raise
@@ -155,14 +155,14 @@ def _check_space(destination: Path, size: int) -> None:
         )
 
 
-def _allocated(partial: Path) -> int:
+def _count_allocated_bytes(partial: Path) -> int:
     """Return the bytes of the disk that an earlier run's folder takes already."""
     if partial.is_symlink() or not partial.is_dir():
         return 0
     return sum(path.lstat().st_blocks * 512 for path in partial.rglob("*"))
 
 
-def _start(partial: Path, key: str, say: Say) -> None:
+def _create_or_resume(partial: Path, fingerprint: str, say: Say) -> None:
     """Create the working folder, or take up what a killed run left; refuse what is not ours."""
     if os.path.lexists(partial):
         if not _is_leftover(partial):
@@ -170,14 +170,14 @@ def _start(partial: Path, key: str, say: Say) -> None:
                 f"{partial}: is in the way and was not left by migrator", hint="move it away", path=str(partial)
             )
         for path in partial.glob(f"{MARKER}*"):
-            check_free(path)  # a rank of an earlier run may be at work yet
+            check_unlocked(path)  # a rank of an earlier run may be at work yet
         if _has_progress(partial):
-            if read_journal(partial / MARKER).key == key:
+            if read_journal(partial / MARKER).fingerprint == fingerprint:
                 return
             say(f"note: {partial} was left by a run with another source or target, and is written anew")
         _discard(partial)
     partial.mkdir()
-    begin_journal(partial / MARKER, key)
+    begin_journal(partial / MARKER, fingerprint)
     sync(partial)
 
 
@@ -198,7 +198,7 @@ def _replace(partial: Path, destination: Path, aside: Path) -> None:
     sync(destination.parent)
 
 
-def _put_back(destination: Path, aside: Path) -> None:
+def _restore_replaced(destination: Path, aside: Path) -> None:
     """Undo or finish what a run killed while replacing left."""
     if not os.path.lexists(aside):
         return
@@ -224,7 +224,7 @@ def _discard(folder: Path) -> None:
     folder.rmdir()
 
 
-def _unwritable(destination: Path, error: OSError, *, resumes: bool = False) -> DestinationError:
+def _write_error(destination: Path, error: OSError, *, resumes: bool = False) -> DestinationError:
     hint = "free some space or choose another disk" if error.errno == errno.ENOSPC else "check the path and its rights"
     hint = f"{hint}, {_RESUMES}" if resumes else hint
     return DestinationError(f"{destination}: {error.strerror or error}", hint=hint, errno=error.errno)

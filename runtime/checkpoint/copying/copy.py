@@ -20,23 +20,23 @@ import numpy as np
 from plans.errors import UsageError
 from runtime.checkpoint.copying.assemble import Assembler
 from runtime.checkpoint.copying.regions import Region
-from runtime.checkpoint.copying.slabs import Slab, slabs, units
-from runtime.checkpoint.copying.strided import Bytes, pieces, row_groups, rows
-from runtime.checkpoint.copying.table import Table
-from runtime.checkpoint.files.reading import opened, read_exactly
+from runtime.checkpoint.copying.slabs import Slab, group_slabs, plan_slabs
+from runtime.checkpoint.copying.strided import Bytes, gather_contiguous, split_row_groups, view_rows
+from runtime.checkpoint.copying.table import CopyPlan
+from runtime.checkpoint.files.reading import open_descriptor, read_exactly
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.runs import Run
+from runtime.extents.runs import StridedCopy
 
 __all__ = [
     "BLOCK",
     "DEFAULT_MEMORY",
-    "Keeper",
     "Progress",
-    "buffer_bytes",
-    "execute",
-    "feed",
+    "Recorder",
+    "estimate_buffer_bytes",
+    "execute_copy_plan",
+    "plan_units",
     "slab_size",
-    "work_of",
+    "write_part",
 ]
 
 Progress = Callable[[int, int, str], None]
@@ -46,11 +46,11 @@ DEFAULT_MEMORY = 256 * 2**20
 _SLAB = 2 * 2**20
 """Slabs of this size stay in the processor's cache from reading to writing; larger ones are slower."""
 BLOCK = 2**20
-_LEAST_MEMORY = 2**20
-_MOST_WORKERS = 4
+_MIN_MEMORY = 2**20
+_MAX_WORKERS = 4
 
 
-class Keeper(Protocol):
+class Recorder(Protocol):
     """Makes what is done safe against the death of the process."""
 
     @property
@@ -60,36 +60,36 @@ class Keeper(Protocol):
     def is_due(self) -> bool:
         """Return whether it is time to stop and keep what is done."""
 
-    def keep(self, units: int, bytes_done: int) -> None:
+    def record(self, units: int, bytes_done: int) -> None:
         """Keep everything up to a number of units, all of whose bytes are with their regions."""
 
 
-class _NothingKept:
+class _NullRecorder:
     units = 0
 
     def is_due(self) -> bool:
         return False
 
-    def keep(self, units: int, bytes_done: int) -> None:
+    def record(self, units: int, bytes_done: int) -> None:
         pass
 
 
-def execute(
-    table: Table,
+def execute_copy_plan(
+    copy_plan: CopyPlan,
     regions: Sequence[Region],
     *,
     max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
-    keeper: Keeper | None = None,
+    recorder: Recorder | None = None,
 ) -> int:
     """Read every source once and feed each destination's region.
 
     Args:
-        table: what to move.
+        copy_plan: what to move.
         regions: one for each destination of the table; they are written to from several threads.
         max_memory: bytes that buffers may take.
         progress: told after every unit of work.
-        keeper: of what is done, if anything is to survive a failure.
+        recorder: of what is done, if anything is to survive a failure.
 
     Returns:
         The bytes read.
@@ -99,121 +99,123 @@ def execute(
         IncompleteError: a source file ends before its tensors do.
         CheckpointError: a source file cannot be read.
     """
-    if max_memory < _LEAST_MEMORY:
+    if max_memory < _MIN_MEMORY:
         raise UsageError(
             f"{max_memory} bytes are too little memory to copy with",
             hint="allow 1 MiB or more",
             max_memory=max_memory,
         )
-    keeper = keeper or _NothingKept()
+    recorder = recorder or _NullRecorder()
     limit = slab_size(max_memory)
-    work = work_of(table, max_memory)
-    count, read = keeper.units, 0
-    done = sum(_counted(unit, table) for unit in islice(work, count))
-    sizes = [destination.size for destination in table.destinations]
+    work = plan_units(copy_plan, max_memory)
+    count, read = recorder.units, 0
+    done = sum(_count_progress_bytes(unit, copy_plan) for unit in islice(work, count))
+    sizes = [destination.size for destination in copy_plan.destinations]
     assembler = Assembler(regions, sizes, max_memory // 2, min(BLOCK, limit), is_new=not count)
-    copying = _Copying(table, regions, assembler, limit)
-    for unit, is_still in copying.finished(work, keeper.is_due):
+    copying = _CopyPool(copy_plan, regions, assembler, limit)
+    for unit, is_still in copying.copy_units(work, recorder.is_due):
         count += 1
         read += sum(slab.size for slab in unit)
-        done += _counted(unit, table)
+        done += _count_progress_bytes(unit, copy_plan)
         if progress is not None:
-            progress(done, table.bytes_counted, table.destinations[unit[-1].parts[0].destination].name)
-        if is_still and keeper.is_due():
+            progress(done, copy_plan.progress_bytes, copy_plan.destinations[unit[-1].parts[0].destination].name)
+        if is_still and recorder.is_due():
             assembler.flush()
-            keeper.keep(count, done)
+            recorder.record(count, done)
     assembler.flush()
     return read
 
 
-def work_of(table: Table, max_memory: int) -> Iterator[tuple[Slab, ...]]:
+def plan_units(copy_plan: CopyPlan, max_memory: int) -> Iterator[tuple[Slab, ...]]:
     """Yield the units of work of a copy, always the same for the same table and memory."""
     limit = slab_size(max_memory)
-    return units(slabs(table.sources, table.runs, table.assembled, limit), limit)
+    return group_slabs(plan_slabs(copy_plan.sources, copy_plan.copies, copy_plan.narrow_destinations, limit), limit)
 
 
 def slab_size(max_memory: int) -> int:
     """Return the bytes of a slab: each worker has one, a gathered copy of it and a digest's scratch."""
-    return min(_SLAB, max_memory // (6 * _MOST_WORKERS))
+    return min(_SLAB, max_memory // (6 * _MAX_WORKERS))
 
 
-def buffer_bytes(table: Table, max_memory: int) -> int:
+def estimate_buffer_bytes(copy_plan: CopyPlan, max_memory: int) -> int:
     """Return what copying allocates at most: every worker's slab twice and its scratch, and what is assembled."""
-    slabs_and_scratch = 3 * _workers() * slab_size(max_memory)
-    return slabs_and_scratch + (max_memory // 2 if table.assembled else 0)
+    slabs_and_scratch = 3 * _count_workers() * slab_size(max_memory)
+    return slabs_and_scratch + (max_memory // 2 if copy_plan.narrow_destinations else 0)
 
 
-def _workers() -> int:
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+def _count_workers() -> int:
+    return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def _counted(unit: Sequence[Slab], table: Table) -> int:
+def _count_progress_bytes(unit: Sequence[Slab], copy_plan: CopyPlan) -> int:
     parts = (part for slab in unit for part in slab.parts)
-    return sum(part.size for part in parts if part.destination in table.counted)
+    return sum(part.size for part in parts if part.destination in copy_plan.progress_destinations)
 
 
-class _Copying:
+class _CopyPool:
     """Threads that each bring one unit at a time to where it belongs."""
 
-    def __init__(self, table: Table, regions: Sequence[Region], assembler: Assembler, limit: int) -> None:
-        self._table, self._regions, self._assembler = table, regions, assembler
-        self._workers = _workers()
+    def __init__(self, copy_plan: CopyPlan, regions: Sequence[Region], assembler: Assembler, limit: int) -> None:
+        self._copy_plan, self._regions, self._assembler = copy_plan, regions, assembler
+        self._workers = _count_workers()
         self._buffers: SimpleQueue[Bytes] = SimpleQueue()
         for _ in range(self._workers):
             self._buffers.put(np.empty(limit, np.uint8))
 
-    def finished(
+    def copy_units(
         self, work: Iterator[tuple[Slab, ...]], is_due: Callable[[], bool]
     ) -> Iterator[tuple[tuple[Slab, ...], bool]]:
         """Yield each unit that is done, in order, and whether nothing else is under way; wait for that when due."""
         waiting: deque[tuple[tuple[Slab, ...], Future[None]]] = deque()
         with ThreadPoolExecutor(self._workers) as pool:
             for unit in work:
-                waiting.append((unit, pool.submit(self._copy, unit)))
+                waiting.append((unit, pool.submit(self._copy_unit, unit)))
                 while len(waiting) > self._workers + 1 or (waiting and is_due()):
-                    yield self._next(waiting)
+                    yield self._wait_for_next(waiting)
             while waiting:
-                yield self._next(waiting)
+                yield self._wait_for_next(waiting)
 
     @staticmethod
-    def _next(waiting: deque[tuple[tuple[Slab, ...], Future[None]]]) -> tuple[tuple[Slab, ...], bool]:
+    def _wait_for_next(waiting: deque[tuple[tuple[Slab, ...], Future[None]]]) -> tuple[tuple[Slab, ...], bool]:
         unit, copied = waiting.popleft()
         copied.result()
         return unit, not waiting
 
-    def _copy(self, unit: tuple[Slab, ...]) -> None:
+    def _copy_unit(self, unit: tuple[Slab, ...]) -> None:
         buffer = self._buffers.get()
         try:
             for slab in unit:
                 content = buffer[: slab.size]
-                _read(self._table.sources[slab.source], slab.start, content)
+                _read_slab(self._copy_plan.sources[slab.source], slab.start, content)
                 for part in slab.parts:
-                    feed(part, content, slab.start, self._table, self._regions, self._assembler)
+                    write_part(part, content, slab.start, self._copy_plan, self._regions, self._assembler)
         finally:
             self._buffers.put(buffer)
 
 
-def feed(part: Run, content: Bytes, start: int, table: Table, regions: Sequence[Region], assembler: Assembler) -> None:
+def write_part(
+    part: StridedCopy, content: Bytes, start: int, copy_plan: CopyPlan, regions: Sequence[Region], assembler: Assembler
+) -> None:
     """Bring a run's bytes to its region: as they are, as rows, or through blocks that are assembled.
 
     Args:
         part: of a run.
         content: the slab that the part reads from.
         start: the source offset of the slab's first byte.
-        table: of the copy.
+        copy_plan: of the copy.
         regions: of the destinations.
         assembler: of the blocks.
     """
     region = regions[part.destination]
-    if part.destination in table.assembled:
-        for group in row_groups(part):
-            if not region.write_rows(group.destination_offset, *rows(group, content, start)):
+    if part.destination in copy_plan.narrow_destinations:
+        for group in split_row_groups(part):
+            if not region.write_rows(group.destination_offset, *view_rows(group, content, start)):
                 assembler.add(group, content, start)
     else:
-        for offset, piece in pieces(part, content, start):
+        for offset, piece in gather_contiguous(part, content, start):
             region.write(offset, piece)
 
 
-def _read(tensor: StoredTensor, start: int, content: Bytes) -> None:
-    with opened(tensor.file) as descriptor:
+def _read_slab(tensor: StoredTensor, start: int, content: Bytes) -> None:
+    with open_descriptor(tensor.file) as descriptor:
         read_exactly(descriptor, content.data, tensor.offset + start, tensor.file)

@@ -10,39 +10,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import DestinationError, MismatchError
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.commit import check_destination, staging, sync, writing
-from runtime.checkpoint.copying.copy import execute, work_of
-from runtime.checkpoint.copying.fingerprint import fingerprint
-from runtime.checkpoint.copying.journal import Journal, Kept, end_journal, read_journal
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.copying.commit import check_destination, convert_write_errors, stage_folder, sync
+from runtime.checkpoint.copying.copy import execute_copy_plan, plan_units
+from runtime.checkpoint.copying.fingerprint import compute_fingerprint
+from runtime.checkpoint.copying.journal import Journal, JournalState, end_journal, read_journal
 from runtime.checkpoint.copying.read_back import is_intact
 from runtime.checkpoint.copying.regions import Region
-from runtime.checkpoint.copying.sharing import block_for, share, sharing
-from runtime.checkpoint.copying.stopping import Stop, check_not_stopped, stoppable
-from runtime.checkpoint.copying.values import Filled, Options, ReshardResult, Seconds
-from runtime.checkpoint.copying.writing import copy_files, create, regions_for, write_file
+from runtime.checkpoint.copying.sharing import clone_shared_blocks, find_block_size, plan_block_sharing
+from runtime.checkpoint.copying.stopping import Stop, catch_stop_signals, check_not_stopped
+from runtime.checkpoint.copying.values import CopyResult, PhaseSeconds, ReshardOptions, ReshardResult
+from runtime.checkpoint.copying.writing import allocate_files, build_regions, copy_files, write_file
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.stamps import check_unchanged
 from runtime.checkpoint.record import MANIFEST, Manifest
-from runtime.wording import listed
+from runtime.wording import format_names
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
 
 __all__ = [
-    "carry_out",
-    "check_apart",
-    "complete",
+    "check_not_nested",
+    "complete_folder",
     "create_files",
-    "fill",
-    "grown",
-    "opened_for",
+    "drop_empty_digests",
+    "execute_reshard",
+    "stage_plan",
+    "write_tensors",
 ]
 
 
-def carry_out(plan: ReshardPlan, destination: Path, options: Options) -> ReshardResult:
+def execute_reshard(plan: ReshardPlan, destination: Path, options: ReshardOptions) -> ReshardResult:
     """Write a plan's files, the manifest and the side files, and commit them with one rename.
 
     Args:
@@ -56,44 +56,60 @@ def carry_out(plan: ReshardPlan, destination: Path, options: Options) -> Reshard
         MismatchError: the source does not hold the bytes that its own manifest promises.
         CheckpointError: a source file cannot be read, or a signal asked to stop.
     """
-    check_apart(plan.content.folder, destination)
-    check_destination(destination, overwrite=options.overwrite, names=plan.names)
-    with writing(destination):
-        plan = sharing(plan, block_for(plan, destination))
-    key = fingerprint(plan, options.max_memory)
-    opened = opened_for(plan, destination, key, options)
-    with stoppable() as stop, opened as folder:
+    check_not_nested(plan.checkpoint.folder, destination)
+    check_destination(destination, overwrite=options.overwrite, names=plan.file_names)
+    with convert_write_errors(destination):
+        plan = plan_block_sharing(plan, find_block_size(plan, destination))
+    key = compute_fingerprint(plan, options.max_memory)
+    opened = stage_plan(plan, destination, key, options)
+    with catch_stop_signals() as stop, opened as folder:
         began = time.perf_counter()
         create_files(plan, folder)
-        filled = fill(plan, folder, folder / MARKER, options, stop)
-        names, manifest = complete(plan, folder, filled.digests)
+        filled = write_tensors(plan, folder, folder / MARKER, options, stop)
+        names, manifest = complete_folder(plan, folder, filled.digests)
         check_not_stopped(stop, folder)
-    seconds = Seconds(plan.planning, filled.copied - began, time.perf_counter() - filled.copied)
+    seconds = PhaseSeconds(plan.planning_seconds, filled.copied_at - began, time.perf_counter() - filled.copied_at)
     return ReshardResult(
-        destination, names, filled.read, plan.table.bytes_written, filled.shared, seconds, filled.digests, manifest
+        destination,
+        names,
+        filled.bytes_read,
+        plan.copy_plan.bytes_written,
+        filled.bytes_shared,
+        seconds,
+        filled.digests,
+        manifest,
     )
 
 
-def opened_for(plan: ReshardPlan, destination: Path, key: str, options: Options) -> AbstractContextManager[Path]:
+def stage_plan(
+    plan: ReshardPlan, destination: Path, fingerprint: str, options: ReshardOptions
+) -> AbstractContextManager[Path]:
     """Return what gives the folder to work in, and commits it.
 
     Args:
         plan: of the work.
         destination: that the folder becomes.
-        key: the fingerprint of the work.
+        fingerprint: the fingerprint of the work.
         options: how.
     """
-    return staging(
-        destination, plan.bytes_needed, key=key, overwrite=options.overwrite, names=plan.names, say=options.say
+    return stage_folder(
+        destination,
+        plan.bytes_needed,
+        fingerprint=fingerprint,
+        overwrite=options.overwrite,
+        names=plan.file_names,
+        say=options.say,
     )
 
 
 def create_files(plan: ReshardPlan, folder: Path) -> None:
     """Bring a plan's files to their full size, headers written, what an earlier run left in them kept."""
-    create(folder, {file.name: (file.size, file.fixed) for file in plan.laid.files})
+    allocate_files(folder, {file.name: (file.size, file.fixed_bytes) for file in plan.output.files})
 
 
-def fill(plan: ReshardPlan, folder: Path, path: Path, options: Options, stop: Stop) -> Filled:
+def write_tensors(
+    plan: ReshardPlan, folder: Path, journal_path: Path, options: ReshardOptions, stop: Stop
+) -> CopyResult:
     """Fill the files with what the plan's table moves, going on from what an earlier run left, and sync them.
 
     Whatever happens behind that, to this process or to others, costs none of it.
@@ -101,36 +117,43 @@ def fill(plan: ReshardPlan, folder: Path, path: Path, options: Options, stop: St
     Args:
         plan: whose files are there.
         folder: that they are in.
-        path: of the journal, begun before.
+        journal_path: of the journal, begun before.
         options: how.
         stop: whether to stop.
 
     Raises:
         CheckpointError: a signal asked to stop.
     """
-    running = {name: Digest() for name in plan.content.all_tensors}
-    paths = [folder / file.name for file in plan.laid.files]
+    running = {name: Digest() for name in plan.checkpoint.all_tensors}
+    paths = [folder / file.name for file in plan.output.files]
     with OpenFiles(folder) as files:
-        regions, shared = share(
-            plan.table, plan.block, files, regions_for(plan.table.destinations, files, list(running.values()))
+        regions, shared = clone_shared_blocks(
+            plan.copy_plan,
+            plan.reflink_block,
+            files,
+            build_regions(plan.copy_plan.destinations, files, list(running.values())),
         )
-        kept = _still_there(plan, path, regions, options)
+        kept = _read_valid_journal(plan, journal_path, regions, options)
         for name, text in kept.digests.items():
             running[name].join(Digest.parse(text))
-        with Journal(path, kept, paths, running, stop, options.seconds) as journal:
-            read = execute(
-                plan.table, regions, max_memory=options.max_memory, progress=options.progress, keeper=journal
+        with Journal(journal_path, kept, paths, running, stop, options.journal_interval) as journal:
+            read = execute_copy_plan(
+                plan.copy_plan, regions, max_memory=options.max_memory, progress=options.progress, recorder=journal
             )
             copied = time.perf_counter()  # the journal may still be syncing, on its own thread
     for file in paths:
         sync(file)
     digests = {name: str(digest) for name, digest in running.items()}
-    end_journal(path, sum(1 for _ in work_of(plan.table, options.max_memory)), grown(digests))
+    end_journal(
+        journal_path, sum(1 for _ in plan_units(plan.copy_plan, options.max_memory)), drop_empty_digests(digests)
+    )
     check_not_stopped(stop, folder)
-    return Filled(read, shared, digests, copied)
+    return CopyResult(read, shared, digests, copied)
 
 
-def complete(plan: ReshardPlan, folder: Path, digests: Mapping[str, str]) -> tuple[tuple[str, ...], Manifest | None]:
+def complete_folder(
+    plan: ReshardPlan, folder: Path, digests: Mapping[str, str]
+) -> tuple[tuple[str, ...], Manifest | None]:
     """Write what belongs beside filled files, and return all names and the manifest.
 
     Args:
@@ -142,33 +165,35 @@ def complete(plan: ReshardPlan, folder: Path, digests: Mapping[str, str]) -> tup
         MismatchError: the source does not hold the bytes that its own manifest promises, or changed.
         CheckpointError: a side file cannot be read.
     """
-    check_unchanged(plan.content.folder, plan.stamps, plan.content.side.left_behind)
-    _check_digests(plan.content, digests)
-    manifest = plan.laid.manifest and plan.laid.manifest.with_digests(digests)
-    texts = {**plan.laid.texts, **({MANIFEST: manifest.to_bytes()} if manifest else {})}
+    check_unchanged(plan.checkpoint.folder, plan.stamps, plan.checkpoint.side_files.left_behind)
+    _check_digests(plan.checkpoint, digests)
+    manifest = plan.output.manifest and plan.output.manifest.with_digests(digests)
+    texts = {**plan.output.extra_files, **({MANIFEST: manifest.to_bytes()} if manifest else {})}
     for name, text in texts.items():
         write_file(folder / name, text)
     for place in {folder / part for name in texts for part in Path(name).parents}:
         sync(place)
-    copy_files(plan.content.folder, plan.content.side.copied, folder)
-    check_unchanged(plan.content.folder, plan.stamps, plan.content.side.left_behind)
-    return (*(file.name for file in plan.laid.files), *texts, *plan.content.side.copied), manifest
+    copy_files(plan.checkpoint.folder, plan.checkpoint.side_files.copied, folder)
+    check_unchanged(plan.checkpoint.folder, plan.stamps, plan.checkpoint.side_files.left_behind)
+    return (*(file.name for file in plan.output.files), *texts, *plan.checkpoint.side_files.copied), manifest
 
 
-def _still_there(plan: ReshardPlan, path: Path, regions: Sequence[Region], options: Options) -> Kept:
+def _read_valid_journal(
+    plan: ReshardPlan, journal_path: Path, regions: Sequence[Region], options: ReshardOptions
+) -> JournalState:
     """Return what the journal says, if the files bear it out."""
-    folder, kept = path.parent, read_journal(path)
+    folder, kept = journal_path.parent, read_journal(journal_path)
     if not kept.units:
         return kept
-    work = islice(work_of(plan.table, options.max_memory), kept.units)
-    if is_intact(plan.table, regions, work, kept.digests):
+    work = islice(plan_units(plan.copy_plan, options.max_memory), kept.units)
+    if is_intact(plan.copy_plan, regions, work, kept.digests):
         options.say(f"note: going on with {folder}, which an earlier run left")
         return kept
     options.say(f"note: {folder} was damaged after an earlier run left it, and is written anew")
-    return kept.forgotten()
+    return kept.reset()
 
 
-def check_apart(source: Path, destination: Path) -> None:
+def check_not_nested(source: Path, destination: Path) -> None:
     """Refuse to replace the source or a folder that holds it, and to write into the source.
 
     Raises:
@@ -180,18 +205,18 @@ def check_apart(source: Path, destination: Path) -> None:
             raise DestinationError(f"{destination}: {what}", hint="name another folder", path=str(destination))
 
 
-def grown(digests: Mapping[str, str]) -> dict[str, str]:
+def drop_empty_digests(digests: Mapping[str, str]) -> dict[str, str]:
     """Return the digests of those tensors that a table moves a part of."""
     empty = str(Digest())
     return {name: text for name, text in digests.items() if text != empty}
 
 
-def _check_digests(content: Content, found: Mapping[str, str]) -> None:
+def _check_digests(content: Checkpoint, actual: Mapping[str, str]) -> None:
     """Refuse a source that no longer holds the bytes it was written with, before anything of it is committed."""
-    differing = [name for name, digest in content.digests.items() if found[name] != digest]
+    differing = [name for name, digest in content.digests.items() if actual[name] != digest]
     if differing:
         raise MismatchError(
-            f"{content.folder}: {listed(differing)} do not hold the bytes that the manifest's digests promise",
+            f"{content.folder}: {format_names(differing)} do not hold the bytes that the manifest's digests promise",
             hint="the files were damaged after they were written; reshard from the original again",
             tensors=differing,
         )

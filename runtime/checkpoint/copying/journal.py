@@ -20,37 +20,37 @@ from types import TracebackType
 from plans.errors import CheckpointError
 from runtime.checkpoint.digest import Digest
 
-__all__ = ["Journal", "Kept", "begin_journal", "end_journal", "read_journal"]
+__all__ = ["Journal", "JournalState", "begin_journal", "end_journal", "read_journal"]
 
-SECONDS = 5.0
+JOURNAL_INTERVAL = 5.0
 """Between two lines: what a killed run loses at most, and how much the page cache is given to hold."""
 
 
 @dataclass(frozen=True)
-class Kept:
+class JournalState:
     """What a journal says.
 
     Args:
-        key: the fingerprint of what is copied; empty where the journal itself was cut short.
+        fingerprint: the fingerprint of what is copied; empty where the journal itself was cut short.
         units: of work that are done.
         digests: of the tensors that these units have a part of.
         size: of the journal in bytes, up to the last whole line.
     """
 
-    key: str = ""
+    fingerprint: str = ""
     units: int = 0
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     size: int = 0
 
-    def forgotten(self) -> Kept:
+    def reset(self) -> JournalState:
         """Return the same journal with nothing done."""
-        return Kept(self.key, size=len(_line({"key": self.key})))
+        return JournalState(self.fingerprint, size=len(_encode_line({"key": self.fingerprint})))
 
 
-def begin_journal(path: Path, key: str) -> None:
+def begin_journal(path: Path, fingerprint: str) -> None:
     """Write the first line of a journal, whatever else it held."""
     with path.open("wb") as stream:
-        stream.write(_line({"key": key}))
+        stream.write(_encode_line({"key": fingerprint}))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -60,7 +60,7 @@ def end_journal(path: Path, units: int, digests: Mapping[str, str]) -> None:
     _append(path, {"units": units, "digests": dict(digests)})
 
 
-def read_journal(path: Path) -> Kept:
+def read_journal(path: Path) -> JournalState:
     """Read a journal as far as it is whole."""
     key, units, digests, size = "", 0, dict[str, str](), 0
     for line in path.read_bytes().splitlines(keepends=True):
@@ -71,7 +71,7 @@ def read_journal(path: Path) -> Kept:
         key, units = entry.get("key", key), entry.get("units", units)
         digests |= entry.get("digests", {})
         size += len(line)
-    return Kept(key, units, digests, size)
+    return JournalState(key, units, digests, size)
 
 
 class Journal:
@@ -79,39 +79,39 @@ class Journal:
 
     Args:
         path: of the journal, begun before.
-        kept: what it says, in which the digests begin too.
+        state: what it says, in which the digests begin too.
         files: that are written.
         digests: by name, running.
         stop: returns the name of the signal that asked to stop.
-        seconds: between two lines.
+        interval: between two lines.
     """
 
     def __init__(
         self,
         path: Path,
-        kept: Kept,
+        state: JournalState,
         files: Sequence[Path],
         digests: Mapping[str, Digest],
         stop: Callable[[], str | None],
-        seconds: float = SECONDS,
+        interval: float = JOURNAL_INTERVAL,
     ) -> None:
-        self.units = kept.units
-        self._path, self._files, self._digests, self._stop, self._seconds = path, files, digests, stop, seconds
-        self._said = dict(kept.digests)
+        self.units = state.units
+        self._path, self._files, self._digests, self._stop, self._interval = path, files, digests, stop, interval
+        self._recorded = dict(state.digests)
         self._pool = ThreadPoolExecutor(1)
-        self._keeping: Future[None] | None = None
+        self._pending: Future[None] | None = None
         self._last = time.monotonic()
-        os.truncate(path, kept.size)
+        os.truncate(path, state.size)
 
     def is_due(self) -> bool:
         """Return whether it is time for the next line, or to stop."""
         if self._stop() is not None:
             return True
-        if self._keeping is not None and not self._keeping.done():
+        if self._pending is not None and not self._pending.done():
             return False
-        return time.monotonic() - self._last >= self._seconds
+        return time.monotonic() - self._last >= self._interval
 
-    def keep(self, units: int, bytes_done: int) -> None:
+    def record(self, units: int, bytes_done: int) -> None:
         """Bring what is written to the disk, then say so.
 
         Args:
@@ -121,13 +121,15 @@ class Journal:
         Raises:
             CheckpointError: a signal asked to stop.
         """
-        self._settle()
-        grown = {name: text for name, digest in self._digests.items() if self._said.get(name) != (text := str(digest))}
-        self._keeping = self._pool.submit(self._keep, {"units": units, "digests": grown})
-        self._said |= grown
+        self._wait_for_pending()
+        grown = {
+            name: text for name, digest in self._digests.items() if self._recorded.get(name) != (text := str(digest))
+        }
+        self._pending = self._pool.submit(self._write_entry, {"units": units, "digests": grown})
+        self._recorded |= grown
         self.units, self._last = units, time.monotonic()
         if (signal := self._stop()) is not None:
-            self._settle()
+            self._wait_for_pending()
             raise CheckpointError(
                 f"stopped by {signal}; {bytes_done:,} bytes are safe in {self._path.parent}",
                 hint="run the same command again, and it goes on from there",
@@ -135,13 +137,13 @@ class Journal:
                 bytes_done=bytes_done,
             )
 
-    def _settle(self) -> None:
-        if self._keeping is not None:
-            self._keeping.result()
+    def _wait_for_pending(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
 
-    def _keep(self, entry: Mapping[str, object]) -> None:
+    def _write_entry(self, entry: Mapping[str, object]) -> None:
         for path in self._files:
-            _bring_to_disk(path)
+            _flush_to_disk(path)
         _append(self._path, entry)
 
     def __enter__(self) -> Journal:
@@ -150,17 +152,17 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown()
         if kind is None:
-            self._settle()
+            self._wait_for_pending()
 
 
 def _append(path: Path, entry: Mapping[str, object]) -> None:
     with path.open("ab") as stream:
-        stream.write(_line(entry))
+        stream.write(_encode_line(entry))
         stream.flush()
         os.fdatasync(stream.fileno())
 
 
-def _bring_to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     """Sync a file's bytes, and let the page cache have its memory back."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -170,7 +172,7 @@ def _bring_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _line(entry: Mapping[str, object]) -> bytes:
+def _encode_line(entry: Mapping[str, object]) -> bytes:
     text = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
     return _checksum(text) + b" " + text
 

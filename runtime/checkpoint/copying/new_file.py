@@ -6,17 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runtime.checkpoint.copying.table import Destination
-from runtime.checkpoint.files.safetensors import encode_header, padded_header, tensor_bytes
-from runtime.extents.forms import Form
+from runtime.checkpoint.files.safetensors import encode_header, pad_header, tensor_bytes
+from runtime.extents.forms import TensorMap
 
-__all__ = ["NewFile", "NewTensor", "new_file", "stretched"]
+__all__ = ["OutputFile", "OutputTensor", "plan_output_file", "shift_tensors"]
 
-NewTensor = tuple[str, str, Form]
+OutputTensor = tuple[str, str, TensorMap]
 """A tensor's name in the file, its dtype, and its form over the pieces of the source."""
 
 
 @dataclass(frozen=True)
-class NewFile:
+class OutputFile:
     """A file of the result.
 
     Args:
@@ -30,18 +30,18 @@ class NewFile:
 
     name: str
     header: bytes = field(repr=False)
-    tensors: Sequence[tuple[Destination, Form]] = field(repr=False)
+    tensors: Sequence[tuple[Destination, TensorMap]] = field(repr=False)
     size: int
     between: Mapping[int, bytes] = field(default_factory=dict, repr=False)
     may_grow: bool = False
 
     @property
-    def fixed(self) -> dict[int, bytes]:
+    def fixed_bytes(self) -> dict[int, bytes]:
         """All bytes that no tensor brings, by their offsets."""
         return {0: self.header, **self.between}
 
 
-def new_file(name: str, tensors: Iterable[NewTensor], metadata: Mapping[str, str]) -> NewFile:
+def plan_output_file(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> OutputFile:
     """Lay out a file.
 
     Args:
@@ -51,16 +51,16 @@ def new_file(name: str, tensors: Iterable[NewTensor], metadata: Mapping[str, str
     """
     rows = list(tensors)
     header = encode_header(((tensor, dtype, form.shape) for tensor, dtype, form in rows), metadata)
-    placed: list[tuple[Destination, Form]] = []
+    placed: list[tuple[Destination, TensorMap]] = []
     offset = len(header)
     for tensor, dtype, form in rows:
         size = tensor_bytes(dtype, form.shape)
         placed.append((Destination(tensor, size, name, offset), form))
         offset += size
-    return NewFile(name, header, placed, offset, may_grow=True)
+    return OutputFile(name, header, placed, offset, may_grow=True)
 
 
-def stretched(file: NewFile, count: int) -> NewFile:
+def shift_tensors(file: OutputFile, count: int) -> OutputFile:
     """Return the file with all of its tensors so many bytes later.
 
     Args:
@@ -72,4 +72,4 @@ def stretched(file: NewFile, count: int) -> NewFile:
     assert file.may_grow
     assert not file.between
     tensors = [(replace(at, offset=at.offset + count), form) for at, form in file.tensors]
-    return replace(file, header=padded_header(file.header, count), tensors=tensors, size=file.size + count)
+    return replace(file, header=pad_header(file.header, count), tensors=tensors, size=file.size + count)

@@ -22,7 +22,7 @@ __all__ = ["DigestRegion", "FileRegion", "MemoryRegion", "Region", "SharedRegion
 class Region(Protocol):
     """Takes bytes by their offset, from several threads at once."""
 
-    def write(self, offset: int, piece: Bytes) -> None:
+    def write(self, offset: int, content: Bytes) -> None:
         """Take contiguous bytes."""
 
     def write_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
@@ -46,10 +46,10 @@ class FileRegion:
     name: str
     base: int
 
-    def write(self, offset: int, piece: Bytes) -> None:
+    def write(self, offset: int, content: Bytes) -> None:
         """Write contiguous bytes, however many calls it takes."""
-        view, done = piece.data, 0
-        with self.files.opened(self.name) as descriptor, self.files.turn(self.name):
+        view, done = content.data, 0
+        with self.files.open(self.name) as descriptor, self.files.get_write_lock(self.name):
             while done < len(view):
                 done += os.pwrite(descriptor, view[done:], self.base + offset + done)
 
@@ -60,7 +60,7 @@ class FileRegion:
     def read(self, offset: int, buffer: Bytes) -> None:
         """Read bytes back; what was never written reads as zeros."""
         view, done = buffer.data, 0
-        with self.files.opened(self.name) as descriptor:
+        with self.files.open(self.name) as descriptor:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], self.base + offset + done)
                 if not count:
@@ -81,10 +81,10 @@ class SharedRegion:
     region: Region
     shared: Sequence[tuple[int, int]]
 
-    def write(self, offset: int, piece: Bytes) -> None:
+    def write(self, offset: int, content: Bytes) -> None:
         """Hand on what is not there yet."""
-        for start, stop in self._gaps(offset, offset + len(piece)):
-            self.region.write(start, piece[start - offset : stop - offset])
+        for start, stop in self._find_gaps(offset, offset + len(content)):
+            self.region.write(start, content[start - offset : stop - offset])
 
     def write_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
         """Refuse: rows are assembled first."""
@@ -94,7 +94,7 @@ class SharedRegion:
         """Read bytes back, shared or not."""
         self.region.read(offset, buffer)
 
-    def _gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def _find_gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         index = max(0, bisect_right(self.shared, (start, start)) - 1)
         while start < stop and index < len(self.shared) and self.shared[index][0] < stop:
             begin, end = self.shared[index]
@@ -111,9 +111,9 @@ class MemoryRegion:
 
     content: Bytes
 
-    def write(self, offset: int, piece: Bytes) -> None:
+    def write(self, offset: int, content: Bytes) -> None:
         """Copy contiguous bytes."""
-        self.content[offset : offset + len(piece)] = piece
+        self.content[offset : offset + len(content)] = content
 
     def write_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
         """Copy rows to their places."""
@@ -133,10 +133,10 @@ class DigestRegion:
     digest: Digest
     lock: Lock = field(default_factory=Lock)
 
-    def write(self, offset: int, piece: Bytes) -> None:
+    def write(self, offset: int, content: Bytes) -> None:
         """Add contiguous bytes to the sums."""
         sums = Digest()
-        sums.add(offset, piece)
+        sums.add(offset, content)
         with self.lock:
             self.digest.join(sums)
 

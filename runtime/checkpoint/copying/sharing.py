@@ -9,20 +9,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.checkpoint.copying.clones import Clone, aligned, clones_of
+from runtime.checkpoint.copying.clones import Clone, align_to_blocks, find_clones
 from runtime.checkpoint.copying.regions import Region, SharedRegion
-from runtime.checkpoint.copying.table import Table
+from runtime.checkpoint.copying.table import CopyPlan
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.files.reading import opened
-from runtime.checkpoint.files.reflink import clone, shared_block
+from runtime.checkpoint.files.reading import open_descriptor
+from runtime.checkpoint.files.reflink import clone_range, probe_block_size
 
 if TYPE_CHECKING:
     from runtime.checkpoint.reshard import ReshardPlan
 
-__all__ = ["block_for", "share", "sharing"]
+__all__ = ["clone_shared_blocks", "find_block_size", "plan_block_sharing"]
 
 
-def block_for(plan: ReshardPlan, destination: Path) -> int:
+def find_block_size(plan: ReshardPlan, destination: Path) -> int:
     """Return the bytes of a block that a plan's result can share with its source, 0 where it cannot.
 
     Args:
@@ -33,29 +33,31 @@ def block_for(plan: ReshardPlan, destination: Path) -> int:
         CheckpointError: a source cannot be read.
         OSError: the parent cannot be written.
     """
-    used = {plan.table.sources[run.source].file for run in plan.table.runs}
-    return shared_block(sorted(used), destination.absolute().parent)
+    used = {plan.copy_plan.sources[run.source].file for run in plan.copy_plan.copies}
+    return probe_block_size(sorted(used), destination.absolute().parent)
 
 
-def sharing(plan: ReshardPlan, block: int) -> ReshardPlan:
+def plan_block_sharing(plan: ReshardPlan, block: int) -> ReshardPlan:
     """Return a plan whose result shares all it can with its source.
 
     Args:
         plan: for any disk.
         block: bytes that the disk shares at least, 0 where it shares none.
     """
-    table, files = aligned(plan.table, plan.laid.files, block)
-    return replace(plan, table=table, laid=replace(plan.laid, files=files), block=block)
+    table, files = align_to_blocks(plan.copy_plan, plan.output.files, block)
+    return replace(plan, copy_plan=table, output=replace(plan.output, files=files), reflink_block=block)
 
 
-def share(table: Table, block: int, files: OpenFiles, regions: Sequence[Region]) -> tuple[list[Region], int]:
+def clone_shared_blocks(
+    copy_plan: CopyPlan, block: int, files: OpenFiles, regions: Sequence[Region]
+) -> tuple[list[Region], int]:
     """Clone what can be cloned, and return regions that leave it as it is, and the bytes that are shared now.
 
     What a disk refuses to share is left to copying. Doing it again does no harm, so that nobody needs to keep what
     was done.
 
     Args:
-        table: of the copy.
+        copy_plan: of the copy.
         block: bytes that the disk shares at least, 0 where it shares none.
         files: of the result, at their full size.
         regions: of the table's destinations.
@@ -65,25 +67,25 @@ def share(table: Table, block: int, files: OpenFiles, regions: Sequence[Region])
         OSError: the disk fails, or is full.
     """
     shared: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for done in _cloned(table, block, files):
-        start = done.destination_offset - table.destinations[done.destination].offset
+    for done in _clone_ranges(copy_plan, block, files):
+        start = done.destination_offset - copy_plan.destinations[done.destination].offset
         shared[done.destination].append((start, start + done.length))
     kept = [SharedRegion(region, sorted(shared[n])) if n in shared else region for n, region in enumerate(regions)]
     return kept, sum(stop - start for ranges in shared.values() for start, stop in ranges)
 
 
-def _cloned(table: Table, block: int, files: OpenFiles) -> Iterator[Clone]:
+def _clone_ranges(copy_plan: CopyPlan, block: int, files: OpenFiles) -> Iterator[Clone]:
     """Clone one range after the other, and yield those that the disk did share."""
 
-    def file_of(one: Clone) -> Path:
-        return table.sources[one.source].file
+    def get_source_file(one: Clone) -> Path:
+        return copy_plan.sources[one.source].file
 
-    for path, found in groupby(sorted(clones_of(table, block), key=file_of), key=file_of):
-        with opened(path) as source:
+    for path, found in groupby(sorted(find_clones(copy_plan, block), key=get_source_file), key=get_source_file):
+        with open_descriptor(path) as source:
             for one in found:
-                name = table.destinations[one.destination].file
+                name = copy_plan.destinations[one.destination].file
                 assert name is not None, "only what goes to files is cloned"
-                with files.opened(name) as target:
-                    done = clone(source, one.source_offset, one.length, target, one.destination_offset)
+                with files.open(name) as target:
+                    done = clone_range(source, one.source_offset, one.length, target, one.destination_offset)
                 if done:
                     yield one

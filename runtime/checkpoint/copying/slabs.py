@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.runs import Run, cut
+from runtime.extents.runs import StridedCopy, split_at_blocks
 
-__all__ = ["Slab", "by_source", "meeting", "slabs", "units"]
+__all__ = ["Slab", "group_by_source", "group_connected_sources", "group_slabs", "plan_slabs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Slab:
     source: int
     start: int
     stop: int
-    parts: tuple[Run, ...]
+    parts: tuple[StridedCopy, ...]
 
     @property
     def size(self) -> int:
@@ -34,11 +34,11 @@ class Slab:
         return self.stop - self.start
 
 
-def units(found: Iterable[Slab], limit: int) -> Iterator[tuple[Slab, ...]]:
+def group_slabs(slabs: Iterable[Slab], limit: int) -> Iterator[tuple[Slab, ...]]:
     """Yield the slabs in groups of up to `limit` bytes: many small tensors are one step."""
     group: list[Slab] = []
     size = 0
-    for slab in found:
+    for slab in slabs:
         if group and size + slab.size > limit:
             yield tuple(group)
             group, size = [], 0
@@ -48,8 +48,8 @@ def units(found: Iterable[Slab], limit: int) -> Iterator[tuple[Slab, ...]]:
         yield tuple(group)
 
 
-def slabs(
-    sources: Sequence[StoredTensor], runs: Iterable[Run], assembled: Collection[int], limit: int
+def plan_slabs(
+    sources: Sequence[StoredTensor], copies: Iterable[StridedCopy], narrow_destinations: Collection[int], limit: int
 ) -> Iterator[Slab]:
     """Yield slabs of at most `limit` bytes that together hold all runs.
 
@@ -58,63 +58,69 @@ def slabs(
 
     Args:
         sources: by number.
-        runs: the whole table.
-        assembled: destinations that come in small pieces from several slabs.
+        copies: the whole table.
+        narrow_destinations: destinations that come in small pieces from several slabs.
         limit: bytes of a slab.
     """
-    found_runs = by_source(runs)
-    for group in meeting(sources, found_runs, assembled):
-        found = (slab for number in group for slab in _cut(number, sources[number], found_runs[number], limit))
-        yield from found if len(group) == 1 else sorted(found, key=lambda slab: _first(slab, assembled))
+    found_runs = group_by_source(copies)
+    for group in group_connected_sources(sources, found_runs, narrow_destinations):
+        found = (slab for number in group for slab in _cut_source(number, sources[number], found_runs[number], limit))
+        yield from (
+            found
+            if len(group) == 1
+            else sorted(found, key=lambda slab: _find_first_destination(slab, narrow_destinations))
+        )
 
 
-def by_source(runs: Iterable[Run]) -> Mapping[int, Sequence[Run]]:
+def group_by_source(copies: Iterable[StridedCopy]) -> Mapping[int, Sequence[StridedCopy]]:
     """Return the runs that read each source."""
-    found: defaultdict[int, list[Run]] = defaultdict(list)
-    for run in runs:
+    found: defaultdict[int, list[StridedCopy]] = defaultdict(list)
+    for run in copies:
         found[run.source].append(run)
     return found
 
 
-def meeting(
-    sources: Sequence[StoredTensor], runs: Mapping[int, Sequence[Run]], assembled: Collection[int]
+def group_connected_sources(
+    sources: Sequence[StoredTensor], copies: Mapping[int, Sequence[StridedCopy]], narrow_destinations: Collection[int]
 ) -> list[list[int]]:
     """Return groups of sources that share assembled destinations, and all others each alone, in order of their files.
 
     Args:
         sources: by number.
-        runs: by source.
-        assembled: destinations that come in small pieces.
+        copies: by source.
+        narrow_destinations: destinations that come in small pieces.
     """
-    ordered = sorted(runs, key=lambda number: (sources[number].file, sources[number].offset))
+    ordered = sorted(copies, key=lambda number: (sources[number].file, sources[number].offset))
     leader = {number: number for number in ordered}
     first_in: dict[int, int] = {}
 
-    def led_by(number: int) -> int:
+    def find_leader(number: int) -> int:
         while leader[number] != number:
             number = leader[number]
         return number
 
     for number in ordered:
-        for destination in {run.destination for run in runs[number]}.intersection(assembled):
-            leader[led_by(number)] = led_by(first_in.setdefault(destination, number))
+        for destination in {run.destination for run in copies[number]}.intersection(narrow_destinations):
+            leader[find_leader(number)] = find_leader(first_in.setdefault(destination, number))
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for number in ordered:
-        groups[led_by(number)].append(number)
+        groups[find_leader(number)].append(number)
     return list(groups.values())
 
 
-def _first(slab: Slab, assembled: Collection[int]) -> tuple[int, int]:
+def _find_first_destination(slab: Slab, narrow_destinations: Collection[int]) -> tuple[int, int]:
     """Return where in the assembled destinations the slab first has a part."""
-    places = ((part.destination, part.destination_offset) for part in slab.parts if part.destination in assembled)
+    places = (
+        (part.destination, part.destination_offset) for part in slab.parts if part.destination in narrow_destinations
+    )
     return min(places, default=(slab.parts[0].destination, slab.parts[0].destination_offset))
 
 
-def _cut(number: int, tensor: StoredTensor, runs: Sequence[Run], limit: int) -> Iterator[Slab]:
-    block = _block(tensor, limit)
-    parts: defaultdict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        for index, part in cut(run, block):
+def _cut_source(number: int, tensor: StoredTensor, copies: Sequence[StridedCopy], limit: int) -> Iterator[Slab]:
+    block = _choose_slab_size(tensor, limit)
+    parts: defaultdict[int, list[StridedCopy]] = defaultdict(list)
+    for run in copies:
+        for index, part in split_at_blocks(run, block):
             parts[index].append(part)
     for index in sorted(parts):
         found = parts[index]
@@ -122,7 +128,7 @@ def _cut(number: int, tensor: StoredTensor, runs: Sequence[Run], limit: int) -> 
         yield Slab(number, start, max(part.source_stop for part in found), tuple(found))
 
 
-def _block(tensor: StoredTensor, limit: int) -> int:
+def _choose_slab_size(tensor: StoredTensor, limit: int) -> int:
     """Return a slab size that ends between rows of the tensor where rows are small enough."""
     unit = tensor.size
     for count in tensor.shape:

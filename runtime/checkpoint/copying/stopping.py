@@ -12,7 +12,7 @@ from typing import Any
 
 from plans.errors import CheckpointError
 
-__all__ = ["Stop", "check_not_stopped", "handling", "stoppable"]
+__all__ = ["Stop", "catch_stop_signals", "check_not_stopped", "handle_signals"]
 
 Stop = Callable[[], str | None]
 """Returns the name of the signal that asked to stop, None as long as there was none."""
@@ -22,39 +22,39 @@ Handler = Callable[[int, FrameType | None], None]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Asked:
+class _StopRequest:
     """The handler that takes the first signal for a request; a second one does what it did before."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.before: Mapping[int, Any] = {}
+        self.previous: Mapping[int, Any] = {}
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name = signal.Signals(number).name
         else:
-            _put_back(self.before)
+            _restore_handlers(self.previous)
             signal.raise_signal(number)
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def catch_stop_signals() -> Iterator[Stop]:
     """Give a function that returns the name of the signal that asked to stop, None as long as there was none.
 
     Within another such body it is the same function, so that a signal that came before is not lost. Only the main
     thread can be asked; elsewhere signals do what they did before.
     """
     around = signal.getsignal(signal.SIGTERM)
-    if isinstance(around, _Asked):
+    if isinstance(around, _StopRequest):
         yield lambda: around.name
         return
-    asked = _Asked()
-    with handling(asked) as asked.before:
+    asked = _StopRequest()
+    with handle_signals(asked) as asked.previous:
         yield lambda: asked.name
 
 
 @contextmanager
-def handling(handler: Handler) -> Iterator[Mapping[int, Any]]:
+def handle_signals(handler: Handler) -> Iterator[Mapping[int, Any]]:
     """Let a handler take SIGINT and SIGTERM during the body, and give those that were there before.
 
     Only the main thread's; elsewhere signals do what they did before.
@@ -68,10 +68,10 @@ def handling(handler: Handler) -> Iterator[Mapping[int, Any]]:
             signal.signal(number, handler)
         yield before
     finally:
-        _put_back(before)
+        _restore_handlers(before)
 
 
-def _put_back(handlers: Mapping[int, Any]) -> None:
+def _restore_handlers(handlers: Mapping[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

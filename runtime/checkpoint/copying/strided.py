@@ -8,111 +8,115 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.extents.runs import Run, flipped
+from runtime.extents.runs import StridedCopy, reverse
 
-__all__ = ["Bytes", "equal", "pieces", "row_groups", "rows", "scatter", "width"]
+__all__ = ["Bytes", "gather_contiguous", "get_contiguous_size", "is_equal", "scatter", "split_row_groups", "view_rows"]
 
 Bytes = NDArray[np.uint8]
 
 _WORDS = (8, 4, 2, 1)
 
 
-def width(run: Run) -> int:
+def get_contiguous_size(copy: StridedCopy) -> int:
     """Return the bytes of a run that are contiguous in the destination, gathered from wherever they lie."""
-    return _contiguous(run)[1]
+    return _split_contiguous(copy)[1]
 
 
-def pieces(run: Run, slab: Bytes, start: int) -> Iterator[tuple[int, Bytes]]:
+def gather_contiguous(copy: StridedCopy, slab: Bytes, start: int) -> Iterator[tuple[int, Bytes]]:
     """Yield (offset in the destination, contiguous bytes) of a run, gathering what is strided only in the source.
 
     Args:
-        run: to take apart.
+        copy: to take apart.
         slab: of the source, as far as the run needs it.
         start: the source offset of the slab's first byte.
     """
-    inner, _ = _contiguous(run)
-    view = _view(run, slab, start, _word(run.length, *(repeat.source_stride for repeat in run.repeats)))
-    for index, offset in _places(run, inner):
+    inner, _ = _split_contiguous(copy)
+    view = _view_source(
+        copy, slab, start, _choose_word_size(copy.length, *(repeat.source_stride for repeat in copy.strides))
+    )
+    for index, offset in _iter_outer_steps(copy, inner):
         yield offset, np.ascontiguousarray(view[index]).reshape(-1).view(np.uint8)
 
 
-def row_groups(run: Run) -> Iterator[Run]:
+def split_row_groups(copy: StridedCopy) -> Iterator[StridedCopy]:
     """Yield the run in parts that each have gaps of one width at most in the destination."""
-    inner, _ = _contiguous(run)
-    outer, rest = run.repeats[: max(0, inner - 1)], run.repeats[max(0, inner - 1) :]
-    for index, offset in _places(run, len(outer)):
+    inner, _ = _split_contiguous(copy)
+    outer, rest = copy.strides[: max(0, inner - 1)], copy.strides[max(0, inner - 1) :]
+    for index, offset in _iter_outer_steps(copy, len(outer)):
         skipped = sum(step * repeat.source_stride for step, repeat in zip(index, outer, strict=True))
-        yield run._replace(source_offset=run.source_offset + skipped, destination_offset=offset, repeats=rest)
+        yield copy._replace(source_offset=copy.source_offset + skipped, destination_offset=offset, strides=rest)
 
 
-def rows(group: Run, slab: Bytes, start: int) -> tuple[NDArray[Any], int]:
+def view_rows(group: StridedCopy, slab: Bytes, start: int) -> tuple[NDArray[Any], int]:
     """Return a group as rows of words, and the bytes from row to row in the destination.
 
     Args:
-        group: one of `row_groups`.
+        group: one of `split_row_groups`.
         slab: of the source.
         start: the source offset of the slab's first byte.
     """
-    inner, size = _contiguous(group)
-    word = _word(group.length, *(repeat.source_stride for repeat in group.repeats))
-    steps, stride = (group.repeats[0].steps, group.repeats[0].destination_stride) if inner else (1, size)
-    return _view(group, slab, start, word).reshape(steps, size // word), stride
+    inner, size = _split_contiguous(group)
+    word = _choose_word_size(group.length, *(repeat.source_stride for repeat in group.strides))
+    steps, stride = (group.strides[0].steps, group.strides[0].destination_stride) if inner else (1, size)
+    return _view_source(group, slab, start, word).reshape(steps, size // word), stride
 
 
-def scatter(run: Run, slab: Bytes, start: int, block: Bytes, block_start: int) -> None:
+def scatter(copy: StridedCopy, slab: Bytes, start: int, block: Bytes, block_start: int) -> None:
     """Copy a run's bytes to their places in a block of the destination.
 
     Args:
-        run: that ends wholly in the block.
+        copy: that ends wholly in the block.
         slab: of the source.
         start: the source offset of the slab's first byte.
         block: of the destination.
         block_start: the destination offset of the block's first byte.
     """
-    source, target = _both(run, slab, start, block, block_start)
+    source, target = _view_both_ends(copy, slab, start, block, block_start)
     target[...] = source
 
 
-def equal(run: Run, slab: Bytes, start: int, block: Bytes, block_start: int) -> bool:
+def is_equal(copy: StridedCopy, slab: Bytes, start: int, block: Bytes, block_start: int) -> bool:
     """Return whether a block of the destination has a run's bytes at their places; arguments as for `scatter`."""
-    source, target = _both(run, slab, start, block, block_start)
+    source, target = _view_both_ends(copy, slab, start, block, block_start)
     return bool(np.array_equal(source, target))
 
 
-def _both(run: Run, slab: Bytes, start: int, block: Bytes, block_start: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _view_both_ends(
+    copy: StridedCopy, slab: Bytes, start: int, block: Bytes, block_start: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return both ends of a run as words of one width."""
-    word = _word(run.length, *(number for repeat in run.repeats for number in repeat[1:]))
-    return _view(run, slab, start, word), _view(flipped(run), block, block_start, word)
+    word = _choose_word_size(copy.length, *(number for repeat in copy.strides for number in repeat[1:]))
+    return _view_source(copy, slab, start, word), _view_source(reverse(copy), block, block_start, word)
 
 
-def _contiguous(run: Run) -> tuple[int, int]:
+def _split_contiguous(copy: StridedCopy) -> tuple[int, int]:
     """Return how many outer repeats leave gaps in the destination, and the bytes that are contiguous within them."""
-    inner, size = len(run.repeats), run.length
-    while inner and run.repeats[inner - 1].destination_stride == size:
+    inner, size = len(copy.strides), copy.length
+    while inner and copy.strides[inner - 1].destination_stride == size:
         inner -= 1
-        size *= run.repeats[inner].steps
+        size *= copy.strides[inner].steps
     return inner, size
 
 
-def _places(run: Run, outer: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def _iter_outer_steps(copy: StridedCopy, outer: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """Yield (index, destination offset) of every step of the outer repeats."""
-    repeats = run.repeats[:outer]
+    repeats = copy.strides[:outer]
     for index in np.ndindex(*(repeat.steps for repeat in repeats)):
         distance = sum(step * repeat.destination_stride for step, repeat in zip(index, repeats, strict=True))
-        yield index, run.destination_offset + distance
+        yield index, copy.destination_offset + distance
 
 
-def _word(*numbers: int) -> int:
+def _choose_word_size(*numbers: int) -> int:
     """Return the widest word that lengths and strides allow."""
     return next(size for size in _WORDS if all(number % size == 0 for number in numbers))
 
 
-def _view(run: Run, buffer: Bytes, start: int, word: int) -> NDArray[Any]:
+def _view_source(copy: StridedCopy, buffer: Bytes, start: int, word: int) -> NDArray[Any]:
     """Return the run's source bytes as words, one dim for each repeat and one for the words of a block."""
     return np.ndarray(
-        (*(repeat.steps for repeat in run.repeats), run.length // word),
+        (*(repeat.steps for repeat in copy.strides), copy.length // word),
         f"<u{word}",
         buffer=buffer.data,
-        offset=run.source_offset - start,
-        strides=(*(repeat.source_stride for repeat in run.repeats), word),
+        offset=copy.source_offset - start,
+        strides=(*(repeat.source_stride for repeat in copy.strides), word),
     )

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from runtime.checkpoint.copying.strided import width
+from runtime.checkpoint.copying.strided import get_contiguous_size
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor
-from runtime.extents.forms import Form
-from runtime.extents.runs import Run, covers, runs_of
+from runtime.extents.forms import TensorMap
+from runtime.extents.runs import StridedCopy, covers, plan_copies
 from runtime.proof import prove
 
-__all__ = ["Destination", "Table", "build_table"]
+__all__ = ["CopyPlan", "Destination", "build_copy_plan"]
 
 _NARROW = 32 * 2**10
 """Pieces below this size cost more by the call than by the byte."""
@@ -36,12 +36,12 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Table:
+class CopyPlan:
     """Runs between stored tensors and destinations, proven to fill every destination exactly once."""
 
     sources: tuple[StoredTensor, ...]
     destinations: tuple[Destination, ...]
-    runs: tuple[Run, ...]
+    copies: tuple[StridedCopy, ...]
 
     @property
     def bytes_written(self) -> int:
@@ -49,23 +49,23 @@ class Table:
         return sum(destination.size for destination in self.destinations if destination.file is not None)
 
     @cached_property
-    def counted(self) -> frozenset[int]:
+    def progress_destinations(self) -> frozenset[int]:
         """The destinations whose bytes say how far a copy is: those in files, or all where there are no files."""
         in_files = frozenset(number for number, at in enumerate(self.destinations) if at.file is not None)
         return in_files or frozenset(range(len(self.destinations)))
 
     @cached_property
-    def bytes_counted(self) -> int:
+    def progress_bytes(self) -> int:
         """Bytes that runs bring to the destinations that are counted."""
-        return sum(run.size for run in self.runs if run.destination in self.counted)
+        return sum(run.size for run in self.copies if run.destination in self.progress_destinations)
 
     @cached_property
-    def assembled(self) -> frozenset[int]:
+    def narrow_destinations(self) -> frozenset[int]:
         """The destinations that some run reaches in small pieces with gaps between them."""
-        return frozenset(run.destination for run in self.runs if run.repeats and _is_narrow(run))
+        return frozenset(run.destination for run in self.copies if run.strides and _is_narrow(run))
 
 
-def build_table(sources: Mapping[str, StoredTensor], wanted: Sequence[tuple[Destination, Form]]) -> Table:
+def build_copy_plan(sources: Mapping[str, StoredTensor], wanted: Sequence[tuple[Destination, TensorMap]]) -> CopyPlan:
     """Compose the run table of the destinations and prove it.
 
     Args:
@@ -80,13 +80,13 @@ def build_table(sources: Mapping[str, StoredTensor], wanted: Sequence[tuple[Dest
     runs = [
         run
         for number, (_, form) in enumerate(wanted)
-        for run in runs_of(form, bits[form.sources[0]] if form.extents else 8, numbers, number)
+        for run in plan_copies(form, bits[form.sources[0]] if form.boxes else 8, numbers, number)
     ]
     destinations = tuple(destination for destination, _ in wanted)
     sizes = {number: destination.size for number, destination in enumerate(destinations)}
     prove(covers(runs, sizes), "the run table does not write every byte exactly once")
-    return Table(tuple(sources.values()), destinations, tuple(runs))
+    return CopyPlan(tuple(sources.values()), destinations, tuple(runs))
 
 
-def _is_narrow(run: Run) -> bool:
-    return width(run) < min(run.size, _NARROW)
+def _is_narrow(copy: StridedCopy) -> bool:
+    return get_contiguous_size(copy) < min(copy.size, _NARROW)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from runtime.checkpoint.copying.commit import Say
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
-from runtime.checkpoint.copying.journal import SECONDS
+from runtime.checkpoint.copying.journal import JOURNAL_INTERVAL
 from runtime.checkpoint.record import Manifest
 
-__all__ = ["Filled", "Options", "ReshardResult", "Seconds"]
+__all__ = ["CopyResult", "PhaseSeconds", "ReshardOptions", "ReshardResult"]
 
 
 @dataclass(frozen=True)
-class Options:
+class ReshardOptions:
     """How a plan is carried out.
 
     Args:
@@ -23,18 +23,18 @@ class Options:
         say: told what became of an earlier run's work.
         max_memory: bytes that copying may allocate.
         overwrite: replace the checkpoint that is at the destination.
-        seconds: between two lines of the journal, which is what a killed run loses at most.
+        journal_interval: between two lines of the journal, which is what a killed run loses at most.
     """
 
     progress: Progress | None = None
     say: Say = lambda text: None
     max_memory: int = DEFAULT_MEMORY
     overwrite: bool = False
-    seconds: float = SECONDS
+    journal_interval: float = JOURNAL_INTERVAL
 
 
 @dataclass(frozen=True)
-class Seconds:
+class PhaseSeconds:
     """Where the time of a reshard went."""
 
     planning: float
@@ -62,23 +62,23 @@ class ReshardResult:
     bytes_read: int
     bytes_written: int
     bytes_shared: int
-    seconds: Seconds
+    seconds: PhaseSeconds
     digests: Mapping[str, str] = field(repr=False)
     manifest: Manifest | None = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Filled:
+class CopyResult:
     """What filling files came to.
 
     Args:
-        read: bytes of weight files, by this run.
-        shared: bytes of the source's blocks that the files have now.
+        bytes_read: bytes of weight files, by this run.
+        bytes_shared: bytes of the source's blocks that the files have now.
         digests: of each tensor, of what was moved of it.
-        copied: when the last byte was given to the system, by `time.perf_counter`.
+        copied_at: when the last byte was given to the system, by `time.perf_counter`.
     """
 
-    read: int
-    shared: int
+    bytes_read: int
+    bytes_shared: int
     digests: Mapping[str, str]
-    copied: float
+    copied_at: float

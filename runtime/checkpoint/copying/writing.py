@@ -13,14 +13,14 @@ from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, Region
 from runtime.checkpoint.copying.table import Destination
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import convert_read_errors
 
-__all__ = ["copy_files", "create", "regions_for", "write_file"]
+__all__ = ["allocate_files", "build_regions", "copy_files", "write_file"]
 
 _PART = 2**20
 
 
-def create(folder: Path, files: Mapping[str, tuple[int, Mapping[int, bytes]]]) -> None:
+def allocate_files(folder: Path, files: Mapping[str, tuple[int, Mapping[int, bytes]]]) -> None:
     """Bring files to their full size and write the bytes that are known already; what else they hold stays.
 
     Args:
@@ -37,7 +37,7 @@ def create(folder: Path, files: Mapping[str, tuple[int, Mapping[int, bytes]]]) -
                 region.write(offset, np.frombuffer(content, np.uint8))
 
 
-def regions_for(destinations: Sequence[Destination], files: OpenFiles, digests: Sequence[Digest]) -> list[Region]:
+def build_regions(destinations: Sequence[Destination], files: OpenFiles, digests: Sequence[Digest]) -> list[Region]:
     """Return what takes each destination's bytes: its file, or the next of the digests where it has none."""
     remaining = iter(digests)
     return [
@@ -63,7 +63,7 @@ def copy_files(source: Path, names: Iterable[str], target: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         made |= {target / part for part in Path(name).parents}
         with path.open("wb") as stream:
-            stream.writelines(_parts(source / name))
+            stream.writelines(_read_parts(source / name))
         sync(path)
     for folder in made:
         sync(folder)
@@ -76,8 +76,8 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def _parts(path: Path) -> Iterator[bytes]:
+def _read_parts(path: Path) -> Iterator[bytes]:
     """Yield a file's content; what reading says is not to be taken for what writing says."""
-    with reading(path), path.open("rb") as stream:
+    with convert_read_errors(path), path.open("rb") as stream:
         while part := stream.read(_PART):
             yield part

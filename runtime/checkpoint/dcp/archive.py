@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from runtime.checkpoint.dcp.pickle import Global, Made, read_pickle
-from runtime.checkpoint.dcp.zip import Member, Region, find_members
+from runtime.checkpoint.dcp.pickle import Global, PickledCall, read_pickle
+from runtime.checkpoint.dcp.zip import BoundedFile, ZipMember, find_members
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor
 from runtime.models.dtypes import DTYPE_NAMES
 
-__all__ = ["STORAGES", "TORCH_DTYPES", "Archived", "read_archive", "read_description"]
+__all__ = ["STORAGES", "TORCH_DTYPES", "ArchivedTensor", "read_archived_tensor", "read_data_pickle"]
 
 TORCH_DTYPES: Mapping[str, str] = {str(dtype): name for dtype, name in DTYPE_NAMES.items()}
 """safetensors' name of a dtype by torch's, `torch.float32`."""
@@ -25,13 +25,13 @@ STORAGES: Mapping[str, str] = {
 """safetensors' name of the dtype that a storage's type says; other dtypes are said beside an untyped storage."""
 
 _UNTYPED = "torch.storage.UntypedStorage"
-_REBUILT = tuple(f"torch._utils._rebuild_tensor_{version}" for version in ("v2", "v3"))
-_ADMITTED = frozenset((*TORCH_DTYPES, *STORAGES, _UNTYPED, *_REBUILT, "collections.OrderedDict"))
+_REBUILD_FUNCTIONS = tuple(f"torch._utils._rebuild_tensor_{version}" for version in ("v2", "v3"))
+_ALLOWED = frozenset((*TORCH_DTYPES, *STORAGES, _UNTYPED, *_REBUILD_FUNCTIONS, "collections.OrderedDict"))
 _MAX_MEMBER = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class Archived:
+class ArchivedTensor:
     """A tensor as an archive stores it.
 
     Args:
@@ -47,46 +47,46 @@ class Archived:
     strides: tuple[int, ...]
 
 
-def read_archive(archive: Region) -> Archived:
+def read_archived_tensor(archive: BoundedFile) -> ArchivedTensor:
     """Read what an archive says of its one tensor.
 
     Raises:
         HeaderError: it is not what `torch.save` writes for a plain tensor.
     """
     members = find_members(archive)
-    if "byteorder" in members and _content(archive, members["byteorder"]) != b"little":
+    if "byteorder" in members and _read_member(archive, members["byteorder"]) != b"little":
         raise archive.error("has its bytes in big-endian order")
     where = f"{archive.file}, the tensor saved at byte {archive.start}"
-    view = _view(read_pickle(_description(archive, members), _ADMITTED, where))
+    view = _parse_view(read_pickle(_read_pickle_member(archive, members), _ALLOWED, where))
     if view is None or f"data/{view.storage}" not in members:
         raise archive.error("is not a plain tensor")
-    storage = members[f"data/{view.storage}"].within(archive)
+    storage = members[f"data/{view.storage}"].locate(archive)
     count, rest = divmod(storage.size * 8, BITS[view.dtype])
-    if rest or not _within(view, count):
+    if rest or not _is_within_storage(view, count):
         raise archive.error("does not lie within its storage")
     stored = StoredTensor(archive.file, view.dtype, (count,), storage.start, storage.size)
-    return Archived(stored, view.shape, view.base, view.strides)
+    return ArchivedTensor(stored, view.shape, view.base, view.strides)
 
 
-def read_description(archive: Region) -> bytes:
+def read_data_pickle(archive: BoundedFile) -> bytes:
     """Return the pickle of what an archive holds, storages aside.
 
     Raises:
         HeaderError: it is not what `torch.save` writes.
     """
-    return _description(archive, find_members(archive))
+    return _read_pickle_member(archive, find_members(archive))
 
 
-def _description(archive: Region, members: Mapping[str, Member]) -> bytes:
+def _read_pickle_member(archive: BoundedFile, members: Mapping[str, ZipMember]) -> bytes:
     if "data.pkl" not in members:
         raise archive.error("is no archive of torch.save")
-    return _content(archive, members["data.pkl"])
+    return _read_member(archive, members["data.pkl"])
 
 
-def _content(archive: Region, member: Member) -> bytes:
+def _read_member(archive: BoundedFile, member: ZipMember) -> bytes:
     if member.size > _MAX_MEMBER:
         raise archive.error(f"has a description of {member.size} bytes")
-    return member.within(archive).read()
+    return member.locate(archive).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +98,27 @@ class _View:
     strides: tuple[int, ...]
 
 
-def _view(value: object) -> _View | None:
+def _parse_view(value: object) -> _View | None:
     """Return the view of a storage that a pickled tensor is, None where it is anything else."""
     match value:
-        case Made(
+        case PickledCall(
             kind,
             (
-                Made("persistent", ("storage", Global(storage), str(key), *_)),
+                PickledCall("persistent", ("storage", Global(storage), str(key), *_)),
                 int(base),
                 tuple(shape),
                 tuple(strides),
                 bool(),
-                Made("collections.OrderedDict", ()),
+                PickledCall("collections.OrderedDict", ()),
                 *more,
             ),
-        ) if len(shape) == len(strides) and _sizes((base, *shape, *strides)):
-            dtype = _dtype(kind, storage, more)
+        ) if len(shape) == len(strides) and _has_valid_sizes((base, *shape, *strides)):
+            dtype = _resolve_dtype(kind, storage, more)
             return _View(key, dtype, base, shape, strides) if dtype else None
     return None
 
 
-def _dtype(kind: str, storage: str, more: Sequence[object]) -> str | None:
+def _resolve_dtype(kind: str, storage: str, more: Sequence[object]) -> str | None:
     """Return the dtype that a storage's type says, or, where it has none, the one given beside it."""
     match kind, more:
         case "torch._utils._rebuild_tensor_v2", []:
@@ -128,11 +128,11 @@ def _dtype(kind: str, storage: str, more: Sequence[object]) -> str | None:
     return None
 
 
-def _sizes(numbers: Sequence[object]) -> bool:
+def _has_valid_sizes(numbers: Sequence[object]) -> bool:
     return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
-def _within(view: _View, count: int) -> bool:
+def _is_within_storage(view: _View, count: int) -> bool:
     """Return whether a view has its elements in a storage of so many, none of them twice."""
     elements = prod(view.shape)
     if not 0 < elements <= count:

@@ -8,12 +8,12 @@ from math import prod
 
 from plans.errors import HeaderError, IncompleteError, MismatchError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.same_bytes import same_bytes
-from runtime.extents.forms import Extent, Form, row_major
-from runtime.extents.runs import covers, runs_of
-from runtime.wording import listed
+from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.extents.forms import StridedBox, TensorMap, row_major
+from runtime.extents.runs import covers, plan_copies
+from runtime.wording import format_names
 
-__all__ = ["Chunk", "Shape", "join", "reach"]
+__all__ = ["Chunk", "Shape", "infer_shapes", "join_chunks"]
 
 Shape = tuple[int, ...]
 
@@ -26,7 +26,7 @@ class Chunk:
         name: of the tensor, as saved.
         offset: where the box begins in the tensor, per tensor dim.
         shape: of the box; nothing of it is stored where a size is zero.
-        piece: the name of what stores it, unique in the checkpoint.
+        stored_name: the name of what stores it, unique in the checkpoint.
         stored: where that is.
         base: the stored element at the box's first corner.
         strides: stored elements per step along each tensor dim.
@@ -35,23 +35,23 @@ class Chunk:
     name: str
     offset: Shape
     shape: Shape
-    piece: str
+    stored_name: str
     stored: StoredTensor
     base: int
     strides: Shape
 
     @classmethod
-    def contiguous(cls, name: str, offset: Shape, piece: str, stored: StoredTensor) -> Chunk:
+    def contiguous(cls, name: str, offset: Shape, stored_name: str, stored: StoredTensor) -> Chunk:
         """Return the chunk that a stored tensor is, whole and in row-major order."""
-        return cls(name, offset, stored.shape, piece, stored, 0, row_major(stored.shape))
+        return cls(name, offset, stored.shape, stored_name, stored, 0, row_major(stored.shape))
 
     @property
-    def extent(self) -> Extent:
+    def box(self) -> StridedBox:
         """The chunk as a part of its tensor's form."""
-        return Extent(self.offset, self.shape, (1,) * len(self.shape), self.piece, self.base, self.strides)
+        return StridedBox(self.offset, self.shape, (1,) * len(self.shape), self.stored_name, self.base, self.strides)
 
 
-def reach(chunks: Iterable[Chunk]) -> dict[str, Shape]:
+def infer_shapes(chunks: Iterable[Chunk]) -> dict[str, Shape]:
     """Return the least shape of each tensor that holds all of its chunks, which is what torch takes its shape to be.
 
     Raises:
@@ -71,7 +71,7 @@ def reach(chunks: Iterable[Chunk]) -> dict[str, Shape]:
     return shapes
 
 
-def join(chunks: Iterable[Chunk], shapes: Mapping[str, Shape]) -> dict[str, Form]:
+def join_chunks(chunks: Iterable[Chunk], shapes: Mapping[str, Shape]) -> dict[str, TensorMap]:
     """Return the forms of the tensors over what stores their chunks, each box counted once.
 
     Args:
@@ -85,19 +85,19 @@ def join(chunks: Iterable[Chunk], shapes: Mapping[str, Shape]) -> dict[str, Form
     """
     by_name: dict[str, list[Chunk]] = {name: [] for name in shapes}
     for chunk in chunks:
-        _check_inside(chunk, shapes[chunk.name])
+        _check_bounds(chunk, shapes[chunk.name])
         by_name[chunk.name].append(chunk)
-    _check_any(by_name)
-    boxes = {name: _without_copies([chunk for chunk in by_name[name] if prod(chunk.shape)]) for name in shapes}
-    forms = {name: Form(shape, tuple(chunk.extent for chunk in boxes[name])) for name, shape in shapes.items()}
+    _check_stored(by_name)
+    boxes = {name: _drop_replicas([chunk for chunk in by_name[name] if prod(chunk.shape)]) for name in shapes}
+    forms = {name: TensorMap(shape, tuple(chunk.box for chunk in boxes[name])) for name, shape in shapes.items()}
     _check_complete(forms)
     for name, form in forms.items():
-        if not covers(runs_of(form, 8, dict.fromkeys(form.sources, 0), 0), {0: prod(form.shape)}):
-            raise _overlapping(boxes[name])
+        if not covers(plan_copies(form, 8, dict.fromkeys(form.sources, 0), 0), {0: prod(form.shape)}):
+            raise _overlap_error(boxes[name])
     return forms
 
 
-def _check_inside(chunk: Chunk, shape: Shape) -> None:
+def _check_bounds(chunk: Chunk, shape: Shape) -> None:
     ends = tuple(start + size for start, size in zip(chunk.offset, chunk.shape, strict=True))
     if len(ends) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
         raise MismatchError(
@@ -108,12 +108,12 @@ def _check_inside(chunk: Chunk, shape: Shape) -> None:
         )
 
 
-def _without_copies(chunks: Sequence[Chunk]) -> list[Chunk]:
+def _drop_replicas(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Return one chunk of each box; others of the same box must hold the same bytes."""
     first: dict[tuple[Shape, Shape], Chunk] = {}
     for chunk in chunks:
         kept = first.setdefault((chunk.offset, chunk.shape), chunk)
-        if kept is not chunk and not _same(kept, chunk):
+        if kept is not chunk and not _is_replica(kept, chunk):
             raise MismatchError(
                 f"{chunk.name!r} at {list(chunk.offset)} is in {kept.stored.file} and, with other values, in "
                 f"{chunk.stored.file}",
@@ -124,38 +124,40 @@ def _without_copies(chunks: Sequence[Chunk]) -> list[Chunk]:
     return list(first.values())
 
 
-def _same(one: Chunk, other: Chunk) -> bool:
-    return (one.base, one.strides) == (other.base, other.strides) and same_bytes(one.stored, other.stored)
+def _is_replica(one: Chunk, other: Chunk) -> bool:
+    return (one.base, one.strides) == (other.base, other.strides) and has_same_bytes(one.stored, other.stored)
 
 
-def _check_any(chunks: Mapping[str, Sequence[Chunk]]) -> None:
+def _check_stored(chunks: Mapping[str, Sequence[Chunk]]) -> None:
     """Refuse tensors that metadata list and nothing stores, empty ones too: their dtype is known from chunks alone."""
     absent = [name for name, found in chunks.items() if not found]
     if absent:
         raise IncompleteError(
-            f"the checkpoint is lossy: {listed(absent)} stored nowhere",
+            f"the checkpoint is lossy: {format_names(absent)} stored nowhere",
             hint="the metadata lists more than was saved; save again",
             missing=absent,
         )
 
 
-def _check_complete(forms: Mapping[str, Form]) -> None:
+def _check_complete(tensor_maps: Mapping[str, TensorMap]) -> None:
     """Refuse a lossy checkpoint, tensor by tensor: what it lacks cannot be had from it."""
-    held = {name: sum(prod(extent.shape) for extent in form.extents) for name, form in forms.items()}
-    lossy = {name: [held[name], prod(form.shape)] for name, form in forms.items() if held[name] < prod(form.shape)}
+    held = {name: sum(prod(extent.shape) for extent in form.boxes) for name, form in tensor_maps.items()}
+    lossy = {
+        name: [held[name], prod(form.shape)] for name, form in tensor_maps.items() if held[name] < prod(form.shape)
+    }
     if lossy:
         name, (found, expected) = next(iter(lossy.items()))
         raise IncompleteError(
-            f"the checkpoint is lossy: {listed(list(lossy))} not whole, {name!r} has {found} of {expected} elements",
+            f"the checkpoint is lossy: {format_names(list(lossy))} not whole, {name!r} has {found} of {expected} elements",
             hint="files of some ranks are missing, or torch before 2.13 saved strided shards and lost rows; save again",
             lossy=lossy,
         )
 
 
-def _overlapping(chunks: Sequence[Chunk]) -> HeaderError:
+def _overlap_error(chunks: Sequence[Chunk]) -> HeaderError:
     files = sorted({str(chunk.stored.file) for chunk in chunks})
     return HeaderError(
-        f"chunks of {chunks[0].name!r} overlap, in {listed(files)}",
+        f"chunks of {chunks[0].name!r} overlap, in {format_names(files)}",
         hint="the files belong to several checkpoints; save the model again into an empty folder",
         tensor=chunks[0].name,
         files=files,

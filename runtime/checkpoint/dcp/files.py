@@ -7,29 +7,29 @@ from typing import NamedTuple
 
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from runtime.checkpoint.copying.new_file import NewFile, new_file
-from runtime.checkpoint.dcp.names import shard_file
-from runtime.checkpoint.dcp.safetensors import sharding_metadata
+from runtime.checkpoint.copying.new_file import OutputFile, plan_output_file
+from runtime.checkpoint.dcp.names import get_shard_file_name
+from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
 from runtime.checkpoint.files.safetensors import BITS
-from runtime.checkpoint.ranks.files import held_by, local
-from runtime.checkpoint.record import Entry
-from runtime.extents.forms import Form, narrow, unravel, whole
+from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor
+from runtime.checkpoint.record import ManifestEntry
+from runtime.extents.forms import TensorMap, narrow, unravel, whole
 
-__all__ = ["box_of", "boxes", "dcp_files"]
+__all__ = ["iter_rank_chunks", "narrow_to_box", "plan_dcp_files"]
 
 
-class _Row(NamedTuple):
+class _PlannedChunk(NamedTuple):
     """A chunk that a file will store: the tensor's name and dtype, where the chunk begins in it, its form."""
 
     name: str
     dtype: str
     offset: tuple[int, ...]
-    form: Form
+    tensor_map: TensorMap
 
 
-def dcp_files(
-    mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form], tied: Mapping[str, str]
-) -> tuple[NewFile, ...]:
+def plan_dcp_files(
+    mesh: Mesh, entries: Mapping[str, ManifestEntry], tensor_maps: Mapping[str, TensorMap], tied: Mapping[str, str]
+) -> tuple[OutputFile, ...]:
     """Lay out all shard files of a checkpoint.
 
     A file names a tensor once, so a rank has as many files as a tensor of its own has boxes: two where gate and up are
@@ -38,58 +38,62 @@ def dcp_files(
     Args:
         mesh: of the result.
         entries: of all tensors by name.
-        forms: of the whole tensors.
+        tensor_maps: of the whole tensors.
         tied: other names of tensors; readers look for the bytes under every name.
     """
     names = {name: [name] for name in entries}
     for name, target in tied.items():
         names[target].append(name)
-    ranks = [_files_of(rank, mesh, entries, forms, names) for rank in range(mesh.world_size)]
+    ranks = [_plan_rank_files(rank, mesh, entries, tensor_maps, names) for rank in range(mesh.world_size)]
     count = max(map(len, ranks), default=0)
     return tuple(
-        _file(shard_file(rank, number, count), rows)
+        _plan_file(get_shard_file_name(rank, number, count), rows)
         for rank, files in enumerate(ranks)
         for number, rows in enumerate(files)
     )
 
 
-def _file(name: str, rows: Sequence[_Row]) -> NewFile:
+def _plan_file(name: str, rows: Sequence[_PlannedChunk]) -> OutputFile:
     ordered = sorted(rows, key=lambda row: -BITS[row.dtype])
-    metadata = sharding_metadata({row.name: row.offset for row in ordered})
-    return new_file(name, ((row.name, row.dtype, row.form) for row in ordered), metadata)
+    metadata = build_sharding_metadata({row.name: row.offset for row in ordered})
+    return plan_output_file(name, ((row.name, row.dtype, row.tensor_map) for row in ordered), metadata)
 
 
-def _files_of(
-    rank: int, mesh: Mesh, entries: Mapping[str, Entry], forms: Mapping[str, Form], names: Mapping[str, Sequence[str]]
-) -> list[list[_Row]]:
-    files: list[list[_Row]] = []
+def _plan_rank_files(
+    rank: int,
+    mesh: Mesh,
+    entries: Mapping[str, ManifestEntry],
+    tensor_maps: Mapping[str, TensorMap],
+    names: Mapping[str, Sequence[str]],
+) -> list[list[_PlannedChunk]]:
+    files: list[list[_PlannedChunk]] = []
     for target, entry in entries.items():
-        for number, (offset, shape) in enumerate(boxes(entry, mesh, rank)):
+        for number, (offset, shape) in enumerate(iter_rank_chunks(entry, mesh, rank)):
             if number == len(files):
                 files.append([])
-            form = box_of(forms[target], offset, shape)
-            files[number] += (_Row(name, entry.dtype, offset, form) for name in names[target])
+            form = narrow_to_box(tensor_maps[target], offset, shape)
+            files[number] += (_PlannedChunk(name, entry.dtype, offset, form) for name in names[target])
     return files
 
 
-def boxes(entry: Entry, mesh: Mesh, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def iter_rank_chunks(entry: ManifestEntry, mesh: Mesh, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Yield offset and shape of the boxes of a tensor that a rank's files store."""
     logical = whole("", entry.shape)
-    if not logical.extents:
+    if not logical.boxes:
         yield from [((0,) * len(entry.shape), entry.shape)] if rank == 0 else []
-    elif held_by(entry, rank) and _is_first_copy(entry, mesh, rank):
-        for extent in local(logical, entry, mesh, rank).extents:
+    elif is_in_rank_file(entry, rank) and _is_first_copy(entry, mesh, rank):
+        for extent in map_local_tensor(logical, entry, mesh, rank).boxes:
             yield unravel(extent.base, entry.shape), extent.shape
 
 
-def _is_first_copy(entry: Entry, mesh: Mesh, rank: int) -> bool:
+def _is_first_copy(entry: ManifestEntry, mesh: Mesh, rank: int) -> bool:
     """Return whether the rank comes first on every axis that replicates the tensor."""
     pairs = zip(entry.placements, mesh.coordinates(entry.mesh, rank), strict=True)
     return not any(index for placement, index in pairs if isinstance(placement, Replicate))
 
 
-def box_of(form: Form, offset: Sequence[int], shape: Sequence[int]) -> Form:
+def narrow_to_box(tensor_map: TensorMap, offset: Sequence[int], shape: Sequence[int]) -> TensorMap:
     """Return the form of one box of a tensor."""
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-        form = narrow(form, dim, start, length)
-    return form
+        tensor_map = narrow(tensor_map, dim, start, length)
+    return tensor_map

@@ -12,11 +12,11 @@ from pathlib import Path
 from plans.errors import CheckpointError, HeaderError
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
 from runtime.checkpoint.dcp.names import METADATA
-from runtime.checkpoint.dcp.pickle import Global, Made, Table, read_pickle
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
+from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import check_contained
 
-__all__ = ["Box", "KeyPath", "Place", "Saved", "read_metadata"]
+__all__ = ["ChunkMetadata", "DcpMetadata", "KeyPath", "StorageLocation", "read_metadata"]
 
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -28,7 +28,7 @@ _CLASSES = (
 _ENUMERATIONS = (f"{_MODULE}._MEM_FORMAT_ENCODING",)
 _OTHERS = ("torch.Size", "torch.serialization._get_layout", "collections.OrderedDict", _INFO)
 _PATHS = tuple(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows"))
-_ADMITTED = frozenset((*TORCH_DTYPES, *_ENUMERATIONS, *_OTHERS, *_PATHS, *(f"{_MODULE}.{name}" for name in _CLASSES)))
+_ALLOWED = frozenset((*TORCH_DTYPES, *_ENUMERATIONS, *_OTHERS, *_PATHS, *(f"{_MODULE}.{name}" for name in _CLASSES)))
 _MAX_BYTES = 2**26
 _MAX_DIMS = 64
 
@@ -37,7 +37,7 @@ KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StorageLocation:
     """Where a chunk is saved: a file's name, and the archive's first byte and size in it."""
 
     file: str
@@ -46,36 +46,36 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
+class ChunkMetadata:
     """A chunk as the metadata describes it."""
 
     name: str
     dtype: str
     offset: Shape
     shape: Shape
-    place: Place
+    location: StorageLocation
 
 
 @dataclass(frozen=True)
-class Saved:
+class DcpMetadata:
     """What a `.metadata` file lists.
 
     Args:
-        boxes: of all tensors.
+        chunks: of all tensors.
         shapes: of the tensors by name.
-        others: what is saved besides tensors by name, and where; None where that is not said.
+        non_tensors: what is saved besides tensors by name, and where; None where that is not said.
         files: names of all files that hold any of this.
-        paths: keys of the nested tables that led to what is saved, by its name, where the metadata have them.
+        key_paths: keys of the nested tables that led to what is saved, by its name, where the metadata have them.
     """
 
-    boxes: tuple[Box, ...]
+    chunks: tuple[ChunkMetadata, ...]
     shapes: Mapping[str, Shape]
-    others: Mapping[str, Place | None]
+    non_tensors: Mapping[str, StorageLocation | None]
     files: frozenset[str]
-    paths: Mapping[str, KeyPath] = field(default_factory=dict)
+    key_paths: Mapping[str, KeyPath] = field(default_factory=dict)
 
 
-def read_metadata(folder: Path) -> Saved:
+def read_metadata(folder: Path) -> DcpMetadata:
     """Read what a folder's `.metadata` lists; nothing that it names is imported or called.
 
     Raises:
@@ -83,57 +83,62 @@ def read_metadata(folder: Path) -> Saved:
     """
     path = folder / METADATA
     check_contained(folder, path)
-    with reading(path):
+    with convert_read_errors(path):
         if path.stat().st_size > _MAX_BYTES:
             raise HeaderError(
                 f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form", file=str(path)
             )
         content = path.read_bytes()
-    return _Reader(path).saved(read_pickle(content, _ADMITTED, str(path), _ENUMERATIONS))
+    return _MetadataParser(path).parse(read_pickle(content, _ALLOWED, str(path), _ENUMERATIONS))
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _MetadataParser:
     path: Path
 
-    def saved(self, value: object) -> Saved:
-        metadata = self.fields(value, f"{_MODULE}.Metadata")
-        places = dict(self.places(metadata.get("storage_data")))
-        boxes: list[Box] = []
+    def parse(self, value: object) -> DcpMetadata:
+        metadata = self.parse_fields(value, f"{_MODULE}.Metadata")
+        places = dict(self.parse_locations(metadata.get("storage_data")))
+        boxes: list[ChunkMetadata] = []
         shapes: dict[str, Shape] = {}
-        others: dict[str, Place | None] = {}
-        for name, entry in self.pairs(metadata.get("state_dict_metadata")):
+        others: dict[str, StorageLocation | None] = {}
+        for name, entry in self.parse_pairs(metadata.get("state_dict_metadata")):
             if not isinstance(name, str) or name in shapes or name in others:
                 raise self.error("a tensor has no name of its own")
-            if isinstance(entry, Made) and entry.kind == f"{_MODULE}.BytesStorageMetadata":
+            if isinstance(entry, PickledCall) and entry.callee == f"{_MODULE}.BytesStorageMetadata":
                 others[name] = places.get((name, None))
                 continue
-            fields = self.fields(entry, f"{_MODULE}.TensorStorageMetadata")
-            shapes[name] = self.shape(fields.get("size"))
-            boxes += self.boxes(name, fields, places)
+            fields = self.parse_fields(entry, f"{_MODULE}.TensorStorageMetadata")
+            shapes[name] = self.parse_shape(fields.get("size"))
+            boxes += self.parse_chunks(name, fields, places)
         files = frozenset(place.file for place in places.values())
-        return Saved(tuple(boxes), shapes, others, files, dict(_paths(metadata.get("planner_data"))))
+        return DcpMetadata(tuple(boxes), shapes, others, files, dict(_parse_key_paths(metadata.get("planner_data"))))
 
-    def boxes(self, name: str, fields: Mapping[str, object], places: Mapping[object, Place]) -> Iterator[Box]:
-        dtype = self.dtype(fields.get("properties"))
+    def parse_chunks(
+        self, name: str, fields: Mapping[str, object], locations: Mapping[object, StorageLocation]
+    ) -> Iterator[ChunkMetadata]:
+        dtype = self.parse_dtype(fields.get("properties"))
         chunks = fields.get("chunks")
         for chunk in chunks if isinstance(chunks, list) else ():
-            box = self.fields(chunk, f"{_MODULE}.ChunkStorageMetadata")
-            offset, shape = self.shape(box.get("offsets")), self.shape(box.get("sizes"))
-            if len(offset) != len(shape) or (name, offset) not in places:
+            box = self.parse_fields(chunk, f"{_MODULE}.ChunkStorageMetadata")
+            offset, shape = self.parse_shape(box.get("offsets")), self.parse_shape(box.get("sizes"))
+            if len(offset) != len(shape) or (name, offset) not in locations:
                 raise self.error(f"{name!r} has a chunk at {list(offset)} that is saved nowhere")
-            yield Box(name, dtype, offset, shape, places[name, offset])
+            yield ChunkMetadata(name, dtype, offset, shape, locations[name, offset])
 
-    def places(self, value: object) -> Iterator[tuple[object, Place]]:
+    def parse_locations(self, value: object) -> Iterator[tuple[object, StorageLocation]]:
         """Yield where each chunk is saved, by tensor and offset; what is no tensor has none."""
-        for index, entry in self.pairs(value):
-            key = self.fields(index, f"{_MODULE}.MetadataIndex")
+        for index, entry in self.parse_pairs(value):
+            key = self.parse_fields(index, f"{_MODULE}.MetadataIndex")
             name, offset = key.get("fqn"), key.get("offset")
             if not isinstance(name, str):
                 raise self.error("a chunk is of no tensor")
-            yield (name, None if offset is None else self.shape(offset)), self.place(self.fields(entry, _INFO))
+            yield (
+                (name, None if offset is None else self.parse_shape(offset)),
+                self.parse_location(self.parse_fields(entry, _INFO)),
+            )
 
-    def place(self, fields: Mapping[str, object]) -> Place:
+    def parse_location(self, fields: Mapping[str, object]) -> StorageLocation:
         match fields:
             case {"relative_path": str(file), "offset": int(offset), "length": int(size)}:
                 if fields.get("transform_descriptors"):
@@ -143,28 +148,30 @@ class _Reader:
                         file=str(self.path),
                     )
                 if "\0" not in file and Path(file).name == file and _is_size(offset) and _is_size(size):
-                    return Place(file, offset, size)
+                    return StorageLocation(file, offset, size)
         raise self.error("a chunk is not in a file of this folder")
 
-    def dtype(self, value: object) -> str:
+    def parse_dtype(self, value: object) -> str:
         match value:
-            case Made(kind, _, (Global(dtype), *_)) if kind == f"{_MODULE}.TensorProperties" and dtype in TORCH_DTYPES:
+            case PickledCall(kind, _, (Global(dtype), *_)) if (
+                kind == f"{_MODULE}.TensorProperties" and dtype in TORCH_DTYPES
+            ):
                 return TORCH_DTYPES[dtype]
         raise self.error("a tensor has no dtype that is known")
 
-    def shape(self, value: object) -> Shape:
+    def parse_shape(self, value: object) -> Shape:
         match value:
-            case Made("torch.Size", (tuple(sizes),)) if len(sizes) <= _MAX_DIMS and all(map(_is_size, sizes)):
+            case PickledCall("torch.Size", (tuple(sizes),)) if len(sizes) <= _MAX_DIMS and all(map(_is_size, sizes)):
                 return sizes
         raise self.error("sizes are not integers in range")
 
-    def fields(self, value: object, kind: str) -> dict[str, object]:
-        if not isinstance(value, Made) or value.kind != kind:
+    def parse_fields(self, value: object, kind: str) -> dict[str, object]:
+        if not isinstance(value, PickledCall) or value.callee != kind:
             raise self.error(f"no {kind.rpartition('.')[2]} where one belongs")
-        return {name: field for name, field in self.pairs(value.state) if isinstance(name, str)}
+        return {name: field for name, field in self.parse_pairs(value.state) if isinstance(name, str)}
 
-    def pairs(self, value: object) -> list[tuple[object, object]]:
-        if isinstance(value, Table):
+    def parse_pairs(self, value: object) -> list[tuple[object, object]]:
+        if isinstance(value, PickledDict):
             return value.pairs
         raise self.error("no table where one belongs")
 
@@ -173,9 +180,9 @@ class _Reader:
         return HeaderError(f"{self.path}: {what}", hint=hint, file=str(self.path))
 
 
-def _paths(value: object) -> Iterator[tuple[str, KeyPath]]:
+def _parse_key_paths(value: object) -> Iterator[tuple[str, KeyPath]]:
     """Yield the paths of a planner's data; other planners than torch's own have others, or none."""
-    for name, path in value.pairs if isinstance(value, Table) else ():
+    for name, path in value.pairs if isinstance(value, PickledDict) else ():
         if isinstance(name, str) and isinstance(path, tuple) and all(type(key) in (str, int) for key in path):
             yield name, path
 

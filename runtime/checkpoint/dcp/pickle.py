@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from plans.errors import HeaderError
 
-__all__ = ["Global", "Made", "Table", "read_pickle"]
+__all__ = ["Global", "PickledCall", "PickledDict", "read_pickle"]
 
-_MEMBER_OF = ("builtins.getattr", "__builtin__.getattr")
+_GETATTR_NAMES = ("builtins.getattr", "__builtin__.getattr")
 """By which early releases of Python 3.11, Debian 12's among them, pickle a member of an enumeration."""
 
 
@@ -27,41 +27,41 @@ class Global:
 
 
 @dataclass(slots=True, eq=False)
-class Made:
+class PickledCall:
     """What a call would return: the name that is called, its arguments, and the state set afterwards."""
 
-    kind: str
+    callee: str
     arguments: object
     state: object = None
 
 
 @dataclass(slots=True, eq=False)
-class Table:
+class PickledDict:
     """A dict as its pairs, so that no key is ever hashed."""
 
     pairs: list[tuple[object, object]] = field(default_factory=list)
 
 
-def read_pickle(content: bytes, admitted: Collection[str], where: str, enumerations: Collection[str] = ()) -> object:
+def read_pickle(content: bytes, allowed: Collection[str], where: str, enumerations: Collection[str] = ()) -> object:
     """Return what a pickle describes.
 
     Args:
         content: the pickle.
-        admitted: full names that it may mention.
+        allowed: full names that it may mention.
         where: what to call it in messages.
         enumerations: those of the names that are enumerations, of which a member may be named.
 
     Raises:
         HeaderError: it mentions another name, uses an instruction that data do not need, or is no pickle.
     """
-    machine = _Machine(admitted, where, enumerations)
+    machine = _Machine(allowed, where, enumerations)
     try:
         # Python warns of odd escapes in text of a kind that is refused here anyway.
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             for opcode, argument, _ in pickletools.genops(content):
-                if opcode.name not in _STEPS:
-                    raise _refused(where, f"uses the instruction {opcode.name}")
-                _STEPS[opcode.name](machine, argument)
+                if opcode.name not in _INSTRUCTIONS:
+                    raise _unsafe_pickle_error(where, f"uses the instruction {opcode.name}")
+                _INSTRUCTIONS[opcode.name](machine, argument)
         (result,) = machine.stack
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise HeaderError(f"{where}: not a whole pickle", hint="copy or save the file again", file=where) from error
@@ -70,7 +70,7 @@ def read_pickle(content: bytes, admitted: Collection[str], where: str, enumerati
 
 @dataclass
 class _Machine:
-    admitted: Collection[str]
+    allowed: Collection[str]
     where: str
     enumerations: Collection[str]
     stack: list[object] = field(default_factory=list)
@@ -83,14 +83,14 @@ class _Machine:
     def push(self, value: object) -> None:
         self.stack.append(value)
 
-    def since_mark(self) -> list[object]:
+    def pop_to_mark(self) -> list[object]:
         """Take what lies above the last mark."""
         mark = self.marks.pop()
         values = self.stack[mark:]
         del self.stack[mark:]
         return values
 
-    def last(self, count: int) -> list[object]:
+    def pop_last(self, count: int) -> list[object]:
         """Take the last few values."""
         values = self.stack[-count:]
         del self.stack[-count:]
@@ -98,29 +98,31 @@ class _Machine:
             raise LookupError
         return values
 
-    def name(self, module: object, name: object) -> None:
+    def push_global(self, module: object, name: object) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else ""
-        is_member = full in _MEMBER_OF and self.enumerations
-        if full not in self.admitted and not is_member:
-            raise _refused(self.where, f"names {full[:200]!r}")
+        is_member = full in _GETATTR_NAMES and self.enumerations
+        if full not in self.allowed and not is_member:
+            raise _unsafe_pickle_error(self.where, f"names {full[:200]!r}")
         self.push(Global(full))
 
     def call(self) -> None:
         arguments, called = self.pop(), self.pop()
         if not isinstance(called, Global):
             raise TypeError
-        self.push(self.member(arguments) if called.name in _MEMBER_OF else Made(called.name, arguments))
+        self.push(
+            self.resolve_member(arguments) if called.name in _GETATTR_NAMES else PickledCall(called.name, arguments)
+        )
 
-    def member(self, arguments: object) -> Made:
+    def resolve_member(self, arguments: object) -> PickledCall:
         """Return what an enumeration's member is by its name, as if it had been made of it."""
         match arguments:
             case (Global(owner), str(name)) if owner in self.enumerations:
-                return Made(owner, (name,))
-        raise _refused(self.where, f"names {_MEMBER_OF[0]!r}")
+                return PickledCall(owner, (name,))
+        raise _unsafe_pickle_error(self.where, f"names {_GETATTR_NAMES[0]!r}")
 
     def build(self) -> None:
         state, made = self.pop(), self.stack[-1]
-        if not isinstance(made, Made) or made.state is not None:
+        if not isinstance(made, PickledCall) or made.state is not None:
             raise TypeError
         made.state = state
 
@@ -132,21 +134,21 @@ class _Machine:
 
     def set_items(self, values: list[object]) -> None:
         target = self.stack[-1]
-        if not isinstance(target, Table):
+        if not isinstance(target, PickledDict):
             raise TypeError
         target.pairs += zip(values[::2], values[1::2], strict=True)
 
-    def remember(self, index: int | None) -> None:
+    def memoize(self, index: int | None) -> None:
         self.memo[len(self.memo) if index is None else index] = self.stack[-1]
 
-    def persistent(self) -> None:
-        self.push(Made("persistent", self.pop()))
+    def push_persistent_id(self) -> None:
+        self.push(PickledCall("persistent", self.pop()))
 
 
-_Step = Callable[[_Machine, object], None]
+_Instruction = Callable[[_Machine, object], None]
 
 
-def _refused(where: str, what: str) -> HeaderError:
+def _unsafe_pickle_error(where: str, what: str) -> HeaderError:
     return HeaderError(
         f"{where}: {what}, which the metadata of tensors has no need of",
         hint="do not load this file with torch either: it may run code; ask for the weights as safetensors",
@@ -154,22 +156,22 @@ def _refused(where: str, what: str) -> HeaderError:
     )
 
 
-def _pushed(machine: _Machine, argument: object) -> None:
+def _push(machine: _Machine, argument: object) -> None:
     machine.push(argument)
 
 
-def _text(machine: _Machine, argument: object) -> None:
+def _push_text(machine: _Machine, argument: object) -> None:
     # Half a surrogate pair, which pickles may hold, fails here and not where the name is written.
     machine.push(str(argument).encode().decode())
 
 
-def _nothing(machine: _Machine, argument: object) -> None:
+def _skip(machine: _Machine, argument: object) -> None:
     pass
 
 
 def _put(machine: _Machine, argument: object) -> None:
     assert isinstance(argument, int)
-    machine.remember(argument)
+    machine.memoize(argument)
 
 
 def _get(machine: _Machine, argument: object) -> None:
@@ -177,33 +179,33 @@ def _get(machine: _Machine, argument: object) -> None:
     machine.push(machine.memo[argument])
 
 
-_STEPS: Mapping[str, _Step] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _nothing),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _pushed),
-    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _text),
+_INSTRUCTIONS: Mapping[str, _Instruction] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _skip),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _push_text),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
-    "MEMOIZE": lambda machine, _: machine.remember(None),
+    "MEMOIZE": lambda machine, _: machine.memoize(None),
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
     "MARK": lambda machine, _: machine.marks.append(len(machine.stack)),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "TUPLE1": lambda machine, _: machine.push(tuple(machine.last(1))),
-    "TUPLE2": lambda machine, _: machine.push(tuple(machine.last(2))),
-    "TUPLE3": lambda machine, _: machine.push(tuple(machine.last(3))),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.since_mark())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop_last(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop_last(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop_last(3))),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
-    "APPEND": lambda machine, _: machine.extend(machine.last(1)),
-    "APPENDS": lambda machine, _: machine.extend(machine.since_mark()),
-    "EMPTY_DICT": lambda machine, _: machine.push(Table()),
-    "SETITEM": lambda machine, _: machine.set_items(machine.last(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
-    "GLOBAL": lambda machine, argument: machine.name(*str(argument).split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.name(*machine.last(2)),
+    "APPEND": lambda machine, _: machine.extend(machine.pop_last(1)),
+    "APPENDS": lambda machine, _: machine.extend(machine.pop_to_mark()),
+    "EMPTY_DICT": lambda machine, _: machine.push(PickledDict()),
+    "SETITEM": lambda machine, _: machine.set_items(machine.pop_last(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),
+    "GLOBAL": lambda machine, argument: machine.push_global(*str(argument).split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, _: machine.push_global(*machine.pop_last(2)),
     "REDUCE": lambda machine, _: machine.call(),
     "NEWOBJ": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.build(),
-    "BINPERSID": lambda machine, _: machine.persistent(),
+    "BINPERSID": lambda machine, _: machine.push_persistent_id(),
 }
 """What each instruction does, by the name that `pickletools` gives it."""

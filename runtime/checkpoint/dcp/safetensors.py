@@ -13,15 +13,15 @@ from plans.errors import HeaderError, IncompleteError
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.files.strict_json import strict_json
+from runtime.checkpoint.files.strict_json import parse_strict_json
 
-__all__ = ["read_shard_files", "sharding_metadata"]
+__all__ = ["build_sharding_metadata", "read_shard_files"]
 
 _INFO = "DCP_SHARDING_INFO"
 _MAX_SIZE = 2**63 - 1
 
 
-def sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+def build_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Return the metadata of a shard file.
 
     Args:
@@ -43,28 +43,28 @@ def read_shard_files(folder: Path, names: Sequence[str]) -> list[Chunk]:
         IncompleteError: a file is cut short.
         CheckpointError: a link leads out of the folder.
     """
-    return [chunk for name in names for chunk in _chunks(folder, folder / name)]
+    return [chunk for name in names for chunk in _read_file_chunks(folder, folder / name)]
 
 
-def _chunks(folder: Path, path: Path) -> list[Chunk]:
+def _read_file_chunks(folder: Path, path: Path) -> list[Chunk]:
     check_contained(folder, path)
     if not path.is_file():
         raise IncompleteError(f"{path}: not a file", hint="copy the file again", file=str(path))
     header = read_header(path)
-    info = _info(header)
+    info = _read_sharding_info(header)
     return [
-        Chunk.contiguous(name, _offset(path, name, info, stored), f"{path.name}/{name}", stored)
+        Chunk.contiguous(name, _get_offset(path, name, info, stored), f"{path.name}/{name}", stored)
         for name, stored in header.tensors.items()
     ]
 
 
-def _info(header: Header) -> Mapping[str, object] | None:
+def _read_sharding_info(header: Header) -> Mapping[str, object] | None:
     """Return what the metadata says of each tensor, None where every one is whole."""
     text = header.metadata.get(_INFO)
-    return strict_json(text.encode(), header.file) if text else None
+    return parse_strict_json(text.encode(), header.file) if text else None
 
 
-def _offset(path: Path, name: str, info: Mapping[str, object] | None, stored: StoredTensor) -> tuple[int, ...]:
+def _get_offset(path: Path, name: str, info: Mapping[str, object] | None, stored: StoredTensor) -> tuple[int, ...]:
     if info is None:
         return (0,) * len(stored.shape)
     match info.get(name):

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from plans.errors import CheckpointError
-from runtime.wording import listed
+from runtime.wording import format_names
 
-__all__ = ["INDEX", "MARKER", "WEIGHTS", "check_apart_names", "is_weight_file"]
+__all__ = ["INDEX", "MARKER", "WEIGHTS", "check_distinct_names", "is_weight_file"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,7 @@ def is_weight_file(name: object) -> bool:
     )
 
 
-def check_apart_names(folder: Path, names: Iterable[str]) -> None:
+def check_distinct_names(folder: Path, names: Iterable[str]) -> None:
     """Refuse a result in which two files would have one name, or one the name of another's folder.
 
     Args:
@@ -50,7 +50,7 @@ def check_apart_names(folder: Path, names: Iterable[str]) -> None:
     twice = sorted(name for name, count in counts.items() if count > 1 or name in folders)
     if twice:
         raise CheckpointError(
-            f"{folder}: the result would have two of {listed(twice)}",
+            f"{folder}: the result would have two of {format_names(twice)}",
             hint="rename or move away the source's files of these names",
             files=twice,
         )

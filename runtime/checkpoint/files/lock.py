@@ -11,11 +11,11 @@ from pathlib import Path
 
 from plans.errors import DestinationError
 
-__all__ = ["check_free", "held", "locked"]
+__all__ = ["check_unlocked", "hold_lock", "hold_temporary_lock"]
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_temporary_lock(path: Path) -> Iterator[None]:
     """Hold the lock of a file that is there only as long as somebody holds it, or was killed holding it.
 
     Args:
@@ -34,7 +34,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock of a file that stays; it is created when it is missing.
 
     Raises:
@@ -48,9 +48,9 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_free(path: Path) -> None:
+def check_unlocked(path: Path) -> None:
     """Refuse to go on where another process holds the lock of a file."""
-    with held(path):
+    with hold_lock(path):
         pass
 
 
@@ -58,7 +58,7 @@ def _acquire(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            _check_ours(descriptor, path)
+            _check_lock_file(descriptor, path)
             _lock(descriptor, path)
             if _is_at(descriptor, path):
                 return descriptor
@@ -74,11 +74,11 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise DestinationError(
-            f"{_guarded(path)}: another run is writing it", hint="wait for that run to end", path=str(path)
+            f"{_get_guarded_path(path)}: another run is writing it", hint="wait for that run to end", path=str(path)
         ) from error
 
 
-def _check_ours(descriptor: int, path: Path) -> None:
+def _check_lock_file(descriptor: int, path: Path) -> None:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size:
         raise DestinationError(
@@ -93,6 +93,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _guarded(path: Path) -> Path:
+def _get_guarded_path(path: Path) -> Path:
     """Return what a lock is for: the folder beside it, or the one that it is in."""
     return path.with_suffix("") if path.suffix == ".lock" else path.parent

@@ -12,7 +12,7 @@ from types import TracebackType
 
 __all__ = ["OpenFiles"]
 
-_KEPT = 256
+_MAX_OPEN = 256
 
 
 class OpenFiles:
@@ -20,39 +20,39 @@ class OpenFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._kept: dict[str, int] = {}
+        self._descriptors: dict[str, int] = {}
         self._lock = Lock()
-        self._turns: defaultdict[str, Lock] = defaultdict(Lock)
+        self._write_locks: defaultdict[str, Lock] = defaultdict(Lock)
 
-    def turn(self, name: str) -> Lock:
+    def get_write_lock(self, name: str) -> Lock:
         """Return the lock of whose turn it is to write a file: the system lets in one, and others spin for theirs."""
         with self._lock:
-            return self._turns[name]
+            return self._write_locks[name]
 
     @contextmanager
-    def opened(self, name: str) -> Iterator[int]:
+    def open(self, name: str) -> Iterator[int]:
         """Give the descriptor of a file that exists."""
-        descriptor = self._kept.get(name)
+        descriptor = self._descriptors.get(name)
         if descriptor is None:
-            descriptor = self._open(name)
+            descriptor = self._open_descriptor(name)
         try:
             yield descriptor
         finally:
-            if self._kept.get(name) != descriptor:
+            if self._descriptors.get(name) != descriptor:
                 os.close(descriptor)
 
-    def _open(self, name: str) -> int:
+    def _open_descriptor(self, name: str) -> int:
         with self._lock:
-            if name in self._kept:
-                return self._kept[name]
+            if name in self._descriptors:
+                return self._descriptors[name]
             descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            if len(self._kept) < _KEPT:
-                self._kept[name] = descriptor
+            if len(self._descriptors) < _MAX_OPEN:
+                self._descriptors[name] = descriptor
             return descriptor
 
     def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        while self._kept:
-            os.close(self._kept.popitem()[1])
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])

@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from plans.errors import CheckpointError, IncompleteError
 
-__all__ = ["open_regular", "opened", "read_at_most", "read_exactly", "reading", "truncated"]
+__all__ = ["convert_read_errors", "open_descriptor", "open_regular", "read_at_most", "read_exactly", "truncation_error"]
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def convert_read_errors(path: Path) -> Iterator[None]:
     """Turn what the system says when a file cannot be read into an error for the user.
 
     Raises:
@@ -33,13 +33,13 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
+def open_descriptor(path: Path) -> Iterator[int]:
     """Give the descriptor of a file that is read by offsets; what the body says is not taken for what opening says.
 
     Raises:
         CheckpointError: it cannot be opened.
     """
-    with reading(path):
+    with convert_read_errors(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -54,7 +54,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     Raises:
         CheckpointError: it is anything else, or opening or reading failed.
     """
-    with reading(path):
+    with convert_read_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(
                 f"{path}: not a regular file",
@@ -94,14 +94,14 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -
     """
     done = 0
     while done < len(buffer):
-        with reading(file):
+        with convert_read_errors(file):
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if not count:
-            raise truncated(file, offset + done, offset + len(buffer))
+            raise truncation_error(file, offset + done, offset + len(buffer))
         done += count
 
 
-def truncated(file: Path, size: int, expected: int) -> IncompleteError:
+def truncation_error(file: Path, size: int, expected: int) -> IncompleteError:
     """Return the error for a file that ends too early.
 
     Args:

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.checkpoint.files.reading import opened, reading
+from runtime.checkpoint.files.reading import convert_read_errors, open_descriptor
 
-__all__ = ["clone", "shared_block"]
+__all__ = ["clone_range", "probe_block_size"]
 
 _FICLONERANGE = 0x4020940D
 _ARGUMENTS = struct.Struct("qQQQ")
-_CANNOT = frozenset(
+_UNSUPPORTED_ERRORS = frozenset(
     (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ETXTBSY),
 )
 """What the system says where two files cannot share blocks; anything else is an error.
@@ -25,7 +25,7 @@ Source: ioctl_ficlonerange(2)
 """
 
 
-def shared_block(sources: Iterable[Path], folder: Path) -> int:
+def probe_block_size(sources: Iterable[Path], folder: Path) -> int:
     """Return the bytes of a block that files in a folder can share with one of the sources at least, 0 if they cannot.
 
     A block of one file of each disk is shared with a file that has no name, and so leaves nothing behind.
@@ -39,13 +39,13 @@ def shared_block(sources: Iterable[Path], folder: Path) -> int:
         OSError: the folder cannot be written.
     """
     block = os.statvfs(folder).f_bsize
-    for source in _largest(sources):
-        if source.stat().st_size >= block and _is_shared(source, folder, block):
+    for source in _find_largest_files(sources):
+        if source.stat().st_size >= block and _can_share_block(source, folder, block):
             return block
     return 0
 
 
-def clone(source: int, offset: int, length: int, target: int, target_offset: int) -> bool:
+def clone_range(source: int, offset: int, length: int, target: int, target_offset: int) -> bool:
     """Let a file share another's blocks, and return whether it could.
 
     Args:
@@ -61,24 +61,24 @@ def clone(source: int, offset: int, length: int, target: int, target_offset: int
     try:
         fcntl.ioctl(target, _FICLONERANGE, _ARGUMENTS.pack(source, offset, length, target_offset))
     except OSError as error:
-        if error.errno in _CANNOT:
+        if error.errno in _UNSUPPORTED_ERRORS:
             return False
         raise
     return True
 
 
-def _largest(sources: Iterable[Path]) -> Iterable[Path]:
+def _find_largest_files(sources: Iterable[Path]) -> Iterable[Path]:
     """Return the largest file of each disk."""
     found: dict[int, Path] = {}
     for source in sources:
-        with reading(source):
+        with convert_read_errors(source):
             at = source.stat()
         if at.st_dev not in found or at.st_size > found[at.st_dev].stat().st_size:
             found[at.st_dev] = source
     return found.values()
 
 
-def _is_shared(source: Path, folder: Path, block: int) -> bool:
-    with tempfile.TemporaryFile(dir=folder) as probe, opened(source) as descriptor:
+def _can_share_block(source: Path, folder: Path, block: int) -> bool:
+    with tempfile.TemporaryFile(dir=folder) as probe, open_descriptor(source) as descriptor:
         probe.truncate(block)
-        return clone(descriptor, 0, block, probe.fileno(), 0)
+        return clone_range(descriptor, 0, block, probe.fileno(), 0)

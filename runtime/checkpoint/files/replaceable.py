@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 from plans.errors import DestinationError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import listed
+from runtime.wording import format_names
 
 __all__ = ["check_replaceable"]
 
 _CONFIG = "config.json"
 _METADATA = ".metadata"
 _SHARDS = "shard-*-model-*-of-*.safetensors"
-_KNOWN = re.compile(
+_KNOWN_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors"
     r"|__\d+_\d+\.distcp|\.metadata|model\.safetensors\.index\.json|migrator\.json|\.migrator-partial(-\d+)?"
     r"|((generation_|preprocessor_|processor_|video_preprocessor_)?config|tokenizer(_config)?|vocab|added_tokens"
@@ -42,10 +42,10 @@ def check_replaceable(folder: Path, names: Collection[str] | None = None) -> Non
             hint="name a new folder",
             path=str(folder),
         )
-    others = [name for name in _files(folder) if names is not None and not _is_accounted_for(name, names)]
+    others = [name for name in _list_files(folder) if names is not None and not _is_accounted_for(name, names)]
     if others:
         raise DestinationError(
-            f"{folder}: holds {listed(others)}, which would be lost",
+            f"{folder}: holds {format_names(others)}, which would be lost",
             hint="move them away, or name a new folder",
             path=str(folder),
             files=others,
@@ -66,10 +66,10 @@ def _is_accounted_for(name: str, names: Collection[str]) -> bool:
     """Return whether a file is of a checkpoint, or of the same place in it as an optimizer's state of the result."""
     path = PurePosixPath(name)
     is_of_state = path.suffix == ".distcp" and str(path.with_name(_METADATA)) in names
-    return name in names or is_of_state or _KNOWN.fullmatch(name) is not None
+    return name in names or is_of_state or _KNOWN_FILES.fullmatch(name) is not None
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _list_files(folder: Path) -> Iterator[str]:
     """Yield everything in a folder but folders that hold something, `/` between the parts of a name."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):

@@ -11,16 +11,16 @@ from math import prod
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.files.reading import open_regular, truncated
-from runtime.checkpoint.files.strict_json import strict_json
+from runtime.checkpoint.files.reading import open_regular, truncation_error
+from runtime.checkpoint.files.strict_json import parse_strict_json
 
 __all__ = [
     "BITS",
     "Header",
     "StoredTensor",
-    "dtypes_of",
     "encode_header",
-    "padded_header",
+    "find_dtypes",
+    "pad_header",
     "read_header",
     "tensor_bytes",
 ]
@@ -77,7 +77,7 @@ def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
     return bits // 8
 
 
-def dtypes_of(parts: Iterable[tuple[str, StoredTensor]], where: str = "elsewhere") -> dict[str, str]:
+def find_dtypes(parts: Iterable[tuple[str, StoredTensor]], where: str = "elsewhere") -> dict[str, str]:
     """Return the dtype of each tensor that files hold in parts.
 
     Args:
@@ -112,17 +112,17 @@ def read_header(file: Path) -> Header:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
-            raise truncated(file, size, _LENGTH.size)
+            raise truncation_error(file, size, _LENGTH.size)
         (length,) = _LENGTH.unpack(prefix)
         if length > _MAX_HEADER:
             what = f"a header of {length} bytes is over the format's limit"
             raise HeaderError(f"{file}: {what}", hint=_HINT, file=str(file))
         if size < _LENGTH.size + length:
-            raise truncated(file, size, _LENGTH.size + length)
-        entries = strict_json(stream.read(length), file)
-    metadata = _metadata(file, entries.pop("__metadata__", {}))
+            raise truncation_error(file, size, _LENGTH.size + length)
+        entries = parse_strict_json(stream.read(length), file)
+    metadata = _parse_metadata(file, entries.pop("__metadata__", {}))
     begin = _LENGTH.size + length
-    tensors = {name: _tensor(file, name, entry, begin) for name, entry in entries.items()}
+    tensors = {name: _parse_tensor(file, name, entry, begin) for name, entry in entries.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)))
     _check_contiguous(file, ordered, begin, size)
     return Header(file, metadata, ordered)
@@ -146,25 +146,25 @@ def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: M
     return _LENGTH.pack(len(text)) + text
 
 
-def padded_header(header: bytes, count: int) -> bytes:
+def pad_header(header: bytes, count: int) -> bytes:
     """Return a header with so many more spaces behind its JSON, which readers skip."""
     text = header[_LENGTH.size :] + b" " * count
     return _LENGTH.pack(len(text)) + text
 
 
-def _tensor(file: Path, name: str, entry: object, begin: int) -> StoredTensor:
+def _parse_tensor(file: Path, name: str, entry: object, begin: int) -> StoredTensor:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
             pass
         case _:
-            raise _lie(file, name, "has no well-formed dtype, shape and data_offsets")
+            raise _tensor_error(file, name, "has no well-formed dtype, shape and data_offsets")
     if dtype not in BITS:
-        raise _lie(file, name, f"has the unknown dtype {dtype!r}")
+        raise _tensor_error(file, name, f"has the unknown dtype {dtype!r}")
     if len(shape) > _MAX_DIMS or not all(_is_size(number) for number in (*shape, start, stop)):
-        raise _lie(file, name, "has sizes or offsets that are not integers in range")
+        raise _tensor_error(file, name, "has sizes or offsets that are not integers in range")
     bits = BITS[dtype] * prod(shape)
     if bits % 8 or start > stop or bits // 8 != stop - start:
-        raise _lie(file, name, f"is {dtype} {shape} but spans {stop - start} bytes")
+        raise _tensor_error(file, name, f"is {dtype} {shape} but spans {stop - start} bytes")
     return StoredTensor(file, dtype, tuple(shape), begin + start, stop - start)
 
 
@@ -173,15 +173,15 @@ def _check_contiguous(file: Path, tensors: Mapping[str, StoredTensor], begin: in
     for name, tensor in tensors.items():
         if tensor.offset != cursor:
             what = "overlaps the tensor before it" if tensor.offset < cursor else "leaves a hole before it"
-            raise _lie(file, name, what)
+            raise _tensor_error(file, name, what)
         cursor += tensor.size
     if size < cursor:
-        raise truncated(file, size, cursor)
+        raise truncation_error(file, size, cursor)
     if size > cursor:
         raise HeaderError(f"{file}: {size - cursor} bytes follow the last tensor", hint=_HINT, file=str(file))
 
 
-def _metadata(file: Path, value: object) -> Mapping[str, str]:
+def _parse_metadata(file: Path, value: object) -> Mapping[str, str]:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise HeaderError(f"{file}: __metadata__ is not a table of strings", hint=_HINT, file=str(file))
@@ -191,5 +191,5 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_SIZE
 
 
-def _lie(file: Path, name: str, what: str) -> HeaderError:
+def _tensor_error(file: Path, name: str, what: str) -> HeaderError:
     return HeaderError(f"{file}: tensor {name!r} {what}", hint=_HINT, file=str(file), tensor=name)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from runtime.checkpoint.files.reading import opened, read_exactly
+from runtime.checkpoint.files.reading import open_descriptor, read_exactly
 from runtime.checkpoint.files.safetensors import StoredTensor
 
-__all__ = ["same_bytes"]
+__all__ = ["has_same_bytes"]
 
 _PART = 2**20
 
 
-def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+def has_same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     """Return whether two stored tensors are equal bit for bit, dtype and shape included.
 
     Raises:
@@ -20,7 +20,7 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     parts = bytearray(min(_PART, first.size)), bytearray(min(_PART, first.size))
-    with opened(first.file) as one, opened(second.file) as other:
+    with open_descriptor(first.file) as one, open_descriptor(second.file) as other:
         for start in range(0, first.size, _PART):
             for descriptor, tensor, part in ((one, first, parts[0]), (other, second, parts[1])):
                 wanted = memoryview(part)[: tensor.size - start]

@@ -11,9 +11,9 @@ from plans.errors import CheckpointError, IncompleteError
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.record import MANIFEST
 
-__all__ = ["OTHER_WEIGHTS", "SideFiles", "check_contained", "find_side_files", "walk"]
+__all__ = ["WEIGHT_SUFFIXES", "SideFiles", "check_contained", "find_side_files", "walk_files"]
 
-OTHER_WEIGHTS = frozenset(
+WEIGHT_SUFFIXES = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
 )
 """How the names of weight files end, in any format."""
@@ -45,10 +45,10 @@ def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
     """
     copied: list[str] = []
     left_behind: list[str] = []
-    for path in walk(folder):
+    for path in walk_files(folder):
         name = path.relative_to(folder).as_posix()
         if name not in used:
-            (copied if _goes_along(folder, path) else left_behind).append(name)
+            (copied if _is_copied(folder, path) else left_behind).append(name)
     return SideFiles(tuple(copied), tuple(left_behind))
 
 
@@ -73,7 +73,7 @@ def check_contained(folder: Path, path: Path) -> None:
         )
 
 
-def walk(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
     """Yield files, links and hidden folders in the order of their names; links to folders are not followed."""
     waiting = sorted(folder.iterdir(), reverse=True)
     while waiting:
@@ -84,13 +84,13 @@ def walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _goes_along(folder: Path, path: Path) -> bool:
+def _is_copied(folder: Path, path: Path) -> bool:
     if path.is_symlink():
         check_contained(folder, path)
-    foreign = path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json") or _is_ours(path.name)
+    foreign = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or _is_migrator_file(path.name)
     return path.is_file() and not foreign
 
 
-def _is_ours(name: str) -> bool:
+def _is_migrator_file(name: str) -> bool:
     """Return whether a file is our manifest or a journal; each rank has a journal of its own."""
     return name == MANIFEST or name.startswith(MARKER)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import MismatchError
-from runtime.checkpoint.files.reading import reading
-from runtime.checkpoint.files.side_files import walk
-from runtime.wording import listed
+from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.side_files import walk_files
+from runtime.wording import format_names
 
-__all__ = ["Stamp", "check_unchanged", "stamp_of", "stamps_of"]
+__all__ = ["Stamp", "check_unchanged", "read_stamp", "read_stamps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,15 @@ class Stamp:
     inode: int
 
 
-def stamps_of(folder: Path) -> dict[str, Stamp]:
+def read_stamps(folder: Path) -> dict[str, Stamp]:
     """Return the stamps of a folder's files by name, taken before any of them is read.
 
     Raises:
         CheckpointError: the folder cannot be listed.
     """
-    with reading(folder):
-        paths = [path for path in walk(folder) if path.is_file()] if folder.is_dir() else []
-    found = {path.relative_to(folder).as_posix(): stamp_of(path) for path in paths}
+    with convert_read_errors(folder):
+        paths = [path for path in walk_files(folder) if path.is_file()] if folder.is_dir() else []
+    found = {path.relative_to(folder).as_posix(): read_stamp(path) for path in paths}
     return {name: stamp for name, stamp in found.items() if stamp is not None}
 
 
@@ -46,16 +46,16 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collecti
     Raises:
         MismatchError: a file was changed, replaced or removed.
     """
-    changed = [name for name in stamps.keys() - set(ignored) if stamp_of(folder / name) != stamps[name]]
+    changed = [name for name in stamps.keys() - set(ignored) if read_stamp(folder / name) != stamps[name]]
     if changed:
         raise MismatchError(
-            f"{folder}: {listed(sorted(changed))} changed while it was read",
+            f"{folder}: {format_names(sorted(changed))} changed while it was read",
             hint="wait until nothing writes there any more, then run the same command again",
             files=sorted(changed),
         )
 
 
-def stamp_of(path: Path) -> Stamp | None:
+def read_stamp(path: Path) -> Stamp | None:
     """Return the stamp of one file, None where there is none."""
     try:
         found = path.stat()

@@ -8,31 +8,31 @@ from pathlib import Path
 
 from plans.errors import HeaderError
 
-__all__ = ["is_deeper", "strict_json"]
+__all__ = ["is_nested_deeper", "parse_strict_json"]
 
 _MAX_PARSED = 2**29
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
 
-def strict_json(text: bytes, file: Path) -> dict[str, object]:
+def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
     """Parse a JSON object in which no key occurs twice and every string is valid Unicode.
 
     Raises:
         HeaderError: the text is anything else.
     """
 
-    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    def build_unique_dict(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
         if len(result := dict(pairs)) != len(pairs):
             raise ValueError("a key occurs twice")
         return result
 
-    def refused(constant: str) -> None:
+    def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    if _parsed_bytes(text) > _MAX_PARSED:
+    if _estimate_parsed_bytes(text) > _MAX_PARSED:
         raise HeaderError(f"{file}: JSON of more parts than any checkpoint's", hint=_HINT, file=str(file))
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
+        value = json.loads(text, object_pairs_hook=build_unique_dict, parse_constant=refuse)
         if b"\\u" in text:
             # Only escapes can smuggle in half a surrogate pair, which no file could be written with.
             json.dumps(value, ensure_ascii=False).encode()
@@ -43,18 +43,18 @@ def strict_json(text: bytes, file: Path) -> dict[str, object]:
     return value
 
 
-def is_deeper(value: object, levels: int) -> bool:
+def is_nested_deeper(value: object, levels: int) -> bool:
     """Return whether lists and tables lie in one another over more than so many levels."""
     inside = [value]
     for _ in range(levels):
-        inside = [part for one in inside if isinstance(one, dict | list) for part in _parts(one)]
+        inside = [part for one in inside if isinstance(one, dict | list) for part in _get_children(one)]
     return any(isinstance(one, dict | list) for one in inside)
 
 
-def _parts(value: dict[str, object] | list[object]) -> Iterable[object]:
+def _get_children(value: dict[str, object] | list[object]) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value
 
 
-def _parsed_bytes(text: bytes) -> int:
+def _estimate_parsed_bytes(text: bytes) -> int:
     """Return about what JSON takes in memory: its lists and tables, its strings and the pairs of them, its numbers."""
     return 96 * (text.count(b"[") + text.count(b"{")) + 112 * (text.count(b'"') // 2) + 48 * text.count(b",")

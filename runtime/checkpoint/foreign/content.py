@@ -7,38 +7,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import ConversionError
-from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.files.safetensors import StoredTensor, dtypes_of
+from runtime.checkpoint.content import Checkpoint, TensorInfo
+from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import find_side_files
-from runtime.checkpoint.foreign.cuts import Cut, check_groups, check_told, cuts_of
-from runtime.checkpoint.foreign.files import RankFiles, read_rank_files
-from runtime.checkpoint.foreign.holding import check_held
-from runtime.checkpoint.foreign.local import Shape, locals_of
-from runtime.checkpoint.foreign.names import conversion_of, stored_twice, whole_shapes
-from runtime.checkpoint.foreign.pieces import Piece, check_tied, reassembled, without_copies
-from runtime.checkpoint.foreign.placing import plan_of
-from runtime.checkpoint.foreign.source import CONFIG, Foreign
+from runtime.checkpoint.foreign.cuts import TensorSharding, check_evidence, check_groups, resolve_shardings
+from runtime.checkpoint.foreign.files import ExternalFiles, read_external_files
+from runtime.checkpoint.foreign.holding import check_shapes
+from runtime.checkpoint.foreign.local import Shape, compute_shards
+from runtime.checkpoint.foreign.names import build_external_conversion, find_tied_pairs, resolve_shapes
+from runtime.checkpoint.foreign.pieces import RankChunk, check_tied_chunks, drop_duplicates, reassemble_tensors
+from runtime.checkpoint.foreign.placing import resolve_external_plan
+from runtime.checkpoint.foreign.source import CONFIG, ExternalSettings
 from runtime.checkpoint.hub.names import Conversion
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized
-from runtime.extents.forms import Form
-from runtime.extents.turned import through
+from runtime.extents.forms import TensorMap
+from runtime.extents.turned import compose
 from runtime.models.dtypes import dtype_name
-from runtime.models.model import model_tensors, tensor_kind, tied_names
+from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["foreign_content"]
+__all__ = ["read_external"]
 
 
-def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> Content:
+def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettings) -> Checkpoint:
     """Return what foreign rank files hold of a model; what the plan repeats is compared byte for byte.
 
     Args:
         folder: where they lie.
         model: that the config describes, on meta.
-        foreign: how they are to be read.
+        external: how they are to be read.
 
     Raises:
         UsageError: the pattern or the sizes do not go with the folder, or tensors are quantized otherwise than the
@@ -47,64 +47,66 @@ def foreign_content(folder: Path, model: PreTrainedModel, foreign: Foreign) -> C
         CheckpointError: files are damaged, incomplete or name their tensors otherwise than the model.
         MismatchError: a local shape is not what the plan leaves its rank, or copies differ.
     """
-    if foreign.config is not None:
-        foreign.config.check_unchanged()
-    cuts = cuts_of(model, foreign, plan_of(model, foreign))
-    files = read_rank_files(folder, foreign)
-    shapes = whole_shapes(folder, files.stored, model)
-    conversion = conversion_of(folder, shapes, model)
-    pieces = _pieces(folder, files, foreign, conversion, cuts, shapes)
+    if external.config is not None:
+        external.config.check_unchanged()
+    cuts = resolve_shardings(model, external, resolve_external_plan(model, external))
+    files = read_external_files(folder, external)
+    shapes = resolve_shapes(folder, files.tensor_names, model)
+    conversion = build_external_conversion(folder, shapes, model)
+    pieces = _collect_chunks(folder, files, external, conversion, cuts, shapes)
     check_groups(folder, model, cuts)
-    check_told(folder, model, cuts, {**conversion.forms, **conversion.repeated})
-    held = _held(pieces, conversion, model)
-    check_tied(pieces, stored_twice(conversion, tied_names(model)))
-    kept = without_copies(pieces)
-    of_stored = through(reassembled(kept, shapes))
-    return Content(
+    check_evidence(folder, model, cuts, {**conversion.tensor_maps, **conversion.duplicates})
+    held = _build_tensor_infos(pieces, conversion, model)
+    check_tied_chunks(pieces, find_tied_pairs(conversion, find_tied_names(model)))
+    kept = drop_duplicates(pieces)
+    of_stored = compose(reassemble_tensors(kept, shapes))
+    return Checkpoint(
         folder=folder,
         layout="foreign",
         tensors=held,
-        tied=tied_names(model),
-        forms={name: of_stored(form) for name, form in conversion.forms.items()},
-        pieces={piece.key: piece.stored for piece in kept},
-        side=find_side_files(folder, files.names if foreign.config is None else files.names | {CONFIG}),
-        made={} if foreign.config is None else {CONFIG: foreign.config.text},
+        tied=find_tied_names(model),
+        tensor_maps={name: of_stored(form) for name, form in conversion.tensor_maps.items()},
+        chunks={piece.key: piece.stored for piece in kept},
+        side_files=find_side_files(folder, files.names if external.config is None else files.names | {CONFIG}),
+        extra_files={} if external.config is None else {CONFIG: external.config.text},
     )
 
 
-def _pieces(
+def _collect_chunks(
     folder: Path,
-    files: RankFiles,
-    foreign: Foreign,
+    files: ExternalFiles,
+    external: ExternalSettings,
     conversion: Conversion,
-    cuts: Mapping[str, Cut],
+    shardings: Mapping[str, TensorSharding],
     shapes: Mapping[str, Shape],
-) -> list[Piece]:
+) -> list[RankChunk]:
     """Return what all ranks hold, every shape held against the plan; tensors without elements are left out."""
-    forms: Mapping[str, Form] = {**conversion.forms, **conversion.repeated}
-    pieces: list[Piece] = []
+    forms: Mapping[str, TensorMap] = {**conversion.tensor_maps, **conversion.duplicates}
+    pieces: list[RankChunk] = []
     for rank, tensors in enumerate(files.tensors):
-        locals_ = locals_of(rank, foreign.mesh, forms, cuts, shapes)
-        check_held(folder, rank, foreign.mesh, tensors, locals_, shapes, cuts)
-        pieces += [Piece(rank, name, local.form, tensors[name]) for name, local in locals_.items()]
+        locals_ = compute_shards(rank, external.mesh, forms, shardings, shapes)
+        check_shapes(folder, rank, external.mesh, tensors, locals_, shapes, shardings)
+        pieces += [RankChunk(rank, name, local.tensor_map, tensors[name]) for name, local in locals_.items()]
     return pieces
 
 
-def _held(pieces: Sequence[Piece], conversion: Conversion, model: PreTrainedModel) -> dict[str, Held]:
+def _build_tensor_infos(
+    chunks: Sequence[RankChunk], conversion: Conversion, model: PreTrainedModel
+) -> dict[str, TensorInfo]:
     """Return the model's tensors in the dtypes that they are stored in, which must go with the model's."""
-    dtypes = dtypes_of(((piece.name, piece.stored) for piece in pieces), "on other ranks")
-    stored: Mapping[str, StoredTensor] = {piece.name: piece.stored for piece in pieces}
-    of_model = {name: tensor for name, tensor in model_tensors(model).items() if name in conversion.forms}
+    dtypes = find_dtypes(((piece.name, piece.stored) for piece in chunks), "on other ranks")
+    stored: Mapping[str, StoredTensor] = {piece.name: piece.stored for piece in chunks}
+    of_model = {name: tensor for name, tensor in model_tensors(model).items() if name in conversion.tensor_maps}
     if is_quantized(model):
         check_quantized(stored)
-    check_dtypes(conversion.forms, {name: dtype_name(tensor.dtype) for name, tensor in of_model.items()}, stored)
-    held: dict[str, Held] = {}
+    check_dtypes(conversion.tensor_maps, {name: dtype_name(tensor.dtype) for name, tensor in of_model.items()}, stored)
+    held: dict[str, TensorInfo] = {}
     for name, tensor in of_model.items():
-        form = conversion.forms[name]
+        form = conversion.tensor_maps[name]
         found = {dtypes[source] for source in form.sources} or {dtype_name(tensor.dtype)}
         if len(found) > 1:
             raise ConversionError(
                 f"{name} would mix {' and '.join(sorted(found))}", hint="save the rank files in one dtype", name=name
             )
-        held[name] = Held(tensor_kind(tensor), found.pop(), form.shape)
+        held[name] = TensorInfo(tensor_kind(tensor), found.pop(), form.shape)
     return held

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, UsageError
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.safetensors import StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.foreign.source import ExternalSettings
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import listed, shortened
+from runtime.wording import format_names, shorten
 
-__all__ = ["RankFiles", "read_rank_files"]
+__all__ = ["ExternalFiles", "read_external_files"]
 
-Parts = Mapping[int, Path]
+RankParts = Mapping[int, Path]
 """A rank's files by their number."""
 
 
 @dataclass(frozen=True)
-class RankFiles:
+class ExternalFiles:
     """What the files of all ranks hold.
 
     Args:
@@ -34,17 +34,17 @@ class RankFiles:
     tensors: tuple[Mapping[str, StoredTensor], ...]
 
     @property
-    def stored(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
         """The names of tensors in any of the files."""
         return tuple(dict.fromkeys(name for tensors in self.tensors for name in tensors))
 
 
-def read_rank_files(folder: Path, foreign: Foreign) -> RankFiles:
+def read_external_files(folder: Path, external: ExternalSettings) -> ExternalFiles:
     """Find the files of every rank and read their headers, no tensor.
 
     Args:
         folder: where they lie.
-        foreign: how they are named, and of how many ranks they are.
+        external: how they are named, and of how many ranks they are.
 
     Raises:
         UsageError: no file has such a name, there are more ranks, or the folder has a manifest.
@@ -52,7 +52,7 @@ def read_rank_files(folder: Path, foreign: Foreign) -> RankFiles:
         HeaderError: a header lies, or two parts hold one tensor.
         CheckpointError: the folder cannot be read, or a link leads out of it.
     """
-    with reading(folder):
+    with convert_read_errors(folder):
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: not a folder", hint="name the folder that holds the rank files", folder=str(folder)
@@ -64,18 +64,18 @@ def read_rank_files(folder: Path, foreign: Foreign) -> RankFiles:
             hint="leave --from-pattern and what belongs to it out",
             folder=str(folder),
         )
-    found = _by_rank(folder, foreign, present)
-    _check_ranks(folder, foreign, found)
+    found = _group_by_rank(folder, external, present)
+    _check_ranks(folder, external, found)
     for rank, parts in found.items():
-        _check_parts(folder, foreign, rank, parts)
+        _check_parts(folder, external, rank, parts)
     names = frozenset(path.name for parts in found.values() for path in parts.values())
-    return RankFiles(names, tuple(_tensors(folder, found[rank]) for rank in range(foreign.mesh.world_size)))
+    return ExternalFiles(names, tuple(_read_tensors(folder, found[rank]) for rank in range(external.mesh.world_size)))
 
 
-def _by_rank(folder: Path, foreign: Foreign, present: Sequence[str]) -> Mapping[int, Parts]:
+def _group_by_rank(folder: Path, external: ExternalSettings, file_names: Sequence[str]) -> Mapping[int, RankParts]:
     """Return the files of each rank; where names tell the number of ranks, those of another one are no part of it."""
-    read = {name: said for name in present if (said := foreign.pattern.read(name)) is not None}
-    world = foreign.mesh.world_size
+    read = {name: said for name in file_names if (said := external.pattern.parse(name)) is not None}
+    world = external.mesh.world_size
     found: defaultdict[int, dict[int, Path]] = defaultdict(dict)
     for name, said in read.items():
         if said.world in (None, world):
@@ -88,38 +88,38 @@ def _by_rank(folder: Path, foreign: Foreign, present: Sequence[str]) -> Mapping[
             files=list(read),
         )
     if not found:
-        held = [name for name in present if name.endswith(".safetensors")] or present
+        held = [name for name in file_names if name.endswith(".safetensors")] or file_names
         raise UsageError(
-            f"{folder}: no file is named like {shortened(str(foreign.pattern))}, "
-            f"it has {listed(held) if held else 'nothing'}",
+            f"{folder}: no file is named like {shorten(str(external.pattern))}, "
+            f"it has {format_names(held) if held else 'nothing'}",
             hint="correct --from-pattern",
             files=held,
         )
     return found
 
 
-def _check_ranks(folder: Path, foreign: Foreign, found: Mapping[int, Parts]) -> None:
-    world = foreign.mesh.world_size
-    over = sorted(rank for rank in found if rank >= world)
+def _check_ranks(folder: Path, external: ExternalSettings, files_by_rank: Mapping[int, RankParts]) -> None:
+    world = external.mesh.world_size
+    over = sorted(rank for rank in files_by_rank if rank >= world)
     if over:
-        names = [path.name for rank in over for path in found[rank].values()]
+        names = [path.name for rank in over for path in files_by_rank[rank].values()]
         raise UsageError(
-            f"{folder}: {listed(names)} would be of rank {over[0]}, but {world} ranks are numbered 0 to {world - 1}",
+            f"{folder}: {format_names(names)} would be of rank {over[0]}, but {world} ranks are numbered 0 to {world - 1}",
             hint="correct --from-tp and --from-ep, or move files of another checkpoint away",
             files=names,
         )
-    if len(found) < world:
-        absent = next(rank for rank in range(world) if rank not in found)
+    if len(files_by_rank) < world:
+        absent = next(rank for rank in range(world) if rank not in files_by_rank)
         raise IncompleteError(
-            f"{folder}: {world - len(found)} of {world} ranks have no file, rank {absent} is the first",
+            f"{folder}: {world - len(files_by_rank)} of {world} ranks have no file, rank {absent} is the first",
             hint="copy the missing files, or correct --from-tp and --from-ep",
             rank=absent,
         )
 
 
-def _check_parts(folder: Path, foreign: Foreign, rank: int, parts: Parts) -> None:
+def _check_parts(folder: Path, external: ExternalSettings, rank: int, parts: RankParts) -> None:
     first = min(parts)
-    if foreign.pattern.has_parts and (first > 1 or max(parts) - first + 1 > len(parts)):
+    if external.pattern.has_parts and (first > 1 or max(parts) - first + 1 > len(parts)):
         absent = 0 if first > 1 else next(part for part in range(first, max(parts)) if part not in parts)
         raise IncompleteError(
             f"{folder}: part {absent} of rank {rank} is missing",
@@ -129,7 +129,7 @@ def _check_parts(folder: Path, foreign: Foreign, rank: int, parts: Parts) -> Non
         )
 
 
-def _tensors(folder: Path, parts: Parts) -> Mapping[str, StoredTensor]:
+def _read_tensors(folder: Path, parts: RankParts) -> Mapping[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for _, path in sorted(parts.items()):
         check_contained(folder, path)

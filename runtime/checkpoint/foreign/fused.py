@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING
 
 from plans.placement import Packed, Shard
 from plans.resolved import ResolvedParameter
-from runtime.checkpoint.foreign.grouped import Grouped, Placing, placing_to_json
+from runtime.checkpoint.foreign.grouped import ExternalPlacement, UnevenPacked, external_placement_to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["each_cut", "is_fused", "is_one_matrix", "placing_of", "sizes_in", "which_of"]
+__all__ = [
+    "build_matrix_placement",
+    "format_plan_hint",
+    "infer_matrix_placement",
+    "infer_matrix_sizes",
+    "is_fused",
+    "is_single_matrix",
+]
 
 
 def is_fused(name: str) -> bool:
     """Return whether a tensor's name, or its module's, is one that models give several matrices in one."""
-    return any(fnmatchcase(part, pattern) for part in _last(name) for pattern in _FUSED)
+    return any(fnmatchcase(part, pattern) for part in _get_last_parts(name) for pattern in _FUSED_NAMES)
 
 
-def is_one_matrix(name: str) -> bool:
+def is_single_matrix(name: str) -> bool:
     """Return whether a tensor's name, or its module's, is one that models give a single matrix."""
-    return not _ONE_MATRIX.isdisjoint(_last(name))
+    return not _SINGLE_MATRIX_NAMES.isdisjoint(_get_last_parts(name))
 
 
-def each_cut(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> Placing | None:
+def infer_matrix_placement(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> ExternalPlacement | None:
     """Return how each matrix in a fused tensor would be cut, None where nothing tells how large they are.
 
     Args:
@@ -37,16 +44,16 @@ def each_cut(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> Plac
     """
     if isinstance(row.placements[-1], Packed):
         return row.placements[-1]
-    sizes = sizes_in(row, dim, config)
-    return placing_of(dim, sizes) if sizes else None
+    sizes = infer_matrix_sizes(row, dim, config)
+    return build_matrix_placement(dim, sizes) if sizes else None
 
 
-def placing_of(dim: int, sizes: tuple[int, ...]) -> Placing:
+def build_matrix_placement(dim: int, sizes: tuple[int, ...]) -> ExternalPlacement:
     """Return how matrices of these sizes are cut, each by itself, where they lie one after the other along a dim."""
-    return Packed(dim, len(sizes)) if len(set(sizes)) == 1 else Grouped(dim, sizes)
+    return Packed(dim, len(sizes)) if len(set(sizes)) == 1 else UnevenPacked(dim, sizes)
 
 
-def sizes_in(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> tuple[int, ...]:
+def infer_matrix_sizes(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the sizes of the matrices in a fused tensor, nothing where the model does not tell.
 
     Args:
@@ -54,40 +61,42 @@ def sizes_in(row: ResolvedParameter, dim: int, config: PreTrainedConfig) -> tupl
         dim: along which they lie.
         config: of the language model.
     """
-    extent, parts = row.shape[dim], _last(row.name)
-    of_name = next((of for pattern, of in _FUSED.items() if any(fnmatchcase(part, pattern) for part in parts)), None)
+    extent, parts = row.shape[dim], _get_last_parts(row.name)
+    of_name = next(
+        (of for pattern, of in _FUSED_NAMES.items() if any(fnmatchcase(part, pattern) for part in parts)), None
+    )
     sizes = of_name(config, extent) if of_name else ()
     return sizes if sum(sizes) == extent else ()
 
 
-def which_of(cut: Mapping[str, tuple[int, Placing | None]]) -> str:
+def format_plan_hint(options: Mapping[str, tuple[int, ExternalPlacement | None]]) -> str:
     """Return the hint that gives entries of `--plan` for both readings of fused tensors.
 
     Args:
-        cut: for the key of each the dim that is cut, and how each matrix in it would be.
+        options: for the key of each the dim that is cut, and how each matrix in it would be.
     """
-    whole = {key: Shard(dim) for key, (dim, _) in cut.items()}
-    each = {key: placing for key, (_, placing) in cut.items() if placing is not None}
-    unsized = [dim for dim, placing in cut.values() if placing is None]
-    of_each = f"{_entries(each)} where each matrix in them was cut, as serving stacks do; " if each else ""
+    whole = {key: Shard(dim) for key, (dim, _) in options.items()}
+    each = {key: placing for key, (_, placing) in options.items() if placing is not None}
+    unsized = [dim for dim, placing in options.values() if placing is None]
+    of_each = f"{_format_entries(each)} where each matrix in them was cut, as serving stacks do; " if each else ""
     sizes = f'; {{"packed": [{unsized[0]}, [SIZE, …]]}} is for matrices of these sizes' if unsized else ""
-    return f"give --plan a JSON file that says {of_each}{_entries(whole)} where they were cut as one{sizes}"
+    return f"give --plan a JSON file that says {of_each}{_format_entries(whole)} where they were cut as one{sizes}"
 
 
-def _entries(entries: Mapping[str, Placing]) -> str:
-    return json.dumps({key: placing_to_json(placing) for key, placing in entries.items()})
+def _format_entries(entries: Mapping[str, ExternalPlacement]) -> str:
+    return json.dumps({key: external_placement_to_json(placing) for key, placing in entries.items()})
 
 
-def _last(name: str) -> list[str]:
+def _get_last_parts(name: str) -> list[str]:
     """Return the names of a tensor and of the module that holds it."""
     return name.split(".")[-2:]
 
 
-def _halves(config: PreTrainedConfig, extent: int) -> tuple[int, ...]:
+def _compute_halves(config: PreTrainedConfig, extent: int) -> tuple[int, ...]:
     return (extent // 2, extent // 2)
 
 
-def _heads(config: PreTrainedConfig, extent: int) -> tuple[int, ...]:
+def _compute_head_sizes(config: PreTrainedConfig, extent: int) -> tuple[int, ...]:
     """Return the sizes of queries, keys and values, which only heads of one width tell."""
     heads: int | None = getattr(config, "num_attention_heads", None)
     of_keys: int | None = getattr(config, "num_key_value_heads", None) or heads
@@ -98,14 +107,14 @@ def _heads(config: PreTrainedConfig, extent: int) -> tuple[int, ...]:
     return (heads * width, of_keys * width, of_keys * width)
 
 
-_FUSED: Mapping[str, Callable[[PreTrainedConfig, int], tuple[int, ...]] | None] = {
+_FUSED_NAMES: Mapping[str, Callable[[PreTrainedConfig, int], tuple[int, ...]] | None] = {
     "in_proj*": None,
     "*query_key_value*": None,
     "*qkvz*": None,
-    "*qkv*": _heads,
-    "c_attn": _heads,
-    "*gate_up*": _halves,
-    "*up_gate*": _halves,
+    "*qkv*": _compute_head_sizes,
+    "c_attn": _compute_head_sizes,
+    "*gate_up*": _compute_halves,
+    "*up_gate*": _compute_halves,
     "*qk_proj": None,
     "kv_proj": None,
     "key_value*": None,
@@ -115,7 +124,7 @@ _FUSED: Mapping[str, Callable[[PreTrainedConfig, int], tuple[int, ...]] | None] 
 }
 """Names of fused tensors, and the sizes of what lies in them where the config tells."""
 
-_ONE_MATRIX = frozenset(
+_SINGLE_MATRIX_NAMES = frozenset(
     [
         *("lm_head", "embed_tokens", "embed_out"),
         *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "g_proj"),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plans.placement import Packed, Placement, placement_to_json
-from runtime.extents.forms import Form, FormError, chunk_bounds, concatenate, narrow, split
+from runtime.extents.forms import TensorMap, TensorMapError, chunk_bounds, concatenate, narrow, split
 
-__all__ = ["Grouped", "Placing", "placing_to_json"]
+__all__ = ["ExternalPlacement", "UnevenPacked", "external_placement_to_json"]
 
 
 @dataclass(frozen=True)
-class Grouped:
+class UnevenPacked:
     """Tensors of several sizes lie one after the other along `dim`; rank r holds the r-th chunk of each, in order.
 
     It is `Packed` for groups that are not equal: queries, fewer keys and as few values in one `qkv_proj`. Each group
@@ -33,30 +33,30 @@ class Grouped:
         """The placement that comes nearest, for showing: as many groups, whatever their sizes."""
         return Packed(self.dim, len(self.sizes))
 
-    def local(self, form: Form, ranks: int, index: int) -> Form:
+    def local_map(self, tensor_map: TensorMap, ranks: int, index: int) -> TensorMap:
         """Return the form of what one rank holds.
 
         Args:
-            form: of the whole tensor.
+            tensor_map: of the whole tensor.
             ranks: of the axis that cuts it.
             index: the rank's place among them.
 
         Raises:
             FormError: the groups are not the tensor's, or do not divide.
         """
-        parts = split(form, self.sizes, self.dim)
+        parts = split(tensor_map, self.sizes, self.dim)
         if any(size % ranks for size in self.sizes):
-            raise FormError(f"groups of {list(self.sizes)} along dim {self.dim} do not divide by {ranks}")
+            raise TensorMapError(f"groups of {list(self.sizes)} along dim {self.dim} do not divide by {ranks}")
         bounds = [chunk_bounds(size, ranks, index) for size in self.sizes]
         return concatenate([narrow(part, self.dim, *of) for part, of in zip(parts, bounds, strict=True)], self.dim)
 
 
-Placing = Placement | Grouped
+ExternalPlacement = Placement | UnevenPacked
 """How the ranks of one axis hold a tensor of another stack's."""
 
 
-def placing_to_json(placing: Placing) -> dict[str, object]:
+def external_placement_to_json(placement: ExternalPlacement) -> dict[str, object]:
     """Return what `--plan` says for it: a placement as manifests have it, or `{"packed": [dim, [size, …]]}`."""
-    if isinstance(placing, Grouped):
-        return {"packed": [placing.dim, list(placing.sizes)]}
-    return placement_to_json(placing)
+    if isinstance(placement, UnevenPacked):
+        return {"packed": [placement.dim, list(placement.sizes)]}
+    return placement_to_json(placement)

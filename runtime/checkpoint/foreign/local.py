@@ -8,35 +8,35 @@ from math import prod
 
 from plans.errors import ConversionError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.foreign.cuts import Cut
-from runtime.extents.forms import Form, FormError, narrow, whole
-from runtime.extents.turned import inverse
+from runtime.checkpoint.foreign.cuts import TensorSharding
+from runtime.extents.forms import TensorMap, TensorMapError, narrow, whole
+from runtime.extents.turned import invert
 
-__all__ = ["Local", "Shape", "locals_of"]
+__all__ = ["LocalShard", "Shape", "compute_shards"]
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
+class LocalShard:
     """A rank's part of a stored tensor.
 
     Args:
-        form: over the whole stored tensor.
-        cut: of the parameter that the rank needs it for.
+        tensor_map: over the whole stored tensor.
+        sharding: of the parameter that the rank needs it for.
     """
 
-    form: Form
-    cut: Cut
+    tensor_map: TensorMap
+    sharding: TensorSharding
 
 
-def locals_of(
+def compute_shards(
     rank: int,
     mesh: Mesh,
-    forms: Mapping[str, Form],
-    cuts: Mapping[str, Cut],
+    tensor_maps: Mapping[str, TensorMap],
+    shardings: Mapping[str, TensorSharding],
     shapes: Mapping[str, Shape],
-) -> dict[str, Local]:
+) -> dict[str, LocalShard]:
     """Return what a rank holds of the stored tensors; those of which it holds nothing are left out.
 
     A tensor that is stored as the model has it is cut as the parameter is. Of one in hub form a rank holds the box that
@@ -45,51 +45,51 @@ def locals_of(
     Args:
         rank: whose.
         mesh: of the files.
-        forms: of the model's tensors over the whole stored ones.
-        cuts: how the ranks hold them.
+        tensor_maps: of the model's tensors over the whole stored ones.
+        shardings: how the ranks hold them.
         shapes: of the whole stored tensors.
 
     Raises:
         MismatchError: a packed parameter does not divide.
         ConversionError: a rank would hold a part of a stored tensor that is no box.
     """
-    local = {name: _local(form, cuts[name], mesh, rank) for name, form in forms.items()}
-    plain = {name: form.sources[0] for name, form in forms.items() if _is_plain(form, shapes)}
-    held = {source: Local(local[name], cuts[name]) for name, source in plain.items() if local[name].extents}
+    local = {name: _compute_local_map(form, shardings[name], mesh, rank) for name, form in tensor_maps.items()}
+    plain = {name: form.sources[0] for name, form in tensor_maps.items() if _is_identity(form, shapes)}
+    held = {source: LocalShard(local[name], shardings[name]) for name, source in plain.items() if local[name].boxes}
     converted = {name: form for name, form in local.items() if name not in plain}
-    users = {source: cuts[name] for name, form in converted.items() for source in form.sources}
-    used = inverse(converted, {source: shapes[source] for source in users})
-    return held | {source: Local(_box(source, used[source], cut), cut) for source, cut in users.items()}
+    users = {source: shardings[name] for name, form in converted.items() for source in form.sources}
+    used = invert(converted, {source: shapes[source] for source in users})
+    return held | {source: LocalShard(_find_box(source, used[source], cut), cut) for source, cut in users.items()}
 
 
-def _is_plain(form: Form, shapes: Mapping[str, Shape]) -> bool:
-    sources = form.sources
-    return len(sources) == 1 and form == whole(sources[0], shapes[sources[0]])
+def _is_identity(tensor_map: TensorMap, shapes: Mapping[str, Shape]) -> bool:
+    sources = tensor_map.sources
+    return len(sources) == 1 and tensor_map == whole(sources[0], shapes[sources[0]])
 
 
-def _local(form: Form, cut: Cut, mesh: Mesh, rank: int) -> Form:
+def _compute_local_map(tensor_map: TensorMap, sharding: TensorSharding, mesh: Mesh, rank: int) -> TensorMap:
     try:
-        return cut.local(form, mesh, rank)
-    except FormError as error:
+        return sharding.local_map(tensor_map, mesh, rank)
+    except TensorMapError as error:
         raise MismatchError(
-            f"{cut.row.name}: {error}",
+            f"{sharding.parameter.name}: {error}",
             hint="correct --from-tp and --from-ep, or say in a --plan how it was cut",
-            name=cut.row.name,
+            name=sharding.parameter.name,
         ) from error
 
 
-def _box(source: str, used: Form, cut: Cut) -> Form:
+def _find_box(source: str, used: TensorMap, sharding: TensorSharding) -> TensorMap:
     """Return the box of a stored tensor that holds all that is used of it, and nothing else."""
     box = whole(source, used.shape)
     for dim in range(len(used.shape)):
-        start = min(extent.offset[dim] for extent in used.extents)
-        stop = max(e.offset[dim] + (e.shape[dim] - 1) * e.steps[dim] + 1 for e in used.extents)
+        start = min(extent.offset[dim] for extent in used.boxes)
+        stop = max(e.offset[dim] + (e.shape[dim] - 1) * e.steps[dim] + 1 for e in used.boxes)
         box = narrow(box, dim, start, stop - start)
-    if prod(box.shape) != sum(prod(extent.shape) for extent in used.extents):
+    if prod(box.shape) != sum(prod(extent.shape) for extent in used.boxes):
         raise ConversionError(
-            f"{cut.row.name} at {cut.placing} leaves a rank scattered parts of {source!r}",
+            f"{sharding.parameter.name} at {sharding.placement} leaves a rank scattered parts of {source!r}",
             hint="save the rank files under the model's own names, which need no conversion",
-            name=cut.row.name,
+            name=sharding.parameter.name,
             tensor=source,
         )
     return box

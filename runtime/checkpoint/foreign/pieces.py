@@ -8,28 +8,28 @@ from dataclasses import dataclass
 
 from plans.errors import ConversionError, MismatchError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.same_bytes import same_bytes
+from runtime.checkpoint.files.same_bytes import has_same_bytes
 from runtime.checkpoint.foreign.local import Shape
-from runtime.extents.forms import Form
+from runtime.extents.forms import TensorMap
 from runtime.extents.shards import reassemble
 
-__all__ = ["Piece", "check_tied", "reassembled", "without_copies"]
+__all__ = ["RankChunk", "check_tied_chunks", "drop_duplicates", "reassemble_tensors"]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RankChunk:
     """What one rank's files hold of a stored tensor.
 
     Args:
         rank: whose.
         name: of the stored tensor.
-        form: of the piece over the whole tensor.
+        tensor_map: of the piece over the whole tensor.
         stored: where its bytes are.
     """
 
     rank: int
     name: str
-    form: Form
+    tensor_map: TensorMap
     stored: StoredTensor
 
     @property
@@ -38,16 +38,16 @@ class Piece:
         return f"{self.rank}/{self.name}"
 
 
-def without_copies(pieces: Iterable[Piece]) -> list[Piece]:
+def drop_duplicates(chunks: Iterable[RankChunk]) -> list[RankChunk]:
     """Return one of the pieces that hold the same part of a tensor; all others are read and must have its bytes.
 
     Raises:
         MismatchError: they do not.
     """
-    first: dict[Form, Piece] = {}
-    for piece in pieces:
-        kept = first.setdefault(piece.form, piece)
-        if kept is not piece and not same_bytes(kept.stored, piece.stored):
+    first: dict[TensorMap, RankChunk] = {}
+    for piece in chunks:
+        kept = first.setdefault(piece.tensor_map, piece)
+        if kept is not piece and not has_same_bytes(kept.stored, piece.stored):
             raise MismatchError(
                 f"{piece.name!r} should be the same in {kept.stored.file} and in {piece.stored.file}, but is not",
                 hint="if the plan is wrong, say in a --plan how it was cut; or the files belong to several checkpoints",
@@ -57,20 +57,20 @@ def without_copies(pieces: Iterable[Piece]) -> list[Piece]:
     return list(first.values())
 
 
-def check_tied(pieces: Sequence[Piece], stored_twice: Mapping[str, str]) -> None:
+def check_tied_chunks(chunks: Sequence[RankChunk], tied_pairs: Mapping[str, str]) -> None:
     """Refuse names of one tensor that hold different bytes.
 
     Args:
-        pieces: of all ranks.
-        stored_twice: each tied name with the name of its target, both stored.
+        chunks: of all ranks.
+        tied_pairs: each tied name with the name of its target, both stored.
 
     Raises:
         ConversionError: on some rank they do.
     """
-    held = {(piece.rank, piece.name): piece.stored for piece in pieces}
-    for piece in pieces:
-        target = stored_twice.get(piece.name)
-        if target is not None and not same_bytes(piece.stored, held[piece.rank, target]):
+    held = {(piece.rank, piece.name): piece.stored for piece in chunks}
+    for piece in chunks:
+        target = tied_pairs.get(piece.name)
+        if target is not None and not has_same_bytes(piece.stored, held[piece.rank, target]):
             raise ConversionError(
                 f"{piece.name} is tied to {target} but stored with other values in {piece.stored.file}",
                 hint="set tie_word_embeddings to false in config.json, or remove one of the two from the files",
@@ -79,14 +79,14 @@ def check_tied(pieces: Sequence[Piece], stored_twice: Mapping[str, str]) -> None
             )
 
 
-def reassembled(pieces: Iterable[Piece], shapes: Mapping[str, Shape]) -> dict[str, Form]:
+def reassemble_tensors(chunks: Iterable[RankChunk], shapes: Mapping[str, Shape]) -> dict[str, TensorMap]:
     """Return the forms of the whole stored tensors over the keys of the pieces.
 
     Args:
-        pieces: which hold every part of every tensor once.
+        chunks: which hold every part of every tensor once.
         shapes: of the stored tensors.
     """
-    by_name: defaultdict[str, list[tuple[str, Form]]] = defaultdict(list)
-    for piece in pieces:
-        by_name[piece.name].append((piece.key, piece.form))
+    by_name: defaultdict[str, list[tuple[str, TensorMap]]] = defaultdict(list)
+    for piece in chunks:
+        by_name[piece.name].append((piece.key, piece.tensor_map))
     return {name: reassemble(shape, by_name[name]) for name, shape in shapes.items()}

@@ -8,95 +8,97 @@ from typing import TYPE_CHECKING
 
 from plans.errors import PlanError, UnmatchedKeyError
 from plans.placement import Replicate
-from plans.plan import lookup, unmatched_keys
+from plans.plan import find_key, find_unmatched_keys
 from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.foreign.grouped import Grouped, Placing
-from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.foreign.grouped import ExternalPlacement, UnevenPacked
+from runtime.checkpoint.foreign.source import ExternalSettings
 from runtime.models.model import model_tensors
 from runtime.planning.plan import Plan, runtime_dialect
-from runtime.planning.resolve import place
-from runtime.planning.scales import Scale, check_blocks, scales_of
-from runtime.wording import listed
+from runtime.planning.resolve import place_tensors
+from runtime.planning.scales import Scale, check_scale_blocks, find_scales
+from runtime.wording import format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["plan_of", "said_keys"]
+__all__ = ["find_declared_keys", "resolve_external_plan"]
 
 
-def plan_of(model: PreTrainedModel, foreign: Foreign) -> ResolvedPlan:
+def resolve_external_plan(model: PreTrainedModel, external: ExternalSettings) -> ResolvedPlan:
     """Return where each tensor of a model lies on the ranks, under each of its names.
 
     Args:
         model: on meta.
-        foreign: whose own entries win over those of the model's plan, a parameter's over its module's.
+        external: whose own entries win over those of the model's plan, a parameter's over its module's.
 
     Raises:
         PlanError: the model has no plan and the user gave none, an entry names nothing or puts a tensor where it cannot
             be, or names of one tensor are put in different places.
         IndivisibleError: a quantized weight would be cut within a block that has one scale.
     """
-    scales = scales_of(model)
-    keys = said_keys(model, foreign)
-    styles = {name: style for name, key in keys.items() if isinstance(style := foreign.plan[key], str)}
-    base = _model_plan(model, foreign)
+    scales = find_scales(model)
+    keys = find_declared_keys(model, external)
+    styles = {name: style for name, key in keys.items() if isinstance(style := external.plan[key], str)}
+    base = _read_model_plan(model, external)
     entries = {**base.entries, **styles}
-    rows = {row.name: row for row in place(model, Plan(base.mode, entries))}
+    rows = {row.name: row for row in place_tensors(model, Plan(base.mode, entries))}
     for name, key in keys.items():
-        said = foreign.plan[key]
+        said = external.plan[key]
         if not isinstance(said, str):
-            rows[name] = _placed(rows[name], said, key, scales.get(name))
+            rows[name] = _apply_placement(rows[name], said, key, scales.get(name))
     _check_tied(rows)
     parameters = tuple(rows.values())
-    check_blocks(foreign.mesh, parameters, scales)
+    check_scale_blocks(external.mesh, parameters, scales)
     name, dialect = str(model.config.model_type), runtime_dialect().name
-    return ResolvedPlan(name, base.mode, dialect, foreign.mesh, entries, parameters)
+    return ResolvedPlan(name, base.mode, dialect, external.mesh, entries, parameters)
 
 
-def _model_plan(model: PreTrainedModel, foreign: Foreign) -> Plan:
+def _read_model_plan(model: PreTrainedModel, external: ExternalSettings) -> Plan:
     """Return the model's plan; a model without one may do where the user gives one, or nothing is cut."""
-    needs_none = not model.tp_plan and (foreign.plan or foreign.mesh.world_size == 1)
-    return Plan(foreign.chosen_mode, {}) if needs_none else Plan.from_model(model, foreign.chosen_mode)
+    needs_none = not model.tp_plan and (external.plan or external.mesh.world_size == 1)
+    return Plan(external.effective_mode, {}) if needs_none else Plan.from_model(model, external.effective_mode)
 
 
-def said_keys(model: PreTrainedModel, foreign: Foreign) -> dict[str, str]:
+def find_declared_keys(model: PreTrainedModel, external: ExternalSettings) -> dict[str, str]:
     """Return the user's key for each tensor that they speak of; scales go with their weights.
 
     Args:
         model: on meta.
-        foreign: with the user's entries.
+        external: with the user's entries.
 
     Raises:
         UnmatchedKeyError: an entry names nothing.
     """
-    scales = scales_of(model)
+    scales = find_scales(model)
     names = list(model_tensors(model))
     owners = {name.rpartition(".")[0] for name in names}
-    if unmatched := unmatched_keys(foreign.plan, [*names, *owners]):
+    if unmatched := find_unmatched_keys(external.plan, [*names, *owners]):
         raise UnmatchedKeyError(
-            f"--plan: {listed(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
+            f"--plan: {format_names(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
             hint="correct or remove the entries",
             keys=unmatched,
         )
     decided = {name: scales[name].weight if name in scales else name for name in names}
-    found = {name: lookup(foreign.plan, decided[name], is_parameter=True) for name in names}
+    found = {name: find_key(external.plan, decided[name], is_parameter=True) for name in names}
     return {name: key for name, key in found.items() if key is not None}
 
 
-def _placed(row: ResolvedParameter, placing: Placing, key: str, scale: Scale | None) -> ResolvedParameter:
-    if not isinstance(placing, Replicate) and placing.dim >= len(row.shape):
+def _apply_placement(
+    row: ResolvedParameter, declared: ExternalPlacement, key: str, scale: Scale | None
+) -> ResolvedParameter:
+    if not isinstance(declared, Replicate) and declared.dim >= len(row.shape):
         raise PlanError(
-            f"--plan: {key!r} makes {row.name} {placing}, but it is {list(row.shape)}",
+            f"--plan: {key!r} makes {row.name} {declared}, but it is {list(row.shape)}",
             hint="give each parameter of the module an entry of its own",
             key=key,
         )
-    if isinstance(placing, Grouped) and scale:
+    if isinstance(declared, UnevenPacked) and scale:
         raise PlanError(
             f"--plan: {key!r} cuts {row.name} in groups of several sizes, which is not read of quantized weights",
             hint="save the whole model in hub form instead",
             key=key,
         )
-    placement = placing.packed if isinstance(placing, Grouped) else placing
+    placement = declared.packed if isinstance(declared, UnevenPacked) else declared
     own = scale.placement(placement, len(row.shape)) if scale else placement
     return replace(row, placements=(Replicate(), own))
 

@@ -9,18 +9,18 @@ from pathlib import Path
 from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.files.reading import read_at_most
-from runtime.checkpoint.files.stamps import Stamp, check_unchanged, stamp_of
-from runtime.checkpoint.foreign.grouped import Placing
-from runtime.checkpoint.foreign.pattern import Pattern
+from runtime.checkpoint.files.stamps import Stamp, check_unchanged, read_stamp
+from runtime.checkpoint.foreign.grouped import ExternalPlacement
+from runtime.checkpoint.foreign.pattern import FilePattern
 
-__all__ = ["CONFIG", "Foreign", "OwnConfig"]
+__all__ = ["CONFIG", "ExternalSettings", "SeparateConfig"]
 
 CONFIG = "config.json"
-_MOST_CONFIG = 10_000_000
+_MAX_CONFIG_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
-class OwnConfig:
+class SeparateConfig:
     """A config.json that does not lie beside the files, read once.
 
     Args:
@@ -34,19 +34,19 @@ class OwnConfig:
     stamp: Stamp
 
     @classmethod
-    def read(cls, folder: Path) -> OwnConfig:
+    def read(cls, folder: Path) -> SeparateConfig:
         """Read it.
 
         Raises:
             IncompleteError: there is none.
             CheckpointError: it cannot be read, or is no regular file of a config's size.
         """
-        stamp = stamp_of(folder / CONFIG)
+        stamp = read_stamp(folder / CONFIG)
         if stamp is None:
             raise IncompleteError(
                 f"{folder}: no {CONFIG}", hint="name a config.json, or its folder, by --config", folder=str(folder)
             )
-        return cls(folder, read_at_most(folder / CONFIG, _MOST_CONFIG), stamp)
+        return cls(folder, read_at_most(folder / CONFIG, _MAX_CONFIG_BYTES), stamp)
 
     def check_unchanged(self) -> None:
         """Refuse to go on where the file is no longer what was read, for the model may be of the other one.
@@ -58,7 +58,7 @@ class OwnConfig:
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalSettings:
     """How a folder's foreign rank files are to be read.
 
     Args:
@@ -73,12 +73,12 @@ class Foreign:
         UsageError: the sizes or the mode contradict one another.
     """
 
-    pattern: Pattern
+    pattern: FilePattern
     tp: int = 1
     ep: int = 1
     mode: Mode | None = None
-    plan: Mapping[str, str | Placing] = field(default_factory=dict)
-    config: OwnConfig | None = None
+    plan: Mapping[str, str | ExternalPlacement] = field(default_factory=dict)
+    config: SeparateConfig | None = None
 
     def __post_init__(self) -> None:
         if self.ep > 1 and self.ep % self.tp:
@@ -107,7 +107,7 @@ class Foreign:
         return Mesh(tp=self.tp, ep=self.ep, fsdp=max(self.ep // self.tp, 1))
 
     @property
-    def chosen_mode(self) -> Mode:
+    def effective_mode(self) -> Mode:
         """The mode, the default one where none is said."""
         return self.mode or ("tp_ep" if self.ep > 1 else "tp")
 

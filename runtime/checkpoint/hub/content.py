@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from plans.errors import ConversionError
-from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.content import Checkpoint, TensorInfo
 from runtime.checkpoint.hub.hf import HubCheckpoint
 from runtime.checkpoint.hub.names import Conversion, convert
-from runtime.checkpoint.hub.quantized import check_dtypes, check_names, check_quantized, check_scales
-from runtime.checkpoint.hub.tied import check_repeated
+from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
+from runtime.checkpoint.hub.tied import check_duplicates
 from runtime.checkpoint.record import StoredForm
-from runtime.extents.forms import Form, whole
+from runtime.extents.forms import TensorMap, whole
 from runtime.models.dtypes import dtype_name
-from runtime.models.model import model_tensors, tensor_kind, tied_names
+from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["hub_content"]
+__all__ = ["build_hub_checkpoint"]
 
 
-def hub_content(hub: HubCheckpoint, model: PreTrainedModel) -> Content:
+def build_hub_checkpoint(hub: HubCheckpoint, model: PreTrainedModel) -> Checkpoint:
     """Return what a hub-form checkpoint holds of a model.
 
     Args:
@@ -38,50 +38,54 @@ def hub_content(hub: HubCheckpoint, model: PreTrainedModel) -> Content:
         MismatchError: stored shapes are not the model's.
         UsageError: stored tensors are quantized otherwise than the model's.
     """
-    tied = tied_names(model)
+    tied = find_tied_names(model)
     of_model = model_tensors(model)
     if is_quantized(model):
         check_quantized(hub.tensors)
     else:
-        check_names(hub.tensors.keys(), of_model.keys())
+        check_unquantized(hub.tensors.keys(), of_model.keys())
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
     conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
-    check_dtypes(conversion.forms, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)
-    check_scales(conversion.carried, hub.tensors.keys())
-    check_repeated(hub, conversion, tied)
-    tensors = {name: _held(name, form, of_model[name], hub) for name, form in conversion.forms.items()}
-    carried = _carried(hub, conversion)
-    return Content(
+    check_dtypes(conversion.tensor_maps, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)
+    check_scales(conversion.passthrough, hub.tensors.keys())
+    check_duplicates(hub, conversion, tied)
+    tensors = {
+        name: _build_tensor_info(name, form, of_model[name], hub) for name, form in conversion.tensor_maps.items()
+    }
+    carried = _build_passthrough(hub, conversion)
+    return Checkpoint(
         folder=hub.folder,
         layout="hf",
         tensors={**tensors, **carried},
         tied=tied,
-        forms={**conversion.forms, **{name: whole(name, held.shape) for name, held in carried.items()}},
-        pieces=hub.tensors,
-        side=hub.side,
-        stored_form=_stored_form(hub),
+        tensor_maps={**conversion.tensor_maps, **{name: whole(name, held.shape) for name, held in carried.items()}},
+        chunks=hub.tensors,
+        side_files=hub.side_files,
+        stored_form=_build_stored_form(hub),
     )
 
 
-def _held(name: str, form: Form, tensor: torch.Tensor, hub: HubCheckpoint) -> Held:
+def _build_tensor_info(name: str, tensor_map: TensorMap, tensor: torch.Tensor, hub: HubCheckpoint) -> TensorInfo:
     """Return a tensor of the model in the dtype that it is stored in; bytes are moved, never cast."""
-    dtypes = {hub.tensors[source].dtype: source for source in form.sources}
+    dtypes = {hub.tensors[source].dtype: source for source in tensor_map.sources}
     if len(dtypes) > 1:
         listed = " and ".join(f"{source} ({dtype})" for dtype, source in sorted(dtypes.items()))
         raise ConversionError(f"{name} would mix dtypes: {listed}", hint="save the checkpoint in one dtype", name=name)
     dtype = next(iter(dtypes), dtype_name(tensor.dtype))
-    return Held(tensor_kind(tensor), dtype, form.shape)
+    return TensorInfo(tensor_kind(tensor), dtype, tensor_map.shape)
 
 
-def _carried(hub: HubCheckpoint, conversion: Conversion) -> Mapping[str, Held]:
-    for name in conversion.carried:
-        if name in conversion.forms:
+def _build_passthrough(hub: HubCheckpoint, conversion: Conversion) -> Mapping[str, TensorInfo]:
+    for name in conversion.passthrough:
+        if name in conversion.tensor_maps:
             what = f"{name} is both stored for itself and made from others"
             raise ConversionError(what, hint="save it again", name=name)
-    return {name: Held("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.carried}
+    return {
+        name: TensorInfo("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.passthrough
+    }
 
 
-def _stored_form(hub: HubCheckpoint) -> StoredForm:
+def _build_stored_form(hub: HubCheckpoint) -> StoredForm:
     common = hub.headers[0].metadata
     return StoredForm(
         files=tuple(header.file.name for header in hub.headers),

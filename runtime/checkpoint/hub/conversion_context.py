@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.extents.forms import Form, FormError
+from runtime.extents.forms import TensorMap, TensorMapError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Collected", "Context", "one_pattern", "only_form"]
+__all__ = ["ConversionContext", "PatternMaps", "get_only_map", "get_only_pattern"]
 
-Collected = dict[str, list[Form]]
+PatternMaps = dict[str, list[TensorMap]]
 """Forms by the pattern of names that they came from or go to."""
 
 
 @dataclass(frozen=True)
-class Context:
+class ConversionContext:
     """What an operation may ask about the converter that runs it.
 
     Args:
@@ -43,10 +43,10 @@ class Context:
         """
         name = self.layer.replace(self.targets[0], target)
         if name not in self.shapes:
-            raise FormError(f"the model has no {name}")
+            raise TensorMapError(f"the model has no {name}")
         return self.shapes[name]
 
-    def alone(self) -> str:
+    def get_single_name(self) -> str:
         """Return the name that an operation on one tensor gives it.
 
         First of a chain that ends in several targets, it leaves the source's.
@@ -54,21 +54,21 @@ class Context:
         Raises:
             FormError: there are several patterns on the side that it takes the name from.
         """
-        return one_pattern(self.targets if len(self.targets) == 1 else self.sources)
+        return get_only_pattern(self.targets if len(self.targets) == 1 else self.sources)
 
 
-def one_pattern(patterns: Sequence[str]) -> str:
+def get_only_pattern(patterns: Sequence[str]) -> str:
     """Return the only pattern.
 
     Raises:
         FormError: there are several.
     """
     if len(patterns) != 1:
-        raise FormError(f"{len(patterns)} patterns where the operation is defined for one")
+        raise TensorMapError(f"{len(patterns)} patterns where the operation is defined for one")
     return patterns[0]
 
 
-def only_form(collected: Collected) -> Form:
+def get_only_map(collected: PatternMaps) -> TensorMap:
     """Return the only form.
 
     Raises:
@@ -76,5 +76,5 @@ def only_form(collected: Collected) -> Form:
     """
     forms = [form for group in collected.values() for form in group]
     if len(forms) != 1:
-        raise FormError(f"{len(forms)} tensors where the operation is defined for one")
+        raise TensorMapError(f"{len(forms)} tensors where the operation is defined for one")
     return forms[0]

@@ -8,24 +8,24 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from plans.errors import HeaderError
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.new_file import NewFile, NewTensor, new_file
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.copying.new_file import OutputFile, OutputTensor, plan_output_file
 from runtime.checkpoint.hub.names import convert
 from runtime.checkpoint.record import StoredForm
-from runtime.extents.forms import Form
-from runtime.extents.turned import inverse, through
+from runtime.extents.forms import TensorMap
+from runtime.extents.turned import compose, invert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["hub_files", "index_text"]
+__all__ = ["build_index", "plan_hub_files"]
 
 
-def hub_files(content: Content, model: PreTrainedModel, form: StoredForm) -> tuple[NewFile, ...]:
+def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> tuple[OutputFile, ...]:
     """Lay out the weight files of a checkpoint in hub form.
 
     Args:
-        content: what there is.
+        checkpoint: what there is.
         model: that it is of, on meta.
         form: the hub form to bring it to: files, names, shapes, metadata.
 
@@ -33,14 +33,14 @@ def hub_files(content: Content, model: PreTrainedModel, form: StoredForm) -> tup
         HeaderError: the form is not one of these tensors.
         ConversionError, IncompleteError, MismatchError: as `convert`.
     """
-    stored = _stored_forms(content, model, form)
-    rows: defaultdict[str, list[NewTensor]] = defaultdict(list)
+    stored = _build_stored_maps(checkpoint, model, form)
+    rows: defaultdict[str, list[OutputTensor]] = defaultdict(list)
     for name, row in form.tensors.items():
-        rows[str(row["file"])].append((name, _dtype(content, stored[name], name, row), stored[name]))
-    return tuple(new_file(file, rows[file], form.file_metadata.get(file, form.metadata)) for file in form.files)
+        rows[str(row["file"])].append((name, _resolve_dtype(checkpoint, stored[name], name, row), stored[name]))
+    return tuple(plan_output_file(file, rows[file], form.file_metadata.get(file, form.metadata)) for file in form.files)
 
 
-def index_text(form: StoredForm) -> bytes | None:
+def build_index(form: StoredForm) -> bytes | None:
     """Return the index file as `save_pretrained` writes it, None where the form has none."""
     if form.index is None:
         return None
@@ -48,40 +48,43 @@ def index_text(form: StoredForm) -> bytes | None:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _stored_forms(content: Content, model: PreTrainedModel, form: StoredForm) -> dict[str, Form]:
+def _build_stored_maps(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> dict[str, TensorMap]:
     """Return the form of every stored tensor over the pieces of the source."""
-    shapes = {name: _shape(name, row) for name, row in form.tensors.items()}
-    wanted = {name: held.shape for name, held in content.tensors.items() if held.kind != "carried"}
-    conversion = convert(model, shapes, wanted, content.tied)
-    lacking = set(conversion.carried) - content.tensors.keys()
-    unsaid = {name for name, held in content.tensors.items() if held.kind == "carried"} - set(conversion.carried)
+    shapes = {name: _parse_shape(name, row) for name, row in form.tensors.items()}
+    wanted = {name: held.shape for name, held in checkpoint.tensors.items() if held.kind != "carried"}
+    conversion = convert(model, shapes, wanted, checkpoint.tied)
+    lacking = set(conversion.passthrough) - checkpoint.tensors.keys()
+    unsaid = {name for name, held in checkpoint.tensors.items() if held.kind == "carried"} - set(conversion.passthrough)
     if lacking or unsaid:
         name = min(lacking or unsaid)
         raise HeaderError(
-            f"{content.folder}: the hub form that it records and its tensors differ in {name!r}",
+            f"{checkpoint.folder}: the hub form that it records and its tensors differ in {name!r}",
             hint="the manifest is damaged; reshard again from the original",
             tensor=name,
         )
-    used = {name: shape for name, shape in shapes.items() if name not in conversion.carried}
-    back = inverse({**conversion.forms, **conversion.repeated}, used)
-    forms = {**content.forms, **{name: content.forms[target] for name, target in content.tied.items()}}
-    seen = through(forms)
+    used = {name: shape for name, shape in shapes.items() if name not in conversion.passthrough}
+    back = invert({**conversion.tensor_maps, **conversion.duplicates}, used)
+    forms = {
+        **checkpoint.tensor_maps,
+        **{name: checkpoint.tensor_maps[target] for name, target in checkpoint.tied.items()},
+    }
+    seen = compose(forms)
     return {name: seen(back[name]) if name in back else forms[name] for name in shapes}
 
 
-def _dtype(content: Content, form: Form, name: str, row: Mapping[str, object]) -> str:
+def _resolve_dtype(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, row: Mapping[str, object]) -> str:
     """Return a stored tensor's dtype, which its bytes must have where they lie now."""
-    dtypes = {content.pieces[source].dtype for source in form.sources} or {str(row["dtype"])}
+    dtypes = {checkpoint.chunks[source].dtype for source in tensor_map.sources} or {str(row["dtype"])}
     if dtypes != {row["dtype"]}:
         raise HeaderError(
-            f"{content.folder}: {name!r} was stored as {row['dtype']}, but its bytes here are {' and '.join(dtypes)}",
+            f"{checkpoint.folder}: {name!r} was stored as {row['dtype']}, but its bytes here are {' and '.join(dtypes)}",
             hint="the manifest is damaged; reshard again from the original",
             tensor=name,
         )
     return str(row["dtype"])
 
 
-def _shape(name: str, row: Mapping[str, object]) -> tuple[int, ...]:
+def _parse_shape(name: str, row: Mapping[str, object]) -> tuple[int, ...]:
     match row["shape"]:
         case list(sizes) if all(type(size) is int and size >= 0 for size in sizes):
             return tuple(sizes)

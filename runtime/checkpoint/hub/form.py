@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from plans.errors import ConversionError
-from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.content import Checkpoint, TensorInfo
 from runtime.checkpoint.files.safetensors import BITS, tensor_bytes
 from runtime.checkpoint.record import StoredForm
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
@@ -17,21 +17,21 @@ from runtime.wording import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Experts", "default_form"]
+__all__ = ["Experts", "build_default_form"]
 
 Experts = Literal["fused", "separate"]
 """Whether experts are stored stacked as the model holds them, or each by itself where its hub form has them so."""
 
-_FILES = "model{suffix}.safetensors"
-_LARGEST = "50GB"
+_FILE_PATTERN = "model{suffix}.safetensors"
+_MAX_FILE_SIZE = "50GB"
 """What `save_pretrained` puts into one file, transformers 5.23."""
 
 
-def default_form(content: Content, model: PreTrainedModel, experts: Experts = "separate") -> StoredForm:
+def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: Experts = "separate") -> StoredForm:
     """Return the form in which `save_pretrained` would store a checkpoint's tensors.
 
     Args:
-        content: of a checkpoint of the model.
+        checkpoint: of a checkpoint of the model.
         model: on meta.
         experts: `fused` leaves every tensor as the model holds it.
 
@@ -40,13 +40,13 @@ def default_form(content: Content, model: PreTrainedModel, experts: Experts = "s
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    state = {name: _meta(name, held) for name, held in content.tensors.items() if held.kind != "carried"}
-    reverted = _reverted(model, state) if experts == "separate" else state
-    carried = {name: held for name, held in content.tensors.items() if held.kind == "carried"}
+    state = {name: _make_meta_tensor(name, held) for name, held in checkpoint.tensors.items() if held.kind != "carried"}
+    reverted = _revert_conversion(model, state) if experts == "separate" else state
+    carried = {name: held for name, held in checkpoint.tensors.items() if held.kind == "carried"}
     split = split_torch_state_dict_into_shards(
-        {**reverted, **{name: _of_size(held) for name, held in carried.items()}},
-        filename_pattern=_FILES,
-        max_shard_size=_LARGEST,
+        {**reverted, **{name: _make_bytes_tensor(held) for name, held in carried.items()}},
+        filename_pattern=_FILE_PATTERN,
+        max_shard_size=_MAX_FILE_SIZE,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     index = {"metadata": {"total_parameters": parameters, **split.metadata}} if split.is_sharded else None
@@ -60,18 +60,18 @@ def default_form(content: Content, model: PreTrainedModel, experts: Experts = "s
     return StoredForm(tuple(split.filename_to_tensors), {"format": "pt"}, {}, index, tensors)
 
 
-def _meta(name: str, held: Held) -> torch.Tensor:
-    if held.dtype not in DTYPES:
-        raise ConversionError(f"{name} is {held.dtype}, which torch lacks", hint="use a newer torch", name=name)
-    return torch.empty(held.shape, dtype=DTYPES[held.dtype], device="meta")
+def _make_meta_tensor(name: str, info: TensorInfo) -> torch.Tensor:
+    if info.dtype not in DTYPES:
+        raise ConversionError(f"{name} is {info.dtype}, which torch lacks", hint="use a newer torch", name=name)
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
 
 
-def _of_size(held: Held) -> torch.Tensor:
+def _make_bytes_tensor(info: TensorInfo) -> torch.Tensor:
     """Return something of as many bytes as a tensor that is carried, which may be one that torch cannot have."""
-    return torch.empty(tensor_bytes(held.dtype, held.shape), dtype=torch.uint8, device="meta")
+    return torch.empty(tensor_bytes(info.dtype, info.shape), dtype=torch.uint8, device="meta")
 
 
-def _reverted(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+def _revert_conversion(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Return the tensors as transformers' own reverse conversion leaves them, on meta."""
     from transformers.core_model_loading import revert_weight_conversion
 

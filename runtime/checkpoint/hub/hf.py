@@ -8,10 +8,10 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS, is_weight_file
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
-from runtime.checkpoint.files.side_files import OTHER_WEIGHTS, SideFiles, check_contained, find_side_files
-from runtime.checkpoint.files.strict_json import is_deeper, strict_json
+from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES, SideFiles, check_contained, find_side_files
+from runtime.checkpoint.files.strict_json import is_nested_deeper, parse_strict_json
 from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["HubCheckpoint", "read_hub"]
@@ -29,14 +29,14 @@ class HubCheckpoint:
         headers: of the weight files, in the order of their names.
         tensors: every stored tensor by its stored name.
         index: the index file's content without its map of tensors, None when there is no index.
-        side: the other files: config, tokenizer, licence.
+        side_files: the other files: config, tokenizer, licence.
     """
 
     folder: Path
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor]
     index: Mapping[str, object] | None
-    side: SideFiles
+    side_files: SideFiles
 
 
 def read_hub(folder: Path) -> HubCheckpoint:
@@ -50,34 +50,34 @@ def read_hub(folder: Path) -> HubCheckpoint:
         HeaderError: an index or header does not tell the truth about the files.
         CheckpointError: the folder is none, or a link leads out of it.
     """
-    with reading(folder):
+    with convert_read_errors(folder):
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: not a folder", hint="name the folder that holds config.json and weights", folder=str(folder)
             )
         if (folder / WEIGHTS).exists():
-            return _checkpoint(folder, [WEIGHTS], None)
+            return _read_files(folder, [WEIGHTS], None)
         if not (folder / INDEX).exists():
-            raise _no_weights(folder)
+            raise _no_weights_error(folder)
         extra, weight_map = _read_index(folder)
-        checkpoint = _checkpoint(folder, sorted(set(weight_map.values())), extra)
+        checkpoint = _read_files(folder, sorted(set(weight_map.values())), extra)
         _check_index(folder / INDEX, weight_map, checkpoint.tensors)
         return checkpoint
 
 
-def _checkpoint(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
-    headers = tuple(read_header(_inside(folder, name)) for name in files)
+def _read_files(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
+    headers = tuple(read_header(_resolve_path(folder, name)) for name in files)
     used = frozenset(files) if index is None else frozenset((*files, INDEX))
-    return HubCheckpoint(folder, headers, _merged(headers), index, find_side_files(folder, used))
+    return HubCheckpoint(folder, headers, _merge_headers(headers), index, find_side_files(folder, used))
 
 
 def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
-    path = _inside(folder, INDEX)
+    path = _resolve_path(folder, INDEX)
     if path.stat().st_size > _MAX_INDEX:
         raise HeaderError(
             f"{path}: an index of over {_MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
         )
-    content = strict_json(path.read_bytes(), path)
+    content = parse_strict_json(path.read_bytes(), path)
     match content.pop("weight_map", None):
         case dict(weight_map) if weight_map and all(isinstance(name, str) for name in weight_map.values()):
             pass
@@ -93,7 +93,7 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
                 tensor=tensor,
                 file=name,
             )
-    if is_deeper(content, _MAX_DEPTH):
+    if is_nested_deeper(content, _MAX_DEPTH):
         raise HeaderError(
             f"{path}: nested more than {_MAX_DEPTH} deep",
             hint="the index is damaged; download it again",
@@ -102,7 +102,7 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
     return content, weight_map
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _resolve_path(folder: Path, name: str) -> Path:
     """Return the file's path; a link may lead only to the folder itself or to the hub cache's blobs beside it."""
     path = folder / name
     if not path.is_file():
@@ -113,7 +113,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _merged(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
+def _merge_headers(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for header in headers:
         for name, tensor in header.tensors.items():
@@ -148,10 +148,10 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
             )
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights_error(folder: Path) -> CheckpointError:
     """Return the error for a folder whose files no layout knows, by the first of them that looks like weights."""
     files = sorted(path.name for path in folder.iterdir())
-    for is_one, missing, hint in _ALMOST:
+    for is_one, missing, hint in _NEAR_MISSES:
         if found := [name for name in files if is_one(name)]:
             return IncompleteError(f"{folder}: {found[0]} is there, but no {missing}", hint=hint, files=found)
     return IncompleteError(
@@ -159,7 +159,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     )
 
 
-_ALMOST: Sequence[tuple[Callable[[str], bool], str, str]] = (
+_NEAR_MISSES: Sequence[tuple[Callable[[str], bool], str, str]] = (
     (
         lambda name: name.endswith(".distcp"),
         ".metadata, which says what it holds",
@@ -176,7 +176,7 @@ _ALMOST: Sequence[tuple[Callable[[str], bool], str, str]] = (
         f"copy {INDEX} too, or save the model again with save_pretrained",
     ),
     (
-        lambda name: Path(name).suffix in OTHER_WEIGHTS,
+        lambda name: Path(name).suffix in WEIGHT_SUFFIXES,
         f"{WEIGHTS} or {INDEX}",
         "load it with transformers and save it with save_pretrained, which writes safetensors",
     ),

@@ -18,12 +18,12 @@ from transformers.core_model_loading import (
 )
 
 from plans.errors import ConversionError, HeaderError
-from runtime.checkpoint.hub.conversion_checks import check_forms, check_series, conflict
-from runtime.checkpoint.hub.conversion_context import Collected, Context
+from runtime.checkpoint.hub.conversion_checks import check_series, check_tensor_maps, conflict_error
+from runtime.checkpoint.hub.conversion_context import ConversionContext, PatternMaps
 from runtime.checkpoint.hub.operations import OPERATIONS
-from runtime.extents.forms import Form, FormError, whole
+from runtime.extents.forms import TensorMap, TensorMapError, whole
 from runtime.proof import prove
-from runtime.wording import listed
+from runtime.wording import format_names
 
 __all__ = ["Conversion", "convert"]
 
@@ -33,24 +33,24 @@ class Conversion:
     """How stored tensors become the model's.
 
     Args:
-        forms: of each parameter and persistent buffer, over stored tensors.
-        carried: stored tensors that the model has no parameter for.
-        repeated: forms of tied names that are stored although their target is; they must hold the target's bytes.
+        tensor_maps: of each parameter and persistent buffer, over stored tensors.
+        passthrough: stored tensors that the model has no parameter for.
+        duplicates: forms of tied names that are stored although their target is; they must hold the target's bytes.
     """
 
-    forms: Mapping[str, Form]
-    carried: tuple[str, ...]
-    repeated: Mapping[str, Form]
+    tensor_maps: Mapping[str, TensorMap]
+    passthrough: tuple[str, ...]
+    duplicates: Mapping[str, TensorMap]
 
 
 @dataclass
-class _Target:
+class _ConversionGroup:
     """The stored tensors that together make one or several of the model's, by source pattern, in natural order."""
 
     converter: WeightConverter | None
     names: dict[str, list[str]] = field(default_factory=dict)
 
-    def stored(self) -> list[str]:
+    def list_names(self) -> list[str]:
         return [name for names in self.names.values() for name in names]
 
 
@@ -73,54 +73,58 @@ def convert(
         IncompleteError: a tensor of the model is stored nowhere, or one of a numbered series is missing.
         MismatchError: a converted tensor has another shape than the model's.
     """
-    targets, carried = _collected(model, stored)
+    targets, carried = _group_names(model, stored)
     everything = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
-    forms: dict[str, Form] = {}
+    forms: dict[str, TensorMap] = {}
     origins: dict[str, list[str]] = {}
     for layer, target in targets.items():
-        for name, form in _converted(layer, target, stored, everything, model.config).items():
+        for name, form in _convert_group(layer, target, stored, everything, model.config).items():
             if name in forms:
-                raise conflict(name, origins[name] + target.stored())
-            forms[name], origins[name] = form, target.stored()
-    repeated = _untied(forms, origins, tied)
-    check_forms(forms, origins, shapes)
+                raise conflict_error(name, origins[name] + target.list_names())
+            forms[name], origins[name] = form, target.list_names()
+    repeated = _resolve_tied(forms, origins, tied)
+    check_tensor_maps(forms, origins, shapes)
     result = {name: forms[name] for name in shapes}
     # A converter may also make tensors that this model lacks; then what it made them of is carried whole.
     carried += sorted({source for name in forms.keys() - everything.keys() for source in origins[name]})
-    prove(_nothing_lost(stored, carried, [*result.values(), *repeated.values()]), "a stored tensor would be lost")
+    prove(_is_lossless(stored, carried, [*result.values(), *repeated.values()]), "a stored tensor would be lost")
     return Conversion(result, tuple(carried), repeated)
 
 
-def _nothing_lost(stored: Mapping[str, tuple[int, ...]], carried: Iterable[str], forms: Iterable[Form]) -> bool:
+def _is_lossless(
+    stored: Mapping[str, tuple[int, ...]], passthrough: Iterable[str], tensor_maps: Iterable[TensorMap]
+) -> bool:
     """Return whether every element of every stored tensor is used, unless the tensor is carried."""
     used: Counter[str] = Counter()
-    for form in forms:
-        for extent in form.extents:
+    for form in tensor_maps:
+        for extent in form.boxes:
             used[extent.source] += prod(extent.shape)
-    return all(used[name] == prod(stored[name]) for name in stored.keys() - set(carried))
+    return all(used[name] == prod(stored[name]) for name in stored.keys() - set(passthrough))
 
 
-def _untied(forms: dict[str, Form], origins: dict[str, list[str]], tied: Mapping[str, str]) -> dict[str, Form]:
+def _resolve_tied(
+    tensor_maps: dict[str, TensorMap], origins: dict[str, list[str]], tied: Mapping[str, str]
+) -> dict[str, TensorMap]:
     """Move a form from a tied name to the name that holds the bytes; return those that were already there."""
-    repeated: dict[str, Form] = {}
+    repeated: dict[str, TensorMap] = {}
     for name, target in tied.items():
-        if name in forms and target in forms:
-            repeated[name] = forms.pop(name)
-        elif name in forms:
-            forms[target], origins[target] = forms.pop(name), origins[name]
+        if name in tensor_maps and target in tensor_maps:
+            repeated[name] = tensor_maps.pop(name)
+        elif name in tensor_maps:
+            tensor_maps[target], origins[target] = tensor_maps.pop(name), origins[name]
     return repeated
 
 
-def _collected(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, _Target], list[str]]:
+def _group_names(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, _ConversionGroup], list[str]]:
     """Group stored names by the tensor of the model that they make, as transformers groups them when it loads."""
     mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected = model.state_dict()
-    targets: dict[str, _Target] = {}
+    targets: dict[str, _ConversionGroup] = {}
     carried: list[str] = []
-    for name in _in_natural_order(stored):
+    for name in _sort_naturally(stored):
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if renamed not in expected and name in expected:
             # A renaming that leads nowhere was not meant; but a base model's prefix may still be missing.
@@ -129,14 +133,14 @@ def _collected(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str,
             carried.append(name)
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        target = targets.setdefault(renamed, _Target(converter))
+        target = targets.setdefault(renamed, _ConversionGroup(converter))
         if target.converter is not converter or (converter is None and target.names):
-            raise conflict(renamed, [*target.stored(), name])
+            raise conflict_error(renamed, [*target.list_names(), name])
         target.names.setdefault(pattern or name, []).append(name)
     return targets, carried
 
 
-def _in_natural_order(names: Iterable[str]) -> list[str]:
+def _sort_naturally(names: Iterable[str]) -> list[str]:
     try:
         return sorted(names, key=dot_natural_key)
     except ValueError as error:
@@ -146,50 +150,52 @@ def _in_natural_order(names: Iterable[str]) -> list[str]:
         ) from error
 
 
-def _converted(
+def _convert_group(
     layer: str,
-    target: _Target,
+    group: _ConversionGroup,
     stored: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
     config: PreTrainedConfig,
-) -> dict[str, Form]:
-    if target.converter is None:
-        (name,) = target.stored()
+) -> dict[str, TensorMap]:
+    if group.converter is None:
+        (name,) = group.list_names()
         return {layer: whole(name, stored[name])}
-    for names in target.names.values():
+    for names in group.names.values():
         check_series(names, layer)
-    converter = target.converter
-    context = Context(converter.source_patterns, converter.target_patterns, layer, shapes, config)
-    collected: Collected = {
-        pattern: [whole(name, stored[name]) for name in names] for pattern, names in target.names.items()
+    converter = group.converter
+    context = ConversionContext(converter.source_patterns, converter.target_patterns, layer, shapes, config)
+    collected: PatternMaps = {
+        pattern: [whole(name, stored[name]) for name in names] for pattern, names in group.names.items()
     }
     for operation in converter.operations:
-        collected = _applied(operation, collected, context, target)
-    return _full_names(layer, {pattern: forms[0] for pattern, forms in collected.items()})
+        collected = _apply_operation(operation, collected, context, group)
+    return _expand_names(layer, {pattern: forms[0] for pattern, forms in collected.items()})
 
 
-def _applied(operation: ConversionOps, collected: Collected, context: Context, target: _Target) -> Collected:
+def _apply_operation(
+    operation: ConversionOps, collected: PatternMaps, context: ConversionContext, group: _ConversionGroup
+) -> PatternMaps:
     kind = type(operation)
     known = OPERATIONS.get(kind.__name__)
     if known is None or kind.__module__ != WeightConverter.__module__:
         raise ConversionError(
-            f"{context.layer}: {listed(target.stored())} need the operation {kind.__name__}, which is not known",
+            f"{context.layer}: {format_names(group.list_names())} need the operation {kind.__name__}, which is not known",
             hint="load the checkpoint with transformers and save it with `save_original_format=False`",
             operation=kind.__name__,
-            tensors=target.stored(),
+            tensors=group.list_names(),
         )
     try:
         return known(operation, collected, context)
-    except FormError as error:
+    except TensorMapError as error:
         raise ConversionError(
-            f"{context.layer}: {kind.__name__} is not defined for {listed(target.stored())}: {error}",
+            f"{context.layer}: {kind.__name__} is not defined for {format_names(group.list_names())}: {error}",
             hint="the stored tensors do not fit the config; check that config.json belongs to these weights",
             operation=kind.__name__,
-            tensors=target.stored(),
+            tensors=group.list_names(),
         ) from error
 
 
-def _full_names(layer: str, results: Mapping[str, Form]) -> dict[str, Form]:
+def _expand_names(layer: str, results: Mapping[str, TensorMap]) -> dict[str, TensorMap]:
     """Put the layer's own prefix and suffix around the target patterns."""
     full = layer.replace("*.", "0.")
     found = next((pattern for pattern in results if pattern in full), None)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 
 from plans.errors import UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.forms import Form
+from runtime.extents.forms import TensorMap
 
-__all__ = ["check_dtypes", "check_names", "check_quantized", "check_scales"]
+__all__ = ["check_dtypes", "check_quantized", "check_scales", "check_unquantized"]
 
 _FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
 _QUANTIZED = frozenset(("F8_E4M3", "F8_E5M2", "I8", "U8"))
@@ -19,7 +19,7 @@ _SCALE = re.compile(r"(?P<scaled>.+?)(?:_scale\w*|_zero_point|\.(?:absmax|quant_
 _HINT = "use the checkpoint's unquantized form"
 
 
-def check_names(stored: Collection[str], of_model: Collection[str]) -> None:
+def check_unquantized(stored: Collection[str], of_model: Collection[str]) -> None:
     """Refuse stored tensors that are quantized weights, or scales of others.
 
     Args:
@@ -56,18 +56,18 @@ def check_quantized(tensors: Mapping[str, StoredTensor]) -> None:
         )
 
 
-def check_scales(carried: Collection[str], stored: Collection[str]) -> None:
+def check_scales(passthrough: Collection[str], stored: Collection[str]) -> None:
     """Refuse scales that the model has no place for although it has one for their weights.
 
     Args:
-        carried: names of stored tensors that the model has no parameter for.
+        passthrough: names of stored tensors that the model has no parameter for.
         stored: names in the checkpoint.
 
     Raises:
         UsageError: there is one.
     """
-    alone = set(carried)
-    for name in carried:
+    alone = set(passthrough)
+    for name in passthrough:
         scale = _SCALE.fullmatch(name)
         if scale and scale["scaled"] in stored and scale["scaled"] not in alone:
             raise UsageError(
@@ -77,21 +77,23 @@ def check_scales(carried: Collection[str], stored: Collection[str]) -> None:
             )
 
 
-def check_dtypes(forms: Mapping[str, Form], wanted: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+def check_dtypes(
+    tensor_maps: Mapping[str, TensorMap], wanted: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> None:
     """Refuse stored tensors that are quantized where the model's parameter is not, and the other way round.
 
     Args:
-        forms: of the model's tensors over the stored ones.
+        tensor_maps: of the model's tensors over the stored ones.
         wanted: the dtypes that the model has, by name.
         tensors: the stored ones.
 
     Raises:
         UsageError: there is one.
     """
-    for name, form in forms.items():
+    for name, form in tensor_maps.items():
         for source in form.sources:
             dtype = tensors[source].dtype
-            if not _goes_with(dtype, wanted[name]):
+            if not _is_compatible(dtype, wanted[name]):
                 raise UsageError(
                     f"{source!r} is stored as {dtype} where the model that config.json describes has {wanted[name]}",
                     hint=_HINT,
@@ -100,7 +102,7 @@ def check_dtypes(forms: Mapping[str, Form], wanted: Mapping[str, str], tensors: 
                 )
 
 
-def _goes_with(dtype: str, wanted: str) -> bool:
+def _is_compatible(dtype: str, wanted: str) -> bool:
     if wanted in _QUANTIZED:
         return dtype == wanted
     return wanted not in _FLOATING or dtype in _FLOATING

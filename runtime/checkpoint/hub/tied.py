@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 from plans.errors import ConversionError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.same_bytes import same_bytes
+from runtime.checkpoint.files.same_bytes import has_same_bytes
 from runtime.checkpoint.hub.hf import HubCheckpoint
 from runtime.checkpoint.hub.names import Conversion
-from runtime.extents.forms import Form, whole
+from runtime.extents.forms import TensorMap, whole
 
-__all__ = ["check_repeated"]
+__all__ = ["check_duplicates"]
 
 
-def check_repeated(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
+def check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
     """Refuse a tied name that is stored besides its target, unless it holds the same bytes.
 
     Args:
@@ -25,9 +25,9 @@ def check_repeated(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str
     Raises:
         ConversionError: the two differ.
     """
-    for name, form in conversion.repeated.items():
-        own, other = _stored_whole(form, hub), _stored_whole(conversion.forms[tied[name]], hub)
-        if own is not None and other is not None and same_bytes(own, other):
+    for name, form in conversion.duplicates.items():
+        own, other = _get_whole_tensor(form, hub), _get_whole_tensor(conversion.tensor_maps[tied[name]], hub)
+        if own is not None and other is not None and has_same_bytes(own, other):
             continue
         raise ConversionError(
             f"{name} is tied to {tied[name]} but stored with other values",
@@ -37,7 +37,7 @@ def check_repeated(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str
         )
 
 
-def _stored_whole(form: Form, hub: HubCheckpoint) -> StoredTensor | None:
+def _get_whole_tensor(tensor_map: TensorMap, hub: HubCheckpoint) -> StoredTensor | None:
     """Return the stored tensor that a form is, if it is one and all of it."""
-    tensors = [hub.tensors[source] for source in form.sources]
-    return tensors[0] if len(tensors) == 1 and form == whole(form.sources[0], tensors[0].shape) else None
+    tensors = [hub.tensors[source] for source in tensor_map.sources]
+    return tensors[0] if len(tensors) == 1 and tensor_map == whole(tensor_map.sources[0], tensors[0].shape) else None

@@ -19,24 +19,34 @@ from typing import NamedTuple
 import torch
 
 from runtime.checkpoint.dcp.archive import STORAGES
-from runtime.checkpoint.dcp.zip import END, END_64, ENTRY, EXTRA, FOR_64, IN_64, LOCAL, LOCATOR, SIZE_64
+from runtime.checkpoint.dcp.zip import (
+    DIRECTORY_ENTRY,
+    END_RECORD,
+    EXTRA_HEADER,
+    LOCAL_HEADER,
+    ZIP64_END_RECORD,
+    ZIP64_EXTRA_ID,
+    ZIP64_LOCATOR,
+    ZIP64_MARKER,
+    ZIP64_SIZE,
+)
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.extents.forms import row_major
 from runtime.models.dtypes import DTYPES
 
-__all__ = ["ALIGNMENT", "Archive", "tensor_archive", "value_archive"]
+__all__ = ["ALIGNMENT", "TensorArchive", "build_tensor_archive", "build_value_archive"]
 
 ALIGNMENT = 64
 """Bytes that a tensor is aligned to in its archive, as torch does it."""
 
-_ABOUT: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
+_FORMAT_MEMBERS: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
 _VERSION, _VERSION_64 = 20, 45
 _PADDING = 0x4246
 _TYPES = {name: getattr(torch, kind.removeprefix("torch.")) for kind, name in STORAGES.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class Archive:
+class TensorArchive:
     """An archive around the bytes of one tensor.
 
     Args:
@@ -55,23 +65,23 @@ class Archive:
         return len(self.head) + self.size + len(self.tail)
 
 
-def tensor_archive(dtype: str, shape: Sequence[int]) -> Archive:
+def build_tensor_archive(dtype: str, shape: Sequence[int]) -> TensorArchive:
     """Return the archive of a tensor in row-major order.
 
     Args:
         dtype: safetensors' name of one that torch has.
         shape: of the tensor.
     """
-    head, members = _written({"data.pkl": _pickled(dtype, shape), **_ABOUT})
+    head, members = _write_members({"data.pkl": _pickle_tensor(dtype, shape), **_FORMAT_MEMBERS})
     storage = _Member("data/0", 0, tensor_bytes(dtype, shape), len(head))
     head += storage.local_header(aligned=True)
-    return Archive(head, storage.size, _directory([*members, storage], len(head) + storage.size))
+    return TensorArchive(head, storage.size, _write_directory([*members, storage], len(head) + storage.size))
 
 
-def value_archive(pickled: bytes) -> bytes:
+def build_value_archive(pickled: bytes) -> bytes:
     """Return the archive of a value that is no tensor, given its pickle."""
-    head, members = _written({"data.pkl": pickled, **_ABOUT})
-    return head + _directory(members, len(head))
+    head, members = _write_members({"data.pkl": pickled, **_FORMAT_MEMBERS})
+    return head + _write_directory(members, len(head))
 
 
 class _Member(NamedTuple):
@@ -89,28 +99,28 @@ class _Member(NamedTuple):
 
     def local_header(self, *, aligned: bool = False) -> bytes:
         """Return what stands before the member's bytes, padded so that they are aligned where that is asked for."""
-        extra = _extra_64(self.size, self.size) if self.size >= IN_64 else b""
+        extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
         if aligned:
-            gap = -(self.start + LOCAL.size + len(self.path) + len(extra) + EXTRA.size) % ALIGNMENT
-            extra += EXTRA.pack(_PADDING, gap) + b"Z" * gap
-        sizes = min(self.size, IN_64), min(self.size, IN_64)
-        version = _VERSION_64 if self.size >= IN_64 else _VERSION
-        fixed = LOCAL.pack(b"PK\x03\x04", version, 0, 0, 0, 0, self.checksum, *sizes, len(self.path), len(extra))
+            gap = -(self.start + LOCAL_HEADER.size + len(self.path) + len(extra) + EXTRA_HEADER.size) % ALIGNMENT
+            extra += EXTRA_HEADER.pack(_PADDING, gap) + b"Z" * gap
+        sizes = min(self.size, ZIP64_MARKER), min(self.size, ZIP64_MARKER)
+        version = _VERSION_64 if self.size >= ZIP64_MARKER else _VERSION
+        fixed = LOCAL_HEADER.pack(b"PK\x03\x04", version, 0, 0, 0, 0, self.checksum, *sizes, len(self.path), len(extra))
         return fixed + self.path + extra
 
-    def entry(self) -> bytes:
+    def directory_entry(self) -> bytes:
         """Return what the directory says of the member, whose archive begins before it reaches 4 GiB."""
-        extra = _extra_64(self.size, self.size) if self.size >= IN_64 else b""
-        sizes = min(self.size, IN_64), min(self.size, IN_64)
+        extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
+        sizes = min(self.size, ZIP64_MARKER), min(self.size, ZIP64_MARKER)
         version = _VERSION_64 if extra else _VERSION
         lengths = len(self.path), len(extra), 0
-        fixed = ENTRY.pack(
+        fixed = DIRECTORY_ENTRY.pack(
             b"PK\x01\x02", version, version, 0, 0, 0, 0, self.checksum, *sizes, *lengths, 0, 0, 0, self.start
         )
         return fixed + self.path + extra
 
 
-def _written(members: Mapping[str, bytes]) -> tuple[bytes, list[_Member]]:
+def _write_members(members: Mapping[str, bytes]) -> tuple[bytes, list[_Member]]:
     """Return the first bytes of an archive, and the members that they hold."""
     content, rows = b"", list[_Member]()
     for name, text in members.items():
@@ -119,19 +129,21 @@ def _written(members: Mapping[str, bytes]) -> tuple[bytes, list[_Member]]:
     return content, rows
 
 
-def _directory(members: Sequence[_Member], start: int) -> bytes:
+def _write_directory(members: Sequence[_Member], start: int) -> bytes:
     """Return the end of an archive: its directory, and where that begins."""
-    entries = b"".join(member.entry() for member in members)
+    entries = b"".join(member.directory_entry() for member in members)
     count, size = len(members), len(entries)
-    end = END.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, IN_64), 0)
-    if start < IN_64:
+    end = END_RECORD.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, ZIP64_MARKER), 0)
+    if start < ZIP64_MARKER:
         return entries + end
-    wide = END_64.pack(b"PK\x06\x06", END_64.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start)
-    return entries + wide + LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
+    wide = ZIP64_END_RECORD.pack(
+        b"PK\x06\x06", ZIP64_END_RECORD.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start
+    )
+    return entries + wide + ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
 
 
-def _extra_64(*numbers: int) -> bytes:
-    return EXTRA.pack(FOR_64, len(numbers) * SIZE_64.size) + b"".join(map(SIZE_64.pack, numbers))
+def _pack_extra_64(*numbers: int) -> bytes:
+    return EXTRA_HEADER.pack(ZIP64_EXTRA_ID, len(numbers) * ZIP64_SIZE.size) + b"".join(map(ZIP64_SIZE.pack, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,7 @@ class _Pickler(pickle.Pickler):
         return ("storage", obj.kind, "0", "cpu", obj.elements) if isinstance(obj, _Storage) else None
 
 
-def _pickled(dtype: str, shape: Sequence[int]) -> bytes:
+def _pickle_tensor(dtype: str, shape: Sequence[int]) -> bytes:
     """Return the pickle of a tensor: a view of a storage, whose type says the dtype or leaves that to an argument."""
     hooks: OrderedDict[str, object] = OrderedDict()
     view = (0, tuple(shape), row_major(shape), False, hooks)

@@ -9,15 +9,15 @@ from pathlib import Path
 from plans.errors import IncompleteError
 from runtime.checkpoint.dcp.chunks import Shape
 from runtime.checkpoint.optimizer.state import SavedName
-from runtime.wording import listed
+from runtime.wording import format_names
 
-__all__ = ["check_alike", "check_listed"]
+__all__ = ["check_listed_keys", "check_states_complete"]
 
 _Settings = tuple[int, tuple[tuple[str, bytes], ...]]
 """What decides about a parameter's states: how many dims it has, and its hyperparameters, each with its pickle."""
 
 
-def check_listed(listed_names: Collection[str], names: Mapping[str, SavedName], folder: Path) -> None:
+def check_listed_keys(listed_names: Collection[str], names: Mapping[str, SavedName], folder: Path) -> None:
     """Refuse metadata that list keys which they say nothing of.
 
     Args:
@@ -28,10 +28,10 @@ def check_listed(listed_names: Collection[str], names: Mapping[str, SavedName], 
     Raises:
         IncompleteError: there are such keys.
     """
-    _refuse([name for name in listed_names if name not in names], folder)
+    _refuse_missing([name for name in listed_names if name not in names], folder)
 
 
-def check_alike(
+def check_states_complete(
     names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape], folder: Path
 ) -> None:
     """Refuse parameters that lack a state which others with as many dims and the very same hyperparameters have.
@@ -47,7 +47,7 @@ def check_alike(
     Raises:
         IncompleteError: there are such parameters.
     """
-    settings = _settings(names, values, parameters)
+    settings = _read_settings(names, values, parameters)
     states: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for name, row in names.items():
         if row.section == "state" and row.parameter in settings:
@@ -60,10 +60,10 @@ def check_alike(
         for parameter, entries in states.items()
         for entry in sorted(wanted[settings[parameter]] - entries.keys())
     ]
-    _refuse(missing, folder)
+    _refuse_missing(missing, folder)
 
 
-def _settings(
+def _read_settings(
     names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape]
 ) -> dict[str, _Settings]:
     """Return what decides about the states of each parameter that has hyperparameters of its own."""
@@ -74,10 +74,10 @@ def _settings(
     return {name: (len(parameters[name]), tuple(sorted(pairs))) for name, pairs in settings.items()}
 
 
-def _refuse(missing: Sequence[str], folder: Path) -> None:
+def _refuse_missing(missing: Sequence[str], folder: Path) -> None:
     if missing:
         raise IncompleteError(
-            f"{folder}: the optimizer's state is incomplete, {listed(missing)} missing",
+            f"{folder}: the optimizer's state is incomplete, {format_names(missing)} missing",
             hint="the files are damaged or of several checkpoints; save the optimizer again into an empty folder",
             missing=list(missing),
         )

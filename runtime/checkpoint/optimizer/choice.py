@@ -7,28 +7,30 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from plans.errors import IncompleteError, MismatchError
-from runtime.checkpoint.content import Content
+from runtime.checkpoint.content import Checkpoint
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.optimizer.read import FoundOptimizer, find_optimizer, read_optimizer
+from runtime.checkpoint.optimizer.read import OptimizerCheckpoint, find_optimizer, read_optimizer
 from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.manifest import find_manifest
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import listed
+from runtime.wording import format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["with_optimizer"]
+__all__ = ["select_optimizer"]
 
 
-def with_optimizer(content: Content, model: PreTrainedModel, *, is_wanted: bool, is_demanded: bool = False) -> Content:
+def select_optimizer(
+    checkpoint: Checkpoint, model: PreTrainedModel, *, include: bool, require: bool = False
+) -> Checkpoint:
     """Return a checkpoint with the state of its optimizer, or without the files of it.
 
     Args:
-        content: of the model's checkpoint, where an optimizer's files are side files like others.
+        checkpoint: of the model's checkpoint, where an optimizer's files are side files like others.
         model: that it is of, on meta.
-        is_wanted: take the state along where there is one.
-        is_demanded: there must be one.
+        include: take the state along where there is one.
+        require: there must be one.
 
     Raises:
         IncompleteError: there is none though there must be, or it is not whole.
@@ -36,55 +38,60 @@ def with_optimizer(content: Content, model: PreTrainedModel, *, is_wanted: bool,
         ConversionError: a state is not laid out like its parameter.
         CheckpointError: it is damaged, or there are several.
     """
-    found = find_optimizer(content)
+    found = find_optimizer(checkpoint)
     if found is None:
-        if is_wanted:
-            _check_never_there(content)
-        if is_demanded:
+        if include:
+            _check_none_lost(checkpoint)
+        if require:
             raise IncompleteError(
-                f"{content.folder}: no optimizer's state in it",
+                f"{checkpoint.folder}: no optimizer's state in it",
                 hint="save it there with save_optimizer_distributed, or leave --optimizer out",
-                folder=str(content.folder),
+                folder=str(checkpoint.folder),
             )
-        return content
-    if not is_wanted:
-        note = f"the optimizer's state in {content.folder / found.folder}, which --optimizer takes along"
-        return replace(content, side=_side(content, found, note))
-    state = read_optimizer(content, found, model)
-    recorded = _recorded(content, state)
-    return replace(content, side=_side(content, found), optimizer=state, digests={**content.digests, **recorded})
+        return checkpoint
+    if not include:
+        note = f"the optimizer's state in {checkpoint.folder / found.folder}, which --optimizer takes along"
+        return replace(checkpoint, side_files=_select_side_files(checkpoint, found, note))
+    state = read_optimizer(checkpoint, found, model)
+    recorded = _match_manifest_digests(checkpoint, state)
+    return replace(
+        checkpoint,
+        side_files=_select_side_files(checkpoint, found),
+        optimizer=state,
+        digests={**checkpoint.digests, **recorded},
+    )
 
 
-def _side(content: Content, found: FoundOptimizer, *notes: str) -> SideFiles:
+def _select_side_files(checkpoint: Checkpoint, optimizer: OptimizerCheckpoint, *notes: str) -> SideFiles:
     """Return the side files that are none of the optimizer's."""
-    others = tuple(name for name in content.side.copied if name not in found.files)
-    strays = tuple(sorted(name for name in found.files if name not in found.used))
-    return SideFiles(others, (*content.side.left_behind, *strays, *notes))
+    others = tuple(name for name in checkpoint.side_files.copied if name not in optimizer.files)
+    strays = tuple(sorted(name for name in optimizer.files if name not in optimizer.current_files))
+    return SideFiles(others, (*checkpoint.side_files.left_behind, *strays, *notes))
 
 
-def _recorded(content: Content, state: OptimizerState) -> Mapping[str, str]:
+def _match_manifest_digests(checkpoint: Checkpoint, state: OptimizerState) -> Mapping[str, str]:
     """Return the digests that the manifest has of the optimizer's tensors, none where it was written without one."""
-    recorded = _in_manifest(content)
+    recorded = _read_manifest_digests(checkpoint)
     differing = sorted(recorded.keys() ^ state.tensors.keys()) if recorded else []
     if differing:
         raise MismatchError(
-            f"{content.folder}: the manifest and the optimizer's files differ in {listed(differing)}",
+            f"{checkpoint.folder}: the manifest and the optimizer's files differ in {format_names(differing)}",
             hint="the optimizer was saved again into the folder; remove migrator.json",
             tensors=differing,
         )
     return recorded
 
 
-def _check_never_there(content: Content) -> None:
+def _check_none_lost(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that was written with an optimizer's state which is gone."""
-    if lost := list(_in_manifest(content)):
+    if lost := list(_read_manifest_digests(checkpoint)):
         raise IncompleteError(
-            f"{content.folder}: the optimizer's state is missing, of which {MANIFEST} records {listed(lost)}",
+            f"{checkpoint.folder}: the optimizer's state is missing, of which {MANIFEST} records {format_names(lost)}",
             hint="copy its files again, or leave the state out with --no-optimizer",
             missing=lost,
         )
 
 
-def _in_manifest(content: Content) -> Mapping[str, str]:
-    manifest = find_manifest(content.folder)
+def _read_manifest_digests(checkpoint: Checkpoint) -> Mapping[str, str]:
+    manifest = find_manifest(checkpoint.folder)
     return manifest.optimizer if manifest else {}

@@ -8,39 +8,39 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.checkpoint.content import Held
-from runtime.checkpoint.dcp.metadata import KeyPath, Place
+from runtime.checkpoint.content import TensorInfo
+from runtime.checkpoint.dcp.metadata import KeyPath, StorageLocation
 from runtime.models.dtypes import DTYPES
 
-__all__ = ["SavedBox", "encode_metadata"]
+__all__ = ["SavedChunk", "encode_metadata"]
 
 
 @dataclass(frozen=True, slots=True)
-class SavedBox:
+class SavedChunk:
     """A part of a tensor and where it is saved.
 
     Args:
         offset: where it begins in the tensor, per tensor dim.
         shape: of the part.
-        place: its archive.
+        location: its archive.
     """
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    place: Place
+    location: StorageLocation
 
 
 def encode_metadata(
-    tensors: Mapping[str, Held],
-    boxes: Mapping[str, Sequence[SavedBox]],
-    values: Mapping[str, Place],
+    tensors: Mapping[str, TensorInfo],
+    saved_chunks: Mapping[str, Sequence[SavedChunk]],
+    values: Mapping[str, StorageLocation],
     paths: Mapping[str, KeyPath],
 ) -> bytes:
     """Return the content of a `.metadata` file.
 
     Args:
         tensors: dtype and shape of each by its name.
-        boxes: of each tensor.
+        saved_chunks: of each tensor.
         values: where that is which is no tensor, by name.
         paths: keys of the nested tables that lead to what is saved, by its name.
     """
@@ -51,11 +51,11 @@ def encode_metadata(
     storage = {
         MetadataIndex(name): _StorageInfo(place.file, place.offset, place.size) for name, place in values.items()
     }
-    for name, parts in boxes.items():
+    for name, parts in saved_chunks.items():
         for number, box in enumerate(parts):
             index = MetadataIndex(name, torch.Size(box.offset), number)
-            storage[index] = _StorageInfo(box.place.file, box.place.offset, box.place.size)
-    entries: dict[str, object] = {name: _entry(held, boxes[name]) for name, held in tensors.items()}
+            storage[index] = _StorageInfo(box.location.file, box.location.offset, box.location.size)
+    entries: dict[str, object] = {name: _encode_tensor(held, saved_chunks[name]) for name, held in tensors.items()}
     entries |= {name: BytesStorageMetadata() for name in values}
     metadata = Metadata(
         state_dict_metadata=entries,  # type: ignore[arg-type]
@@ -65,8 +65,8 @@ def encode_metadata(
     return pickle.dumps(metadata, protocol=4)
 
 
-def _entry(held: Held, boxes: Iterable[SavedBox]) -> object:
+def _encode_tensor(info: TensorInfo, saved_chunks: Iterable[SavedChunk]) -> object:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in boxes]
-    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[held.dtype]), torch.Size(held.shape), chunks)
+    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in saved_chunks]
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[info.dtype]), torch.Size(info.shape), chunks)

@@ -12,72 +12,74 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, MismatchError
-from runtime.checkpoint.content import Content, Held
-from runtime.checkpoint.dcp.chunks import Shape, join
-from runtime.checkpoint.dcp.metadata import Saved, read_metadata
+from runtime.checkpoint.content import Checkpoint, TensorInfo
+from runtime.checkpoint.dcp.chunks import Shape, join_chunks
+from runtime.checkpoint.dcp.metadata import DcpMetadata, read_metadata
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.storage import read_chunks
-from runtime.checkpoint.files.safetensors import dtypes_of
-from runtime.checkpoint.optimizer.checks import check_alike, check_listed
-from runtime.checkpoint.optimizer.state import OptimizerState, SavedName, prefix_of, split_name
+from runtime.checkpoint.files.safetensors import find_dtypes
+from runtime.checkpoint.optimizer.checks import check_listed_keys, check_states_complete
+from runtime.checkpoint.optimizer.state import OptimizerState, SavedName, find_prefix, split_name
 from runtime.checkpoint.optimizer.values import read_values
-from runtime.wording import listed
+from runtime.wording import format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FoundOptimizer", "find_optimizer", "read_optimizer"]
+__all__ = ["OptimizerCheckpoint", "find_optimizer", "read_optimizer"]
 
 _SUFFIX = ".distcp"
 
 
 @dataclass(frozen=True)
-class FoundOptimizer:
+class OptimizerCheckpoint:
     """The metadata of an optimizer's checkpoint.
 
     Args:
         folder: where it lies in the model's folder, `.` for the folder itself.
-        saved: what the metadata list.
+        metadata: what the metadata list.
         prefix: what stands before all names.
         files: all of this kind in the folder, relative to the model's; those of an earlier save, which the metadata do
             not name, would be in the way of those that are written.
     """
 
     folder: str
-    saved: Saved
+    metadata: DcpMetadata
     prefix: str
     files: frozenset[str]
 
     @property
-    def used(self) -> frozenset[str]:
+    def current_files(self) -> frozenset[str]:
         """The files that the metadata name, and their own."""
-        return frozenset(str(PurePosixPath(self.folder) / name) for name in (METADATA, *self.saved.files))
+        return frozenset(str(PurePosixPath(self.folder) / name) for name in (METADATA, *self.metadata.files))
 
 
-def find_optimizer(content: Content) -> FoundOptimizer | None:
+def find_optimizer(checkpoint: Checkpoint) -> OptimizerCheckpoint | None:
     """Return where an optimizer's state lies among a checkpoint's side files, None where there is none.
 
     Raises:
         HeaderError: metadata lie.
         CheckpointError: there are several.
     """
-    places = [PurePosixPath(name).parent for name in content.side.copied if PurePosixPath(name).name == METADATA]
-    found = [one for place in places if (one := _found(content, place)) is not None]
+    places = [
+        PurePosixPath(name).parent for name in checkpoint.side_files.copied if PurePosixPath(name).name == METADATA
+    ]
+    found = [one for place in places if (one := _find_in_folder(checkpoint, place)) is not None]
     if len(found) > 1:
         raise CheckpointError(
-            f"{content.folder}: holds the state of several optimizers, in {listed([one.folder for one in found])}",
+            f"{checkpoint.folder}: holds the state of several optimizers, in {format_names([one.folder for one in found])}",
             hint="keep the one that goes with the weights, and move the others away",
             folders=[one.folder for one in found],
         )
     return found[0] if found else None
 
 
-def read_optimizer(content: Content, found: FoundOptimizer, model: PreTrainedModel) -> OptimizerState:
+def read_optimizer(checkpoint: Checkpoint, optimizer: OptimizerCheckpoint, model: PreTrainedModel) -> OptimizerState:
     """Read an optimizer's state, no tensor.
 
     Args:
-        content: of the model's checkpoint.
-        found: the optimizer's metadata.
+        checkpoint: of the model's checkpoint.
+        optimizer: the optimizer's metadata.
         model: that both are of, on meta.
 
     Raises:
@@ -87,60 +89,68 @@ def read_optimizer(content: Content, found: FoundOptimizer, model: PreTrainedMod
         HeaderError: metadata or archives lie, or a hyperparameter is no plain value.
         CheckpointError: a link leads out of the folder.
     """
-    folder = content.folder / found.folder
+    folder = checkpoint.folder / optimizer.folder
     shapes = {name: tuple(row.shape) for name, row in model.named_parameters(remove_duplicate=False)}
-    names = _names(found, shapes, folder)
-    check_listed([name for name in found.saved.paths if name.startswith(found.prefix)], names, folder)
-    parameters = dict(_laid_out_like(names, found.saved.shapes, shapes, folder))
-    values = read_values(folder, found.saved.others)
-    check_alike(names, values, shapes, folder)
-    chunks = [replace(chunk, piece=f"optimizer/{chunk.piece}") for chunk in read_chunks(folder, found.saved.boxes)]
-    forms, dtypes = join(chunks, found.saved.shapes), dtypes_of((chunk.name, chunk.stored) for chunk in chunks)
+    names = _split_names(optimizer, shapes, folder)
+    check_listed_keys(
+        [name for name in optimizer.metadata.key_paths if name.startswith(optimizer.prefix)], names, folder
+    )
+    parameters = dict(_match_shapes(names, optimizer.metadata.shapes, shapes, folder))
+    values = read_values(folder, optimizer.metadata.non_tensors)
+    check_states_complete(names, values, shapes, folder)
+    chunks = [
+        replace(chunk, stored_name=f"optimizer/{chunk.stored_name}")
+        for chunk in read_chunks(folder, optimizer.metadata.chunks)
+    ]
+    forms, dtypes = (
+        join_chunks(chunks, optimizer.metadata.shapes),
+        find_dtypes((chunk.name, chunk.stored) for chunk in chunks),
+    )
     with_state = {row.parameter for row in names.values() if row.section == "state"}
     return OptimizerState(
-        folder=found.folder,
+        folder=optimizer.folder,
         tensors={
-            name: Held("parameter" if name in parameters else "carried", dtypes[name], form.shape)
+            name: TensorInfo("parameter" if name in parameters else "carried", dtypes[name], form.shape)
             for name, form in forms.items()
         },
         parameters=parameters,
-        forms=forms,
-        pieces={chunk.piece: chunk.stored for chunk in chunks},
+        tensor_maps=forms,
+        chunks={chunk.stored_name: chunk.stored for chunk in chunks},
         values=values,
-        paths={name: path for name, path in found.saved.paths.items() if name in names},
+        paths={name: path for name, path in optimizer.metadata.key_paths.items() if name in names},
         stateless=tuple(name for name, _ in model.named_parameters() if name not in with_state),
     )
 
 
-def _found(content: Content, place: PurePosixPath) -> FoundOptimizer | None:
-    saved = read_metadata(content.folder / place)
-    prefix = prefix_of([*saved.shapes, *saved.others])
+def _find_in_folder(checkpoint: Checkpoint, folder: PurePosixPath) -> OptimizerCheckpoint | None:
+    saved = read_metadata(checkpoint.folder / folder)
+    prefix = find_prefix([*saved.shapes, *saved.non_tensors])
     if prefix is None:
         return None
-    beside = (name for name in content.side.copied if PurePosixPath(name).parent == place)
+    beside = (name for name in checkpoint.side_files.copied if PurePosixPath(name).parent == folder)
     files = (name for name in beside if name.endswith((METADATA, _SUFFIX)))
-    return FoundOptimizer(str(place), saved, prefix, frozenset(files))
+    return OptimizerCheckpoint(str(folder), saved, prefix, frozenset(files))
 
 
-def _names(found: FoundOptimizer, parameters: Mapping[str, Shape], folder: Path) -> dict[str, SavedName]:
+def _split_names(optimizer: OptimizerCheckpoint, parameters: Mapping[str, Shape], folder: Path) -> dict[str, SavedName]:
     """Return the parts of every saved name."""
-    names = [*found.saved.shapes, *found.saved.others]
-    parts = {name: _parts(name, found.prefix, parameters) for name in names}
+    names = [*optimizer.metadata.shapes, *optimizer.metadata.non_tensors]
+    parts = {name: _split_prefixed_name(name, optimizer.prefix, parameters) for name in names}
     strange = [name for name, row in parts.items() if row is None]
     if strange:
         raise MismatchError(
-            f"{folder / METADATA}: {listed(strange)} belong to no parameter of the model",
+            f"{folder / METADATA}: {format_names(strange)} belong to no parameter of the model",
             hint="the optimizer's state is of another model; save it beside the weights it was trained with",
             names=strange,
         )
     return {name: row for name, row in parts.items() if row is not None}
 
 
-def _parts(name: str, prefix: str, parameters: Mapping[str, Shape]) -> SavedName | None:
+def _split_prefixed_name(name: str, prefix: str, parameters: Mapping[str, Shape]) -> SavedName | None:
     return split_name(name.removeprefix(prefix), parameters) if name.startswith(prefix) else None
 
 
-def _laid_out_like(
+def _match_shapes(
     names: Mapping[str, SavedName], stored: Mapping[str, Shape], parameters: Mapping[str, Shape], folder: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield each state that has its parameter's shape, with that parameter; others must be single elements."""

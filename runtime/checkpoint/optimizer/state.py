@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from runtime.checkpoint.dcp.metadata import KeyPath
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.forms import Form
+from runtime.extents.forms import TensorMap
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.content import Held
+    from runtime.checkpoint.content import TensorInfo
 
-__all__ = ["OptimizerState", "SavedName", "prefix_of", "split_name"]
+__all__ = ["OptimizerState", "SavedName", "find_prefix", "split_name"]
 
 _PREFIXES = ("optimizer.", "")
 _SECTIONS = ("state", "param_groups")
@@ -27,18 +27,18 @@ class OptimizerState:
         folder: where it lies in the model's folder, `.` for the folder itself.
         tensors: by saved name; `parameter` for those that are laid out like their parameter, else `carried`.
         parameters: the name of each such tensor's parameter, by saved name.
-        forms: of the tensors over the pieces.
-        pieces: what files store.
+        tensor_maps: of the tensors over the pieces.
+        chunks: what files store.
         values: pickles of what is no tensor, by saved name; read as data and found to be nothing else.
         paths: keys of the nested tables that lead to what is saved, by its name.
         stateless: parameters of the model that have no state, frozen ones say.
     """
 
     folder: str
-    tensors: Mapping[str, Held]
+    tensors: Mapping[str, TensorInfo]
     parameters: Mapping[str, str]
-    forms: Mapping[str, Form] = field(repr=False)
-    pieces: Mapping[str, StoredTensor] = field(repr=False)
+    tensor_maps: Mapping[str, TensorMap] = field(repr=False)
+    chunks: Mapping[str, StoredTensor] = field(repr=False)
     values: Mapping[str, bytes] = field(repr=False)
     paths: Mapping[str, KeyPath] = field(repr=False)
     stateless: tuple[str, ...]
@@ -59,7 +59,7 @@ class SavedName:
     entry: str
 
 
-def prefix_of(names: Collection[str]) -> str | None:
+def find_prefix(names: Collection[str]) -> str | None:
     """Return what stands before the names of an optimizer's state, None where none of the names is one's."""
     for prefix in _PREFIXES:
         starts = tuple(f"{prefix}{section}." for section in _SECTIONS)

@@ -7,53 +7,53 @@ from itertools import groupby
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.dcp.archive import read_description
-from runtime.checkpoint.dcp.metadata import Place
+from runtime.checkpoint.dcp.archive import read_data_pickle
+from runtime.checkpoint.dcp.metadata import StorageLocation
 from runtime.checkpoint.dcp.names import METADATA
-from runtime.checkpoint.dcp.pickle import Made, Table, read_pickle
-from runtime.checkpoint.dcp.storage import archive_at, saved_file
-from runtime.checkpoint.dcp.zip import Region
+from runtime.checkpoint.dcp.pickle import PickledCall, PickledDict, read_pickle
+from runtime.checkpoint.dcp.storage import locate_archive, open_distcp_file
+from runtime.checkpoint.dcp.zip import BoundedFile
 
 __all__ = ["read_values"]
 
 
-def read_values(folder: Path, places: Mapping[str, Place | None]) -> dict[str, bytes]:
+def read_values(folder: Path, locations: Mapping[str, StorageLocation | None]) -> dict[str, bytes]:
     """Return the pickles of values that are numbers, text, and tables of those.
 
     torch loads such values with a full unpickler, so that one which could do more must not be handed on.
 
     Args:
         folder: of the optimizer's checkpoint.
-        places: where each value is saved, by its name.
+        locations: where each value is saved, by its name.
 
     Raises:
         HeaderError: a value is anything else, or is saved nowhere.
         IncompleteError: a file is missing or cut short.
         CheckpointError: a link leads out of the folder.
     """
-    known = {name: _known(folder, name, place) for name, place in places.items()}
+    known = {name: _require_location(folder, name, place) for name, place in locations.items()}
     ordered = sorted(known.items(), key=lambda row: (row[1].file, row[1].offset))
     found: dict[str, bytes] = {}
     for file, rows in groupby(ordered, key=lambda row: row[1].file):
-        with saved_file(folder, file) as region:
-            found |= {name: _plain(archive_at(place, region), name) for name, place in rows}
-    return {name: found[name] for name in places}
+        with open_distcp_file(folder, file) as region:
+            found |= {name: _read_plain_value(locate_archive(place, region), name) for name, place in rows}
+    return {name: found[name] for name in locations}
 
 
-def _known(folder: Path, name: str, place: Place | None) -> Place:
-    if place is None:
+def _require_location(folder: Path, name: str, location: StorageLocation | None) -> StorageLocation:
+    if location is None:
         raise HeaderError(
             f"{folder / METADATA}: {name!r} is saved nowhere",
             hint="the file is damaged; copy or save it again",
             file=str(folder / METADATA),
             name=name,
         )
-    return place
+    return location
 
 
-def _plain(archive: Region, name: str) -> bytes:
+def _read_plain_value(archive: BoundedFile, name: str) -> bytes:
     """Return the pickle in an archive, if nothing but plain values come of it."""
-    pickled = read_description(archive)
+    pickled = read_data_pickle(archive)
     where = f"{archive.file}, the value {name!r} saved at byte {archive.start}"
     if not _is_plain(read_pickle(pickled, (), where)):
         raise archive.error("is not a plain value")
@@ -65,9 +65,9 @@ def _is_plain(value: object) -> bool:
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Made):
+        if isinstance(value, PickledCall):
             return False
-        if isinstance(value, list | tuple | Table) and id(value) not in seen:
+        if isinstance(value, list | tuple | PickledDict) and id(value) not in seen:
             seen.add(id(value))
-            waiting += [part for pair in value.pairs for part in pair] if isinstance(value, Table) else value
+            waiting += [part for pair in value.pairs for part in pair] if isinstance(value, PickledDict) else value
     return True

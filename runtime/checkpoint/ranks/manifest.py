@@ -13,10 +13,10 @@ from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json
 from runtime.checkpoint.files.file_names import is_weight_file
-from runtime.checkpoint.files.reading import reading
+from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.safetensors import BITS
-from runtime.checkpoint.files.strict_json import is_deeper, strict_json
-from runtime.checkpoint.record import DEEPEST, MANIFEST, VERSION, Entry, Manifest, StoredForm
+from runtime.checkpoint.files.strict_json import is_nested_deeper, parse_strict_json
+from runtime.checkpoint.record import MANIFEST, MAX_CONFIG_DEPTH, VERSION, Manifest, ManifestEntry, StoredForm
 
 __all__ = ["find_manifest", "read_manifest"]
 
@@ -36,8 +36,8 @@ def read_manifest(folder: Path) -> Manifest:
         HeaderError: it is not a manifest of this version, or says what cannot be.
     """
     path = folder / MANIFEST
-    with reading(path):
-        return _Reader(path).manifest(strict_json(_content(path), path))
+    with convert_read_errors(path):
+        return _ManifestParser(path).parse_manifest(parse_strict_json(_read_bytes(path), path))
 
 
 def find_manifest(folder: Path) -> Manifest | None:
@@ -49,7 +49,7 @@ def find_manifest(folder: Path) -> Manifest | None:
     return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _content(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise IncompleteError(
             f"{path.parent}: no {MANIFEST}", hint="name a folder that `migrator reshard --layout ranks` wrote"
@@ -60,36 +60,36 @@ def _content(path: Path) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _ManifestParser:
     path: Path
 
-    def manifest(self, content: Mapping[str, Any]) -> Manifest:
+    def parse_manifest(self, content: Mapping[str, Any]) -> Manifest:
         if content.get("format") != "migrator" or content.get("version") != VERSION:
             raise self.error(f"not a migrator manifest of version {VERSION}")
         if content.get("mode") not in MODES:
             raise self.error(f"unknown mode {content.get('mode')!r}")
-        mesh = self.mesh(content.get("mesh"))
-        rows = self.table(content.get("tensors"), "tensors", dict)
+        mesh = self.parse_mesh(content.get("mesh"))
+        rows = self.require_table(content.get("tensors"), "tensors", dict)
         tied = {name: row.get("to") for name, row in rows.items() if row.get("kind") == "tied"}
-        tensors = {name: self.entry(name, row, mesh) for name, row in rows.items() if name not in tied}
+        tensors = {name: self.parse_entry(name, row, mesh) for name, row in rows.items() if name not in tied}
         for name, target in tied.items():
             if not isinstance(target, str) or target not in tensors:
                 raise self.error(f"{name!r} is tied to {target!r}, which holds no bytes")
         return Manifest(
-            written_by=self.table(content.get("written_by"), "written_by", str),
-            model_type=self.text(content.get("model_type"), "model_type"),
+            written_by=self.require_table(content.get("written_by"), "written_by", str),
+            model_type=self.require_text(content.get("model_type"), "model_type"),
             mode=content["mode"],
-            dialect=self.text(content.get("dialect"), "dialect"),
+            dialect=self.require_text(content.get("dialect"), "dialect"),
             mesh=mesh,
-            plan=self.table(content.get("plan"), "plan", str),
+            plan=self.require_table(content.get("plan"), "plan", str),
             tensors=tensors,
             tied=cast("dict[str, str]", tied),
-            stored_form=self.stored_form(content.get("stored_form", {})),
-            optimizer=self.digests(content.get("optimizer", {})),
-            config=self.config(content.get("config")),
+            stored_form=self.parse_stored_form(content.get("stored_form", {})),
+            optimizer=self.parse_digests(content.get("optimizer", {})),
+            config=self.parse_config(content.get("config")),
         )
 
-    def mesh(self, value: object) -> Mesh:
+    def parse_mesh(self, value: object) -> Mesh:
         match value:
             case {"tp": tp, "ep": ep, "fsdp": fsdp} if all(_is_size(n, _MAX_WORLD) for n in (tp, ep, fsdp)):
                 try:
@@ -100,7 +100,7 @@ class _Reader:
                     return mesh
         raise self.error(f"{value!r} is not a mesh")
 
-    def entry(self, name: str, row: Mapping[str, Any], mesh: Mesh) -> Entry:
+    def parse_entry(self, name: str, row: Mapping[str, Any], mesh: Mesh) -> ManifestEntry:
         match row:
             case {
                 "kind": ("parameter" | "buffer" | "carried") as kind,
@@ -121,11 +121,11 @@ class _Reader:
             placed = tuple(placement_from_json(placement) for placement in placements)
         except HeaderError as error:
             raise self.error(f"tensor {name!r}: {error.message}") from error
-        if not _possible(placed, shape, mesh.sizes(axes)):
+        if not _is_possible(placed, shape, mesh.sizes(axes)):
             raise self.error(f"tensor {name!r} of {shape} cannot be placed as {placements!r}")
-        return Entry(kind, dtype, tuple(shape), axes, placed, digest)
+        return ManifestEntry(kind, dtype, tuple(shape), axes, placed, digest)
 
-    def stored_form(self, value: object) -> StoredForm | None:
+    def parse_stored_form(self, value: object) -> StoredForm | None:
         if value is None:
             return None
         match value:
@@ -150,27 +150,27 @@ class _Reader:
                 raise self.error(f"stored tensor {name!r} is in no file")
             if row.get("dtype") not in list(BITS):
                 raise self.error(f"stored tensor {name!r} has no well-formed entry")
-        metadata = self.table(metadata, "metadata", str)
-        others = {name: self.table(other, "file_metadata", str) for name, other in file_metadata.items()}
+        metadata = self.require_table(metadata, "metadata", str)
+        others = {name: self.require_table(other, "file_metadata", str) for name, other in file_metadata.items()}
         return StoredForm(tuple(files), metadata, others, index, tensors)
 
-    def digests(self, value: object) -> dict[str, str]:
-        digests: dict[str, str] = self.table(value, "optimizer", str)
+    def parse_digests(self, value: object) -> dict[str, str]:
+        digests: dict[str, str] = self.require_table(value, "optimizer", str)
         if not all(map(_DIGEST.fullmatch, digests.values())):
             raise self.error("optimizer has entries that are no digests")
         return digests
 
-    def config(self, value: object) -> dict[str, object] | None:
-        if value is not None and (not isinstance(value, dict) or is_deeper(value, DEEPEST)):
-            raise self.error(f"config is not a table of {DEEPEST} levels at most")
+    def parse_config(self, value: object) -> dict[str, object] | None:
+        if value is not None and (not isinstance(value, dict) or is_nested_deeper(value, MAX_CONFIG_DEPTH)):
+            raise self.error(f"config is not a table of {MAX_CONFIG_DEPTH} levels at most")
         return value
 
-    def table(self, value: object, what: str, kind: type) -> dict[str, Any]:
+    def require_table(self, value: object, what: str, kind: type) -> dict[str, Any]:
         if isinstance(value, dict) and all(isinstance(item, kind) for item in value.values()):
             return value
         raise self.error(f"{what} is not a table of {kind.__name__}")
 
-    def text(self, value: object, what: str) -> str:
+    def require_text(self, value: object, what: str) -> str:
         if isinstance(value, str):
             return value
         raise self.error(f"{what} is not text")
@@ -183,7 +183,7 @@ def _is_size(value: object, limit: int) -> bool:
     return type(value) is int and 0 <= value <= limit
 
 
-def _possible(placements: tuple[Placement, ...], shape: list[int], sizes: tuple[int, ...]) -> bool:
+def _is_possible(placements: tuple[Placement, ...], shape: list[int], sizes: tuple[int, ...]) -> bool:
     if len(placements) != len(sizes):
         return False
     for placement, size in zip(placements, sizes, strict=True):

@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute_copy_plan
 from runtime.checkpoint.copying.regions import DigestRegion
-from runtime.checkpoint.copying.table import Destination, Table, build_table
+from runtime.checkpoint.copying.table import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.layout import layout_of
-from runtime.checkpoint.optimizer.choice import with_optimizer
+from runtime.checkpoint.foreign.source import ExternalSettings
+from runtime.checkpoint.layout import detect_layout
+from runtime.checkpoint.optimizer.choice import select_optimizer
 from runtime.checkpoint.optimizer.read import find_optimizer
 from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.read import read_content
-from runtime.extents.forms import Form
+from runtime.checkpoint.read import read_checkpoint
+from runtime.extents.forms import TensorMap
 from runtime.models.config import read_config
-from runtime.models.quantized import stored_model
+from runtime.models.quantized import build_stored_model
 
-__all__ = ["Holding", "TensorCopy", "digests_of", "read_holding"]
+__all__ = ["Replicas", "TensorCopy", "compute_digests", "read_replicas"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,43 +31,43 @@ class TensorCopy:
 
     Args:
         name: of the tensor.
-        form: of the tensor over the pieces that make up this copy.
+        tensor_map: of the tensor over the pieces that make up this copy.
         ranks: whose files together hold it once; empty where it belongs to no rank.
     """
 
     name: str
-    form: Form = field(repr=False)
+    tensor_map: TensorMap = field(repr=False)
     ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Holding:
+class Replicas:
     """A checkpoint read up to its headers, with all copies of its tensors.
 
     Args:
-        content: of the checkpoint, with the state of its optimizer where there is one.
+        checkpoint: of the checkpoint, with the state of its optimizer where there is one.
         copies: of every tensor one or more, in the order of the tensors, the optimizer's last.
-        described: the folder with its config.json, where that is another than its own.
+        config_folder: the folder with its config.json, where that is another than its own.
     """
 
-    content: Content
+    checkpoint: Checkpoint
     copies: Sequence[TensorCopy] = field(repr=False)
-    described: Path | None = None
+    config_folder: Path | None = None
 
-    def table(self) -> Table:
+    def build_copy_plan(self) -> CopyPlan:
         """Return the table of runs that make up each copy, which proves that none of its bytes is missing."""
-        held = self.content.all_tensors
+        held = self.checkpoint.all_tensors
         sizes = {name: tensor_bytes(tensor.dtype, tensor.shape) for name, tensor in held.items()}
-        wanted = [(Destination(copy.name, sizes[copy.name]), copy.form) for copy in self.copies]
-        return build_table(self.content.all_pieces, wanted)
+        wanted = [(Destination(copy.name, sizes[copy.name]), copy.tensor_map) for copy in self.copies]
+        return build_copy_plan(self.checkpoint.all_chunks, wanted)
 
 
-def read_holding(folder: Path, foreign: Foreign | None = None) -> Holding:
+def read_replicas(folder: Path, external: ExternalSettings | None = None) -> Replicas:
     """Read what a checkpoint of whatever layout holds, no tensor but those that its reader compares.
 
     Args:
         folder: of the checkpoint; rank files say everything themselves, other layouts need its config.json.
-        foreign: how to read another stack's rank files, where it is made of such.
+        external: how to read another stack's rank files, where it is made of such.
 
     Raises:
         CheckpointError: it is damaged, incomplete or of another model than its config.
@@ -75,21 +75,21 @@ def read_holding(folder: Path, foreign: Foreign | None = None) -> Holding:
         ConversionError: the optimizer's state is not laid out like its parameters.
         UsageError: it is quantized in a way that is not supported.
     """
-    ranks = RankCheckpoint.read(folder) if foreign is None and layout_of(folder) == "ranks" else None
-    content = ranks.content() if ranks else None
+    ranks = RankCheckpoint.read(folder) if external is None and detect_layout(folder) == "ranks" else None
+    content = ranks.to_checkpoint() if ranks else None
     if content is None or find_optimizer(content) is not None or (ranks and ranks.manifest.optimizer):
-        model = stored_model(read_config(foreign.config_folder(folder) if foreign else folder))
-        content = with_optimizer(content or read_content(folder, model, foreign), model, is_wanted=True)
-    return Holding(content, _copies(content, ranks), foreign.config_folder(folder) if foreign else None)
+        model = build_stored_model(read_config(external.config_folder(folder) if external else folder))
+        content = select_optimizer(content or read_checkpoint(folder, model, external), model, include=True)
+    return Replicas(content, _list_copies(content, ranks), external.config_folder(folder) if external else None)
 
 
-def digests_of(
-    holding: Holding, *, max_memory: int = DEFAULT_MEMORY, progress: Progress | None = None
+def compute_digests(
+    replicas: Replicas, *, max_memory: int = DEFAULT_MEMORY, progress: Progress | None = None
 ) -> Mapping[TensorCopy, str]:
     """Return the digest of every copy, each byte of the files read once, by several threads.
 
     Args:
-        holding: read before.
+        replicas: read before.
         max_memory: bytes that reading may allocate.
         progress: told bytes done, bytes in all and the tensor at hand.
 
@@ -97,16 +97,18 @@ def digests_of(
         IncompleteError: a file shrank since its header was read.
         CheckpointError: a file cannot be read.
     """
-    sums = [Digest() for _ in holding.copies]
-    execute(holding.table(), [DigestRegion(one) for one in sums], max_memory=max_memory, progress=progress)
-    return {copy: str(one) for copy, one in zip(holding.copies, sums, strict=True)}
+    sums = [Digest() for _ in replicas.copies]
+    execute_copy_plan(
+        replicas.build_copy_plan(), [DigestRegion(one) for one in sums], max_memory=max_memory, progress=progress
+    )
+    return {copy: str(one) for copy, one in zip(replicas.copies, sums, strict=True)}
 
 
-def _copies(content: Content, ranks: RankCheckpoint | None) -> list[TensorCopy]:
+def _list_copies(checkpoint: Checkpoint, ranks: RankCheckpoint | None) -> list[TensorCopy]:
     """Return all copies of a checkpoint's tensors, then the optimizer's tensors, which lie in no rank's file."""
     if ranks is None:
-        return [TensorCopy(name, form) for name, form in content.all_forms.items()]
-    found = (copy for name in content.tensors for copy in ranks.copies(name))
-    in_files = [TensorCopy(copy.name, ranks.form(copy), copy.ranks) for copy in found]
-    optimizer = content.optimizer.forms if content.optimizer else {}
+        return [TensorCopy(name, form) for name, form in checkpoint.all_tensor_maps.items()]
+    found = (copy for name in checkpoint.tensors for copy in ranks.find_copies(name))
+    in_files = [TensorCopy(copy.name, ranks.build_tensor_map(copy), copy.ranks) for copy in found]
+    optimizer = checkpoint.optimizer.tensor_maps if checkpoint.optimizer else {}
     return [*in_files, *(TensorCopy(name, form) for name, form in optimizer.items())]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from plans.errors import IncompleteError, MigratorError
-from runtime.checkpoint.content import Content, Held
+from runtime.checkpoint.content import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.verifying.elements import Element
+    from runtime.checkpoint.verifying.elements import ElementDifference
 
-__all__ = ["Aspect", "Difference", "compare_held", "read_differences"]
+__all__ = ["Aspect", "CheckpointDifference", "compare_tensors", "extract_differences"]
 
 Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", "content", "config"]
 """In what something differs: `files` contradict one another, `content` is the bytes of a tensor.
@@ -22,7 +22,7 @@ Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", 
 
 
 @dataclass(frozen=True)
-class Difference:
+class CheckpointDifference:
     """One thing that is not as it should be.
 
     Args:
@@ -40,7 +40,7 @@ class Difference:
     expected: str
     found: str
     where: str = ""
-    element: Element | None = None
+    element: ElementDifference | None = None
     against: str = ""
 
     def __str__(self) -> str:
@@ -66,33 +66,33 @@ class Difference:
         }
 
 
-def compare_held(one: Content, other: Content) -> Iterator[Difference]:
+def compare_tensors(reference: Checkpoint, candidate: Checkpoint) -> Iterator[CheckpointDifference]:
     """Yield in what the tensors of two checkpoints differ before any byte is read: names, kinds, dtypes, shapes, ties.
 
     An optimizer's state that only one of them holds is one difference.
 
     Args:
-        one: whose tensors are expected.
-        other: whose tensors are found.
+        reference: whose tensors are expected.
+        candidate: whose tensors are found.
     """
-    both = one.optimizer is not None and other.optimizer is not None
-    held = one.all_tensors if both else one.tensors, other.all_tensors if both else other.tensors
-    for name in _union(*held):
+    both = reference.optimizer is not None and candidate.optimizer is not None
+    held = reference.all_tensors if both else reference.tensors, candidate.all_tensors if both else candidate.tensors
+    for name in _merge_names(*held):
         if name in held[0] and name in held[1]:
             yield from _compare_tensor(name, held[0][name], held[1][name])
         else:
             expected, found = ("held" if name in side else "not held" for side in held)
-            yield Difference(name, "missing", expected, found)
-    if (one.optimizer is None) != (other.optimizer is None):
-        expected, found = ("not held" if side.optimizer is None else "held" for side in (one, other))
-        yield Difference("the optimizer's state", "missing", expected, found)
-    for name in _union(one.tied, other.tied):
-        wanted, has = (f"to {side.tied[name]}" if name in side.tied else "not tied" for side in (one, other))
+            yield CheckpointDifference(name, "missing", expected, found)
+    if (reference.optimizer is None) != (candidate.optimizer is None):
+        expected, found = ("not held" if side.optimizer is None else "held" for side in (reference, candidate))
+        yield CheckpointDifference("the optimizer's state", "missing", expected, found)
+    for name in _merge_names(reference.tied, candidate.tied):
+        wanted, has = (f"to {side.tied[name]}" if name in side.tied else "not tied" for side in (reference, candidate))
         if wanted != has:
-            yield Difference(name, "tied", wanted, has)
+            yield CheckpointDifference(name, "tied", wanted, has)
 
 
-def read_differences(error: MigratorError, folder: str) -> list[Difference]:
+def extract_differences(error: MigratorError, folder: str) -> list[CheckpointDifference]:
     """Return what an error says of a checkpoint whose files contradict one another or do not make up its tensors.
 
     Args:
@@ -105,21 +105,23 @@ def read_differences(error: MigratorError, folder: str) -> list[Difference]:
     lossy = error.data.get("lossy")
     if isinstance(lossy, Mapping):
         return [
-            Difference(name, "lossy", f"{whole} elements", f"only {held} of {whole} elements are stored", folder)
+            CheckpointDifference(
+                name, "lossy", f"{whole} elements", f"only {held} of {whole} elements are stored", folder
+            )
             for name, (held, whole) in lossy.items()
         ]
     if isinstance(error, IncompleteError):
         raise error
-    return [Difference(folder, "files", "files of one checkpoint", error.message)]
+    return [CheckpointDifference(folder, "files", "files of one checkpoint", error.message)]
 
 
-def _compare_tensor(name: str, expected: Held, found: Held) -> Iterator[Difference]:
+def _compare_tensor(name: str, expected: TensorInfo, found: TensorInfo) -> Iterator[CheckpointDifference]:
     aspects: tuple[Aspect, ...] = ("kind", "dtype", "shape")
     for aspect in aspects:
         wanted, has = (str(getattr(tensor, aspect)) for tensor in (expected, found))
         if wanted != has:
-            yield Difference(name, aspect, wanted, has)
+            yield CheckpointDifference(name, aspect, wanted, has)
 
 
-def _union(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+def _merge_names(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
     return list(dict.fromkeys([*one, *other]))

@@ -10,14 +10,14 @@ import torch
 
 from runtime.checkpoint.digest import BLOCK, MULTIPLIERS, SEEDS, STEP, Digest
 
-__all__ = ["tensor_digest"]
+__all__ = ["digest_tensor"]
 
 _WORD: Final = 8
 _BATCH: Final = 2**22
 """Words at a time: what the weights of more would take is memory of the device."""
 
 
-def tensor_digest(tensor: torch.Tensor, offset: int = 0, stride: int | None = None) -> Digest:
+def digest_tensor(tensor: torch.Tensor, offset: int = 0, stride: int | None = None) -> Digest:
     """Return the sums of a tensor's bytes, or of its rows where they lie apart in the parameter.
 
     Args:
@@ -37,12 +37,12 @@ def tensor_digest(tensor: torch.Tensor, offset: int = 0, stride: int | None = No
     for row in range(min(period, len(rows))):
         alike, start = rows[row::period], offset + row * stride
         lead = start % _WORD
-        _add(total, _words(alike, lead), (start - lead) // _WORD, stride * period // _WORD)
+        _add_rows(total, _pad_to_words(alike, lead), (start - lead) // _WORD, stride * period // _WORD)
     # The device is asked once, for it works on while the next sums are on their way to it.
     return Digest(*(lane % 2**64 for lane in total.tolist()))
 
 
-def _words(rows: torch.Tensor, lead: int) -> torch.Tensor:
+def _pad_to_words(rows: torch.Tensor, lead: int) -> torch.Tensor:
     """Return rows of bytes as words, zeros before and behind where they begin or end within one."""
     behind = -(lead + rows.shape[1]) % _WORD
     padded = torch.nn.functional.pad(rows, (lead, behind)) if lead or behind else rows.contiguous()
@@ -50,7 +50,7 @@ def _words(rows: torch.Tensor, lead: int) -> torch.Tensor:
     return (padded.clone() if padded.storage_offset() % _WORD else padded).view(torch.int64)
 
 
-def _add(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
+def _add_rows(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
     """Add rows of words, the first of them at word `index`, each row `step` words behind the one before."""
     width = words.shape[1]
     # Whole blocks have a weight each that words of the same place share; rows meet blocks alike or not at all.
@@ -64,24 +64,26 @@ def _add(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> Non
 
 def _add_blocks(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
     """Add rows of whole blocks, which begin where blocks do."""
-    inner = [_sequence(SEEDS[lane][0], torch.arange(BLOCK, device=words.device)) for lane in (0, 1)]
-    for part, start in _batches(words, index, step):
+    inner = [_generate_weights(SEEDS[lane][0], torch.arange(BLOCK, device=words.device)) for lane in (0, 1)]
+    for part, start in _split_batches(words, index, step):
         blocks = part.view(len(part), -1, BLOCK)
-        places = _places(blocks, start // BLOCK, step // BLOCK)
-        for lane, values in enumerate(_lanes(blocks)):
-            total[lane] += ((values * inner[lane]).sum(-1) * _sequence(SEEDS[lane][1], places)).sum()
+        places = _compute_indices(blocks, start // BLOCK, step // BLOCK)
+        for lane, values in enumerate(_split_lanes(blocks)):
+            total[lane] += ((values * inner[lane]).sum(-1) * _generate_weights(SEEDS[lane][1], places)).sum()
 
 
 def _add_words(total: torch.Tensor, words: torch.Tensor, index: int, step: int) -> None:
     """Add rows that begin and end anywhere."""
-    for part, start in _batches(words, index, step):
-        places = _places(part, start, step)
-        for lane, values in enumerate(_lanes(part)):
+    for part, start in _split_batches(words, index, step):
+        places = _compute_indices(part, start, step)
+        for lane, values in enumerate(_split_lanes(part)):
             inner, outer = SEEDS[lane]
-            total[lane] += (_sequence(inner, places % BLOCK) * _sequence(outer, places // BLOCK) * values).sum()
+            total[lane] += (
+                _generate_weights(inner, places % BLOCK) * _generate_weights(outer, places // BLOCK) * values
+            ).sum()
 
 
-def _batches(words: torch.Tensor, index: int, step: int) -> Iterator[tuple[torch.Tensor, int]]:
+def _split_batches(words: torch.Tensor, index: int, step: int) -> Iterator[tuple[torch.Tensor, int]]:
     """Yield parts of rows that are small enough to work on, and the place of the first word of each."""
     height = max(1, _BATCH // words.shape[1])
     for top in range(0, len(words), height):
@@ -89,30 +91,30 @@ def _batches(words: torch.Tensor, index: int, step: int) -> Iterator[tuple[torch
             yield words[top : top + height, left : left + _BATCH], index + top * step + left
 
 
-def _places(rows: torch.Tensor, start: int, step: int) -> torch.Tensor:
+def _compute_indices(rows: torch.Tensor, start: int, step: int) -> torch.Tensor:
     """Return the place of each entry along the first two dims."""
     down = torch.arange(rows.shape[0], device=rows.device)[:, None] * step
     return start + down + torch.arange(rows.shape[1], device=rows.device)
 
 
-def _lanes(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _split_lanes(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return words, (words >> 32) & 0xFFFFFFFF
 
 
-def _sequence(seed: int, index: torch.Tensor) -> torch.Tensor:
+def _generate_weights(seed: int, index: torch.Tensor) -> torch.Tensor:
     first, second = MULTIPLIERS
-    values: torch.Tensor = (index + 1) * _signed(STEP) + _signed(seed)
-    values = (values ^ _shifted(values, 30)) * _signed(first)
-    values = (values ^ _shifted(values, 27)) * _signed(second)
-    values = (values ^ _shifted(values, 31)) | 1
+    values: torch.Tensor = (index + 1) * _to_signed(STEP) + _to_signed(seed)
+    values = (values ^ _shift_right(values, 30)) * _to_signed(first)
+    values = (values ^ _shift_right(values, 27)) * _to_signed(second)
+    values = (values ^ _shift_right(values, 31)) | 1
     return values
 
 
-def _shifted(values: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift_right(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Shift right without a sign, which torch's integers have."""
     shifted: torch.Tensor = (values >> bits) & (2 ** (64 - bits) - 1)
     return shifted
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value

@@ -7,58 +7,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from runtime.checkpoint.content import FoundLayout, Held
-from runtime.checkpoint.verifying.copies import Holding, TensorCopy
-from runtime.checkpoint.verifying.differences import Difference
+from runtime.checkpoint.content import SourceLayout, TensorInfo
+from runtime.checkpoint.verifying.copies import Replicas, TensorCopy
+from runtime.checkpoint.verifying.differences import CheckpointDifference
 
-__all__ = ["Verification", "Verified"]
+__all__ = ["Verification", "VerifiedCheckpoint"]
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerifiedCheckpoint:
     """A checkpoint as it was found.
 
     Args:
         folder: where it lies.
-        holding: what it holds, None where its files contradict one another.
+        replicas: what it holds, None where its files contradict one another.
         digests: of all copies, empty where nothing of them was read.
     """
 
     folder: Path
-    holding: Holding | None = field(default=None, repr=False)
+    replicas: Replicas | None = field(default=None, repr=False)
     digests: Mapping[TensorCopy, str] = field(default_factory=dict, repr=False)
 
     @property
-    def layout(self) -> FoundLayout | None:
+    def layout(self) -> SourceLayout | None:
         """How it lies in the folder."""
-        return self.holding.content.layout if self.holding else None
+        return self.replicas.checkpoint.layout if self.replicas else None
 
     @property
-    def recorded(self) -> Mapping[str, str]:
+    def manifest_digests(self) -> Mapping[str, str]:
         """The digests that the checkpoint itself records, by tensor; empty in hub form."""
-        return self.holding.content.digests if self.holding else {}
+        return self.replicas.checkpoint.digests if self.replicas else {}
 
     def intact_copies(self) -> Mapping[str, TensorCopy]:
         """Return one copy of each tensor that was read: one with the recorded digest where there is such."""
         copies = {copy.name: copy for copy in reversed(list(self.digests))}
-        return copies | {c.name: c for c, digest in self.digests.items() if digest == self.recorded.get(c.name)}
+        return copies | {c.name: c for c, digest in self.digests.items() if digest == self.manifest_digests.get(c.name)}
 
-    def held(self, name: str) -> Held:
+    def get_tensor_info(self, name: str) -> TensorInfo:
         """Return a tensor that it holds."""
-        assert self.holding is not None
-        return self.holding.content.all_tensors[name]
+        assert self.replicas is not None
+        return self.replicas.checkpoint.all_tensors[name]
 
     def to_json(self) -> dict[str, object]:
         """Return what was looked at, for other programs."""
-        content = self.holding.content if self.holding else None
+        content = self.replicas.checkpoint if self.replicas else None
         return {
             "folder": str(self.folder),
             "layout": self.layout,
             "tensors": len(content.tensors) if content else 0,
             "optimizer_tensors": len(content.optimizer.tensors) if content and content.optimizer else 0,
-            "copies": len(self.holding.copies) if self.holding else 0,
+            "copies": len(self.replicas.copies) if self.replicas else 0,
             "digests_read": len(self.digests),
-            "digests_recorded": len(self.recorded),
+            "digests_recorded": len(self.manifest_digests),
         }
 
 
@@ -73,9 +73,9 @@ class Verification:
         seconds: it took.
     """
 
-    source: Verified
-    other: Verified | None
-    differences: tuple[Difference, ...]
+    source: VerifiedCheckpoint
+    other: VerifiedCheckpoint | None
+    differences: tuple[CheckpointDifference, ...]
     seconds: float
 
     @property
@@ -83,7 +83,7 @@ class Verification:
         """What the source was held against: another one, its manifest's digests, or, for want of those, its headers."""
         if self.other is not None:
             return "checkpoint"
-        return "manifest" if self.source.recorded else "headers"
+        return "manifest" if self.source.manifest_digests else "headers"
 
     @property
     def ok(self) -> bool:

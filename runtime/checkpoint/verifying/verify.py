@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from plans.errors import IncompleteError, MismatchError
-from runtime.checkpoint.config_record import CONFIG, config_changes, read_entries
+from runtime.checkpoint.config_record import CONFIG, find_config_changes, read_config_entries
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
-from runtime.checkpoint.foreign.source import Foreign
-from runtime.checkpoint.verifying.copies import Holding, TensorCopy, digests_of, read_holding
-from runtime.checkpoint.verifying.differences import Difference, compare_held, read_differences
-from runtime.checkpoint.verifying.elements import Placed, first_difference
-from runtime.checkpoint.verifying.verification import Verification, Verified
-from runtime.models.config_entries import Differing, compare_entries
+from runtime.checkpoint.foreign.source import ExternalSettings
+from runtime.checkpoint.verifying.copies import Replicas, TensorCopy, compute_digests, read_replicas
+from runtime.checkpoint.verifying.differences import CheckpointDifference, compare_tensors, extract_differences
+from runtime.checkpoint.verifying.elements import MappedTensor, find_first_difference
+from runtime.checkpoint.verifying.verification import Verification, VerifiedCheckpoint
+from runtime.models.config_entries import ConfigDifference, compare_entries
 
 __all__ = ["verify"]
 
-_LOCATED = 20
+_MAX_LOCATED = 20
 """Differences whose first element is looked for: a few tell what happened, and each costs reading a tensor twice."""
 
 
@@ -29,7 +29,7 @@ def verify(
     *,
     max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
-    foreign: Foreign | None = None,
+    external: ExternalSettings | None = None,
 ) -> Verification:
     """Verify every copy of every tensor of a checkpoint.
 
@@ -43,26 +43,26 @@ def verify(
         other: another one of the same model, of any layout and mesh; its tensors are what is expected.
         max_memory: bytes that reading may allocate.
         progress: told bytes done, bytes in all and the tensor at hand, for one checkpoint after the other.
-        foreign: how to read another stack's rank files, where the source is made of such.
+        external: how to read another stack's rank files, where the source is made of such.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or is incomplete other than by lossy tensors.
         UsageError: it is quantized in a way that is not supported, or the memory is too small.
     """
     began = time.perf_counter()
-    sides = [(source, foreign), *([(other, None)] if other is not None else [])]
-    read = [_read(folder, stack, other is not None, max_memory, progress) for folder, stack in sides]
+    sides = [(source, external), *([(other, None)] if other is not None else [])]
+    read = [_verify_folder(folder, stack, other is not None, max_memory, progress) for folder, stack in sides]
     found = [difference for one in read for difference in one.differences]
     verified = [one.verified for one in read]
     if other is not None:
-        found += _between(verified[0], verified[1])
-    located = [one.located(max_memory) if number < _LOCATED else one.difference for number, one in enumerate(found)]
+        found += _compare_checkpoints(verified[0], verified[1])
+    located = [one.locate(max_memory) if number < _MAX_LOCATED else one.difference for number, one in enumerate(found)]
     seconds = time.perf_counter() - began
     return Verification(verified[0], verified[1] if other is not None else None, tuple(located), seconds)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _PendingDifference:
     """A difference, and what to compare to find its first element.
 
     Args:
@@ -71,89 +71,99 @@ class _Found:
         found: those that differ.
     """
 
-    difference: Difference
-    expected: tuple[Verified, TensorCopy] | None = None
-    found: tuple[Verified, TensorCopy] | None = None
+    difference: CheckpointDifference
+    expected: tuple[VerifiedCheckpoint, TensorCopy] | None = None
+    found: tuple[VerifiedCheckpoint, TensorCopy] | None = None
 
-    def located(self, max_memory: int) -> Difference:
+    def locate(self, max_memory: int) -> CheckpointDifference:
         """Return the difference with its first element."""
         if self.expected is None or self.found is None:
             return self.difference
-        expected, found = (_placed(*side) for side in (self.expected, self.found))
-        dtype = self.found[0].held(self.difference.name).dtype
-        element = first_difference(expected, found, dtype, max_memory=max_memory)
-        return replace(self.difference, element=element, against=_where(*self.expected))
+        expected, found = (_get_mapped_tensor(*side) for side in (self.expected, self.found))
+        dtype = self.found[0].get_tensor_info(self.difference.name).dtype
+        element = find_first_difference(expected, found, dtype, max_memory=max_memory)
+        return replace(self.difference, element=element, against=_describe_files(*self.expected))
 
 
 @dataclass(frozen=True)
-class _Read:
-    verified: Verified
-    differences: list[_Found]
+class _VerifiedSide:
+    verified: VerifiedCheckpoint
+    differences: list[_PendingDifference]
 
 
-def _read(folder: Path, foreign: Foreign | None, reads_all: bool, max_memory: int, progress: Progress | None) -> _Read:
+def _verify_folder(
+    folder: Path, external: ExternalSettings | None, reads_all: bool, max_memory: int, progress: Progress | None
+) -> _VerifiedSide:
     """Read a checkpoint and hold it against its manifest."""
     try:
-        holding = read_holding(folder, foreign)
+        holding = read_replicas(folder, external)
     except (MismatchError, IncompleteError) as error:
-        return _Read(Verified(folder), [_Found(one) for one in read_differences(error, str(folder))])
-    if not reads_all and not holding.content.digests:
-        holding.table()  # proves that the files make up every tensor
-        return _Read(Verified(folder, holding), [])
-    verified = Verified(folder, holding, digests_of(holding, max_memory=max_memory, progress=progress))
-    return _Read(verified, list(_against_manifest(verified)))
+        return _VerifiedSide(
+            VerifiedCheckpoint(folder), [_PendingDifference(one) for one in extract_differences(error, str(folder))]
+        )
+    if not reads_all and not holding.checkpoint.digests:
+        holding.build_copy_plan()  # proves that the files make up every tensor
+        return _VerifiedSide(VerifiedCheckpoint(folder, holding), [])
+    verified = VerifiedCheckpoint(folder, holding, compute_digests(holding, max_memory=max_memory, progress=progress))
+    return _VerifiedSide(verified, list(_compare_manifest(verified)))
 
 
-def _against_manifest(one: Verified) -> Iterator[_Found]:
-    right = {copy.name: (one, copy) for copy, digest in one.digests.items() if digest == one.recorded.get(copy.name)}
-    for copy, digest in one.digests.items():
-        recorded = one.recorded.get(copy.name, digest)
+def _compare_manifest(verified: VerifiedCheckpoint) -> Iterator[_PendingDifference]:
+    right = {
+        copy.name: (verified, copy)
+        for copy, digest in verified.digests.items()
+        if digest == verified.manifest_digests.get(copy.name)
+    }
+    for copy, digest in verified.digests.items():
+        recorded = verified.manifest_digests.get(copy.name, digest)
         if digest != recorded:
             said = f"digest {recorded}, which the manifest records"
-            difference = Difference(copy.name, "content", said, f"digest {digest}", _where(one, copy))
-            yield _Found(difference, right.get(copy.name), (one, copy))
-    assert one.holding is not None
-    for entry in config_changes(one.holding.content):
-        yield _Found(_of_config(entry, "which the manifest records", one.folder))
+            difference = CheckpointDifference(
+                copy.name, "content", said, f"digest {digest}", _describe_files(verified, copy)
+            )
+            yield _PendingDifference(difference, right.get(copy.name), (verified, copy))
+    assert verified.replicas is not None
+    for entry in find_config_changes(verified.replicas.checkpoint):
+        yield _PendingDifference(_build_config_difference(entry, "which the manifest records", verified.folder))
 
 
-def _of_config(entry: Differing, why: str, folder: Path) -> Difference:
-    return Difference(entry.key, "config", f"{entry.expected}, {why}", entry.found, str(folder / CONFIG))
+def _build_config_difference(entry: ConfigDifference, why: str, folder: Path) -> CheckpointDifference:
+    return CheckpointDifference(entry.key, "config", f"{entry.expected}, {why}", entry.found, str(folder / CONFIG))
 
 
-def _between_configs(one: Holding, other: Holding) -> Iterator[_Found]:
-    folders = [side.described or side.content.folder for side in (one, other)]
-    found, expected = map(read_entries, folders)
+def _compare_configs(source: Replicas, reference: Replicas) -> Iterator[_PendingDifference]:
+    folders = [side.config_folder or side.checkpoint.folder for side in (source, reference)]
+    found, expected = map(read_config_entries, folders)
     if found is not None and expected is not None:
         for entry in compare_entries(found, expected):
-            yield _Found(_of_config(entry, f"as in {folders[1]}", folders[0]))
+            yield _PendingDifference(_build_config_difference(entry, f"as in {folders[1]}", folders[0]))
 
 
-def _between(one: Verified, other: Verified) -> Iterator[_Found]:
+def _compare_checkpoints(source: VerifiedCheckpoint, reference: VerifiedCheckpoint) -> Iterator[_PendingDifference]:
     """Yield in what the tensors of two checkpoints differ; those of the second are what is expected."""
-    if one.holding is None or other.holding is None:
+    if source.replicas is None or reference.replicas is None:
         return
-    held = list(compare_held(other.holding.content, one.holding.content))
-    yield from map(_Found, held)
+    held = list(compare_tensors(reference.replicas.checkpoint, source.replicas.checkpoint))
+    yield from map(_PendingDifference, held)
     incomparable = {difference.name for difference in held if difference.aspect in ("missing", "dtype", "shape")}
-    copies, expected = one.intact_copies(), other.intact_copies()
+    copies, expected = source.intact_copies(), reference.intact_copies()
     for name, copy in copies.items():
-        if name in incomparable or name not in expected or one.digests[copy] == other.digests[expected[name]]:
+        if name in incomparable or name not in expected or source.digests[copy] == reference.digests[expected[name]]:
             continue
-        digests = f"digest {other.digests[expected[name]]}", f"digest {one.digests[copy]}"
-        difference = Difference(name, "content", *digests, _where(one, copy))
-        yield _Found(difference, (other, expected[name]), (one, copy))
-    yield from _between_configs(one.holding, other.holding)
+        digests = f"digest {reference.digests[expected[name]]}", f"digest {source.digests[copy]}"
+        difference = CheckpointDifference(name, "content", *digests, _describe_files(source, copy))
+        yield _PendingDifference(difference, (reference, expected[name]), (source, copy))
+    yield from _compare_configs(source.replicas, reference.replicas)
 
 
-def _placed(one: Verified, copy: TensorCopy) -> Placed:
-    assert one.holding is not None
-    return Placed(copy.form, one.holding.content.all_pieces)
+def _get_mapped_tensor(verified: VerifiedCheckpoint, copy: TensorCopy) -> MappedTensor:
+    assert verified.replicas is not None
+    return MappedTensor(copy.tensor_map, verified.replicas.checkpoint.all_chunks)
 
 
-def _where(one: Verified, copy: TensorCopy) -> str:
+def _describe_files(verified: VerifiedCheckpoint, copy: TensorCopy) -> str:
     """Return in words which files hold a copy."""
     if not copy.ranks:
-        return str(one.folder)
+        return str(verified.folder)
     ranks = ", ".join(map(str, copy.ranks))
-    return f"{'rank' if len(copy.ranks) == 1 else 'ranks'} {ranks} of {one.folder}"
+    return f"{'rank' if len(copy.ranks) == 1 else 'ranks'} {ranks} of {verified.folder}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrator import jobs
-from migrator.jobs.reading import _KEYS
+from migrator.jobs.reading import _SETTINGS
 from tests.migrator.jobs.helpers import job_file, outcomes, run
 from tests.migrator.source_trees import family
 
@@ -38,5 +38,5 @@ def test_the_example_runs_where_nothing_was_made_yet(hub_folder, tmp_path, examp
 def test_the_table_has_every_setting():
     rows = re.findall(r"^\| (?:`\[(\w+)\]`|at the top).*? \| (`.*?)(?:; by default.*?)? \|$", DOC, re.MULTILINE)
     assert {table: re.findall(r"`(\w+)`", settings) for table, settings in rows} == {
-        table: list(keys) for table, keys in _KEYS.items()
+        table: list(keys) for table, keys in _SETTINGS.items()
     }

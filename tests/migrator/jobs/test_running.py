@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from migrator import jobs
-from migrator.jobs.working import WORK
+from migrator.jobs.working import EXECUTORS
 from plans.errors import DestinationError, UsageError
-from runtime.checkpoint.files.lock import locked
+from runtime.checkpoint.files.lock import hold_temporary_lock
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, contents, job_file, outcomes, reshard, run, whys
 from tests.migrator.source_trees import OWNER, family, git, texts
@@ -336,7 +336,10 @@ def test_a_state_file_that_is_none_is_refused(tmp_path, content, said):
 def test_one_run_at_a_time_has_a_job(tmp_path):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
-    with locked(jobs.read(file).lock), pytest.raises(DestinationError, match=r"move\.job: another run is writing it"):
+    with (
+        hold_temporary_lock(jobs.read(file).lock),
+        pytest.raises(DestinationError, match=r"move\.job: another run is writing it"),
+    ):
         run(file)
     assert run(file).ok
     assert not (tmp_path / "move.job.lock").exists()
@@ -344,7 +347,7 @@ def test_one_run_at_a_time_has_a_job(tmp_path):
 
 def test_a_fault_of_ours_ends_its_step_alone(tmp_path, monkeypatch):
     family(tmp_path / "models", MIGRATED)
-    monkeypatch.setitem(WORK, jobs.Check, lambda step, task: 1 // 0)
+    monkeypatch.setitem(EXECUTORS, jobs.Check, lambda step, task: 1 // 0)
     result = run(job_file(tmp_path, CHECK))
     assert (result.code, result.steps[0].outcome) == (2, "failed")
     assert "internal error: ZeroDivisionError" in result.steps[0].said

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from migrator.report.from_inspection import inspection_report
-from migrator.report.values import Finding, Report
+from migrator.report.from_inspection import build_inspection_report
+from migrator.report.values import Report, ReportFinding
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.checkpoint.verifying.differences import Difference
-from runtime.inspecting.values import Arrangement, Inspection, Placed, StoredFile, TensorGroup
+from runtime.checkpoint.verifying.differences import CheckpointDifference
+from runtime.inspecting.values import Arrangement, Inspection, MeshPlacement, StoredFile, TensorGroup
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",
@@ -26,9 +26,9 @@ def a_report(names: tuple[str, ...], mesh: Mesh | None = None) -> Report:
     """Return a report of an invented checkpoint whose tensors have these names, each in every way of lying."""
     mesh = mesh or Mesh(tp=2, fsdp=2)
     ways = (
-        Placed("dense", (Replicate(), Packed(1, 2)), "packed_colwise", 512, 512),
-        Placed("dense", (Shard(0), Shard(1)), "rowwise", 256, 256),
-        Placed("dense", (Replicate(), Replicate()), None, 1024, 1024),
+        MeshPlacement("dense", (Replicate(), Packed(1, 2)), "packed_colwise", 512, 512),
+        MeshPlacement("dense", (Shard(0), Shard(1)), "rowwise", 256, 256),
+        MeshPlacement("dense", (Replicate(), Replicate()), None, 1024, 1024),
     )
     groups = tuple(
         TensorGroup(name, (name,), "parameter", "F32", (4, 8 * mesh.tp, 4), 1024, ways[number % 3], ways[-1])
@@ -41,19 +41,21 @@ def a_report(names: tuple[str, ...], mesh: Mesh | None = None) -> Report:
         model_type=names[0],
         groups=groups,
         files=tuple(StoredFile(name, 1, 1024) for name in names),
-        held=side,
+        current=side,
         planned=side,
         tied=dict.fromkeys(names[:9], names[-1]),
-        side=names[:9],
+        side_files=names[:9],
         left_behind=names,
         digests=dict.fromkeys(names, "0" * 32),
         written_by={names[0]: names[-1]},
     )
-    findings = tuple(Finding("error", name, f"{name}: only 1 of 2") for name in names)
-    return replace(inspection_report(found), findings=findings, ok=False, timings={names[0]: 1.5})
+    findings = tuple(ReportFinding("error", name, f"{name}: only 1 of 2") for name in names)
+    return replace(build_inspection_report(found), findings=findings, ok=False, timings={names[0]: 1.5})
 
 
 def lossy(names: tuple[str, ...]) -> Inspection:
     """Return what inspecting a checkpoint finds that lacks parts of these tensors."""
-    findings = (Difference(name, "lossy", "2 elements", "only 1 of 2 elements are stored", "x") for name in names)
+    findings = (
+        CheckpointDifference(name, "lossy", "2 elements", "only 1 of 2 elements are stored", "x") for name in names
+    )
     return Inspection(Path("/folder"), "dcp", "qwen3_moe", tuple(findings))

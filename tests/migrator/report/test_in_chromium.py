@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from migrator.report.from_inspection import inspection_report
+from migrator.report.from_inspection import build_inspection_report
 from migrator.report.page import write_report
 from plans.mesh import Mesh
 from runtime.inspecting.inspection import inspect_checkpoint
@@ -32,7 +32,7 @@ def page(tmp_path_factory):
 def real(tmp_path_factory, rank_folder):
     """The report of rank files for four ranks, and of what another mesh would make of them."""
     file = tmp_path_factory.mktemp("report") / "real.html"
-    write_report(inspection_report(inspect_checkpoint(rank_folder("qwen3_moe", 4), Mesh(2, 4, 2), "tp_ep")), file)
+    write_report(build_inspection_report(inspect_checkpoint(rank_folder("qwen3_moe", 4), Mesh(2, 4, 2), "tp_ep")), file)
     return file
 
 

@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from migrator.report.from_inspection import inspection_report
-from migrator.report.from_reshard import reshard_report
-from migrator.report.from_validation import validation_report
+from migrator.report.from_inspection import build_inspection_report
+from migrator.report.from_reshard import build_reshard_report
+from migrator.report.from_validation import build_validation_report
 from migrator.report.markup import element
-from migrator.report.page import render, write_report
-from migrator.report.shard_map import rank_list
+from migrator.report.page import render_report, write_report
+from migrator.report.shard_map import format_ranks
 from migrator.report.values import Report
-from migrator.shown import sized, visible
+from migrator.shown import format_bytes, sanitize
 from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
@@ -66,14 +66,14 @@ def check_harmless(reader: Reader) -> None:
 
 
 def test_hostile_names_are_text_and_nothing_else():
-    page = render(a_report(HOSTILE))
+    page = render_report(a_report(HOSTILE))
     reader = read(page)
     check_harmless(reader)
     assert "<script>document.title = 'owned'</script>" in reader.text
     assert "\\x1b[31m\\u202e" in reader.text
     assert page.encode()  # which half a surrogate pair cannot be
     assert "n" * 400 not in page
-    check_harmless(read(render(inspection_report(lossy(HOSTILE)))))
+    check_harmless(read(render_report(build_inspection_report(lossy(HOSTILE)))))
 
 
 def test_the_check_for_harm_can_fail():
@@ -85,14 +85,14 @@ def test_the_check_for_harm_can_fail():
 
 def test_fifty_thousand_tensors_fit_on_a_page():
     began = time.process_time()
-    page = render(a_report(tuple(f"a.tensor_{number}" for number in range(50_000))))
+    page = render_report(a_report(tuple(f"a.tensor_{number}" for number in range(50_000))))
     assert time.process_time() - began < 10
     assert len(page) < 1_000_000
     assert "and 49,750 more, by group" in page
 
 
 def test_ids_are_unique_and_links_lead_somewhere():
-    elements = read(render(a_report(("a", "b", "c")))).elements
+    elements = read(render_report(a_report(("a", "b", "c")))).elements
     ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     links = [attributes["href"] for tag, attributes in elements if tag == "a"]
     assert len(ids) == len(set(ids))
@@ -100,7 +100,7 @@ def test_ids_are_unique_and_links_lead_somewhere():
 
 
 def test_every_rank_of_a_large_mesh_is_there():
-    page = render(a_report(("model.gate_up_proj", "b", "c"), Mesh(tp=8, fsdp=32)))
+    page = render_report(a_report(("model.gate_up_proj", "b", "c"), Mesh(tp=8, fsdp=32)))
     assert all(f"<span>rank {rank}</span>" in page for rank in range(256))
     assert "gate</p>" in page
     assert "up</p>" in page
@@ -117,7 +117,7 @@ def test_every_rank_of_a_large_mesh_is_there():
     ],
 )
 def test_ranks_in_words(ranks, world, words):
-    assert rank_list(ranks, world) == words
+    assert format_ranks(ranks, world) == words
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_ranks_in_words(ranks, world, words):
     [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1000 * 1024, "0.977 MiB"), (5 * 2**60, "5,242,880 TiB")],
 )
 def test_sizes_in_words(number, words):
-    assert sized(number) == words
+    assert format_bytes(number) == words
 
 
 def test_what_does_not_print_is_escaped_and_what_is_long_is_cut():
-    assert visible("a\n\x1b[0m\u202e") == "a\\n\\x1b[0m\\u202e"
-    assert len(visible("x" * 10_000)) < 200
+    assert sanitize("a\n\x1b[0m\u202e") == "a\\n\\x1b[0m\\u202e"
+    assert len(sanitize("x" * 10_000)) < 200
 
 
 def test_attributes_are_escaped():
@@ -138,7 +138,7 @@ def test_attributes_are_escaped():
 
 
 def test_a_report_that_says_nothing_is_a_page():
-    reader = read(render(Report("empty", "nothing to say")))
+    reader = read(render_report(Report("empty", "nothing to say")))
     assert [tag for tag, _ in reader.elements].count("section") == 0
 
 
@@ -149,15 +149,15 @@ def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
 
 def test_the_report_of_a_reshard(rank_folder, hub_folder, tmp_path):
     plan = plan_reshard(rank_folder("qwen3_moe", 2), Mesh(tp=4))
-    dry = reshard_report(plan)
+    dry = build_reshard_report(plan)
     assert [view.title for view in dry.views] == ["in the source", "planned for the result"]
     assert (dry.ok, list(dry.timings)) == (None, ["planning"])
-    done = reshard_report(plan, plan.execute(tmp_path / "out"))
+    done = build_reshard_report(plan, plan.execute(tmp_path / "out"))
     assert [len(view.rank_bytes) for view in done.views] == [2, 4]
     assert list(done.timings) == ["planning", "copying", "syncing"]
     assert (done.ok, len(done.digests)) == (True, 36)
-    check_harmless(read(render(done)))
-    from_hub = reshard_report(plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)))
+    check_harmless(read(render_report(done)))
+    from_hub = build_reshard_report(plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)))
     assert [view.title for view in from_hub.views] == ["planned for the result"]
 
 
@@ -166,9 +166,9 @@ def test_the_report_of_a_validation(rank_folder):
     wrong = {"name": "model.norm.weight", "rank": 1, "expected": "digest 1", "found": "digest 2"}
     answer = {"ok": True, "world_size": 2, "structure": part, "content": part, "skipped": {"backward": "not asked for"}}
     found = inspect_checkpoint(rank_folder("qwen3_moe", 2))
-    good = validation_report(found, answer)
+    good = build_validation_report(found, answer)
     assert (good.ok, good.facts["structure"]) == (True, "checked 36")
     assert [one.severity for one in good.findings] == ["note"]
-    bad = validation_report(found, {**answer, "ok": False, "content": {"checked": 36, "mismatches": [wrong]}})
+    bad = build_validation_report(found, {**answer, "ok": False, "content": {"checked": 36, "mismatches": [wrong]}})
     assert bad.findings[0].text == "content on rank 1: expected digest 1, found digest 2"
-    assert "✗ not ok" in render(bad)
+    assert "✗ not ok" in render_report(bad)

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.extents.forms import Form
+from runtime.extents.forms import TensorMap
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 # Timings mean nothing on a machine that runs other things too.
@@ -92,12 +92,12 @@ def dtensor_locals() -> Callable[[dict[str, torch.Tensor], dict[str, Sequence[Pl
 
 
 @pytest.fixture(scope="session")
-def gather() -> Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]:
+def gather() -> Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]:
     """Return a function that builds a form's tensor from its sources, element by element of each extent."""
 
-    def gathered(form: Form, sources: dict[str, torch.Tensor]) -> torch.Tensor:
+    def gathered(form: TensorMap, sources: dict[str, torch.Tensor]) -> torch.Tensor:
         result = torch.full(form.shape, -1, dtype=torch.int64)
-        for extent in form.extents:
+        for extent in form.boxes:
             dims = zip(extent.offset, extent.shape, extent.steps, strict=True)
             box = result[tuple(slice(offset, offset + count * step, step) for offset, count, step in dims)]
             assert bool((box == -1).all()), "two extents overlap"

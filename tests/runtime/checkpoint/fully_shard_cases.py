@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.extents.forms import whole
-from runtime.extents.shards import local_form
-from runtime.styles.placements import as_parameter, local_piece
+from runtime.extents.shards import shard_for_rank
+from runtime.styles.placements import as_parameter, cut_local_shard
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 
@@ -27,7 +27,7 @@ def differences(seed: int, count: int, sizes: tuple[int, int]) -> list[str]:
     cases = list(drawn(random.Random(seed), count, sizes[1]))
     for number, (shape, inner) in enumerate(cases):
         whole_tensor = torch.arange(float(prod(shape))).reshape(shape)
-        local = local_piece(whole_tensor, inner, sizes[1], mesh["tp"].get_local_rank())
+        local = cut_local_shard(whole_tensor, inner, sizes[1], mesh["tp"].get_local_rank())
         parameter = (
             nn.Parameter(local)
             if isinstance(inner, Replicate)
@@ -39,9 +39,9 @@ def differences(seed: int, count: int, sizes: tuple[int, int]) -> list[str]:
     found: list[str] = []
     for (shape, inner), parameter in zip(cases, module.parameters(), strict=True):
         assert isinstance(parameter, DTensor)
-        form = local_form(whole("t", shape), [Shard(0), inner], sizes, coordinates)
+        form = shard_for_rank(whole("t", shape), [Shard(0), inner], sizes, coordinates)
         expected = torch.full(form.shape, -1.0)
-        for extent in form.extents:
+        for extent in form.boxes:
             box = expected[tuple(slice(o, o + n) for o, n in zip(extent.offset, extent.shape, strict=True))]
             box.copy_(torch.arange(float(prod(shape))).as_strided(extent.shape, extent.strides, extent.base))
         local = parameter.to_local()

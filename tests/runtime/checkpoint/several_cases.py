@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 from plans.errors import MigratorError
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.copying.several import carry_out_together
-from runtime.checkpoint.copying.values import Options
+from runtime.checkpoint.copying.several import execute_distributed_reshard
+from runtime.checkpoint.copying.values import ReshardOptions
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
-from runtime.processes.joined import joined
+from runtime.checkpoint.target import ReshardTarget
+from runtime.processes.joined import process_group
 
 SMALL = 2**20
 """So little memory that even a tiny checkpoint takes many units of work."""
@@ -27,18 +27,20 @@ SMALL = 2**20
 STOPPED, KILLED = "stopped", "killed"
 
 
-def reshard(source: Path, target: Target, destination: Path) -> tuple[int, int] | None:
+def reshard(source: Path, target: ReshardTarget, destination: Path) -> tuple[int, int] | None:
     """Reshard as one of the ranks; return the bytes read and written, on the first."""
-    result = carry_out_together(plan_reshard(source, target=target), destination, Options(max_memory=SMALL))
+    result = execute_distributed_reshard(
+        plan_reshard(source, target=target), destination, ReshardOptions(max_memory=SMALL)
+    )
     return (result.bytes_read, result.bytes_written) if result else None
 
 
-def reshard_differently(source: Path, targets: Sequence[Target], destination: Path) -> None:
+def reshard_differently(source: Path, targets: Sequence[ReshardTarget], destination: Path) -> None:
     """Reshard with ranks that do not want the same."""
     reshard(source, targets[dist.get_rank()], destination)
 
 
-def take_part(source: Path, target: Target, destination: Path, fate: Mapping[int, str], timeout: float) -> None:
+def take_part(source: Path, target: ReshardTarget, destination: Path, fate: Mapping[int, str], timeout: float) -> None:
     """Be a rank that torchrun, or a test, has started, and meet one's fate once something of one's share is safe."""
     rank = int(os.environ["RANK"])
     journal = destination.with_name(destination.name + ".partial") / (f"{MARKER}-{rank:05d}" if rank else MARKER)
@@ -48,9 +50,9 @@ def take_part(source: Path, target: Target, destination: Path, fate: Mapping[int
             _wait_for(journal)
             os.kill(os.getpid(), {STOPPED: signal.SIGSTOP, KILLED: signal.SIGKILL}[fate[rank]])
 
-    options = Options(meet, print, SMALL, seconds=0)
-    with joined(timeout):
-        carry_out_together(plan_reshard(source, target=target), destination, options)
+    options = ReshardOptions(meet, print, SMALL, journal_interval=0)
+    with process_group(timeout):
+        execute_distributed_reshard(plan_reshard(source, target=target), destination, options)
 
 
 def _wait_for(journal: Path) -> None:

@@ -11,16 +11,16 @@ import pytest
 from runtime.checkpoint.copying.assemble import Assembler
 from runtime.checkpoint.copying.regions import DigestRegion, MemoryRegion
 from runtime.checkpoint.digest import Digest
-from runtime.extents.runs import Repeat, Run
+from runtime.extents.runs import Stride, StridedCopy
 
 ROWS, COLUMNS = 60, 50
 SOURCE = np.random.default_rng(0).integers(0, 256, (ROWS, COLUMNS, 2), np.uint8)
 
 
-def rows() -> list[Run]:
+def rows() -> list[StridedCopy]:
     """The rows of a matrix of two-byte elements, each of which becomes a column of the transposed one."""
     width = COLUMNS * 2
-    runs = [Run(0, row * width, 0, row * 2, 2, (Repeat(COLUMNS, 2, ROWS * 2),)) for row in range(ROWS)]
+    runs = [StridedCopy(0, row * width, 0, row * 2, 2, (Stride(COLUMNS, 2, ROWS * 2),)) for row in range(ROWS)]
     random.Random(0).shuffle(runs)
     return runs
 
@@ -34,7 +34,7 @@ def test_every_byte_arrives_however_little_memory_there_is(block: int, blocks: i
     assembler = Assembler(regions, [SOURCE.size] * 2, block * blocks, block, is_new=True)
     flat = SOURCE.reshape(-1)
 
-    def add(run: Run) -> None:
+    def add(run: StridedCopy) -> None:
         for destination in (0, 1):
             assembler.add(run._replace(destination=destination), flat, 0)
 

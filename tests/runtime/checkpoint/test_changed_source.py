@@ -15,10 +15,10 @@ from plans.mesh import Mesh
 from runtime.checkpoint.copying import execution
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.files.lock import held
-from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.files.lock import hold_lock
+from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime.checkpoint.test_crash import files
 
@@ -140,7 +140,7 @@ def test_ranks_of_an_earlier_run_are_not_written_over(plan: ReshardPlan, tmp_pat
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / MARKER).touch()
-    with held(partial / f"{MARKER}-00001"), pytest.raises(DestinationError, match="another run is writing it"):
+    with hold_lock(partial / f"{MARKER}-00001"), pytest.raises(DestinationError, match="another run is writing it"):
         plan.execute(tmp_path / "out")
     assert (partial / MARKER).exists()
     plan.execute(tmp_path / "out")
@@ -148,7 +148,7 @@ def test_ranks_of_an_earlier_run_are_not_written_over(plan: ReshardPlan, tmp_pat
 
 def test_a_changed_source_of_rank_files_is_not_said_to_be_damaged(rank_folder: RankFolder, tmp_path: Path) -> None:
     ranks = Path(shutil.copytree(rank_folder("qwen2", 2), tmp_path / "ranks"))
-    plan = plan_reshard(ranks, target=Target("hf"))
-    rewritten(ranks / rank_file(1, 2))
+    plan = plan_reshard(ranks, target=ReshardTarget("hf"))
+    rewritten(ranks / rank_file_name(1, 2))
     with pytest.raises(MismatchError, match="changed while it was read"):
         plan.execute(tmp_path / "out")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from plans.errors import DestinationError
-from runtime.checkpoint.copying.commit import staging
+from runtime.checkpoint.copying.commit import stage_folder
 from runtime.checkpoint.files.file_names import MARKER
 
 
 def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
-    with staging(tmp_path / "out", 10) as folder:
+    with stage_folder(tmp_path / "out", 10) as folder:
         (folder / "file").write_text("content")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -26,7 +26,7 @@ def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def write_and_fail() -> None:
-        with staging(tmp_path / "out", 10) as folder:
+        with stage_folder(tmp_path / "out", 10) as folder:
             (folder / "file").write_text("content")
             raise error
 
@@ -36,7 +36,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) ->
 
 
 def test_a_failing_disk_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(DestinationError, match="No space") as caught, staging(tmp_path / "out", 10):
+    with pytest.raises(DestinationError, match="No space") as caught, stage_folder(tmp_path / "out", 10):
         raise OSError(28, "No space left on device")
     assert "free some space" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
@@ -45,13 +45,13 @@ def test_a_failing_disk_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_an_existing_destination_is_refused(tmp_path: Path, make: object) -> None:
     make(tmp_path / "out")  # type: ignore[operator]
-    with pytest.raises(DestinationError, match="exists already"), staging(tmp_path / "out", 10):
+    with pytest.raises(DestinationError, match="exists already"), stage_folder(tmp_path / "out", 10):
         pytest.fail("the body must not run")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(DestinationError, match="exists already"), staging(tmp_path / "out", 10):
+    with pytest.raises(DestinationError, match="exists already"), stage_folder(tmp_path / "out", 10):
         (tmp_path / "out").mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -72,7 +72,7 @@ REPLACED = ["out", "out/config.json", "out/model.safetensors"]
 
 def test_a_checkpoint_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
     out = a_checkpoint(tmp_path / "out", "old")
-    with staging(out, 10, overwrite=True) as folder:
+    with stage_folder(out, 10, overwrite=True) as folder:
         a_checkpoint(folder, "new")
         assert (out / "model.safetensors").read_text() == "old"
     assert names(tmp_path) == REPLACED
@@ -101,7 +101,7 @@ def test_a_run_killed_while_replacing_loses_neither(tmp_path: Path, name: str, m
     out = a_checkpoint(tmp_path / "out", "old")
     killed = subprocess.run([sys.executable, "-c", REPLACING, str(out), name, moment], check=False)
     assert killed.returncode == -9
-    with staging(out, 10, overwrite=True) as folder:
+    with stage_folder(out, 10, overwrite=True) as folder:
         is_new = (name, moment) == ("out.partial", "after")
         assert (out / "model.safetensors").read_text() == ("new" if is_new else "old")
         a_checkpoint(folder, "newer")
@@ -112,19 +112,19 @@ def test_a_run_killed_while_replacing_loses_neither(tmp_path: Path, name: str, m
 def test_a_folder_of_the_name_that_replacing_uses_is_left_alone(tmp_path: Path) -> None:
     mine = a_checkpoint(tmp_path / "out.replaced", "mine")
     out = a_checkpoint(tmp_path / "out", "old")
-    with pytest.raises(DestinationError, match="not left by migrator"), staging(out, 10, overwrite=True):
+    with pytest.raises(DestinationError, match="not left by migrator"), stage_folder(out, 10, overwrite=True):
         pytest.fail("the body must not run")
     assert (mine / "model.safetensors").read_text() == "mine"
 
 
 def test_what_cannot_fit_is_refused_first(tmp_path: Path) -> None:
-    with pytest.raises(DestinationError, match="free"), staging(tmp_path / "out", 2**60):
+    with pytest.raises(DestinationError, match="free"), stage_folder(tmp_path / "out", 2**60):
         pytest.fail("the body must not run")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_parent_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DestinationError, match="not a folder"), staging(tmp_path / "no" / "out", 1):
+    with pytest.raises(DestinationError, match="not a folder"), stage_folder(tmp_path / "no" / "out", 1):
         pytest.fail("the body must not run")
 
 
@@ -132,7 +132,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "mine").write_text("precious")
-    with pytest.raises(DestinationError, match="not left by migrator"), staging(tmp_path / "out", 1):
+    with pytest.raises(DestinationError, match="not left by migrator"), stage_folder(tmp_path / "out", 1):
         pytest.fail("the body must not run")
     assert (partial / "mine").read_text() == "precious"
 
@@ -141,7 +141,7 @@ def test_a_link_at_the_working_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / MARKER).touch()
     (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DestinationError, match="not left by migrator"), staging(tmp_path / "out", 1):
+    with pytest.raises(DestinationError, match="not left by migrator"), stage_folder(tmp_path / "out", 1):
         pytest.fail("the body must not run")
     assert (tmp_path / "elsewhere" / MARKER).exists()
 
@@ -155,14 +155,14 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
     assert killed.returncode == -9
     assert (tmp_path / "out.partial" / "half").exists()
-    with staging(tmp_path / "out", 1) as folder:
+    with stage_folder(tmp_path / "out", 1) as folder:
         (folder / "whole").write_text("whole")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
-    with staging(tmp_path / "out", 1) as folder:
-        with pytest.raises(DestinationError, match="another run"), staging(tmp_path / "out", 1):
+    with stage_folder(tmp_path / "out", 1) as folder:
+        with pytest.raises(DestinationError, match="another run"), stage_folder(tmp_path / "out", 1):
             pytest.fail("the body must not run")
         (folder / "file").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
@@ -196,7 +196,7 @@ def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: 
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert not (tmp_path / "out").exists()
-        with pytest.raises(DestinationError, match="another run"), staging(tmp_path / "out", 1):
+        with pytest.raises(DestinationError, match="another run"), stage_folder(tmp_path / "out", 1):
             pytest.fail("the body must not run")
         (tmp_path / "go").touch()
         assert first.wait(60) == 0
@@ -209,7 +209,7 @@ def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: 
 
 def test_the_lock_file_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "out.partial.lock").touch()
-    with staging(tmp_path / "out", 1) as folder:
+    with stage_folder(tmp_path / "out", 1) as folder:
         (folder / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
@@ -219,7 +219,7 @@ def test_the_lock_file_of_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
 )
 def test_what_lies_where_the_lock_goes_is_left_alone(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path / "out.partial.lock")
-    with pytest.raises(DestinationError), staging(tmp_path / "out", 1):
+    with pytest.raises(DestinationError), stage_folder(tmp_path / "out", 1):
         pytest.fail("the body must not run")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial.lock"]
 
@@ -291,7 +291,7 @@ def filled(folder: Path, content: list[str]) -> Path:
 @pytest.mark.parametrize("case", REPLACEABLE)
 def test_every_layout_of_checkpoint_is_replaced(case: str, tmp_path: Path) -> None:
     out = filled(tmp_path / "out", REPLACEABLE[case])
-    with staging(out, 10, overwrite=True, names=["original/params.json", "optimizer/.metadata"]) as folder:
+    with stage_folder(out, 10, overwrite=True, names=["original/params.json", "optimizer/.metadata"]) as folder:
         a_checkpoint(folder, "new")
     assert names(tmp_path) == REPLACED
 
@@ -300,6 +300,6 @@ def test_every_layout_of_checkpoint_is_replaced(case: str, tmp_path: Path) -> No
 def test_what_is_no_checkpoint_or_more_than_one_is_never_replaced(case: str, tmp_path: Path) -> None:
     out = filled(tmp_path / "out", KEPT[case])
     before = names(tmp_path)
-    with pytest.raises(DestinationError, match=r"would be lost|no checkpoint"), staging(out, 10, overwrite=True):
+    with pytest.raises(DestinationError, match=r"would be lost|no checkpoint"), stage_folder(out, 10, overwrite=True):
         pytest.fail("the body must not run")
     assert names(tmp_path) == before

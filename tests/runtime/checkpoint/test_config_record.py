@@ -12,15 +12,15 @@ import pytest
 
 from plans.errors import CheckpointError, HeaderError
 from plans.mesh import Mesh
-from runtime.checkpoint.files.strict_json import is_deeper
+from runtime.checkpoint.files.strict_json import is_nested_deeper
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.conftest import HubFolder
 
-TARGETS = {"ranks": Target("ranks", Mesh(tp=2)), "dcp": Target("dcp", Mesh(tp=2))}
+TARGETS = {"ranks": ReshardTarget("ranks", Mesh(tp=2)), "dcp": ReshardTarget("dcp", Mesh(tp=2))}
 CHANGES = {
     "rms_norm_eps": 0.001,
     "hidden_act": "gelu",
@@ -134,10 +134,10 @@ def test_a_record_that_is_none_is_refused(lie: object, hub_folder: HubFolder, tm
 
 
 def test_levels_are_counted() -> None:
-    assert is_deeper(deep(33), 32)
-    assert not is_deeper(deep(32), 32)
-    assert is_deeper(deep(500), 32)
-    assert not is_deeper(3, 0)
+    assert is_nested_deeper(deep(33), 32)
+    assert not is_nested_deeper(deep(32), 32)
+    assert is_nested_deeper(deep(500), 32)
+    assert not is_nested_deeper(3, 0)
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 
 from plans.errors import CheckpointError, UsageError
 from runtime.checkpoint.copying import copy
-from runtime.checkpoint.copying.copy import execute, work_of
+from runtime.checkpoint.copying.copy import execute_copy_plan, plan_units
 from runtime.checkpoint.copying.read_back import is_intact
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
 from runtime.checkpoint.copying.strided import Bytes
-from runtime.checkpoint.copying.table import Destination, build_table
-from runtime.checkpoint.copying.writing import regions_for
+from runtime.checkpoint.copying.table import Destination, build_copy_plan
+from runtime.checkpoint.copying.writing import build_regions
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.extents import forms as extents
-from runtime.extents.forms import Form, whole
+from runtime.extents.forms import TensorMap, whole
 
 GAPS = ("transposed", "joined columns", "stacked", "halved and interleaved")
 
@@ -46,12 +46,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
     return file, tensors
 
 
-def fused() -> tuple[Form, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
+def fused() -> tuple[TensorMap, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
     pair = [whole("a", (12, 10)), whole("b", (12, 10))]
     return extents.concatenate(pair, 1), lambda t: torch.cat([t["a"], t["b"]], 1)
 
 
-CASES: dict[str, tuple[Form, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
+CASES: dict[str, tuple[TensorMap, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
     "whole": (whole("a", (12, 10)), lambda t: t["a"]),
     "rows": (extents.narrow(whole("byte", (7, 9)), 0, 2, 4), lambda t: t["byte"][2:6]),
     "columns": (extents.narrow(whole("long", (5, 6)), 1, 1, 3), lambda t: t["long"][:, 1:4]),
@@ -104,11 +104,11 @@ def test_every_slab_size_gives_the_same_bytes(
     expected = build(tensors).contiguous().reshape(-1).view(torch.uint8).numpy()
     region, digest = Once(expected.size, rows), Digest()
     wanted = [(Destination(case, expected.size, "x"), form), (Destination(case, expected.size), form)]
-    tables = build_table(read_header(file).tensors, wanted)
+    tables = build_copy_plan(read_header(file).tensors, wanted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copy, "_SLAB", slab)
         patch.setattr(copy, "BLOCK", block)
-        execute(tables, [region, DigestRegion(digest)], max_memory=2**20)
+        execute_copy_plan(tables, [region, DigestRegion(digest)], max_memory=2**20)
     once = Digest()
     once.add(0, expected)
     assert (region.memory.content == expected).all()
@@ -122,13 +122,13 @@ def test_what_is_kept_has_reached_its_place(
 ) -> None:
     wanted = [(Destination(case, size_of(case), case), CASES[case][0]) for case in GAPS]
     wanted += [(Destination(case, size_of(case)), CASES[case][0]) for case in GAPS]
-    tables, digests = build_table(read_header(stored[0]).tensors, wanted), {case: Digest() for case in GAPS}
+    tables, digests = build_copy_plan(read_header(stored[0]).tensors, wanted), {case: Digest() for case in GAPS}
     monkeypatch.setattr(copy, "_SLAB", 48)
     kept: list[int] = []
     for case in GAPS:
         (tmp_path / case).touch()
     with OpenFiles(tmp_path) as files:
-        regions = regions_for(tables.destinations, files, list(digests.values()))
+        regions = build_regions(tables.destinations, files, list(digests.values()))
 
         class Keeper:
             units = 0
@@ -138,11 +138,11 @@ def test_what_is_kept_has_reached_its_place(
 
             def keep(self, units: int, bytes_done: int) -> None:
                 said = {name: str(digest) for name, digest in digests.items()}
-                assert is_intact(tables, regions, islice(work_of(tables, 2**20), units), said)
+                assert is_intact(tables, regions, islice(plan_units(tables, 2**20), units), said)
                 kept.append(units)
 
-        execute(tables, regions, max_memory=2**20, keeper=Keeper())
-    assert kept == list(range(1, 1 + sum(1 for _ in work_of(tables, 2**20))))
+        execute_copy_plan(tables, regions, max_memory=2**20, recorder=Keeper())
+    assert kept == list(range(1, 1 + sum(1 for _ in plan_units(tables, 2**20))))
     assert len(kept) > 5
 
 
@@ -159,8 +159,8 @@ def test_short_reads_and_writes_are_continued(
     monkeypatch.setattr("os.preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:5]], offset))
     (tmp_path / "out").touch()
     with OpenFiles(tmp_path) as files:
-        table = build_table(read_header(file).tensors, [(Destination("a", 240, "out", 3), whole("a", (12, 10)))])
-        assert execute(table, [FileRegion(files, "out", 3)]) == 240
+        table = build_copy_plan(read_header(file).tensors, [(Destination("a", 240, "out", 3), whole("a", (12, 10)))])
+        assert execute_copy_plan(table, [FileRegion(files, "out", 3)]) == 240
     expected = tensors["a"].view(torch.uint8).numpy().tobytes()
     assert (tmp_path / "out").read_bytes() == b"\0\0\0" + expected
 
@@ -171,10 +171,10 @@ def test_a_failing_disk_is_one_clear_error(
     def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(5, "Input/output error")
 
-    table = build_table(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
+    table = build_copy_plan(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
     monkeypatch.setattr("os.preadv", fail)
     with pytest.raises(CheckpointError, match="Input/output error") as caught:
-        execute(table, [DigestRegion(Digest())])
+        execute_copy_plan(table, [DigestRegion(Digest())])
     assert str(stored[0]) in caught.value.message
 
 
@@ -183,12 +183,12 @@ def test_a_failing_digest_stops_the_copy(stored: tuple[Path, dict[str, torch.Ten
         def write(self, offset: int, piece: Bytes) -> None:
             raise ArithmeticError
 
-    table = build_table(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
+    table = build_copy_plan(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
     with pytest.raises(ArithmeticError):
-        execute(table, [Failing(240, takes_rows=False)])
+        execute_copy_plan(table, [Failing(240, takes_rows=False)])
 
 
 def test_too_little_memory_is_refused(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    table = build_table(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
+    table = build_copy_plan(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
     with pytest.raises(UsageError, match="too little memory"):
-        execute(table, [DigestRegion(Digest())], max_memory=1000)
+        execute_copy_plan(table, [DigestRegion(Digest())], max_memory=1000)

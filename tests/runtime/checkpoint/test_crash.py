@@ -17,12 +17,12 @@ import pytest
 from plans.errors import CheckpointError, DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import commit, copy
-from runtime.checkpoint.copying.copy import work_of
+from runtime.checkpoint.copying.copy import plan_units
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
-from runtime.checkpoint.target import Target
-from runtime.extents.runs import Run
+from runtime.checkpoint.target import ReshardTarget
+from runtime.extents.runs import StridedCopy
 
 Checkpoint = Callable[[str], Path]
 
@@ -42,9 +42,9 @@ def planned(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
     plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=4)).execute(ranks)
     plans = {
         "to ranks": plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)),
-        "to hub": plan_reshard(ranks, target=Target("hf")),
+        "to hub": plan_reshard(ranks, target=ReshardTarget("hf")),
     }
-    assert plans["to hub"].table.assembled
+    assert plans["to hub"].copy_plan.narrow_destinations
     return plans
 
 
@@ -136,11 +136,11 @@ def test_a_killed_run_is_gone_on_with(name: str, planned: dict[str, ReshardPlan]
     assert [line for line in said if "going on" in line] == said != []
 
 
-def part_to_flip(plan: ReshardPlan, replicated: bool) -> tuple[int, Run]:
+def part_to_flip(plan: ReshardPlan, replicated: bool) -> tuple[int, StridedCopy]:
     """Return the first run that goes to a file, and to several if asked for, and how many units end with it."""
-    for number, unit in enumerate(work_of(plan.table, SMALL), 1):
+    for number, unit in enumerate(plan_units(plan.copy_plan, SMALL), 1):
         for slab in unit:
-            parts = [part for part in slab.parts if plan.table.destinations[part.destination].file is not None]
+            parts = [part for part in slab.parts if plan.copy_plan.destinations[part.destination].file is not None]
             copies = [part for part in parts if part.source_offset == parts[0].source_offset]
             if not replicated or len(copies) > 1:
                 return number, copies[0]
@@ -155,7 +155,7 @@ def test_a_byte_flipped_in_what_was_done_is_found(
     plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
     units, part = part_to_flip(plan, replicated)
     assert stopped_halfway(plan, tmp_path / "out", die, units) == -signal.SIGKILL
-    at = plan.table.destinations[part.destination]
+    at = plan.copy_plan.destinations[part.destination]
     damaged = tmp_path / "out.partial" / at.file
     content = bytearray(damaged.read_bytes())
     content[at.offset + part.destination_offset + 1] ^= 4

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp.names import shard_file, shard_files
-from runtime.checkpoint.dcp.safetensors import sharding_metadata
+from runtime.checkpoint.dcp.names import find_shard_files, get_shard_file_name
+from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
 from runtime.checkpoint.files.file_names import INDEX
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime import validation_cases
 from tests.runtime.checkpoint import dcp_cases
@@ -29,7 +29,7 @@ from tests.runtime.checkpoint.test_layouts import EXPERTS, HUB, TARGETS, Checkpo
 from tests.runtime.installed_torch import saves_distributed, tells_packed
 from tests.runtime.rank_pool import RankPool
 
-DCP = {name: Target("dcp", target.mesh, target.mode) for name, target in TARGETS.items()}
+DCP = {name: ReshardTarget("dcp", target.mesh, target.mode) for name, target in TARGETS.items()}
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -70,7 +70,7 @@ def test_carried_tensors_and_empty_ones_are_kept_once(checkpoint: Checkpoint, tm
     index["weight_map"] |= dict.fromkeys(extra, file.name)
     (source / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     folders = walk(source, [DCP["tp2 ep4 fsdp2"], TARGETS["tp2"], DCP["fsdp3"], HUB], tmp_path)
-    held = [name for file in shard_files(folders[1]) for name in load_file(folders[1] / file) if name in extra]
+    held = [name for file in find_shard_files(folders[1]) for name in load_file(folders[1] / file) if name in extra]
     assert sorted(held) == sorted(extra)
     assert dict(files(folders[-1])) == dict(files(source))
 
@@ -80,7 +80,7 @@ def test_each_chunk_is_written_once_with_its_place(checkpoint: Checkpoint, tmp_p
     expected = state_of(checkpoint("qwen3_moe"))
     written = {name: torch.zeros(tensor.shape, dtype=torch.int) for name, tensor in expected.items()}
     gate_up = []
-    for file in shard_files(folder):
+    for file in find_shard_files(folder):
         with safe_open(folder / file, "pt") as opened:
             info = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
             for name in opened.keys():  # noqa: SIM118
@@ -92,14 +92,14 @@ def test_each_chunk_is_written_once_with_its_place(checkpoint: Checkpoint, tmp_p
     assert [name for name, count in written.items() if not bool((count == 1).all())] == []
     # The rank at fsdp 1, tp 1 holds rows of gate and rows of up, which lie apart: a file for each.
     assert gate_up[-2:] == [
-        (shard_file(3, 0, 2), (4, 8, 0), (4, 8, 32)),
-        (shard_file(3, 1, 2), (4, 24, 0), (4, 8, 32)),
+        (get_shard_file_name(3, 0, 2), (4, 8, 0), (4, 8, 32)),
+        (get_shard_file_name(3, 1, 2), (4, 24, 0), (4, 8, 32)),
     ]
 
 
 def test_ranks_that_hold_nothing_of_a_tensor_write_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (_, folder) = walk(checkpoint("olmoe"), [DCP["tp4"]], tmp_path)
-    holding = [EMBEDDING in load_file(folder / shard_file(rank, 0, 2)) for rank in range(4)]
+    holding = [EMBEDDING in load_file(folder / get_shard_file_name(rank, 0, 2)) for rank in range(4)]
     assert holding == [True, True, True, False]
 
 
@@ -143,7 +143,7 @@ def test_we_read_what_transformers_writes(
     family: str, sizes: dict[str, int], hub_folder: HubFolder, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     two_ranks.run(dcp_cases.save_with_transformers, hub_folder(family), tmp_path / "saved", sizes)
-    assert shard_files(tmp_path / "saved")
+    assert find_shard_files(tmp_path / "saved")
     assert_comes_through(tmp_path / "saved", tmp_path, hub_folder(family))
 
 
@@ -175,7 +175,7 @@ def test_we_read_what_torch_writes(
     two_ranks.run(dcp_cases.save_with_torch, hub_folder(family), saved, form)
     shutil.copy(hub_folder(family) / "config.json", saved)
     assert_comes_through(saved, tmp_path, hub_folder(family))
-    left = plan_reshard(saved, target=HUB).content.side.left_behind
+    left = plan_reshard(saved, target=HUB).checkpoint.side_files.left_behind
     said = [word for word in ("'optimizer'", "'step'") if any(word in one for one in left)]
     assert said == (["'optimizer'", "'step'"] if form == "nested" else [])
 
@@ -207,10 +207,10 @@ def edit(folder: Path, file: str, change: Callable[[Tensors, dict[str, list[int]
         info = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
     offsets = {name: row["saved_offsets"] for name, row in info.items()}
     change(tensors, offsets)
-    save_file(tensors, folder / file, sharding_metadata(offsets))
+    save_file(tensors, folder / file, build_sharding_metadata(offsets))
 
 
-FIRST, SECOND = shard_file(0, 0, 1), shard_file(1, 0, 1)
+FIRST, SECOND = get_shard_file_name(0, 0, 1), get_shard_file_name(1, 0, 1)
 
 
 def copied_over(tensors: Tensors, offsets: dict[str, list[int]], source: Path, name: str) -> None:
@@ -314,7 +314,7 @@ def test_rows_lost_as_older_torch_lost_them_are_named_tensor_by_tensor(packed: P
     """Older torch wrote a strided shard as one chunk at its first offset, over that of the other rank."""
     (packed / MANIFEST).unlink()
     for rank in range(2):
-        edit(packed, shard_file(rank, 1, 2), lambda tensors, offsets: tensors.clear())
+        edit(packed, get_shard_file_name(rank, 1, 2), lambda tensors, offsets: tensors.clear())
     with pytest.raises(IncompleteError, match=r"lossy.*gate_up_proj.* has 4096 of 8192") as caught:
         plan_reshard(packed, target=HUB)
     assert caught.value.data["lossy"] == {
@@ -348,7 +348,7 @@ def test_bytes_that_the_manifest_does_not_promise_are_refused(shards: Path, tmp_
 
 def test_without_sharding_metadata_tensors_are_whole(hub_folder: HubFolder, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
-    plan_reshard(hub_folder("llama"), target=Target("dcp", Mesh())).execute(folder)
+    plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp", Mesh())).execute(folder)
     (folder / MANIFEST).unlink()
     save_file(load_file(folder / FIRST), folder / FIRST)
     plan_reshard(folder, target=HUB).execute(tmp_path / "hub")
@@ -357,4 +357,4 @@ def test_without_sharding_metadata_tensors_are_whole(hub_folder: HubFolder, tmp_
 
 def test_a_consolidated_file_beside_the_shards_is_left_behind(shards: Path) -> None:
     save_file({"x": torch.ones(1)}, shards / "model-00001-of-00001.safetensors")
-    assert plan_reshard(shards, target=HUB).content.side.left_behind == ("model-00001-of-00001.safetensors",)
+    assert plan_reshard(shards, target=HUB).checkpoint.side_files.left_behind == ("model-00001-of-00001.safetensors",)

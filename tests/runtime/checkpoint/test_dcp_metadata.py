@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
-from runtime.checkpoint.dcp.content import dcp_content
+from runtime.checkpoint.dcp.content import read_dcp_checkpoint
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from tests.conftest import HubFolder
@@ -97,7 +97,7 @@ def test_tensors_in_any_memory_order_and_of_any_dtype_come_back(
     changed = {name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor for name, tensor in state.items()}
     assert not changed[Q].is_contiguous()
     saved = save({**changed, **odd}, tmp_path / "saved", hub_folder("llama"))
-    plan_reshard(saved, target=Target("hf")).execute(tmp_path / "hub")
+    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "hub")
     found = load_file(tmp_path / "hub" / "model.safetensors")
     assert found.keys() == state.keys() - {"lm_head.weight"} | odd.keys()
     for name, tensor in found.items():
@@ -118,9 +118,9 @@ def test_a_member_of_an_enumeration_may_be_pickled_by_its_name(
     monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (kind, self.name)))
     content = pickle.dumps(metadata, protocol)
     assert b"getattr" in content
-    plan_reshard(saved, target=Target("hf")).execute(tmp_path / "before")
+    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "before")
     (saved / METADATA).write_bytes(content)
-    plan_reshard(saved, target=Target("hf")).execute(tmp_path / "after")
+    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "after")
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
     assert written[0] == written[1]
 
@@ -139,7 +139,7 @@ def test_no_other_attribute_may_be_named(owner: type, saved: Path) -> None:
     metadata.planner_data = Attribute(owner, "__init__")
     (saved / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(HeaderError, match=r"names 'builtins\.getattr', which"):
-        plan_reshard(saved, target=Target("hf"))
+        plan_reshard(saved, target=ReshardTarget("hf"))
 
 
 class TestNothingRuns:
@@ -149,7 +149,7 @@ class TestNothingRuns:
 
     def refused(self, folder: Path, mark: Path) -> str:
         with pytest.raises(HeaderError, match=r"posix\.system") as caught:
-            plan_reshard(folder, target=Target("hf"))
+            plan_reshard(folder, target=ReshardTarget("hf"))
         assert not mark.exists()
         assert "it may run code" in caught.value.hint
         return str(caught.value)
@@ -179,10 +179,10 @@ class TestNothingRuns:
 
     def test_what_is_no_tensor_is_never_read(self, state: State, hub_folder: HubFolder, mark: Path) -> None:
         saved = save({**state, "step": Evil(mark)}, mark.parent / "evil", hub_folder("llama"))
-        plan = plan_reshard(saved, target=Target("hf"))
+        plan = plan_reshard(saved, target=ReshardTarget("hf"))
         plan.execute(mark.parent / "hub")
         assert not mark.exists()
-        assert plan.content.side.left_behind == (f"'step' of {METADATA}, no tensor",)
+        assert plan.checkpoint.side_files.left_behind == (f"'step' of {METADATA}, no tensor",)
 
 
 def replace_archive(folder: Path, name: str, archive: bytes) -> None:
@@ -243,10 +243,10 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
 def test_archives_that_are_no_tensor_are_named(case: str, saved: Path, model: Any) -> None:
     archive, words = ARCHIVES[case]
     replace_archive(saved, NORM, saved_as(GOOD))
-    dcp_content(saved, model)
+    read_dcp_checkpoint(saved, model)
     replace_archive(saved, NORM, archive)
     with pytest.raises(HeaderError, match=words):
-        dcp_content(saved, model)
+        read_dcp_checkpoint(saved, model)
 
 
 def index_of(metadata: Any, name: str) -> MetadataIndex:
@@ -335,7 +335,7 @@ def test_lies_are_named(case: str, saved: Path, model: Any) -> None:
     lie, error, words = LIES[case]
     edit(saved, lie)
     with pytest.raises(error, match=words or None):
-        dcp_content(saved, model)
+        read_dcp_checkpoint(saved, model)
 
 
 def bombs() -> dict[str, bytes]:
@@ -367,7 +367,7 @@ def test_bombs_cost_no_more_than_their_length(case: str, saved: Path, model: Any
     (saved / METADATA).write_bytes(bomb)
     tracemalloc.start()
     with pytest.raises(HeaderError):
-        dcp_content(saved, model)
+        read_dcp_checkpoint(saved, model)
     assert tracemalloc.get_traced_memory()[1] < 2**20 + 200 * len(bomb)
     tracemalloc.stop()
 

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from plans.errors import MigratorError
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.copying.table import Destination, build_table
-from runtime.checkpoint.dcp.content import dcp_content
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.copying.table import Destination, build_copy_plan
+from runtime.checkpoint.dcp.content import read_dcp_checkpoint
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from tests.conftest import HubFolder
@@ -64,7 +64,7 @@ def mutant(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> P
 def is_refused(folder: Path, model: Any) -> bool:
     """Return whether reading ends in one of our errors; else it must end in content that can be copied."""
     try:
-        content = dcp_content(folder, model)
+        content = read_dcp_checkpoint(folder, model)
     except MigratorError as error:
         refusal = str(error)
     else:
@@ -75,9 +75,11 @@ def is_refused(folder: Path, model: Any) -> bool:
     return True
 
 
-def check_can_be_copied(content: Content) -> None:
+def check_can_be_copied(content: Checkpoint) -> None:
     sizes = {name: tensor_bytes(held.dtype, held.shape) for name, held in content.tensors.items()}
-    build_table(content.pieces, [(Destination(name, sizes[name]), form) for name, form in content.forms.items()])
+    build_copy_plan(
+        content.chunks, [(Destination(name, sizes[name]), form) for name, form in content.tensor_maps.items()]
+    )
 
 
 def check_mutant(name: str, mutations: list[tuple[int, int, int]], mutant: Path, model: Any) -> None:
@@ -144,5 +146,5 @@ def test_mutated_sharding_information_is_one_clear_error(mutations: Any, sharded
 @pytest.fixture(scope="module")
 def sharded(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded") / "dcp"
-    plan_reshard(hub_folder("llama"), target=Target("dcp")).execute(folder)
+    plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp")).execute(folder)
     return folder

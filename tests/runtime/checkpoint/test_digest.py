@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.checkpoint.digest import BLOCK, Digest, block_weights, word_weights
-from runtime.checkpoint.verifying.tensor_digest import tensor_digest
+from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 
 MASK = 2**64 - 1
 WORDS = 3 * BLOCK + 5
@@ -74,28 +74,28 @@ def test_rows_sum_to_what_their_bytes_one_by_one_sum_to(
     taken = together.add_rows(offset, content.view(f"<u{unit}") if unit < 8 else content.view("<u8"), stride)
     assert taken == (rows == 1) or unit >= 8
     assert str(together) == str(pieces if taken else Digest())
-    assert str(tensor_digest(torch.from_numpy(content.copy()), offset, stride)) == str(pieces)
+    assert str(digest_tensor(torch.from_numpy(content.copy()), offset, stride)) == str(pieces)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.float32])
 def test_tensors_have_the_digest_of_their_bytes(dtype: torch.dtype) -> None:
     tensor = torch.randn(37, 121).to(dtype)
-    assert str(tensor_digest(tensor)) == digest(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    assert str(tensor_digest(tensor.T)) == digest(tensor.T.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert str(digest_tensor(tensor)) == digest(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert str(digest_tensor(tensor.T)) == digest(tensor.T.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     flat = tensor.reshape(-1)[1:]  # which begins in memory where no word does
-    assert str(tensor_digest(flat)) == digest(flat.clone().view(torch.uint8).numpy().tobytes())
-    assert str(tensor_digest(tensor[:0])) == str(tensor_digest(torch.tensor([], dtype=dtype))) == digest(b"")
+    assert str(digest_tensor(flat)) == digest(flat.clone().view(torch.uint8).numpy().tobytes())
+    assert str(digest_tensor(tensor[:0])) == str(digest_tensor(torch.tensor([], dtype=dtype))) == digest(b"")
     parts = Digest()
     for first, part in ((0, tensor[:, :50]), (50, tensor[:, 50:])):
-        parts.join(tensor_digest(part, first * dtype.itemsize, 121 * dtype.itemsize))
-    assert str(parts) == str(tensor_digest(tensor))
+        parts.join(digest_tensor(part, first * dtype.itemsize, 121 * dtype.itemsize))
+    assert str(parts) == str(digest_tensor(tensor))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tensors_on_a_gpu_have_the_same_digest() -> None:
     tensor = torch.randn(3000, 1001).to(torch.bfloat16)
-    assert str(tensor_digest(tensor.cuda())) == str(tensor_digest(tensor))
-    assert str(tensor_digest(tensor.cuda(), 6, 2004)) == str(tensor_digest(tensor, 6, 2004))
+    assert str(digest_tensor(tensor.cuda())) == str(digest_tensor(tensor))
+    assert str(digest_tensor(tensor.cuda(), 6, 2004)) == str(digest_tensor(tensor, 6, 2004))
 
 
 def test_a_digest_goes_on_from_its_text() -> None:

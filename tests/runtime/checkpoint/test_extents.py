@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.extents import forms as extents
-from runtime.extents.forms import Form, FormError, whole
-from runtime.extents.shards import local_form, reassemble
+from runtime.extents.forms import TensorMap, TensorMapError, whole
+from runtime.extents.shards import reassemble, shard_for_rank
 
-Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
+Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
 
 shapes = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
 
@@ -72,18 +72,18 @@ def test_operations_compose(gather: Gather) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(FormError, match="do not join"):
+    with pytest.raises(TensorMapError, match="do not join"):
         extents.concatenate([whole("a", (2, 3)), whole("b", (2, 4))], 0)
-    with pytest.raises(FormError, match="nothing"):
+    with pytest.raises(TensorMapError, match="nothing"):
         extents.concatenate([], 0)
-    with pytest.raises(FormError, match="no dim"):
+    with pytest.raises(TensorMapError, match="no dim"):
         extents.transpose(whole("a", (2, 3)), 0, 2)
-    with pytest.raises(FormError, match="outside"):
+    with pytest.raises(TensorMapError, match="outside"):
         extents.split(whole("a", (4,)), [3, 2], 0)
-    with pytest.raises(FormError, match="do not split"):
+    with pytest.raises(TensorMapError, match="do not split"):
         extents.split(whole("a", (4,)), [3], 0)
-    with pytest.raises(FormError, match="do not divide"):
-        local_form(whole("a", (6,)), [Packed(0, 2)], [2], [0])
+    with pytest.raises(TensorMapError, match="do not divide"):
+        shard_for_rank(whole("a", (6,)), [Packed(0, 2)], [2], [0])
 
 
 def one_axis(shape: tuple[int, ...], size: int) -> st.SearchStrategy[Placement]:
@@ -109,7 +109,7 @@ def test_local_forms_equal_dtensor(
     rank = data.draw(st.integers(0, size - 1))
     tensor = coordinates(shape)
     expected = dtensor_locals({"t": tensor}, {"t": [placement]}, rank, size)["t"]
-    found = local_form(whole("t", shape), [placement], [size], [rank])
+    found = shard_for_rank(whole("t", shape), [placement], [size], [rank])
     assert found.shape == tuple(expected.shape)
     assert torch.equal(gather(found, {"t": tensor}), expected)
 
@@ -131,8 +131,8 @@ def test_local_tensors_reassemble(
         for b in range(sizes[1] if not isinstance(placements[1], Replicate) else 1)
     ]
     try:
-        forms = {f"{a}.{b}": local_form(whole("t", shape), placements, sizes, (a, b)) for a, b in holders}
-    except FormError:
+        forms = {f"{a}.{b}": shard_for_rank(whole("t", shape), placements, sizes, (a, b)) for a, b in holders}
+    except TensorMapError:
         return
     locals_ = {name: gather(form, {"t": tensor}) for name, form in forms.items()}
     assert torch.equal(gather(reassemble(shape, forms.items()), locals_), tensor)

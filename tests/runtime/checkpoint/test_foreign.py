@@ -22,17 +22,17 @@ from plans.errors import (
 )
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from plans.plan import wildcard
-from runtime.checkpoint.foreign.grouped import Grouped
-from runtime.checkpoint.foreign.pattern import FileOf, Pattern
-from runtime.checkpoint.foreign.placing import plan_of
+from plans.plan import to_wildcard
+from runtime.checkpoint.foreign.grouped import UnevenPacked
+from runtime.checkpoint.foreign.pattern import FilePattern, ParsedFileName
+from runtime.checkpoint.foreign.placing import resolve_external_plan
 from runtime.checkpoint.foreign.plan_file import read_plan_file
-from runtime.checkpoint.foreign.source import Foreign
+from runtime.checkpoint.foreign.source import ExternalSettings
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.models.config import read_config
-from runtime.models.quantized import stored_model
+from runtime.models.quantized import build_stored_model
 from runtime.planning.resolve import resolve
 from tests.foreign_files import DEEPSEEK, MLA_WHOLE, TP, Cut, packed, shard, state_of, stored_in, write
 from tests.runtime.checkpoint.test_quantized import deepseek, save_quantized
@@ -43,26 +43,26 @@ GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def model_of(folder: Path) -> Any:
-    return stored_model(read_config(folder))
+    return build_stored_model(read_config(folder))
 
 
 @pytest.mark.parametrize(
     ("pattern", "name", "said"),
     [
-        (DEEPSEEK, "model3-mp16.safetensors", FileOf(3, 16, None)),
+        (DEEPSEEK, "model3-mp16.safetensors", ParsedFileName(3, 16, None)),
         (DEEPSEEK, "model03-mp16.safetensors", None),
         (DEEPSEEK, "xmodel3-mp16.safetensors", None),
         (DEEPSEEK, "model3-mp16.safetensors.part", None),
         (DEEPSEEK, "model٣-mp16.safetensors", None),
-        ("r{rank:05d}.safetensors", "r00012.safetensors", FileOf(12, None, None)),
+        ("r{rank:05d}.safetensors", "r00012.safetensors", ParsedFileName(12, None, None)),
         ("r{rank:05d}.safetensors", "r12.safetensors", None),
-        ("model-rank-{rank}-part-{part}.safetensors", "model-rank-1-part-0.safetensors", FileOf(1, None, 0)),
-        ("a.b{rank}{{x}}.safetensors", "a.b7{x}.safetensors", FileOf(7, None, None)),
+        ("model-rank-{rank}-part-{part}.safetensors", "model-rank-1-part-0.safetensors", ParsedFileName(1, None, 0)),
+        ("a.b{rank}{{x}}.safetensors", "a.b7{x}.safetensors", ParsedFileName(7, None, None)),
         ("a.b{rank}.safetensors", "aab7.safetensors", None),
     ],
 )
-def test_a_pattern_reads_the_names_that_it_would_make(pattern: str, name: str, said: FileOf | None) -> None:
-    assert Pattern(pattern).read(name) == said
+def test_a_pattern_reads_the_names_that_it_would_make(pattern: str, name: str, said: ParsedFileName | None) -> None:
+    assert FilePattern(pattern).parse(name) == said
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_a_pattern_reads_the_names_that_it_would_make(pattern: str, name: str, s
 )
 def test_a_pattern_that_could_mean_two_things_or_none_is_refused(pattern: str, what: str) -> None:
     with pytest.raises(UsageError) as error:
-        Pattern(pattern)
+        FilePattern(pattern)
     assert what in error.value.message
 
 
 def test_a_plan_file_says_styles_and_placements(tmp_path: Path) -> None:
     said: dict[str, Any] = {"a.*.b": "rowwise", "c": Replicate(), "d": Replicate(), "e": Shard(1), "f": Packed(0, 2)}
-    said["g"] = Grouped(0, (32, 16, 16))
+    said["g"] = UnevenPacked(0, (32, 16, 16))
     (tmp_path / "plan.json").write_text(
         '{"a.*.b": "rowwise", "c": "replicate", "d": {"replicate": true}, "e": {"shard": 1}, "f": {"packed": [0, 2]}, '
         '"g": {"packed": [0, [32, 16, 16]]}}'
@@ -151,8 +151,8 @@ def test_what_dtensor_cut_is_read_as_it_was(
     for rank in range(world):
         held = {n: t.contiguous().clone() for n, t in dtensor_locals(state, placements, rank, world).items()}
         save_file(held, source / DEEPSEEK.format(rank=rank, world=world))
-    foreign = Foreign(Pattern(DEEPSEEK), tp=world, plan={wildcard(GATE_UP): Packed(1, 2)})
-    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=world, plan={to_wildcard(GATE_UP): Packed(1, 2)})
+    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
 
@@ -164,7 +164,7 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
         "model.layers.*.mlp.experts": Shard(0),
         "model.layers.*.mlp.experts.down_proj": "moe_tp_down_rowwise",
     }
-    rows = plan_of(model, Foreign(Pattern(DEEPSEEK), tp=2, plan=plan)).by_name
+    rows = resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)).by_name
     assert [rows[f"model.layers.{n}.self_attn.o_proj.weight"].placements[1] for n in (0, 1)] == [Replicate(), Shard(0)]
     assert [rows[f"model.layers.0.mlp.experts.{n}_proj"].placements[1] for n in ("gate_up", "down")] == [
         Shard(0),
@@ -186,7 +186,7 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
 def test_entries_that_cannot_be_are_refused(plan: dict[str, Any], error: type, what: str, checkpoint: Saved) -> None:
     model = model_of(checkpoint("llama"))
     with pytest.raises(error) as refused:
-        plan_of(model, Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
+        resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan))
     assert what in refused.value.message
 
 
@@ -198,23 +198,23 @@ def test_a_model_without_a_plan_is_read_by_the_users_alone(tmp_path: Path) -> No
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
     layers = "transformer.h.*.mlp"
     plan = {f"{layers}.c_fc.weight": Shard(1), f"{layers}.c_fc.bias": Shard(0), f"{layers}.c_proj.weight": Shard(0)}
-    foreign = Foreign(Pattern(DEEPSEEK), tp=2, plan=plan)
-    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     with pytest.raises(PlanError, match="has no tensor parallel plan"):
-        plan_of(model_of(hub), Foreign(Pattern(DEEPSEEK), tp=2))
+        resolve_external_plan(model_of(hub), ExternalSettings(FilePattern(DEEPSEEK), tp=2))
 
 
 def test_scales_of_quantized_weights_go_with_them(tmp_path: Path) -> None:
     hub = save_quantized(deepseek(), tmp_path / "hub")
     cuts = {f"{ending}(_scale_inv)?": cut for ending, cut in MLA_WHOLE.items()}
     source = write(tmp_path / "foreign", hub, stored_in(hub), cuts, tp=2)
-    foreign = Foreign(Pattern(DEEPSEEK), tp=2)
-    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2)
+    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     eight = write(tmp_path / "eight", hub, stored_in(hub), cuts, tp=8)
     with pytest.raises(IndivisibleError, match="tp=8 would cut"):
-        plan_reshard(eight, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=8))
+        plan_reshard(eight, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=8))
 
 
 def test_uneven_cuts_leave_ranks_less_or_nothing(hub_folder: Saved, tmp_path: Path) -> None:
@@ -222,10 +222,10 @@ def test_uneven_cuts_leave_ranks_less_or_nothing(hub_folder: Saved, tmp_path: Pa
     plan = {"model.layers.*.input_layernorm": Shard(0)}
     cuts = {r"input_layernorm\.weight": shard(0), **TP}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=13)
-    foreign = Foreign(Pattern(DEEPSEEK), tp=13, plan=plan)
-    plan_reshard(source, target=Target("hf"), foreign=foreign).execute(tmp_path / "out")
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=13, plan=plan)
+    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
-    assert verify(source, hub, foreign=foreign).ok
+    assert verify(source, hub, external=foreign).ok
 
 
 def test_a_cut_of_experts_that_leaves_scattered_rows_of_hub_tensors_is_refused(
@@ -235,7 +235,9 @@ def test_a_cut_of_experts_that_leaves_scattered_rows_of_hub_tensors_is_refused(
     source = write(tmp_path / "foreign", hub, stored_in(hub), TP, tp=2)
     plan = {"model.layers.*.mlp.experts.gate_up_proj": Packed(1, 4)}
     with pytest.raises(ConversionError, match="leaves a rank scattered parts of"):
-        plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
+        plan_reshard(
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+        )
 
 
 @pytest.mark.parametrize(
@@ -257,5 +259,7 @@ def test_what_ranks_do_not_hold_is_refused(
     hub = hub_folder("qwen3_moe")
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts | TP, tp=2)
     with pytest.raises(error) as refused:
-        plan_reshard(source, target=Target("hf"), foreign=Foreign(Pattern(DEEPSEEK), tp=2, plan=plan))
+        plan_reshard(
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+        )
     assert what in refused.value.message

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.files.same_bytes import same_bytes
+from runtime.checkpoint.files.same_bytes import has_same_bytes
 from runtime.checkpoint.hub.hf import read_hub
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -39,7 +39,7 @@ def test_several_files_with_an_index(hub: Path) -> None:
     assert {name: tensor.file.name for name, tensor in found.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
     assert found.index == {"metadata": {"total_size": 44}}
     assert [header.metadata for header in found.headers] == [{"format": "pt"}, {}]
-    assert found.side.copied == ("config.json",)
+    assert found.side_files.copied == ("config.json",)
 
 
 def test_one_file_is_taken_before_an_index(hub: Path) -> None:
@@ -170,13 +170,13 @@ def test_links_of_the_hub_cache_are_followed(hub: Path, tmp_path: Path) -> None:
         (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
     found = read_hub(snapshot)
     assert set(found.tensors) == {"a", "b", "c"}
-    assert found.side.copied == ("config.json",)
+    assert found.side_files.copied == ("config.json",)
 
 
 def test_equal_bytes_are_found_equal(hub: Path) -> None:
     save_file({"x": torch.arange(4.0), "y": -torch.arange(4.0), "z": torch.arange(4.0).reshape(2, 2)}, hub / SECOND)
     write_index(hub, {"a": FIRST, "b": FIRST, "x": SECOND, "y": SECOND, "z": SECOND})
     tensors = read_hub(hub).tensors
-    assert same_bytes(tensors["a"], tensors["x"])
-    assert not same_bytes(tensors["a"], tensors["y"])
-    assert not same_bytes(tensors["a"], tensors["z"])
+    assert has_same_bytes(tensors["a"], tensors["x"])
+    assert not has_same_bytes(tensors["a"], tensors["y"])
+    assert not has_same_bytes(tensors["a"], tensors["z"])

@@ -16,29 +16,29 @@ from safetensors.torch import load_file
 from plans.errors import HeaderError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 Checkpoint = Callable[[str], Path]
 
-HUB = Target("hf")
+HUB = ReshardTarget("hf")
 TARGETS = {
-    "tp2": Target(mesh=Mesh(tp=2)),
-    "tp4": Target(mesh=Mesh(tp=4)),
-    "fsdp3": Target(mesh=Mesh(fsdp=3)),
-    "tp2 fsdp2": Target(mesh=Mesh(tp=2, fsdp=2)),
-    "ep2": Target(mesh=Mesh(tp=2, ep=2), mode="ep"),
-    "ep4": Target(mesh=Mesh(tp=4, ep=4), mode="ep"),
-    "tp2 ep4 fsdp2": Target(mesh=Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
-    "sp2 ep4 fsdp4": Target(mesh=Mesh(tp=2, ep=4, fsdp=4), mode="sp_ep"),
+    "tp2": ReshardTarget(mesh=Mesh(tp=2)),
+    "tp4": ReshardTarget(mesh=Mesh(tp=4)),
+    "fsdp3": ReshardTarget(mesh=Mesh(fsdp=3)),
+    "tp2 fsdp2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2)),
+    "ep2": ReshardTarget(mesh=Mesh(tp=2, ep=2), mode="ep"),
+    "ep4": ReshardTarget(mesh=Mesh(tp=4, ep=4), mode="ep"),
+    "tp2 ep4 fsdp2": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
+    "sp2 ep4 fsdp4": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=4), mode="sp_ep"),
 }
 EXPERTS = [name for name in FAMILIES if name not in ("llama", "hrm_text")]
 
 
-def targets(family: str) -> list[Target]:
+def targets(family: str) -> list[ReshardTarget]:
     return [target for name, target in TARGETS.items() if family in EXPERTS or "ep" not in name]
 
 
@@ -48,7 +48,7 @@ def files(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield path.relative_to(folder).as_posix(), path.read_bytes()
 
 
-def walk(start: Path, steps: list[Target], folder: Path) -> list[Path]:
+def walk(start: Path, steps: list[ReshardTarget], folder: Path) -> list[Path]:
     """Bring a checkpoint from target to target, and return every folder, the first one included."""
     folder.mkdir(exist_ok=True)
     folders = [start]
@@ -95,9 +95,9 @@ def test_experts_are_stored_as_asked_for(checkpoint: Checkpoint, tmp_path: Path)
     source = checkpoint("qwen3_moe")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
-    plan_reshard(source, target=Target("hf", experts="fused")).execute(tmp_path / "fused")
+    plan_reshard(source, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "fused")
     assert (tmp_path / "fused" / WEIGHTS).read_bytes() == (tmp_path / "saved" / WEIGHTS).read_bytes()
-    plan_reshard(tmp_path / "fused", target=Target("hf", experts="separate")).execute(tmp_path / "separate")
+    plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")).execute(tmp_path / "separate")
     model.save_pretrained(tmp_path / "original")
     assert (tmp_path / "separate" / WEIGHTS).read_bytes() == (tmp_path / "original" / WEIGHTS).read_bytes()
     plan_reshard(tmp_path / "fused", target=HUB).execute(tmp_path / "again")
@@ -107,7 +107,7 @@ def test_experts_are_stored_as_asked_for(checkpoint: Checkpoint, tmp_path: Path)
 def test_a_model_without_a_plan_is_laid_out_for_fsdp_alone(tmp_path: Path) -> None:
     sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 11}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "hub")
-    steps = [Target(mesh=Mesh(fsdp=3)), Target(), Target("dcp", Mesh(fsdp=2)), HUB]
+    steps = [ReshardTarget(mesh=Mesh(fsdp=3)), ReshardTarget(), ReshardTarget("dcp", Mesh(fsdp=2)), HUB]
     back = walk(tmp_path / "hub", steps, tmp_path / "walk")[-1]
     assert dict(files(back)) == dict(files(tmp_path / "hub"))
     with pytest.raises(PlanError, match="no tensor parallel plan"):
@@ -130,7 +130,7 @@ def test_carried_tensors_come_back(checkpoint: Checkpoint, tmp_path: Path) -> No
 
 def test_a_source_that_no_longer_holds_its_bytes_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     ranks = walk(checkpoint("qwen3_moe"), [TARGETS["tp2"]], tmp_path)[-1]
-    file = ranks / rank_file(1, 2)
+    file = ranks / rank_file_name(1, 2)
     damaged = bytearray(file.read_bytes())
     damaged[-1000] ^= 1
     file.write_bytes(damaged)
@@ -160,9 +160,9 @@ def test_a_manifest_that_names_other_stored_tensors_is_refused(checkpoint: Check
 )
 def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Target(**arguments)  # type: ignore[arg-type]
+        ReshardTarget(**arguments)  # type: ignore[arg-type]
 
 
 def test_a_mesh_beside_a_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a target has a mesh of its own"):
-        plan_reshard(tmp_path, Mesh(tp=2), Target("ranks"))
+        plan_reshard(tmp_path, Mesh(tp=2), ReshardTarget("ranks"))

@@ -15,11 +15,11 @@ from plans.errors import PlanError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import WEIGHTS
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.rank_files import assembled
 from tests.runtime.checkpoint.tiny_types import UNBUILT, model_classes, tiny_type
 
-HUB = Target("hf")
+HUB = ReshardTarget("hf")
 SAMPLE = {
     "ernie4_5_vl_moe": "text and vision experts of one list",
     "inkling2_text": "gate and up interleaved, layers counted from another number",
@@ -43,11 +43,11 @@ def there_and_back(model: transformers.PreTrainedModel, folder: Path) -> bool:
     kind, hub = type(model), folder / "hub"
     model.save_pretrained(hub)
     loaded = kind.from_pretrained(hub).state_dict()
-    plan_reshard(hub, target=Target("hf", experts="fused")).execute(folder / "fused")
+    plan_reshard(hub, target=ReshardTarget("hf", experts="fused")).execute(folder / "fused")
     fused = kind.from_pretrained(folder / "fused").state_dict()
     assert fused.keys() == loaded.keys()
     assert same(fused, loaded), "fused"
-    plan_reshard(folder / "fused", target=Target("hf", experts="separate")).execute(folder / "separate")
+    plan_reshard(folder / "fused", target=ReshardTarget("hf", experts="separate")).execute(folder / "separate")
     assert (folder / "separate" / WEIGHTS).read_bytes() == (hub / WEIGHTS).read_bytes(), "separate"
     try:
         plan = plan_reshard(hub, Mesh())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from plans.errors import DestinationError, MigratorError
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder
 
 SECONDS, BYTES = 20, 2**30
@@ -96,12 +96,12 @@ def of_hub(hub: Path, folder: Path) -> Path:
 
 
 def of_ranks(hub: Path, folder: Path) -> Path:
-    plan_reshard(hub, target=Target("ranks", Mesh(tp=2))).execute(folder)
+    plan_reshard(hub, target=ReshardTarget("ranks", Mesh(tp=2))).execute(folder)
     return folder
 
 
 def of_dcp(hub: Path, folder: Path) -> Path:
-    plan_reshard(hub, target=Target("dcp", Mesh(tp=2))).execute(folder)
+    plan_reshard(hub, target=ReshardTarget("dcp", Mesh(tp=2))).execute(folder)
     return folder
 
 
@@ -140,7 +140,7 @@ def around(folder: Path) -> dict[str, tuple[int, int]]:
 def refusal(folder: Path, destination: Path) -> MigratorError | None:
     """Reshard as the command does, and return why not if it is refused; only our own errors refuse."""
     try:
-        plan_reshard(folder, target=Target("ranks", Mesh(tp=2))).execute(destination)
+        plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2))).execute(destination)
     except MigratorError as error:
         return error
     return None

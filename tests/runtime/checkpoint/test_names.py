@@ -15,7 +15,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.hub import names
 from runtime.checkpoint.hub.names import convert
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.models.model import meta_model
 from tests.rank_files import assembled
 
@@ -79,7 +79,7 @@ def test_a_converter_that_transposes_by_shape(transposed: bool, tmp_path: Path) 
     found = assembled(tmp_path / "ranks")
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert all(torch.equal(found[name], loaded[name]) for name in found)
-    plan_reshard(tmp_path / "ranks", target=Target("hf")).execute(tmp_path / "back")
+    plan_reshard(tmp_path / "ranks", target=ReshardTarget("hf")).execute(tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == file.read_bytes()
 
 
@@ -139,8 +139,8 @@ def test_the_base_models_names_are_taken_too() -> None:
     model = qwen3_moe()
     stored = {name.removeprefix("model."): shape for name, shape in qwen3_moe_hub(model).items()}
     conversion = convert(model, stored, shapes_of(model), {})
-    assert conversion.carried == ()
-    sources = conversion.forms["model.layers.0.mlp.experts.down_proj"].sources
+    assert conversion.passthrough == ()
+    sources = conversion.tensor_maps["model.layers.0.mlp.experts.down_proj"].sources
     assert sources == tuple(f"layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(4))
 
 
@@ -155,7 +155,7 @@ def test_experts_are_taken_in_the_order_of_their_numbers() -> None:
         for name in ("gate", "up", "down"):
             first = stored[f"model.layers.0.mlp.experts.0.{name}_proj.weight"]
             stored[f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"] = first
-    forms = convert(model, dict(sorted(stored.items())), shapes_of(model), {}).forms
+    forms = convert(model, dict(sorted(stored.items())), shapes_of(model), {}).tensor_maps
     sources = forms["model.layers.0.mlp.experts.gate_up_proj"].sources
     experts = [f"model.layers.0.mlp.experts.{e}.{n}_proj.weight" for n in ("gate", "up") for e in range(12)]
     assert list(sources) == experts
@@ -201,8 +201,8 @@ def test_what_a_converter_makes_for_nobody_is_carried_whole(monkeypatch: pytest.
     monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [*known, converter])
     stored["model.layers.0.self_attn.k_proj.weight"] = key
     conversion = convert(model, stored, shapes_of(model), {})
-    assert conversion.carried == (fused,)
-    assert conversion.forms["model.layers.0.self_attn.q_proj.weight"].sources == (fused,)
+    assert conversion.passthrough == (fused,)
+    assert conversion.tensor_maps["model.layers.0.self_attn.q_proj.weight"].sources == (fused,)
 
 
 def test_layers_beyond_the_model_are_carried() -> None:
@@ -213,4 +213,4 @@ def test_layers_beyond_the_model_are_carried() -> None:
         if "layers.0" in name
     }
     conversion = convert(model, qwen3_moe_hub(model) | extra, shapes_of(model), {})
-    assert set(conversion.carried) == set(extra)
+    assert set(conversion.passthrough) == set(extra)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint import laid_out
-from runtime.checkpoint.content import Content
-from runtime.checkpoint.files.file_names import check_apart_names, is_weight_file
+from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.files.file_names import check_distinct_names, is_weight_file
 from runtime.checkpoint.files.safetensors import read_header
-from runtime.checkpoint.files.strict_json import strict_json
+from runtime.checkpoint.files.strict_json import parse_strict_json
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 
 Change = Callable[[dict[str, Any]], object]
@@ -55,10 +55,12 @@ CONTRADICTIONS: dict[str, tuple[str, str, Change, type[MigratorError], str]] = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 @pytest.mark.parametrize(
-    "target", [Target("hf"), Target(mesh=Mesh(tp=2)), Target("dcp", Mesh(tp=2))], ids=lambda target: target.layout
+    "target",
+    [ReshardTarget("hf"), ReshardTarget(mesh=Mesh(tp=2)), ReshardTarget("dcp", Mesh(tp=2))],
+    ids=lambda target: target.layout,
 )
 def test_rank_files_of_another_model_are_refused(
-    case: str, target: Target, rank_folder: RankFolder, tmp_path: Path
+    case: str, target: ReshardTarget, rank_folder: RankFolder, tmp_path: Path
 ) -> None:
     family, file, change, error, words = CONTRADICTIONS[case]
     folder = Path(shutil.copytree(rank_folder(family, 1), tmp_path / "ranks"))
@@ -70,23 +72,23 @@ def test_rank_files_of_another_model_are_refused(
 
 
 def test_a_tensor_that_a_layout_forgets_is_not_lost(rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(content: Content, *arguments: Any) -> Any:
+    def forgetful(content: Checkpoint, *arguments: Any) -> Any:
         laid = whole(content, *arguments)
         first = laid.files[0]
         object.__setattr__(first, "tensors", first.tensors[1:])
         return laid
 
-    whole = laid_out._LAYOUTS["hf"]
-    monkeypatch.setitem(laid_out._LAYOUTS, "hf", forgetful)  # type: ignore[misc, arg-type]
+    whole = laid_out._PLANNERS["hf"]
+    monkeypatch.setitem(laid_out._PLANNERS, "hf", forgetful)  # type: ignore[misc, arg-type]
     with pytest.raises(AssertionError, match="left out"):
-        plan_reshard(rank_folder("qwen2", 2), target=Target("hf"))
+        plan_reshard(rank_folder("qwen2", 2), target=ReshardTarget("hf"))
 
 
 def test_files_of_a_result_are_apart(tmp_path: Path) -> None:
-    check_apart_names(tmp_path, ["a", "b/c", "b/d"])
+    check_distinct_names(tmp_path, ["a", "b/c", "b/d"])
     for names in (["a", "b", "a"], ["a.safetensors", "a.safetensors/b"]):
         with pytest.raises(CheckpointError, match="two of 'a"):
-            check_apart_names(tmp_path, names)
+            check_distinct_names(tmp_path, names)
 
 
 def test_a_folder_of_side_files_is_in_the_way_of_a_weight_file(rank_folder: RankFolder, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_folder_of_side_files_is_in_the_way_of_a_weight_file(rank_folder: Rank
     (folder / file).mkdir()
     (folder / file / "notes.txt").touch()
     with pytest.raises(CheckpointError, match="two of"):
-        plan_reshard(folder, target=Target("hf"))
+        plan_reshard(folder, target=ReshardTarget("hf"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "rank-a.safetensors", "ü.safetensors"])
@@ -114,7 +116,7 @@ def test_a_config_of_endless_layers_is_refused_before_they_are_built(rank_folder
 @pytest.mark.parametrize("part", [b"[],", b'"%d":1,', b"1.5,"])
 def test_json_of_too_many_parts_is_refused_before_it_is_parsed(part: bytes, tmp_path: Path) -> None:
     with pytest.raises(HeaderError, match="more parts"):
-        strict_json(b"[" + part * 20_000_000, tmp_path / "model.safetensors")
+        parse_strict_json(b"[" + part * 20_000_000, tmp_path / "model.safetensors")
 
 
 def test_a_carried_tensor_that_torch_cannot_have_goes_to_hub_form(hub_folder: HubFolder, tmp_path: Path) -> None:
@@ -130,5 +132,5 @@ def test_a_carried_tensor_that_torch_cannot_have_goes_to_hub_form(hub_folder: Hu
     header["odd"] = {"dtype": "I64", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}
     text = json.dumps(header).encode()
     (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    plan_reshard(source, target=Target("hf", experts="fused")).execute(tmp_path / "out")
+    plan_reshard(source, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "out")
     assert read_header(tmp_path / "out" / "model.safetensors").tensors["odd"].shape == (0, 2**62, 4)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from transformers import core_model_loading as real
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
-from runtime.checkpoint.hub.conversion_context import Context
+from runtime.checkpoint.hub.conversion_context import ConversionContext
 from runtime.checkpoint.hub.operations import OPERATIONS
-from runtime.extents.forms import Form, FormError, whole
-from runtime.extents.turned import inverse
+from runtime.extents.forms import TensorMap, TensorMapError, whole
+from runtime.extents.turned import invert
 
-Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
+Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
 Shapes = Mapping[str, Sequence[tuple[int, ...]]]
 
 CONFIG = SimpleNamespace(
@@ -100,7 +100,7 @@ def cases(a: int, b: int, c: int) -> dict[str, Case]:
     }
 
 
-def run(case: Case) -> tuple[dict[str, Form], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def run(case: Case) -> tuple[dict[str, TensorMap], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return a case's results as forms and as the real operations' tensors, and the tensors they were made of."""
     numbers = count(step=10_000)
     tensors = {
@@ -113,7 +113,7 @@ def run(case: Case) -> tuple[dict[str, Form], dict[str, torch.Tensor], dict[str,
     found = {pattern: [whole(name, tensors[name].shape) for name in group] for pattern, group in names.items()}
     layer = f"layer.{case.targets[0]}"
     shapes = case.model or {}
-    context = Context(list(case.stored), case.targets, layer, shapes, CONFIG)
+    context = ConversionContext(list(case.stored), case.targets, layer, shapes, CONFIG)
     for operation in case.operations:
         expected = operation.convert(
             expected,
@@ -139,7 +139,7 @@ def test_forms_equal_the_real_operation_and_lead_back(case: str, a: int, b: int,
     assert forms.keys() == expected.keys()
     for name, form in forms.items():
         assert torch.equal(gather(form, tensors), expected[name]), name
-    for name, form in inverse(forms, {name: tuple(tensor.shape) for name, tensor in tensors.items()}).items():
+    for name, form in invert(forms, {name: tuple(tensor.shape) for name, tensor in tensors.items()}).items():
         assert torch.equal(gather(form, expected), tensors[name]), name
 
 
@@ -184,7 +184,7 @@ def test_every_operation_of_the_conversion_mapping_is_known() -> None:
 
 def test_what_the_real_operation_refuses_is_refused() -> None:
     two = {"a": [whole("a", (4,))], "b": [whole("b", (4,))]}
-    context = Context(["a", "b"], ["x", "y"], "layer.x", {}, CONFIG)
+    context = ConversionContext(["a", "b"], ["x", "y"], "layer.x", {}, CONFIG)
     kernel = {"in_channels": 2, "kernel_size": (1, 1, 2)}
     for operation in (
         real.Chunk(0),
@@ -195,7 +195,7 @@ def test_what_the_real_operation_refuses_is_refused() -> None:
         real.Conv3dToLinear(**kernel),
         real.LinearToConv3d(**kernel),
     ):
-        with pytest.raises(FormError):
+        with pytest.raises(TensorMapError):
             OPERATIONS[type(operation).__name__](operation, dict(two), context)
 
 
@@ -214,13 +214,13 @@ def test_shapes_that_the_real_operation_refuses_are_refused(
 ) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         operation.convert({"a": [torch.zeros(shape)]}, source_patterns=["a"], target_patterns=["x"], config=CONFIG)
-    context = Context(["a"], ["x"], "layer.x", {}, CONFIG)
-    with pytest.raises(FormError):
+    context = ConversionContext(["a"], ["x"], "layer.x", {}, CONFIG)
+    with pytest.raises(TensorMapError):
         OPERATIONS[type(operation).__name__](operation, {"a": [whole("a", shape)]}, context)
 
 
 def test_experts_without_their_partners_are_refused() -> None:
-    context = Context(["gate", "up"], ["text", "vision"], "layer.text", {}, CONFIG)
+    context = ConversionContext(["gate", "up"], ["text", "vision"], "layer.text", {}, CONFIG)
     for name in ("ErnieFuseAndSplitTextVisionExperts", "ErnieSplitAndDecoupleTextVisionExperts"):
-        with pytest.raises(FormError, match="nothing for up"):
+        with pytest.raises(TensorMapError, match="nothing for up"):
             OPERATIONS[name](getattr(real, name)(), {"gate": [whole("a", (2, 4, 3))] * 2}, context)

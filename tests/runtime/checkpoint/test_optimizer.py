@@ -32,13 +32,13 @@ from plans.errors import (
 )
 from plans.mesh import Mesh
 from runtime.checkpoint.content import Layout
-from runtime.checkpoint.copying.copy import work_of
+from runtime.checkpoint.copying.copy import plan_units
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_crash import SMALL, die, ended, files, forked
@@ -54,16 +54,16 @@ GATE_UP, Q = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_att
 NORM = "model.norm.weight"
 
 DENSE = [
-    Target("dcp", Mesh(tp=2)),
-    Target("ranks", Mesh(tp=2, fsdp=2)),
-    Target("dcp", Mesh(fsdp=3)),
-    Target("hf", optimizer=True),
-    Target("dcp", Mesh(tp=4, fsdp=2)),
+    ReshardTarget("dcp", Mesh(tp=2)),
+    ReshardTarget("ranks", Mesh(tp=2, fsdp=2)),
+    ReshardTarget("dcp", Mesh(fsdp=3)),
+    ReshardTarget("hf", optimizer=True),
+    ReshardTarget("dcp", Mesh(tp=4, fsdp=2)),
 ]
 EXPERTS = [
-    Target("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
-    Target("ranks", Mesh(tp=4, ep=4), "ep"),
-    Target("dcp", Mesh(tp=2, ep=2, fsdp=4), "sp_ep"),
+    ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
+    ReshardTarget("ranks", Mesh(tp=4, ep=4), "ep"),
+    ReshardTarget("dcp", Mesh(tp=2, ep=2, fsdp=4), "sp_ep"),
 ]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, amsgrad=True),
@@ -161,7 +161,7 @@ def metadata_of(folder: Path) -> Any:
     ],
 )
 def test_torch_reads_the_same_values_from_every_layout(
-    name: str, optimizer: str, targets: list[Target], trained: Trained, tmp_path: Path
+    name: str, optimizer: str, targets: list[ReshardTarget], trained: Trained, tmp_path: Path
 ) -> None:
     source = trained(name, optimizer)
     folders = walk(source, [*targets, targets[0]], tmp_path / "walk")
@@ -174,7 +174,7 @@ def test_torch_reads_the_same_values_from_every_layout(
 
 
 def test_states_lie_like_their_parameters(folder: Path, tmp_path: Path) -> None:
-    plan_reshard(folder, target=Target("dcp", Mesh(tp=2, fsdp=2))).execute(tmp_path / "out")
+    plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2, fsdp=2))).execute(tmp_path / "out")
     metadata = metadata_of(tmp_path / "out")
     boxes: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
     for name in (f"{STATE}{GATE_UP}.exp_avg", f"{STATE}{Q}.exp_avg_sq", f"{STATE}{Q}.step", f"{STATE}{NORM}.exp_avg"):
@@ -198,17 +198,17 @@ def test_states_lie_like_their_parameters(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_result_in_hub_form_leaves_the_state_behind_unless_asked(folder: Path, tmp_path: Path) -> None:
-    hub = plan_reshard(folder, target=Target("hf"))
-    assert [note for note in hub.content.side.left_behind if "--optimizer" in note]
+    hub = plan_reshard(folder, target=ReshardTarget("hf"))
+    assert [note for note in hub.checkpoint.side_files.left_behind if "--optimizer" in note]
     hub.execute(tmp_path / "hub")
     assert not (tmp_path / "hub" / METADATA).exists()
     assert not (tmp_path / "hub" / DISTCP).exists()
-    plan_reshard(folder, target=Target("hf", optimizer=True)).execute(tmp_path / "with")
+    plan_reshard(folder, target=ReshardTarget("hf", optimizer=True)).execute(tmp_path / "with")
     assert {chunk.relative_path for chunk in metadata_of(tmp_path / "with").storage_data.values()} == {DISTCP}
-    plan_reshard(folder, target=Target("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "without")
+    plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "without")
     assert not list((tmp_path / "without").glob("*.distcp"))
     with pytest.raises(IncompleteError, match="no optimizer's state"):
-        plan_reshard(tmp_path / "without", target=Target("hf", optimizer=True))
+        plan_reshard(tmp_path / "without", target=ReshardTarget("hf", optimizer=True))
 
 
 @pytest.mark.parametrize("place", [".", "optimizer", "state/optimizer_0"])
@@ -220,7 +220,7 @@ def test_the_state_is_found_where_it_is_and_stays_there(place: str, hub_folder: 
     plan = plan_reshard(source, target=DENSE[0])
     plan.execute(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out" / place).glob("*.distcp")) == [DISTCP, "__1_0.distcp"]
-    assert {name for name in plan.content.side.left_behind if name.endswith(".distcp")} == {
+    assert {name for name in plan.checkpoint.side_files.left_behind if name.endswith(".distcp")} == {
         str(Path(place) / "__7_0.distcp"),
         str(Path(place) / "__1_0.distcp"),
     }
@@ -236,8 +236,8 @@ def test_groups_by_number_and_frozen_parameters_are_kept(hub_folder: HubFolder, 
     source = Path(shutil.copytree(hub_folder("qwen2"), tmp_path / "source"))
     with_state(source, without_embedding, flat=False)
     plan = plan_reshard(source, target=DENSE[1])
-    assert plan.content.optimizer is not None
-    assert plan.content.optimizer.stateless == ("model.embed_tokens.weight",)
+    assert plan.checkpoint.optimizer is not None
+    assert plan.checkpoint.optimizer.stateless == ("model.embed_tokens.weight",)
     plan.execute(tmp_path / "out")
     values = values_of(tmp_path / "out")
     assert values["param_groups.1.lr"] == 0.5
@@ -268,17 +268,19 @@ def test_the_manifest_guards_the_state(folder: Path, trained: Trained, tmp_path:
 def test_a_state_that_the_manifest_records_must_be_there(
     layout: Layout, folder: Path, trained: Trained, tmp_path: Path
 ) -> None:
-    plan_reshard(folder, target=Target(layout, Mesh(tp=2))).execute(tmp_path / "out")
+    plan_reshard(folder, target=ReshardTarget(layout, Mesh(tp=2))).execute(tmp_path / "out")
     assert verify(tmp_path / "out", folder).ok
     for file in (METADATA, DISTCP, "__1_0.distcp"):
         (tmp_path / "out" / file).unlink()
-    for target in (Target("dcp", Mesh(tp=4)), Target("hf", optimizer=True)):
+    for target in (ReshardTarget("dcp", Mesh(tp=4)), ReshardTarget("hf", optimizer=True)):
         with pytest.raises(IncompleteError, match=r"optimizer's state is missing.*param_groups|optimizer\.") as caught:
             plan_reshard(tmp_path / "out", target=target)
         assert "--no-optimizer" in caught.value.hint
     with pytest.raises(IncompleteError, match="optimizer's state is missing"):
         verify(tmp_path / "out")
-    plan_reshard(tmp_path / "out", target=Target("dcp", Mesh(tp=4), optimizer=False)).execute(tmp_path / "without")
+    plan_reshard(tmp_path / "out", target=ReshardTarget("dcp", Mesh(tp=4), optimizer=False)).execute(
+        tmp_path / "without"
+    )
     (difference,) = verify(tmp_path / "without", folder).differences
     assert (difference.name, difference.aspect) == ("the optimizer's state", "missing")
     assert (difference.expected, difference.found) == ("held", "not held")
@@ -344,7 +346,7 @@ def test_states_of_a_shape_of_their_own_are_refused_by_name(hub_folder: HubFolde
     with pytest.raises(ConversionError, match=r"row_var is \[.*neither one element nor as large") as caught:
         plan_reshard(source, target=DENSE[0])
     assert "--no-optimizer" in caught.value.hint
-    plan_reshard(source, target=Target("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "out")
+    plan_reshard(source, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "out")
 
 
 def test_the_states_of_two_optimizers_are_refused(folder: Path) -> None:
@@ -384,11 +386,11 @@ def test_metadata_of_something_else_stay_side_files(hub_folder: HubFolder, tmp_p
 def killed_with_state_done(plan: ReshardPlan, destination: Path) -> tuple[str, int]:
     """Let a run die when some of the state is safe; return the file and the place of a byte of that."""
     marker = destination.with_name(destination.name + ".partial") / MARKER
-    parts = [unit[0].parts[0] for unit in work_of(plan.table, SMALL)]
+    parts = [unit[0].parts[0] for unit in plan_units(plan.copy_plan, SMALL)]
     first, part, at = next(
         (number, part, at)
         for number, part in enumerate(parts)
-        if (at := plan.table.destinations[part.destination]).file and at.file.endswith(".distcp")
+        if (at := plan.copy_plan.destinations[part.destination]).file and at.file.endswith(".distcp")
     )
 
     def stop(done: int, total: int, name: str) -> None:
@@ -437,7 +439,7 @@ def test_mutated_metadata_end_well_or_in_one_error(count: int, trained: Trained,
 
 
 def test_hub_form_can_demand_the_state() -> None:
-    assert Target("hf").with_optimizer is False
-    assert Target("dcp").with_optimizer is True
+    assert ReshardTarget("hf").includes_optimizer is False
+    assert ReshardTarget("dcp").includes_optimizer is True
     with pytest.raises(UsageError):
-        Target("hf", Mesh(tp=2), optimizer=True)
+        ReshardTarget("hf", Mesh(tp=2), optimizer=True)

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.checkpoint.dcp.archive import read_archive, read_description
-from runtime.checkpoint.dcp.zip import Region
-from runtime.checkpoint.optimizer.archive import ALIGNMENT, tensor_archive, value_archive
+from runtime.checkpoint.dcp.archive import read_archived_tensor, read_data_pickle
+from runtime.checkpoint.dcp.zip import BoundedFile
+from runtime.checkpoint.optimizer.archive import ALIGNMENT, build_tensor_archive, build_value_archive
 from runtime.models.dtypes import DTYPES
 
 ONE = b"\x00\x00\x80\x3f"
 
 
 def filled(dtype: str, content: torch.Tensor) -> bytes:
-    archive = tensor_archive(dtype, content.shape)
+    archive = build_tensor_archive(dtype, content.shape)
     result = archive.head + content.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() + archive.tail
     assert len(result) == archive.length
     assert len(archive.head) % ALIGNMENT == 0
@@ -38,14 +38,14 @@ def test_torch_and_we_read_what_an_archive_holds(dtype: str, shape: Sequence[int
     assert torch.equal(found.reshape(-1).view(torch.uint8), content.reshape(-1).view(torch.uint8))
     (tmp_path / "archive").write_bytes(archive)
     with (tmp_path / "archive").open("rb") as stream:
-        ours = read_archive(Region(stream.fileno(), tmp_path / "archive", 0, len(archive)))
+        ours = read_archived_tensor(BoundedFile(stream.fileno(), tmp_path / "archive", 0, len(archive)))
     assert (ours.storage.dtype, ours.shape, ours.base) == (dtype, tuple(shape), 0)
 
 
 # Around the sizes at which a member, and then the directory's place, no longer fit 32 bits.
 @pytest.mark.parametrize("elements", [2**30 - 150, 2**30 - 1, 2**30, 2**30 + 2**28])
 def test_archives_of_over_four_gigabytes(elements: int, tmp_path: Path) -> None:
-    archive = tensor_archive("F32", (elements,))
+    archive = build_tensor_archive("F32", (elements,))
     path = tmp_path / "archive"
     with path.open("wb") as stream:
         stream.write(archive.head)
@@ -55,7 +55,7 @@ def test_archives_of_over_four_gigabytes(elements: int, tmp_path: Path) -> None:
     assert found.shape == (elements,)
     assert found[[0, -2, -1]].tolist() == [0, 0, 1]
     with path.open("rb") as stream:
-        ours = read_archive(Region(stream.fileno(), path, 0, os.fstat(stream.fileno()).st_size))
+        ours = read_archived_tensor(BoundedFile(stream.fileno(), path, 0, os.fstat(stream.fileno()).st_size))
     assert (ours.storage.offset, ours.storage.size) == (len(archive.head), archive.size)
     assert zipfile.ZipFile(path).getinfo("archive/data/0").file_size == archive.size
 
@@ -63,9 +63,9 @@ def test_archives_of_over_four_gigabytes(elements: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0.01, 3, True, None, "adamw", (0.9, 0.95), [1, [2]], {"a": {"b": 1}}], ids=str)
 def test_values_come_back(value: object, tmp_path: Path) -> None:
     pickled = pickle.dumps(value, protocol=2)
-    archive = value_archive(pickled)
+    archive = build_value_archive(pickled)
     assert torch.load(io.BytesIO(archive), weights_only=True) == value
     assert zipfile.ZipFile(io.BytesIO(archive)).testzip() is None
     (tmp_path / "archive").write_bytes(archive)
     with (tmp_path / "archive").open("rb") as stream:
-        assert read_description(Region(stream.fileno(), tmp_path, 0, len(archive))) == pickled
+        assert read_data_pickle(BoundedFile(stream.fileno(), tmp_path, 0, len(archive))) == pickled

@@ -8,7 +8,7 @@ import pytest
 
 from plans.mesh import Mesh
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint import optimizer_cases
 from tests.runtime.checkpoint.test_optimizer import assert_equal, values_of
@@ -49,8 +49,8 @@ def sizes(mesh: Mesh) -> dict[str, int]:
     return {name: size for name, size in named.items() if size > 1}
 
 
-def target(mesh: Mesh) -> Target:
-    return Target("dcp", mesh, "tp_ep" if mesh.ep > 1 else "tp")
+def target(mesh: Mesh) -> ReshardTarget:
+    return ReshardTarget("dcp", mesh, "tp_ep" if mesh.ep > 1 else "tp")
 
 
 def far(losses: list[float], expected: list[float]) -> float:

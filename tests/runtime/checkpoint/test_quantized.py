@@ -19,15 +19,15 @@ from plans.errors import IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.files.file_names import WEIGHTS
-from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.models.config import read_config
-from runtime.models.quantized import stored_model
+from runtime.models.quantized import build_stored_model
 from tests.rank_files import assembled
 from tests.tiny_models import DENSE, ODD_MODELS
 
-HUB = Target("hf")
+HUB = ReshardTarget("hf")
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 DEEPSEEK = DENSE | {
     "intermediate_size": 64,
@@ -45,11 +45,11 @@ DEEPSEEK = DENSE | {
     "num_experts_per_tok": 2,
 }
 MODES = {
-    "tp": Target("ranks", Mesh(tp=2)),
-    "tp and fsdp": Target("ranks", Mesh(tp=2, fsdp=2)),
-    "ep": Target("ranks", Mesh(tp=4, ep=4), mode="ep"),
-    "tp_ep": Target("ranks", Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
-    "dcp": Target("dcp", Mesh(tp=2, fsdp=2)),
+    "tp": ReshardTarget("ranks", Mesh(tp=2)),
+    "tp and fsdp": ReshardTarget("ranks", Mesh(tp=2, fsdp=2)),
+    "ep": ReshardTarget("ranks", Mesh(tp=4, ep=4), mode="ep"),
+    "tp_ep": ReshardTarget("ranks", Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
+    "dcp": ReshardTarget("dcp", Mesh(tp=2, fsdp=2)),
 }
 
 
@@ -78,7 +78,7 @@ def save_quantized(config: Any, folder: Path) -> Path:
     """Write a checkpoint of random values for a quantized config."""
     config.save_pretrained(folder)
     torch.manual_seed(0)
-    state = stored_model(read_config(folder)).state_dict()
+    state = build_stored_model(read_config(folder)).state_dict()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         tensors |= hub_names(name, random_like(tensor))
@@ -145,7 +145,7 @@ def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8:
     axis = manifest.mesh.sizes("experts" if mode == "ep" else "dense")[1]
     cut = 0
     for rank in range(axis):
-        held = load_file(tmp_path / "ranks" / rank_file(rank, axis))
+        held = load_file(tmp_path / "ranks" / rank_file_name(rank, axis))
         for weight, scale in pairs:
             if any(size % 16 for size in whole[weight].shape[-2:]):
                 continue  # transformers' operation takes whole blocks only
@@ -158,10 +158,10 @@ def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8:
 
 
 def test_fused_experts_and_back_to_separate_ones(fp8: Path, tmp_path: Path) -> None:
-    plan_reshard(fp8, target=Target("hf", experts="fused")).execute(tmp_path / "fused")
+    plan_reshard(fp8, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "fused")
     fused = load_file(tmp_path / "fused" / WEIGHTS)
     assert fused["model.layers.1.mlp.experts.gate_up_proj_scale_inv"].shape == (8, 8, 2)
-    plan_reshard(tmp_path / "fused", target=Target("hf", experts="separate")).execute(tmp_path / "separate")
+    plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")).execute(tmp_path / "separate")
     found, expected = load_file(tmp_path / "separate" / WEIGHTS), load_file(fp8 / WEIGHTS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in found)
@@ -182,12 +182,12 @@ def test_sizes_that_would_cut_a_block_are_refused(block: list[int], works: str, 
 
 def test_scales_of_whole_tensors_stay_whole(tmp_path: Path) -> None:
     source = save_quantized(deepseek(weight_block_size=None, activation_scheme="static"), tmp_path / "hub")
-    manifest = plan_reshard(source, Mesh(tp=2)).laid.manifest
+    manifest = plan_reshard(source, Mesh(tp=2)).output.manifest
     assert manifest is not None
     scales = {name: entry for name, entry in manifest.tensors.items() if name.endswith(("scale_inv", "_scale"))}
     assert len(scales) > 20
     assert all(entry.placements[-1] == Replicate() for entry in scales.values())
-    by_expert = plan_reshard(source, target=MODES["ep"]).laid.manifest
+    by_expert = plan_reshard(source, target=MODES["ep"]).output.manifest
     assert by_expert is not None
     experts = [entry for name, entry in by_expert.tensors.items() if name in scales and ".experts." in name]
     assert experts
@@ -211,7 +211,7 @@ def test_blocks_and_scales_of_mxfp4_go_with_their_experts(tmp_path: Path) -> Non
     expected = convert_moe_packed_tensors(stored[f"{experts}_blocks"], stored[f"{experts}_scales"])
     assert expected.shape == (8, 96, 64)
     for rank in range(4):
-        held = load_file(tmp_path / "ranks" / rank_file(rank, 4))
+        held = load_file(tmp_path / "ranks" / rank_file_name(rank, 4))
         found = convert_moe_packed_tensors(held[f"{experts}_blocks"], held[f"{experts}_scales"])
         assert torch.equal(found, expected.chunk(4)[rank])
         assert len(held[f"{experts}_bias"]) == 2
@@ -224,7 +224,7 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     config = deepseek()
     config.quantization_config = {"quant_method": method}
     with pytest.raises(UsageError, match=re.escape(f"quantized by {method!r}, which is not supported")) as caught:
-        stored_model(config)
+        build_stored_model(config)
     assert caught.value.hint.startswith("supported are fp8 and mxfp4;")
 
 
@@ -233,13 +233,13 @@ def test_settings_that_are_none_are_refused(settings: object) -> None:
     config = transformers.LlamaConfig(**DENSE, architectures=["LlamaForCausalLM"])
     config.quantization_config = settings
     with pytest.raises(UsageError, match="which is not supported"):
-        stored_model(config)
+        build_stored_model(config)
 
 
 @pytest.mark.parametrize("settings", [{"weight_block_size": [0, 16]}, {"activation_scheme": "no"}, {"scale_fmt": "x"}])
 def test_settings_that_transformers_refuses_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(MigratorError, match="quantization_config: "):
-        stored_model(deepseek(**settings))
+        build_stored_model(deepseek(**settings))
 
 
 def test_what_the_config_and_the_tensors_say_must_agree(fp8: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file
+from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file_name
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
@@ -125,14 +125,14 @@ def test_a_changed_byte_of_the_manifest_is_refused_or_harmless(
 
 
 def resaved(folder: Path, rank: int, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / rank_file(rank, 2))
+    tensors = load_file(folder / rank_file_name(rank, 2))
     change(tensors)
-    save_file(tensors, folder / rank_file(rank, 2))
+    save_file(tensors, folder / rank_file_name(rank, 2))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), IncompleteError, "no migrator.json"),
-    "a rank is missing": (lambda folder: (folder / rank_file(1, 2)).unlink(), IncompleteError, "rank-00001"),
+    "a rank is missing": (lambda folder: (folder / rank_file_name(1, 2)).unlink(), IncompleteError, "rank-00001"),
     "a tensor is missing": (lambda folder: resaved(folder, 1, lambda t: t.pop(NORM)), MismatchError, NORM),
     "a tensor too many": (
         lambda folder: resaved(folder, 0, lambda t: t.update(more=torch.zeros(1))),
@@ -146,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
     ),
     "another shape": (lambda folder: resaved(folder, 0, lambda t: t.update({NORM: t[NORM][1:]})), MismatchError, NORM),
     "a truncated file": (
-        lambda folder: (folder / rank_file(0, 2)).write_bytes((folder / rank_file(0, 2)).read_bytes()[:-1]),
+        lambda folder: (folder / rank_file_name(0, 2)).write_bytes((folder / rank_file_name(0, 2)).read_bytes()[:-1]),
         IncompleteError,
         "truncated",
     ),
@@ -176,7 +176,7 @@ def test_odd_dtypes_and_shapes_go_through(checkpoint: Callable[[str], Path], tmp
         tensors |= load_file(file)
     save_file(tensors | odd, source / "model.safetensors")
     plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks")
-    found = load_file(tmp_path / "ranks" / rank_file(0, 2))
+    found = load_file(tmp_path / "ranks" / rank_file_name(0, 2))
     for name, tensor in odd.items():
         expected = tensor.reshape(-1).view(torch.uint8)
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), expected), name

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import clones, copy
-from runtime.checkpoint.copying.clones import aligned, clones_of
+from runtime.checkpoint.copying.clones import align_to_blocks, find_clones
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
 from runtime.checkpoint.estimate import estimate
@@ -33,7 +33,7 @@ from runtime.checkpoint.files import reflink
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import ReshardPlan, plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from tests.runtime.checkpoint.reflink_disks import BLOCK, mounted, shared
 
 SMALL = 2**20
@@ -110,7 +110,7 @@ def test_what_is_shared_lies_in_the_same_blocks_and_holds_the_same(
 ) -> None:
     mode = "tp_ep" if mesh.ep > 1 else "tp"
     source = brought(hub, disk)
-    plan = plan_reshard(source, target=Target(layout, mesh, mode))
+    plan = plan_reshard(source, target=ReshardTarget(layout, mesh, mode))
     plain, result = plan.execute(tmp_path / "plain"), plan.execute(disk / "out")
     assert plain.bytes_shared == 0 == shared(source, tmp_path / "plain")
     assert result.bytes_shared > 0
@@ -120,23 +120,23 @@ def test_what_is_shared_lies_in_the_same_blocks_and_holds_the_same(
     assert equal(disk / "out", tmp_path / "plain")
     assert (disk / "out" / MANIFEST).read_bytes() == (tmp_path / "plain" / MANIFEST).read_bytes()
 
-    back = plan_reshard(disk / "out", target=Target("hf")).execute(disk / "back")
+    back = plan_reshard(disk / "out", target=ReshardTarget("hf")).execute(disk / "back")
     assert files(disk / "back") == files(source)
     assert shared(disk / "out", disk / "back") == back.bytes_shared
 
 
 def test_padded_headers_let_more_be_shared(hub: Path, disk: Path) -> None:
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
-    unpadded = sum(one.length for one in clones_of(plan.table, BLOCK))
+    unpadded = sum(one.length for one in find_clones(plan.copy_plan, BLOCK))
     result = plan.execute(disk / "out")
     assert result.bytes_shared > unpadded
 
 
 def test_others_read_padded_files(hub: Path, disk: Path) -> None:
     source = brought(hub, disk)
-    plan = plan_reshard(source, target=Target("dcp", Mesh(tp=2)))
+    plan = plan_reshard(source, target=ReshardTarget("dcp", Mesh(tp=2)))
     assert plan.execute(disk / "out").bytes_shared
-    sizes = {file.name: file.size for file in plan.laid.files}
+    sizes = {file.name: file.size for file in plan.output.files}
     assert any((disk / "out" / name).stat().st_size > size for name, size in sizes.items())
     wanted = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()
     state = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
@@ -180,7 +180,7 @@ def test_a_disk_without_room_for_a_copy_has_room_for_a_shared_one(disk: Path) ->
         os.posix_fallocate(stream.fileno(), 0, free - room)
     assert plan.execute(disk / "out").bytes_shared > room
     (disk / "ballast").unlink()
-    for rank, file in enumerate(plan.laid.files):
+    for rank, file in enumerate(plan.output.files):
         embeddings = load_file(disk / "out" / file.name)["model.embed_tokens.weight"]
         assert torch.equal(embeddings, model.model.embed_tokens.weight.chunk(2)[rank])
 
@@ -258,11 +258,11 @@ def refuse_some(monkeypatch: pytest.MonkeyPatch, code: int, after: int) -> None:
 
 def test_padding_is_the_best_there_is(hub: Path, tmp_path: Path) -> None:
     plan = plan_reshard(hub, Mesh(tp=2))
-    table, padded = aligned(plan.table, plan.laid.files, BLOCK)
-    for before, after in zip(plan.laid.files, padded, strict=True):
+    table, padded = align_to_blocks(plan.copy_plan, plan.output.files, BLOCK)
+    for before, after in zip(plan.output.files, padded, strict=True):
         best = max(in_file(plan, before.name, shift) for shift in range(0, BLOCK, 8))
         found = sum(
-            one.length for one in clones_of(table, BLOCK) if table.destinations[one.destination].file == after.name
+            one.length for one in find_clones(table, BLOCK) if table.destinations[one.destination].file == after.name
         )
         assert found == best > 0
         assert after.size - before.size == len(after.header) - len(before.header) < BLOCK
@@ -274,11 +274,11 @@ def test_padding_is_the_best_there_is(hub: Path, tmp_path: Path) -> None:
 def in_file(plan: ReshardPlan, file: str, shift: int) -> int:
     """Count, block by block, what could be shared if a file's tensors began so many bytes later."""
     total = 0
-    for run in plan.table.runs:
-        at = plan.table.destinations[run.destination]
-        if at.file != file or run.repeats or run.length < 2 * BLOCK:
+    for run in plan.copy_plan.copies:
+        at = plan.copy_plan.destinations[run.destination]
+        if at.file != file or run.strides or run.length < 2 * BLOCK:
             continue
-        start = plan.table.sources[run.source].offset + run.source_offset
+        start = plan.copy_plan.sources[run.source].offset + run.source_offset
         if (start - at.offset - run.destination_offset - shift) % BLOCK == 0:
             edges = [edge for edge in range(start, start + run.length + 1) if edge % BLOCK == 0]
             total += edges[-1] - edges[0]
@@ -287,9 +287,9 @@ def in_file(plan: ReshardPlan, file: str, shift: int) -> int:
 
 def test_hub_form_that_is_known_is_never_padded(hub: Path, tmp_path: Path) -> None:
     plan_reshard(hub, Mesh(tp=2)).execute(tmp_path / "ranks")
-    plan = plan_reshard(tmp_path / "ranks", target=Target("hf"))
-    assert not any(file.may_grow for file in plan.laid.files)
-    assert aligned(plan.table, plan.laid.files, BLOCK) == (plan.table, plan.laid.files)
+    plan = plan_reshard(tmp_path / "ranks", target=ReshardTarget("hf"))
+    assert not any(file.may_grow for file in plan.output.files)
+    assert align_to_blocks(plan.copy_plan, plan.output.files, BLOCK) == (plan.copy_plan, plan.output.files)
 
 
 @given(st.data())

@@ -21,9 +21,9 @@ from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime.checkpoint.hub import names
 from runtime.checkpoint.hub.hf import read_hub
-from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file
+from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file_name
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.verifying.tensor_digest import tensor_digest
+from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from runtime.models.model import meta_model
 from tests.rank_files import assembled
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
@@ -49,7 +49,7 @@ def test_rank_files_equal_dtensor_bit_for_bit(
         assert entries.keys() | result.manifest.tied.keys() == expected.keys()
         placements = {name: entry.placements[-1:] for name, entry in entries.items()}
         for rank in range(tp):
-            found = load_file(tmp_path / f"tp{tp}" / rank_file(rank, tp))
+            found = load_file(tmp_path / f"tp{tp}" / rank_file_name(rank, tp))
             locals_ = dtensor_locals(expected, placements, rank, tp)
             assert found.keys() == locals_.keys()
             for name, tensor in locals_.items():
@@ -76,7 +76,7 @@ def test_digests_do_not_depend_on_the_mesh(family: str, checkpoint: Checkpoint, 
         manifest = plan_reshard(checkpoint(family), Mesh(tp=tp)).execute(tmp_path / f"tp{tp}").manifest
         digests.append({name: entry.digest for name, entry in manifest.tensors.items()})
         for name, tensor in assembled(tmp_path / f"tp{tp}").items():
-            assert str(tensor_digest(tensor)) == digests[-1][name]
+            assert str(digest_tensor(tensor)) == digests[-1][name]
     assert digests[0] == digests[1] == digests[2]
     assert len(set(digests[0].values())) > len(digests[0]) // 2
 
@@ -108,7 +108,7 @@ def test_side_files_come_along_unchanged(checkpoint: Checkpoint, tmp_path: Path)
     (source / "again").symlink_to("original")
     (source / "readme").symlink_to("config.json")
     plan = plan_reshard(source, Mesh(tp=2))
-    assert plan.content.side.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
+    assert plan.checkpoint.side_files.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
     result = plan.execute(tmp_path / "ranks")
     files = {path.relative_to(tmp_path / "ranks").as_posix() for path in (tmp_path / "ranks").rglob("*.*")}
     assert files | {"readme"} == set(result.files)
@@ -138,7 +138,7 @@ def test_tensors_without_a_parameter_are_carried_once(checkpoint: Checkpoint, tm
     }
     source = rewritten(checkpoint("qwen3_moe"), tmp_path / "hub", lambda tensors: tensors.update(extra))
     manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
-    first, second = (load_file(tmp_path / "ranks" / rank_file(rank, 2)) for rank in (0, 1))
+    first, second = (load_file(tmp_path / "ranks" / rank_file_name(rank, 2)) for rank in (0, 1))
     for name, tensor in extra.items():
         assert manifest.tensors[name].kind == "carried"
         assert name not in second
@@ -283,7 +283,7 @@ def test_progress_ends_at_the_total(checkpoint: Checkpoint, tmp_path: Path) -> N
     )
     assert seen[-1][:2] == (result.bytes_written, result.bytes_written)
     assert [row[0] for row in seen] == sorted(row[0] for row in seen)
-    sizes = sum((tmp_path / "ranks" / rank_file(rank, 2)).stat().st_size for rank in (0, 1))
+    sizes = sum((tmp_path / "ranks" / rank_file_name(rank, 2)).stat().st_size for rank in (0, 1))
     assert 0 < sizes - result.bytes_written < 20_000
 
 

@@ -19,10 +19,10 @@ import transformers
 from plans.errors import DestinationError, MismatchError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.copying.shares import share_of
+from runtime.checkpoint.copying.shares import select_rank_share
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.reshard import ReshardPlan, ReshardResult, plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.target import ReshardTarget
 from runtime.extents.runs import covers
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint import several_cases as cases
@@ -31,9 +31,9 @@ from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS, tiny_model
 
 TARGETS = {
-    "ranks": Target("ranks", Mesh(tp=2)),
-    "dcp": Target("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
-    "hub": Target("hf"),
+    "ranks": ReshardTarget("ranks", Mesh(tp=2)),
+    "dcp": ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
+    "hub": ReshardTarget("hf"),
 }
 Watched = Callable[..., dict[int, int]]
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
@@ -65,18 +65,18 @@ def planned(sources: dict[str, Path]) -> dict[str, ReshardPlan]:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 50])
 @pytest.mark.parametrize("name", TARGETS)
 def test_shares_are_the_whole_and_even(name: str, count: int, planned: dict[str, ReshardPlan]) -> None:
-    table = planned[name].table
-    shares = [share_of(table, rank, count) for rank in range(count)]
-    assert sorted(run for share in shares for run in share.runs) == sorted(table.runs)
+    table = planned[name].copy_plan
+    shares = [select_rank_share(table, rank, count) for rank in range(count)]
+    assert sorted(run for share in shares for run in share.copies) == sorted(table.copies)
     assert covers(
-        (run for share in shares for run in share.runs), {n: at.size for n, at in enumerate(table.destinations)}
+        (run for share in shares for run in share.copies), {n: at.size for n, at in enumerate(table.destinations)}
     )
-    for assembled in table.assembled:
-        assert sum(any(run.destination == assembled for run in share.runs) for share in shares) == 1
+    for assembled in table.narrow_destinations:
+        assert sum(any(run.destination == assembled for run in share.copies) for share in shares) == 1
     if count <= 4:
-        sizes = [sum(run.size for run in share.runs) for share in shares]
+        sizes = [sum(run.size for run in share.copies) for share in shares]
         largest = max(
-            sum(run.size for run in table.runs if run.destination == one) for one in range(len(table.destinations))
+            sum(run.size for run in table.copies if run.destination == one) for one in range(len(table.destinations))
         )
         assert max(sizes) - min(sizes) <= 4 * largest
 
@@ -103,7 +103,7 @@ def test_the_state_of_an_optimizer_goes_along(hub_folder: HubFolder, four_ranks:
 def test_ranks_that_want_different_things_are_refused(
     sources: dict[str, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    targets = [TARGETS["ranks"], Target("ranks", Mesh(tp=4))]
+    targets = [TARGETS["ranks"], ReshardTarget("ranks", Mesh(tp=4))]
     with pytest.raises(UsageError, match="do not plan the same"):
         two_ranks.run(cases.reshard_differently, sources["ranks"], targets, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.checkpoint.copying.copy import execute
+from runtime.checkpoint.copying.copy import execute_copy_plan
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
-from runtime.checkpoint.copying.table import Destination, build_table
+from runtime.checkpoint.copying.table import Destination, build_copy_plan
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import BITS, read_header
@@ -47,7 +47,7 @@ def test_every_dtype_is_moved_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     halves = [narrow(tensor, 1, 0, 8), narrow(tensor, 1, 8, 8)]
     wanted = [(Destination("left", size // 2), halves[0]), (Destination("again", size), concatenate(halves, 1))]
     regions = [MemoryRegion(np.zeros(at.size, np.uint8)) for at, _ in wanted]
-    execute(build_table(read_header(tmp_path / "a").tensors, wanted), regions)
+    execute_copy_plan(build_copy_plan(read_header(tmp_path / "a").tensors, wanted), regions)
     rows = content.reshape(6, -1)
     assert (regions[0].content == rows[:, : rows.shape[1] // 2].reshape(-1)).all()
     assert (regions[1].content == content).all()
@@ -62,13 +62,13 @@ def test_a_tensor_of_five_gigabytes(tmp_path: Path) -> None:
         stream.write(b"ab")
     right = narrow(whole("t", (5 * 2**19, 1024)), 1, 512, 512)
     digest = Digest()
-    table = build_table(
+    table = build_copy_plan(
         read_header(tmp_path / "a").tensors,
         [(Destination("right", 5 * GIB // 2, "b", 0), right), (Destination("right", 5 * GIB // 2), right)],
     )
     (tmp_path / "b").touch()
     with OpenFiles(tmp_path) as files:
-        execute(table, [FileRegion(files, "b", 0), DigestRegion(digest)])
+        execute_copy_plan(table, [FileRegion(files, "b", 0), DigestRegion(digest)])
     row, column = divmod(mark, 2048)
     with (tmp_path / "b").open("rb") as stream:
         stream.seek(row * 1024 + column - 1024)
@@ -90,6 +90,6 @@ def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
     (tmp_path / "b").touch()
     with OpenFiles(tmp_path) as files:
         regions = [FileRegion(files, "b", at.offset) for at, _ in wanted]
-        execute(build_table(read_header(tmp_path / "a").tensors, wanted), regions)
+        execute_copy_plan(build_copy_plan(read_header(tmp_path / "a").tensors, wanted), regions)
     found = np.fromfile(tmp_path / "b", "<i2").reshape(count, 2, 3)
     assert (found == content.reshape(count, 3, 2).transpose(0, 2, 1)).all()

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.extents import forms as extents
-from runtime.extents.forms import Form, FormError, whole
-from runtime.extents.turned import inverse, reshape, through
+from runtime.extents.forms import TensorMap, TensorMapError, whole
+from runtime.extents.turned import compose, invert, reshape
 
-Gather = Callable[[Form, dict[str, torch.Tensor]], torch.Tensor]
-Step = tuple[Form, torch.Tensor]
+Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
+Step = tuple[TensorMap, torch.Tensor]
 
 shapes = st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4).map(tuple)
 
@@ -39,7 +39,7 @@ def views(draw: st.DrawFn, count: int) -> tuple[int, ...]:
 
 
 @st.composite
-def made(draw: st.DrawFn, name: str, start: int = 0) -> tuple[Form, torch.Tensor, torch.Tensor]:
+def made(draw: st.DrawFn, name: str, start: int = 0) -> tuple[TensorMap, torch.Tensor, torch.Tensor]:
     """Draw a form over one source by several steps, with its tensor and the source's."""
     shape = draw(shapes)
     source = tensor = coordinates(shape, start)
@@ -49,17 +49,17 @@ def made(draw: st.DrawFn, name: str, start: int = 0) -> tuple[Form, torch.Tensor
     return form, tensor, source
 
 
-def permuted(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
+def permuted(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     order = draw(st.permutations(range(tensor.ndim)))
     return extents.permute(form, order), tensor.permute(order)
 
 
-def viewed(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
+def viewed(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     shape = draw(views(tensor.numel()))
     return reshape(form, shape), tensor.reshape(shape)
 
 
-def rejoined(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
+def rejoined(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     if not tensor.ndim:
         return form, tensor
     dim = draw(st.integers(0, tensor.ndim - 1))
@@ -70,7 +70,7 @@ def rejoined(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
 
 
 @given(case=made("t"))
-def test_reshapes_and_permutations_compose(gather: Gather, case: tuple[Form, torch.Tensor, torch.Tensor]) -> None:
+def test_reshapes_and_permutations_compose(gather: Gather, case: tuple[TensorMap, torch.Tensor, torch.Tensor]) -> None:
     form, tensor, source = case
     assert form.shape == tuple(tensor.shape)
     assert torch.equal(gather(form, {"t": source}), tensor)
@@ -79,30 +79,30 @@ def test_reshapes_and_permutations_compose(gather: Gather, case: tuple[Form, tor
 @given(one=made("a"), other=made("b", 10_000))
 def test_a_form_turned_round_gives_its_sources_back(
     gather: Gather,
-    one: tuple[Form, torch.Tensor, torch.Tensor],
-    other: tuple[Form, torch.Tensor, torch.Tensor],
+    one: tuple[TensorMap, torch.Tensor, torch.Tensor],
+    other: tuple[TensorMap, torch.Tensor, torch.Tensor],
 ) -> None:
     forms = {"x": one[0], "y": other[0]}
     tensors = {"x": one[1], "y": other[1]}
     sources = {"a": one[2], "b": other[2]}
-    back = inverse(forms, {name: tuple(source.shape) for name, source in sources.items()})
+    back = invert(forms, {name: tuple(source.shape) for name, source in sources.items()})
     for name, source in sources.items():
         assert torch.equal(gather(back[name], tensors), source)
 
 
 @given(case=made("t"), data=st.data())
 def test_a_form_through_another(
-    gather: Gather, case: tuple[Form, torch.Tensor, torch.Tensor], data: st.DataObject
+    gather: Gather, case: tuple[TensorMap, torch.Tensor, torch.Tensor], data: st.DataObject
 ) -> None:
     inner, tensor, source = case
     outer, expected = whole("x", inner.shape), tensor
     for _ in range(data.draw(st.integers(0, 3))):
         step = data.draw(st.sampled_from([permuted, viewed, rejoined, sliced]))
         outer, expected = step(data.draw, outer, expected)
-    assert torch.equal(gather(through({"x": inner})(outer), {"t": source}), expected)
+    assert torch.equal(gather(compose({"x": inner})(outer), {"t": source}), expected)
 
 
-def sliced(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
+def sliced(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     if not tensor.ndim:
         return form, tensor
     dim = draw(st.integers(0, tensor.ndim - 1))
@@ -114,18 +114,18 @@ def sliced(draw: st.DrawFn, form: Form, tensor: torch.Tensor) -> Step:
 def test_interleaved_halves_are_two_grids() -> None:
     pair = extents.stack([whole("gate", (3, 4)), whole("up", (3, 4))], 2)
     form = reshape(pair, (3, 8))
-    assert [(one.source, one.offset, one.shape, one.steps) for one in form.extents] == [
+    assert [(one.source, one.offset, one.shape, one.steps) for one in form.boxes] == [
         ("gate", (0, 0), (3, 4), (1, 2)),
         ("up", (0, 1), (3, 4), (1, 2)),
     ]
 
 
 def test_what_lies_on_end_is_one_box() -> None:
-    assert len(reshape(whole("t", (4, 2, 3)), (2, 12)).extents) == 1
+    assert len(reshape(whole("t", (4, 2, 3)), (2, 12)).boxes) == 1
 
 
 def test_another_number_of_elements_is_refused() -> None:
-    with pytest.raises(FormError, match="no view"):
+    with pytest.raises(TensorMapError, match="no view"):
         reshape(whole("t", (2, 3)), (7,))
 
 
@@ -136,4 +136,4 @@ def test_many_parts_are_found_by_where_they_lie(gather: Gather) -> None:
     for start in range(tensor.shape[0]):
         for length in range(1, tensor.shape[0] - start + 1):
             outer = extents.transpose(extents.narrow(whole("x", inner.shape), 0, start, length), 0, 1)
-            assert torch.equal(gather(through({"x": inner})(outer), pieces), tensor[start : start + length].T)
+            assert torch.equal(gather(compose({"x": inner})(outer), pieces), tensor[start : start + length].T)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.safetensors import encode_header, read_header
-from runtime.checkpoint.ranks.files import rank_file
+from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
-from runtime.checkpoint.verifying.differences import Difference
-from runtime.checkpoint.verifying.elements import Placed, first_difference
+from runtime.checkpoint.target import ReshardTarget
+from runtime.checkpoint.verifying.differences import CheckpointDifference
+from runtime.checkpoint.verifying.elements import MappedTensor, find_first_difference
 from runtime.checkpoint.verifying.verify import verify
 from runtime.extents.forms import whole
 from tests.conftest import HubFolder
@@ -30,11 +30,11 @@ from tests.runtime.checkpoint.test_optimizer import adamw, with_state
 Checkpoint = Callable[[str], Path]
 
 LAYOUTS = {
-    "hub": Target("hf"),
-    "fused": Target("hf", experts="fused"),
-    "dcp": Target("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
-    "tp4": Target("ranks", Mesh(tp=4)),
-    "tp2 fsdp3": Target("ranks", Mesh(tp=2, fsdp=3)),
+    "hub": ReshardTarget("hf"),
+    "fused": ReshardTarget("hf", experts="fused"),
+    "dcp": ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
+    "tp4": ReshardTarget("ranks", Mesh(tp=4)),
+    "tp2 fsdp3": ReshardTarget("ranks", Mesh(tp=2, fsdp=3)),
 }
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -62,7 +62,7 @@ def flip(file: Path, tensor: str, element: int) -> None:
     file.write_bytes(content)
 
 
-def only(differences: tuple[Difference, ...]) -> Difference:
+def only(differences: tuple[CheckpointDifference, ...]) -> CheckpointDifference:
     assert len(differences) == 1, differences
     return differences[0]
 
@@ -71,7 +71,7 @@ def only(differences: tuple[Difference, ...]) -> Difference:
 def test_any_two_layouts_of_one_checkpoint_hold_the_same(one: str, other: str, laid: dict[str, Path]) -> None:
     result = verify(laid[one], laid[other])
     assert result.ok
-    assert len(result.source.digests) == len(result.source.holding.copies) > 30
+    assert len(result.source.digests) == len(result.source.replicas.copies) > 30
 
 
 @pytest.mark.parametrize("name", ["tp4", "tp2 fsdp3"])
@@ -87,13 +87,13 @@ def test_hub_form_records_nothing_and_is_looked_at_without_being_read(laid: dict
     result = verify(laid["hub"])
     assert result.ok
     assert not result.source.digests
-    assert not result.source.recorded
+    assert not result.source.manifest_digests
 
 
 @pytest.mark.parametrize("rank", [0, 2, 3])
 def test_a_damaged_copy_is_named_with_its_rank_and_element(rank: int, own: Callable[[str], Path]) -> None:
     folder = own("tp4")
-    flip(folder / rank_file(rank, 4), NORM, 17)
+    flip(folder / rank_file_name(rank, 4), NORM, 17)
     found = only(verify(folder).differences)
     assert (found.name, found.aspect) == (NORM, "content")
     assert found.where == f"rank {rank} of {folder}"
@@ -101,7 +101,7 @@ def test_a_damaged_copy_is_named_with_its_rank_and_element(rank: int, own: Calla
     assert found.against != found.where
     assert found.element is not None
     assert found.element.index == (17,)
-    right = load_file(folder / rank_file(1, 4))[NORM][17]
+    right = load_file(folder / rank_file_name(1, 4))[NORM][17]
     assert found.element.expected.number == right.item()
     assert int(found.element.expected.bits, 16) ^ int(found.element.found.bits, 16) == 1
 
@@ -110,7 +110,7 @@ def test_a_damaged_shard_has_nothing_to_compare_with_but_another_checkpoint(
     own: Callable[[str], Path], laid: dict[str, Path]
 ) -> None:
     folder = own("tp4")
-    file, other = folder / rank_file(2, 4), laid["dcp"]
+    file, other = folder / rank_file_name(2, 4), laid["dcp"]
     flip(file, GATE_UP, (3 * 8 + 5) * 32 + 7)  # [8, 8, 32]: four rows of gate, then four of up
     alone = only(verify(folder).differences)
     assert (alone.name, alone.where, alone.element) == (GATE_UP, f"ranks 0, 1, 2, 3 of {folder}", None)
@@ -139,7 +139,7 @@ def test_every_single_flipped_byte_is_seen(own: Callable[[str], Path]) -> None:
 
 def test_swapped_rank_files_are_found(own: Callable[[str], Path]) -> None:
     folder = own("tp4")
-    one, other = folder / rank_file(0, 4), folder / rank_file(1, 4)
+    one, other = folder / rank_file_name(0, 4), folder / rank_file_name(1, 4)
     one.rename(folder / "aside")
     other.rename(one)
     (folder / "aside").rename(other)
@@ -154,10 +154,10 @@ def test_swapped_rank_files_are_found(own: Callable[[str], Path]) -> None:
 
 def test_a_foreign_rank_file_is_a_difference_and_no_failure(own: Callable[[str], Path], laid: dict[str, Path]) -> None:
     folder = own("tp4")
-    shutil.copy(laid["tp2 fsdp3"] / rank_file(0, 6), folder / rank_file(0, 4))
+    shutil.copy(laid["tp2 fsdp3"] / rank_file_name(0, 6), folder / rank_file_name(0, 4))
     found = only(verify(folder).differences)
     assert found.aspect == "files"
-    assert rank_file(0, 4) in str(found)
+    assert rank_file_name(0, 4) in str(found)
 
 
 def test_a_lossy_checkpoint_is_named_tensor_by_tensor(own: Callable[[str], Path], laid: dict[str, Path]) -> None:
@@ -175,7 +175,7 @@ def test_a_lossy_checkpoint_is_named_tensor_by_tensor(own: Callable[[str], Path]
 
 def test_a_missing_file_is_no_verdict(own: Callable[[str], Path]) -> None:
     folder = own("tp4")
-    (folder / rank_file(1, 4)).unlink()
+    (folder / rank_file_name(1, 4)).unlink()
     with pytest.raises(IncompleteError):
         verify(folder)
 
@@ -224,11 +224,11 @@ def test_the_first_element_that_differs_is_found_in_little_memory(
             damaged[place * bits // 8 + (bits // 8 - 1 if bits > 8 else 0)] ^= 1 << (place * bits % 8)
         for name, written in (("a", content), ("b", damaged)):
             (tmp_path / name).write_bytes(header + written.tobytes())
-        placed = [Placed(whole("x", shape), read_header(tmp_path / name).tensors) for name in ("a", "b")]
-        found = first_difference(*placed, dtype, max_memory=memory)
+        placed = [MappedTensor(whole("x", shape), read_header(tmp_path / name).tensors) for name in ("a", "b")]
+        found = find_first_difference(*placed, dtype, max_memory=memory)
         assert found is not None
         assert found.index == tuple(int(index) for index in np.unravel_index(element, shape))
-    assert first_difference(placed[0], placed[0], dtype, max_memory=memory) is None
+    assert find_first_difference(placed[0], placed[0], dtype, max_memory=memory) is None
 
 
 def test_the_state_of_an_optimizer_is_verified_too(hub_folder: HubFolder, tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_the_state_of_an_optimizer_is_verified_too(hub_folder: HubFolder, tmp_pa
         assert result.to_json()["source"]["optimizer_tensors"] == 4 * 36
     (one_sided,) = verify(dcp, hub_folder("qwen3_moe")).differences
     assert (one_sided.name, one_sided.expected, one_sided.found) == ("the optimizer's state", "not held", "held")
-    holding = verify(dcp).source.holding
+    holding = verify(dcp).source.replicas
     [copy] = [copy for copy in holding.copies if copy.name.endswith(f"{NORM}.exp_avg_sq")]
-    stored = holding.content.all_pieces[copy.form.sources[0]]
+    stored = holding.checkpoint.all_chunks[copy.tensor_map.sources[0]]
     content = bytearray(stored.file.read_bytes())
     content[stored.offset + 4 * 5] ^= 1
     stored.file.write_bytes(content)
