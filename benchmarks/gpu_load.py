@@ -31,15 +31,14 @@ from step_measure import largest
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mode
-from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import ReshardTarget
-from runtime.loader.bringing import default_threads
-from runtime.loader.slots import find_parameter_refs
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import ReshardTarget
+from runtime.loader.parameter_refs import find_parameter_refs
 from runtime.loader.sources import find_source
+from runtime.loader.transfer import default_threads
 from runtime.models.model import model_tensors
-from runtime.validation.content import check_content
+from runtime.validation.content import check_content, read_checkpoint_headers
 from runtime.validation.model import check_loaded
-from runtime.validation.source import read_checkpoint_headers
 
 GOALS = {"migrator ranks": 8, "migrator hub": 5}
 """Times faster than `from_pretrained`."""

@@ -17,13 +17,12 @@ from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.ranks.files import rank_file_name
-from runtime.extents.runs import StridedCopy
 from runtime.loader import replicated
-from runtime.loader.filling import BUFFER_BYTES, CudaWorker, HostWorker, run_workers
-from runtime.loader.placing import build_target
-from runtime.loader.reads import group_reads, plan_reads
+from runtime.loader.reads import build_target, group_reads, plan_reads
+from runtime.loader.transfer import BUFFER_BYTES, CudaWorker, HostWorker, run_workers
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
+from runtime.tensor_map.strided_copy import StridedCopy
 from runtime.validation.model import ParallelModel
 
 NEVER = 2**63

@@ -29,8 +29,8 @@ import json, resource, sys, time
 from pathlib import Path
 from plans.mesh import Mesh
 began = time.perf_counter()
-from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import Target
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import Target
 imported = time.perf_counter()
 plan = plan_reshard(Path(sys.argv[1]), target=Target(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
 done = time.perf_counter()

@@ -13,8 +13,8 @@ from pathlib import Path
 from migrator.report.from_reshard import build_reshard_report
 from migrator.report.page import write_report
 from plans.mesh import Mesh
-from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import ReshardTarget
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.chromium import chromium, find_chromium
 from tests.tiny_models import tiny_config, tiny_model
 

@@ -17,8 +17,7 @@ from libcst.codemod import CodemodCommand, SkipFile
 from codemods.files.sources import SourceFile
 from codemods.inheritance.ownership import Tree
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.decisions import find_line, find_lines, resolve_edits
-from codemods.rewriting.propagate import Family, evaluate_family
+from codemods.rewriting.families import Family, evaluate_family, find_line, find_lines, resolve_edits
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_param_level
 from codemods.tree.selection import Suppressions

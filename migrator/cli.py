@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from migrator import console
+from migrator.terminal import console
 from plans.errors import MigratorError
 
 __all__ = ["main"]

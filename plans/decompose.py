@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from plans.layout import ExpertLayout
+from plans.model_facts import ExpertLayout
 from plans.plan import plan_kind
 from plans.rule import Finding, load_rule
 

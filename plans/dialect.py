@@ -16,10 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from plans.alike import suggest_name
 from plans.errors import UnknownStyleError, UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import PlacementRule, Style
+from plans.text import suggest_name
 
 __all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect", "suggest_style"]
 

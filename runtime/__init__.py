@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runtime.parallel.full_state import full_state_dict
     from runtime.parallel.mesh import device_meshes
     from runtime.parallel.parallelize import parallelize
-    from runtime.parallel.same_on_ranks import verify_batch
+    from runtime.parallel.rank_consistency import verify_batch
     from runtime.parallel.verify import verify_plan, verify_sharding
     from runtime.planning.plan import Plan
     from runtime.released.bridge import register_styles
@@ -50,7 +50,7 @@ _LAZY_IMPORTS = {
     "load": "runtime.loader.loading",
     "parallelize": "runtime.parallel.parallelize",
     "register_styles": "runtime.released.bridge",
-    "verify_batch": "runtime.parallel.same_on_ranks",
+    "verify_batch": "runtime.parallel.rank_consistency",
     "verify_plan": "runtime.parallel.verify",
     "verify_sharding": "runtime.parallel.verify",
 }

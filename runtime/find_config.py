@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.alike import suggest_name
 from plans.errors import UsageError
+from plans.text import first_line, suggest_name
 from runtime.hub import fetch_config, parse_hub_name
-from runtime.models.architectures import default_architectures
 from runtime.models.config import build_unreadable_error, read_config, transformers_version
-from runtime.wording import first_line
+from runtime.models.model import default_architectures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

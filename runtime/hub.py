@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
+from plans.text import first_line
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import first_line
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from plans.mesh import Mesh
-from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import tiny_config, tiny_model
 

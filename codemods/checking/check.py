@@ -12,9 +12,8 @@ from codemods.inheritance.ownership import PlanLocation
 from codemods.models.describe import Model
 from codemods.models.modeling import list_modeling_files
 from codemods.reading.module import PlanLiteral
-from codemods.rewriting.decisions import Resolution
+from codemods.rewriting.families import Family, Resolution, build_plan_finding, group_families
 from codemods.rewriting.migrate import build_outcome, resolve_dialect, resolve_survey
-from codemods.rewriting.propagate import Family, build_plan_finding, group_families
 from codemods.rewriting.transform import find_siblings, to_dialect, to_param_level
 from codemods.tree.outcome import Outcome
 from codemods.tree.selection import Suppressions

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from codemods.reading.alternatives import Alternative
-from codemods.reading.branches import find_layer_kind
+from codemods.reading.conditions import find_layer_kind
 from codemods.reading.module import PlanLiteral
 from plans.dialect import Dialect, suggest_style
 from plans.placement import Replicate

@@ -8,11 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from codemods.comparing.affected import find_affected
-from codemods.comparing.guards import find_guard_lines
-from codemods.comparing.moved import is_obscured, is_same_entry, match_moved_entries
+from codemods.comparing.matching import diff_lines, find_guard_lines, is_obscured, is_same_entry, match_moved_entries
 from codemods.comparing.placements import PlacementReader
-from codemods.comparing.touched import diff_lines
-from codemods.comparing.values import Comparison, DifferenceKind, PlanDifference, Side
+from codemods.comparing.results import Comparison, DifferenceKind, PlanDifference, Side
 from codemods.files.revisions import Snapshot, find_changed_paths
 from codemods.inheritance.effective import REMOVED, UNRESOLVED, EffectiveEntry, EffectivePlans, PlanVariant, file_kind
 from plans.errors import MigratorError, UsageError

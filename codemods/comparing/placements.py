@@ -15,10 +15,9 @@ from codemods.inheritance.effective import REMOVED, PlanVariant, file_kind
 from codemods.models.describe import Model
 from codemods.models.layouts import find_layout
 from codemods.tree.detect import detect_dialect
-from plans.described import KeyTarget
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import PlanError
-from plans.layout import ExpertLayout
+from plans.model_facts import ExpertLayout, KeyTarget
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import OwnerKind, Style
 

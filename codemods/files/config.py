@@ -11,9 +11,9 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from codemods.files.sources import format_path
-from plans.alike import suggest_name
 from plans.errors import UsageError
 from plans.rule import load_rules
+from plans.text import suggest_name
 
 __all__ = ["Configuration", "find_configuration", "find_project_file", "make_absolute", "read_configuration"]
 

@@ -16,12 +16,11 @@ from functools import cached_property
 from operator import itemgetter
 from pathlib import Path, PurePath
 
-from codemods.inheritance.lineage import Ancestor, ClassGraph, SourceLookup
+from codemods.inheritance.class_graph import Ancestor, ClassGraph, SourceLookup
 from codemods.inheritance.lookup import NameLookup
 from codemods.reading.module import Condition, PlanLiteral, Reference, Removal
-from codemods.reading.names import get_dotted_name
-from codemods.reading.origins import parse_expression
-from codemods.reading.plan_names import is_plan_attribute
+from codemods.reading.names import get_dotted_name, parse_expression
+from codemods.reading.scope import is_plan_attribute
 from plans.errors import SourceError
 
 __all__ = [

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from codemods.inheritance.class_graph import ClassGraph
 from codemods.inheritance.imports import list_module_files, resolve_imported_name
-from codemods.inheritance.lineage import ClassGraph
 from codemods.reading.entries import PlanEntry
 from codemods.reading.module import ClassPlans, Module, PlanLiteral, Reference, iter_literals
-from codemods.reading.names import get_dotted_name
-from codemods.reading.origins import NameResolver, parse_expression
+from codemods.reading.names import NameResolver, get_dotted_name, parse_expression
+from codemods.reading.plan_literals import AssignmentTarget, read_assignment
 from codemods.reading.scope import Scope
-from codemods.reading.written import AssignmentTarget, read_assignment
 
 __all__ = ["Constant", "NameLookup"]
 

@@ -15,11 +15,16 @@ from functools import cached_property
 from pathlib import Path
 
 from codemods.files.sources import SourceFile, read_source
-from codemods.inheritance.heirs import index_importers, index_subclasses
-from codemods.inheritance.imports import find_local_class, resolve_imported_name
-from codemods.inheritance.model_files import find_module_file, is_from_package, resolve_alias
-from codemods.reading.literals import read_module
+from codemods.inheritance.imports import (
+    find_local_class,
+    find_module_file,
+    is_from_package,
+    resolve_alias,
+    resolve_imported_name,
+)
+from codemods.inheritance.subclasses import index_importers, index_subclasses
 from codemods.reading.module import ClassPlans, Module, Opaque, PlanLiteral
+from codemods.reading.parse import read_module
 from codemods.reading.skim import skim
 
 __all__ = ["MissingOwner", "PlanLocation", "Tree"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from codemods.models.construct import AttributeResolver
 from codemods.models.modeling import ELEMENT, UNKNOWN, Node, read_modeling
-from plans.described import KeyTarget, TargetKind
+from plans.model_facts import KeyTarget, TargetKind
 
 __all__ = ["Model", "describe"]
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from codemods.files.sources import SourceFile, read_source
 from codemods.models.concatenation import is_concatenated
 from codemods.models.expert_class import Shapes, collect_effective_statements, read_flags, read_parameter_shapes
-from plans.described import KeyTarget
-from plans.layout import ExpertLayout
+from plans.model_facts import ExpertLayout, KeyTarget
 
 __all__ = ["find_layout", "read_layouts"]
 

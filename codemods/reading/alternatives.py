@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from codemods.reading.branches import find_layer_kind
+from codemods.reading.conditions import find_layer_kind
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral, are_exclusive
 from plans.decompose import find_group_key
 

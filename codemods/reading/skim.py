@@ -14,9 +14,9 @@ from functools import partial
 
 from codemods.files.sources import SourceFile
 from codemods.reading.entries import PlanEntry, is_numbered
-from codemods.reading.literals import read_module
 from codemods.reading.module import ClassPlans, Import, Module, Opaque, PlanLiteral
-from codemods.reading.plan_names import find_plan_mentions, is_plan_attribute
+from codemods.reading.parse import read_module
+from codemods.reading.scope import find_plan_mentions, is_plan_attribute
 
 __all__ = ["skim"]
 

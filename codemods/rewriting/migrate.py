@@ -10,16 +10,26 @@ from pathlib import Path
 
 from codemods.files.sources import add_error_once, format_path, read_source
 from codemods.inheritance.ownership import PlanLocation, Tree
-from codemods.reading.literals import read_module
-from codemods.rewriting.decisions import OwnedEdits, Resolution, find_line, find_lines, get_anchor, resolve_edits
-from codemods.rewriting.propagate import Evaluation, Family, Transform, evaluate_family, group_families
+from codemods.reading.parse import read_module
+from codemods.rewriting.families import (
+    Evaluation,
+    Family,
+    OwnedEdits,
+    Resolution,
+    Transform,
+    evaluate_family,
+    find_line,
+    find_lines,
+    get_anchor,
+    group_families,
+    resolve_edits,
+)
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_dialect, to_param_level
 from codemods.tree.detect import DetectedDialect, detect_dialect, find_version_file, load_source_dialect
 from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, Outcome
 from codemods.tree.selection import Suppressions
-from codemods.tree.survey import PlanFilter, Survey, every_plan, expert_plans, survey_tree
-from codemods.tree.unread import find_unresolved
+from codemods.tree.survey import PlanFilter, Survey, every_plan, expert_plans, find_unresolved, survey_tree
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import MigratorError
 from plans.rule import Finding, load_rule

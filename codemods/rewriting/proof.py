@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from codemods.files.sources import format_path, read_source
-from codemods.reading.literals import read_module
+from codemods.reading.parse import read_module
 from codemods.rewriting.converter import convert, copy_tree, find_converter_root
 from codemods.tree.outcome import Change, Outcome
 from plans.errors import MigratorError, MismatchError, SourceError

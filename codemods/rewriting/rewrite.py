@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from codemods.files.sources import SourceFile, format_path
 from codemods.reading.entries import PlanEntry
-from codemods.reading.literals import read_module
 from codemods.reading.module import Module, PlanLiteral, iter_literals
+from codemods.reading.parse import read_module
 from plans.decompose import Edit, InsertEntry, SetStyle
 from plans.errors import SourceError
 

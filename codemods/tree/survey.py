@@ -10,12 +10,23 @@ from pathlib import Path
 
 from codemods.files.sources import find_sources, format_path, read_source
 from codemods.inheritance.ownership import PlanLocation, Tree
-from codemods.reading.module import PlanLiteral
+from codemods.reading.module import PlanLiteral, Unresolved
 from codemods.tree.selection import Suppressions
 from plans.decompose import is_decomposable_plan
 from plans.errors import MigratorError
+from plans.rule import Finding
 
-__all__ = ["PlanFilter", "Survey", "every_plan", "expert_plans", "find_plans", "is_model_path", "survey_tree"]
+__all__ = [
+    "PlanFilter",
+    "Survey",
+    "every_plan",
+    "expert_plans",
+    "find_plans",
+    "find_unresolved",
+    "is_model_path",
+    "survey_tree",
+]
+
 
 _PLAN = b"_plan"
 # A string that may be, or begin, the key of experts that are not expert-parallel already; far fewer files hold one than
@@ -152,3 +163,22 @@ def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[Plan
         for index, literal in enumerate(owner.code_literals):
             if plan_filter.matches_literal(literal):
                 yield PlanLocation(path, owner.name, literal.attribute, index)
+
+
+def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Path, Unresolved, Finding]]:
+    """Yield a finding for every use of a plan that puts entries into it which cannot be read.
+
+    Generated files are left to their owners.
+
+    Args:
+        survey: a tree surveyed.
+        experts_only: whether only uses count that have experts beside them.
+    """
+    for path, module in survey.tree.modules.items():
+        if not module.unresolved or path not in survey.scope or survey.tree.source(path).generated_from is not None:
+            continue
+        for use in module.unresolved if survey.suppressions.selection.is_in_scope([path]) else ():
+            silent = survey.suppressions.is_suppressed(path, (use.line,), "MIG204")
+            if not silent and (use.mentions_experts or not experts_only):
+                message = f"{use.attribute}: gets entries here {use.reason}"
+                yield path, use, Finding("MIG204", use.attribute, message)

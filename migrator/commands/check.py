@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.source_options import (
+from migrator.options.source import (
     ProjectRequest,
     disable_gc,
     emit_machine_format,
@@ -18,6 +17,7 @@ from migrator.source_options import (
     read_requests,
     source_options,
 )
+from migrator.terminal import console
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
@@ -76,7 +76,7 @@ def compute_check_exit_code(report: SourceReport) -> int:
 
 def _check_project(request: ProjectRequest) -> Outcome:
     from codemods.checking.check import check_paths
-    from codemods.tree.pending import find_unused_comments
+    from codemods.tree.outcome import find_unused_comments
     from codemods.tree.selection import Suppressions
 
     silencer = Suppressions(request.selection)

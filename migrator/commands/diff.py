@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.source_options import disable_gc
+from migrator.options.source import disable_gc
+from migrator.terminal import console
 from plans.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from migrator import console
+from migrator.terminal import console
 from plans.errors import UsageError
 from plans.rule import Rule, load_rules
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.foreign_options import ExternalOptions, external_options
-from migrator.mesh_options import build_mesh, mesh_options
-from migrator.needs import require_runtime
-from migrator.report_option import report_option
+from migrator.options.common import build_mesh, mesh_options, report_option, require_runtime
+from migrator.options.external import ExternalOptions, external_options
+from migrator.terminal import console
+from migrator.terminal.text import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
+from plans.text import pluralize
+from runtime.inspecting.results import Arrangement, Inspection, TensorGroup
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
-    from runtime.inspecting.values import Inspection
+    from runtime.inspecting.results import Inspection
 
-__all__ = ["command"]
+__all__ = ["command", "show_inspection"]
 
 
 @click.command("inspect")
@@ -55,8 +57,6 @@ def command(
     if form == "json":
         console.emit_json(found.to_json())
     else:
-        from migrator.inspection_text import show_inspection
-
         show_inspection(found)
     if report is not None:
         _save_report(found, report)
@@ -69,3 +69,92 @@ def _save_report(inspection: Inspection, file: Path) -> None:
 
     write_report(build_inspection_report(inspection), file)
     console.say(f"wrote {file}")
+
+
+_MAX_GROUPS = 200
+_LARGEST_COUNT = 3
+_MAX_NAMES = 8
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """Print what a checkpoint holds, or what is wrong with it."""
+    if inspection.findings:
+        for finding in inspection.findings:
+            console.emit_line(f"WRONG  {sanitize(str(finding), 600)}")
+        findings = pluralize(len(inspection.findings), "finding")
+        console.emit_line(f"{inspection.folder}: {inspection.layout}, {inspection.model_type}, {findings}")
+        return
+    _show_groups(inspection)
+    for line in _summary_lines(inspection):
+        console.emit_line(line)
+
+
+def _show_groups(inspection: Inspection) -> None:
+    sides = [("placement", inspection.current), ("would be", inspection.planned)]
+    columns = ["tensors", "", "dtype", "shape", *(name for name, side in sides if side), "bytes", "on one rank"]
+    if not (inspection.current or inspection.planned):
+        columns.pop()
+    meshes = "; planned for ".join(_describe_mesh(side) for _, side in sides if side)
+    meshes = f", {'' if inspection.current else 'planned for '}{meshes}" if meshes else ""
+    console.emit_line(f"{inspection.folder}: {inspection.layout}, {inspection.model_type}{meshes}")
+    rows = [_build_row(group, inspection)[: len(columns)] for group in inspection.groups[:_MAX_GROUPS]]
+    console.print_table("", columns, rows, droppable=["dtype", "shape"])
+    if len(inspection.groups) > _MAX_GROUPS:
+        console.emit_line(f"and {len(inspection.groups) - _MAX_GROUPS:,} groups more, which --format json lists")
+
+
+def _describe_mesh(arrangement: Arrangement) -> str:
+    return f"{arrangement.mesh}, mode {arrangement.mode}"
+
+
+def _build_row(group: TensorGroup, inspection: Inspection) -> list[str]:
+    sides = ((inspection.current, group.current), (inspection.planned, group.planned))
+    placed = [describe_tensor_placement(place, side) for side, place in sides if side]
+    last = group.planned or group.current
+    share = format_bytes(last.max_bytes * len(group.names)) if last else format_bytes(group.bytes)
+    name, count = sanitize(group.name), f"×{len(group.names):,}"
+    return [name, count, group.dtype, format_shape(group.shape), *placed, format_bytes(group.bytes), share]
+
+
+def _summary_lines(inspection: Inspection) -> Iterator[str]:
+    files = pluralize(len(inspection.files), "weight file")
+    yield f"{pluralize(inspection.tensors, 'tensor')}, {inspection.bytes:,} bytes, in {files}"
+    for word, side in (("each rank holds", inspection.current), ("each rank would hold", inspection.planned)):
+        if side is not None:
+            yield f"{word} {_format_size_range(side.rank_bytes)}"
+    largest = sorted(inspection.groups, key=lambda group: -group.bytes // len(group.names))[:_LARGEST_COUNT]
+    yield f"largest: {', '.join(f'{sanitize(g.name)} {format_bytes(g.bytes // len(g.names))}' for g in largest)}"
+    yield from _list_names("tied", [f"{name} to {target}" for name, target in inspection.tied.items()])
+    yield from _list_names("carried", inspection.passthrough)
+    yield from _list_names("side files", inspection.side_files)
+    yield from _list_names("left behind", inspection.left_behind)
+    if inspection.current and inspection.hub_file_count is not None:
+        yield f"hub form: known, {pluralize(inspection.hub_file_count, 'file')}, so the way back to it is exact"
+    if inspection.optimizer:
+        yield f"optimizer: {pluralize(inspection.optimizer.tensors, 'tensor')}, {format_bytes(inspection.optimizer.bytes)}"
+    yield from _list_names(_CONFIG_CHANGED, list(map(str, inspection.config_changes)))
+    yield (
+        f"digests: {len(inspection.digests):,} recorded, which `migrator verify` checks"
+        if inspection.digests
+        else _NO_DIGESTS
+    )
+    for side in filter(None, (inspection.current, inspection.planned)):
+        if side.unmatched:
+            yield f"note {describe_unmatched(side.unmatched)}"
+
+
+_NO_DIGESTS = "digests: none recorded"
+_CONFIG_CHANGED = "note config.json does not say what it said when this was laid out"
+
+
+def _format_size_range(sizes: Sequence[int]) -> str:
+    least, most = min(sizes), max(sizes)
+    if least == most:
+        return f"{most:,} bytes"
+    return f"{least:,} (rank {sizes.index(least)}) to {most:,} bytes (rank {sizes.index(most)})"
+
+
+def _list_names(label: str, names: Sequence[str]) -> Iterator[str]:
+    if names:
+        more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
+        yield f"{label}: {', '.join(map(sanitize, names[:_MAX_NAMES]))}{more}"

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.mesh_options import build_mesh, mesh_options
-from migrator.needs import require_runtime
-from migrator.shown import describe_unmatched, format_shape
+from migrator.options.common import build_mesh, mesh_options, require_runtime
+from migrator.terminal import console
+from migrator.terminal.text import describe_unmatched, format_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from plans.mesh import Mesh, Mode
-    from plans.resolved import ResolvedParameter, ResolvedPlan
+    from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 
 __all__ = ["command"]
 
@@ -55,9 +54,9 @@ def _note_whole_experts(model: PreTrainedModel, plan: ResolvedPlan) -> None:
     from plans.errors import PlanError
     from plans.placement import Replicate
     from plans.plan import to_wildcard
+    from plans.text import format_names
     from runtime.parallel.verify import verify_plan
     from runtime.planning.plan import Plan
-    from runtime.wording import format_names
 
     whole = [row.name for row in plan.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]
     try:
@@ -118,8 +117,8 @@ def _format_placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
 
 def _compute_local_shape(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest piece."""
-    from runtime.extents.forms import whole
-    from runtime.extents.shards import shard_for_rank
+    from runtime.tensor_map.shards import shard_for_rank
+    from runtime.tensor_map.tensor_map import whole
 
     form = whole(parameter.name, parameter.shape)
     return shard_for_rank(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

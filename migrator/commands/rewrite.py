@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.source_options import (
+from migrator.options.source import (
     ProjectRequest,
     disable_gc,
     emit_machine_format,
@@ -18,6 +17,7 @@ from migrator.source_options import (
     read_requests,
     source_options,
 )
+from migrator.terminal import console
 from plans.errors import MigratorError, MismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _show_report(report: SourceReport, *, diff: bool, quiet: bool) -> None:
     from migrator.formats.human import rewrite_lines, rewrite_summary
 
     if diff:
-        from migrator.patch import format_patch
+        from migrator.formats.patch import format_patch
 
         console.emit_bytes(format_patch(report.changes))
     if quiet:

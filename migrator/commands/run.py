@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.values import SECONDS
+from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
+from migrator.options.common import SECONDS
+from migrator.terminal import console
+from migrator.terminal.text import format_bytes, format_duration, sanitize
 from plans.errors import UsageError
+from plans.text import format_count
 
 if TYPE_CHECKING:
     from migrator.jobs import Forecast, JobResult, Listener
 
-__all__ = ["command"]
+__all__ = ["command", "make_listener", "show_forecasts", "show_results"]
 
 
 @click.command("run")
@@ -44,7 +48,6 @@ def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float
     """
     _refuse_contradictions(paths, dry_run=dry_run, watch=watch)
     from migrator.jobs import foresee_files, job_files
-    from migrator.jobs_text import make_listener, show_forecasts, show_results
 
     found: Sequence[Forecast] | Sequence[JobResult]
     if dry_run:
@@ -77,3 +80,121 @@ def _refuse_contradictions(paths: Sequence[Path], *, dry_run: bool, watch: bool)
             "run is no command for torchrun: its steps start workers of their own",
             hint="start it alone, or run reshard and validate under torchrun",
         )
+
+
+_PROGRESS_INTERVAL = 10.0
+"""Between two lines of progress; they stay in the log of a service."""
+_MAX_LENGTH = 200
+
+
+def make_listener(*, quiet: bool) -> Listener:
+    """Return what tells a person what happens.
+
+    Args:
+        quiet: tell errors only.
+    """
+    last = time.monotonic()
+
+    def listen(event: Event) -> None:
+        nonlocal last
+        where = f"{event.job}: {event.step}" if event.step else event.job
+        if event.name == "refused" or event.data.get("error"):
+            _print_error(where, event.data)
+        elif quiet or event.name == "done":
+            return
+        elif event.name != "progress":
+            form = _NOT_RUN_FORMAT if event.data.get("outcome") == "not run" else _EVENT_FORMATS[event.name]
+            console.say(sanitize(f"{where} {form.format(**event.data)}", _MAX_LENGTH))
+        elif time.monotonic() - last > _PROGRESS_INTERVAL:
+            last = time.monotonic()
+            done, total = (int(str(event.data[name])) for name in ("bytes_done", "bytes_total"))
+            console.say(f"{where}: {format_bytes(done)} of {format_bytes(total)}")
+
+    return listen
+
+
+_EVENT_FORMATS: Mapping[str, str] = {
+    "started": "begins: {why}",
+    "skipped": "is done already: {said}",
+    "finished": "{outcome} in {seconds:.2f} s: {said}",
+    "note": "{text}",
+}
+_NOT_RUN_FORMAT = "is not run: {said}"
+
+
+def _print_error(where: str, data: Mapping[str, object]) -> None:
+    error = data.get("error") or data
+    assert isinstance(error, Mapping)
+    console.say(f"{where}: error: {error['message']}")
+    console.say(f"hint: {error['hint']}")
+    if data.get("traceback") and os.environ.get("MIGRATOR_DEBUG") == "1":
+        console.say(str(data["traceback"]))
+
+
+def show_results(results: Sequence[JobResult]) -> None:
+    """Print a row for each step of each job, and one line on all of them."""
+    rows = [row for result in results for row in _result_rows(result)]
+    jobs = format_count(len(results), "job")
+    if rows:
+        console.print_table(jobs, ("job", "step", "outcome", "result"), rows)
+    console.emit(f"{sum(result.ok for result in results)} of {jobs} clean")
+
+
+def _result_rows(result: JobResult) -> list[tuple[str, str, str, str]]:
+    if not result.steps:
+        said = result.error.message if result.error else f"stopped by {result.stopped}"
+        return [(result.name, "", "failed" if result.error else "not run", sanitize(said, _MAX_LENGTH))]
+    return [
+        (result.name, step.step, _describe_outcome(step), _describe_result(result.output, step))
+        for step in result.steps
+    ]
+
+
+def _describe_result(output: Path | None, step: StepResult | StepForecast) -> str:
+    """Return what came of a step, and where a person finds what was found."""
+    said = sanitize(step.said, _MAX_LENGTH)
+    if step.code != 1 or output is None:
+        return said
+    return f"{said}; see {sanitize(str(output / 'results' / f'{step.step}.json'), _MAX_LENGTH)}"
+
+
+def _describe_outcome(step: StepResult) -> str:
+    return f"{step.outcome}, done before" if step.is_skipped else step.outcome
+
+
+def show_forecasts(forecasts: Sequence[Forecast]) -> None:
+    """Print what would become of each step."""
+    rows = [(one.name, *row) for one in forecasts for row in _forecast_rows(one)]
+    console.print_table("what a run would do", ("job", "step", "would", "because"), rows)
+    console.emit("nothing was written")
+
+
+def _forecast_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
+    if forecast.error:
+        return [("", "fail", sanitize(forecast.error.message, _MAX_LENGTH))]
+    return [_forecast_row(forecast, step) for step in forecast.steps]
+
+
+def _forecast_row(forecast: Forecast, step: StepForecast) -> tuple[str, str, str]:
+    said = _describe_result(forecast.output, step)
+    match step.outcome:
+        case "failed":
+            return step.step, "fail", said
+        case "not run":
+            return step.step, "not be run", said
+        case None:
+            return (
+                step.step,
+                "be run",
+                sanitize("; ".join((step.why or "", *_describe_estimate(step.estimate))), _MAX_LENGTH),
+            )
+    return step.step, "be skipped", f"it is done: {said}"
+
+
+def _describe_estimate(estimate: Mapping[str, object] | None) -> list[str]:
+    if estimate is None:
+        return []
+    written, seconds = int(str(estimate["bytes_written"])), float(str(estimate["seconds"]))
+    if estimate["there_already"]:
+        return ["compares what is there already, by its looks the result"]
+    return [f"writes {format_bytes(written)}, {format_duration(seconds)} to copy"]

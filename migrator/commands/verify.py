@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator import console
-from migrator.foreign_options import ExternalOptions, external_options
-from migrator.needs import require_runtime
-from migrator.values import reject_empty
-from runtime.wording import pluralize
+from migrator.options.common import reject_empty, require_runtime
+from migrator.options.external import ExternalOptions, external_options
+from migrator.terminal import console
+from plans.text import pluralize
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.verifying.verification import Verification, VerifiedCheckpoint
+    from runtime.checkpoint.verifying.differences import Verification, VerifiedCheckpoint
 
 __all__ = ["command"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from codemods.comparing.values import Comparison, PlanDifference, Side
+from codemods.comparing.results import Comparison, PlanDifference, Side
 from codemods.files.sources import format_path
 from codemods.inheritance.effective import UNRESOLVED
-from migrator.formats.counts import format_count
 from migrator.formats.github import format_workflow_command
+from plans.text import format_count
 
 __all__ = ["DiffReport", "build_diff_table", "diff_as_json", "diff_github_lines", "diff_summary_lines"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from codemods.files.sources import format_path
 from codemods.tree.outcome import LocatedFinding
-from migrator.formats.counts import format_count
 from migrator.formats.report import SourceReport
+from plans.text import format_count
 
 __all__ = ["check_lines", "rewrite_lines", "rewrite_summary"]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from codemods.files.sources import format_path
-from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding
-from codemods.tree.pending import format_edit_message
+from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, format_edit_message
 from migrator.formats.report import SourceReport
 from plans.decompose import SetStyle
 from plans.rule import load_rule

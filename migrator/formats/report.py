@@ -7,8 +7,7 @@ from pathlib import Path
 
 from codemods.rewriting.write import WriteResult
 from codemods.tree.detect import DetectedDialect
-from codemods.tree.outcome import Change, LocatedFinding, Outcome
-from codemods.tree.pending import build_pending_findings
+from codemods.tree.outcome import Change, LocatedFinding, Outcome, build_pending_findings
 from plans.errors import MigratorError
 
 __all__ = ["SourceReport", "build_pending_report", "build_written_report"]

@@ -14,8 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from codemods.inheritance.ownership import PlanLocation
-from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding
-from codemods.tree.pending import build_pending_findings
+from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, build_pending_findings
 from migrator.formats.replacements import Replacement, compute_replacements
 from migrator.formats.report import SourceReport
 from plans.errors import MigratorError

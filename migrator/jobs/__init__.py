@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from migrator.jobs.foresight import foresee
+from migrator.jobs.batch import foresee_files, run_files, watch
+from migrator.jobs.dry_run import foresee
 from migrator.jobs.reading import job_files, read
 from migrator.jobs.results import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 from migrator.jobs.running import run
-from migrator.jobs.several import foresee_files, run_files, watch
-from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 
 __all__ = [
     "Check",

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from migrator.jobs.values import is_on_hub
-from plans.alike import suggest_name
+from migrator.jobs.steps import Reshard, Verify, is_on_hub
+from migrator.options.external import ExternalOptions
 from plans.errors import UsageError
+from plans.text import suggest_name
 
 __all__ = [
+    "EXTERNAL_SETTINGS",
     "SettingLocation",
     "SettingReader",
+    "get_external_options",
+    "list_external_files",
     "make_choice_reader",
     "read_checkpoint_name",
     "read_flag",
@@ -27,7 +31,9 @@ __all__ = [
     "read_seconds",
     "read_size",
     "read_text",
+    "replace_option_names",
 ]
+
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(\w+)[\"']?\s*\]")
@@ -156,3 +162,34 @@ def _read_number(location: SettingLocation, value: object, limit: float, expecte
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < limit:
         location.refuse(f"is {value!r}, not {expected}", f"write {location.key} = {1e-5 if limit == 1 else 60}, say")
     return float(value)
+
+
+EXTERNAL_SETTINGS: Mapping[str, SettingReader] = {
+    "from_pattern": read_text,
+    "from_tp": read_size,
+    "from_ep": read_size,
+    "from_mode": make_choice_reader("tp", "ep", "tp_ep"),
+    "plan": read_path,
+    "config": read_path,
+}
+"""The settings, by the names of the steps' fields."""
+_OPTION_PREFIX = re.compile(r"--(?=[a-z])")
+_CONFIG = "config.json"
+
+
+def get_external_options(step: Reshard | Verify) -> ExternalOptions:
+    """Return what a step says of its source's files, as the commands take it."""
+    return ExternalOptions(*(getattr(step, name) for name in EXTERNAL_SETTINGS))
+
+
+def list_external_files(step: object) -> tuple[Path, ...]:
+    """Return the files besides a step's checkpoints that it reads: the plan, and the one config of a folder of them."""
+    if not isinstance(step, Reshard | Verify):
+        return ()
+    config = step.config / _CONFIG if step.config is not None and step.config.is_dir() else step.config
+    return tuple(path for path in (step.plan, config) if path is not None)
+
+
+def replace_option_names(text: str) -> str:
+    """Return what is said of a command's options with the names that they have in job files."""
+    return _OPTION_PREFIX.sub("", text)

@@ -10,13 +10,18 @@ from typing import Any
 
 from migrator.jobs import readers
 from migrator.jobs.files import read_regular_file
-from migrator.jobs.foreign import EXTERNAL_SETTINGS, get_external_options, replace_option_names
-from migrator.jobs.places import check_path_conflicts
-from migrator.jobs.readers import SettingLocation, SettingReader
-from migrator.jobs.values import Check, Job, Reshard, Rewrite, Step, Validate, Verify
-from plans.alike import suggest_name
+from migrator.jobs.path_conflicts import check_path_conflicts
+from migrator.jobs.readers import (
+    EXTERNAL_SETTINGS,
+    SettingLocation,
+    SettingReader,
+    get_external_options,
+    replace_option_names,
+)
+from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 from plans.errors import UsageError
 from plans.mesh import MODES, Mesh
+from plans.text import suggest_name
 
 __all__ = ["job_files", "read"]
 

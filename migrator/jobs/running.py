@@ -8,18 +8,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, TextIO
 
-from migrator.events import EventLog
-from migrator.jobs.answers import ActionOutcome, StepContext
+from migrator.jobs.cache_key import CacheKey, StepState, check_up_to_date, compute_product_digest
+from migrator.jobs.executors import EXECUTORS
 from migrator.jobs.files import format_json, open_events, raise_destination_errors, remove_file, write_atomically
-from migrator.jobs.identity import CacheKey, StepState, check_up_to_date, compute_product_digest
-from migrator.jobs.places import check_path_conflicts
-from migrator.jobs.results import Event, JobResult, Listener, StepResult, notify_listener, wrap_internal_error
+from migrator.jobs.interruption import Interrupted, interruptible
+from migrator.jobs.path_conflicts import check_path_conflicts
+from migrator.jobs.results import (
+    ActionOutcome,
+    Event,
+    JobResult,
+    Listener,
+    StepContext,
+    StepResult,
+    notify_listener,
+    wrap_internal_error,
+)
 from migrator.jobs.state import Record, Status, read_state, write_state
-from migrator.jobs.stopping import Interrupted, interruptible
-from migrator.jobs.values import Check, Job, Step
-from migrator.jobs.working import EXECUTORS
+from migrator.jobs.steps import Check, Job, Step
+from migrator.terminal.events import EventLog
 from plans.errors import MigratorError
-from runtime.checkpoint.copying.stopping import catch_stop_signals
+from runtime.checkpoint.copying.signals import catch_stop_signals
 from runtime.checkpoint.files.lock import hold_temporary_lock
 
 __all__ = ["ignore_event", "run"]

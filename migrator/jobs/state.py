@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from migrator.jobs.files import format_json, read_regular_file, write_atomically
 from migrator.jobs.results import Outcome
-from migrator.jobs.values import Job
+from migrator.jobs.steps import Job
 from plans.errors import UsageError
 
 __all__ = ["Record", "Records", "Status", "read_state", "write_state"]

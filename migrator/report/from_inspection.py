@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version
 
-from migrator.report.values import MeshView, PlanRow, Report, ReportFinding, ShardMap, TensorRow
-from migrator.shown import describe_tensor_placement, format_bytes
+from migrator.report.content import MeshView, PlanRow, Report, ReportFinding, ShardMap, TensorRow
+from migrator.terminal.text import describe_tensor_placement, format_bytes
 from plans.mesh import Mesh, MeshName
 from plans.placement import Packed, Placement
-from runtime.inspecting.slices import TensorSlice, find_slices
-from runtime.inspecting.values import Arrangement, Inspection, MeshPlacement, TensorGroup
-from runtime.wording import format_placements, pluralize
+from plans.text import format_placements, pluralize
+from runtime.inspecting.placement import TensorSlice, find_slices
+from runtime.inspecting.results import Arrangement, Inspection, MeshPlacement, TensorGroup
 
 __all__ = ["build_inspection_report"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from migrator.report.content import Report
 from migrator.report.from_inspection import build_inspection_report
-from migrator.report.values import Report
-from migrator.shown import format_bytes
+from migrator.terminal.text import format_bytes
+from plans.text import pluralize
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.record import MANIFEST
-from runtime.checkpoint.reshard import ReshardPlan, ReshardResult
+from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
 from runtime.inspecting.inspection import describe_checkpoint
-from runtime.wording import pluralize
 
 __all__ = ["build_reshard_report"]
 

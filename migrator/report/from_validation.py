@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from migrator.report.content import Report, ReportFinding
 from migrator.report.from_inspection import build_inspection_report
-from migrator.report.values import Report, ReportFinding
-from runtime.inspecting.values import Inspection
+from runtime.inspecting.results import Inspection
 
 __all__ = ["build_validation_report"]
 

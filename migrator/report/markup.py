@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from migrator.shown import sanitize
+from migrator.terminal.text import sanitize
 
 __all__ = ["Child", "Html", "element", "fragment", "table"]
 

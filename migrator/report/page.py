@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from migrator.report.content import Report
 from migrator.report.markup import Html, element
 from migrator.report.sections import Section, build_sections
-from migrator.report.values import Report
-from migrator.shown import sanitize
+from migrator.terminal.text import sanitize
 from plans.errors import DestinationError
 
 __all__ = ["render_report", "write_report"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from migrator.report.content import MeshView, PlanRow, Report, ReportFinding, TensorRow
 from migrator.report.markup import Child, Html, element, table
 from migrator.report.shard_map import draw_shard_maps
-from migrator.report.values import MeshView, PlanRow, Report, ReportFinding, TensorRow
-from migrator.shown import format_bytes, format_shape, sanitize
+from migrator.terminal.text import format_bytes, format_shape, sanitize
 
 __all__ = ["Section", "build_sections"]
 

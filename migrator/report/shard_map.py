@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from migrator.report.content import MeshView, ShardMap
 from migrator.report.markup import Child, Html, element, fragment
-from migrator.report.values import MeshView, ShardMap
-from migrator.shown import format_shape, sanitize
-from runtime.inspecting.slices import TensorSlice
+from migrator.terminal.text import format_shape, sanitize
+from runtime.inspecting.placement import TensorSlice
 
 __all__ = ["draw_shard_maps", "format_ranks"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from plans.errors import CheckpointError
-from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.reading import read_at_most
 from runtime.checkpoint.files.strict_json import is_nested_deeper
 from runtime.checkpoint.record import MAX_CONFIG_DEPTH

@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING
 from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, Mode
 from plans.plan import to_wildcard
-from plans.resolved import ResolvedPlan
+from plans.resolved_plan import ResolvedPlan
+from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo
 from runtime.checkpoint.config_record import find_config_changes
-from runtime.checkpoint.content import Checkpoint, TensorInfo
+from runtime.checkpoint.external.plan import resolve_external_plan
+from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.foreign.placing import resolve_external_plan
-from runtime.checkpoint.foreign.source import ExternalSettings
-from runtime.checkpoint.layout import detect_layout
+from runtime.checkpoint.open import detect_layout, read_checkpoint
 from runtime.checkpoint.optimizer.choice import select_optimizer
-from runtime.checkpoint.optimizer.state import OptimizerState
 from runtime.checkpoint.ranks.files import RankCheckpoint
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.record import MANIFEST, Manifest
 from runtime.checkpoint.verifying.differences import extract_differences
-from runtime.inspecting.laying import PlacementTable, place_by_manifest, place_by_plan
-from runtime.inspecting.values import Inspection, MeshPlacement, OptimizerSummary, StoredFile, TensorGroup
+from runtime.inspecting.placement import PlacementTable, place_by_manifest, place_by_plan
+from runtime.inspecting.results import Inspection, MeshPlacement, OptimizerSummary, StoredFile, TensorGroup
 from runtime.models.config import read_config
 from runtime.models.quantized import build_stored_model
 from runtime.planning.resolve import resolve

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import UsageError
-from runtime.checkpoint.content import Checkpoint
+from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.hub import resolve_folder
-from runtime.loader.bringing import default_threads, transfer
-from runtime.loader.fresh import rebuild_non_persistent
 from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
+from runtime.loader.non_persistent import rebuild_non_persistent
+from runtime.loader.parameter_refs import default_device, find_parameter_refs, mesh_axes
 from runtime.loader.replicated import assign_readers, broadcast_tensors
-from runtime.loader.slots import default_device, find_parameter_refs, mesh_axes
 from runtime.loader.sources import find_source
+from runtime.loader.transfer import default_threads, transfer
 from runtime.processes.agreement import raise_on_any_rank
 
 if TYPE_CHECKING:

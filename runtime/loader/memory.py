@@ -9,8 +9,14 @@ import torch
 from torch import nn
 
 from plans.errors import UsageError
-from runtime.loader.fresh import CASTABLE_DTYPES, NonPersistentState, check_buffers, has_shared_elements, set_buffers
-from runtime.loader.slots import ParameterRef
+from runtime.loader.non_persistent import (
+    CASTABLE_DTYPES,
+    NonPersistentState,
+    check_buffers,
+    has_shared_elements,
+    set_buffers,
+)
+from runtime.loader.parameter_refs import ParameterRef
 from runtime.loader.sources import LoadSource
 from runtime.models.dtypes import DTYPES
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from runtime.loader.slots import ParameterRef, mesh_axes
-from runtime.processes.backends import uses_nccl
+from runtime.loader.parameter_refs import ParameterRef, mesh_axes
+from runtime.processes.group import uses_nccl
 
 __all__ = ["assign_readers", "broadcast_tensors"]
 

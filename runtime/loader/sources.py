@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from plans.errors import CheckpointError, ConversionError, IncompleteError, MismatchError
-from runtime.checkpoint.content import Checkpoint
+from plans.text import format_names
+from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.hub.quantized import check_dtypes
-from runtime.checkpoint.layout import detect_layout
+from runtime.checkpoint.open import detect_layout, read_checkpoint
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor, read_rank_header
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.read import read_checkpoint
 from runtime.checkpoint.record import Manifest
-from runtime.extents.forms import TensorMap, TensorMapError, whole
-from runtime.loader.slots import ParameterRef
+from runtime.loader.parameter_refs import ParameterRef
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
-from runtime.wording import format_names
+from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plans.errors import CheckpointError, DependencyError, IncompleteError
-from runtime.wording import first_line
+from plans.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plans.errors import CheckpointError
-from runtime.wording import first_line
+from plans.text import first_line
 
 __all__ = ["ConfigDifference", "compare_entries"]
 

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from plans.errors import CheckpointError, MigratorError, UsageError
+from plans.text import first_line
 from runtime.models.config import find_quantization, transformers_version
 from runtime.models.on_meta import init_on_meta
-from runtime.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "build_meta_model",
+    "default_architectures",
     "find_model_class",
     "find_tied_names",
     "meta_model",
@@ -126,3 +127,11 @@ def find_tied_names(model: nn.Module) -> dict[str, str]:
         if holder != name:
             tied[name] = holder
     return tied
+
+
+def default_architectures(model_type: str) -> list[str]:
+    """Return the model classes that a config of this type most likely means: the causal language model, or the base."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
+    return [name for name in (found if isinstance(found, tuple) else (found,)) if name]

@@ -5,17 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from plans.errors import CheckpointError, UsageError
+from plans.text import first_line
 from runtime.models.config import find_quantization
 from runtime.models.model import build_meta_model, meta_model
-from runtime.models.packed_experts import PackedExperts
-from runtime.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.core_model_loading import WeightTransform
 
-__all__ = ["build_stored_model", "is_quantized"]
+__all__ = ["PackedExperts", "build_stored_model", "is_quantized"]
+
+
+_BLOCK = 32
+"""Values that share a scale."""
+
+
+class PackedExperts(nn.Module):
+    """Holds what is stored in place of stacked experts.
+
+    Args:
+        experts: with `gate_up_proj` and `down_proj`, [experts, in, out], and a bias for each, [experts, out].
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        for name in ("gate_up_proj", "down_proj"):
+            count, inputs, outputs = experts.get_parameter(name).shape
+            blocks = count, outputs, inputs // _BLOCK
+            setattr(self, f"{name}_blocks", _make_meta_parameter(*blocks, _BLOCK // 2))
+            setattr(self, f"{name}_scales", _make_meta_parameter(*blocks))
+            setattr(self, f"{name}_bias", experts.get_parameter(f"{name}_bias"))
+
+
+def _make_meta_parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)
+
 
 Settings = Mapping[str, Any]
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from plans.resolved import ResolvedPlan
+from plans.resolved_plan import ResolvedPlan
 from runtime.parallel.mesh import DeviceMeshes
-from runtime.processes.backends import uses_nccl
+from runtime.processes.group import uses_nccl
 
 __all__ = ["apply_fsdp"]
 

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate
-from runtime.extents.forms import chunk_bounds
 from runtime.styles.collectives import all_gather
 from runtime.styles.placements import get_plan_placements
+from runtime.tensor_map.tensor_map import chunk_bounds
 
 __all__ = ["full_state_dict"]
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from plans.errors import UsageError
+from plans.errors import PlanError, UsageError
+from plans.expert_axis import find_expert_keys
 from plans.plan import find_key
+from plans.resolved_plan import ResolvedPlan
+from runtime.checks.sums import check_local_parameters, check_single_sum
+from runtime.parallel.mesh import DeviceMeshes
+from runtime.planning.plan import runtime_dialect
+from runtime.styles.call import SharedInputs
+from runtime.styles.expert_parallel import check_routing_masks
+from runtime.styles.registry import StyleRegistry
 from runtime.styles.style import ForwardHook, HookSite, build_hook_error, use_local_parameters
 
-__all__ = ["HookMismatch", "find_hook_mismatches", "hook", "is_parallel", "record_hooks", "wrap_forward"]
+__all__ = [
+    "HookMismatch",
+    "find_hook_mismatches",
+    "hook",
+    "hook_modules",
+    "is_parallel",
+    "record_hooks",
+    "wrap_forward",
+]
+
 
 _STYLE = "parallel_style"
 _HOOKS = "_parallel_hooks"
@@ -119,3 +137,64 @@ def _refuse_copy(memo: object) -> None:
         "a parallel model cannot be deep-copied: the copy would compute with the original's parameters",
         hint="build a second model, parallelize it, and give it this one's state_dict",
     )
+
+
+def hook_modules(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
+    """Put each module entry's style around its module's forward, once for each module.
+
+    Args:
+        model: its parameters sharded.
+        resolved: its plan.
+        meshes: of the plan's sizes.
+        styles: by name.
+
+    Raises:
+        PlanError: a style cannot hook the module of its entry, or no entry hooks a module with sharded parameters.
+    """
+    sites = list(_find_hook_sites(model, resolved, meshes))
+    for site in sites:
+        styles.style(site.style, site.name).check(site)
+    check_routing_masks(sites)
+    check_local_parameters(sites, styles.styles)
+    check_single_sum(sites, styles.styles)
+    for site in sites:
+        around = styles.style(site.style, site.name).around
+        if around is not None:
+            hook(site, around)
+    _share_inputs(sites)
+    hooked = [site for site in sites if styles.style(site.style, site.name).around is not None]
+    record_hooks(model, {site.name: site.style for site in hooked})
+    _check_all_hooked(model, {site.module for site in hooked})
+
+
+def _find_hook_sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> Iterator[HookSite]:
+    over_experts = find_expert_keys(resolved.plan, resolved.mode, runtime_dialect())
+    inputs: dict[nn.Module, SharedInputs] = defaultdict(SharedInputs)
+    for name, module in model.named_modules():
+        key = find_key(resolved.plan, name, is_parameter=False)
+        if key is not None:
+            axis = meshes.axis("ep" if key in over_experts else "tp")
+            owner = model.get_submodule(name.rpartition(".")[0])
+            config = getattr(model, "config", None)
+            yield HookSite(name, module, axis, config, resolved.plan[key], owner, inputs[owner])
+
+
+def _share_inputs(sites: Sequence[HookSite]) -> None:
+    """Let modules side by side share inputs while the module that holds them runs."""
+    beside = Counter(site.parent for site in sites)
+    for owner, inputs in {site.parent: site.shared_inputs for site in sites}.items():
+        if owner is not None and beside[owner] > 1:
+            owner.forward = inputs.wrap_forward(owner.forward)
+
+
+def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:
+    """Refuse sharded parameters whose module nothing hooks: its forward would compute on pieces as if whole."""
+    for name, module in model.named_modules():
+        sharded = [key for key, value in module._parameters.items() if isinstance(value, DTensor)]
+        if sharded and module not in hooked:
+            raise PlanError(
+                f"{name}.{sharded[0]} is sharded, but no plan entry hooks {name}, whose forward would use a piece "
+                "as if it were whole",
+                hint="add an entry for the module that owns it, such as moe_experts_allreduce or local_params",
+                parameter=f"{name}.{sharded[0]}",
+            )

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
-from runtime.processes.backends import uses_nccl
-from runtime.wording import first_line
+from plans.text import first_line
+from runtime.processes.group import uses_nccl
 
 __all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
 

@@ -15,16 +15,14 @@ from plans.expert_axis import find_expert_keys
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
 from plans.plan import to_wildcard
-from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.blocks.cut_parts import check_sharded_head_parameters
-from runtime.blocks.head_counts import check_head_counts
-from runtime.blocks.head_norms import check_head_norms
-from runtime.blocks.partners import check_pairs
+from plans.resolved_plan import ResolvedParameter, ResolvedPlan
+from runtime.checks.head_norms import check_head_norms
+from runtime.checks.heads import check_head_counts, check_sharded_head_parameters
+from runtime.checks.pairs import check_pairs
 from runtime.parallel.fsdp import apply_fsdp
-from runtime.parallel.hooks import is_parallel
+from runtime.parallel.hooks import hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
-from runtime.parallel.same_on_ranks import check_same_model
-from runtime.parallel.second_pass import hook_modules
+from runtime.parallel.rank_consistency import check_same_model
 from runtime.parallel.sequence_checks import check_sequence_plan, hook_input_embeddings
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve

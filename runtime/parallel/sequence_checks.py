@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import PlanError
 from plans.plan import choose_key, find_key
-from plans.resolved import ResolvedPlan
+from plans.resolved_plan import ResolvedPlan
 from runtime.parallel.mesh import DeviceMeshes
 from runtime.planning.sequence_plan import is_norm
 from runtime.styles.registry import StyleRegistry
-from runtime.styles.sliced import shard_activation
+from runtime.styles.sequence_slices import shard_activation
 from runtime.styles.style import ParallelStyle
 
 __all__ = ["check_sequence_plan", "hook_input_embeddings"]

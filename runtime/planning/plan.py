@@ -16,12 +16,11 @@ from plans.errors import PlanError, UsageError
 from plans.expert_axis import find_expert_keys, merge_expert_plan
 from plans.mesh import MODES, Mode
 from plans.plan import to_wildcard
-from runtime.blocks.head_norms import add_head_norm_entries
-from runtime.models.architectures import default_architectures
+from runtime.checks.experts_layout import read_expert_layout
+from runtime.checks.head_norms import add_head_norm_entries
+from runtime.checks.plan import check_model
 from runtime.models.config import transformers_version
-from runtime.models.model import meta_model
-from runtime.planning.experts_layout import read_expert_layout
-from runtime.planning.key_checks import check_model
+from runtime.models.model import default_architectures, meta_model
 from runtime.planning.sequence_plan import derive_sequence_plan
 from runtime.planning.tied_embeddings import add_tied_embedding_entries
 
@@ -58,7 +57,7 @@ class Plan:
         """Choose the plan of a mode.
 
         An explicit plan wins and is taken as it is. Otherwise `tp` is the param-level form of the model's TP plan, with
-        entries that the plan forgets, those of norms on heads (`runtime.blocks.head_norms`) and of an embedding that is
+        entries that the plan forgets, those of norms on heads (`runtime.checks.head_norms`) and of an embedding that is
         one with a sharded head (`runtime.planning.tied_embeddings`), `ep` its EP plan alone, `sp` its SP
         plan, and the combined modes lay the EP plan over those, dropping the entries that would cut whole experts. A
         combined plan that the model brings along, `base_model_tp_ep_plan`, wins over the combination. A model without

@@ -14,19 +14,20 @@ from plans.errors import PlanError
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import find_key, to_wildcard
-from plans.resolved import ParameterKind, ResolvedParameter, ResolvedPlan
+from plans.resolved_plan import ParameterKind, ResolvedParameter, ResolvedPlan
 from plans.style import Style
-from runtime.models.dtypes import dtype_name
-from runtime.models.model import find_tied_names, model_tensors, tensor_kind
-from runtime.planning.key_checks import check_entries, check_model
-from runtime.planning.plan import Plan, runtime_dialect
-from runtime.planning.plan_checks import (
+from runtime.checks.plan import (
     check_divisible,
+    check_entries,
     check_mode,
+    check_model,
     check_packed_experts,
     check_stacked_experts,
     check_unmatched_entries,
 )
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import find_tied_names, model_tensors, tensor_kind
+from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.scales import Scale, check_scale_blocks, find_scales
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import get_owner_kind

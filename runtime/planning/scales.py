@@ -12,9 +12,9 @@ from torch import nn
 from plans.errors import IndivisibleError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
-from plans.resolved import ResolvedParameter
-from runtime.extents.forms import chunk_bounds
-from runtime.models.packed_experts import PackedExperts
+from plans.resolved_plan import ResolvedParameter
+from runtime.models.quantized import PackedExperts
+from runtime.tensor_map.tensor_map import chunk_bounds
 
 __all__ = ["Scale", "check_scale_blocks", "find_scales"]
 

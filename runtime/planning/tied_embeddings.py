@@ -9,8 +9,8 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.placement import Placement, Shard
 from plans.plan import find_key, to_wildcard
+from runtime.checks.blocks import find_planned_placement
 from runtime.models.model import find_tied_names
-from runtime.styles.planned import find_planned_placement
 from runtime.styles.style import get_owner_kind
 
 __all__ = ["add_tied_embedding_entries"]

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import plans.errors
 from plans.errors import MigratorError, WorkerError
-from runtime.processes.backends import supports_cpu_tensors
-from runtime.wording import first_line
+from plans.text import first_line
+from runtime.processes.group import supports_cpu_tensors
 
 __all__ = ["all_gather_json", "error_from_json", "error_to_json", "raise_on_any_rank"]
 

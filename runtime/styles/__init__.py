@@ -1,7 +1,6 @@
 """Parallel styles, one small value each: how a parameter is sharded, what happens around a module's forward."""
 
-from runtime.styles.facts import LocalParameters
 from runtime.styles.registry import STYLES, StyleRegistry
-from runtime.styles.style import HookSite, ParallelStyle
+from runtime.styles.style import HookSite, LocalParameters, ParallelStyle
 
 __all__ = ["STYLES", "HookSite", "LocalParameters", "ParallelStyle", "StyleRegistry"]

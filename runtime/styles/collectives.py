@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from runtime.extents.forms import chunk_bounds
+from runtime.tensor_map.tensor_map import chunk_bounds
 
 __all__ = [
     "add_dependency",

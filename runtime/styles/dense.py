@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Shard
-from runtime.extents.forms import chunk_bounds
-from runtime.styles.arguments import index_arguments, split_arguments, sum_argument_gradients
+from runtime.styles.call import index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.checks import (
     build_embedding_check,
     check_colwise,
@@ -23,17 +22,19 @@ from runtime.styles.checks import (
     require_rope_width,
 )
 from runtime.styles.collectives import all_gather, all_reduce, all_reduce_gradient, split
-from runtime.styles.facts import HEAD_PARAMETERS, LocalParameters
 from runtime.styles.placements import local_tensor
-from runtime.styles.sliced import gather_slice
+from runtime.styles.sequence_slices import gather_slice
 from runtime.styles.style import (
+    HEAD_PARAMETERS,
     Forward,
     HookSite,
+    LocalParameters,
     ParallelStyle,
     build_hook_error,
     expect_tensor,
     has_sharded_parameters,
 )
+from runtime.tensor_map.tensor_map import chunk_bounds
 
 __all__ = [
     "DENSE_STYLES",

@@ -10,13 +10,19 @@ import torch
 from torch import nn
 
 from plans.placement import Replicate
-from runtime.styles.arguments import index_arguments, split_arguments, sum_argument_gradients
+from runtime.styles.call import index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import all_reduce
-from runtime.styles.divided import check_sharded_experts, has_sharded_experts
-from runtime.styles.facts import LocalParameters
+from runtime.styles.expert_parallel import check_sharded_experts, has_sharded_experts
 from runtime.styles.placements import get_placement
 from runtime.styles.routing import find_routing, run_experts
-from runtime.styles.style import Forward, HookSite, ParallelStyle, build_hook_error, has_sharded_parameters
+from runtime.styles.style import (
+    Forward,
+    HookSite,
+    LocalParameters,
+    ParallelStyle,
+    build_hook_error,
+    has_sharded_parameters,
+)
 
 __all__ = ["EXPERT_STYLES"]
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.extents.forms import chunk_bounds
+from runtime.tensor_map.tensor_map import chunk_bounds
 
 __all__ = [
     "as_parameter",

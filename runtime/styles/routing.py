@@ -15,18 +15,17 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
-from runtime.styles.arguments import ArgumentKey, index_arguments, split_arguments, sum_argument_gradients
+from runtime.styles.call import ArgumentKey, index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import add_dependency, all_reduce, all_reduce_gradient
-from runtime.styles.divided import (
+from runtime.styles.expert_parallel import (
     DISPATCH_STYLE,
     ROUTER_STYLE,
     check_sharded_experts,
     count_sharded_experts,
     has_sharded_experts,
 )
-from runtime.styles.facts import LocalParameters
 from runtime.styles.placements import local_tensor
-from runtime.styles.style import Forward, HookSite, ParallelStyle, build_hook_error, shard_parameter
+from runtime.styles.style import Forward, HookSite, LocalParameters, ParallelStyle, build_hook_error, shard_parameter
 
 __all__ = ["ROUTING_STYLES", "Routing", "find_routing", "run_experts"]
 

@@ -12,8 +12,7 @@ from plans.placement import Shard
 from runtime.styles.checks import build_embedding_check, check_rowwise
 from runtime.styles.collectives import all_reduce_gradient
 from runtime.styles.dense import expect_slice, look_up_local_vectors, omit_bias, sum_parameter_gradients
-from runtime.styles.facts import HEAD_PARAMETERS, LocalParameters
-from runtime.styles.sliced import (
+from runtime.styles.sequence_slices import (
     SEQUENCE_DIM,
     gather_slice,
     reduce_scatter_slice,
@@ -21,7 +20,15 @@ from runtime.styles.sliced import (
     take_local_slice,
     wrap_slice,
 )
-from runtime.styles.style import Forward, ForwardHook, HookSite, ParallelStyle, expect_tensor
+from runtime.styles.style import (
+    HEAD_PARAMETERS,
+    Forward,
+    ForwardHook,
+    HookSite,
+    LocalParameters,
+    ParallelStyle,
+    expect_tensor,
+)
 
 __all__ = ["SEQUENCE_STYLES"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,17 +14,20 @@ from torch.distributed.tensor import DTensor
 from plans.errors import PlanError
 from plans.placement import Placement
 from plans.style import OwnerKind, PlacementRule
-from runtime.styles.facts import ActivationLayout, LocalParameters, SumScope
+from runtime.styles.call import SharedInputs
 from runtime.styles.placements import as_parameter, cut_local_shard, get_placement, local_tensor
-from runtime.styles.shared_inputs import SharedInputs
 
 __all__ = [
+    "HEAD_PARAMETERS",
+    "ActivationLayout",
     "Forward",
     "ForwardHook",
     "HookCheck",
     "HookSite",
+    "LocalParameters",
     "ParallelStyle",
     "ParameterSharder",
+    "SumScope",
     "build_hook_error",
     "expect_tensor",
     "expect_weight",
@@ -33,6 +36,43 @@ __all__ = [
     "shard_parameter",
     "use_local_parameters",
 ]
+
+
+ActivationLayout = Literal["any", "whole", "gathered", "features", "sequence", "sequence at 2", "partial"]
+"""What a module takes or gives on each rank: the whole tensor; that, or a slice of the sequence which it gathers; a
+slice of the features; one of the sequence, dim 1 or dim 2; or a summand."""
+
+SumScope = Literal["nothing", "its own", "its parts"]
+"""Whose partial outputs a style sums over the ranks: a layer's own, or those of whatever the module holds."""
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """Sharded parameters of a module's own with which a style's forward computes what it should.
+
+    Args:
+        owner: the kind of module, None for every one that the style's check accepts.
+        placements: theirs; empty for all.
+        dims: their numbers of dims; empty for all.
+        below_sum: only where an entry above sums what the module's parts compute, and nothing of its own is whole.
+    """
+
+    owner: OwnerKind | None = None
+    placements: tuple[Placement, ...] = ()
+    dims: tuple[int, ...] = ()
+    below_sum: bool = False
+
+    def accepts(self, owner: OwnerKind, placement: Placement | None, ndim: int) -> bool:
+        """Say whether these are parameters of such a kind."""
+        return (
+            self.owner in (None, owner)
+            and (not self.placements or placement in self.placements)
+            and (not self.dims or ndim in self.dims)
+        )
+
+
+HEAD_PARAMETERS = LocalParameters("module", dims=(1, 2))
+"""Values or rows for each head, seen by an attention or a norm that works on its rank's heads."""
 
 
 @dataclass(frozen=True)

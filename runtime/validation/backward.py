@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from plans.resolved import ResolvedPlan
+from plans.resolved_plan import ResolvedPlan
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
-from runtime.validation.attempt import RankFailure, run_on_all_ranks
-from runtime.validation.local_tensors import detach_local, slice_local_shard
+from runtime.validation.local import detach_local, slice_local_shard
 from runtime.validation.outputs import compute_gradients
 from runtime.validation.reference import ReferenceModel
 from runtime.validation.request import ValidationRequest
-from runtime.validation.values import CheckResult
+from runtime.validation.results import CheckResult
+from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

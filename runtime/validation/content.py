@@ -2,29 +2,77 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from plans.placement import Replicate
-from plans.resolved import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.content import Checkpoint
+from plans.resolved_plan import ResolvedParameter, ResolvedPlan
+from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.digest import Digest
-from runtime.extents.forms import whole
-from runtime.extents.shards import shard_for_rank
+from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.open import detect_layout, read_checkpoint
+from runtime.checkpoint.ranks.files import RankCheckpoint
+from runtime.checkpoint.verifying.replicas import Replicas, TensorCopy, compute_digests
+from runtime.models.config import read_config
+from runtime.models.dtypes import DTYPES
 from runtime.models.model import model_tensors
+from runtime.models.quantized import build_stored_model
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
-from runtime.validation.local_digest import compute_local_digest
-from runtime.validation.local_tensors import detach_local
-from runtime.validation.source import compute_file_digests
-from runtime.validation.values import CheckResult
+from runtime.tensor_map.shards import shard_for_rank
+from runtime.tensor_map.tensor_map import whole
+from runtime.validation.local import compute_local_digest, detach_local
+from runtime.validation.results import CheckResult
 
-__all__ = ["check_content", "gather_file_digests"]
+__all__ = [
+    "check_content",
+    "compute_file_digests",
+    "gather_file_digests",
+    "list_stored_dtypes",
+    "read_checkpoint_headers",
+]
+
+
+def read_checkpoint_headers(folder: Path) -> Checkpoint:
+    """Read what a checkpoint of whatever layout holds, no tensor.
+
+    Raises:
+        CheckpointError: it is damaged, or incomplete.
+        MismatchError: its files contradict its manifest or one another.
+        UsageError: it is quantized in a way that is not supported.
+    """
+    if detect_layout(folder) == "ranks":
+        return RankCheckpoint.read(folder).to_checkpoint()
+    return read_checkpoint(folder, build_stored_model(read_config(folder)))
+
+
+def list_stored_dtypes(checkpoint: Checkpoint) -> list[str]:
+    """Return the floating point types that a checkpoint's parameters are stored in, by safetensors' names.
+
+    The one of most bytes is the first.
+    """
+    bytes_of = Counter[str]()
+    for held in checkpoint.tensors.values():
+        if held.kind == "parameter" and held.dtype in DTYPES and DTYPES[held.dtype].is_floating_point:
+            bytes_of[held.dtype] += tensor_bytes(held.dtype, held.shape)
+    return [dtype for dtype, _ in bytes_of.most_common()]
+
+
+def compute_file_digests(checkpoint: Checkpoint, names: Sequence[str]) -> Mapping[str, str]:
+    """Return the digests of some tensors as the files hold them, every byte of theirs read.
+
+    Raises:
+        IncompleteError: a file shrank since its header was read.
+    """
+    copies = [TensorCopy(name, checkpoint.tensor_maps[name]) for name in names]
+    found = compute_digests(Replicas(checkpoint, copies))
+    return {copy.name: digest for copy, digest in found.items()}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from plans.errors import UsageError
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
-from runtime.validation.attempt import RankFailure, run_on_all_ranks
 from runtime.validation.outputs import Output, compute_output
 from runtime.validation.reference import ReferenceModel
-from runtime.validation.values import CheckResult
+from runtime.validation.results import CheckResult
+from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

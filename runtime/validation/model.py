@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from plans.errors import PlanError, UsageError
 from plans.placement import Replicate
-from plans.resolved import ResolvedPlan
-from runtime.checkpoint.content import Checkpoint
+from plans.resolved_plan import ResolvedPlan
+from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.reading import open_regular
 from runtime.checkpoint.record import Manifest
 from runtime.loader.loading import load
@@ -22,15 +22,15 @@ from runtime.models.model import meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.parallelize import parallelize
-from runtime.parallel.structure import compare_manifest, find_sharding_mismatches
+from runtime.parallel.verify import compare_manifest, find_sharding_mismatches
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.styles import StyleRegistry
-from runtime.validation.local_tensors import check_memory
+from runtime.validation.local import check_memory
 from runtime.validation.reference import read_config_with_dtype
+from runtime.validation.reference_comparison import check_reference
 from runtime.validation.request import ValidationRequest
-from runtime.validation.same_as_reference import check_reference
-from runtime.validation.values import CheckResult
+from runtime.validation.results import CheckResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.layout import detect_layout
+from plans.text import first_line
+from runtime.checkpoint.open import detect_layout
 from runtime.loader.loading import load
 from runtime.models.config import read_config
 from runtime.models.model import find_model_class, meta_model
@@ -25,8 +26,7 @@ from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.plan import Plan
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
-from runtime.validation.attempt import RankFailure, run_on_all_ranks
-from runtime.wording import first_line
+from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

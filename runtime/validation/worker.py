@@ -12,11 +12,11 @@ import torch
 
 from plans.errors import MigratorError, UsageError
 from runtime.processes.agreement import error_from_json, error_to_json
-from runtime.processes.joined import process_group
+from runtime.processes.group import process_group
 from runtime.processes.launch import launch
-from runtime.validation.contradicted import check_files
+from runtime.validation.file_checks import check_files
 from runtime.validation.request import ValidationRequest
-from runtime.validation.values import ValidationResult
+from runtime.validation.results import ValidationResult
 
 __all__ = ["run_validation", "run_worker", "validate_as_rank"]
 

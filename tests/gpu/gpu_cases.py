@@ -13,8 +13,8 @@ from plans.mesh import Mesh, Mode
 from runtime import Plan
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.verifying.tensor_digest import digest_tensor
-from tests.runtime.load_cases import differing, local_tensors, on_meta, parallel
-from tests.runtime.parity_cases import eager_config, largest_errors, token_ids
+from tests.runtime.loader.load_cases import differing, local_tensors, on_meta, parallel
+from tests.runtime.parallel.parity_cases import eager_config, largest_errors, token_ids
 from tests.runtime.rank_cases import unsharded
 from tests.tiny_models import tiny_model
 

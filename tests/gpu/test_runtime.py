@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from plans.mesh import Mesh, Mode
-from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import ReshardTarget
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder
 from tests.gpu import gpu_cases
 from tests.runtime.rank_pool import RankPool

@@ -14,7 +14,7 @@ import yaml
 from codemods.files.config import read_configuration
 from migrator.cli import group
 from plans.decompose import apply_edits, decompose
-from plans.layout import ExpertLayout
+from plans.model_facts import ExpertLayout
 from tests.migrator.source_trees import migrator
 
 ROOT = Path(__file__).parents[2]

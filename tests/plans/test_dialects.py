@@ -10,12 +10,12 @@ from typing import get_args
 import pytest
 
 import plans.dialect
-from plans.described import TargetKind
 from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
 from plans.errors import PlanError
-from plans.meaning import load_meanings
+from plans.model_facts import TargetKind
 from plans.placement import Packed, Placement, Replicate, Shard, normalize_placement
 from plans.style import OwnerKind, StyleJob
+from plans.translate import load_meanings
 
 FOLDER = Path(plans.dialect.__file__).with_name("dialects")
 RELEASES = [

@@ -11,8 +11,8 @@ import plans.errors
 from plans.decompose import apply_edits, decompose, is_decomposable_plan
 from plans.dialect import PARAM_LEVEL, dialect_for_release, dialect_names, load_dialect
 from plans.errors import HeaderError, MigratorError, UnknownStyleError, UsageError
-from plans.layout import ExpertLayout
 from plans.mesh import Mesh
+from plans.model_facts import ExpertLayout
 from plans.placement import Packed, Replicate, Shard, normalize_placement, placement_from_json, placement_to_json
 from plans.plan import find_key, find_unmatched_keys, to_wildcard
 from plans.rule import load_rules

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from plans.decompose import SetStyle, apply_edits
-from plans.described import KeyTarget
 from plans.dialect import PARAM_LEVEL, dialect_names, load_dialect
+from plans.model_facts import KeyTarget
 from plans.rule import load_rules
 from plans.translate import translate
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from plans.errors import MigratorError
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from plans.resolved import ResolvedPlan
+from plans.resolved_plan import ResolvedPlan
 from runtime.loader.loading import load
 from runtime.models.config import read_config
 from runtime.models.model import find_model_class, meta_model

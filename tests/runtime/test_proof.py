@@ -12,8 +12,8 @@ from runtime.proof import prove
 INCOMPLETE_TABLE = """
 from pathlib import Path
 from runtime.checkpoint.copying import table
-from runtime.checkpoint.copying.table import Destination, build_table
-from runtime.extents.forms import whole
+from runtime.checkpoint.copying.copy_plan import Destination, build_table
+from runtime.tensor_map.tensor_map import whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 
 runs_of = table.runs_of

@@ -8,9 +8,9 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from runtime.checkpoint.copying.new_file import OutputFile, shift_tensors
-from runtime.checkpoint.copying.table import CopyPlan
-from runtime.extents.runs import StridedCopy
+from runtime.checkpoint.copying.copy_plan import CopyPlan
+from runtime.checkpoint.copying.output_file import OutputFile, shift_tensors
+from runtime.tensor_map.strided_copy import StridedCopy
 
 __all__ = ["Clone", "align_to_blocks", "find_clones"]
 

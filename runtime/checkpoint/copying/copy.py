@@ -18,14 +18,14 @@ from typing import Protocol
 import numpy as np
 
 from plans.errors import UsageError
-from runtime.checkpoint.copying.assemble import Assembler
+from runtime.checkpoint.copying.assembler import Assembler
+from runtime.checkpoint.copying.copy_plan import CopyPlan
 from runtime.checkpoint.copying.regions import Region
 from runtime.checkpoint.copying.slabs import Slab, group_slabs, plan_slabs
 from runtime.checkpoint.copying.strided import Bytes, gather_contiguous, split_row_groups, view_rows
-from runtime.checkpoint.copying.table import CopyPlan
 from runtime.checkpoint.files.reading import open_descriptor, read_exactly
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.runs import StridedCopy
+from runtime.tensor_map.strided_copy import StridedCopy
 
 __all__ = [
     "BLOCK",

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from runtime.checkpoint.copying.assemble import Assembler
+from runtime.checkpoint.copying.assembler import Assembler
 from runtime.checkpoint.copying.copy import BLOCK, write_part
+from runtime.checkpoint.copying.copy_plan import CopyPlan
 from runtime.checkpoint.copying.regions import DigestRegion, Region
 from runtime.checkpoint.copying.slabs import Slab
 from runtime.checkpoint.copying.strided import Bytes, is_equal, scatter
-from runtime.checkpoint.copying.table import CopyPlan
 from runtime.checkpoint.digest import Digest
-from runtime.extents.runs import StridedCopy, reverse, split_at_blocks
+from runtime.tensor_map.strided_copy import StridedCopy, reverse, split_at_blocks
 
 __all__ = ["is_intact"]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from runtime.checkpoint.copying.copy_plan import CopyPlan
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.runs import StridedCopy, split_at_blocks
+from runtime.tensor_map.strided_copy import StridedCopy, split_at_blocks
 
-__all__ = ["Slab", "group_by_source", "group_connected_sources", "group_slabs", "plan_slabs"]
+__all__ = ["Slab", "group_by_source", "group_connected_sources", "group_slabs", "plan_slabs", "select_rank_share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +137,37 @@ def _choose_slab_size(tensor: StoredTensor, limit: int) -> int:
             return limit // unit * unit
         unit //= count
     return limit
+
+
+def select_rank_share(copy_plan: CopyPlan, rank: int, world_size: int) -> CopyPlan:
+    """Return the part of a table that one process moves, about as many bytes as any other's.
+
+    Each has sources that follow one another in their files. Those that meet in an assembled destination stay together,
+    since blocks of it are read back and written whole.
+
+    Args:
+        copy_plan: of the whole copy.
+        rank: of the process.
+        world_size: of processes.
+    """
+    runs = group_by_source(copy_plan.copies)
+    groups = group_connected_sources(copy_plan.sources, runs, copy_plan.narrow_destinations)
+    owned = {
+        number
+        for group, owner in zip(groups, _assign_owners(groups, runs, world_size), strict=True)
+        for number in group
+        if owner == rank
+    }
+    return replace(copy_plan, copies=tuple(run for run in copy_plan.copies if run.source in owned))
+
+
+def _assign_owners(
+    groups: Sequence[Sequence[int]], copies: Mapping[int, Sequence[StridedCopy]], world_size: int
+) -> list[int]:
+    """Return whose each group is: that of the process in whose part of all bytes its middle falls."""
+    sizes = [sum(run.size for number in group for run in copies[number]) for group in groups]
+    total, before, owners = sum(sizes), 0, list[int]()
+    for size in sizes:
+        owners.append((2 * before + size) * world_size // (2 * total))
+        before += size
+    return owners

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.extents.runs import StridedCopy, reverse
+from runtime.tensor_map.strided_copy import StridedCopy, reverse
 
 __all__ = ["Bytes", "gather_contiguous", "get_contiguous_size", "is_equal", "scatter", "split_row_groups", "view_rows"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.checkpoint.copying.commit import sync
+from runtime.checkpoint.copying.copy_plan import Destination
 from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, Region
-from runtime.checkpoint.copying.table import Destination
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.reading import convert_read_errors

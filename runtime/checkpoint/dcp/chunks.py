@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from plans.errors import HeaderError, IncompleteError, MismatchError
+from plans.text import format_names
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.same_bytes import has_same_bytes
-from runtime.extents.forms import StridedBox, TensorMap, row_major
-from runtime.extents.runs import covers, plan_copies
-from runtime.wording import format_names
+from runtime.tensor_map.strided_copy import covers, plan_copies
+from runtime.tensor_map.tensor_map import StridedBox, TensorMap, row_major
 
 __all__ = ["Chunk", "Shape", "infer_shapes", "join_chunks"]
 

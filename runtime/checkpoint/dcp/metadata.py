@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError
+from runtime.checkpoint.checkpoint import KeyPath
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
 from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import check_contained
 
-__all__ = ["ChunkMetadata", "DcpMetadata", "KeyPath", "StorageLocation", "read_metadata"]
+__all__ = ["ChunkMetadata", "DcpMetadata", "StorageLocation", "read_metadata"]
 
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -33,7 +34,6 @@ _MAX_BYTES = 2**26
 _MAX_DIMS = 64
 
 Shape = tuple[int, ...]
-KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)

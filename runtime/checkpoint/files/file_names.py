@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from plans.errors import CheckpointError
-from runtime.wording import format_names
+from plans.text import format_names
 
 __all__ = ["INDEX", "MARKER", "WEIGHTS", "check_distinct_names", "is_weight_file"]
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
 from plans.errors import DestinationError
+from plans.text import format_names
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import format_names
 
 __all__ = ["check_replaceable"]
 

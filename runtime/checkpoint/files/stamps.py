@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import MismatchError
+from plans.text import format_names
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import walk_files
-from runtime.wording import format_names
 
 __all__ = ["Stamp", "check_unchanged", "read_stamp", "read_stamps"]
 

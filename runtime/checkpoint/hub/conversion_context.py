@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime.extents.forms import TensorMap, TensorMapError
+from runtime.tensor_map.tensor_map import TensorMap, TensorMapError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from plans.errors import UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.extents.forms import TensorMap
+from runtime.tensor_map.tensor_map import TensorMap
 
 __all__ = ["check_dtypes", "check_quantized", "check_scales", "check_unquantized"]
 

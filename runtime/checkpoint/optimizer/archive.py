@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.checkpoint.dcp.archive import STORAGES
-from runtime.checkpoint.dcp.zip import (
+from runtime.checkpoint.dcp.archive import (
     DIRECTORY_ENTRY,
     END_RECORD,
     EXTRA_HEADER,
     LOCAL_HEADER,
+    STORAGES,
     ZIP64_END_RECORD,
     ZIP64_EXTRA_ID,
     ZIP64_LOCATOR,
@@ -31,8 +31,8 @@ from runtime.checkpoint.dcp.zip import (
     ZIP64_SIZE,
 )
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.extents.forms import row_major
 from runtime.models.dtypes import DTYPES
+from runtime.tensor_map.tensor_map import row_major
 
 __all__ = ["ALIGNMENT", "TensorArchive", "build_tensor_archive", "build_value_archive"]
 

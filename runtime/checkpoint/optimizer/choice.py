@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from plans.errors import IncompleteError, MismatchError
-from runtime.checkpoint.content import Checkpoint
+from plans.text import format_names
+from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.optimizer.read import OptimizerCheckpoint, find_optimizer, read_optimizer
-from runtime.checkpoint.optimizer.state import OptimizerState
+from runtime.checkpoint.optimizer.reader import OptimizerCheckpoint, find_optimizer, read_optimizer
 from runtime.checkpoint.ranks.manifest import find_manifest
 from runtime.checkpoint.record import MANIFEST
-from runtime.wording import format_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,14 +9,14 @@ from pathlib import Path
 from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from runtime.checkpoint.content import Checkpoint, TensorInfo
-from runtime.checkpoint.copying.new_file import OutputFile, plan_output_file
+from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
+from runtime.checkpoint.copying.output_file import OutputFile, plan_output_file
 from runtime.checkpoint.files.safetensors import BITS, Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained, find_side_files
 from runtime.checkpoint.ranks.manifest import read_manifest
 from runtime.checkpoint.record import MANIFEST, Manifest, ManifestEntry
-from runtime.extents.forms import TensorMap, whole
-from runtime.extents.shards import reassemble, shard_for_rank
+from runtime.tensor_map.shards import reassemble, shard_for_rank
+from runtime.tensor_map.tensor_map import TensorMap, whole
 
 __all__ = [
     "RankCheckpoint",

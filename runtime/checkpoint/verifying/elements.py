@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from runtime.checkpoint.copying.copy import execute_copy_plan
+from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
 from runtime.checkpoint.copying.regions import MemoryRegion
 from runtime.checkpoint.copying.strided import Bytes
-from runtime.checkpoint.copying.table import Destination, build_copy_plan
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
-from runtime.extents.forms import TensorMap, narrow, unravel
 from runtime.models.dtypes import DTYPES
+from runtime.tensor_map.tensor_map import TensorMap, narrow, unravel
 
 __all__ = ["ElementDifference", "ElementValue", "MappedTensor", "find_first_difference"]
 

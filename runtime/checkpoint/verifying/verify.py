@@ -10,11 +10,16 @@ from pathlib import Path
 from plans.errors import IncompleteError, MismatchError
 from runtime.checkpoint.config_record import CONFIG, find_config_changes, read_config_entries
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
-from runtime.checkpoint.foreign.source import ExternalSettings
-from runtime.checkpoint.verifying.copies import Replicas, TensorCopy, compute_digests, read_replicas
-from runtime.checkpoint.verifying.differences import CheckpointDifference, compare_tensors, extract_differences
+from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.verifying.differences import (
+    CheckpointDifference,
+    Verification,
+    VerifiedCheckpoint,
+    compare_tensors,
+    extract_differences,
+)
 from runtime.checkpoint.verifying.elements import MappedTensor, find_first_difference
-from runtime.checkpoint.verifying.verification import Verification, VerifiedCheckpoint
+from runtime.checkpoint.verifying.replicas import Replicas, TensorCopy, compute_digests, read_replicas
 from runtime.models.config_entries import ConfigDifference, compare_entries
 
 __all__ = ["verify"]

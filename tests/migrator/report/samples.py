@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from migrator.report.content import Report, ReportFinding
 from migrator.report.from_inspection import build_inspection_report
-from migrator.report.values import Report, ReportFinding
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
 from runtime.checkpoint.verifying.differences import CheckpointDifference
-from runtime.inspecting.values import Arrangement, Inspection, MeshPlacement, StoredFile, TensorGroup
+from runtime.inspecting.results import Arrangement, Inspection, MeshPlacement, StoredFile, TensorGroup
 
 HOSTILE = (
     "<script>document.title = 'owned'</script>",

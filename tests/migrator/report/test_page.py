@@ -7,17 +7,17 @@ from html.parser import HTMLParser
 
 import pytest
 
+from migrator.report.content import Report
 from migrator.report.from_inspection import build_inspection_report
 from migrator.report.from_reshard import build_reshard_report
 from migrator.report.from_validation import build_validation_report
 from migrator.report.markup import element
 from migrator.report.page import render_report, write_report
 from migrator.report.shard_map import format_ranks
-from migrator.report.values import Report
-from migrator.shown import format_bytes, sanitize
+from migrator.terminal.text import format_bytes, sanitize
 from plans.errors import DestinationError
 from plans.mesh import Mesh
-from runtime.checkpoint.reshard import plan_reshard
+from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.migrator.report.samples import HOSTILE, a_report, lossy
 

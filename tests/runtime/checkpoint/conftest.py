@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.extents.forms import TensorMap
+from runtime.tensor_map.tensor_map import TensorMap
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 # Timings mean nothing on a machine that runs other things too.

@@ -14,8 +14,8 @@ from plans.errors import CheckpointError, HeaderError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.strict_json import is_nested_deeper
 from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.reshard import plan_reshard
-from runtime.checkpoint.target import ReshardTarget
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.conftest import HubFolder

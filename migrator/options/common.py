@@ -1,0 +1,107 @@
+"""The options that say which mesh a plan is for and which of a model's plans applies."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import SupportsFloat
+
+import click
+
+from plans.errors import DependencyError, DestinationError
+from plans.mesh import MODES, Mesh, Mode
+
+__all__ = ["SECONDS", "build_mesh", "mesh_options", "reject_empty", "report_option", "require_runtime"]
+
+
+def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
+    """Add `--tp`, `--ep`, `--fsdp` and `--mode` to a command."""
+    options = (
+        click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis."),
+        click.option("--ep", default=1, show_default=True, help="Ranks that share one set of experts."),
+        click.option("--fsdp", default=1, show_default=True, help="Ranks of the data parallel axis."),
+        click.option(
+            "--mode",
+            type=click.Choice(MODES),
+            help="Which plans apply; by default tp, or tp_ep where --ep is more than 1.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
+    """Return the mesh that the options name, and the mode."""
+    return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")
+
+
+def _check_report_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that could not be written before the work that it is about, not after it."""
+    if value is None:
+        return None
+    if value.is_dir() or not value.absolute().parent.is_dir():
+        what = "a folder" if value.is_dir() else f"{value.parent} is not a folder"
+        raise DestinationError(f"--report {value}: {what}", hint="name a file in a folder that exists", path=str(value))
+    return value
+
+
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=_check_report_path,
+    help="Write a report for a browser too, one file.",
+)
+
+
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def require_runtime(*, show_downloads: bool = False) -> None:
+    """Make the runtime's packages importable without a word of theirs on the terminal.
+
+    Args:
+        show_downloads: let the hub's client show its progress, which it does on a terminal.
+
+    Raises:
+        DependencyError: one is not installed.
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise DependencyError(
+            f"this command needs {missing[0]}, which is not installed",
+            hint="pip install 'plan-migrator[runtime]'",
+            packages=missing,
+        )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not show_downloads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.simplefilter("ignore")
+
+
+class _Seconds(click.ParamType[float]):
+    """A time to wait, more than nothing and less than for ever."""
+
+    name = "seconds"
+
+    def convert(self, value: str | SupportsFloat, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = click.FLOAT.convert(value, param, ctx)  # type: ignore[arg-type]
+        if not (math.isfinite(seconds) and seconds > 0):
+            self.fail(f"{value!r} is no number of seconds above 0", param, ctx)
+        return float(seconds)
+
+
+SECONDS = _Seconds()
+
+
+def reject_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse an empty argument, which a shell makes of a variable that is not set; a path would read it as `.`."""
+    if value is not None and not value.strip():
+        raise click.BadParameter("is empty", ctx, param)
+    return value

@@ -1,0 +1,183 @@
+"""What the commands that read source have in common: their options, and how a configuration file fills them."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from migrator.terminal import console
+from plans.errors import MigratorError, UsageError
+
+if TYPE_CHECKING:
+    from codemods.tree.selection import Selection
+    from migrator.formats.report import SourceReport
+
+__all__ = [
+    "ProjectRequest",
+    "disable_gc",
+    "emit_machine_format",
+    "print_errors",
+    "read_requests",
+    "source_options",
+]
+
+_FORMATS = ("human", "json", "github", "sarif")
+_DEFAULT_BASE = "origin/main"
+_ANY_SOURCE = "auto"
+
+_Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class ProjectRequest:
+    """What to look at in one project.
+
+    Args:
+        paths: files and folders.
+        selection: what of them is spoken of.
+        source: the dialect that the tree speaks, `auto` to find out.
+        target: the dialect that it is to speak.
+    """
+
+    paths: tuple[Path, ...]
+    selection: Selection
+    source: str
+    target: str
+
+
+def source_options(command: _Command) -> _Command:
+    """Add the arguments and options that `read_requests` takes, `--format` and `--quiet`."""
+    for decorator in (
+        click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
+        click.option("--format", "form", type=click.Choice(_FORMATS), default="human", help="How to print the result."),
+        click.option(
+            "--base-ref", metavar="REF", help=f"What --changed-only compares with; by default {_DEFAULT_BASE}."
+        ),
+        click.option("--target", metavar="NAME", help="The dialect that it is to speak; by default param-level."),
+        click.option("--source", metavar="NAME", help="The dialect that the tree speaks; by default found out."),
+        click.option("--changed-only", is_flag=True, help="Only models with a file changed since git's base ref."),
+        click.argument("paths", nargs=-1, type=click.Path(path_type=Path)),
+    ):
+        command = decorator(command)
+    return command
+
+
+def disable_gc() -> None:
+    """Collect no garbage in this short process, nor at its end: looking for it takes a tenth of the time.
+
+    What is allocated is needed to the end.
+    """
+    gc.disable()
+    atexit.register(gc.freeze)
+
+
+def read_requests(
+    paths: Sequence[Path],
+    *,
+    changed_only: bool,
+    base_ref: str | None,
+    source: str | None = None,
+    target: str | None = None,
+) -> list[ProjectRequest]:
+    """Join the command line with each project's pyproject.toml; the command line wins.
+
+    Args:
+        paths: as given.
+        changed_only: whether to speak of changed models only.
+        base_ref: what they are compared with.
+        source: the dialect that the tree speaks.
+        target: the dialect that it is to speak.
+
+    Raises:
+        UsageError: the configuration is not valid, the options contradict each other, or a path is no Python file and
+            no folder that holds one.
+    """
+    from codemods.tree.projects import group_by_project
+
+    if base_ref and not changed_only:
+        raise UsageError("--base-ref needs --changed-only", hint="add --changed-only or leave --base-ref out")
+    compared = (base_ref or _DEFAULT_BASE) if changed_only else None
+    return [_resolve_request(group, compared, source, target) for group in group_by_project(paths)]
+
+
+def _resolve_request(
+    paths: tuple[Path, ...], base_ref: str | None, source: str | None, target: str | None
+) -> ProjectRequest:
+    """Return what to look at in one project; without paths in the one around the current folder."""
+    from codemods.files.config import find_configuration
+    from codemods.tree.selection import Selection
+    from plans.dialect import PARAM_LEVEL
+
+    start = paths[0] if paths else Path()
+    configuration = find_configuration(start)
+    found = paths or configuration.paths or (Path(),)
+    for path in found:
+        _check_has_python(path)
+    return ProjectRequest(
+        found,
+        Selection(configuration, _find_changed_folders(start, base_ref) if base_ref else None),
+        source=source or configuration.source or _ANY_SOURCE,
+        target=target or configuration.target or PARAM_LEVEL,
+    )
+
+
+def _check_has_python(path: Path) -> None:
+    """Refuse what there is nothing to read in; a path that does not exist is refused where paths are read."""
+    wrong = path.is_file() and path.suffix != ".py"
+    if wrong or (path.is_dir() and not _has_python(path)):
+        raise UsageError(
+            f"{path}: {'not a Python file' if wrong else 'no Python file below this folder'}",
+            hint="name .py files, or folders that hold some",
+            path=str(path),
+        )
+
+
+def _has_python(folder: Path) -> bool:
+    """Say whether there is a Python file below a folder, or something that cannot be listed, which is told later."""
+    unreadable: list[OSError] = []
+    for _, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(name.endswith(".py") and not name.startswith(".") for name in files):
+            return True
+    return bool(unreadable)
+
+
+def emit_machine_format(report: SourceReport, form: str) -> None:
+    """Print a report as json, github or sarif."""
+    if form == "json":
+        from migrator.formats.json import report_as_json
+
+        console.emit_json(report_as_json(report))
+    elif form == "github":
+        from migrator.formats.github import github_lines
+
+        for line in github_lines(report):
+            console.emit(line)
+    else:
+        from importlib.metadata import version
+
+        from migrator.formats.sarif import report_as_sarif
+
+        console.emit_json(report_as_sarif(report, version("plan-migrator")))
+
+
+def print_errors(errors: Sequence[MigratorError]) -> None:
+    """Tell a person about everything that could not be done."""
+    for error in errors:
+        console.error(error)
+
+
+def _find_changed_folders(start: Path, base_ref: str) -> frozenset[Path]:
+    from codemods.files.git import find_changed_folders, list_changed_files
+
+    start = start.absolute()
+    if not start.exists():
+        raise UsageError(f"{start}: no such file or folder", hint="name files or folders that exist", path=str(start))
+    return find_changed_folders(list_changed_files(base_ref, start if start.is_dir() else start.parent))

@@ -1,0 +1,95 @@
+"""Events of a long command as JSON lines in a file, for schedulers that watch it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from migrator.terminal import console
+from plans.errors import MigratorError, UsageError
+
+__all__ = ["EventLog", "record_events"]
+
+_PROGRESS_INTERVAL = 1.0
+
+
+class EventLog:
+    """Writes one line for each event, with its name and the time; none where there is no file.
+
+    Args:
+        stream: where lines go.
+        on_error: told once that they can go there no longer, which is no reason to end the work.
+        common_fields: what every line says.
+    """
+
+    def __init__(
+        self, stream: TextIO | None, on_error: Callable[[str], None] = lambda text: None, **common_fields: object
+    ) -> None:
+        self._stream = stream
+        self._on_error = on_error
+        self._common_fields = common_fields
+        self._last = 0.0
+
+    def emit(self, event: str, **data: object) -> None:
+        """Write an event at once."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(
+                json.dumps({"event": event, "time": time.time(), **self._common_fields, **data}, default=str) + "\n"
+            )
+            self._stream.flush()
+        except OSError as error:
+            self._stream = None
+            self._on_error(f"note: events are written no longer: {error.strerror or error}")
+
+    def progress(self, done: int, total: int, current: str) -> None:
+        """Write how far the work is, at most once a second."""
+        if time.monotonic() - self._last >= _PROGRESS_INTERVAL:
+            self._last = time.monotonic()
+            self.emit("progress", bytes_done=done, bytes_total=total, current=current)
+
+
+@contextmanager
+def record_events(path: Path | None) -> Iterator[EventLog]:
+    """Give what records the events of the body in a new or longer file; its failure is the last of them.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    if path is None:
+        yield EventLog(None)
+        return
+    try:
+        stream = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be written: {error.strerror}",
+            hint="give --events a file in a folder of yours",
+            path=str(path),
+        ) from error
+    with _closing(stream):
+        events = EventLog(stream, console.say)
+        try:
+            yield events
+        except MigratorError as error:
+            name = type(error).__name__
+            events.emit("failed", error=name, message=error.message, hint=error.hint, data=error.data)
+            raise
+        except BaseException as error:
+            events.emit("failed", error=type(error).__name__, message=str(error))
+            raise
+
+
+@contextmanager
+def _closing(stream: TextIO) -> Iterator[None]:
+    """Close a stream; what could not be written to it was told before."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            stream.close()

@@ -1,0 +1,70 @@
+"""Names that others chose, fit to be shown: nothing in them steers a terminal or a page, and none is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from plans.text import RANK_0, format_names, format_placements
+
+if TYPE_CHECKING:
+    from runtime.inspecting.results import Arrangement, MeshPlacement
+
+__all__ = [
+    "describe_tensor_placement",
+    "describe_unmatched",
+    "format_bytes",
+    "format_duration",
+    "format_shape",
+    "sanitize",
+]
+
+_MAX_LENGTH = 160
+_BYTE_UNITS = ("KiB", "MiB", "GiB", "TiB")
+_TIME_UNITS = ((3600, "h"), (60, "min"), (1, "s"))
+_MIN_SECONDS = 0.1
+
+
+def sanitize(text: str, max_length: int = _MAX_LENGTH) -> str:
+    """Return a text with escapes for what does not print, its middle left out where it is too long.
+
+    Args:
+        text: from a checkpoint.
+        max_length: characters that are kept.
+    """
+    if len(text) > max_length:
+        text = f"{text[: max_length // 2]} […] {text[-max_length // 2 :]}"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def describe_tensor_placement(placement: MeshPlacement | None, arrangement: Arrangement) -> str:
+    """Return how a tensor lies in an arrangement, in words; carried tensors are placed nowhere."""
+    return format_placements(placement.axes, placement.placements, arrangement.mesh) if placement else RANK_0
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """Return a shape in words, `8 × 64 × 32`."""
+    return " × ".join(map(str, shape)) or "scalar"
+
+
+def format_bytes(number: int) -> str:
+    """Return a number of bytes in the unit that suits it, `1.5 GiB`."""
+    if number < 1024:
+        return f"{number} B"
+    power = next((power for power in range(1, len(_BYTE_UNITS)) if number < 1000 * 1024**power), len(_BYTE_UNITS))
+    value = number / 1024**power
+    return f"{value:.3g} {_BYTE_UNITS[power - 1]}" if value < 1000 else f"{value:,.0f} {_BYTE_UNITS[power - 1]}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return an estimated time in the unit that suits it, `about 2.5 h`."""
+    if seconds < _MIN_SECONDS:
+        return f"less than {_MIN_SECONDS} s"
+    size, unit = next((one for one in _TIME_UNITS if seconds >= 2 * one[0]), _TIME_UNITS[-1])
+    return f"about {seconds / size:.1f} {unit}"
+
+
+def describe_unmatched(keys: Sequence[str]) -> str:
+    """Return in one line how many plan entries match nothing, and the first few of them."""
+    entries = "1 plan entry matches" if len(keys) == 1 else f"{len(keys)} plan entries match"
+    return f"{entries} nothing in this configuration: {format_names(keys)}"

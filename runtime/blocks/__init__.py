@@ -1,1 +1,0 @@
-"""Blocks of layers that are cut together: heads, norms on heads, and what a cut asks of them."""

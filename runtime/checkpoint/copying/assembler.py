@@ -1,0 +1,119 @@
+"""Destinations that come in small pieces: put together in memory, and handed on in whole blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+
+from runtime.checkpoint.copying.regions import Region
+from runtime.checkpoint.copying.strided import Bytes, scatter
+from runtime.tensor_map.strided_copy import StridedCopy, reverse, split_at_blocks
+
+__all__ = ["Assembler"]
+
+_BlockId = tuple[int, int]
+"""A destination and the number of a block in it."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """Bytes of a destination; `missing` of them are still to come."""
+
+    content: Bytes
+    missing: int
+    closed: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+
+class Assembler:
+    """Blocks of destinations that are being filled.
+
+    A block goes to its region when it is complete, or when memory is needed for others; then it is read back once
+    more of it comes.
+
+    Args:
+        regions: by destination.
+        sizes: of the destinations in bytes.
+        memory: bytes that blocks may take together.
+        block: bytes of a block.
+        is_new: whether nothing has been written to the regions before.
+    """
+
+    def __init__(self, regions: Sequence[Region], sizes: Sequence[int], memory: int, block: int, is_new: bool) -> None:
+        self._regions, self._sizes = regions, sizes
+        self._block, self._max_open, self._is_new = block, max(1, memory // block), is_new
+        self._open: OrderedDict[_BlockId, _Block] = OrderedDict()
+        self._evicted: dict[_BlockId, int] = {}
+        self._free_buffers: list[Bytes] = []
+        self._lock = Lock()
+
+    def add(self, copy: StridedCopy, slab: Bytes, start: int) -> None:
+        """Take a run's bytes.
+
+        Args:
+            copy: to an assembled destination.
+            slab: of the source.
+            start: the source offset of the slab's first byte.
+        """
+        for number, part in split_at_blocks(reverse(copy), self._block):
+            self._fill_block((copy.destination, number), reverse(part), slab, start)
+
+    def flush(self) -> None:
+        """Hand on what there is, complete or not."""
+        self._evict_oldest(0)
+
+    def _fill_block(self, key: _BlockId, part: StridedCopy, slab: Bytes, start: int) -> None:
+        while True:
+            block = self._get_block(key)
+            with block.lock:
+                if block.closed:
+                    continue  # put off between our finding and our locking it
+                scatter(part, slab, start, block.content, key[1] * self._block)
+                block.missing -= part.size
+                if block.missing:
+                    return
+                self._write_block(key, block)
+            with self._lock:
+                self._open.pop(key, None)
+                self._free_buffers.append(block.content)
+            return
+
+    def _get_block(self, key: _BlockId) -> _Block:
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        self._evict_oldest(self._max_open - 1)
+        with self._lock:
+            if key not in self._open:
+                self._open[key] = self._allocate_block(key)
+            return self._open[key]
+
+    def _allocate_block(self, key: _BlockId) -> _Block:
+        destination, number = key
+        size = min(self._block, self._sizes[destination] - number * self._block)
+        content = self._free_buffers.pop() if self._free_buffers else np.empty(self._block, np.uint8)
+        content = content[:size] if len(content) >= size else np.empty(size, np.uint8)
+        if key in self._evicted or not self._is_new:
+            self._regions[destination].read(number * self._block, content)
+        else:
+            content[...] = 0
+        return _Block(content, self._evicted.pop(key, size))
+
+    def _evict_oldest(self, max_open: int) -> None:
+        """Hand on blocks until no more than `max_open` are open; nobody can open them again before they are written."""
+        with self._lock:
+            while len(self._open) > max_open:
+                key, block = self._open.popitem(last=False)
+                with block.lock:
+                    if not block.closed:
+                        self._write_block(key, block)
+                        self._evicted[key] = block.missing
+
+    def _write_block(self, key: _BlockId, block: _Block) -> None:
+        block.closed = True
+        self._regions[key[0]].write(key[1] * self._block, block.content)

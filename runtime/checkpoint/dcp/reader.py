@@ -1,0 +1,238 @@
+"""What a torch distributed checkpoint holds of a model, in safetensors form or as `.distcp` files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError
+from plans.text import format_names
+from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
+from runtime.checkpoint.dcp.chunks import Chunk, Shape, infer_shapes, join_chunks
+from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
+from runtime.checkpoint.dcp.names import METADATA, find_shard_files
+from runtime.checkpoint.dcp.safetensors import read_shard_files
+from runtime.checkpoint.dcp.storage import read_chunks
+from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
+from runtime.checkpoint.files.side_files import SideFiles, find_side_files
+from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.record import MANIFEST, TensorKind
+from runtime.models.dtypes import dtype_name
+from runtime.models.model import find_tied_names, model_tensors, tensor_kind
+from runtime.models.quantized import is_quantized
+from runtime.tensor_map.tensor_map import TensorMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["SavedTensors", "read_dcp_checkpoint", "read_saved_tensors"]
+
+
+_Part = TypeVar("_Part", ChunkMetadata, Chunk)
+
+
+@dataclass(frozen=True)
+class SavedTensors:
+    """The tensors that a folder stores.
+
+    Args:
+        chunks: of all tensors.
+        declared_shapes: shapes that metadata state by name; in safetensors form only the chunks tell.
+        files: that were read.
+        left_behind: what is saved besides the model, in words.
+    """
+
+    chunks: Sequence[Chunk]
+    declared_shapes: Mapping[str, Shape]
+    files: Collection[str]
+    left_behind: Sequence[str]
+
+
+def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
+    """Read which chunks a folder stores, headers only.
+
+    Training jobs save a model inside other state, `{"model": …, "optimizer": …}`: then its names have a prefix, and
+    what has another one is left behind.
+
+    Args:
+        folder: of the checkpoint, in safetensors form or with `.distcp` files.
+        model: names of the model's tensors.
+
+    Raises:
+        IncompleteError: a file is missing or cut short.
+        HeaderError: headers or metadata lie.
+        CheckpointError: it holds more than one model.
+    """
+    files = find_shard_files(folder)
+    if files:
+        chunks = read_shard_files(folder, files)
+        names = dict.fromkeys(chunk.name for chunk in chunks)
+        prefix = _find_prefix(names, model, folder)
+        return SavedTensors(_strip_prefix(prefix, chunks), {}, files, _describe_unprefixed(prefix, names))
+    saved = read_metadata(folder)
+    prefix = _find_prefix(saved.shapes, model, folder)
+    chunks = read_chunks(folder, _strip_prefix(prefix, saved.chunks))
+    stated = {name.removeprefix(prefix): shape for name, shape in saved.shapes.items() if name.startswith(prefix)}
+    left_behind = (
+        *_describe_unprefixed(prefix, saved.shapes),
+        *(f"{name!r} of {METADATA}, no tensor" for name in saved.non_tensors),
+    )
+    return SavedTensors(chunks, stated, {METADATA, *saved.files}, left_behind)
+
+
+def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:
+    """Return what stands before the names of all the model's tensors, mostly nothing."""
+    first = next(iter(model))
+    if first in names:
+        return ""
+    ending = f".{first}"
+    candidates = [name.removesuffix(first) for name in names if name.endswith(ending)]
+    complete = [prefix for prefix in candidates if all(prefix + name in names for name in model)]
+    if len(complete) > 1:
+        raise CheckpointError(
+            f"{folder}: holds several models, under {format_names(complete)}",
+            hint="save the one that is wanted by itself",
+            prefixes=complete,
+        )
+    return complete[0] if complete else ""
+
+
+def _strip_prefix(prefix: str, parts: Iterable[_Part]) -> list[_Part]:
+    return [replace(one, name=one.name.removeprefix(prefix)) for one in parts if one.name.startswith(prefix)]
+
+
+def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return in words what has not the prefix, tensors of one first word together."""
+    counts = Counter(name.partition(".")[0] for name in names if not name.startswith(prefix))
+    return tuple(f"{word!r} beside the model, {count} in number" for word, count in counts.items())
+
+
+_SAVED_AGAIN = "the folder was saved into again; remove migrator.json, or reshard again from the original"
+
+
+def read_dcp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
+    """Return what a distributed checkpoint holds of a model.
+
+    Args:
+        folder: of the checkpoint; where it has our manifest, the two must agree.
+        model: that its config describes, on meta.
+
+    Raises:
+        IncompleteError: a file or tensor is missing, or the checkpoint is lossy.
+        HeaderError: headers or metadata lie, or chunks overlap.
+        MismatchError: shapes are not the model's, copies differ, or the manifest is of other tensors.
+        ConversionError: a tied name holds other values than its target.
+        UsageError: stored tensors are quantized otherwise than the model's.
+    """
+    tied = find_tied_names(model)
+    of_model = model_tensors(model)
+    saved = read_saved_tensors(folder, [name for name in of_model if name not in tied])
+    dtypes = find_dtypes((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
+    forms = _build_tensor_maps(saved, of_model, tied, folder)
+    pieces = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
+    _check_quantization(forms, pieces, model)
+    tensors = {
+        name: TensorInfo(_get_kind(of_model.get(name)), dtypes[name], form.shape) for name, form in forms.items()
+    }
+    side = find_side_files(folder, {MANIFEST, *saved.files})
+    content = Checkpoint(
+        folder=folder,
+        layout="dcp",
+        tensors=tensors,
+        tied=tied,
+        tensor_maps=forms,
+        chunks=pieces,
+        side_files=SideFiles(side.copied, (*side.left_behind, *saved.left_behind)),
+    )
+    return _apply_manifest(content) if (folder / MANIFEST).is_file() else content
+
+
+def _build_tensor_maps(
+    saved: SavedTensors, expected: Mapping[str, torch.Tensor], tied: Mapping[str, str], folder: Path
+) -> dict[str, TensorMap]:
+    """Return the forms of the model's tensors, in its order, then of those that are carried."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    stored = {**infer_shapes(saved.chunks), **saved.declared_shapes}
+    for name in saved.declared_shapes.keys() & shapes.keys():
+        _check_shape(name, saved.declared_shapes[name], shapes[name], folder)
+    forms = join_chunks(saved.chunks, {name: shapes.get(name, shape) for name, shape in stored.items()})
+    for name in tied.keys() & forms.keys():
+        forms[tied[name]] = _map_tied_tensor(name, tied[name], saved.chunks, forms.pop(name).shape)
+    missing = [name for name in shapes if name not in forms and name not in tied]
+    if missing:
+        raise IncompleteError(
+            f"{folder}: {format_names(missing)} of the model are stored nowhere",
+            hint="the checkpoint is incomplete, names its tensors otherwise, or config.json belongs to another model",
+            missing=missing,
+        )
+    order = (*(name for name in shapes if name not in tied), *(name for name in forms if name not in shapes))
+    return {name: forms[name] for name in order}
+
+
+def _map_tied_tensor(name: str, target: str, chunks: Sequence[Chunk], shape: Shape) -> TensorMap:
+    """Return the form of a tensor that is also, or only, saved under another name: copies of one another."""
+    both = [replace(chunk, name=target) for chunk in chunks if chunk.name in (name, target)]
+    try:
+        return join_chunks(both, {target: shape})[target]
+    except (MismatchError, HeaderError) as error:
+        raise ConversionError(
+            f"{name} is tied to {target} but stored with other values",
+            hint="set tie_word_embeddings to false in config.json, or save the model again with its weights tied",
+            name=name,
+            tied_to=target,
+        ) from error
+
+
+def _check_shape(name: str, declared: Shape, expected: Shape, folder: Path) -> None:
+    if declared != expected:
+        raise MismatchError(
+            f"{folder}: {name} is {list(expected)} in the model but {list(declared)} in the checkpoint",
+            hint="config.json does not belong to these weights",
+            name=name,
+            expected=list(expected),
+            found=list(declared),
+        )
+
+
+def _check_quantization(
+    tensor_maps: Mapping[str, TensorMap], stored_chunks: Mapping[str, StoredTensor], model: PreTrainedModel
+) -> None:
+    """Refuse tensors that are quantized otherwise than the model's."""
+    of_model = model_tensors(model)
+    if is_quantized(model):
+        check_quantized(stored_chunks)
+    else:
+        check_unquantized(tensor_maps.keys(), of_model.keys())
+    wanted = {name: dtype_name(of_model[name].dtype) for name in tensor_maps if name in of_model}
+    check_dtypes({name: tensor_maps[name] for name in wanted}, wanted, stored_chunks)
+    check_scales([name for name in tensor_maps if name not in of_model], tensor_maps.keys())
+
+
+def _get_kind(tensor: torch.Tensor | None) -> TensorKind:
+    return "carried" if tensor is None else tensor_kind(tensor)
+
+
+def _apply_manifest(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the content with what its manifest knows besides, if that is of these tensors."""
+    manifest = read_manifest(checkpoint.folder)
+    recorded = {name: TensorInfo(entry.kind, entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
+    differing = _find_differing(recorded, checkpoint.tensors) or _find_differing(manifest.tied, checkpoint.tied)
+    if differing:
+        raise MismatchError(
+            f"{checkpoint.folder}: the manifest and the files differ in {format_names(differing)}",
+            hint=_SAVED_AGAIN,
+            tensors=differing,
+        )
+    digests = {name: entry.digest for name, entry in manifest.tensors.items()}
+    return replace(checkpoint, stored_form=manifest.stored_form, digests=digests, config=manifest.config)
+
+
+def _find_differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    names: Collection[str] = one.keys() | other.keys()
+    return sorted(name for name in names if one.get(name) != other.get(name))

@@ -1,0 +1,1 @@
+"""Rank files of other stacks: one file or several for each rank and no manifest; read only."""

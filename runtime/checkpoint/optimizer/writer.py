@@ -1,0 +1,171 @@
+"""Writing an optimizer's state: each rank's boxes as archives of a `.distcp` file, laid out like their parameters.
+
+Hyperparameters, step counters and other single elements lie in rank 0's file.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from plans.mesh import Mesh
+from plans.placement import Replicate
+from plans.resolved_plan import ResolvedPlan
+from runtime.checkpoint.checkpoint import KeyPath, OptimizerState, TensorInfo
+from runtime.checkpoint.copying.copy_plan import Destination
+from runtime.checkpoint.copying.output_file import OutputFile
+from runtime.checkpoint.dcp.metadata import StorageLocation
+from runtime.checkpoint.dcp.names import METADATA
+from runtime.checkpoint.dcp.writer import iter_rank_chunks, narrow_to_box
+from runtime.checkpoint.optimizer.archive import ALIGNMENT, build_tensor_archive, build_value_archive
+from runtime.checkpoint.record import ManifestEntry
+from runtime.models.dtypes import DTYPES
+from runtime.tensor_map.tensor_map import TensorMap
+
+__all__ = ["SavedChunk", "encode_metadata", "plan_optimizer_files"]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedChunk:
+    """A part of a tensor and where it is saved.
+
+    Args:
+        offset: where it begins in the tensor, per tensor dim.
+        shape: of the part.
+        location: its archive.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    location: StorageLocation
+
+
+def encode_metadata(
+    tensors: Mapping[str, TensorInfo],
+    saved_chunks: Mapping[str, Sequence[SavedChunk]],
+    values: Mapping[str, StorageLocation],
+    paths: Mapping[str, KeyPath],
+) -> bytes:
+    """Return the content of a `.metadata` file.
+
+    Args:
+        tensors: dtype and shape of each by its name.
+        saved_chunks: of each tensor.
+        values: where that is which is no tensor, by name.
+        paths: keys of the nested tables that lead to what is saved, by its name.
+    """
+    # Here, for importing torch's checkpointing takes long and is of no use where nothing of it is written.
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+    storage = {
+        MetadataIndex(name): _StorageInfo(place.file, place.offset, place.size) for name, place in values.items()
+    }
+    for name, parts in saved_chunks.items():
+        for number, box in enumerate(parts):
+            index = MetadataIndex(name, torch.Size(box.offset), number)
+            storage[index] = _StorageInfo(box.location.file, box.location.offset, box.location.size)
+    entries: dict[str, object] = {name: _encode_tensor(held, saved_chunks[name]) for name, held in tensors.items()}
+    entries |= {name: BytesStorageMetadata() for name in values}
+    metadata = Metadata(
+        state_dict_metadata=entries,  # type: ignore[arg-type]
+        planner_data={name: paths.get(name, (name,)) for name in entries},
+        storage_data=storage,
+    )
+    return pickle.dumps(metadata, protocol=4)
+
+
+def _encode_tensor(info: TensorInfo, saved_chunks: Iterable[SavedChunk]) -> object:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+
+    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in saved_chunks]
+    return TensorStorageMetadata(TensorProperties(dtype=DTYPES[info.dtype]), torch.Size(info.shape), chunks)
+
+
+_WHOLE = (Replicate(), Replicate())
+
+
+def plan_optimizer_files(
+    state: OptimizerState, resolved_plan: ResolvedPlan | None
+) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
+    """Lay out an optimizer's state.
+
+    Args:
+        state: over the pieces of its source.
+        resolved_plan: the plan of its parameters; None where every tensor stays whole, in one file.
+
+    Returns:
+        The files with tensors, and the content of the others by name.
+    """
+    mesh = resolved_plan.mesh if resolved_plan else Mesh()
+    entries = {
+        name: _build_entry(held, state.parameters.get(name), resolved_plan) for name, held in state.tensors.items()
+    }
+    writers = [_FileWriter(state.folder, rank) for rank in range(mesh.world_size)]
+    saved: defaultdict[str, list[SavedChunk]] = defaultdict(list)
+    for writer in writers:
+        for name, entry in entries.items():
+            for offset, shape in iter_rank_chunks(entry, mesh, writer.rank):
+                place = writer.add_tensor(name, entry.dtype, narrow_to_box(state.tensor_maps[name], offset, shape))
+                saved[name].append(SavedChunk(offset, shape, place))
+    values = {name: writers[0].add_value(pickled) for name, pickled in state.values.items()}
+    metadata = encode_metadata(state.tensors, saved, values, state.paths)
+    return tuple(writer.build_file() for writer in writers if writer.size), {
+        _join_path(state.folder, METADATA): metadata
+    }
+
+
+def _build_entry(info: TensorInfo, parameter: str | None, resolved_plan: ResolvedPlan | None) -> ManifestEntry:
+    if parameter is None or resolved_plan is None:
+        return ManifestEntry("carried", info.dtype, info.shape, "dense", _WHOLE)
+    row = resolved_plan.by_name[parameter]
+    return ManifestEntry("parameter", info.dtype, info.shape, row.mesh, row.placements)
+
+
+def _join_path(folder: str, name: str) -> str:
+    return name if folder == "." else f"{folder}/{name}"
+
+
+@dataclass
+class _FileWriter:
+    """A rank's file as it grows, one archive behind the other."""
+
+    folder: str
+    rank: int
+    size: int = 0
+    fixed: dict[int, bytes] = field(default_factory=dict)
+    tensors: list[tuple[Destination, TensorMap]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"__{self.rank}_0.distcp"
+
+    def add_tensor(self, name: str, dtype: str, tensor_map: TensorMap) -> StorageLocation:
+        """Add the archive of a tensor, and return its place."""
+        archive = build_tensor_archive(dtype, tensor_map.shape)
+        place = self._reserve(archive.length)
+        begin = place.offset + len(archive.head)
+        self.fixed |= {place.offset: archive.head, begin + archive.size: archive.tail}
+        self.tensors.append((Destination(name, archive.size, _join_path(self.folder, self.name), begin), tensor_map))
+        return place
+
+    def add_value(self, pickled: bytes) -> StorageLocation:
+        """Add the archive of a value, and return its place."""
+        archive = build_value_archive(pickled)
+        place = self._reserve(len(archive))
+        self.fixed[place.offset] = archive
+        return place
+
+    def build_file(self) -> OutputFile:
+        """Return the file."""
+        rest: Mapping[int, bytes] = {offset: text for offset, text in self.fixed.items() if offset}
+        return OutputFile(_join_path(self.folder, self.name), self.fixed[0], self.tensors, self.size, rest)
+
+    def _reserve(self, length: int) -> StorageLocation:
+        start = -(-self.size // ALIGNMENT) * ALIGNMENT
+        self.size = start + length
+        return StorageLocation(self.name, start, length)

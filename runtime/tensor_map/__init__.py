@@ -1,0 +1,1 @@
+"""Integers alone: which bytes of which stored tensor become which bytes of another, composed, sharded, turned into copies."""

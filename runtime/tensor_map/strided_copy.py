@@ -1,0 +1,247 @@
+"""Runs: the byte table that a reshard is, and the proof that it writes every byte exactly once.
+
+A run moves one strided block of bytes from a source region to a destination region. Regions are byte ranges such as
+a stored tensor in a file, a local tensor in a rank's file, or a parameter's logical bytes that a digest reads.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from runtime.tensor_map.tensor_map import StridedBox, TensorMap, TensorMapError, row_major
+
+__all__ = ["Stride", "StridedCopy", "covers", "plan_copies", "reverse", "split_at_blocks"]
+
+
+class Stride(NamedTuple):
+    """A block that comes `steps` times, so many bytes apart in the source and in the destination."""
+
+    steps: int
+    source_stride: int
+    destination_stride: int
+
+    @property
+    def outer_strides(self) -> tuple[int, int]:
+        """The strides that a further repeat around this one would have if it only went on."""
+        return self.steps * self.source_stride, self.steps * self.destination_stride
+
+
+class StridedCopy(NamedTuple):
+    """`length` contiguous bytes, repeated; offsets in bytes from the beginning of the two regions.
+
+    `strides` are nested, outermost first, with destination strides that never grow inwards.
+    """
+
+    source: int
+    source_offset: int
+    destination: int
+    destination_offset: int
+    length: int
+    strides: tuple[Stride, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The bytes that the run moves."""
+        size = self.length
+        for repeat in self.strides:
+            size *= repeat.steps
+        return size
+
+    @property
+    def source_stop(self) -> int:
+        """The end of the source bytes that the run spans."""
+        return self.source_offset + self.length + sum((r.steps - 1) * r.source_stride for r in self.strides)
+
+
+class _WritePattern(NamedTuple):
+    """The destination side of a run: `length` bytes at `start`, repeated by (count, stride), outermost first."""
+
+    start: int
+    strides: tuple[tuple[int, int], ...]
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length + sum((count - 1) * stride for count, stride in self.strides)
+
+
+def plan_copies(
+    tensor_map: TensorMap, bits: int, sources: Mapping[str, int], destination: int
+) -> Iterator[StridedCopy]:
+    """Yield the runs that build a tensor, one for each extent.
+
+    Args:
+        tensor_map: of the tensor.
+        bits: of one element; elements smaller than a byte may not be cut within one.
+        sources: the region of each source by name.
+        destination: the region the tensor is written to, row-major from its first byte.
+
+    Raises:
+        FormError: an extent begins or ends inside a byte.
+    """
+    strides = row_major(tensor_map.shape)
+    for extent in tensor_map.boxes:
+        yield _plan_copy(extent, strides, bits, sources[extent.source], destination)
+
+
+def _plan_copy(box: StridedBox, strides: Sequence[int], bits: int, source: int, destination: int) -> StridedCopy:
+    length, repeats = bits, list[Stride]()
+    dims = zip(box.shape, box.strides, box.steps, strides, strict=True)
+    for count, inward, step, outward in reversed(list(dims)):
+        inward, outward = inward * bits, outward * step * bits
+        if count == 1:
+            continue
+        if not repeats and inward == outward == length:
+            length *= count
+        elif repeats and (inward, outward) == repeats[-1].outer_strides:
+            repeats[-1] = repeats[-1]._replace(steps=repeats[-1].steps * count)
+        else:
+            repeats.append(Stride(count, inward, outward))
+    start = sum(index * stride for index, stride in zip(box.offset, strides, strict=True)) * bits
+    numbers = (
+        box.base * bits,
+        start,
+        length,
+        *(number for r in repeats for number in (r.source_stride, r.destination_stride)),
+    )
+    if any(number % 8 for number in numbers):
+        raise TensorMapError(f"elements of {bits} bits are cut within a byte")
+    repeated = tuple(Stride(r.steps, r.source_stride // 8, r.destination_stride // 8) for r in reversed(repeats))
+    return StridedCopy(source, box.base * bits // 8, destination, start // 8, length // 8, repeated)
+
+
+def split_at_blocks(copy: StridedCopy, block: int) -> Iterator[tuple[int, StridedCopy]]:
+    """Yield the run in parts that each read from one block of the source, with that block's number.
+
+    Args:
+        copy: the run to cut.
+        block: bytes; block n is `[n * block, (n + 1) * block)` of the source region.
+    """
+    if copy.strides and copy.source_stop > (copy.source_offset // block + 1) * block:
+        yield from _split_steps(copy, block)
+        return
+    while copy.source_stop > (boundary := (copy.source_offset // block + 1) * block):
+        head = boundary - copy.source_offset
+        yield copy.source_offset // block, copy._replace(length=head)
+        rest = copy.destination_offset + head
+        copy = copy._replace(source_offset=boundary, destination_offset=rest, length=copy.length - head)
+    yield copy.source_offset // block, copy
+
+
+def _split_steps(copy: StridedCopy, block: int) -> Iterator[tuple[int, StridedCopy]]:
+    """Cut between the steps of the widest source stride; a step that itself crosses a boundary is cut further."""
+    widest = max(range(len(copy.strides)), key=lambda index: copy.strides[index].source_stride)
+    count, inward, outward = copy.strides[widest]
+    others = copy.strides[:widest] + copy.strides[widest + 1 :]
+    span = copy.source_stop - copy.source_offset - (count - 1) * inward
+    done = 0
+    while done < count:
+        start = copy.source_offset + done * inward
+        number = start // block
+        fitting = ((number + 1) * block - start - span) // inward + 1
+        steps = max(1, min(fitting, count - done))
+        repeats = (*copy.strides[:widest], Stride(steps, inward, outward), *copy.strides[widest + 1 :])
+        part = copy._replace(
+            source_offset=start,
+            destination_offset=copy.destination_offset + done * outward,
+            strides=repeats if steps > 1 else others,
+        )
+        if fitting > 0:
+            yield number, part
+        else:
+            yield from split_at_blocks(part, block)
+        done += steps
+
+
+def reverse(copy: StridedCopy) -> StridedCopy:
+    """Return the run that moves the same bytes back."""
+    repeats = tuple(Stride(r.steps, r.destination_stride, r.source_stride) for r in copy.strides)
+    return StridedCopy(copy.destination, copy.destination_offset, copy.source, copy.source_offset, copy.length, repeats)
+
+
+def covers(copies: Iterable[StridedCopy], sizes: Mapping[int, int]) -> bool:
+    """Return whether the runs write every byte of every destination region exactly once.
+
+    Args:
+        copies: the whole table.
+        sizes: bytes of each destination region.
+    """
+    patterns: defaultdict[int, list[_WritePattern]] = defaultdict(list)
+    for run in copies:
+        patterns[run.destination].append(_build_write_pattern(run))
+    return patterns.keys() <= sizes.keys() and all(_tiles(patterns[d], size) for d, size in sizes.items())
+
+
+def _build_write_pattern(copy: StridedCopy) -> _WritePattern:
+    length, repeats = copy.length, list[tuple[int, int]]()
+    for count, _, stride in reversed(copy.strides):
+        if not repeats and stride == length:
+            length *= count
+        elif repeats and stride == repeats[-1][0] * repeats[-1][1]:
+            repeats[-1] = (repeats[-1][0] * count, repeats[-1][1])
+        else:
+            repeats.append((count, stride))
+    return _WritePattern(copy.destination_offset, tuple(reversed(repeats)), length)
+
+
+def _tiles(patterns: Sequence[_WritePattern], size: int) -> bool:
+    """Return whether the patterns cover `[0, size)` exactly once.
+
+    Dense patterns must follow one another. Otherwise the widest stride folds the range into rows: between two
+    places where a pattern begins or ends, all rows look alike, so one of them is looked at.
+    """
+    period = max((pattern.strides[0][1] for pattern in patterns if pattern.strides), default=0)
+    if not period:
+        return _is_contiguous(sorted(patterns), size)
+    if size % period:
+        return False
+    begins: defaultdict[int, list[_WritePattern]] = defaultdict(list)
+    ends: defaultdict[int, list[_WritePattern]] = defaultdict(list)
+    for pattern in patterns:
+        for first, stop, rest in _fold_rows(pattern, period):
+            begins[first].append(rest)
+            ends[stop].append(rest)
+    rows = sorted({0, size // period, *begins, *ends})
+    if rows[0] != 0 or rows[-1] != size // period:
+        return False
+    active: list[_WritePattern] = []
+    for row in rows[:-1]:
+        for pattern in ends[row]:
+            active.remove(pattern)
+        active += begins[row]
+        if not _tiles(active, period):
+            return False
+    return True
+
+
+def _is_contiguous(patterns: Sequence[_WritePattern], size: int) -> bool:
+    cursor = 0
+    for pattern in patterns:
+        if pattern.start != cursor:
+            return False
+        cursor += pattern.length
+    return cursor == size
+
+
+def _fold_rows(pattern: _WritePattern, period: int) -> Iterator[tuple[int, int, _WritePattern]]:
+    """Yield (first row, row after the last, what the pattern is within each of these rows)."""
+    row, start = divmod(pattern.start, period)
+    if pattern.strides and pattern.strides[0][1] == period:
+        yield row, row + pattern.strides[0][0], _WritePattern(start, pattern.strides[1:], pattern.length)
+    elif pattern.stop <= (row + 1) * period:
+        yield row, row + 1, pattern._replace(start=start)
+    elif pattern.strides:
+        (count, stride), inner = pattern.strides[0], pattern.strides[1:]
+        for index in range(count):
+            yield from _fold_rows(_WritePattern(pattern.start + index * stride, inner, pattern.length), period)
+    elif start:
+        head = period - start
+        yield row, row + 1, _WritePattern(start, (), head)
+        yield from _fold_rows(_WritePattern((row + 1) * period, (), pattern.length - head), period)
+    else:
+        full, rest = divmod(pattern.length, period)
+        yield row, row + full, _WritePattern(0, (), period)
+        if rest:
+            yield row + full, row + full + 1, _WritePattern(0, (), rest)

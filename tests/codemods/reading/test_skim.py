@@ -1,0 +1,76 @@
+"""What is read without a parser is exactly what the parser reads."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from codemods.files.sources import SourceFile, find_sources, read_source
+from codemods.reading.parse import read_module
+from codemods.reading.skim import skim
+from tests.codemods.helpers import PACKED
+from tests.codemods.rewriting.test_rewrite import files
+
+
+def same(source):
+    found = skim(source)
+    if found is None:
+        return False
+    read = read_module(source)
+    assert dict(found.classes) == dict(read.classes)
+    assert dict(found.imports) == dict(read.imports)
+    return True
+
+
+def test_nearly_every_file_of_the_installed_tree():
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    sources = map(read_source, find_sources([Path(spec.origin).parent / "models"], []))
+    skimmed = [same(source) for source in sources if b"_plan" in source.data]
+    assert sum(skimmed) > 0.9 * len(skimmed)
+
+
+@given(files())
+def test_what_is_read_is_right(case):
+    before, _, _ = case
+    same(SourceFile(Path("x.py"), before.encode()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PACKED.replace("base_model_tp_plan = {", "base_model_tp_plan = {**BASE,"),
+        PACKED.replace('"rowwise"', "'rowwise'"),
+        PACKED.replace('"rowwise"', '"row" "wise"'),
+        PACKED + "    def f(self):\n        self._tp_plan = {}\n",
+        f'class ToyConfig:\n    """\n{PACKED.split("PreTrainedConfig):")[1]}    """\n',
+        f'"""{PACKED}"""\n',
+        f"'''{PACKED}'''\n",
+        f"'''{PACKED}'''\n" + '"""'.join(["", "", ""]),
+        PACKED + "x = base_model_tp_plan\n",
+        PACKED.replace("class ToyConfig", "class A:\n    pass\nx = 1\nclass ToyConfig").replace(
+            "\n    base", "\nx\n    base"
+        ),
+        PACKED.replace("\n", "\r\n"),
+        "class A:\n" + "\n".join(f"    {line}" for line in PACKED.splitlines()),
+    ],
+)
+def test_what_is_unusual_is_left_to_the_parser(text):
+    assert skim(SourceFile(Path("x.py"), text.encode())) is None
+
+
+def test_bytes_that_are_no_text_are_left_to_the_parser():
+    assert skim(SourceFile(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
+
+
+def test_quotes_of_the_other_kind_in_a_docstring_hide_nothing():
+    assert same(SourceFile(Path("x.py"), f"\"\"\"Say '''x'''.\"\"\"\n{PACKED}".encode()))
+
+
+def test_what_is_usual_is_not():
+    assert same(SourceFile(Path("x.py"), PACKED.encode()))
+    assert same(SourceFile(Path("x.py"), PACKED.replace("= {", "= None  # {").split("{")[0].encode() + b"\n"))

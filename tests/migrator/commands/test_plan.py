@@ -1,0 +1,94 @@
+"""`migrator plan` as a user runs it: where each parameter goes, and why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from migrator.terminal.text import describe_unmatched
+from tests.migrator.configs import config_with
+
+
+def test_plan_and_inspect_tell_in_one_line_what_matches_nothing(migrator, hub):
+    config_with(mlp_only_layers=[])(hub)
+    config_with(num_hidden_layers=1)(hub)
+    keys = [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    note = "note 3 plan entries match nothing in this configuration: " + ", ".join(map(repr, keys))
+    for command in ("plan", "inspect"):
+        code, output, _ = migrator(command, hub, "--tp", 2)
+        assert (code, [line for line in output.splitlines() if " match" in line]) == (0, [note])
+    assert json.loads(migrator("plan", hub, "--tp", 2, "--format", "json")[1])["unmatched"] == keys
+
+
+def test_of_many_entries_that_match_nothing_the_first_are_named():
+    assert describe_unmatched(["a"]) == "1 plan entry matches nothing in this configuration: 'a'"
+    said = "5 plan entries match nothing in this configuration: 'a', 'b', 'c' and 2 more"
+    assert describe_unmatched(list("abcde")) == said
+
+
+def test_plan_says_where_and_why(migrator, hub):
+    code, output, _ = migrator("plan", hub, "--tp", 2)
+    assert code == 0
+    row = next(line for line in output.splitlines() if "experts.gate_up_proj" in line)
+    assert "packed_colwise → moe_tp_gate_up_colwise" in row
+    assert "Packed(1, 2)" in row
+    code, output, _ = migrator("plan", hub / "config.json", "--tp", 2, "--format", "json")
+    parameters = {row["name"]: row for row in json.loads(output)["parameters"]}
+    assert parameters["model.layers.0.mlp.experts.down_proj"]["placements"] == [{"replicate": True}, {"shard": 2}]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tp", 2, "--ep", 2], ("tp_ep", "experts", [{"replicate": True}, {"shard": 0}])),
+        (["--tp", 2, "--ep", 2, "--mode", "ep"], ("ep", "experts", [{"replicate": True}, {"shard": 0}])),
+        (["--tp", 2, "--mode", "sp"], ("sp", "dense", [{"replicate": True}, {"packed": [1, 2]}])),
+        (["--tp", 2, "--fsdp", 2], ("tp", "dense", [{"shard": 0}, {"packed": [1, 2]}])),
+        (["--tp", 2, "--ep", 2, "--fsdp", 2], ("tp_ep", "experts", [{"shard": 0}, {"shard": 0}])),
+    ],
+)
+def test_plan_of_other_modes_and_meshes(migrator, hub, options, expected):
+    code, output, _ = migrator("plan", hub, *options, "--format", "json")
+    assert code == 0
+    plan = json.loads(output)
+    row = next(one for one in plan["parameters"] if one["name"].endswith("0.mlp.experts.gate_up_proj"))
+    assert (plan["mode"], row["mesh"], row["placements"]) == expected
+
+
+def test_plan_shows_the_mesh_that_it_is_for(migrator, hub):
+    code, output, _ = migrator("plan", hub, "--tp", 2, "--ep", 2, "--fsdp", 2)
+    assert code == 0
+    assert "qwen3_moe, tp_ep, tp=2, ep=2, fsdp=2" in output
+    assert "efsdp: Shard(0), ep: Shard(0)" in output
+
+
+def test_experts_that_a_tp_plan_leaves_whole_are_told_of(migrator, hub):
+    note = "note the tp plan leaves the experts whole on every rank, 'model.layers.*.mlp.experts.gate_up_proj', "
+    code, output, _ = migrator("plan", "gpt_oss", "--tp", 2)
+    (line,) = [line for line in output.splitlines() if line.startswith("note")]
+    assert code == 0
+    assert line.startswith(note)
+    assert "--tp 2 --ep 2, with --mode ep to leave all else whole" in line
+    for source, options in (("gpt_oss", ("--ep", 2)), (hub, ()), ("llama", ())):
+        assert "leaves the experts" not in migrator("plan", source, "--tp", 2, *options)[1]
+
+
+def test_a_mode_that_does_not_go_with_the_mesh_is_refused(migrator, hub):
+    code, output, errors = migrator("plan", hub, "--tp", 2, "--mode", "ep")
+    assert (code, output) == (2, "")
+    assert errors == [
+        "error: mode 'ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis",
+        "hint: give ep=2 (--ep 2) or more",
+    ]
+
+
+@pytest.mark.parametrize("source", ["nowhere", "bert"])
+def test_plan_of_nothing(migrator, source):
+    code, output, errors = migrator("plan", source, "--tp", 2)
+    assert (code, output) == (2, "")
+    assert [line.split(":")[0] for line in errors] == ["error", "hint"]
+
+
+def test_plan_knows_what_a_mistyped_model_type_may_mean(migrator):
+    assert migrator("plan", "qwen3moe", "--tp", 2)[2][1] == "hint: did you mean qwen3_moe?"

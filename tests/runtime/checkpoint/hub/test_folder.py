@@ -1,0 +1,182 @@
+"""Hub form read without trust: every way in which a folder can lie has one clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.checkpoint.hub.folder import read_hub
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    save_file({"a": torch.arange(4.0), "b": torch.ones(2, 2)}, folder / FIRST, metadata={"format": "pt"})
+    save_file({"c": torch.zeros(3)}, folder / SECOND)
+    write_index(folder, {"a": FIRST, "b": FIRST, "c": SECOND})
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def write_index(folder: Path, weight_map: object, **more: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 44}, "weight_map": weight_map} | more))
+
+
+def test_several_files_with_an_index(hub: Path) -> None:
+    found = read_hub(hub)
+    assert {name: tensor.file.name for name, tensor in found.tensors.items()} == {"a": FIRST, "b": FIRST, "c": SECOND}
+    assert found.index == {"metadata": {"total_size": 44}}
+    assert [header.metadata for header in found.headers] == [{"format": "pt"}, {}]
+    assert found.side_files.copied == ("config.json",)
+
+
+def test_one_file_is_taken_before_an_index(hub: Path) -> None:
+    save_file({"only": torch.zeros(1)}, hub / WEIGHTS)
+    assert list(read_hub(hub).tensors) == ["only"]
+
+
+def break_index(weight_map: object) -> Callable[[Path], None]:
+    return lambda folder: write_index(folder, weight_map)
+
+
+def write_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def link_out(folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    shutil.move(folder / SECOND, outside)
+    (folder / SECOND).symlink_to(outside)
+
+
+def only_pickles(folder: Path) -> None:
+    remove_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def remove_weights(folder: Path) -> None:
+    for name in (INDEX, FIRST, SECOND):
+        (folder / name).unlink()
+
+
+def become(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        remove_weights(folder)
+        for name in names:
+            (folder / name).touch()
+
+    return change
+
+
+def nested(depth: int) -> object:
+    return [nested(depth - 1)] if depth else 0
+
+
+def become_folder(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).mkdir()
+
+
+def repeat(folder: Path) -> None:
+    save_file({"c": torch.zeros(3), "a": torch.arange(4.0)}, folder / SECOND)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
+    "no weights": (remove_weights, IncompleteError, "no model.safetensors"),
+    "only pickles": (only_pickles, IncompleteError, "pytorch_model.bin is there, but no model"),
+    "rank files": (become("rank-00000-of-00001.safetensors"), IncompleteError, "no migrator.json"),
+    "distcp": (become("__0_0.distcp"), IncompleteError, "no .metadata"),
+    "dcp safetensors": (
+        become("shard-00001-model-00001-of-00001.safetensors"),
+        IncompleteError,
+        "is there, but no model.safetensors",
+    ),
+    "a file is missing": (lambda folder: (folder / SECOND).unlink(), IncompleteError, SECOND),
+    "a file is a folder": (
+        become_folder,
+        IncompleteError,
+        SECOND,
+    ),
+    "a tensor is missing": (break_index({"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND}), IncompleteError, "'d'"),
+    "a tensor is elsewhere": (break_index({"a": FIRST, "b": SECOND, "c": SECOND}), HeaderError, "'b' is said"),
+    "a tensor is not named": (break_index({"a": FIRST, "c": SECOND}), HeaderError, "does not name tensor 'b'"),
+    "a tensor is in two files": (repeat, HeaderError, "'a' is both in"),
+    "a path up": (break_index({"a": "../" + FIRST}), HeaderError, "not a safetensors file of this folder"),
+    "an absolute path": (break_index({"a": "/etc/passwd.safetensors"}), HeaderError, "not a safetensors file"),
+    "a path down": (break_index({"a": "sub/" + FIRST}), HeaderError, "not a safetensors file"),
+    "a NUL": (break_index({"a": "a\0.safetensors"}), HeaderError, "not a safetensors file"),
+    "another kind of file": (break_index({"a": "config.json"}), HeaderError, "not a safetensors file"),
+    "an empty name": (break_index({"a": ""}), HeaderError, "not a safetensors file"),
+    "no map": (write_text(INDEX, "{}"), HeaderError, "no weight_map"),
+    "an empty map": (break_index({}), HeaderError, "no weight_map"),
+    "a map of numbers": (break_index({"a": 1}), HeaderError, "no weight_map"),
+    "a map that is a list": (break_index([FIRST]), HeaderError, "no weight_map"),
+    "no JSON": (write_text(INDEX, "{"), HeaderError, "not valid JSON"),
+    "a key twice": (write_text(INDEX, '{"weight_map": {"a": "x", "a": "y"}}'), HeaderError, "twice"),
+    "a side file that links out": (
+        lambda folder: (folder / "notes.txt").symlink_to("/etc/hostname"),
+        CheckpointError,
+        "notes.txt: a link",
+    ),
+    "a deep index": (
+        lambda folder: write_index(folder, {"a": FIRST, "b": FIRST, "c": SECOND}, deep=nested(200)),
+        HeaderError,
+        "nested",
+    ),
+    "half a surrogate": (
+        write_text(INDEX, '{"weight_map": {"a": "x"}, "note": ["\\ud800"]}'),
+        HeaderError,
+        "not valid",
+    ),
+    "no number": (write_text(INDEX, '{"weight_map": {"a": "x"}, "note": NaN}'), HeaderError, "NaN"),
+    "a link out of the folder": (link_out, CheckpointError, "leads out"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_has_one_clear_error(case: str, hub: Path) -> None:
+    change, error, words = BROKEN[case]
+    change(hub)
+    with pytest.raises(error, match=words) as caught:
+        read_hub(hub)
+    assert str(hub) in caught.value.message or "'a' is both" in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a folder"):
+        read_hub(tmp_path / "nothing")
+
+
+def test_links_of_the_hub_cache_are_followed(hub: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(hub.iterdir())):
+        shutil.move(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    found = read_hub(snapshot)
+    assert set(found.tensors) == {"a", "b", "c"}
+    assert found.side_files.copied == ("config.json",)
+
+
+def test_equal_bytes_are_found_equal(hub: Path) -> None:
+    save_file({"x": torch.arange(4.0), "y": -torch.arange(4.0), "z": torch.arange(4.0).reshape(2, 2)}, hub / SECOND)
+    write_index(hub, {"a": FIRST, "b": FIRST, "x": SECOND, "y": SECOND, "z": SECOND})
+    tensors = read_hub(hub).tensors
+    assert has_same_bytes(tensors["a"], tensors["x"])
+    assert not has_same_bytes(tensors["a"], tensors["y"])
+    assert not has_same_bytes(tensors["a"], tensors["z"])

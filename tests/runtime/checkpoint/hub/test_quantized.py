@@ -1,0 +1,278 @@
+"""Quantized checkpoints: bytes moved as they are, every scale with its weight, and no block torn apart."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+from plans.errors import IndivisibleError, MigratorError, UsageError
+from plans.mesh import Mesh
+from plans.placement import Packed, Placement, Replicate, Shard
+from runtime.checkpoint.files.file_names import WEIGHTS
+from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.resharding.target import ReshardTarget
+from runtime.models.config import read_config
+from runtime.models.quantized import build_stored_model
+from tests.rank_files import assembled
+from tests.tiny_models import DENSE, ODD_MODELS
+
+HUB = ReshardTarget("hf")
+FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+DEEPSEEK = DENSE | {
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+MODES = {
+    "tp": ReshardTarget("ranks", Mesh(tp=2)),
+    "tp and fsdp": ReshardTarget("ranks", Mesh(tp=2, fsdp=2)),
+    "ep": ReshardTarget("ranks", Mesh(tp=4, ep=4), mode="ep"),
+    "tp_ep": ReshardTarget("ranks", Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
+    "dcp": ReshardTarget("dcp", Mesh(tp=2, fsdp=2)),
+}
+
+
+def hub_names(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a tensor as DeepSeek-V3's checkpoints store it, experts one by one."""
+    found = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj(_scale_inv)?", name)
+    if found is None:
+        return {name: tensor}
+    owner, projection, scale = found.groups()
+    parts = tensor.chunk(2, 1) if projection == "gate_up" else (tensor,)
+    return {
+        f"{owner}.{expert}.{part}_proj.weight{scale or ''}": whole[expert].clone()
+        for part, whole in zip(projection.split("_"), parts, strict=True)
+        for expert in range(len(tensor))
+    }
+
+
+def random_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return random values; of narrow dtypes any bytes but those that are no number."""
+    if tensor.element_size() > 1:
+        return torch.rand(tensor.shape).to(tensor.dtype)
+    return torch.randint(0, 127, tensor.shape, dtype=torch.uint8).view(tensor.dtype)
+
+
+def save_quantized(config: Any, folder: Path) -> Path:
+    """Write a checkpoint of random values for a quantized config."""
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    state = build_stored_model(read_config(folder)).state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        tensors |= hub_names(name, random_like(tensor))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def deepseek(**settings: object) -> Any:
+    config = transformers.DeepseekV3Config(**DEEPSEEK, dtype="bfloat16", architectures=["DeepseekV3ForCausalLM"])
+    config.quantization_config = FP8 | settings
+    return config
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_quantized(deepseek(), tmp_path_factory.mktemp("fp8") / "hub")
+
+
+def local(tensor: torch.Tensor, placement: Placement, size: int, rank: int) -> torch.Tensor:
+    match placement:
+        case Shard(dim):
+            return tensor.chunk(size, dim)[rank]
+        case Packed(dim, groups):
+            return torch.cat([part.chunk(size, dim)[rank] for part in tensor.chunk(groups, dim)], dim)
+        case Replicate():
+            return tensor
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor
+
+
+def test_the_tensors_are_those_of_transformers_quantized_loading(
+    fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without a GPU it would dequantize; what is loaded does not depend on one.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *arguments, **named: None)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(fp8, dtype="auto").state_dict()
+    plan_reshard(fp8, target=MODES["tp"]).execute(tmp_path / "ranks")
+    found = assembled(tmp_path / "ranks")
+    assert found.keys() == loaded.keys()
+    assert sum(name.endswith("_scale_inv") for name in found) > 20
+    for name, tensor in found.items():
+        # It keeps some biases in float32, whatever they are stored in.
+        assert tensor.dtype in (loaded[name].dtype, torch.bfloat16)
+        assert torch.equal(bits(tensor.to(loaded[name].dtype)), bits(loaded[name])), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_way_there_and_back_keeps_every_byte(mode: str, fp8: Path, tmp_path: Path) -> None:
+    plan_reshard(fp8, target=MODES[mode]).execute(tmp_path / "ranks")
+    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "hub")
+    for file in fp8.iterdir():
+        assert file.read_bytes() == (tmp_path / "hub" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("mode", ["tp", "ep"])
+def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8: Path, tmp_path: Path) -> None:
+    manifest = plan_reshard(fp8, target=MODES[mode]).execute(tmp_path / "ranks").manifest
+    assert manifest is not None
+    dequantize = Fp8Dequantize(None)._dequantize_one
+    whole = assembled(tmp_path / "ranks")
+    pairs = [(name.removesuffix("_scale_inv"), name) for name in whole if name.endswith("_scale_inv")]
+    axis = manifest.mesh.sizes("experts" if mode == "ep" else "dense")[1]
+    cut = 0
+    for rank in range(axis):
+        held = load_file(tmp_path / "ranks" / rank_file_name(rank, axis))
+        for weight, scale in pairs:
+            if any(size % 16 for size in whole[weight].shape[-2:]):
+                continue  # transformers' operation takes whole blocks only
+            placement = manifest.tensors[weight].placements[-1]
+            assert manifest.tensors[scale].placements[-1] == placement
+            cut += placement != Replicate()
+            expected = local(dequantize(whole[weight], whole[scale]), placement, axis, rank)
+            assert torch.equal(dequantize(held[weight], held[scale]), expected), weight
+    assert cut > 10
+
+
+def test_fused_experts_and_back_to_separate_ones(fp8: Path, tmp_path: Path) -> None:
+    plan_reshard(fp8, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / WEIGHTS)
+    assert fused["model.layers.1.mlp.experts.gate_up_proj_scale_inv"].shape == (8, 8, 2)
+    plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")).execute(tmp_path / "separate")
+    found, expected = load_file(tmp_path / "separate" / WEIGHTS), load_file(fp8 / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in found)
+
+
+@pytest.mark.parametrize(("block", "works"), [([32, 32], "1, 2"), ([64, 64], "1"), ([16, 64], "1")])
+def test_sizes_that_would_cut_a_block_are_refused(block: list[int], works: str, tmp_path: Path) -> None:
+    source = save_quantized(deepseek(weight_block_size=block), tmp_path / "hub")
+    for size in (2, 4):
+        if str(size) in works:
+            plan_reshard(source, Mesh(tp=size))
+            continue
+        with pytest.raises(IndivisibleError, match=rf"tp={size} would cut .* within blocks of ") as caught:
+            plan_reshard(source, Mesh(tp=size))
+        assert caught.value.hint == f"sizes that work: {works}"
+    plan_reshard(source, target=MODES["ep"])
+
+
+def test_scales_of_whole_tensors_stay_whole(tmp_path: Path) -> None:
+    source = save_quantized(deepseek(weight_block_size=None, activation_scheme="static"), tmp_path / "hub")
+    manifest = plan_reshard(source, Mesh(tp=2)).output.manifest
+    assert manifest is not None
+    scales = {name: entry for name, entry in manifest.tensors.items() if name.endswith(("scale_inv", "_scale"))}
+    assert len(scales) > 20
+    assert all(entry.placements[-1] == Replicate() for entry in scales.values())
+    by_expert = plan_reshard(source, target=MODES["ep"]).output.manifest
+    assert by_expert is not None
+    experts = [entry for name, entry in by_expert.tensors.items() if name in scales and ".experts." in name]
+    assert experts
+    assert all(entry.placements[-1] == Shard(0) for entry in experts)
+
+
+def gpt_oss(folder: Path) -> Path:
+    config = transformers.GptOssConfig(
+        **ODD_MODELS["gpt_oss"][1] | {"hidden_size": 64, "intermediate_size": 96},
+        dtype="bfloat16",
+        architectures=["GptOssForCausalLM"],
+    )
+    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    return save_quantized(config, folder)
+
+
+def test_blocks_and_scales_of_mxfp4_go_with_their_experts(tmp_path: Path) -> None:
+    source = gpt_oss(tmp_path / "hub")
+    plan_reshard(source, target=MODES["ep"]).execute(tmp_path / "ranks")
+    stored, experts = load_file(source / WEIGHTS), "model.layers.0.mlp.experts.down_proj"
+    expected = convert_moe_packed_tensors(stored[f"{experts}_blocks"], stored[f"{experts}_scales"])
+    assert expected.shape == (8, 96, 64)
+    for rank in range(4):
+        held = load_file(tmp_path / "ranks" / rank_file_name(rank, 4))
+        found = convert_moe_packed_tensors(held[f"{experts}_blocks"], held[f"{experts}_scales"])
+        assert torch.equal(found, expected.chunk(4)[rank])
+        assert len(held[f"{experts}_bias"]) == 2
+    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", "nobody's"])
+def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    config = deepseek()
+    config.quantization_config = {"quant_method": method}
+    with pytest.raises(UsageError, match=re.escape(f"quantized by {method!r}, which is not supported")) as caught:
+        build_stored_model(config)
+    assert caught.value.hint.startswith("supported are fp8 and mxfp4;")
+
+
+@pytest.mark.parametrize("settings", [3, "fp8", ["fp8"], {"load_in_8bit": True}, {"quant_method": None}])
+def test_settings_that_are_none_are_refused(settings: object) -> None:
+    config = transformers.LlamaConfig(**DENSE, architectures=["LlamaForCausalLM"])
+    config.quantization_config = settings
+    with pytest.raises(UsageError, match="which is not supported"):
+        build_stored_model(config)
+
+
+@pytest.mark.parametrize("settings", [{"weight_block_size": [0, 16]}, {"activation_scheme": "no"}, {"scale_fmt": "x"}])
+def test_settings_that_transformers_refuses_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(MigratorError, match="quantization_config: "):
+        build_stored_model(deepseek(**settings))
+
+
+def test_what_the_config_and_the_tensors_say_must_agree(fp8: Path, tmp_path: Path) -> None:
+    weight = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(fp8 / WEIGHTS)
+    changed = {
+        f"{weight}' is stored as BF16 where the model that config.json describes has F8_E4M3": tensors
+        | {weight: tensors[weight].to(torch.bfloat16)},
+        "none of the stored tensors is quantized": {
+            name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if not name.endswith("_scale_inv")
+        },
+        "lm_head.weight_scale_inv' scales 'lm_head.weight', which": tensors
+        | {"lm_head.weight_scale_inv": torch.ones(7, 2)},
+    }
+    for number, (message, stored) in enumerate(changed.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text((fp8 / "config.json").read_text())
+        save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(UsageError, match=re.escape(message)):
+            plan_reshard(folder, Mesh(tp=2))
+
+
+def test_layers_that_are_carried_keep_their_scales(fp8: Path, tmp_path: Path) -> None:
+    source = tmp_path / "hub"
+    source.mkdir()
+    tensors = load_file(fp8 / WEIGHTS)
+    extra = {name.replace("layers.2", "layers.3"): t.clone() for name, t in tensors.items() if "layers.2." in name}
+    save_file(tensors | extra, source / WEIGHTS, metadata={"format": "pt"})
+    (source / "config.json").write_text((fp8 / "config.json").read_text())
+    manifest = plan_reshard(source, target=MODES["tp_ep"]).execute(tmp_path / "ranks").manifest
+    assert manifest is not None
+    assert {name for name, entry in manifest.tensors.items() if entry.kind == "carried"} == extra.keys()
+    assert json.loads((tmp_path / "ranks" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()

@@ -1,0 +1,184 @@
+"""Rank files read without trust: the manifest, the headers and that they agree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchError
+from plans.mesh import Mesh
+from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file_name
+from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.resharding.plan import plan_reshard
+
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def written(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "ranks"
+    plan_reshard(checkpoint("llama"), Mesh(tp=2)).execute(folder)
+    return folder
+
+
+@pytest.fixture
+def ranks(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "ranks"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / MANIFEST).read_bytes())
+    change(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def test_the_manifest_is_read_as_it_was_written(ranks: Path) -> None:
+    manifest = read_manifest(ranks)
+    assert manifest.to_bytes() == (ranks / MANIFEST).read_bytes()
+    assert manifest.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "format": lambda m: m.update(format="other"),
+    "version": lambda m: m.update(version=2),
+    "mode": lambda m: m.update(mode=["tp"]),
+    "mesh": lambda m: m.update(mesh={"tp": 2}),
+    "mesh of nothing": lambda m: m["mesh"].update(tp=0),
+    "mesh of bools": lambda m: m["mesh"].update(ep=True, tp=True),
+    "huge mesh": lambda m: m["mesh"].update(tp=2**40),
+    "impossible mesh": lambda m: m["mesh"].update(ep=3),
+    "plan": lambda m: m.update(plan={"a": 1}),
+    "tensors": lambda m: m.update(tensors=[]),
+    "kind": lambda m: m["tensors"][NORM].update(kind="secret"),
+    "dtype": lambda m: m["tensors"][NORM].update(dtype="BF17"),
+    "shape": lambda m: m["tensors"][NORM].update(shape=[-1]),
+    "shape of bools": lambda m: m["tensors"][NORM].update(shape=[True]),
+    "many dims": lambda m: m["tensors"][NORM].update(shape=[1] * 100),
+    "placement": lambda m: m["tensors"][NORM].update(placements=[{"shard": "0"}, {"replicate": True}]),
+    "too few placements": lambda m: m["tensors"][NORM].update(placements=[{"replicate": True}]),
+    "dim": lambda m: m["tensors"][NORM].update(placements=[{"replicate": True}, {"shard": 1}]),
+    "groups": lambda m: m["tensors"][NORM].update(placements=[{"replicate": True}, {"packed": [0, 3]}]),
+    "endless groups": lambda m: m["tensors"][NORM].update(
+        shape=[0], placements=[{"replicate": True}, {"packed": [0, 2**40]}]
+    ),
+    "digest": lambda m: m["tensors"][NORM].update(digest="xyz"),
+    "tied to nothing": lambda m: m["tensors"]["lm_head.weight"].update(to="nothing"),
+    "tied to itself": lambda m: m["tensors"]["lm_head.weight"].update(to="lm_head.weight"),
+    "tied to a list": lambda m: m["tensors"]["lm_head.weight"].update(to=[]),
+    "stored form": lambda m: m.pop("stored_form"),
+    "stored file": lambda m: m["stored_form"]["files"].append("../outside"),
+    "stored file of ours": lambda m: m["stored_form"]["files"].append(".migrator-partial"),
+    "stored file of config": lambda m: m["stored_form"]["files"].append("config.json"),
+    "stored file that is the manifest": lambda m: m["stored_form"]["files"].append("migrator.json"),
+    "stored file that is the index": lambda m: m["stored_form"]["files"].append("model.safetensors.index.json"),
+    "stored file above": lambda m: m["stored_form"]["files"].append(".."),
+    "stored file without a name": lambda m: m["stored_form"]["files"].append(""),
+    "stored file twice": lambda m: m["stored_form"]["files"].append(m["stored_form"]["files"][0]),
+    "stored file of two lines": lambda m: m["stored_form"]["files"].append("a\nb.safetensors"),
+    "stored file of a long name": lambda m: m["stored_form"]["files"].append("a" * 300 + ".safetensors"),
+    "stored file of a rank": lambda m: m["stored_form"]["files"].append("rank-00000-of-00002.safetensors"),
+    "stored file of a shard": lambda m: m["stored_form"]["files"].append(
+        "shard-00001-model-00001-of-00001.safetensors"
+    ),
+    "stored file of numbers": lambda m: m["stored_form"]["files"].append(3),
+    "stored tensor": lambda m: m["stored_form"]["tensors"].update(x={"file": []}),
+    "stored dtype": lambda m: m["stored_form"]["tensors"].update(x={"file": m["stored_form"]["files"][0], "dtype": []}),
+    "written by": lambda m: m.update(written_by="me"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_manifest_is_refused(lie: str, ranks: Path) -> None:
+    edit(ranks, LIES[lie])
+    with pytest.raises(HeaderError) as caught:
+        read_manifest(ranks)
+    assert "\n" not in caught.value.message
+
+
+def test_a_placement_that_is_none_is_named(ranks: Path) -> None:
+    edit(ranks, LIES["placement"])
+    with pytest.raises(HeaderError, match=rf"{MANIFEST}: tensor '{NORM}': .*is not a placement"):
+        read_manifest(ranks)
+
+
+@given(place=st.integers(0, 10**6), value=st.integers(0, 255))
+def test_a_changed_byte_of_the_manifest_is_refused_or_harmless(
+    written: Path, tmp_path_factory: pytest.TempPathFactory, place: int, value: int
+) -> None:
+    content = bytearray((written / MANIFEST).read_bytes())
+    content[place % len(content)] = value
+    folder = tmp_path_factory.mktemp("mutated")
+    (folder / MANIFEST).write_bytes(content)
+    with suppress(MigratorError):
+        assert read_manifest(folder).mesh.world_size >= 1
+
+
+def resaved(folder: Path, rank: int, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / rank_file_name(rank, 2))
+    change(tensors)
+    save_file(tensors, folder / rank_file_name(rank, 2))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), IncompleteError, "no migrator.json"),
+    "a rank is missing": (lambda folder: (folder / rank_file_name(1, 2)).unlink(), IncompleteError, "rank-00001"),
+    "a tensor is missing": (lambda folder: resaved(folder, 1, lambda t: t.pop(NORM)), MismatchError, NORM),
+    "a tensor too many": (
+        lambda folder: resaved(folder, 0, lambda t: t.update(more=torch.zeros(1))),
+        MismatchError,
+        "'more' is not in",
+    ),
+    "another dtype": (
+        lambda folder: resaved(folder, 0, lambda t: t.update({NORM: t[NORM].half()})),
+        MismatchError,
+        NORM,
+    ),
+    "another shape": (lambda folder: resaved(folder, 0, lambda t: t.update({NORM: t[NORM][1:]})), MismatchError, NORM),
+    "a truncated file": (
+        lambda folder: (folder / rank_file_name(0, 2)).write_bytes((folder / rank_file_name(0, 2)).read_bytes()[:-1]),
+        IncompleteError,
+        "truncated",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case: str, ranks: Path) -> None:
+    damage, error, words = DAMAGE[case]
+    damage(ranks)
+    with pytest.raises(error, match=words):
+        RankCheckpoint.read(ranks)
+
+
+def test_odd_dtypes_and_shapes_go_through(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "hub"))
+    odd = {
+        "odd.scalar": torch.tensor(2.5, dtype=torch.float64),
+        "odd.e8m0": torch.ones(3).to(torch.float8_e8m0fnu),
+        "odd.f4": torch.randint(0, 255, (3, 5), dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "odd.bool": torch.tensor([True, False, True]),
+        "odd.prime": torch.randn(7, 13).to(torch.float8_e5m2),
+    }
+    (source / "model.safetensors.index.json").unlink()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(file)
+    save_file(tensors | odd, source / "model.safetensors")
+    plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks")
+    found = load_file(tmp_path / "ranks" / rank_file_name(0, 2))
+    for name, tensor in odd.items():
+        expected = tensor.reshape(-1).view(torch.uint8)
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), expected), name
+    entries = RankCheckpoint.read(tmp_path / "ranks").manifest.tensors
+    assert {entries[name].dtype for name in odd} == {"F64", "F8_E8M0", "F4", "BOOL", "F8_E5M2"}

@@ -1,0 +1,333 @@
+"""Plans that cut one layer without another that its numbers depend on: each is refused before anything is cut."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.sweep_cases import VARIANTS
+from benchmarks.sweep_models import tiny_config, tiny_model
+from plans.errors import MigratorError, PlanError
+from plans.mesh import MODES, Mesh
+from runtime.checks.head_norms import check_head_norms
+from runtime.checks.heads import check_head_counts, check_sharded_head_parameters
+from runtime.checks.pairs import check_pairs
+from runtime.models.model import meta_model
+from runtime.planning.plan import Plan, runtime_dialect
+from runtime.planning.resolve import resolve
+from runtime.styles import STYLES
+from tests.runtime.checks import pair_cases as partner_cases
+from tests.runtime.rank_pool import RankPool
+
+ATTENTION, MLP, EXPERTS = (f"model.layers.*.{name}" for name in ("self_attn", "mlp", "mlp.experts"))
+GATHER, SPLIT, SUM = "colwise_gather_output", "rowwise_split_input", "replicated_with_grad_allreduce"
+WHOLE_QKV = dict.fromkeys((f"{ATTENTION}.{name}_proj" for name in "qkv"), None)
+WHOLE_KV = dict.fromkeys((f"{ATTENTION}.{name}_proj" for name in "kv"), None)
+ROPE = "mla_kv_a_proj"
+GATHERED_LATENTS = {f"{ATTENTION}.{name}_b_proj": GATHER for name in ("q", "kv")} | {f"{ATTENTION}.o_proj": SPLIT}
+GATHERED_QKV = dict.fromkeys(WHOLE_QKV, GATHER)
+
+LEAKS = "leaves its output sharded, but nothing beside it takes a sharded input"
+STARVES = "takes a sharded input, but nothing beside it leaves its output sharded"
+MEETS = "gives a whole output, which would meet the slices"
+WHOLE_GRADIENT = "its gradient is whole on every rank"
+ACROSS = "its shape would not fit"
+NO_ROPE = "shares no rope key among heads that are sharded"
+COUNTED = "the number of all heads, where a rank has some"
+BETWEEN = "is whole but works on each rank's own slice"
+
+REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
+    ("llama", {"lm_head": "colwise"}, f"lm_head {LEAKS}", "'lm_head' 'colwise_gather_output'"),
+    ("llama", {f"{MLP}.down_proj": None}, f"gate_proj {LEAKS}", "'rowwise'"),
+    ("llama", {f"{ATTENTION}.o_proj": None}, f"q_proj {LEAKS}", "'rowwise'"),
+    ("llama", {f"{ATTENTION}.{name}_proj": None for name in "qo"}, f"k_proj {LEAKS}", "'rowwise'"),
+    ("llama", {f"{MLP}.down_proj": SPLIT}, f"gate_proj {LEAKS}", "'rowwise'"),
+    ("llama", dict.fromkeys((f"{MLP}.{name}_proj" for name in ("gate", "up")), None), f"down_proj {STARVES}", SPLIT),
+    ("llama", WHOLE_QKV, f"o_proj {STARVES}", SPLIT),
+    ("llama", {f"{ATTENTION}.q_proj": None}, f"q_proj {MEETS}", f"'{ATTENTION}.q_proj': 'colwise'"),
+    ("llama", WHOLE_KV, f"k_proj {MEETS}", f"'{ATTENTION}.k_proj': 'colwise'"),
+    ("llama", {f"{ATTENTION}.v_proj": None}, f"v_proj {MEETS}", f"'{ATTENTION}.v_proj': 'colwise'"),
+    ("llama", {f"{MLP}.up_proj": None}, f"up_proj {MEETS}", f"'{MLP}.up_proj': 'colwise'"),
+    ("llama", {f"{MLP}.gate_proj": GATHER}, f"gate_proj {MEETS}", f"'{MLP}.gate_proj': 'colwise'"),
+    ("one_kv_head", WHOLE_KV, f"k_proj {MEETS}", "'colwise'"),
+    ("all_heads_keyed", {f"{ATTENTION}.k_proj": None}, f"k_proj {MEETS}", "'colwise'"),
+    ("deepseek_v2", {f"{ATTENTION}.q_b_proj": None}, f"q_b_proj {MEETS}", "'colwise'"),
+    ("deepseek_v2", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    ("deepseek_v2", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
+    ("equal_latents", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
+    ("equal_latents", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    ("deepseek_v2", GATHERED_LATENTS, f"kv_a_proj_with_mqa {NO_ROPE}", "remove the entry"),
+    ("deepseek_v2", {f"{MLP}.gate_proj": ROPE, f"{MLP}.up_proj": None, f"{MLP}.down_proj": None}, NO_ROPE, "remove"),
+    ("llama", {"model.layers.0.mlp.gate_proj": "replicate"}, f"gate_proj {MEETS}", "'model.layers.0.mlp.gate_proj'"),
+    (
+        "qwen3",
+        {f"model.layers.0.self_attn.{name}_proj": "replicate" for name in "qkvo"},
+        f"layers.0.self_attn.q_norm .* {WHOLE_GRADIENT}",
+        "add the entry 'model.layers.0.self_attn.q_norm': 'replicate'",
+    ),
+    (
+        "llama",
+        {"model.norm": "local_params", "model.norm.weight": "colwise"},
+        "model.norm.weight is cut, but",
+        "remove",
+    ),
+    ("phi3", {f"{ATTENTION}.qkv_proj": "colwise", f"{ATTENTION}.o_proj": "rowwise"}, COUNTED, "give no entries"),
+    ("llama", {f"{MLP}.gate_proj": "packed_colwise"}, "gate_proj is cut as gate and up in one, but", "'colwise'"),
+    ("phi3", {f"{MLP}.gate_up_proj": "colwise", f"{MLP}.down_proj": "rowwise"}, "cut as if it were one", SPLIT),
+    (
+        "phi3",
+        {f"{ATTENTION}.qkv_proj": "packed_colwise", f"{ATTENTION}.o_proj": "rowwise"},
+        "qkv_proj is cut as gate and up in one, but",
+        "'colwise_gather_output'",
+    ),
+    ("llama", {"model.layers.*.input_layernorm": SUM}, f"input_layernorm .* {WHOLE_GRADIENT}", "remove the entry"),
+    ("llama", {"model.norm": SUM}, f"model.norm .* {WHOLE_GRADIENT}", "remove the entry 'model.norm'"),
+    ("mixtral", {f"{MLP}.gate": SUM}, f"mlp.gate .* {WHOLE_GRADIENT}", "remove the entry"),
+    ("deepseek_v2", {f"{ATTENTION}.kv_a_layernorm": SUM}, f"kv_a_layernorm .* {WHOLE_GRADIENT}", "remove"),
+    ("deepseek_v2", {f"{ATTENTION}.q_a_layernorm": SUM}, f"q_a_layernorm .* {WHOLE_GRADIENT}", "remove"),
+    ("equal_latents", {f"{ATTENTION}.kv_a_layernorm": SUM}, f"kv_a_layernorm .* {WHOLE_GRADIENT}", "remove"),
+    ("equal_latents", {f"{ATTENTION}.q_a_layernorm": SUM}, f"q_a_layernorm .* {WHOLE_GRADIENT}", "remove"),
+    ("qwen3", {**GATHERED_QKV, f"{ATTENTION}.o_proj": SPLIT}, f"q_norm .* {WHOLE_GRADIENT}", "remove"),
+    ("qwen3", {f"{ATTENTION}.q_norm": None}, f"q_norm {BETWEEN}", f"'{ATTENTION}.q_norm': '{SUM}'"),
+    ("square_heads", {f"{ATTENTION}.q_norm": None}, f"q_norm {BETWEEN}", f"'{ATTENTION}.q_norm': '{SUM}'"),
+    ("qwen3", {f"{ATTENTION}.q_norm": "activation"}, f"q_norm {BETWEEN}", f"'{ATTENTION}.q_norm': '{SUM}'"),
+    ("apertus", {f"{MLP}.act_fn": None}, f"act_fn {BETWEEN}", f"'{MLP}.act_fn': '{SUM}'"),
+    (
+        "cohere",
+        {f"{ATTENTION}.q_norm": None, f"{ATTENTION}.q_norm.weight": None},
+        f"q_norm {BETWEEN}.*{ACROSS}",
+        f"'{ATTENTION}.q_norm.weight': 'colwise', '{ATTENTION}.q_norm': 'local_params'",
+    ),
+    ("doge", {}, f"self_attn.A {BETWEEN}", "an entry of its own"),
+    ("granite_swa", {f"{ATTENTION}.sinks": None}, f"self_attn.sinks {BETWEEN}", "an entry of its own"),
+    ("granite_swa", {f"{ATTENTION}.sinks": None}, "sinks", f"'{ATTENTION}.sinks': 'colwise', '{ATTENTION}': 'local"),
+]
+
+HAND_WRITTEN: dict[str, tuple[str, str]] = {
+    "opt": ("model.decoder.layers.*.self_attn", "out_proj"),
+    "gptj": ("transformer.h.*.attn", "out_proj"),
+    "gpt_neo": ("transformer.h.*.attn.attention", "out_proj"),
+    "xglm": ("model.layers.*.self_attn", "out_proj"),
+}
+"""Models without a plan whose attention reshapes by the number of all heads, with where that stands."""
+
+
+@pytest.mark.parametrize(("name", "changes", "why", "hint"), REFUSED, ids=lambda value: str(value)[:60])
+def test_half_a_plan_is_refused_with_what_it_lacks(
+    name: str, changes: dict[str, str | None], why: str, hint: str
+) -> None:
+    model = meta_model(partner_cases.config(name))
+    plan = Plan.from_model(model, "tp").entries
+    if changes:
+        check(model, dict(plan))
+    with pytest.raises(PlanError, match=why) as caught:
+        check(model, partner_cases.changed(plan, changes))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_attention_that_counts_all_heads_is_not_cut(name: str) -> None:
+    attention, last = HAND_WRITTEN[name]
+    plan = {f"{attention}.{one}_proj": "colwise" for one in "qkv"} | {f"{attention}.{last}": "rowwise"}
+    with pytest.raises(PlanError, match=COUNTED):
+        check(meta_model(partner_cases.config(name)), plan)
+
+
+@pytest.mark.parametrize(("name", "key"), [("bloom", "self_attention"), ("falcon", "self_attention")])
+def test_attention_with_one_projection_that_counts_all_heads_is_not_cut(name: str, key: str) -> None:
+    block = f"transformer.h.*.{key}"
+    with pytest.raises(PlanError, match=COUNTED):
+        check(
+            meta_model(partner_cases.config(name)),
+            {f"{block}.query_key_value": "colwise", f"{block}.dense": "rowwise"},
+        )
+
+
+@pytest.mark.parametrize(("layer", "why"), [("fc1", LEAKS), ("fc2", STARVES)])
+def test_a_layer_is_no_partner_of_those_that_have_partners(layer: str, why: str) -> None:
+    plan = {f"model.decoder.layers.*.self_attn.{one}_proj": "colwise" for one in "qkv"}
+    plan |= {"model.decoder.layers.*.self_attn.out_proj": "rowwise"}
+    plan[f"model.decoder.layers.*.{layer}"] = "colwise" if layer == "fc1" else "rowwise"
+    with pytest.raises(PlanError, match=f"{layer} {why}"):
+        check(meta_model(partner_cases.config("opt")), plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("llama", {"lm_head": "colwise"}, LEAKS),
+        ("llama", WHOLE_KV, MEETS),
+        ("llama", {"model.layers.*.input_layernorm": SUM}, WHOLE_GRADIENT),
+        ("cohere", {f"{ATTENTION}.q_norm": None, f"{ATTENTION}.q_norm.weight": None}, ACROSS),
+    ],
+)
+def test_every_rank_refuses_and_leaves_the_model_as_it_was(
+    name: str, changes: dict[str, str | None], why: str, two_ranks: RankPool
+) -> None:
+    for message in two_ranks.run(partner_cases.refused_before_anything_is_cut, name, changes):
+        assert why in message
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("one_kv_head", {**GATHERED_QKV, f"{ATTENTION}.o_proj": SPLIT}),
+        ("llama", {**WHOLE_QKV, f"{ATTENTION}.o_proj": SPLIT}),
+        ("llama", {f"{MLP}.{name}_proj": GATHER for name in ("gate", "up")} | {f"{MLP}.down_proj": SPLIT}),
+        ("phi3", {}),
+        ("phi3", {f"{MLP}.gate_up_proj": "packed_colwise", f"{MLP}.down_proj": "rowwise"}),
+        ("square_heads", {}),
+        ("equal_latents", {}),
+        ("cohere", {}),
+        ("granite_swa", {}),
+        ("equal_latents", GATHERED_LATENTS | {f"{ATTENTION}.kv_a_proj_with_mqa": None}),
+        ("bert", partner_cases.BERT),
+        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" in key}),
+        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" not in key}),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_is_not_refused_computes_the_same(name: str, changes: dict[str, str | None], two_ranks: RankPool) -> None:
+    for errors in two_ranks.run(partner_cases.errors, name, changes):
+        worst = max(errors, key=errors.__getitem__)
+        assert len(errors) > 10
+        assert errors[worst] < 1e-5, worst
+
+
+def test_a_norm_with_weights_by_head_gets_them_cut_with_the_heads() -> None:
+    chosen = Plan.from_model(meta_model(partner_cases.config("cohere")), "tp").entries
+    for name in "qk":
+        assert chosen[f"{ATTENTION}.{name}_norm"] == "local_params"
+        assert chosen[f"{ATTENTION}.{name}_norm.weight"] == "colwise"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {f"{EXPERTS}.down_proj": "packed_rowwise"},
+        {f"{EXPERTS}.gate_up_proj": "moe_tp_down_rowwise"},
+        {f"{EXPERTS}.down_proj": "moe_tp_gate_up_colwise"},
+        {f"{EXPERTS}.gate_up_proj": "moe_tp_down_rowwise", f"{EXPERTS}.down_proj": "moe_tp_gate_up_colwise"},
+    ],
+    ids=str,
+)
+def test_experts_are_cut_alike_before_and_behind_the_activation(changes: dict[str, str | None]) -> None:
+    model = meta_model(partner_cases.config("mixtral"))
+    plan = partner_cases.changed(Plan.from_model(model, "tp").entries, changes)
+    with pytest.raises(PlanError, match=r"experts\.(gate_up|down)_proj: .* makes it .*, but") as caught:
+        resolve(model, Mesh(tp=2), plan=plan)
+    assert "choose a style that makes it" in caught.value.hint
+
+
+SAMPLE = (
+    "apertus", "axk2", "cohere2_moe", "deepseek_v2", "dots3_note", "gemma4", "glm4", "gpt_neox", "hy_v4",
+    "llama4", "minimax_m2", "muse_spark", "nemotron_h", "phi", "phi3", "qwen3_next", "step3p7",
+)  # fmt: skip
+FAMILIES = sorted(
+    path.parent.name
+    for path in Path(transformers.__file__).parent.glob("models/*/configuration_*.py")
+    if path.stem == f"configuration_{path.parent.name}"
+)
+WRONG_AS_RELEASED = {
+    "DogeConfig": "self_attn.A is whole",
+    "EsmcConfig": "self_attn.q_norm is whole",
+    "Glm5NextTextConfig": "self_attn.o_proj takes a sharded input",
+    "NeoMMEConfig": "self_attn.exclusive_self_attention is whole",
+}
+"""Released plans that run with an error of a shape, by config class."""
+
+
+NOT_MADE = frozenset(
+    {
+        "CohereCompassTextConfig",
+        "Llama4Config",
+        "MinistralConfig",
+        "NemotronConfig",
+        "T5Gemma2DecoderConfig",
+        "T5Gemma2TextConfig",
+        "T5GemmaModuleConfig",
+        "VoxtralRealtimeTextConfig",
+    }
+)
+"""Config classes of which no model is made, by default sizes neither."""
+
+
+@pytest.mark.full
+def test_the_classes_that_are_left_out_are_known() -> None:
+    named = [(family, name) for family in FAMILIES for name in with_plans(family)]
+    assert len(named) > 140
+    assert {name for family, name in named if made(family, name, "") is None} == NOT_MADE
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_released_plans_are_not_refused(family: str) -> None:
+    assert sum(1 for _ in refusals(family)) > 0
+    assert [refusal for _, refusal in refusals(family) if refusal] == []
+
+
+@pytest.mark.full
+def test_no_released_plan_is_refused_but_those_that_cannot_run() -> None:
+    found = [row for family in FAMILIES for row in refusals(family)]
+    assert len(found) > 400
+    refused = [(name, refusal) for name, refusal in found if refusal]
+    assert {name for name, _ in refused} == WRONG_AS_RELEASED.keys(), refused
+    assert all(WRONG_AS_RELEASED[name] in refusal for name, refusal in refused)
+
+
+def refusals(family: str) -> Iterator[tuple[str, str | None]]:
+    """Yield, for every plan of every config class of a family that makes a tiny model, what is refused of it."""
+    for name in with_plans(family):
+        for variant in ("", *VARIANTS.get(name, {})):
+            for refusal in refusals_of(family, name, variant):
+                yield f"{name}, {variant}" if variant else name, refusal
+
+
+def with_plans(family: str) -> list[str]:
+    """Return a family's config classes that write down a plan."""
+    module = import_module(f"transformers.models.{family}.configuration_{family}")
+    return [
+        name
+        for name, found in inspect.getmembers(module, inspect.isclass)
+        if found.__module__ == module.__name__ and getattr(found, "base_model_tp_plan", None)
+    ]
+
+
+def refusals_of(family: str, name: str, variant: str) -> Iterator[str | None]:
+    model = made(family, name, variant)
+    for mode in MODES if model is not None else ():
+        try:
+            plan = Plan.from_model(model, mode).entries
+        except MigratorError:
+            continue  # It has no plan for this mode.
+        try:
+            check(model, dict(plan))
+        except PlanError as error:
+            yield error.message
+        else:
+            yield None
+
+
+def made(family: str, name: str, variant: str) -> torch.nn.Module | None:
+    """Return a class's tiny model, or one of its own sizes, on meta; None where neither can be made."""
+    module = import_module(f"transformers.models.{family}.configuration_{family}")
+    for config in (lambda: tiny_config(family, name, variant), getattr(module, name)):
+        try:
+            with torch.device("meta"):
+                return tiny_model(config(), torch.float32)
+        except Exception:
+            continue  # The table of tiny sizes is for models with experts; not every other class makes one of them.
+    return None
+
+
+def check(model: torch.nn.Module, plan: dict[str, str]) -> None:
+    check_pairs(model, plan, runtime_dialect())
+    check_head_norms(model, plan, runtime_dialect(), STYLES)
+    check_head_counts(model, plan, runtime_dialect())
+    check_sharded_head_parameters(model, plan, runtime_dialect(), STYLES)

@@ -1,0 +1,166 @@
+"""What tests let ranks do with real models whose plans a wrong entry was added to."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from plans.errors import MigratorError
+from plans.mesh import Mesh, Mode
+from plans.placement import Replicate, Shard
+from plans.style import PlacementRule
+from runtime import STYLES, ParallelStyle, Plan, full_state_dict, parallelize
+from runtime.styles import HookSite, LocalParameters
+from runtime.styles.collectives import all_gather
+from tests.runtime.parallel.parity_cases import backward, compared, eager_config, gradient_errors, relative, token_ids
+from tests.tiny_models import DENSE, tiny_model, with_noise
+
+
+def refused(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool = False) -> str:
+    """Return what is said of a model's changed plan, as it is made parallel or, where `compute_output` says so, run."""
+    config = eager_config(name)
+    config.tie_word_embeddings = False
+    model = tiny_model(config)
+    entries = {**Plan.from_model(model, mode).entries, **changes}
+    plan = Plan(mode, {key: style for key, style in entries.items() if style is not None})
+    try:
+        parallelize(model, Mesh(tp=dist.get_world_size()), plan)
+        if run:
+            model(input_ids=token_ids((2, 16)))
+    except MigratorError as error:
+        return f"{error.message} | {error.hint}"
+    return "accepted"
+
+
+def gathered_by_three(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Gather a column-wise layer's output, as a style of one's own may."""
+    weight = site.parameter("weight")
+    assert weight is not None
+    return all_gather(run(site.shared_inputs.sum_gradient(inputs, site.axis)), site.axis, weight.shape[0])
+
+
+def own_style(rules: bool, own: bool) -> tuple[float, tuple[str, float], tuple[int, ...]]:
+    """Run a model by a style under a new name; return its errors and the local shape of the head that it cuts."""
+    style = ParallelStyle(
+        "mine",
+        gathered_by_three,
+        takes="whole",
+        gives="whole",
+        own=(LocalParameters("linear", (Shard(0),)),) if own else (),
+        rules=(PlacementRule(Replicate(), parameter="bias"), PlacementRule(Shard(0))) if rules else (),
+    )
+    seen: list[tuple[int, ...]] = []
+
+    def watched(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+        weight = site.parameter("weight")
+        seen.append(tuple(weight.to_local().shape))  # type: ignore[union-attr]
+        return gathered_by_three(site, run, inputs)
+
+    styles = STYLES.register(ParallelStyle(style.name, watched, own=style.own, rules=style.rules, gives="whole"))
+    found = compared("qwen2", Plan("tp", {"lm_head": "mine"}), Mesh(tp=dist.get_world_size()), styles=styles)
+    return found.logits, found.worst, seen[0]
+
+
+def saved(name: str, mode: Mode, mesh: Mesh) -> tuple[str, int, list[str]]:
+    """Save a parallel model; return what it says without a state, how many tensors there were and which differ."""
+    reference, model = (tiny_model(eager_config(name)) for _ in range(2))
+    parallelize(model, mesh, Plan.from_model(model, mode))
+    message = ""
+    try:
+        model.save_pretrained("nowhere")
+    except MigratorError as error:
+        message = f"{error.message} | {error.hint}"
+    state = full_state_dict(model)
+    wanted = reference.state_dict()
+    if dist.get_rank():
+        return message, len(wanted) - len(state), []
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=state)
+        assert list(Path(folder).glob("*.safetensors"))
+        loaded = type(reference).from_pretrained(folder, dtype=torch.float32).state_dict()
+    found = [key for key, value in wanted.items() if not (_same(value, state[key]) and _same(value, loaded[key]))]
+    return message, len(wanted), found
+
+
+def saved_after_a_step(mesh: Mesh) -> list[str]:
+    """Return the tensors that differ from the unsharded model's after a forward and backward under FSDP."""
+    reference, model = (tiny_model(eager_config("qwen3_moe")) for _ in range(2))
+    parallelize(model, mesh, Plan.from_model(model, "tp_ep" if mesh.ep > 1 else "tp"))
+    backward(model, token_ids((2, 16)))
+    state = full_state_dict(model)
+    return [key for key, value in reference.state_dict().items() if state and not _same(value, state[key])]
+
+
+def _same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
+    return wanted.shape == found.shape and torch.equal(wanted, found)
+
+
+_VISION = {"hidden_size": 32, "intermediate_size": 52, "num_attention_heads": 4, "num_hidden_layers": 1}
+_LLAMA4 = DENSE | {
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 52,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+}
+_PATCHES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "pixel_shuffle_ratio": 0.5,
+}
+
+
+def composite_config(name: str) -> Any:
+    """Return a tiny config of a model that sees pictures: a model inside a model."""
+    if name == "llama4":
+        return transformers.Llama4Config(text_config=_LLAMA4, vision_config=_VISION | _PATCHES)
+    text = {**DENSE, "num_hidden_layers": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    return transformers.Lfm2VlConfig(text_config=text, vision_config=_VISION)
+
+
+def composite(name: str) -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(composite_config(name), attn_implementation="eager")
+    for _, parameter in model.named_parameters():  # some classes leave a few uninitialised
+        parameter.data = 0.2 * torch.randn_like(parameter) if parameter.ndim > 1 else torch.ones_like(parameter)
+    return with_noise(model.float()).eval()
+
+
+def composite_errors(name: str) -> dict[str, float]:
+    """Compare a model inside a model with the unsharded one on text."""
+    reference, model = (composite(name) for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        resolved = parallelize(model, Mesh(tp=dist.get_world_size()), Plan.from_model(model, "tp"))
+    outputs = []
+    for one in (reference, model):
+        logits = one(input_ids=token_ids((2, 16)), use_cache=False).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).mean().backward()
+        outputs.append(logits.detach())
+    return {"logits": relative(outputs[1], outputs[0]), **gradient_errors(model, reference, resolved)}
+
+
+def default_mode(mesh: Mesh, entries: dict[str, str] | None) -> str:
+    model = tiny_model(eager_config("qwen3_moe"))
+    return parallelize(model, mesh, entries).mode
+
+
+def warned(name: str) -> list[str]:
+    """Return the warnings of a model made parallel by its own plan."""
+    model = tiny_model(eager_config(name))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        parallelize(model, Mesh(tp=dist.get_world_size()), Plan.from_model(model, "tp"))
+    return [str(one.message) for one in caught if one.category is UserWarning]

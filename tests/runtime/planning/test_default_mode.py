@@ -1,0 +1,78 @@
+"""The mode that a mesh means, where only key to style or nothing at all is said, and plans that cut next to nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from plans.errors import UsageError
+from plans.mesh import Mesh
+from plans.placement import Shard
+from runtime import Plan
+from runtime.planning.plan import get_released_plan
+from runtime.planning.resolve import resolve
+from tests.runtime.checks import wrong_entry_cases
+from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import tiny_config, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("mesh", "mode"),
+    [
+        (Mesh(tp=4), "tp"),
+        (Mesh(tp=2, fsdp=2), "tp"),
+        (Mesh(tp=4, ep=4), "tp_ep"),
+        (Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
+        (Mesh(tp=2, ep=2, fsdp=2), "tp_ep"),
+    ],
+    ids=str,
+)
+def test_without_a_plan_the_mesh_decides(mesh: Mesh, mode: str, four_ranks: RankPool) -> None:
+    assert four_ranks.run(wrong_entry_cases.default_mode, mesh, None) == [mode] * 4
+
+
+@pytest.mark.parametrize("mode", ["ep", "tp_ep"])
+def test_key_to_style_is_taken_for_what_its_entries_say(mode: str, two_ranks: RankPool) -> None:
+    entries = dict(Plan.from_model(tiny_config("qwen3_moe"), mode).entries)  # type: ignore[arg-type]
+    assert two_ranks.run(wrong_entry_cases.default_mode, Mesh(tp=2, ep=2), entries) == [mode] * 2
+
+
+def test_a_vocabulary_is_not_taken_for_experts() -> None:
+    config = tiny_config("qwen3_moe")
+    model = tiny_model(config)
+    plan = Plan("ep", {**Plan.from_model(model, "ep").entries, "lm_head": "colwise_gather_output"})
+    assert config.vocab_size % 2
+    assert resolve(model, Mesh(tp=2, ep=2), plan=plan).by_name["lm_head.weight"].placements[-1] == Shard(0)
+
+
+def test_an_embedding_tied_to_a_sharded_head_gets_its_entry() -> None:
+    model = wrong_entry_cases.composite("lfm2_vl")
+    name = "model.language_model.embed_tokens"
+    assert name not in get_released_plan(model)
+    assert Plan.from_model(model, "tp").entries[name] == "embedding_rowwise"
+
+
+def test_an_embedding_that_has_an_entry_keeps_it() -> None:
+    model = tiny_model(tiny_config("llama"))
+    assert Plan.from_model(model, "tp").entries == get_released_plan(model)
+
+
+def test_keys_that_lost_a_part_in_the_middle_are_another_ones() -> None:
+    model = wrong_entry_cases.composite("llama4")
+    plan = Plan.from_model(model, "tp")
+    assert "language_model.layers.*.self_attn.q_proj" in plan.entries
+    assert "language_model.model.layers.*.self_attn.q_proj" in plan.entries
+    resolved = resolve(model, Mesh(tp=2), plan=plan)
+    assert resolved.by_name["language_model.model.layers.0.self_attn.q_proj.weight"].placements[-1] == Shard(0)
+
+
+def test_a_plan_that_cuts_no_layer_is_not_taken_without_a_word(two_ranks: RankPool) -> None:
+    for said in two_ranks.run(wrong_entry_cases.warned, "gpt_oss"):
+        assert len(said) == 1
+        assert "the plan cuts lm_head.weight only, every rank holds and computes all layers whole" in said[0]
+    assert two_ranks.run(wrong_entry_cases.warned, "qwen3_moe") == [[], []]
+
+
+@pytest.mark.parametrize("given", [{"lm_head": "colwise"}, type("Model", (), {}), None], ids=str)
+def test_what_is_neither_model_nor_config_has_no_plan(given: object) -> None:
+    with pytest.raises(UsageError, match="is no transformers model with a config"):
+        Plan.from_model(given)  # type: ignore[arg-type]
