@@ -13,11 +13,10 @@ from migrator.options.external import ExternalOptions, external_options
 from migrator.terminal import console
 from migrator.terminal.text import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
 from plans.text import pluralize
-from runtime.inspecting.results import Arrangement, Inspection, TensorGroup
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
-    from runtime.inspecting.results import Inspection
+    from runtime.inspecting.results import Arrangement, Inspection, TensorGroup
 
 __all__ = ["command", "show_inspection"]
 

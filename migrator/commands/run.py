@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 from migrator.options.common import SECONDS
 from migrator.terminal import console
 from migrator.terminal.text import format_bytes, format_duration, sanitize
@@ -18,7 +17,7 @@ from plans.errors import UsageError
 from plans.text import format_count
 
 if TYPE_CHECKING:
-    from migrator.jobs import Forecast, JobResult, Listener
+    from migrator.jobs import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 
 __all__ = ["command", "make_listener", "show_forecasts", "show_results"]
 

@@ -19,7 +19,7 @@ ASK = """
 import json, sys
 from pathlib import Path
 from plans.errors import MigratorError
-from runtime.hub import fetch, hub_name, local_folder, push
+from runtime.hub import fetch, parse_hub_name, resolve_folder, push
 try:
     print(json.dumps(str(eval(sys.argv[1]))))
 except MigratorError as error:
@@ -89,21 +89,21 @@ def test_what_no_hub_could_have_is_refused(text: str) -> None:
 
 
 def test_only_the_files_needed_are_fetched_and_only_once(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
-    folder = Path(str(ask("local_folder('hf://owner/toy')")))
+    folder = Path(str(ask("resolve_folder('hf://owner/toy')")))
     fetched = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert fetched == {path.name: path.read_bytes() for path in tiny_hub.iterdir()}
     assert sorted(hub.fetched) == sorted(fetched)
-    assert ask("local_folder('owner/toy@main')") == str(folder)
+    assert ask("resolve_folder('owner/toy@main')") == str(folder)
     assert sorted(hub.fetched) == sorted(fetched)
 
 
 def test_offline_the_cache_must_be_complete(hub: Hub, ask: Ask) -> None:
-    refused = ask("fetch(hub_name('owner/toy'))", HF_HUB_OFFLINE="1")
+    refused = ask("fetch(parse_hub_name('owner/toy'))", HF_HUB_OFFLINE="1")
     assert isinstance(refused, dict)
     assert refused["error"] == "IncompleteError"
     assert "HF_HUB_OFFLINE" in refused["hint"]
-    folder = ask("fetch(hub_name('owner/toy'))")
-    assert ask("fetch(hub_name('owner/toy'))", HF_HUB_OFFLINE="1") == folder
+    folder = ask("fetch(parse_hub_name('owner/toy'))")
+    assert ask("fetch(parse_hub_name('owner/toy'))", HF_HUB_OFFLINE="1") == folder
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_offline_the_cache_must_be_complete(hub: Hub, ask: Ask) -> None:
     ],
 )
 def test_what_is_not_there_is_named(ask: Ask, name: str, error: str, message: str) -> None:
-    refused = ask(f"fetch(hub_name({name!r}))")
+    refused = ask(f"fetch(parse_hub_name({name!r}))")
     assert isinstance(refused, dict)
     assert refused["error"] == error
     assert message in refused["message"]
@@ -122,14 +122,14 @@ def test_what_is_not_there_is_named(ask: Ask, name: str, error: str, message: st
 
 def test_a_private_repository_needs_the_token(hub: Hub, ask: Ask) -> None:
     hub.private.add("owner/toy")
-    refused = ask("fetch(hub_name('owner/toy'))")
+    refused = ask("fetch(parse_hub_name('owner/toy'))")
     assert isinstance(refused, dict)
     assert "hf auth login" in refused["hint"]
-    assert isinstance(ask("fetch(hub_name('owner/toy'))", HF_TOKEN=TOKEN), str)
+    assert isinstance(ask("fetch(parse_hub_name('owner/toy'))", HF_TOKEN=TOKEN), str)
 
 
 def test_a_server_that_is_gone_is_named(ask: Ask) -> None:
-    refused = ask("fetch(hub_name('owner/toy'))", HF_ENDPOINT="http://127.0.0.1:9")
+    refused = ask("fetch(parse_hub_name('owner/toy'))", HF_ENDPOINT="http://127.0.0.1:9")
     assert isinstance(refused, dict)
     assert refused["error"] == "IncompleteError"
 

@@ -11,15 +11,15 @@ from runtime.proof import prove
 
 INCOMPLETE_TABLE = """
 from pathlib import Path
-from runtime.checkpoint.copying import table
-from runtime.checkpoint.copying.copy_plan import Destination, build_table
+from runtime.checkpoint.copying import copy_plan
+from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
 from runtime.tensor_map.tensor_map import whole
 from runtime.checkpoint.files.safetensors import StoredTensor
 
-runs_of = table.runs_of
-table.runs_of = lambda *arguments: list(runs_of(*arguments))[:-1]
+plan_copies = copy_plan.plan_copies
+copy_plan.plan_copies = lambda *arguments: list(plan_copies(*arguments))[:-1]
 stored = StoredTensor(Path("a"), "F32", (2,), 0, 8)
-build_table({"s": stored}, [(Destination("t", 8), whole("s", (2,)))])
+build_copy_plan({"s": stored}, [(Destination("t", 8), whole("s", (2,)))])
 """
 
 

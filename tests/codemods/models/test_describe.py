@@ -135,8 +135,8 @@ def toy(tmp_path_factory):
 def test_what_keys_name(toy, key, named, rank):
     found = toy.describe(key)
     assert found is not None
-    assert (found.named, found.rank) == (named, rank)
-    assert toy.could_exist(key)
+    assert (found.kind, found.ndim) == (named, rank)
+    assert toy.can_exist(key)
 
 
 def test_where_it_was_read(toy):
@@ -161,15 +161,15 @@ def test_where_it_was_read(toy):
 )
 def test_what_cannot_be_told_is_not_described(toy, key, exists):
     assert toy.describe(key) is None
-    assert toy.could_exist(key) is exists
+    assert toy.can_exist(key) is exists
 
 
 def test_the_plans_class_decides_between_two_models(toy):
     assert toy.describe("proj") is None
     assert toy.describe("proj", "Absent") is None
-    assert toy.describe("proj", "ToyTextConfig").named == "linear"
-    assert toy.describe("proj", "ToyVisionConfig").named == "module"
-    assert toy.describe("proj", "ToyVisionModel").named == "module"
+    assert toy.describe("proj", "ToyTextConfig").kind == "linear"
+    assert toy.describe("proj", "ToyVisionConfig").kind == "module"
+    assert toy.describe("proj", "ToyVisionModel").kind == "module"
 
 
 def test_a_model_without_modeling_source_asks_the_one_it_is_made_from(tmp_path):

@@ -220,9 +220,9 @@ def test_a_path_that_no_file_system_takes_is_one_clear_error(migrator):
 
 
 DRAWN = """
-from migrator import console
+from migrator.terminal import console
 row = ["model.layers.*.mlp.experts.gate_up_proj", "8 × 32 × 32", "packed_colwise", "a reason of some length"]
-console.table("a plan", ["parameters", "shape", "style", "by"], [row], spare=["by", "shape"])
+console.print_table("a plan", ["parameters", "shape", "style", "by"], [row], droppable=["by", "shape"])
 """
 
 

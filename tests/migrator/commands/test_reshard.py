@@ -188,11 +188,11 @@ SLOW = """
 import sys, time
 from runtime.checkpoint.copying import copy
 import migrator.cli
-feed = copy.feed
+write_part = copy.write_part
 def slowly(*arguments):
     time.sleep(0.01)
-    feed(*arguments)
-copy.feed = slowly
+    write_part(*arguments)
+copy.write_part = slowly
 migrator.cli.main()
 """
 

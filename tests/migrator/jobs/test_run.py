@@ -23,8 +23,8 @@ ALL = '[rewrite]\npaths = ["models"]\nin_place = true\n[check]\n{reshard}layout 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from runtime.checkpoint.copying import execution
-execution.complete = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+from runtime.checkpoint.resharding import execute
+execute.complete_folder = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 from migrator import jobs
 jobs.run(jobs.read(Path(sys.argv[1])))
 """

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 import runtime.loader.reads
 from plans.errors import IncompleteError, UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.loader import transfer as bringing
-from runtime.loader import transfer as filling
+from runtime.loader import transfer
 from runtime.loader.reads import Read, compute_buffer_offsets, group_reads, plan_reads
 from runtime.loader.transfer import CudaWorker
 from runtime.models.config import read_config
@@ -102,16 +101,16 @@ def test_reads_hold_all_that_runs_need(data: st.DataObject) -> None:
             form, expected = concatenate([form, form], dim), torch.cat([expected, expected], dim)
     limit = data.draw(st.integers(16, 64)) * 2
     file = b"header" + content.numpy().tobytes()
-    target = bringing.build_target(torch.zeros(form.shape, dtype=torch.float32), torch.int16)
+    target = transfer.build_target(torch.zeros(form.shape, dtype=torch.float32), torch.int16)
     sources = [StoredTensor(FILE, "I16", shape, 6, content.nbytes)]
-    with patch.object(runtime.loader.reads, "_GAP", data.draw(st.integers(1, 64))):
+    with patch.object(runtime.loader.reads, "_MAX_GAP", data.draw(st.integers(1, 64))):
         found = list(plan_reads(sources, plan_copies(form, 16, {"t": 0}, 0), limit, together))
     for read in found:
         assert read.size <= limit
         buffer = torch.zeros(limit, dtype=torch.uint8)
         buffer[: read.size] = torch.frombuffer(bytearray(file[read.start : read.stop]), dtype=torch.uint8)
         for part in read.parts:
-            filling.copy_elements(part, buffer, read.start, target)
+            transfer.copy_elements(part, buffer, read.start, target)
     assert torch.equal(target.memory.reshape(form.shape), expected.float())
 
 
@@ -132,13 +131,13 @@ def test_where_a_read_fails_no_copy_is_left_under_way(tmp_path: Path, monkeypatc
     file = tmp_path / "short"
     file.write_bytes(bytes(64))
     work = [(Read(file, start, start + 64, (StridedCopy(0, start, 0, start, 64),)),) for start in (0, 64)]
-    targets = {0: bringing.build_target(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
+    targets = {0: transfer.build_target(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
     with as_if_on_a_gpu(monkeypatch):
         waited: list[bool] = []
         stream = torch.cuda.Stream(torch.device("cpu"))
         stream.synchronize = lambda: waited.append(True)
         with pytest.raises(IncompleteError, match="short"):
-            filling.run_workers(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
+            transfer.run_workers(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
     assert waited == [True]
 
 
@@ -153,19 +152,18 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]
         patched.setattr(torch.cuda, "Stream", lambda device: stream)
         patched.setattr(torch.cuda, "Event", lambda: event)
         patched.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
-        patched.setattr(filling, "_pinned", lambda size: torch.full((size,), 77, dtype=torch.uint8))
-        patched.setattr(filling, "LIMIT", 4 * KIB)
-        patched.setattr(bringing, "LIMIT", 4 * KIB)
-        patched.setattr(bringing, "_read_alone", lambda targets, device: together)
+        patched.setattr(transfer, "_allocate_pinned", lambda size: torch.full((size,), 77, dtype=torch.uint8))
+        patched.setattr(transfer, "BUFFER_BYTES", 4 * KIB)
+        patched.setattr(transfer, "_make_alone_predicate", lambda targets, device: together)
 
-        def worker(targets: filling.Targets, device: torch.device) -> Callable[[], CudaWorker]:
+        def worker(targets: transfer.Targets, device: torch.device) -> Callable[[], CudaWorker]:
             def made() -> CudaWorker:
                 workers.append(CudaWorker(targets, device, stream))
                 return workers[-1]
 
             return made
 
-        patched.setattr(bringing, "_worker", worker)
+        patched.setattr(transfer, "_make_worker_factory", worker)
         yield workers
 
 

@@ -8,9 +8,9 @@ import sys
 
 NOISY = """
 import ctypes, os
-from runtime.processes.group import joined
+from runtime.processes.group import process_group
 print("before")
-with joined(30):
+with process_group(30):
     ctypes.CDLL(None).puts(b"of a library")
     os.write(1, b"of a system call\\n")
     print("of Python")

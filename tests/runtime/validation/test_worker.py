@@ -102,7 +102,7 @@ import torch.distributed as dist
 from plans.mesh import Mesh
 from runtime.styles import STYLES
 from runtime.validation.validate import validate
-from runtime.validation import attempt
+from runtime.validation import run_on_all_ranks as attempt
 from runtime.validation.request import ValidationRequest
 
 def fail_alone(site, run, *args, **kwargs):
@@ -111,7 +111,7 @@ def fail_alone(site, run, *args, **kwargs):
     return real.around(site, run, *args, **kwargs)
 
 dist.init_process_group("gloo")
-attempt._PATIENCE = 1.0
+attempt._EXIT_TIMEOUT = 1.0
 real = STYLES.styles["moe_tp_experts"]
 request = ValidationRequest(Path(sys.argv[1]), Mesh(tp=2), timeout=100)
 validate(request, STYLES.register(replace(real, around=fail_alone)))
@@ -161,8 +161,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
         "launch(2, [sys.executable, '-P', '-c', sys.argv[1], str(os.getpid()), sys.argv[2]], timeout=60)"
     )
     child = (
-        "import os, sys, time; from pathlib import Path; from runtime.processes.started import end_with\n"
-        "end_with(int(sys.argv[1]))\n"
+        "import os, sys, time; from pathlib import Path; from runtime.processes.started import die_with_parent\n"
+        "die_with_parent(int(sys.argv[1]))\n"
         "Path(sys.argv[2], 'pid-' + os.environ['RANK']).write_text(str(os.getpid())); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, child, str(tmp_path)])
@@ -186,9 +186,9 @@ def test_a_worker_whose_parent_is_gone_before_it_looks_does_nothing(tmp_path: Pa
 
 def test_a_worker_leaves_without_the_interpreters_own_ending() -> None:
     code = (
-        "import atexit, sys; from runtime.processes.started import leave\n"
+        "import atexit, sys; from runtime.processes.started import exit_now\n"
         "atexit.register(print, 'the interpreter ended')\n"
-        "print('said'); print('told', file=sys.stderr); leave(3)"
+        "print('said'); print('told', file=sys.stderr); exit_now(3)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (3, b"said\n", b"told\n")

@@ -89,7 +89,7 @@ def dying(path, target):
     if path.name == sys.argv[2]:
         os.kill(os.getpid(), 9)
 Path.rename = dying
-with commit.staging(out, 10, overwrite=True) as folder:
+with commit.stage_folder(out, 10, overwrite=True) as folder:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_text("new")
 """
@@ -148,8 +148,8 @@ def test_a_link_at_the_working_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from runtime.checkpoint.copying.commit import staging\n"
-        "with staging(Path(sys.argv[1]), 1) as folder:\n"
+        "import os, sys; from pathlib import Path; from runtime.checkpoint.copying.commit import stage_folder\n"
+        "with stage_folder(Path(sys.argv[1]), 1) as folder:\n"
         "    (folder / 'half').write_text('half'); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
@@ -183,7 +183,7 @@ def slow(path):
     synced(path)
 
 commit.sync = slow
-with commit.staging(root / "out", 1) as folder:
+with commit.stage_folder(root / "out", 1) as folder:
     (folder / "migrator.json").write_text("first")
 """
 
@@ -230,12 +230,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from plans.errors import DestinationError
-from runtime.checkpoint.files.lock import locked
+from runtime.checkpoint.files.lock import hold_temporary_lock
 
 root, rounds = Path(sys.argv[1]), 0
 while rounds < 300:
     try:
-        with locked(root / "out.partial.lock"):
+        with hold_temporary_lock(root / "out.partial.lock"):
             (root / "held").mkdir()
             (root / "held").rmdir()
             rounds += 1

@@ -136,7 +136,7 @@ def test_what_is_kept_has_reached_its_place(
             def is_due(self) -> bool:
                 return True
 
-            def keep(self, units: int, bytes_done: int) -> None:
+            def record(self, units: int, bytes_done: int) -> None:
                 said = {name: str(digest) for name, digest in digests.items()}
                 assert is_intact(tables, regions, islice(plan_units(tables, 2**20), units), said)
                 kept.append(units)

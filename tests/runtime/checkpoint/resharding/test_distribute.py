@@ -236,7 +236,7 @@ def test_a_worker_of_torchrun_is_killed(
     out = tmp_path / "out"
     victim = (
         f"from pathlib import Path; from tests.runtime.checkpoint import several_cases as cases; "
-        f"cases.take_part(Path({str(sources['hub'])!r}), cases.Target('hf'), Path({str(out)!r}), {{1: 'killed'}}, 60)"
+        f"cases.take_part(Path({str(sources['hub'])!r}), cases.ReshardTarget('hf'), Path({str(out)!r}), {{1: 'killed'}}, 60)"
     )
     lost = torchrun(sys.executable, "-c", victim)
     assert lost.returncode == 1

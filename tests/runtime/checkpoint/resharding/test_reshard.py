@@ -347,6 +347,6 @@ def test_other_weight_files_that_the_config_names_are_refused(checkpoint: Checkp
 def test_a_stored_tensor_that_would_be_lost_stops_the_plan(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "_nothing_lost", lambda *arguments: False)
+    monkeypatch.setattr(names, "_is_lossless", lambda *arguments: False)
     with pytest.raises(AssertionError, match="a stored tensor would be lost"):
         plan_reshard(checkpoint("llama"), Mesh(tp=2))
