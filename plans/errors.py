@@ -22,6 +22,10 @@ are asserts, never one of these.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "CheckpointError",
     "ConversionError",
@@ -57,9 +61,23 @@ class MigratorError(Exception):
         self.hint = hint
         self.data = data
 
-    def to_json(self) -> dict[str, object]:
-        """Return the JSON form: the facts, and what is said of them."""
-        return {**self.data, "kind": type(self).__name__, "message": self.message, "hint": self.hint}
+    def to_json(self, *, include_data: bool = True) -> dict[str, Any]:
+        """Return the error as JSON values: its data, then `kind`, `message` and `hint`.
+
+        Args:
+            include_data: whether to include the data; values that JSON cannot represent become text.
+        """
+        data = json.loads(json.dumps(self.data, default=str)) if include_data else {}
+        return {**data, "kind": type(self).__name__, "message": self.message, "hint": self.hint}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> MigratorError:
+        """Return the error that `to_json` described."""
+        data = dict(value)
+        kind, message, hint = (data.pop(name) for name in ("kind", "message", "hint"))
+        assert kind in __all__
+        error: MigratorError = globals()[kind](message, hint=hint, **data)
+        return error
 
 
 class UsageError(MigratorError):

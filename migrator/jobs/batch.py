@@ -18,7 +18,6 @@ from migrator.jobs.results import (
     Forecast,
     JobResult,
     Listener,
-    error_as_json,
     notify_listener,
     wrap_internal_error,
 )
@@ -126,7 +125,7 @@ def _run_file(file: Path, job: Job | MigratorError, listen: Listener) -> JobResu
     done = _catch_errors(partial(run, job, listen)) if isinstance(job, Job) else job
     if isinstance(done, JobResult):
         return done
-    said = {**(error_as_json(done) or {}), "traceback": done.data.get("traceback")}
+    said = {**done.to_json(include_data=False), "traceback": done.data.get("traceback")}
     notify_listener(listen, Event("refused", file.stem, None, said))
     return JobResult(file, error=done)
 

@@ -20,7 +20,6 @@ __all__ = [
     "StepContext",
     "StepForecast",
     "StepResult",
-    "error_as_json",
     "notify_listener",
     "wrap_internal_error",
 ]
@@ -103,7 +102,7 @@ class StepResult:
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
         plain = {name: getattr(self, name) for name in ("step", "outcome", "code", "said", "why", "seconds")}
-        return {**plain, "skipped": self.is_skipped, "error": error_as_json(self.error)}
+        return {**plain, "skipped": self.is_skipped, "error": _summarize_error(self.error)}
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ class JobResult:
             "code": self.code,
             "stopped": self.stopped,
             "steps": [step.to_json() for step in self.steps],
-            "error": error_as_json(self.error),
+            "error": _summarize_error(self.error),
         }
 
 
@@ -186,7 +185,7 @@ class StepForecast:
             "code": self.code,
             "said": self.said,
             "estimate": self.estimate,
-            "error": error_as_json(self.error),
+            "error": _summarize_error(self.error),
         }
 
 
@@ -212,14 +211,11 @@ class Forecast:
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
         steps = [step.to_json() for step in self.steps]
-        return {"job": self.name, "file": str(self.file), "steps": steps, "error": error_as_json(self.error)}
+        return {"job": self.name, "file": str(self.file), "steps": steps, "error": _summarize_error(self.error)}
 
 
-def error_as_json(error: MigratorError | None) -> dict[str, object] | None:
-    """Return an error for other programs."""
-    if error is None:
-        return None
-    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+def _summarize_error(error: MigratorError | None) -> dict[str, object] | None:
+    return error.to_json(include_data=False) if error else None
 
 
 @dataclass(frozen=True)

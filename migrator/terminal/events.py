@@ -77,8 +77,8 @@ def record_events(path: Path | None) -> Iterator[EventLog]:
         try:
             yield events
         except MigratorError as error:
-            name = type(error).__name__
-            events.emit("failed", error=name, message=error.message, hint=error.hint, data=error.data)
+            summary = error.to_json(include_data=False)
+            events.emit("failed", error=summary.pop("kind"), **summary, data=error.data)
             raise
         except BaseException as error:
             events.emit("failed", error=type(error).__name__, message=str(error))

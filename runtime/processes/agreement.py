@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-import plans.errors
 from plans.errors import MigratorError, WorkerError
 from plans.text import first_line
 from runtime.processes.group import supports_cpu_tensors
 
-__all__ = ["all_gather_json", "error_from_json", "error_to_json", "raise_on_any_rank"]
+__all__ = ["all_gather_json", "raise_on_any_rank"]
 
 Result = TypeVar("Result")
 
@@ -57,12 +56,12 @@ def raise_on_any_rank(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = 
     except MigratorError as error:
         failure = error
     try:
-        failures = all_gather_json(error_to_json(failure) if failure else None, axes)
+        failures = all_gather_json(failure.to_json() if failure else None, axes)
     except WorkerError as lost:
         raise (failure or lost) from lost.__cause__  # what went wrong here is nearer to the cause
     for found in failures:
         if found is not None:
-            raise error_from_json(found)
+            raise MigratorError.from_json(found)
     return result
 
 
@@ -87,16 +86,3 @@ def _exchange_json(value: object, group: dist.ProcessGroup | None) -> list[Any]:
     dist.all_gather(pieces, padded, group=group)
     pairs = zip(pieces, lengths, strict=True)
     return [json.loads(piece[: int(length)].cpu().numpy().tobytes()) for piece, length in pairs]
-
-
-def error_to_json(error: MigratorError) -> dict[str, object]:
-    """Return an error as plain data; what JSON cannot hold of its facts becomes text."""
-    data = json.loads(json.dumps(error.data, default=str))
-    return {"type": type(error).__name__, "message": error.message, "hint": error.hint, "data": data}
-
-
-def error_from_json(value: dict[str, Any]) -> MigratorError:
-    """Return the error that `error_to_json` described."""
-    assert value["type"] in plans.errors.__all__
-    kind: type[MigratorError] = getattr(plans.errors, value["type"])
-    return kind(value["message"], hint=value["hint"], **value["data"])

@@ -11,7 +11,6 @@ import tempfile
 import torch
 
 from plans.errors import MigratorError, UsageError
-from runtime.processes.agreement import error_from_json, error_to_json
 from runtime.processes.group import process_group
 from runtime.processes.launch import launch
 from runtime.validation.file_checks import check_files
@@ -45,7 +44,7 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
         answer.seek(0)
         content = json.loads(answer.read())
     if "error" in content:
-        raise error_from_json(content["error"])
+        raise MigratorError.from_json(content["error"])
     return ValidationResult.from_json(content["result"])
 
 
@@ -97,7 +96,7 @@ def run_worker(request: str, answer: int) -> None:
     try:
         content = {"result": validate_as_rank(ValidationRequest.from_json(json.loads(request))).to_json()}
     except MigratorError as error:
-        content = {"error": error_to_json(error)}
+        content = {"error": error.to_json()}
     if os.environ["RANK"] == "0":
         with os.fdopen(answer, "wb") as file:
             file.write(json.dumps(content).encode())

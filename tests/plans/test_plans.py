@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -195,3 +197,24 @@ def test_the_error_tree_in_the_docstring_is_the_real_one():
     ]
     names = {word for line in drawn for word in line.split() if word.endswith("Error")}
     assert names | {"MigratorError"} == set(plans.errors.__all__)
+
+
+def test_an_error_survives_json():
+    error = UnknownStyleError("no style 'x'", hint="choose another", key="layers.*.mlp", folder=Path("models"))
+    described = json.loads(json.dumps(error.to_json()))
+    assert described == {
+        "key": "layers.*.mlp",
+        "folder": "models",
+        "kind": "UnknownStyleError",
+        "message": "no style 'x'",
+        "hint": "choose another",
+    }
+    restored = MigratorError.from_json(described)
+    assert type(restored) is UnknownStyleError
+    assert restored.to_json() == described
+    assert restored.data == {"key": "layers.*.mlp", "folder": "models"}
+
+
+def test_the_data_of_an_error_can_be_left_out():
+    error = MigratorError("no disk", hint="add one", rank=1)
+    assert error.to_json(include_data=False) == {"kind": "MigratorError", "message": "no disk", "hint": "add one"}

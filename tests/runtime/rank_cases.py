@@ -19,7 +19,7 @@ from runtime.models.model import find_model_class, meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.resolve import resolve
-from runtime.processes.agreement import error_to_json, raise_on_any_rank
+from runtime.processes.agreement import raise_on_any_rank
 from runtime.styles.placements import cut_local_shard, get_placement, to_torch
 
 
@@ -33,7 +33,7 @@ def refused_together(rank: int) -> dict[str, Any]:
     try:
         raise_on_any_rank(stage)
     except MigratorError as error:
-        return error_to_json(error)
+        return error.to_json()
     raise AssertionError("no rank failed")
 
 

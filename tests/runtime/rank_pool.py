@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-from runtime.processes.agreement import error_from_json, error_to_json
 
 TIMEOUT = 120
 
@@ -52,7 +51,7 @@ class RankPool:
             answers.append(pipe.recv())
         for rank, (kind, value) in enumerate(answers):
             if kind == "refused":
-                raise error_from_json(value)
+                raise MigratorError.from_json(value)
             assert kind == "done", f"rank {rank}:\n{value}"
         return [value for _, value in answers]
 
@@ -81,7 +80,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> No
         try:
             pipe.send(("done", function(*args)))
         except MigratorError as error:
-            pipe.send(("refused", error_to_json(error)))
+            pipe.send(("refused", error.to_json()))
         except BaseException:  # which torch's CheckpointException is, and no Exception
             pipe.send(("broken", traceback.format_exc()))
     dist.destroy_process_group()

@@ -314,10 +314,10 @@ def test_an_error_on_one_rank_reaches_all(rank: int, two_ranks: RankPool) -> Non
     first, second = two_ranks.run(rank_cases.refused_together, rank)
     assert first == second
     assert first == {
-        "type": "MigratorError",
+        "rank": rank,
+        "kind": "MigratorError",
         "message": f"rank {rank} has no disk",
         "hint": "give it one",
-        "data": {"rank": rank},
     }
 
 
