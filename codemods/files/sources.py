@@ -21,6 +21,9 @@ _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
 _HEADER_BYTES = 2048
 
+# Without O_NONBLOCK, opening a named pipe waits for a writer; without O_BINARY, Windows translates line ends.
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -192,8 +195,7 @@ def read_source(path: Path) -> SourceFile:
         SourceError: it cannot be read.
     """
     try:
-        # Without O_NONBLOCK a named pipe would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = os.open(path, _OPEN_FLAGS)
         try:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):

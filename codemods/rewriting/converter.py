@@ -119,10 +119,18 @@ def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
             ) from error
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                _kill_session(process)
                 process.wait()
         output.seek(0)
         return _extract_error(output, code)
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it started; on Windows, which has no sessions, the process alone."""
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def _build_environment(copy: Path) -> dict[str, str]:
