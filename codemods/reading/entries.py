@@ -37,6 +37,8 @@ class PlanEntry:
         line: where the style stands, counted from 1.
         key_span: where the key stands in the text.
         style_span: where the style stands in the text.
+        expression_span: where the expression stands that an edit of this entry changes: the dict display, call or list
+            of pairs that writes it; of `plan[key] = style`, and of one style for several keys, the style alone.
         can_precede: whether another entry can be written just before this one, its key formed from this one's.
         computed: whether a part of the key is computed.
         numbered: whether the key names one layer by its number, written out or computed.
@@ -49,6 +51,7 @@ class PlanEntry:
     line: int
     key_span: tuple[int, int]
     style_span: tuple[int, int]
+    expression_span: tuple[int, int]
     can_precede: bool
     computed: bool = False
     numbered: bool = False
@@ -98,12 +101,24 @@ def span(node: ast.AST, offset: OffsetReader) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A key with its style; `has_own_style` where no other key has the very same style node, `in_display` in a dict display."""
+    """A key with its style.
+
+    Args:
+        key: the key.
+        style: its style.
+        expression: what writes both, or the style alone where the key stands apart from it.
+        has_own_style: whether no other key has the very same style node.
+    """
 
     key: ast.expr | ast.keyword
     style: ast.expr
+    expression: ast.expr
     has_own_style: bool = True
-    in_display: bool = False
+
+    @property
+    def in_display(self) -> bool:
+        """Whether a dict display writes both."""
+        return isinstance(self.expression, ast.Dict) and self.expression is not self.style
 
 
 def _iter_pairs(node: ast.AST) -> Iterator[_Pair]:
@@ -111,19 +126,19 @@ def _iter_pairs(node: ast.AST) -> Iterator[_Pair]:
         case ast.Dict(keys=keys, values=values):
             for key, value in zip(keys, values, strict=True):
                 if key is not None:
-                    yield _Pair(key, value, in_display=True)
+                    yield _Pair(key, value, node)
         case ast.DictComp():
             yield from _iter_comprehension(node)
         case ast.List(elts=[_, *_] as elements) | ast.Tuple(elts=[_, *_] as elements) if all(map(_is_pair, elements)):
-            yield from (_Pair(pair.elts[0], pair.elts[1]) for pair in elements if _is_pair(pair))
+            yield from (_Pair(pair.elts[0], pair.elts[1], node) for pair in elements if _is_pair(pair))
         case ast.Call(func=ast.Attribute(attr="fromkeys"), args=[keys, value]):
             yield from _pair_with_style(_get_elements(keys), value)
         case ast.Call(func=ast.Attribute(attr="setdefault" | "__setitem__"), args=[key, value]):
-            yield _Pair(key, value)
+            yield _Pair(key, value, node)
         case ast.Call(func=ast.Name(id="dict") | ast.Attribute(attr="update"), keywords=keywords):
-            yield from (_Pair(keyword, keyword.value) for keyword in keywords if keyword.arg)
+            yield from (_Pair(keyword, keyword.value, node) for keyword in keywords if keyword.arg)
         case ast.Assign(targets=[ast.Subscript(slice=key)], value=value):
-            yield _Pair(key, value)
+            yield _Pair(key, value, value)
 
 
 def _iter_comprehension(node: ast.DictComp) -> Iterator[_Pair]:
@@ -142,7 +157,7 @@ def _iter_comprehension(node: ast.DictComp) -> Iterator[_Pair]:
         ) if (key, value) == (first, second) and _get_elements(pairs):
             yield from _iter_pairs(pairs)
         case _:
-            yield _Pair(node.key, node.value)
+            yield _Pair(node.key, node.value, node.value)
 
 
 def _get_elements(node: ast.expr) -> list[ast.expr]:
@@ -150,7 +165,7 @@ def _get_elements(node: ast.expr) -> list[ast.expr]:
 
 
 def _pair_with_style(keys: list[ast.expr], style: ast.expr) -> Iterator[_Pair]:
-    return (_Pair(key, style, has_own_style=len(keys) == 1) for key in keys)
+    return (_Pair(key, style, style, has_own_style=len(keys) == 1) for key in keys)
 
 
 def _is_pair(node: ast.expr) -> TypeGuard[ast.Tuple | ast.List]:
@@ -168,6 +183,7 @@ def _iter_entries(node: ast.AST, offset: OffsetReader) -> Iterator[PlanEntry]:
                 pair.style.lineno,
                 span(pair.key, offset),
                 span(pair.style, offset),
+                span(pair.expression, offset),
                 can_precede=pair.in_display and isinstance(pair.key, (ast.Constant, ast.JoinedStr)),
                 computed=_COMPUTED in text,
                 numbered=is_numbered(text),

@@ -128,20 +128,21 @@ def _read_literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLite
     start, end = plan.span("display")
     line = _get_line(plan.string, start)
     matches = _ENTRY.finditer(plan.string, start, end)
-    entries = tuple(_read_entry(match, start, line) for match in matches if match[1] is not None)
+    entries = tuple(_read_entry(match, (start, end), line) for match in matches if match[1] is not None)
     return PlanLiteral(owner, attribute, line, entries)
 
 
-def _read_entry(match: re.Match[bytes], start: int, line: int) -> PlanEntry:
-    """Return the entry of a display that begins at a place and on a line."""
+def _read_entry(match: re.Match[bytes], display: tuple[int, int], line: int) -> PlanEntry:
+    """Return the entry of a display that stands at `display` and begins on `line`."""
     (key_start, key_end), (style_start, style_end) = match.span(1), match.span(2)
     key = match[1].decode()
     return PlanEntry(
         key,
         match[2].decode(),
-        line + match.string.count(b"\n", start, style_start),
+        line + match.string.count(b"\n", display[0], style_start),
         (key_start - 2, key_end),
         (style_start - 2, style_end),
+        (display[0] - 1, display[1] - 1),
         can_precede=True,
         numbered=is_numbered(key),
     )

@@ -25,7 +25,7 @@ OLD = {**OLD_GATE_UP, **OLD_DOWN}
 
 
 def literal(*conditions, function="f", replaces=False, takes_in=False, computed=False, **plan):
-    entries = tuple(PlanEntry(key, style, 1, (0, 0), (0, 0), True, computed) for key, style in plan.items())
+    entries = tuple(PlanEntry(key, style, 1, (0, 0), (0, 0), (0, 0), True, computed) for key, style in plan.items())
     found = tuple(Condition(test.removeprefix("not "), not test.startswith("not ")) for test in conditions)
     return PlanLiteral("C", "_tp_plan", 1, entries, function, found, takes_in, replaces)
 
