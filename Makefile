@@ -1,7 +1,10 @@
 # make demo       the whole story on a tiny model, in a fresh clone; KEEP=folder to keep what it makes
+# make quick      the source side: rewriting, checking, comparing; no torch, under a minute
 # make test       lint, types, import contracts and tests
 # make test-full  the long tests too
-# make bench      the figures in the README
+# make browser    installs Chromium on Debian and Ubuntu; without it the tests of the HTML reports are skipped
+# make structure  how the code is built: circles, ways through the files, names, sizes
+# make bench      the figures of rewriting in docs/performance.md
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
 # make gpu-test   on a machine with two GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
@@ -10,15 +13,18 @@ BIN := .venv/bin
 # A file's tests stay together, for they share fixtures; each worker has process groups of its own.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-full gpu-test lint browser bench bench-reshard sweep
+.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
 
-test: lint browser
+quick: .venv/source-side
+	$(BIN)/python -m pytest $(WORKERS) -m quick
+
+test: lint
 	$(BIN)/python -m pytest $(WORKERS) -m "not full"
 
-test-full: lint browser
+test-full: lint
 	$(BIN)/python -m pytest $(WORKERS)
 
 lint: .venv/installed
@@ -27,10 +33,8 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# The report's pages are looked at in a real browser; without one those tests are skipped and say so.
 browser:
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install -y -qq --no-install-recommends chromium \
-	    fonts-dejavu-core >/dev/null 2>&1; } || echo "no chromium: tests of the report's pages will be skipped"
+	command -v chromium >/dev/null || apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core
 
 # With the Python that has the machine's own torch: make gpu-test GPU_PYTHON=python3
 GPU_PYTHON ?= $(BIN)/python
@@ -39,6 +43,9 @@ gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu
 	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_load.py
 	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_step.py
+
+structure: .venv/source-side
+	$(BIN)/python benchmarks/structure.py
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/rewrite.py
@@ -49,9 +56,15 @@ bench-reshard: .venv/installed
 sweep: .venv/installed
 	$(BIN)/python -W ignore -m benchmarks.sweep
 
+# What `quick` needs; the full installation has it too.
+.venv/source-side: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --config-settings editable_mode=compat --editable '.[dev]'
+	touch $@
+
 # torch first and pinned: installed through a bare range it brings several GB of CUDA packages along.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable '.[runtime,dev]'
-	touch $@
+	touch .venv/source-side $@
