@@ -1,7 +1,7 @@
 """Every MoE config class of the installed transformers, rewritten and run on two ranks against the unsharded model.
 
 The models folder is copied and rewritten; each class gets the plans that its rewritten source gives it. Written as
-docs/sweep.md, whose first two tables stand in the README too. Ends with 1 where a row is wrong or could not be run.
+docs/sweep.md. Ends with 1 where a row is wrong or could not be run.
 """
 
 from __future__ import annotations

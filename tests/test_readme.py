@@ -1,4 +1,4 @@
-"""The README's commands, run for real: what it shows is what they print."""
+"""The commands of the README and of two docs, run for real: what they show is what they print."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from migrator.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"<!-- checked: (\w+) -->\n```console\n\$ ([^\n]+)\n(.*?)```", README, re.DOTALL)
+RESHARDING = (ROOT / "docs" / "resharding.md").read_text("utf-8")
+JOBS = (ROOT / "docs" / "jobs.md").read_text("utf-8")
+SHOWN = re.compile(r"<!-- checked: (\w+) -->\n```console\n\$ ([^\n]+)\n(.*?)```", re.DOTALL)
+BLOCKS = [block for text in (README, RESHARDING, JOBS) for block in SHOWN.findall(text)]
 TIMES = re.compile(r"\d+\.\d+ s\b|\d\.\d+e[-+]\d+")
 LEFT_OUT = "[...]"
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder with a copy of the installed models and a tiny checkpoint, as the README's story has them."""
+    """A folder with a copy of the installed models and a tiny checkpoint, which the shown commands work on."""
     folder = tmp_path_factory.mktemp("readme")
     spec = find_spec("transformers")
     assert spec is not None
@@ -35,13 +38,13 @@ def workspace(tmp_path_factory):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256}
     config = Qwen3MoeConfig(**sizes, **heads, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[1])
     Qwen3MoeForCausalLM(config).save_pretrained(folder / "tiny-qwen3-moe", max_shard_size="200KB")
-    job = re.search(r"<!-- checked: job -->\n```toml\n(.*?)```", README, re.DOTALL)
+    job = re.search(r"<!-- checked: short-job -->\n```toml\n(.*?)```", JOBS, re.DOTALL)
     assert job is not None
     (folder / "qwen3.toml").write_text(job[1])
     return folder
 
 
-def test_the_readme_shows_the_story():
+def test_every_command_is_shown():
     assert [name for name, _, _ in BLOCKS] == ["rewrite", "reshard", "validate", "move", "verify", "inspect", "run"]
 
 

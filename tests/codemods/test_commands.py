@@ -21,12 +21,12 @@ from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 MODELS = ("mixtral", "qwen3_moe", "mellum", "gemma4", "llama4", "llama")
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+DOC = (Path(__file__).parents[2] / "docs" / "rewriting.md").read_text("utf-8")
 
 
 def run_codemod(folder):
-    """Run the very command that the README shows."""
-    shown = re.search(r"With LibCST's runner: `python (.+) PATH`", README)
+    """Run the very command that docs/rewriting.md shows."""
+    shown = re.search(r"`python (-m libcst\.tool .+) PATH`", DOC)
     assert shown is not None
     command = [sys.executable, *shown[1].split(), "--hide-progress", folder.name]
     return subprocess.run(command, cwd=folder.parent, capture_output=True, check=False)
