@@ -11,13 +11,13 @@ import click
 
 from migrator.options.source import (
     ProjectRequest,
-    disable_gc,
     emit_machine_format,
     print_errors,
     read_requests,
     source_options,
 )
 from migrator.terminal import console
+from plans.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
@@ -28,6 +28,7 @@ __all__ = ["command", "compute_check_exit_code", "run_check"]
 
 @click.command("check")
 @source_options
+@gc_paused()
 def command(
     paths: tuple[Path, ...],
     source: str | None,
@@ -41,7 +42,6 @@ def command(
 
     Exits 1 where a finding is a warning or an error, never for notes, and 2 where a file could not be looked at.
     """
-    disable_gc()
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
     report = run_check(requests)
     if form != "human":

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.source import disable_gc
 from migrator.terminal import console
 from plans.errors import UsageError
+from plans.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from codemods.files.revisions import Snapshot
@@ -25,6 +25,7 @@ __all__ = ["command"]
 @click.option(
     "--format", "form", type=click.Choice(["human", "json", "github"]), default="human", help="How to print the result."
 )
+@gc_paused()
 def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
     """Compare the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them.
 
@@ -32,7 +33,6 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
     not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
     """
-    disable_gc()
     from codemods.comparing.difference import compare
     from codemods.files.revisions import find_repository
     from migrator.formats.difference import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.gc_paused import gc_paused
+from plans.gc_paused import gc_paused
 from migrator.options.common import SECONDS, build_mesh, mesh_options, reject_empty, report_option, require_runtime
 from migrator.options.external import ExternalOptions, external_options
 from migrator.terminal import console

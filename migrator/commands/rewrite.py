@@ -11,7 +11,6 @@ import click
 
 from migrator.options.source import (
     ProjectRequest,
-    disable_gc,
     emit_machine_format,
     print_errors,
     read_requests,
@@ -19,6 +18,7 @@ from migrator.options.source import (
 )
 from migrator.terminal import console
 from plans.errors import MigratorError, MismatchError, UsageError
+from plans.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
@@ -32,6 +32,7 @@ __all__ = ["command", "compute_rewrite_exit_code", "run_rewrite"]
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if anything would change.")
 @click.option("--diff", is_flag=True, help="Write nothing; print a patch that `git apply` takes.")
 @click.option("--verify", is_flag=True, help="First demand that the tree's own modular converter writes the same.")
+@gc_paused()
 def command(
     paths: tuple[Path, ...],
     target: str | None,
@@ -49,7 +50,6 @@ def command(
     Owners are rewritten first, then every generated copy, and nothing else. Expert layouts that the param-level
     styles do not describe are left alone, with a note saying why.
     """
-    disable_gc()
     _refuse_contradictions(check=check, diff=diff, form=form)
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
     report = run_rewrite(requests, write=not (check or diff), verify=verify)

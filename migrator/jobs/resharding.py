@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migrator.commands.reshard import estimate_as_json, result_as_json
-from migrator.gc_paused import gc_paused
+from plans.gc_paused import gc_paused
 from migrator.jobs.cache_key import locate_checkpoint
 from migrator.jobs.files import is_regular_file, list_files, raise_destination_errors
 from migrator.jobs.interruption import interruptible

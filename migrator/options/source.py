@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProjectRequest",
-    "disable_gc",
     "emit_machine_format",
     "print_errors",
     "read_requests",
@@ -67,15 +64,6 @@ def source_options(command: _Command) -> _Command:
     ):
         command = decorator(command)
     return command
-
-
-def disable_gc() -> None:
-    """Collect no garbage in this short process, nor at its end: looking for it takes a tenth of the time.
-
-    What is allocated is needed to the end.
-    """
-    gc.disable()
-    atexit.register(gc.freeze)
 
 
 def read_requests(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import UsageError
+from plans.gc_paused import gc_paused
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.hub import resolve_folder
 from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
@@ -82,24 +81,10 @@ def load(
         transfer(source, memory.local_tensors, own, threads or default_threads())
         return memory, dealt
 
-    with _gc_paused():
+    with gc_paused():
         memory, dealt = _run_on_all_ranks(transfer_own_tensors, mesh_axes(slots.values()))
     broadcast_tensors(dealt, memory.local_tensors)
     memory.install(model)
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Let Python collect no garbage: going through all of torch's and transformers' objects would take longer
-    than planning what to read, and all threads wait meanwhile.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _run_on_all_ranks(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:

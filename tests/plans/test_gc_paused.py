@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from migrator.gc_paused import gc_paused
+from plans.gc_paused import gc_paused
 
 
 def test_the_collector_rests_and_comes_back() -> None:
