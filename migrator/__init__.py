@@ -1,1 +1,3 @@
-"""The command line."""
+"""The command line, and the version of the whole distribution."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,40 @@
+"""`migrator env`: versions and platform, for bug reports."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from migrator import __version__
+from migrator.terminal import console
+
+__all__ = ["command"]
+
+_PACKAGES = ("torch", "transformers", "libcst", "safetensors", "huggingface_hub", "numpy", "click", "rich")
+
+
+@click.command("env")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+def command(form: str) -> None:
+    """Show the versions of migrator, Python and the packages it uses, for bug reports."""
+    versions = {
+        "migrator": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: _find_version(package) for package in _PACKAGES},
+    }
+    if form == "json":
+        console.emit_json(versions)
+        return
+    for name, text in versions.items():
+        console.emit(f"{name:<15}  {text or 'not installed'}")
+
+
+def _find_version(package: str) -> str | None:
+    """Return a package's version from its metadata, without importing it; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
