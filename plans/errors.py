@@ -49,8 +49,9 @@ class MigratorError(Exception):
     """Any failure that a user can cause and mend.
 
     Args:
-        message: what is wrong, naming the file and the entry, in one line.
-        hint: the next step.
+        message: what is wrong, naming the file and the entry, in one line. Arguments stand in backticks, as `name` or
+            `name=value`; the command line shows its options in their place.
+        hint: the next step, written in the same way.
         data: the facts behind the message, for machine-readable output.
     """
 

@@ -36,7 +36,7 @@ class Mesh:
         if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",
-                hint=f"choose ep (--ep) among {', '.join(map(str, self._expert_sizes()))}, or more ranks by tp or fsdp",
+                hint=f"choose `ep` among {', '.join(map(str, self._expert_sizes()))}, or more ranks with `tp` or `fsdp`",
                 tp=self.tp,
                 ep=self.ep,
                 fsdp=self.fsdp,

@@ -46,7 +46,7 @@ def get_failure_reason(completed: subprocess.CompletedProcess[bytes]) -> str:
     return lines[0].removeprefix("fatal: ") if lines else "no reason given"
 
 
-_try_git = partial(run_git, needed_by="--changed-only", hint="install git, or leave --changed-only out")
+_try_git = partial(run_git, needed_by="`changed_only`", hint="install git, or leave `changed_only` out")
 _DIFF_OPTIONS = ("--name-only", "-z", "--no-renames", "--no-ext-diff", "--no-textconv")
 
 
@@ -75,7 +75,7 @@ def find_changed_folders(files: frozenset[Path]) -> frozenset[Path]:
 
 
 def _find_merge_base(root: Path, base_ref: str) -> str:
-    fetch = "fetch it first (actions/checkout needs fetch-depth: 0), or name another with --base-ref"
+    fetch = "fetch it first (actions/checkout needs fetch-depth: 0), or name another with `base_ref`"
     commit = _try_git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base_ref}^{{commit}}")
     if commit.returncode:
         raise UsageError(
@@ -97,7 +97,7 @@ def _read_git(folder: Path, *arguments: str) -> bytes:
     if done.returncode:
         raise UsageError(
             f"{format_path(folder)}: {get_failure_reason(done)}",
-            hint="--changed-only needs a git repository; leave it out to look at every file",
+            hint="`changed_only` needs a git repository; leave it out to look at every file",
             path=str(folder),
         )
     return done.stdout

@@ -37,7 +37,7 @@ def find_converter_root(path: Path) -> Path:
             return folder
     raise UsageError(
         f"{format_path(path)}: no folder above it holds {_CONVERTER}",
-        hint="run without --verify; the converter is part of the transformers repository, not of its package",
+        hint="run without `verify`; the converter is part of the transformers repository, not of its package",
         path=str(path),
     )
 

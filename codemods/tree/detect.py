@@ -55,7 +55,7 @@ def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
     try:
         released = dialect_for_release(version)
     except UsageError as error:
-        hint = "say with --source which dialect its plans speak"
+        hint = "set `source` to the dialect of its plans"
         raise UsageError(f"{format_path(file)}: {error.message}", hint=hint, path=str(file), version=version) from error
     says = f"{format_path(file)} says {version}"
     missing = used - released.styles.keys()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.options.common import build_mesh, mesh_options, report_option, require_runtime
-from migrator.options.external import ExternalOptions, external_options
+from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.terminal import console
 from migrator.terminal.text import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
 from plans.text import pluralize
@@ -33,7 +33,7 @@ def command(
     ep: int,
     fsdp: int,
     mode: Mode | None,
-    foreign: ExternalOptions,
+    external: ExternalOptions,
     form: str,
     report: Path | None,
 ) -> int:
@@ -46,13 +46,13 @@ def command(
     require_runtime()
     from runtime.hub import resolve_folder
 
-    stack = foreign.read(source)
+    settings = read_external_settings(external, source)
     folder = resolve_folder(source)
     from runtime.inspecting.inspection import inspect_checkpoint
 
     mesh, chosen = build_mesh(tp, ep, fsdp, mode)
     is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
-    found = inspect_checkpoint(folder, mesh if is_asked else None, chosen, stack)
+    found = inspect_checkpoint(folder, mesh if is_asked else None, chosen, settings)
     if form == "json":
         console.emit_json(found.to_json())
     else:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from plans.gc_paused import gc_paused
 from migrator.options.common import SECONDS, build_mesh, mesh_options, reject_empty, report_option, require_runtime
-from migrator.options.external import ExternalOptions, external_options
+from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.terminal import console
 from migrator.terminal.events import EventLog, record_events
 from migrator.terminal.text import describe_unmatched, format_bytes, format_duration, sanitize
+from plans.gc_paused import gc_paused
 from plans.text import format_names, pluralize
 from runtime.processes.started import exit_now
 
@@ -82,7 +82,7 @@ def command(
     ep: int,
     fsdp: int,
     mode: Mode | None,
-    foreign: ExternalOptions,
+    external: ExternalOptions,
     layout: Layout | None,
     experts: Experts | None,
     optimizer: bool | None,
@@ -112,7 +112,7 @@ def command(
     if push_to is not None:
         check_repository(push_to)
     check_destination(Path(destination), overwrite=overwrite)
-    stack = foreign.read(source)
+    settings = read_external_settings(external, source)
     mesh, chosen = build_mesh(tp, ep, fsdp, mode)
     target = ReshardTarget(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
     speaks = not is_worker_process() or os.environ["RANK"] == "0"
@@ -121,7 +121,7 @@ def command(
     )
     with record_events(events if speaks else None) as log:
         folder = resolve_folder(source, quiet=work.quiet)
-        plan = _plan(folder, stack, target, source, log)
+        plan = _plan(folder, settings, target, source, log)
         if not dry_run:
             _reshard(plan, work, log)
         elif speaks:

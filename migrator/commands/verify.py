@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.options.common import reject_empty, require_runtime
-from migrator.options.external import ExternalOptions, external_options
+from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.terminal import console
 from plans.text import pluralize
 
@@ -31,7 +31,7 @@ __all__ = ["command"]
 )
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
-def command(source: str, other: str | None, foreign: ExternalOptions, max_memory: int, form: str, quiet: bool) -> int:
+def command(source: str, other: str | None, external: ExternalOptions, max_memory: int, form: str, quiet: bool) -> int:
     """Verify the content of the checkpoint SOURCE against its own manifest, or against the checkpoint OTHER.
 
     Every copy of every tensor is read. OTHER may have any layout and mesh: tensor by tensor, the two must hold the
@@ -40,12 +40,12 @@ def command(source: str, other: str | None, foreign: ExternalOptions, max_memory
     require_runtime(show_downloads=not quiet)
     from runtime.hub import resolve_folder
 
-    stack = foreign.read(source)
+    settings = read_external_settings(external, source)
     folders = [resolve_folder(name, quiet=quiet) for name in (source, other) if name is not None]
     from runtime.checkpoint.verifying.verify import verify
 
     with console.progress("verifying", quiet=quiet) as advance:
-        result = verify(*folders, max_memory=max_memory * 2**20, progress=advance, external=stack)
+        result = verify(*folders, max_memory=max_memory * 2**20, progress=advance, external=settings)
     if form == "json":
         console.emit_json(result.to_json())
     else:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from migrator.jobs.cache_key import locate_checkpoint
 from migrator.jobs.interruption import interruptible
-from migrator.jobs.readers import get_external_options
 from migrator.jobs.results import ActionOutcome, StepContext
 from migrator.jobs.steps import Check, Reshard, Rewrite, Validate, Verify
+from migrator.options.external import read_external_settings
 from plans.text import format_count
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _verify(step: Verify, context: StepContext) -> ActionOutcome:
 
     with interruptible():
         folders = [locate_checkpoint(text) for text in (step.source, step.other) if text is not None]
-        foreign = get_external_options(step).read(step.source)
+        foreign = read_external_settings(step, step.source)
         found = verify(*folders, max_memory=step.max_memory * _MIB, progress=context.progress, external=foreign)
     said = _COMPARED_WITH[found.against] if found.ok else format_count(len(found.differences), "difference")
     return ActionOutcome(0 if found.ok else 1, said, found.to_json())

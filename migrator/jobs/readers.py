@@ -6,11 +6,11 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from migrator.jobs.steps import Reshard, Verify, is_on_hub
+from migrator.jobs.steps import is_on_hub
 from migrator.options.external import ExternalOptions
 from plans.errors import UsageError
 from plans.text import suggest_name
@@ -19,7 +19,6 @@ __all__ = [
     "EXTERNAL_SETTINGS",
     "SettingLocation",
     "SettingReader",
-    "get_external_options",
     "list_external_files",
     "make_choice_reader",
     "read_checkpoint_name",
@@ -31,7 +30,6 @@ __all__ = [
     "read_seconds",
     "read_size",
     "read_text",
-    "replace_option_names",
 ]
 
 
@@ -164,32 +162,21 @@ def _read_number(location: SettingLocation, value: object, limit: float, expecte
     return float(value)
 
 
+def _make_reader(kind: type | tuple[str, ...]) -> SettingReader:
+    return make_choice_reader(*kind) if isinstance(kind, tuple) else _READERS[kind]
+
+
+_READERS: Mapping[type, SettingReader] = {str: read_text, int: read_size, Path: read_path}
 EXTERNAL_SETTINGS: Mapping[str, SettingReader] = {
-    "from_pattern": read_text,
-    "from_tp": read_size,
-    "from_ep": read_size,
-    "from_mode": make_choice_reader("tp", "ep", "tp_ep"),
-    "plan": read_path,
-    "config": read_path,
+    setting.name: _make_reader(setting.metadata["kind"]) for setting in fields(ExternalOptions)
 }
-"""The settings, by the names of the steps' fields."""
-_OPTION_PREFIX = re.compile(r"--(?=[a-z])")
+"""Readers of the settings for another stack's rank files, by their names, which are those of the steps' fields."""
 _CONFIG = "config.json"
-
-
-def get_external_options(step: Reshard | Verify) -> ExternalOptions:
-    """Return what a step says of its source's files, as the commands take it."""
-    return ExternalOptions(*(getattr(step, name) for name in EXTERNAL_SETTINGS))
 
 
 def list_external_files(step: object) -> tuple[Path, ...]:
     """Return the files besides a step's checkpoints that it reads: the plan, and the one config of a folder of them."""
-    if not isinstance(step, Reshard | Verify):
+    if not isinstance(step, ExternalOptions):
         return ()
     config = step.config / _CONFIG if step.config is not None and step.config.is_dir() else step.config
     return tuple(path for path in (step.plan, config) if path is not None)
-
-
-def replace_option_names(text: str) -> str:
-    """Return what is said of a command's options with the names that they have in job files."""
-    return _OPTION_PREFIX.sub("", text)

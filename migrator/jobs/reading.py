@@ -15,10 +15,9 @@ from migrator.jobs.readers import (
     EXTERNAL_SETTINGS,
     SettingLocation,
     SettingReader,
-    get_external_options,
-    replace_option_names,
 )
 from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.options.external import check_external_options
 from plans.errors import UsageError
 from plans.mesh import MODES, Mesh
 from plans.text import suggest_name
@@ -208,11 +207,9 @@ def _check_mesh(location: SettingLocation, options: _Options) -> None:
 
 def _check_external_options(location: SettingLocation, step: Reshard | Verify) -> None:
     try:
-        get_external_options(step).parse(step.source)
+        check_external_options(step, step.source)
     except UsageError as error:
-        location.refuse(
-            f"does not say how to read its source: {replace_option_names(str(error))}", replace_option_names(error.hint)
-        )
+        location.refuse(f"does not say how to read its source: {error}", error.hint)
 
 
 def _expand_per_target(

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migrator.commands.reshard import estimate_as_json, result_as_json
-from plans.gc_paused import gc_paused
 from migrator.jobs.cache_key import locate_checkpoint
 from migrator.jobs.files import is_regular_file, list_files, raise_destination_errors
 from migrator.jobs.interruption import interruptible
-from migrator.jobs.readers import get_external_options
 from migrator.jobs.results import ActionOutcome, StepContext
 from migrator.jobs.steps import Reshard
 from migrator.options.common import build_mesh
+from migrator.options.external import read_external_settings
 from migrator.report.from_reshard import build_reshard_report
 from migrator.report.page import render_report
 from plans.errors import DestinationError, MigratorError
+from plans.gc_paused import gc_paused
 from plans.text import pluralize
 from runtime.checkpoint.copying.commit import check_destination, convert_write_errors
 from runtime.checkpoint.ranks.manifest import read_manifest
@@ -122,7 +122,7 @@ def run_reshard(step: Reshard, context: StepContext) -> ActionOutcome:
     with interruptible():
         if step.push_to is not None:
             check_repository(step.push_to)
-        foreign = get_external_options(step).read(step.source)
+        foreign = read_external_settings(step, step.source)
         plan = _plan_step(step, foreign)
         is_others = not context.is_own_output and os.path.lexists(step.destination)
         is_there = is_others and can_reuse_destination(plan, foreign, step.destination, step.max_memory * _MIB, context)
@@ -141,7 +141,7 @@ def estimate_reshard(step: Reshard, *, is_own_output: bool) -> dict[str, object]
     Raises:
         MigratorError: it cannot be planned, or its destination is taken.
     """
-    plan = _plan_step(step, get_external_options(step).read(step.source))
+    plan = _plan_step(step, read_external_settings(step, step.source))
     is_there = not is_own_output and os.path.lexists(step.destination) and has_expected_files(plan, step.destination)
     if os.path.lexists(step.destination) and not is_there:
         check_destination(step.destination, overwrite=step.overwrite or is_own_output, names=plan.file_names)

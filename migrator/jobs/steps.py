@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from migrator.options.external import ExternalOptions
 from plans.mesh import Mode
 
 __all__ = [
@@ -60,7 +61,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Reshard:
+class Reshard(ExternalOptions):
     """A checkpoint brought to another layout and mesh.
 
     Args:
@@ -74,11 +75,6 @@ class Reshard:
         max_memory: MiB that copying may allocate.
         overwrite: replace a checkpoint at the destination that this job did not write.
         push_to: a repository of the hub that gets the result too.
-        from_pattern: names of another stack's rank files, where the source is made of such.
-        from_tp, from_ep: of how many ranks they are.
-        from_mode: which of the model's plans cut them, None for the default.
-        plan: the file that says where they were cut otherwise.
-        config: their config.json or its folder, None where it lies beside them.
     """
 
     source: str
@@ -93,34 +89,21 @@ class Reshard:
     max_memory: int = _DEFAULT_MEMORY_MIB
     overwrite: bool = False
     push_to: str | None = None
-    from_pattern: str | None = None
-    from_tp: int | None = None
-    from_ep: int | None = None
-    from_mode: Mode | None = None
-    plan: Path | None = None
-    config: Path | None = None
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(ExternalOptions):
     """A checkpoint's content held against its manifest, and against another one.
 
     Args:
         source: the checkpoint.
         other: what it is compared with, None for its manifest alone.
         max_memory: MiB that reading may allocate.
-        from_pattern, from_tp, from_ep, from_mode, plan, config: as `Reshard` has them.
     """
 
     source: str
     other: str | None = None
     max_memory: int = _DEFAULT_MEMORY_MIB
-    from_pattern: str | None = None
-    from_tp: int | None = None
-    from_ep: int | None = None
-    from_mode: Mode | None = None
-    plan: Path | None = None
-    config: Path | None = None
 
 
 @dataclass(frozen=True)

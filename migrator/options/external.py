@@ -1,12 +1,12 @@
-"""The options that say how to read other people's rank files, which say nothing of themselves."""
+"""How to read another stack's rank files: settings that are options of commands and settings of job files alike."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,143 +16,168 @@ if TYPE_CHECKING:
     from plans.mesh import Mode
     from runtime.checkpoint.external.source import ExternalSettings
 
-__all__ = ["ExternalOptions", "external_options"]
-
-_SIZE = click.IntRange(min=1)
-_OPTIONS = (
-    click.option(
-        "--from-pattern",
-        metavar="PATTERN",
-        help="Read SOURCE as another stack's rank files of these names, such as 'model{rank}-mp{world}.safetensors'.",
-    ),
-    click.option("--from-tp", type=_SIZE, metavar="N", help="Tensor parallel ranks of these files."),
-    click.option("--from-ep", type=_SIZE, metavar="N", help="Ranks of these files that share one set of experts."),
-    click.option(
-        "--from-mode",
-        type=click.Choice(["tp", "ep", "tp_ep"]),
-        help="Which of the model's plans cut them; by default tp, or tp_ep where --from-ep is more than 1.",
-    ),
-    click.option(
-        "--plan",
-        "plan_file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Where they were cut otherwise: key to style or placement, JSON or TOML.",
-    ),
-    click.option(
-        "--config",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="The config.json of these files, where it does not lie beside them.",
-    ),
-)
+__all__ = ["ExternalOptions", "check_external_options", "external_options", "read_external_settings"]
 
 
-@dataclass(frozen=True)
+def _describe(kind: type | tuple[str, ...], help_text: str, metavar: str | None = None) -> dict[str, object]:
+    """Return what is known of a setting: its type or its choices, and its help."""
+    return {"kind": kind, "help": help_text, "metavar": metavar}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExternalOptions:
-    """What was said of foreign rank files; each None where it was not said."""
+    """What a user says about another stack's rank files, which do not describe themselves; None for what is not said.
 
-    from_pattern: str | None
-    from_tp: int | None
-    from_ep: int | None
-    from_mode: Mode | None
-    plan_file: Path | None
-    config: Path | None
+    Each field is an option of the command line (`from_tp` is `--from-tp`) and a setting of job files, and
+    `ExternalSettings` has an argument of the same name.
 
-    def read(self, source: str) -> ExternalSettings | None:
-        """Return how to read a source's files, None where they are to be read as any layout.
+    Args:
+        from_pattern: the files' names, such as `model{rank}-mp{world}.safetensors`.
+        from_tp: the tensor parallel ranks that the files belong to.
+        from_ep: the ranks that share one set of experts.
+        from_mode: which of the model's plans the files were sharded by.
+        plan: a file with placements that differ from the model's plan.
+        config: the files' config.json or its folder, if it is not in their folder.
+    """
 
-        Args:
-            source: as named on the command line.
+    from_pattern: str | None = field(
+        default=None,
+        metadata=_describe(
+            str,
+            "Read SOURCE as another stack's rank files with these names, e.g. 'model{rank}-mp{world}.safetensors'.",
+            "PATTERN",
+        ),
+    )
+    from_tp: int | None = field(
+        default=None, metadata=_describe(int, "Number of tensor parallel ranks that wrote these files.", "N")
+    )
+    from_ep: int | None = field(
+        default=None, metadata=_describe(int, "Number of ranks that share one set of experts in these files.", "N")
+    )
+    from_mode: Mode | None = field(
+        default=None,
+        metadata=_describe(
+            ("tp", "ep", "tp_ep"),
+            "The plan by which these files were sharded; by default tp, or tp_ep if --from-ep is more than 1.",
+        ),
+    )
+    plan: Path | None = field(
+        default=None,
+        metadata=_describe(
+            Path, "JSON or TOML file, key to style or placement, for parameters sharded differently.", "FILE"
+        ),
+    )
+    config: Path | None = field(
+        default=None, metadata=_describe(Path, "The config.json of these files, if it is not in their folder.", "FILE")
+    )
 
-        Raises:
-            UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
-            CheckpointError: the plan or the config cannot be read.
-        """
-        said = self.parse(source)
-        if said is None:
-            return None
-        from runtime.checkpoint.external.plan_file import read_plan_file
-        from runtime.checkpoint.external.source import SeparateConfig
 
-        plan = read_plan_file(self.plan_file) if self.plan_file else {}
-        folder = self._config_folder()
-        return replace(said, plan=plan, config=None if folder is None else SeparateConfig.read(folder))
+def read_external_settings(options: ExternalOptions, source: str) -> ExternalSettings | None:
+    """Return how to read a source's files, with the plan and config that the options name; None without a pattern.
 
-    def parse(self, source: str) -> ExternalSettings | None:
-        """Return what is said, without reading a file.
+    Args:
+        options: the user's settings.
+        source: the checkpoint, as the user names it.
 
-        Args:
-            source: as named on the command line.
+    Raises:
+        UsageError: the options contradict each other or are incomplete, or the source is on the hub.
+        CheckpointError: the plan or the config cannot be read.
+    """
+    check_external_options(options, source)
+    if options.from_pattern is None:
+        return None
+    from runtime.checkpoint.external.plan_file import read_plan_file
+    from runtime.checkpoint.external.source import SeparateConfig
 
-        Raises:
-            UsageError: the options contradict one another, lack what belongs to them, or the source is on the hub.
-        """
-        if self.from_pattern is None:
-            self._require_pattern()
-            return None
-        from runtime.checkpoint.external.pattern import FilePattern
-        from runtime.checkpoint.external.source import ExternalSettings
-        from runtime.hub import parse_hub_name
+    return _build_settings(
+        options,
+        plan=read_plan_file(options.plan) if options.plan else {},
+        config=SeparateConfig.read(_find_config_folder(options.config)) if options.config else None,
+    )
 
-        if parse_hub_name(source) is not None:
+
+def check_external_options(options: ExternalOptions, source: str) -> None:
+    """Refuse options that contradict each other, without reading a file.
+
+    Args:
+        options: the user's settings.
+        source: the checkpoint, as the user names it.
+
+    Raises:
+        UsageError: the options contradict each other or are incomplete, or the source is on the hub.
+    """
+    if options.from_pattern is None:
+        _check_nothing_said(options)
+        return
+    from runtime.hub import parse_hub_name
+
+    if parse_hub_name(source) is not None:
+        raise UsageError(
+            f"{source}: `from_pattern` reads a local folder",
+            hint=f"download it first: `hf download {source} --local-dir …`",
+            source=source,
+        )
+    if options.from_tp is None and options.from_ep is None:
+        raise UsageError("`from_pattern` needs `from_tp`", hint="give the number of ranks that wrote the files")
+    _build_settings(options)
+
+
+def _build_settings(options: ExternalOptions, **contents: Any) -> ExternalSettings:  # noqa: ANN401
+    from runtime.checkpoint.external.pattern import FilePattern
+    from runtime.checkpoint.external.source import ExternalSettings
+
+    assert options.from_pattern is not None
+    ep = options.from_ep or 1
+    tp = options.from_tp or (ep if options.from_mode == "ep" else 1)
+    pattern = FilePattern(options.from_pattern)
+    return ExternalSettings(pattern, from_tp=tp, from_ep=ep, from_mode=options.from_mode, **contents)
+
+
+def _check_nothing_said(options: ExternalOptions) -> None:
+    for setting in fields(ExternalOptions):
+        if getattr(options, setting.name) is not None:
             raise UsageError(
-                f"{source}: --from-pattern reads a local folder",
-                hint=f"fetch it first, `hf download {source} --local-dir …`",
-                source=source,
+                f"`{setting.name}` describes another stack's rank files, but `from_pattern` does not name them",
+                hint="give `from_pattern` the files' names, such as 'model{rank}-mp{world}.safetensors'",
             )
-        if self.from_tp is None and self.from_ep is None:
-            raise UsageError("--from-pattern needs --from-tp", hint="say of how many ranks the files are")
-        return ExternalSettings(FilePattern(self.from_pattern), *self._sizes(), self.from_mode)
 
-    def _sizes(self) -> tuple[int, int]:
-        ep = self.from_ep or 1
-        return self.from_tp or (ep if self.from_mode == "ep" else 1), ep
 
-    def _config_folder(self) -> Path | None:
-        if self.config is None or self.config.is_dir():
-            return self.config
-        if self.config.name != "config.json":
-            raise UsageError(
-                f"--config {self.config}: not a config.json",
-                hint="name a config.json, or its folder",
-                path=str(self.config),
-            )
-        return self.config.parent
+def _find_config_folder(config: Path) -> Path:
+    if config.is_dir():
+        return config
+    if config.name != "config.json":
+        raise UsageError(
+            f"`config={config}`: not a config.json", hint="name a config.json or its folder", path=str(config)
+        )
+    return config.parent
 
-    def _require_pattern(self) -> None:
-        said = {
-            "--from-tp": self.from_tp,
-            "--from-ep": self.from_ep,
-            "--from-mode": self.from_mode,
-            "--plan": self.plan_file,
-            "--config": self.config,
-        }
-        for option, value in said.items():
-            if value is not None:
-                raise UsageError(
-                    f"{option} speaks of another stack's rank files, but --from-pattern does not name them",
-                    hint="give --from-pattern 'model{rank}-mp{world}.safetensors', or as they are named",
-                )
+
+_CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {
+    str: click.STRING,
+    int: click.IntRange(min=1),
+    Path: click.Path(path_type=Path),
+}
 
 
 def external_options(function: Callable[..., object]) -> Callable[..., object]:
-    """Add `--from-pattern` and what belongs to it to a command, which gets them as `foreign`."""
+    """Add an option for each field of `ExternalOptions` to a command, which receives them as `external`."""
 
     @functools.wraps(function)
-    def command(
-        from_pattern: str | None,
-        from_tp: int | None,
-        from_ep: int | None,
-        from_mode: Mode | None,
-        plan_file: Path | None,
-        config: Path | None,
-        **others: object,
-    ) -> object:
-        said = ExternalOptions(from_pattern, from_tp, from_ep, from_mode, plan_file, config)
-        return function(**others, foreign=said)
+    def command(**arguments: Any) -> object:  # noqa: ANN401
+        external = ExternalOptions(**{setting.name: arguments.pop(setting.name) for setting in fields(ExternalOptions)})
+        return function(**arguments, external=external)
 
     decorated: Callable[..., object] = command
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
+    for setting in reversed(fields(ExternalOptions)):
+        decorated = _make_click_option(setting)(decorated)
     return decorated
+
+
+def _make_click_option(setting: Field[Any]) -> Callable[[Callable[..., object]], Callable[..., object]]:
+    kind = setting.metadata["kind"]
+    return click.option(
+        f"--{setting.name.replace('_', '-')}",
+        type=click.Choice(kind) if isinstance(kind, tuple) else _CLICK_TYPES[kind],
+        metavar=setting.metadata["metavar"],
+        help=setting.metadata["help"],
+    )

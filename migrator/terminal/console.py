@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+_ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 _UNLIMITED_WIDTH = 1000
 _MAX_LINE_LENGTH = 4096
 """Characters; a path has no more."""
@@ -87,9 +89,39 @@ def say(text: str) -> None:
 
 
 def error(problem: MigratorError) -> None:
-    """Tell a person what is wrong and what to do."""
-    _say_labelled(click.style("error:", fg="red", bold=True), problem.message)
-    _say_labelled(click.style("hint:", fg="cyan"), problem.hint)
+    """Tell a person what is wrong and what to do, in terms of the running command's options."""
+    _say_labelled(click.style("error:", fg="red", bold=True), _name_options(problem.message))
+    _say_labelled(click.style("hint:", fg="cyan"), _name_options(problem.hint))
+
+
+def _name_options(text: str) -> str:
+    """Return a message with options in place of the arguments that it names: `max_memory=1` becomes --max-memory 1.
+
+    Arguments that the running command has no option for are left as they are.
+    """
+    options = {option.opts[0].lstrip("-").replace("-", "_"): option for option in _find_options()}
+
+    def translate(argument: re.Match[str]) -> str:
+        name, value = argument.groups()
+        if name not in options:
+            return argument[0]
+        option = options[name]
+        if option.is_flag:
+            return option.secondary_opts[0] if value == "False" else option.opts[0]
+        return option.opts[0] if value is None else f"{option.opts[0]} {value}"
+
+    return _ARGUMENT.sub(translate, text)
+
+
+def _find_options() -> list[click.Option]:
+    """Return the options of the running command, or of the one that has just failed; none outside of a command."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return []
+    command: click.Command | None = context.command
+    if isinstance(command, click.Group):
+        command = command.get_command(context, context.invoked_subcommand or "")
+    return [parameter for parameter in command.params if isinstance(parameter, click.Option)] if command else []
 
 
 def internal_error(problem: Exception) -> None:

@@ -41,15 +41,13 @@ def check_mode(mode: Mode, mesh: Mesh) -> None:
         raise UsageError(
             f"mode {mode!r} on a mesh of {mesh}: "
             + ("it needs an expert axis" if uses_experts else "it uses no expert axis"),
-            hint="give ep=2 (--ep 2) or more"
-            if uses_experts
-            else f"leave ep out (--ep), or choose the mode {mode}_ep (--mode {mode}_ep)",
+            hint="set `ep=2` or more" if uses_experts else f"leave `ep` out, or set `mode={mode}_ep`",
             mode=mode,
         )
     if mode == "ep" and not (mesh.tp == mesh.ep and mesh.fsdp == 1):
         raise UsageError(
             f"mode 'ep' keeps dense parameters whole on the same ranks, but the mesh is {mesh}",
-            hint=f"give tp={mesh.ep} and ep={mesh.ep} (--tp, --ep), or choose the mode tp_ep (--mode tp_ep)",
+            hint=f"set `tp={mesh.ep}` and `ep={mesh.ep}`, or `mode=tp_ep`",
             mode=mode,
         )
 

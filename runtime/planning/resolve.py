@@ -174,7 +174,7 @@ def _resolve_fsdp_placement(
     if isinstance(inner_placement, Packed) and inner_placement.dim == 0:
         raise PlanError(
             f"{name} is {inner_placement}, whose groups FSDP would cut across",
-            hint="leave fsdp at 1 (--fsdp 1), or use a plan that does not pack dim 0",
+            hint="set `fsdp=1`, or use a plan that does not pack dim 0",
             parameter=name,
         )
     return Shard(0)

@@ -33,7 +33,7 @@ def select_device(kind: str) -> torch.device:
     if kind == "cuda" and gpus < ranks:
         raise UsageError(
             f"{pluralize(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",
-            hint="use --device cpu, a smaller mesh, or several machines through torchrun",
+            hint="use `device=cpu`, a smaller mesh, or several machines through torchrun",
             ranks=ranks,
             gpus=gpus,
         )

@@ -105,7 +105,7 @@ def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> t
         return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
     held = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
     if any(held[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
-        asked = [f"--{axis} {size}" for axis, size in sizes.items()] + ([f"--mode {mode}"] if mode else [])
+        asked = [f"`{axis}={size}`" for axis, size in sizes.items()] + ([f"`mode={mode}`"] if mode else [])
         raise _mesh_mismatch_error(folder, manifest, " ".join(asked))
     return manifest.mesh, manifest.mode
 
@@ -119,12 +119,12 @@ def check_mesh(request: ValidationRequest) -> Manifest | None:
     """
     manifest = find_manifest(request.folder)
     if manifest is not None and (manifest.mesh, manifest.mode) != (request.mesh, request.mode):
-        raise _mesh_mismatch_error(request.folder, manifest, _format_options(request.mesh, request.mode))
+        raise _mesh_mismatch_error(request.folder, manifest, _format_mesh(request.mesh, request.mode))
     return manifest
 
 
 def _mesh_mismatch_error(folder: Path, manifest: Manifest, asked: str) -> UsageError:
-    laid_out = _format_options(manifest.mesh, manifest.mode)
+    laid_out = _format_mesh(manifest.mesh, manifest.mode)
     return UsageError(
         f"{folder} is laid out for {laid_out}, not {asked}",
         hint=f"leave the mesh out, say {laid_out}, or reshard",
@@ -133,7 +133,7 @@ def _mesh_mismatch_error(folder: Path, manifest: Manifest, asked: str) -> UsageE
     )
 
 
-def _format_options(mesh: Mesh, mode: Mode) -> str:
+def _format_mesh(mesh: Mesh, mode: Mode) -> str:
     sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
-    axes = [f"--{axis} {size}" for axis, size in sizes.items() if size > 1 or axis == "tp"]
-    return " ".join(axes + ([f"--mode {mode}"] if mode != ("tp_ep" if mesh.ep > 1 else "tp") else []))
+    axes = [f"`{axis}={size}`" for axis, size in sizes.items() if size > 1 or axis == "tp"]
+    return " ".join(axes + ([f"`mode={mode}`"] if mode != ("tp_ep" if mesh.ep > 1 else "tp") else []))

@@ -86,7 +86,7 @@ def check_destination(destination: Path, *, overwrite: bool = False, names: Coll
         if not overwrite:
             raise DestinationError(
                 f"{destination}: exists already",
-                hint="name a new folder, remove this one, or replace it with --overwrite",
+                hint="name a new folder, remove this one, or replace it with `overwrite`",
                 path=str(destination),
             )
         check_replaceable(destination, names)

@@ -60,8 +60,8 @@ def read_external_files(folder: Path, external: ExternalSettings) -> ExternalFil
         present = sorted(path.name for path in folder.iterdir())
     if MANIFEST in present:
         raise UsageError(
-            f"{folder}: has a {MANIFEST}, which says what --from-pattern would",
-            hint="leave --from-pattern and what belongs to it out",
+            f"{folder}: has a {MANIFEST}, which says what `from_pattern` would",
+            hint="leave `from_pattern` and the settings that belong to it out",
             folder=str(folder),
         )
     found = _group_by_rank(folder, external, present)
@@ -74,7 +74,7 @@ def read_external_files(folder: Path, external: ExternalSettings) -> ExternalFil
 
 def _group_by_rank(folder: Path, external: ExternalSettings, file_names: Sequence[str]) -> Mapping[int, RankParts]:
     """Return the files of each rank; where names tell the number of ranks, those of another one are no part of it."""
-    read = {name: said for name in file_names if (said := external.pattern.parse(name)) is not None}
+    read = {name: said for name in file_names if (said := external.from_pattern.parse(name)) is not None}
     world = external.mesh.world_size
     found: defaultdict[int, dict[int, Path]] = defaultdict(dict)
     for name, said in read.items():
@@ -84,15 +84,15 @@ def _group_by_rank(folder: Path, external: ExternalSettings, file_names: Sequenc
         worlds = sorted({str(said.world) for said in read.values()})
         raise UsageError(
             f"{folder}: has files of {' and '.join(worlds)} ranks, not of {world}",
-            hint="correct --from-tp and --from-ep",
+            hint="correct `from_tp` and `from_ep`",
             files=list(read),
         )
     if not found:
         held = [name for name in file_names if name.endswith(".safetensors")] or file_names
         raise UsageError(
-            f"{folder}: no file is named like {shorten(str(external.pattern))}, "
+            f"{folder}: no file is named like {shorten(str(external.from_pattern))}, "
             f"it has {format_names(held) if held else 'nothing'}",
-            hint="correct --from-pattern",
+            hint="correct `from_pattern`",
             files=held,
         )
     return found
@@ -105,21 +105,21 @@ def _check_ranks(folder: Path, external: ExternalSettings, files_by_rank: Mappin
         names = [path.name for rank in over for path in files_by_rank[rank].values()]
         raise UsageError(
             f"{folder}: {format_names(names)} would be of rank {over[0]}, but {world} ranks are numbered 0 to {world - 1}",
-            hint="correct --from-tp and --from-ep, or move files of another checkpoint away",
+            hint="correct `from_tp` and `from_ep`, or move files of another checkpoint away",
             files=names,
         )
     if len(files_by_rank) < world:
         absent = next(rank for rank in range(world) if rank not in files_by_rank)
         raise IncompleteError(
             f"{folder}: {world - len(files_by_rank)} of {world} ranks have no file, rank {absent} is the first",
-            hint="copy the missing files, or correct --from-tp and --from-ep",
+            hint="copy the missing files, or correct `from_tp` and `from_ep`",
             rank=absent,
         )
 
 
 def _check_parts(folder: Path, external: ExternalSettings, rank: int, parts: RankParts) -> None:
     first = min(parts)
-    if external.pattern.has_parts and (first > 1 or max(parts) - first + 1 > len(parts)):
+    if external.from_pattern.has_parts and (first > 1 or max(parts) - first + 1 > len(parts)):
         absent = 0 if first > 1 else next(part for part in range(first, max(parts)) if part not in parts)
         raise IncompleteError(
             f"{folder}: part {absent} of rank {rank} is missing",

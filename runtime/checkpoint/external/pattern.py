@@ -100,7 +100,7 @@ class FilePattern:
             yield _Segment(text, field, form or "")
 
     def _error(self, what: str, hint: str) -> UsageError:
-        return UsageError(f"--from-pattern {shorten(repr(self.text))} {what}", hint=hint, pattern=self.text)
+        return UsageError(f"`from_pattern` {shorten(repr(self.text))} {what}", hint=hint, pattern=self.text)
 
 
 def _to_regex(segment: _Segment) -> str:

@@ -73,7 +73,7 @@ def find_declared_keys(model: PreTrainedModel, external: ExternalSettings) -> di
     owners = {name.rpartition(".")[0] for name in names}
     if unmatched := find_unmatched_keys(external.plan, [*names, *owners]):
         raise UnmatchedKeyError(
-            f"--plan: {format_names(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
+            f"`plan`: {format_names(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
             hint="correct or remove the entries",
             keys=unmatched,
         )
@@ -87,13 +87,13 @@ def _apply_placement(
 ) -> ResolvedParameter:
     if not isinstance(declared, Replicate) and declared.dim >= len(row.shape):
         raise PlanError(
-            f"--plan: {key!r} makes {row.name} {declared}, but it is {list(row.shape)}",
+            f"`plan`: {key!r} makes {row.name} {declared}, but it is {list(row.shape)}",
             hint="give each parameter of the module an entry of its own",
             key=key,
         )
     if isinstance(declared, UnevenPacked) and scale:
         raise PlanError(
-            f"--plan: {key!r} cuts {row.name} in groups of several sizes, which is not read of quantized weights",
+            f"`plan`: {key!r} cuts {row.name} in groups of several sizes, which is not read of quantized weights",
             hint="save the whole model in hub form instead",
             key=key,
         )
@@ -108,6 +108,6 @@ def _check_tied(rows: Mapping[str, ResolvedParameter]) -> None:
             raise PlanError(
                 f"{row.name} and {row.tied_to} are one tensor, but are put at {row.placements[-1]} and at "
                 f"{rows[row.tied_to].placements[-1]}",
-                hint="give both an entry with one placement in --plan",
+                hint="give both an entry with one placement in `plan`",
                 names=[row.name, row.tied_to],
             )

@@ -1,4 +1,4 @@
-"""The file behind `--plan`: where a stack cut parameters otherwise than the model's plan, in JSON or TOML."""
+"""A plan file: where a stack cut parameters otherwise than the model's plan, in JSON or TOML."""
 
 from __future__ import annotations
 

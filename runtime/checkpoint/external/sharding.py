@@ -93,7 +93,7 @@ def infer_matrix_sizes(row: ResolvedParameter, dim: int, config: PreTrainedConfi
 
 
 def format_plan_hint(options: Mapping[str, tuple[int, ExternalPlacement | None]]) -> str:
-    """Return the hint that gives entries of `--plan` for both readings of fused tensors.
+    """Return the hint that gives entries of a plan file for both readings of fused tensors.
 
     Args:
         options: for the key of each the dim that is cut, and how each matrix in it would be.
@@ -103,7 +103,7 @@ def format_plan_hint(options: Mapping[str, tuple[int, ExternalPlacement | None]]
     unsized = [dim for dim, placing in options.values() if placing is None]
     of_each = f"{_format_entries(each)} where each matrix in them was cut, as serving stacks do; " if each else ""
     sizes = f'; {{"packed": [{unsized[0]}, [SIZE, …]]}} is for matrices of these sizes' if unsized else ""
-    return f"give --plan a JSON file that says {of_each}{_format_entries(whole)} where they were cut as one{sizes}"
+    return f"give `plan` a JSON file that says {of_each}{_format_entries(whole)} where they were cut as one{sizes}"
 
 
 def _format_entries(entries: Mapping[str, ExternalPlacement]) -> str:
@@ -276,7 +276,7 @@ def check_groups(folder: Path, model: PreTrainedModel, shardings: Mapping[str, T
             sizes = infer_matrix_sizes(cut.parameter, dim, config)
             if not set(accumulate(sizes)) <= set(accumulate(groups)):
                 raise PlanError(
-                    f"{folder}: --plan cuts {name} in groups of {list(groups)} along dim {dim}, but it has matrices "
+                    f"{folder}: `plan` cuts {name} in groups of {list(groups)} along dim {dim}, but it has matrices "
                     f"of {list(sizes)} there",
                     hint=format_plan_hint({to_wildcard(name): (dim, build_matrix_placement(dim, sizes))}),
                     keys=[to_wildcard(name)],

@@ -92,7 +92,7 @@ def _compute_local_map(tensor_map: TensorMap, sharding: TensorSharding, mesh: Me
     except TensorMapError as error:
         raise MismatchError(
             f"{sharding.parameter.name}: {error}",
-            hint="correct --from-tp and --from-ep, or say in a --plan how it was cut",
+            hint="correct `from_tp` and `from_ep`, or say in `plan` how it was sharded",
             name=sharding.parameter.name,
         ) from error
 
@@ -114,7 +114,7 @@ def _find_box(source: str, used: TensorMap, sharding: TensorSharding) -> TensorM
     return box
 
 
-_SETTINGS_HINT = "check --from-tp, --from-ep and --from-mode, and that config.json is of this model"
+_SETTINGS_HINT = "check `from_tp`, `from_ep` and `from_mode`, and that config.json is of this model"
 
 
 def check_shapes(
@@ -197,7 +197,7 @@ def _format_hint(name: str, placement: Placement) -> str:
     each = ""
     if isinstance(placement, Shard) and is_fused(name):
         each = f'; if each matrix in it was cut, {{"packed": [{placement.dim}, [SIZE, …]]}} with their sizes'
-    return f"if it is so, give --plan a JSON file that says {said}{each}"
+    return f"if it is so, give `plan` a JSON file that says {said}{each}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ def drop_duplicates(chunks: Iterable[RankChunk]) -> list[RankChunk]:
         if kept is not piece and not has_same_bytes(kept.stored, piece.stored):
             raise MismatchError(
                 f"{piece.name!r} should be the same in {kept.stored.file} and in {piece.stored.file}, but is not",
-                hint="if the plan is wrong, say in a --plan how it was cut; or the files belong to several checkpoints",
+                hint="if the plan is wrong, say in `plan` how it was sharded; or the files belong to several checkpoints",
                 name=piece.name,
                 files=[str(kept.stored.file), str(piece.stored.file)],
             )

@@ -70,7 +70,7 @@ ExternalPlacement = Placement | UnevenPacked
 
 
 def external_placement_to_json(placement: ExternalPlacement) -> dict[str, object]:
-    """Return what `--plan` says for it: a placement as manifests have it, or `{"packed": [dim, [size, …]]}`."""
+    """Return its entry in a plan file: a placement as manifests have it, or `{"packed": [dim, [size, …]]}`."""
     if isinstance(placement, UnevenPacked):
         return {"packed": [placement.dim, list(placement.sizes)]}
     return placement_to_json(placement)
@@ -105,7 +105,7 @@ class SeparateConfig:
         stamp = read_stamp(folder / CONFIG)
         if stamp is None:
             raise IncompleteError(
-                f"{folder}: no {CONFIG}", hint="name a config.json, or its folder, by --config", folder=str(folder)
+                f"{folder}: no {CONFIG}", hint="name a config.json, or its folder, with `config`", folder=str(folder)
             )
         return cls(folder, read_at_most(folder / CONFIG, _MAX_CONFIG_BYTES), stamp)
 
@@ -123,54 +123,57 @@ class ExternalSettings:
     """How a folder's foreign rank files are to be read.
 
     Args:
-        pattern: of their names.
-        tp: ranks of the tensor parallel axis.
-        ep: ranks that share one set of experts. Where they are more than `tp`, tensor parallel groups repeat.
-        mode: which of the model's plans they were cut by; by default `tp`, or `tp_ep` where `ep` is more than 1.
-        plan: key to style or placement, where they were cut otherwise.
-        config: the config.json, None where it lies beside them.
+        from_pattern: the pattern of their names.
+        from_tp: the number of tensor parallel ranks.
+        from_ep: the number of ranks that share one set of experts. If it is more than `from_tp`, tensor parallel
+            groups repeat.
+        from_mode: which of the model's plans they were sharded by; by default `tp`, or `tp_ep` if `from_ep` is more
+            than 1.
+        plan: key to style or placement, for parameters that were sharded differently.
+        config: the config.json, None if it is in their folder.
 
     Raises:
         UsageError: the sizes or the mode contradict one another.
     """
 
-    pattern: FilePattern
-    tp: int = 1
-    ep: int = 1
-    mode: Mode | None = None
+    from_pattern: FilePattern
+    from_tp: int = 1
+    from_ep: int = 1
+    from_mode: Mode | None = None
     plan: Mapping[str, str | ExternalPlacement] = field(default_factory=dict)
     config: SeparateConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.ep > 1 and self.ep % self.tp:
+        tp, ep, mode = self.from_tp, self.from_ep, self.from_mode
+        if ep > 1 and ep % tp:
             raise UsageError(
-                f"--from-ep {self.ep} is no multiple of --from-tp {self.tp}",
+                f"`from_ep={ep}` is not a multiple of `from_tp={tp}`",
                 hint="an expert group holds whole tensor parallel groups",
-                ep=self.ep,
-                tp=self.tp,
+                ep=ep,
+                tp=tp,
             )
-        if self.mode is not None and self.mode.endswith("ep") != (self.ep > 1):
+        if mode is not None and mode.endswith("ep") != (ep > 1):
             raise UsageError(
-                f"--from-mode {self.mode} does not go with --from-ep {self.ep}",
-                hint="give --from-ep with the modes ep and tp_ep, and with no other",
-                mode=self.mode,
+                f"`from_mode={mode}` does not go with `from_ep={ep}`",
+                hint="give `from_ep` with the modes ep and tp_ep, and with no other",
+                mode=mode,
             )
-        if self.mode == "ep" and self.tp != self.ep:
+        if mode == "ep" and tp != ep:
             raise UsageError(
-                f"--from-mode ep has one kind of ranks, but --from-tp is {self.tp} and --from-ep {self.ep}",
+                f"`from_mode=ep` has one kind of ranks, but got `from_tp={tp}` and `from_ep={ep}`",
                 hint="give both the same size",
-                mode=self.mode,
+                mode=mode,
             )
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the files; its data parallel axis repeats tensors, it cuts none."""
-        return Mesh(tp=self.tp, ep=self.ep, fsdp=max(self.ep // self.tp, 1))
+        """The mesh of the files; its data parallel axis repeats tensors and shards none."""
+        return Mesh(tp=self.from_tp, ep=self.from_ep, fsdp=max(self.from_ep // self.from_tp, 1))
 
     @property
     def effective_mode(self) -> Mode:
-        """The mode, the default one where none is said."""
-        return self.mode or ("tp_ep" if self.ep > 1 else "tp")
+        """The mode, or the default one if none was given."""
+        return self.from_mode or ("tp_ep" if self.from_ep > 1 else "tp")
 
     def config_folder(self, folder: Path) -> Path:
         """Return where the config.json lies.

@@ -159,7 +159,7 @@ def _revert_conversion(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
     except Exception as error:  # What transformers' conversions raise is not ours to list.
         raise ConversionError(
             f"transformers cannot bring {type(model).__name__} to its hub form: {first_line(error)}",
-            hint="give --experts fused to store its tensors as the model holds them",
+            hint="set `experts=fused` to store its tensors as the model holds them",
             model=type(model).__name__,
         ) from error
     return reverted

@@ -44,7 +44,7 @@ def select_optimizer(
         if require:
             raise IncompleteError(
                 f"{checkpoint.folder}: no optimizer's state in it",
-                hint="save it there with save_optimizer_distributed, or leave --optimizer out",
+                hint="save it there with save_optimizer_distributed, or leave `optimizer` out",
                 folder=str(checkpoint.folder),
             )
         return checkpoint
@@ -86,7 +86,7 @@ def _check_none_lost(checkpoint: Checkpoint) -> None:
     if lost := list(_read_manifest_digests(checkpoint)):
         raise IncompleteError(
             f"{checkpoint.folder}: the optimizer's state is missing, of which {MANIFEST} records {format_names(lost)}",
-            hint="copy its files again, or leave the state out with --no-optimizer",
+            hint="copy its files again, or leave the state out with `optimizer=False`",
             missing=lost,
         )
 

@@ -299,7 +299,7 @@ def _match_shapes(
                 f"{folder / METADATA}: {name} is {list(shape)}, neither one element nor as large as its parameter"
                 + (f", {list(parameters[parameter])}" if parameter is not None else ""),
                 hint="it is of another model, or of an optimizer whose state is not laid out like its parameters, "
-                "which cannot be resharded: leave it out with --no-optimizer",
+                "which cannot be resharded: leave it out with `optimizer=False`",
                 name=name,
                 shape=list(shape),
             )

@@ -42,12 +42,12 @@ class ReshardTarget:
         if self.layout == "hf" and self.mesh != Mesh():
             raise UsageError(
                 f"hub form holds whole tensors, but the mesh is {self.mesh}",
-                hint="leave --tp, --ep and --fsdp out, or choose --layout dcp or ranks",
+                hint="leave `tp`, `ep` and `fsdp` out, or choose `layout=dcp` or `layout=ranks`",
                 mesh=self.mesh.to_json(),
             )
         if self.layout != "hf" and self.experts:
             raise UsageError(
-                f"--experts {self.experts} says how hub form stores experts, but the layout is {self.layout}",
-                hint="leave it out, or choose --layout hf",
+                f"`experts={self.experts}` says how hub form stores experts, but the layout is {self.layout}",
+                hint="leave it out, or choose `layout=hf`",
                 layout=self.layout,
             )

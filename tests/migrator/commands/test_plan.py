@@ -79,7 +79,7 @@ def test_a_mode_that_does_not_go_with_the_mesh_is_refused(migrator, hub):
     assert (code, output) == (2, "")
     assert errors == [
         "error: mode 'ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis",
-        "hint: give ep=2 (--ep 2) or more",
+        "hint: set --ep 2 or more",
     ]
 
 

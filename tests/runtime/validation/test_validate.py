@@ -265,7 +265,7 @@ def test_a_kernel_that_the_config_names_is_not_run(
 
 
 def test_another_mesh_than_the_folders_is_refused(two_ranks: RankPool, rank_folder: RankFolder) -> None:
-    with pytest.raises(UsageError, match=r"laid out for --tp 4, not --tp 2"):
+    with pytest.raises(UsageError, match=r"laid out for `tp=4`, not `tp=2`"):
         two_ranks.run(validation_cases.validate, rank_folder("llama", 4), None)
 
 

@@ -55,7 +55,7 @@ def test_no_worker_is_started_for_a_folder_of_another_mesh(
     rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.validation.worker.launch", None)
-    with pytest.raises(UsageError, match="--tp 2, not --tp 4"):
+    with pytest.raises(UsageError, match="`tp=2`, not `tp=4`"):
         run_validation(ValidationRequest(rank_folder("llama", 2), Mesh(tp=4)))
 
 

@@ -150,7 +150,7 @@ def test_what_dtensor_cut_is_read_as_it_was(
     for rank in range(world):
         held = {n: t.contiguous().clone() for n, t in dtensor_locals(state, placements, rank, world).items()}
         save_file(held, source / DEEPSEEK.format(rank=rank, world=world))
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=world, plan={to_wildcard(GATE_UP): Packed(1, 2)})
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=world, plan={to_wildcard(GATE_UP): Packed(1, 2)})
     plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
@@ -163,7 +163,7 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
         "model.layers.*.mlp.experts": Shard(0),
         "model.layers.*.mlp.experts.down_proj": "moe_tp_down_rowwise",
     }
-    rows = resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)).by_name
+    rows = resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)).by_name
     assert [rows[f"model.layers.{n}.self_attn.o_proj.weight"].placements[1] for n in (0, 1)] == [Replicate(), Shard(0)]
     assert [rows[f"model.layers.0.mlp.experts.{n}_proj"].placements[1] for n in ("gate_up", "down")] == [
         Shard(0),
@@ -185,7 +185,7 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
 def test_entries_that_cannot_be_are_refused(plan: dict[str, Any], error: type, what: str, checkpoint: Saved) -> None:
     model = model_of(checkpoint("llama"))
     with pytest.raises(error) as refused:
-        resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan))
+        resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan))
     assert what in refused.value.message
 
 
@@ -197,23 +197,23 @@ def test_a_model_without_a_plan_is_read_by_the_users_alone(tmp_path: Path) -> No
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
     layers = "transformer.h.*.mlp"
     plan = {f"{layers}.c_fc.weight": Shard(1), f"{layers}.c_fc.bias": Shard(0), f"{layers}.c_proj.weight": Shard(0)}
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
     plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     with pytest.raises(PlanError, match="has no tensor parallel plan"):
-        resolve_external_plan(model_of(hub), ExternalSettings(FilePattern(DEEPSEEK), tp=2))
+        resolve_external_plan(model_of(hub), ExternalSettings(FilePattern(DEEPSEEK), from_tp=2))
 
 
 def test_scales_of_quantized_weights_go_with_them(tmp_path: Path) -> None:
     hub = save_quantized(deepseek(), tmp_path / "hub")
     cuts = {f"{ending}(_scale_inv)?": cut for ending, cut in MLA_WHOLE.items()}
     source = write(tmp_path / "foreign", hub, stored_in(hub), cuts, tp=2)
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2)
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2)
     plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     eight = write(tmp_path / "eight", hub, stored_in(hub), cuts, tp=8)
     with pytest.raises(IndivisibleError, match="tp=8 would cut"):
-        plan_reshard(eight, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=8))
+        plan_reshard(eight, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=8))
 
 
 def test_uneven_cuts_leave_ranks_less_or_nothing(hub_folder: Saved, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_uneven_cuts_leave_ranks_less_or_nothing(hub_folder: Saved, tmp_path: Pa
     plan = {"model.layers.*.input_layernorm": Shard(0)}
     cuts = {r"input_layernorm\.weight": shard(0), **TP}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=13)
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=13, plan=plan)
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=13, plan=plan)
     plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     assert verify(source, hub, external=foreign).ok
@@ -235,7 +235,7 @@ def test_a_cut_of_experts_that_leaves_scattered_rows_of_hub_tensors_is_refused(
     plan = {"model.layers.*.mlp.experts.gate_up_proj": Packed(1, 4)}
     with pytest.raises(ConversionError, match="leaves a rank scattered parts of"):
         plan_reshard(
-            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )
 
 
@@ -259,6 +259,6 @@ def test_what_ranks_do_not_hold_is_refused(
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts | TP, tp=2)
     with pytest.raises(error) as refused:
         plan_reshard(
-            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )
     assert what in refused.value.message

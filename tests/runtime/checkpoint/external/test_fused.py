@@ -57,14 +57,16 @@ def test_fused_weights_are_read_by_what_the_user_says_alone(
     for number, cuts in enumerate((each, AS_ONE)):
         source = write(tmp_path / f"foreign{number}", hub, state_of(hub), cuts, tp=2)
         with pytest.raises(PlanError, match="shapes do not tell") as refused:
-            plan_reshard(source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2))
+            plan_reshard(
+                source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2)
+            )
         assert set(refused.value.data["keys"]) == {QKV, GATE_UP}
         hints.add(refused.value.hint)
         said = entries(refused.value.hint)
         assert len(said) == 2
         for other, plan in enumerate(said):
             (tmp_path / "plan.json").write_text(json.dumps(plan))
-            foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=read_plan_file(tmp_path / "plan.json"))
+            foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=read_plan_file(tmp_path / "plan.json"))
             out = tmp_path / f"out{number}{other}"
             plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(out)
             # No shape tells: by the other reading the same files become other weights, which is why it is asked.
@@ -82,7 +84,7 @@ def test_groups_that_are_not_the_tensors_are_refused(sizes: tuple[int, ...], wha
     plan = {QKV: UnevenPacked(0, sizes), GATE_UP: Packed(0, 2)}
     with pytest.raises(MismatchError) as refused:
         plan_reshard(
-            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )
     assert what in refused.value.message
 
@@ -104,7 +106,7 @@ def test_groups_that_mix_the_matrices_are_refused_with_what_to_write(
     sizes = [heads[0] * 32 // heads[0], *[heads[1] * 32 // heads[0]] * 2]
     cuts = {**EQUAL, r"qkv_proj\.weight": grouped(0, *sizes)}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan={QKV: said, GATE_UP: Packed(0, 2)})
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan={QKV: said, GATE_UP: Packed(0, 2)})
     with pytest.raises(PlanError) as refused:
         plan_reshard(source, target=ReshardTarget("hf"), external=foreign)
     assert f"model.layers.0.self_attn.qkv_proj.weight in groups of {groups} along dim 0, but" in refused.value.message
@@ -121,7 +123,7 @@ def test_groups_within_a_matrix_are_the_users_to_say(tmp_path: Path) -> None:
     hub = phi3(tmp_path / "hub", 2)
     cuts = {**EQUAL, r"qkv_proj\.weight": packed(0, 8)}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
-    foreign = ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan={QKV: Packed(0, 8), GATE_UP: Packed(0, 2)})
+    foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan={QKV: Packed(0, 8), GATE_UP: Packed(0, 2)})
     plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
@@ -132,7 +134,7 @@ def test_a_fused_weight_that_looks_cut_may_be_cut_in_two_ways(tmp_path: Path) ->
     plan = {QKV: Shard(1), GATE_UP: Packed(0, 2)}
     with pytest.raises(MismatchError, match=r"it looks like Shard\(0\)") as refused:
         plan_reshard(
-            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan)
+            source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )
     assert '"packed": [0, [SIZE' in refused.value.hint
 
@@ -140,11 +142,11 @@ def test_a_fused_weight_that_looks_cut_may_be_cut_in_two_ways(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "sizes", "assumed"),
     [
-        ("llama", {"tp": 2}, set()),
-        ("qwen3_moe", {"tp": 2}, {"gate_up_proj"}),
-        ("qwen3_moe", {"tp": 1}, set()),
-        ("qwen3_moe", {"tp": 2, "ep": 2}, set()),
-        ("qwen3_next", {"tp": 2}, {"in_proj_qkvz.weight", "in_proj_ba.weight", "gate_up_proj"}),
+        ("llama", {"from_tp": 2}, set()),
+        ("qwen3_moe", {"from_tp": 2}, {"gate_up_proj"}),
+        ("qwen3_moe", {"from_tp": 1}, set()),
+        ("qwen3_moe", {"from_tp": 2, "from_ep": 2}, set()),
+        ("qwen3_next", {"from_tp": 2}, {"in_proj_qkvz.weight", "in_proj_ba.weight", "gate_up_proj"}),
     ],
 )
 def test_what_only_the_plan_of_the_model_says_is_known(family: str, sizes: dict[str, int], assumed: set[str]) -> None:
@@ -161,4 +163,6 @@ def test_what_only_the_plan_of_the_model_says_is_known(family: str, sizes: dict[
 def test_groups_of_several_sizes_are_not_read_of_quantized_weights() -> None:
     plan = {"model.layers.*.mlp.experts.gate_up_proj": UnevenPacked(1, (16, 16))}
     with pytest.raises(PlanError, match="not read of quantized weights"):
-        resolve_external_plan(build_stored_model(deepseek()), ExternalSettings(FilePattern(DEEPSEEK), tp=2, plan=plan))
+        resolve_external_plan(
+            build_stored_model(deepseek()), ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
+        )
