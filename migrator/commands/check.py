@@ -38,9 +38,10 @@ def command(
     form: str,
     quiet: bool,
 ) -> int:
-    """Report pending rewrites and plan defects below PATHS (files or folders, by default here); write nothing.
+    """Report pending rewrites and plan defects; write nothing.
 
-    Exits 1 where a finding is a warning or an error, never for notes, and 2 where a file could not be looked at.
+    PATHS are files or folders; the default is the current folder. Exits 1 if a finding is a warning or an error, never
+    for notes, and 2 if a file could not be checked.
     """
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)
     report = run_check(requests)

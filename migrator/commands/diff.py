@@ -27,11 +27,13 @@ __all__ = ["command"]
 )
 @gc_paused()
 def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
-    """Compare the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them.
+    """Show what plan edits between two revisions change on the mesh.
 
-    Every entry is read as its release reads it: another name for the same placement is no change on the mesh. A
-    change is explained where the text diff touches the entry's own line in the model's own file; exits 1 if one is
-    not, such as one that a class inherits. A plan that cannot be read may have changed where what it is made of did.
+    Compares the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them. Each
+    entry is read in its own release's dialect, so that another name for the same placement is not a change. A change
+    is explained if the text diff touches the entry's line in the model's own file. Exits 1 if a change is unexplained,
+    for example because a class inherits it. A plan that cannot be read is reported as possibly changed if anything
+    that it is built from has changed.
     """
     from codemods.comparing.difference import compare
     from codemods.files.revisions import find_repository

@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "transformers", "libcst", "safetensors", "huggingface_hub"
 @click.command("env")
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
 def command(form: str) -> None:
-    """Show the versions of migrator, Python and the packages it uses, for bug reports."""
+    """Show versions and platform, for bug reports."""
     versions = {
         "migrator": __version__,
         "python": platform.python_version(),

@@ -18,7 +18,10 @@ __all__ = ["command"]
 @click.argument("code", required=False)
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def command(code: str | None, form: str) -> None:
-    """Explain the rule CODE, or list all rules: what each does, why, and an example before and after."""
+    """Explain the rule CODE, or list all rules.
+
+    An explanation says what the rule does and why, and shows an example before and after.
+    """
     chosen = [_find_rule(code)] if code else list(load_rules().values())
     if form == "json":
         rows = [asdict(rule) for rule in chosen]

@@ -37,11 +37,12 @@ def command(
     form: str,
     report: Path | None,
 ) -> int:
-    """Show what the checkpoint SOURCE holds: its layout and mesh, its tensors, and what is wrong with it.
+    """Show what a checkpoint contains, and what is wrong with it.
 
-    SOURCE is a folder of whatever layout, or hf://owner/name[@revision]; of its weight files the headers are read. With
-    a mesh or a mode, it also shows what the model's plan would make of it there. Exits 1 where the files contradict one
-    another or do not make up the tensors, and names each that is lossy. `migrator verify` reads the tensors, too.
+    SOURCE is a folder in any layout, or hf://owner/name[@revision]. Only the headers of weight files are read;
+    `migrator verify` reads the tensors too. With a mesh or a mode, the command also shows how the model's plan would
+    place the tensors there. Exits 1 if the files contradict each other or do not cover their tensors, and names each
+    tensor that is lossy.
     """
     require_runtime()
     from runtime.hub import resolve_folder

@@ -25,12 +25,14 @@ __all__ = ["command"]
 @mesh_options
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
-    """Show where a plan puts each parameter of SOURCE, a checkpoint folder, a config.json or a model type.
+    """Show how a model's plan places each parameter.
 
-    It may also be hf://owner/name[@revision], of which only the config is fetched.
+    SOURCE is a checkpoint folder, a config.json, a model type, or hf://owner/name[@revision], of which only the config
+    is downloaded.
 
-    The plan is the model's own, read in the dialect of the installed transformers, and its param-level form, which
-    must place every parameter alike. The other modes take the model's EP plan, or derive a sequence parallel one.
+    In mode tp, the model's own plan, read in the dialect of the installed transformers, is shown beside its
+    param-level form, which must place every parameter in the same way. The other modes use the model's EP plan, or
+    derive a sequence parallel plan.
     """
     require_runtime()
     from runtime.find_config import find_config

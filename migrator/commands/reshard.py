@@ -96,12 +96,12 @@ def command(
     form: str,
     quiet: bool,
 ) -> None:
-    """Bring the checkpoint SOURCE, of whatever layout, to another one in the new folder DESTINATION.
+    """Write a checkpoint in another layout or for another mesh.
 
-    SOURCE is a folder, or hf://owner/name[@revision]. Every byte is copied as it is, and a digest of each parameter
-    goes into the manifest. DESTINATION appears whole or not at all; a run that was killed or stopped leaves
-    DESTINATION.partial, and the same command goes on with it. Under torchrun each rank moves its share of the bytes to
-    a DESTINATION that all of them see.
+    SOURCE is a folder in any layout, or hf://owner/name[@revision]; DESTINATION is a new folder. Every byte is copied
+    unchanged, and the manifest records a digest of each parameter. DESTINATION appears complete or not at all: a run
+    that is killed or stopped leaves DESTINATION.partial, and the same command resumes it. Under torchrun, each rank
+    copies its share of the bytes to a DESTINATION that all ranks can access.
     """
     require_runtime(show_downloads=not quiet)
     from runtime.checkpoint.copying.commit import check_destination

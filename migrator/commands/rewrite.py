@@ -45,10 +45,11 @@ def command(
     form: str,
     quiet: bool,
 ) -> int:
-    """Rewrite plan literals below PATHS (files or folders, by default here) to the param-level form or another target.
+    """Rewrite plan literals to the param-level form or another target.
 
-    Owners are rewritten first, then every generated copy, and nothing else. Expert layouts that the param-level
-    styles do not describe are left alone, with a note saying why.
+    PATHS are files or folders; the default is the current folder. Owners are rewritten first, then every generated
+    copy, and nothing else. Expert layouts that the param-level styles cannot describe are left alone, with a note that
+    says why.
     """
     _refuse_contradictions(check=check, diff=diff, form=form)
     requests = read_requests(paths, changed_only=changed_only, base_ref=base_ref, source=source, target=target)

@@ -39,11 +39,12 @@ __all__ = ["command", "make_listener", "show_forecasts", "show_results"]
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float, form: str, quiet: bool) -> int:
-    """Run the migrations that JOB.toml or all job files of FOLDER declare: rewrite, check, reshard, verify, validate.
+    """Run the migrations that job files declare.
 
-    Steps that are done already are skipped. A step that fails ends its own job, never the others. Each job's results,
-    reports, events and state go to its output folder, by default JOB.job beside its file. The exit code is the worst
-    of all jobs.
+    A job file, JOB.toml, declares steps: rewrite, check, reshard, verify, validate. FOLDER stands for all job files in
+    it. Steps that are already done are skipped. A step that fails ends its own job, never the others. Each job's
+    results, reports, events and state go to its output folder, by default JOB.job beside the job file. The exit code is
+    the worst of all jobs.
     """
     _refuse_contradictions(paths, dry_run=dry_run, watch=watch)
     from migrator.jobs import foresee_files, job_files

@@ -63,13 +63,14 @@ def command(
     form: str,
     report: Path | None,
 ) -> int:
-    """Prove the checkpoint SOURCE on a mesh: one process for each rank loads its part and runs the model.
+    """Prove a checkpoint by running its model on a real mesh.
 
-    Every planned parameter must be sharded as planned and every other one whole; the bytes that ranks hold must be
-    those that were written, and the reference's; config.json must say to compute what the reference's says; outputs,
-    gradients and greedy tokens must equal the unsharded model's. The mesh is the one that SOURCE was laid out for,
-    where it says so. Runs under torchrun too, on several machines that all see SOURCE. SOURCE and the reference may
-    have any layout, and be hf://owner/name[@revision].
+    One process for each rank loads its part of SOURCE and runs the model. Every planned parameter must be sharded as
+    planned, and every other one must be whole. The ranks' bytes must equal those that were written and those of the
+    reference, config.json must describe the same computation as the reference's, and outputs, gradients and greedily
+    generated tokens must equal the unsharded model's. The mesh is the one that SOURCE was laid out for, if it records
+    one. Also runs under torchrun, on several machines that can all access SOURCE. SOURCE and the reference are folders
+    in any layout, or hf://owner/name[@revision].
     """
     require_runtime()
     from runtime.hub import resolve_folder

@@ -32,10 +32,11 @@ __all__ = ["command"]
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
 def command(source: str, other: str | None, external: ExternalOptions, max_memory: int, form: str, quiet: bool) -> int:
-    """Verify the content of the checkpoint SOURCE against its own manifest, or against the checkpoint OTHER.
+    """Verify a checkpoint against its digests or another checkpoint.
 
-    Every copy of every tensor is read. OTHER may have any layout and mesh: tensor by tensor, the two must hold the
-    same. Both are folders, or hf://owner/name[@revision]. What differs is listed, with the first element that does.
+    Reads every copy of every tensor of SOURCE and compares it with SOURCE's own manifest, or with the checkpoint OTHER,
+    which may have any layout and mesh. Both are folders, or hf://owner/name[@revision]. Each tensor that differs is
+    listed with its first differing element.
     """
     require_runtime(show_downloads=not quiet)
     from runtime.hub import resolve_folder

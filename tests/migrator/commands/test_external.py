@@ -288,7 +288,10 @@ WRONG = {
     "no size": (("--from-pattern", DEEPSEEK), "--from-pattern needs --from-tp"),
     "no pattern": (("--from-tp", 2), "--from-tp describes another stack's rank files"),
     "no pattern for a plan": (("--plan", "plan.json"), "--plan describes another stack's rank files"),
-    "uneven groups": (("--from-pattern", DEEPSEEK, "--from-tp", 4, "--from-ep", 6), "--from-ep 6 is not a multiple of --from-tp 4"),
+    "uneven groups": (
+        ("--from-pattern", DEEPSEEK, "--from-tp", 4, "--from-ep", 6),
+        "--from-ep 6 is not a multiple of --from-tp 4",
+    ),
     "a mode without experts": (
         ("--from-pattern", DEEPSEEK, "--from-tp", 2, "--from-mode", "tp_ep"),
         "--from-mode tp_ep does not go with --from-ep 1",
