@@ -1,6 +1,6 @@
-"""The param-level decomposition of one plan: entries in, edits and findings out, whatever the entries stand in.
+"""The param-level decomposition of one plan: it takes entries and returns edits and findings.
 
-The same function serves plan literals in source (codemods) and the plans of models built in memory (runtime).
+The same function serves plan literals in source files (codemods) and the plans of models in memory (runtime).
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ __all__ = [
 ]
 
 LayoutReader = Callable[[str], ExpertLayout | None]
-"""From the key of an experts module, `layers.*.mlp.experts`, to its layout, None where it cannot be read."""
+"""Maps the key of an experts module, `layers.*.mlp.experts`, to its layout, or to None if that cannot be read."""
 
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|up_proj|down_proj)")
 _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
 _RULES_OF_PARAMETER = {"gate_up_proj": ("MIG001", "MIG004"), "down_proj": ("MIG002", "MIG005")}
+_INTERLEAVED_STYLE = "colwise"
+"""The style that shards packed experts in the interleaved form in which their checkpoint stores them."""
 
 
 @dataclass(frozen=True)
 class SetStyle:
-    """Give the entry `key` another style."""
+    """Change the style of the entry `key`."""
 
     code: str
     key: str
@@ -46,7 +48,7 @@ class SetStyle:
 
 @dataclass(frozen=True)
 class InsertEntry:
-    """Add an entry `key: style` just before the entry `anchor`."""
+    """Insert an entry `key: style` directly before the entry `anchor`."""
 
     code: str
     key: str
@@ -59,12 +61,13 @@ Edit = SetStyle | InsertEntry
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What is to change in a plan, and what a person should know of it.
+    """The edits that a plan needs, and the findings about it.
 
     Args:
-        edits: to be made together.
-        findings: in the order of the plan.
-        ambiguous: experts modules that some circumstances would change and others not, so that nothing may.
+        edits: the edits, to be made together.
+        findings: the findings, in the order of the plan.
+        ambiguous: the experts modules that must stay as they are, because the edits they need depend on conditions
+            around the entries.
     """
 
     edits: tuple[Edit, ...]
@@ -74,12 +77,12 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class EditGroup:
-    """What is changed as a whole or not at all: one experts module in one plan, however many literals write it.
+    """Entries that are edited together or not at all: those of one experts module, in all literals of one plan.
 
     Args:
-        class_name: whose plan it is.
-        attribute: of the plan.
-        module: the key of the experts module; of any other entry its own key.
+        class_name: the class that has the plan.
+        attribute: the plan's attribute.
+        module: the key of the experts module; for any other entry, its own key.
     """
 
     class_name: str
@@ -87,20 +90,16 @@ class EditGroup:
     module: str
 
 
-_INTERLEAVED_STYLE = "colwise"
-"""What shards packed experts in the form that their checkpoint stores."""
-
-
 def find_group_key(key: str) -> str:
-    """Return the key that an entry is decided with: its experts module's, or its own."""
+    """Return the key of the experts module that an entry belongs to, or the entry's own key."""
     module = key.rpartition(".")[0]
     return module if _EXPERTS_MODULE.fullmatch(module) else key
 
 
 def is_decomposable_plan(name: str) -> bool:
-    """Say whether the rules speak of a plan attribute: TP and SP plans, never EP plans, which name parameters already.
+    """Return whether the rules apply to a plan attribute: to TP and SP plans, not to EP plans, which name parameters.
 
-    Combination plans (`base_model_tp_ep_plan`) hold EP entries for their experts and stay as they are too.
+    Combined plans (`base_model_tp_ep_plan`) have EP entries for their experts and stay as they are, too.
     """
     return plan_kind(name) in ("tp", "sp")
 
@@ -108,18 +107,18 @@ def is_decomposable_plan(name: str) -> bool:
 def decompose(
     plan: Mapping[str, str], read_layout: LayoutReader, other_entries: Mapping[str, str] | None = None
 ) -> Decomposition:
-    """Work out the param-level form of a TP or SP plan.
+    """Return the edits that turn a TP or SP plan into its param-level form.
 
     Args:
         plan: key to style, in source order.
-        read_layout: reads the layout guard's facts; asked at most once for each experts module.
-        other_entries: entries that the same plan gets elsewhere; they count, but are not edited here.
+        read_layout: reads the layout of an experts module; called at most once for each.
+        other_entries: entries that the plan gets elsewhere; they are considered, but not edited.
     """
     edits: list[Edit] = []
     findings: list[Finding] = []
-    everything = {**(other_entries or {}), **plan}
+    whole_plan = {**(other_entries or {}), **plan}
     for experts in _find_experts_modules(plan):
-        for result in _decompose_experts(everything, experts, read_layout):
+        for result in _decompose_experts(whole_plan, experts, read_layout):
             if isinstance(result, Finding):
                 findings.append(result)
             elif (result.anchor if isinstance(result, InsertEntry) else result.key) in plan:
@@ -128,7 +127,7 @@ def decompose(
 
 
 def apply_edits(plan: Mapping[str, str], edits: tuple[Edit, ...]) -> dict[str, str]:
-    """Return the plan with the edits made, entries in order."""
+    """Return the plan with the edits applied, its entries in order."""
     changed = {edit.key: edit.style for edit in edits if isinstance(edit, SetStyle)}
     result: dict[str, str] = {}
     for key, style in plan.items():
@@ -138,13 +137,13 @@ def apply_edits(plan: Mapping[str, str], edits: tuple[Edit, ...]) -> dict[str, s
 
 
 def _find_experts_modules(plan: Mapping[str, str]) -> list[str]:
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for key in plan:
         if match := _EXPERT_PARAMETER.fullmatch(key):
-            found[match["experts"]] = None
+            modules[match["experts"]] = None
         elif _EXPERTS_MODULE.fullmatch(key):
-            found[key] = None
-    return list(found)
+            modules[key] = None
+    return list(modules)
 
 
 def _decompose_experts(plan: Mapping[str, str], experts: str, read_layout: LayoutReader) -> Iterator[Edit | Finding]:
@@ -181,7 +180,7 @@ def _check_layout(
 
 
 def _rename_styles(plan: Mapping[str, str], *keys: str) -> Iterator[SetStyle]:
-    """Give each key the style that the one rule speaking of its parameter and its style writes."""
+    """Yield the edits of those keys whose parameter and style have a rule that rewrites them."""
     for key in keys:
         for code in _RULES_OF_PARAMETER[key.rpartition(".")[2]]:
             if plan.get(key) in load_rule(code).rewrites:
@@ -198,7 +197,7 @@ def _insert_entries(experts: str) -> Iterator[Edit]:
 
 
 def _explain_unchanged(plan: Mapping[str, str], experts: str, read_layout: LayoutReader) -> Iterator[Finding]:
-    """Say why the parameter entries of an experts module keep styles that no rule rewrites."""
+    """Yield why the parameter entries of an experts module keep styles that no rule rewrites."""
     key = next((f"{experts}.{name}" for name in ("gate_up_proj", "up_proj") if f"{experts}.{name}" in plan), None)
     if key is None:
         yield _build_finding("MIG202", f"{experts}.down_proj", plan[f"{experts}.down_proj"])
@@ -207,7 +206,7 @@ def _explain_unchanged(plan: Mapping[str, str], experts: str, read_layout: Layou
     if layout is None:
         yield _build_finding("MIG203", key, plan[key])
     else:
-        # Only a plain colwise is known to shard what a checkpoint stores interleaved; other names say nothing.
+        # Only a plain colwise is known to shard the interleaved form of a checkpoint; other styles mean nothing here.
         regular = "MIG104" if plan[key] == _INTERLEAVED_STYLE else "MIG205"
         yield _build_finding(layout.irregularity or regular, key, plan[key], layout.where)
 

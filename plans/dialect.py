@@ -1,9 +1,10 @@
 """Dialects: named vocabularies of styles, one TOML file each under `plans/dialects/`.
 
-Names alone mean nothing: `packed_colwise` shards expert parameters in releases and refuses them on the DTensor branch,
-`replicate` wraps modules in 4.57 and leaves them alone in 5.21. A dialect file holds `name`, `releases` (the
-transformers minor versions that speak it, none for a stage of the branch, which has a `stage`), optionally `extends`
-(another dialect's name) with `removed` (styles it no longer has), and one table per style.
+A style's name has no meaning without its dialect: `packed_colwise` shards expert parameters in releases but refuses
+them on the DTensor branch, and `replicate` wraps modules in 4.57 but does nothing in 5.21. A dialect file holds its
+`name`; `releases`, the minor versions of transformers that use it (none for a stage of the branch, which has a `stage`
+instead); optionally `extends`, the name of another dialect, with `removed`, the styles it dropped; and one table per
+style.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class Dialect:
     """A named vocabulary of styles.
 
     Args:
-        name: `transformers-5.23`.
-        releases: the minor versions that speak it.
-        styles: by name; where several have one meaning the first is the one to write.
-        stage: of the DTensor branch, counted from 1; 0 for what was released.
+        name: the name, such as `transformers-5.23`.
+        releases: the minor versions of transformers that use it.
+        styles: the styles by name; of several with the same meaning, rewrites use the first.
+        stage: the stage of the DTensor branch, counted from 1; 0 for releases.
         numbered_keys: whether a key may name one layer by its number.
-        expert_plan_needs: sets of styles, one of which an expert-parallel plan must have to be applied; none for all.
-        expert_plan_refuses: styles that an expert-parallel plan must not have.
+        expert_plan_needs: sets of styles; an expert-parallel plan is applied only if it contains one of the sets, or
+            always if there are none.
+        expert_plan_refuses: the styles that an expert-parallel plan must not contain.
     """
 
     name: str
@@ -52,32 +54,36 @@ class Dialect:
 
     @property
     def sort_key(self) -> tuple[tuple[int, int], int]:
-        """A sort key, oldest first: stages of the branch in their order, then releases."""
+        """A key that sorts dialects from oldest to newest: stages of the branch, then releases."""
         return (max(map(_parse_minor, self.releases), default=(0, 0)), self.stage)
 
     def style(self, name: str, key: str) -> Style:
-        """Return the style that a plan entry names.
+        """Return the style of a plan entry.
+
+        Args:
+            name: the name of the style.
+            key: the key of the entry, for the error message.
 
         Raises:
-            UnknownStyleError: this dialect has no such style.
+            UnknownStyleError: the dialect has no such style.
         """
         try:
             return self.styles[name]
         except KeyError:
             raise UnknownStyleError(
                 f"{key!r}: the dialect {self.name} has no style {name!r}",
-                hint=suggest_style(name, self.styles, "styles it has: " + ", ".join(sorted(self.styles))),
+                hint=suggest_style(name, self.styles, "its styles are " + ", ".join(sorted(self.styles))),
                 key=key,
                 style=name,
                 dialect=self.name,
             ) from None
 
     def with_overrides(self, upper: Dialect) -> Dialect:
-        """Return this dialect with another one's styles added; where both have a name the upper one decides."""
+        """Return this dialect with the styles of another one added, which replace its own of the same name."""
         return replace(self, name=f"{self.name}+{upper.name}", styles={**self.styles, **upper.styles})
 
     def with_defaults(self, other: Dialect) -> Dialect:
-        """Return this dialect with the styles of another one whose names it does not have itself."""
+        """Return this dialect with those styles of another one added whose names it does not have."""
         return replace(self, styles={**other.styles, **self.styles})
 
 
@@ -96,25 +102,25 @@ def load_dialect(name: str) -> Dialect:
     """
     if name not in dialect_names():
         hint = suggest_name(name, dialect_names(), "choose among " + ", ".join(dialect_names()))
-        raise UsageError(f"no dialect is called {name!r}", hint=hint, name=name)
-    table = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
-    base = load_dialect(table["extends"]).styles if "extends" in table else {}
-    kept = {style: base[style] for style in base if style not in table.get("removed", ())}
-    added = {style: _read_style(style, row) for style, row in table.get("styles", {}).items()}
+        raise UsageError(f"there is no dialect {name!r}", hint=hint, name=name)
+    document = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
+    base = load_dialect(document["extends"]).styles if "extends" in document else {}
+    kept = {style: base[style] for style in base if style not in document.get("removed", ())}
+    added = {style: _read_style(style, row) for style, row in document.get("styles", {}).items()}
     styles = MappingProxyType({**kept, **added})
     return Dialect(
-        name=table["name"],
-        releases=tuple(table["releases"]),
+        name=document["name"],
+        releases=tuple(document["releases"]),
         styles=styles,
-        stage=table.get("stage", 0),
-        numbered_keys=table.get("numbered_keys", False),
-        expert_plan_needs=tuple(map(tuple, table.get("expert_plan_needs", ()))),
-        expert_plan_refuses=tuple(table.get("expert_plan_refuses", ())),
+        stage=document.get("stage", 0),
+        numbered_keys=document.get("numbered_keys", False),
+        expert_plan_needs=tuple(map(tuple, document.get("expert_plan_needs", ()))),
+        expert_plan_refuses=tuple(document.get("expert_plan_refuses", ())),
     )
 
 
 def dialect_for_release(version: str) -> Dialect:
-    """Return the dialect that a transformers release speaks; releases newer than all known speak the newest.
+    """Return the dialect of a transformers release; a release newer than all known ones has the newest dialect.
 
     Raises:
         UsageError: the release is older than every known dialect.
@@ -133,12 +139,12 @@ def dialect_for_release(version: str) -> Dialect:
 
 
 def suggest_style(name: str, known: Iterable[str], hint: str = "") -> str:
-    """Return the hint for a style that is not known, as `suggest_name` does for any name.
+    """Return the hint for an unknown style, as `suggest_name` does for any name.
 
-    One that some dialect has is not mistyped, and what is spelled like it means something else.
+    A name that another dialect has is not mistyped, and a similar one would mean something else; none is suggested.
     """
-    is_spelled = any(name in load_dialect(one).styles for one in dialect_names())
-    return hint if is_spelled else suggest_name(name, known, hint)
+    is_known_elsewhere = any(name in load_dialect(dialect).styles for dialect in dialect_names())
+    return hint if is_known_elsewhere else suggest_name(name, known, hint)
 
 
 def _parse_minor(version: str) -> tuple[int, int]:
@@ -171,4 +177,4 @@ def _read_placement(value: str) -> Placement:
             return Shard(int(dim))
         case ["packed", dim, groups]:
             return Packed(int(dim), int(groups))
-    raise AssertionError(f"dialect files say replicate, shard DIM or packed DIM GROUPS, not {value!r}")
+    raise AssertionError(f"a placement is written replicate, shard DIM or packed DIM GROUPS, got {value!r}")

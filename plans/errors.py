@@ -1,23 +1,23 @@
-"""The one tree of errors a user can meet.
+"""The errors that migrator raises for its users.
 
     MigratorError
-    ├── UsageError               the request itself is impossible
+    ├── UsageError               the request itself is invalid
     │   └── DependencyError      a package the command needs is not installed
     ├── SourceError              a source file cannot be read, parsed or written
     ├── PlanError                a plan cannot be resolved on a model and a mesh
     │   ├── UnknownStyleError    the dialect has no such style
-    │   ├── UnmatchedKeyError    a plan entry names nothing in the model
-    │   └── IndivisibleError     a size does not divide by a mesh axis
+    │   ├── UnmatchedKeyError    a plan entry matches nothing in the model
+    │   └── IndivisibleError     a size is not divisible by a mesh axis
     ├── CheckpointError          a checkpoint cannot be read or written
-    │   ├── HeaderError          a file's header lies about the file
+    │   ├── HeaderError          a file's header does not describe the file truthfully
     │   ├── IncompleteError      files, tensors or bytes are missing
-    │   ├── ConversionError      hub tensors have no known way to parameters
-    │   └── DestinationError     the destination exists or cannot hold the result
-    ├── MismatchError            content or structure is not what was promised
+    │   ├── ConversionError      no known conversion leads from stored tensors to parameters
+    │   └── DestinationError     the destination exists already or cannot hold the result
+    ├── MismatchError            content or structure differs from what was expected
     └── WorkerError              a worker process died or hung
 
-Every error says what is wrong in one line and names the next step in its hint. Broken invariants of our own
-are asserts, never one of these.
+Every error says in one line what is wrong, and its hint names the next step. Internal invariants are checked with
+`assert` and never raise one of these.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ __all__ = [
 
 
 class MigratorError(Exception):
-    """Any failure that a user can cause and mend.
+    """Base class of all failures that a user can cause and fix.
 
     Args:
-        message: what is wrong, naming the file and the entry, in one line. Arguments stand in backticks, as `name` or
-            `name=value`; the command line shows its options in their place.
+        message: what is wrong and where, in one line. Arguments are written in backticks, as `name` or `name=value`;
+            the command line shows its options in their place.
         hint: the next step, written in the same way.
         data: the facts behind the message, for machine-readable output.
     """
 
     def __init__(self, message: str, *, hint: str, **data: object) -> None:
         super().__init__(message)
-        self.add_note(f"hint: {hint}")  # which tracebacks show below the message
+        self.add_note(f"hint: {hint}")  # shown by tracebacks below the message
         self.message = message
         self.hint = hint
         self.data = data
@@ -82,7 +82,7 @@ class MigratorError(Exception):
 
 
 class UsageError(MigratorError):
-    """The request itself is impossible: a bad option, path or combination."""
+    """The request itself is invalid: an option, a path or a combination of options."""
 
 
 class DependencyError(UsageError):
@@ -102,11 +102,11 @@ class UnknownStyleError(PlanError):
 
 
 class UnmatchedKeyError(PlanError):
-    """A plan entry names nothing in the model."""
+    """A plan entry matches no module or parameter of the model."""
 
 
 class IndivisibleError(PlanError):
-    """A size does not divide by the mesh axis that shards it."""
+    """A size is not divisible by the mesh axis that shards it."""
 
 
 class CheckpointError(MigratorError):
@@ -122,7 +122,7 @@ class IncompleteError(CheckpointError):
 
 
 class ConversionError(CheckpointError):
-    """Stored tensors and parameters are joined by an operation that is not known."""
+    """No known conversion leads from the stored tensors to the model's parameters."""
 
 
 class DestinationError(CheckpointError):
@@ -130,7 +130,7 @@ class DestinationError(CheckpointError):
 
 
 class MismatchError(MigratorError):
-    """Content or structure is not what a manifest, a plan or a reference promised."""
+    """Content or structure differs from what a manifest, a plan or a reference says."""
 
 
 class WorkerError(MigratorError):

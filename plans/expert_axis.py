@@ -1,4 +1,4 @@
-"""Which entries of a plan work over the expert axis, and how a dense plan and an expert plan make one."""
+"""The expert axis: which plan entries use it, and how a dense plan and an expert plan are merged."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _STACKED = "parameter 3"
 
 
 def find_expert_modules(plan: Mapping[str, str], dialect: Dialect) -> frozenset[str]:
-    """Return the keys of the experts modules that a plan gives whole experts per rank."""
-    found: set[str] = set()
+    """Return the keys of the expert-parallel modules, each rank of which has some experts whole."""
+    modules: set[str] = set()
     for key, name in plan.items():
         style = dialect.styles.get(name)
         if style is None:
             continue
         if style.meaning(_STACKED) == _WHOLE_EXPERTS:
-            found.add(key.rpartition(".")[0])
+            modules.add(key.rpartition(".")[0])
         elif style.meaning("expert-parallel") == _DISPATCHED:
-            found.add(key)
-    return frozenset(found)
+            modules.add(key)
+    return frozenset(modules)
 
 
 def find_expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> frozenset[str]:
-    """Return the keys whose entries shard and communicate over the expert axis; all others do so over `tp`.
+    """Return the keys whose entries shard and communicate over the expert axis; all others use the `tp` axis.
 
-    In mode `ep` these are all. In combined modes they are the entries of expert-parallel modules, of what lies below
-    them, and of their routers.
+    In mode `ep` these are all keys. In combined modes they are those of expert-parallel modules, of everything below
+    such modules, and of their routers.
     """
     if mode == "ep":
         return frozenset(plan)
@@ -46,10 +46,10 @@ def find_expert_keys(plan: Mapping[str, str], mode: Mode, dialect: Dialect) -> f
 
 
 def merge_expert_plan(dense: Mapping[str, str], experts: Mapping[str, str], dialect: Dialect) -> dict[str, str]:
-    """Return one plan of a dense plan and an expert plan.
+    """Return a dense plan and an expert plan merged into one.
 
-    Where the expert plan gives a module whole experts, the dense plan's entries that cut the experts are dropped; what
-    both name is the expert plan's, also where the dense plan names it with a layer number and the expert plan without.
+    In expert-parallel modules, the dense plan's entries that shard the experts are dropped. Of two entries with the
+    same key the expert plan's is kept, also if only the dense plan's key has a layer number.
 
     Source: `merge_dense_and_ep_plan` on the branch of transformers pull request 46290.
     """

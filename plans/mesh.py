@@ -1,4 +1,4 @@
-"""Meshes in integers: the axes a job's ranks are laid out on, with transformers' names and order."""
+"""Device meshes as integers: the axes over which a job's ranks are arranged, in transformers' names and order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ _AXES: dict[MeshName, tuple[str, str]] = {"dense": ("fsdp", "tp"), "experts": ("
 
 @dataclass(frozen=True)
 class Mesh:
-    """World size = fsdp * tp; rank = fsdp_rank * tp + tp_rank; ep_rank = rank mod ep; efsdp = world / ep.
+    """The sizes of a job's mesh axes.
 
-    The same ranks form two meshes: `dense` over the axes (fsdp, tp) and `experts` over (efsdp, ep).
+    The same ranks form two meshes: `dense` with the axes (fsdp, tp), and `experts` with the axes (efsdp, ep).
+    world size = fsdp * tp; rank = fsdp_rank * tp + tp_rank; ep_rank = rank mod ep; efsdp = world size / ep.
+
+    Args:
+        tp: the number of tensor-parallel ranks.
+        ep: the number of expert-parallel ranks, a multiple of `tp` that divides the world size; 1 for none.
+        fsdp: the number of FSDP ranks.
+
+    Raises:
+        UsageError: the sizes do not form a mesh.
 
     Source: `DistributedConfig` of transformers 5.23.0.
     """
@@ -32,11 +41,11 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("ep", self.ep), ("fsdp", self.fsdp)):
             if size < 1:
-                raise UsageError(f"{axis}={size} is not a mesh size", hint="give 1 or more", axis=axis)
+                raise UsageError(f"{axis} must be at least 1, got {size}", hint="choose a size of 1 or more", axis=axis)
         if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",
-                hint=f"choose `ep` among {', '.join(map(str, self._expert_sizes()))}, or more ranks with `tp` or `fsdp`",
+                hint=f"choose `ep` among {', '.join(map(str, self._expert_sizes()))}, or increase `tp` or `fsdp`",
                 tp=self.tp,
                 ep=self.ep,
                 fsdp=self.fsdp,
@@ -52,19 +61,19 @@ class Mesh:
 
     @property
     def efsdp(self) -> int:
-        """The size of the FSDP axis as the experts see it."""
+        """The size of the FSDP axis of the experts' mesh."""
         return self.world_size // self.ep
 
     def axes(self, name: MeshName) -> tuple[str, str]:
-        """Return the mesh axis names, outermost first."""
+        """Return the names of a mesh's axes, outermost first."""
         return _AXES[name]
 
     def sizes(self, name: MeshName) -> tuple[int, int]:
-        """Return the mesh axis sizes, outermost first."""
+        """Return the sizes of a mesh's axes, outermost first."""
         return (self.fsdp, self.tp) if name == "dense" else (self.efsdp, self.ep)
 
     def coordinates(self, name: MeshName, rank: int) -> tuple[int, int]:
-        """Return the rank's index on each axis, outermost first."""
+        """Return a rank's index on each axis of a mesh, outermost first."""
         inner = self.sizes(name)[1]
         return rank // inner, rank % inner
 

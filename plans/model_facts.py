@@ -1,4 +1,4 @@
-"""What a plan key names in a model: the question every style's meaning depends on."""
+"""Facts about a model that plans depend on: what each key names, and how its experts' parameters are laid out."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ __all__ = ["ExpertLayout", "KeyTarget", "TargetKind", "TargetReader"]
 
 
 TargetKind = Literal["linear", "embedding", "experts", "module", "parameter"]
-"""A `Linear`, an `Embedding`, a module that stacks its experts in three-dimensional parameters, any other module, or a
-parameter."""
+"""`experts` is a module that stacks its experts in three-dimensional parameters; `module` is any other module that is
+neither a `Linear` nor an `Embedding`."""
 
 
 @dataclass(frozen=True)
 class KeyTarget:
-    """What one key names.
+    """The module or parameter that a plan key names.
 
     Args:
-        kind: the kind of thing.
-        ndim: a parameter's number of dims, None where the source does not show it and for modules.
-        where: where it was read, `modeling_mixtral.py:MixtralExperts`.
+        kind: the kind of module, or `parameter`.
+        ndim: the parameter's number of dims; None for modules, and where the source does not show it.
+        where: the source it was read from, such as `modeling_mixtral.py:MixtralExperts`.
     """
 
     kind: TargetKind
@@ -30,7 +30,7 @@ class KeyTarget:
 
 
 TargetReader = Callable[[str], KeyTarget | None]
-"""From a plan key to what it names, None where that cannot be read."""
+"""Maps a plan key to what it names, or to None if that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ class ExpertLayout:
     """The layout of one experts module.
 
     Args:
-        where: where it was read, `modeling_mixtral.py:MixtralExperts`.
-        gated: there is a `gate_up_proj`, gate and up in one parameter, not an `up_proj` alone.
-        transposed: `[experts, hidden, 2 * intermediate]` in place of `[experts, 2 * intermediate, hidden]`.
-        concatenated: gate rows before up rows, not alternating with them.
-        biased: there are per-expert biases, `[experts, 2 * intermediate]`.
+        where: the source it was read from, such as `modeling_mixtral.py:MixtralExperts`.
+        gated: whether gate and up share one parameter, `gate_up_proj`; if not, there is only an `up_proj`.
+        transposed: whether the shape is `[experts, hidden, 2 * intermediate]` instead of
+            `[experts, 2 * intermediate, hidden]`.
+        concatenated: whether all gate rows come before all up rows; if not, they alternate.
+        biased: whether there are per-expert biases, `[experts, 2 * intermediate]`.
     """
 
     where: str
@@ -53,7 +54,7 @@ class ExpertLayout:
 
     @property
     def irregularity(self) -> str | None:
-        """The code of the note that says why the param-level styles do not fit, or None where they do."""
+        """The code of the rule that says why the param-level styles do not fit, or None if they do."""
         if not self.gated:
             return "MIG103"
         if not self.concatenated:

@@ -1,4 +1,4 @@
-"""Placements: how one mesh axis lays a tensor over its ranks."""
+"""Placements: how a tensor is distributed over the ranks of one mesh axis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank r of the axis holds the r-th chunk along `dim`, as `torch.chunk` cuts; uneven and empty allowed."""
+    """Rank r of the axis holds the r-th chunk of `torch.chunk` along `dim`; chunks may be uneven or empty."""
 
     dim: int
 
@@ -38,11 +38,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Packed:
-    """`groups` equal tensors are packed along `dim`; rank r holds the r-th chunk of each, in order.
+    """`groups` tensors of equal size are concatenated along `dim`; rank r holds the r-th chunk of each, in order.
 
-    For `[experts, 2 * intermediate, hidden]` with gate and up concatenated this is `Packed(1, 2)`: a rank holds
-    its rows of gate, then its rows of up. Each group must divide evenly. torch calls it
-    `_StridedShard(dim, split_factor=groups)`.
+    For example, `[experts, 2 * intermediate, hidden]` with gate and up concatenated is `Packed(1, 2)`: a rank holds its
+    rows of gate, then its rows of up. The size of each group must be divisible by the number of ranks. torch's name for
+    this placement is `_StridedShard(dim, split_factor=groups)`.
     """
 
     dim: int
@@ -67,10 +67,10 @@ def placement_to_json(placement: Placement) -> dict[str, object]:
 
 
 def placement_from_json(value: object) -> Placement:
-    """Read the manifest form back.
+    """Return the placement that `placement_to_json` described.
 
     Raises:
-        HeaderError: the value is none of the three forms.
+        HeaderError: the value is not one of the three forms.
     """
     match value:
         case {"replicate": True, **rest} if not rest:
@@ -81,7 +81,7 @@ def placement_from_json(value: object) -> Placement:
             return Packed(dim, groups)
     raise HeaderError(
         f"{value!r} is not a placement",
-        hint='a placement is {"replicate": true}, {"shard": dim} or {"packed": [dim, groups]}',
+        hint='write {"replicate": true}, {"shard": dim} or {"packed": [dim, groups]}',
         value=value,
     )
 
@@ -91,11 +91,11 @@ def _is_size(value: object) -> bool:
 
 
 def is_valid_placement(placement: Placement, ndim: int) -> bool:
-    """Say whether an `ndim`-dimensional tensor has the dim that a placement cuts."""
+    """Return whether an `ndim`-dimensional tensor has the dim that a placement shards."""
     return isinstance(placement, Replicate) or -ndim <= placement.dim < ndim
 
 
 def normalize_placement(placement: Placement, ndim: int) -> Placement:
-    """Return a placement that fits with its tensor dim counted from the front of an `ndim`-dimensional tensor."""
+    """Return a valid placement with its dim counted from the front of an `ndim`-dimensional tensor."""
     assert is_valid_placement(placement, ndim)
     return placement if isinstance(placement, Replicate) else replace(placement, dim=placement.dim % ndim)

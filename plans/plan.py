@@ -1,4 +1,4 @@
-"""Plans: keys with wildcards, and how a parameter or module finds the entry that speaks of it."""
+"""Plans: keys with wildcards, and which entry applies to a parameter or module."""
 
 from __future__ import annotations
 
@@ -12,58 +12,59 @@ _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
 def plan_kind(name: str) -> str | None:
-    """Return the kind of plan that an attribute or argument of this name holds, `tp` for `base_model_tp_plan`.
+    """Return the kind of plan that an attribute or argument of this name holds, such as `tp` for `base_model_tp_plan`.
 
-    None where the name is no plan's.
+    Returns:
+        The kind, or None if this is not the name of a plan.
     """
     match = _PLAN_NAME.fullmatch(name)
     return match["kind"] if match else None
 
 
 def is_expert_parallel(name: str) -> bool:
-    """Say whether a plan of this name shards experts by expert: EP plans, and the combinations with them."""
+    """Return whether a plan of this name is expert-parallel: an EP plan, or one of its combinations."""
     return "ep" in (plan_kind(name) or "")
 
 
 def to_wildcard(name: str) -> str:
-    """Return the key form of a name: `layers.3.mlp.w1` becomes `layers.*.mlp.w1`."""
+    """Return a name with wildcards for its layer numbers: `layers.3.mlp.w1` becomes `layers.*.mlp.w1`."""
     return _LAYER_NUMBER.sub(".*", name)
 
 
 def find_key(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> str | None:
-    """Return the plan key that decides for a parameter or module, or None.
+    """Return the plan key that applies to a parameter or module, or None.
 
-    A parameter's own entry wins over its module's; a module listens only to its own. Of two keys for one thing the one
-    with the literal layer number wins over the one with wildcards.
+    A parameter's own entry takes precedence over its module's entry. A key with the literal layer number takes
+    precedence over the same key with wildcards.
 
     Args:
         plan: key to style.
-        name: concrete name, `model.layers.0.mlp.experts.down_proj`.
-        is_parameter: whether the owner module's entry counts too.
+        name: the concrete name, such as `model.layers.0.mlp.experts.down_proj`.
+        is_parameter: whether the name is a parameter's, to which the entry of its module applies too.
 
-    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.23.0, which match wildcarded names only; literal numbers
-    are the branch's, after pull request 46290.
+    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.23.0, which matches wildcards only; literal layer numbers
+    come from the branch after pull request 46290.
     """
     names = [name, name.rpartition(".")[0]] if is_parameter else [name]
-    candidates = (key for one in names if one for key in (one, to_wildcard(one)))
+    candidates = (key for candidate in names if candidate for key in (candidate, to_wildcard(candidate)))
     return next((key for key in candidates if key in plan), None)
 
 
 def find_unmatched_keys(plan: Mapping[str, object], names: Iterable[str]) -> list[str]:
-    """Return the plan's keys that name none of the given modules and parameters, in plan order."""
+    """Return the plan's keys that match none of the given modules and parameters, in plan order."""
     known = {key for name in names for key in (name, to_wildcard(name))}
     return [key for key in plan if key not in known]
 
 
 def choose_key(plan: Mapping[str, str], name: str) -> str:
-    """Return the key by which an entry for a name should be written: its layer's own where that has keys of its own.
+    """Return the key to use for a new entry: with the layer's number if the plan has such keys for that layer.
 
     Args:
         plan: key to style.
-        name: of a module or parameter.
+        name: the name of a module or parameter.
     """
     owner, key = name.rpartition(".")[0], to_wildcard(name)
-    apart = owner != to_wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
-    # What a layer holds itself is written for all layers, unless they have that entry already.
-    of_one = key in plan or not owner.rpartition(".")[2].isdigit()
-    return name if name in plan or (apart and of_one) else key
+    has_numbered_siblings = owner != to_wildcard(owner) and any(other.startswith(f"{owner}.") for other in plan)
+    # The direct children of a layer get one entry for all layers, unless the plan has that entry already.
+    can_be_numbered = key in plan or not owner.rpartition(".")[2].isdigit()
+    return name if name in plan or (has_numbered_siblings and can_be_numbered) else key

@@ -1,4 +1,4 @@
-"""The resolved plan: for one model and one mesh, each parameter with its style, its placement and the reason."""
+"""The resolved plan: the style and the placements of every parameter of a model on a mesh, and the reason for them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ ParameterKind = Literal["parameter", "buffer", "tied"]
 
 @dataclass(frozen=True)
 class ResolvedParameter:
-    """One tensor of the model as the plan lays it out.
+    """One tensor of the model, as the plan places it.
 
     Args:
-        name: its name in the model, `model.layers.0.mlp.experts.gate_up_proj`.
-        kind: `tied` tensors are other names of the tensor called `tied_to` and hold no bytes of their own.
-        dtype: safetensors' name, `BF16`.
-        shape: of the whole tensor.
-        mesh: which of the two meshes its placements speak of.
-        placements: one per axis of that mesh, outermost first; the innermost applies first, and FSDP cuts what
-            it leaves. All dims are counted from the front.
-        key: the plan entry that decided, or None.
-        style: that entry's style, or None.
-        reason: why this placement, in words.
+        name: the name in the model, such as `model.layers.0.mlp.experts.gate_up_proj`.
+        kind: the kind of tensor; `tied` ones are other names of the tensor `tied_to` and have no bytes of their own.
+        dtype: the dtype by its name in safetensors, such as `BF16`.
+        shape: the shape of the whole tensor.
+        mesh: the mesh that the placements refer to.
+        placements: one placement per axis of that mesh, outermost first. They are applied from the innermost to the
+            outermost: FSDP shards what TP or EP leaves. All dims are counted from the front.
+        key: the key of the plan entry that applies, or None.
+        style: the style of that entry, or None.
+        reason: why the tensor has these placements, in words.
+        tied_to: the name of the tensor that a tied one shares its bytes with.
     """
 
     name: str
@@ -44,7 +45,7 @@ class ResolvedParameter:
     tied_to: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the one JSON form of a resolved parameter."""
+        """Return the resolved parameter as JSON values."""
         row: dict[str, object] = {
             "name": self.name,
             "kind": self.kind,
@@ -61,16 +62,17 @@ class ResolvedParameter:
 
 @dataclass(frozen=True)
 class ResolvedPlan:
-    """What `diff` compares, `reshard` lays out by and `validate` checks.
+    """A plan applied to one model and one mesh: `diff` compares it, `reshard` follows it and `validate` checks it.
 
     Args:
-        model_type: as the model's config names it.
-        mode: which of the model's plans apply.
-        dialect: the vocabulary that the plan was read in.
+        model_type: the model type, from the model's config.
+        mode: the mode, which decides which of the model's plans apply.
+        dialect: the name of the plan's dialect.
         mesh: the sizes of the mesh axes.
-        plan: key to style, keys prefixed as the model's names are.
-        parameters: every tensor of the model, in its order.
-        unmatched: plan keys that rightly name nothing in this configuration, dense layers of a sparse model, say.
+        plan: key to style; keys have the same prefix as the model's names.
+        parameters: every tensor of the model, in the model's order.
+        unmatched: the keys that legitimately match nothing in this configuration, such as those of dense layers in a
+            model whose layers are all sparse.
     """
 
     model_type: str
@@ -83,11 +85,11 @@ class ResolvedPlan:
 
     @cached_property
     def by_name(self) -> Mapping[str, ResolvedParameter]:
-        """The parameters by their names."""
+        """The parameters by name."""
         return {parameter.name: parameter for parameter in self.parameters}
 
     def to_json(self) -> dict[str, object]:
-        """Return the one JSON form of a resolved plan."""
+        """Return the resolved plan as JSON values."""
         return {
             "model_type": self.model_type,
             "mode": self.mode,

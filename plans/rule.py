@@ -1,4 +1,4 @@
-"""Rules: every finding's code with its severity, what it means, why, and an example, as data."""
+"""Rules as data: the code of every finding, with its severity, message, explanation and example."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Severity = Literal["note", "warning", "error"]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule, the source of what `migrator explain` prints and of every message.
+    """One rule: its messages, and what `migrator explain` prints about it.
 
     Args:
-        code: `MIG001`, stable for ever.
+        code: the stable code, such as `MIG001`.
         name: a short name in words.
-        severity: of its findings; of a pending rewrite, `warning`.
-        message: one line; `{key}`, `{style}`, `{to}` and `{where}` are filled in.
+        severity: the severity of its findings; of a pending rewrite, `warning`.
+        message: one line with the placeholders `{key}`, `{style}`, `{to}` and `{where}`.
         hint: the next step.
-        explanation: a paragraph.
-        rewrites: style names this rule replaces, or none.
-        to: the style it writes.
-        before: an example plan as text.
-        after: the same plan after the rule; equal to `before` where the rule only reports.
+        explanation: a paragraph on what it means and why.
+        before: an example plan as source text.
+        after: the same plan after the rule was applied; equal to `before` for rules that only report.
+        rewrites: the styles that the rule replaces, or none.
+        to: the style that the rule writes.
     """
 
     code: str
@@ -48,12 +48,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something found about one plan entry.
+    """A finding about one plan entry.
 
     Args:
-        code: the rule's.
+        code: the code of its rule.
         key: the plan key.
-        message: the rule's message, filled in.
+        message: the rule's message with its placeholders filled in.
     """
 
     code: str
@@ -73,14 +73,14 @@ class Finding:
 
 @cache
 def load_rules() -> Mapping[str, Rule]:
-    """Return every rule by its code, in the order of the codes."""
+    """Return every rule by its code, sorted by code."""
     codes = sorted(path.stem for path in _FOLDER.glob("*.toml"))
     return MappingProxyType({code: load_rule(code) for code in codes})
 
 
 @cache
 def load_rule(code: str) -> Rule:
-    """Return the rule with this code; each lies in a file of its own, and a run needs few."""
+    """Return the rule with this code. Each has a file of its own, because a run needs only a few of them."""
     row = tomllib.loads((_FOLDER / f"{code}.toml").read_text("utf-8"))
     assert row["code"] == code
     return Rule(**{**row, "rewrites": tuple(row.get("rewrites", ()))})

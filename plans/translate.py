@@ -1,7 +1,7 @@
-"""Plans from one dialect to another: from each entry's style to its meaning on the thing its key names, and back.
+"""Translation of plans between dialects: from each style to its meaning for what the key names, and back to a style.
 
-The same name is kept only where it means the same. Where the target has no style of an equal meaning the entry stays as
-it is and a finding says why; nothing is guessed.
+A name is kept only if it has the same meaning in both dialects. If the target dialect has no style with the same
+meaning, the entry stays as it is and a finding says why; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _FILE = Path(__file__).with_name("meanings.toml")
 
 @dataclass(frozen=True)
 class Meaning:
-    """What an entry does; two styles have one meaning only if all of this agrees.
+    """What an entry does. Two styles have the same meaning only if all of these agree.
 
     Args:
-        name: `linear/out gathered`.
+        name: the name, such as `linear/out gathered`.
         on: what the key names.
-        weight: where the weight, or the parameter itself, goes; empty where nothing is sharded.
-        bias: where the bias goes.
-        input: what the forward expects on each rank.
-        output: what it leaves on each rank.
-        forward: what it communicates.
-        backward: what it communicates on the way back.
-        becomes: the meaning that stands in for this one where a dialect has no name for it.
-        within: the meaning of an entry above, without which `becomes` does not hold.
+        weight: the placement of the weight, or of the parameter itself; empty if nothing is sharded.
+        bias: the placement of the bias.
+        input: the input that each rank's forward expects.
+        output: the output that each rank's forward returns.
+        forward: what is communicated in the forward.
+        backward: what is communicated in the backward.
+        becomes: the meaning that replaces this one in dialects without a style for it.
+        within: the meaning of an enclosing entry, without which `becomes` is not allowed.
     """
 
     name: str
@@ -65,7 +65,7 @@ def load_meanings() -> Mapping[str, Meaning]:
 _WHOLE_EXPERTS = "parameter/whole experts"
 _STACKED = "parameter 3"
 _ONE_EXPERT = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?:\*|\d+)\.\w+")
-_PARAMETER_OF_EXPERTS = {  # what one expert's Linear means, and what its stacked form would
+_PARAMETER_OF_EXPERTS = {  # meaning of one expert's Linear: parameter of its stacked form, and its meaning
     "linear/out": ("gate_up_proj", "parameter/out packed"),
     "linear/out, gradient partial": ("gate_up_proj", "parameter/out packed"),
     "linear/in": ("down_proj", "parameter/in"),
@@ -76,23 +76,28 @@ _PARAMETER_OF_EXPERTS = {  # what one expert's Linear means, and what its stacke
 def translate(
     plan: Mapping[str, str], source: Dialect, target: Dialect, read_target: TargetReader, kind: str = "tp"
 ) -> Decomposition:
-    """Work out a plan of one dialect in the words of another.
+    """Return the edits that translate a plan from one dialect to another.
 
-    Param-level names are understood in every source and valid in every target, but only the target's own are written:
-    a param-level entry stays where the target has no name for its meaning.
+    Param-level styles are understood in every source dialect and valid in every target dialect, but only the target's
+    own styles are written: a param-level entry stays if the target has no style with its meaning.
 
     Args:
         plan: key to style, in source order.
-        source: the dialect that the plan speaks.
-        target: the dialect wanted.
-        read_target: says what a key names; asked only where the answer matters.
-        kind: of the plan, `tp`, `sp`, `ep`, `tp_ep` or `sp_ep`: some styles mean something in expert plans only.
+        source: the plan's dialect.
+        target: the dialect to translate to.
+        read_target: returns what a key names; called only if the answer matters.
+        kind: the kind of plan, `tp`, `sp`, `ep`, `tp_ep` or `sp_ep`; some styles have a meaning in expert plans only.
     """
-    overlay = load_dialect(PARAM_LEVEL).styles
-    understood = {**overlay, **source.styles}
-    everywhere = {name: style for name, style in overlay.items() if name not in target.styles}
-    wanted = {name: style for name, style in target.styles.items() if not style.only or style.only in kind.split("_")}
-    translation = _Translation(plan, source.name, understood, target.name, wanted, everywhere, cache(read_target))
+    param_level = load_dialect(PARAM_LEVEL).styles
+    translation = _Translation(
+        plan,
+        source.name,
+        {**param_level, **source.styles},
+        target.name,
+        {name: style for name, style in target.styles.items() if not style.only or style.only in kind.split("_")},
+        {name: style for name, style in param_level.items() if name not in target.styles},
+        cache(read_target),
+    )
     results = list(translation.translate_entries())
     return Decomposition(
         tuple(result for result in results if isinstance(result, SetStyle)),
@@ -102,16 +107,16 @@ def translate(
 
 @dataclass(frozen=True)
 class _Translation:
-    """One plan on its way.
+    """The translation of one plan.
 
     Args:
         plan: key to style.
-        source_dialect: the name of the dialect that it speaks.
-        source_styles: that dialect's styles.
-        target_dialect: the name of the dialect wanted.
+        source_dialect: the name of the plan's dialect.
+        source_styles: the styles that the plan may use.
+        target_dialect: the name of the dialect to translate to.
         target_styles: the styles that may be written.
-        param_level_styles: the param-level styles that may stay besides.
-        read_target: says what a key names.
+        param_level_styles: the param-level styles that may stay, although the target dialect does not have them.
+        read_target: returns what a key names.
     """
 
     plan: Mapping[str, str]
@@ -123,7 +128,7 @@ class _Translation:
     read_target: TargetReader
 
     def translate_entries(self) -> Iterator[SetStyle | Finding]:
-        """Yield an edit or a finding for every entry that cannot stay as it is."""
+        """Yield an edit or a finding for every entry whose style does not mean the same in the target dialect."""
         for key, name in self.plan.items():
             style = self.source_styles.get(name)
             if style is None:
@@ -132,30 +137,32 @@ class _Translation:
                 yield from self._translate_entry(key, style)
 
     def _is_shared(self, style: Style) -> bool:
-        """Say whether a style means the same in both dialects, whatever its key names."""
-        twin = self.target_styles.get(style.name)
-        return twin is not None and twin.means == style.means
+        """Return whether a style means the same in both dialects, no matter what its key names."""
+        namesake = self.target_styles.get(style.name)
+        return namesake is not None and namesake.means == style.means
 
     def _translate_entry(self, key: str, style: Style) -> Iterator[SetStyle | Finding]:
-        described = self.read_target(key)
-        if described is None or (described.kind == "parameter" and described.ndim is None):
+        target = self.read_target(key)
+        if target is None or (target.kind == "parameter" and target.ndim is None):
             yield self._report_unreadable(key)
             return
-        thing = self._classify_target(key, described)
-        meaning = style.meaning(thing)
+        target_kind = self._classify_target(key, target)
+        meaning = style.meaning(target_kind)
         if meaning is None:
-            yield self._report_unchanged(key, f"{self.source_dialect} does not say what it means on {thing}")
+            yield self._report_unchanged(key, f"{self.source_dialect} does not define it for {target_kind}")
         elif self._is_summed_below(key, meaning):
             yield self._report_unchanged(
-                key, f"in {self.target_dialect} parts below sum their own outputs: remove it once all do"
+                key, f"in {self.target_dialect} its submodules sum their own outputs: remove it once all of them do"
             )
-        elif (name := self._choose_style(key, thing, meaning)) is None:
-            yield self._report_unchanged(key, f"{self.target_dialect} has nothing for {meaning!r} on {thing}")
+        elif (name := self._choose_style(key, target_kind, meaning)) is None:
+            yield self._report_unchanged(
+                key, f"{self.target_dialect} has no style for {target_kind} that means {meaning!r}"
+            )
         elif name != style.name:
             yield SetStyle("MIG400", key, style.name, name)
 
     def _classify_target(self, key: str, target: KeyTarget) -> str:
-        """Return the word for a thing that styles list their meanings under."""
+        """Return the kind of target, as the styles' `means` tables name it."""
         if target.kind == "parameter":
             return "parameter, a bias" if key.endswith(".bias") else f"parameter {target.ndim}"
         if target.kind != "experts":
@@ -166,25 +173,25 @@ class _Translation:
         return "experts" if below else "unsharded experts"
 
     def _read_meaning(self, key: str) -> str | None:
-        described, style = self.read_target(key), self.source_styles.get(self.plan[key])
-        return style.meaning(self._classify_target(key, described)) if described and style else None
+        target, style = self.read_target(key), self.source_styles.get(self.plan[key])
+        return style.meaning(self._classify_target(key, target)) if target and style else None
 
     def _choose_style(self, key: str, target: str, meaning: str) -> str | None:
-        """Return the name for a meaning, or for the one that stands in for it."""
-        own, names = self.plan[key], self._find_styles(target, meaning)
-        if own in names and not self.target_styles[own].alias_of:
-            return own
+        """Return the style to write for a meaning, or for the one that it becomes; None if there is no such style."""
+        current, names = self.plan[key], self._find_styles(target, meaning)
+        if current in names and not self.target_styles[current].alias_of:
+            return current
         if names:
             return names[0]
-        if own in self.param_level_styles and self.param_level_styles[own].meaning(target) == meaning:
-            return own
-        known = load_meanings()[meaning]
-        if not known.becomes or (known.within and not self._is_within(key, known.within)):
+        if current in self.param_level_styles and self.param_level_styles[current].meaning(target) == meaning:
+            return current
+        facts = load_meanings()[meaning]
+        if not facts.becomes or (facts.within and not self._is_within(key, facts.within)):
             return None
-        return self._choose_style(key, target, known.becomes)
+        return self._choose_style(key, target, facts.becomes)
 
     def _find_styles(self, target: str, meaning: str) -> list[str]:
-        """Return the styles that may be written for a meaning, best first."""
+        """Return the styles that may be written for a meaning, the preferred one first."""
         if target == "expert-parallel" and not self._find_styles(_STACKED, _WHOLE_EXPERTS):
             return []
         return [name for name, style in self.target_styles.items() if style.meaning(target) == meaning]
@@ -193,19 +200,19 @@ class _Translation:
         return any(key.startswith(f"{other}.") and self._read_meaning(other) == meaning for other in self.plan)
 
     def _is_summed_below(self, key: str, meaning: str) -> bool:
-        """Say whether entries below one sum for themselves in the target what it sums in the source."""
-        lost = {
+        """Return whether entries below an entry sum in the target dialect what the entry sums in the source dialect."""
+        missing = {
             name
-            for name, known in load_meanings().items()
-            if known.within == meaning and not self._find_styles(known.on, name)
+            for name, facts in load_meanings().items()
+            if facts.within == meaning and not self._find_styles(facts.on, name)
         }
-        return bool(lost) and any(self._read_meaning(other) in lost for other in self._find_keys_below(key))
+        return bool(missing) and any(self._read_meaning(other) in missing for other in self._find_keys_below(key))
 
     def _find_keys_below(self, key: str) -> Iterator[str]:
         return (other for other in self.plan if other.startswith(f"{key}."))
 
     def _report_unreadable(self, key: str) -> Finding:
-        """Say why an entry cannot be read, and what takes its place if the model now stacks its experts."""
+        """Return why an entry cannot be read, and what replaces it if the model now stacks its experts."""
         match = _ONE_EXPERT.fullmatch(key)
         experts = self.read_target(match["experts"]) if match else None
         meaning = self.source_styles[self.plan[key]].meaning("linear")

@@ -47,7 +47,7 @@ class Configuration:
     link: tuple[Path, Path] | None = None
 
     def is_included(self, path: Path) -> bool:
-        """Say whether a file may be reported on and written."""
+        """Return whether a file may be reported on and written."""
         return not self.exclude or self.find_exclude_pattern(path) is None
 
     def find_exclude_pattern(self, path: Path) -> str | None:
@@ -55,7 +55,7 @@ class Configuration:
         return next((pattern for pattern in self.exclude if _is_match(pattern, self._make_relative(path))), None)
 
     def is_ignored(self, path: Path, code: str) -> bool:
-        """Say whether a code is ignored in a file."""
+        """Return whether a code is ignored in a file."""
         return code in self.ignore or any(
             code in codes and _is_match(pattern, self._make_relative(path)) for pattern, codes in self.per_path_ignores
         )
@@ -184,7 +184,7 @@ def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
 
 
 def _is_match(pattern: str, path: PurePath) -> bool:
-    """Say whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
+    """Return whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
     expression = _compile_glob(pattern.removeprefix("./").strip("/"))
     above: Iterable[PurePath] = (path, *path.parents)
     texts = (str(found.as_posix() if "/" in pattern else found.name) for found in above)

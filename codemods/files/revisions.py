@@ -92,7 +92,7 @@ class Repository:
         return self._blobs[blob]
 
     def _is_regular_file(self, path: Path) -> bool:
-        """Say whether a path of the working tree is a regular file, reached through no link that leads out."""
+        """Return whether a path of the working tree is a regular file, reached through no link that leads out."""
         absolute = self.root / path
         inside = absolute.parent.resolve().is_relative_to(self.root.resolve())
         return inside and absolute.is_file() and not absolute.is_symlink()

@@ -120,7 +120,7 @@ def _find_coexisting(literals: Sequence[PlanLiteral], this: PlanLiteral) -> list
 
 
 def _is_replacing(later: PlanLiteral, earlier: PlanLiteral) -> bool:
-    """Say whether a literal leaves nothing of one before it; of two that replace the plan only one ever counts."""
+    """Return whether a literal leaves nothing of one before it; of two that replace the plan only one ever counts."""
     return later.replaces and (earlier.replaces or earlier.function in ("", later.function))
 
 

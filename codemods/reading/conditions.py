@@ -107,7 +107,7 @@ def iter_blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple
 
 
 def is_exiting(statements: Sequence[ast.stmt]) -> bool:
-    """Say whether what follows a block does not run after it."""
+    """Return whether what follows a block does not run after it."""
     return bool(statements) and isinstance(statements[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
 
 

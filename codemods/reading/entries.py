@@ -71,7 +71,7 @@ def read_entries(nodes: Iterable[ast.AST], offset: OffsetReader) -> tuple[PlanEn
 
 
 def can_hold_entries(node: ast.AST) -> bool:
-    """Say whether a node is of a kind that writes entries down itself."""
+    """Return whether a node is of a kind that writes entries down itself."""
     return isinstance(node, ast.Dict) or next(_iter_pairs(node), None) is not None
 
 
@@ -87,7 +87,7 @@ def read_key(node: ast.expr) -> str | None:
 
 
 def is_numbered(key: str) -> bool:
-    """Say whether a key names one layer by its number."""
+    """Return whether a key names one layer by its number."""
     return _LAYER_NUMBER.search(key) is not None
 
 

@@ -88,7 +88,7 @@ def iter_bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def has_plan_name(node: ast.AST) -> bool:
-    """Say whether an expression reads something that has a plan's name: `self._tp_plan`, `getattr(x, "_tp_plan")`."""
+    """Return whether an expression reads something that has a plan's name: `self._tp_plan`, `getattr(x, "_tp_plan")`."""
     return any(True for part in ast.walk(node) for _ in iter_plan_names(part))
 
 

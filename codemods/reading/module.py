@@ -71,7 +71,7 @@ class PlanLiteral:
         return {entry.key: entry.style for entry in self.entries if entry.style is not None}
 
     def equals(self, other: PlanLiteral) -> bool:
-        """Say whether both put the same entries into the same plan in the same function."""
+        """Return whether both put the same entries into the same plan in the same function."""
         return self._comparison_key == other._comparison_key
 
     @property
@@ -247,7 +247,7 @@ def iter_literals(module: Module) -> Iterator[PlanLiteral]:
 
 
 def are_exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
-    """Say whether two can never both apply: some condition in their one function holds for one, not for the other."""
+    """Return whether two can never both apply: some condition in their one function holds for one, not for the other."""
     if one.function != other.function:
         return False
     return any(replace(condition, holds=not condition.holds) in other.conditions for condition in one.conditions)

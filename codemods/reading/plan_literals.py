@@ -183,7 +183,7 @@ def _collect_sources(
 
 
 def _is_known(piece: PlanPart, whole: ast.AST, values: Iterable[ast.expr], target: AssignmentTarget) -> bool:
-    """Say whether entries are read where they come from: they are another plan's, or whatever callers give."""
+    """Return whether entries are read where they come from: they are another plan's, or whatever callers give."""
     if isinstance(piece.node, ast.Name) and piece.node.id in target.scope.free_parameters:
         return has_plan_name(piece.node) or (target.is_assigned and piece.node is whole)
     writes = piece.has_entries or any(one.has_entries for value in values for one in split_expression(value))
@@ -191,7 +191,7 @@ def _is_known(piece: PlanPart, whole: ast.AST, values: Iterable[ast.expr], targe
 
 
 def _is_same_plan(piece: PlanPart, target: AssignmentTarget) -> bool:
-    """Say whether a piece is a plan of the same object, or a local name that stands for the plan."""
+    """Return whether a piece is a plan of the same object, or a local name that stands for the plan."""
     match piece.node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name):
             return is_plan_attribute(name)

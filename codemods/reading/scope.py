@@ -32,7 +32,7 @@ def find_plan_mentions(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def is_plan_attribute(name: str) -> bool:
-    """Say whether a class attribute of this name holds a plan."""
+    """Return whether a class attribute of this name holds a plan."""
     return name.startswith(("_", "base_model_")) and plan_kind(name) is not None
 
 

@@ -86,7 +86,7 @@ class _LazyClasses(Mapping[str, ClassPlans]):
 
 
 def _has_other_strings(body: bytes) -> bool:
-    """Say whether strings over several lines, which hide what looks like code, are other than the most usual kind."""
+    """Return whether strings over several lines, which hide what looks like code, are other than the most usual kind."""
     place = body.find(b"'''")
     while place >= 0:
         if not body.count(b'"""', 0, place) % 2:  # not inside one of the usual kind
@@ -116,7 +116,7 @@ def _read_plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[s
 
 
 def _is_code(body: bytes, header: re.Match[bytes], plan: re.Match[bytes]) -> bool:
-    """Say whether neither a class nor a plan in it stands inside a string: an even number of quotes is before them."""
+    """Return whether neither a class nor a plan in it stands inside a string: an even number of quotes is before them."""
     before = body.count(b'"""', 0, header.start())
     return before % 2 == 0 and body.count(b'"""', header.start(), plan.start()) % 2 == 0
 

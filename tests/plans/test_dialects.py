@@ -164,7 +164,7 @@ def test_meanings_agree_with_placements(name):
 
 def test_a_style_that_cuts_a_dim_which_a_parameter_lacks_is_refused():
     style = load_dialect(PARAM_LEVEL).styles["moe_tp_gate_up_colwise"]
-    with pytest.raises(PlanError, match=r"bias: the style moe_tp_gate_up_colwise makes it Packed\(-2, 2\), but"):
+    with pytest.raises(PlanError, match=r"bias: the style moe_tp_gate_up_colwise requires Packed\(-2, 2\), but"):
         style.placement("module", 1, "bias")
 
 

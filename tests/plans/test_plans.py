@@ -108,7 +108,7 @@ def test_an_unknown_style_names_those_there_are():
 def test_a_mistyped_style_is_known_again():
     with pytest.raises(UnknownStyleError) as caught:
         load_dialect("transformers-5.23").style("colwize", "layers.*.q_proj")
-    assert caught.value.hint.startswith("did you mean colwise? styles it has: ")
+    assert caught.value.hint.startswith("did you mean colwise? its styles are ")
 
 
 @pytest.mark.parametrize("other", ["rowwise", "local_colwise", "embedding_rowwise"])
@@ -116,7 +116,7 @@ def test_another_dialects_style_is_not_taken_for_a_slip(other):
     """`rowwise` looks like `colwise`, the nearest that this dialect has, and is its opposite."""
     with pytest.raises(UnknownStyleError) as caught:
         load_dialect("dtensor").style(other, "layers.*.q_proj")
-    assert caught.value.hint.startswith("styles it has: ")
+    assert caught.value.hint.startswith("its styles are ")
 
 
 @pytest.mark.parametrize(("name", "meant"), [("dtenser", "dtensor"), ("Transformer-5.23", "transformers-5.23")])

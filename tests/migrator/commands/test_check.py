@@ -100,7 +100,7 @@ def test_the_dialect_is_found_out_or_given(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nsource = 'klingon'\n")
     done = migrator("check", cwd=tmp_path)
     assert done.returncode == 2
-    assert b"no dialect is called 'klingon'" in done.stderr
+    assert b"there is no dialect 'klingon'" in done.stderr
     assert b"MIG501" in migrator("check", "--source", "transformers-5.23", cwd=tmp_path).stdout, "the command line wins"
 
 
