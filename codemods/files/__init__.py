@@ -1,1 +1,1 @@
-"""Source files and git revisions: found, read, decoded, and what of them changed."""
+"""Source files, git revisions and the configuration of projects."""

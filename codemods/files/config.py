@@ -1,4 +1,4 @@
-"""`[tool.migrator]` of a pyproject.toml: what to look at, what to write and what to leave alone."""
+"""The configuration in `[tool.migrator]` of a pyproject.toml: what to read, what to write and what to ignore."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _WILDCARDS = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a project asks for; a command line that says otherwise wins.
+    """The settings of a project; options of the command line take precedence.
 
     Args:
-        root: the folder of the pyproject.toml; globs are matched against paths below it.
-        paths: what to look at when the command line names nothing.
+        root: the folder of the pyproject.toml; globs are matched against paths relative to it.
+        paths: the files and folders to read if the command line names none.
         target: the dialect to rewrite to, None for the default.
-        source: the dialect that the tree speaks, None to find out.
-        ignore: codes that are neither reported nor rewritten.
-        per_path_ignores: the same for the files that a glob matches.
-        exclude: globs of files that are neither reported on nor written.
-        link: a folder or file outside of the root, and where in the project a link to it lies.
+        source: the dialect of the tree, None to detect it.
+        ignore: the codes that are neither reported nor rewritten.
+        per_path_ignores: globs with the codes to ignore in the files that they match.
+        exclude: globs of the files that are neither reported on nor written.
+        link: a folder or file outside of the root, and the location of a link to it in the project.
     """
 
     root: Path = Path()
@@ -51,7 +51,7 @@ class Configuration:
         return not self.exclude or self.find_exclude_pattern(path) is None
 
     def find_exclude_pattern(self, path: Path) -> str | None:
-        """Return the pattern that excludes a file, None where none does."""
+        """Return the glob that excludes a file, or None."""
         return next((pattern for pattern in self.exclude if _is_match(pattern, self._make_relative(path))), None)
 
     def is_ignored(self, path: Path, code: str) -> bool:
@@ -67,51 +67,51 @@ class Configuration:
 
 
 def find_configuration(start: Path) -> Configuration:
-    """Return the configuration of the nearest pyproject.toml in or above a folder, an empty one without.
+    """Return the configuration in the nearest pyproject.toml in or above a folder, or an empty one if there is none.
 
-    A link means what it leads to; only where no project holds that, the one that the link lies in counts.
+    Links are followed first; only if their target lies in no project is the project used that contains the link.
 
     Args:
-        start: a folder, or a file, whose folder counts.
+        start: a folder, or a file, whose folder is used.
 
     Raises:
-        UsageError: the file is not valid, or its table holds an unknown key or a value of another type.
+        UsageError: the file is not valid TOML, or its table has an unknown key or a value of the wrong type.
     """
     real, given = start.resolve(), make_absolute(start)
-    if found := find_project_file(real):
-        return read_configuration(found)
-    found = find_project_file(given)
-    return replace(read_configuration(found), link=(real, given)) if found else Configuration()
+    if project := find_project_file(real):
+        return read_configuration(project)
+    project = find_project_file(given)
+    return replace(read_configuration(project), link=(real, given)) if project else Configuration()
 
 
 def find_project_file(start: Path) -> Path | None:
-    """Return the nearest pyproject.toml in or above a folder, or above a file."""
+    """Return the nearest pyproject.toml in or above a folder, or above a file, or None."""
     folders = (start, *start.parents) if start.is_dir() else start.parents
     return next((folder / _FILE_NAME for folder in folders if (folder / _FILE_NAME).is_file()), None)
 
 
 def make_absolute(path: Path) -> Path:
-    """Return a path from the root without `..`, its links not followed."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - `make_absolute` keeps `..`, `resolve` follows links
+    """Return an absolute path without `..`; links are not followed."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - `Path.absolute` keeps `..`, `Path.resolve` follows links
 
 
 def read_configuration(path: Path) -> Configuration:
     """Read one pyproject.toml.
 
     Raises:
-        UsageError: as `find_configuration`.
+        UsageError: the file cannot be read or is not valid, as for `find_configuration`.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{format_path(path)}: {error.strerror}", hint="make it a readable file", path=str(path)
+            f"{format_path(path)}: cannot be read: {error.strerror}", hint="make it a readable file", path=str(path)
         ) from error
     table = _read_table(path, data) if b"migrator" in data else {}
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in _READERS:
-            _refuse(path, key, "is no setting", suggest_name(key, _READERS, "settings are " + ", ".join(_READERS)))
+            _refuse(path, key, "is not a setting", suggest_name(key, _READERS, "settings are " + ", ".join(_READERS)))
         field = key.replace("-", "_")
         values[field] = _READERS[key](path, key, value)
     return Configuration(path.parent, **values)
@@ -123,11 +123,13 @@ def _read_table(path: Path, data: bytes) -> Mapping[str, object]:
     try:
         tool = tomllib.loads(data.decode()).get("tool", {})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{format_path(path)}: is not TOML: {error}", hint="mend the file", path=str(path)) from error
+        raise UsageError(
+            f"{format_path(path)}: is not valid TOML: {error}", hint="correct the syntax of the file", path=str(path)
+        ) from error
     table = tool.get("migrator", {}) if isinstance(tool, dict) else {}
     if not isinstance(table, dict):
         raise UsageError(
-            f"{format_path(path)}: tool.migrator is no table", hint="write it as [tool.migrator]", path=str(path)
+            f"{format_path(path)}: tool.migrator is not a table", hint="write it as [tool.migrator]", path=str(path)
         )
     return table
 
@@ -145,13 +147,13 @@ def _read_texts(path: Path, key: str, value: object) -> tuple[str, ...]:
 
 
 def _read_paths(path: Path, key: str, value: object) -> tuple[Path, ...]:
-    """Read paths below the file's own folder; a project that is migrated must not name others to write to."""
+    """Read paths below the folder of the file; a project must not make migrator write anywhere else."""
     root = path.parent.resolve()
-    found = tuple(path.parent / text for text in _read_texts(path, key, value))
-    for listed in found:
+    paths = tuple(path.parent / text for text in _read_texts(path, key, value))
+    for listed in paths:
         if not listed.resolve().is_relative_to(root):
             _refuse(path, key, f"leads out of the project, to {listed}", "name that folder on the command line")
-    return found
+    return paths
 
 
 def _read_codes(path: Path, key: str, value: object) -> frozenset[str]:
@@ -159,7 +161,7 @@ def _read_codes(path: Path, key: str, value: object) -> frozenset[str]:
     unknown = next((code for code in codes if code not in load_rules()), None)
     if unknown is not None:
         hint = suggest_name(unknown, load_rules(), "`migrator explain` lists the codes")
-        _refuse(path, key, f"names {unknown!r}, which no rule has", hint)
+        _refuse(path, key, f"contains {unknown!r}, which is not the code of a rule", hint)
     return frozenset(codes)
 
 
@@ -184,13 +186,13 @@ def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
 
 
 def _is_match(pattern: str, path: PurePath) -> bool:
-    """Return whether a glob matches a path or a folder above it; a glob without a slash matches names at any depth."""
+    """Return whether a glob matches a path or a folder above it; one without a slash matches names at any depth."""
     expression = _compile_glob(pattern.removeprefix("./").strip("/"))
-    above: Iterable[PurePath] = (path, *path.parents)
-    texts = (str(found.as_posix() if "/" in pattern else found.name) for found in above)
+    candidates: Iterable[PurePath] = (path, *path.parents)
+    texts = (candidate.as_posix() if "/" in pattern else candidate.name for candidate in candidates)
     return any(expression.fullmatch(text) for text in texts if text)
 
 
 @cache
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    return re.compile("".join(_WILDCARDS.get(piece, re.escape(piece)) for piece in re.split(_GLOB, pattern)))
+    return re.compile("".join(_WILDCARDS.get(part, re.escape(part)) for part in re.split(_GLOB, pattern)))

@@ -1,21 +1,23 @@
-"""The source files of git revisions, read through git's plumbing: nothing is checked out and no hook is run."""
+"""The source files of git revisions, read with git's plumbing commands: no checkout, and no hooks run."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from codemods.files.git import get_failure_reason, run_git
-from codemods.files.sources import SourceFile, format_path, read_source
-from plans.errors import SourceError, UsageError
+from codemods.files.git import Git
+from codemods.files.sources import SourceFile, read_source
+from plans.errors import SourceError
 
 __all__ = ["Repository", "Snapshot", "find_changed_paths", "find_repository"]
 
-_run_git = partial(run_git, needed_by="comparing revisions")
+_GIT = Git(
+    "comparing revisions",
+    outside_hint="run the command in the repository whose revisions you compare",
+    revision_hint="run `git log` to see the commits that exist; fetch those of another repository first",
+)
 _REGULAR_FILES = frozenset({b"100644", b"100755"})
 _MAX_BYTES = 16 << 20
 
@@ -25,7 +27,7 @@ class Repository:
     """A git repository; each blob is read at most once.
 
     Args:
-        root: its top folder.
+        root: the top folder of the repository.
     """
 
     root: Path
@@ -40,24 +42,16 @@ class Repository:
         Raises:
             UsageError: there is no such commit.
         """
-        found = self._try_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
-        if found.returncode:
-            raise UsageError(
-                f"{format_path(self.root)}: git knows no revision {name!r}",
-                hint="name a commit, branch or tag that `git log` shows; fetch it first if it is elsewhere",
-                revision=name,
-                path=str(self.root),
-            )
-        commit = found.stdout.decode().strip()
-        listed = self._read_git("ls-tree", "-r", "-z", "--full-tree", commit)
+        commit = _GIT.resolve_commit(self.root, name)
+        listed = _GIT.read(self.root, "ls-tree", "-r", "-z", "--full-tree", commit)
         return Snapshot(self, name, dict(_parse_tree(listed)))
 
     def read_working_tree(self) -> Snapshot:
-        """Return the Python files as they lie in the working tree, untracked ones included, ignored ones not."""
-        blobs = dict(_parse_index(self._read_git("ls-files", "--stage", "-z")))
-        touched = _parse_python_paths(self._read_git("diff-files", "--name-only", "-z"))
-        untracked = _parse_python_paths(self._read_git("ls-files", "--others", "--exclude-standard", "-z"))
-        for path in (*touched, *untracked):
+        """Return the Python files of the working tree, including untracked ones but not ignored ones."""
+        blobs = dict(_parse_index(_GIT.read(self.root, "ls-files", "--stage", "-z")))
+        changed = _parse_python_paths(_GIT.read(self.root, "diff-files", "--name-only", "-z"))
+        untracked = _parse_python_paths(_GIT.read(self.root, "ls-files", "--others", "--exclude-standard", "-z"))
+        for path in (*changed, *untracked):
             if self._is_regular_file(path):
                 blobs[path] = ""
             else:
@@ -65,50 +59,37 @@ class Repository:
         return Snapshot(self, "the working tree", blobs)
 
     def prefetch(self, files: Iterable[tuple[Path, str]]) -> None:
-        """Read files that will be asked for, all at once.
+        """Read several files with one git process, for later calls of `read_content`.
 
         Args:
-            files: paths with the ids of their contents.
+            files: the paths with the ids of their blobs.
 
         Raises:
-            SourceError: the repository lacks one, or it is too large to be a source file.
+            SourceError: a file is missing in the repository, or is too large for a source file.
         """
         wanted = {blob: path for path, blob in files if blob and blob not in self._blobs}
         if not wanted:
             return
         stdin = "".join(f"{blob}\n" for blob in wanted).encode()
-        sizes = self._read_git("cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=stdin)
+        sizes = _GIT.read(self.root, "cat-file", "--batch-check=%(objectname) %(objectsize)", stdin=stdin)
         for path, facts in zip(wanted.values(), sizes.decode().splitlines(), strict=True):
             _check_size(path, facts.split()[1])
-        self._blobs |= _parse_batch(self._read_git("cat-file", "--batch", stdin=stdin), wanted)
+        self._blobs |= _parse_batch(_GIT.read(self.root, "cat-file", "--batch", stdin=stdin), wanted)
 
     def read_content(self, path: Path, blob: str) -> bytes:
-        """Return a file by the id of its content.
+        """Return the content of a file by the id of its blob.
 
         Raises:
-            SourceError: as `load`.
+            SourceError: as for `prefetch`.
         """
         self.prefetch([(path, blob)])
         return self._blobs[blob]
 
     def _is_regular_file(self, path: Path) -> bool:
-        """Return whether a path of the working tree is a regular file, reached through no link that leads out."""
+        """Return whether a path is a regular file of the working tree, not reached by a link that leads out of it."""
         absolute = self.root / path
-        inside = absolute.parent.resolve().is_relative_to(self.root.resolve())
-        return inside and absolute.is_file() and not absolute.is_symlink()
-
-    def _read_git(self, *arguments: str, stdin: bytes = b"") -> bytes:
-        done = self._try_git(*arguments, stdin=stdin)
-        if done.returncode:
-            raise SourceError(
-                f"{format_path(self.root)}: git {arguments[0]} failed: {get_failure_reason(done)}",
-                hint="`git fsck` tells what is wrong with the repository",
-                path=str(self.root),
-            )
-        return done.stdout
-
-    def _try_git(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        return _run_git(self.root, *arguments, stdin=stdin)
+        is_inside = absolute.parent.resolve().is_relative_to(self.root.resolve())
+        return is_inside and absolute.is_file() and not absolute.is_symlink()
 
 
 @dataclass(frozen=True)
@@ -116,9 +97,9 @@ class Snapshot:
     """The Python files of one revision, or of the working tree.
 
     Args:
-        repository: where it comes from.
-        name: as the user calls it.
-        blobs: paths relative to the repository with the ids of their contents, empty for a file changed on disk.
+        repository: the repository that it belongs to.
+        name: the user's name for it.
+        blobs: the paths relative to the repository with the ids of their blobs, empty for files that differ on disk.
     """
 
     repository: Repository
@@ -126,10 +107,10 @@ class Snapshot:
     blobs: Mapping[Path, str]
 
     def source(self, path: Path) -> SourceFile | None:
-        """Return a file, None if this revision does not have it.
+        """Return a file, or None if the revision does not have it.
 
         Raises:
-            SourceError: it cannot be read.
+            SourceError: the file cannot be read.
         """
         blob = self.blobs.get(path)
         if blob is None:
@@ -139,29 +120,22 @@ class Snapshot:
         )
 
     def prefetch(self, paths: Iterable[Path]) -> None:
-        """Read files that will be asked for, all at once."""
+        """Read several files with one git process, for later calls of `source`."""
         self.repository.prefetch((path, self.blobs.get(path, "")) for path in paths)
 
 
 def find_repository(folder: Path) -> Repository:
-    """Return the git repository that a folder lies in.
+    """Return the git repository that a folder is in.
 
     Raises:
-        UsageError: it lies in none.
+        UsageError: the folder is not in a repository.
         DependencyError: git is not installed.
     """
-    done = _run_git(folder, "rev-parse", "--show-toplevel")
-    if done.returncode:
-        raise UsageError(
-            f"{format_path(folder.absolute())}: {get_failure_reason(done)}",
-            hint="run it inside the repository whose revisions you compare",
-            path=str(folder),
-        )
-    return Repository(Path(os.fsdecode(done.stdout.removesuffix(b"\n"))))
+    return Repository(_GIT.find_root(folder))
 
 
 def find_changed_paths(before: Snapshot, after: Snapshot) -> frozenset[Path]:
-    """Return the files that differ between two snapshots, or that only one of them has."""
+    """Return the files that differ between two snapshots or exist in only one of them."""
     paths = before.blobs.keys() | after.blobs.keys()
     differing = [path for path in paths if before.blobs.get(path) != after.blobs.get(path)]
     before.prefetch(differing)
@@ -174,7 +148,7 @@ def _read_content(snapshot: Snapshot, path: Path) -> bytes | None:
 
 
 def _parse_tree(listed: bytes) -> Iterator[tuple[Path, str]]:
-    """Read `MODE TYPE BLOB<tab>PATH` records; links and submodules are no source files."""
+    """Read `MODE TYPE BLOB<tab>PATH` records, except for links and submodules."""
     for record in filter(None, listed.split(b"\0")):
         facts, _, name = record.partition(b"\t")
         mode, _, blob = facts.split()
@@ -198,12 +172,12 @@ def _parse_python_paths(listed: bytes) -> Iterator[Path]:
 
 
 def _parse_path(name: bytes) -> Path:
-    """Return a path inside the repository; a tree object can be made to name any."""
+    """Return a path inside the repository; a forged tree object can name any path."""
     path = Path(os.fsdecode(name))
     if path.is_absolute() or ".." in path.parts:
         raise SourceError(
             f"git lists {str(path)!r}, which leads out of the repository",
-            hint="`git fsck` names the tree it comes from",
+            hint="run `git fsck` to see which tree object it comes from",
             path=str(path),
         )
     return path
@@ -212,23 +186,23 @@ def _parse_path(name: bytes) -> Path:
 def _check_size(path: Path, size: str) -> None:
     if size == "missing":
         raise SourceError(
-            f"{path}: the repository lacks its content",
-            hint="a shallow or partial clone may hold too little: `git fetch --refetch`",
+            f"{path}: its content is missing in the repository",
+            hint="if this is a shallow or partial clone, run `git fetch --refetch`",
             path=str(path),
         )
     if int(size) > _MAX_BYTES:
         raise SourceError(
-            f"{path}: {int(size):,} bytes, too large for a source file",
-            hint=f"files of more than {_MAX_BYTES:,} bytes are not read",
+            f"{path}: too large for a source file, {int(size):,} bytes",
+            hint=f"remove it or make it smaller than {_MAX_BYTES:,} bytes, the most that is read",
             path=str(path),
         )
 
 
 def _parse_batch(output: bytes, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Read `BLOB TYPE SIZE<newline>CONTENT<newline>` records, in the order they were asked for."""
-    place = 0
+    start = 0
     for blob in wanted:
-        end = output.index(b"\n", place)
-        size = int(output[place:end].split()[2])
+        end = output.index(b"\n", start)
+        size = int(output[start:end].split()[2])
         yield blob, output[end + 1 : end + 1 + size]
-        place = end + size + 2
+        start = end + size + 2

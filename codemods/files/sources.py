@@ -1,4 +1,4 @@
-"""Source files: found, read and decoded."""
+"""Finding, reading and decoding source files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file as it was read.
+    """A file and its content.
 
     Args:
-        path: where it was found.
-        data: its bytes.
+        path: the path of the file.
+        data: the bytes that were read.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class SourceFile:
 
     @cached_property
     def encoding(self) -> str:
-        """The codec that its BOM or coding cookie declares, `utf-8` without one.
+        """The codec that its BOM or coding cookie declares, `utf-8` by default.
 
         Raises:
             SourceError: the declared codec does not exist or contradicts the BOM.
@@ -52,13 +52,13 @@ class SourceFile:
         except SyntaxError as error:
             raise SourceError(
                 f"{format_path(self.path)}: {error.msg}",
-                hint="mend the coding cookie in its first two lines",
+                hint="correct the coding cookie in its first two lines",
                 path=str(self.path),
             ) from error
 
     @cached_property
     def body(self) -> bytes:
-        """Its text as UTF-8 without a BOM: the bytes that `ast` counts columns in.
+        """The text as UTF-8 without a BOM: the bytes in which `ast` counts columns.
 
         Raises:
             SourceError: the bytes are not text in the declared codec.
@@ -69,79 +69,79 @@ class SourceFile:
             return self.data.decode(self.encoding).encode()
         except (LookupError, UnicodeError) as error:
             raise SourceError(
-                f"{format_path(self.path)}: not {self.encoding} text: {error}",
+                f"{format_path(self.path)}: is not {self.encoding} text: {error}",
                 hint="declare its encoding with a coding cookie",
                 path=str(self.path),
             ) from error
 
     @cached_property
     def lines(self) -> bytes:
-        """`body` after a line end, so that every line has one before it, which `re` finds far faster than `^`."""
+        """`body` after a line end. Patterns can begin with a line end, which `re` finds much faster than `^`."""
         return b"\n" + self.body
 
     def encode_body(self, body: bytes) -> bytes:
-        """Return the file's bytes for a new body, in its own encoding and with its BOM."""
+        """Return the bytes of the file with a new body, in the same encoding and with the same BOM."""
         return body if self.encoding == "utf-8" else body.decode().encode(self.encoding)
 
     @cached_property
     def line_offsets(self) -> tuple[int, ...]:
-        """Where each line of `body` begins; bytes split into lines where Python's parser does."""
+        """The offset of each line in `body`; `bytes.splitlines` splits lines where Python's parser does."""
         return tuple(accumulate(map(len, self.body.splitlines(keepends=True)), initial=0))
 
     def offset(self, line: int, column: int) -> int:
-        """Return the place in `body` of a line counted from 1 and a column in UTF-8 bytes."""
+        """Return the offset in `body` of a line, counted from 1, and a column in UTF-8 bytes."""
         return self.line_offsets[line - 1] + column
 
     @cached_property
     def generated_from(self) -> str | None:
-        """The file name of the modular file that the header says it was generated from, None if hand-written."""
+        """The name of the modular file that the header names as the source, None if the file is not generated."""
         match = _GENERATED.search(self.data, 0, _HEADER_BYTES)
         return match[1].decode("utf-8", "replace").rpartition("/")[2] if match else None
 
 
 def format_path(path: Path) -> str:
-    """Return a path as people want to read it: relative to the current folder where it lies below it."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    """Return a path as text for people: relative to the current folder if it is below it."""
+    current = Path.cwd()
+    return str(path.relative_to(current)) if path.is_relative_to(current) else str(path)
 
 
 def add_error_once(errors: list[MigratorError], error: MigratorError) -> None:
-    """Add what is wrong with a file, unless it is said already: several plans may lead to the file."""
+    """Append an error unless it is known already: several plans may lead to the same broken file."""
     if error.message not in {known.message for known in errors}:
         errors.append(error)
 
 
 def find_sources(paths: Iterable[Path], unreadable: list[MigratorError], links: list[Path] | None = None) -> list[Path]:
-    """Return the Python files among and below the paths, each once, resolved and sorted.
+    """Return the Python files among and below the paths, resolved, sorted and without duplicates.
 
-    Links below the paths are not followed: what they lead to is found at its own place, or lies outside.
+    Links below the paths are not followed: their targets are found at their own locations, or lie outside the paths.
 
     Args:
-        paths: files and folders; a link among them means what it leads to.
-        unreadable: takes the errors of folders that cannot be listed.
-        links: takes the links to Python files that lead out of the paths.
+        paths: files and folders; links among them are followed.
+        unreadable: a list to which the errors of folders that cannot be read are added.
+        links: a list to which links to Python files outside the paths are added.
 
     Raises:
         UsageError: a path does not exist.
     """
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     folders: list[Path] = []
-    linked: dict[str, None] = {}
+    links_below: dict[str, None] = {}
     for path in paths:
         if path.is_dir():
             folders.append(path.resolve())
-            files, linking = _walk(str(folders[-1]), unreadable)
-            found |= dict.fromkeys(sorted(files))
-            linked |= dict.fromkeys(sorted(linking))
+            files, links_in_folder = _walk(str(folders[-1]), unreadable)
+            sources |= dict.fromkeys(sorted(files))
+            links_below |= dict.fromkeys(sorted(links_in_folder))
         elif path.exists():
-            found[str(path.resolve())] = None
+            sources[str(path.resolve())] = None
         else:
             raise UsageError(
                 f"{format_path(path)}: no such file or folder", hint="name files or folders that exist", path=str(path)
             )
     if links is not None:
-        links += (link for link in map(Path, linked) if not _is_below(link.resolve(), folders))
-    return list(map(Path, found))
+        links += (link for link in map(Path, links_below) if not _is_below(link.resolve(), folders))
+    return list(map(Path, sources))
 
 
 def _is_below(path: Path, folders: Iterable[Path]) -> bool:
@@ -149,7 +149,7 @@ def _is_below(path: Path, folders: Iterable[Path]) -> bool:
 
 
 def _walk(top: str, unreadable: list[MigratorError]) -> tuple[list[str], list[str]]:
-    """Return the Python files below a folder, and the links to such; hidden ones are passed over."""
+    """Return the Python files below a folder, and the links to Python files; hidden files and folders are skipped."""
     files: list[str] = []
     links: list[str] = []
     waiting = [top]
@@ -160,12 +160,12 @@ def _walk(top: str, unreadable: list[MigratorError]) -> tuple[list[str], list[st
                 waiting += reversed(_sort_entries(entries, files, links))
         except OSError as error:
             what = f"{format_path(Path(folder))}: {error.strerror}"
-            unreadable.append(SourceError(what, hint="make it a readable folder or leave it out", path=folder))
+            unreadable.append(SourceError(what, hint="make it readable, or leave it out", path=folder))
     return files, links
 
 
 def _sort_entries(entries: Iterable[os.DirEntry[str]], files: list[str], links: list[str]) -> list[str]:
-    """Add a folder's Python files and links to such to the lists, and return the folders in it."""
+    """Add a folder's Python files and links to Python files to the lists, and return its subfolders."""
     folders: list[str] = []
     for entry in entries:
         if entry.name.startswith("."):
@@ -184,7 +184,7 @@ def _sort_entries(entries: Iterable[os.DirEntry[str]], files: list[str], links: 
 def _is_link_to_file(link: os.DirEntry[str]) -> bool:
     try:
         return link.is_file()
-    except OSError:  # a link to itself, or into a folder that is closed
+    except OSError:  # a link to itself, or into a folder that cannot be entered
         return False
 
 
@@ -192,26 +192,26 @@ def read_source(path: Path) -> SourceFile:
     """Read one file.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     try:
         descriptor = os.open(path, _OPEN_FLAGS)
         try:
             state = os.fstat(descriptor)
             if not stat.S_ISREG(state.st_mode):
-                raise OSError(0, "is no regular file")
+                raise OSError(0, "is not a regular file")
             return SourceFile(path, _read_all(descriptor, state.st_size))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise SourceError(
-            f"{format_path(path)}: {error.strerror}", hint="make it a readable file or leave it out", path=str(path)
+            f"{format_path(path)}: {error.strerror}", hint="make it readable, or leave it out", path=str(path)
         ) from error
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
-    """Read a file to its end; file objects take longer to set up than most of these files take to read."""
-    pieces = [os.read(descriptor, size + 1)]
-    while len(pieces[-1]) > 0 and sum(map(len, pieces)) != size:
-        pieces.append(os.read(descriptor, 1 << 20))
-    return b"".join(pieces)
+    """Read a file to its end, without a file object: creating one takes longer than reading most source files."""
+    chunks = [os.read(descriptor, size + 1)]
+    while len(chunks[-1]) > 0 and sum(map(len, chunks)) != size:
+        chunks.append(os.read(descriptor, 1 << 20))
+    return b"".join(chunks)

@@ -56,7 +56,7 @@ def test_a_tree_that_names_a_path_outside_is_refused(root):
 
 @pytest.mark.parametrize("name", ["nowhere", "--help", "", "HEAD:src", "HEAD~99"])
 def test_unknown_revisions(root, name):
-    with pytest.raises(UsageError, match="git knows no revision"):
+    with pytest.raises(UsageError, match="there is no commit, branch or tag"):
         find_repository(root).read_revision(name)
 
 

@@ -161,8 +161,8 @@ def test_github_annotations_stand_at_the_entry(moved):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "git knows no revision 'nowhere'"),
-        (["HEAD", "nowhere"], "git knows no revision 'nowhere'"),
+        (["nowhere"], "there is no commit, branch or tag 'nowhere'"),
+        (["HEAD", "nowhere"], "there is no commit, branch or tag 'nowhere'"),
         ([], "Missing argument"),
     ],
 )
