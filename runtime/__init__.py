@@ -1,6 +1,6 @@
-"""Models made parallel by plans, checkpoints laid out for them, and the proof that both are right.
+"""Shard transformers models by plans, load checkpoints into them, and prove that both are right.
 
-The names below are the library's face; each is imported when it is first asked for, because torch takes seconds.
+The names in `__all__` are the public API. Each is imported on first access, because importing torch takes seconds.
 """
 
 from __future__ import annotations

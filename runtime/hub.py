@@ -1,4 +1,4 @@
-"""Checkpoints on a hub, through huggingface_hub: its cache, its token, its offline mode; only the files needed."""
+"""Checkpoints on the hub, fetched and pushed through huggingface_hub with its cache, token and offline mode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HubName:
 
     Args:
         repository: `owner/name`.
-        revision: a branch, tag or commit, None for the main branch.
+        revision: a branch, tag or commit; None for the main branch.
     """
 
     repository: str
@@ -40,10 +40,10 @@ class HubName:
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Read `hf://owner/name[@revision]`, or a plain `owner/name` that is no path here; None for a local path.
+    """Parse `hf://owner/name[@revision]`, or a plain `owner/name` that is not a local path; None for a local path.
 
     Raises:
-        UsageError: it begins with `hf://` and goes on as nothing that a hub could have.
+        UsageError: the text begins with `hf://` but does not name a repository.
     """
     found = _NAME.fullmatch(text.removeprefix(_PREFIX))
     if text.startswith(_PREFIX):
@@ -52,17 +52,17 @@ def parse_hub_name(text: str) -> HubName | None:
                 f"{text}: not a repository", hint="write hf://owner/name or hf://owner/name@revision", source=text
             )
         return HubName(found["repository"], found["revision"])
-    # Unlike those of Path, these take names that no file system allows.
+    # Unlike the methods of Path, these functions accept names that no file system allows.
     if found is None or os.path.exists(text) or os.path.isdir(os.path.dirname(text)):  # noqa: PTH110, PTH112, PTH120
         return None
     return HubName(found["repository"], found["revision"])
 
 
 def check_repository(text: str) -> None:
-    """Refuse what is not `owner/name`, before work is done that is to be pushed there.
+    """Refuse a name that cannot be pushed to, before the work that would be pushed is done.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the text is not `owner/name`.
     """
     found = _NAME.fullmatch(text)
     if found is None or found["revision"]:
@@ -70,14 +70,15 @@ def check_repository(text: str) -> None:
 
 
 def resolve_folder(source: str, *, quiet: bool = False) -> Path:
-    """Return the folder that a user names, fetched from the hub where it lies there.
+    """Return the folder that a user names, fetched from the hub if it is there.
 
     Raises:
-        CheckpointError: there is no such folder, or as `fetch`.
+        CheckpointError: there is no such folder, or `fetch` raises it.
+        IncompleteError: `fetch` raises it.
     """
     if (name := parse_hub_name(source)) is not None:
         return fetch(name, quiet=quiet)
-    # Said here, before torch is imported to read what is not there; names that no file system allows are no folder.
+    # Checked before torch is imported. A name that no file system allows is not a folder either.
     if not os.path.isdir(source):  # noqa: PTH112
         what = "not a folder" if os.path.exists(source) else "no such folder"  # noqa: PTH110
         raise CheckpointError(f"{source}: {what}", hint="name a checkpoint's folder, or hf://owner/name", source=source)
@@ -85,32 +86,33 @@ def resolve_folder(source: str, *, quiet: bool = False) -> Path:
 
 
 def fetch(name: HubName, *, quiet: bool = False) -> Path:
-    """Bring a checkpoint's files into the hub's cache, weights in other formats left out, and return their folder.
+    """Download a checkpoint's files into the hub's cache, without weights in other formats, and return their folder.
 
     Args:
-        name: of the checkpoint.
-        quiet: whether to show no progress.
+        name: the checkpoint's name on the hub.
+        quiet: whether to hide progress bars.
 
     Raises:
-        IncompleteError: the hub cannot be reached and the cache lacks some of the files.
-        CheckpointError: there is no such repository or revision, or it may not be read.
+        IncompleteError: the hub cannot be reached, and some of the files are not in the cache.
+        CheckpointError: there is no such repository or revision, or reading it is not allowed.
     """
     from huggingface_hub import snapshot_download
 
     with _convert_hub_errors(name), _control_progress_bars(quiet):
         ignored = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
         folder = Path(snapshot_download(name.repository, revision=name.revision, ignore_patterns=ignored))
-        # The commit that the revision meant, so that weights and index are of one.
+        # By the resolved commit, so that the weights belong to the same commit as the index.
         weights = _list_weight_files(folder)
         snapshot_download(name.repository, revision=folder.name, allow_patterns=weights)
     return folder
 
 
 def fetch_config(name: HubName) -> Path:
-    """Bring a checkpoint's config.json alone into the hub's cache, and return the folder it is in.
+    """Download only a checkpoint's config.json into the hub's cache, and return its folder.
 
     Raises:
-        IncompleteError, CheckpointError: as `fetch`.
+        IncompleteError: the hub cannot be reached, and the file is not in the cache.
+        CheckpointError: there is no such repository or revision, or reading it is not allowed.
     """
     from huggingface_hub import snapshot_download
 
@@ -119,15 +121,15 @@ def fetch_config(name: HubName) -> Path:
 
 
 def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
-    """Upload a finished checkpoint to a repository, which is made where it is missing, and return its address.
+    """Upload a finished checkpoint to a repository, created if it does not exist, and return the repository's address.
 
     Args:
-        folder: that a reshard committed.
+        folder: the folder that a reshard committed.
         repository: `owner/name`.
-        quiet: whether to show no progress.
+        quiet: whether to hide progress bars.
 
     Raises:
-        DestinationError: the hub does not take it; the folder stays as it is.
+        DestinationError: the upload failed; the folder stays as it is.
     """
     from huggingface_hub import HfApi
 
@@ -136,9 +138,9 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
         with _control_progress_bars(quiet):
             api.create_repo(repository, exist_ok=True)
             commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Reshard with migrator")
-    except Exception as error:  # What the client and the network below it raise is not ours to list.
+    except Exception as error:  # the client and the network below it raise errors of many libraries
         raise DestinationError(
-            f"{repository}: the hub does not take {folder}: {first_line(error)}",
+            f"{repository}: uploading {folder} failed: {first_line(error)}",
             hint=f"log in with `hf auth login`, then upload the folder with `hf upload {repository} {folder}`",
             repository=repository,
         ) from error
@@ -146,18 +148,18 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
 
 
 def _list_weight_files(folder: Path) -> list[str]:
-    """Return the weight files, or patterns of them, that a checkpoint needs, by its small files."""
+    """Return the names, or patterns, of the weight files that a checkpoint needs, judging by its small files."""
     if (folder / MANIFEST).is_file():
         return ["rank-*.safetensors", "shard-*.safetensors"]
     if not (folder / INDEX).is_file():
         return [WEIGHTS, "shard-*.safetensors"]
     if (folder / INDEX).stat().st_size > _MAX_INDEX_BYTES:
-        return ["*.safetensors"]  # too large to be true, which its reader will say
+        return ["*.safetensors"]  # implausibly large; the reader reports it
     try:
         files = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
         return sorted({WEIGHTS, *(file for file in files if isinstance(file, str))})
     except (ValueError, KeyError, AttributeError, TypeError):
-        return ["*.safetensors"]  # its reader says what is wrong with it
+        return ["*.safetensors"]  # malformed; the reader reports it
 
 
 @contextmanager
@@ -173,19 +175,19 @@ def _convert_hub_errors(name: HubName) -> Iterator[None]:
         ) from error
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{name}: gated, and not yours to read yet",
-            hint="ask for access on its page, then `hf auth login`",
+            f"{name}: gated, and this account has no access yet",
+            hint="request access on its page, then run `hf auth login`",
             source=str(name),
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: no such repository, or a private one",
-            hint="check the name; `hf auth login` for private ones",
+            hint="check the name, or run `hf auth login` if it is private",
             source=str(name),
         ) from error
     except LocalEntryNotFoundError as error:
         raise IncompleteError(
-            f"{name}: not complete in the cache, and the hub cannot be reached: {first_line(error)}",
+            f"{name}: incomplete in the cache, and the hub cannot be reached: {first_line(error)}",
             hint="check the network, or unset HF_HUB_OFFLINE",
             source=str(name),
         ) from error
@@ -197,7 +199,7 @@ def _convert_hub_errors(name: HubName) -> Iterator[None]:
 
 @contextmanager
 def _control_progress_bars(quiet: bool) -> Iterator[None]:
-    """Let the client show its progress bars, or none; as it was before is how it is left."""
+    """Hide the client's progress bars if asked to, and restore its setting afterwards."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hides = quiet and not are_progress_bars_disabled()

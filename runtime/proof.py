@@ -1,4 +1,4 @@
-"""Proofs that always run: unlike `assert`, they do not vanish when Python optimizes."""
+"""Assertions that `python -O` does not remove."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["prove"]
 
 
 def prove(condition: bool, message: str) -> None:
-    """Stop before harm is done where our own work is not what it must be.
+    """Raise unless an invariant of our own work holds, whatever optimization level Python runs at.
 
     Raises:
-        AssertionError: the condition does not hold; the fault is ours, never the user's.
+        AssertionError: the condition is false: a bug of migrator, never a mistake of its user.
     """
     if not condition:
         raise AssertionError(message)

@@ -1,1 +1,1 @@
-"""Processes of ranks: started, joined, in agreement, and ended."""
+"""Rank processes: how they are started, form a group, agree with each other, and end."""

@@ -1,4 +1,4 @@
-"""Ranks that must go on or stop together: small JSON values exchanged as tensors, errors raised on all ranks."""
+"""Agreement between ranks: small JSON values exchanged as tensors, and errors raised on all ranks at once."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ Result = TypeVar("Result")
 
 
 def all_gather_json(value: object, axes: Sequence[DeviceMesh] = ()) -> list[Any]:
-    """Return every rank's value, in order of rank; all ranks call this.
+    """Return every rank's value, in rank order. Collective: all ranks of the axes must call it.
 
     Args:
-        value: what JSON can hold.
-        axes: mesh axes, innermost first, whose ranks take part; by default all ranks of the process group.
+        value: any value that JSON can represent.
+        axes: the mesh axes whose ranks take part, innermost first; by default all ranks of the process group.
 
     Raises:
-        WorkerError: one of them died, or did not answer in the time that the process group allows.
+        WorkerError: a rank died, or did not answer within the process group's timeout.
     """
     if not axes:
         return _all_gather(value, None)
     values = [value]
     for axis in axes:
-        values = [one for some in _all_gather(values, axis.get_group()) for one in some]
+        values = [value for gathered in _all_gather(values, axis.get_group()) for value in gathered]
     return values
 
 
 def raise_on_any_rank(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = ()) -> Result:
-    """Run a stage on every rank; where one rank fails, all raise the first such rank's error.
+    """Run a stage on every rank; if it fails on any rank, raise the first failing rank's error on all of them.
 
-    Without this the other ranks would wait in their next collective for a rank that has left.
+    Otherwise the other ranks would wait in their next collective for a rank that has left.
 
     Args:
-        stage: calls no collective itself.
-        axes: as in `all_gather_json`.
+        stage: the work; it must not call collectives itself.
+        axes: the mesh axes whose ranks take part, as for `all_gather_json`.
 
     Raises:
-        MigratorError: of the first rank that failed.
+        MigratorError: the error of the first rank that failed.
         WorkerError: a rank did not answer.
     """
     failure: MigratorError | None = None
@@ -58,10 +58,10 @@ def raise_on_any_rank(stage: Callable[[], Result], axes: Sequence[DeviceMesh] = 
     try:
         failures = all_gather_json(failure.to_json() if failure else None, axes)
     except WorkerError as lost:
-        raise (failure or lost) from lost.__cause__  # what went wrong here is nearer to the cause
-    for found in failures:
-        if found is not None:
-            raise MigratorError.from_json(found)
+        raise (failure or lost) from lost.__cause__  # this rank's own failure explains more than the lost peer
+    for row in failures:
+        if row is not None:
+            raise MigratorError.from_json(row)
     return result
 
 
@@ -70,8 +70,8 @@ def _all_gather(value: object, group: dist.ProcessGroup | None) -> list[Any]:
         return _exchange_json(value, group)
     except RuntimeError as error:
         raise WorkerError(
-            f"rank {dist.get_rank()} waited for another one in vain: {first_line(error)}",
-            hint="look at what the ranks wrote for the one that died or hangs, then run the same command again",
+            f"rank {dist.get_rank()}: a collective timed out waiting for other ranks: {first_line(error)}",
+            hint="find the rank that died or hangs in the output of the ranks, then run the same command again",
         ) from error
 
 
@@ -82,7 +82,7 @@ def _exchange_json(value: object, group: dist.ProcessGroup | None) -> list[Any]:
     dist.all_gather(lengths, torch.tensor([len(content)], device=device), group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.nn.functional.pad(content, (0, longest - len(content)))
-    pieces = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(pieces, padded, group=group)
-    pairs = zip(pieces, lengths, strict=True)
-    return [json.loads(piece[: int(length)].cpu().numpy().tobytes()) for piece, length in pairs]
+    buffers = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(buffers, padded, group=group)
+    pairs = zip(buffers, lengths, strict=True)
+    return [json.loads(buffer[: int(length)].cpu().numpy().tobytes()) for buffer, length in pairs]

@@ -1,4 +1,4 @@
-"""Ranks that torchrun, or `launch`, has started: whether this process is one of them, and their process group."""
+"""The process group of ranks that torchrun or `launch` started, each rank's device, and what its backends carry."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def select_device(kind: str) -> torch.device:
     """Return the device that this rank computes on.
 
     Args:
-        kind: `cpu`, `cuda` for a GPU of its own, or `auto` for that where each rank of the machine can have one.
+        kind: `cpu`; `cuda` for a GPU of its own; or `auto` for a GPU if each rank on this machine can have one.
 
     Raises:
-        UsageError: there are not enough GPUs.
+        UsageError: there are fewer GPUs than ranks on this machine.
     """
     ranks, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    # Some GPUs are counted that no program can use, with a driver too old for this torch say.
+    # GPUs that no program can use, because their driver is too old for this torch, are counted all the same.
     gpus = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
     if kind == "cuda" and gpus < ranks:
         raise UsageError(
-            f"{pluralize(ranks, 'rank')} on this machine need a GPU each, but there are {gpus}",
+            f"each of the {pluralize(ranks, 'rank')} on this machine needs a GPU, but there are {gpus}",
             hint="use `device=cpu`, a smaller mesh, or several machines through torchrun",
             ranks=ranks,
             gpus=gpus,
@@ -42,17 +42,17 @@ def select_device(kind: str) -> torch.device:
 
 @contextmanager
 def process_group(timeout: float, device: str = "cpu") -> Iterator[None]:
-    """Join the process group of the ranks that were started together, and leave it at the end.
+    """Join the process group of the ranks that were started together, and destroy it at the end.
 
-    Meanwhile what is written to standard output goes to standard error.
+    Inside the context, standard output goes to standard error.
 
     Args:
-        timeout: seconds that this rank waits for the others wherever they meet.
-        device: where ranks compute, as for `select_device`.
+        timeout: seconds that this rank waits for the others in any collective.
+        device: where the ranks compute, as for `select_device`.
 
     Raises:
-        WorkerError: there is no such group to join.
-        UsageError: there are not enough GPUs.
+        WorkerError: there is no process group to join.
+        UsageError: there are fewer GPUs than ranks on this machine.
     """
     own = select_device(device)
     if own.type == "cuda":
@@ -73,9 +73,9 @@ def process_group(timeout: float, device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def _redirect_stdout() -> Iterator[None]:
-    """Keep standard output for data: what libraries write there meanwhile goes to standard error.
+    """Keep standard output free for data by redirecting it to standard error, for libraries in C++ as well.
 
-    In torch 2.8 gloo says there whom it has reached. Libraries in C++ know no `sys.stdout` and have their own buffer.
+    Gloo in torch 2.8 prints its connections. C++ libraries bypass `sys.stdout` and have a buffer of their own.
     """
     sys.stdout.flush()
     output = os.dup(1)
@@ -90,10 +90,10 @@ def _redirect_stdout() -> Iterator[None]:
 
 
 def supports_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:
-    """Say whether a group carries what lies in hosts' own memory too."""
+    """Return whether a group can communicate tensors in host memory."""
     return any(entry.startswith("cpu:") for entry in dist.get_backend_config(group).split(","))
 
 
 def uses_nccl(group: dist.ProcessGroup | None = None) -> bool:
-    """Say whether NCCL carries what lies on GPUs, whatever carries what lies elsewhere."""
+    """Return whether a group communicates GPU tensors through NCCL."""
     return "cuda:nccl" in dist.get_backend_config(group).split(",")

@@ -1,7 +1,7 @@
 """Worker processes on this machine, with the environment of torchrun, a deadline and no orphans.
 
-torch's own launchers have no deadline, keep a process's signal handlers and leave log files open, so processes are
-started here; what a worker sees is the same.
+torch's own launchers have no deadline, replace the process's signal handlers and leave log files open. Workers started
+here see the same environment.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from plans.errors import WorkerError
 __all__ = ["launch"]
 
 _POLL_SECONDS = 0.05
-"""Seconds between two looks at the workers."""
+"""Seconds between two polls of the workers."""
 _LAST_LINES = 20
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 
 @dataclass(frozen=True)
 class _RankProcess:
-    """A started rank, and the descriptor of the file that it writes to."""
+    """A started rank, with the descriptor of the file that its output goes to."""
 
     rank: int
     process: subprocess.Popen[bytes]
     log: int
 
     def read_last_lines(self) -> list[str]:
-        # Read in place: the worker has the same position in the file, and writes on from there.
+        # pread keeps the file position, which the worker shares and goes on writing from.
         lines = os.pread(self.log, os.fstat(self.log).st_size, 0).decode("utf-8", "replace").splitlines()
         return [line.strip() for line in lines if line.strip()][-_LAST_LINES:]
 
@@ -52,23 +52,23 @@ def launch(
     environment: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> None:
-    """Run a command as `world_size` ranks of one process group and wait for all of them.
+    """Run a command as `world_size` ranks of one process group, and wait for all of them.
 
-    The command finds the variables that torchrun sets, so the same command also runs under torchrun. What it
-    prints goes to log files; the last lines of a rank that fails become part of the error. The files have no names, so
-    that nothing of them is left however this process ends.
+    The environment has the variables that torchrun sets, so the same command also runs under torchrun. Output goes to
+    log files, and the last lines of a failed rank become part of the error. The files have no names, so nothing of
+    them is left behind, however this process ends.
 
     Args:
-        world_size: processes to start.
-        command: program and arguments, the same for every rank.
-        timeout: seconds after which all are killed.
-        environment: variables to add for every rank.
-        pass_fds: descriptors that every rank inherits, under the same numbers.
+        world_size: the number of processes to start.
+        command: the program and its arguments, the same for every rank.
+        timeout: seconds after which all ranks are killed.
+        environment: additional variables for every rank.
+        pass_fds: file descriptors that every rank inherits, under the same numbers.
 
     Raises:
-        WorkerError: a rank failed, died or was too slow; all others have been ended.
+        WorkerError: a rank failed, died or took too long; all other ranks have been killed.
     """
-    # This process holds the store of the rendezvous, so no port is chosen that another process might take.
+    # This process holds the rendezvous store, so the port cannot be taken by another process meanwhile.
     store = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout))
     shared = _shared_environment(world_size, store.port) | dict(environment or {})
     with ExitStack() as running:
@@ -80,7 +80,7 @@ def launch(
 def _start_rank(
     rank: int, command: Sequence[str], shared: Mapping[str, str], pass_fds: Sequence[int]
 ) -> Iterator[_RankProcess]:
-    """Start one rank in a session of its own, and end whatever of it still runs on the way out."""
+    """Start one rank in a session of its own, and kill that session on the way out if it still runs."""
     environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     with (
         tempfile.TemporaryFile() as output,
@@ -127,13 +127,13 @@ def _raise_failure(workers: Sequence[_RankProcess]) -> None:
     failed = [worker for worker in workers if worker.process.returncode]
     if not failed:
         return
-    # A rank that died by a signal brings others down, which may fail before the next look.
+    # A rank killed by a signal makes others fail, perhaps before the next poll, so it comes first.
     first = min(failed, key=lambda worker: worker.process.returncode > 0)
     code, last = first.process.returncode, first.read_last_lines()
     how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
     raise WorkerError(
         f"rank {first.rank} {how}: {_find_error_line(last)}",
-        hint="run it under torchrun to see all that the ranks write",
+        hint="run it under torchrun to see all output of the ranks",
         rank=first.rank,
         exitcode=code,
         lines=last,
@@ -141,17 +141,17 @@ def _raise_failure(workers: Sequence[_RankProcess]) -> None:
 
 
 def _find_error_line(lines: Sequence[str]) -> str:
-    """Return the line that names an error, else the last one."""
+    """Return the last line that names an error, else the last line."""
     named = [line for line in lines if _ERROR.match(line)]
-    return [*lines, *named][-1] if lines else "it wrote nothing"
+    return [*lines, *named][-1] if lines else "no output"
 
 
 def _build_timeout_error(workers: Sequence[_RankProcess], timeout: float) -> WorkerError:
     lines = {worker.rank: worker.read_last_lines() for worker in workers if worker.process.returncode is None}
-    said = "; ".join(f"rank {rank}: {last[-1] if last else 'nothing'}" for rank, last in lines.items())
+    outputs = "; ".join(f"rank {rank}: {last[-1] if last else 'no output'}" for rank, last in lines.items())
     return WorkerError(
-        f"{len(lines)} workers were not done after {timeout:g} s; what each wrote last: {said}",
-        hint="allow more time, or look for the rank that hangs",
+        f"{len(lines)} workers did not finish within {timeout:g} s; their last output: {outputs}",
+        hint="allow more time, or find the rank that hangs",
         timeout=timeout,
         lines=lines,
     )

@@ -1,4 +1,4 @@
-"""The process of one started rank: it ends with its parent, and it ends at once when its work is done."""
+"""A started rank's own process: it dies with its parent, and exits at once when its work is done. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import NoReturn
 __all__ = ["die_with_parent", "exit_now", "is_worker_process"]
 
 _PARENT_POLL_SECONDS = 0.5
-"""Seconds between two looks at the parent."""
+"""Seconds between two checks that the parent is alive."""
 _PR_SET_PDEATHSIG = 1
 
 
 def is_worker_process() -> bool:
-    """Say whether this process is a rank that torchrun, or `launch`, has started."""
+    """Return whether this process is a rank started by torchrun or `launch`."""
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process soon after its parent is gone, however that ended.
+    """End this process soon after its parent ends, however that happens.
 
     Args:
-        parent: process id that started this one; it may be gone already.
+        parent: the process id of the parent, which may be gone already.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -42,10 +42,10 @@ def die_with_parent(parent: int) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process with an exit code, all written, without the interpreter's own ending.
+    """Flush the standard streams and exit with a code, skipping the interpreter's own shutdown.
 
-    Gloo's threads live on after their process group is destroyed, and now and then the interpreter's ending under
-    them aborts a process whose work is done.
+    Gloo's threads outlive their process group, and an interpreter that shuts down under them occasionally aborts a
+    process whose work is done.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""Released transformers: this runtime's styles in their registry, and what they can take."""
+"""Released transformers: this runtime's styles registered there, and what each release can run."""

@@ -1,7 +1,7 @@
-"""Released transformers: the names of rewritten plans, added to the registry of styles of an installed release.
+"""Register this runtime's styles with an installed transformers release, so that it can run rewritten plans.
 
-`from_pretrained(distributed_config=DistributedConfig(tp_size=N))` looks every style of a plan up by name and asks it to
-shard parameters and to hook modules. Here each style of the runtime that a release lacks stands behind that interface.
+`from_pretrained(distributed_config=DistributedConfig(tp_size=N))` looks up every style of a plan by name, and asks it
+to shard parameters and to hook modules. `ReleasedStyle` puts a style of this runtime behind that interface.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _MIN_RELEASE = (5, 17)
 _INTERFACE = ("validate_param", "shard_param", "install_forward")
 
 _EXCLUDED = frozenset({"ep_router"})
-"""Releases that lack these refuse plans that name them; a style here could not see the experts beside its router."""
+"""Not registered: hooked on a router alone, such a style could not see the experts that its choices are for."""
 
 
 def register_styles() -> Support:
-    """Teach the installed transformers, 5.17 or newer, the names that it lacks and this runtime can run.
+    """Register the style names that the installed transformers, 5.17 or newer, lacks and this runtime can run.
 
-    Call it on every rank before `from_pretrained`. What the release has by name stays as it is, and a second call
-    changes nothing.
+    Call it on every rank before `from_pretrained`. Styles that the release already has are not replaced, and calling it
+    again changes nothing.
 
     Returns:
-        The names that the release has from here, and what to ask before a plan is used there.
+        The names that were registered, and a check for whether the release can run a plan.
 
     Raises:
         DependencyError: transformers is not installed.
-        UsageError: its registry has another interface, or the installed torch would have packed parameters loaded in
-            the wrong rows.
+        UsageError: the release's registry has a different interface, or transformers would load packed parameters into
+            the wrong rows with the installed torch.
     """
     registry = _find_registry(transformers_version())
     _check_torch()
@@ -56,17 +56,17 @@ def register_styles() -> Support:
     for name in STYLES.names:
         if name in dialect.styles and name not in present:
             registry.register(name, ReleasedStyle(STYLES.styles[name], dialect.styles[name]))
-    ours = sorted(name for name in registry if isinstance(registry[name], ReleasedStyle))
-    return Support(transformers_version(), tuple(ours), frozenset(registry))
+    registered = sorted(name for name in registry if isinstance(registry[name], ReleasedStyle))
+    return Support(transformers_version(), tuple(registered), frozenset(registry))
 
 
 @dataclass(frozen=True)
 class ReleasedStyle:
-    """One of this runtime's styles behind the methods by which transformers 5.17 to 5.23 call theirs.
+    """One of this runtime's styles, with the interface that transformers 5.17 to 5.23 expect of theirs.
 
     Args:
-        style: what it does around a module's forward.
-        entry: where it puts parameters.
+        style: what the style does around a module's forward.
+        entry: where the style places parameters.
     """
 
     style: ParallelStyle
@@ -75,16 +75,16 @@ class ReleasedStyle:
     def validate_param(
         self, module: nn.Module, param: str, mesh: DeviceMesh, parameter_name: str | None = None
     ) -> None:
-        """Refuse a parameter that this style cannot cut as it promises.
+        """Refuse a parameter that this style cannot shard.
 
         Raises:
-            PlanError: the style only shards, and means nothing on a parameter with so many dims.
-            IndivisibleError: the packed groups do not divide by the mesh axis.
+            PlanError: the style only shards parameters, and is not defined for this number of dims.
+            IndivisibleError: a packed group does not divide by the size of the mesh axis.
         """
         name, tensor = parameter_name or param, module.get_parameter(param)
         if self.entry.job == "parameter" and self.entry.meaning(f"parameter {tensor.ndim}") is None:
             raise PlanError(
-                f"{name}: {self.style.name!r} means nothing on a parameter with {tensor.ndim} dims",
+                f"{name}: {self.style.name!r} is not defined for a parameter with {tensor.ndim} dims",
                 hint="remove the entry or choose another style",
                 parameter=name,
                 style=self.style.name,
@@ -94,22 +94,22 @@ class ReleasedStyle:
             _check_groups(name, tensor.shape[placement.dim], placement.groups, _get_tp_axis(mesh).size())
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        """Replace a module's own parameter, still on meta, by a placeholder into which its piece will be loaded."""
+        """Replace a parameter on the meta device by a placeholder that its shard will be loaded into."""
         placement = self._resolve_placement(module, param)
         if placement not in (None, Replicate()):
             self.style.shard(self._build_site(module, mesh), param, placement)
 
     def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        """Put the style around a module's forward.
+        """Wrap a module's forward with the style.
 
         Raises:
-            PlanError: the style is a parameter's, or cannot hook this module.
+            PlanError: the style is for parameters, or cannot hook this module.
         """
         site = self._build_site(module, mesh)
         if self.style.around is None:
             raise PlanError(
-                f"{self.style.name!r} is for a parameter, but its key names a module, a {type(module).__name__}",
-                hint="let the key name the parameter itself, and give the module an entry that communicates",
+                f"{self.style.name!r} is for parameters, but its key names a module, a {type(module).__name__}",
+                hint="name the parameter itself in the key, and give the module an entry that communicates",
                 style=self.style.name,
             )
         self.style.check(site)
@@ -136,15 +136,15 @@ def _find_registry(release: str) -> _Registry:
     """Return the release's registry of styles.
 
     Raises:
-        UsageError: it has another interface than the one that is known.
+        UsageError: its styles do not have the known interface.
     """
     older = tuple(int(part) for part in release.split(".")[:2]) < _MIN_RELEASE
     module = None if older else _import_if_installed("transformers.distributed.tensor_parallel")
     layer = getattr(module, "TensorParallelLayer", None)
     if not all(hasattr(layer, method) for method in _INTERFACE):
         raise UsageError(
-            f"transformers {release} cannot be taught styles: "
-            + ("it passes over unknown ones or calls them otherwise" if older else "it calls them in an unknown way"),
+            f"styles cannot be registered with transformers {release}: "
+            + ("it skips unknown styles or calls styles differently" if older else "it calls styles in an unknown way"),
             hint=f"install transformers 5.17 to 5.23, or {PARALLELIZE_HINT}",
             version=release,
         )
@@ -160,7 +160,7 @@ def _import_if_installed(name: str) -> ModuleType | None:
 
 
 def _check_torch() -> None:
-    """Refuse a torch that calls packed placements plain ones: transformers loads packed parameters by that word.
+    """Refuse a torch whose packed placements claim to be plain shards, which transformers would load them as.
 
     Source: `DtensorShardOperation` of transformers 5.17.0 to 5.23.0; torch 2.8.0 and 2.9.1, whose `_StridedShard` is a
     `Shard`.
@@ -169,7 +169,7 @@ def _check_torch() -> None:
         import torch
 
         raise UsageError(
-            f"torch {torch.__version__} would have transformers load gate_up_proj in the wrong rows",
+            f"with torch {torch.__version__}, transformers would load gate_up_proj into the wrong rows",
             hint=f"install torch 2.13 or newer, or {PARALLELIZE_HINT}",
             version=str(torch.__version__),
         )
@@ -179,7 +179,7 @@ def _check_groups(name: str, size: int, groups: int, ranks: int) -> None:
     if size % (groups * ranks):
         works = [count for count in range(1, size // groups + 1) if not size % (groups * count)]
         raise IndivisibleError(
-            f"{name}: tp={ranks} does not divide each of its {groups} packed groups, {size // groups} wide",
+            f"{name}: tp={ranks} does not divide its {groups} packed groups of {size // groups} each",
             hint="sizes that work: " + ", ".join(map(str, works)),
             what=name,
             size=size // groups,

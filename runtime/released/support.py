@@ -1,4 +1,4 @@
-"""What an installed transformers does with a plan, once its registry has this runtime's names."""
+"""Which plans an installed transformers release can run, once this runtime's styles are registered with it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PARALLELIZE_HINT = "run the plan with runtime.parallelize, which needs no regist
 
 @dataclass(frozen=True)
 class Support:
-    """What the installed release takes.
+    """The styles of the installed release.
 
     Args:
-        release: of transformers.
-        styles: the names that it has from this runtime, sorted.
-        known: all names that it has.
+        release: the version of transformers.
+        styles: the names registered by this runtime, sorted.
+        known: all names that the release knows now.
     """
 
     release: str
@@ -29,16 +29,16 @@ class Support:
     known: frozenset[str]
 
     def require(self, plan: Plan) -> None:
-        """Refuse a plan that the release would not apply, or would apply in part, most of it without a word.
+        """Refuse a plan that the release would not apply, or only in part, mostly without an error.
 
         Args:
-            plan: chosen for a mode, `Plan.from_model(config, "ep")` say.
+            plan: a plan chosen for a mode, for example `Plan.from_model(config, "ep")`.
 
         Raises:
-            UsageError: the release has no such mode.
-            UnknownStyleError: an entry names a style that it does not have.
-            PlanError: a key matches nothing there, or the expert plan lacks a style without which it is not applied,
-                or has one that it refuses.
+            UsageError: the release does not have the plan's mode.
+            UnknownStyleError: an entry names a style that the release does not know.
+            PlanError: the release would match a key with nothing, ignore the expert plan because it lacks a style, or
+                refuse a style in it.
         """
         dialect = dialect_for_release(self.release)
         self._check_mode(plan, combines=bool(dialect.expert_plan_needs))
@@ -51,7 +51,7 @@ class Support:
     def _check_mode(self, plan: Plan, *, combines: bool) -> None:
         if plan.mode in ("tp_ep", "sp_ep") and not combines:
             raise UsageError(
-                f"transformers {self.release} cannot run mode {plan.mode!r}: its expert plan replaces the other one",
+                f"transformers {self.release} cannot run mode {plan.mode!r}: its expert plan replaces the tensor plan",
                 hint=f"install transformers 5.19 or newer, or {PARALLELIZE_HINT}",
                 mode=plan.mode,
             )
@@ -66,7 +66,7 @@ class Support:
             )
         if not numbered_keys and key != to_wildcard(key):
             raise PlanError(
-                f"{key!r} matches nothing in transformers {self.release}, which looks for {to_wildcard(key)!r} only",
+                f"{key!r} matches nothing in transformers {self.release}, which only looks up {to_wildcard(key)!r}",
                 hint=PARALLELIZE_HINT,
                 key=key,
             )
@@ -79,10 +79,10 @@ class Support:
                 hint=f"give the experts ep_dispatch_experts and their router no entry, or {PARALLELIZE_HINT}",
                 style=refused[0],
             )
-        if needs and not any(styles.issuperset(one) for one in needs):
-            wanted = ", or ".join(" and ".join(one) for one in needs)
+        if needs and not any(styles.issuperset(names) for names in needs):
+            wanted = ", or ".join(" and ".join(names) for names in needs)
             raise PlanError(
-                f"transformers {self.release} would not apply this expert plan, and say nothing: it names no {wanted}",
+                f"transformers {self.release} would silently not apply this expert plan: it does not name {wanted}",
                 hint=f"give the experts ep_dispatch_experts, or {PARALLELIZE_HINT}",
                 styles=sorted(styles),
             )

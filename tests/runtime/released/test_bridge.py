@@ -201,7 +201,7 @@ def test_groups_that_do_not_divide_are_refused_before_anything_is_loaded(
     two_ranks: RankPool, checkpoint: Checkpoint, rewrite: Rewritten
 ) -> None:
     folder = checkpoint("qwen3_moe", moe_intermediate_size=15)
-    with pytest.raises(IndivisibleError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: tp=2 .* 15 wide") as caught:
+    with pytest.raises(IndivisibleError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: tp=2 .* 15 each") as caught:
         two_ranks.run(bridge_cases.load_only, folder, rewrite("qwen3_moe", "param-level"))
     assert caught.value.data["works"] == [1, 3, 5, 15]
 
@@ -216,7 +216,7 @@ def test_summed_experts_that_are_whole_are_refused_not_multiplied(two_ranks: Ran
 @tells_packed
 def test_a_parameters_style_on_a_module_is_refused(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     plans = {"base_model_tp_plan": {EXPERTS: "moe_tp_down_rowwise"}}
-    with pytest.raises(PlanError, match="'moe_tp_down_rowwise' is for a parameter, but its key names a module"):
+    with pytest.raises(PlanError, match="'moe_tp_down_rowwise' is for parameters, but its key names a module"):
         two_ranks.run(bridge_cases.load_only, checkpoint("mixtral"), plans)
 
 
@@ -224,7 +224,7 @@ def test_a_parameters_style_on_a_module_is_refused(two_ranks: RankPool, checkpoi
 def test_an_expert_style_on_a_matrix_is_refused(two_ranks: RankPool, checkpoint: Checkpoint) -> None:
     plans = {"base_model_tp_plan": {"layers.*.self_attn.o_proj": "moe_tp_down_rowwise"}}
     with pytest.raises(
-        PlanError, match=r"o_proj\.weight: 'moe_tp_down_rowwise' means nothing on a parameter with 2 dims"
+        PlanError, match=r"o_proj\.weight: 'moe_tp_down_rowwise' is not defined for a parameter with 2 dims"
     ):
         two_ranks.run(bridge_cases.load_only, checkpoint("mixtral"), plans)
 
@@ -280,11 +280,11 @@ def test_what_a_release_would_not_apply_is_said_before_it_is_loaded() -> None:
     [
         ("5.17.0", "ep", ("grouped_gemm", "ep_router", "moe_experts_allreduce"), None, ""),
         ("5.18.0", "tp_ep", ("grouped_gemm", "ep_router", "moe_experts_allreduce"), UsageError, "cannot run mode"),
-        ("5.20.0", "ep", ("grouped_gemm", "ep_router", "moe_experts_allreduce"), PlanError, "would not apply"),
+        ("5.20.0", "ep", ("grouped_gemm", "ep_router", "moe_experts_allreduce"), PlanError, "would silently not apply"),
         ("5.20.0", "ep", ("grouped_gemm", "ep_router", "moe_tp_experts"), None, ""),
         ("5.23.0", "ep", ("grouped_gemm", "ep_router", "moe_experts_allreduce"), UnknownStyleError, "no style"),
         ("5.23.0", "tp_ep", ("grouped_gemm", "moe_tp_experts"), PlanError, "refuses 'moe_tp_experts'"),
-        ("5.23.0", "tp_ep", ("grouped_gemm", "moe_experts_allreduce"), PlanError, "would not apply"),
+        ("5.23.0", "tp_ep", ("grouped_gemm", "moe_experts_allreduce"), PlanError, "would silently not apply"),
         ("5.23.0", "tp_ep", ("grouped_gemm", "ep_dispatch_experts"), None, ""),
     ],
 )
@@ -307,7 +307,7 @@ def test_which_release_takes_which_expert_plan(
 def test_releases_that_pass_over_unknown_styles_are_refused(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.released.bridge, "transformers_version", lambda: release)
     with pytest.raises(
-        UsageError, match=rf"transformers {release} cannot be taught styles: it passes over unknown ones"
+        UsageError, match=rf"styles cannot be registered with transformers {release}: it skips unknown styles"
     ) as caught:
         register_styles()
     assert "runtime.parallelize" in caught.value.hint
@@ -315,7 +315,7 @@ def test_releases_that_pass_over_unknown_styles_are_refused(release: str, monkey
 
 def test_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.released.bridge, "_INTERFACE", ("shard_tensor",))
-    with pytest.raises(UsageError, match="calls them in an unknown way"):
+    with pytest.raises(UsageError, match="it calls styles in an unknown way"):
         register_styles()
 
 
@@ -329,5 +329,5 @@ def test_a_torch_that_calls_packed_placements_plain_is_refused(monkeypatch: pyte
             return True
 
     monkeypatch.setattr(runtime.released.bridge, "_StridedShard", Plain)
-    with pytest.raises(UsageError, match="load gate_up_proj in the wrong rows"):
+    with pytest.raises(UsageError, match="load gate_up_proj into the wrong rows"):
         register_styles()

@@ -105,7 +105,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="2 ranks on this machine need a GPU each, but there are 1"):
+    with pytest.raises(UsageError, match="each of the 2 ranks on this machine needs a GPU, but there are 1"):
         select_device("cuda")
     assert select_device("auto") == select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
