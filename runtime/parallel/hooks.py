@@ -8,25 +8,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError, UsageError
 from plans.expert_axis import find_expert_keys
 from plans.plan import find_key
 from plans.resolved_plan import ResolvedPlan
-from runtime.checks.sums import check_local_parameters, check_single_sum
+from runtime.checks.hooks import check_hooks
+from runtime.checks.plan_view import PlanView
+from runtime.checks.sequence import find_scattering_embedding
 from runtime.parallel.mesh import DeviceMeshes
 from runtime.planning.plan import runtime_dialect
 from runtime.styles.call import SharedInputs
-from runtime.styles.expert_parallel import check_routing_masks
 from runtime.styles.registry import StyleRegistry
+from runtime.styles.sequence_slices import shard_activation
 from runtime.styles.style import ForwardHook, HookSite, build_hook_error, use_local_parameters
 
 __all__ = [
     "HookMismatch",
     "find_hook_mismatches",
     "hook",
+    "hook_input_embeddings",
     "hook_modules",
     "is_parallel",
     "record_hooks",
@@ -154,9 +159,7 @@ def hook_modules(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes,
     sites = list(_find_hook_sites(model, resolved, meshes))
     for site in sites:
         styles.style(site.style, site.name).check(site)
-    check_routing_masks(sites)
-    check_local_parameters(sites, styles.styles)
-    check_single_sum(sites, styles.styles)
+    check_hooks(sites, styles.styles)
     for site in sites:
         around = styles.style(site.style, site.name).around
         if around is not None:
@@ -198,3 +201,30 @@ def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:
                 hint="add an entry for the module that owns it, such as moe_experts_allreduce or local_params",
                 parameter=f"{name}.{sharded[0]}",
             )
+
+
+def hook_input_embeddings(
+    model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry
+) -> None:
+    """Let a model whose embedding returns slices of the sequence accept whole `inputs_embeds` in its place.
+
+    Args:
+        model: the model, its modules hooked.
+        resolved: the model's plan.
+        meshes: device meshes of the plan's sizes.
+        styles: the styles that the plan may name.
+    """
+    name = find_scattering_embedding(PlanView(model, resolved.plan, runtime_dialect(), styles))
+    if name is not None:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        slice_embeddings = functools.partial(_slice_input_embeddings, meshes.axis("tp"))
+        owner.register_forward_pre_hook(slice_embeddings, with_kwargs=True)
+
+
+def _slice_input_embeddings(
+    axis: DeviceMesh, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor):
+        kwargs = {**kwargs, "inputs_embeds": shard_activation(embeddings, axis)}
+    return args, kwargs

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from plans.dialect import Dialect
 from plans.errors import PlanError, UsageError
@@ -16,17 +17,15 @@ from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
 from plans.plan import to_wildcard
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
-from runtime.checks.head_norms import check_head_norms
-from runtime.checks.heads import check_head_counts, check_sharded_head_parameters
-from runtime.checks.pairs import check_pairs
-from runtime.parallel.fsdp import apply_fsdp
-from runtime.parallel.hooks import hook_modules, is_parallel
+from runtime.checks.plan import check_before_sharding
+from runtime.checks.plan_view import PlanView
+from runtime.parallel.hooks import hook_input_embeddings, hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
 from runtime.parallel.rank_consistency import check_same_model
-from runtime.parallel.sequence_checks import check_sequence_plan, hook_input_embeddings
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import raise_on_any_rank
+from runtime.processes.group import uses_nccl
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import HookSite
 
@@ -76,7 +75,7 @@ def parallelize(
     _shard_parameters(model, resolved, meshes, styles)
     hook_modules(model, resolved, meshes, styles)
     hook_input_embeddings(model, resolved, meshes, styles)
-    apply_fsdp(model, resolved, meshes)
+    _apply_fsdp(model, resolved, meshes)
     return resolved
 
 
@@ -93,8 +92,6 @@ def _resolve_checked(
         resolved = plan
     else:
         resolved = resolve(model, meshes.sizes, _infer_mode(meshes, plan, dialect), plan, styles)
-    for key, style in resolved.plan.items():
-        styles.style(style, key)
     if resolved.mesh != meshes.sizes:
         raise UsageError(
             f"the plan is for {resolved.mesh}, the device mesh is {meshes.sizes}",
@@ -103,12 +100,7 @@ def _resolve_checked(
             found=meshes.sizes.to_json(),
         )
     _check_plan_fits_model(model, resolved)
-    if resolved.mesh.tp > 1:
-        check_pairs(model, resolved.plan, dialect)
-        check_head_counts(model, resolved.plan, dialect)
-        check_head_norms(model, resolved.plan, dialect, styles)
-        check_sharded_head_parameters(model, resolved.plan, dialect, styles)
-    check_sequence_plan(model, resolved, styles)
+    check_before_sharding(PlanView(model, resolved.plan, dialect, styles), resolved.mesh)
     return resolved
 
 
@@ -181,3 +173,40 @@ def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMe
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")
             model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)
+
+
+def _apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
+    """Shard every parameter on dim 0 over its data parallel axis, one group for each layer and one for the rest.
+
+    Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
+    the average of the ranks' on its axis. With one rank on both axes nothing happens.
+
+    Args:
+        model: its parameters cut by the plan and its modules hooked.
+        resolved: the plan.
+        meshes: of the plan's sizes.
+    """
+    if meshes.sizes.fsdp == 1:
+        return
+    experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
+    if meshes.sizes.efsdp > 1:
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
+            _fully_shard_module(model.get_submodule(owner), meshes.axis("efsdp"))
+    apart = {model.get_parameter(name) for name in experts}
+    for module in (*_find_layers(model), model):
+        _fully_shard_module(module, meshes.axis("fsdp"), apart)
+
+
+def _fully_shard_module(module: nn.Module, axis: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
+    sharded = fully_shard(module, mesh=axis, ignored_params=ignored)
+    # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
+    averages = axis.device_type == "cuda" and uses_nccl(axis.get_group())
+    sharded.set_force_sum_reduction_for_comms(not averages)
+
+
+def _find_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model's repeated blocks, as transformers names them."""
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            yield module

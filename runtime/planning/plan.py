@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,14 +15,16 @@ from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialec
 from plans.errors import PlanError, UsageError
 from plans.expert_axis import find_expert_keys, merge_expert_plan
 from plans.mesh import MODES, Mode
-from plans.plan import to_wildcard
-from runtime.checks.experts_layout import read_expert_layout
-from runtime.checks.head_norms import add_head_norm_entries
+from plans.placement import Shard
+from plans.plan import find_key, to_wildcard
+from runtime.checks.experts import read_expert_layout
+from runtime.checks.head_parameters import add_head_norm_entries
 from runtime.checks.plan import check_model
+from runtime.checks.plan_view import PlanView
 from runtime.models.config import transformers_version
-from runtime.models.model import default_architectures, meta_model
+from runtime.models.model import default_architectures, find_tied_names, meta_model
 from runtime.planning.sequence_plan import derive_sequence_plan
-from runtime.planning.tied_embeddings import add_tied_embedding_entries
+from runtime.styles.style import get_owner_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,9 +103,21 @@ def convert_to_param_level(model: PreTrainedModel, plan: Mapping[str, str]) -> d
 
 
 def _build_tp_plan(model: PreTrainedModel) -> dict[str, str]:
-    dialect = runtime_dialect()
-    plan = add_tied_embedding_entries(model, convert_to_param_level(model, get_released_plan(model)), dialect)
-    return add_head_norm_entries(model, plan, dialect)
+    view = PlanView(model, convert_to_param_level(model, get_released_plan(model)), runtime_dialect())
+    return add_head_norm_entries(replace(view, plan=_add_tied_embedding_entries(view)))
+
+
+def _add_tied_embedding_entries(view: PlanView) -> dict[str, str]:
+    """Return the plan with an entry for each embedding without one that shares its tensor with a sharded head."""
+    entries: dict[str, str] = {}
+    for pair in find_tied_names(view.model).items():
+        owners = {name: name.rpartition(".")[0] for name in pair}
+        placements = [view.find_placement(name, get_owner_kind(view.modules[owners[name]]), 2) for name in pair]
+        for name in pair if Shard(0) in placements else ():
+            has_entry = find_key(view.plan, name, is_parameter=True) is not None
+            if not has_entry and isinstance(view.modules[owners[name]], nn.Embedding):
+                entries[to_wildcard(owners[name])] = "embedding_rowwise"
+    return {**view.plan, **entries}
 
 
 def _build_ep_plan(model: PreTrainedModel) -> dict[str, str]:

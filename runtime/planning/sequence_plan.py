@@ -21,11 +21,12 @@ from torch import nn
 from plans.dialect import Dialect
 from plans.errors import PlanError
 from plans.plan import find_key, to_wildcard
+from runtime.checks.sequence import is_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["derive_sequence_plan", "is_norm"]
+__all__ = ["derive_sequence_plan"]
 
 _ROWWISE_MEANING = "linear/in"
 
@@ -139,12 +140,6 @@ def _is_rowwise(module: nn.Module, name: str, plan: Mapping[str, str], dialect: 
 
 def _has_stacked_parameters(module: nn.Module) -> bool:
     return any(parameter.ndim > 2 for parameter in module.parameters())
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Say whether a module normalizes each token by itself: named so, with one-dimensional parameters only."""
-    named = "norm" in type(module).__name__.lower()
-    return named and all(parameter.ndim == 1 for parameter in module.parameters())
 
 
 def _merge_with_wildcards(model: nn.Module, concrete: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,8 @@ from torch import nn
 from plans.placement import Replicate
 from runtime.styles.call import index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import all_reduce
-from runtime.styles.expert_parallel import check_sharded_experts, has_sharded_experts
 from runtime.styles.placements import get_placement
-from runtime.styles.routing import find_routing, run_experts
+from runtime.styles.routing import check_sharded_experts, find_routing, has_sharded_experts, run_experts
 from runtime.styles.style import (
     Forward,
     HookSite,

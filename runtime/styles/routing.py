@@ -1,7 +1,7 @@
-"""Expert parallelism's routing: which of a router's choices are this rank's experts, under their local numbers.
+"""Expert parallelism: each rank holds some experts, and takes from a router's choices those of its own experts.
 
 Every rank of the expert axis sees the same tokens. A choice that lives on another rank gets the weight 0 and the number
-one past the last local expert, which experts forwards pass over.
+one past the last local expert, which experts forwards skip.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from plans.errors import PlanError
 from plans.placement import Placement, Shard
 from runtime.styles.call import ArgumentKey, index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import add_dependency, all_reduce, all_reduce_gradient
-from runtime.styles.expert_parallel import (
-    DISPATCH_STYLE,
-    ROUTER_STYLE,
-    check_sharded_experts,
-    count_sharded_experts,
-    has_sharded_experts,
-)
-from runtime.styles.placements import local_tensor
+from runtime.styles.placements import get_placement, local_tensor
 from runtime.styles.style import Forward, HookSite, LocalParameters, ParallelStyle, build_hook_error, shard_parameter
 
-__all__ = ["ROUTING_STYLES", "Routing", "find_routing", "run_experts"]
+__all__ = [
+    "DISPATCH_STYLE",
+    "ROUTER_STYLE",
+    "ROUTING_STYLES",
+    "Routing",
+    "check_sharded_experts",
+    "find_routing",
+    "has_sharded_experts",
+    "run_experts",
+]
+
+ROUTER_STYLE = "ep_router"
+DISPATCH_STYLE = "ep_dispatch_experts"
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,57 @@ class Routing:
     """Where a call's arguments, or a router's outputs, hold the routing.
 
     Args:
-        index: place of the chosen experts, `[tokens, top_k]` integers.
-        weights: place of their weights, of the same shape.
+        index: the key of the chosen experts, `[tokens, top_k]` integers.
+        weights: the key of their weights, of the same shape.
     """
 
     index: ArgumentKey
     weights: ArgumentKey
 
 
+def has_sharded_experts(module: nn.Module) -> bool:
+    """Return whether a module holds stacked experts of which each rank has some, whole."""
+    return _count_experts(module) is not None
+
+
+def _count_experts(module: nn.Module) -> int | None:
+    """Return the number of experts on all ranks, None if no stacked parameter is sharded along its first dim."""
+    for parameter in module._parameters.values():
+        if isinstance(parameter, DTensor) and parameter.ndim > 2 and get_placement(parameter) == Shard(0):
+            return parameter.shape[0]
+    return None
+
+
+def check_sharded_experts(site: HookSite) -> None:
+    """Check that a module's experts are divided over the ranks, in all of its parameters.
+
+    Raises:
+        PlanError: they are not.
+    """
+    count = _count_experts(site.module)
+    if count is None:
+        raise build_hook_error(
+            site,
+            f"whose experts are not divided over the ranks: its output would be multiplied by {site.axis.size()}",
+            hint="add grouped_gemm entries for its parameters",
+        )
+    for name, parameter in site.module._parameters.items():
+        is_stacked = parameter is not None and parameter.ndim > 0 and parameter.shape[0] == count
+        if is_stacked and get_placement(parameter) != Shard(0):
+            raise build_hook_error(
+                site,
+                f"whose {name} is {get_placement(parameter)}, while its other parameters are sharded by expert",
+                hint=f"add the entry {f'{site.name}.{name}'!r}: 'grouped_gemm'",
+            )
+
+
 def shard_experts(site: HookSite, name: str, placement: Placement) -> None:
-    """Shard a stacked parameter by expert, and let the module count its own experts only."""
+    """Shard a stacked parameter by expert, and let the module count only its own experts."""
     shard_parameter(site, name, placement)
     parameter = site.parameter(name)
     assert isinstance(parameter, DTensor)
     site.module.__dict__["num_experts"] = parameter.to_local().shape[0]
-    # Experts forwards of transformers 5.18 and later pass over the choices of other ranks only where this says so.
+    # Experts forwards of transformers 5.18 and later skip the choices of other ranks only if this is set.
     site.module.__dict__["_is_expert_parallel"] = True
 
 
@@ -65,10 +106,10 @@ def dispatch_experts(site: HookSite, run: Forward, *args: object, **kwargs: obje
 
 
 def run_experts(site: HookSite, run: Forward, args: Sequence[object], kwargs: Mapping[str, object]) -> torch.Tensor:
-    """Run experts so that backward reaches inputs and parameters even where no token came to this rank's experts.
+    """Run experts so that backward reaches inputs and parameters even if no token is routed to this rank's experts.
 
-    Such a rank would have no gradient for them, and whatever then works on all gradients, as clipping does, would call
-    other collectives there than elsewhere.
+    Such a rank would have no gradient for them, and code that works on all gradients, such as clipping, would call
+    other collectives there than on the other ranks.
     """
     values = index_arguments(args, kwargs)
     if has_sharded_experts(site.module) and _has_strict_expert_ids(site.module):
@@ -89,44 +130,45 @@ def run_experts(site: HookSite, run: Forward, args: Sequence[object], kwargs: Ma
 
 
 def mask_router_output(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Mask and renumber a router's choices; the gradient of its scores, used in part, is summed.
+    """Mask and renumber a router's choices; each rank uses part of the scores, so their gradient is summed.
 
     Raises:
-        PlanError: the router returns no scores with the numbers of experts.
+        PlanError: the router returns no scores together with the numbers of experts.
     """
     outputs = run(*args, **kwargs)
     if not isinstance(outputs, tuple):
         raise build_hook_error(
-            site, "which does not return scores and indices", hint="drop the entry, use ep_dispatch_experts"
+            site,
+            "which does not return scores and indices",
+            hint="remove the entry and use ep_dispatch_experts for the experts",
         )
-    found = find_routing(outputs, {})
-    assert isinstance(found.index, int)
-    assert isinstance(found.weights, int)
-    scores = all_reduce_gradient(outputs[found.weights], site.axis)
-    changed = list(outputs)
-    changed[found.index], changed[found.weights] = _mask_remote_choices(
-        site, outputs[found.index], scores, _count_sibling_experts(site)
+    routing = find_routing(outputs, {})
+    assert isinstance(routing.index, int)
+    assert isinstance(routing.weights, int)
+    scores = all_reduce_gradient(outputs[routing.weights], site.axis)
+    masked = list(outputs)
+    masked[routing.index], masked[routing.weights] = _mask_remote_choices(
+        site, outputs[routing.index], scores, _count_sibling_experts(site)
     )
-    return tuple(changed)
+    return tuple(masked)
 
 
 def find_routing(args: Sequence[object], kwargs: Mapping[str, object]) -> Routing:
-    """Find the chosen experts, the one tensor of integers, and their weights, the tensor of its shape next to it.
+    """Find the chosen experts, the only tensor of integers, and their weights, the nearest tensor of the same shape.
 
     Raises:
         PlanError: there is no such pair.
     """
     values = index_arguments(args, kwargs)
-    tensors = {place: value for place, value in values.items() if isinstance(value, torch.Tensor)}
-    chosen = [place for place, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    chosen = [key for key, value in tensors.items() if not value.is_floating_point() and value.ndim > 1]
     if len(chosen) == 1:
         (index,) = chosen
         shape = tensors[index].shape
-        alike = [place for place, value in tensors.items() if value.is_floating_point() and value.shape == shape]
-        order = list(tensors)
-        alike.sort(key=lambda place: abs(order.index(place) - order.index(index)))
-        if alike:
-            return Routing(index, alike[0])
+        candidates = [key for key, value in tensors.items() if value.is_floating_point() and value.shape == shape]
+        if candidates:
+            order = list(tensors)
+            return Routing(index, min(candidates, key=lambda key: abs(order.index(key) - order.index(index))))
     raise PlanError(
         "no pair of expert numbers and weights among "
         + ", ".join(f"{list(value.shape)} {value.dtype}" for value in tensors.values()),
@@ -135,10 +177,10 @@ def find_routing(args: Sequence[object], kwargs: Mapping[str, object]) -> Routin
 
 
 def _has_strict_expert_ids(module: nn.Module) -> bool:
-    """Say whether experts may take the numbers of experts only, where a choice of another rank must get one of those.
+    """Return whether experts may accept only numbers of experts, so that a choice of another rank must become one.
 
-    A model's own code may: some classes' does in every release, and all of it before transformers 5.18. The choice's
-    weight is 0, so the expert's work on it is wasted but counts for nothing.
+    A model's own code may: that of some classes does in every release, and all of it before transformers 5.18. The
+    choice's weight is 0, so the expert's work on it is wasted but has no effect.
     """
     return getattr(getattr(module, "config", None), "_experts_implementation", None) in (None, "eager")
 
@@ -153,8 +195,8 @@ def _mask_remote_choices(
 
 
 def _count_local_experts(site: HookSite, module: nn.Module) -> int:
-    """Return the number of experts of each rank; of all there are, since FSDP cuts what a rank holds between calls."""
-    count = count_sharded_experts(module)
+    """Return the number of experts of each rank, from the global number: FSDP cuts the local one between calls."""
+    count = _count_experts(module)
     assert count is not None, "checked before the module was hooked"
     return count // site.axis.size()
 
@@ -167,7 +209,7 @@ def _check_router(site: HookSite) -> None:
     if not any(map(has_sharded_experts, site.siblings)):
         raise build_hook_error(
             site,
-            "beside which no experts are divided",
+            "beside which no experts are divided over the ranks",
             hint="add grouped_gemm entries for the experts' parameters",
         )
 

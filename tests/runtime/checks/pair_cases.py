@@ -1,4 +1,4 @@
-"""Real tiny models whose plans tests change, and what tests let ranks do with them."""
+"""Tiny models whose plans tests change, and the functions that tests run on ranks with them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": ("Falcon", DENSE | _FEW | {"multi_query": False}),
 }
-"""By name: the class's prefix and its sizes."""
+"""The prefix of a model's classes and its sizes, by a name for tests."""
 
 _LAYER = "bert.encoder.layer.*"
 BERT = {
@@ -52,70 +52,70 @@ BERT = {
     f"{_LAYER}.intermediate.dense": "colwise",
     f"{_LAYER}.output.dense": "rowwise",
 }
-"""A plan for a model that has none, whose partners stand in modules side by side."""
+"""A plan for a model that has none, whose paired layers stand in modules side by side."""
 
-_WITHOUT_A_HEAD = {"Bert": "ForMaskedLM"}
+_HEAD_SUFFIXES = {"Bert": "ForMaskedLM"}
 
 
-def config(name: str) -> Any:
+def build_config(name: str) -> Any:
     prefix, sizes = CONFIGS[name]
-    found = getattr(transformers, f"{prefix}Config")(**sizes)
-    found.architectures = [f"{prefix}{_WITHOUT_A_HEAD.get(prefix, 'ForCausalLM')}"]
-    found._attn_implementation = "eager"
-    return found
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    config.architectures = [f"{prefix}{_HEAD_SUFFIXES.get(prefix, 'ForCausalLM')}"]
+    config._attn_implementation = "eager"
+    return config
 
 
-def model(name: str) -> Any:
+def build_model(name: str) -> Any:
     torch.manual_seed(0)
-    found = config(name)
-    return with_noise(getattr(transformers, found.architectures[0])(found)).eval()
+    config = build_config(name)
+    return with_noise(getattr(transformers, config.architectures[0])(config)).eval()
 
 
-def changed(plan: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+def change_entries(plan: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
     """Return a plan with entries replaced or added, or removed where a change is None."""
     merged = {**plan, **changes}
     return {key: style for key, style in merged.items() if style is not None}
 
 
-def released(model: Any) -> Mapping[str, str]:
-    """Return the plan that a model's classes write down, none for those without."""
+def read_released_plan(model: Any) -> Mapping[str, str]:
+    """Return the plan that a model's classes declare, empty for those without one."""
     return Plan.from_model(model, "tp").entries if model.tp_plan else {}
 
 
-def refused_before_anything_is_cut(name: str, changes: dict[str, str | None]) -> str:
-    """Return what `parallelize` says, having checked that it has left the model alone."""
-    found = model(name)
-    plan = changed(released(found), changes)
+def refuse_before_sharding(name: str, changes: dict[str, str | None]) -> str:
+    """Return the message with which `parallelize` refuses a plan, having checked that it left the model unchanged."""
+    model = build_model(name)
+    plan = change_entries(read_released_plan(model), changes)
     try:
-        parallelize(found, Mesh(tp=dist.get_world_size()), plan)
+        parallelize(model, Mesh(tp=dist.get_world_size()), plan)
     except PlanError as error:
-        assert not any(isinstance(parameter, DTensor) for parameter in found.parameters())
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return error.message
     raise AssertionError("nothing was refused")
 
 
-def errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
-    """Run a model by its changed plan; return its errors, relative to the largest value of the unsharded model's."""
-    reference = model(name)
+def compute_errors(name: str, changes: dict[str, str | None]) -> dict[str, float]:
+    """Run a model by its changed plan; return the errors of logits and gradients, relative to the unsharded model's."""
+    reference = build_model(name)
     shard = copy.deepcopy(reference)
     mesh = Mesh(tp=dist.get_world_size())
-    resolved = parallelize(shard, mesh, changed(released(shard), changes))
+    resolved = parallelize(shard, mesh, change_entries(read_released_plan(shard), changes))
     verify_sharding(shard, resolved)
     tokens = torch.randint(3, 99, (2, 16), generator=torch.Generator().manual_seed(1))
     logits = []
     for one in (reference, shard):
         logits.append(one(input_ids=tokens, use_cache=False).logits)
         (logits[-1] * torch.linspace(-1, 1, logits[-1].numel()).view_as(logits[-1])).mean().backward()
-    found = {"logits": _relative(logits[1], logits[0])}
+    errors = {"logits": _relative(logits[1], logits[0])}
     for key, parameter in shard.named_parameters():
         whole = reference.get_parameter(key).grad
         own = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
-        place = get_placement(parameter)
-        assert place is not None
-        # What attention adds to the scores of all keys cancels out: the gradient of such a bias is noise beside 1.
+        placement = get_placement(parameter)
+        assert placement is not None
+        # A key's bias adds the same to the scores of all keys and cancels out: its gradient is noise, compared with 1.
         scale = torch.ones(()) if key.endswith("key.bias") else whole
-        found[key] = _relative(own, cut_local_shard(whole, place, dist.get_world_size(), dist.get_rank()), scale)
-    return found
+        errors[key] = _relative(own, cut_local_shard(whole, placement, dist.get_world_size(), dist.get_rank()), scale)
+    return errors
 
 
 def _relative(value: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> float:

@@ -7,7 +7,7 @@ import transformers
 
 from plans.errors import PlanError
 from plans.mesh import Mesh, Mode
-from runtime.checks.head_norms import add_head_norm_entries
+from runtime.checks.head_parameters import add_head_norm_entries
 from runtime.models.model import meta_model
 from runtime.planning.plan import Plan, get_released_plan, runtime_dialect
 from runtime.planning.resolve import resolve

@@ -1,4 +1,4 @@
-"""Plans that cut one layer without another that its numbers depend on: each is refused before anything is cut."""
+"""Plans that shard one layer without another that its result depends on: each is refused before anything is sharded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from benchmarks.sweep_cases import VARIANTS
 from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
-from runtime.checks.head_norms import check_head_norms
-from runtime.checks.heads import check_head_counts, check_sharded_head_parameters
-from runtime.checks.pairs import check_pairs
+from runtime.checks.head_parameters import check_head_norms, check_sharded_head_parameters
+from runtime.checks.linear_layers import check_head_counts, check_pairs
+from runtime.checks.plan_view import PlanView
 from runtime.models.model import meta_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
-from runtime.styles import STYLES
-from tests.runtime.checks import pair_cases as partner_cases
+from tests.runtime.checks import pair_cases
 from tests.runtime.rank_pool import RankPool
 
 ATTENTION, MLP, EXPERTS = (f"model.layers.*.{name}" for name in ("self_attn", "mlp", "mlp.experts"))
@@ -35,15 +34,15 @@ GATHERED_QKV = dict.fromkeys(WHOLE_QKV, GATHER)
 
 LEAKS = "leaves its output sharded, but nothing beside it takes a sharded input"
 STARVES = "takes a sharded input, but nothing beside it leaves its output sharded"
-MEETS = "gives a whole output, which would meet the slices"
+MEETS = "returns a whole output, which would meet the slices"
 WHOLE_GRADIENT = "its gradient is whole on every rank"
 ACROSS = "its shape would not fit"
-NO_ROPE = "shares no rope key among heads that are sharded"
-COUNTED = "the number of all heads, where a rank has some"
+NO_ROPE = "shares no rope key among sharded heads"
+COUNTED = "the number of all heads, while a rank holds only some"
 BETWEEN = "is whole but works on each rank's own slice"
 
 REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
-    ("llama", {"lm_head": "colwise"}, f"lm_head {LEAKS}", "'lm_head' 'colwise_gather_output'"),
+    ("llama", {"lm_head": "colwise"}, f"lm_head {LEAKS}", "'colwise_gather_output' for 'lm_head'"),
     ("llama", {f"{MLP}.down_proj": None}, f"gate_proj {LEAKS}", "'rowwise'"),
     ("llama", {f"{ATTENTION}.o_proj": None}, f"q_proj {LEAKS}", "'rowwise'"),
     ("llama", {f"{ATTENTION}.{name}_proj": None for name in "qo"}, f"k_proj {LEAKS}", "'rowwise'"),
@@ -58,10 +57,20 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     ("one_kv_head", WHOLE_KV, f"k_proj {MEETS}", "'colwise'"),
     ("all_heads_keyed", {f"{ATTENTION}.k_proj": None}, f"k_proj {MEETS}", "'colwise'"),
     ("deepseek_v2", {f"{ATTENTION}.q_b_proj": None}, f"q_b_proj {MEETS}", "'colwise'"),
-    ("deepseek_v2", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    (
+        "deepseek_v2",
+        {f"{ATTENTION}.kv_a_proj_with_mqa": None},
+        "computes one rope key for all heads",
+        "'mla_kv_a_proj'",
+    ),
     ("deepseek_v2", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
     ("equal_latents", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
-    ("equal_latents", {f"{ATTENTION}.kv_a_proj_with_mqa": None}, "gives all heads one rope key", "'mla_kv_a_proj'"),
+    (
+        "equal_latents",
+        {f"{ATTENTION}.kv_a_proj_with_mqa": None},
+        "computes one rope key for all heads",
+        "'mla_kv_a_proj'",
+    ),
     ("deepseek_v2", GATHERED_LATENTS, f"kv_a_proj_with_mqa {NO_ROPE}", "remove the entry"),
     ("deepseek_v2", {f"{MLP}.gate_proj": ROPE, f"{MLP}.up_proj": None, f"{MLP}.down_proj": None}, NO_ROPE, "remove"),
     ("llama", {"model.layers.0.mlp.gate_proj": "replicate"}, f"gate_proj {MEETS}", "'model.layers.0.mlp.gate_proj'"),
@@ -74,16 +83,21 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     (
         "llama",
         {"model.norm": "local_params", "model.norm.weight": "colwise"},
-        "model.norm.weight is cut, but",
+        "model.norm.weight is sharded, but",
         "remove",
     ),
-    ("phi3", {f"{ATTENTION}.qkv_proj": "colwise", f"{ATTENTION}.o_proj": "rowwise"}, COUNTED, "give no entries"),
-    ("llama", {f"{MLP}.gate_proj": "packed_colwise"}, "gate_proj is cut as gate and up in one, but", "'colwise'"),
-    ("phi3", {f"{MLP}.gate_up_proj": "colwise", f"{MLP}.down_proj": "rowwise"}, "cut as if it were one", SPLIT),
+    (
+        "phi3",
+        {f"{ATTENTION}.qkv_proj": "colwise", f"{ATTENTION}.o_proj": "rowwise"},
+        COUNTED,
+        "remove the entries of the layers",
+    ),
+    ("llama", {f"{MLP}.gate_proj": "packed_colwise"}, "gate_proj is sharded as gate and up in one, but", "'colwise'"),
+    ("phi3", {f"{MLP}.gate_up_proj": "colwise", f"{MLP}.down_proj": "rowwise"}, "sharded as if it were one", SPLIT),
     (
         "phi3",
         {f"{ATTENTION}.qkv_proj": "packed_colwise", f"{ATTENTION}.o_proj": "rowwise"},
-        "qkv_proj is cut as gate and up in one, but",
+        "qkv_proj is sharded as gate and up in one, but",
         "'colwise_gather_output'",
     ),
     ("llama", {"model.layers.*.input_layernorm": SUM}, f"input_layernorm .* {WHOLE_GRADIENT}", "remove the entry"),
@@ -115,51 +129,51 @@ HAND_WRITTEN: dict[str, tuple[str, str]] = {
     "gpt_neo": ("transformer.h.*.attn.attention", "out_proj"),
     "xglm": ("model.layers.*.self_attn", "out_proj"),
 }
-"""Models without a plan whose attention reshapes by the number of all heads, with where that stands."""
+"""Models without a plan whose attention reshapes by the number of all heads: its key, and its last projection."""
 
 
-@pytest.mark.parametrize(("name", "changes", "why", "hint"), REFUSED, ids=lambda value: str(value)[:60])
-def test_half_a_plan_is_refused_with_what_it_lacks(
-    name: str, changes: dict[str, str | None], why: str, hint: str
+@pytest.mark.parametrize(("name", "changes", "message", "hint"), REFUSED, ids=lambda value: str(value)[:60])
+def test_an_incomplete_plan_is_refused_with_the_entry_it_lacks(
+    name: str, changes: dict[str, str | None], message: str, hint: str
 ) -> None:
-    model = meta_model(partner_cases.config(name))
+    model = meta_model(pair_cases.build_config(name))
     plan = Plan.from_model(model, "tp").entries
     if changes:
         check(model, dict(plan))
-    with pytest.raises(PlanError, match=why) as caught:
-        check(model, partner_cases.changed(plan, changes))
+    with pytest.raises(PlanError, match=message) as caught:
+        check(model, pair_cases.change_entries(plan, changes))
     assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)
-def test_attention_that_counts_all_heads_is_not_cut(name: str) -> None:
+def test_attention_that_counts_all_heads_is_not_sharded(name: str) -> None:
     attention, last = HAND_WRITTEN[name]
     plan = {f"{attention}.{one}_proj": "colwise" for one in "qkv"} | {f"{attention}.{last}": "rowwise"}
     with pytest.raises(PlanError, match=COUNTED):
-        check(meta_model(partner_cases.config(name)), plan)
+        check(meta_model(pair_cases.build_config(name)), plan)
 
 
 @pytest.mark.parametrize(("name", "key"), [("bloom", "self_attention"), ("falcon", "self_attention")])
-def test_attention_with_one_projection_that_counts_all_heads_is_not_cut(name: str, key: str) -> None:
+def test_attention_with_one_projection_that_counts_all_heads_is_not_sharded(name: str, key: str) -> None:
     block = f"transformer.h.*.{key}"
     with pytest.raises(PlanError, match=COUNTED):
         check(
-            meta_model(partner_cases.config(name)),
+            meta_model(pair_cases.build_config(name)),
             {f"{block}.query_key_value": "colwise", f"{block}.dense": "rowwise"},
         )
 
 
-@pytest.mark.parametrize(("layer", "why"), [("fc1", LEAKS), ("fc2", STARVES)])
-def test_a_layer_is_no_partner_of_those_that_have_partners(layer: str, why: str) -> None:
+@pytest.mark.parametrize(("layer", "message"), [("fc1", LEAKS), ("fc2", STARVES)])
+def test_a_layer_does_not_pair_with_layers_that_are_paired_already(layer: str, message: str) -> None:
     plan = {f"model.decoder.layers.*.self_attn.{one}_proj": "colwise" for one in "qkv"}
     plan |= {"model.decoder.layers.*.self_attn.out_proj": "rowwise"}
     plan[f"model.decoder.layers.*.{layer}"] = "colwise" if layer == "fc1" else "rowwise"
-    with pytest.raises(PlanError, match=f"{layer} {why}"):
-        check(meta_model(partner_cases.config("opt")), plan)
+    with pytest.raises(PlanError, match=f"{layer} {message}"):
+        check(meta_model(pair_cases.build_config("opt")), plan)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "why"),
+    ("name", "changes", "expected"),
     [
         ("llama", {"lm_head": "colwise"}, LEAKS),
         ("llama", WHOLE_KV, MEETS),
@@ -168,10 +182,10 @@ def test_a_layer_is_no_partner_of_those_that_have_partners(layer: str, why: str)
     ],
 )
 def test_every_rank_refuses_and_leaves_the_model_as_it_was(
-    name: str, changes: dict[str, str | None], why: str, two_ranks: RankPool
+    name: str, changes: dict[str, str | None], expected: str, two_ranks: RankPool
 ) -> None:
-    for message in two_ranks.run(partner_cases.refused_before_anything_is_cut, name, changes):
-        assert why in message
+    for message in two_ranks.run(pair_cases.refuse_before_sharding, name, changes):
+        assert expected in message
 
 
 @pytest.mark.parametrize(
@@ -188,21 +202,23 @@ def test_every_rank_refuses_and_leaves_the_model_as_it_was(
         ("cohere", {}),
         ("granite_swa", {}),
         ("equal_latents", GATHERED_LATENTS | {f"{ATTENTION}.kv_a_proj_with_mqa": None}),
-        ("bert", partner_cases.BERT),
-        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" in key}),
-        ("bert", {key: style for key, style in partner_cases.BERT.items() if "attention" not in key}),
+        ("bert", pair_cases.BERT),
+        ("bert", {key: style for key, style in pair_cases.BERT.items() if "attention" in key}),
+        ("bert", {key: style for key, style in pair_cases.BERT.items() if "attention" not in key}),
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_what_is_not_refused_computes_the_same(name: str, changes: dict[str, str | None], two_ranks: RankPool) -> None:
-    for errors in two_ranks.run(partner_cases.errors, name, changes):
+def test_a_plan_that_is_accepted_computes_the_same(
+    name: str, changes: dict[str, str | None], two_ranks: RankPool
+) -> None:
+    for errors in two_ranks.run(pair_cases.compute_errors, name, changes):
         worst = max(errors, key=errors.__getitem__)
         assert len(errors) > 10
         assert errors[worst] < 1e-5, worst
 
 
-def test_a_norm_with_weights_by_head_gets_them_cut_with_the_heads() -> None:
-    chosen = Plan.from_model(meta_model(partner_cases.config("cohere")), "tp").entries
+def test_a_norm_with_weights_for_each_head_is_sharded_with_the_heads() -> None:
+    chosen = Plan.from_model(meta_model(pair_cases.build_config("cohere")), "tp").entries
     for name in "qk":
         assert chosen[f"{ATTENTION}.{name}_norm"] == "local_params"
         assert chosen[f"{ATTENTION}.{name}_norm.weight"] == "colwise"
@@ -218,9 +234,9 @@ def test_a_norm_with_weights_by_head_gets_them_cut_with_the_heads() -> None:
     ],
     ids=str,
 )
-def test_experts_are_cut_alike_before_and_behind_the_activation(changes: dict[str, str | None]) -> None:
-    model = meta_model(partner_cases.config("mixtral"))
-    plan = partner_cases.changed(Plan.from_model(model, "tp").entries, changes)
+def test_experts_are_sharded_alike_before_and_behind_the_activation(changes: dict[str, str | None]) -> None:
+    model = meta_model(pair_cases.build_config("mixtral"))
+    plan = pair_cases.change_entries(Plan.from_model(model, "tp").entries, changes)
     with pytest.raises(PlanError, match=r"experts\.(gate_up|down)_proj: .* makes it .*, but") as caught:
         resolve(model, Mesh(tp=2), plan=plan)
     assert "choose a style that makes it" in caught.value.hint
@@ -244,7 +260,7 @@ WRONG_AS_RELEASED = {
 """Released plans that run with an error of a shape, by config class."""
 
 
-NOT_MADE = frozenset(
+NOT_BUILT = frozenset(
     {
         "CohereCompassTextConfig",
         "Llama4Config",
@@ -256,51 +272,51 @@ NOT_MADE = frozenset(
         "VoxtralRealtimeTextConfig",
     }
 )
-"""Config classes of which no model is made, by default sizes neither."""
+"""Config classes of which no model can be built, not even with their default sizes."""
 
 
 @pytest.mark.full
-def test_the_classes_that_are_left_out_are_known() -> None:
-    named = [(family, name) for family in FAMILIES for name in with_plans(family)]
+def test_the_classes_without_a_model_are_known() -> None:
+    named = [(family, name) for family in FAMILIES for name in find_classes_with_plans(family)]
     assert len(named) > 140
-    assert {name for family, name in named if made(family, name, "") is None} == NOT_MADE
+    assert {name for family, name in named if build_tiny_model(family, name, "") is None} == NOT_BUILT
 
 
 @pytest.mark.parametrize("family", SAMPLE)
 def test_released_plans_are_not_refused(family: str) -> None:
-    assert sum(1 for _ in refusals(family)) > 0
-    assert [refusal for _, refusal in refusals(family) if refusal] == []
+    assert sum(1 for _ in check_family(family)) > 0
+    assert [refusal for _, refusal in check_family(family) if refusal] == []
 
 
 @pytest.mark.full
 def test_no_released_plan_is_refused_but_those_that_cannot_run() -> None:
-    found = [row for family in FAMILIES for row in refusals(family)]
-    assert len(found) > 400
-    refused = [(name, refusal) for name, refusal in found if refusal]
+    checked = [row for family in FAMILIES for row in check_family(family)]
+    assert len(checked) > 400
+    refused = [(name, refusal) for name, refusal in checked if refusal]
     assert {name for name, _ in refused} == WRONG_AS_RELEASED.keys(), refused
     assert all(WRONG_AS_RELEASED[name] in refusal for name, refusal in refused)
 
 
-def refusals(family: str) -> Iterator[tuple[str, str | None]]:
-    """Yield, for every plan of every config class of a family that makes a tiny model, what is refused of it."""
-    for name in with_plans(family):
+def check_family(family: str) -> Iterator[tuple[str, str | None]]:
+    """Yield each config class of a family with the refusal of each of its plans, None for a plan that is accepted."""
+    for name in find_classes_with_plans(family):
         for variant in ("", *VARIANTS.get(name, {})):
-            for refusal in refusals_of(family, name, variant):
+            for refusal in check_class(family, name, variant):
                 yield f"{name}, {variant}" if variant else name, refusal
 
 
-def with_plans(family: str) -> list[str]:
-    """Return a family's config classes that write down a plan."""
+def find_classes_with_plans(family: str) -> list[str]:
+    """Return the names of a family's config classes that declare a plan."""
     module = import_module(f"transformers.models.{family}.configuration_{family}")
     return [
         name
-        for name, found in inspect.getmembers(module, inspect.isclass)
-        if found.__module__ == module.__name__ and getattr(found, "base_model_tp_plan", None)
+        for name, config_class in inspect.getmembers(module, inspect.isclass)
+        if config_class.__module__ == module.__name__ and getattr(config_class, "base_model_tp_plan", None)
     ]
 
 
-def refusals_of(family: str, name: str, variant: str) -> Iterator[str | None]:
-    model = made(family, name, variant)
+def check_class(family: str, name: str, variant: str) -> Iterator[str | None]:
+    model = build_tiny_model(family, name, variant)
     for mode in MODES if model is not None else ():
         try:
             plan = Plan.from_model(model, mode).entries
@@ -314,20 +330,21 @@ def refusals_of(family: str, name: str, variant: str) -> Iterator[str | None]:
             yield None
 
 
-def made(family: str, name: str, variant: str) -> torch.nn.Module | None:
-    """Return a class's tiny model, or one of its own sizes, on meta; None where neither can be made."""
+def build_tiny_model(family: str, name: str, variant: str) -> torch.nn.Module | None:
+    """Build a class's model on meta, tiny or of its default sizes; None if neither can be built."""
     module = import_module(f"transformers.models.{family}.configuration_{family}")
     for config in (lambda: tiny_config(family, name, variant), getattr(module, name)):
         try:
             with torch.device("meta"):
                 return tiny_model(config(), torch.float32)
         except Exception:
-            continue  # The table of tiny sizes is for models with experts; not every other class makes one of them.
+            continue  # The tiny sizes are for models with experts; not every other class accepts them.
     return None
 
 
 def check(model: torch.nn.Module, plan: dict[str, str]) -> None:
-    check_pairs(model, plan, runtime_dialect())
-    check_head_norms(model, plan, runtime_dialect(), STYLES)
-    check_head_counts(model, plan, runtime_dialect())
-    check_sharded_head_parameters(model, plan, runtime_dialect(), STYLES)
+    view = PlanView(model, plan, runtime_dialect())
+    check_pairs(view)
+    check_head_norms(view)
+    check_head_counts(view)
+    check_sharded_head_parameters(view)
