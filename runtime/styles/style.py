@@ -209,7 +209,7 @@ def expect_tensor(site: HookSite, output: object) -> torch.Tensor:
         return output
     raise build_hook_error(
         site,
-        f"which returns a {type(output).__name__} and not one tensor",
+        f"which returns a {type(output).__name__}, not one tensor",
         hint="name the module in it that computes the tensor",
     )
 

@@ -1,4 +1,4 @@
-"""What test_odd_models.py lets ranks do; module-level functions, so that they can be sent by name."""
+"""Functions that tests run on ranks, with models that the plans of their classes do not fit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.tiny_models import MODELS
 
 
 def parallelize_norms_on_heads(entries: dict[str, str]) -> None:
-    """Make GLM-4.5 with norms on heads parallel by its released plan, which forgets them, and these entries."""
+    """Parallelize GLM-4.5 with norms on heads by its released plan, which lacks them, and these entries."""
     config = transformers.Glm4MoeConfig(**MODELS["glm4_moe"][1], use_qk_norm=True)
     model = transformers.Glm4MoeForCausalLM(config)
     parallelize(model, device_meshes(Mesh(tp=dist.get_world_size()), "cpu"), get_released_plan(model) | entries)
 
 
 def run_whole_input_through_rowwise() -> None:
-    """Run a row-wise layer by itself, of which nothing is known before its input is there, on a whole input."""
+    """Run a row-wise layer by itself on a whole input, which shows only when the layer is called."""
     holder = Holder(torch.nn.Linear(32, 32))
     parallelize_module(holder, {"part": "rowwise"}, {"part.weight": Shard(1)})
     holder(torch.ones(1, 4, 32))
@@ -41,15 +41,15 @@ def expert_gradients_after_one_token() -> dict[str, float]:
     mesh = Mesh(tp=dist.get_world_size(), ep=dist.get_world_size())
     parallelize(model, device_meshes(mesh, "cpu"), Plan.from_model(model, "ep"))
     model(input_ids=torch.ones(1, 1, dtype=torch.long)).logits.sum().backward()
-    found = {name: value.grad for name, value in model.named_parameters() if isinstance(value, DTensor)}
-    assert all(isinstance(gradient, DTensor) for gradient in found.values()), found
-    # Clipping works on all gradients together and would hang where a rank had fewer of them.
+    gradients = {name: value.grad for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    assert all(isinstance(gradient, DTensor) for gradient in gradients.values()), gradients
+    # Clipping works on all gradients together and would hang if a rank had fewer of them.
     torch.nn.utils.clip_grad_norm_([value for value in model.parameters() if isinstance(value, DTensor)], 1.0)
-    return {name: float(gradient.to_local().abs().max()) for name, gradient in found.items()}
+    return {name: float(gradient.to_local().abs().max()) for name, gradient in gradients.items()}
 
 
 def activation_gradient_errors(mode: Mode) -> dict[str, float]:
-    """Compare the gradients of activation functions with parameters, which stand where features are sharded."""
+    """Compare the gradients of activation functions that have parameters and work on sharded features."""
     torch.manual_seed(0)
     reference = transformers.ApertusForCausalLM(transformers.ApertusConfig(**MODELS["llama"][1]))
     model = copy.deepcopy(reference)
@@ -57,9 +57,9 @@ def activation_gradient_errors(mode: Mode) -> dict[str, float]:
     tokens = torch.randint(0, 101, (2, 8), generator=torch.Generator().manual_seed(1))
     for one in (reference, model):
         one(input_ids=tokens, labels=tokens).loss.backward()
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     return {
-        name: float((found[name].grad - parameter.grad).abs().max() / parameter.grad.abs().max())
+        name: float((parameters[name].grad - parameter.grad).abs().max() / parameter.grad.abs().max())
         for name, parameter in reference.named_parameters()
         if ".act_fn." in name
     }

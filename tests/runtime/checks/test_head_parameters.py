@@ -1,4 +1,4 @@
-"""Norms on heads that a plan forgets: found, named, added where the plan is ours to choose."""
+"""Norms on heads that a plan lacks: refused by name in an explicit plan, added to a chosen one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import transformers
 from plans.errors import PlanError
 from plans.mesh import Mesh, Mode
 from runtime.checks.head_parameters import add_head_norm_entries
+from runtime.checks.plan_view import PlanView
 from runtime.models.model import meta_model
 from runtime.planning.plan import Plan, get_released_plan, runtime_dialect
 from runtime.planning.resolve import resolve
@@ -20,18 +21,18 @@ NORMS = {f"model.layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduc
 
 @pytest.fixture
 def glm():
-    """GLM-4.5 with norms on heads, which the plan of its class knows nothing of."""
+    """GLM-4.5 with norms on heads, which the plan of its class lacks."""
     _, sizes = MODELS["glm4_moe"]
     config = transformers.Glm4MoeConfig(**sizes, use_qk_norm=True, architectures=["Glm4MoeForCausalLM"])
     return meta_model(config)
 
 
 def test_the_plan_of_a_model_is_completed(glm):
-    written = get_released_plan(glm)
-    assert written.keys().isdisjoint(NORMS)
+    declared = get_released_plan(glm)
+    assert declared.keys().isdisjoint(NORMS)
     chosen = Plan.from_model(glm, "tp").entries
     assert {key: chosen[key] for key in NORMS} == NORMS
-    assert chosen.keys() - written.keys() == NORMS.keys()
+    assert chosen.keys() - declared.keys() == NORMS.keys()
     assert resolve(glm, Mesh(tp=2)).plan == chosen
 
 
@@ -56,7 +57,7 @@ def test_norms_of_latents_of_whole_projections_and_those_with_entries_are_left_a
     config = getattr(transformers, class_name)(**sizes)
     config.architectures = [class_name.replace("Config", "ForCausalLM")]
     plan = get_released_plan(meta_model(config))
-    assert add_head_norm_entries(meta_model(config), plan, runtime_dialect()) == plan
+    assert add_head_norm_entries(PlanView(meta_model(config), plan, runtime_dialect())) == plan
 
 
 def test_layer_norms_on_heads_are_found_in_dense_models_too():

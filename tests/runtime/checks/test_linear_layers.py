@@ -34,6 +34,7 @@ GATHERED_QKV = dict.fromkeys(WHOLE_QKV, GATHER)
 
 LEAKS = "leaves its output sharded, but nothing beside it takes a sharded input"
 STARVES = "takes a sharded input, but nothing beside it leaves its output sharded"
+ROPE_UNSUMMED = "computes one rope key for all heads"
 MEETS = "returns a whole output, which would meet the slices"
 WHOLE_GRADIENT = "its gradient is whole on every rank"
 ACROSS = "its shape would not fit"
@@ -60,7 +61,7 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     (
         "deepseek_v2",
         {f"{ATTENTION}.kv_a_proj_with_mqa": None},
-        "computes one rope key for all heads",
+        ROPE_UNSUMMED,
         "'mla_kv_a_proj'",
     ),
     ("deepseek_v2", {f"{ATTENTION}.q_a_proj": ROPE}, f"q_a_proj {NO_ROPE}", "remove the entry"),
@@ -68,7 +69,7 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
     (
         "equal_latents",
         {f"{ATTENTION}.kv_a_proj_with_mqa": None},
-        "computes one rope key for all heads",
+        ROPE_UNSUMMED,
         "'mla_kv_a_proj'",
     ),
     ("deepseek_v2", GATHERED_LATENTS, f"kv_a_proj_with_mqa {NO_ROPE}", "remove the entry"),
@@ -90,7 +91,7 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
         "phi3",
         {f"{ATTENTION}.qkv_proj": "colwise", f"{ATTENTION}.o_proj": "rowwise"},
         COUNTED,
-        "remove the entries of the layers",
+        "remove the entries",
     ),
     ("llama", {f"{MLP}.gate_proj": "packed_colwise"}, "gate_proj is sharded as gate and up in one, but", "'colwise'"),
     ("phi3", {f"{MLP}.gate_up_proj": "colwise", f"{MLP}.down_proj": "rowwise"}, "sharded as if it were one", SPLIT),
@@ -208,9 +209,7 @@ def test_every_rank_refuses_and_leaves_the_model_as_it_was(
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_a_plan_that_is_accepted_computes_the_same(
-    name: str, changes: dict[str, str | None], two_ranks: RankPool
-) -> None:
+def test_an_accepted_plan_computes_the_same(name: str, changes: dict[str, str | None], two_ranks: RankPool) -> None:
     for errors in two_ranks.run(pair_cases.compute_errors, name, changes):
         worst = max(errors, key=errors.__getitem__)
         assert len(errors) > 10

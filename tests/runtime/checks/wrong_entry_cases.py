@@ -1,4 +1,4 @@
-"""What tests let ranks do with real models whose plans a wrong entry was added to."""
+"""Functions that tests run on ranks, with real models to whose plans a wrong entry was added."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ from tests.runtime.parallel.parity_cases import backward, compared, eager_config
 from tests.tiny_models import DENSE, tiny_model, with_noise
 
 
-def refused(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool = False) -> str:
-    """Return what is said of a model's changed plan, as it is made parallel or, where `compute_output` says so, run."""
+def read_refusal(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool = False) -> str:
+    """Return the message and hint that refuse a model's changed plan, or "accepted".
+
+    Args:
+        name: the model's name among the tiny models.
+        mode: the mode of the plan that the changes apply to.
+        changes: entries to replace or add, None to remove.
+        run: whether the model is also run once.
+    """
     config = eager_config(name)
     config.tie_word_embeddings = False
     model = tiny_model(config)
@@ -39,37 +46,37 @@ def refused(name: str, mode: Mode, changes: Mapping[str, str | None], run: bool 
     return "accepted"
 
 
-def gathered_by_three(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Gather a column-wise layer's output, as a style of one's own may."""
+def gather_output(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Gather a column-wise layer's output, as a user's own style may."""
     weight = site.parameter("weight")
     assert weight is not None
     return all_gather(run(site.shared_inputs.sum_gradient(inputs, site.axis)), site.axis, weight.shape[0])
 
 
 def own_style(rules: bool, own: bool) -> tuple[float, tuple[str, float], tuple[int, ...]]:
-    """Run a model by a style under a new name; return its errors and the local shape of the head that it cuts."""
+    """Run a model with a style under a new name; return its errors and the local shape of the head that it shards."""
     style = ParallelStyle(
         "mine",
-        gathered_by_three,
+        gather_output,
         takes="whole",
         gives="whole",
         own=(LocalParameters("linear", (Shard(0),)),) if own else (),
         rules=(PlacementRule(Replicate(), parameter="bias"), PlacementRule(Shard(0))) if rules else (),
     )
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
-    def watched(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
+    def record_shape(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
         weight = site.parameter("weight")
-        seen.append(tuple(weight.to_local().shape))  # type: ignore[union-attr]
-        return gathered_by_three(site, run, inputs)
+        shapes.append(tuple(weight.to_local().shape))  # type: ignore[union-attr]
+        return gather_output(site, run, inputs)
 
-    styles = STYLES.register(ParallelStyle(style.name, watched, own=style.own, rules=style.rules, gives="whole"))
-    found = compared("qwen2", Plan("tp", {"lm_head": "mine"}), Mesh(tp=dist.get_world_size()), styles=styles)
-    return found.logits, found.worst, seen[0]
+    styles = STYLES.register(ParallelStyle(style.name, record_shape, own=style.own, rules=style.rules, gives="whole"))
+    errors = compared("qwen2", Plan("tp", {"lm_head": "mine"}), Mesh(tp=dist.get_world_size()), styles=styles)
+    return errors.logits, errors.worst, shapes[0]
 
 
 def saved(name: str, mode: Mode, mesh: Mesh) -> tuple[str, int, list[str]]:
-    """Save a parallel model; return what it says without a state, how many tensors there were and which differ."""
+    """Save a parallel model; return the refusal without a state, how many tensors were lost, and which differ."""
     reference, model = (tiny_model(eager_config(name)) for _ in range(2))
     parallelize(model, mesh, Plan.from_model(model, mode))
     message = ""
@@ -78,15 +85,17 @@ def saved(name: str, mode: Mode, mesh: Mesh) -> tuple[str, int, list[str]]:
     except MigratorError as error:
         message = f"{error.message} | {error.hint}"
     state = full_state_dict(model)
-    wanted = reference.state_dict()
+    expected = reference.state_dict()
     if dist.get_rank():
-        return message, len(wanted) - len(state), []
+        return message, len(expected) - len(state), []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, state_dict=state)
         assert list(Path(folder).glob("*.safetensors"))
         loaded = type(reference).from_pretrained(folder, dtype=torch.float32).state_dict()
-    found = [key for key, value in wanted.items() if not (_same(value, state[key]) and _same(value, loaded[key]))]
-    return message, len(wanted), found
+    differing = [
+        key for key, value in expected.items() if not (_is_same(value, state[key]) and _is_same(value, loaded[key]))
+    ]
+    return message, len(expected), differing
 
 
 def saved_after_a_step(mesh: Mesh) -> list[str]:
@@ -95,11 +104,11 @@ def saved_after_a_step(mesh: Mesh) -> list[str]:
     parallelize(model, mesh, Plan.from_model(model, "tp_ep" if mesh.ep > 1 else "tp"))
     backward(model, token_ids((2, 16)))
     state = full_state_dict(model)
-    return [key for key, value in reference.state_dict().items() if state and not _same(value, state[key])]
+    return [key for key, value in reference.state_dict().items() if state and not _is_same(value, state[key])]
 
 
-def _same(wanted: torch.Tensor, found: torch.Tensor) -> bool:
-    return wanted.shape == found.shape and torch.equal(wanted, found)
+def _is_same(expected: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return expected.shape == tensor.shape and torch.equal(expected, tensor)
 
 
 _VISION = {"hidden_size": 32, "intermediate_size": 52, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -123,7 +132,7 @@ _PATCHES = {
 
 
 def composite_config(name: str) -> Any:
-    """Return a tiny config of a model that sees pictures: a model inside a model."""
+    """Return a tiny config of a vision model: a model inside a model."""
     if name == "llama4":
         return transformers.Llama4Config(text_config=_LLAMA4, vision_config=_VISION | _PATCHES)
     text = {**DENSE, "num_hidden_layers": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
@@ -139,7 +148,7 @@ def composite(name: str) -> Any:
 
 
 def composite_errors(name: str) -> dict[str, float]:
-    """Compare a model inside a model with the unsharded one on text."""
+    """Compare a model inside a model with the unsharded one, on text."""
     reference, model = (composite(name) for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -158,7 +167,7 @@ def default_mode(mesh: Mesh, entries: dict[str, str] | None) -> str:
 
 
 def warned(name: str) -> list[str]:
-    """Return the warnings of a model made parallel by its own plan."""
+    """Return the warnings raised as a model is made parallel by its own plan."""
     model = tiny_model(eager_config(name))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -66,13 +66,13 @@ def test_keys_that_lost_a_part_in_the_middle_are_another_ones() -> None:
 
 
 def test_a_plan_that_cuts_no_layer_is_not_taken_without_a_word(two_ranks: RankPool) -> None:
-    for said in two_ranks.run(wrong_entry_cases.warned, "gpt_oss"):
-        assert len(said) == 1
-        assert "the plan cuts lm_head.weight only, every rank holds and computes all layers whole" in said[0]
+    for messages in two_ranks.run(wrong_entry_cases.warned, "gpt_oss"):
+        assert len(messages) == 1
+        assert "the plan cuts lm_head.weight only, every rank holds and computes all layers whole" in messages[0]
     assert two_ranks.run(wrong_entry_cases.warned, "qwen3_moe") == [[], []]
 
 
 @pytest.mark.parametrize("given", [{"lm_head": "colwise"}, type("Model", (), {}), None], ids=str)
 def test_what_is_neither_model_nor_config_has_no_plan(given: object) -> None:
-    with pytest.raises(UsageError, match="is no transformers model with a config"):
+    with pytest.raises(UsageError, match="is not a transformers model with a config"):
         Plan.from_model(given)  # type: ignore[arg-type]

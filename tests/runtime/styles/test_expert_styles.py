@@ -17,24 +17,24 @@ from tests.runtime.styles.expert_cases import EXPERTS, PLANS
 LAYER = "model.layers.0.mlp"
 
 
-def found_in(plan: str, name: str, *, is_parameter: bool) -> str | None:
+def find_style(plan: str, name: str, *, is_parameter: bool) -> str | None:
     key = find_key(PLANS[plan], name, is_parameter=is_parameter)
     return None if key is None else PLANS[plan][key]
 
 
 def test_an_expert_plans_parameter_keys_name_grouped_gemm() -> None:
     for name in ("gate_up_proj", "down_proj"):
-        assert found_in("ep", f"{LAYER}.experts.{name}", is_parameter=True) == "grouped_gemm"
+        assert find_style("ep", f"{LAYER}.experts.{name}", is_parameter=True) == "grouped_gemm"
 
 
 def test_a_decomposed_plan_names_each_parameters_own_style() -> None:
-    assert found_in("tp", f"{LAYER}.experts.gate_up_proj", is_parameter=True) == "moe_tp_gate_up_colwise"
-    assert found_in("tp", f"{LAYER}.experts.down_proj", is_parameter=True) == "moe_tp_down_rowwise"
+    assert find_style("tp", f"{LAYER}.experts.gate_up_proj", is_parameter=True) == "moe_tp_gate_up_colwise"
+    assert find_style("tp", f"{LAYER}.experts.down_proj", is_parameter=True) == "moe_tp_down_rowwise"
 
 
 def test_modules_get_their_own_entries_never_a_childs() -> None:
-    assert found_in("ep", f"{LAYER}.experts", is_parameter=False) == "moe_experts_allreduce"
-    assert found_in("ep", f"{LAYER}.gate", is_parameter=False) == "ep_router"
+    assert find_style("ep", f"{LAYER}.experts", is_parameter=False) == "moe_experts_allreduce"
+    assert find_style("ep", f"{LAYER}.gate", is_parameter=False) == "ep_router"
     children = {key: style for key, style in PLANS["ep"].items() if key != EXPERTS}
     assert find_key(children, f"{LAYER}.experts", is_parameter=False) is None
 
@@ -161,20 +161,20 @@ def test_expert_plans_that_cannot_be_right_are_refused(
 
 
 def test_a_dispatch_without_its_router_is_refused(two_ranks: RankPool) -> None:
-    """Under expert parallelism the branch's hook trusts a router that masks; without one foreign experts count."""
+    """Under expert parallelism the branch's hook trusts a router that masks; without one other ranks' experts count."""
     plan = {key: style for key, style in PLANS["ep"].items() if style != "ep_router"}
     with pytest.raises(PlanError, match="whose routing nothing masks") as caught:
         two_ranks.run(expert_cases.parallelize_mixtral, "ep", plan)
     assert "ep_router" in caught.value.hint
 
 
-def test_divided_experts_whose_outputs_nothing_sums_are_refused(two_ranks: RankPool) -> None:
-    with pytest.raises(PlanError, match="whose divided experts' outputs it would not sum"):
+def test_experts_over_ranks_whose_outputs_nothing_sums_are_refused(two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match="the experts of this rank only: nothing would sum their outputs"):
         two_ranks.run(expert_cases.parallelize_mixtral, "ep", {**PLANS["ep"], EXPERTS: "all_reduce"})
 
 
-def test_cut_experts_whose_outputs_nothing_sums_are_refused(two_ranks: RankPool) -> None:
-    with pytest.raises(PlanError, match="gate_up_proj is cut: its output would be partial"):
+def test_sharded_experts_whose_outputs_nothing_sums_are_refused(two_ranks: RankPool) -> None:
+    with pytest.raises(PlanError, match="gate_up_proj is sharded: its output would be partial"):
         two_ranks.run(expert_cases.parallelize_mixtral, "tp", {**PLANS["tp"], EXPERTS: "local_params"})
 
 
@@ -185,7 +185,7 @@ def test_a_plan_is_right_over_whichever_axis_the_mode_gives_it(mode: Any, plan: 
 
 
 def test_experts_masked_twice_are_refused(two_ranks: RankPool) -> None:
-    with pytest.raises(PlanError, match="whose routing ep_router masks already"):
+    with pytest.raises(PlanError, match="whose routing ep_router already masks"):
         two_ranks.run(expert_cases.parallelize_mixtral, "ep", {**PLANS["ep"], EXPERTS: "ep_dispatch_experts"})
 
 
