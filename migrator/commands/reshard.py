@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import SECONDS, build_mesh, mesh_options, reject_empty, report_option, require_runtime
+from migrator.actions import estimate_reshard, plan_reshard, reshard
+from migrator.formats.reshard import (
+    estimate_as_json,
+    find_passthrough,
+    find_stateless,
+    find_unmatched,
+    result_as_json,
+)
+from migrator.options.common import SECONDS, mesh_options, reject_empty, report_option, require_runtime
 from migrator.options.external import ExternalOptions, external_options, read_external_settings
+from migrator.settings import Reshard
 from migrator.terminal import console
 from migrator.terminal.events import EventLog, record_events
 from migrator.terminal.text import describe_unmatched, format_bytes, format_duration, sanitize
-from plans.gc_paused import gc_paused
 from plans.text import format_names, pluralize
-from runtime.processes.started import exit_now
+from runtime.processes.started import exit_now, is_worker_process
 
 if TYPE_CHECKING:
+    from migrator.settings import Experts, Layout
     from plans.mesh import Mode
-    from runtime.checkpoint.checkpoint import Layout
-    from runtime.checkpoint.external.source import ExternalSettings
-    from runtime.checkpoint.hub.writer import Experts
     from runtime.checkpoint.resharding.estimate import Estimate
     from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
-    from runtime.checkpoint.resharding.target import ReshardTarget
 
-__all__ = ["command", "estimate_as_json", "print_estimate", "print_notes", "print_summary", "result_as_json"]
+__all__ = ["command", "print_estimate", "print_notes", "print_summary"]
 
 
 @click.command("reshard")
@@ -53,7 +58,7 @@ __all__ = ["command", "estimate_as_json", "print_estimate", "print_notes", "prin
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),
-    default=256,
+    default=Reshard.max_memory,
     show_default=True,
     metavar="MIB",
     help="What copying may allocate, in MiB.",
@@ -105,145 +110,114 @@ def command(
     """
     require_runtime(show_downloads=not quiet)
     from runtime.checkpoint.copying.commit import check_destination
-    from runtime.checkpoint.resharding.target import ReshardTarget
-    from runtime.hub import check_repository, resolve_folder
-    from runtime.processes.started import is_worker_process
+    from runtime.hub import check_repository
 
+    settings = Reshard(
+        source, Path(destination), tp, ep, fsdp, mode, layout, experts, optimizer, max_memory, overwrite, push_to,
+        **vars(external),
+    )  # fmt: skip
     if push_to is not None:
         check_repository(push_to)
-    check_destination(Path(destination), overwrite=overwrite)
-    settings = read_external_settings(external, source)
-    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
-    target = ReshardTarget(layout or ("dcp" if mesh.world_size > 1 else "hf"), mesh, chosen, experts, optimizer)
+    check_destination(settings.destination, overwrite=overwrite)
+    external_settings = read_external_settings(settings, source)
     speaks = not is_worker_process() or os.environ["RANK"] == "0"
-    work = _ReshardSettings(
-        Path(destination), max_memory * 2**20, overwrite, push_to, timeout, report, form, quiet or not speaks
-    )
+    output = _Output(timeout, report, form, quiet or not speaks)
     with record_events(events if speaks else None) as log:
-        folder = resolve_folder(source, quiet=work.quiet)
-        plan = _plan(folder, settings, target, source, log)
+        plan = plan_reshard(settings, external_settings, quiet=output.quiet)
+        log.emit(
+            "planned",
+            source=source,
+            layout=plan.target.layout,
+            tensors=len(plan.checkpoint.tensors),
+            bytes_total=plan.copy_plan.bytes_written,
+            seconds=plan.planning_seconds,
+        )
         if not dry_run:
-            _reshard(plan, work, log)
+            _reshard(plan, settings, output, log)
         elif speaks:
-            _show_estimate(plan, work, log)
-    if not work.quiet:
+            _show_estimate(plan, settings, output, log)
+    if not output.quiet:
         print_notes(plan)
     if is_worker_process():
         exit_now(0)
 
 
 @dataclass(frozen=True)
-class _ReshardSettings:
-    """What is to be done with a plan.
+class _Output:
+    """How to run a reshard on this rank, and what to show of it.
 
     Args:
-        destination: the new folder.
-        max_memory: bytes that copying may allocate.
-        overwrite: replace what is at the destination.
-        push_to: a repository that gets the result too.
-        timeout: seconds that ranks wait for one another.
-        report: a file for a report of it.
-        form: of the output.
-        quiet: say errors only.
+        timeout: how long ranks wait for each other, in seconds.
+        report: the file to write a report to.
+        form: the format of the output.
+        quiet: print errors only.
     """
 
-    destination: Path
-    max_memory: int
-    overwrite: bool
-    push_to: str | None
     timeout: float
     report: Path | None
     form: str
     quiet: bool
 
 
-def _plan(
-    folder: Path, external: ExternalSettings | None, target: ReshardTarget, source: str, log: EventLog
-) -> ReshardPlan:
-    with gc_paused():  # of what takes seconds to import, nothing is imported before the source is there
-        from runtime.checkpoint.resharding.plan import plan_reshard
-
-        plan = plan_reshard(folder, target=target, external=external)
-    facts = {
-        "tensors": len(plan.checkpoint.tensors),
-        "bytes_total": plan.copy_plan.bytes_written,
-        "seconds": plan.planning_seconds,
-    }
-    log.emit("planned", source=source, layout=target.layout, **facts)
-    return plan
+def _show_estimate(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> None:
+    estimate = estimate_reshard(plan, settings)
+    log.emit("estimated", **estimate.to_json())
+    if output.form == "json":
+        console.emit_json(estimate_as_json(plan, estimate))
+    elif not output.quiet:
+        print_estimate(plan, estimate)
+    _save_report(plan, None, output)
 
 
-def _show_estimate(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> None:
-    from runtime.checkpoint.resharding.estimate import estimate
-
-    found = estimate(plan, settings.destination, settings.max_memory)
-    log.emit("estimated", **found.to_json())
-    if settings.form == "json":
-        console.emit_json(estimate_as_json(plan, found))
-    elif not settings.quiet:
-        print_estimate(plan, found)
-    _save_report(plan, None, settings)
-
-
-def _reshard(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> None:
-    """Write what was planned, push it where that is wanted, and say so; other ranks than the first say nothing."""
+def _reshard(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> None:
+    """Write what was planned, push it if asked, and print it; ranks other than the first print nothing."""
     log.emit("started", destination=settings.destination, bytes_total=plan.copy_plan.bytes_written)
-    result = _execute(plan, settings, log)
+    result = _execute(plan, settings, output, log)
     if result is None:
         return
-    said = result_as_json(plan, result)
-    log.emit("finished", **said)
-    if settings.form == "human" and not settings.quiet:
+    data = result_as_json(plan, result)
+    log.emit("finished", **data)
+    if output.form == "human" and not output.quiet:
         print_summary(plan, result)
-    _save_report(plan, result, settings)
+    _save_report(plan, result, output)
     if settings.push_to is not None:
-        said["pushed"] = _push(settings, settings.push_to, log)
-    if settings.form == "json":
-        console.emit_json(said)
+        data["pushed"] = _push(settings.destination, settings.push_to, output, log)
+    if output.form == "json":
+        console.emit_json(data)
 
 
-def _execute(plan: ReshardPlan, settings: _ReshardSettings, log: EventLog) -> ReshardResult | None:
-    from runtime.checkpoint.resharding.distribute import execute_distributed_reshard
-    from runtime.checkpoint.resharding.execute import execute_reshard
-    from runtime.checkpoint.resharding.results import ReshardOptions
-    from runtime.processes.group import process_group
-    from runtime.processes.started import is_worker_process
-
-    with console.progress(f"{plan.checkpoint.folder.name} → {plan.target.layout}", quiet=settings.quiet) as advance:
+def _execute(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> ReshardResult | None:
+    with console.progress(f"{plan.checkpoint.folder.name} → {plan.target.layout}", quiet=output.quiet) as advance:
 
         def progress(done: int, total: int, current: str) -> None:
             advance(done, total, current)
             log.progress(done, total, current)
 
-        def say(text: str) -> None:
+        def notify(text: str) -> None:
             log.emit("note", text=text)
-            if not settings.quiet:
+            if not output.quiet:
                 console.say(text)
 
-        options = ReshardOptions(progress, say, settings.max_memory, settings.overwrite)
-        if not is_worker_process():
-            return execute_reshard(plan, settings.destination, options)
-        with process_group(settings.timeout):
-            return execute_distributed_reshard(plan, settings.destination, options)
+        return reshard(plan, settings, progress, notify, timeout=output.timeout)
 
 
-def _save_report(plan: ReshardPlan, result: ReshardResult | None, settings: _ReshardSettings) -> None:
-    if settings.report is None:
+def _save_report(plan: ReshardPlan, result: ReshardResult | None, output: _Output) -> None:
+    if output.report is None:
         return
     from migrator.report import from_reshard
     from migrator.report.page import write_report
 
-    write_report(from_reshard.build_reshard_report(plan, result), settings.report)
-    if not settings.quiet:
-        console.say(f"wrote {settings.report}")
+    write_report(from_reshard.build_reshard_report(plan, result), output.report)
+    if not output.quiet:
+        console.say(f"wrote {output.report}")
 
 
-def _push(settings: _ReshardSettings, repository: str, log: EventLog) -> str:
+def _push(folder: Path, repository: str, output: _Output, log: EventLog) -> str:
     from runtime.hub import push
 
-    address = push(settings.destination, repository, quiet=settings.quiet)
+    address = push(folder, repository, quiet=output.quiet)
     log.emit("pushed", address=address)
-    if settings.form == "human" and not settings.quiet:
+    if output.form == "human" and not output.quiet:
         console.emit_line(f"pushed to {address}")
     return address
 
@@ -253,13 +227,13 @@ def print_notes(plan: ReshardPlan) -> None:
     if plan.config_changes:
         entries = "; ".join(map(str, plan.config_changes))
         console.say(f"note: config.json does not say what it said when the source was laid out: {entries}")
-    if unmatched := _find_unmatched(plan):
+    if unmatched := find_unmatched(plan):
         console.say(f"note: {describe_unmatched(unmatched)}")
-    if carried := _find_passthrough(plan):
+    if carried := find_passthrough(plan):
         where = "" if plan.target.layout == "hf" else ", in rank 0's file"
         tensors = pluralize(len(carried), "tensor")
         console.say(f"note: carried {tensors} that the model does not have{where}: {format_names(carried)}")
-    if without := _find_stateless(plan):
+    if without := find_stateless(plan):
         parameters = pluralize(len(without), "parameter")
         console.say(f"note: the optimizer has no state of {parameters}, frozen ones perhaps: {format_names(without)}")
     for name in plan.checkpoint.side_files.left_behind:
@@ -310,57 +284,3 @@ def print_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
         f"process, and {format_duration(estimate.seconds)} to copy"
     )
     console.emit_line("nothing was written")
-
-
-def result_as_json(plan: ReshardPlan, result: ReshardResult) -> dict[str, object]:
-    """Return what was written, for other programs."""
-    seconds = result.seconds
-    return {
-        "destination": str(result.destination),
-        "files": list(result.files),
-        "tensors": len(plan.checkpoint.tensors),
-        "bytes_read": result.bytes_read,
-        "bytes_written": result.bytes_written,
-        "bytes_shared": result.bytes_shared,
-        **_notes_as_json(plan),
-        "seconds": {"planning": seconds.planning, "copying": seconds.copying, "syncing": seconds.syncing},
-    }
-
-
-def estimate_as_json(plan: ReshardPlan, estimate: Estimate) -> dict[str, object]:
-    """Return what carrying a plan out would take, for other programs."""
-    return {
-        "tensors": len(plan.checkpoint.tensors),
-        "planning": plan.planning_seconds,
-        **estimate.to_json(),
-        **_notes_as_json(plan),
-    }
-
-
-def _notes_as_json(plan: ReshardPlan) -> dict[str, object]:
-    return {
-        "config_changes": [asdict(one) for one in plan.config_changes],
-        "unmatched": _find_unmatched(plan),
-        "carried": _find_passthrough(plan),
-        "left_behind": list(plan.checkpoint.side_files.left_behind),
-        "optimizer": _optimizer_as_json(plan),
-    }
-
-
-def _optimizer_as_json(plan: ReshardPlan) -> dict[str, object] | None:
-    state = plan.checkpoint.optimizer
-    if state is None:
-        return None
-    return {"tensors": len(state.tensors), "values": len(state.values), "stateless": _find_stateless(plan)}
-
-
-def _find_passthrough(plan: ReshardPlan) -> list[str]:
-    return [name for name, held in plan.checkpoint.tensors.items() if held.kind == "carried"]
-
-
-def _find_stateless(plan: ReshardPlan) -> list[str]:
-    return list(plan.checkpoint.optimizer.stateless) if plan.checkpoint.optimizer else []
-
-
-def _find_unmatched(plan: ReshardPlan) -> list[str]:
-    return list(plan.output.resolved_plan.unmatched) if plan.output.resolved_plan else []

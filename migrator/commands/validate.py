@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from migrator.actions import validate
 from migrator.options.common import SECONDS, mesh_options, reject_empty, report_option, require_runtime
+from migrator.settings import Validate
 from migrator.terminal import console
 from plans.text import pluralize
-from runtime.processes.started import exit_now
+from runtime.processes.started import exit_now, is_worker_process
 
 if TYPE_CHECKING:
-    from migrator.report.content import Report
+    from migrator.settings import Device
     from plans.mesh import Mode
     from runtime.parallel.mismatch import Mismatch
-    from runtime.validation.request import Device, ValidationRequest
+    from runtime.validation.request import ValidationRequest
     from runtime.validation.results import CheckResult, ValidationResult
 
-__all__ = ["build_report", "command", "explain_failure", "show_result"]
+__all__ = ["command", "explain_failure", "show_result"]
 
 
 @click.command("validate")
@@ -31,7 +33,7 @@ __all__ = ["build_report", "command", "explain_failure", "show_result"]
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda", "auto"]),
-    default="auto",
+    default=Validate.device,
     show_default=True,
     help="Where ranks compute; auto takes GPUs where each rank can have one.",
 )
@@ -43,11 +45,18 @@ __all__ = ["build_report", "command", "explain_failure", "show_result"]
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=1e-5,
+    default=Validate.tolerance,
     show_default=True,
     help="Of outputs in float32, relative to the largest; gradients may differ ten times as much.",
 )
-@click.option("--timeout", type=SECONDS, default=1800.0, show_default=True, metavar="SECONDS", help="For the workers.")
+@click.option(
+    "--timeout",
+    type=SECONDS,
+    default=Validate.timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the workers.",
+)
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 @report_option
 def command(
@@ -73,18 +82,19 @@ def command(
     in any layout, or hf://owner/name[@revision].
     """
     require_runtime()
-    from runtime.hub import resolve_folder
-    from runtime.processes.started import is_worker_process
-    from runtime.validation.request import ValidationRequest, resolve_mesh
-
-    folder, compared = resolve_folder(source), resolve_folder(reference) if reference else None
-    mesh, chosen = resolve_mesh(folder, _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp}), mode)
-    request = ValidationRequest(folder, mesh, chosen, compared, device, tolerance, timeout)
-    result = _validate(request)
+    is_worker = is_worker_process()
+    if not is_worker:
+        # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
+    settings = Validate(
+        source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout
+    )
+    validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":
-        _show_and_save(request, result, form, report)
-    code = 0 if result.ok else 1
-    if is_worker_process():
+        _show_and_save(validation.request, validation.result, form, report)
+    code = 0 if validation.result.ok else 1
+    if is_worker:
         exit_now(code)
     return code
 
@@ -96,19 +106,7 @@ def _read_explicit_sizes(sizes: dict[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if context.get_parameter_source(axis) != default}
 
 
-def _validate(request: ValidationRequest) -> ValidationResult:
-    from runtime.processes.started import is_worker_process
-    from runtime.validation.worker import run_validation, validate_as_rank
-
-    if is_worker_process():
-        return validate_as_rank(request)
-    # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return run_validation(request)
-
-
 def _show_and_save(request: ValidationRequest, result: ValidationResult, form: str, report: Path | None) -> None:
-
     if form == "json":
         console.emit_json(result.to_json())
     else:
@@ -116,28 +114,11 @@ def _show_and_save(request: ValidationRequest, result: ValidationResult, form: s
     if (text := explain_failure(request, result)) is not None:
         console.say(f"hint: {text}")
     if report is not None:
+        from migrator.report.from_validation import report_validation
         from migrator.report.page import write_report
 
-        write_report(build_report(request, result), report)
+        write_report(report_validation(request, result), report)
         console.say(f"wrote {report}")
-
-
-def build_report(request: ValidationRequest, result: ValidationResult) -> Report:
-    """Return the report of a validation, with what the checkpoint holds as far as it can be read."""
-    from migrator.report.from_validation import build_validation_report
-    from plans.errors import MigratorError
-    from runtime.checkpoint.open import detect_layout
-    from runtime.inspecting.inspection import inspect_checkpoint
-    from runtime.inspecting.results import Inspection
-    from runtime.validation.request import find_manifest
-
-    try:
-        planned = None if find_manifest(request.folder) else request.mesh
-        found = inspect_checkpoint(request.folder, planned, request.mode)
-    except MigratorError:
-        # What is wrong with it is among the mismatches; the rest of the page is what could not be read.
-        found = Inspection(request.folder, detect_layout(request.folder), "")
-    return build_validation_report(found, result.to_json())
 
 
 _MAX_MISMATCHES = 20

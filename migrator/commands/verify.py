@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrator.actions import verify
 from migrator.options.common import reject_empty, require_runtime
-from migrator.options.external import ExternalOptions, external_options, read_external_settings
+from migrator.options.external import ExternalOptions, external_options
+from migrator.settings import Verify
 from migrator.terminal import console
 from plans.text import pluralize
 
@@ -24,7 +26,7 @@ __all__ = ["command"]
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),
-    default=256,
+    default=Verify.max_memory,
     show_default=True,
     metavar="MIB",
     help="What reading may allocate, in MiB.",
@@ -39,14 +41,8 @@ def command(source: str, other: str | None, external: ExternalOptions, max_memor
     listed with its first differing element.
     """
     require_runtime(show_downloads=not quiet)
-    from runtime.hub import resolve_folder
-
-    settings = read_external_settings(external, source)
-    folders = [resolve_folder(name, quiet=quiet) for name in (source, other) if name is not None]
-    from runtime.checkpoint.verifying.verify import verify
-
-    with console.progress("verifying", quiet=quiet) as advance:
-        result = verify(*folders, max_memory=max_memory * 2**20, progress=advance, external=settings)
+    settings = Verify(source, other, max_memory, **vars(external))
+    result = verify(settings, console.progress("verifying", quiet=quiet), quiet=quiet)
     if form == "json":
         console.emit_json(result.to_json())
     else:

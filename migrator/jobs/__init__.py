@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from migrator.jobs.batch import foresee_files, run_files, watch
-from migrator.jobs.dry_run import foresee
+from migrator.jobs.job import Job, Step
 from migrator.jobs.reading import job_files, read
 from migrator.jobs.results import Event, Forecast, JobResult, Listener, StepForecast, StepResult
-from migrator.jobs.running import run
-from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify
+from migrator.jobs.running import foresee, run
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 
 __all__ = [
     "Check",

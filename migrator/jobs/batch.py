@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from migrator.jobs.dry_run import foresee
 from migrator.jobs.files import Stamp, Stamps, collect_stamps
+from migrator.jobs.job import Job
 from migrator.jobs.path_conflicts import check_job_conflicts
 from migrator.jobs.reading import job_files, read
 from migrator.jobs.results import (
@@ -21,8 +21,7 @@ from migrator.jobs.results import (
     notify_listener,
     wrap_internal_error,
 )
-from migrator.jobs.running import ignore_event, run
-from migrator.jobs.steps import Job
+from migrator.jobs.running import foresee, ignore_event, run
 from plans.errors import MigratorError, UsageError
 from runtime.checkpoint.copying.signals import Stop, catch_stop_signals
 

@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from migrator.jobs.files import Stamps, collect_stamps, is_regular_file, list_files
+from migrator.jobs.job import Job, Step, is_on_hub
 from migrator.jobs.readers import list_external_files
 from migrator.jobs.state import Record, Records
-from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify, is_on_hub
 from migrator.options.common import require_runtime
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 
 __all__ = [
     "CacheKey",

@@ -1,16 +1,16 @@
-"""The work of each kind of step, by the functions that the commands call; what comes of it is a plain value."""
+"""The work of each kind of step, by the actions that the commands call too."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from migrator.jobs.cache_key import locate_checkpoint
+from migrator import actions
 from migrator.jobs.interruption import interruptible
 from migrator.jobs.results import ActionOutcome, StepContext
-from migrator.jobs.steps import Check, Reshard, Rewrite, Validate, Verify
-from migrator.options.external import read_external_settings
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.text import format_count
 
 if TYPE_CHECKING:
@@ -18,41 +18,32 @@ if TYPE_CHECKING:
 
 __all__ = ["EXECUTORS"]
 
-_MIB = 2**20
-_COMPARED_WITH = {
+_VERDICTS = {
     "checkpoint": "the same content",
     "manifest": "as the manifest records it",
     "headers": "whole, by its headers",
 }
+"""What a verification without differences proves, by what it compared the checkpoint with."""
 
 
 def _rewrite(step: Rewrite, context: StepContext) -> ActionOutcome:
-    from migrator.commands.rewrite import compute_rewrite_exit_code, run_rewrite
     from migrator.formats.patch import format_patch
-    from migrator.options.source import read_requests
 
-    requests = read_requests(step.paths, changed_only=False, base_ref=None, source=step.source, target=step.target)
-    report = run_rewrite(requests, write=step.in_place, verify=step.verify)
+    report = actions.rewrite(step)
     edits = sum(len(change.edits) for change in report.changes)
-    did = "rewrote" if report.written else "would rewrite"
-    said = f"{did} {format_count(edits, 'entry', 'entries')} in {format_count(len(report.changes), 'file')}"
-    written = tuple(change.path for change in report.changes) if report.written else ()
-    pending = None if report.written else format_patch(report.changes)
-    return replace(
-        _build_tree_outcome(report, compute_rewrite_exit_code(report), said), patch=pending, written_files=written
-    )
+    verb = "rewrote" if report.written else "would rewrite"
+    summary = f"{verb} {format_count(edits, 'entry', 'entries')} in {format_count(len(report.changes), 'file')}"
+    outcome = _build_tree_outcome(report, actions.compute_rewrite_exit_code(report), summary)
+    if report.written:
+        return replace(outcome, written_files=tuple(change.path for change in report.changes))
+    return replace(outcome, patch=format_patch(report.changes))
 
 
 def _check(step: Check, context: StepContext) -> ActionOutcome:
-    from migrator.commands.check import compute_check_exit_code, run_check
-    from migrator.options.source import read_requests
-
-    requests = read_requests(step.paths, changed_only=False, base_ref=None, source=step.source, target=step.target)
-    report = run_check(requests)
-    found = sum(one.finding.severity != "note" for one in report.all_findings)
-    return _build_tree_outcome(
-        report, compute_check_exit_code(report), format_count(found, "finding") if found else "clean"
-    )
+    report = actions.check(step)
+    findings = sum(located.finding.severity != "note" for located in report.all_findings)
+    summary = format_count(findings, "finding") if findings else "clean"
+    return _build_tree_outcome(report, actions.compute_check_exit_code(report), summary)
 
 
 def _build_tree_outcome(report: SourceReport, code: int, summary: str) -> ActionOutcome:
@@ -63,42 +54,31 @@ def _build_tree_outcome(report: SourceReport, code: int, summary: str) -> Action
 
 
 def _reshard(step: Reshard, context: StepContext) -> ActionOutcome:
-    from migrator.jobs.resharding import run_reshard
+    from migrator.jobs.resharding import run_step
 
-    return run_reshard(step, context)
+    return run_step(step, context)
 
 
 def _verify(step: Verify, context: StepContext) -> ActionOutcome:
-    from runtime.checkpoint.verifying.verify import verify
-
     with interruptible():
-        folders = [locate_checkpoint(text) for text in (step.source, step.other) if text is not None]
-        foreign = read_external_settings(step, step.source)
-        found = verify(*folders, max_memory=step.max_memory * _MIB, progress=context.progress, external=foreign)
-    said = _COMPARED_WITH[found.against] if found.ok else format_count(len(found.differences), "difference")
-    return ActionOutcome(0 if found.ok else 1, said, found.to_json())
+        verification = actions.verify(step, nullcontext(context.progress))
+    differences = len(verification.differences)
+    summary = _VERDICTS[verification.against] if verification.ok else format_count(differences, "difference")
+    return ActionOutcome(0 if verification.ok else 1, summary, verification.to_json())
 
 
 def _validate(step: Validate, context: StepContext) -> ActionOutcome:
-    from migrator.commands.validate import build_report
+    from migrator.report.from_validation import report_validation
     from migrator.report.page import render_report
-    from runtime.validation.request import ValidationRequest, resolve_mesh
-    from runtime.validation.worker import run_validation
 
     with interruptible():
-        folder, reference = (
-            locate_checkpoint(step.source),
-            locate_checkpoint(step.reference) if step.reference else None,
-        )
-        sizes = {axis: size for axis in ("tp", "ep", "fsdp") if (size := getattr(step, axis)) is not None}
-        mesh, mode = resolve_mesh(folder, sizes, step.mode)
-        request = ValidationRequest(folder, mesh, mode, reference, step.device, step.tolerance, step.timeout)
-        result = run_validation(request)
-        page = render_report(build_report(request, result))
+        validation = actions.validate(step)
+        page = render_report(report_validation(validation.request, validation.result))
+    result = validation.result
     wrong = [part for part, check in result.checks.items() if not check.ok]
     verdict = "proven" if result.ok else f"wrong: {', '.join(wrong)}" if wrong else "not proven"
-    said = f"{verdict} on {format_count(result.world_size, 'rank')}"
-    return ActionOutcome(0 if result.ok else 1, said, result.to_json(), page)
+    summary = f"{verdict} on {format_count(result.world_size, 'rank')}"
+    return ActionOutcome(0 if result.ok else 1, summary, result.to_json(), page)
 
 
 EXECUTORS: Mapping[type, Callable[[Any, StepContext], ActionOutcome]] = {
@@ -108,4 +88,4 @@ EXECUTORS: Mapping[type, Callable[[Any, StepContext], ActionOutcome]] = {
     Verify: _verify,
     Validate: _validate,
 }
-"""What does each kind of step."""
+"""The function that does the work of each kind of step."""

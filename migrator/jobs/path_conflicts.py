@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from migrator.jobs.cache_key import find_source_checkpoints
+from migrator.jobs.job import Job, is_on_hub
 from migrator.jobs.readers import list_external_files
-from migrator.jobs.steps import Job, Reshard, is_on_hub
+from migrator.settings import Reshard
 from plans.errors import UsageError
 
 __all__ = ["check_job_conflicts", "check_path_conflicts"]

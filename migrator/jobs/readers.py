@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from migrator.jobs.steps import is_on_hub
+from migrator.jobs.job import is_on_hub
 from migrator.options.external import ExternalOptions
 from plans.errors import UsageError
 from plans.text import suggest_name

@@ -10,14 +10,15 @@ from typing import Any
 
 from migrator.jobs import readers
 from migrator.jobs.files import read_regular_file
+from migrator.jobs.job import Job, Step
 from migrator.jobs.path_conflicts import check_path_conflicts
 from migrator.jobs.readers import (
     EXTERNAL_SETTINGS,
     SettingLocation,
     SettingReader,
 )
-from migrator.jobs.steps import Check, Job, Reshard, Rewrite, Step, Validate, Verify
 from migrator.options.external import check_external_options
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.errors import UsageError
 from plans.mesh import MODES, Mesh
 from plans.text import suggest_name

@@ -1,4 +1,4 @@
-"""What running a job tells, comes to, or would do: plain values, each with one JSON form."""
+"""What a job reports while it runs, what came of it, and what a dry run forecasts: plain values with a JSON form."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = [
 
 
 Outcome = Literal["ok", "findings", "failed", "stopped", "not run"]
-"""`findings` are those of a check, which are told but stop nothing; `failed` has a mismatch or could not be done."""
+"""`findings` are those of a check, which do not end the job; `failed` means a mismatch or an error."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens while a job runs.
+    """Something that happened while a job ran.
 
     Args:
-        name: `started`, `skipped`, `progress`, `print_notes` or `finished` of a step; `refused` or `done` of a job.
-        job: its name.
-        step: its name, None where the whole job is meant.
-        data: what there is to say.
+        name: `started`, `skipped`, `progress`, `note` or `finished` for a step; `refused` or `done` for a job.
+        job: the job's name.
+        step: the step's name, None for an event of the whole job.
+        data: further fields, which depend on the name.
     """
 
     name: str
@@ -50,7 +50,7 @@ Listener = Callable[[Event], None]
 
 
 def notify_listener(listen: Listener, event: Event) -> str | None:
-    """Tell a listener of an event; return the traceback where it failed, which decides nothing else."""
+    """Pass an event to a listener; return the traceback if it fails, which has no other effect."""
     try:
         listen(event)
     except Exception:
@@ -59,7 +59,7 @@ def notify_listener(listen: Listener, event: Event) -> str | None:
 
 
 def wrap_internal_error(error: Exception) -> MigratorError:
-    """Return what a person is told of a fault of ours."""
+    """Return an unexpected exception, which is a bug in migrator, as an error to show the user."""
     return MigratorError(
         f"internal error: {type(error).__name__}: {error}",
         hint="report it with the traceback: a step's is in its job's events, any is shown with MIGRATOR_DEBUG=1",
@@ -72,13 +72,13 @@ class StepResult:
     """What came of a step.
 
     Args:
-        step: its name.
-        outcome: in one word.
-        code: its exit code: 0, 1 where something was found, 2 where it could not be done.
+        step: the step's name.
+        outcome: what came of it, in one word.
+        code: its exit code: 0, 1 if something was found, 2 if it failed.
         said: what came of it, in one line.
-        why: it was run, None where it was done before or never came to be.
-        seconds: it took.
-        error: why it could not be done.
+        why: the reason why it was run, None if it was up to date or skipped.
+        seconds: how long it took.
+        error: the error that it failed with.
     """
 
     step: str
@@ -91,17 +91,17 @@ class StepResult:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether it was done before."""
-        return self.why is None and self.outcome in ("ok", "findings")
+        """Whether it was up to date."""
+        return self.why is None and not self.stops
 
     @property
     def stops(self) -> bool:
-        """Whether later steps of the job are not run."""
+        """Whether later steps of the job are skipped."""
         return self.outcome not in ("ok", "findings")
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
-        plain = {name: getattr(self, name) for name in ("step", "outcome", "code", "said", "why", "seconds")}
+        plain = {name: value for name, value in vars(self).items() if name != "error"}
         return {**plain, "skipped": self.is_skipped, "error": _summarize_error(self.error)}
 
 
@@ -110,11 +110,11 @@ class JobResult:
     """What came of a job.
 
     Args:
-        file: that declares it.
-        steps: in their order; empty where the job itself could not be begun.
-        output: the folder of what it made, None where the file could not be read.
-        stopped: the signal that ended it, None where none did.
-        error: why it could not be begun.
+        file: the job file.
+        steps: the result of each step, in order; empty if the job could not begin.
+        output: the job's output folder, None if the job file could not be read.
+        stopped: the name of the signal that ended the job, None if none did.
+        error: the reason why the job could not begin.
     """
 
     file: Path
@@ -125,17 +125,17 @@ class JobResult:
 
     @property
     def name(self) -> str:
-        """What the job is called."""
+        """The job's name."""
         return self.file.stem
 
     @property
     def code(self) -> int:
-        """The worst exit code of its steps; 2 where it was not begun."""
+        """The highest exit code of its steps, or 2 if it could not begin."""
         return max((step.code for step in self.steps), default=2)
 
     @property
     def ok(self) -> bool:
-        """Whether everything was done and nothing found."""
+        """Whether every step succeeded and nothing was found."""
         return self.code == 0
 
     def to_json(self) -> dict[str, object]:
@@ -154,17 +154,17 @@ class JobResult:
 
 @dataclass(frozen=True)
 class StepForecast:
-    """What would become of a step.
+    """What a run would do with a step.
 
     Args:
-        step: its name.
-        why: it would be run, None where it would not.
-        outcome: in one word: what came of it where it is done, `failed` where it could not be done, `not run` behind
-            such a one, None where only running it tells.
-        code: its exit code, where its outcome is known.
-        said: what came of it, or would, in one line.
-        estimate: of a reshard, in JSON, where its source is there already.
-        error: why it could not be done.
+        step: the step's name.
+        why: the reason why it would be run, None if it would not.
+        outcome: the recorded outcome if it is up to date, `failed` if it would fail, `not run` after a step that would
+            fail, None if only a run can tell.
+        code: its exit code, if its outcome is known.
+        said: what came of it or would come of it, in one line.
+        estimate: what a reshard would take, in JSON, if its source exists already.
+        error: the error that it would fail with.
     """
 
     step: str
@@ -175,23 +175,31 @@ class StepForecast:
     estimate: Mapping[str, object] | None = None
     error: MigratorError | None = None
 
+    @property
+    def stops(self) -> bool:
+        """Whether later steps of the job would be skipped."""
+        return self.error is not None
+
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
         return {
             "step": self.step,
             "runs": self.why is not None,
-            "why": self.why,
-            "outcome": self.outcome,
-            "code": self.code,
-            "said": self.said,
-            "estimate": self.estimate,
+            **vars(self),
             "error": _summarize_error(self.error),
         }
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What would become of a job; arguments as `JobResult` has them."""
+    """What a run would do with a job.
+
+    Args:
+        file: the job file.
+        steps: the forecast of each step, in order; empty if the job could not begin.
+        output: the job's output folder, None if the job file could not be read.
+        error: the reason why the job could not begin.
+    """
 
     file: Path
     steps: tuple[StepForecast, ...] = ()
@@ -200,12 +208,12 @@ class Forecast:
 
     @property
     def name(self) -> str:
-        """What the job is called."""
+        """The job's name."""
         return self.file.stem
 
     @property
     def code(self) -> int:
-        """The worst exit code of its steps, those that only running tells being 0; 2 where it could not be begun."""
+        """The highest exit code of its steps, 0 for those that only a run can tell; 2 if the job could not begin."""
         return 2 if self.error else max((step.code for step in self.steps), default=0)
 
     def to_json(self) -> dict[str, object]:
@@ -220,12 +228,12 @@ def _summarize_error(error: MigratorError | None) -> dict[str, object] | None:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a step is given beside its options.
+    """What a step's work needs to know besides the step's settings.
 
     Args:
-        is_own_output: whether nothing is at the destination but what this job wrote there and nobody touched.
-        progress: told bytes done, bytes in all and what is at hand.
-        notify: told what a person should know.
+        is_own_output: whether the destination holds nothing but what this job wrote there, unchanged.
+        progress: called with the bytes done, the bytes in all and the current tensor.
+        notify: called with notes for the user.
     """
 
     is_own_output: bool
@@ -239,12 +247,12 @@ class ActionOutcome:
 
     Args:
         code: its exit code.
-        summary: in one line.
-        result: in JSON, as the command prints it.
-        page: its report for a browser.
-        patch: that would do what it did not.
-        written_files: files of its own sources that it changed.
-        error: why part of it could not be done.
+        summary: what came of it, in one line.
+        result: what the command prints as JSON.
+        page: a report for a browser.
+        patch: the edits that were planned but not made.
+        written_files: the files among the step's own sources that it changed.
+        error: the reason why part of the work failed.
     """
 
     code: int

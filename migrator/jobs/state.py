@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from migrator.jobs.files import format_json, read_regular_file, write_atomically
+from migrator.jobs.job import Job
 from migrator.jobs.results import Outcome
-from migrator.jobs.steps import Job
 from plans.errors import UsageError
 
 __all__ = ["Record", "Records", "Status", "read_state", "write_state"]

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from migrator.report.content import Report, ReportFinding
 from migrator.report.from_inspection import build_inspection_report
+from plans.errors import MigratorError
 from runtime.inspecting.results import Inspection
 
-__all__ = ["build_validation_report"]
+if TYPE_CHECKING:
+    from runtime.validation.request import ValidationRequest
+    from runtime.validation.results import ValidationResult
+
+__all__ = ["build_validation_report", "report_validation"]
 
 _PARTS = ("structure", "content", "forward", "backward", "generation")
+
+
+def report_validation(request: ValidationRequest, result: ValidationResult) -> Report:
+    """Return the report of a validation, with the checkpoint's content as far as it can be read.
+
+    Args:
+        request: the validation that was asked for.
+        result: what it found.
+    """
+    from runtime.checkpoint.open import detect_layout
+    from runtime.inspecting.inspection import inspect_checkpoint
+    from runtime.validation.request import find_manifest
+
+    try:
+        planned = None if find_manifest(request.folder) else request.mesh
+        inspection = inspect_checkpoint(request.folder, planned, request.mode)
+    except MigratorError:
+        # The result's mismatches say what is wrong; the page just lacks what could not be read.
+        inspection = Inspection(request.folder, detect_layout(request.folder), "")
+    return build_validation_report(inspection, result.to_json())
 
 
 def build_validation_report(inspection: Inspection, result_json: Mapping[str, Any]) -> Report:

@@ -1,0 +1,251 @@
+"""What commands and jobs both do: each action takes frozen settings and returns a result; none of them prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from migrator.options.external import read_external_settings
+from migrator.options.source import ProjectRequest, read_requests
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from plans.errors import MismatchError
+from plans.gc_paused import gc_paused
+
+if TYPE_CHECKING:
+    from codemods.tree.outcome import Outcome
+    from migrator.formats.report import SourceReport
+    from runtime.checkpoint.copying.copy import Progress
+    from runtime.checkpoint.external.source import ExternalSettings
+    from runtime.checkpoint.resharding.estimate import Estimate
+    from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
+    from runtime.checkpoint.verifying.differences import Verification
+    from runtime.validation.request import ValidationRequest
+    from runtime.validation.results import ValidationResult
+
+__all__ = [
+    "Validation",
+    "check",
+    "compute_check_exit_code",
+    "compute_rewrite_exit_code",
+    "estimate_reshard",
+    "plan_reshard",
+    "reshard",
+    "rewrite",
+    "validate",
+    "verify",
+]
+
+_MIB = 2**20
+
+
+def rewrite(settings: Rewrite, *, changed_only: bool = False, base_ref: str | None = None) -> SourceReport:
+    """Compute all rewrites, and write them if `in_place` is set and no proof fails.
+
+    Args:
+        settings: what to rewrite.
+        changed_only: restrict the rewrite to models with a file changed since `base_ref`.
+        base_ref: the git revision that `changed_only` compares with, None for the default.
+
+    Raises:
+        UsageError: the settings or the project's configuration are not valid.
+    """
+    from codemods.rewriting.migrate import plan_rewrites
+    from codemods.rewriting.proof import verify_outcome
+    from codemods.rewriting.write import write_changes
+    from codemods.tree.outcome import merge_outcomes
+    from codemods.tree.selection import Suppressions
+    from migrator.formats.report import build_pending_report, build_written_report
+
+    requests = _read_requests(settings, changed_only, base_ref)
+    outcome = merge_outcomes(
+        [
+            plan_rewrites(request.paths, Suppressions(request.selection), request.target, request.source)
+            for request in requests
+        ]
+    )
+    problems = verify_outcome(outcome, [path for one in requests for path in one.paths]) if settings.verify else ()
+    outcome = replace(outcome, errors=(*outcome.errors, *problems))
+    if problems or not settings.in_place:
+        return build_pending_report(outcome)
+    return build_written_report(outcome, write_changes(outcome.changes))
+
+
+def compute_rewrite_exit_code(report: SourceReport) -> int:
+    """Return 0, 1 if the only errors are differences from the converter's output, or 2 for any other error."""
+    if not report.errors:
+        return 0
+    return 1 if all(isinstance(error, MismatchError) for error in report.errors) else 2
+
+
+def check(settings: Check, *, changed_only: bool = False, base_ref: str | None = None) -> SourceReport:
+    """Find pending rewrites and plan defects.
+
+    Args:
+        settings: what to check.
+        changed_only: see `rewrite`.
+        base_ref: see `rewrite`.
+
+    Raises:
+        UsageError: see `rewrite`.
+    """
+    from codemods.tree.outcome import merge_outcomes
+    from migrator.formats.report import build_pending_report
+
+    requests = _read_requests(settings, changed_only, base_ref)
+    return build_pending_report(merge_outcomes([_check_project(request) for request in requests]))
+
+
+def compute_check_exit_code(report: SourceReport) -> int:
+    """Return 0, 1 if a finding is a warning or an error, or 2 if a file could not be checked."""
+    if report.errors:
+        return 2
+    return 0 if report.is_clean else 1
+
+
+def _read_requests(settings: Rewrite | Check, changed_only: bool, base_ref: str | None) -> list[ProjectRequest]:
+    return read_requests(
+        settings.paths, changed_only=changed_only, base_ref=base_ref, source=settings.source, target=settings.target
+    )
+
+
+def _check_project(request: ProjectRequest) -> Outcome:
+    from codemods.checking.check import check_paths
+    from codemods.tree.outcome import find_unused_comments
+    from codemods.tree.selection import Suppressions
+
+    suppressions = Suppressions(request.selection)
+    outcome = check_paths(request.paths, suppressions, request.source, request.target)
+    return replace(outcome, findings=(*outcome.findings, *find_unused_comments(suppressions)))
+
+
+def plan_reshard(settings: Reshard, external: ExternalSettings | None, *, quiet: bool = True) -> ReshardPlan:
+    """Fetch the source if it is on the hub, and plan how to reshard it.
+
+    Args:
+        settings: what to reshard.
+        external: how to read the source, from `migrator.options.external.read_external_settings`.
+        quiet: show no progress of a download.
+
+    Raises:
+        UsageError: the sizes do not form a mesh.
+        MigratorError: the source cannot be read, or cannot be resharded as asked.
+    """
+    from migrator.options.common import build_mesh
+    from runtime.checkpoint.resharding.target import ReshardTarget
+    from runtime.hub import resolve_folder
+
+    mesh, mode = build_mesh(settings.tp, settings.ep, settings.fsdp, settings.mode)
+    layout = settings.layout or ("dcp" if mesh.world_size > 1 else "hf")
+    target = ReshardTarget(layout, mesh, mode, settings.experts, settings.optimizer)
+    folder = resolve_folder(settings.source, quiet=quiet)
+    with gc_paused():  # The import takes seconds, so it waits until the source is known to exist.
+        from runtime.checkpoint.resharding.plan import plan_reshard
+
+        return plan_reshard(folder, target=target, external=external)
+
+
+def estimate_reshard(plan: ReshardPlan, settings: Reshard) -> Estimate:
+    """Estimate the disk, memory and time that a planned reshard would take."""
+    from runtime.checkpoint.resharding.estimate import estimate
+
+    return estimate(plan, settings.destination, settings.max_memory * _MIB)
+
+
+def reshard(
+    plan: ReshardPlan,
+    settings: Reshard,
+    progress: Progress,
+    notify: Callable[[str], None],
+    *,
+    timeout: float | None = None,
+) -> ReshardResult | None:
+    """Carry out a planned reshard; under torchrun each rank writes its share.
+
+    Args:
+        plan: the plan, from `plan_reshard`.
+        settings: the settings that it was planned from.
+        progress: called with the bytes done, the bytes in all and the current tensor.
+        notify: called with notes for the user.
+        timeout: how long ranks wait for each other under torchrun, in seconds.
+
+    Returns:
+        What was written, None on ranks other than the first.
+
+    Raises:
+        DestinationError: the destination exists or cannot be written.
+        MigratorError: the source cannot be read, or a signal stopped the run.
+    """
+    from runtime.checkpoint.resharding.results import ReshardOptions
+    from runtime.processes.started import is_worker_process
+
+    options = ReshardOptions(progress, notify, settings.max_memory * _MIB, settings.overwrite)
+    if timeout is None or not is_worker_process():
+        from runtime.checkpoint.resharding.execute import execute_reshard
+
+        return execute_reshard(plan, settings.destination, options)
+    from runtime.checkpoint.resharding.distribute import execute_distributed_reshard
+    from runtime.processes.group import process_group
+
+    with process_group(timeout):
+        return execute_distributed_reshard(plan, settings.destination, options)
+
+
+def verify(settings: Verify, progress: AbstractContextManager[Progress], *, quiet: bool = True) -> Verification:
+    """Compare a checkpoint with its manifest or with another checkpoint.
+
+    Args:
+        settings: what to compare.
+        progress: entered once the checkpoints are fetched, and gives what is called with the bytes done, the bytes in
+            all and the current tensor.
+        quiet: show no progress of a download.
+
+    Raises:
+        MigratorError: a checkpoint cannot be found or read.
+    """
+    from runtime.hub import resolve_folder
+
+    external = read_external_settings(settings, settings.source)
+    folders = [resolve_folder(name, quiet=quiet) for name in (settings.source, settings.other) if name is not None]
+    from runtime.checkpoint.verifying.verify import verify
+
+    with progress as advance:
+        return verify(*folders, max_memory=settings.max_memory * _MIB, progress=advance, external=external)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation that was run.
+
+    Args:
+        request: the checkpoint, and the mesh and mode that were chosen for it.
+        result: what the ranks found.
+    """
+
+    request: ValidationRequest
+    result: ValidationResult
+
+
+def validate(settings: Validate, *, quiet: bool = True) -> Validation:
+    """Prove a checkpoint on real processes; under torchrun this process is one of them.
+
+    Args:
+        settings: what to validate.
+        quiet: show no progress of a download.
+
+    Raises:
+        UsageError: the checkpoint was laid out for another mesh or mode.
+        MigratorError: a checkpoint cannot be found, or the workers failed.
+    """
+    from runtime.hub import resolve_folder
+    from runtime.processes.started import is_worker_process
+    from runtime.validation.request import ValidationRequest, resolve_mesh
+    from runtime.validation.worker import run_validation, validate_as_rank
+
+    folder = resolve_folder(settings.source, quiet=quiet)
+    reference = resolve_folder(settings.reference, quiet=quiet) if settings.reference else None
+    sizes = {axis: size for axis in ("tp", "ep", "fsdp") if (size := getattr(settings, axis)) is not None}
+    mesh, mode = resolve_mesh(folder, sizes, settings.mode)
+    request = ValidationRequest(folder, mesh, mode, reference, settings.device, settings.tolerance, settings.timeout)
+    return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))

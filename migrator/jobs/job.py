@@ -1,0 +1,72 @@
+"""A declared migration: its steps by name, and the files that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+
+__all__ = ["Job", "Step", "is_on_hub"]
+
+_HUB_PREFIX = "hf://"
+
+Step = Rewrite | Check | Reshard | Verify | Validate
+
+
+@dataclass(frozen=True)
+class Job:
+    """A declared migration.
+
+    Args:
+        file: that declares it.
+        output: the folder of its state, events, results and reports, and of checkpoints that name no other place.
+        steps: by name, in the order in which they run.
+    """
+
+    file: Path
+    output: Path
+    steps: Mapping[str, Step]
+
+    @property
+    def name(self) -> str:
+        """What the job is called: its file's name without the ending."""
+        return self.file.stem
+
+    @property
+    def state(self) -> Path:
+        """The file that remembers what was done."""
+        return self.output / "state.json"
+
+    @property
+    def events(self) -> Path:
+        """The file that tells what happens."""
+        return self.output / "events.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock one run at a time holds."""
+        return self.output.with_name(self.output.name + ".lock")
+
+    @property
+    def own(self) -> tuple[Path, ...]:
+        """Where it keeps what it knows, and where no checkpoint may go."""
+        return (self.state, self.events, self.lock, self.output / "results", self.output / "reports")
+
+    def result(self, step: str) -> Path:
+        """Return the file of a step's result in JSON."""
+        return self.output / "results" / f"{step}.json"
+
+    def patch(self, step: str) -> Path:
+        """Return the file of a rewrite's patch."""
+        return self.output / "results" / f"{step}.patch"
+
+    def report(self, step: str) -> Path:
+        """Return the file of a step's report for a browser."""
+        return self.output / "reports" / f"{step}.html"
+
+
+def is_on_hub(source: str) -> bool:
+    """Return whether a checkpoint that a step names lies on the hub."""
+    return source.startswith(_HUB_PREFIX)

@@ -1,0 +1,115 @@
+"""The settings of what commands and jobs both do, each a frozen value; defaults stand here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from migrator.options.external import ExternalOptions
+from plans.mesh import Mode
+
+__all__ = ["Check", "Device", "Experts", "Layout", "Reshard", "Rewrite", "Validate", "Verify"]
+
+Layout = Literal["hf", "dcp", "ranks"]
+Experts = Literal["fused", "separate"]
+Device = Literal["cpu", "cuda", "auto"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Rewrite plan literals, or make the patch that would.
+
+    Args:
+        paths: files and folders.
+        source: the dialect that the tree uses, None to detect it.
+        target: the dialect to rewrite to, None for the project's own setting or param-level.
+        verify: require that the tree's own modular converter produces the same files.
+        in_place: edit the tree; otherwise the edits are only planned.
+    """
+
+    paths: tuple[Path, ...]
+    source: str | None = None
+    target: str | None = None
+    verify: bool = False
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Check:
+    """Check a tree for pending rewrites and plan defects; see `Rewrite` for the arguments."""
+
+    paths: tuple[Path, ...]
+    source: str | None = None
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Reshard(ExternalOptions):
+    """Bring a checkpoint to another layout and mesh.
+
+    Args:
+        source: a folder, or `hf://owner/name[@revision]`.
+        destination: the new folder.
+        tp, ep, fsdp: the sizes of the mesh's axes.
+        mode: which of the model's plans apply, None for the mesh's default.
+        layout: the layout of the result, None for the mesh's default.
+        experts: how hub form stores experts, None to keep the way they are stored.
+        optimizer: whether to take the optimizer's state along, None to take it if there is one.
+        max_memory: the memory that copying may allocate, in MiB.
+        overwrite: replace a checkpoint at the destination; a job replaces its own earlier result in any case.
+        push_to: a repository of the hub to upload the result to.
+    """
+
+    source: str
+    destination: Path
+    tp: int = 1
+    ep: int = 1
+    fsdp: int = 1
+    mode: Mode | None = None
+    layout: Layout | None = None
+    experts: Experts | None = None
+    optimizer: bool | None = None
+    max_memory: int = 256
+    overwrite: bool = False
+    push_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Verify(ExternalOptions):
+    """Compare a checkpoint's content with its manifest, or with another checkpoint.
+
+    Args:
+        source: the checkpoint.
+        other: the checkpoint to compare it with, None to compare it with its own manifest.
+        max_memory: the memory that reading may allocate, in MiB.
+    """
+
+    source: str
+    other: str | None = None
+    max_memory: int = Reshard.max_memory
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Prove a checkpoint on real processes.
+
+    Args:
+        source: the checkpoint.
+        reference: the checkpoint that it was made from, None to assemble the unsharded model from the source itself.
+        tp, ep, fsdp: the sizes of the mesh's axes, None for those that the checkpoint was laid out for.
+        mode: which of the model's plans apply, None for the mode that the checkpoint was laid out for.
+        device: where the ranks compute.
+        tolerance: the accepted difference of outputs in float32, relative to the largest.
+        timeout: how long the workers may take, in seconds.
+    """
+
+    source: str
+    reference: str | None = None
+    tp: int | None = None
+    ep: int | None = None
+    fsdp: int | None = None
+    mode: Mode | None = None
+    device: Device = "auto"
+    tolerance: float = 1e-5
+    timeout: float = 1800.0
