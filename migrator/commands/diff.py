@@ -1,4 +1,4 @@
-"""`migrator diff`: what a plan edit between two git revisions really changes on the mesh."""
+"""`migrator diff`: what plan edits between two git revisions change on the mesh."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["command"]
 @click.command("diff")
 @click.argument("base")
 @click.argument("head", required=False)
-@click.option("--allow", multiple=True, metavar="MODEL", help="Accept every change of this model; repeatable.")
+@click.option("--allow", multiple=True, metavar="MODEL", help="Accept all changes to this model; repeatable.")
 @click.option(
-    "--format", "form", type=click.Choice(["human", "json", "github"]), default="human", help="How to print the result."
+    "--format", "form", type=click.Choice(["human", "json", "github"]), default="human", help="Output format."
 )
 @gc_paused()
 def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
@@ -62,7 +62,7 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
             console.emit(line)
     for name in sorted(allow):
         if name not in {difference.model for difference in report.comparison.differences}:
-            console.say(f"--allow {name}: nothing of this model changed")
+            console.say(f"--allow {name}: no plan of this model changed")
     for error in report.comparison.errors:
         console.error(error)
     if report.comparison.errors:
@@ -71,12 +71,12 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
 
 
 def _check_allowed(allow: Sequence[str], before: Snapshot, after: Snapshot) -> None:
-    """Refuse a model that neither tree has, whose changes `--allow` was to accept."""
+    """Refuse an `--allow` of a model that neither tree has."""
     known = {path.parent.name for snapshot in (before, after) for path in snapshot.blobs}
     unknown = sorted(set(allow) - known)
     if unknown:
         raise UsageError(
             f"--allow {unknown[0]}: neither {before.name} nor {after.name} has a model of this name",
-            hint="name the model's folder, such as mixtral",
+            hint="give the name of the model's folder, such as mixtral",
             model=unknown[0],
         )

@@ -1,4 +1,4 @@
-"""`migrator explain`: what a rule does and why, from the rules' own data."""
+"""`migrator explain`: what a rule does and why, from the data of the rules."""
 
 from __future__ import annotations
 
@@ -16,41 +16,39 @@ __all__ = ["command"]
 
 @click.command("explain")
 @click.argument("code", required=False)
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
 def command(code: str | None, form: str) -> None:
     """Explain the rule CODE, or list all rules.
 
     An explanation says what the rule does and why, and shows an example before and after.
     """
-    chosen = [_find_rule(code)] if code else list(load_rules().values())
+    rules = [_find_rule(code)] if code else list(load_rules().values())
     if form == "json":
-        rows = [asdict(rule) for rule in chosen]
-        console.emit_json(rows[0] if code else rows)
+        values = [asdict(rule) for rule in rules]
+        console.emit_json(values[0] if code else values)
     elif code:
-        _show_rule(chosen[0])
+        _show_rule(rules[0])
     else:
-        rows_of_text = [[rule.code, rule.name, rule.severity, _describe_action(rule)] for rule in chosen]
-        console.print_table(
-            "rules; `migrator explain CODE` says more", ["code", "name", "severity", "does"], rows_of_text
-        )
+        rows = [[rule.code, rule.name, rule.severity, _describe_action(rule)] for rule in rules]
+        console.print_table("rules; `migrator explain CODE` says more", ["code", "name", "severity", "does"], rows)
 
 
 def _find_rule(code: str) -> Rule:
     rules = load_rules()
-    names = {name: rule for rule in rules.values() for name in (rule.code, rule.name)}
-    wanted = code.upper() if code.upper() in names else code.lower()
-    if wanted not in names:
+    by_name = {name: rule for rule in rules.values() for name in (rule.code, rule.name)}
+    name = code.upper() if code.upper() in by_name else code.lower()
+    if name not in by_name:
         near = [
             *difflib.get_close_matches(code.upper(), rules, n=3),
             *difflib.get_close_matches(code.lower(), (rule.name for rule in rules.values()), n=2),
         ]
         raise UsageError(
-            f"no rule is called {code!r}",
-            hint=f"near it: {', '.join(near)}" if near else "`migrator explain` lists all rules",
+            f"there is no rule {code!r}",
+            hint=f"similar names: {', '.join(near)}" if near else "`migrator explain` lists all rules",
             code=code,
             near=near,
         )
-    return names[wanted]
+    return by_name[name]
 
 
 def _show_rule(rule: Rule) -> None:
@@ -62,7 +60,7 @@ def _show_rule(rule: Rule) -> None:
 
 
 def _format_example(rule: Rule) -> list[str]:
-    """Return the example as a diff, or as it is where the rule leaves it alone."""
+    """Return the example as a diff, or unchanged if the rule leaves it alone."""
     before, after = rule.before.strip().splitlines(), rule.after.strip().splitlines()
     if before == after:
         return [f"  {line}" for line in before]

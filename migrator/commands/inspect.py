@@ -1,4 +1,4 @@
-"""`migrator inspect`: what a checkpoint of whatever layout holds, and what is wrong with it."""
+"""`migrator inspect`: what a checkpoint in any layout contains, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["command", "show_inspection"]
 @click.argument("source")
 @mesh_options
 @external_options
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
 @report_option
 def command(
     source: str,
@@ -51,16 +51,16 @@ def command(
     folder = resolve_folder(source)
     from runtime.inspecting.inspection import inspect_checkpoint
 
-    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
-    is_asked = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
-    found = inspect_checkpoint(folder, mesh if is_asked else None, chosen, settings)
+    mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
+    has_target = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
+    inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)
     if form == "json":
-        console.emit_json(found.to_json())
+        console.emit_json(inspection.to_json())
     else:
-        show_inspection(found)
+        show_inspection(inspection)
     if report is not None:
-        _save_report(found, report)
-    return 1 if found.findings else 0
+        _save_report(inspection, report)
+    return 1 if inspection.findings else 0
 
 
 def _save_report(inspection: Inspection, file: Path) -> None:
@@ -74,13 +74,14 @@ def _save_report(inspection: Inspection, file: Path) -> None:
 _MAX_GROUPS = 200
 _LARGEST_COUNT = 3
 _MAX_NAMES = 8
+_MAX_FINDING_LENGTH = 600
 
 
 def show_inspection(inspection: Inspection) -> None:
-    """Print what a checkpoint holds, or what is wrong with it."""
+    """Print what a checkpoint contains, or what is wrong with it."""
     if inspection.findings:
         for finding in inspection.findings:
-            console.emit_line(f"WRONG  {sanitize(str(finding), 600)}")
+            console.emit_line(f"WRONG  {sanitize(str(finding), _MAX_FINDING_LENGTH)}")
         findings = pluralize(len(inspection.findings), "finding")
         console.emit_line(f"{inspection.folder}: {inspection.layout}, {inspection.model_type}, {findings}")
         return
@@ -100,7 +101,7 @@ def _show_groups(inspection: Inspection) -> None:
     rows = [_build_row(group, inspection)[: len(columns)] for group in inspection.groups[:_MAX_GROUPS]]
     console.print_table("", columns, rows, droppable=["dtype", "shape"])
     if len(inspection.groups) > _MAX_GROUPS:
-        console.emit_line(f"and {len(inspection.groups) - _MAX_GROUPS:,} groups more, which --format json lists")
+        console.emit_line(f"and {len(inspection.groups) - _MAX_GROUPS:,} more groups, which --format json lists")
 
 
 def _describe_mesh(arrangement: Arrangement) -> str:
@@ -109,11 +110,11 @@ def _describe_mesh(arrangement: Arrangement) -> str:
 
 def _build_row(group: TensorGroup, inspection: Inspection) -> list[str]:
     sides = ((inspection.current, group.current), (inspection.planned, group.planned))
-    placed = [describe_tensor_placement(place, side) for side, place in sides if side]
+    placements = [describe_tensor_placement(placement, side) for side, placement in sides if side]
     last = group.planned or group.current
     share = format_bytes(last.max_bytes * len(group.names)) if last else format_bytes(group.bytes)
     name, count = sanitize(group.name), f"×{len(group.names):,}"
-    return [name, count, group.dtype, format_shape(group.shape), *placed, format_bytes(group.bytes), share]
+    return [name, count, group.dtype, format_shape(group.shape), *placements, format_bytes(group.bytes), share]
 
 
 def _summary_lines(inspection: Inspection) -> Iterator[str]:
@@ -131,7 +132,8 @@ def _summary_lines(inspection: Inspection) -> Iterator[str]:
     if inspection.current and inspection.hub_file_count is not None:
         yield f"hub form: known, {pluralize(inspection.hub_file_count, 'file')}, so the way back to it is exact"
     if inspection.optimizer:
-        yield f"optimizer: {pluralize(inspection.optimizer.tensors, 'tensor')}, {format_bytes(inspection.optimizer.bytes)}"
+        state = inspection.optimizer
+        yield f"optimizer: {pluralize(state.tensors, 'tensor')}, {format_bytes(state.bytes)}"
     yield from _list_names(_CONFIG_CHANGED, list(map(str, inspection.config_changes)))
     yield (
         f"digests: {len(inspection.digests):,} recorded, which `migrator verify` checks"

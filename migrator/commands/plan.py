@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.command("plan")
 @click.argument("source")
 @mesh_options
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
 def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
     """Show how a model's plan places each parameter.
 
@@ -41,9 +41,9 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     from runtime.planning.resolve import resolve
 
     model = build_stored_model(find_config(source))
-    mesh, chosen = build_mesh(tp, ep, fsdp, mode)
-    after = resolve(model, mesh, chosen)
-    before = resolve(model, mesh, plan=get_released_plan(model)) if chosen == "tp" else after
+    mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
+    after = resolve(model, mesh, effective_mode)
+    before = resolve(model, mesh, plan=get_released_plan(model)) if effective_mode == "tp" else after
     if form == "json":
         console.emit_json(after.to_json())
     else:
@@ -52,7 +52,7 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
 
 
 def _note_whole_experts(model: PreTrainedModel, plan: ResolvedPlan) -> None:
-    """Say so where the plan leaves parameters whole that the model's expert parallel plan would divide."""
+    """Print a note if the plan replicates parameters that the model's expert parallel plan would shard."""
     from plans.errors import PlanError
     from plans.placement import Replicate
     from plans.plan import to_wildcard
@@ -62,15 +62,15 @@ def _note_whole_experts(model: PreTrainedModel, plan: ResolvedPlan) -> None:
 
     whole = [row.name for row in plan.parameters if row.kind == "parameter" and row.placements[-1] == Replicate()]
     try:
-        left = set(verify_plan(whole, Plan.from_model(model, "ep")).whole)
+        whole_with_ep = set(verify_plan(whole, Plan.from_model(model, "ep")).whole)
     except PlanError:
-        return  # There is no such plan.
-    keys = dict.fromkeys(to_wildcard(name) for name in whole if name not in left)
+        return  # The model has no expert parallel plan.
+    keys = dict.fromkeys(to_wildcard(name) for name in whole if name not in whole_with_ep)
     if keys:
         ranks = max(plan.mesh.tp, 2)
         console.emit(
-            f"note the {plan.mode} plan leaves the experts whole on every rank, {format_names(list(keys))}; the model's "
-            f"expert parallel plan divides them: --tp {ranks} --ep {ranks}, with --mode ep to leave all else whole"
+            f"note the {plan.mode} plan keeps the experts whole on every rank, {format_names(list(keys))}; the model's "
+            f"expert parallel plan shards them: --tp {ranks} --ep {ranks}, with --mode ep to keep all else whole"
         )
 
 
@@ -108,19 +108,19 @@ def _build_row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tu
 
 
 def _format_placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
-    """Return the placement on the plan's own axis, and before it the data parallel one where there is one."""
+    """Return the placement on the plan's own axis, after that on the data parallel axis if there is one."""
     axes = zip(mesh.axes(parameter.mesh), mesh.sizes(parameter.mesh), parameter.placements, strict=True)
-    (outer, outer_size, cut), (inner, _, placement) = axes
+    (outer, outer_size, outer_placement), (inner, _, placement) = axes
     if inner == "tp" and outer_size == 1:
         return str(placement)
-    words = f"{inner}: {placement}"
-    return words if outer_size == 1 else f"{outer}: {cut}, {words}"
+    text = f"{inner}: {placement}"
+    return text if outer_size == 1 else f"{outer}: {outer_placement}, {text}"
 
 
 def _compute_local_shape(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
-    """Return the shape on rank 0, which holds the largest piece."""
+    """Return the shape on rank 0, which holds the largest shard."""
     from runtime.tensor_map.shards import shard_for_rank
     from runtime.tensor_map.tensor_map import whole
 
-    form = whole(parameter.name, parameter.shape)
-    return shard_for_rank(form, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape
+    tensor_map = whole(parameter.name, parameter.shape)
+    return shard_for_rank(tensor_map, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

@@ -1,4 +1,4 @@
-"""`migrator run`: declared migrations, from files or from a folder that is watched."""
+"""`migrator run`: declared migrations, from job files or from a watched folder."""
 
 from __future__ import annotations
 
@@ -24,19 +24,17 @@ __all__ = ["command", "make_listener", "show_forecasts", "show_results"]
 
 @click.command("run")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="JOB.toml|FOLDER...")
-@click.option(
-    "--dry-run", is_flag=True, help="Only show which steps would be run, why, and what resharding would take."
-)
-@click.option("--watch", is_flag=True, help="Go on with every job file that appears in FOLDER, until a signal comes.")
+@click.option("--dry-run", is_flag=True, help="Only show which steps would run, why, and what resharding would take.")
+@click.option("--watch", is_flag=True, help="Also run every job file that appears in FOLDER, until a signal arrives.")
 @click.option(
     "--interval",
     type=SECONDS,
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Between two looks of --watch; a file that two of them find the same is taken.",
+    help="Time between two scans of --watch; a file runs once two scans in a row see it unchanged.",
 )
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float, form: str, quiet: bool) -> int:
     """Run the migrations that job files declare.
@@ -49,14 +47,14 @@ def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float
     _refuse_contradictions(paths, dry_run=dry_run, watch=watch)
     from migrator.jobs import foresee_files, job_files
 
-    found: Sequence[Forecast] | Sequence[JobResult]
+    outcomes: Sequence[Forecast] | Sequence[JobResult]
     if dry_run:
-        found = forecasts = foresee_files([file for path in paths for file in job_files(path)])
+        outcomes = forecasts = foresee_files([file for path in paths for file in job_files(path)])
     else:
-        found = results = _run_jobs(paths, watch, interval, make_listener(quiet=quiet))
-    code = max((one.code for one in found), default=0)
+        outcomes = results = _run_jobs(paths, watch, interval, make_listener(quiet=quiet))
+    code = max((outcome.code for outcome in outcomes), default=0)
     if form == "json":
-        console.emit_json({"code": code, "jobs": [one.to_json() for one in found]})
+        console.emit_json({"code": code, "jobs": [outcome.to_json() for outcome in outcomes]})
     elif dry_run:
         show_forecasts(forecasts)
     elif not quiet:
@@ -74,24 +72,24 @@ def _run_jobs(paths: Sequence[Path], watch: bool, interval: float, listen: Liste
 
 def _refuse_contradictions(paths: Sequence[Path], *, dry_run: bool, watch: bool) -> None:
     if watch and (dry_run or len(paths) != 1):
-        raise UsageError("--watch takes one folder and runs its jobs", hint="leave --dry-run and other paths out")
+        raise UsageError("--watch runs the jobs of one folder", hint="leave --dry-run and other paths out")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError(
-            "run is no command for torchrun: its steps start workers of their own",
-            hint="start it alone, or run reshard and validate under torchrun",
+            "run cannot be started by torchrun: its steps start their own workers",
+            hint="start it without torchrun, or run reshard and validate under torchrun",
         )
 
 
 _PROGRESS_INTERVAL = 10.0
-"""Between two lines of progress; they stay in the log of a service."""
+"""Seconds between two lines of progress, few enough for the log of a service."""
 _MAX_LENGTH = 200
 
 
 def make_listener(*, quiet: bool) -> Listener:
-    """Return what tells a person what happens.
+    """Return a listener that prints the events of jobs.
 
     Args:
-        quiet: tell errors only.
+        quiet: print errors only.
     """
     last = time.monotonic()
 
@@ -132,7 +130,7 @@ def _print_error(where: str, data: Mapping[str, object]) -> None:
 
 
 def show_results(results: Sequence[JobResult]) -> None:
-    """Print a row for each step of each job, and one line on all of them."""
+    """Print a row for each step of each job, and a summary."""
     rows = [row for result in results for row in _result_rows(result)]
     jobs = format_count(len(results), "job")
     if rows:
@@ -142,8 +140,8 @@ def show_results(results: Sequence[JobResult]) -> None:
 
 def _result_rows(result: JobResult) -> list[tuple[str, str, str, str]]:
     if not result.steps:
-        said = result.error.message if result.error else f"stopped by {result.stopped}"
-        return [(result.name, "", "failed" if result.error else "not run", sanitize(said, _MAX_LENGTH))]
+        text = result.error.message if result.error else f"stopped by {result.stopped}"
+        return [(result.name, "", "failed" if result.error else "not run", sanitize(text, _MAX_LENGTH))]
     return [
         (result.name, step.step, _describe_outcome(step), _describe_result(result.output, step))
         for step in result.steps
@@ -151,11 +149,11 @@ def _result_rows(result: JobResult) -> list[tuple[str, str, str, str]]:
 
 
 def _describe_result(output: Path | None, step: StepResult | StepForecast) -> str:
-    """Return what came of a step, and where a person finds what was found."""
-    said = sanitize(step.said, _MAX_LENGTH)
+    """Return the result of a step, and the file with its findings if it has some."""
+    text = sanitize(step.said, _MAX_LENGTH)
     if step.code != 1 or output is None:
-        return said
-    return f"{said}; see {sanitize(str(output / 'results' / f'{step.step}.json'), _MAX_LENGTH)}"
+        return text
+    return f"{text}; see {sanitize(str(output / 'results' / f'{step.step}.json'), _MAX_LENGTH)}"
 
 
 def _describe_outcome(step: StepResult) -> str:
@@ -163,8 +161,8 @@ def _describe_outcome(step: StepResult) -> str:
 
 
 def show_forecasts(forecasts: Sequence[Forecast]) -> None:
-    """Print what would become of each step."""
-    rows = [(one.name, *row) for one in forecasts for row in _forecast_rows(one)]
+    """Print what a run would do with each step."""
+    rows = [(forecast.name, *row) for forecast in forecasts for row in _forecast_rows(forecast)]
     console.print_table("what a run would do", ("job", "step", "would", "because"), rows)
     console.emit("nothing was written")
 
@@ -176,19 +174,16 @@ def _forecast_rows(forecast: Forecast) -> list[tuple[str, str, str]]:
 
 
 def _forecast_row(forecast: Forecast, step: StepForecast) -> tuple[str, str, str]:
-    said = _describe_result(forecast.output, step)
+    result = _describe_result(forecast.output, step)
     match step.outcome:
         case "failed":
-            return step.step, "fail", said
+            return step.step, "fail", result
         case "not run":
-            return step.step, "not be run", said
+            return step.step, "not be run", result
         case None:
-            return (
-                step.step,
-                "be run",
-                sanitize("; ".join((step.why or "", *_describe_estimate(step.estimate))), _MAX_LENGTH),
-            )
-    return step.step, "be skipped", f"it is done: {said}"
+            reasons = "; ".join((step.why or "", *_describe_estimate(step.estimate)))
+            return step.step, "be run", sanitize(reasons, _MAX_LENGTH)
+    return step.step, "be skipped", f"it is done: {result}"
 
 
 def _describe_estimate(estimate: Mapping[str, object] | None) -> list[str]:

@@ -1,1 +1,1 @@
-"""What a run over source found, in the forms that people and other tools read."""
+"""The results of the source commands in each output format."""

@@ -1,4 +1,4 @@
-"""What `migrator diff` found, in the forms that people and other tools read."""
+"""The result of `migrator diff` as a table, as JSON and as GitHub annotations."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _MAX_MODELS = 3
 
 @dataclass(frozen=True)
 class DiffReport:
-    """A comparison and what of it is accepted.
+    """A comparison, and the models whose changes the user accepts.
 
     Args:
-        comparison: what was found.
-        base: the first revision, as the user calls it.
-        head: the second.
-        root: the repository.
-        allowed: models whose changes are accepted.
+        comparison: the differences between the two revisions.
+        base: the first revision, as the user names it.
+        head: the second revision, as the user names it.
+        root: the top folder of the repository.
+        allowed: the models whose changes are accepted.
     """
 
     comparison: Comparison
@@ -49,21 +49,21 @@ class DiffReport:
 
     @cached_property
     def failing(self) -> tuple[PlanDifference, ...]:
-        """The changes on the mesh that nothing explains and nobody accepted."""
+        """The changes on the mesh that are neither explained nor accepted."""
         return tuple(filter(self.is_failing, self.comparison.differences))
 
     def is_failing(self, difference: PlanDifference) -> bool:
-        """Say whether a difference changes the mesh, unexplained and not accepted."""
+        """Return whether a difference changes the mesh and is neither explained nor accepted."""
         return difference.changes_mesh and not difference.explained and difference.model not in self.allowed
 
     @property
     def workspace(self) -> Path:
-        """The folder that GitHub counts paths from."""
+        """The folder that paths in GitHub annotations are relative to."""
         return Path(os.environ.get("GITHUB_WORKSPACE") or self.root)
 
 
 def build_diff_table(report: DiffReport) -> tuple[str, list[str], list[list[str]]]:
-    """Return a title, columns and rows: alike differences of many models are one row, failing ones come first."""
+    """Return a title, columns and rows: failing differences first, equal ones of several models in a row."""
     models: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
     for difference in sorted(report.comparison.differences, key=report.is_failing, reverse=True):
         models[_build_row(report, difference)][difference.model] = None
@@ -76,7 +76,7 @@ def build_diff_table(report: DiffReport) -> tuple[str, list[str], list[list[str]
 
 
 def diff_summary_lines(report: DiffReport) -> Iterator[str]:
-    """Yield a line for each failing difference that is inherited, and one on the whole comparison."""
+    """Yield a line for each failing difference, and a summary."""
     for difference in report.failing:
         yield f"unexplained {_format_location(difference.side)} {_describe_difference(difference)}"
     differences = report.comparison.differences
@@ -91,7 +91,7 @@ def diff_summary_lines(report: DiffReport) -> Iterator[str]:
 
 
 def diff_github_lines(report: DiffReport) -> Iterator[str]:
-    """Yield an annotation for every change on the mesh: an error where it is unexplained, else a notice."""
+    """Yield an annotation for each change on the mesh: an error if it fails the comparison, else a notice."""
     for difference in report.comparison.differences:
         if difference.changes_mesh:
             level = "error" if report.is_failing(difference) else "notice"
@@ -103,7 +103,7 @@ def diff_github_lines(report: DiffReport) -> Iterator[str]:
 
 
 def diff_as_json(report: DiffReport) -> dict[str, object]:
-    """Return a report as JSON values; paths count from the repository's top folder."""
+    """Return a report as JSON values; paths are relative to the repository's top folder."""
     comparison = report.comparison
     return {
         "base": report.base,
@@ -156,11 +156,12 @@ def _build_row(report: DiffReport, difference: PlanDifference) -> tuple[str, ...
 
 
 def _describe_difference(difference: PlanDifference) -> str:
-    """Say whose entry changed how."""
+    """Return which class's entry changed, and how."""
     if difference.kind == "unread":
         named = "" if difference.key == UNRESOLVED else f" {difference.key}"
         plan = f"{difference.variant.class_name}.{difference.variant.plan}{named}"
-        return f"{plan} in {difference.model} may have changed: what it is made of did and cannot be read, look there"
+        reason = "something it is built from did, and cannot be read; look there"
+        return f"{plan} in {difference.model} may have changed: {reason}"
     entry = f"{difference.variant.class_name}.{_format_plans(difference)} {difference.key}"
     inherited = "" if difference.side.path == difference.variant.path else f" in {difference.model}, which inherits it"
     return f"{entry}{inherited}: {_format_styles(difference)}, {_format_placements(difference)}"

@@ -1,4 +1,4 @@
-"""For GitHub Actions: workflow commands that show each finding on its line of a pull request."""
+"""GitHub Actions workflow commands, which show each finding on its line of a pull request."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PROPERTY_ESCAPES = _DATA_ESCAPES | str.maketrans({":": "%3A", ",": "%2C"})
 
 
 def github_lines(report: SourceReport) -> Iterator[str]:
-    """Yield a workflow command for each pending edit, finding and error; paths count from the workspace."""
+    """Yield a workflow command for each pending edit, finding and error; paths are relative to the workspace."""
     root = Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd())
-    for found in report.all_findings:
-        yield _format_finding(found, root)
+    for located in report.all_findings:
+        yield _format_finding(located, root)
     for error in report.errors:
         yield _format_error(error, root)
 
@@ -44,9 +44,9 @@ def _format_error(error: MigratorError, root: Path) -> str:
 
 
 def format_workflow_command(name: str, properties: dict[str, str], message: str) -> str:
-    """Return one workflow command, with GitHub's escaping."""
-    written = ",".join(f"{key}={value.translate(_PROPERTY_ESCAPES)}" for key, value in properties.items())
-    return f"::{name} {written}::{message.translate(_DATA_ESCAPES)}"
+    """Return a workflow command with GitHub's escaping."""
+    pairs = ",".join(f"{key}={value.translate(_PROPERTY_ESCAPES)}" for key, value in properties.items())
+    return f"::{name} {pairs}::{message.translate(_DATA_ESCAPES)}"
 
 
 def _relative_path(path: Path, root: Path) -> str:

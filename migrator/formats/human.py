@@ -1,4 +1,4 @@
-"""For people: one line for each file written and each finding, then a summary."""
+"""Lines for people: one for each changed file and each finding, then a summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rewrite_lines(report: SourceReport) -> Iterator[str]:
 
 
 def rewrite_summary(report: SourceReport) -> Iterator[str]:
-    """Yield a line for each finding and one on the whole run."""
+    """Yield a line for each finding, and a summary of the run."""
     yield from map(_finding_line, report.findings)
     yield from _dialect_lines(report)
     if not report.plan_files:
@@ -40,25 +40,25 @@ def rewrite_summary(report: SourceReport) -> Iterator[str]:
 
 
 def check_lines(report: SourceReport) -> Iterator[str]:
-    """Yield a line for each pending edit and each finding, the next step after each kind, and a summary."""
-    everything = report.all_findings
-    for found in everything:
-        yield _finding_line(found)
+    """Yield a line for each pending edit and each finding, the next step for each rule, and a summary."""
+    findings = report.all_findings
+    for located in findings:
+        yield _finding_line(located)
     if not report.plan_files:
         yield f"no plans found in {_count_files(report)}"
         return
     yield from () if report.is_clean else _dialect_lines(report)
-    hints = {found.finding.code: found.finding.hint for found in everything if found.finding.severity != "note"}
+    hints = {located.finding.code: located.finding.hint for located in findings if located.finding.severity != "note"}
     for code, hint in sorted(hints.items()):
         yield f"{code}: {hint}"
-    severities = Counter(found.finding.severity for found in everything)
+    severities = Counter(located.finding.severity for located in findings)
     kinds = [format_count(severities[name], name) for name in ("error", "warning", "note") if severities[name]]
     yield f"{', '.join(kinds) or 'nothing found'} in {_count_files(report)}"
 
 
 def _dialect_lines(report: SourceReport) -> Iterator[str]:
-    for found in report.dialects:
-        yield f"read as {found.dialect}: {found.reason}"
+    for detected in report.dialects:
+        yield f"read as {detected.dialect}: {detected.reason}"
 
 
 def _choose_verb(report: SourceReport) -> str:
@@ -66,7 +66,8 @@ def _choose_verb(report: SourceReport) -> str:
 
 
 def _finding_line(located: LocatedFinding) -> str:
-    return f"{located.finding.severity} {format_path(located.path)}:{located.line} {located.finding.code} {located.finding.message}"
+    finding = located.finding
+    return f"{finding.severity} {format_path(located.path)}:{located.line} {finding.code} {finding.message}"
 
 
 def _count_files(report: SourceReport) -> str:

@@ -1,4 +1,4 @@
-"""For programs: one JSON object, the same shape for `rewrite` and `check`, described in docs/workflow.md."""
+"""One JSON object for programs, of the same shape for `rewrite` and `check`; docs/workflow.md describes it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def report_as_json(report: SourceReport) -> dict[str, object]:
         "files": report.files,
         "plan_files": report.plan_files,
         "dialect": asdict(report.dialects[0]) if len(report.dialects) == 1 else None,
-        "dialects": [asdict(found) for found in report.dialects],
+        "dialects": [asdict(detected) for detected in report.dialects],
         "changes": [_change_as_json(change) for change in report.changes],
-        "findings": [_finding_as_json(found) for found in report.findings],
+        "findings": [_finding_as_json(located) for located in report.findings],
         "errors": [error.to_json() for error in report.errors],
     }
 

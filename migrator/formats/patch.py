@@ -17,21 +17,22 @@ _NEEDS_QUOTES = re.compile(rb"[\"\\\x00-\x1f\x7f]")
 
 
 def format_patch(changes: Iterable[Change]) -> bytes:
-    """Return a unified diff; each path counts from the folder where the patch applies, as git writes it."""
+    """Return a unified diff as git writes it; each path is relative to the folder where the patch applies."""
     return b"".join(_format_file_patch(change) for change in changes)
 
 
 def _find_patch_root(path: Path) -> Path:
-    """Return the folder where a patch of a file applies: its git work tree's top, or the current folder without one."""
-    above = [folder for folder in path.parents if (folder / ".git").exists()]
-    here = Path.cwd()
-    return above[0] if above else here if path.is_relative_to(here) else path.parent
+    """Return the folder where a patch of a file applies: the top of its git work tree, else the current folder."""
+    for folder in path.parents:
+        if (folder / ".git").exists():
+            return folder
+    return Path.cwd() if path.is_relative_to(Path.cwd()) else path.parent
 
 
 def _format_file_patch(change: Change) -> bytes:
     name = os.fsencode(change.path.relative_to(_find_patch_root(change.path)).as_posix())
     old, new = _quote_name(b"a/" + name), _quote_name(b"b/" + name)
-    # git reads a file name with spaces up to a tab
+    # In these lines git reads a file name with spaces up to a tab.
     end = b"\t\n" if b" " in name else b"\n"
     header = b"diff --git " + old + b" " + new + b"\n--- " + old + end + b"+++ " + new + end
     before, after = _LINES.findall(change.source.data), _LINES.findall(change.data)
@@ -40,7 +41,7 @@ def _format_file_patch(change: Change) -> bytes:
 
 
 def _quote_name(name: bytes) -> bytes:
-    """Write a name as git does: in quotes, and special characters in octal, where it has any."""
+    """Return a name as git writes it: quoted, with special characters in octal, if it has any."""
     if not _NEEDS_QUOTES.search(name):
         return name
     return b'"' + _NEEDS_QUOTES.sub(lambda match: b"\\%03o" % match[0][0], name) + b'"'

@@ -1,4 +1,4 @@
-"""A changed file as the smallest pieces of text to put in place of others, by line and column."""
+"""A file's changes as the smallest text replacements, by line and column."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _Position = tuple[int, int]
 
 @dataclass(frozen=True)
 class Replacement:
-    """Text that takes the place of what lies between two positions.
+    """A text that replaces the characters between two positions.
 
     Args:
-        start: the first character replaced.
-        end: the first one kept; equal to `start` where text is only inserted.
-        text: what comes in between.
+        start: the position of the first character that is replaced.
+        end: the position of the first character that is kept; equal to `start` if text is only inserted.
+        text: the new text.
     """
 
     start: _Position
@@ -31,7 +31,7 @@ class Replacement:
 
 
 def compute_replacements(change: Change) -> list[Replacement]:
-    """Return what turns a file into its new form, in the file's order; made one by one they give exactly `data`."""
+    """Return the replacements, in the file's order, that turn a file into exactly `change.data`."""
     before, after = _decode_lines(change.source), _decode_lines(SourceFile(change.path, change.data))
     return list(_iter_replacements(before, after))
 
@@ -43,7 +43,7 @@ def _decode_lines(source: SourceFile) -> list[str]:
 def _iter_replacements(before: Sequence[str], after: Sequence[str]) -> Iterator[Replacement]:
     for kind, first, last, new_first, new_last in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
         if kind == "replace" and last - first == new_last - new_first:
-            # As many lines as before: each is its own, so that the piece is an entry's and not a paragraph's.
+            # As many lines as before: replace each on its own, so that a replacement covers an entry, not a block.
             for line, new in zip(range(first, last), after[new_first:new_last], strict=True):
                 yield _trim_common(before, line, line + 1, new)
         elif kind != "equal":
@@ -51,7 +51,7 @@ def _iter_replacements(before: Sequence[str], after: Sequence[str]) -> Iterator[
 
 
 def _trim_common(before: Sequence[str], first: int, last: int, new: str) -> Replacement:
-    """Return the replacement of whole lines without what both texts begin and end with."""
+    """Return the replacement of whole lines, without their common prefix and suffix."""
     old = "".join(before[first:last])
     head = _common_prefix_length(old, new)
     tail = _common_prefix_length(old[head:][::-1], new[head:][::-1])
@@ -60,15 +60,15 @@ def _trim_common(before: Sequence[str], first: int, last: int, new: str) -> Repl
 
 
 def _common_prefix_length(first: str, second: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the length of the longest common prefix of two texts."""
     return next(
-        (place for place, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        (index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
         min(len(first), len(second)),
     )
 
 
 def _find_position(lines: Sequence[str], line: int, offset: int) -> _Position:
-    """Return the position that lies `offset` characters behind the beginning of a line."""
+    """Return the position `offset` characters after the beginning of a line."""
     while line < len(lines) and offset >= len(lines[line]) and lines[line].endswith(("\n", "\r")):
         offset -= len(lines[line])
         line += 1

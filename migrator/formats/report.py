@@ -1,4 +1,4 @@
-"""What a format is given: the outcome of a run, all errors included, and whether files were written."""
+"""The result of `rewrite` or `check` that every output format is made from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class SourceReport:
     """The result of `rewrite` or `check`.
 
     Args:
-        changes: files written, or to be written.
-        findings: what no rewrite mends.
-        errors: what could not be done.
-        files: how many files were looked at.
-        plan_files: how many of them mention a plan.
-        written: whether the changes were made.
-        dialects: what the tree speaks, where that was asked; of several projects what each of them does.
+        changes: the files that were written, or that would be.
+        findings: the defects that no rewrite fixes.
+        errors: the files and steps that failed.
+        files: the number of files that were read.
+        plan_files: the number of files that mention a plan.
+        written: whether the changes were written.
+        dialects: the dialect of each project, if it was detected.
     """
 
     changes: tuple[Change, ...]
@@ -37,18 +37,18 @@ class SourceReport:
 
     @property
     def pending(self) -> tuple[LocatedFinding, ...]:
-        """The edits that wait to be made, each as a finding."""
+        """The edits that are not written yet, each as a finding."""
         return () if self.written else tuple(build_pending_findings(self.changes))
 
     @property
     def all_findings(self) -> tuple[LocatedFinding, ...]:
-        """Pending edits and findings, by file and line."""
+        """Pending edits and findings, ordered by file and line."""
         return tuple(sorted((*self.pending, *self.findings), key=_sort_key))
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing is a warning or an error; notes are right as they are."""
-        return all(found.finding.severity == "note" for found in self.all_findings)
+        """Whether there is no warning and no error; notes need no action."""
+        return all(located.finding.severity == "note" for located in self.all_findings)
 
 
 def build_pending_report(outcome: Outcome) -> SourceReport:
@@ -57,7 +57,7 @@ def build_pending_report(outcome: Outcome) -> SourceReport:
 
 
 def build_written_report(outcome: Outcome, result: WriteResult) -> SourceReport:
-    """Return the report of a run whose changes were made, as far as they could be."""
+    """Return the report of a run that wrote its changes, as far as that was possible."""
     errors = (*outcome.errors, *result.errors)
     return _build_report(outcome, result.changes, errors, written=True)
 

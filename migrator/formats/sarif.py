@@ -1,7 +1,7 @@
-"""For code scanning and editors: SARIF 2.1.0, with fixes that make exactly the edits of `rewrite`.
+"""SARIF 2.1.0 for code scanning and editors, with fixes that make exactly the edits of `rewrite`.
 
-What one owner's plan needs, its copies included, is one decision; so it is one fix, with a change for each file. It is
-attached to the first of the decision's results, and making every fix once is the same as running `rewrite`.
+The edits of one owner's plan and of its copies are one fix, with a change for each file, because they are only right
+together. The fix is attached to the first of their results. Applying every fix once is the same as running `rewrite`.
 
 Source: Static Analysis Results Interchange Format (SARIF) Version 2.1.0, OASIS Standard.
 """
@@ -33,8 +33,8 @@ def report_as_sarif(report: SourceReport, version: str) -> _Json:
     """Return a report as one SARIF run.
 
     Args:
-        report: of files that were not written.
-        version: migrator's own.
+        report: the report of a run that wrote nothing.
+        version: migrator's version.
     """
     codes = list(load_rules())
     driver = {
@@ -78,31 +78,32 @@ def _invocation(errors: Iterable[MigratorError]) -> _Json:
 
 def _notification(error: MigratorError) -> _Json:
     path, line = error.data.get("path"), error.data.get("line")
-    located = {"locations": [_location(Path(str(path)), line if isinstance(line, int) else 1)]} if path else {}
-    return {"level": "error", "message": {"text": f"{error.message}; {error.hint}"}, **located}
+    locations = [_location(Path(str(path)), line if isinstance(line, int) else 1)] if path else []
+    message = {"text": f"{error.message}; {error.hint}"}
+    return {"level": "error", "message": message, **({"locations": locations} if locations else {})}
 
 
 def _results(report: SourceReport, codes: list[str]) -> Iterator[_Json]:
     fixes = _group_fixes(report.changes)
     for change in report.changes:
-        for located, found in zip(change.edits, build_pending_findings([change]), strict=True):
-            fix = fixes.pop(located.owner, None)
-            yield _result(found, codes) | ({"fixes": [_fix(located, fix)]} if fix else {})
-    for found in report.findings:
-        yield _result(found, codes)
+        for edit, located in zip(change.edits, build_pending_findings([change]), strict=True):
+            fix = fixes.pop(edit.owner, None)
+            yield _result(located, codes) | ({"fixes": [_fix(edit, fix)]} if fix else {})
+    for located in report.findings:
+        yield _result(located, codes)
 
 
 def _result(located: LocatedFinding, codes: list[str]) -> _Json:
     finding = located.finding
     name = ".".join(filter(None, (located.class_name, located.attribute)))
-    place = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}]} if name else {}
+    logical = {"logicalLocations": [{"fullyQualifiedName": name, "kind": "member"}]} if name else {}
     return {
         "ruleId": finding.code,
         "ruleIndex": codes.index(finding.code),
         "level": finding.severity,
         "message": {"text": finding.message},
-        "locations": [_location(located.path, located.line) | place],
-        # The line may move, the entry stays the same one.
+        "locations": [_location(located.path, located.line) | logical],
+        # A fingerprint without the line: an entry stays the same when its line moves.
         "partialFingerprints": {"entry/v1": f"{_uri(located.path)}:{name}:{finding.key}:{finding.code}"},
         "properties": {"key": finding.key, "hint": finding.hint},
     }
@@ -110,28 +111,31 @@ def _result(located: LocatedFinding, codes: list[str]) -> _Json:
 
 def _group_fixes(changes: Iterable[Change]) -> _Fixes:
     """Group the replacements of all files by the owner whose edits they make."""
-    grouped: _Fixes = {}
+    fixes: _Fixes = {}
     for change in changes:
         for replacement in compute_replacements(change):
-            grouped.setdefault(_find_owner(change, replacement), []).append((change, replacement))
-    return grouped
+            fixes.setdefault(_find_owner(change, replacement), []).append((change, replacement))
+    return fixes
 
 
 def _find_owner(change: Change, replacement: Replacement) -> PlanLocation:
-    """Return the owner of the edit that lies in a replacement's lines, or nearest above it."""
+    """Return the owner of the edit in a replacement's lines, or of the nearest edit above it."""
     above = [located for located in change.edits if located.line <= replacement.end[0]]
     return max(above or change.edits[:1], key=lambda located: located.line).owner
 
 
-def _fix(located: LocatedEdit, replacements: Iterable[tuple[Change, Replacement]]) -> _Json:
+def _fix(edit: LocatedEdit, replacements: Iterable[tuple[Change, Replacement]]) -> _Json:
     by_file: dict[Path, list[Replacement]] = {}
     for change, replacement in replacements:
         by_file.setdefault(change.path, []).append(replacement)
     return {
-        "description": {"text": f"Rewrite {located.owner.attribute} of {located.owner.class_name} and its copies"},
+        "description": {"text": f"Rewrite {edit.owner.attribute} of {edit.owner.class_name} and its copies"},
         "artifactChanges": [
-            {"artifactLocation": _artifact_location(path), "replacements": [_replacement(one) for one in listed]}
-            for path, listed in by_file.items()
+            {
+                "artifactLocation": _artifact_location(path),
+                "replacements": [_replacement(replacement) for replacement in in_file],
+            }
+            for path, in_file in by_file.items()
         ],
     }
 

@@ -1,4 +1,4 @@
-"""The options that say which mesh a plan is for and which of a model's plans applies."""
+"""Options and checks that several commands share: the mesh and mode, --report, times, and the runtime's packages."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["SECONDS", "build_mesh", "mesh_options", "reject_empty", "report_opti
 def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
     """Add `--tp`, `--ep`, `--fsdp` and `--mode` to a command."""
     options = (
-        click.option("--tp", default=1, show_default=True, help="Ranks of the tensor parallel axis."),
-        click.option("--ep", default=1, show_default=True, help="Ranks that share one set of experts."),
-        click.option("--fsdp", default=1, show_default=True, help="Ranks of the data parallel axis."),
+        click.option("--tp", default=1, show_default=True, help="Number of ranks on the tensor parallel axis."),
+        click.option("--ep", default=1, show_default=True, help="Number of ranks that share one set of experts."),
+        click.option("--fsdp", default=1, show_default=True, help="Number of ranks on the data parallel axis."),
         click.option(
             "--mode",
             type=click.Choice(MODES),
-            help="Which plans apply; by default tp, or tp_ep where --ep is more than 1.",
+            help="Which of the model's plans to apply; by default tp, or tp_ep if --ep is more than 1.",
         ),
     )
     for option in reversed(options):
@@ -36,17 +36,18 @@ def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
 
 
 def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
-    """Return the mesh that the options name, and the mode."""
+    """Return the mesh that the options describe, and the mode or its default."""
     return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")
 
 
 def _check_report_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that could not be written before the work that it is about, not after it."""
+    """Refuse a report that cannot be written before the work starts, not after it."""
     if value is None:
         return None
     if value.is_dir() or not value.absolute().parent.is_dir():
-        what = "a folder" if value.is_dir() else f"{value.parent} is not a folder"
-        raise DestinationError(f"--report {value}: {what}", hint="name a file in a folder that exists", path=str(value))
+        problem = "is a folder" if value.is_dir() else f"{value.parent} is not a folder"
+        hint = "name a file in a folder that exists"
+        raise DestinationError(f"--report {value}: {problem}", hint=hint, path=str(value))
     return value
 
 
@@ -55,7 +56,7 @@ report_option = click.option(
     type=click.Path(path_type=Path),
     metavar="FILE",
     callback=_check_report_path,
-    help="Write a report for a browser too, one file.",
+    help="Also write a report for a browser, as one HTML file.",
 )
 
 
@@ -63,13 +64,13 @@ _PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
 def require_runtime(*, show_downloads: bool = False) -> None:
-    """Make the runtime's packages importable without a word of theirs on the terminal.
+    """Check that the runtime's packages are installed, and keep their warnings and progress bars off the terminal.
 
     Args:
-        show_downloads: let the hub's client show its progress, which it does on a terminal.
+        show_downloads: let the hub's client show its progress on a terminal.
 
     Raises:
-        DependencyError: one is not installed.
+        DependencyError: one of the packages is not installed.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -86,14 +87,14 @@ def require_runtime(*, show_downloads: bool = False) -> None:
 
 
 class _Seconds(click.ParamType[float]):
-    """A time to wait, more than nothing and less than for ever."""
+    """A finite number of seconds above 0."""
 
     name = "seconds"
 
     def convert(self, value: str | SupportsFloat, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = click.FLOAT.convert(value, param, ctx)  # type: ignore[arg-type]
         if not (math.isfinite(seconds) and seconds > 0):
-            self.fail(f"{value!r} is no number of seconds above 0", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds above 0", param, ctx)
         return float(seconds)
 
 
@@ -101,7 +102,7 @@ SECONDS = _Seconds()
 
 
 def reject_empty(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse an empty argument, which a shell makes of a variable that is not set; a path would read it as `.`."""
+    """Refuse an empty argument, such as an unset shell variable; as a path it would mean the current folder."""
     if value is not None and not value.strip():
         raise click.BadParameter("is empty", ctx, param)
     return value

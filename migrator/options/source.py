@@ -1,4 +1,4 @@
-"""What the commands that read source have in common: their options, and how a configuration file fills them."""
+"""What the commands that read source share: their options, and the project configuration that completes them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _Command = Callable[..., Any]
 
 @dataclass(frozen=True)
 class ProjectRequest:
-    """What to look at in one project.
+    """The part of a command's work that lies in one project.
 
     Args:
-        paths: files and folders.
-        selection: what of them is spoken of.
-        source: the dialect that the tree speaks, `auto` to find out.
-        target: the dialect that it is to speak.
+        paths: the files and folders to read.
+        selection: decides which findings in them are in scope.
+        source: the dialect of the tree's plans, `auto` to detect it.
+        target: the dialect to rewrite to.
     """
 
     paths: tuple[Path, ...]
@@ -53,13 +53,13 @@ def source_options(command: _Command) -> _Command:
     """Add the arguments and options that `read_requests` takes, `--format` and `--quiet`."""
     for decorator in (
         click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
-        click.option("--format", "form", type=click.Choice(_FORMATS), default="human", help="How to print the result."),
+        click.option("--format", "form", type=click.Choice(_FORMATS), default="human", help="Output format."),
         click.option(
-            "--base-ref", metavar="REF", help=f"What --changed-only compares with; by default {_DEFAULT_BASE}."
+            "--base-ref", metavar="REF", help=f"The git revision for --changed-only; by default {_DEFAULT_BASE}."
         ),
-        click.option("--target", metavar="NAME", help="The dialect that it is to speak; by default param-level."),
-        click.option("--source", metavar="NAME", help="The dialect that the tree speaks; by default found out."),
-        click.option("--changed-only", is_flag=True, help="Only models with a file changed since git's base ref."),
+        click.option("--target", metavar="NAME", help="The dialect to rewrite to; by default param-level."),
+        click.option("--source", metavar="NAME", help="The dialect of the tree's plans; by default it is detected."),
+        click.option("--changed-only", is_flag=True, help="Only models with a file that changed since --base-ref."),
         click.argument("paths", nargs=-1, type=click.Path(path_type=Path)),
     ):
         command = decorator(command)
@@ -74,18 +74,18 @@ def read_requests(
     source: str | None = None,
     target: str | None = None,
 ) -> list[ProjectRequest]:
-    """Join the command line with each project's pyproject.toml; the command line wins.
+    """Combine the command line with each project's pyproject.toml; the command line takes precedence.
 
     Args:
-        paths: as given.
-        changed_only: whether to speak of changed models only.
-        base_ref: what they are compared with.
-        source: the dialect that the tree speaks.
-        target: the dialect that it is to speak.
+        paths: the paths from the command line.
+        changed_only: restrict the findings to models with a changed file.
+        base_ref: the git revision that `changed_only` compares with.
+        source: the dialect of the tree's plans, None for the project's setting.
+        target: the dialect to rewrite to, None for the project's setting.
 
     Raises:
-        UsageError: the configuration is not valid, the options contradict each other, or a path is no Python file and
-            no folder that holds one.
+        UsageError: the configuration is not valid, the options contradict each other, or a path is neither a Python
+            file nor a folder that contains one.
     """
     from codemods.tree.projects import group_by_project
 
@@ -98,18 +98,18 @@ def read_requests(
 def _resolve_request(
     paths: tuple[Path, ...], base_ref: str | None, source: str | None, target: str | None
 ) -> ProjectRequest:
-    """Return what to look at in one project; without paths in the one around the current folder."""
+    """Return the request for one project; without paths, for the project around the current folder."""
     from codemods.files.config import find_configuration
     from codemods.tree.selection import Selection
     from plans.dialect import PARAM_LEVEL
 
     start = paths[0] if paths else Path()
     configuration = find_configuration(start)
-    found = paths or configuration.paths or (Path(),)
-    for path in found:
+    paths = paths or configuration.paths or (Path(),)
+    for path in paths:
         _check_has_python(path)
     return ProjectRequest(
-        found,
+        paths,
         Selection(configuration, _find_changed_folders(start, base_ref) if base_ref else None),
         source=source or configuration.source or _ANY_SOURCE,
         target=target or configuration.target or PARAM_LEVEL,
@@ -117,18 +117,18 @@ def _resolve_request(
 
 
 def _check_has_python(path: Path) -> None:
-    """Refuse what there is nothing to read in; a path that does not exist is refused where paths are read."""
-    wrong = path.is_file() and path.suffix != ".py"
-    if wrong or (path.is_dir() and not _has_python(path)):
+    """Refuse a path without Python files; a path that does not exist is refused later, when it is read."""
+    is_other_file = path.is_file() and path.suffix != ".py"
+    if is_other_file or (path.is_dir() and not _has_python(path)):
         raise UsageError(
-            f"{path}: {'not a Python file' if wrong else 'no Python file below this folder'}",
-            hint="name .py files, or folders that hold some",
+            f"{path}: {'not a Python file' if is_other_file else 'no Python file below this folder'}",
+            hint="name .py files, or folders that contain some",
             path=str(path),
         )
 
 
 def _has_python(folder: Path) -> bool:
-    """Say whether there is a Python file below a folder, or something that cannot be listed, which is told later."""
+    """Return whether there is a Python file below a folder, or a folder that cannot be listed, which fails later."""
     unreadable: list[OSError] = []
     for _, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -157,7 +157,7 @@ def emit_machine_format(report: SourceReport, form: str) -> None:
 
 
 def print_errors(errors: Sequence[MigratorError]) -> None:
-    """Tell a person about everything that could not be done."""
+    """Print each error with its hint."""
     for error in errors:
         console.error(error)
 

@@ -1,4 +1,4 @@
-"""What a report says, before it is drawn; a command fills the parts that it has something to say of."""
+"""The content of a report, before it is rendered; a command fills in the parts that it knows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Severity = Literal["note", "warning", "error"]
 
 @dataclass(frozen=True)
 class ReportFinding:
-    """One thing that a reader must know: how bad it is, what it is of, and what it is."""
+    """One thing that a reader must know: its severity, the tensor or key that it concerns, and its text."""
 
     severity: Severity
     subject: str
@@ -24,15 +24,15 @@ class ReportFinding:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """Tensors that are alike.
+    """A group of equal tensors.
 
     Args:
-        name: with `*` for layer numbers.
-        count: how many there are.
-        dtype: safetensors' name.
-        shape: of each.
-        bytes: of all of them, each whole.
-        placements: in words, one for each view of the report.
+        name: their name, with `*` for layer numbers.
+        count: the number of tensors.
+        dtype: their dtype, as safetensors names it.
+        shape: the shape of each tensor.
+        bytes: the bytes of all of them, each counted whole.
+        placements: their placement in words, one for each view of the report.
     """
 
     name: str
@@ -45,15 +45,15 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class ShardMap:
-    """A way in which tensors lie on ranks.
+    """A placement and the groups of tensors that share it.
 
     Args:
-        names: of the groups of tensors that lie so.
-        shape: of each.
-        placement: in words.
+        names: the names of the groups.
+        shape: the shape of each tensor.
+        placement: the placement in words.
         slices: the boxes that ranks hold.
-        parts: names of what is packed one after the other along `packed_dim`, gate and up, say.
-        packed_dim: the tensor dim that they are packed along.
+        parts: the names of the tensors that are packed along `packed_dim`, such as gate and up.
+        packed_dim: the tensor dim along which they are packed, None if there are none.
     """
 
     names: tuple[str, ...]
@@ -69,10 +69,10 @@ class MeshView:
     """Tensors on a mesh.
 
     Args:
-        title: which mesh this is to the reader, `as stored`.
+        title: the role of this mesh, such as `as stored`.
         mesh: its axes in words.
-        rank_bytes: that each rank holds, in the order of ranks.
-        maps: one for each way in which tensors lie.
+        rank_bytes: the bytes that each rank holds, by rank.
+        maps: a map for each placement.
     """
 
     title: str
@@ -83,7 +83,7 @@ class MeshView:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """An entry of plans: its style in that of each view, None where it has none."""
+    """A plan entry: its key, and its style in the plan of each view, None if a plan has no such entry."""
 
     key: str
     styles: tuple[str | None, ...]
@@ -91,21 +91,21 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Report:
-    """A report; what is empty is left out of it.
+    """A report; the page leaves out what is empty.
 
     Args:
-        title: of the page.
+        title: the title of the page.
         summary: the result in one sentence.
-        ok: whether all is well, None where nothing was judged.
-        facts: short answers by question.
+        ok: whether everything is right, None if nothing was checked.
+        facts: short facts by label.
         findings: what a reader must know.
         views: the meshes, that of the source first.
-        tensors: what there is, in the order of the model.
+        tensors: groups of tensors, in the order of the model.
         plan: the entries of the views' plans.
         timings: seconds by phase.
-        files: bytes by name.
-        digests: by tensor.
-        versions: by package.
+        files: bytes of tensors by file name.
+        digests: digests by tensor.
+        versions: versions by package.
     """
 
     title: str

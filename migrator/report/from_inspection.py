@@ -1,4 +1,4 @@
-"""A report of what inspecting a checkpoint found."""
+"""The report of an inspection."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ _MapKey = tuple[tuple[int, ...], MeshName, tuple[Placement, ...]]
 
 
 def build_inspection_report(inspection: Inspection, before: str = "as stored", after: str = "as planned") -> Report:
-    """Return the report of an inspection; a command that knows more adds it with `dataclasses.replace`.
+    """Return the report of an inspection; reports of other commands add to it with `dataclasses.replace`.
 
     Args:
-        inspection: the inspection, of a checkpoint that a reshard reads or a validation proves, too.
-        before: what the checkpoint's own mesh is to the reader.
-        after: what the mesh that it is planned for is.
+        inspection: the inspection of a checkpoint.
+        before: the title of the checkpoint's own mesh.
+        after: the title of the mesh that it is planned for.
     """
     sides = ((before, inspection.current), (after, inspection.planned))
-    arranged = [(title, one) for title, one in sides if one is not None]
+    arranged = [(title, side) for title, side in sides if side is not None]
     return Report(
         title=f"{inspection.folder.name or inspection.folder}: {inspection.model_type}, {inspection.layout}",
         summary=_summary(inspection),
         ok=False if inspection.findings else None,
         facts=dict(_facts(inspection)),
         findings=tuple(_findings(inspection)),
-        views=tuple(_build_view(title, one, inspection) for title, one in arranged),
+        views=tuple(_build_view(title, side, inspection) for title, side in arranged),
         tensors=tuple(_build_row(group, inspection) for group in inspection.groups),
-        plan=tuple(_build_plan_rows([one for _, one in arranged])),
+        plan=tuple(_build_plan_rows([side for _, side in arranged])),
         files={file.name: file.bytes for file in inspection.files},
         digests=inspection.digests,
         versions={**inspection.written_by, "this report: migrator": version("plan-migrator")},
@@ -48,7 +48,7 @@ def build_inspection_report(inspection: Inspection, before: str = "as stored", a
 
 def _summary(inspection: Inspection) -> str:
     if inspection.findings:
-        return "The files do not make up the checkpoint; nothing else of it can be said."
+        return "The files do not make up a whole checkpoint, so nothing else can be shown."
     files = pluralize(len(inspection.files), "weight file")
     return f"{pluralize(inspection.tensors, 'tensor')}, {format_bytes(inspection.bytes)}, in {files}."
 
@@ -61,8 +61,8 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
         return
     yield "tied names", ", ".join(f"{name} to {target}" for name, target in inspection.tied.items()) or "none"
     yield "carried", pluralize(len(inspection.passthrough), "tensor")
-    stored = inspection.hub_file_count
-    yield "hub form it came from", "not known" if stored is None else f"known, {pluralize(stored, 'file')}"
+    files = inspection.hub_file_count
+    yield "hub form it came from", "not known" if files is None else f"known, {pluralize(files, 'file')}"
     yield "digests", f"{len(inspection.digests):,} recorded" if inspection.digests else "none recorded"
     yield "side files", ", ".join(inspection.side_files) or "none"
     if inspection.optimizer:
@@ -71,64 +71,64 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _findings(inspection: Inspection) -> Iterator[ReportFinding]:
-    for one in inspection.findings:
-        yield ReportFinding("error", "" if one.aspect == "files" else one.name, one.found)
+    for finding in inspection.findings:
+        yield ReportFinding("error", "" if finding.aspect == "files" else finding.name, finding.found)
     for side in filter(None, (inspection.current, inspection.planned)):
         for key in side.unmatched:
-            yield ReportFinding("note", key, "the plan's entry matches nothing in this configuration")
+            yield ReportFinding("note", key, "this plan entry matches nothing in this configuration")
     for entry in inspection.config_changes:
         yield ReportFinding(
             "warning", f"config.json: {entry.key}", f"{entry.found}, {entry.expected} when it was laid out"
         )
     for name in inspection.passthrough:
-        yield ReportFinding("note", name, "carried: the model has no parameter for it")
+        yield ReportFinding("note", name, "carried: the model has no parameter of this name")
     for name in inspection.left_behind:
         yield ReportFinding("note", name, "not part of the checkpoint, left behind by reshard")
     for name in inspection.optimizer.stateless if inspection.optimizer else ():
-        yield ReportFinding("note", name, "the optimizer has no state of it")
+        yield ReportFinding("note", name, "the optimizer has no state for it")
 
 
 def _build_view(title: str, arrangement: Arrangement, inspection: Inspection) -> MeshView:
-    is_held = arrangement is inspection.current
-    placed = [(group, group.current if is_held else group.planned) for group in inspection.groups]
-    return MeshView(
-        title, describe_mesh(arrangement), arrangement.rank_bytes, tuple(_build_maps(placed, arrangement.mesh))
-    )
+    is_current = arrangement is inspection.current
+    placements = [(group, group.current if is_current else group.planned) for group in inspection.groups]
+    maps = tuple(_build_maps(placements, arrangement.mesh))
+    return MeshView(title, describe_mesh(arrangement), arrangement.rank_bytes, maps)
 
 
 def describe_mesh(arrangement: Arrangement) -> str:
-    """Return a mesh in words, `tp=2, ep=4, fsdp=2 on 4 ranks, mode tp_ep`."""
-    return f"{arrangement.mesh} on {pluralize(arrangement.mesh.world_size, 'rank')}, mode {arrangement.mode}, {arrangement.dialect}"
+    """Return a mesh in words, such as `tp=2, ep=4, fsdp=2 on 4 ranks, mode tp_ep, transformers-5.23`."""
+    ranks = pluralize(arrangement.mesh.world_size, "rank")
+    return f"{arrangement.mesh} on {ranks}, mode {arrangement.mode}, {arrangement.dialect}"
 
 
 def _build_maps(group_placements: list[tuple[TensorGroup, MeshPlacement | None]], mesh: Mesh) -> Iterator[ShardMap]:
-    """Yield a map for each way in which tensors are cut, most bytes first, then those of what is whole."""
-    alike: defaultdict[_MapKey, list[TensorGroup]] = defaultdict(list)
-    whole, carried = [], []
-    for group, place in group_placements:
-        if place is None:
-            carried.append(group.name)
-        elif place.is_sharded(mesh):
-            alike[group.shape, place.axes, place.placements].append(group)
+    """Yield a map for each placement that shards tensors, most bytes first, then those of whole tensors."""
+    sharded: defaultdict[_MapKey, list[TensorGroup]] = defaultdict(list)
+    whole, passthrough = [], []
+    for group, placement in group_placements:
+        if placement is None:
+            passthrough.append(group.name)
+        elif placement.is_sharded(mesh):
+            sharded[group.shape, placement.axes, placement.placements].append(group)
         else:
             whole.append(group.name)
-    for way, groups in sorted(alike.items(), key=lambda item: -sum(group.bytes for group in item[1])):
-        yield _build_map(tuple(group.name for group in groups), *way, mesh)
+    for key, groups in sorted(sharded.items(), key=lambda item: -sum(group.bytes for group in item[1])):
+        yield _build_map(tuple(group.name for group in groups), *key, mesh)
     if whole:
         yield ShardMap(tuple(whole), (), "replicated", (TensorSlice((), tuple(range(mesh.world_size))),))
-    if carried:
-        yield ShardMap(tuple(carried), (), "carried, whole", (TensorSlice((), (0,)),))
+    if passthrough:
+        yield ShardMap(tuple(passthrough), (), "carried, whole", (TensorSlice((), (0,)),))
 
 
 def _build_map(
     names: tuple[str, ...], shape: tuple[int, ...], axes: MeshName, placements: tuple[Placement, ...], mesh: Mesh
 ) -> ShardMap:
     words = format_placements(axes, placements, mesh)
-    packed = next((one for one in placements if isinstance(one, Packed)), None)
-    pieces = find_slices(shape, placements, mesh, axes)
+    packed = next((placement for placement in placements if isinstance(placement, Packed)), None)
+    slices = find_slices(shape, placements, mesh, axes)
     if packed is None:
-        return ShardMap(names, shape, words, pieces)
-    return ShardMap(names, shape, words, pieces, _name_parts(names, packed), packed.dim)
+        return ShardMap(names, shape, words, slices)
+    return ShardMap(names, shape, words, slices, _name_parts(names, packed), packed.dim)
 
 
 def _name_parts(names: tuple[str, ...], packed: Packed) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ def _name_parts(names: tuple[str, ...], packed: Packed) -> tuple[str, ...]:
 
 def _build_row(group: TensorGroup, inspection: Inspection) -> TensorRow:
     sides = ((inspection.current, group.current), (inspection.planned, group.planned))
-    words = tuple(describe_tensor_placement(place, side) for side, place in sides if side)
+    words = tuple(describe_tensor_placement(placement, side) for side, placement in sides if side)
     return TensorRow(group.name, len(group.names), group.dtype, group.shape, group.bytes, words)
 
 

@@ -1,4 +1,4 @@
-"""A report of what a reshard would do, or did."""
+"""The report of a reshard, or of its dry run."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ __all__ = ["build_reshard_report"]
 
 
 def build_reshard_report(plan: ReshardPlan, result: ReshardResult | None = None) -> Report:
-    """Return the report of a reshard: the source's mesh beside the result's, what was written, and how long it took.
-
-    `write_report(reshard_report(plan, result), file)` is all that `--report FILE` takes.
+    """Return the report of a reshard: the meshes of source and result, what was written, and how long it took.
 
     Args:
-        plan: that was, or would be, carried out.
-        result: what came of it, None after a dry run.
+        plan: the plan of the reshard.
+        result: its result, None for a dry run.
     """
     folder = plan.checkpoint.folder
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    found = describe_checkpoint(plan.checkpoint, plan.model_type, manifest, plan.output.resolved_plan)
-    told = build_inspection_report(found, "in the source", "in the result" if result else "planned for the result")
-    to = result.destination.name if result else "planned"
+    inspection = describe_checkpoint(plan.checkpoint, plan.model_type, manifest, plan.output.resolved_plan)
+    after = "in the result" if result else "planned for the result"
+    report = build_inspection_report(inspection, "in the source", after)
+    destination = result.destination.name if result else "planned"
     return replace(
-        told,
-        title=f"{folder.name} ({plan.checkpoint.layout}) → {to} ({plan.target.layout})",
+        report,
+        title=f"{folder.name} ({plan.checkpoint.layout}) → {destination} ({plan.target.layout})",
         summary=_summary(plan, result),
         ok=True if result else None,
-        facts={**told.facts, **_collect_facts(result)},
+        facts={**report.facts, **_collect_facts(result)},
         timings={"planning": plan.planning_seconds, **_collect_timings(result)},
         files={file.name: file.size for file in plan.output.files},
-        digests=result.digests if result else told.digests,
-        versions={**told.versions, **(result.manifest.written_by if result and result.manifest else {})},
+        digests=result.digests if result else report.digests,
+        versions={**report.versions, **(result.manifest.written_by if result and result.manifest else {})},
     )
 
 

@@ -1,4 +1,4 @@
-"""HTML as values: text that becomes part of an element is escaped, always and in one place."""
+"""HTML as values: text is always escaped when it becomes part of an element, here and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ _MAX_TEXT_LENGTH = 10**6
 
 @dataclass(frozen=True, slots=True)
 class Html:
-    """A piece of a page; made by the functions here alone, so that it holds nothing unescaped."""
+    """A part of a page; only functions that escape text make it."""
 
     text: str
 
 
 Child = Html | str
-"""What elements are made of: other elements, and text."""
+"""A child of an element: another element, or text."""
 
 
 def element(tag: str, /, *children: Child, **attributes: str | int) -> Html:
-    """Return an element; an attribute is written with `_` for `-`, and with one more at its end for Python's words."""
+    """Return an element; attribute names have `_` for `-`, and end with `_` if they are Python keywords."""
     names = ((name.rstrip("_").replace("_", "-"), str(value)) for name, value in attributes.items())
     opening = "".join([f"<{tag}", *(f' {name}="{_escape(value)}"' for name, value in names), ">"])
     return Html(opening if tag in _VOID_TAGS else f"{opening}{fragment(children).text}</{tag}>")
 
 
 def fragment(children: Iterable[Child]) -> Html:
-    """Return pieces one after the other."""
+    """Return children one after the other, without an element around them."""
     return Html("".join(child.text if isinstance(child, Html) else _escape(child) for child in children))
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[Child]]) -> Html:
-    """Return a table that a narrow window shows as one block per row, each cell with its column's name.
+    """Return a table that a narrow window shows as one block per row, with each cell labelled by its column.
 
-    The roles keep it a table for those who hear it, whatever is drawn.
+    The explicit roles keep it a table for screen readers when CSS displays it as blocks.
     """
     heads = (element("th", name, scope="col", role="columnheader") for name in columns)
     return element(

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs nothing else, for any width, light or dark, and the keyboard."""
+"""The page of a report: one self-contained HTML file for any width, light or dark, usable by keyboard."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ __all__ = ["render_report", "write_report"]
 
 _VERDICTS = {True: "✓ ok", False: "✗ not ok"}
 _CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Nothing is fetched and nothing runs, whatever a tensor is called."""
+"""The page loads nothing and runs nothing, even if a tensor's name contains markup."""
 
 
 def render_report(report: Report) -> str:
     """Return a report as the text of an HTML file."""
-    parts = list(build_sections(report))
-    page = element("html", _head(report), element("body", *_body(report, parts)), lang="en")
+    page = element("html", _head(report), element("body", *_body(report)), lang="en")
     return f"<!DOCTYPE html>\n{page.text}\n"
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write a report as an HTML file, which `--report` of a command names.
+    """Write a report as an HTML file.
 
     Args:
-        report: filled by a command.
-        path: of the file, replaced where there is one.
+        report: the content of the report.
+        path: the file, which is replaced if it exists.
 
     Raises:
-        DestinationError: it cannot be written.
+        DestinationError: the file cannot be written.
     """
     try:
         path.write_text(render_report(report), "utf-8")
@@ -52,27 +51,29 @@ def _head(report: Report) -> Html:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", sanitize(report.title)),
-        # Our own file, which has nothing to escape.
+        # A file of this package, so there is nothing to escape.
         Html(f"<style>{css}</style>"),
     )
 
 
-def _body(report: Report, parts: list[Section]) -> list[Html]:
-    links = (element("li", element("a", part.heading, href=f"#{part.anchor}")) for part in parts)
-    drawn = (element("section", element("h2", part.heading), *part.body, id=part.anchor, tabindex=-1) for part in parts)
+def _body(report: Report) -> list[Html]:
+    sections = list(build_sections(report))
+    links = (element("li", element("a", section.heading, href=f"#{section.anchor}")) for section in sections)
     return [
         element("a", "Skip to the content", href="#content", class_="skip"),
         element("header", element("h1", sanitize(report.title)), *_verdict(report), *_facts(report)),
         element("nav", element("ul", *links), aria_label="Sections"),
-        element("main", *drawn, id="content", tabindex=-1),
+        element("main", *map(_section, sections), id="content", tabindex=-1),
     ]
 
 
+def _section(section: Section) -> Html:
+    return element("section", element("h2", section.heading), *section.body, id=section.anchor, tabindex=-1)
+
+
 def _verdict(report: Report) -> list[Html]:
-    said = [element("p", sanitize(report.summary), class_="summary")]
-    if report.ok is not None:
-        said.insert(0, element("p", _VERDICTS[report.ok], class_="verdict"))
-    return said
+    verdict = [element("p", _VERDICTS[report.ok], class_="verdict")] if report.ok is not None else []
+    return [*verdict, element("p", sanitize(report.summary), class_="summary")]
 
 
 def _facts(report: Report) -> list[Html]:

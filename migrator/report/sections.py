@@ -1,4 +1,4 @@
-"""The sections of a report, each drawn from the part that it is about, None where there is nothing to say."""
+"""The sections of a report, each rendered from one part of its content."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_OPEN_RANKS = 64
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page: where links lead to, its heading and what it shows."""
+    """A section of the page: the anchor for links, the heading and the elements below it."""
 
     anchor: str
     heading: str
@@ -29,7 +29,7 @@ class Section:
 
 
 def build_sections(report: Report) -> Iterator[Section]:
-    """Yield the sections that a report has something for."""
+    """Yield a section for each part of a report that is not empty."""
     if report.findings:
         yield Section("findings", "Findings", (_findings(report),))
     for number, view in enumerate(report.views):
@@ -51,8 +51,8 @@ def build_sections(report: Report) -> Iterator[Section]:
 
 
 def _findings(report: Report) -> Html:
-    shown = map(_finding, report.findings[:_MAX_ROWS])
-    return element("ul", *shown, *_note_more(len(report.findings), "finding", "li"), class_="findings")
+    items = map(_finding, report.findings[:_MAX_ROWS])
+    return element("ul", *items, *_note_more(len(report.findings), "finding", "li"), class_="findings")
 
 
 def _finding(finding: ReportFinding) -> Html:
@@ -67,12 +67,12 @@ def _rank_bytes(view: MeshView) -> Html:
         for rank, size in enumerate(view.rank_bytes[:_MAX_RANKS])
     ]
     caption = f"{view.title}: {view.mesh}"
-    drawn = table(caption, ("rank", "bytes", "of the fullest"), rows)
+    ranks = table(caption, ("rank", "bytes", "of the fullest"), rows)
     if len(rows) <= _MAX_OPEN_RANKS:
-        return drawn
-    words = f"{view.title}: {len(view.rank_bytes):,} ranks, at most {format_bytes(most)} each"
+        return ranks
+    summary = f"{view.title}: {len(view.rank_bytes):,} ranks, at most {format_bytes(most)} each"
     return element(
-        "details", element("summary", words), drawn, *_note_more(len(view.rank_bytes), "rank", "p", _MAX_RANKS)
+        "details", element("summary", summary), ranks, *_note_more(len(view.rank_bytes), "rank", "p", _MAX_RANKS)
     )
 
 
@@ -111,7 +111,7 @@ def _tensor(row: TensorRow) -> tuple[Child, ...]:
 
 
 def _timings(timings: Mapping[str, float]) -> Html:
-    return table("Time that each phase took", ("phase", "seconds"), [(n, f"{s:.2f}") for n, s in timings.items()])
+    return table("Duration of each phase", ("phase", "seconds"), [(n, f"{s:.2f}") for n, s in timings.items()])
 
 
 def _files(files: Mapping[str, int]) -> Iterator[Html]:

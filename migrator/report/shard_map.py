@@ -1,4 +1,4 @@
-"""The shard map: each way in which tensors lie on ranks, drawn as strips of labelled slices."""
+"""The shard map: each placement of tensors on ranks, drawn as strips of labelled slices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PATTERN_COUNT = 8
 
 
 def draw_shard_maps(view: MeshView) -> Html:
-    """Return the maps of a mesh, one for each way in which tensors lie on its ranks."""
-    world = len(view.rank_bytes)
-    return element("div", *(_draw_map(one, world) for one in view.maps), class_="maps")
+    """Return the maps of a mesh, one for each placement."""
+    world_size = len(view.rank_bytes)
+    return element("div", *(_draw_map(shard_map, world_size) for shard_map in view.maps), class_="maps")
 
 
 def format_ranks(ranks: Sequence[int], world_size: int) -> str:
-    """Return ranks in words, `ranks 0–3, 8`."""
+    """Return ranks in words, such as `ranks 0–3, 8`."""
     if len(ranks) == world_size:
         return "every rank" if world_size > 1 else "rank 0"
     runs = [list(run) for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
@@ -34,40 +34,39 @@ def format_ranks(ranks: Sequence[int], world_size: int) -> str:
 
 
 def _draw_map(shard_map: ShardMap, world_size: int) -> Html:
-    idle = sorted(set(range(world_size)) - {rank for piece in shard_map.slices for rank in piece.ranks})
-    note = (
-        [element("p", f"{format_ranks(idle, world_size)}: nothing of it", class_="idle")]
-        if idle and shard_map.slices
-        else []
-    )
-    return element(
-        "figure", element("figcaption", *_draw_caption(shard_map)), *_draw_strips(shard_map, world_size), *note
-    )
+    caption = element("figcaption", *_draw_caption(shard_map))
+    return element("figure", caption, *_draw_strips(shard_map, world_size), *_note_idle_ranks(shard_map, world_size))
+
+
+def _note_idle_ranks(shard_map: ShardMap, world_size: int) -> Iterator[Html]:
+    idle = sorted(set(range(world_size)) - {rank for tensor_slice in shard_map.slices for rank in tensor_slice.ranks})
+    if idle and shard_map.slices:
+        yield element("p", f"{format_ranks(idle, world_size)}: nothing of it", class_="idle")
 
 
 def _draw_caption(shard_map: ShardMap) -> Iterator[Html]:
-    named = [element("li", element("code", sanitize(name))) for name in shard_map.names[:_MAX_NAMES]]
+    items = [element("li", element("code", sanitize(name))) for name in shard_map.names[:_MAX_NAMES]]
     if len(shard_map.names) > _MAX_NAMES:
-        named.append(element("li", f"and {len(shard_map.names) - _MAX_NAMES:,} more"))
+        items.append(element("li", f"and {len(shard_map.names) - _MAX_NAMES:,} more"))
     words = f"{shard_map.placement} of {format_shape(shard_map.shape)}" if shard_map.shape else shard_map.placement
     yield element("p", element("strong", words))
-    yield element("ul", *named, class_="names")
+    yield element("ul", *items, class_="names")
 
 
 def _draw_strips(shard_map: ShardMap, world_size: int) -> Iterator[Html]:
-    """Yield a strip for each range of the outer tensor dim that is cut, one where no more than one dim is."""
-    cut = [dim for dim in range(len(shard_map.shape)) if len({piece.bounds[dim] for piece in shard_map.slices}) > 1]
+    """Yield a strip along the last sharded dim for each combination of slices along the sharded dims before it."""
+    all_dims = range(len(shard_map.shape))
+    dims = [dim for dim in all_dims if len({tensor_slice.bounds[dim] for tensor_slice in shard_map.slices}) > 1]
 
-    def outer(piece: TensorSlice) -> list[tuple[int, int]]:
-        return [piece.bounds[dim] for dim in cut[:-1]]
+    def outer_bounds(tensor_slice: TensorSlice) -> list[tuple[int, int]]:
+        return [tensor_slice.bounds[dim] for dim in dims[:-1]]
 
-    shown = sorted(shard_map.slices[:_MAX_SLICES], key=lambda piece: [piece.bounds[dim] for dim in cut])
-    for where, pieces in groupby(shown, outer):
-        bounds = zip(cut, where, strict=False)
+    drawn = sorted(shard_map.slices[:_MAX_SLICES], key=lambda tensor_slice: [tensor_slice.bounds[dim] for dim in dims])
+    for outer, slices in groupby(drawn, outer_bounds):
+        bounds = zip(dims, outer, strict=False)
         titles = [element("p", f"dim {dim}, {_format_range(bound)}", class_="where") for dim, bound in bounds]
-        yield element(
-            "div", *titles, _draw_strip(shard_map, cut[-1] if cut else None, list(pieces), world_size), class_="row"
-        )
+        strip = _draw_strip(shard_map, dims[-1] if dims else None, list(slices), world_size)
+        yield element("div", *titles, strip, class_="row")
     if len(shard_map.slices) > _MAX_SLICES:
         yield element("p", f"and {len(shard_map.slices) - _MAX_SLICES:,} more slices", class_="idle")
 
@@ -82,23 +81,23 @@ def _draw_strip(shard_map: ShardMap, dim: int | None, slices: Sequence[TensorSli
 
 
 def _draw_parts(shard_map: ShardMap, dim: int, slices: Sequence[TensorSlice], world_size: int) -> Iterator[Html]:
-    """Yield a strip for each of the tensors that are packed one after the other."""
+    """Yield a strip for each of the tensors that are packed along a dim."""
     size = shard_map.shape[dim] // len(shard_map.parts)
-    for number, part in groupby(slices, lambda piece: piece.bounds[dim][0] // size):
+    for number, part in groupby(slices, lambda tensor_slice: tensor_slice.bounds[dim][0] // size):
         name = element("p", shard_map.parts[number], class_="part")
         yield element("div", name, _draw_slices(list(part), dim, world_size), class_="packed")
 
 
 def _draw_slices(slices: Sequence[TensorSlice], dim: int | None, world_size: int) -> Html:
-    """Return slices as long as they are, or, where they take several lines, all of one length."""
-    drawn = (_draw_slice(piece, dim, world_size) for piece in slices)
-    return element("ol", *drawn, class_="strip many" if len(slices) > _MAX_SLICES_IN_LINE else "strip")
+    """Return slices with lengths in proportion to their sizes, or of equal length if they take several lines."""
+    items = (_draw_slice(tensor_slice, dim, world_size) for tensor_slice in slices)
+    return element("ol", *items, class_="strip many" if len(slices) > _MAX_SLICES_IN_LINE else "strip")
 
 
-def _draw_slice(rank_slice: TensorSlice, dim: int | None, world_size: int) -> Html:
-    start, stop = rank_slice.bounds[dim] if dim is not None else (0, 1)
-    pattern = f"slice p{rank_slice.ranks[0] % _PATTERN_COUNT}" if len(rank_slice.ranks) < world_size else "slice"
-    words: list[Child] = [element("b", format_ranks(rank_slice.ranks, world_size))]
+def _draw_slice(tensor_slice: TensorSlice, dim: int | None, world_size: int) -> Html:
+    start, stop = tensor_slice.bounds[dim] if dim is not None else (0, 1)
+    pattern = f"slice p{tensor_slice.ranks[0] % _PATTERN_COUNT}" if len(tensor_slice.ranks) < world_size else "slice"
+    words: list[Child] = [element("b", format_ranks(tensor_slice.ranks, world_size))]
     if dim is not None:
         words += [" ", element("span", _format_range((start, stop)))]
     return element("li", *words, class_=pattern, style=f"flex-grow:{stop - start}")

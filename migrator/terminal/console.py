@@ -33,14 +33,14 @@ __all__ = [
 _ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 _UNLIMITED_WIDTH = 1000
 _MAX_LINE_LENGTH = 4096
-"""Characters; a path has no more."""
+"""In characters; no path is longer."""
 
 
 class Advance(Protocol):
-    """Takes the progress of a piece of work."""
+    """A callback for the progress of a task."""
 
     def __call__(self, done: int, total: int, current: str) -> None:
-        """Report bytes done, bytes in all, and what is being worked on."""
+        """Report the bytes done, the bytes in all, and the name of the current item."""
 
 
 def emit(text: str = "") -> None:
@@ -50,12 +50,12 @@ def emit(text: str = "") -> None:
 
 
 def emit_line(text: str) -> None:
-    """Print a line of the result in which names that others chose may stand: nothing in it steers a terminal."""
+    """Print a line of the result that may contain untrusted names; control characters in it are escaped."""
     emit(_escape(text))
 
 
 def emit_bytes(data: bytes) -> None:
-    """Print a piece of the result as it is."""
+    """Print bytes of the result unchanged."""
     with _translate_output_errors():
         click.echo(data, nl=False)
 
@@ -69,27 +69,27 @@ def emit_json(value: object) -> None:
 
 @contextmanager
 def _translate_output_errors() -> Iterator[None]:
-    """Turn what the system says when standard output cannot take more into an error for the user."""
+    """Turn a failure to write to standard output into an error for the user."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as problem:
-        # What is still buffered must not fail again when the interpreter ends.
+        # The interpreter flushes the buffer at exit, which must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise UsageError(
             f"standard output cannot be written: {problem.strerror or problem}",
-            hint="the work itself is done; send the output elsewhere",
+            hint="the work itself is done; redirect the output to a place that can take it",
         ) from problem
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not the result; nothing in it steers a terminal."""
+    """Print a message to standard error; control characters in it are escaped."""
     _print_stderr("\n".join(map(_escape, text.split("\n"))))
 
 
 def error(problem: MigratorError) -> None:
-    """Tell a person what is wrong and what to do, in terms of the running command's options."""
+    """Print an error and its hint, in terms of the running command's options."""
     _say_labelled(click.style("error:", fg="red", bold=True), _name_options(problem.message))
     _say_labelled(click.style("hint:", fg="cyan"), _name_options(problem.hint))
 
@@ -125,7 +125,7 @@ def _find_options() -> list[click.Option]:
 
 
 def internal_error(problem: Exception) -> None:
-    """Tell a person that the fault is ours."""
+    """Print an error that is a bug in migrator."""
     _say_labelled(click.style("internal error:", fg="red", bold=True), f"{type(problem).__name__}: {problem}")
     _say_labelled(click.style("hint:", fg="cyan"), "run again with MIGRATOR_DEBUG=1 and report the traceback")
 
@@ -135,11 +135,11 @@ def _say_labelled(label: str, text: str) -> None:
 
 
 def _print_stderr(text: str) -> None:
-    """Print to standard error; where that takes no more nobody is told, and the work goes on."""
+    """Print to standard error; if that fails, the work goes on without messages."""
     try:
         click.echo(text, err=True)
     except OSError:
-        # What is still buffered must not fail again when the interpreter ends.
+        # The interpreter flushes the buffer at exit, which must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -152,29 +152,29 @@ def _escape(text: str) -> str:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], droppable: Sequence[str] = ()
 ) -> None:
-    """Print a table of the result; where no terminal limits it, every row is one line.
+    """Print a table of the result; outside of a terminal every row is one line.
 
     Args:
-        title: above it.
-        columns: their headings.
+        title: the line above the table.
+        columns: the headings of the columns.
         rows: a cell for each column.
-        droppable: columns that a terminal too narrow for all does without, the first of them first; what still does not
-            fit is folded.
+        droppable: the columns to drop, in this order, as long as the terminal is too narrow for the table. Cells that
+            still do not fit are folded.
     """
     from rich.console import Console
 
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None if it was closed
     terminal = Console(width=None if is_terminal else _UNLIMITED_WIDTH, markup=False, highlight=False)
-    shown = list(columns)
-    drawn = _build_table(title, columns, rows, shown)
+    visible = list(columns)
+    table = _build_table(title, columns, rows, visible)
     for column in droppable:
-        if terminal.measure(drawn, options=terminal.options.update(width=_UNLIMITED_WIDTH)).maximum <= terminal.width:
+        if terminal.measure(table, options=terminal.options.update(width=_UNLIMITED_WIDTH)).maximum <= terminal.width:
             break
-        shown.remove(column)
-        drawn = _build_table(title, columns, rows, shown)
-    with _translate_output_errors(), terminal.capture() as drawing:  # which it ends by a write
-        terminal.print(drawn)
-    for line in drawing.get().splitlines():
+        visible.remove(column)
+        table = _build_table(title, columns, rows, visible)
+    with _translate_output_errors(), terminal.capture() as rendering:  # The capture ends with a write.
+        terminal.print(table)
+    for line in rendering.get().splitlines():
         emit(line.rstrip())
 
 
@@ -184,17 +184,17 @@ def _build_table(
     from rich import box
     from rich.table import Table
 
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in visible_columns:
-        drawn.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold")
     for row in rows:
-        drawn.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in visible_columns))
-    return drawn
+        table.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column in visible_columns))
+    return table
 
 
 @contextmanager
 def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
-    """Show bytes, rate and time left on standard error; silent when it is no terminal."""
+    """Show bytes, rate and remaining time on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

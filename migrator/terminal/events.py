@@ -1,4 +1,4 @@
-"""Events of a long command as JSON lines in a file, for schedulers that watch it."""
+"""A log of a long command's events, as JSON lines in a file that a scheduler can watch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PROGRESS_INTERVAL = 1.0
 
 
 class EventLog:
-    """Writes one line for each event, with its name and the time; none where there is no file.
+    """Writes one line for each event, with its name and the time; nothing if there is no file.
 
     Args:
-        stream: where lines go.
-        on_error: told once that they can go there no longer, which is no reason to end the work.
-        common_fields: what every line says.
+        stream: the open file, None to write nothing.
+        on_error: called once with a message if the file cannot be written any more; the work goes on.
+        common_fields: fields that every line has.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class EventLog:
             self._stream.flush()
         except OSError as error:
             self._stream = None
-            self._on_error(f"note: events are written no longer: {error.strerror or error}")
+            self._on_error(f"note: no more events are written: {error.strerror or error}")
 
     def progress(self, done: int, total: int, current: str) -> None:
-        """Write how far the work is, at most once a second."""
+        """Write the progress, at most once a second."""
         if time.monotonic() - self._last >= _PROGRESS_INTERVAL:
             self._last = time.monotonic()
             self.emit("progress", bytes_done=done, bytes_total=total, current=current)
@@ -56,7 +56,10 @@ class EventLog:
 
 @contextmanager
 def record_events(path: Path | None) -> Iterator[EventLog]:
-    """Give what records the events of the body in a new or longer file; its failure is the last of them.
+    """Append the events of the body to a file; if the body fails, the last event says so.
+
+    Args:
+        path: the file, created if it does not exist; None to record nothing.
 
     Raises:
         UsageError: the file cannot be written.
@@ -69,7 +72,7 @@ def record_events(path: Path | None) -> Iterator[EventLog]:
     except OSError as error:
         raise UsageError(
             f"{path}: cannot be written: {error.strerror}",
-            hint="give --events a file in a folder of yours",
+            hint="give --events a file in a folder that you can write to",
             path=str(path),
         ) from error
     with _closing(stream):
@@ -87,7 +90,7 @@ def record_events(path: Path | None) -> Iterator[EventLog]:
 
 @contextmanager
 def _closing(stream: TextIO) -> Iterator[None]:
-    """Close a stream; what could not be written to it was told before."""
+    """Close a stream; a failure to write to it was reported before."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Names that others chose, fit to be shown: nothing in them steers a terminal or a page, and none is too long."""
+"""Text for people: untrusted names made safe to show, and sizes, times and placements in words."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _MIN_SECONDS = 0.1
 
 
 def sanitize(text: str, max_length: int = _MAX_LENGTH) -> str:
-    """Return a text with escapes for what does not print, its middle left out where it is too long.
+    """Return a text with non-printable characters escaped, and its middle left out if it is too long.
 
     Args:
-        text: from a checkpoint.
-        max_length: characters that are kept.
+        text: untrusted text, such as a name from a checkpoint.
+        max_length: the number of characters to keep.
     """
     if len(text) > max_length:
         text = f"{text[: max_length // 2]} […] {text[-max_length // 2 :]}"
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def describe_tensor_placement(placement: MeshPlacement | None, arrangement: Arrangement) -> str:
-    """Return how a tensor lies in an arrangement, in words; carried tensors are placed nowhere."""
+    """Return a tensor's placement in words; passthrough tensors, which have none, lie on rank 0."""
     return format_placements(placement.axes, placement.placements, arrangement.mesh) if placement else RANK_0
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """Return a shape in words, `8 × 64 × 32`."""
+    """Return a shape in words, such as `8 × 64 × 32`."""
     return " × ".join(map(str, shape)) or "scalar"
 
 
 def format_bytes(number: int) -> str:
-    """Return a number of bytes in the unit that suits it, `1.5 GiB`."""
+    """Return a number of bytes in a suitable unit, such as `1.5 GiB`."""
     if number < 1024:
         return f"{number} B"
     power = next((power for power in range(1, len(_BYTE_UNITS)) if number < 1000 * 1024**power), len(_BYTE_UNITS))
@@ -57,14 +57,14 @@ def format_bytes(number: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return an estimated time in the unit that suits it, `about 2.5 h`."""
+    """Return an estimated time in a suitable unit, such as `about 2.5 h`."""
     if seconds < _MIN_SECONDS:
         return f"less than {_MIN_SECONDS} s"
-    size, unit = next((one for one in _TIME_UNITS if seconds >= 2 * one[0]), _TIME_UNITS[-1])
-    return f"about {seconds / size:.1f} {unit}"
+    size, name = next((unit for unit in _TIME_UNITS if seconds >= 2 * unit[0]), _TIME_UNITS[-1])
+    return f"about {seconds / size:.1f} {name}"
 
 
 def describe_unmatched(keys: Sequence[str]) -> str:
-    """Return in one line how many plan entries match nothing, and the first few of them."""
+    """Return a line that counts the plan entries that match nothing, and names the first few."""
     entries = "1 plan entry matches" if len(keys) == 1 else f"{len(keys)} plan entries match"
     return f"{entries} nothing in this configuration: {format_names(keys)}"

@@ -86,7 +86,7 @@ def test_an_inherited_change_fails_until_it_is_allowed(moved):
     assert diff(moved, "HEAD", "--allow", "mixtral").returncode == 1
     done = diff(moved, "HEAD", "--allow", "offspring", "--allow", "mellum")
     assert done.returncode == 0
-    assert done.stderr == "--allow mellum: nothing of this model changed\n"
+    assert done.stderr == "--allow mellum: no plan of this model changed\n"
 
 
 @pytest.mark.parametrize("allowed", [("typo",), ("offspring", "typo")])
@@ -138,7 +138,7 @@ def test_unread_plans_and_other_conditions_in_words(root):
     assert done.returncode == 1
     assert done.stdout.splitlines()[-2:] == [
         f"unexplained {MODELS}/made/configuration_made.py:3 MadeConfig.base_model_tp_plan in made may have changed: "
-        "what it is made of did and cannot be read, look there",
+        "something it is built from did, and cannot be read; look there",
         "2 entries of 1 class: 1 other condition, 1 may have changed; 1 unexplained",
     ]
     assert diff(root, "HEAD", "--allow", "made").returncode == 0

@@ -63,15 +63,15 @@ def test_plan_shows_the_mesh_that_it_is_for(migrator, hub):
     assert "efsdp: Shard(0), ep: Shard(0)" in output
 
 
-def test_experts_that_a_tp_plan_leaves_whole_are_told_of(migrator, hub):
-    note = "note the tp plan leaves the experts whole on every rank, 'model.layers.*.mlp.experts.gate_up_proj', "
+def test_a_note_names_experts_that_a_tp_plan_keeps_whole(migrator, hub):
+    note = "note the tp plan keeps the experts whole on every rank, 'model.layers.*.mlp.experts.gate_up_proj', "
     code, output, _ = migrator("plan", "gpt_oss", "--tp", 2)
     (line,) = [line for line in output.splitlines() if line.startswith("note")]
     assert code == 0
     assert line.startswith(note)
-    assert "--tp 2 --ep 2, with --mode ep to leave all else whole" in line
+    assert "--tp 2 --ep 2, with --mode ep to keep all else whole" in line
     for source, options in (("gpt_oss", ("--ep", 2)), (hub, ()), ("llama", ())):
-        assert "leaves the experts" not in migrator("plan", source, "--tp", 2, *options)[1]
+        assert "keeps the experts" not in migrator("plan", source, "--tp", 2, *options)[1]
 
 
 def test_a_mode_that_does_not_go_with_the_mesh_is_refused(migrator, hub):

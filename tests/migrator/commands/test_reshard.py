@@ -227,7 +227,7 @@ def test_events_that_cannot_be_written_do_not_end_the_work(migrator, hub_folder,
     code, _, errors = migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", "/dev/full")
     assert code == 0
     assert [line for line in errors if "events" in line] == [
-        "note: events are written no longer: No space left on device"
+        "note: no more events are written: No space left on device"
     ]
     assert (tmp_path / "out" / "migrator.json").exists()
 

@@ -101,8 +101,8 @@ def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrato
         (("empty",), "holds no job file"),
         (("none.toml",), "No such file"),
         (("none", "--watch"), "not a folder to watch"),
-        (("empty", "empty", "--watch"), "--watch takes one folder"),
-        (("empty", "--watch", "--dry-run"), "--watch takes one folder"),
+        (("empty", "empty", "--watch"), "--watch runs the jobs of one folder"),
+        (("empty", "--watch", "--dry-run"), "--watch runs the jobs of one folder"),
         (("empty", "--watch", "--interval", "0"), "--interval"),
     ],
 )

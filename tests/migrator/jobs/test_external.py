@@ -78,18 +78,34 @@ def test_what_is_there_already_is_compared_with_them(foreign, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said", "hint"),
     [
-        ("[reshard]\nsource = 's'\nfrom-tp = 2", "toml:1: reshard does not say how to read its source: `from_tp`", "give"),
-        ("[reshard]\nsource = 's'\nfrom-pattern = 'a{rank}.safetensors'", "`from_pattern` needs `from_tp`", "number of ranks"),
-        ("[reshard]\nsource = 's'\nfrom-pattern = 'a'\nfrom_tp = 1", "`from_pattern` 'a' does not end in", "safetensors"),
+        (
+            "[reshard]\nsource = 's'\nfrom-tp = 2",
+            "toml:1: reshard does not say how to read its source: `from_tp`",
+            "give",
+        ),
+        (
+            "[reshard]\nsource = 's'\nfrom-pattern = 'a{rank}.safetensors'",
+            "`from_pattern` needs `from_tp`",
+            "number of ranks",
+        ),
+        (
+            "[reshard]\nsource = 's'\nfrom-pattern = 'a'\nfrom_tp = 1",
+            "`from_pattern` 'a' does not end in",
+            "safetensors",
+        ),
         ("[reshard]\nsource = 's'\nfrom-mode = 'sp'", "toml:3: reshard.from-mode is 'sp'", "tp, ep, tp_ep"),
         ("[reshard]\nsource = 's'\nfrom-patern = 'a'", "reshard.from-patern is no setting", "mean from_pattern?"),
         ("[reshard]\nsource = 's'\nfrom-tp = 2\nfrom_tp = 2", "toml:4: reshard.from_tp is there twice", "once"),
-        ("[verify]\nsource = 's'\nplan = 'p.json'", "toml:1: verify does not say how to read its source: `plan`", "give"),
+        (
+            "[verify]\nsource = 's'\nplan = 'p.json'",
+            "toml:1: verify does not say how to read its source: `plan`",
+            "give",
+        ),
         (SAID.replace('"foreign"', '"hf://owner/name"'), "`from_pattern` reads a local folder", "hf download"),
         (SAID + "destination = 'elsewhere'", "elsewhere, the destination of reshard, holds the source", "own"),
         (SAID + "destination = 'plan.json'", "plan.json, the destination of reshard, is the source", "own"),
     ],
-)  # fmt: skip
+)
 def test_what_says_nothing_sensible_is_refused_before_anything_runs(tmp_path, content, said, hint):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(UsageError) as refused:
