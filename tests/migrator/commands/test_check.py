@@ -154,7 +154,9 @@ def test_a_mistake_in_the_configuration_is_2(tmp_path, command):
     (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nignroe = ['MIG001']\n")
     done = migrator(command, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
-    said = "error: pyproject.toml: tool.migrator.ignroe is not a setting\nhint: did you mean ignore? settings are paths, "
+    said = (
+        "error: pyproject.toml: tool.migrator.ignroe is not a setting\nhint: did you mean ignore? settings are paths, "
+    )
     assert done.stderr.decode().startswith(said)
     assert texts(tmp_path) == before
 
