@@ -31,13 +31,14 @@ from step_measure import largest
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mode
+from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.loader.parameter_refs import find_parameter_refs
 from runtime.loader.sources import find_source
 from runtime.loader.transfer import default_threads
 from runtime.models.model import model_tensors
-from runtime.validation.content import check_content, read_checkpoint_headers
+from runtime.validation.content import check_content
 from runtime.validation.model import check_loaded
 
 GOALS = {"migrator ranks": 8, "migrator hub": 5}
@@ -139,7 +140,7 @@ def validated(system: System, device: torch.device) -> Row:
     say(f"validated: {system.folder.name}, {system.mode}")
     parallel = system.prepare()
     system.load(parallel)
-    source = read_checkpoint_headers(system.folder)
+    source = open_checkpoint(system.folder).read()
     ready = clock(device)
     structure = check_loaded(parallel, source)
     looked = clock(device)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
 from plans.text import first_line
-from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
-from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Shard
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import ManifestEntry
+from runtime.checkpoint.manifest import ManifestEntry, read_manifest
 
 # By the bytes of an element: integers of every width can be put in their places, small floats cannot.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -63,12 +63,12 @@ def _show_verification(result: Verification, quiet: bool) -> None:
 
 
 def _summarize(verified: VerifiedCheckpoint) -> str:
-    if verified.replicas is None:
+    if verified.checkpoint is None:
         return f"{verified.folder}: not a whole checkpoint"
-    content = verified.replicas.checkpoint
+    content = verified.checkpoint
     optimizer = len(content.optimizer.tensors) if content.optimizer else 0
     tensors = pluralize(len(content.tensors), "tensor")
-    copies = f" in {len(verified.replicas.copies) - optimizer} copies" if verified.layout == "ranks" else ""
+    copies = f" in {len(verified.copies) - optimizer} copies" if verified.layout == "ranks" else ""
     return f"{verified.folder}: {verified.layout}, {tensors}{copies}" + (
         f", {optimizer} of the optimizer" if optimizer else ""
     )

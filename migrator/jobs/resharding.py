@@ -21,8 +21,8 @@ from migrator.settings import Reshard, Verify
 from plans.errors import DestinationError, MigratorError
 from plans.text import pluralize
 from runtime.checkpoint.copying.commit import check_destination, convert_write_errors
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST, Manifest
+from runtime.checkpoint.files.file_names import MANIFEST
+from runtime.checkpoint.manifest import Manifest, read_manifest
 from runtime.checkpoint.resharding.reflink import find_block_size, plan_block_sharing
 from runtime.hub import check_repository, push
 

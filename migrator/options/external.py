@@ -123,8 +123,7 @@ def check_external_options(options: ExternalOptions, source: str) -> None:
 
 
 def _build_settings(options: ExternalOptions, **contents: Any) -> ExternalSettings:  # noqa: ANN401
-    from runtime.checkpoint.external.pattern import FilePattern
-    from runtime.checkpoint.external.source import ExternalSettings
+    from runtime.checkpoint.external.source import ExternalSettings, FilePattern
 
     assert options.from_pattern is not None
     ep = options.from_ep or 1

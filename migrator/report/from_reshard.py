@@ -8,8 +8,6 @@ from migrator.report.content import Report
 from migrator.report.from_inspection import build_inspection_report
 from migrator.terminal.text import format_bytes
 from plans.text import pluralize
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
 from runtime.inspecting.inspection import describe_checkpoint
 
@@ -24,8 +22,7 @@ def build_reshard_report(plan: ReshardPlan, result: ReshardResult | None = None)
         result: its result, None for a dry run.
     """
     folder = plan.checkpoint.folder
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    inspection = describe_checkpoint(plan.checkpoint, plan.model_type, manifest, plan.output.resolved_plan)
+    inspection = describe_checkpoint(plan.checkpoint, plan.model_type, plan.output.resolved_plan)
     after = "in the result" if result else "planned for the result"
     report = build_inspection_report(inspection, "in the source", after)
     destination = result.destination.name if result else "planned"

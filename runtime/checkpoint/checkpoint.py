@@ -1,36 +1,37 @@
-"""What a checkpoint holds, whatever its layout: tensors by their names in the model, over what its files store."""
+"""A checkpoint of any layout, read up to its headers: the model's tensors by name, mapped onto what the files store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.record import StoredForm, TensorKind
+from runtime.checkpoint.manifest import Manifest, StoredForm, TensorKind
 from runtime.tensor_map.tensor_map import TensorMap
 
-__all__ = ["Checkpoint", "KeyPath", "Layout", "OptimizerState", "SourceLayout", "TensorInfo"]
+__all__ = ["Checkpoint", "KeyPath", "Layout", "OptimizerState", "SourceLayout", "TensorCopy", "TensorInfo"]
 
 Layout = Literal["hf", "dcp", "ranks"]
-"""Those that are written."""
-
-KeyPath = tuple[str | int, ...]
+"""The layouts that can be written."""
 
 SourceLayout = Layout | Literal["foreign"]
-"""Those that are read."""
+"""The layouts that can be read."""
+
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A whole tensor that a checkpoint holds.
+    """What a checkpoint says about a whole tensor.
 
     Args:
-        kind: `carried` tensors are those that the model has no parameter for.
-        dtype: safetensors' name.
-        shape: of the whole tensor.
+        kind: `carried` for a tensor that the model has no parameter for.
+        dtype: the dtype by its name in safetensors.
+        shape: the shape of the whole tensor.
     """
 
     kind: TensorKind
@@ -38,19 +39,34 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """An optimizer's checkpoint read up to its headers.
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorCopy:
+    """One of the copies of a tensor that a checkpoint stores. A copy equals only itself.
 
     Args:
-        folder: where it lies in the model's folder, `.` for the folder itself.
-        tensors: by saved name; `parameter` for those that are laid out like their parameter, else `carried`.
+        name: the tensor's name.
+        tensor_map: the tensor over the stored chunks that make up this copy.
+        ranks: the ranks whose files together store this copy; empty if it belongs to no rank.
+    """
+
+    name: str
+    tensor_map: TensorMap = field(repr=False)
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The state of an optimizer, read up to its headers.
+
+    Args:
+        folder: the state's folder relative to the model's, `.` if they are the same.
+        tensors: the tensors by saved name; `parameter` if sharded like their parameter, else `carried`.
         parameters: the name of each such tensor's parameter, by saved name.
-        tensor_maps: of the tensors over the pieces.
-        chunks: what files store.
-        values: pickles of what is no tensor, by saved name; read as data and found to be nothing else.
-        paths: keys of the nested tables that lead to what is saved, by its name.
-        stateless: parameters of the model that have no state, frozen ones say.
+        tensor_maps: the tensors over the stored chunks.
+        chunks: the stored chunks by name.
+        values: the pickles of everything that is not a tensor, by saved name, checked to be plain data.
+        paths: the keys that lead to each saved value in the nested state dict, by saved name.
+        stateless: the model's parameters that have no state, such as frozen ones.
     """
 
     folder: str
@@ -65,21 +81,21 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read up to its headers, no tensor touched.
+    """A checkpoint read up to its headers; no tensor has been read.
 
     Args:
-        folder: where it lies.
-        layout: how it lies there.
-        tensors: by name in the model, carried ones by stored name; tied names are left out.
-        tied: other names of tensors, each with the name that holds the bytes.
-        tensor_maps: of the tensors over the pieces.
-        chunks: what files store, by names of this layout's own.
+        folder: the checkpoint's folder.
+        layout: the layout of its files.
+        tensors: the tensors by their names in the model, carried ones by stored name; tied names are left out.
+        tied: each tied name with the name that holds the bytes.
+        tensor_maps: the tensors over the stored chunks.
+        chunks: the stored chunks, by names that only this layout knows.
         side_files: the other files.
-        stored_form: of the hub form that it once came from, where that is known.
-        digests: of tensors, where the checkpoint records them.
-        config: what config.json said when the checkpoint was laid out, where it records that.
-        optimizer: the state of the optimizer that trained them, where it goes along.
-        extra_files: other files that go along although they do not lie in the folder, by name.
+        manifest: the checkpoint's manifest, None if it has none.
+        stored_form: the hub form that the tensors came from, None if unknown.
+        optimizer: the state of the optimizer, if it is part of what was read.
+        config_folder: the folder of config.json if that is not the checkpoint's own.
+        extra_files: the content of files outside the folder that belong to the checkpoint, by name.
     """
 
     folder: Path
@@ -89,23 +105,31 @@ class Checkpoint:
     tensor_maps: Mapping[str, TensorMap] = field(repr=False)
     chunks: Mapping[str, StoredTensor] = field(repr=False)
     side_files: SideFiles
+    manifest: Manifest | None = field(default=None, repr=False)
     stored_form: StoredForm | None = None
-    digests: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, object] | None = field(default=None, repr=False)
     optimizer: OptimizerState | None = None
+    config_folder: Path | None = None
     extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """The digests that the manifest records for these tensors, the optimizer's included if its state was read."""
+        if self.manifest is None:
+            return {}
+        digests = {name: entry.digest for name, entry in self.manifest.tensors.items()}
+        return {**digests, **self.manifest.optimizer} if self.optimizer else digests
 
     @property
     def all_tensors(self) -> dict[str, TensorInfo]:
-        """The tensors, and those of the optimizer by the names they are saved under."""
+        """The model's tensors and, by their saved names, the optimizer's."""
         return {**self.tensors, **(self.optimizer.tensors if self.optimizer else {})}
 
     @property
     def all_tensor_maps(self) -> dict[str, TensorMap]:
-        """The forms, and those of the optimizer's tensors."""
+        """The tensor maps of the model's tensors and of the optimizer's."""
         return {**self.tensor_maps, **(self.optimizer.tensor_maps if self.optimizer else {})}
 
     @property
     def all_chunks(self) -> dict[str, StoredTensor]:
-        """The pieces, and those of the optimizer's tensors."""
+        """The stored chunks of the model's tensors and of the optimizer's."""
         return {**self.chunks, **(self.optimizer.chunks if self.optimizer else {})}

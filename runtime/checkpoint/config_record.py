@@ -8,14 +8,14 @@ from pathlib import Path
 
 from plans.errors import CheckpointError
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.reading import read_at_most
 from runtime.checkpoint.files.strict_json import is_nested_deeper
-from runtime.checkpoint.record import MAX_CONFIG_DEPTH
+from runtime.checkpoint.manifest import MAX_CONFIG_DEPTH
 from runtime.models.config_entries import ConfigDifference, compare_entries
 
-__all__ = ["CONFIG", "find_config_changes", "get_config_record", "read_config_entries"]
+__all__ = ["find_config_changes", "get_config_record", "read_config_entries"]
 
-CONFIG = "config.json"
 _MAX_BYTES = 2**24
 
 
@@ -29,8 +29,8 @@ def get_config_record(checkpoint: Checkpoint) -> Mapping[str, object] | None:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    if checkpoint.config is not None:
-        return checkpoint.config
+    if checkpoint.manifest is not None and checkpoint.manifest.config is not None:
+        return checkpoint.manifest.config
     made = checkpoint.extra_files.get(CONFIG)
     path = checkpoint.folder / CONFIG
     return _parse_entries(made, path) if made is not None else read_config_entries(checkpoint.folder)
@@ -44,8 +44,9 @@ def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    found = read_config_entries(checkpoint.folder) if checkpoint.config is not None else None
-    return compare_entries(found, checkpoint.config) if found is not None and checkpoint.config is not None else ()
+    recorded = checkpoint.manifest.config if checkpoint.manifest else None
+    entries = read_config_entries(checkpoint.folder) if recorded is not None else None
+    return compare_entries(entries, recorded) if entries is not None and recorded is not None else ()
 
 
 def read_config_entries(folder: Path) -> dict[str, object] | None:
@@ -67,7 +68,7 @@ def _parse_entries(text: bytes, path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise _config_error(path, f"not valid JSON: {error}") from error
     if not isinstance(entries, dict) or is_nested_deeper(entries, MAX_CONFIG_DEPTH):
-        raise _config_error(path, f"not an object of {MAX_CONFIG_DEPTH} levels at most")
+        raise _config_error(path, f"not an object nested at most {MAX_CONFIG_DEPTH} deep")
     return entries
 
 

@@ -1,34 +1,48 @@
-"""Reading what a checkpoint of whatever layout holds of a model."""
+"""The one way into a checkpoint of any layout: `open_checkpoint`, which finds the layout, the manifest and the model.
+
+Nothing outside of this module decides by the layout how a checkpoint is read, or whether that takes a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from plans.errors import IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.checkpoint import Checkpoint, Layout, TensorInfo
-from runtime.checkpoint.dcp.names import METADATA, find_shard_files
+from runtime.checkpoint.checkpoint import Checkpoint, Layout, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.external.reader import read_external
 from runtime.checkpoint.external.source import ExternalSettings
-from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.reading import convert_read_errors
-from runtime.checkpoint.hub.folder import read_hub
-from runtime.checkpoint.hub.reader import build_hub_checkpoint
-from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.side_files import SideFiles
+from runtime.checkpoint.hub.reader import read_hub_checkpoint
+from runtime.checkpoint.manifest import Manifest, find_manifest
+from runtime.checkpoint.optimizer.reader import OptimizerCheckpoint, find_optimizer, read_optimizer
+from runtime.checkpoint.ranks.files import read_rank_checkpoint
+from runtime.models.config import read_config
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
+from runtime.models.quantized import build_stored_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_matches_model", "detect_layout", "read_checkpoint"]
+__all__ = ["CheckpointReader", "OptimizerChoice", "detect_layout", "open_checkpoint"]
+
+OptimizerChoice = Literal["ignore", "leave", "include", "require"]
+"""What to do with an optimizer's state beside the model: treat its files as any others, leave them behind, read the
+state if there is one, or fail if there is none.
+"""
+
+_CONFIG_HINT = "config.json does not belong to these weights; restore the one that they were saved with"
 
 
 def detect_layout(folder: Path) -> Layout:
-    """Return how a checkpoint lies in a folder, by the names of its files; hub form where nothing says otherwise."""
+    """Return the layout of a checkpoint by the names of its files; hub form if they do not tell."""
     with convert_read_errors(folder):
         if folder.is_dir() and find_shard_files(folder):
             return "dcp"
@@ -38,84 +52,193 @@ def detect_layout(folder: Path) -> Layout:
     return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
 
 
-_HINT = "config.json does not belong to these weights; put back the one that they were written with"
-
-
-def check_matches_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse a checkpoint that is of another model than its config describes.
+def open_checkpoint(folder: Path, external: ExternalSettings | None = None) -> CheckpointReader:
+    """Open a checkpoint of any layout. Only its manifest is read, if it has one.
 
     Args:
-        checkpoint: of the checkpoint.
-        model: that its config describes, on meta.
+        folder: the checkpoint's folder.
+        external: how to read the folder if it contains another stack's rank files.
 
     Raises:
-        IncompleteError: the model has a tensor that the checkpoint lacks.
-        MismatchError: the checkpoint has one that the model lacks, or ties names, or has kinds or shapes, otherwise.
+        HeaderError: the manifest is damaged.
+        CheckpointError: the folder cannot be read.
     """
+    if external is not None:
+        return CheckpointReader(folder, "foreign", None, external)
+    return CheckpointReader(folder, detect_layout(folder), find_manifest(folder))
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """An opened checkpoint. The model that its config describes is built when it is first needed.
+
+    Args:
+        folder: the checkpoint's folder.
+        layout: the layout of its files.
+        manifest: its manifest, None if it has none.
+        external: how to read another stack's rank files, None for all other layouts.
+    """
+
+    folder: Path
+    layout: SourceLayout
+    manifest: Manifest | None
+    external: ExternalSettings | None = None
+
+    @property
+    def is_self_describing(self) -> bool:
+        """Whether manifest and headers describe every tensor, so that no model is needed to read them."""
+        return self.layout == "ranks"
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder of config.json."""
+        return self.external.config_folder(self.folder) if self.external else self.folder
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's config.
+
+        Raises:
+            CheckpointError: it is missing or cannot be read.
+        """
+        return read_config(self.config_folder)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model on meta, its parameters in the form that a checkpoint stores them in.
+
+        Raises:
+            CheckpointError: the config does not describe a model.
+            UsageError: the model is quantized in an unsupported way.
+        """
+        return build_stored_model(self.config)
+
+    @property
+    def model_type(self) -> str:
+        """The model's type as the manifest records it, or else as the config names it."""
+        return self.manifest.model_type if self.manifest else str(self.config.model_type)
+
+    def read(self, model: PreTrainedModel | None = None, optimizer: OptimizerChoice = "ignore") -> Checkpoint:
+        """Read the checkpoint up to its headers. Tensor bytes are read only to compare copies that must be equal.
+
+        The tensors are checked against a model unless the checkpoint is self-describing and no model was given or
+        needed for the optimizer's state.
+
+        Args:
+            model: the model that the checkpoint must contain, on any device; by default the one of its config.
+            optimizer: what to do with an optimizer's state.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, incomplete or of another model, or has several optimizers.
+            MismatchError: the tensors are not the model's, or files contradict the manifest or one another.
+            ConversionError: a tensor of the optimizer is not sharded like its parameter.
+            UsageError: the checkpoint is quantized in an unsupported way.
+            PlanError: the plan of another stack's rank files does not fit the model.
+        """
+        if model is None and not self.is_self_describing:
+            model = self.model
+        checkpoint = self._read_tensors(model)
+        if model is not None:
+            _check_matches_model(checkpoint, model)
+        if optimizer == "ignore":
+            return checkpoint
+        found = find_optimizer(checkpoint)
+        if found is None:
+            _check_no_optimizer(checkpoint, optimizer)
+            return checkpoint
+        if optimizer == "leave":
+            note = f"the optimizer's state in {self.folder / found.folder}, which --optimizer takes along"
+            return replace(checkpoint, side_files=_drop_optimizer_files(checkpoint.side_files, found, note))
+        if model is None:
+            model = self.model
+            _check_matches_model(checkpoint, model)
+        state = read_optimizer(checkpoint, found, model)
+        _check_recorded_tensors(checkpoint, state.tensors)
+        return replace(checkpoint, side_files=_drop_optimizer_files(checkpoint.side_files, found), optimizer=state)
+
+    def _read_tensors(self, model: PreTrainedModel | None) -> Checkpoint:
+        if self.layout == "ranks":
+            assert self.manifest is not None
+            return read_rank_checkpoint(self.folder, self.manifest)
+        assert model is not None
+        if self.external is not None:
+            return read_external(self.folder, model, self.external)
+        if self.layout == "dcp":
+            return read_dcp_checkpoint(self.folder, model, self.manifest)
+        return read_hub_checkpoint(self.folder, model)
+
+
+def _check_matches_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model; dtypes are the checkpoint's own."""
     tied = find_tied_names(model)
-    wanted = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
-    held = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried" or name in wanted}
+    expected = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
+    actual = {name: info for name, info in checkpoint.tensors.items() if info.kind != "carried" or name in expected}
     _check_tied(checkpoint.folder, tied, checkpoint.tied)
-    if missing := [name for name in wanted if name not in held]:
+    if missing := [name for name in expected if name not in actual]:
         raise IncompleteError(
-            f"{checkpoint.folder}: {format_names(missing)} of the model are stored nowhere", hint=_HINT, missing=missing
+            f"{checkpoint.folder}: the model's {format_names(missing)} are not stored",
+            hint=_CONFIG_HINT,
+            missing=missing,
         )
-    if surplus := [name for name in held if name not in wanted]:
+    if surplus := [name for name in actual if name not in expected]:
         raise MismatchError(
-            f"{checkpoint.folder}: {format_names(surplus)} of the checkpoint are no tensors of the model",
-            hint=_HINT,
+            f"{checkpoint.folder}: stores {format_names(surplus)}, which the model does not have",
+            hint=_CONFIG_HINT,
             tensors=surplus,
         )
-    for name, tensor in wanted.items():
-        expected = TensorInfo(tensor_kind(tensor), "", tuple(tensor.shape))
-        _check_kind_and_shape(checkpoint.folder, name, expected, held[name])
+    for name, tensor in expected.items():
+        pairs = (tensor_kind(tensor), actual[name].kind), (list(tensor.shape), list(actual[name].shape))
+        for in_model, stored in pairs:
+            if in_model != stored:
+                raise MismatchError(
+                    f"{checkpoint.folder}: {name} is {in_model} in the model but {stored} in the checkpoint",
+                    hint=_CONFIG_HINT,
+                    name=name,
+                )
 
 
-def _check_tied(folder: Path, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    names: Collection[str] = expected.keys() | found.keys()
+def _check_tied(folder: Path, expected: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    names: Collection[str] = expected.keys() | actual.keys()
     for name in sorted(names):
-        wanted, has = (f"tied to {ties[name]}" if name in ties else "not tied" for ties in (expected, found))
-        if wanted != has:
+        in_model, stored = (f"tied to {ties[name]}" if name in ties else "not tied" for ties in (expected, actual))
+        if in_model != stored:
             raise MismatchError(
-                f"{folder}: {name} is {wanted} in the model but {has} in the checkpoint",
-                hint=f"{_HINT}; tie_word_embeddings says which names are tied",
+                f"{folder}: {name} is {in_model} in the model but {stored} in the checkpoint",
+                hint=f"{_CONFIG_HINT}; tie_word_embeddings decides which names are tied",
                 name=name,
             )
 
 
-def _check_kind_and_shape(folder: Path, name: str, expected: TensorInfo, found: TensorInfo) -> None:
-    """Refuse a tensor of another kind or shape; dtypes are the checkpoint's own."""
-    for wanted, has in ((expected.kind, found.kind), (list(expected.shape), list(found.shape))):
-        if wanted != has:
-            raise MismatchError(
-                f"{folder}: {name} is {wanted} in the model but {has} in the checkpoint", hint=_HINT, name=name
-            )
+def _check_no_optimizer(checkpoint: Checkpoint, optimizer: OptimizerChoice) -> None:
+    """Refuse a checkpoint without an optimizer's state that was written with one, or that must have one."""
+    recorded = list(checkpoint.manifest.optimizer) if checkpoint.manifest else []
+    if recorded and optimizer != "leave":
+        raise IncompleteError(
+            f"{checkpoint.folder}: the optimizer's state is missing, of which {MANIFEST} records "
+            f"{format_names(recorded)}",
+            hint="copy its files again, or leave the state out with `optimizer=False`",
+            missing=recorded,
+        )
+    if optimizer == "require":
+        raise IncompleteError(
+            f"{checkpoint.folder}: contains no optimizer's state",
+            hint="save it there with save_optimizer_distributed, or leave `optimizer` out",
+            folder=str(checkpoint.folder),
+        )
 
 
-def read_checkpoint(folder: Path, model: PreTrainedModel, external: ExternalSettings | None = None) -> Checkpoint:
-    """Read what a checkpoint holds of a model, no tensor but those that must be the same in several places.
-
-    Args:
-        folder: of the checkpoint.
-        model: that its config describes, on meta.
-        external: how to read another stack's rank files, where it is made of such.
-
-    Raises:
-        CheckpointError: it is damaged, incomplete or of another model.
-        MismatchError: its tensors are not the model's.
-        UsageError: it is quantized.
-        PlanError: the plan of foreign rank files does not go with the model.
-    """
-    content = read_external(folder, model, external) if external else _read_by_layout(folder, model)
-    check_matches_model(content, model)
-    return content
+def _check_recorded_tensors(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse an optimizer's state that is not the one recorded in the manifest, if one is."""
+    recorded = checkpoint.manifest.optimizer if checkpoint.manifest else {}
+    if differing := sorted(recorded.keys() ^ tensors.keys()) if recorded else []:
+        raise MismatchError(
+            f"{checkpoint.folder}: the manifest and the optimizer's files differ in {format_names(differing)}",
+            hint=f"the optimizer was saved into the folder again; remove {MANIFEST}",
+            tensors=differing,
+        )
 
 
-def _read_by_layout(folder: Path, model: PreTrainedModel) -> Checkpoint:
-    match detect_layout(folder):
-        case "dcp":
-            return read_dcp_checkpoint(folder, model)
-        case "ranks":
-            return RankCheckpoint.read(folder).to_checkpoint()
-        case "hf":
-            return build_hub_checkpoint(read_hub(folder), model)
+def _drop_optimizer_files(side_files: SideFiles, optimizer: OptimizerCheckpoint, *notes: str) -> SideFiles:
+    copied = tuple(name for name in side_files.copied if name not in optimizer.files)
+    stale = tuple(sorted(name for name in optimizer.files if name not in optimizer.current_files))
+    return SideFiles(copied, (*side_files.left_behind, *stale, *notes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, Mode
@@ -16,20 +15,11 @@ from runtime.checkpoint.config_record import find_config_changes
 from runtime.checkpoint.external.plan import resolve_external_plan
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.open import detect_layout, read_checkpoint
-from runtime.checkpoint.optimizer.choice import select_optimizer
-from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST, Manifest
+from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.verifying.differences import extract_differences
 from runtime.inspecting.placement import PlacementTable, place_by_manifest, place_by_plan
 from runtime.inspecting.results import Inspection, MeshPlacement, OptimizerSummary, StoredFile, TensorGroup
-from runtime.models.config import read_config
-from runtime.models.quantized import build_stored_model
 from runtime.planning.resolve import resolve
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["describe_checkpoint", "inspect_checkpoint"]
 
@@ -54,37 +44,20 @@ def inspect_checkpoint(
         UsageError: it is quantized in a way that is not supported, the mode does not go with the mesh, or a mesh is too
             large to be told rank by rank.
     """
-    if external is not None:
-        return _inspect_external(folder, external, mesh, mode)
-    layout = detect_layout(folder)
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    needs_model = layout != "ranks" or mesh is not None or manifest is None or bool(manifest.optimizer)
-    model = build_stored_model(read_config(folder)) if needs_model else None
-    planned = resolve(model, mesh, mode) if model is not None and mesh is not None else None
+    reader = open_checkpoint(folder, external)
+    planned = resolve(reader.model, mesh, mode) if mesh is not None else None
+    sharded_by = resolve_external_plan(reader.model, external) if external is not None else None
     try:
-        content = RankCheckpoint.read(folder).to_checkpoint() if model is None else _read_with_optimizer(folder, model)
+        checkpoint = reader.read(reader.model if mesh is not None else None, optimizer="include")
     except (MismatchError, IncompleteError) as error:
-        model_type = manifest.model_type if manifest else str(model and model.config.model_type)
-        return Inspection(folder, layout, model_type, tuple(extract_differences(error, str(folder))))
-    model_type = str(model.config.model_type) if model is not None else manifest.model_type if manifest else ""
-    return describe_checkpoint(content, model_type, manifest, planned)
-
-
-def _inspect_external(folder: Path, external: ExternalSettings, mesh: Mesh | None, mode: Mode) -> Inspection:
-    model = build_stored_model(read_config(external.config_folder(folder)))
-    planned = resolve(model, mesh, mode) if mesh is not None else None
-    plan, model_type = resolve_external_plan(model, external), str(model.config.model_type)
-    try:
-        content = select_optimizer(read_checkpoint(folder, model, external), model, include=True)
-    except (MismatchError, IncompleteError) as error:
-        return Inspection(folder, "foreign", model_type, tuple(extract_differences(error, str(folder))))
-    return describe_checkpoint(content, model_type, None, planned, plan)
+        differences = tuple(extract_differences(error, str(folder)))
+        return Inspection(folder, reader.layout, reader.model_type, differences)
+    return describe_checkpoint(checkpoint, reader.model_type, planned, sharded_by)
 
 
 def describe_checkpoint(
     checkpoint: Checkpoint,
     model_type: str,
-    manifest: Manifest | None = None,
     planned: ResolvedPlan | None = None,
     sharded_by: ResolvedPlan | None = None,
 ) -> Inspection:
@@ -93,10 +66,10 @@ def describe_checkpoint(
     Args:
         checkpoint: what it holds.
         model_type: as its config names it.
-        manifest: its own, where it has one.
         planned: a plan for it, or what it was laid out by.
         sharded_by: the plan of files that have no manifest to say so.
     """
+    manifest = checkpoint.manifest
     held = place_by_manifest(manifest) if manifest else place_by_plan(sharded_by) if sharded_by else None
     wanted = place_by_plan(planned) if planned else None
     return Inspection(
@@ -116,10 +89,6 @@ def describe_checkpoint(
         written_by=manifest.written_by if manifest else {},
         config_changes=find_config_changes(checkpoint),
     )
-
-
-def _read_with_optimizer(folder: Path, model: PreTrainedModel) -> Checkpoint:
-    return select_optimizer(read_checkpoint(folder, model), model, include=True)
 
 
 def _group_tensors(

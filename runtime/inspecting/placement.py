@@ -14,7 +14,7 @@ from plans.plan import find_key
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import TensorInfo
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
 from runtime.inspecting.results import Arrangement, MeshPlacement
 from runtime.tensor_map.shards import shard_for_rank
 from runtime.tensor_map.tensor_map import unravel, whole

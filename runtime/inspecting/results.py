@@ -9,7 +9,7 @@ from pathlib import Path
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 from runtime.checkpoint.checkpoint import SourceLayout
-from runtime.checkpoint.record import TensorKind
+from runtime.checkpoint.manifest import TensorKind
 from runtime.checkpoint.verifying.differences import CheckpointDifference
 from runtime.models.config_entries import ConfigDifference
 

@@ -14,10 +14,9 @@ from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.hub.quantized import check_dtypes
-from runtime.checkpoint.open import detect_layout, read_checkpoint
+from runtime.checkpoint.manifest import Manifest
+from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor, read_rank_header
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import Manifest
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
@@ -59,18 +58,18 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
         CheckpointError: it is damaged, or holds what torch cannot.
         UsageError: it is quantized, or a tensor of the model is placed in a way that is no shard.
     """
-    folder = checkpoint.folder if isinstance(checkpoint, Checkpoint) else checkpoint
-    source = _read_own_rank_file(folder, refs) if detect_layout(folder) == "ranks" else None
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    source = None
+    if opened.layout == "ranks" and opened.manifest is not None:
+        source = _read_own_rank_file(opened.folder, opened.manifest, refs)
     if source is None:
-        content = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(folder, model)
-        source = _map_slices(content, refs)
-    _check_dtype_kinds(source, refs, folder)
+        source = _map_slices(opened if isinstance(opened, Checkpoint) else opened.read(model), refs)
+    _check_dtype_kinds(source, refs, opened.folder)
     return source
 
 
-def _read_own_rank_file(folder: Path, refs: Mapping[str, ParameterRef]) -> LoadSource | None:
+def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, ParameterRef]) -> LoadSource | None:
     """Return what this rank's own file holds, None where the checkpoint is laid out otherwise than the model."""
-    manifest = read_manifest(folder)
     entries = {name: entry for name, entry in manifest.tensors.items() if entry.kind != "carried"}
     _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, folder)
     is_grouped = dist.is_initialized()

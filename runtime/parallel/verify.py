@@ -16,7 +16,7 @@ from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.plan import find_key, find_unmatched_keys
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
 from runtime.models.model import model_tensors
 from runtime.parallel.hooks import find_hook_mismatches
 from runtime.parallel.mismatch import Mismatch

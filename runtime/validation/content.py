@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from plans.placement import Replicate
-from plans.resolved_plan import ResolvedParameter, ResolvedPlan
-from runtime.checkpoint.checkpoint import Checkpoint
+from plans.resolved_plan import ResolvedPlan
+from runtime.checkpoint.checkpoint import Checkpoint, TensorCopy
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.open import detect_layout, read_checkpoint
-from runtime.checkpoint.ranks.files import RankCheckpoint
-from runtime.checkpoint.verifying.replicas import Replicas, TensorCopy, compute_digests
-from runtime.models.config import read_config
+from runtime.checkpoint.ranks.files import group_ranks_by_copy
+from runtime.checkpoint.verifying.replicas import compute_digests
 from runtime.models.dtypes import DTYPES
 from runtime.models.model import model_tensors
-from runtime.models.quantized import build_stored_model
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.tensor_map.shards import shard_for_rank
@@ -35,21 +30,7 @@ __all__ = [
     "compute_file_digests",
     "gather_file_digests",
     "list_stored_dtypes",
-    "read_checkpoint_headers",
 ]
-
-
-def read_checkpoint_headers(folder: Path) -> Checkpoint:
-    """Read what a checkpoint of whatever layout holds, no tensor.
-
-    Raises:
-        CheckpointError: it is damaged, or incomplete.
-        MismatchError: its files contradict its manifest or one another.
-        UsageError: it is quantized in a way that is not supported.
-    """
-    if detect_layout(folder) == "ranks":
-        return RankCheckpoint.read(folder).to_checkpoint()
-    return read_checkpoint(folder, build_stored_model(read_config(folder)))
 
 
 def list_stored_dtypes(checkpoint: Checkpoint) -> list[str]:
@@ -71,7 +52,7 @@ def compute_file_digests(checkpoint: Checkpoint, names: Sequence[str]) -> Mappin
         IncompleteError: a file shrank since its header was read.
     """
     copies = [TensorCopy(name, checkpoint.tensor_maps[name]) for name in names]
-    found = compute_digests(Replicas(checkpoint, copies))
+    found = compute_digests(checkpoint, copies)
     return {copy.name: digest for copy, digest in found.items()}
 
 
@@ -96,7 +77,12 @@ def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoi
     """
     shares: list[dict[str, str]] = all_gather_json(_compute_local_digests(model, resolved))
     expected = _get_expected_digests(checkpoint)
-    copies = [copy for row in resolved.parameters if row.tied_to is None for copy in _find_copies(row, resolved)]
+    copies = [
+        _Copy(row.name, ranks)
+        for row in resolved.parameters
+        if row.tied_to is None
+        for ranks in group_ranks_by_copy(row.placements, resolved.mesh, row.mesh)
+    ]
     found = {copy: _sum_digests(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
     carried = gather_file_digests(
         checkpoint, [name for name in checkpoint.digests if checkpoint.tensors[name].kind == "carried"]
@@ -121,16 +107,6 @@ def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str
                 form = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, place)
                 digests[row.name] = str(compute_local_digest(detach_local(tensors[row.name]), form, row.shape))
     return digests
-
-
-def _find_copies(row: ResolvedParameter, resolved: ResolvedPlan) -> Iterator[_Copy]:
-    """Yield the copies of a tensor: ranks at one place of the axes that replicate it hold one together."""
-    copies: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for rank in range(resolved.mesh.world_size):
-        pairs = zip(row.placements, resolved.mesh.coordinates(row.mesh, rank), strict=True)
-        copies[tuple(index for placement, index in pairs if isinstance(placement, Replicate))].append(rank)
-    for ranks in copies.values():
-        yield _Copy(row.name, tuple(ranks))
 
 
 def _sum_digests(shares: Iterator[str]) -> str:

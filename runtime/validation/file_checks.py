@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from plans.errors import MigratorError, MismatchError
-from runtime.checkpoint.open import detect_layout
-from runtime.checkpoint.ranks.files import RankCheckpoint
+from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.verifying.differences import extract_differences
 from runtime.parallel.mismatch import Mismatch
 from runtime.validation.request import ValidationRequest, check_mesh
@@ -28,8 +27,9 @@ def check_files(request: ValidationRequest) -> ValidationResult | None:
     """
     check_mesh(request)
     try:
-        if detect_layout(request.folder) == "ranks":
-            RankCheckpoint.read(request.folder)
+        reader = open_checkpoint(request.folder)
+        if reader.is_self_describing:
+            reader.read()
     except MismatchError as error:
         skipped = {part: INCONSISTENT_FILES for part in PARTS if part != "content"}
         return ValidationResult(request.mesh.world_size, {"content": convert_file_error(request, error)}, skipped)

@@ -16,7 +16,7 @@ from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.reading import open_regular
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
 from runtime.loader.loading import load
 from runtime.models.model import meta_model
 from runtime.parallel.mesh import device_meshes

@@ -14,12 +14,14 @@ import torch
 from plans.errors import UsageError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.config_record import CONFIG, find_config_changes, read_config_entries
+from runtime.checkpoint.config_record import find_config_changes, read_config_entries
+from runtime.checkpoint.files.file_names import CONFIG
+from runtime.checkpoint.open import open_checkpoint
 from runtime.models.config_entries import ConfigDifference, compare_entries
 from runtime.models.model import meta_model, model_tensors
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import raise_on_any_rank
-from runtime.validation.content import gather_file_digests, read_checkpoint_headers
+from runtime.validation.content import gather_file_digests
 from runtime.validation.reference import convert_reference_errors, read_config_with_dtype
 from runtime.validation.results import CheckResult
 
@@ -95,7 +97,7 @@ def compare_tensors(check: CheckResult, checkpoint: Checkpoint, reference: Path)
         CheckpointError: the reference cannot be read.
     """
     with convert_reference_errors():
-        other = raise_on_any_rank(lambda: read_checkpoint_headers(reference))
+        other = raise_on_any_rank(lambda: open_checkpoint(reference).read())
         names = [name for name, held in checkpoint.tensors.items() if other.tensors.get(name) == held]
         expected = gather_file_digests(other, names)
     found = checkpoint.digests or gather_file_digests(checkpoint, names)

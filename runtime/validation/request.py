@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST, Manifest
+from runtime.checkpoint.manifest import Manifest, find_manifest
 
-__all__ = ["Device", "ValidationRequest", "check_mesh", "find_manifest", "resolve_mesh"]
+__all__ = ["Device", "ValidationRequest", "check_mesh", "resolve_mesh"]
 
 Device = Literal["cpu", "cuda", "auto"]
 
@@ -76,15 +75,6 @@ class ValidationRequest:
                 "reference": Path(reference) if reference else None,
             }
         )
-
-
-def find_manifest(folder: Path) -> Manifest | None:
-    """Return a checkpoint's manifest, None where it has none.
-
-    Raises:
-        HeaderError: it has one that is damaged.
-    """
-    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tuple[Mesh, Mode]:

@@ -9,13 +9,14 @@ import torch.distributed as dist
 
 from plans.errors import MigratorError, PlanError
 from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
+from runtime.checkpoint.open import open_checkpoint
 from runtime.models.dtypes import DTYPES
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.processes.group import select_device
 from runtime.styles import STYLES, StyleRegistry
 from runtime.validation.backward import check_backward
-from runtime.validation.content import check_content, list_stored_dtypes, read_checkpoint_headers
+from runtime.validation.content import check_content, list_stored_dtypes
 from runtime.validation.file_checks import INCONSISTENT_FILES, convert_file_error
 from runtime.validation.forward import (
     StoredDtypeOutputs,
@@ -205,4 +206,4 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:
     manifest = check_mesh(request)
     check_inputs(request)
-    return manifest, read_checkpoint_headers(request.folder)
+    return manifest, open_checkpoint(request.folder).read()

@@ -12,8 +12,8 @@ from pathlib import Path
 from plans.errors import CheckpointError, HeaderError
 from runtime.checkpoint.checkpoint import KeyPath
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
-from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
+from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import check_contained
 

@@ -15,14 +15,13 @@ from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.dcp.chunks import Chunk, Shape, infer_shapes, join_chunks
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
-from runtime.checkpoint.dcp.names import METADATA, find_shard_files
 from runtime.checkpoint.dcp.safetensors import read_shard_files
 from runtime.checkpoint.dcp.storage import read_chunks
+from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST, TensorKind
+from runtime.checkpoint.manifest import Manifest, TensorKind
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
@@ -116,12 +115,13 @@ def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
 _SAVED_AGAIN = "the folder was saved into again; remove migrator.json, or reshard again from the original"
 
 
-def read_dcp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
+def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest | None = None) -> Checkpoint:
     """Return what a distributed checkpoint holds of a model.
 
     Args:
-        folder: of the checkpoint; where it has our manifest, the two must agree.
-        model: that its config describes, on meta.
+        folder: the checkpoint's folder.
+        model: the model that its config describes, on meta.
+        manifest: the checkpoint's manifest, None if it has none; the files must agree with it.
 
     Raises:
         IncompleteError: a file or tensor is missing, or the checkpoint is lossy.
@@ -150,7 +150,7 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         chunks=pieces,
         side_files=SideFiles(side.copied, (*side.left_behind, *saved.left_behind)),
     )
-    return _apply_manifest(content) if (folder / MANIFEST).is_file() else content
+    return _apply_manifest(content, manifest) if manifest is not None else content
 
 
 def _build_tensor_maps(
@@ -218,9 +218,8 @@ def _get_kind(tensor: torch.Tensor | None) -> TensorKind:
     return "carried" if tensor is None else tensor_kind(tensor)
 
 
-def _apply_manifest(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the content with what its manifest knows besides, if that is of these tensors."""
-    manifest = read_manifest(checkpoint.folder)
+def _apply_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
+    """Return the checkpoint with its manifest, which must record these tensors."""
     recorded = {name: TensorInfo(entry.kind, entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
     differing = _find_differing(recorded, checkpoint.tensors) or _find_differing(manifest.tied, checkpoint.tied)
     if differing:
@@ -229,8 +228,7 @@ def _apply_manifest(checkpoint: Checkpoint) -> Checkpoint:
             hint=_SAVED_AGAIN,
             tensors=differing,
         )
-    digests = {name: entry.digest for name, entry in manifest.tensors.items()}
-    return replace(checkpoint, stored_form=manifest.stored_form, digests=digests, config=manifest.config)
+    return replace(checkpoint, manifest=manifest, stored_form=manifest.stored_form)
 
 
 def _find_differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:

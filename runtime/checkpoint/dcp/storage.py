@@ -12,7 +12,7 @@ from plans.errors import IncompleteError
 from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
-from runtime.checkpoint.dcp.names import METADATA
+from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import open_descriptor
 from runtime.checkpoint.files.side_files import check_contained
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.copying.output_file import OutputFile, plan_output_file
-from runtime.checkpoint.dcp.names import get_shard_file_name
 from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
+from runtime.checkpoint.files.file_names import get_shard_file_name
 from runtime.checkpoint.files.safetensors import BITS
+from runtime.checkpoint.manifest import ManifestEntry
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor
-from runtime.checkpoint.record import ManifestEntry
 from runtime.tensor_map.tensor_map import TensorMap, narrow, unravel, whole
 
 __all__ = ["iter_rank_chunks", "narrow_to_box", "plan_dcp_files"]

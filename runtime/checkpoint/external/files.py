@@ -10,10 +10,10 @@ from pathlib import Path
 from plans.errors import CheckpointError, HeaderError, IncompleteError, UsageError
 from plans.text import format_names, shorten
 from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.safetensors import StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.record import MANIFEST
 
 __all__ = ["ExternalFiles", "read_external_files"]
 

@@ -12,12 +12,11 @@ from plans.placement import Packed, Replicate, Shard, placement_from_json
 from plans.text import shorten
 from runtime.checkpoint.external.source import ExternalPlacement, UnevenPacked
 from runtime.checkpoint.files.reading import read_at_most
-from runtime.checkpoint.files.strict_json import parse_strict_json
+from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
 
 __all__ = ["read_plan_file"]
 
 _MAX_BYTES = 1_000_000
-_MAX_SIZE = 2**63 - 1
 _MAX_DOTS = 32
 _MAX_GROUPS = 64
 _HINT = (
@@ -75,19 +74,15 @@ def _parse_placement(value: object) -> ExternalPlacement:
         case "replicate":
             return Replicate()
         case {"packed": [dim, [_, *_] as sizes], **rest} if not rest and len(sizes) <= _MAX_GROUPS:
-            if all(map(_is_size, [dim, *sizes])):
+            if all(map(is_size, [dim, *sizes])):
                 return UnevenPacked(dim, tuple(sizes))
     found = placement_from_json(value)
     match found:
-        case Shard(dim) if not _is_size(dim):
+        case Shard(dim) if not is_size(dim):
             raise ValueError(dim)
-        case Packed(dim, groups) if not (_is_size(dim) and _is_size(groups)):
+        case Packed(dim, groups) if not (is_size(dim) and is_size(groups)):
             raise ValueError(groups)
     return found
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_SIZE
 
 
 def _shorten_value(value: object) -> str:

@@ -8,13 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from plans.errors import DestinationError
 from plans.text import format_names
-from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import CONFIG, INDEX, MANIFEST, METADATA, WEIGHTS
 
 __all__ = ["check_replaceable"]
 
-_CONFIG = "config.json"
-_METADATA = ".metadata"
 _SHARDS = "shard-*-model-*-of-*.safetensors"
 _KNOWN_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors"
@@ -58,14 +55,14 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
     if not any(folder.iterdir()):
         return True
-    has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX, MANIFEST, _METADATA))
-    return (folder / _CONFIG).is_file() and (has_weights or any(folder.glob(_SHARDS)))
+    has_weights = any((folder / name).is_file() for name in (WEIGHTS, INDEX, MANIFEST, METADATA))
+    return (folder / CONFIG).is_file() and (has_weights or any(folder.glob(_SHARDS)))
 
 
 def _is_accounted_for(name: str, names: Collection[str]) -> bool:
     """Return whether a file is of a checkpoint, or of the same place in it as an optimizer's state of the result."""
     path = PurePosixPath(name)
-    is_of_state = path.suffix == ".distcp" and str(path.with_name(_METADATA)) in names
+    is_of_state = path.suffix == ".distcp" and str(path.with_name(METADATA)) in names
     return name in names or is_of_state or _KNOWN_FILES.fullmatch(name) is not None
 
 

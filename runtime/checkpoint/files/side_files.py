@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, IncompleteError
-from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import MANIFEST, MARKER
 
 __all__ = ["WEIGHT_SUFFIXES", "SideFiles", "check_contained", "find_side_files", "walk_files"]
 

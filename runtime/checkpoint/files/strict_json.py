@@ -8,8 +8,9 @@ from pathlib import Path
 
 from plans.errors import HeaderError
 
-__all__ = ["is_nested_deeper", "parse_strict_json"]
+__all__ = ["is_nested_deeper", "is_size", "parse_strict_json"]
 
+_MAX_SIZE = 2**63 - 1
 _MAX_PARSED = 2**29
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
@@ -41,6 +42,11 @@ def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))
     return value
+
+
+def is_size(value: object, limit: int = _MAX_SIZE) -> bool:
+    """Return whether a parsed value is an integer from 0 to a limit; Booleans are not integers."""
+    return type(value) is int and 0 <= value <= limit
 
 
 def is_nested_deeper(value: object, levels: int) -> bool:

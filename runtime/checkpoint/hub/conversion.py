@@ -20,8 +20,7 @@ from transformers.core_model_loading import (
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.hub.conversion_context import ConversionContext, PatternMaps
-from runtime.checkpoint.hub.operations import OPERATIONS
+from runtime.checkpoint.hub.operations import OPERATIONS, ConversionContext, PatternMaps
 from runtime.proof import prove
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 

@@ -15,7 +15,7 @@ from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.copying.output_file import OutputFile, OutputTensor, plan_output_file
 from runtime.checkpoint.files.safetensors import BITS, tensor_bytes
 from runtime.checkpoint.hub.conversion import convert
-from runtime.checkpoint.record import StoredForm
+from runtime.checkpoint.manifest import StoredForm
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.compose import compose, invert
 from runtime.tensor_map.tensor_map import TensorMap

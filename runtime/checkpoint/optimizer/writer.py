@@ -19,10 +19,10 @@ from runtime.checkpoint.checkpoint import KeyPath, OptimizerState, TensorInfo
 from runtime.checkpoint.copying.copy_plan import Destination
 from runtime.checkpoint.copying.output_file import OutputFile
 from runtime.checkpoint.dcp.metadata import StorageLocation
-from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.writer import iter_rank_chunks, narrow_to_box
+from runtime.checkpoint.files.file_names import METADATA
+from runtime.checkpoint.manifest import ManifestEntry
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, build_tensor_archive, build_value_archive
-from runtime.checkpoint.record import ManifestEntry
 from runtime.models.dtypes import DTYPES
 from runtime.tensor_map.tensor_map import TensorMap
 

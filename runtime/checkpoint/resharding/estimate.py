@@ -20,8 +20,7 @@ from runtime.checkpoint.copying.slabs import Slab
 from runtime.checkpoint.copying.writing import allocate_files, build_regions
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.open_files import OpenFiles
-from runtime.checkpoint.ranks.manifest import find_manifest
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.resharding.plan import ReshardPlan
 from runtime.checkpoint.resharding.reflink import clone_shared_blocks, find_block_size, plan_block_sharing
 
@@ -118,8 +117,7 @@ def _group_tensors(plan: ReshardPlan) -> Iterator[EstimateGroup]:
         if plan.copy_plan.destinations[run.destination].file is not None:
             counts[owner[run.source]] += 1
             sizes[owner[run.source]] += run.size
-    folder = plan.checkpoint.folder
-    before, after = find_manifest(folder), plan.output.manifest
+    before, after = plan.checkpoint.manifest, plan.output.manifest
     grouped: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     parameters = plan.checkpoint.optimizer.parameters if plan.checkpoint.optimizer else {}
     for name in plan.checkpoint.all_tensors:

@@ -20,10 +20,10 @@ from runtime.checkpoint.copying.regions import Region
 from runtime.checkpoint.copying.signals import Stop, catch_stop_signals, check_not_stopped
 from runtime.checkpoint.copying.writing import allocate_files, build_regions, copy_files, write_file
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.files.file_names import MARKER
+from runtime.checkpoint.files.file_names import MANIFEST, MARKER
 from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.stamps import check_unchanged
-from runtime.checkpoint.record import MANIFEST, Manifest
+from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.resharding.fingerprint import compute_fingerprint
 from runtime.checkpoint.resharding.reflink import clone_shared_blocks, find_block_size, plan_block_sharing
 from runtime.checkpoint.resharding.results import CopyResult, PhaseSeconds, ReshardOptions, ReshardResult

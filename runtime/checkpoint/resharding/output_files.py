@@ -14,11 +14,11 @@ from runtime.checkpoint.checkpoint import Checkpoint, Layout, OptimizerState, Te
 from runtime.checkpoint.config_record import get_config_record
 from runtime.checkpoint.copying.output_file import OutputFile
 from runtime.checkpoint.dcp.writer import plan_dcp_files
-from runtime.checkpoint.files.file_names import INDEX, MARKER, check_distinct_names
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, check_distinct_names
 from runtime.checkpoint.hub.writer import build_default_form, build_index, plan_hub_files
+from runtime.checkpoint.manifest import Manifest, ManifestEntry
 from runtime.checkpoint.optimizer.writer import plan_optimizer_files
 from runtime.checkpoint.ranks.files import plan_rank_file as lay_out_rank
-from runtime.checkpoint.record import MANIFEST, Manifest, ManifestEntry
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve

@@ -21,15 +21,12 @@ from runtime.checkpoint.copying.journal import JOURNAL_INTERVAL
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.stamps import Stamp, read_stamps
-from runtime.checkpoint.open import read_checkpoint
-from runtime.checkpoint.optimizer.choice import select_optimizer
+from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import OutputFiles, plan_files
 from runtime.checkpoint.resharding.results import PhaseSeconds, ReshardOptions, ReshardResult
 from runtime.checkpoint.resharding.target import ReshardTarget
-from runtime.models.config import read_config
 from runtime.models.config_entries import ConfigDifference
-from runtime.models.quantized import build_stored_model
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError
 
 if TYPE_CHECKING:
@@ -140,15 +137,13 @@ def plan_reshard(
         )
     target = target or ReshardTarget(mesh=mesh or Mesh())
     stamps = read_stamps(source)
-    described = external.config_folder(source) if external else source
-    config = read_config(described)
-    _check_standard_weights(described, config)
-    _check_layers(described, config)
-    model = build_stored_model(config)
-    content = read_checkpoint(source, model, external)
-    content = select_optimizer(content, model, include=target.includes_optimizer, require=target.optimizer is True)
+    reader = open_checkpoint(source, external)
+    config = reader.config
+    _check_standard_weights(reader.config_folder, config)
+    _check_layers(reader.config_folder, config)
+    content = reader.read(reader.model, target.optimizer_choice)
     try:
-        laid = plan_files(content, model, target)
+        laid = plan_files(content, reader.model, target)
         wanted = [*(row for file in laid.files for row in file.tensors), *_build_digest_destinations(content)]
         table = build_copy_plan(content.all_chunks, wanted)
     except TensorMapError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime.checkpoint.copying.commit import Say
 from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress
 from runtime.checkpoint.copying.journal import JOURNAL_INTERVAL
-from runtime.checkpoint.record import Manifest
+from runtime.checkpoint.manifest import Manifest
 
 __all__ = ["CopyResult", "PhaseSeconds", "ReshardOptions", "ReshardResult"]
 

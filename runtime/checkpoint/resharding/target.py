@@ -11,6 +11,7 @@ from plans.mesh import Mesh, Mode
 if TYPE_CHECKING:
     from runtime.checkpoint.checkpoint import Layout
     from runtime.checkpoint.hub.writer import Experts
+    from runtime.checkpoint.open import OptimizerChoice
 
 __all__ = ["ReshardTarget"]
 
@@ -34,9 +35,11 @@ class ReshardTarget:
     optimizer: bool | None = None
 
     @property
-    def includes_optimizer(self) -> bool:
-        """Whether the state of an optimizer goes along where there is one."""
-        return self.layout != "hf" if self.optimizer is None else self.optimizer
+    def optimizer_choice(self) -> OptimizerChoice:
+        """What to do with the state of an optimizer."""
+        if self.optimizer is None:
+            return "leave" if self.layout == "hf" else "include"
+        return "require" if self.optimizer else "leave"
 
     def __post_init__(self) -> None:
         if self.layout == "hf" and self.mesh != Mesh():

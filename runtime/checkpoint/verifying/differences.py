@@ -1,15 +1,14 @@
-"""Differences between what a checkpoint holds and what it should: values that a command prints and programs read."""
+"""The result of a verification: each difference between what a checkpoint contains and what it should contain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from plans.errors import IncompleteError, MigratorError
-from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
-from runtime.checkpoint.verifying.replicas import Replicas, TensorCopy
+from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorCopy, TensorInfo
 
 if TYPE_CHECKING:
     from runtime.checkpoint.verifying.elements import ElementDifference
@@ -25,24 +24,23 @@ __all__ = [
 
 
 Aspect = Literal["files", "lossy", "missing", "kind", "dtype", "shape", "tied", "content", "config"]
-"""In what something differs: `files` contradict one another, `content` is the bytes of a tensor.
-
-`config` is an entry of config.json that says what the model computes.
+"""What differs: `files` contradict one another, `content` is a tensor's bytes, `config` an entry of config.json that
+changes what the model computes.
 """
 
 
 @dataclass(frozen=True)
 class CheckpointDifference:
-    """One thing that is not as it should be.
+    """One difference between what a checkpoint contains and what it should contain.
 
     Args:
-        name: of the tensor or the config's entry, or of the folder where it is of no single one.
-        aspect: in what it differs.
-        expected: in words.
-        found: in words.
-        where: whose files hold what was found, in words.
-        element: the first one that differs, where there is something to compare with.
-        against: what the element was compared with, in words.
+        name: the tensor or the entry of the config, or the folder if the difference concerns neither.
+        aspect: what differs.
+        expected: what it should be, in words.
+        found: what it is, in words.
+        where: the files that contain what was found, in words.
+        element: the first element that differs, if there is a copy to compare with.
+        against: the copy that the element was compared with, in words.
     """
 
     name: str
@@ -64,7 +62,7 @@ class CheckpointDifference:
         return f"{text}; the first element that differs, {index}, is {found}, but {expected} in {self.against}"
 
     def to_json(self) -> dict[str, object]:
-        """Return the difference for other programs."""
+        """Return the JSON form."""
         return {
             "name": self.name,
             "aspect": self.aspect,
@@ -77,48 +75,47 @@ class CheckpointDifference:
 
 
 def compare_tensors(reference: Checkpoint, candidate: Checkpoint) -> Iterator[CheckpointDifference]:
-    """Yield in what the tensors of two checkpoints differ before any byte is read: names, kinds, dtypes, shapes, ties.
+    """Yield the differences between two checkpoints that show before any byte is read: names, kinds, dtypes, shapes, ties.
 
-    An optimizer's state that only one of them holds is one difference.
+    An optimizer's state that only one of them has is one difference.
 
     Args:
-        reference: whose tensors are expected.
-        candidate: whose tensors are found.
+        reference: the checkpoint that the other one should equal.
+        candidate: the checkpoint to compare with it.
     """
     both = reference.optimizer is not None and candidate.optimizer is not None
-    held = reference.all_tensors if both else reference.tensors, candidate.all_tensors if both else candidate.tensors
-    for name in _merge_names(*held):
-        if name in held[0] and name in held[1]:
-            yield from _compare_tensor(name, held[0][name], held[1][name])
+    expected, found = (side.all_tensors if both else side.tensors for side in (reference, candidate))
+    for name in _merge_names(expected, found):
+        if name in expected and name in found:
+            yield from _compare_tensor(name, expected[name], found[name])
         else:
-            expected, found = ("held" if name in side else "not held" for side in held)
-            yield CheckpointDifference(name, "missing", expected, found)
+            held = _describe_presence(name in expected), _describe_presence(name in found)
+            yield CheckpointDifference(name, "missing", *held)
     if (reference.optimizer is None) != (candidate.optimizer is None):
-        expected, found = ("not held" if side.optimizer is None else "held" for side in (reference, candidate))
-        yield CheckpointDifference("the optimizer's state", "missing", expected, found)
+        held = _describe_presence(reference.optimizer is not None), _describe_presence(candidate.optimizer is not None)
+        yield CheckpointDifference("the optimizer's state", "missing", *held)
     for name in _merge_names(reference.tied, candidate.tied):
-        wanted, has = (f"to {side.tied[name]}" if name in side.tied else "not tied" for side in (reference, candidate))
-        if wanted != has:
-            yield CheckpointDifference(name, "tied", wanted, has)
+        if reference.tied.get(name) != candidate.tied.get(name):
+            yield CheckpointDifference(name, "tied", _describe_tie(reference, name), _describe_tie(candidate, name))
 
 
 def extract_differences(error: MigratorError, folder: str) -> list[CheckpointDifference]:
-    """Return what an error says of a checkpoint whose files contradict one another or do not make up its tensors.
+    """Return the differences in an error about files that contradict one another or do not make up whole tensors.
 
     Args:
-        error: of its reader.
-        folder: of the checkpoint.
+        error: the error that reading the checkpoint raised.
+        folder: the checkpoint's folder.
 
     Raises:
-        MigratorError: the error itself where it is that the work could not be done.
+        MigratorError: the error itself, if it means that the checkpoint could not be verified.
     """
     lossy = error.data.get("lossy")
     if isinstance(lossy, Mapping):
         return [
             CheckpointDifference(
-                name, "lossy", f"{whole} elements", f"only {held} of {whole} elements are stored", folder
+                name, "lossy", f"{total} elements", f"only {stored} of {total} elements are stored", folder
             )
-            for name, (held, whole) in lossy.items()
+            for name, (stored, total) in lossy.items()
         ]
     if isinstance(error, IncompleteError):
         raise error
@@ -128,9 +125,17 @@ def extract_differences(error: MigratorError, folder: str) -> list[CheckpointDif
 def _compare_tensor(name: str, expected: TensorInfo, found: TensorInfo) -> Iterator[CheckpointDifference]:
     aspects: tuple[Aspect, ...] = ("kind", "dtype", "shape")
     for aspect in aspects:
-        wanted, has = (str(getattr(tensor, aspect)) for tensor in (expected, found))
-        if wanted != has:
-            yield CheckpointDifference(name, aspect, wanted, has)
+        values = str(getattr(expected, aspect)), str(getattr(found, aspect))
+        if values[0] != values[1]:
+            yield CheckpointDifference(name, aspect, *values)
+
+
+def _describe_presence(is_held: bool) -> str:
+    return "held" if is_held else "not held"
+
+
+def _describe_tie(checkpoint: Checkpoint, name: str) -> str:
+    return f"to {checkpoint.tied[name]}" if name in checkpoint.tied else "not tied"
 
 
 def _merge_names(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
@@ -139,47 +144,44 @@ def _merge_names(one: Mapping[str, object], other: Mapping[str, object]) -> list
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """A checkpoint as it was found.
+    """One side of a verification.
 
     Args:
-        folder: where it lies.
-        replicas: what it holds, None where its files contradict one another.
-        digests: of all copies, empty where nothing of them was read.
+        folder: the checkpoint's folder.
+        checkpoint: the checkpoint, None if its files contradict one another.
+        copies: all copies of its tensors.
+        digests: the digest of each copy, empty if no tensor was read.
     """
 
     folder: Path
-    replicas: Replicas | None = field(default=None, repr=False)
+    checkpoint: Checkpoint | None = field(default=None, repr=False)
+    copies: Sequence[TensorCopy] = field(default=(), repr=False)
     digests: Mapping[TensorCopy, str] = field(default_factory=dict, repr=False)
 
     @property
     def layout(self) -> SourceLayout | None:
-        """How it lies in the folder."""
-        return self.replicas.checkpoint.layout if self.replicas else None
+        """The layout of its files."""
+        return self.checkpoint.layout if self.checkpoint else None
 
     @property
     def manifest_digests(self) -> Mapping[str, str]:
-        """The digests that the checkpoint itself records, by tensor; empty in hub form."""
-        return self.replicas.checkpoint.digests if self.replicas else {}
+        """The digests that its manifest records, by tensor; empty without a manifest."""
+        return self.checkpoint.digests if self.checkpoint else {}
 
     def intact_copies(self) -> Mapping[str, TensorCopy]:
-        """Return one copy of each tensor that was read: one with the recorded digest where there is such."""
+        """Return one copy of each tensor that was read, one with the recorded digest if there is any."""
         copies = {copy.name: copy for copy in reversed(list(self.digests))}
         return copies | {c.name: c for c, digest in self.digests.items() if digest == self.manifest_digests.get(c.name)}
 
-    def get_tensor_info(self, name: str) -> TensorInfo:
-        """Return a tensor that it holds."""
-        assert self.replicas is not None
-        return self.replicas.checkpoint.all_tensors[name]
-
     def to_json(self) -> dict[str, object]:
-        """Return what was looked at, for other programs."""
-        content = self.replicas.checkpoint if self.replicas else None
+        """Return the JSON form: what was verified, in numbers."""
+        checkpoint = self.checkpoint
         return {
             "folder": str(self.folder),
             "layout": self.layout,
-            "tensors": len(content.tensors) if content else 0,
-            "optimizer_tensors": len(content.optimizer.tensors) if content and content.optimizer else 0,
-            "copies": len(self.replicas.copies) if self.replicas else 0,
+            "tensors": len(checkpoint.tensors) if checkpoint else 0,
+            "optimizer_tensors": len(checkpoint.optimizer.tensors) if checkpoint and checkpoint.optimizer else 0,
+            "copies": len(self.copies),
             "digests_read": len(self.digests),
             "digests_recorded": len(self.manifest_digests),
         }
@@ -187,13 +189,13 @@ class VerifiedCheckpoint:
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of verifying a checkpoint.
+    """The result of verifying a checkpoint.
 
     Args:
         source: the checkpoint.
-        other: what it was compared with, None where that was its manifest.
-        differences: everything that is not as it should be.
-        seconds: it took.
+        other: the checkpoint that it was compared with, None if it was verified against its manifest.
+        differences: all differences.
+        seconds: the seconds that it took.
     """
 
     source: VerifiedCheckpoint
@@ -203,18 +205,18 @@ class Verification:
 
     @property
     def against(self) -> Literal["checkpoint", "manifest", "headers"]:
-        """What the source was held against: another one, its manifest's digests, or, for want of those, its headers."""
+        """What the source was verified against: another checkpoint, its manifest's digests, or else only its headers."""
         if self.other is not None:
             return "checkpoint"
         return "manifest" if self.source.manifest_digests else "headers"
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there are no differences."""
         return not self.differences
 
     def to_json(self) -> dict[str, object]:
-        """Return the result for other programs."""
+        """Return the JSON form."""
         return {
             "ok": self.ok,
             "against": self.against,

@@ -13,7 +13,7 @@ import pytest
 from plans.errors import CheckpointError, HeaderError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.strict_json import is_nested_deeper
-from runtime.checkpoint.ranks.manifest import read_manifest
+from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
@@ -129,7 +129,7 @@ def deep(levels: int) -> dict[str, Any]:
 def test_a_record_that_is_none_is_refused(lie: object, hub_folder: HubFolder, tmp_path: Path) -> None:
     plan_reshard(hub_folder("llama"), Mesh(tp=2)).execute(tmp_path / "laid")
     edit(tmp_path / "laid", "migrator.json", lambda manifest: manifest.update(config=lie))
-    with pytest.raises(HeaderError, match=r"migrator\.json: config is not a table of 32 levels at most"):
+    with pytest.raises(HeaderError, match=r"migrator\.json: config is not an object nested at most 32 deep"):
         read_manifest(tmp_path / "laid")
 
 
@@ -147,7 +147,7 @@ def test_levels_are_counted() -> None:
         ("[]", "not an object"),
         ('{"a": "\\ud800"}', "not valid JSON"),
         ('{"a": 1e999}', "not valid JSON"),
-        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "not an object of 32 levels at most"),
+        ('{"a": ' + "[" * 40 + "]" * 40 + "}", "not an object nested at most 32 deep"),
         ("[" * 100_000, "not valid JSON"),
     ],
     ids=["cut", "list", "half a character", "too large", "deep", "endless"],

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.files.file_names import check_distinct_names, is_weight_file
+from runtime.checkpoint.files.file_names import MANIFEST, check_distinct_names, is_weight_file
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.files.strict_json import parse_strict_json
-from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.resharding import output_files as laid_out
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget

@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp.names import find_shard_files, get_shard_file_name
 from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
-from runtime.checkpoint.files.file_names import INDEX
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, find_shard_files, get_shard_file_name
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from plans.errors import MigratorError
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
-from runtime.checkpoint.dcp.names import METADATA
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
+from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget

@@ -23,10 +23,9 @@ from plans.errors import (
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
 from plans.plan import to_wildcard
-from runtime.checkpoint.external.pattern import FilePattern, ParsedFileName
 from runtime.checkpoint.external.plan import resolve_external_plan
 from runtime.checkpoint.external.plan_file import read_plan_file
-from runtime.checkpoint.external.source import ExternalSettings, UnevenPacked
+from runtime.checkpoint.external.source import ExternalSettings, FilePattern, ParsedFileName, UnevenPacked
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify

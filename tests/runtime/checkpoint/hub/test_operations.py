@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from transformers import core_model_loading as real
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 
-from runtime.checkpoint.hub.conversion_context import ConversionContext
-from runtime.checkpoint.hub.operations import OPERATIONS
+from runtime.checkpoint.hub.operations import OPERATIONS, ConversionContext
 from runtime.tensor_map.compose import invert
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 

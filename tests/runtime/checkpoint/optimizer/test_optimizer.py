@@ -34,9 +34,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.checkpoint import Layout
 from runtime.checkpoint.copying.copy import plan_units
 from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.dcp.names import METADATA
-from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import MANIFEST, MARKER, METADATA
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
@@ -439,7 +437,7 @@ def test_mutated_metadata_end_well_or_in_one_error(count: int, trained: Trained,
 
 
 def test_hub_form_can_demand_the_state() -> None:
-    assert ReshardTarget("hf").includes_optimizer is False
-    assert ReshardTarget("dcp").includes_optimizer is True
+    assert ReshardTarget("hf").optimizer_choice == "leave"
+    assert ReshardTarget("dcp").optimizer_choice == "include"
     with pytest.raises(UsageError):
         ReshardTarget("hf", Mesh(tp=2), optimizer=True)

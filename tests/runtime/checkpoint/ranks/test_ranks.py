@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file_name
-from runtime.checkpoint.ranks.manifest import read_manifest
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import MANIFEST
+from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.ranks.files import rank_file_name, read_rank_checkpoint
 from runtime.checkpoint.resharding.plan import plan_reshard
 
 NORM = "model.norm.weight"
@@ -158,7 +158,7 @@ def test_damage_is_named(case: str, ranks: Path) -> None:
     damage, error, words = DAMAGE[case]
     damage(ranks)
     with pytest.raises(error, match=words):
-        RankCheckpoint.read(ranks)
+        read_rank_checkpoint(ranks, read_manifest(ranks))
 
 
 def test_odd_dtypes_and_shapes_go_through(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -180,5 +180,5 @@ def test_odd_dtypes_and_shapes_go_through(checkpoint: Callable[[str], Path], tmp
     for name, tensor in odd.items():
         expected = tensor.reshape(-1).view(torch.uint8)
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), expected), name
-    entries = RankCheckpoint.read(tmp_path / "ranks").manifest.tensors
+    entries = read_manifest(tmp_path / "ranks").tensors
     assert {entries[name].dtype for name in odd} == {"F64", "F8_E8M0", "F4", "BOOL", "F8_E5M2"}

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from plans.errors import HeaderError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS
 from runtime.checkpoint.ranks.files import rank_file_name
-from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES

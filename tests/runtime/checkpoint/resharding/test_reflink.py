@@ -29,8 +29,7 @@ from runtime.checkpoint.copying.clones import align_to_blocks, find_clones
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
 from runtime.checkpoint.files import reflink
-from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.record import MANIFEST
+from runtime.checkpoint.files.file_names import MANIFEST, MARKER
 from runtime.checkpoint.resharding.estimate import estimate
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget

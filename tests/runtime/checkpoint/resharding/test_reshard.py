@@ -20,8 +20,9 @@ from plans.errors import ConversionError, DestinationError, IncompleteError, Ind
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime.checkpoint.hub import conversion as names
-from runtime.checkpoint.hub.folder import read_hub
-from runtime.checkpoint.ranks.files import RankCheckpoint, rank_file_name
+from runtime.checkpoint.hub.reader import read_hub
+from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from runtime.models.model import meta_model
@@ -83,7 +84,7 @@ def test_digests_do_not_depend_on_the_mesh(family: str, checkpoint: Checkpoint, 
 
 def test_experts_are_packed_and_the_manifest_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)).execute(tmp_path / "ranks")
-    found = RankCheckpoint.read(tmp_path / "ranks").manifest
+    found = read_manifest(tmp_path / "ranks")
     experts = "model.layers.0.mlp.experts"
     assert found.tensors[f"{experts}.gate_up_proj"].placements[-1] == Packed(1, 2)
     assert found.tensors[f"{experts}.down_proj"].placements[-1] == Shard(2)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError
 from plans.mesh import Mesh
+from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.files.safetensors import encode_header, read_header
 from runtime.checkpoint.ranks.files import rank_file_name
-from runtime.checkpoint.record import MANIFEST
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.differences import CheckpointDifference
@@ -71,7 +71,7 @@ def only(differences: tuple[CheckpointDifference, ...]) -> CheckpointDifference:
 def test_any_two_layouts_of_one_checkpoint_hold_the_same(one: str, other: str, laid: dict[str, Path]) -> None:
     result = verify(laid[one], laid[other])
     assert result.ok
-    assert len(result.source.digests) == len(result.source.replicas.copies) > 30
+    assert len(result.source.digests) == len(result.source.copies) > 30
 
 
 @pytest.mark.parametrize("name", ["tp4", "tp2 fsdp3"])
@@ -224,11 +224,11 @@ def test_the_first_element_that_differs_is_found_in_little_memory(
             damaged[place * bits // 8 + (bits // 8 - 1 if bits > 8 else 0)] ^= 1 << (place * bits % 8)
         for name, written in (("a", content), ("b", damaged)):
             (tmp_path / name).write_bytes(header + written.tobytes())
-        placed = [MappedTensor(whole("x", shape), read_header(tmp_path / name).tensors) for name in ("a", "b")]
-        found = find_first_difference(*placed, dtype, max_memory=memory)
+        placed = [MappedTensor(dtype, whole("x", shape), read_header(tmp_path / name).tensors) for name in ("a", "b")]
+        found = find_first_difference(*placed, max_memory=memory)
         assert found is not None
         assert found.index == tuple(int(index) for index in np.unravel_index(element, shape))
-    assert find_first_difference(placed[0], placed[0], dtype, max_memory=memory) is None
+    assert find_first_difference(placed[0], placed[0], max_memory=memory) is None
 
 
 def test_the_state_of_an_optimizer_is_verified_too(hub_folder: HubFolder, tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_the_state_of_an_optimizer_is_verified_too(hub_folder: HubFolder, tmp_pa
         assert result.to_json()["source"]["optimizer_tensors"] == 4 * 36
     (one_sided,) = verify(dcp, hub_folder("qwen3_moe")).differences
     assert (one_sided.name, one_sided.expected, one_sided.found) == ("the optimizer's state", "not held", "held")
-    holding = verify(dcp).source.replicas
-    [copy] = [copy for copy in holding.copies if copy.name.endswith(f"{NORM}.exp_avg_sq")]
-    stored = holding.checkpoint.all_chunks[copy.tensor_map.sources[0]]
+    verified = verify(dcp).source
+    [copy] = [copy for copy in verified.copies if copy.name.endswith(f"{NORM}.exp_avg_sq")]
+    stored = verified.checkpoint.all_chunks[copy.tensor_map.sources[0]]
     content = bytearray(stored.file.read_bytes())
     content[stored.offset + 4 * 5] ^= 1
     stored.file.write_bytes(content)
