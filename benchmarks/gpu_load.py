@@ -140,7 +140,7 @@ def validated(system: System, device: torch.device) -> Row:
     say(f"validated: {system.folder.name}, {system.mode}")
     parallel = system.prepare()
     system.load(parallel)
-    source = open_checkpoint(system.folder).read()
+    source = open_checkpoint(system.folder).read_headers()
     ready = clock(device)
     structure = check_loaded(parallel, source)
     looked = clock(device)

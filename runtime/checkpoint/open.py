@@ -118,7 +118,7 @@ class CheckpointReader:
         """The model's type as the manifest records it, or else as the config names it."""
         return self.manifest.model_type if self.manifest else str(self.config.model_type)
 
-    def read(self, model: PreTrainedModel | None = None, optimizer: OptimizerChoice = "ignore") -> Checkpoint:
+    def read_headers(self, model: PreTrainedModel | None = None, optimizer: OptimizerChoice = "ignore") -> Checkpoint:
         """Read the checkpoint up to its headers. Tensor bytes are read only to compare copies that must be equal.
 
         The tensors are checked against a model unless the checkpoint is self-describing and no model was given or

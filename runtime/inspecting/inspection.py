@@ -48,7 +48,7 @@ def inspect_checkpoint(
     planned = resolve(reader.model, mesh, mode) if mesh is not None else None
     sharded_by = resolve_external_plan(reader.model, external) if external is not None else None
     try:
-        checkpoint = reader.read(reader.model if mesh is not None else None, optimizer="include")
+        checkpoint = reader.read_headers(reader.model if mesh is not None else None, optimizer="include")
     except (MismatchError, IncompleteError) as error:
         differences = tuple(extract_differences(error, str(folder)))
         return Inspection(folder, reader.layout, reader.model_type, differences)

@@ -63,7 +63,7 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
     if opened.layout == "ranks" and opened.manifest is not None:
         source = _read_own_rank_file(opened.folder, opened.manifest, refs)
     if source is None:
-        source = _map_slices(opened if isinstance(opened, Checkpoint) else opened.read(model), refs)
+        source = _map_slices(opened if isinstance(opened, Checkpoint) else opened.read_headers(model), refs)
     _check_dtype_kinds(source, refs, opened.folder)
     return source
 

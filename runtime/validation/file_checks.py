@@ -29,7 +29,7 @@ def check_files(request: ValidationRequest) -> ValidationResult | None:
     try:
         reader = open_checkpoint(request.folder)
         if reader.is_self_describing:
-            reader.read()
+            reader.read_headers()
     except MismatchError as error:
         skipped = {part: INCONSISTENT_FILES for part in PARTS if part != "content"}
         return ValidationResult(request.mesh.world_size, {"content": convert_file_error(request, error)}, skipped)

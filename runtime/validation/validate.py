@@ -206,4 +206,4 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:
     manifest = check_mesh(request)
     check_inputs(request)
-    return manifest, open_checkpoint(request.folder).read()
+    return manifest, open_checkpoint(request.folder).read_headers()

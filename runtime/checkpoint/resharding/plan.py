@@ -141,7 +141,7 @@ def plan_reshard(
     config = reader.config
     _check_standard_weights(reader.config_folder, config)
     _check_layers(reader.config_folder, config)
-    content = reader.read(reader.model, target.optimizer_choice)
+    content = reader.read_headers(reader.model, target.optimizer_choice)
     try:
         laid = plan_files(content, reader.model, target)
         wanted = [*(row for file in laid.files for row in file.tensors), *_build_digest_destinations(content)]

@@ -105,7 +105,7 @@ def _verify_folder(
 ) -> _VerifiedSide:
     """Read a checkpoint and compare it with its manifest."""
     try:
-        checkpoint = open_checkpoint(folder, external).read(optimizer="include")
+        checkpoint = open_checkpoint(folder, external).read_headers(optimizer="include")
     except (MismatchError, IncompleteError) as error:
         differences = extract_differences(error, str(folder))
         return _VerifiedSide(VerifiedCheckpoint(folder), [_PendingDifference(one) for one in differences])

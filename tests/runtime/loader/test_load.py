@@ -149,7 +149,7 @@ def test_one_rank_loads_a_model_that_is_not_parallel(
 def test_content_that_was_read_before_is_taken(hub_folder: HubFolder) -> None:
     hub = hub_folder("qwen3_moe")
     one, other = (meta_model(read_config(hub)) for _ in range(2))
-    runtime.load(one, open_checkpoint(hub).read(one))
+    runtime.load(one, open_checkpoint(hub).read_headers(one))
     runtime.load(other, str(hub), threads=1)
     assert not load_cases.differing(load_cases.local_tensors(one), load_cases.local_tensors(other))
 
@@ -225,7 +225,7 @@ def test_one_rank_that_cannot_read_stops_all(
 def test_a_file_that_shrinks_under_the_reader_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
     model = meta_model(read_config(hub))
-    content = open_checkpoint(hub).read(model)
+    content = open_checkpoint(hub).read_headers(model)
     file = hub / "model-00002-of-00003.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(IncompleteError, match=r"model-00002-of-00003\.safetensors: truncated"):
