@@ -27,9 +27,9 @@ def report_validation(request: ValidationRequest, result: ValidationResult) -> R
         request: the validation that was asked for.
         result: what it found.
     """
+    from runtime.checkpoint.manifest import find_manifest
     from runtime.checkpoint.open import detect_layout
     from runtime.inspecting.inspection import inspect_checkpoint
-    from runtime.validation.request import find_manifest
 
     try:
         planned = None if find_manifest(request.folder) else request.mesh
