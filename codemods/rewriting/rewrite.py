@@ -1,10 +1,9 @@
-"""One file's plan literals through their edits: only the named values and entries, every other byte as it was."""
+"""Edits made in one file's plan literals: only the named values and entries change, every other byte stays."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from codemods.files.sources import SourceFile, format_path
 from codemods.reading.entries import PlanEntry
@@ -13,100 +12,82 @@ from codemods.reading.parse import read_module
 from plans.decompose import Edit, InsertEntry, SetStyle
 from plans.errors import SourceError
 
-__all__ = ["compute_edited_entries", "rewrite_source"]
+if TYPE_CHECKING:
+    from codemods.rewriting.transformers import PlanEdit
 
-_OPENING = re.compile(rb"[A-Za-z]*(\"\"\"|'''|\"|')")
+__all__ = ["LiteralEdits", "build_plan_edits", "check_rewritten", "compute_edited_entries", "rewrite_source"]
 
+LiteralEdits = Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]
+"""Plan literals of one file, each with what is to change in it."""
 
-@dataclass(frozen=True)
-class _Splice:
-    """A piece of a source's body replaced by other bytes.
-
-    Args:
-        start: where the piece begins.
-        end: where it ends, exclusive; equal to `start` where something is only added.
-        text: what stands there instead.
-    """
-
-    start: int
-    end: int
-    text: bytes
+_Span = tuple[int, int]
 
 
-def rewrite_source(source: SourceFile, module: Module, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> bytes:
+def rewrite_source(source: SourceFile, module: Module, edits: LiteralEdits) -> bytes:
     """Return a file's bytes with the edits made in its plan literals.
 
-    The result is parsed again: its plan literals must hold what the edits make of the old ones, nothing else.
+    LibCST parses and writes only the expressions that are edited; the result is then read again and checked.
 
     Args:
         source: the file.
-        module: what it says of plans.
+        module: what was read of the file.
         edits: its plan literals with what is to change in each.
 
     Raises:
-        SourceError: the result does not parse or holds anything else; a fault of ours.
+        SourceError: LibCST cannot reproduce an expression, or the result differs from what the edits ask for.
     """
+    if not any(changes for _, changes in edits):
+        return source.data
     body = source.body
-    for splice in sorted(_build_splices(source, edits), key=lambda splice: splice.start, reverse=True):
-        body = body[: splice.start] + splice.text + body[splice.end :]
-    result = SourceFile(source.path, source.encode_body(body))
-    wanted = {id(literal): changes for literal, changes in edits}
-    expected = [compute_edited_entries(literal, wanted.get(id(literal), ())) for literal in iter_literals(module)]
-    found = [[(entry.key, entry.style) for entry in literal.entries] for literal in iter_literals(read_module(result))]
-    if found != expected:
+    for (start, end), changes in sorted(_group_by_expression(edits).items(), reverse=True):
+        body = body[:start] + _edit_expression(source, start, end, changes) + body[end:]
+    data = source.encode_body(body)
+    check_rewritten(source, module, edits, data)
+    return data
+
+
+def check_rewritten(source: SourceFile, module: Module, edits: LiteralEdits, data: bytes) -> None:
+    """Parse a rewritten file again: its literals must hold what the edits make of the old ones, and nothing else.
+
+    Args:
+        source: the file as it was.
+        module: what was read of it.
+        edits: its plan literals with what was to change in each.
+        data: the rewritten file.
+
+    Raises:
+        SourceError: the result does not parse or its entries differ; a bug of ours.
+    """
+    changes_of = {id(literal): changes for literal, changes in edits}
+    expected = [compute_edited_entries(literal, changes_of.get(id(literal), ())) for literal in iter_literals(module)]
+    rewritten = read_module(SourceFile(source.path, data))
+    if [[(entry.key, entry.style) for entry in literal.entries] for literal in iter_literals(rewritten)] != expected:
         raise SourceError(
-            f"{format_path(source.path)}: left alone, its rewrite would have changed more than the rules name",
-            hint="report this file; nothing of its plans was written",
+            f"{format_path(source.path)}: not rewritten, because more would change than the rules ask for",
+            hint="report this file as a bug of migrator; it was left as it is",
             path=str(source.path),
         )
-    return result.data
 
 
-def _build_splices(source: SourceFile, edits: Sequence[tuple[PlanLiteral, tuple[Edit, ...]]]) -> Iterator[_Splice]:
-    """Yield the pieces of text that make the edits."""
-    for literal, wanted in edits:
-        for edit in wanted:
-            for entry in literal.entries:
-                if isinstance(edit, SetStyle) and _applies_to(edit, entry):
-                    yield _Splice(*entry.style_span, _quote_like(source.body, entry.style_span[0], edit.style))
-        for entry in literal.entries:
-            inserted = [edit for edit in wanted if isinstance(edit, InsertEntry) and edit.anchor == entry.key]
-            if inserted:
-                yield _build_insertion(source.body, entry, inserted)
+def build_plan_edits(literal: PlanLiteral, edits: Sequence[Edit]) -> Iterator[tuple[PlanEntry, PlanEdit]]:
+    """Yield the edits of a literal as LibCST edits, each with the entry that it stands at.
 
+    Args:
+        literal: a plan literal.
+        edits: what is to change in it.
+    """
+    from codemods.rewriting.transformers import InsertBefore, ReplaceStyle
 
-def _quote_like(body: bytes, start: int, value: str) -> bytes:
-    opening = _OPENING.match(body, start)
-    assert opening is not None
-    return opening[1] + value.encode() + opening[1]
-
-
-def _build_insertion(body: bytes, anchor: PlanEntry, edits: Sequence[InsertEntry]) -> _Splice:
-    """Write entries just before their anchor: on lines of their own where the anchor begins one."""
-    assert anchor.can_precede
-    start, end = anchor.key_span
-    line_start = max(body.rfind(b"\n", 0, start), body.rfind(b"\r", 0, start)) + 1
-    indent = body[line_start:start]
-    separator = _read_line_end(body, line_start) + indent if not indent.strip() else b" "
-    key = body[start:end]
-    quote = re.search(rb"(\"\"\"|'''|\"|')$", key)
-    assert quote is not None
-    text = b""
-    for edit in edits:
-        suffix = edit.key.removeprefix(edit.anchor).encode()
-        style = _quote_like(body, anchor.style_span[0], edit.style)
-        text += key[: quote.start()] + suffix + quote[0] + b": " + style + b"," + separator
-    return _Splice(start, start, text)
-
-
-def _read_line_end(body: bytes, line_start: int) -> bytes:
-    """Return the line end that a line begins after."""
-    before = body[max(0, line_start - 2) : line_start]
-    return before if before == b"\r\n" else before[-1:]
+    for entry in literal.entries:
+        for edit in edits:
+            if isinstance(edit, InsertEntry) and edit.anchor == entry.key:
+                yield entry, InsertBefore(entry.key_span, edit.key.removeprefix(edit.anchor), edit.style)
+            elif isinstance(edit, SetStyle) and _applies_to(edit, entry):
+                yield entry, ReplaceStyle(entry.style_span, edit.style)
 
 
 def compute_edited_entries(literal: PlanLiteral, edits: Sequence[Edit]) -> list[tuple[str, str | None]]:
-    """Return the entries that a literal must hold once its edits are made."""
+    """Return the entries, key and style, that a literal must hold once its edits are made."""
     result: list[tuple[str, str | None]] = []
     for entry in literal.entries:
         result += [
@@ -119,3 +100,34 @@ def compute_edited_entries(literal: PlanLiteral, edits: Sequence[Edit]) -> list[
 
 def _applies_to(edit: SetStyle, entry: PlanEntry) -> bool:
     return (edit.key, edit.before) == (entry.key, entry.style)
+
+
+def _group_by_expression(edits: LiteralEdits) -> Mapping[_Span, list[PlanEdit]]:
+    """Group edits by the outermost expression that one of them stands in: a plan may hold another plan's display."""
+    located = [pair for literal, changes in edits for pair in build_plan_edits(literal, changes)]
+    groups: dict[_Span, list[PlanEdit]] = {}
+    outer = (0, 0)
+    for entry, edit in sorted(located, key=lambda pair: (pair[0].expression_span[0], -pair[0].expression_span[1])):
+        if entry.expression_span[1] > outer[1]:
+            outer = entry.expression_span
+        groups.setdefault(outer, []).append(edit)
+    return groups
+
+
+def _edit_expression(source: SourceFile, start: int, end: int, edits: Sequence[PlanEdit]) -> bytes:
+    """Return the text of an expression of a file, with its edits made by LibCST."""
+    from dataclasses import replace
+
+    from codemods.rewriting.transformers import edit_expression
+
+    local = [replace(edit, span=(edit.span[0] - start, edit.span[1] - start)) for edit in edits]
+    try:
+        return edit_expression(source.body[start:end].decode(), local).encode()
+    except (ValueError, RecursionError) as error:
+        line = source.body.count(b"\n", 0, start) + 1
+        raise SourceError(
+            f"{format_path(source.path)}:{line}: not rewritten, because LibCST cannot edit this plan: {error}",
+            hint="write the plan's keys and styles as plain strings, or change them by hand",
+            path=str(source.path),
+            line=line,
+        ) from error

@@ -85,14 +85,16 @@ def test_an_ignore_comment_keeps_an_entry(tmp_path):
 
 def test_without_a_file_name_nothing_is_guessed():
     command = DecomposePlansCommand(CodemodContext())
-    with pytest.raises(SkipFile, match="without a file name"):
+    with pytest.raises(SkipFile, match="the context has no file name"):
         command.transform_module(cst.parse_module(PACKED))
 
 
-def test_our_own_rewrite_does_not_import_libcst(tmp_path):
-    write_tree(tmp_path, {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR})
-    code = (
-        "import sys, pathlib, codemods.rewriting.migrate as m; m.plan_rewrites([pathlib.Path()]);"
-        "assert 'libcst' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+def test_libcst_is_imported_only_to_edit(tmp_path):
+    files = {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": REGULAR}
+    for folder, text, imported in (("before", PACKED, True), ("after", MIGRATED, False)):
+        write_tree(tmp_path / folder, files | {"toy/configuration_toy.py": text})
+        code = (
+            "import sys, pathlib, codemods.rewriting.migrate as m; m.plan_rewrites([pathlib.Path()]);"
+            f"assert ('libcst' in sys.modules) == {imported}"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path / folder, check=True)
