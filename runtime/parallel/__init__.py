@@ -1,1 +1,1 @@
-"""A plan applied to a model, and the checks and helpers for a model that is parallel."""
+"""Apply a plan to a model, and check, clip, gather and verify a parallel model."""

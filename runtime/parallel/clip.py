@@ -1,4 +1,4 @@
-"""Gradients clipped by the norm of all of them, whatever mesh each parameter is spread over."""
+"""Clip gradients by their total norm, whatever mesh each parameter is sharded over."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ Groups = tuple[ProcessGroup, ...]
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module | Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale gradients, in place, such that their norm is at most `max_norm`; every rank calls this.
+    """Scale gradients in place so that their total norm is at most `max_norm`. Collective: every rank must call it.
 
-    The norm is that of the unsharded model's gradients, the root of the sum of all their squares. A sharded gradient
-    counts over the ranks that hold its pieces, a whole one once. torch's own `clip_grad_norm_` takes the parameters of
+    The norm is that of the unsharded model's gradients, the root of the sum of all squares: shards are summed over the
+    ranks that hold them, and replicated gradients count once. torch's own `clip_grad_norm_` accepts the parameters of
     one mesh only.
 
     Args:
-        model: after backward, parallel or not, or some of its parameters, the same ones on every rank.
-        max_norm: the largest norm that is left.
+        model: a model after backward, parallel or not, or some of its parameters, the same ones on every rank.
+        max_norm: the largest norm allowed.
 
     Returns:
-        The norm before, a float32 scalar on the parameters' device.
+        The norm before clipping, a float32 scalar on the parameters' device.
 
     Raises:
         UsageError: `max_norm` is negative, or there are no parameters.
     """
     if max_norm < 0:
-        raise UsageError(f"max_norm is {max_norm}", hint="give 0 or more", max_norm=max_norm)
-    given = list(model.parameters() if isinstance(model, nn.Module) else model)
-    parameters = [parameter for parameter in dict.fromkeys(given) if parameter.requires_grad]
+        raise UsageError(f"max_norm must be at least 0, got {max_norm}", hint="pass 0 or more", max_norm=max_norm)
+    tensors = list(model.parameters() if isinstance(model, nn.Module) else model)
+    parameters = [parameter for parameter in dict.fromkeys(tensors) if parameter.requires_grad]
     if not parameters:
         raise UsageError("there are no parameters with gradients to clip", hint="pass the model, or its parameters")
     norm = _sum_squared_norms(parameters).sqrt()
@@ -54,11 +54,11 @@ def clip_grad_norm(model: nn.Module | Iterable[torch.Tensor], max_norm: float) -
 
 
 def _sum_squared_norms(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of the squares of all gradients: one all-reduce for each set of ranks that gradients lie over."""
+    """Return the sum of all gradients' squares, with one all-reduce per set of process groups that shard gradients."""
     sums: dict[Groups, list[torch.Tensor]] = defaultdict(list)
     home = _get_local(parameters[0]).device
     for parameter in parameters:
-        # Parameters without a gradient count too, so that ranks which have none of their own join in the all-reduce.
+        # Parameters without a gradient count too: a rank that has none must still take part in the all-reduce.
         sums[_find_shard_groups(parameter)].append(_compute_squared_norm(parameter.grad, home))
     total = torch.zeros((), device=home)
     for groups, squares in sums.items():
@@ -70,7 +70,7 @@ def _sum_squared_norms(parameters: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _find_shard_groups(parameter: torch.Tensor) -> Groups:
-    """Return the groups of ranks, one for each mesh axis, that hold different pieces of a parameter."""
+    """Return the process groups, one for each mesh axis, whose ranks hold different shards of a parameter."""
     if not isinstance(parameter, DTensor):
         return ()
     mesh = parameter.device_mesh

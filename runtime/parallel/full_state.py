@@ -1,4 +1,4 @@
-"""The whole of a parallel model on one rank, to be saved or loaded where nothing is sharded."""
+"""Gather a parallel model's whole state on one rank, so that it can be saved or loaded into an unsharded model."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ __all__ = ["full_state_dict"]
 
 @torch.no_grad()
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gather a parallel model's parameters and persistent buffers, bit for bit; every rank calls this.
+    """Gather a parallel model's parameters and persistent buffers, bit for bit. Collective: every rank must call it.
 
-    One parameter at a time is whole on every rank. `model.save_pretrained(folder, state_dict=...)` writes the result,
-    and an unsharded model's `load_state_dict` takes it.
+    Only one parameter at a time is whole on every rank. `model.save_pretrained(folder, state_dict=...)` writes the
+    result, and an unsharded model's `load_state_dict` accepts it.
 
     Args:
-        model: parallel or not, its weights loaded.
+        model: a model with its weights loaded, parallel or not.
 
     Returns:
-        On rank 0 whole tensors on the CPU by their names, tied ones as one tensor; nothing on other ranks.
+        On rank 0, whole tensors on the CPU by name, tied names sharing one tensor; an empty dict on other ranks.
 
     Raises:
-        UsageError: the model is still on meta, or a parameter is placed in a way that is no shard.
+        UsageError: the model is still on the meta device, or a parameter's placement is not a shard or replica.
     """
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
-    # Asked of the model, not of its parameters: FSDP puts its pieces back then.
+    # state_dict() of the model, not its parameters: FSDP reshards what a forward left unsharded.
     for name, value in model.state_dict(keep_vars=True).items():
         if value.is_meta:
-            raise UsageError(f"{name} is on meta, it has no values", hint="load the model's weights first", name=name)
+            raise UsageError(
+                f"{name} is on the meta device and has no values", hint="load the model's weights first", name=name
+            )
         if id(value) not in gathered:
             whole = _gather_parameter(name, value) if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if _is_rank_0() else whole.new_empty(0)
@@ -51,7 +53,7 @@ def _is_rank_0() -> bool:
 
 
 def _gather_parameter(name: str, parameter: DTensor) -> torch.Tensor:
-    """Join a parameter's pieces, those of the outermost axis first: it cut what the inner one had left."""
+    """Gather a parameter's shards, outermost axis first, since that axis sharded what the inner one had left."""
     mesh, planned = parameter.device_mesh, _read_placements(name, parameter)
     axes = [mesh] if mesh.ndim == 1 else [mesh[name] for name in mesh.mesh_dim_names or ()]
     shape, cuts = tuple(parameter.shape), []
@@ -69,8 +71,8 @@ def _read_placements(name: str, parameter: DTensor) -> list[Placement]:
     for place in get_plan_placements(parameter):
         if not isinstance(place, Placement):
             raise UsageError(
-                f"{name} is placed as {place}, which is no shard of a tensor",
-                hint="sum what is partial before it is gathered; other placements are not gathered",
+                f"{name} has the placement {place}, which is neither a shard nor a replica",
+                hint="reduce partial sums before gathering; other placements are not supported",
                 name=name,
             )
         planned.append(place)
@@ -78,7 +80,7 @@ def _read_placements(name: str, parameter: DTensor) -> list[Placement]:
 
 
 def _compute_local_shape(shape: tuple[int, ...], placement: Placement, axis: DeviceMesh) -> tuple[int, ...]:
-    """Return the shape of what this rank holds of a tensor."""
+    """Return the shape of this rank's shard of a tensor."""
     if isinstance(placement, Replicate):
         return shape
     length = chunk_bounds(shape[placement.dim], axis.size(), axis.get_local_rank())[1]

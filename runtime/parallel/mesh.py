@@ -1,4 +1,4 @@
-"""Device meshes: plans.mesh.Mesh over the ranks of a process group, with the axis names of the contract."""
+"""Device meshes: the axes of a `plans.mesh.Mesh`, built over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _MESH_NAMES: tuple[MeshName, ...] = ("dense", "experts")
 
 @dataclass(frozen=True)
 class DeviceMeshes:
-    """The same ranks as one or two meshes.
+    """The ranks of a process group as one or two device meshes.
 
     Args:
-        sizes: of the mesh axes.
-        axes: one-dimensional meshes by axis name; `ep` and `efsdp` are there when experts have an axis of their own.
+        sizes: the sizes of the mesh axes.
+        axes: one-dimensional meshes by axis name; `ep` and `efsdp` exist if experts have axes of their own.
     """
 
     sizes: Mesh
     axes: Mapping[str, DeviceMesh]
 
     def axis(self, name: str) -> DeviceMesh:
-        """Return one axis.
+        """Return one mesh axis.
 
         Raises:
-            UsageError: the mesh has no axis of this name.
+            UsageError: the mesh has no axis with this name.
         """
         if name not in self.axes:
             raise UsageError(
-                f"the plan works over the axis {name!r}, the device mesh has " + ", ".join(sorted(self.axes)),
+                f"the plan needs the mesh axis {name!r}, but the device mesh has " + ", ".join(sorted(self.axes)),
                 hint=f"build it with device_meshes(Mesh(...)), or name an axis of your device mesh {name!r}",
                 axis=name,
             )
@@ -48,25 +48,26 @@ class DeviceMeshes:
 
     @property
     def spanning_axes(self) -> tuple[DeviceMesh, ...]:
-        """The axes, innermost first, that together hold every rank once."""
-        found = tuple(self.axes[name] for name in ("tp", "fsdp") if name in self.axes)
-        return found or (self.axes["ep"],)
+        """The axes that together span every rank exactly once, innermost first."""
+        dense = tuple(self.axes[name] for name in ("tp", "fsdp") if name in self.axes)
+        return dense or (self.axes["ep"],)
 
 
 _MESH_CACHE: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Mesh, str], DeviceMeshes]] = WeakKeyDictionary()
 
 
 def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
-    """Lay the ranks of the initialised process group out as the mesh says; every rank calls this.
+    """Build the device meshes over the ranks of the initialized process group. Collective: every rank must call it.
 
-    For one process group and sizes it is done once: every axis has process groups of its own, with threads and sockets.
+    The meshes of one process group are cached by their sizes, because every axis has process groups of its own, with
+    threads and sockets.
 
     Args:
-        mesh: sizes of the mesh axes.
+        mesh: the sizes of the mesh axes.
         device_type: `cpu` or `cuda`.
 
     Raises:
-        UsageError: there is no process group, or it has another size than the mesh.
+        UsageError: there is no process group, or its size differs from the mesh's.
     """
     if not dist.is_initialized():
         raise UsageError(
@@ -74,17 +75,17 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
         )
     if dist.get_world_size() != mesh.world_size:
         raise UsageError(
-            f"the mesh has {mesh.world_size} ranks, the process group {dist.get_world_size()}",
+            f"the mesh has {mesh.world_size} ranks, but the process group has {dist.get_world_size()}",
             hint=f"start {mesh.world_size} processes",
             mesh=mesh.world_size,
             processes=dist.get_world_size(),
         )
     world = dist.group.WORLD
     assert world is not None
-    known = _MESH_CACHE.setdefault(world, {})
-    if (mesh, device_type) not in known:
-        known[mesh, device_type] = _build_device_meshes(mesh, device_type)
-    return known[mesh, device_type]
+    cached = _MESH_CACHE.setdefault(world, {})
+    if (mesh, device_type) not in cached:
+        cached[mesh, device_type] = _build_device_meshes(mesh, device_type)
+    return cached[mesh, device_type]
 
 
 def _build_device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
@@ -96,14 +97,15 @@ def _build_device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
 
 
 def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
-    """Return device meshes for whatever a caller has: sizes, a device mesh of their own, or these themselves.
+    """Return device meshes for the sizes, the device mesh or the device meshes that a caller has.
 
     Args:
-        mesh: sizes are laid out on the process group's device; a device mesh has one or more of the axes `fsdp` and
-            `tp`, or is one axis `ep` over which dense parameters are whole.
+        mesh: sizes, which are built on the process group's device; a device mesh with the axes `fsdp`, `tp` or both, or
+            with the single axis `ep`, over which dense parameters are replicated; or device meshes, returned as they
+            are.
 
     Raises:
-        UsageError: it is no mesh, its axes have other names, or as `device_meshes`.
+        UsageError: the argument is not a mesh, its axes have other names, or `device_meshes` raises it.
     """
     if isinstance(mesh, DeviceMeshes):
         return mesh
@@ -111,7 +113,7 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
         return device_meshes(mesh, "cuda" if dist.is_initialized() and uses_nccl() else "cpu")
     if not isinstance(mesh, DeviceMesh):
         raise UsageError(
-            f"{mesh!r} is no mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)
+            f"{mesh!r} is not a mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)
         )
     names = mesh.mesh_dim_names or ()
     sizes = dict(zip(names, mesh.shape, strict=False))
@@ -119,7 +121,7 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
         return DeviceMeshes(Mesh(tp=sizes["ep"], ep=sizes["ep"]), {"ep": mesh})
     if not names or names not in (("tp",), ("fsdp",), ("fsdp", "tp")):
         raise UsageError(
-            f"a device mesh with the axes {names or 'without names'} cannot carry a plan",
+            f"a device mesh {f'with the axes {names}' if names else 'without axis names'} cannot carry a plan",
             hint="name its axes ('tp',), ('ep',) or ('fsdp', 'tp'), or pass the sizes as a plans.mesh.Mesh",
             axes=list(names),
         )
@@ -127,12 +129,12 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
 
 
 def _get_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Return one axis of a device mesh; torch 2.8 can take none of a mesh that is, or equals, a part of another."""
+    """Return one axis of a device mesh, which torch 2.8 refuses if the mesh is, or equals, a part of another mesh."""
     try:
         return mesh[name]
     except RuntimeError as error:
         raise UsageError(
-            f"torch {torch.__version__} cannot take the axis {name!r} of this device mesh: {first_line(error)}",
-            hint="start without device meshes of which this one is a part, or install a newer torch",
+            f"torch {torch.__version__} cannot slice the axis {name!r} from this device mesh: {first_line(error)}",
+            hint="create no larger device mesh that contains this one, or install a newer torch",
             axis=name,
         ) from error

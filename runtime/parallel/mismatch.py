@@ -1,4 +1,4 @@
-"""What a check of a model or checkpoint reports: one thing that is not as promised."""
+"""One difference between what a plan or checkpoint promises and what was found. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Mismatch"]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One thing that is not as promised.
+    """One difference between what was promised and what was found.
 
     Args:
         name: the parameter, buffer or plan entry.
-        expected: in words.
-        found: in words.
-        rank: where, None when all ranks see the same.
+        expected: what was promised, in words.
+        found: what was found, in words.
+        rank: the rank that found it, None if it is the same on all ranks.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What must be the same on every rank, held against each other: a model's weights and plan, or a batch.
+"""Compare what must be equal on all ranks: a model's weights and plan, or a batch and the random state.
 
-Nothing fails where ranks begin with other weights or compute on other tokens: the numbers are merely wrong. Shapes
-that differ are worse, the next collective waits for ever or mixes up what it sends.
+Ranks that begin with different weights or compute on different tokens raise no error; the numbers are wrong. Different
+shapes are worse: the next collective hangs, or mixes up what it sends.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _PLAN = "the plan"
 
 
 def check_same_model(model: nn.Module, resolved: ResolvedPlan, axes: Sequence[DeviceMesh]) -> None:
-    """Refuse ranks that hold other weights, or were given another plan; every rank calls this.
+    """Refuse ranks whose weights or plans differ. Collective: every rank must call it.
 
-    A thousand values of each parameter and buffer are compared, spread over it: other seeds and checkpoints differ in
-    nearly all of them. On meta there are shapes to compare only.
+    About a thousand values of each parameter and buffer, evenly spread, are compared: different seeds or checkpoints
+    differ in nearly all of them. On the meta device only shapes and dtypes are compared.
 
     Args:
-        model: still whole.
-        resolved: its plan.
-        axes: the mesh axes, innermost first, which together hold every rank.
+        model: the model, still unsharded.
+        resolved: the model's plan.
+        axes: the mesh axes that together span every rank, innermost first.
 
     Raises:
-        UsageError: on every rank alike, names the first parameter that differs.
+        UsageError: something differs; raised on every rank, and names the first parameter that does.
     """
     _check_same(
         {_PLAN: _hash(json.dumps(sorted(resolved.plan.items())).encode())}
@@ -50,18 +50,19 @@ def check_same_model(model: nn.Module, resolved: ResolvedPlan, axes: Sequence[De
 
 
 def verify_batch(batch: Mapping[str, object], mesh: DeviceMeshes | DeviceMesh | Mesh) -> None:
-    """Check that the ranks which compute together have one batch and one random state: those of the tp or ep axis.
+    """Check that the ranks that compute together, those of the tp or ep axis, have the same batch and random state.
 
-    Every rank calls this, before the first step say: it waits for all of them and for the device, so that a call in
-    each step would cost time. Ranks of the data parallel axis may have batches of their own, except where they share
-    experts. With other random states dropout and router noise differ, and so do the ranks' weights after a step.
+    Collective: every rank must call it. It synchronizes the ranks and the device, so call it once, before the first
+    step, rather than in every step. Data parallel ranks may have different batches, unless they share experts. With
+    different random states, dropout and router noise differ, and so do the ranks' weights after a step.
 
     Args:
-        batch: what the model will be called with by name; what is no tensor is left out.
-        mesh: that the model was made parallel with.
+        batch: the keyword arguments that the model will be called with; values other than tensors are ignored.
+        mesh: the mesh that the model was parallelized with.
 
     Raises:
-        UsageError: on every rank of such a group alike, names the first input that differs, or the random state.
+        UsageError: something differs; raised on every rank of that group, and names the first input that differs, or
+            the random state.
     """
     meshes = as_device_meshes(mesh)
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -84,13 +85,13 @@ def _read_random_states(axis: DeviceMesh) -> dict[str, torch.Tensor]:
 
 
 def _check_same(digests: Mapping[str, str], axes: Sequence[DeviceMesh], hint: str) -> None:
-    """Compare all digests at once, and one by one only where they differ."""
+    """Compare one hash of all digests, and the digests one by one only if it differs."""
     if len(set(all_gather_json(_hash(json.dumps(digests).encode()), axes))) == 1:
         return
-    found: list[dict[str, str]] = all_gather_json(dict(digests), axes)
-    names = dict.fromkeys(name for one in found for name in one)
-    name = next(name for name in names if len({one.get(name) for one in found}) > 1)
-    others = [str(rank) for rank, one in enumerate(found) if one.get(name) != found[0].get(name)]
+    by_rank: list[dict[str, str]] = all_gather_json(dict(digests), axes)
+    names = dict.fromkeys(name for row in by_rank for name in row)
+    name = next(name for name in names if len({row.get(name) for row in by_rank}) > 1)
+    others = [str(rank) for rank, row in enumerate(by_rank) if row.get(name) != by_rank[0].get(name)]
     raise UsageError(
         f"{name} is not the same on all ranks: it differs from rank 0's on rank {', '.join(others)} of the mesh",
         hint=hint,
@@ -99,12 +100,12 @@ def _check_same(digests: Mapping[str, str], axes: Sequence[DeviceMesh], hint: st
 
 
 def _compute_digests(tensors: Mapping[str, torch.Tensor], count: int | None = None) -> dict[str, str]:
-    """Return a digest of each tensor's shape, type and values, of a few of these where `count` says how many."""
-    pieces = [_sample(tensor.detach(), count) for tensor in tensors.values()]
-    # One transfer for all, where they lie on a GPU.
-    home = next((piece.device for piece in pieces if piece.device.type != "cpu"), torch.device("cpu"))
-    together = torch.cat([piece.to(home) for piece in pieces]).cpu() if pieces else torch.empty(0)
-    fetched = torch.split(together, [len(piece) for piece in pieces])
+    """Return a digest of each tensor's shape, dtype and values, or of about `count` of its values."""
+    samples = [_sample(tensor.detach(), count) for tensor in tensors.values()]
+    # Concatenated on their device, because one transfer from a GPU is faster than many.
+    home = next((sample.device for sample in samples if sample.device.type != "cpu"), torch.device("cpu"))
+    together = torch.cat([sample.to(home) for sample in samples]).cpu() if samples else torch.empty(0)
+    fetched = torch.split(together, [len(sample) for sample in samples])
     return {
         name: _hash(f"{tensor.dtype} {list(tensor.shape)}".encode() + content.numpy().tobytes())
         for (name, tensor), content in zip(tensors.items(), fetched, strict=True)
@@ -112,11 +113,11 @@ def _compute_digests(tensors: Mapping[str, torch.Tensor], count: int | None = No
 
 
 def _sample(tensor: torch.Tensor, count: int | None) -> torch.Tensor:
-    """Return bytes of values spread over a tensor, those of a tensor on meta being none."""
+    """Return the bytes of values evenly spread over a tensor; none for a tensor on the meta device."""
     if tensor.is_meta:
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.reshape(-1)
-    # An odd step meets every column of a matrix whose rows are a power of two long.
+    # An odd step visits every column of a matrix whose rows have a power of two of elements.
     step = 1 if count is None else max(1, flat.numel() // count) | 1
     return flat[::step].contiguous().view(torch.uint8)
 

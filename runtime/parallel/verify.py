@@ -1,4 +1,4 @@
-"""Plans held against what they are applied to: a model's parameters, before its first forward, or a list of names."""
+"""Compare a plan with what it was applied to: a model's parameters and hooks, a manifest, or a list of names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.plan import find_key, find_unmatched_keys
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
+from plans.text import pluralize
 from runtime.checkpoint.manifest import Manifest
 from runtime.models.model import model_tensors
 from runtime.parallel.hooks import find_hook_mismatches
@@ -33,31 +34,31 @@ __all__ = ["PlanUse", "compare_manifest", "find_sharding_mismatches", "verify_pl
 
 
 def find_sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int) -> list[Mismatch]:
-    """Check every parameter and persistent buffer of a parallel model, before its first forward.
+    """Compare every parameter and persistent buffer of a parallel model with its plan, before its first forward.
 
-    Those that the plan shards must be DTensors with the planned placement and local shape, all others whole plain
-    tensors; tied names must share one parameter, and hooked modules must still carry their hook.
+    The parameters that the plan shards must be DTensors with the planned placement and local shape, all others plain
+    whole tensors. Tied names must share one parameter, and hooked modules must still have their hook.
 
     Args:
-        model: after `parallelize`, loaded or still on meta.
-        resolved: the plan it was made parallel with.
+        model: the model after `parallelize`, loaded or still on the meta device.
+        resolved: the plan that it was parallelized with.
         rank: this process's rank.
     """
-    found = model_tensors(model)
+    tensors = model_tensors(model)
     unplanned = [
-        Mismatch(name, "no such tensor in the plan", _describe_tensor(found[name]), rank)
-        for name in sorted(found.keys() - resolved.by_name.keys())
+        Mismatch(name, "no such tensor in the plan", _describe_tensor(tensors[name]), rank)
+        for name in sorted(tensors.keys() - resolved.by_name.keys())
     ]
-    planned = (_compare_tensor(row, found, resolved.mesh, rank) for row in resolved.parameters)
+    planned = (_compare_tensor(row, tensors, resolved.mesh, rank) for row in resolved.parameters)
     hooks = (
-        Mismatch(one.name, _describe_hook(one.expected), _describe_hook(one.found), rank)
-        for one in find_hook_mismatches(model, resolved.plan)
+        Mismatch(hook.name, _describe_hook(hook.expected), _describe_hook(hook.found), rank)
+        for hook in find_hook_mismatches(model, resolved.plan)
     )
     return [*unplanned, *(mismatch for mismatch in planned if mismatch), *hooks]
 
 
 def compare_manifest(manifest: Manifest, resolved: ResolvedPlan) -> list[Mismatch]:
-    """Compare what a checkpoint was laid out by with a plan resolved anew from its config."""
+    """Compare the plan that a checkpoint was written for with one resolved from its config now."""
     rows = [
         *_find_differences({"model_type": resolved.model_type}, {"model_type": manifest.model_type}),
         *_find_differences({"mode": resolved.mode}, {"mode": manifest.mode}),
@@ -130,7 +131,7 @@ def _describe_tensor(tensor: torch.Tensor) -> str:
 
 
 def _get_axis_names(tensor: DTensor) -> tuple[str, ...]:
-    """Return the mesh axes' names; transformers 5.17 and 5.18 give none to a tensor parallel axis that is alone."""
+    """Return the mesh axes' names; transformers 5.17 and 5.18 give a single tensor parallel axis none."""
     mesh = tensor.device_mesh
     if mesh.mesh_dim_names:
         return mesh.mesh_dim_names
@@ -146,11 +147,11 @@ _MAX_LISTED = 3
 
 @dataclass(frozen=True)
 class PlanUse:
-    """What a plan and a list of parameter names say of each other.
+    """How a plan and a list of parameter names fit.
 
     Args:
-        unused: entries that shard weights, but none of these.
-        whole: parameters that no entry shards.
+        unused: the keys of entries that shard weights, but none of the listed ones.
+        whole: the parameters that no entry shards.
     """
 
     unused: tuple[str, ...]
@@ -160,45 +161,47 @@ class PlanUse:
 def verify_sharding(
     model: PreTrainedModel, plan: ResolvedPlan | Plan | Mapping[str, str], mesh: Mesh | None = None
 ) -> None:
-    """Check a parallel model from both sides: what the plan shards is sharded just so, everything else is whole.
+    """Raise unless exactly the planned parameters of a parallel model are sharded, exactly as planned.
 
-    Every parameter that the plan shards must be a DTensor with the planned placement and local shape, every other one a
-    plain tensor; tied names must share one parameter. Every module that the plan hooks must still carry its hook, which
-    it loses where a module or its forward is replaced. Ask before the first forward: under FSDP some parameters show
-    other placements afterwards.
+    Every parameter that the plan shards must be a DTensor with the planned placement and local shape, and every other
+    parameter a plain tensor. Tied names must share one parameter. Every module that the plan hooks must still have its
+    hook, which is lost if the module or its forward is replaced. Call it before the first forward: under FSDP some
+    parameters show other placements afterwards.
 
     Args:
-        model: after `parallelize`, loaded or still on meta.
-        plan: what it was made parallel with; `parallelize` returns it.
-        mesh: where the plan is not resolved, the sizes of the mesh; by default all ranks on one axis.
+        model: the model after `parallelize`, loaded or still on the meta device.
+        plan: the plan it was parallelized with, which `parallelize` returns.
+        mesh: the sizes of the mesh if the plan is not resolved; by default all ranks are on one axis.
 
     Raises:
-        MismatchError: something is not as planned; `data["mismatches"]` lists everything.
+        MismatchError: something is not as planned; `data["mismatches"]` lists all of it.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     resolved = plan if isinstance(plan, ResolvedPlan) else _resolve_for_world(model, plan, mesh)
-    found = find_sharding_mismatches(model, resolved, rank)
-    if found:
-        shown = "; ".join(f"{one.name}: expected {one.expected}, found {one.found}" for one in found[:_MAX_LISTED])
+    mismatches = find_sharding_mismatches(model, resolved, rank)
+    if mismatches:
+        listed = "; ".join(
+            f"{row.name}: expected {row.expected}, found {row.found}" for row in mismatches[:_MAX_LISTED]
+        )
         raise MismatchError(
-            f"rank {rank}: {len(found)} tensors are not as the plan says: {shown}",
-            hint="a style that should shard does not, a module or its forward was replaced, or the plan is not the one "
-            "the model was made parallel with",
-            mismatches=[one.to_json() for one in found],
+            f"rank {rank}: {pluralize(len(mismatches), 'difference')} from the plan: {listed}",
+            hint="a style left its parameters whole, a module or its forward was replaced after parallelize, or the "
+            "model was parallelized with another plan; pass the plan that parallelize returned",
+            mismatches=[row.to_json() for row in mismatches],
         )
 
 
 def verify_plan(keys: Iterable[str], plan: Plan | Mapping[str, str]) -> PlanUse:
-    """Compare a plan with parameter names, a checkpoint's say.
+    """Compare a plan with parameter names, such as those of a checkpoint.
 
-    Only entries that shard weights can be unused: those that communicate in forwards name modules, not parameters.
+    Only entries that shard weights can be unused: entries that communicate in forwards name modules, not parameters.
 
     Args:
-        keys: parameter names, `model.layers.0.mlp.experts.down_proj`.
-        plan: key to style.
+        keys: parameter names, such as `model.layers.0.mlp.experts.down_proj`.
+        plan: the plan, or a mapping from key to style.
 
     Raises:
-        UnknownStyleError: an entry names a style that cannot run here.
+        UnknownStyleError: an entry names a style that this runtime does not have.
     """
     entries = plan.entries if isinstance(plan, Plan) else plan
     dialect = runtime_dialect()

@@ -62,7 +62,9 @@ def test_an_unsharded_model_is_clipped_as_torch_does() -> None:
     )
 
 
-@pytest.mark.parametrize(("max_norm", "parameters", "message"), [(-1.0, [], "max_norm is -1.0"), (1.0, [], "no param")])
+@pytest.mark.parametrize(
+    ("max_norm", "parameters", "message"), [(-1.0, [], "max_norm must be at least 0, got -1.0"), (1.0, [], "no param")]
+)
 def test_nothing_to_clip_is_an_error(max_norm: float, parameters: list[torch.Tensor], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         clip_grad_norm(parameters, max_norm)

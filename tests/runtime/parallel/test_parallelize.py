@@ -75,5 +75,5 @@ def test_a_plan_of_another_model_is_refused(two_ranks: RankPool, hub_folder: Hub
 
 
 def test_a_mesh_of_another_size_than_the_process_group_is_refused(two_ranks: RankPool) -> None:
-    with pytest.raises(UsageError, match="the mesh has 3 ranks, the process group 2"):
+    with pytest.raises(UsageError, match="the mesh has 3 ranks, but the process group has 2"):
         two_ranks.run(rank_cases.mesh_of, 3)

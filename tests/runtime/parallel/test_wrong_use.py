@@ -44,7 +44,7 @@ def test_a_mistyped_style_is_known_again(two_ranks: RankPool) -> None:
         ("ep", ("tp",), "mode 'ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis"),
         ("tp_ep", ("fsdp", "tp"), "mode 'tp_ep' on a mesh of tp=2, ep=1, fsdp=1: it needs an expert axis"),
         ("tp", ("ep",), "mode 'tp' on a mesh of tp=2, ep=2, fsdp=1: it uses no expert axis"),
-        ("tp_ep", ("ep",), "works over the axis 'tp', the device mesh has ep"),
+        ("tp_ep", ("ep",), "needs the mesh axis 'tp', but the device mesh has ep"),
         ("tp", ("model",), r"a device mesh with the axes \('model',\) cannot carry a plan"),
         ("tp", ("tp", "fsdp"), r"a device mesh with the axes \('tp', 'fsdp'\) cannot carry a plan"),
     ],
@@ -62,7 +62,7 @@ def test_a_device_mesh_of_the_right_axes_will_do(mode: Any, axes: tuple[str, ...
 def test_a_part_of_a_device_mesh_will_do_or_is_refused(two_ranks: RankPool) -> None:
     """Torch 2.8 takes no axis of it, and has an error of its own for that."""
     for refused in two_ranks.run(wrong_use_cases.on_part_of_a_device_mesh):
-        assert not refused or "cannot take the axis 'fsdp' of this device mesh: Cannot create a submesh" in refused
+        assert not refused or "cannot slice the axis 'fsdp' from this device mesh: Cannot create a submesh" in refused
 
 
 def test_experts_that_do_not_divide(four_ranks: RankPool) -> None:
@@ -139,7 +139,9 @@ def test_a_parallel_model_is_not_copied_with_the_originals_hooks(two_ranks: Rank
 
 
 def test_what_ranks_hold_summands_of_is_not_gathered(two_ranks: RankPool) -> None:
-    with pytest.raises(UsageError, match=r"weight is placed as .*, which is no shard of a tensor") as caught:
+    with pytest.raises(
+        UsageError, match=r"weight has the placement .*, which is neither a shard nor a replica"
+    ) as caught:
         two_ranks.run(wrong_use_cases.gathered_partial)
     assert caught.value.data["name"] == "weight"
 
