@@ -1,1 +1,1 @@
-"""One file's plans: every statement that writes entries into them, with its place in the text."""
+"""Reading the plans of one source file, with the positions of their entries in the text."""

@@ -1,7 +1,7 @@
-"""Alternatives: what a plan can hold beside one of its literals, by the conditions around the others.
+"""The alternatives of a plan: what it can contain together with one of its literals, given the conditions around them.
 
-A plan is what the literals of one class put into one attribute, as far as they can apply together: of two exclusive
-arms only one ever does, and what replaces the plan drops all that it held before.
+A plan is the result of all literals of a class that write one attribute and can apply together: of two exclusive
+branches only one applies, and a literal that replaces the plan drops everything that was written before.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from plans.decompose import find_group_key
 
 __all__ = ["Alternative", "find_alternatives", "keep_relevant_literals"]
 
-_MAX_COMBINATIONS = 64  # literals of one plan, and combinations of them, that are told apart
+_MAX_COMBINATIONS = 64  # the most literals of one plan, and combinations of them, that are examined
 
 _KnownConditions = frozenset[tuple[str, Condition]]
-"""Conditions that are decided, each with its function: only there the same test is the same."""
+"""Conditions whose outcome is fixed, each with its function: the same test may differ in another function."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """What a plan holds beside one literal in one of the cases that there are.
+    """What a plan contains besides one literal, in one of the possible cases.
 
     Args:
         plan: key to style.
-        computed: keys whose style is computed.
-        is_partial: whether entries may come in besides that nobody here can see.
-        lines: key to the line that writes it.
+        computed: the keys whose style is computed.
+        is_partial: whether the plan may have other entries, which cannot be read here.
+        lines: key to the line that writes its entry.
     """
 
     plan: Mapping[str, str] = field(default_factory=dict)
@@ -40,65 +40,69 @@ class Alternative:
 
 
 def keep_relevant_literals(owner: ClassPlans, this: PlanLiteral) -> ClassPlans:
-    """Return a class without those literals that cannot matter to the experts modules that one of them writes."""
+    """Return a class without the literals that do not affect the experts modules written by one of them."""
     modules = _get_group_keys(this)
-    code = (
-        one
-        for one in owner.code_literals
-        if one is this or one.replaces or one.is_partial or modules & _get_group_keys(one)
+    relevant = (
+        literal
+        for literal in owner.code_literals
+        if literal is this or literal.replaces or literal.is_partial or modules & _get_group_keys(literal)
     )
-    return replace(owner, code_literals=tuple(code))
+    return replace(owner, code_literals=tuple(relevant))
 
 
 def find_alternatives(owner: ClassPlans, this: PlanLiteral) -> tuple[Alternative, ...]:
-    """Return what the plan of a literal can hold beside it, one alternative at least.
+    """Return what the plan of a literal can contain besides it: at least one alternative.
 
     Args:
         owner: the class.
         this: one of its literals.
     """
-    written = [owner.plans.get(this.attribute), *owner.code_literals]
-    literals = [one for one in written if isinstance(one, PlanLiteral) and one.attribute == this.attribute]
+    candidates = [owner.plans.get(this.attribute), *owner.code_literals]
+    literals = [one for one in candidates if isinstance(one, PlanLiteral) and one.attribute == this.attribute]
     if len(literals) == 1:
         return (Alternative(),)
     if len(literals) > _MAX_COMBINATIONS:
         return (_build_partial(literals, this),)
-    possible = [one for one in literals if not are_exclusive(one, this)]
-    settled = frozenset((this.function, condition) for condition in this.conditions)
-    # Every open test splits one combination in two at least once.
-    tests = {(one.function, condition.test) for one in possible for condition in _get_model_conditions(one)}
-    splits = len(tests - {(function, condition.test) for function, condition in settled})
-    found = (
-        list(islice(_iter_combinations(possible, settled), _MAX_COMBINATIONS + 1)) if splits < _MAX_COMBINATIONS else []
-    )
-    if not found or len(found) > _MAX_COMBINATIONS:
+    possible = [literal for literal in literals if not are_exclusive(literal, this)]
+    known = frozenset((this.function, condition) for condition in this.conditions)
+    # Every unknown test splits at least one combination in two.
+    tests = {(literal.function, condition.test) for literal in possible for condition in _get_model_conditions(literal)}
+    unknown = tests - {(function, condition.test) for function, condition in known}
+    if len(unknown) >= _MAX_COMBINATIONS:
+        return (_build_partial(possible, this),)
+    combinations = list(islice(_iter_combinations(possible, known), _MAX_COMBINATIONS + 1))
+    if len(combinations) > _MAX_COMBINATIONS:
         return (_build_partial(possible, this),)
     distinct: list[Alternative] = []
-    for combination in found:
+    for combination in combinations:
         alternative = _build_alternative(_find_coexisting(combination, this))
         distinct += [alternative] if alternative not in distinct else []
     return tuple(distinct)
 
 
 def _iter_combinations(literals: Sequence[PlanLiteral], known: _KnownConditions) -> Iterator[Sequence[PlanLiteral]]:
-    """Yield the literals that apply together, for every way in which their conditions can turn out."""
-    still_open = (
-        (one.function, condition)
-        for one in literals
-        for condition in _get_model_conditions(one)
-        if (one.function, condition) not in known
+    """Yield the literals that apply together, for every possible outcome of their conditions."""
+    unknown = (
+        (literal.function, condition)
+        for literal in literals
+        for condition in _get_model_conditions(literal)
+        if (literal.function, condition) not in known
     )
-    function, condition = next(still_open, ("", None))
+    function, condition = next(unknown, ("", None))
     if condition is None:
         yield literals
         return
     for chosen, other in ((condition, _negate(condition)), (_negate(condition), condition)):
-        kept = [one for one in literals if one.function != function or other not in _get_model_conditions(one)]
-        yield from _iter_combinations(kept, known | {(function, chosen)})
+        applying = [
+            literal
+            for literal in literals
+            if literal.function != function or other not in _get_model_conditions(literal)
+        ]
+        yield from _iter_combinations(applying, known | {(function, chosen)})
 
 
 def _get_model_conditions(literal: PlanLiteral) -> tuple[Condition, ...]:
-    """Return the conditions that hold for the whole model or not at all; those on a layer do both, layer by layer."""
+    """Return the conditions that are the same for the whole model; those on a layer can differ from layer to layer."""
     if any(entry.computed for entry in literal.entries):
         return ()
     return tuple(condition for condition in literal.conditions if find_layer_kind((condition,)) is None)
@@ -109,27 +113,27 @@ def _negate(condition: Condition) -> Condition:
 
 
 def _find_coexisting(literals: Sequence[PlanLiteral], this: PlanLiteral) -> list[PlanLiteral]:
-    """Return the literals whose entries are in the plan together with this one's."""
-    held: list[PlanLiteral] = []
+    """Return the literals whose entries are in the plan together with those of this literal."""
+    current: list[PlanLiteral] = []
     for literal in literals:
-        dropped = [one for one in held if _is_replacing(literal, one)]
-        if any(one is this for one in dropped):
+        replaced = [earlier for earlier in current if _is_replacing(literal, earlier)]
+        if any(earlier is this for earlier in replaced):
             break
-        held = [one for one in held if not any(one is gone for gone in dropped)] + [literal]
-    return [one for one in held if one is not this]
+        current = [one for one in current if not any(one is earlier for earlier in replaced)] + [literal]
+    return [literal for literal in current if literal is not this]
 
 
 def _is_replacing(later: PlanLiteral, earlier: PlanLiteral) -> bool:
-    """Return whether a literal leaves nothing of one before it; of two that replace the plan only one ever counts."""
+    """Return whether a literal drops an earlier one; of two literals that replace the plan only one has an effect."""
     return later.replaces and (earlier.replaces or earlier.function in ("", later.function))
 
 
 def _build_alternative(literals: Sequence[PlanLiteral]) -> Alternative:
     return Alternative(
-        {key: style for one in literals for key, style in one.plan.items()},
-        frozenset(entry.key for one in literals for entry in one.entries if entry.style is None),
-        any(one.is_partial for one in literals),
-        {entry.key: entry.line for one in literals for entry in one.entries},
+        {key: style for literal in literals for key, style in literal.plan.items()},
+        frozenset(entry.key for literal in literals for entry in literal.entries if entry.style is None),
+        any(literal.is_partial for literal in literals),
+        {entry.key: entry.line for literal in literals for entry in literal.entries},
     )
 
 
@@ -138,5 +142,5 @@ def _get_group_keys(literal: PlanLiteral) -> set[str]:
 
 
 def _build_partial(literals: Sequence[PlanLiteral], this: PlanLiteral) -> Alternative:
-    """Return one alternative for too many of them: everything may be in the plan, and more."""
-    return replace(_build_alternative([one for one in literals if one is not this]), is_partial=True)
+    """Return a single alternative instead of too many: the plan may contain every literal, and other entries."""
+    return replace(_build_alternative([literal for literal in literals if literal is not this]), is_partial=True)

@@ -1,4 +1,4 @@
-"""Branches over sparse and dense layers: what an `if` around plan entries says of the layer."""
+"""Conditions around plan entries: the blocks of compound statements, and which layers a condition selects."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SPARSE_WORDS = ("sparse", "moe")
 
 
 def find_layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Condition] | None:
-    """Return which layers the innermost telling condition is about, None where none of them tells.
+    """Return which layers the innermost condition on layers selects, and that condition; None if there is none.
 
-    Understood are comparisons of the layer with the number of leading dense layers, membership in lists of layers,
-    and comparisons or names that say `sparse`, `moe` or `dense`.
+    It recognizes comparisons of the layer with the number of leading dense layers, membership in lists of layers, and
+    comparisons and names that contain the word `sparse`, `moe` or `dense`.
     """
     for condition in reversed(conditions):
         if (kind := _classify_condition(condition)) is not None:
@@ -36,7 +36,7 @@ def find_layer_kind(conditions: Sequence[Condition]) -> tuple[LayerKind, Conditi
 @cache
 def _classify_condition(condition: Condition) -> LayerKind | None:
     test = ast.parse(condition.test, mode="eval").body
-    # Where `a and b` is false nothing is known of either.
+    # If `a and b` is false, neither `a` nor `b` is known to be false.
     kind = None if isinstance(test, ast.BoolOp) and not condition.holds else _classify_test(test)
     return kind if kind is None or condition.holds else _invert_kind(kind)
 
@@ -46,7 +46,7 @@ def _invert_kind(kind: LayerKind) -> LayerKind:
 
 
 def _classify_test(test: ast.expr) -> LayerKind | None:
-    """Return the kind of layers for which a test is true."""
+    """Return the kind of layers for which a test is true, or None if it is not known."""
     match test:
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             kind = _classify_test(operand)
@@ -63,19 +63,19 @@ def _classify_test(test: ast.expr) -> LayerKind | None:
 def _classify_comparison(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> LayerKind | None:
     name = _get_last_name(right)
     if isinstance(operator, (ast.Lt, ast.LtE, ast.Gt, ast.GtE)):
-        below = isinstance(operator, (ast.Lt, ast.LtE))
+        is_less = isinstance(operator, (ast.Lt, ast.LtE))
         if name in _DENSE_COUNTS:
-            return "dense" if below else "sparse"
+            return "dense" if is_less else "sparse"
         if _get_last_name(left) in _DENSE_COUNTS:
-            return "sparse" if below else "dense"
+            return "sparse" if is_less else "dense"
     kind: LayerKind | None = "dense" if name in _DENSE_LISTS else "sparse" if name in _SPARSE_LISTS else None
     if kind is not None and isinstance(operator, ast.In):
         return kind
     if kind is not None and isinstance(operator, ast.NotIn):
         return _invert_kind(kind)
     if isinstance(operator, (ast.Eq, ast.NotEq)) and isinstance(right, ast.Constant) and isinstance(right.value, str):
-        said = _classify_name(right.value)
-        return said if said is None or isinstance(operator, ast.Eq) else _invert_kind(said)
+        named = _classify_name(right.value)
+        return named if named is None or isinstance(operator, ast.Eq) else _invert_kind(named)
     return None
 
 
@@ -91,7 +91,7 @@ def _classify_name(text: str) -> LayerKind | None:
 
 
 def iter_blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
-    """Yield the blocks of a compound statement with the conditions that each adds."""
+    """Yield the blocks of a compound statement, each with the conditions under which it runs."""
     if isinstance(statement, ast.If):
         test = ast.unparse(statement.test)
         yield statement.body, (Condition(test, True),)
@@ -107,28 +107,28 @@ def iter_blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple
 
 
 def is_exiting(statements: Sequence[ast.stmt]) -> bool:
-    """Return whether what follows a block does not run after it."""
+    """Return whether a block leaves the enclosing block, so that the statements after it do not run."""
     return bool(statements) and isinstance(statements[-1], (ast.Return, ast.Raise, ast.Continue, ast.Break))
 
 
 def iter_expressions(statement: ast.stmt) -> Iterator[ast.AST]:
-    """Yield what a statement holds besides other statements."""
+    """Yield the child nodes of a statement that are not statements."""
     for child in ast.iter_child_nodes(statement):
         if not isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
             yield child
 
 
 def _iter_cases(statement: ast.Match) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
-    """Yield the blocks of a match statement; each runs only where no case before it did."""
-    before: tuple[Condition, ...] = ()
+    """Yield the blocks of a match statement; each runs only if no case before it matches."""
+    unmatched: tuple[Condition, ...] = ()
     for case in statement.cases:
         test = _unparse_case(statement.subject, case)
-        yield case.body, (*before, Condition(test, True))
-        before = (*before, Condition(test, False))
+        yield case.body, (*unmatched, Condition(test, True))
+        unmatched = (*unmatched, Condition(test, False))
 
 
 def _unparse_case(subject: ast.expr, case: ast.match_case) -> str:
-    """Return a case as a test, a true expression; patterns that are more than values are named in a call."""
+    """Return the test of a case as an expression: a comparison with a value, or a call of `matches` with a pattern."""
     match case.pattern:
         case ast.MatchValue(value=value):
             test = f"{ast.unparse(subject)} == {ast.unparse(value)}"

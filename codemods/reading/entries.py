@@ -1,4 +1,4 @@
-"""Plan entries in an expression: dict displays, comprehensions, pairs and items, with their places in the text."""
+"""Plan entries in an expression: in dict displays, comprehensions, pairs and items, with their offsets in the text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 OffsetReader = Callable[[int, int], int]
-"""From a line counted from 1 and a column in UTF-8 bytes to a place in the text."""
+"""Maps a line, counted from 1, and a column in UTF-8 bytes to an offset in the text."""
 
 _COMPUTED = "\0"
 _LAYER_NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)|(?:layers?|blocks?|h)\.\0(?:\.|$)")
@@ -32,18 +32,18 @@ class PlanEntry:
     """One `key: style`.
 
     Args:
-        key: the plan key; what is computed in it, as in `f"layers.{i}.mlp"`, is a wildcard.
-        style: the style name, None where it is computed.
-        line: where the style stands, counted from 1.
-        key_span: where the key stands in the text.
-        style_span: where the style stands in the text.
-        expression_span: where the expression stands that an edit of this entry changes: the dict display, call or list
-            of pairs that writes it; of `plan[key] = style`, and of one style for several keys, the style alone.
-        can_precede: whether another entry can be written just before this one, its key formed from this one's.
+        key: the plan key, with a wildcard for each computed part, as in `f"layers.{i}.mlp"`.
+        style: the name of the style, None if it is computed.
+        line: the line of the style, counted from 1.
+        key_span: the start and the end of the key in the text.
+        style_span: the start and the end of the style in the text.
+        expression_span: the start and the end of the expression that an edit of this entry changes: the dict display,
+            call or list of pairs that writes it; for `plan[key] = style`, and for one style of several keys, the style.
+        can_precede: whether another entry, whose key is derived from this one's, can be inserted before this one.
         computed: whether a part of the key is computed.
-        numbered: whether the key names one layer by its number, written out or computed.
-        replaceable: whether another style can be written for this one without a loss: it is no other entry's as well,
-            and nothing that comes later may override it.
+        numbered: whether the key names one layer by its number, literal or computed.
+        replaceable: whether the style can be replaced: it belongs to no other entry, and nothing after it may override
+            it.
     """
 
     key: str
@@ -59,11 +59,11 @@ class PlanEntry:
 
 
 def read_entries(nodes: Iterable[ast.AST], offset: OffsetReader) -> tuple[PlanEntry, ...]:
-    """Return every entry that some pieces of code write down, in the order of the text.
+    """Return the entries that some nodes write, in the order of the text.
 
     Args:
         nodes: displays, comprehensions, lists of pairs, calls, or item assignments, `plan[key] = style`.
-        offset: finds places in the text that the nodes were parsed from.
+        offset: returns offsets in the text that the nodes were parsed from.
     """
     return tuple(
         sorted((entry for node in nodes for entry in _iter_entries(node, offset)), key=lambda entry: entry.key_span)
@@ -71,17 +71,17 @@ def read_entries(nodes: Iterable[ast.AST], offset: OffsetReader) -> tuple[PlanEn
 
 
 def can_hold_entries(node: ast.AST) -> bool:
-    """Return whether a node is of a kind that writes entries down itself."""
+    """Return whether a node is of a kind that writes entries itself."""
     return isinstance(node, ast.Dict) or next(_iter_pairs(node), None) is not None
 
 
 def find_unreadable_keys(node: ast.AST) -> list[ast.expr | ast.keyword]:
-    """Return the keys that a node gives to a plan and that are no text: names, or nothing but a computed ending."""
+    """Return the keys of a node that cannot be read as text: names, or strings whose last part is computed."""
     return [pair.key for pair in _iter_pairs(node) if _is_unreadable(pair)]
 
 
 def read_key(node: ast.expr) -> str | None:
-    """Return the key that an expression writes, computed parts as wildcards; None for what is no string at all."""
+    """Return the key that an expression writes, computed parts as wildcards, or None if it is not a string."""
     text = _read_text(node)
     return None if text is None else text.replace(_COMPUTED, "*")
 
@@ -92,7 +92,7 @@ def is_numbered(key: str) -> bool:
 
 
 def span(node: ast.AST, offset: OffsetReader) -> tuple[int, int]:
-    """Return where an expression or statement stands in the text."""
+    """Return the start and the end of an expression or a statement in the text."""
     assert isinstance(node, (ast.expr, ast.stmt, ast.keyword))
     assert node.end_lineno is not None
     assert node.end_col_offset is not None
@@ -105,9 +105,9 @@ class _Pair:
 
     Args:
         key: the key.
-        style: its style.
-        expression: what writes both, or the style alone where the key stands apart from it.
-        has_own_style: whether no other key has the very same style node.
+        style: the style.
+        expression: the expression that contains both, or the style if the key is not next to it.
+        has_own_style: whether no other key shares the style node.
     """
 
     key: ast.expr | ast.keyword
@@ -117,7 +117,7 @@ class _Pair:
 
     @property
     def in_display(self) -> bool:
-        """Whether a dict display writes both."""
+        """Whether both are in a dict display."""
         return isinstance(self.expression, ast.Dict) and self.expression is not self.style
 
 
@@ -142,7 +142,7 @@ def _iter_pairs(node: ast.AST) -> Iterator[_Pair]:
 
 
 def _iter_comprehension(node: ast.DictComp) -> Iterator[_Pair]:
-    """Yield the pairs of a comprehension: over keys or pairs that are written out, those; else its one computed key."""
+    """Yield the pairs of a comprehension: one for each key or pair that it lists, or one with its computed key."""
     match node:
         case ast.DictComp(
             key=ast.Name(id=key), generators=[ast.comprehension(target=ast.Name(id=name), iter=keys)]
@@ -197,7 +197,7 @@ def _is_unreadable(pair: _Pair) -> bool:
 
 
 def _read_text(node: ast.expr | ast.keyword) -> str | None:
-    """Return a string expression's text with marks for what is computed, None for what is no string at all."""
+    """Return the text of a string expression with a mark for each computed part, or None if it is not a string."""
     match node:
         case ast.Constant(value=str(text)):
             return text

@@ -1,7 +1,7 @@
-"""Expressions that make a plan, taken apart: the pieces that write entries down, and those that lead elsewhere.
+"""Splitting expressions that make a plan into parts: some write entries, others refer to entries written elsewhere.
 
-`{**BASE, "norm": "x"} if small else dict(OTHER)` has three: `BASE` and the display where `small` is true, and `OTHER`
-where it is not.
+`{**BASE, "norm": "x"} if small else dict(OTHER)` has three parts: `BASE` and the display if `small` is true, and
+`OTHER` if it is false.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plans.plan import plan_kind
 __all__ = ["PlanPart", "has_plan_name", "iter_bindings", "iter_plan_names", "split_expression"]
 
 _WRAPPERS = frozenset({"dict", "OrderedDict", "MappingProxyType", "copy", "deepcopy", "field", "update", "__ior__"})
-"""Functions whose result holds what their arguments hold."""
+"""Functions whose result contains the entries of their arguments."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class PlanPart:
 
     Args:
         node: the part.
-        conditions: those of the conditional expressions that it stands in, outermost first.
-        has_entries: whether it writes entries down; if not, they are written elsewhere.
-        is_filtered: whether only some of its entries are taken.
+        conditions: the conditions of the enclosing conditional expressions, outermost first.
+        has_entries: whether it writes entries itself; if not, they are written elsewhere.
+        is_filtered: whether only some of its entries are used.
     """
 
     node: ast.AST
@@ -38,18 +38,18 @@ class PlanPart:
 
 
 def split_expression(node: ast.AST, conditions: tuple[Condition, ...] = ()) -> Iterator[PlanPart]:
-    """Yield the pieces of an expression, of a call `plan.update(…)` or of an item assignment, in order.
+    """Yield the parts of an expression, of a call `plan.update(…)` or of an item assignment, in order.
 
     Args:
         node: the expression.
-        conditions: conditions that hold for all of it.
+        conditions: the conditions that apply to the whole expression.
     """
     match node:
         case ast.IfExp(test=test, body=body, orelse=orelse):
             yield from split_expression(body, (*conditions, Condition(ast.unparse(test), True)))
             yield from split_expression(orelse, (*conditions, Condition(ast.unparse(test), False)))
         case ast.BoolOp(op=operator, values=[*first, last]):
-            # Of `a or b` either may be the value; of `a and b` a false `a` has no entries.
+            # The value of `a or b` may be either of them; the `a` of `a and b` is the value only if it has no entries.
             tests = tuple(Condition(ast.unparse(value), isinstance(operator, ast.And)) for value in first)
             for value in first if isinstance(operator, ast.Or) else ():
                 yield from split_expression(value, conditions)
@@ -75,7 +75,7 @@ def split_expression(node: ast.AST, conditions: tuple[Condition, ...] = ()) -> I
 
 
 def iter_bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """Yield what an assignment assigns: every target with its value, tuples taken apart."""
+    """Yield every target of an assignment with its value; tuples are unpacked."""
     match statement:
         case ast.Assign(targets=targets, value=value):
             for target in targets:
@@ -88,12 +88,12 @@ def iter_bindings(statement: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def has_plan_name(node: ast.AST) -> bool:
-    """Return whether an expression reads something that has a plan's name: `self._tp_plan`, `getattr(x, "_tp_plan")`."""
+    """Return whether an expression names a plan, as in `self._tp_plan` or `getattr(x, "_tp_plan")`."""
     return any(True for part in ast.walk(node) for _ in iter_plan_names(part))
 
 
 def iter_plan_names(node: ast.AST) -> Iterator[str]:
-    """Yield the plan that a node itself names."""
+    """Yield the plan name in a node itself, without its children."""
     match node:
         case ast.Attribute(attr=name) | ast.Name(id=name) | ast.Constant(value=str(name)):
             if plan_kind(name):
@@ -115,26 +115,25 @@ def _split_call(call: ast.Call, conditions: tuple[Condition, ...]) -> Iterator[P
         arguments = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is None)]
         if name not in _WRAPPERS:
             return
-    found = [piece for argument in arguments for piece in split_expression(argument, conditions)]
+    parts = [part for argument in arguments for part in split_expression(argument, conditions)]
     if name not in _WRAPPERS:
-        # What an unknown function makes of its arguments is its own affair, but displays are there to be read.
-        found = [piece for piece in found if piece.has_entries] or [PlanPart(call, conditions)]
-    yield from found
+        # The result of an unknown function is not known, but displays among its arguments can be read.
+        parts = [part for part in parts if part.has_entries] or [PlanPart(call, conditions)]
+    yield from parts
 
 
 def _split_comprehension(node: ast.DictComp, conditions: tuple[Condition, ...]) -> Iterator[PlanPart]:
-    taken = _get_copied_plan(node)
-    if taken is None:
+    copied = _get_copied_plan(node)
+    if copied is None:
         yield PlanPart(node, conditions, can_hold_entries(node))
     else:
-        filtered = any(generator.ifs for generator in node.generators)
-        yield from (
-            replace(piece, is_filtered=piece.is_filtered or filtered) for piece in split_expression(taken, conditions)
-        )
+        is_filtered = any(generator.ifs for generator in node.generators)
+        for part in split_expression(copied, conditions):
+            yield replace(part, is_filtered=part.is_filtered or is_filtered)
 
 
 def _get_copied_plan(node: ast.DictComp) -> ast.expr | None:
-    """Return the plan whose entries a comprehension takes over as they are, `{k: v for k, v in PLAN.items()}`."""
+    """Return the plan whose entries a comprehension copies unchanged, `{k: v for k, v in PLAN.items()}`, or None."""
     match node:
         case ast.DictComp(
             key=ast.Name(id=key),

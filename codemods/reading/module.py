@@ -1,4 +1,4 @@
-"""What a source file says of plans: its classes, what they assign, and the entries written down in them."""
+"""The plans of a source file as data: its classes, their plan literals, and what else changes their plans."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 ANY_KEY = "*"
-"""The key of a removal where code computes all of it: any entry may be meant."""
+"""The key of a removal whose key is computed as a whole, which may remove any entry."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What decides whether a literal applies: an `if`, a `case`, or a conditional expression around it.
+    """A condition under which a literal applies: an `if`, a `case`, or a conditional expression around it.
 
     Args:
-        test: its source text, normalized; of a case `subject == value`, or `matches(subject, 'pattern')`.
-        holds: whether the literal stands where the test is true.
+        test: the normalized source text of the test; for a case, `subject == value` or `matches(subject, 'pattern')`.
+        holds: whether the literal applies if the test is true; if not, it applies if the test is false.
     """
 
     test: str
@@ -43,17 +43,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class PlanLiteral:
-    """The plan entries that one expression writes down.
+    """The plan entries of one expression.
 
     Args:
-        class_name: the qualified name of the class it stands in, empty outside of classes.
-        attribute: the plan it goes into, `base_model_tp_plan`; `tp_plan` for an argument of that name.
-        line: where it begins, counted from 1.
-        entries: in order.
-        function: the function it stands in, empty in a class body.
-        conditions: those around it in that function, outermost first.
-        is_partial: whether it also takes in entries that are written elsewhere, `{**BASE, …}`.
-        replaces: whether it takes the place of all that the plan held, as in `self.plan = {…}`, and adds nothing.
+        class_name: the qualified name of the enclosing class, empty outside of classes.
+        attribute: the plan that the entries belong to, such as `base_model_tp_plan`; `tp_plan` for an argument of that
+            name.
+        line: the first line of the expression, counted from 1.
+        entries: the entries, in the order of the text.
+        function: the enclosing function, empty in a class body.
+        conditions: the enclosing conditions in that function, outermost first.
+        is_partial: whether the expression also contains entries that are written elsewhere, as in `{**BASE, …}`.
+        replaces: whether it replaces the whole plan, as in `self.plan = {…}`, instead of adding to it.
     """
 
     class_name: str
@@ -67,11 +68,11 @@ class PlanLiteral:
 
     @cached_property
     def plan(self) -> Mapping[str, str]:
-        """Key to style; of a key given twice the last counts, as in Python. Computed styles are left out."""
+        """Key to style, without computed styles. If a key is given twice, the last one counts, as in Python."""
         return {entry.key: entry.style for entry in self.entries if entry.style is not None}
 
     def equals(self, other: PlanLiteral) -> bool:
-        """Return whether both put the same entries into the same plan in the same function."""
+        """Return whether two literals write the same entries into the same plan in the same function."""
         return self._comparison_key == other._comparison_key
 
     @property
@@ -81,7 +82,7 @@ class PlanLiteral:
 
 @dataclass(frozen=True)
 class Opaque:
-    """A plan attribute of a class assigned anything but entries: `None`, `AttributeError()`, a call, a name."""
+    """An assignment of something without entries to a plan: `None`, `AttributeError()`, a call or a name."""
 
     class_name: str
     attribute: str
@@ -90,15 +91,16 @@ class Opaque:
 
 @dataclass(frozen=True)
 class Removal:
-    """Entries that code takes out of a plan: `del plan[key]`, `.pop(key)`, `.clear()`, `self.plan = None`.
+    """Code that removes entries from a plan: `del plan[key]`, `.pop(key)`, `.clear()`, `self.plan = None`.
 
     Args:
         attribute: the plan.
-        key: the entry, its computed parts as wildcards, `ANY_KEY` where nothing of it is known; None for every entry.
-        line: counted from 1.
-        function: the function it stands in, empty in a class body.
-        conditions: those around it in that function, outermost first.
-        class_name: the qualified name of the class whose plan it is, empty where no class is named.
+        key: the key that is removed, its computed parts as wildcards; `ANY_KEY` if all of it is computed; None if all
+            entries are removed.
+        line: the line of the statement, counted from 1.
+        function: the enclosing function, empty in a class body.
+        conditions: the enclosing conditions in that function, outermost first.
+        class_name: the qualified name of the class that has the plan, empty if the code names no class.
     """
 
     attribute: str
@@ -111,17 +113,17 @@ class Removal:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a plan takes over from an expression that writes no keys of its own: `BASE`, `Parent.plan`, `make(1)`.
+    """An expression without keys of its own whose entries become part of a plan: `BASE`, `Parent.plan`, `make(1)`.
 
     Args:
-        class_name: the qualified name of the class it stands in, empty outside of classes.
+        class_name: the qualified name of the enclosing class, empty outside of classes.
         attribute: the plan.
-        line: counted from 1.
-        start: where it begins in the text.
-        text: the expression, normalized.
-        function: the function it stands in, empty in a class body.
-        conditions: those around it in that function, outermost first.
-        replaces: whether it takes the place of all that the plan held.
+        line: the first line of the expression, counted from 1.
+        start: the offset of the expression in the text.
+        text: the normalized source text of the expression.
+        function: the enclosing function, empty in a class body.
+        conditions: the enclosing conditions in that function, outermost first.
+        replaces: whether it replaces the whole plan.
     """
 
     class_name: str
@@ -136,14 +138,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Unresolved:
-    """A use of a plan that puts entries into it which nobody here can read.
+    """Code that adds entries to a plan which cannot be read from the source.
 
     Args:
-        class_name: the qualified name of the class it stands in, empty outside of classes.
+        class_name: the qualified name of the enclosing class, empty outside of classes.
         attribute: the plan.
-        line: counted from 1.
-        mentions_experts: whether text beside it speaks of experts.
-        reason: what keeps it from being read, to follow `entries here`.
+        line: the line of the statement, counted from 1.
+        mentions_experts: whether the code that the entries come from contains the word `experts`.
+        reason: why the entries cannot be read, as a clause that follows `entries`.
     """
 
     class_name: str
@@ -155,12 +157,12 @@ class Unresolved:
 
 @dataclass(frozen=True)
 class Conflict:
-    """What keeps a plan as it is: another statement of its file that shares its entries or changes some of them.
+    """A reason why a plan must stay as it is: another statement in its file shares or changes some of its entries.
 
     Args:
-        class_name: the qualified name of the class whose plan it is.
+        class_name: the qualified name of the class that has the plan.
         attribute: the plan.
-        module: the experts module that stays as it is, None for every one.
+        module: the experts module that must stay as it is, None for all of them.
         reason: what the other statement does, with its line.
     """
 
@@ -172,16 +174,16 @@ class Conflict:
 
 @dataclass(frozen=True)
 class ClassPlans:
-    """A class with the plans that it writes down itself.
+    """A class with its own plans, without those that it inherits.
 
     Args:
-        name: qualified, `Outer.Inner`; empty for what stands outside of classes.
-        bases: its base classes as written, dotted; a base that is computed is left out.
-        plans: attribute name to what the class body last assigns to it.
-        code_literals: the literals in its functions, and those that depend on conditions, in order.
-        removals: what its functions take out of plans again, in order.
-        conflicts: what else keeps its plans as they are.
-        references: what its plans take over from expressions that write no keys of their own, in order.
+        name: the qualified name, `Outer.Inner`; empty for code outside of classes.
+        bases: the dotted names of its base classes as written, without bases that are computed.
+        plans: the name of each plan attribute with the last value that the class body assigns to it.
+        code_literals: the literals in its functions and under conditions, in order.
+        removals: the entries that its functions remove from plans, in order.
+        conflicts: the reasons why its plans must stay as they are.
+        references: the expressions without keys of their own whose entries its plans contain, in order.
     """
 
     name: str
@@ -195,12 +197,12 @@ class ClassPlans:
 
 @dataclass(frozen=True)
 class Import:
-    """What an import gives a name to.
+    """The object that an import binds a name to.
 
     Args:
-        level: the number of leading dots, 0 where absolute.
-        module: what follows them, empty in `from . import name`.
-        name: what is taken from there, as it is called there; empty for the module itself, `*` for all.
+        level: the number of leading dots, 0 for an absolute import.
+        module: the module after the dots, empty in `from . import name`.
+        name: the name in that module; empty for the module itself, `*` for all names.
     """
 
     level: int
@@ -210,13 +212,13 @@ class Import:
 
 @dataclass(frozen=True)
 class Module:
-    """What a file says of plans.
+    """The plans of one file.
 
     Args:
-        classes: by name.
-        read_imports: reads `imports` when they are asked for.
-        unresolved: uses of plans that put entries into them which cannot be read, in order.
-        plan_classes: the classes that write plans, where that is known without looking at each.
+        classes: the classes by name.
+        read_imports: returns `imports`; called only if they are needed.
+        unresolved: the uses that add entries to plans which cannot be read, in order.
+        plan_classes: the names of the classes that write plans; None if each class must be examined.
     """
 
     classes: Mapping[str, ClassPlans]
@@ -231,23 +233,23 @@ class Module:
 
     @cached_property
     def imports(self) -> Mapping[str, Import]:
-        """The names that imports bring in which may lead to another model, each with what it stands for.
+        """The names that are bound by imports and may lead to another model.
 
         Raises:
-            SourceError: they are unusual, and the file does not parse.
+            SourceError: the imports have an unusual form, and the file cannot be parsed.
         """
         return self.read_imports()
 
 
 def iter_literals(module: Module) -> Iterator[PlanLiteral]:
-    """Yield every literal of a file, class by class."""
+    """Yield every plan literal of a file, class by class."""
     for owner in module.classes.values():
         yield from (plan for plan in owner.plans.values() if isinstance(plan, PlanLiteral))
         yield from owner.code_literals
 
 
 def are_exclusive(one: PlanLiteral | Removal, other: PlanLiteral | Removal) -> bool:
-    """Return whether two can never both apply: some condition in their one function holds for one, not for the other."""
+    """Return whether two uses of a plan can never both apply: they are in one function, under opposite conditions."""
     if one.function != other.function:
         return False
     return any(replace(condition, holds=not condition.holds) in other.conditions for condition in one.conditions)

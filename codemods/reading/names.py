@@ -1,4 +1,4 @@
-"""Names that stand for plans: local names of a function, and constants of a module or class."""
+"""Resolving names: the local names that refer to plans, and the values of constants in modules and classes."""
 
 from __future__ import annotations
 
@@ -30,48 +30,48 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Definitions:
-    """What the names of a file are defined as; looked for only where a plan is made from a name.
+    """The definitions of the names in a file; collected only if a plan is made from a name.
 
     Args:
-        statements: the file's.
+        statements: the statements of the file.
     """
 
     statements: Sequence[ast.stmt]
 
     def resolve_constant(self, node: ast.AST, class_names: Iterable[str]) -> ast.expr | None:
-        """Return what a name, or an attribute of a class, stands for: assigned once and used once in the file.
+        """Return the value of a name or a class attribute that is assigned once and used once in the file, or None.
 
         Args:
-            node: an expression.
-            class_names: the classes, empty for the module, whose bodies may define it.
+            node: the expression that names it.
+            class_names: the classes whose bodies may define it; an empty name stands for the module.
         """
         values = self.find_values(node, class_names)
         name = get_identifier(node)
         return values[0] if len(values) == 1 and self._use_counts[name] == 1 and self._store_counts[name] == 1 else None
 
     def find_values(self, node: ast.AST, class_names: Iterable[str]) -> list[ast.expr]:
-        """Return all that module and class bodies define a name as."""
-        return [value for home in class_names for value in self._constants.get((home, get_identifier(node)), [])]
+        """Return all values that module and class bodies assign to a name."""
+        return [value for name in class_names for value in self._constants.get((name, get_identifier(node)), [])]
 
     def find_dependencies(self, node: ast.AST) -> Iterator[ast.AST]:
-        """Yield an expression and whatever defines the names in it, or is put into what they name."""
+        """Yield an expression, and the nodes that define the names in it or change what they refer to."""
         yield node
         for name in {get_identifier(part) for part in ast.walk(node)} - {""}:
             yield from self._definers.get(name, ())
 
     @cached_property
     def classes(self) -> frozenset[str]:
-        """The names of the classes that stand at the top of the file."""
-        return frozenset(one.name for one in self.statements if isinstance(one, ast.ClassDef))
+        """The names of the classes at the top level of the file."""
+        return frozenset(statement.name for statement in self.statements if isinstance(statement, ast.ClassDef))
 
     @cached_property
     def _constants(self) -> Mapping[tuple[str, str], list[ast.expr]]:
-        found: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
-        for home, statement in _iter_outside_functions(self.statements):
+        constants: dict[tuple[str, str], list[ast.expr]] = defaultdict(list)
+        for class_name, statement in _iter_outside_functions(self.statements):
             for target, value in iter_bindings(statement):
                 if isinstance(target, ast.Name):
-                    found[home, target.id].append(value)
-        return found
+                    constants[class_name, target.id].append(value)
+        return constants
 
     @cached_property
     def _use_counts(self) -> Counter[str]:
@@ -88,67 +88,67 @@ class Definitions:
 
     @cached_property
     def _definers(self) -> Mapping[str, list[ast.AST]]:
-        found: dict[str, list[ast.AST]] = defaultdict(list)
+        definers: dict[str, list[ast.AST]] = defaultdict(list)
         for node in self._iter_nodes():
             match node:
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                    found[name].append(node)
+                    definers[name].append(node)
                 case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
                     for part in ast.walk(target):
-                        found[get_identifier(part)].append(value)
+                        definers[get_identifier(part)].append(value)
                 case ast.Call(func=ast.Attribute(value=ast.Name(id=name))):
-                    found[name].append(node)
+                    definers[name].append(node)
             for target, value in iter_bindings(node):
-                found[get_identifier(target)].append(value)
+                definers[get_identifier(target)].append(value)
                 if isinstance(target, ast.Subscript):
-                    found[get_identifier(target.value)].append(target)
-        return found
+                    definers[get_identifier(target.value)].append(target)
+        return definers
 
 
 def get_identifier(node: ast.AST) -> str:
-    """Return the name that a name or an attribute ends with, empty for any other node."""
+    """Return the last part of a name or an attribute, empty for any other node."""
     return node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
 
 
 def get_dotted_name(node: ast.AST) -> str | None:
-    """Return a dotted name as text, None for any other expression."""
+    """Return the text of a dotted name, None for any other expression."""
     match node:
         case ast.Name(id=name):
             return name
         case ast.Attribute(value=holder, attr=name):
-            before = get_dotted_name(holder)
-            return before and f"{before}.{name}"
+            prefix = get_dotted_name(holder)
+            return prefix and f"{prefix}.{name}"
     return None
 
 
 def find_free_parameters(function: Function) -> frozenset[str]:
-    """Return the parameters of a function that have no value of their own: their callers say what they are."""
+    """Return the parameters of a function without a default or with the default None: their callers decide."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
     pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-    return frozenset(one.arg for one, value in pairs if value is None or ast.unparse(value) == "None")
+    return frozenset(argument.arg for argument, value in pairs if value is None or ast.unparse(value) == "None")
 
 
 def find_local_plans(function: Function) -> dict[str, str]:
-    """Return the local names that a function makes from one plan, or makes one plan from, with the plan's attribute.
+    """Return the local names of a function that are made from a plan or written into one, with the plan's attribute.
 
-    A name that stands for plans of two kinds in turn stands for none here; nor does one that is no variable of the
-    function, or that is made from a plan, then from something else, and never put into a plan.
+    Names that refer to plans of two kinds are left out, and so are names that are not variables of the function, and
+    names that also have other values and are never written into a plan.
     """
-    found = _read_local_names(function).items()
-    return {name: plan for name, local in found if not is_plan_attribute(name) and (plan := local.plan)}
+    local_names = _read_local_names(function).items()
+    return {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
 
 
 @dataclass
 class _LocalName:
-    """What a function does with a name.
+    """How a function uses a name.
 
     Args:
-        assigned: whether it gives the name a value.
-        has_other_value: whether one of these values is made from neither a plan nor the name itself.
-        source_plans: the plans that the values are made from.
-        target_plans: the plans that the name is put into.
+        assigned: whether the function assigns the name.
+        has_other_value: whether one of its values is made from neither a plan nor the name itself.
+        source_plans: the plans that its values are made from.
+        target_plans: the plans that it is written into.
     """
 
     assigned: bool = False
@@ -158,39 +158,39 @@ class _LocalName:
 
     @property
     def plan(self) -> str | None:
-        """The plan that the name stands for, None where there is none, or plans of two kinds."""
+        """The plan that the name refers to, or None if there is none or there are several kinds."""
         plans = self.source_plans | self.target_plans
-        left = self.has_other_value and not self.target_plans
-        if not self.assigned or left or len({plan_kind(plan) for plan in plans}) != 1:
+        is_reused = self.has_other_value and not self.target_plans
+        if not self.assigned or is_reused or len({plan_kind(plan) for plan in plans}) != 1:
             return None
         return min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
 
 
 def _read_local_names(function: Function) -> Mapping[str, _LocalName]:
-    found: dict[str, _LocalName] = defaultdict(_LocalName)
+    names: dict[str, _LocalName] = defaultdict(_LocalName)
     for node in ast.walk(function):
         for target, value in iter_bindings(node):
             if isinstance(target, ast.Name):
-                read, local = set(_iter_plan_reads(value)), found[target.id]
+                plans, local = set(_iter_plan_reads(value)), names[target.id]
                 local.assigned = True
-                local.has_other_value |= not (read or _has_name(value, target.id))
-                local.source_plans |= read
+                local.has_other_value |= not (plans or _has_name(value, target.id))
+                local.source_plans |= plans
         for name, plan in _iter_loop_plans(node):
-            found[name].assigned = True
-            found[name].source_plans.add(plan)
+            names[name].assigned = True
+            names[name].source_plans.add(plan)
         for plan, value in _iter_plan_writes(node, function.name):
-            for piece in split_expression(value):
-                if isinstance(piece.node, ast.Name):
-                    found[piece.node.id].target_plans.add(plan)
-    return found
+            for part in split_expression(value):
+                if isinstance(part.node, ast.Name):
+                    names[part.node.id].target_plans.add(plan)
+    return names
 
 
 def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
-    """Yield what a node writes into a plan that it names itself: the plan's attribute, and an expression.
+    """Yield what a node writes into a plan that it names: the plan's attribute, and the expression.
 
     Args:
-        node: any part of a function.
-        function: its name.
+        node: any node of a function.
+        function: the name of the function.
     """
     for target, value in iter_bindings(node):
         if isinstance(target, ast.Attribute) and is_plan_attribute(target.attr):
@@ -203,14 +203,14 @@ def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.e
         case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(plan)), value]) if plan_kind(plan):
             yield plan, value
         case ast.Call(keywords=keywords):
-            yield from ((one.arg, one.value) for one in keywords if one.arg and plan_kind(one.arg))
+            yield from ((keyword.arg, keyword.value) for keyword in keywords if keyword.arg and plan_kind(keyword.arg))
         case ast.Return(value=ast.expr() as value) if plan_kind(function):
             yield function, value
 
 
 def _iter_plan_reads(value: ast.expr) -> Iterator[str]:
-    for piece in split_expression(value):
-        match piece.node:
+    for part in split_expression(value):
+        match part.node:
             case ast.Attribute(attr=plan) if is_plan_attribute(plan):
                 yield plan
             case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(plan)), *_]) if plan_kind(plan):
@@ -218,16 +218,16 @@ def _iter_plan_reads(value: ast.expr) -> Iterator[str]:
 
 
 def _has_name(value: ast.expr, name: str) -> bool:
-    return any(isinstance(piece.node, ast.Name) and piece.node.id == name for piece in split_expression(value))
+    return any(isinstance(part.node, ast.Name) and part.node.id == name for part in split_expression(value))
 
 
 def _iter_loop_plans(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield the name of a loop over plans with the first of them; the others are made of the same entries."""
+    """Yield the variable of a loop over plans with the first plan; the loop treats all of them alike."""
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
-            read = [plan for element in plans for plan in _iter_plan_reads(element)]
-            if len(read) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in read}) == 1:
-                yield name, read[0]
+            attributes = [plan for element in plans for plan in _iter_plan_reads(element)]
+            if len(attributes) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in attributes}) == 1:
+                yield name, attributes[0]
 
 
 def _iter_outside_functions(statements: Sequence[ast.stmt], class_name: str = "") -> Iterator[tuple[str, ast.stmt]]:
@@ -240,7 +240,7 @@ def _iter_outside_functions(statements: Sequence[ast.stmt], class_name: str = ""
 
 
 def _iter_bound_names(node: ast.AST) -> Iterator[str]:
-    """Yield the name that a node gives a meaning to."""
+    """Yield the name that a node binds."""
     match node:
         case ast.Name(ctx=ast.Store()) | ast.Attribute(ctx=ast.Store()):
             yield get_identifier(node)
@@ -257,72 +257,68 @@ _MUTATING_METHODS = frozenset(
 
 @dataclass(frozen=True)
 class NameResolver:
-    """Looks up what a file's names are defined as.
+    """Resolves the names in a file.
 
     Args:
-        source: the file, which parses.
+        source: the file, which is known to parse.
     """
 
     source: SourceFile
 
     @cached_property
     def definitions(self) -> Definitions:
-        """What the names of the file are defined as."""
+        """The definitions of the names in the file."""
         return Definitions(self._statements)
 
     def resolve_constant(self, name: str, scope: str = "") -> ast.expr | None:
-        """Return what a name always stands for; None where it is assigned twice, is a parameter, or is changed.
+        """Return the only value of a name, or None if it is assigned twice, is a parameter, or is changed in place.
 
         Args:
-            name: dotted where it is an attribute of a class.
-            scope: the qualified name of the class that it is used in.
+            name: the name, dotted for an attribute of a class.
+            scope: the qualified name of the class in which it is used.
         """
         if name.rpartition(".")[2] in self._unstable_names:
             return None
         names = (f"{scope}.{name}", name) if scope else (name,)
-        return next((self._constants[one] for one in names if one in self._constants), None)
+        return next((self._constants[key] for key in names if key in self._constants), None)
 
     def collect_dependencies(self, node: ast.AST) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Return the texts that an expression is made of, and the names in them.
+        """Return the source texts of an expression and everything it depends on, and the names in them.
 
-        Plans' own names are not followed, nor what is defined in classes that are named.
+        The names of plans are not followed, nor are the names in the bodies of classes.
         """
-        found: dict[str, None] = {ast.unparse(node): None}
+        texts: dict[str, None] = {ast.unparse(node): None}
         names: dict[str, None] = dict.fromkeys(_iter_free_names(node))
-        waiting = list(names)
-        while waiting:
-            name = waiting.pop()
-            for part in self.definitions.find_dependencies(ast.Name(id=name)):
+        pending = list(names)
+        while pending:
+            for part in self.definitions.find_dependencies(ast.Name(id=pending.pop())):
                 text = ast.unparse(part)
-                if isinstance(part, ast.Name) or text in found:
+                if isinstance(part, ast.Name) or text in texts:
                     continue
-                found[text] = None
-                new = (
-                    []
-                    if isinstance(part, ast.ClassDef)
-                    else [one for one in _iter_free_names(part) if one not in names]
-                )
-                names |= dict.fromkeys(new)
-                waiting += new
-        return tuple(sorted(found)), frozenset(names)
+                texts[text] = None
+                if not isinstance(part, ast.ClassDef):
+                    new_names = [name for name in _iter_free_names(part) if name not in names]
+                    names |= dict.fromkeys(new_names)
+                    pending += new_names
+        return tuple(sorted(texts)), frozenset(names)
 
     def parse_span(self, span: tuple[int, int]) -> ast.AST:
-        """Return the expression that stands at a place in the text."""
+        """Return the expression at a span of the text."""
         return parse_expression(self.source.body[slice(*span)].decode())
 
     def find_statement(self, line: int) -> tuple[str, ast.stmt]:
-        """Return the innermost statement that holds a line of code, with the function around it, empty without one."""
+        """Return the name of the enclosing function, empty if there is none, and the innermost statement on a line."""
         function = ""
-        found: ast.stmt | None = None
-        waiting = list(self._statements)
-        while waiting:
-            one = waiting.pop()
-            if one.lineno <= line <= (one.end_lineno or one.lineno):
-                function = found.name if isinstance(found, Function) else function
-                found = one
-                waiting = [part for part in ast.walk(one) if isinstance(part, ast.stmt) and part is not one]
-        assert found is not None
-        return function, found
+        innermost: ast.stmt | None = None
+        pending = list(self._statements)
+        while pending:
+            statement = pending.pop()
+            if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+                function = innermost.name if isinstance(innermost, Function) else function
+                innermost = statement
+                pending = [node for node in ast.walk(statement) if isinstance(node, ast.stmt) and node is not statement]
+        assert innermost is not None
+        return function, innermost
 
     @cached_property
     def _statements(self) -> Sequence[ast.stmt]:
@@ -334,7 +330,7 @@ class NameResolver:
 
     @cached_property
     def _unstable_names(self) -> frozenset[str]:
-        """The names that are bound more than once, bound by calls, or whose values are changed in place."""
+        """The names that are bound more than once or are parameters, or whose values are changed in place."""
         nodes = [node for statement in self._statements for node in ast.walk(statement)]
         bound = Counter(get_identifier(node) for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store))
         changed = {name for node in nodes for name in _iter_changed_names(node)}
@@ -342,7 +338,7 @@ class NameResolver:
 
 
 def parse_expression(text: str) -> ast.AST:
-    """Return an expression, or an item assignment, from its text."""
+    """Return the node of an expression, or of an item assignment, from its text."""
     try:
         return ast.parse(f"({text}\n)", mode="eval").body
     except SyntaxError:
@@ -369,7 +365,7 @@ def _iter_changed_names(node: ast.AST) -> Iterator[str]:
 
 
 def _iter_free_names(node: ast.AST) -> Iterator[str]:
-    """Yield the names that a piece of code reads, without those that it binds itself and those of plans."""
+    """Yield the names that a node reads, without the names that it binds itself and the names of plans."""
     parts = list(ast.walk(node))
     own = {get_identifier(part) for part in parts if isinstance(getattr(part, "ctx", None), ast.Store)}
     own |= {part.arg for part in parts if isinstance(part, ast.arg)}

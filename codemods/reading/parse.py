@@ -1,4 +1,4 @@
-"""A file walked for plans: its classes, and in them every statement that writes into a plan or takes out of one."""
+"""Reading a parsed file: its classes, its imports, and every statement that writes into plans or removes from them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _Use = PlanLiteral | Removal | Reference | Unresolved | Conflict
 
 @dataclass(frozen=True)
 class ParsedClass:
-    """What was found in a class.
+    """A class as its own code defines it, before other code of the file is considered.
 
     Args:
-        class_plans: the class.
-        unresolved: what it puts into plans that cannot be read.
-        conflicts: what it does that keeps plans as they are.
+        class_plans: the class with its plans.
+        unresolved: the uses that add entries to plans which cannot be read.
+        conflicts: the reasons that its code gives why plans must stay as they are.
     """
 
     class_plans: ClassPlans
@@ -55,12 +55,12 @@ class ParsedClass:
 
 @dataclass(frozen=True)
 class PlanParser:
-    """Walks a file, into those statements only that a line with a plan's name lies in.
+    """Walks a file, but only into statements with a line that contains the name of a plan.
 
     Args:
         source: the file.
-        lines: the lines with a plan's name, in order.
-        definitions: of the file's names.
+        lines: the lines that contain the name of a plan, in order.
+        definitions: the definitions of the names in the file.
     """
 
     source: SourceFile
@@ -68,7 +68,7 @@ class PlanParser:
     definitions: Definitions
 
     def parse_classes(self, statements: Sequence[ast.stmt], outer: str = "") -> Iterator[ParsedClass]:
-        """Yield the classes among statements, however deep, under their qualified names, with what is said of them."""
+        """Yield the classes among statements and in their blocks, with qualified names."""
         for statement in statements:
             if isinstance(statement, ast.ClassDef):
                 name = f"{outer}{statement.name}"
@@ -86,7 +86,7 @@ class PlanParser:
                     yield from self.parse_classes(block, outer)
 
     def parse_uses(self, statements: Sequence[ast.stmt], scope: Scope) -> Iterator[_Use]:
-        """Yield what statements and the blocks in them write into plans or take out of them, classes left out."""
+        """Yield what statements, and the blocks in them except for classes, write into plans or remove from them."""
         for statement in statements:
             if not (scope.aliases or self._has_mention(statement)):
                 continue
@@ -97,11 +97,11 @@ class PlanParser:
                 yield from self.parse_uses(statement.body, _enter_function(statement, scope))
                 continue
             loops = (statement, *scope.loops) if isinstance(statement, ast.For) else scope.loops
-            for block, around in iter_blocks(statement):
-                yield from self.parse_uses(block, replace(scope, conditions=(*scope.conditions, *around), loops=loops))
+            for block, added in iter_blocks(statement):
+                yield from self.parse_uses(block, replace(scope, conditions=(*scope.conditions, *added), loops=loops))
             if isinstance(statement, ast.If) and is_exiting(statement.body):
-                passed = Condition(ast.unparse(statement.test), False)
-                scope = replace(scope, conditions=(*scope.conditions, passed))
+                negated = Condition(ast.unparse(statement.test), False)
+                scope = replace(scope, conditions=(*scope.conditions, negated))
 
     def _parse_class(self, definition: ast.ClassDef, name: str, bases: tuple[str, ...]) -> ParsedClass:
         scope = Scope(name, classes=self.definitions.classes)
@@ -109,56 +109,50 @@ class PlanParser:
         uses: list[_Use] = []
         others: list[ast.stmt] = []
         for statement in definition.body:
-            bound = list(_iter_assigned_plans(statement))
-            others += [] if bound else [statement]
+            assigned = list(_iter_assigned_plans(statement))
+            others += [] if assigned else [statement]
             uses += find_shared_plans(statement, scope)
-            for attribute, value in bound:
-                found = list(
-                    read_assignment(
-                        value, AssignmentTarget(name, attribute, scope, is_assigned=True), self.source, self.definitions
-                    )
-                )
-                own = next((one for one in found if isinstance(one, PlanLiteral) and not one.conditions), None)
-                plans[attribute] = replace(own, replaces=False) if own else Opaque(name, attribute, statement.lineno)
-                uses += [one for one in found if one is not own]
+            for attribute, value in assigned:
+                target = AssignmentTarget(name, attribute, scope, is_assigned=True)
+                written = list(read_assignment(value, target, self.source, self.definitions))
+                plan = next((use for use in written if isinstance(use, PlanLiteral) and not use.conditions), None)
+                plans[attribute] = replace(plan, replaces=False) if plan else Opaque(name, attribute, statement.lineno)
+                uses += [use for use in written if use is not plan]
         uses += self.parse_uses(others, scope)
         return _build_parsed_class(ClassPlans(name, bases, plans), uses)
 
     def parse_outside_classes(self, statements: Sequence[ast.stmt]) -> ParsedClass:
-        """Return what stands outside of classes, as a class without a name."""
+        """Return the code outside of classes as a class without a name."""
         return _build_parsed_class(ClassPlans(""), self.parse_uses(statements, Scope(classes=self.definitions.classes)))
 
     def _has_mention(self, node: ast.stmt) -> bool:
-        following = bisect_left(self.lines, _get_first_line(node))
-        return following < len(self.lines) and self.lines[following] <= (node.end_lineno or node.lineno)
+        index = bisect_left(self.lines, _get_first_line(node))
+        return index < len(self.lines) and self.lines[index] <= (node.end_lineno or node.lineno)
 
     def _parse_statement(self, statement: ast.stmt, scope: Scope) -> Iterator[_Use]:
-        """Yield what a statement itself, not the blocks in it, does to plans."""
+        """Yield what a statement itself, without the blocks in it, does to plans."""
         yield from find_removals(statement, scope)
         yield from find_shared_plans(statement, scope)
-        seen: set[int] = set()
-        for (class_name, attribute), node, assigned in find_plan_values(statement, scope):
-            if id(node) not in seen:
-                seen.update(map(id, ast.walk(node)))
-                yield from read_assignment(
-                    node, AssignmentTarget(class_name, attribute, scope, assigned), self.source, self.definitions
-                )
-        yield from find_unresolved_uses(statement, scope, self.source, seen)
+        read_ids: set[int] = set()
+        for (class_name, attribute), node, is_assigned in find_plan_values(statement, scope):
+            if id(node) not in read_ids:
+                read_ids.update(map(id, ast.walk(node)))
+                target = AssignmentTarget(class_name, attribute, scope, is_assigned)
+                yield from read_assignment(node, target, self.source, self.definitions)
+        yield from find_unresolved_uses(statement, scope, self.source, read_ids)
 
 
 def _build_parsed_class(owner: ClassPlans, uses: Iterable[_Use]) -> ParsedClass:
-    found = list(uses)
-    code = tuple(use for use in found if isinstance(use, PlanLiteral))
-    removed = tuple(use for use in found if isinstance(use, Removal))
+    uses = list(uses)
     return ParsedClass(
         replace(
             owner,
-            code_literals=code,
-            removals=removed,
-            references=tuple(use for use in found if isinstance(use, Reference)),
+            code_literals=tuple(use for use in uses if isinstance(use, PlanLiteral)),
+            removals=tuple(use for use in uses if isinstance(use, Removal)),
+            references=tuple(use for use in uses if isinstance(use, Reference)),
         ),
-        tuple(use for use in found if isinstance(use, Unresolved)),
-        tuple(use for use in found if isinstance(use, Conflict)),
+        tuple(use for use in uses if isinstance(use, Unresolved)),
+        tuple(use for use in uses if isinstance(use, Conflict)),
     )
 
 
@@ -173,13 +167,13 @@ def _enter_function(function: Function, scope: Scope) -> Scope:
 
 
 def create_parser(source: SourceFile, statements: Sequence[ast.stmt]) -> PlanParser:
-    """Return the reader of a file."""
+    """Return the parser of a file with the given statements."""
     lines = tuple(bisect_right(source.line_offsets, start) for start, _ in find_plan_mentions(source.body))
     return PlanParser(source, lines, Definitions(statements))
 
 
 def _iter_assigned_plans(statement: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
-    """Yield the plans that a statement of a class body assigns; of several names for one value the first."""
+    """Yield the plans that a statement of a class body assigns; of several names for one value, the first."""
     seen: list[ast.expr] = []
     for target, value in iter_bindings(statement):
         if isinstance(target, ast.Name) and is_plan_attribute(target.id) and value not in seen:
@@ -193,32 +187,32 @@ def _get_first_line(node: ast.stmt) -> int:
 
 
 def merge_classes(parsed: Iterable[ParsedClass]) -> dict[str, ClassPlans]:
-    """Return the classes of a file by name, each with all that the file says of its plans.
+    """Return the classes of a file by name, each with everything that the file does to its plans.
 
     Args:
-        parsed: what was found class by class, and outside of classes.
+        parsed: the classes of the file, and the code outside of classes.
     """
     parsed = list(parsed)
-    classes = {one.class_plans.name: one.class_plans for one in parsed}
+    classes = {definition.class_plans.name: definition.class_plans for definition in parsed}
     if any(owner.code_literals or owner.removals or owner.references for owner in classes.values()):
         classes = {name: _merge_uses(owner, classes.values()) for name, owner in classes.items()}
-    holds: dict[str, list[Conflict]] = defaultdict(list)
-    for hold in [*_collect_conflicts(parsed), *_find_inherited_conflicts(classes)]:
-        holds[hold.class_name].append(hold)
+    conflicts: dict[str, list[Conflict]] = defaultdict(list)
+    for conflict in [*_collect_conflicts(parsed), *_find_inherited_conflicts(classes)]:
+        conflicts[conflict.class_name].append(conflict)
     return {
-        name: replace(owner, conflicts=tuple(holds[name])) if name in holds else owner
+        name: replace(owner, conflicts=tuple(conflicts[name])) if name in conflicts else owner
         for name, owner in classes.items()
         if name or owner.code_literals or owner.removals
     }
 
 
-def _merge_uses(owner: ClassPlans, everyone: Iterable[ClassPlans]) -> ClassPlans:
-    """Take in what other code of the file does to a class's plans, and leave what is done to other classes to them."""
-    names = {one.name for one in everyone}
-    code = [one for other in everyone for one in other.code_literals if _is_owned_by(one, other, owner, names)]
-    removed = [one for other in everyone for one in other.removals if _is_owned_by(one, other, owner, names)]
-    taken = [one for other in everyone for one in other.references if _is_owned_by(one, other, owner, names)]
-    return replace(owner, code_literals=tuple(code), removals=tuple(removed), references=tuple(taken))
+def _merge_uses(owner: ClassPlans, classes: Iterable[ClassPlans]) -> ClassPlans:
+    """Return a class with the uses of its plans in the whole file, and without its uses of other classes' plans."""
+    names = {one.name for one in classes}
+    literals = [use for one in classes for use in one.code_literals if _is_owned_by(use, one, owner, names)]
+    removals = [use for one in classes for use in one.removals if _is_owned_by(use, one, owner, names)]
+    references = [use for one in classes for use in one.references if _is_owned_by(use, one, owner, names)]
+    return replace(owner, code_literals=tuple(literals), removals=tuple(removals), references=tuple(references))
 
 
 def _is_owned_by(
@@ -228,17 +222,16 @@ def _is_owned_by(
 
 
 def _collect_conflicts(parsed: Iterable[ParsedClass]) -> Iterator[Conflict]:
-    for one in parsed:
-        yield from one.conflicts
-        for use in one.unresolved:
+    for definition in parsed:
+        yield from definition.conflicts
+        for use in definition.unresolved:
             if use.mentions_experts:
-                yield Conflict(
-                    use.class_name, use.attribute, None, f"line {use.line} gives the plan entries {use.reason}"
-                )
+                reason = f"line {use.line} gives the plan entries {use.reason}"
+                yield Conflict(use.class_name, use.attribute, None, reason)
 
 
 def _find_inherited_conflicts(classes: Mapping[str, ClassPlans]) -> Iterator[Conflict]:
-    """Yield holds for what code of a class changes in a plan that another class writes, a base or one that inherits."""
+    """Yield the conflicts of plans that one class writes and the code of a base or a subclass changes."""
     for owner in classes.values():
         for base in _iter_bases(owner, classes):
             for attribute in _get_attributes(base):
@@ -249,19 +242,20 @@ def _find_inherited_conflicts(classes: Mapping[str, ClassPlans]) -> Iterator[Con
 
 
 def _find_change_conflicts(writer: ClassPlans, target: ClassPlans, attribute: str) -> Iterator[Conflict]:
-    literals = [target.plans.get(attribute), *target.code_literals]
-    written = {module for one in literals if isinstance(one, PlanLiteral) for module in _get_modules(one, attribute)}
+    candidates = [target.plans.get(attribute), *target.code_literals]
+    literals = [candidate for candidate in candidates if isinstance(candidate, PlanLiteral)]
+    written = {module for literal in literals for module in _get_modules(literal, attribute)}
     for literal in writer.code_literals:
         if not literal.replaces:
             for module in sorted(written & _get_modules(literal, attribute)):
-                why = f"line {literal.line} writes it in {writer.name} too"
-                yield Conflict(target.name, attribute, module, why)
+                reason = f"line {literal.line} writes it in {writer.name} too"
+                yield Conflict(target.name, attribute, module, reason)
                 yield Conflict(writer.name, attribute, module, f"{target.name} writes it too")
     for removal in writer.removals:
         if removal.attribute == attribute and removal.key is not None:
-            taken = None if removal.key == ANY_KEY else find_group_key(to_wildcard(removal.key))
-            why = f"line {removal.line} takes entries out of it in {writer.name}"
-            yield Conflict(target.name, attribute, taken, why)
+            removed = None if removal.key == ANY_KEY else find_group_key(to_wildcard(removal.key))
+            reason = f"line {removal.line} removes entries from it in {writer.name}"
+            yield Conflict(target.name, attribute, removed, reason)
 
 
 def _get_attributes(owner: ClassPlans) -> dict[str, None]:
@@ -273,7 +267,7 @@ def _get_modules(literal: PlanLiteral, attribute: str) -> set[str]:
 
 
 def _iter_bases(owner: ClassPlans, classes: Mapping[str, ClassPlans]) -> Iterator[ClassPlans]:
-    """Yield the bases of a class in its own file, however far up."""
+    """Yield the direct and indirect bases of a class that are defined in its file."""
     seen = {owner.name}
     waiting = list(owner.bases)
     while waiting:
@@ -288,25 +282,27 @@ _MODELS = ".models"
 
 
 def read_module(source: SourceFile) -> Module:
-    """Read a file's classes with their plans, and where it imports names from.
+    """Return the classes of a file with their plans, and its imports.
 
     Raises:
-        SourceError: the file does not parse.
+        SourceError: the file cannot be parsed.
     """
     try:
         return _read_statements(source, _parse(source).body)
     except RecursionError as error:
         raise SourceError(
-            f"{format_path(source.path)}: nested too deeply to be read", hint="leave it out", path=str(source.path)
+            f"{format_path(source.path)}: nested too deeply to be read",
+            hint="simplify its code, or leave it out",
+            path=str(source.path),
         ) from error
 
 
 def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Module:
-    reader = create_parser(source, statements)
-    found = [*reader.parse_classes(statements), reader.parse_outside_classes(statements)]
-    unread = sorted((use for one in found for use in one.unresolved), key=lambda use: use.line)
+    parser = create_parser(source, statements)
+    parsed = [*parser.parse_classes(statements), parser.parse_outside_classes(statements)]
+    unresolved = sorted((use for definition in parsed for use in definition.unresolved), key=lambda use: use.line)
     imports = dict(_read_imports(statements))
-    return Module(merge_classes(found), lambda: imports, tuple(unread))
+    return Module(merge_classes(parsed), lambda: imports, tuple(unresolved))
 
 
 def _parse(source: SourceFile) -> ast.Module:
@@ -317,16 +313,16 @@ def _parse(source: SourceFile) -> ast.Module:
         reason = getattr(error, "msg", None) or str(error)
         raise SourceError(
             f"{format_path(source.path)}:{line}: does not parse: {reason}",
-            hint="mend the file or leave it out",
+            hint="correct its syntax, or leave it out",
             path=str(source.path),
             line=line,
         ) from error
 
 
 def _read_imports(statements: Sequence[ast.stmt], *, nested: bool = False) -> Iterator[tuple[str, Import]]:
-    """Yield the names that imports of a file bring in, in `try` and `if` too, the one that counts last.
+    """Yield the names that the imports of a file bind, also those in `try`, `if` and `with`; the last one counts.
 
-    Of `import` statements and of nested ones only those are told that lead to a model.
+    Of `import` statements and of nested imports, only those that may lead to a model are included.
     """
     for statement in statements:
         match statement:

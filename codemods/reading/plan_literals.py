@@ -1,4 +1,4 @@
-"""From an expression that makes a plan to literals: one for each set of conditions, and for each constant it uses."""
+"""Turning an expression that makes a plan into literals: one for each set of conditions and each constant it uses."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from plans.plan import is_expert_parallel
 
 __all__ = ["AssignmentTarget", "read_assignment"]
 
-_LOOKBEHIND = 200  # bytes before a key in which what opens it is looked for
+_LOOKBEHIND = 200  # bytes before a key that are searched for an opening parenthesis
 
 
 @dataclass(frozen=True)
 class AssignmentTarget:
-    """What an expression is put into.
+    """The plan that an expression is written into.
 
     Args:
-        class_name: the class whose plan it is, empty outside of classes.
+        class_name: the class that has the plan, empty outside of classes.
         attribute: the plan.
-        scope: where the expression stands.
-        is_assigned: whether the expression becomes the plan itself, rather than being added to it.
+        scope: the scope of the expression.
+        is_assigned: whether the expression becomes the plan, instead of being added to it.
     """
 
     class_name: str
@@ -40,14 +40,15 @@ class AssignmentTarget:
 
 @dataclass
 class _EntrySources:
-    """Where the entries of an expression come from.
+    """The origins of the entries of an expression.
 
     Args:
-        nodes: by conditions and constant, empty for the expression itself, what writes entries.
-        references: what brings entries from elsewhere.
-        unresolved: what brings entries that nobody here can read.
-        named_plans: plans that are taken over, by class and attribute, with the piece that names them.
-        has_own_plan: whether it takes over the plan as it was.
+        nodes: the nodes that write entries, by conditions and the name of the constant that contains them, which is
+            empty for the expression itself.
+        references: the parts whose entries are written elsewhere.
+        unresolved: the nodes whose entries cannot be read.
+        named_plans: the plans that are copied, by class and attribute, with the part that names them.
+        has_own_plan: whether the expression contains the previous value of the plan.
     """
 
     nodes: dict[tuple[tuple[Condition, ...], str], list[ast.AST]] = field(default_factory=lambda: defaultdict(list))
@@ -60,13 +61,13 @@ class _EntrySources:
 def read_assignment(
     node: ast.expr | ast.stmt, target: AssignmentTarget, source: SourceFile, definitions: Definitions
 ) -> Iterator[PlanLiteral | Reference | Unresolved | Conflict]:
-    """Yield what an expression, or an item assignment, writes into a plan or takes over, and what that does to others.
+    """Yield what an expression or an item assignment writes into a plan, and the conflicts that this causes.
 
     Args:
         node: the expression or statement.
-        target: what it is put into.
+        target: the plan that it is written into.
         source: the file.
-        definitions: of the file's names.
+        definitions: the definitions of the names in the file.
     """
     sources = _EntrySources()
     _collect_sources(node, "", (), sources, target, definitions)
@@ -74,33 +75,33 @@ def read_assignment(
     yield from literals
     yield from _build_references(node, sources, target, source)
     yield from _find_conflicts(
-        sources, target, sorted({find_group_key(entry.key) for one in literals for entry in one.entries})
+        sources, target, sorted({find_group_key(entry.key) for literal in literals for entry in literal.entries})
     )
     if sources.unresolved and is_plan_attribute(target.attribute):
-        experts = any(_has_experts(part, source, definitions) for part in sources.unresolved)
-        shared = any(
+        mentions_experts = any(_has_experts(part, source, definitions) for part in sources.unresolved)
+        is_shared = any(
             definitions.find_values(part, target.scope.find_defining_classes(part)) for part in sources.unresolved
         )
-        why = "from a name that is used or assigned more than once" if shared else "that cannot be read"
-        yield Unresolved(target.class_name, target.attribute, getattr(node, "lineno", 1), experts, why)
+        reason = "from a name that is used or assigned more than once" if is_shared else "that cannot be read"
+        yield Unresolved(target.class_name, target.attribute, getattr(node, "lineno", 1), mentions_experts, reason)
 
 
 def _build_literals(
     node: ast.expr | ast.stmt, sources: _EntrySources, target: AssignmentTarget, source: SourceFile
 ) -> Iterator[PlanLiteral]:
-    """Yield a literal for every set of conditions and every constant; in each case the first replaces the plan."""
-    before: list[tuple[Condition, ...]] = []
+    """Yield a literal for each set of conditions and each constant; the first that applies replaces the plan."""
+    previous: list[tuple[Condition, ...]] = []
     for (conditions, constant), nodes in sources.nodes.items():
-        beside = [piece for piece in sources.references if _can_both_apply(conditions, piece.conditions)]
-        last = max((span(piece.node, source.offset)[0] for piece in beside if not constant), default=0)
+        references = [part for part in sources.references if _can_both_apply(conditions, part.conditions)]
+        last = max((span(part.node, source.offset)[0] for part in references if not constant), default=0)
         entries = tuple(_restrict_entry(entry, source, last) for entry in read_entries(nodes, source.offset))
         replaces = (
             target.is_assigned
             and not sources.has_own_plan
-            and not any(_can_both_apply(conditions, one) for one in before)
+            and not any(_can_both_apply(conditions, earlier) for earlier in previous)
         )
         if entries or nodes[0] is node:
-            before.append(conditions)
+            previous.append(conditions)
             yield PlanLiteral(
                 target.class_name,
                 target.attribute,
@@ -108,7 +109,7 @@ def _build_literals(
                 entries,
                 target.scope.function,
                 (*target.scope.conditions, *conditions),
-                is_partial=not constant and bool(beside),
+                is_partial=not constant and bool(references),
                 replaces=replaces,
             )
 
@@ -116,26 +117,28 @@ def _build_literals(
 def _build_references(
     node: ast.AST, sources: _EntrySources, target: AssignmentTarget, source: SourceFile
 ) -> Iterator[Reference]:
-    """Yield what brings entries from elsewhere, or under keys that cannot be read.
+    """Yield the expressions whose entries are written elsewhere or have keys that cannot be read.
 
-    Of what is taken in part only the whole expression tells; it replaces the plan where no display does.
+    For a plan that is copied in part this is the whole expression. It replaces the plan unless a display does.
     """
-    filtered = [piece for _, piece in sources.named_plans if piece.is_filtered and piece not in sources.references]
-    parts = [(one.conditions, node if one.is_filtered else one.node) for one in (*sources.references, *filtered)]
-    hidden = [
-        (conditions, one)
-        for (conditions, _), nodes in sources.nodes.items()
-        for one in nodes
-        if find_unreadable_keys(one)
+    filtered = [part for _, part in sources.named_plans if part.is_filtered and part not in sources.references]
+    referring = [
+        (part.conditions, node if part.is_filtered else part.node) for part in (*sources.references, *filtered)
     ]
-    for conditions, part in (*parts, *hidden):
-        start, _ = span(part, source.offset)
+    unreadable = [
+        (conditions, writer)
+        for (conditions, _), nodes in sources.nodes.items()
+        for writer in nodes
+        if find_unreadable_keys(writer)
+    ]
+    for conditions, expression in (*referring, *unreadable):
+        start, _ = span(expression, source.offset)
         yield Reference(
             target.class_name,
             target.attribute,
-            getattr(part, "lineno", 1),
+            getattr(expression, "lineno", 1),
             start,
-            ast.unparse(part),
+            ast.unparse(expression),
             target.scope.function,
             (*target.scope.conditions, *conditions),
             replaces=target.is_assigned and not sources.has_own_plan and not sources.nodes,
@@ -143,16 +146,16 @@ def _build_references(
 
 
 def _find_conflicts(sources: _EntrySources, target: AssignmentTarget, modules: Iterable[str]) -> Iterator[Conflict]:
-    """Yield the plans that stay as they are, because only a part of them is taken over, or another plan is made."""
-    for (class_name, attribute), piece in sources.named_plans:
-        line = getattr(piece.node, "lineno", 1)
-        if piece.is_filtered:
-            yield Conflict(class_name, attribute, None, f"line {line} leaves some of its entries out")
+    """Yield the plans that must stay as they are, because they are copied in part or into another plan."""
+    for (class_name, attribute), part in sources.named_plans:
+        line = getattr(part.node, "lineno", 1)
+        if part.is_filtered:
+            yield Conflict(class_name, attribute, None, f"line {line} copies only some of its entries")
         elif is_expert_parallel(target.attribute) and not is_expert_parallel(attribute):
-            yield Conflict(class_name, attribute, None, f"line {line} makes an expert-parallel plan of it")
+            yield Conflict(class_name, attribute, None, f"line {line} makes an expert-parallel plan from it")
         elif (class_name, attribute) != (target.class_name, target.attribute):
             for module in modules:
-                yield Conflict(class_name, attribute, module, f"line {line} takes it over and changes it")
+                yield Conflict(class_name, attribute, module, f"line {line} copies it and changes the copy")
 
 
 def _collect_sources(
@@ -163,36 +166,38 @@ def _collect_sources(
     target: AssignmentTarget,
     definitions: Definitions,
 ) -> None:
-    for piece in split_expression(node, conditions):
-        if piece.has_entries and not piece.is_filtered:
-            sources.nodes[piece.conditions, constant].append(piece.node)
-            sources.unresolved += find_unreadable_keys(piece.node)
+    for part in split_expression(node, conditions):
+        if part.has_entries and not part.is_filtered:
+            sources.nodes[part.conditions, constant].append(part.node)
+            sources.unresolved += find_unreadable_keys(part.node)
             continue
-        if plan := target.scope.resolve_named_plan(piece.node):
-            sources.named_plans.append((plan, piece))
-        homes = target.scope.find_defining_classes(piece.node)
-        value = definitions.resolve_constant(piece.node, homes)
-        if _is_same_plan(piece, target):
+        if plan := target.scope.resolve_named_plan(part.node):
+            sources.named_plans.append((plan, part))
+        defining_classes = target.scope.find_defining_classes(part.node)
+        value = definitions.resolve_constant(part.node, defining_classes)
+        if _is_same_plan(part, target):
             sources.has_own_plan = True
-        elif value is not None and not plan and not piece.is_filtered:
-            _collect_sources(value, ast.unparse(piece.node), piece.conditions, sources, target, definitions)
+        elif value is not None and not plan and not part.is_filtered:
+            _collect_sources(value, ast.unparse(part.node), part.conditions, sources, target, definitions)
         else:
-            sources.references.append(piece)
-            values = definitions.find_values(piece.node, homes) if not plan else []
-            sources.unresolved += [] if _is_known(piece, node, values, target) else [piece.node]
+            sources.references.append(part)
+            values = definitions.find_values(part.node, defining_classes) if not plan else []
+            sources.unresolved += [] if _is_known(part, node, values, target) else [part.node]
 
 
-def _is_known(piece: PlanPart, whole: ast.AST, values: Iterable[ast.expr], target: AssignmentTarget) -> bool:
-    """Return whether entries are read where they come from: they are another plan's, or whatever callers give."""
-    if isinstance(piece.node, ast.Name) and piece.node.id in target.scope.free_parameters:
-        return has_plan_name(piece.node) or (target.is_assigned and piece.node is whole)
-    writes = piece.has_entries or any(one.has_entries for value in values for one in split_expression(value))
-    return has_plan_name(piece.node) and not writes
+def _is_known(part: PlanPart, whole: ast.AST, values: Iterable[ast.expr], target: AssignmentTarget) -> bool:
+    """Return whether entries are read where they are written: in another plan, or at the callers of the function."""
+    if isinstance(part.node, ast.Name) and part.node.id in target.scope.free_parameters:
+        return has_plan_name(part.node) or (target.is_assigned and part.node is whole)
+    has_entries = part.has_entries or any(
+        value_part.has_entries for value in values for value_part in split_expression(value)
+    )
+    return has_plan_name(part.node) and not has_entries
 
 
-def _is_same_plan(piece: PlanPart, target: AssignmentTarget) -> bool:
-    """Return whether a piece is a plan of the same object, or a local name that stands for the plan."""
-    match piece.node:
+def _is_same_plan(part: PlanPart, target: AssignmentTarget) -> bool:
+    """Return whether a part is a plan of the same object, or a local name for the plan."""
+    match part.node:
         case ast.Attribute(value=ast.Name(id="self"), attr=name):
             return is_plan_attribute(name)
         case ast.Name(id=name):
@@ -211,15 +216,15 @@ def _has_experts(node: ast.AST, source: SourceFile, definitions: Definitions) ->
 
 
 def _restrict_entry(entry: PlanEntry, source: SourceFile, last: int) -> PlanEntry:
-    """Take back what the text around an entry forbids.
+    """Return an entry without the edits that the text around it rules out.
 
-    Nothing can precede a key in parentheses: it would land inside of them. A comment in a key or style would be lost.
-    What comes from elsewhere, at `last`, may override any entry before it.
+    An entry inserted before a parenthesized key would be inside the parentheses. A comment in a key or a style would be
+    lost. Entries from elsewhere, at offset `last`, may override every entry before them.
     """
     start, end = entry.key_span
-    opened = source.body[max(0, start - _LOOKBEHIND) : start].rstrip().endswith(b"(")
+    is_parenthesized = source.body[max(0, start - _LOOKBEHIND) : start].rstrip().endswith(b"(")
     return replace(
         entry,
-        can_precede=entry.can_precede and not opened and b"#" not in source.body[start:end],
+        can_precede=entry.can_precede and not is_parenthesized and b"#" not in source.body[start:end],
         replaceable=entry.replaceable and start >= last and b"#" not in source.body[slice(*entry.style_span)],
     )

@@ -1,4 +1,4 @@
-"""Where statements stand: what is around them, and which plans their names mean there."""
+"""Scopes: what encloses a statement, and which plans the names in it refer to."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MAX_PREFIX = len("base_model_tp_ep") + 1
 
 
 def find_plan_mentions(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where a source mentions a plan by name: start and end of each word.
+    """Yield the start and the end of each mention of a plan's name in a source.
 
-    The rare end of the word is looked for first, which is several times faster than looking for whole words.
+    The ending of the word is rare and is searched first, which is several times faster than searching for whole words.
     """
     for ending in _PLAN_ENDING.finditer(body):
         beginning = _WORD.search(body, max(0, ending.start() - _MAX_PREFIX), ending.start())
@@ -41,15 +41,15 @@ _SELF_NAMES = ("self", "cls")
 
 @dataclass(frozen=True)
 class Scope:
-    """Where statements stand.
+    """What encloses a statement.
 
     Args:
-        class_name: the class around, empty outside of classes.
-        function: the function around, empty in a class body.
-        conditions: those around in that function.
-        loops: the `for` statements around in that function, innermost first.
-        aliases: local names that stand for a plan, with its attribute.
-        free_parameters: parameters of that function of which nothing is known but their callers.
+        class_name: the enclosing class, empty outside of classes.
+        function: the enclosing function, empty in a class body.
+        conditions: the enclosing conditions in that function, outermost first.
+        loops: the enclosing `for` statements in that function, innermost first.
+        aliases: the local names that refer to a plan, with the plan's attribute.
+        free_parameters: the parameters of that function without a default, whose values only its callers know.
         classes: the names of the file's classes.
     """
 
@@ -62,7 +62,7 @@ class Scope:
     classes: frozenset[str] = frozenset()
 
     def resolve_plan(self, node: ast.expr) -> str | None:
-        """Return the plan that an expression stands for."""
+        """Return the attribute of the plan that an expression refers to, or None."""
         if isinstance(node, ast.Attribute):
             return node.attr if is_plan_attribute(node.attr) else None
         if isinstance(node, ast.Name):
@@ -70,24 +70,24 @@ class Scope:
         return None
 
     def resolve_class(self, node: ast.expr) -> str:
-        """Return the class whose plan an expression stands for: the one that it names, or else the one around."""
+        """Return the class of the plan that an expression refers to: the one it names, or else the enclosing one."""
         match node:
             case ast.Attribute(value=ast.Name(id=name)) if name in self.classes:
                 return name
         return self.class_name
 
     def resolve_named_plan(self, node: ast.AST) -> tuple[str, str] | None:
-        """Return class and attribute of a plan that an expression names beyond doubt."""
+        """Return the class and the attribute of a plan that an expression refers to unambiguously, or None."""
         match node:
             case ast.Attribute(value=ast.Name(id=name), attr=plan) if is_plan_attribute(plan):
                 owner = self.class_name if name in _SELF_NAMES else name
                 return (owner, plan) if owner == self.class_name or name in self.classes else None
-            case ast.Name() if known := self.resolve_plan(node):
-                return self.class_name, known
+            case ast.Name() if attribute := self.resolve_plan(node):
+                return self.class_name, attribute
         return None
 
     def find_defining_classes(self, node: ast.AST) -> tuple[str, ...]:
-        """Return the classes, empty for the module, whose bodies may define what a name or attribute stands for."""
+        """Return the classes whose bodies may define a name or an attribute; an empty name stands for the module."""
         match node:
             case ast.Name():
                 return ("",) if self.function else tuple(dict.fromkeys((self.class_name, "")))

@@ -1,8 +1,9 @@
-"""The common case read without a parser: plans that are plain dict displays, class by class.
+"""Reading the common case without a parser: files whose plans are plain dict displays in class bodies.
 
-Parsing takes most of a run's time, and nearly every file writes its plans in one plain way. `skim` reads those files
-with a few regular expressions to exactly what `read_module` makes of them, and answers None as soon as anything is
-unusual: then the parser decides. What it reads is only ever written back through a parser.
+Parsing every file would take most of the time of a run, and nearly all files write their plans in this way. `skim`
+reads such files with a few regular expressions and returns exactly what `read_module` would; if anything is unusual, it
+returns None and the file is parsed. Edits are always verified by a parser. Without this module, `migrator check` on the
+models of transformers takes three times as long.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from codemods.reading.scope import find_plan_mentions, is_plan_attribute
 
 __all__ = ["skim"]
 
-# A class that is written or stands in an unusual way matches without a name.
+# A class that is indented or written in an unusual way matches without a name.
 _CLASS = re.compile(rb"\n(?:class (?:(\w+)(?:\(((?:[\w\t ,.=]|\n(?!(?:    )?class ))*+)\))?:)?|    class )")
 _IMPORT = re.compile(
     rb"\nfrom (\.*)(\w[\w.]*)? import (?:\(((?:[\w\s,]|#[^\n]*)*+)\)|([\w ,]+))[ \t]*(?:#[^\n]*)?(?=\n)"
 )
-# Imports in blocks and `import … as …` of models are rare, and the signs of one are found ten times as fast.
+# Imports in blocks and `import … as …` of models are rare; these substrings are found ten times as fast.
 _SIGNS_OF_OTHER_IMPORTS = (b" from .", b"\tfrom .", b"from.", b".models")
 _OTHER_IMPORT = re.compile(
     rb"(?:\n[ \t]+|[:;][ \t]*)from[ \t]*(?:\.{1,2}(?:\w|[ \t]+import)|[\w.]*\.models\b)"
@@ -33,7 +34,7 @@ _OTHER_IMPORT = re.compile(
 )
 _COMMENT = re.compile(rb"#[^\n]*")
 _IMPORTED = re.compile(rb"(\w+)(?:\s+as\s+(\w+))?")
-_NO_CODE = re.compile(rb"\n[ \t]*#")  # a comment, or text inside a string
+_COMMENT_LINE = re.compile(rb"\n[ \t]*#")  # or such a line inside a string
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _BLANK = rb"(?:\s|#[^\n]*\n)*+"
 _PAIR = rb'"([^"\\\n]*)"[ \t]*+:[ \t]*+"([^"\\\n]*)"'
@@ -46,7 +47,7 @@ _ENTRY = re.compile(rb"#[^\n]*|" + _PAIR)
 
 
 def skim(source: SourceFile) -> Module | None:
-    """Return what `read_module` would, or None where only a parser can tell."""
+    """Return what `read_module` would return, or None if the file must be parsed."""
     body = source.lines
     if b"\r" in body or _has_other_strings(body):
         return None
@@ -63,7 +64,7 @@ def skim(source: SourceFile) -> Module | None:
 
 
 class _LazyClasses(Mapping[str, ClassPlans]):
-    """Classes by name, each put together when it is asked for; most of a tree's never are."""
+    """The classes by name, each created on first access; most classes of a tree are never accessed."""
 
     def __init__(self, headers: list[re.Match[bytes]], plans: Mapping[str, dict[str, PlanLiteral | Opaque]]) -> None:
         self._bases = {_get_name(header): header[2] for header in headers}
@@ -86,22 +87,22 @@ class _LazyClasses(Mapping[str, ClassPlans]):
 
 
 def _has_other_strings(body: bytes) -> bool:
-    """Return whether strings over several lines, which hide what looks like code, are other than the most usual kind."""
-    place = body.find(b"'''")
-    while place >= 0:
-        if not body.count(b'"""', 0, place) % 2:  # not inside one of the usual kind
+    """Return whether there are triple-quoted strings with single quotes, in which text could be mistaken for code."""
+    position = body.find(b"'''")
+    while position >= 0:
+        if not body.count(b'"""', 0, position) % 2:  # not inside a string with double quotes
             return True
-        place = body.find(b"'''", place + 3)
+        position = body.find(b"'''", position + 3)
     return False
 
 
 def _read_plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[str, PlanLiteral | Opaque]] | None:
-    """Return the plans by class and attribute; every mention of a plan must be accounted for."""
-    found: dict[str, dict[str, PlanLiteral | Opaque]] = {}
+    """Return the plans by class and attribute, or None if there is any mention of a plan that cannot be read here."""
+    plans: dict[str, dict[str, PlanLiteral | Opaque]] = {}
     starts = [header.start() for header in headers]
     for start, end in find_plan_mentions(body):
         line = body.rfind(b"\n", 0, start)
-        if _NO_CODE.match(body, line):
+        if _COMMENT_LINE.match(body, line):
             continue
         index = bisect_right(starts, start) - 1
         plan = _PLAN.match(body, line)
@@ -111,18 +112,18 @@ def _read_plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[s
         if _TOP_LEVEL.search(body, headers[index].end(), start) or not _is_code(body, headers[index], plan):
             return None
         owner = _get_name(headers[index])
-        found.setdefault(owner, {})[name] = _read_literal(owner, name, plan)
-    return found
+        plans.setdefault(owner, {})[name] = _read_literal(owner, name, plan)
+    return plans
 
 
 def _is_code(body: bytes, header: re.Match[bytes], plan: re.Match[bytes]) -> bool:
-    """Return whether neither a class nor a plan in it stands inside a string: an even number of quotes is before them."""
-    before = body.count(b'"""', 0, header.start())
-    return before % 2 == 0 and body.count(b'"""', header.start(), plan.start()) % 2 == 0
+    """Return whether a class and a plan in it are outside of strings: the number of quotes before them is even."""
+    quotes = body.count(b'"""', 0, header.start())
+    return quotes % 2 == 0 and body.count(b'"""', header.start(), plan.start()) % 2 == 0
 
 
 def _read_literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLiteral | Opaque:
-    # Places in `body` are one more than in the source's, for the line end put before it.
+    # Offsets in `SourceFile.lines` are greater by one than those in `SourceFile.body`.
     if plan["display"] is None:
         return Opaque(owner, attribute, _get_line(plan.string, plan.start("name")))
     start, end = plan.span("display")
@@ -133,7 +134,7 @@ def _read_literal(owner: str, attribute: str, plan: re.Match[bytes]) -> PlanLite
 
 
 def _read_entry(match: re.Match[bytes], display: tuple[int, int], line: int) -> PlanEntry:
-    """Return the entry of a display that stands at `display` and begins on `line`."""
+    """Return the entry of the display with the span `display`, which begins on `line`."""
     (key_start, key_end), (style_start, style_end) = match.span(1), match.span(2)
     key = match[1].decode()
     return PlanEntry(
@@ -148,18 +149,18 @@ def _read_entry(match: re.Match[bytes], display: tuple[int, int], line: int) -> 
     )
 
 
-def _get_line(body: bytes, place: int) -> int:
-    """Return the line of a place, counted from 1; the line end put before the body makes up for the count from 0."""
-    return body.count(b"\n", 0, place)
+def _get_line(body: bytes, offset: int) -> int:
+    """Return the line of an offset, counted from 1: there is an additional line end before the first line."""
+    return body.count(b"\n", 0, offset)
 
 
 def _read_imports(source: SourceFile) -> Mapping[str, Import]:
-    """Return what `read_module` would; most files are never asked."""
+    """Return the imports that `read_module` would return. They are read only on demand, for a few files."""
     try:
-        found = _read_plain_imports(source.lines)
+        imports = _read_plain_imports(source.lines)
     except UnicodeDecodeError:
-        found = None
-    return read_module(source).imports if found is None else found
+        imports = None
+    return read_module(source).imports if imports is None else imports
 
 
 def _read_plain_imports(body: bytes) -> dict[str, Import] | None:
@@ -168,21 +169,21 @@ def _read_plain_imports(body: bytes) -> dict[str, Import] | None:
     matches = list(_IMPORT.finditer(body))
     if body.count(b"\nfrom ") != len(matches):
         return None
-    return {bound: meant for match in matches for bound, meant in _iter_imported_names(match)}
+    return {name: imported for match in matches for name, imported in _iter_imported_names(match)}
 
 
 def _iter_suspicious_lines(body: bytes) -> Iterator[bytes]:
-    """Yield the lines that may hold an unusual import, each after its line end."""
+    """Yield the lines that may contain an unusual import, each with the line end before it."""
     for sign in _SIGNS_OF_OTHER_IMPORTS:
-        place = body.find(sign)
-        while place >= 0:
-            end = body.find(b"\n", place + len(sign))
-            yield body[body.rfind(b"\n", 0, place + 1) : end if end >= 0 else None]
-            place = body.find(sign, end) if end >= 0 else -1
+        position = body.find(sign)
+        while position >= 0:
+            end = body.find(b"\n", position + len(sign))
+            yield body[body.rfind(b"\n", 0, position + 1) : end if end >= 0 else None]
+            position = body.find(sign, end) if end >= 0 else -1
 
 
 def _iter_imported_names(match: re.Match[bytes]) -> Iterator[tuple[str, Import]]:
-    """Yield the names that an import brings in, each with what it stands for."""
+    """Yield the names that an import binds, each with the imported object."""
     level, module, listed = len(match[1]), (match[2] or b"").decode(), match[3] or match[4]
     for name, bound in _IMPORTED.findall(_COMMENT.sub(b"", listed) if b"#" in listed else listed):
         yield (bound or name).decode(), Import(level, module, name.decode())

@@ -1,4 +1,4 @@
-"""The expressions by which a statement puts entries into a plan, each with the plan."""
+"""What one statement does to plans: what it writes into them, what it removes, and what cannot be read."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["PlanName", "find_plan_values", "find_removals", "find_shared_plans",
 
 
 _ADDING_METHODS = frozenset({"update", "setdefault", "__setitem__", "__ior__"})
-"""Methods that put entries into a plan."""
+"""Methods that add entries to a plan."""
 
 PlanName = tuple[str, str]
-"""A class and its plan."""
+"""The name of a class and the attribute of its plan."""
 
 
 def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanName, ast.expr | ast.stmt, bool]]:
-    """Yield plan, expression, and whether the expression becomes the plan."""
+    """Yield the expressions that a statement writes into plans: plan, expression, and whether it replaces the plan."""
     for target, value in iter_bindings(statement):
         if not isinstance(target, ast.Subscript) and (plan := _resolve_plan(target, scope)):
             yield plan, value, not isinstance(target, ast.Name) or not scope.function
@@ -62,13 +62,13 @@ def _find_expression_values(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanN
         case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(name)), value]) if plan_kind(name):
             yield (scope.class_name, name), value, True
             return
-    for beside, value in _iter_named_values(node):
-        if beside and plan_kind(beside):
-            yield (scope.class_name, beside), value, True
+    for label, value in _iter_named_values(node):
+        if label and plan_kind(label):
+            yield (scope.class_name, label), value, True
 
 
 def _iter_named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
-    """Yield the values that stand beside a name: arguments, defaults of parameters, values of a display."""
+    """Yield the values that have a name: arguments, defaults of parameters, and values of a display."""
     match node:
         case ast.Call(args=arguments, keywords=keywords):
             yield from ((keyword.arg, keyword.value) for keyword in keywords)
@@ -89,22 +89,22 @@ def _iter_named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
 def _expand_loop(
     statement: ast.Assign, key: ast.expr, value: ast.expr, loops: Sequence[ast.For]
 ) -> ast.stmt | ast.expr:
-    """Return an item assignment, or where its key is a loop's own the comprehension that says the same."""
+    """Return an item assignment, or the equivalent comprehension if its key is the variable of a loop."""
     for loop in loops:
         if isinstance(key, ast.Name) and key.id in {
             part.id for part in ast.walk(loop.target) if isinstance(part, ast.Name)
         }:
-            over = ast.comprehension(target=loop.target, iter=loop.iter, ifs=[], is_async=0)
-            return ast.copy_location(ast.DictComp(key=key, value=value, generators=[over]), statement)
+            generator = ast.comprehension(target=loop.target, iter=loop.iter, ifs=[], is_async=0)
+            return ast.copy_location(ast.DictComp(key=key, value=value, generators=[generator]), statement)
     return statement
 
 
 def find_removals(statement: ast.stmt, scope: Scope) -> Iterator[Removal]:
-    """Yield what a statement itself, not the blocks in it, takes out of plans.
+    """Yield the entries that a statement itself, without the blocks in it, removes from plans.
 
     Args:
         statement: the statement.
-        scope: where it stands.
+        scope: the scope of the statement.
     """
     for holder, key in _iter_removed_keys(statement):
         if plan := scope.resolve_plan(holder):
@@ -112,7 +112,7 @@ def find_removals(statement: ast.stmt, scope: Scope) -> Iterator[Removal]:
 
 
 def _iter_removed_keys(statement: ast.stmt) -> Iterator[tuple[ast.expr, str | None]]:
-    """Yield a holder of entries with the key that leaves it, None for all keys, a wildcard for one that is computed."""
+    """Yield each removed key with the object it is removed from: None for all keys, `ANY_KEY` for a computed one."""
     for target in statement.targets if isinstance(statement, ast.Delete) else ():
         match target:
             case ast.Subscript(value=holder, slice=key):
@@ -139,13 +139,13 @@ _COMPARISON_PREFIXES = ("assert", "compare", "check")
 def find_unresolved_uses(
     statement: ast.stmt, scope: Scope, source: SourceFile, read_ids: Container[int]
 ) -> Iterator[Unresolved]:
-    """Yield the plans that get entries from a statement in a way that nobody here reads.
+    """Yield the plans to which a statement adds entries in a way that cannot be read.
 
     Args:
-        statement: the statement; blocks in it are not looked into.
-        scope: where it stands.
+        statement: the statement, without the blocks in it.
+        scope: the scope of the statement.
         source: the file.
-        read_ids: the identities of the nodes in it that were read.
+        read_ids: the ids of the nodes in the statement that were read.
     """
     filled = [
         (scope.resolve_class(holder), plan)
@@ -163,19 +163,19 @@ def find_unresolved_uses(
 
 
 def find_shared_plans(statement: ast.stmt, scope: Scope) -> Iterator[Conflict]:
-    """Yield the plans that a statement makes one with an expert-parallel plan, `tp_plan = ep_plan = {…}`."""
-    plans: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    """Yield the plans that a statement makes the same object as an expert-parallel plan, `tp_plan = ep_plan = {…}`."""
+    plans_by_value: dict[int, list[PlanName]] = defaultdict(list)
     for target, value in iter_bindings(statement):
         if plan := scope.resolve_plan(target):
-            plans[id(value)].append((scope.resolve_class(target), plan))
-    for together in plans.values():
-        if any(is_expert_parallel(plan) for _, plan in together):
-            why = f"line {statement.lineno} makes it an expert-parallel plan too"
-            yield from (Conflict(owner, plan, None, why) for owner, plan in together if not is_expert_parallel(plan))
+            plans_by_value[id(value)].append((scope.resolve_class(target), plan))
+    reason = f"line {statement.lineno} also makes it an expert-parallel plan"
+    for plans in plans_by_value.values():
+        if any(is_expert_parallel(plan) for _, plan in plans):
+            yield from (Conflict(owner, plan, None, reason) for owner, plan in plans if not is_expert_parallel(plan))
 
 
 def _find_item_holders(statement: ast.stmt) -> Iterator[ast.expr]:
-    """Yield what items are assigned to where a statement assigns several things at once."""
+    """Yield the objects whose items are assigned by a statement with several targets."""
     match statement:
         case ast.Assign(targets=[ast.Subscript()]):
             return
@@ -189,7 +189,7 @@ def _is_stored_item(node: ast.AST) -> TypeGuard[ast.Subscript]:
 
 
 def _find_filled_plan(call: ast.Call, scope: Scope, source: SourceFile, read_ids: Container[int]) -> str | None:
-    """Return the plan that a call is given together with entries of experts which were not read."""
+    """Return the plan that is an argument of a call together with entries of experts that were not read, or None."""
     name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     if name.startswith(_COMPARISON_PREFIXES):
         return None

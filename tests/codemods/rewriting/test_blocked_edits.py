@@ -130,12 +130,12 @@ def reasons(outcome):
         (
             CONFIG
             + IN_CODE.format("self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if i}"),
-            "line 4 leaves some of its entries out",
+            "line 4 copies only some of its entries",
         ),
         (CONFIG + f'del ToyConfig.base_model_tp_plan["{GATE_UP}"]\n', "line 3 takes entries out of it again"),
         (
             CONFIG + SUBCLASS + IN_CODE.format(f'self.base_model_tp_plan.pop("{GATE_UP}")'),
-            "line 5 takes entries out of it in OtherConfig",
+            "line 5 removes entries from it in OtherConfig",
         ),
         (
             CONFIG + SUBCLASS + IN_CODE.format(f'self.base_model_tp_plan["{GATE_UP}"] = "colwise"'),
@@ -149,19 +149,19 @@ def reasons(outcome):
         ),
         (
             HOOK_CONFIG.replace("base_model_tp_plan =", "base_model_tp_plan = base_model_ep_plan ="),
-            "line 2 makes it an expert-parallel plan too",
+            "line 2 also makes it an expert-parallel plan",
         ),
         (
             "class ToyConfig:\n" + IN_CODE.format(f"self._tp_plan = self._ep_plan = {{{HOOK}}}"),
-            "line 3 makes it an expert-parallel plan too",
+            "line 3 also makes it an expert-parallel plan",
         ),
         (
             HOOK_CONFIG + "    base_model_ep_plan = base_model_tp_plan\n",
-            "line 3 makes an expert-parallel plan of it",
+            "line 3 makes an expert-parallel plan from it",
         ),
         (
             HOOK_CONFIG + IN_CODE.format("self.base_model_ep_plan = dict(self.base_model_tp_plan)"),
-            "line 4 makes an expert-parallel plan of it",
+            "line 4 makes an expert-parallel plan from it",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_what_another_statement_does_to_the_entries_holds_them(tmp_path, text, r
 )
 def test_a_plan_that_another_one_changes_half_of_stays_with_it(tmp_path, after):
     found = reasons(check_noop(tmp_path, CONFIG + after))
-    assert any("takes it over and changes it" in reason for reason in found)
+    assert any("copies it and changes the copy" in reason for reason in found)
     assert len(found) == 2, "both plans are named"
 
 
