@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mode
 from runtime.checkpoint.open import open_checkpoint
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.loader.parameter_refs import find_parameter_refs
 from runtime.loader.sources import find_source
 from runtime.loader.transfer import default_threads
@@ -54,7 +55,9 @@ def main() -> None:
     with shared_folder() as folder:
         if dist.get_rank() == 0:
             make_checkpoint(folder / "hub", SHAPES[arguments.shape], device)
-            plan_reshard(folder / "hub", target=ReshardTarget("ranks", mesh("tp"), "tp")).execute(folder / "ranks")
+            execute_reshard(
+                plan_reshard(folder / "hub", target=ReshardTarget("ranks", mesh("tp"), "tp")), folder / "ranks"
+            )
         free()
         dist.barrier()
         size = own_file(folder / "ranks").stat().st_size

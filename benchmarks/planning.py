@@ -30,9 +30,9 @@ from pathlib import Path
 from plans.mesh import Mesh
 began = time.perf_counter()
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import Target
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 imported = time.perf_counter()
-plan = plan_reshard(Path(sys.argv[1]), target=Target(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
+plan = plan_reshard(Path(sys.argv[1]), target=ReshardTarget(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
 done = time.perf_counter()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps({"importing": imported - began, "planning": done - imported, "runs": len(plan.table.runs),

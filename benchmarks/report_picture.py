@@ -13,8 +13,9 @@ from pathlib import Path
 from migrator.report.from_reshard import build_reshard_report
 from migrator.report.page import write_report
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.chromium import chromium, find_chromium
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -37,9 +38,9 @@ def written_report(folder: Path) -> Path:
     hub, trained, moved = (Path(name) for name in ("hub", "trained", "moved"))
     with contextlib.chdir(folder):
         tiny_model(tiny_config("qwen3_moe")).save_pretrained(hub)
-        plan_reshard(hub, Mesh(tp=4)).execute(trained)
+        execute_reshard(plan_reshard(hub, Mesh(tp=4)), trained)
         plan = plan_reshard(trained, target=ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"))
-        write_report(build_reshard_report(plan, plan.execute(moved)), Path("report.html"))
+        write_report(build_reshard_report(plan, execute_reshard(plan, moved)), Path("report.html"))
     return folder / "report.html"
 
 

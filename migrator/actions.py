@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from runtime.checkpoint.copying.copy import Progress
     from runtime.checkpoint.external.source import ExternalSettings
     from runtime.checkpoint.resharding.estimate import Estimate
-    from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
+    from runtime.checkpoint.resharding.execute import ReshardResult
+    from runtime.checkpoint.resharding.plan import ReshardPlan
     from runtime.checkpoint.verifying.differences import Verification
     from runtime.validation.request import ValidationRequest
     from runtime.validation.results import ValidationResult
@@ -133,7 +134,7 @@ def plan_reshard(settings: Reshard, external: ExternalSettings | None, *, quiet:
         MigratorError: the source cannot be read, or cannot be resharded as asked.
     """
     from migrator.options.common import build_mesh
-    from runtime.checkpoint.resharding.target import ReshardTarget
+    from runtime.checkpoint.resharding.output_files import ReshardTarget
     from runtime.hub import resolve_folder
 
     mesh, mode = build_mesh(settings.tp, settings.ep, settings.fsdp, settings.mode)
@@ -177,7 +178,7 @@ def reshard(
         DestinationError: the destination exists or cannot be written.
         MigratorError: the source cannot be read, or a signal stopped the run.
     """
-    from runtime.checkpoint.resharding.results import ReshardOptions
+    from runtime.checkpoint.resharding.execute import ReshardOptions
     from runtime.processes.started import is_worker_process
 
     options = ReshardOptions(progress, notify, settings.max_memory * _MIB, settings.overwrite)

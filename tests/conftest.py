@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import tiny_config, tiny_model
@@ -61,7 +62,7 @@ def rank_folder(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder)
     def resharded(name: str, tp: int) -> Path:
         if (name, tp) not in folders:
             folders[name, tp] = tmp_path_factory.mktemp(name) / "ranks"
-            plan_reshard(hub_folder(name), Mesh(tp=tp)).execute(folders[name, tp])
+            execute_reshard(plan_reshard(hub_folder(name), Mesh(tp=tp)), folders[name, tp])
         return folders[name, tp]
 
     return resharded

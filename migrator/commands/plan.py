@@ -119,8 +119,7 @@ def _format_placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
 
 def _compute_local_shape(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape on rank 0, which holds the largest shard."""
-    from runtime.tensor_map.shards import shard_for_rank
-    from runtime.tensor_map.tensor_map import whole
+    from runtime.tensor_map.tensor_map import shard_for_rank, whole
 
     tensor_map = whole(parameter.name, parameter.shape)
     return shard_for_rank(tensor_map, parameter.placements, mesh.sizes(parameter.mesh), (0, 0)).shape

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from migrator.settings import Experts, Layout
     from plans.mesh import Mode
     from runtime.checkpoint.resharding.estimate import Estimate
-    from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
+    from runtime.checkpoint.resharding.execute import ReshardResult
+    from runtime.checkpoint.resharding.plan import ReshardPlan
 
 __all__ = ["command", "print_estimate", "print_notes", "print_summary"]
 

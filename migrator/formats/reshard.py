@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runtime.checkpoint.resharding.estimate import Estimate
-    from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
+    from runtime.checkpoint.resharding.execute import ReshardResult
+    from runtime.checkpoint.resharding.plan import ReshardPlan
 
 __all__ = ["estimate_as_json", "find_passthrough", "find_stateless", "find_unmatched", "result_as_json"]
 

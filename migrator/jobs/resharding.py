@@ -23,11 +23,11 @@ from plans.text import pluralize
 from runtime.checkpoint.copying.commit import check_destination, convert_write_errors
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.manifest import Manifest, read_manifest
-from runtime.checkpoint.resharding.reflink import find_block_size, plan_block_sharing
+from runtime.checkpoint.resharding.plan import find_block_size, plan_block_sharing
 from runtime.hub import check_repository, push
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.copying.output_file import OutputFile
+    from runtime.checkpoint.copying.copy_plan import OutputFile
     from runtime.checkpoint.resharding.plan import ReshardPlan
 
 __all__ = ["estimate_step", "run_step"]

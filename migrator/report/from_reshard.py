@@ -8,7 +8,8 @@ from migrator.report.content import Report
 from migrator.report.from_inspection import build_inspection_report
 from migrator.terminal.text import format_bytes
 from plans.text import pluralize
-from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult
+from runtime.checkpoint.resharding.execute import ReshardResult
+from runtime.checkpoint.resharding.plan import ReshardPlan
 from runtime.inspecting.inspection import describe_checkpoint
 
 __all__ = ["build_reshard_report"]

@@ -16,8 +16,7 @@ from runtime.checkpoint.checkpoint import TensorInfo
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.manifest import Manifest
 from runtime.inspecting.results import Arrangement, MeshPlacement
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import unravel, whole
+from runtime.tensor_map.tensor_map import shard_for_rank, unravel, whole
 
 __all__ = ["PlacementTable", "TensorSlice", "compute_local_bytes", "find_slices", "place_by_manifest", "place_by_plan"]
 

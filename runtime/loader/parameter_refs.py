@@ -19,8 +19,7 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.models.model import find_tied_names, model_tensors
 from runtime.processes.group import uses_nccl
 from runtime.styles.placements import get_plan_placements
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import TensorMap
+from runtime.tensor_map.tensor_map import TensorMap, shard_for_rank
 
 __all__ = ["ParameterRef", "default_device", "find_module_entries", "find_parameter_refs", "mesh_axes"]
 

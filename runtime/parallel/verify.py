@@ -24,8 +24,7 @@ from runtime.parallel.mismatch import Mismatch
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
 from runtime.styles.placements import get_plan_placements
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import whole
+from runtime.tensor_map.tensor_map import shard_for_rank, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

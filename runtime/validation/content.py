@@ -20,8 +20,7 @@ from runtime.models.dtypes import DTYPES
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import whole
+from runtime.tensor_map.tensor_map import shard_for_rank, whole
 from runtime.validation.local import compute_local_digest, detach_local
 from runtime.validation.results import CheckResult
 

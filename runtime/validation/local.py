@@ -112,7 +112,7 @@ def compute_local_digest(local: torch.Tensor, tensor_map: TensorMap, shape: Sequ
 
     Args:
         local: what the rank holds, on any device.
-        tensor_map: of it over the whole parameter, as `runtime.tensor_map.shards.local_form` gives it.
+        tensor_map: of it over the whole parameter, as `runtime.tensor_map.tensor_map.local_form` gives it.
         shape: of the whole parameter.
     """
     assert tuple(local.shape) == tensor_map.shape

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from plans.mesh import Mesh, Mode
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder
 from tests.gpu import gpu_cases
 from tests.runtime.rank_pool import RankPool
@@ -46,7 +47,7 @@ def test_ranks_hold_what_slicing_gives(
         "four": ReshardTarget("ranks", Mesh(tp=4)),
     }
     for name, target in targets.items():
-        plan_reshard(hub, target=target).execute(tmp_path / name)
+        execute_reshard(plan_reshard(hub, target=target), tmp_path / name)
     folders = [hub, *(tmp_path / name for name in targets)]
     assert gpu_ranks.run(gpu_cases.loads_what_slicing_gives, hub, folders, mode, mesh) == [[], []]
 

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.proof import prove
 
-INCOMPLETE_TABLE = """
+INCOMPLETE_PLAN = """
 from pathlib import Path
 from runtime.checkpoint.copying import copy_plan
 from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
@@ -29,7 +29,7 @@ def test_what_does_not_hold_stops_the_work() -> None:
         prove(False, "one is two")
 
 
-def test_an_incomplete_run_table_is_refused_by_an_optimizing_python_too() -> None:
-    done = subprocess.run([sys.executable, "-O", "-c", INCOMPLETE_TABLE], capture_output=True, text=True, check=False)
+def test_an_incomplete_copy_plan_is_refused_by_an_optimizing_python_too() -> None:
+    done = subprocess.run([sys.executable, "-O", "-c", INCOMPLETE_PLAN], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "AssertionError: the run table does not write every byte exactly once" in done.stderr
+    assert "AssertionError: the copy plan does not write every byte exactly once" in done.stderr

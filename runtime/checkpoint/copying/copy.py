@@ -7,7 +7,6 @@ Contiguous runs are written from the slab that the digest has just read. To let 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from runtime.checkpoint.copying.slabs import Slab, group_slabs, plan_slabs
 from runtime.checkpoint.copying.strided import Bytes, gather_contiguous, split_row_groups, view_rows
 from runtime.checkpoint.files.reading import open_descriptor, read_exactly
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.files.system import count_cpus
 from runtime.tensor_map.strided_copy import StridedCopy
 
 __all__ = [
@@ -144,7 +144,7 @@ def estimate_buffer_bytes(copy_plan: CopyPlan, max_memory: int) -> int:
 
 
 def _count_workers() -> int:
-    return min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    return min(_MAX_WORKERS, count_cpus())
 
 
 def _count_progress_bytes(unit: Sequence[Slab], copy_plan: CopyPlan) -> int:

@@ -1,8 +1,8 @@
-"""The journal of a copy: what of it is safe on the disk, so that a killed run can go on where it was.
+"""The journal of a copy: what is safe on the disk, so that the next run can continue the work of a killed one.
 
-It is a file of lines, each behind a checksum: first the fingerprint of what is copied, then, now and then, how many
-units of work are done and the sums of the digests that grew with them. A line is written only when the disk has all
-that it speaks of; one that a crash cut short ends the journal.
+It is a file of lines, each preceded by a checksum. The first holds the fingerprint of the work; later ones hold the
+number of units done and the digests that changed. A line is written only after everything it records has been synced,
+and a line that a crash cut short ends the journal.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from types import TracebackType
 
 from plans.errors import CheckpointError
 from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.files.system import READ_ONLY, drop_cached_pages, sync_data
 
 __all__ = ["Journal", "JournalState", "begin_journal", "end_journal", "read_journal"]
 
 JOURNAL_INTERVAL = 5.0
-"""Between two lines: what a killed run loses at most, and how much the page cache is given to hold."""
+"""Seconds between two lines, which bound what a killed run loses and what the page cache has to hold."""
 
 
 @dataclass(frozen=True)
 class JournalState:
-    """What a journal says.
+    """What a journal records.
 
     Args:
-        fingerprint: the fingerprint of what is copied; empty where the journal itself was cut short.
-        units: of work that are done.
-        digests: of the tensors that these units have a part of.
-        size: of the journal in bytes, up to the last whole line.
+        fingerprint: the fingerprint of the work, or empty if the journal's first line was cut short.
+        units: how many units of work are done.
+        digests: the digests of the tensors that these units copied a part of.
+        size: the size of the journal in bytes, up to the last whole line.
     """
 
     fingerprint: str = ""
@@ -43,12 +44,12 @@ class JournalState:
     size: int = 0
 
     def reset(self) -> JournalState:
-        """Return the same journal with nothing done."""
+        """Return the state of the same journal with nothing done."""
         return JournalState(self.fingerprint, size=len(_encode_line({"key": self.fingerprint})))
 
 
 def begin_journal(path: Path, fingerprint: str) -> None:
-    """Write the first line of a journal, whatever else it held."""
+    """Start a journal, over whatever the file contained."""
     with path.open("wb") as stream:
         stream.write(_encode_line({"key": fingerprint}))
         stream.flush()
@@ -56,34 +57,34 @@ def begin_journal(path: Path, fingerprint: str) -> None:
 
 
 def end_journal(path: Path, units: int, digests: Mapping[str, str]) -> None:
-    """Add that all units of work are done, to a journal whose files the disk has; others may still be at work."""
+    """Record that all units of work are done, once the files are synced."""
     _append(path, {"units": units, "digests": dict(digests)})
 
 
 def read_journal(path: Path) -> JournalState:
-    """Read a journal as far as it is whole."""
-    key, units, digests, size = "", 0, dict[str, str](), 0
+    """Read a journal up to its first damaged line."""
+    fingerprint, units, digests, size = "", 0, dict[str, str](), 0
     for line in path.read_bytes().splitlines(keepends=True):
         checksum, _, text = line.partition(b" ")
         if not line.endswith(b"\n") or checksum != _checksum(text):
             break
         entry = json.loads(text)
-        key, units = entry.get("key", key), entry.get("units", units)
+        fingerprint, units = entry.get("key", fingerprint), entry.get("units", units)
         digests |= entry.get("digests", {})
         size += len(line)
-    return JournalState(key, units, digests, size)
+    return JournalState(fingerprint, units, digests, size)
 
 
 class Journal:
-    """Keeps a copy safe against the death of its process, on a thread of its own while copying goes on.
+    """Makes a copy survive the death of its process, syncing on a thread of its own while copying continues.
 
     Args:
-        path: of the journal, begun before.
-        state: what it says, in which the digests begin too.
-        files: that are written.
-        digests: by name, running.
-        stop: returns the name of the signal that asked to stop.
-        interval: between two lines.
+        path: the journal's file, begun before.
+        state: what the journal records already.
+        files: the files that are written.
+        digests: the running digests by name, which start from the state's.
+        stop: returns the name of the signal that asked to stop, or None.
+        interval: the seconds between two lines.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Journal:
         os.truncate(path, state.size)
 
     def is_due(self) -> bool:
-        """Return whether it is time for the next line, or to stop."""
+        """Return whether it is time to write the next line, or to stop."""
         if self._stop() is not None:
             return True
         if self._pending is not None and not self._pending.done():
@@ -112,27 +113,27 @@ class Journal:
         return time.monotonic() - self._last >= self._interval
 
     def record(self, units: int, bytes_done: int) -> None:
-        """Bring what is written to the disk, then say so.
+        """Sync the files, then add a line to the journal.
 
         Args:
-            units: of work that are done, all of their bytes given to the files and digests.
-            bytes_done: that they wrote.
+            units: how many units of work are done, all of their bytes handed to the files and digests.
+            bytes_done: the bytes that these units wrote.
 
         Raises:
             CheckpointError: a signal asked to stop.
         """
         self._wait_for_pending()
-        grown = {
+        changed = {
             name: text for name, digest in self._digests.items() if self._recorded.get(name) != (text := str(digest))
         }
-        self._pending = self._pool.submit(self._write_entry, {"units": units, "digests": grown})
-        self._recorded |= grown
+        self._pending = self._pool.submit(self._write_entry, {"units": units, "digests": changed})
+        self._recorded |= changed
         self.units, self._last = units, time.monotonic()
         if (signal := self._stop()) is not None:
             self._wait_for_pending()
             raise CheckpointError(
                 f"stopped by {signal}; {bytes_done:,} bytes are safe in {self._path.parent}",
-                hint="run the same command again, and it goes on from there",
+                hint="run the same command again to continue from there",
                 signal=signal,
                 bytes_done=bytes_done,
             )
@@ -143,7 +144,7 @@ class Journal:
 
     def _write_entry(self, entry: Mapping[str, object]) -> None:
         for path in self._files:
-            _flush_to_disk(path)
+            _sync_file(path)
         _append(self._path, entry)
 
     def __enter__(self) -> Journal:
@@ -159,15 +160,15 @@ def _append(path: Path, entry: Mapping[str, object]) -> None:
     with path.open("ab") as stream:
         stream.write(_encode_line(entry))
         stream.flush()
-        os.fdatasync(stream.fileno())
+        sync_data(stream.fileno())
 
 
-def _flush_to_disk(path: Path) -> None:
-    """Sync a file's bytes, and let the page cache have its memory back."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _sync_file(path: Path) -> None:
+    """Sync a file's bytes, and release the memory that the page cache holds for them."""
+    descriptor = os.open(path, READ_ONLY)
     try:
-        os.fdatasync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        sync_data(descriptor)
+        drop_cached_pages(descriptor)
     finally:
         os.close(descriptor)
 

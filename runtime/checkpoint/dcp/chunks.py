@@ -8,8 +8,7 @@ from math import prod
 
 from plans.errors import HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.checkpoint.files.safetensors import StoredTensor, has_same_bytes
 from runtime.tensor_map.strided_copy import covers, plan_copies
 from runtime.tensor_map.tensor_map import StridedBox, TensorMap, row_major
 

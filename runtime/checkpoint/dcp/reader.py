@@ -15,8 +15,7 @@ from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.dcp.chunks import Chunk, Shape, infer_shapes, join_chunks
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
-from runtime.checkpoint.dcp.safetensors import read_shard_files
-from runtime.checkpoint.dcp.storage import read_chunks
+from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
 from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files

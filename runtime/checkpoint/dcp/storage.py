@@ -1,51 +1,119 @@
-"""The `.distcp` files of a torch distributed checkpoint: the archives in them are found, never loaded."""
+"""The files of a torch distributed checkpoint, and the chunks they store: shard files or `.distcp` files.
+
+Shard files are safetensors files with sharding metadata in their headers. A `.distcp` file is a sequence of archives
+that `torch.save` wrote; they are located, never loaded.
+
+Source: `torch.distributed.checkpoint.hf_storage` and `.filesystem` of torch 2.13.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from plans.errors import IncompleteError
+from plans.errors import HeaderError, IncompleteError
 from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import open_descriptor
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
 
-__all__ = ["locate_archive", "open_distcp_file", "read_chunks"]
+__all__ = ["build_sharding_metadata", "locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]
+
+_SHARDING_INFO = "DCP_SHARDING_INFO"
+
+
+def build_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return the metadata of a shard file.
+
+    Args:
+        offsets: where the file's chunk begins in its tensor, by the tensor's name.
+    """
+    info = {name: {"saved_offsets": list(offset)} for name, offset in offsets.items()}
+    return {_SHARDING_INFO: json.dumps(info, ensure_ascii=False), "DCP_VERSION": "1.0", "format": "pt"}
+
+
+def read_shard_files(folder: Path, names: Sequence[str]) -> list[Chunk]:
+    """Return the chunks that shard files store.
+
+    Args:
+        folder: the checkpoint's folder.
+        names: the names of its shard files.
+
+    Raises:
+        HeaderError: a header or its sharding metadata is wrong.
+        IncompleteError: a file is truncated.
+        CheckpointError: a link leads out of the folder.
+    """
+    return [chunk for name in names for chunk in _read_shard_file(folder, folder / name)]
+
+
+def _read_shard_file(folder: Path, path: Path) -> list[Chunk]:
+    check_contained(folder, path)
+    if not path.is_file():
+        raise IncompleteError(f"{path}: not a file", hint="copy the file again", file=str(path))
+    header = read_header(path)
+    info = _read_sharding_info(header)
+    return [
+        Chunk.contiguous(name, _get_offset(path, name, info, stored), f"{path.name}/{name}", stored)
+        for name, stored in header.tensors.items()
+    ]
+
+
+def _read_sharding_info(header: Header) -> Mapping[str, object] | None:
+    """Return the sharding metadata of each tensor, or None if every tensor is stored whole."""
+    text = header.metadata.get(_SHARDING_INFO)
+    return parse_strict_json(text.encode(), header.file) if text else None
+
+
+def _get_offset(path: Path, name: str, info: Mapping[str, object] | None, stored: StoredTensor) -> tuple[int, ...]:
+    if info is None:
+        return (0,) * len(stored.shape)
+    match info.get(name):
+        case {"saved_offsets": list(offset)} if len(offset) == len(stored.shape) and all(map(is_size, offset)):
+            return tuple(offset)
+    raise HeaderError(
+        f"{path}: {_SHARDING_INFO} does not give the offset of {name!r}",
+        hint="the file is damaged; copy or save it again",
+        file=str(path),
+        tensor=name,
+    )
 
 
 def read_chunks(folder: Path, metadata: Sequence[ChunkMetadata]) -> list[Chunk]:
-    """Return the chunks of a folder's `.distcp` files, found by the headers of their archives.
+    """Return the chunks that a folder's `.distcp` files store, located by the headers of their archives.
 
     Args:
-        folder: of the checkpoint.
-        metadata: those that are wanted.
+        folder: the checkpoint's folder.
+        metadata: the metadata of the wanted chunks.
 
     Raises:
-        IncompleteError: a file is missing or cut short.
-        HeaderError: an archive does not hold what the metadata says.
+        IncompleteError: a file is missing or truncated.
+        HeaderError: an archive does not contain what the metadata describes.
         CheckpointError: a link leads out of the folder.
     """
-    ordered = sorted(metadata, key=lambda box: (box.location.file, box.location.offset))
-    return [
-        chunk
-        for name, group in groupby(ordered, key=lambda box: box.location.file)
-        for chunk in _read_file_chunks(folder, name, group)
-    ]
+    ordered = sorted(metadata, key=lambda chunk: (chunk.location.file, chunk.location.offset))
+    chunks: list[Chunk] = []
+    for name, group in groupby(ordered, key=lambda chunk: chunk.location.file):
+        with open_distcp_file(folder, name) as file:
+            chunks += (_read_chunk(chunk, file) for chunk in group)
+    return chunks
 
 
 @contextmanager
 def open_distcp_file(folder: Path, name: str) -> Iterator[BoundedFile]:
-    """Give one of a folder's `.distcp` files, whole.
+    """Open one of a folder's `.distcp` files.
 
     Raises:
-        IncompleteError: it is missing.
-        CheckpointError: it is a link that leads out of the folder, or cannot be read.
+        IncompleteError: the file is missing.
+        CheckpointError: it is a link that leads out of the folder, or it cannot be read.
     """
     path = folder / name
     if not path.is_file():
@@ -58,10 +126,10 @@ def open_distcp_file(folder: Path, name: str) -> Iterator[BoundedFile]:
 
 
 def locate_archive(location: StorageLocation, file: BoundedFile) -> BoundedFile:
-    """Return the part of a file that is an archive.
+    """Return the part of a `.distcp` file that is an archive.
 
     Raises:
-        IncompleteError: the file ends before it does.
+        IncompleteError: the file ends before the archive does.
     """
     if location.offset + location.size > file.size:
         raise IncompleteError(
@@ -72,20 +140,16 @@ def locate_archive(location: StorageLocation, file: BoundedFile) -> BoundedFile:
     return file.slice(location.offset, location.size)
 
 
-def _read_file_chunks(folder: Path, name: str, metadata: Iterator[ChunkMetadata]) -> Iterator[Chunk]:
-    with open_distcp_file(folder, name) as file:
-        for box in metadata:
-            yield _read_chunk(box, file)
-
-
 def _read_chunk(metadata: ChunkMetadata, file: BoundedFile) -> Chunk:
-    place = metadata.location
-    archive = locate_archive(place, file)
-    found = read_archived_tensor(archive)
-    if (found.storage.dtype, found.shape) != (metadata.dtype, metadata.shape):
+    location = metadata.location
+    archive = locate_archive(location, file)
+    tensor = read_archived_tensor(archive)
+    if (tensor.storage.dtype, tensor.shape) != (metadata.dtype, metadata.shape):
         raise archive.error(
-            f"is {found.storage.dtype} {list(found.shape)}, where {METADATA} has {metadata.dtype} {list(metadata.shape)} of "
-            f"{metadata.name!r}"
+            f"is {tensor.storage.dtype} {list(tensor.shape)}, but {METADATA} lists {metadata.dtype} "
+            f"{list(metadata.shape)} for {metadata.name!r}"
         )
-    piece = f"{place.file}/{place.offset}"
-    return Chunk(metadata.name, metadata.offset, metadata.shape, piece, found.storage, found.base, found.strides)
+    stored_name = f"{location.file}/{location.offset}"
+    return Chunk(
+        metadata.name, metadata.offset, metadata.shape, stored_name, tensor.storage, tensor.base, tensor.strides
+    )

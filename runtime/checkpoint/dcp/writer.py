@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from plans.mesh import Mesh
 from plans.placement import Replicate
-from runtime.checkpoint.copying.output_file import OutputFile, plan_output_file
-from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
+from runtime.checkpoint.copying.copy_plan import OutputFile, plan_output_file
+from runtime.checkpoint.dcp.storage import build_sharding_metadata
 from runtime.checkpoint.files.file_names import get_shard_file_name
 from runtime.checkpoint.files.safetensors import BITS
 from runtime.checkpoint.manifest import ManifestEntry

@@ -27,8 +27,7 @@ from runtime.checkpoint.external.source import (
 from runtime.planning.plan import runtime_dialect
 from runtime.planning.scales import find_scales
 from runtime.styles.registry import STYLES
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import TensorMap
+from runtime.tensor_map.tensor_map import TensorMap, shard_for_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -15,11 +15,9 @@ from plans.placement import Placement, Replicate, Shard, placement_to_json
 from plans.plan import to_wildcard
 from plans.text import format_names
 from runtime.checkpoint.external.sharding import TensorSharding, is_fused
-from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.checkpoint.files.safetensors import StoredTensor, has_same_bytes
 from runtime.tensor_map.compose import invert
-from runtime.tensor_map.shards import reassemble
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, chunk_bounds, narrow, whole
+from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, chunk_bounds, narrow, reassemble, whole
 
 __all__ = [
     "LocalShard",

@@ -1,8 +1,7 @@
-"""A lock beside what it guards: held by an open file, so it dies with its process, and removed without a race."""
+"""Lock files: held through an open file, so that a lock dies with its process, and removed without a race."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -10,37 +9,40 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plans.errors import DestinationError
+from runtime.checkpoint.files.system import READ_WRITE, check_has_locks, lock
 
 __all__ = ["check_unlocked", "hold_lock", "hold_temporary_lock"]
 
 
 @contextmanager
 def hold_temporary_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that is there only as long as somebody holds it, or was killed holding it.
+    """Hold the lock of a file that exists only while a process holds it, or after one was killed holding it.
 
     Args:
-        path: of the file; created when it is missing.
+        path: the lock file, created if it is missing.
 
     Raises:
-        DestinationError: another process holds the lock, or something else is at the path.
+        DestinationError: another process holds the lock, or the path is something else than a lock file.
+        UsageError: the system has no file locks.
     """
     descriptor = _acquire(path)
     try:
         yield
     finally:
-        # Removed while it is locked, so nobody can hold the lock of the file that goes.
+        # Removed while it is still locked, so that nobody can hold the lock of the removed file.
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that stays; it is created when it is missing.
+    """Hold the lock of a file that stays; it is created if it is missing.
 
     Raises:
-        DestinationError: another process holds it.
+        DestinationError: another process holds the lock.
+        UsageError: the system has no file locks.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = _open(path)
     try:
         _lock(descriptor, path)
         yield
@@ -49,14 +51,14 @@ def hold_lock(path: Path) -> Iterator[None]:
 
 
 def check_unlocked(path: Path) -> None:
-    """Refuse to go on where another process holds the lock of a file."""
+    """Raise DestinationError if another process holds the lock of a file."""
     with hold_lock(path):
         pass
 
 
 def _acquire(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        descriptor = _open(path)
         try:
             _check_lock_file(descriptor, path)
             _lock(descriptor, path)
@@ -65,13 +67,18 @@ def _acquire(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # The holder before us removed the file between our opening and our locking it.
+        # The previous holder removed the file after we opened it and before we locked it.
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    check_has_locks()
+    return os.open(path, READ_WRITE | os.O_CREAT, 0o644)
 
 
 def _lock(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError as error:
         raise DestinationError(
             f"{_get_guarded_path(path)}: another run is writing it", hint="wait for that run to end", path=str(path)
@@ -79,8 +86,8 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _check_lock_file(descriptor: int, path: Path) -> None:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
         raise DestinationError(
             f"{path}: is in the way and was not left by migrator", hint="move it away", path=str(path)
         )
@@ -94,5 +101,5 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _get_guarded_path(path: Path) -> Path:
-    """Return what a lock is for: the folder beside it, or the one that it is in."""
+    """Return what a lock file guards: the folder beside it, or the folder that it is in."""
     return path.with_suffix("") if path.suffix == ".lock" else path.parent

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.files.reading import open_regular, truncation_error
+from runtime.checkpoint.files.reading import open_descriptor, open_regular, read_exactly, truncation_error
 from runtime.checkpoint.files.strict_json import parse_strict_json
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "StoredTensor",
     "encode_header",
     "find_dtypes",
+    "has_same_bytes",
     "pad_header",
     "read_header",
     "tensor_bytes",
@@ -34,7 +35,6 @@ BITS: Mapping[str, int] = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 """Bits of one element, by safetensors' name of the dtype."""
-
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
@@ -193,3 +193,27 @@ def _is_size(value: object) -> bool:
 
 def _tensor_error(file: Path, name: str, what: str) -> HeaderError:
     return HeaderError(f"{file}: tensor {name!r} {what}", hint=_HINT, file=str(file), tensor=name)
+
+
+_PART = 2**20
+
+
+def has_same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two stored tensors are equal bit for bit, dtype and shape included.
+
+    Raises:
+        IncompleteError: a file ends before its tensor does.
+        CheckpointError: a file cannot be read.
+    """
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    parts = bytearray(min(_PART, first.size)), bytearray(min(_PART, first.size))
+    with open_descriptor(first.file) as one, open_descriptor(second.file) as other:
+        for start in range(0, first.size, _PART):
+            for descriptor, tensor, part in ((one, first, parts[0]), (other, second, parts[1])):
+                wanted = memoryview(part)[: tensor.size - start]
+                read_exactly(descriptor, wanted, tensor.offset + start, tensor.file)
+            # Behind a last part that is short lies what was read before, and was the same.
+            if parts[0] != parts[1]:
+                return False
+    return True

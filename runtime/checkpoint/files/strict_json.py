@@ -1,4 +1,7 @@
-"""JSON read without trust: no key twice, no half characters, and no more parts than memory has room for."""
+"""Parse JSON of untrusted files: no duplicate keys, no broken Unicode, and bounded memory.
+
+`json.loads` accepts all of these. A header with a key twice, for one, is read differently by different readers.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 
 from plans.errors import HeaderError
 
-__all__ = ["is_nested_deeper", "is_size", "parse_strict_json"]
+__all__ = ["MAX_SIZE", "is_nested_deeper", "is_size", "parse_strict_json"]
 
-_MAX_SIZE = 2**63 - 1
-_MAX_PARSED = 2**29
+MAX_SIZE = 2**63 - 1
+"""The largest size or offset that any format can hold."""
+
+_MAX_PARSED_BYTES = 2**29
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
 
@@ -30,12 +35,12 @@ def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    if _estimate_parsed_bytes(text) > _MAX_PARSED:
-        raise HeaderError(f"{file}: JSON of more parts than any checkpoint's", hint=_HINT, file=str(file))
+    if _estimate_parsed_bytes(text) > _MAX_PARSED_BYTES:
+        raise HeaderError(f"{file}: JSON with more values than any checkpoint has", hint=_HINT, file=str(file))
     try:
         value = json.loads(text, object_pairs_hook=build_unique_dict, parse_constant=refuse)
         if b"\\u" in text:
-            # Only escapes can smuggle in half a surrogate pair, which no file could be written with.
+            # Only an escape can produce half a surrogate pair, which no file name or output could be encoded with.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{file}: not valid JSON: {error}", hint=_HINT, file=str(file)) from error
@@ -44,17 +49,17 @@ def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
     return value
 
 
-def is_size(value: object, limit: int = _MAX_SIZE) -> bool:
-    """Return whether a parsed value is an integer from 0 to a limit; Booleans are not integers."""
+def is_size(value: object, limit: int = MAX_SIZE) -> bool:
+    """Return whether a parsed value is an integer from 0 to `limit`, and not a bool."""
     return type(value) is int and 0 <= value <= limit
 
 
 def is_nested_deeper(value: object, levels: int) -> bool:
-    """Return whether lists and tables lie in one another over more than so many levels."""
-    inside = [value]
+    """Return whether lists and objects are nested more than `levels` deep."""
+    values = [value]
     for _ in range(levels):
-        inside = [part for one in inside if isinstance(one, dict | list) for part in _get_children(one)]
-    return any(isinstance(one, dict | list) for one in inside)
+        values = [child for value in values if isinstance(value, dict | list) for child in _get_children(value)]
+    return any(isinstance(value, dict | list) for value in values)
 
 
 def _get_children(value: dict[str, object] | list[object]) -> Iterable[object]:
@@ -62,5 +67,5 @@ def _get_children(value: dict[str, object] | list[object]) -> Iterable[object]:
 
 
 def _estimate_parsed_bytes(text: bytes) -> int:
-    """Return about what JSON takes in memory: its lists and tables, its strings and the pairs of them, its numbers."""
+    """Return roughly the memory that parsed JSON takes: its containers, its strings and their pairs, its numbers."""
     return 96 * (text.count(b"[") + text.count(b"{")) + 112 * (text.count(b'"') // 2) + 48 * text.count(b",")

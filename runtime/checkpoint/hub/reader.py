@@ -13,8 +13,7 @@ from plans.errors import CheckpointError, ConversionError, HeaderError, Incomple
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS, is_weight_file
 from runtime.checkpoint.files.reading import convert_read_errors
-from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
-from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.checkpoint.files.safetensors import Header, StoredTensor, has_same_bytes, read_header
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES, SideFiles, check_contained, find_side_files
 from runtime.checkpoint.files.strict_json import is_nested_deeper, parse_strict_json
 from runtime.checkpoint.hub.conversion import Conversion, convert

@@ -12,7 +12,7 @@ import torch
 from plans.errors import ConversionError, HeaderError
 from plans.text import first_line
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
-from runtime.checkpoint.copying.output_file import OutputFile, OutputTensor, plan_output_file
+from runtime.checkpoint.copying.copy_plan import OutputFile, OutputTensor, plan_output_file
 from runtime.checkpoint.files.safetensors import BITS, tensor_bytes
 from runtime.checkpoint.hub.conversion import convert
 from runtime.checkpoint.manifest import StoredForm

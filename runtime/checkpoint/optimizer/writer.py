@@ -16,8 +16,7 @@ from plans.mesh import Mesh
 from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import KeyPath, OptimizerState, TensorInfo
-from runtime.checkpoint.copying.copy_plan import Destination
-from runtime.checkpoint.copying.output_file import OutputFile
+from runtime.checkpoint.copying.copy_plan import Destination, OutputFile
 from runtime.checkpoint.dcp.metadata import StorageLocation
 from runtime.checkpoint.dcp.writer import iter_rank_chunks, narrow_to_box
 from runtime.checkpoint.files.file_names import METADATA

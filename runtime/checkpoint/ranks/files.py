@@ -10,13 +10,12 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, MeshName
 from plans.placement import Placement, Replicate
 from runtime.checkpoint.checkpoint import Checkpoint, TensorCopy, TensorInfo
-from runtime.checkpoint.copying.output_file import OutputFile, plan_output_file
+from runtime.checkpoint.copying.copy_plan import OutputFile, plan_output_file
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.files.safetensors import BITS, Header, read_header
 from runtime.checkpoint.files.side_files import check_contained, find_side_files
 from runtime.checkpoint.manifest import Manifest, ManifestEntry
-from runtime.tensor_map.shards import reassemble, shard_for_rank
-from runtime.tensor_map.tensor_map import TensorMap, whole
+from runtime.tensor_map.tensor_map import TensorMap, reassemble, shard_for_rank, whole
 
 __all__ = [
     "find_copies",

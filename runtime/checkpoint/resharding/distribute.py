@@ -1,7 +1,7 @@
-"""Carrying a plan out with several processes, on one machine or many that see one file system.
+"""Execute a reshard on several processes, on one machine or on several that share a file system.
 
-Each plans for itself and moves its share of the bytes, with a journal of its own. The first one holds the lock, makes
-the folder and commits it; digests of parts add up to those of the whole.
+Every rank makes the same plan and copies its share of the bytes, with a journal of its own. Rank 0 holds the lock,
+creates the folder and commits it. The digests of the shares add up to those of the whole tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -25,6 +25,10 @@ from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import hold_lock
 from runtime.checkpoint.files.stamps import check_unchanged
 from runtime.checkpoint.resharding.execute import (
+    CopyResult,
+    PhaseSeconds,
+    ReshardOptions,
+    ReshardResult,
     check_not_nested,
     complete_folder,
     create_files,
@@ -33,12 +37,8 @@ from runtime.checkpoint.resharding.execute import (
     write_tensors,
 )
 from runtime.checkpoint.resharding.fingerprint import compute_fingerprint, compute_plan_hash
-from runtime.checkpoint.resharding.reflink import find_block_size, plan_block_sharing
-from runtime.checkpoint.resharding.results import CopyResult, PhaseSeconds, ReshardOptions, ReshardResult
+from runtime.checkpoint.resharding.plan import ReshardPlan, find_block_size, plan_block_sharing
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
-
-if TYPE_CHECKING:
-    from runtime.checkpoint.resharding.plan import ReshardPlan
 
 __all__ = ["execute_distributed_reshard"]
 
@@ -46,22 +46,22 @@ Result = TypeVar("Result")
 
 
 def execute_distributed_reshard(plan: ReshardPlan, destination: Path, options: ReshardOptions) -> ReshardResult | None:
-    """Carry a plan out as one rank of the process group; all ranks call this, each with its own plan of the same.
+    """Execute a plan as one rank of the default process group; every rank calls this with an equal plan.
 
-    A rank that is lost leaves what a run with as many ranks goes on with.
+    If a rank is lost, a later run with the same number of ranks continues the work.
 
     Args:
-        plan: of the whole work.
-        destination: as all ranks see it, a folder that must not exist, or may be replaced.
-        options: how; what happens to an existing destination is for the first rank's to say.
+        plan: the plan of the whole reshard.
+        destination: a folder that all ranks see, which must not exist unless `options.overwrite` is set.
+        options: how to execute the plan; rank 0's decide what happens to an existing destination.
 
     Returns:
-        What was written, on the first rank; None on others.
+        What was written on rank 0, None on the other ranks.
 
     Raises:
         UsageError: the ranks have different plans.
         WorkerError: a rank was lost, or did not answer in time.
-        MigratorError: as `execute_reshard`, on every rank alike.
+        MigratorError: what `execute_reshard` raises, on every rank.
     """
     rank, began = dist.get_rank(), time.perf_counter()
     plan = _agree_on_block_sharing(plan, destination, options)
@@ -70,9 +70,9 @@ def execute_distributed_reshard(plan: ReshardPlan, destination: Path, options: R
     with ExitStack() as staged:
         stop = staged.enter_context(catch_stop_signals())
         folder = _run_stage(destination, lambda: _enter_partial_folder(staged, share, destination, options))
-        mine = _run_stage(destination, lambda: _write_share(share, folder, options, stop))
-        copied = time.perf_counter()
-        read, shared, digests = _sum_digests(mine, plan)
+        result = _run_stage(destination, lambda: _write_share(share, folder, options, stop))
+        copied_at = time.perf_counter()
+        read, shared, digests = _sum_digests(result, plan)
 
         def commit() -> ReshardResult | None:
             if rank:
@@ -82,7 +82,7 @@ def execute_distributed_reshard(plan: ReshardPlan, destination: Path, options: R
             for path in folder.glob(f"{MARKER}-*"):
                 path.unlink()
             staged.close()
-            seconds = PhaseSeconds(plan.planning_seconds, copied - began, time.perf_counter() - copied)
+            seconds = PhaseSeconds(plan.planning_seconds, copied_at - began, time.perf_counter() - copied_at)
             written = plan.copy_plan.bytes_written
             return ReshardResult(destination, names, read, written, shared, seconds, digests, manifest)
 
@@ -90,7 +90,7 @@ def execute_distributed_reshard(plan: ReshardPlan, destination: Path, options: R
 
 
 def _agree_on_block_sharing(plan: ReshardPlan, destination: Path, options: ReshardOptions) -> ReshardPlan:
-    """Return the plan for the disk of the result, as the first rank finds it."""
+    """Return the plan for the destination's disk, as rank 0 probes it."""
 
     def find_shared_block_size() -> int:
         if dist.get_rank():
@@ -102,7 +102,7 @@ def _agree_on_block_sharing(plan: ReshardPlan, destination: Path, options: Resha
 
 
 def _run_stage(destination: Path, stage: Callable[[], Result]) -> Result:
-    """Run a stage on every rank; what fails on one is raised on all."""
+    """Run a stage on every rank, and raise on all ranks if it fails on one."""
 
     def run() -> Result:
         with convert_write_errors(destination):
@@ -114,42 +114,44 @@ def _run_stage(destination: Path, stage: Callable[[], Result]) -> Result:
 def _check_same_plan(plan: ReshardPlan, options: ReshardOptions) -> None:
     if len(set(all_gather_json(compute_plan_hash(plan, options.max_memory)))) > 1:
         raise UsageError(
-            f"{plan.checkpoint.folder}: the ranks do not plan the same",
-            hint="give every rank the same command, the same source and the same versions of all packages",
+            f"{plan.checkpoint.folder}: the ranks made different plans",
+            hint="run the same command, on the same source and with the same package versions, on every rank",
             source=str(plan.checkpoint.folder),
         )
 
 
 def _enter_partial_folder(staged: ExitStack, share: ReshardPlan, destination: Path, options: ReshardOptions) -> Path:
-    """Return the folder to work in, which the first rank makes."""
+    """Return the folder to work in, which rank 0 creates."""
     check_not_nested(share.checkpoint.folder, destination)
     if dist.get_rank():
         return partial_folder(destination)
-    key = compute_fingerprint(share, options.max_memory)
-    folder = staged.enter_context(stage_plan(share, destination, key, options))
+    fingerprint = compute_fingerprint(share, options.max_memory)
+    folder = staged.enter_context(stage_plan(share, destination, fingerprint, options))
     create_files(share, folder)
     return folder
 
 
 def _write_share(share: ReshardPlan, folder: Path, options: ReshardOptions, stop: Stop) -> CopyResult:
-    """Move a rank's share and bring it to the disk; others may take longer, and one of them lost then costs nothing."""
+    """Copy a rank's share and sync it, so that it survives the loss of a rank that takes longer."""
     rank = dist.get_rank()
     path = folder / (f"{MARKER}-{rank:05d}" if rank else MARKER)
     with hold_lock(path):
-        key = compute_fingerprint(share, options.max_memory)
-        if rank and read_journal(path).fingerprint != key:
-            begin_journal(path, key)
-        filled = write_tensors(share, folder, path, options, stop)
+        fingerprint = compute_fingerprint(share, options.max_memory)
+        if rank and read_journal(path).fingerprint != fingerprint:
+            begin_journal(path, fingerprint)
+        result = write_tensors(share, folder, path, options, stop)
     check_unchanged(share.checkpoint.folder, share.stamps, share.checkpoint.side_files.left_behind)
-    return replace(filled, digests=drop_empty_digests(filled.digests))
+    return replace(result, digests=drop_empty_digests(result.digests))
 
 
 def _sum_digests(result: CopyResult, plan: ReshardPlan) -> tuple[int, int, Mapping[str, str]]:
-    """Return the bytes that all ranks read and those that they share, and the digests of the whole tensors."""
+    """Return the bytes that all ranks read, the bytes they share with the source, and the whole tensors' digests."""
     sums = {name: Digest() for name in plan.checkpoint.all_tensors}
     read = shared = 0
-    for count, blocks, parts in all_gather_json((result.bytes_read, result.bytes_shared, result.digests)):
-        read, shared = read + count, shared + blocks
-        for name, text in parts.items():
+    for rank_read, rank_shared, rank_digests in all_gather_json(
+        (result.bytes_read, result.bytes_shared, result.digests)
+    ):
+        read, shared = read + rank_read, shared + rank_shared
+        for name, text in rank_digests.items():
             sums[name].join(Digest.parse(text))
-    return read, shared, {name: str(total) for name, total in sums.items()}
+    return read, shared, {name: str(digest) for name, digest in sums.items()}

@@ -1,37 +1,44 @@
-"""Carrying a plan out: the files are filled, described and committed, or what is done is left for the next run."""
+"""Execute a reshard: write the files of a plan and commit them, or leave safe work for the next run."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plans.errors import DestinationError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.copying.commit import check_destination, convert_write_errors, stage_folder, sync
-from runtime.checkpoint.copying.copy import execute_copy_plan, plan_units
-from runtime.checkpoint.copying.journal import Journal, JournalState, end_journal, read_journal
+from runtime.checkpoint.copying.clones import clone_shared_blocks
+from runtime.checkpoint.copying.commit import (
+    Say,
+    check_destination,
+    convert_write_errors,
+    copy_files,
+    stage_folder,
+    sync,
+    write_file,
+)
+from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute_copy_plan, plan_units
+from runtime.checkpoint.copying.journal import JOURNAL_INTERVAL, Journal, JournalState, end_journal, read_journal
 from runtime.checkpoint.copying.read_back import is_intact
-from runtime.checkpoint.copying.regions import Region
+from runtime.checkpoint.copying.regions import OpenFiles, Region, allocate_files, build_regions
 from runtime.checkpoint.copying.signals import Stop, catch_stop_signals, check_not_stopped
-from runtime.checkpoint.copying.writing import allocate_files, build_regions, copy_files, write_file
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.file_names import MANIFEST, MARKER
-from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.stamps import check_unchanged
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.resharding.fingerprint import compute_fingerprint
-from runtime.checkpoint.resharding.reflink import clone_shared_blocks, find_block_size, plan_block_sharing
-from runtime.checkpoint.resharding.results import CopyResult, PhaseSeconds, ReshardOptions, ReshardResult
-
-if TYPE_CHECKING:
-    from runtime.checkpoint.resharding.plan import ReshardPlan
+from runtime.checkpoint.resharding.plan import ReshardPlan, find_block_size, plan_block_sharing
 
 __all__ = [
+    "CopyResult",
+    "PhaseSeconds",
+    "ReshardOptions",
+    "ReshardResult",
     "check_not_nested",
     "complete_folder",
     "create_files",
@@ -42,13 +49,83 @@ __all__ = [
 ]
 
 
-def execute_reshard(plan: ReshardPlan, destination: Path, options: ReshardOptions) -> ReshardResult:
-    """Write a plan's files, the manifest and the side files, and commit them with one rename.
+@dataclass(frozen=True)
+class ReshardOptions:
+    """How a plan is executed.
 
     Args:
-        plan: to carry out.
-        destination: a folder that must not exist, or may be replaced.
-        options: how.
+        progress: called with the bytes done, the bytes in all and the current tensor's name.
+        say: called with a line of text about what happened to an earlier run's work.
+        max_memory: the bytes that copying may allocate.
+        overwrite: whether to replace a checkpoint that is already at the destination.
+        journal_interval: the seconds between two entries of the journal, which is what a killed run loses at most.
+    """
+
+    progress: Progress | None = None
+    say: Say = lambda text: None
+    max_memory: int = DEFAULT_MEMORY
+    overwrite: bool = False
+    journal_interval: float = JOURNAL_INTERVAL
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Where the time of a reshard went."""
+
+    planning: float
+    copying: float
+    syncing: float
+
+
+@dataclass(frozen=True)
+class ReshardResult:
+    """What a reshard wrote.
+
+    Args:
+        destination: the new folder.
+        files: the names of all files in it.
+        bytes_read: the bytes that this run read from weight files.
+        bytes_written: the bytes of tensors in the result, replicas counted.
+        bytes_shared: how many of these are blocks shared with the source's files.
+        seconds: the time of each phase.
+        digests: the digest of every tensor by name.
+        manifest: the manifest as written, or None in hub form.
+    """
+
+    destination: Path
+    files: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    bytes_shared: int
+    seconds: PhaseSeconds
+    digests: Mapping[str, str] = field(repr=False)
+    manifest: Manifest | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CopyResult:
+    """What copying the tensors did.
+
+    Args:
+        bytes_read: the bytes that this run read from weight files.
+        bytes_shared: the bytes of blocks that the files share with the source now.
+        digests: the digest of each tensor, over the bytes that were copied.
+        copied_at: when the last byte was handed to the system, in seconds of `time.perf_counter`.
+    """
+
+    bytes_read: int
+    bytes_shared: int
+    digests: Mapping[str, str]
+    copied_at: float
+
+
+def execute_reshard(plan: ReshardPlan, destination: Path, options: ReshardOptions | None = None) -> ReshardResult:
+    """Write a plan's weight files, manifest and side files, and commit them with one rename.
+
+    Args:
+        plan: the plan to execute.
+        destination: a folder that must not exist, unless `options.overwrite` is set.
+        options: how to execute the plan; by default as `ReshardOptions()`.
 
     Raises:
         DestinationError: the destination exists, cannot be written or cannot hold the result.
@@ -56,41 +133,56 @@ def execute_reshard(plan: ReshardPlan, destination: Path, options: ReshardOption
         MismatchError: the source does not hold the bytes that its own manifest promises.
         CheckpointError: a source file cannot be read, or a signal asked to stop.
     """
+    options = options or ReshardOptions()
     check_not_nested(plan.checkpoint.folder, destination)
     check_destination(destination, overwrite=options.overwrite, names=plan.file_names)
     with convert_write_errors(destination):
         plan = plan_block_sharing(plan, find_block_size(plan, destination))
-    key = compute_fingerprint(plan, options.max_memory)
-    opened = stage_plan(plan, destination, key, options)
-    with catch_stop_signals() as stop, opened as folder:
+    fingerprint = compute_fingerprint(plan, options.max_memory)
+    with catch_stop_signals() as stop, stage_plan(plan, destination, fingerprint, options) as folder:
         began = time.perf_counter()
         create_files(plan, folder)
-        filled = write_tensors(plan, folder, folder / MARKER, options, stop)
-        names, manifest = complete_folder(plan, folder, filled.digests)
+        copied = write_tensors(plan, folder, folder / MARKER, options, stop)
+        names, manifest = complete_folder(plan, folder, copied.digests)
         check_not_stopped(stop, folder)
-    seconds = PhaseSeconds(plan.planning_seconds, filled.copied_at - began, time.perf_counter() - filled.copied_at)
     return ReshardResult(
         destination,
         names,
-        filled.bytes_read,
+        copied.bytes_read,
         plan.copy_plan.bytes_written,
-        filled.bytes_shared,
-        seconds,
-        filled.digests,
+        copied.bytes_shared,
+        PhaseSeconds(plan.planning_seconds, copied.copied_at - began, time.perf_counter() - copied.copied_at),
+        copied.digests,
         manifest,
     )
+
+
+def check_not_nested(source: Path, destination: Path) -> None:
+    """Refuse to replace the source or a folder that contains it, and to write into the source.
+
+    Raises:
+        DestinationError: the destination is such a folder.
+    """
+    source_path, destination_path = source.resolve(), destination.resolve()
+    if source_path.is_relative_to(destination_path):
+        problem = "contains the source"
+    elif destination_path.is_relative_to(source_path):
+        problem = "lies in the source"
+    else:
+        return
+    raise DestinationError(f"{destination}: {problem}", hint="name another folder", path=str(destination))
 
 
 def stage_plan(
     plan: ReshardPlan, destination: Path, fingerprint: str, options: ReshardOptions
 ) -> AbstractContextManager[Path]:
-    """Return what gives the folder to work in, and commits it.
+    """Return the context manager that gives the folder to work in and commits it as the destination.
 
     Args:
-        plan: of the work.
-        destination: that the folder becomes.
+        plan: the plan that is executed.
+        destination: what the folder becomes.
         fingerprint: the fingerprint of the work.
-        options: how.
+        options: how the plan is executed.
     """
     return stage_folder(
         destination,
@@ -103,23 +195,23 @@ def stage_plan(
 
 
 def create_files(plan: ReshardPlan, folder: Path) -> None:
-    """Bring a plan's files to their full size, headers written, what an earlier run left in them kept."""
+    """Create a plan's files at full size with their headers, and keep what an earlier run wrote into them."""
     allocate_files(folder, {file.name: (file.size, file.fixed_bytes) for file in plan.output.files})
 
 
 def write_tensors(
     plan: ReshardPlan, folder: Path, journal_path: Path, options: ReshardOptions, stop: Stop
 ) -> CopyResult:
-    """Fill the files with what the plan's table moves, going on from what an earlier run left, and sync them.
+    """Copy what the plan's copies move, continuing an earlier run's work, and sync the files.
 
-    Whatever happens behind that, to this process or to others, costs none of it.
+    Once this returns, no failure of this process or of another one loses the tensors.
 
     Args:
-        plan: whose files are there.
-        folder: that they are in.
-        journal_path: of the journal, begun before.
-        options: how.
-        stop: whether to stop.
+        plan: a plan whose files exist.
+        folder: the folder of these files.
+        journal_path: a journal that was begun before.
+        options: how the plan is executed.
+        stop: returns the name of the signal that asked to stop.
 
     Raises:
         CheckpointError: a signal asked to stop.
@@ -133,90 +225,78 @@ def write_tensors(
             files,
             build_regions(plan.copy_plan.destinations, files, list(running.values())),
         )
-        kept = _read_valid_journal(plan, journal_path, regions, options)
-        for name, text in kept.digests.items():
+        state = _read_valid_journal(plan, journal_path, regions, options)
+        for name, text in state.digests.items():
             running[name].join(Digest.parse(text))
-        with Journal(journal_path, kept, paths, running, stop, options.journal_interval) as journal:
+        with Journal(journal_path, state, paths, running, stop, options.journal_interval) as journal:
             read = execute_copy_plan(
                 plan.copy_plan, regions, max_memory=options.max_memory, progress=options.progress, recorder=journal
             )
-            copied = time.perf_counter()  # the journal may still be syncing, on its own thread
-    for file in paths:
-        sync(file)
+            copied_at = time.perf_counter()  # the journal may still be syncing, on its own thread
+    for path in paths:
+        sync(path)
     digests = {name: str(digest) for name, digest in running.items()}
-    end_journal(
-        journal_path, sum(1 for _ in plan_units(plan.copy_plan, options.max_memory)), drop_empty_digests(digests)
-    )
+    units = sum(1 for _ in plan_units(plan.copy_plan, options.max_memory))
+    end_journal(journal_path, units, drop_empty_digests(digests))
     check_not_stopped(stop, folder)
-    return CopyResult(read, shared, digests, copied)
+    return CopyResult(read, shared, digests, copied_at)
+
+
+def drop_empty_digests(digests: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the tensors of which at least one byte was copied."""
+    empty = str(Digest())
+    return {name: text for name, text in digests.items() if text != empty}
 
 
 def complete_folder(
     plan: ReshardPlan, folder: Path, digests: Mapping[str, str]
 ) -> tuple[tuple[str, ...], Manifest | None]:
-    """Write what belongs beside filled files, and return all names and the manifest.
+    """Write the manifest and the other files beside the weight files, and return all names and the manifest.
 
     Args:
-        plan: whose files they are.
-        folder: that they are in.
-        digests: of the whole tensors.
+        plan: a plan whose tensors are written.
+        folder: the folder of its files.
+        digests: the digests of the whole tensors by name.
 
     Raises:
         MismatchError: the source does not hold the bytes that its own manifest promises, or changed.
         CheckpointError: a side file cannot be read.
     """
-    check_unchanged(plan.checkpoint.folder, plan.stamps, plan.checkpoint.side_files.left_behind)
-    _check_digests(plan.checkpoint, digests)
+    checkpoint = plan.checkpoint
+    check_unchanged(checkpoint.folder, plan.stamps, checkpoint.side_files.left_behind)
+    _check_digests(checkpoint, digests)
     manifest = plan.output.manifest and plan.output.manifest.with_digests(digests)
-    texts = {**plan.output.extra_files, **({MANIFEST: manifest.to_bytes()} if manifest else {})}
-    for name, text in texts.items():
-        write_file(folder / name, text)
-    for place in {folder / part for name in texts for part in Path(name).parents}:
-        sync(place)
-    copy_files(plan.checkpoint.folder, plan.checkpoint.side_files.copied, folder)
-    check_unchanged(plan.checkpoint.folder, plan.stamps, plan.checkpoint.side_files.left_behind)
-    return (*(file.name for file in plan.output.files), *texts, *plan.checkpoint.side_files.copied), manifest
+    contents = {**plan.output.extra_files, **({MANIFEST: manifest.to_bytes()} if manifest else {})}
+    for name, content in contents.items():
+        write_file(folder / name, content)
+    for parent in {folder / part for name in contents for part in Path(name).parents}:
+        sync(parent)
+    copy_files(checkpoint.folder, checkpoint.side_files.copied, folder)
+    check_unchanged(checkpoint.folder, plan.stamps, checkpoint.side_files.left_behind)
+    return (*(file.name for file in plan.output.files), *contents, *checkpoint.side_files.copied), manifest
 
 
 def _read_valid_journal(
     plan: ReshardPlan, journal_path: Path, regions: Sequence[Region], options: ReshardOptions
 ) -> JournalState:
-    """Return what the journal says, if the files bear it out."""
-    folder, kept = journal_path.parent, read_journal(journal_path)
-    if not kept.units:
-        return kept
-    work = islice(plan_units(plan.copy_plan, options.max_memory), kept.units)
-    if is_intact(plan.copy_plan, regions, work, kept.digests):
-        options.say(f"note: going on with {folder}, which an earlier run left")
-        return kept
-    options.say(f"note: {folder} was damaged after an earlier run left it, and is written anew")
-    return kept.reset()
+    """Return what the journal records if the files confirm it, otherwise an empty state."""
+    folder, state = journal_path.parent, read_journal(journal_path)
+    if not state.units:
+        return state
+    units = islice(plan_units(plan.copy_plan, options.max_memory), state.units)
+    if is_intact(plan.copy_plan, regions, units, state.digests):
+        options.say(f"note: continuing an earlier run's work in {folder}")
+        return state
+    options.say(f"note: {folder} was damaged after an earlier run left it; starting over")
+    return state.reset()
 
 
-def check_not_nested(source: Path, destination: Path) -> None:
-    """Refuse to replace the source or a folder that holds it, and to write into the source.
-
-    Raises:
-        DestinationError: the destination is such a place.
-    """
-    apart = source.resolve(), destination.resolve()
-    for one, other, what in ((*apart, "holds the source itself"), (*apart[::-1], "lies in the source")):
-        if one.is_relative_to(other):
-            raise DestinationError(f"{destination}: {what}", hint="name another folder", path=str(destination))
-
-
-def drop_empty_digests(digests: Mapping[str, str]) -> dict[str, str]:
-    """Return the digests of those tensors that a table moves a part of."""
-    empty = str(Digest())
-    return {name: text for name, text in digests.items() if text != empty}
-
-
-def _check_digests(content: Checkpoint, actual: Mapping[str, str]) -> None:
-    """Refuse a source that no longer holds the bytes it was written with, before anything of it is committed."""
-    differing = [name for name, digest in content.digests.items() if actual[name] != digest]
+def _check_digests(checkpoint: Checkpoint, actual: Mapping[str, str]) -> None:
+    """Refuse a source that no longer holds the bytes it was written with, before any of them is committed."""
+    differing = [name for name, digest in checkpoint.digests.items() if actual[name] != digest]
     if differing:
         raise MismatchError(
-            f"{content.folder}: {format_names(differing)} do not hold the bytes that the manifest's digests promise",
+            f"{checkpoint.folder}: {format_names(differing)} do not match the digests in the manifest",
             hint="the files were damaged after they were written; reshard from the original again",
             tensors=differing,
         )

@@ -1,4 +1,4 @@
-"""A checkpoint laid out for a target: the files of the result, one way for each layout."""
+"""What a checkpoint becomes: the target of a reshard, and the files of the result in each layout."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from plans.errors import MismatchError
+from plans.errors import MismatchError, UsageError
+from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint, Layout, OptimizerState, TensorInfo
 from runtime.checkpoint.config_record import get_config_record
-from runtime.checkpoint.copying.output_file import OutputFile
+from runtime.checkpoint.copying.copy_plan import OutputFile
 from runtime.checkpoint.dcp.writer import plan_dcp_files
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, check_distinct_names
-from runtime.checkpoint.hub.writer import build_default_form, build_index, plan_hub_files
+from runtime.checkpoint.hub.writer import Experts, build_default_form, build_index, plan_hub_files
 from runtime.checkpoint.manifest import Manifest, ManifestEntry
 from runtime.checkpoint.optimizer.writer import plan_optimizer_files
-from runtime.checkpoint.ranks.files import plan_rank_file as lay_out_rank
-from runtime.checkpoint.resharding.target import ReshardTarget
+from runtime.checkpoint.ranks.files import plan_rank_file
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
 from runtime.proof import prove
@@ -27,7 +27,54 @@ from runtime.proof import prove
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["OutputFiles", "plan_files"]
+    from runtime.checkpoint.open import OptimizerChoice
+
+__all__ = ["OutputFiles", "ReshardTarget", "plan_files"]
+
+
+@dataclass(frozen=True)
+class ReshardTarget:
+    """What a checkpoint becomes.
+
+    Args:
+        layout: the layout of the result: `hf` (hub form, which has no mesh), `dcp` or `ranks`.
+        mesh: the mesh whose ranks the result is for.
+        mode: which of the model's plans apply.
+        experts: how hub form stores experts; by default as the source did, or else as transformers does.
+        optimizer: whether to include the optimizer's state; by default it is included if there is one, except in
+            hub form.
+
+    Raises:
+        UsageError: hub form is given a mesh, or another layout is told how to store experts.
+    """
+
+    layout: Layout = "ranks"
+    mesh: Mesh = field(default_factory=Mesh)
+    mode: Mode = "tp"
+    experts: Experts | None = None
+    optimizer: bool | None = None
+
+    @property
+    def optimizer_choice(self) -> OptimizerChoice:
+        """What to do with the optimizer's state."""
+        if self.optimizer is None:
+            return "leave" if self.layout == "hf" else "include"
+        return "require" if self.optimizer else "leave"
+
+    def __post_init__(self) -> None:
+        if self.layout == "hf" and self.mesh != Mesh():
+            raise UsageError(
+                f"hub form stores whole tensors, but the mesh is {self.mesh}",
+                hint="omit `tp`, `ep` and `fsdp`, or choose `layout=dcp` or `layout=ranks`",
+                mesh=self.mesh.to_json(),
+            )
+        if self.layout != "hf" and self.experts:
+            raise UsageError(
+                f"`experts={self.experts}` applies to hub form only, but the layout is {self.layout}",
+                hint="omit it, or choose `layout=hf`",
+                layout=self.layout,
+            )
+
 
 _WHOLE = (Replicate(), Replicate())
 
@@ -37,10 +84,10 @@ class OutputFiles:
     """The files of a result, before they are written.
 
     Args:
-        files: with tensors.
-        resolved_plan: the plan that they are laid out by, None for hub form.
-        manifest: of the result, digests still empty; None for hub form.
-        extra_files: other files that are made, by name.
+        files: the files that hold tensors.
+        resolved_plan: the parallel plan that places the tensors; None in hub form.
+        manifest: the manifest of the result, its digests still empty; None in hub form.
+        extra_files: the content of the other generated files by name.
     """
 
     files: tuple[OutputFile, ...]
@@ -50,59 +97,59 @@ class OutputFiles:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """The names of all files that are made."""
+        """The names of all generated files."""
         manifest = (MANIFEST,) if self.manifest else ()
         return (*(file.name for file in self.files), *self.extra_files, *manifest)
 
 
 def plan_files(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
-    """Lay a checkpoint's tensors out in the files of a target.
+    """Plan which file of the result holds which tensors.
 
     Args:
-        checkpoint: what there is.
-        model: that it is of, on meta.
-        target: what it is to become.
+        checkpoint: the source.
+        model: the source's model, on the meta device.
+        target: what the source becomes.
 
     Raises:
-        FormError: a tensor of elements smaller than a byte would be cut within one, or groups do not divide.
-        CheckpointError: the tensors cannot be brought to hub form, or files would have one name.
-        PlanError: the plan does not resolve on this model and mesh.
+        TensorMapError: an element smaller than a byte would be cut, or packed groups do not divide by the mesh axis.
+        CheckpointError: the tensors cannot be converted to hub form, or two files would have the same name.
+        PlanError: the parallel plan does not resolve on this model and mesh.
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    laid = _PLANNERS[target.layout](checkpoint, model, target)
-    laid = replace(laid, extra_files={**laid.extra_files, **checkpoint.extra_files})
+    output = _PLANNERS[target.layout](checkpoint, model, target)
+    output = replace(output, extra_files={**output.extra_files, **checkpoint.extra_files})
     if checkpoint.optimizer is not None:
-        laid = _add_optimizer(laid, checkpoint.optimizer)
-    prove(_is_complete(laid, checkpoint), "a tensor would be left out")
-    check_distinct_names(checkpoint.folder, (*laid.file_names, *checkpoint.side_files.copied, MARKER))
-    return laid
+        output = _add_optimizer(output, checkpoint.optimizer)
+    prove(_is_complete(output, checkpoint), "a tensor would be left out")
+    check_distinct_names(checkpoint.folder, (*output.file_names, *checkpoint.side_files.copied, MARKER))
+    return output
 
 
 def _is_complete(output: OutputFiles, checkpoint: Checkpoint) -> bool:
-    """Return whether every tensor of the source, and of the plan, goes into some file, empty ones too."""
-    held = checkpoint.all_tensor_maps
+    """Return whether every tensor of the source and of the parallel plan goes into some file, empty ones too."""
+    tensor_maps = checkpoint.all_tensor_maps
     if output.resolved_plan is None:
-        used = {source for file in output.files for _, form in file.tensors for source in form.sources}
-        return all(used >= set(form.sources) for form in held.values())
-    laid_out = {at.name for file in output.files for at, _ in file.tensors}
+        used = {source for file in output.files for _, tensor_map in file.tensors for source in tensor_map.sources}
+        return all(used >= set(tensor_map.sources) for tensor_map in tensor_maps.values())
+    written = {destination.name for file in output.files for destination, _ in file.tensors}
     planned = {parameter.name for parameter in output.resolved_plan.parameters if parameter.kind != "tied"}
-    return laid_out >= planned | held.keys()
+    return written >= planned | tensor_maps.keys()
 
 
 def _add_optimizer(output: OutputFiles, state: OptimizerState) -> OutputFiles:
-    files, texts = plan_optimizer_files(state, output.resolved_plan)
+    files, extra_files = plan_optimizer_files(state, output.resolved_plan)
     manifest = output.manifest and replace(output.manifest, optimizer=dict.fromkeys(state.tensors, ""))
     return replace(
-        output, files=(*output.files, *files), manifest=manifest, extra_files={**output.extra_files, **texts}
+        output, files=(*output.files, *files), manifest=manifest, extra_files={**output.extra_files, **extra_files}
     )
 
 
 def _plan_hub(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
-    known = checkpoint.stored_form if target.experts is None else None
-    form = known or build_default_form(checkpoint, model, target.experts or "separate")
+    original = checkpoint.stored_form if target.experts is None else None
+    form = original or build_default_form(checkpoint, model, target.experts or "separate")
     index = build_index(form)
     files = plan_hub_files(checkpoint, model, form)
-    if known is not None:
+    if original is not None:  # its files keep their headers byte for byte
         files = tuple(replace(file, may_grow=False) for file in files)
     return OutputFiles(files, extra_files={INDEX: index} if index is not None else {})
 
@@ -111,7 +158,7 @@ def _plan_ranks(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardT
     resolved = _resolve_plan(model, target)
     manifest = _build_manifest(checkpoint, resolved)
     ranks = range(resolved.mesh.world_size)
-    files = (lay_out_rank(rank, resolved.mesh, manifest.tensors, checkpoint.tensor_maps) for rank in ranks)
+    files = (plan_rank_file(rank, resolved.mesh, manifest.tensors, checkpoint.tensor_maps) for rank in ranks)
     return OutputFiles(tuple(files), resolved, manifest)
 
 
@@ -124,13 +171,13 @@ def _plan_dcp(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTar
 
 
 def _resolve_plan(model: PreTrainedModel, target: ReshardTarget) -> ResolvedPlan:
-    """Resolve the model's plan; where no axis of a plan has more than one rank, a model may do without."""
+    """Resolve the model's plan; on a mesh without tensor or expert parallelism, a model needs none."""
     needs_none = target.mesh.tp == target.mesh.ep == 1 and not model.tp_plan
     return resolve(model, target.mesh, target.mode, Plan(target.mode, {}) if needs_none else None)
 
 
 def _build_manifest(checkpoint: Checkpoint, resolved_plan: ResolvedPlan) -> Manifest:
-    """Return the manifest of a result, digests still empty."""
+    """Return the manifest of the result, its digests still empty."""
     return Manifest(
         written_by=_read_versions(),
         model_type=resolved_plan.model_type,
@@ -138,7 +185,7 @@ def _build_manifest(checkpoint: Checkpoint, resolved_plan: ResolvedPlan) -> Mani
         dialect=resolved_plan.dialect,
         mesh=resolved_plan.mesh,
         plan=resolved_plan.plan,
-        tensors={name: _build_entry(name, held, resolved_plan) for name, held in checkpoint.tensors.items()},
+        tensors={name: _build_entry(name, info, resolved_plan) for name, info in checkpoint.tensors.items()},
         tied=checkpoint.tied,
         stored_form=checkpoint.stored_form,
         config=get_config_record(checkpoint),
@@ -146,7 +193,7 @@ def _build_manifest(checkpoint: Checkpoint, resolved_plan: ResolvedPlan) -> Mani
 
 
 def _build_entry(name: str, info: TensorInfo, resolved_plan: ResolvedPlan) -> ManifestEntry:
-    """Return what the manifest says of a tensor, carried ones whole."""
+    """Return the manifest's entry for a tensor; passthrough tensors stay whole."""
     parameter = resolved_plan.by_name[name] if info.kind != "carried" else None
     if parameter is None:
         return ManifestEntry(info.kind, info.dtype, info.shape, "dense", _WHOLE)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.conftest import HubFolder
 from tests.hub_server import TOKEN, Hub, serving
@@ -92,7 +93,7 @@ def test_sources_on_the_hub(hub: Hub, migrator: Migrator, hub_folder: HubFolder,
     assert "the same content" in again.out
     assert compared.code == 0
     assert json.loads(compared.out)["ok"] is True
-    plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)).execute(tmp_path / "local")
+    execute_reshard(plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)), tmp_path / "local")
     assert files(tmp_path / "out") == files(tmp_path / "local")
     assert json.loads(planned.out)["model_type"] == "qwen3_moe"
     # A plan needs the config alone, and nothing is fetched twice.

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.hub_server import serving
 
 
@@ -79,7 +80,7 @@ def test_a_report_that_cannot_be_written_is_one_clear_error(migrator, rank_folde
 
 
 def test_lossy_tensors_are_named_one_by_one(migrator, hub_folder, tmp_path):
-    plan_reshard(hub_folder("qwen3_moe"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub_folder("qwen3_moe"), target=ReshardTarget("dcp", Mesh(tp=2))), tmp_path / "dcp")
     sorted((tmp_path / "dcp").glob("shard-*.safetensors"))[-1].unlink()
     code, output, errors = migrator("inspect", tmp_path / "dcp", "--report", tmp_path / "report.html")
     assert (code, errors) == (1, [f"wrote {tmp_path / 'report.html'}"])

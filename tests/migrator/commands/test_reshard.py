@@ -153,7 +153,7 @@ def test_only_overwrite_replaces(migrator, hub_folder, tmp_path):
     assert "--overwrite" in errors[1]
     code, _, errors = migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")
     assert (code, (out / "mine").exists()) == (2, True)
-    assert "holds 'mine', which would be lost" in errors[-2]
+    assert "contains 'mine', which would be lost" in errors[-2]
     (out / "mine").unlink()
     assert migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")[0] == 0
     assert sorted(path.name for path in out.glob("*.safetensors"))[-1] == "rank-00003-of-00004.safetensors"
@@ -171,7 +171,7 @@ def test_a_source_is_never_replaced(migrator, hub_folder, tmp_path, inside):
     before = content(hub)
     code, _, errors = migrator("reshard", hub, out, *RANKS, "--overwrite")
     assert code == 2
-    assert "holds the source" in errors[-2]
+    assert "contains the source" in errors[-2]
     assert content(hub) == before
 
 
@@ -181,7 +181,7 @@ def test_what_is_no_checkpoint_is_never_replaced(migrator, hub_folder, tmp_path)
     (out / "thesis.tex").touch()
     code, _, errors = migrator("reshard", hub_folder("llama"), out, *RANKS, "--overwrite")
     assert (code, (out / "thesis.tex").exists()) == (2, True)
-    assert "no checkpoint" in errors[0]
+    assert "not a checkpoint" in errors[0]
 
 
 SLOW = """
@@ -218,7 +218,7 @@ def test_a_stopped_run_says_how_to_go_on(migrator, hub_folder, tmp_path, number)
     assert not out.exists()
     code, _, said = migrator(*arguments)
     assert code == 0
-    assert any("going on" in line for line in said)
+    assert any("continuing an earlier run" in line for line in said)
     assert migrator("reshard", hub, tmp_path / "undisturbed", *RANKS)[0] == 0
     assert content(out) == content(tmp_path / "undisturbed")
 

@@ -47,7 +47,7 @@ def test_a_signal_stops_a_step_where_the_next_run_goes_on(hub_folder, tmp_path, 
     heard = []
     results = jobs.run_files([first, second], heard.append)
     assert [outcomes(one) for one in results] == [{"reshard": "ok", "verify": "ok"}, {"check": "ok"}]
-    assert any("going on with" in str(event.data.get("text")) for event in heard)
+    assert any("continuing an earlier run" in str(event.data.get("text")) for event in heard)
 
 
 def test_a_signal_ends_at_once_what_writes_nothing(rank_folder, tmp_path):

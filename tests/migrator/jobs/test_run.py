@@ -145,7 +145,7 @@ def test_only_what_the_job_itself_wrote_is_replaced(hub_folder, tmp_path):
     assert outcomes(found) == {"reshard": "failed", "verify": "not run"}
     assert (found.code, found.steps[0].why) == (2, "what it wrote is no longer there, or was changed")
     assert isinstance(found.steps[0].error, DestinationError)
-    assert "exists already" in found.steps[0].said
+    assert "already exists" in found.steps[0].said
     shutil.rmtree(tmp_path / "move.job/checkpoint")
     assert outcomes(run(file)) == {"reshard": "ok", "verify": "ok"}
 
@@ -164,7 +164,7 @@ def test_a_result_that_is_right_already_is_kept(hub_folder, tmp_path):
     ):  # of the second the files' names are the same
         (tmp_path / "move.job/state.json").unlink()
         job_file(tmp_path, f'[reshard]\nsource = "{hub_folder("llama")}"\n{other}\n')
-        assert "exists already" in run(file).steps[0].said
+        assert "already exists" in run(file).steps[0].said
 
 
 @pytest.mark.parametrize("layout", ["hf", "dcp", "ranks"])
@@ -182,12 +182,12 @@ def test_a_result_that_was_tampered_with_is_not_adopted(hub_folder, tmp_path, la
                 continue
             (tmp_path / "move.job/state.json").unlink()
             path.write_bytes(changed)
-            assert "exists already" in run(file).steps[0].said, path
+            assert "already exists" in run(file).steps[0].said, path
             path.write_bytes(content)
     (tmp_path / "move.job/state.json").unlink()
     (folder / "generation_config.json").unlink()
     os.mkfifo(folder / "generation_config.json")
-    assert "exists already" in run(file).steps[0].said
+    assert "already exists" in run(file).steps[0].said
 
 
 def test_what_tells_of_a_step_is_made_again_when_it_is_gone(hub_folder, tmp_path):
@@ -277,7 +277,7 @@ def test_a_run_that_was_killed_is_gone_on_with(hub_folder, tmp_path):
     assert whys(result)["reshard"] == "its run was killed"
     notes = [event.data["text"] for event in heard if event.name == "note"]
     assert len(notes) == 1
-    assert "going on with" in notes[0]
+    assert "continuing an earlier run" in notes[0]
 
 
 def test_a_failed_step_ends_its_job_and_is_run_again(hub_folder, tmp_path):

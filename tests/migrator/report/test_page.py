@@ -17,6 +17,7 @@ from migrator.report.shard_map import format_ranks
 from migrator.terminal.text import format_bytes, sanitize
 from plans.errors import DestinationError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.migrator.report.samples import HOSTILE, a_report, lossy
@@ -152,7 +153,7 @@ def test_the_report_of_a_reshard(rank_folder, hub_folder, tmp_path):
     dry = build_reshard_report(plan)
     assert [view.title for view in dry.views] == ["in the source", "planned for the result"]
     assert (dry.ok, list(dry.timings)) == (None, ["planning"])
-    done = build_reshard_report(plan, plan.execute(tmp_path / "out"))
+    done = build_reshard_report(plan, execute_reshard(plan, tmp_path / "out"))
     assert [len(view.rank_bytes) for view in done.views] == [2, 4]
     assert list(done.timings) == ["planning", "copying", "syncing"]
     assert (done.ok, len(done.digests)) == (True, 36)

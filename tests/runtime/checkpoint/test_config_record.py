@@ -14,8 +14,9 @@ from plans.errors import CheckpointError, HeaderError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.strict_json import is_nested_deeper
 from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.conftest import HubFolder
@@ -33,7 +34,7 @@ IN_OTHER_WORDS = {"use_cache": False, "eos_token_id": 3, "transformers_version":
 
 @pytest.fixture(params=TARGETS)
 def laid(request: pytest.FixtureRequest, hub_folder: HubFolder, tmp_path: Path) -> Path:
-    plan_reshard(hub_folder("qwen3_moe"), target=TARGETS[request.param]).execute(tmp_path / "laid")
+    execute_reshard(plan_reshard(hub_folder("qwen3_moe"), target=TARGETS[request.param]), tmp_path / "laid")
     return tmp_path / "laid"
 
 
@@ -86,21 +87,21 @@ def test_a_manifest_without_a_record_and_a_folder_without_a_config_are_read(laid
 
 
 def test_a_model_type_that_is_not_known_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
-    plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)).execute(tmp_path / "laid")
+    execute_reshard(plan_reshard(hub_folder("qwen3_moe"), Mesh(tp=2)), tmp_path / "laid")
     edit(tmp_path / "laid", "config.json", lambda config: config.update(model_type="qwen9"))
     assert named(tmp_path / "laid") == {"model_type"}
 
 
 def test_a_record_goes_along_and_a_change_is_named_in_every_result(laid: Path, tmp_path: Path) -> None:
     again = plan_reshard(laid, target=TARGETS["ranks"])
-    again.execute(tmp_path / "again")
+    execute_reshard(again, tmp_path / "again")
     assert again.config_changes == ()
     assert read_manifest(tmp_path / "again").config == json.loads((laid / "config.json").read_bytes())
     edit(laid, "config.json", lambda config: config.update(CHANGES))
     for name, target in TARGETS.items():
         plan = plan_reshard(laid, target=target)
         assert {one.key for one in plan.config_changes} == CHANGED
-        plan.execute(tmp_path / name)
+        execute_reshard(plan, tmp_path / name)
         assert (tmp_path / name / "config.json").read_bytes() == (laid / "config.json").read_bytes()
         assert read_manifest(tmp_path / name).config == read_manifest(laid).config
         assert named(tmp_path / name) == CHANGED
@@ -110,7 +111,7 @@ def test_numbers_that_json_has_not_are_recorded(hub_folder: HubFolder, tmp_path:
     hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
     text = (hub / "config.json").read_text()
     (hub / "config.json").write_text(text.replace("{", '{"time_step_limit": [0.0, Infinity], ', 1))
-    plan_reshard(hub, Mesh(tp=2)).execute(tmp_path / "laid")
+    execute_reshard(plan_reshard(hub, Mesh(tp=2)), tmp_path / "laid")
     assert read_manifest(tmp_path / "laid").config["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     assert named(tmp_path / "laid") == set()
     text = (tmp_path / "laid/config.json").read_text()
@@ -127,7 +128,7 @@ def deep(levels: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("lie", [[], "text", 3, deep(33), {"list": [[deep(31)]]}], ids=["list", "text", "3", "a", "b"])
 def test_a_record_that_is_none_is_refused(lie: object, hub_folder: HubFolder, tmp_path: Path) -> None:
-    plan_reshard(hub_folder("llama"), Mesh(tp=2)).execute(tmp_path / "laid")
+    execute_reshard(plan_reshard(hub_folder("llama"), Mesh(tp=2)), tmp_path / "laid")
     edit(tmp_path / "laid", "migrator.json", lambda manifest: manifest.update(config=lie))
     with pytest.raises(HeaderError, match=r"migrator\.json: config is not an object nested at most 32 deep"):
         read_manifest(tmp_path / "laid")
@@ -155,7 +156,7 @@ def test_levels_are_counted() -> None:
 def test_a_config_that_cannot_be_compared_is_an_error(
     text: str, match: str, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder("llama"), Mesh(tp=2)).execute(tmp_path / "laid")
+    execute_reshard(plan_reshard(hub_folder("llama"), Mesh(tp=2)), tmp_path / "laid")
     (tmp_path / "laid/config.json").write_text(text)
     with pytest.raises(CheckpointError, match=rf"config\.json: {match}"):
         verify(tmp_path / "laid")

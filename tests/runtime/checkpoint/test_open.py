@@ -18,9 +18,10 @@ from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.file_names import MANIFEST, check_distinct_names, is_weight_file
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.files.strict_json import parse_strict_json
-from runtime.checkpoint.resharding import output_files as laid_out
+from runtime.checkpoint.resharding import output_files
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 
 Change = Callable[[dict[str, Any]], object]
@@ -77,8 +78,8 @@ def test_a_tensor_that_a_layout_forgets_is_not_lost(rank_folder: RankFolder, mon
         object.__setattr__(first, "tensors", first.tensors[1:])
         return laid
 
-    whole = laid_out._PLANNERS["hf"]
-    monkeypatch.setitem(laid_out._PLANNERS, "hf", forgetful)  # type: ignore[misc, arg-type]
+    whole = output_files._PLANNERS["hf"]
+    monkeypatch.setitem(output_files._PLANNERS, "hf", forgetful)  # type: ignore[misc, arg-type]
     with pytest.raises(AssertionError, match="left out"):
         plan_reshard(rank_folder("qwen2", 2), target=ReshardTarget("hf"))
 
@@ -86,7 +87,7 @@ def test_a_tensor_that_a_layout_forgets_is_not_lost(rank_folder: RankFolder, mon
 def test_files_of_a_result_are_apart(tmp_path: Path) -> None:
     check_distinct_names(tmp_path, ["a", "b/c", "b/d"])
     for names in (["a", "b", "a"], ["a.safetensors", "a.safetensors/b"]):
-        with pytest.raises(CheckpointError, match="two of 'a"):
+        with pytest.raises(CheckpointError, match=r"would contain 'a(\.safetensors)?' twice"):
             check_distinct_names(tmp_path, names)
 
 
@@ -95,7 +96,7 @@ def test_a_folder_of_side_files_is_in_the_way_of_a_weight_file(rank_folder: Rank
     file = json.loads((folder / MANIFEST).read_text())["stored_form"]["files"][0]
     (folder / file).mkdir()
     (folder / file / "notes.txt").touch()
-    with pytest.raises(CheckpointError, match="two of"):
+    with pytest.raises(CheckpointError, match=r"would contain .* twice"):
         plan_reshard(folder, target=ReshardTarget("hf"))
 
 
@@ -114,7 +115,7 @@ def test_a_config_of_endless_layers_is_refused_before_they_are_built(rank_folder
 
 @pytest.mark.parametrize("part", [b"[],", b'"%d":1,', b"1.5,"])
 def test_json_of_too_many_parts_is_refused_before_it_is_parsed(part: bytes, tmp_path: Path) -> None:
-    with pytest.raises(HeaderError, match="more parts"):
+    with pytest.raises(HeaderError, match="more values"):
         parse_strict_json(b"[" + part * 20_000_000, tmp_path / "model.safetensors")
 
 
@@ -131,5 +132,5 @@ def test_a_carried_tensor_that_torch_cannot_have_goes_to_hub_form(hub_folder: Hu
     header["odd"] = {"dtype": "I64", "shape": [0, 2**62, 4], "data_offsets": [0, 0]}
     text = json.dumps(header).encode()
     (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    plan_reshard(source, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf", experts="fused")), tmp_path / "out")
     assert read_header(tmp_path / "out" / "model.safetensors").tensors["odd"].shape == (0, 2**62, 4)

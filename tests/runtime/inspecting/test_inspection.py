@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.inspecting.inspection import inspect_checkpoint
 from tests.runtime.checkpoint.optimizer.test_optimizer import with_state
 
@@ -31,7 +32,7 @@ def stored_bytes(folder: Path, pattern: str) -> list[int]:
 
 
 def dcp(hub, tmp_path, target=TP_EP):
-    plan_reshard(hub, target=target).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub, target=target), tmp_path / "dcp")
     return tmp_path / "dcp"
 
 
@@ -68,7 +69,7 @@ def test_rank_files_need_no_config(rank_folder, tmp_path):
 def test_a_distributed_checkpoint_says_its_mesh_and_mode(hub_folder, tmp_path):
     hub = hub_folder("qwen3_moe")
     found = inspect_checkpoint(dcp(hub, tmp_path))
-    plan_reshard(hub, target=ReshardTarget("ranks", TP_EP.mesh, "tp_ep")).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(hub, target=ReshardTarget("ranks", TP_EP.mesh, "tp_ep")), tmp_path / "ranks")
     assert found.current is not None
     assert (found.layout, found.current.mode, found.current.mesh) == ("dcp", "tp_ep", TP_EP.mesh)
     assert list(found.current.rank_bytes) == stored_bytes(tmp_path / "ranks", "rank-*.safetensors")
@@ -80,7 +81,7 @@ def test_a_distributed_checkpoint_says_its_mesh_and_mode(hub_folder, tmp_path):
 def test_a_plan_for_another_mesh_is_what_reshard_would_make(rank_folder, tmp_path):
     folder = rank_folder("qwen3_moe", 2)
     found = inspect_checkpoint(folder, Mesh(tp=2, ep=2), "tp_ep")
-    plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "tp_ep")), tmp_path / "out")
     made = inspect_checkpoint(tmp_path / "out")
     assert made.current is not None
     assert found.planned is not None
@@ -98,7 +99,7 @@ def test_tied_and_carried_tensors_are_told(hub_folder, tmp_path):
     listing = json.loads(index.read_text())
     listing["weight_map"]["mtp.weight"] = path.name
     index.write_text(json.dumps(listing))
-    plan_reshard(hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(hub, Mesh(tp=2)), tmp_path / "ranks")
     for folder in (hub, tmp_path / "ranks"):
         found = inspect_checkpoint(folder)
         assert found.tied == {"lm_head.weight": "model.embed_tokens.weight"}
@@ -137,7 +138,7 @@ def test_a_config_of_another_model_is_refused_where_a_plan_is_asked_for(rank_fol
 
 def test_an_optimizer_beside_the_model_is_told_of(hub_folder, tmp_path):
     hub = with_state(Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub")), torch.optim.AdamW)
-    plan_reshard(hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(hub, Mesh(tp=2)), tmp_path / "ranks")
     at_hub, at_ranks = inspect_checkpoint(hub), inspect_checkpoint(tmp_path / "ranks")
     assert at_hub.optimizer is not None
     assert at_hub.optimizer.stateless == ()

@@ -17,8 +17,9 @@ from plans.errors import CheckpointError, HeaderError, IncompleteError, Mismatch
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.open import open_checkpoint
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.loader.replicated import assign_by_size
 from runtime.models.config import read_config
 from runtime.models.dtypes import DTYPES
@@ -69,7 +70,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder) ->
     def resharded(name: str, target: ReshardTarget) -> Path:
         if (name, target) not in folders:
             folders[name, target] = tmp_path_factory.mktemp(name) / f"{target.layout} {target.mode} {target.mesh}"
-            plan_reshard(hub_folder(name), target=target).execute(folders[name, target])
+            execute_reshard(plan_reshard(hub_folder(name), target=target), folders[name, target])
         return folders[name, target]
 
     return resharded
@@ -160,7 +161,7 @@ def test_carried_tensors_are_passed_over(hub_folder: HubFolder, tmp_path: Path) 
     index = json.loads((hub / "model.safetensors.index.json").read_text())
     index["weight_map"]["mtp.weight"] = "model-00001-of-00003.safetensors"
     (hub / "model.safetensors.index.json").write_text(json.dumps(index))
-    plan_reshard(hub).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(hub), tmp_path / "ranks")
     for folder in (hub, tmp_path / "ranks"):
         runtime.load(meta_model(read_config(hub)), folder)
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.tensor_map import tensor_map as extents
-from runtime.tensor_map.shards import reassemble, shard_for_rank
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
+from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, reassemble, shard_for_rank, whole
 
 Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
 

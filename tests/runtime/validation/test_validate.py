@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.runtime import rank_cases
 from tests.runtime.rank_pool import RankPool
@@ -137,7 +138,7 @@ def test_damage_in_a_module_that_does_not_run_is_named_with_its_rank(
 def test_a_model_without_a_head_is_judged_by_its_last_hidden_state(
     two_ranks: RankPool, headless_hub: Path, tmp_path: Path
 ) -> None:
-    plan_reshard(headless_hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(headless_hub, Mesh(tp=2)), tmp_path / "ranks")
     for reference in (headless_hub, None):
         result = two_ranks.run(validation_cases.validate, tmp_path / "ranks", reference)[0]
         assert result["ok"], result
@@ -148,7 +149,7 @@ def test_a_model_without_a_head_is_judged_by_its_last_hidden_state(
 def test_a_reference_with_another_output_is_refused(
     two_ranks: RankPool, hub_folder: HubFolder, headless_hub: Path, tmp_path: Path
 ) -> None:
-    plan_reshard(headless_hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(headless_hub, Mesh(tp=2)), tmp_path / "ranks")
     with pytest.raises(UsageError, match=r"logits are .* last_hidden_state"):
         two_ranks.run(validation_cases.validate, tmp_path / "ranks", hub_folder("llama"))
 
@@ -340,7 +341,7 @@ def llava_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=100)
     torch.manual_seed(0)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder / "hub")
-    plan_reshard(folder / "hub", Mesh(tp=2)).execute(folder / "ranks")
+    execute_reshard(plan_reshard(folder / "hub", Mesh(tp=2)), folder / "ranks")
     return folder / "ranks"
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from plans.errors import CheckpointError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
@@ -43,7 +44,7 @@ def test_a_config_that_was_changed_after_the_layout(
 ) -> None:
     layout, entries, keys = CASES[name]
     if layout == "dcp":
-        plan_reshard(hub_folder(name), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "out")
+        execute_reshard(plan_reshard(hub_folder(name), target=ReshardTarget("dcp", Mesh(tp=2))), tmp_path / "out")
     else:
         shutil.copytree(rank_folder(name, 2), tmp_path / "out")
     found = two_ranks.run(validation_cases.validate, edit(tmp_path / "out", **entries))[0]

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import CheckpointError, IndivisibleError, UsageError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.validation.outputs import generate_tokens, sample_tokens
 from runtime.validation.request import ValidationRequest
 from tests.runtime.rank_pool import RankPool
@@ -34,7 +35,7 @@ def test_a_rank_file_of_another_run(
 ) -> None:
     folder = copied(rank_folder("olmoe", 2), tmp_path)
     tiny_model(tiny_config("olmoe"), seed=99).save_pretrained(tmp_path / "other")
-    plan_reshard(tmp_path / "other", Mesh(tp=2)).execute(tmp_path / "other-ranks")
+    execute_reshard(plan_reshard(tmp_path / "other", Mesh(tp=2)), tmp_path / "other-ranks")
     shutil.copy(tmp_path / "other-ranks" / "rank-00001-of-00002.safetensors", folder)
     found = two_ranks.run(validation_cases.validate, folder, hub_folder("olmoe"))[0]
     assert found["structure"]["ok"]
@@ -52,7 +53,7 @@ def test_a_whole_checkpoint_of_another_run_shows_in_content_and_forward(
     two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
     tiny_model(tiny_config("olmoe"), seed=99).save_pretrained(tmp_path / "other")
-    plan_reshard(tmp_path / "other", Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(tmp_path / "other", Mesh(tp=2)), tmp_path / "ranks")
     found = two_ranks.run(validation_cases.validate, tmp_path / "ranks", hub_folder("olmoe"))[0]
     assert wrong_parts(found) == {"content", "forward", "backward", "generation"}
     assert found["content"]["with_reference"]["different"] == len(found["content"]["mismatches"])
@@ -72,7 +73,7 @@ def test_a_row_that_no_token_reaches_is_held_against_the_reference(
             tensors[name][unread(reference)] = value
             save_file(tensors, path, {"format": "pt"})
     if layout == "ranks":
-        plan_reshard(folder, Mesh(tp=2)).execute(tmp_path / "ranks")
+        execute_reshard(plan_reshard(folder, Mesh(tp=2)), tmp_path / "ranks")
         folder = tmp_path / "ranks"
     found = two_ranks.run(validation_cases.validate, folder, reference)[0]
     assert wrong_parts(found) == {"content"}
@@ -135,7 +136,7 @@ def test_a_damaged_reference_is_no_finding_of_the_checkpoint(
     manifest["tensors"]["model.norm.weight"]["dtype"] = "F16"
     edit_json(contradictory / "migrator.json", tensors=manifest["tensors"])
     lossy = tmp_path / "dcp"
-    plan_reshard(hub_folder("mixtral"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(lossy)
+    execute_reshard(plan_reshard(hub_folder("mixtral"), target=ReshardTarget("dcp", Mesh(tp=2))), lossy)
     (lossy / "migrator.json").unlink()
     name = f"{EXPERTS}.down_proj"
     drop(next(path for path in lossy.glob("*.safetensors") if name in load_file(path)), name)
@@ -148,7 +149,9 @@ def test_a_damaged_reference_is_no_finding_of_the_checkpoint(
 def test_one_flipped_bit_in_any_file_is_named(
     layout: Any, two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder("olmoe"), target=ReshardTarget(layout, Mesh(tp=2, ep=2), "tp_ep")).execute(tmp_path / "out")
+    execute_reshard(
+        plan_reshard(hub_folder("olmoe"), target=ReshardTarget(layout, Mesh(tp=2, ep=2), "tp_ep")), tmp_path / "out"
+    )
     path = sorted((tmp_path / "out").glob("*.safetensors"))[-1]
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -232,7 +235,7 @@ def test_memory_that_is_not_as_predicted(two_ranks: RankPool, rank_folder: RankF
 def test_a_distributed_checkpoint_without_all_rows_is_lossy(
     two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder("olmoe"), target=ReshardTarget("dcp", Mesh(tp=2))).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub_folder("olmoe"), target=ReshardTarget("dcp", Mesh(tp=2))), tmp_path / "dcp")
     (tmp_path / "dcp" / "migrator.json").unlink()
     name = f"{EXPERTS}.down_proj"
     path = next(path for path in (tmp_path / "dcp").glob("*.safetensors") if name in load_file(path))

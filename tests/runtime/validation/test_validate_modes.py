@@ -11,8 +11,9 @@ import torch
 
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.checkpoint import Layout
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.validation.results import PARTS
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
@@ -142,7 +143,7 @@ def laid_out(tmp_path: Path) -> LaidOut:
     def folder(hub: Path, layout: Layout, mesh: Mesh, mode: Mode) -> Path:
         if layout == "hf":
             return hub
-        plan_reshard(hub, target=ReshardTarget(layout, mesh, mode)).execute(tmp_path / layout)
+        execute_reshard(plan_reshard(hub, target=ReshardTarget(layout, mesh, mode)), tmp_path / layout)
         return tmp_path / layout
 
     return folder

@@ -15,12 +15,12 @@ from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.processes.group import select_device
 from runtime.styles.placements import cut_local_shard
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import chunk_bounds, whole
+from runtime.tensor_map.tensor_map import chunk_bounds, shard_for_rank, whole
 from runtime.validation import local as room
 from runtime.validation.local import compute_local_digest
 from runtime.validation.request import resolve_mesh
@@ -128,5 +128,5 @@ def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch:
 @pytest.fixture(scope="module")
 def expert_ranks(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts") / "ranks"
-    plan_reshard(hub_folder("mixtral"), target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "ep")).execute(folder)
+    execute_reshard(plan_reshard(hub_folder("mixtral"), target=ReshardTarget("ranks", Mesh(tp=2, ep=2), "ep")), folder)
     return folder

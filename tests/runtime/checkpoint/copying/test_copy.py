@@ -20,14 +20,11 @@ from runtime.checkpoint.copying import copy
 from runtime.checkpoint.copying.copy import execute_copy_plan, plan_units
 from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
 from runtime.checkpoint.copying.read_back import is_intact
-from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
+from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion, OpenFiles, build_regions
 from runtime.checkpoint.copying.strided import Bytes
-from runtime.checkpoint.copying.writing import build_regions
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import read_header
-from runtime.tensor_map import tensor_map as extents
-from runtime.tensor_map.tensor_map import TensorMap, whole
+from runtime.tensor_map.tensor_map import TensorMap, concatenate, narrow, stack, transpose, whole
 
 GAPS = ("transposed", "joined columns", "stacked", "halved and interleaved")
 
@@ -48,27 +45,25 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
 
 def fused() -> tuple[TensorMap, Callable[[dict[str, torch.Tensor]], torch.Tensor]]:
     pair = [whole("a", (12, 10)), whole("b", (12, 10))]
-    return extents.concatenate(pair, 1), lambda t: torch.cat([t["a"], t["b"]], 1)
+    return concatenate(pair, 1), lambda t: torch.cat([t["a"], t["b"]], 1)
 
 
 CASES: dict[str, tuple[TensorMap, Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
     "whole": (whole("a", (12, 10)), lambda t: t["a"]),
-    "rows": (extents.narrow(whole("byte", (7, 9)), 0, 2, 4), lambda t: t["byte"][2:6]),
-    "columns": (extents.narrow(whole("long", (5, 6)), 1, 1, 3), lambda t: t["long"][:, 1:4]),
-    "odd columns": (extents.narrow(whole("byte", (7, 9)), 1, 2, 5), lambda t: t["byte"][:, 2:7]),
-    "transposed": (extents.transpose(whole("a", (12, 10)), 0, 1), lambda t: t["a"].T),
+    "rows": (narrow(whole("byte", (7, 9)), 0, 2, 4), lambda t: t["byte"][2:6]),
+    "columns": (narrow(whole("long", (5, 6)), 1, 1, 3), lambda t: t["long"][:, 1:4]),
+    "odd columns": (narrow(whole("byte", (7, 9)), 1, 2, 5), lambda t: t["byte"][:, 2:7]),
+    "transposed": (transpose(whole("a", (12, 10)), 0, 1), lambda t: t["a"].T),
     "joined columns": fused(),
     "stacked": (
-        extents.stack([whole("a", (12, 10)), whole("b", (12, 10))], 1),
+        stack([whole("a", (12, 10)), whole("b", (12, 10))], 1),
         lambda t: torch.stack([t["a"], t["b"]], 1),
     ),
     "halved and interleaved": (
-        extents.stack(
-            [extents.narrow(whole("a", (12, 10)), 1, 0, 5), extents.narrow(whole("b", (12, 10)), 1, 5, 5)], 2
-        ),
+        stack([narrow(whole("a", (12, 10)), 1, 0, 5), narrow(whole("b", (12, 10)), 1, 5, 5)], 2),
         lambda t: torch.stack([t["a"][:, :5], t["b"][:, 5:]], 2),
     ),
-    "empty": (extents.narrow(whole("a", (12, 10)), 0, 12, 0), lambda t: t["a"][12:]),
+    "empty": (narrow(whole("a", (12, 10)), 0, 12, 0), lambda t: t["a"][12:]),
 }
 
 
@@ -130,18 +125,18 @@ def test_what_is_kept_has_reached_its_place(
     with OpenFiles(tmp_path) as files:
         regions = build_regions(tables.destinations, files, list(digests.values()))
 
-        class Keeper:
+        class EveryUnit:
             units = 0
 
             def is_due(self) -> bool:
                 return True
 
             def record(self, units: int, bytes_done: int) -> None:
-                said = {name: str(digest) for name, digest in digests.items()}
-                assert is_intact(tables, regions, islice(plan_units(tables, 2**20), units), said)
+                expected = {name: str(digest) for name, digest in digests.items()}
+                assert is_intact(tables, regions, islice(plan_units(tables, 2**20), units), expected)
                 kept.append(units)
 
-        execute_copy_plan(tables, regions, max_memory=2**20, recorder=Keeper())
+        execute_copy_plan(tables, regions, max_memory=2**20, recorder=EveryUnit())
     assert kept == list(range(1, 1 + sum(1 for _ in plan_units(tables, 2**20))))
     assert len(kept) > 5
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp.safetensors import build_sharding_metadata
+from runtime.checkpoint.dcp.storage import build_sharding_metadata
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, find_shard_files, get_shard_file_name
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 from tests.runtime.checkpoint.dcp import dcp_cases
@@ -111,7 +112,7 @@ def test_transformers_loads_what_we_write(
     if family == "llama":
         target = target.replace(" ep4", "")
     hub = hub_folder(family)
-    plan_reshard(hub, target=DCP[target]).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub, target=DCP[target]), tmp_path / "dcp")
     assert_equal(state_of(tmp_path / "dcp"), state_of(hub))
     for sizes in ({"tp_size": 2}, {"fsdp_size": 2}):
         assert two_ranks.run(dcp_cases.differing, tmp_path / "dcp", hub, sizes) == [[], []], sizes
@@ -121,14 +122,14 @@ def test_transformers_loads_what_we_write(
 def test_torch_loads_what_we_write(
     family: str, target: str, hub_folder: HubFolder, two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    plan_reshard(hub_folder(family), target=DCP[target]).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub_folder(family), target=DCP[target]), tmp_path / "dcp")
     wrong = two_ranks.run(dcp_cases.wrong_after_torch_load, tmp_path / "dcp", hub_folder(family), 2)
     assert wrong == [[], []]
 
 
 def assert_comes_through(folder: Path, out: Path, hub: Path) -> None:
     """Bring a foreign checkpoint to hub form and to ranks, and demand that nothing of the model changed on the way."""
-    plan_reshard(folder, target=HUB).execute(out / "hub")
+    execute_reshard(plan_reshard(folder, target=HUB), out / "hub")
     assert_equal(state_of(out / "hub"), state_of(hub))
     over = walk(folder, [TARGETS["tp2"], DCP["fsdp3"], HUB], out / "over")[-1]
     assert dict(files(over)) == dict(files(out / "hub"))
@@ -153,7 +154,7 @@ def test_transformers_on_four_ranks_and_we_read_each_other(
     hub = hub_folder("qwen3_moe")
     four_ranks.run(dcp_cases.save_with_transformers, hub, tmp_path / "saved", sizes)
     assert_comes_through(tmp_path / "saved", tmp_path, hub)
-    plan_reshard(hub, target=DCP["sp2 ep4 fsdp4"]).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub, target=DCP["sp2 ep4 fsdp4"]), tmp_path / "dcp")
     assert four_ranks.run(dcp_cases.differing, tmp_path / "dcp", hub, sizes) == [[], [], [], []]
 
 
@@ -182,20 +183,20 @@ def test_a_distributed_checkpoint_is_a_reference(
     hub_folder: HubFolder, rank_folder: RankFolder, two_ranks: RankPool, tmp_path: Path
 ) -> None:
     """It is put together here: transformers would wait for the other ranks."""
-    plan_reshard(hub_folder("llama"), target=DCP["tp2"]).execute(tmp_path / "dcp")
+    execute_reshard(plan_reshard(hub_folder("llama"), target=DCP["tp2"]), tmp_path / "dcp")
     result = two_ranks.run(validation_cases.validate, rank_folder("llama", 2), tmp_path / "dcp")[0]
     assert result["ok"], result
 
 
 @pytest.fixture
 def shards(hub_folder: HubFolder, tmp_path: Path) -> Path:
-    plan_reshard(hub_folder("llama"), target=DCP["tp2"]).execute(tmp_path / "llama")
+    execute_reshard(plan_reshard(hub_folder("llama"), target=DCP["tp2"]), tmp_path / "llama")
     return tmp_path / "llama"
 
 
 @pytest.fixture
 def packed(hub_folder: HubFolder, tmp_path: Path) -> Path:
-    plan_reshard(hub_folder("qwen3_moe"), target=DCP["tp2"]).execute(tmp_path / "packed")
+    execute_reshard(plan_reshard(hub_folder("qwen3_moe"), target=DCP["tp2"]), tmp_path / "packed")
     return tmp_path / "packed"
 
 
@@ -252,19 +253,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
     "an offset of another number of dims": (
         lambda folder: edit(folder, SECOND, lambda t, o: o.update({EMBEDDING: [51]})),
         HeaderError,
-        "does not say where",
+        "does not give the offset",
     ),
     "a negative offset": (
         lambda folder: edit(folder, SECOND, lambda t, o: o.update({EMBEDDING: [-51, 0]})),
         HeaderError,
-        "does not say where",
+        "does not give the offset",
     ),
     "an offset that is no number": (
         lambda folder: edit(folder, SECOND, lambda t, o: o.update({EMBEDDING: [True, "0"]})),
         HeaderError,
-        "does not say where",
+        "does not give the offset",
     ),
-    "no offset": (lambda folder: edit(folder, SECOND, lambda t, o: o.pop(EMBEDDING)), HeaderError, "does not say"),
+    "no offset": (lambda folder: edit(folder, SECOND, lambda t, o: o.pop(EMBEDDING)), HeaderError, "does not give"),
     "a cut file": (
         lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-1]),
         IncompleteError,
@@ -325,7 +326,7 @@ def test_copies_must_be_equal(shards: Path, tmp_path: Path) -> None:
     edit(shards, SECOND, lambda tensors, offsets: copied_over(tensors, offsets, shards, "model.norm.weight"))
     # norms have one dim
     edit(shards, SECOND, lambda tensors, offsets: offsets.update({"model.norm.weight": [0]}))
-    plan_reshard(shards, target=HUB).execute(tmp_path / "hub")
+    execute_reshard(plan_reshard(shards, target=HUB), tmp_path / "hub")
     edit(shards, SECOND, lambda tensors, offsets: tensors["model.norm.weight"].add_(1))
     with pytest.raises(MismatchError, match=r"'model.norm.weight' at \[0\] is in .* with other values"):
         plan_reshard(shards, target=HUB)
@@ -339,17 +340,17 @@ def test_a_folder_saved_into_again_is_refused(shards: Path, tmp_path: Path) -> N
 
 def test_bytes_that_the_manifest_does_not_promise_are_refused(shards: Path, tmp_path: Path) -> None:
     edit(shards, FIRST, lambda tensors, offsets: tensors["model.norm.weight"].add_(1))
-    with pytest.raises(MismatchError, match="digests promise"):
-        plan_reshard(shards, target=HUB).execute(tmp_path / "hub")
+    with pytest.raises(MismatchError, match="match the digests in the manifest"):
+        execute_reshard(plan_reshard(shards, target=HUB), tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
 
 
 def test_without_sharding_metadata_tensors_are_whole(hub_folder: HubFolder, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
-    plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp", Mesh())).execute(folder)
+    execute_reshard(plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp", Mesh())), folder)
     (folder / MANIFEST).unlink()
     save_file(load_file(folder / FIRST), folder / FIRST)
-    plan_reshard(folder, target=HUB).execute(tmp_path / "hub")
+    execute_reshard(plan_reshard(folder, target=HUB), tmp_path / "hub")
     assert_equal(state_of(tmp_path / "hub"), state_of(hub_folder("llama")))
 
 

@@ -24,8 +24,9 @@ from plans.errors import CheckpointError, HeaderError, IncompleteError, Migrator
 from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.files.file_names import METADATA
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from tests.conftest import HubFolder
@@ -97,7 +98,7 @@ def test_tensors_in_any_memory_order_and_of_any_dtype_come_back(
     changed = {name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor for name, tensor in state.items()}
     assert not changed[Q].is_contiguous()
     saved = save({**changed, **odd}, tmp_path / "saved", hub_folder("llama"))
-    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "hub")
+    execute_reshard(plan_reshard(saved, target=ReshardTarget("hf")), tmp_path / "hub")
     found = load_file(tmp_path / "hub" / "model.safetensors")
     assert found.keys() == state.keys() - {"lm_head.weight"} | odd.keys()
     for name, tensor in found.items():
@@ -118,9 +119,9 @@ def test_a_member_of_an_enumeration_may_be_pickled_by_its_name(
     monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (kind, self.name)))
     content = pickle.dumps(metadata, protocol)
     assert b"getattr" in content
-    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "before")
+    execute_reshard(plan_reshard(saved, target=ReshardTarget("hf")), tmp_path / "before")
     (saved / METADATA).write_bytes(content)
-    plan_reshard(saved, target=ReshardTarget("hf")).execute(tmp_path / "after")
+    execute_reshard(plan_reshard(saved, target=ReshardTarget("hf")), tmp_path / "after")
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
     assert written[0] == written[1]
 
@@ -180,7 +181,7 @@ class TestNothingRuns:
     def test_what_is_no_tensor_is_never_read(self, state: State, hub_folder: HubFolder, mark: Path) -> None:
         saved = save({**state, "step": Evil(mark)}, mark.parent / "evil", hub_folder("llama"))
         plan = plan_reshard(saved, target=ReshardTarget("hf"))
-        plan.execute(mark.parent / "hub")
+        execute_reshard(plan, mark.parent / "hub")
         assert not mark.exists()
         assert plan.checkpoint.side_files.left_behind == (f"'step' of {METADATA}, no tensor",)
 
@@ -230,7 +231,7 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
     "a cut storage": (zipped({**PARTS, "data/0": b"x" * 127}), "within its storage"),
     "big-endian": (zipped({**PARTS, "byteorder": b"big"}), "big-endian"),
     "a long description": (zipped({**PARTS, "data.pkl": b"N" * 100_000}), "description of 100000"),
-    "another dtype": (saved_as(GOOD.double()), r"is F64 \[32\], where .metadata has F32"),
+    "another dtype": (saved_as(GOOD.double()), r"is F64 \[32\], but .metadata lists F32"),
     "another shape": (saved_as(GOOD.view(4, 8)), r"is F32 \[4, 8\]"),
     "a dict": (saved_as({"a": GOOD}), "not a plain tensor"),
     "a conjugate": (saved_as(torch.zeros(32, dtype=torch.complex64).conj()), "not a plain tensor"),
@@ -291,7 +292,7 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "another dtype": (
         lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.float16),
         HeaderError,
-        "has F16",
+        "lists F16",
     ),
     "an unknown dtype": (
         lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.quint8),
@@ -316,7 +317,7 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "a bigger chunk": (
         lambda m: setattr(m.state_dict_metadata[NORM].chunks[0], "sizes", torch.Size((33,))),
         HeaderError,
-        r"is F32 \[32\], where",
+        r"is F32 \[32\], but",
     ),
     "past the end": (lambda m: set_info(m, offset=2**40), IncompleteError, "truncated"),
     "before the beginning": (lambda m: set_info(m, offset=-1), HeaderError, "not in a file of this folder"),

@@ -18,8 +18,9 @@ from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from tests.conftest import HubFolder
@@ -146,5 +147,5 @@ def test_mutated_sharding_information_is_one_clear_error(mutations: Any, sharded
 @pytest.fixture(scope="module")
 def sharded(hub_folder: HubFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded") / "dcp"
-    plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp")).execute(folder)
+    execute_reshard(plan_reshard(hub_folder("llama"), target=ReshardTarget("dcp")), folder)
     return folder

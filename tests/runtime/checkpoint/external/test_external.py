@@ -26,8 +26,9 @@ from plans.plan import to_wildcard
 from runtime.checkpoint.external.plan import resolve_external_plan
 from runtime.checkpoint.external.plan_file import read_plan_file
 from runtime.checkpoint.external.source import ExternalSettings, FilePattern, ParsedFileName, UnevenPacked
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.models.config import read_config
 from runtime.models.quantized import build_stored_model
@@ -150,7 +151,7 @@ def test_what_dtensor_cut_is_read_as_it_was(
         held = {n: t.contiguous().clone() for n, t in dtensor_locals(state, placements, rank, world).items()}
         save_file(held, source / DEEPSEEK.format(rank=rank, world=world))
     foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=world, plan={to_wildcard(GATE_UP): Packed(1, 2)})
-    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
 
@@ -197,7 +198,7 @@ def test_a_model_without_a_plan_is_read_by_the_users_alone(tmp_path: Path) -> No
     layers = "transformer.h.*.mlp"
     plan = {f"{layers}.c_fc.weight": Shard(1), f"{layers}.c_fc.bias": Shard(0), f"{layers}.c_proj.weight": Shard(0)}
     foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
-    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     with pytest.raises(PlanError, match="has no tensor parallel plan"):
         resolve_external_plan(model_of(hub), ExternalSettings(FilePattern(DEEPSEEK), from_tp=2))
@@ -208,7 +209,7 @@ def test_scales_of_quantized_weights_go_with_them(tmp_path: Path) -> None:
     cuts = {f"{ending}(_scale_inv)?": cut for ending, cut in MLA_WHOLE.items()}
     source = write(tmp_path / "foreign", hub, stored_in(hub), cuts, tp=2)
     foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2)
-    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     eight = write(tmp_path / "eight", hub, stored_in(hub), cuts, tp=8)
     with pytest.raises(IndivisibleError, match="tp=8 would cut"):
@@ -221,7 +222,7 @@ def test_uneven_cuts_leave_ranks_less_or_nothing(hub_folder: Saved, tmp_path: Pa
     cuts = {r"input_layernorm\.weight": shard(0), **TP}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=13)
     foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=13, plan=plan)
-    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
     assert verify(source, hub, external=foreign).ok
 

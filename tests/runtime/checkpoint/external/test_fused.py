@@ -16,8 +16,9 @@ from runtime.checkpoint.external.plan import resolve_external_plan
 from runtime.checkpoint.external.plan_file import read_plan_file
 from runtime.checkpoint.external.sharding import resolve_shardings
 from runtime.checkpoint.external.source import ExternalPlacement, ExternalSettings, FilePattern, UnevenPacked
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from runtime.models.quantized import build_stored_model
 from tests.external_files import DEEPSEEK, TP, Cut, grouped, packed, shard, state_of, write
@@ -67,7 +68,7 @@ def test_fused_weights_are_read_by_what_the_user_says_alone(
             (tmp_path / "plan.json").write_text(json.dumps(plan))
             foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=read_plan_file(tmp_path / "plan.json"))
             out = tmp_path / f"out{number}{other}"
-            plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(out)
+            execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), out)
             # No shape tells: by the other reading the same files become other weights, which is why it is asked.
             assert verify(out, hub).ok == (number == other)
     assert len(hints) == 1
@@ -113,7 +114,9 @@ def test_groups_that_mix_the_matrices_are_refused_with_what_to_write(
     each, whole = entries(refused.value.hint)
     assert (each, whole) == ({QKV: {"packed": [0, sizes]}}, {QKV: {"shard": 0}})
     right = {**foreign.plan, QKV: UnevenPacked(0, tuple(sizes))}
-    plan_reshard(source, target=ReshardTarget("hf"), external=replace(foreign, plan=right)).execute(tmp_path / "out")
+    execute_reshard(
+        plan_reshard(source, target=ReshardTarget("hf"), external=replace(foreign, plan=right)), tmp_path / "out"
+    )
     assert verify(tmp_path / "out", hub).ok
 
 
@@ -123,7 +126,7 @@ def test_groups_within_a_matrix_are_the_users_to_say(tmp_path: Path) -> None:
     cuts = {**EQUAL, r"qkv_proj\.weight": packed(0, 8)}
     source = write(tmp_path / "foreign", hub, state_of(hub), cuts, tp=2)
     foreign = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan={QKV: Packed(0, 8), GATE_UP: Packed(0, 2)})
-    plan_reshard(source, target=ReshardTarget("hf"), external=foreign).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf"), external=foreign), tmp_path / "out")
     assert verify(tmp_path / "out", hub).ok
 
 

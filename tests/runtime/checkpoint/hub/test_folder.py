@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
-from runtime.checkpoint.files.same_bytes import has_same_bytes
+from runtime.checkpoint.files.safetensors import has_same_bytes
 from runtime.checkpoint.hub.reader import read_hub
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

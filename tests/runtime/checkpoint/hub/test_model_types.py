@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from plans.errors import PlanError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import WEIGHTS
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.rank_files import assembled
 from tests.runtime.checkpoint.hub.tiny_types import UNBUILT, model_classes, tiny_type
 
@@ -43,21 +44,21 @@ def there_and_back(model: transformers.PreTrainedModel, folder: Path) -> bool:
     kind, hub = type(model), folder / "hub"
     model.save_pretrained(hub)
     loaded = kind.from_pretrained(hub).state_dict()
-    plan_reshard(hub, target=ReshardTarget("hf", experts="fused")).execute(folder / "fused")
+    execute_reshard(plan_reshard(hub, target=ReshardTarget("hf", experts="fused")), folder / "fused")
     fused = kind.from_pretrained(folder / "fused").state_dict()
     assert fused.keys() == loaded.keys()
     assert same(fused, loaded), "fused"
-    plan_reshard(folder / "fused", target=ReshardTarget("hf", experts="separate")).execute(folder / "separate")
+    execute_reshard(plan_reshard(folder / "fused", target=ReshardTarget("hf", experts="separate")), folder / "separate")
     assert (folder / "separate" / WEIGHTS).read_bytes() == (hub / WEIGHTS).read_bytes(), "separate"
     try:
         plan = plan_reshard(hub, Mesh())
     except PlanError:
         return False
-    manifest = plan.execute(folder / "ranks").manifest
+    manifest = execute_reshard(plan, folder / "ranks").manifest
     found = assembled(folder / "ranks")
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert same(found, loaded), "ranks"
-    plan_reshard(folder / "ranks", target=HUB).execute(folder / "again")
+    execute_reshard(plan_reshard(folder / "ranks", target=HUB), folder / "again")
     for file in hub.iterdir():
         assert file.read_bytes() == (folder / "again" / file.name).read_bytes(), file.name
     return True
@@ -99,7 +100,7 @@ def test_names_of_older_releases_come_back(prefixes: dict[str, str], tmp_path: P
         tensors = {name.replace(new, old) if name.startswith(new) else name: tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "hub" / WEIGHTS, metadata={"format": "pt"})
     loaded = type(model).from_pretrained(tmp_path / "hub").state_dict()
-    plan_reshard(tmp_path / "hub", Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(tmp_path / "hub", Mesh(tp=2)), tmp_path / "ranks")
     assert same(assembled(tmp_path / "ranks"), loaded)
-    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "hub" / WEIGHTS).read_bytes()

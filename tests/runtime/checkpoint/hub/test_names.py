@@ -14,8 +14,9 @@ from plans.errors import ConversionError, HeaderError, IncompleteError, Mismatch
 from plans.mesh import Mesh
 from runtime.checkpoint.hub import conversion as names
 from runtime.checkpoint.hub.conversion import convert
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.models.model import meta_model
 from tests.rank_files import assembled
 
@@ -75,11 +76,11 @@ def test_a_converter_that_transposes_by_shape(transposed: bool, tmp_path: Path) 
         tensors |= {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
         save_file(tensors, file, metadata={"format": "pt"})
     loaded = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "hub").state_dict()
-    manifest = plan_reshard(tmp_path / "hub", Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(tmp_path / "hub", Mesh(tp=2)), tmp_path / "ranks").manifest
     found = assembled(tmp_path / "ranks")
     assert found.keys() | manifest.tied.keys() == loaded.keys()
     assert all(torch.equal(found[name], loaded[name]) for name in found)
-    plan_reshard(tmp_path / "ranks", target=ReshardTarget("hf")).execute(tmp_path / "back")
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=ReshardTarget("hf")), tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == file.read_bytes()
 
 

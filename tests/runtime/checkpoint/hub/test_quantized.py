@@ -20,8 +20,9 @@ from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.files.file_names import WEIGHTS
 from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.models.config import read_config
 from runtime.models.quantized import build_stored_model
 from tests.rank_files import assembled
@@ -117,7 +118,7 @@ def test_the_tensors_are_those_of_transformers_quantized_loading(
     # Without a GPU it would dequantize; what is loaded does not depend on one.
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *arguments, **named: None)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(fp8, dtype="auto").state_dict()
-    plan_reshard(fp8, target=MODES["tp"]).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(fp8, target=MODES["tp"]), tmp_path / "ranks")
     found = assembled(tmp_path / "ranks")
     assert found.keys() == loaded.keys()
     assert sum(name.endswith("_scale_inv") for name in found) > 20
@@ -129,15 +130,15 @@ def test_the_tensors_are_those_of_transformers_quantized_loading(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_way_there_and_back_keeps_every_byte(mode: str, fp8: Path, tmp_path: Path) -> None:
-    plan_reshard(fp8, target=MODES[mode]).execute(tmp_path / "ranks")
-    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "hub")
+    execute_reshard(plan_reshard(fp8, target=MODES[mode]), tmp_path / "ranks")
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "hub")
     for file in fp8.iterdir():
         assert file.read_bytes() == (tmp_path / "hub" / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("mode", ["tp", "ep"])
 def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8: Path, tmp_path: Path) -> None:
-    manifest = plan_reshard(fp8, target=MODES[mode]).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(fp8, target=MODES[mode]), tmp_path / "ranks").manifest
     assert manifest is not None
     dequantize = Fp8Dequantize(None)._dequantize_one
     whole = assembled(tmp_path / "ranks")
@@ -158,10 +159,12 @@ def test_what_a_rank_holds_is_its_part_of_the_dequantized_weight(mode: str, fp8:
 
 
 def test_fused_experts_and_back_to_separate_ones(fp8: Path, tmp_path: Path) -> None:
-    plan_reshard(fp8, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "fused")
+    execute_reshard(plan_reshard(fp8, target=ReshardTarget("hf", experts="fused")), tmp_path / "fused")
     fused = load_file(tmp_path / "fused" / WEIGHTS)
     assert fused["model.layers.1.mlp.experts.gate_up_proj_scale_inv"].shape == (8, 8, 2)
-    plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")).execute(tmp_path / "separate")
+    execute_reshard(
+        plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")), tmp_path / "separate"
+    )
     found, expected = load_file(tmp_path / "separate" / WEIGHTS), load_file(fp8 / WEIGHTS)
     assert found.keys() == expected.keys()
     assert all(torch.equal(bits(found[name]), bits(expected[name])) for name in found)
@@ -206,7 +209,7 @@ def gpt_oss(folder: Path) -> Path:
 
 def test_blocks_and_scales_of_mxfp4_go_with_their_experts(tmp_path: Path) -> None:
     source = gpt_oss(tmp_path / "hub")
-    plan_reshard(source, target=MODES["ep"]).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(source, target=MODES["ep"]), tmp_path / "ranks")
     stored, experts = load_file(source / WEIGHTS), "model.layers.0.mlp.experts.down_proj"
     expected = convert_moe_packed_tensors(stored[f"{experts}_blocks"], stored[f"{experts}_scales"])
     assert expected.shape == (8, 96, 64)
@@ -215,7 +218,7 @@ def test_blocks_and_scales_of_mxfp4_go_with_their_experts(tmp_path: Path) -> Non
         found = convert_moe_packed_tensors(held[f"{experts}_blocks"], held[f"{experts}_scales"])
         assert torch.equal(found, expected.chunk(4)[rank])
         assert len(held[f"{experts}_bias"]) == 2
-    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
 
@@ -270,9 +273,9 @@ def test_layers_that_are_carried_keep_their_scales(fp8: Path, tmp_path: Path) ->
     extra = {name.replace("layers.2", "layers.3"): t.clone() for name, t in tensors.items() if "layers.2." in name}
     save_file(tensors | extra, source / WEIGHTS, metadata={"format": "pt"})
     (source / "config.json").write_text((fp8 / "config.json").read_text())
-    manifest = plan_reshard(source, target=MODES["tp_ep"]).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(source, target=MODES["tp_ep"]), tmp_path / "ranks").manifest
     assert manifest is not None
     assert {name for name, entry in manifest.tensors.items() if entry.kind == "carried"} == extra.keys()
     assert json.loads((tmp_path / "ranks" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
-    plan_reshard(tmp_path / "ranks", target=HUB).execute(tmp_path / "back")
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()

@@ -35,8 +35,9 @@ from runtime.checkpoint.checkpoint import Layout
 from runtime.checkpoint.copying.copy import plan_units
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MANIFEST, MARKER, METADATA
+from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.dcp.test_metadata import Evil, edit
@@ -172,7 +173,7 @@ def test_torch_reads_the_same_values_from_every_layout(
 
 
 def test_states_lie_like_their_parameters(folder: Path, tmp_path: Path) -> None:
-    plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2, fsdp=2))).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2, fsdp=2))), tmp_path / "out")
     metadata = metadata_of(tmp_path / "out")
     boxes: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
     for name in (f"{STATE}{GATE_UP}.exp_avg", f"{STATE}{Q}.exp_avg_sq", f"{STATE}{Q}.step", f"{STATE}{NORM}.exp_avg"):
@@ -198,12 +199,14 @@ def test_states_lie_like_their_parameters(folder: Path, tmp_path: Path) -> None:
 def test_a_result_in_hub_form_leaves_the_state_behind_unless_asked(folder: Path, tmp_path: Path) -> None:
     hub = plan_reshard(folder, target=ReshardTarget("hf"))
     assert [note for note in hub.checkpoint.side_files.left_behind if "--optimizer" in note]
-    hub.execute(tmp_path / "hub")
+    execute_reshard(hub, tmp_path / "hub")
     assert not (tmp_path / "hub" / METADATA).exists()
     assert not (tmp_path / "hub" / DISTCP).exists()
-    plan_reshard(folder, target=ReshardTarget("hf", optimizer=True)).execute(tmp_path / "with")
+    execute_reshard(plan_reshard(folder, target=ReshardTarget("hf", optimizer=True)), tmp_path / "with")
     assert {chunk.relative_path for chunk in metadata_of(tmp_path / "with").storage_data.values()} == {DISTCP}
-    plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "without")
+    execute_reshard(
+        plan_reshard(folder, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)), tmp_path / "without"
+    )
     assert not list((tmp_path / "without").glob("*.distcp"))
     with pytest.raises(IncompleteError, match="no optimizer's state"):
         plan_reshard(tmp_path / "without", target=ReshardTarget("hf", optimizer=True))
@@ -216,7 +219,7 @@ def test_the_state_is_found_where_it_is_and_stays_there(place: str, hub_folder: 
     for file in ("__7_0.distcp", "__1_0.distcp"):  # left by an earlier save, one where ours would be
         (source / place / file).write_bytes(b"stale")
     plan = plan_reshard(source, target=DENSE[0])
-    plan.execute(tmp_path / "out")
+    execute_reshard(plan, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out" / place).glob("*.distcp")) == [DISTCP, "__1_0.distcp"]
     assert {name for name in plan.checkpoint.side_files.left_behind if name.endswith(".distcp")} == {
         str(Path(place) / "__7_0.distcp"),
@@ -236,7 +239,7 @@ def test_groups_by_number_and_frozen_parameters_are_kept(hub_folder: HubFolder, 
     plan = plan_reshard(source, target=DENSE[1])
     assert plan.checkpoint.optimizer is not None
     assert plan.checkpoint.optimizer.stateless == ("model.embed_tokens.weight",)
-    plan.execute(tmp_path / "out")
+    execute_reshard(plan, tmp_path / "out")
     values = values_of(tmp_path / "out")
     assert values["param_groups.1.lr"] == 0.5
     assert_equal(values, values_of(source))
@@ -252,8 +255,8 @@ def test_the_manifest_guards_the_state(folder: Path, trained: Trained, tmp_path:
     damaged[place.offset + 1000] ^= 64
     file.write_bytes(damaged)
     plan = plan_reshard(out, target=DENSE[1])
-    with pytest.raises(MismatchError, match="digests promise") as caught:
-        plan.execute(tmp_path / "again")
+    with pytest.raises(MismatchError, match="match the digests in the manifest") as caught:
+        execute_reshard(plan, tmp_path / "again")
     assert caught.value.data["tensors"] == [f"{STATE}{GATE_UP}.exp_avg"]
     (out / "__1_0.distcp").unlink()
     for other in (METADATA, DISTCP):
@@ -266,7 +269,7 @@ def test_the_manifest_guards_the_state(folder: Path, trained: Trained, tmp_path:
 def test_a_state_that_the_manifest_records_must_be_there(
     layout: Layout, folder: Path, trained: Trained, tmp_path: Path
 ) -> None:
-    plan_reshard(folder, target=ReshardTarget(layout, Mesh(tp=2))).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(folder, target=ReshardTarget(layout, Mesh(tp=2))), tmp_path / "out")
     assert verify(tmp_path / "out", folder).ok
     for file in (METADATA, DISTCP, "__1_0.distcp"):
         (tmp_path / "out" / file).unlink()
@@ -276,8 +279,8 @@ def test_a_state_that_the_manifest_records_must_be_there(
         assert "`optimizer=False`" in caught.value.hint
     with pytest.raises(IncompleteError, match="optimizer's state is missing"):
         verify(tmp_path / "out")
-    plan_reshard(tmp_path / "out", target=ReshardTarget("dcp", Mesh(tp=4), optimizer=False)).execute(
-        tmp_path / "without"
+    execute_reshard(
+        plan_reshard(tmp_path / "out", target=ReshardTarget("dcp", Mesh(tp=4), optimizer=False)), tmp_path / "without"
     )
     (difference,) = verify(tmp_path / "without", folder).differences
     assert (difference.name, difference.aspect) == ("the optimizer's state", "missing")
@@ -344,7 +347,7 @@ def test_states_of_a_shape_of_their_own_are_refused_by_name(hub_folder: HubFolde
     with pytest.raises(ConversionError, match=r"row_var is \[.*neither one element nor as large") as caught:
         plan_reshard(source, target=DENSE[0])
     assert "`optimizer=False`" in caught.value.hint
-    plan_reshard(source, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("dcp", Mesh(tp=2), optimizer=False)), tmp_path / "out")
 
 
 def test_the_states_of_two_optimizers_are_refused(folder: Path) -> None:
@@ -376,7 +379,7 @@ def test_metadata_of_something_else_stay_side_files(hub_folder: HubFolder, tmp_p
     source = Path(shutil.copytree(hub_folder("llama"), tmp_path / "source"))
     with warnings.catch_warnings(action="ignore"):
         dcp.save({"other": {"x": torch.ones(3)}}, checkpoint_id=source / "extra", no_dist=True)
-    plan_reshard(source, target=DENSE[0]).execute(tmp_path / "out")
+    execute_reshard(plan_reshard(source, target=DENSE[0]), tmp_path / "out")
     for file in (METADATA, DISTCP):
         assert (tmp_path / "out" / "extra" / file).read_bytes() == (source / "extra" / file).read_bytes()
 
@@ -398,22 +401,33 @@ def killed_with_state_done(plan: ReshardPlan, destination: Path) -> tuple[str, i
                 return
         die()
 
-    assert ended(forked(lambda: plan.execute(destination, stop, SMALL, seconds=0))) == -signal.SIGKILL
+    assert (
+        ended(
+            forked(
+                lambda: execute_reshard(
+                    plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0)
+                )
+            )
+        )
+        == -signal.SIGKILL
+    )
     return str(at.file), at.offset + part.destination_offset
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_a_killed_run_goes_on_unless_the_state_was_damaged(is_damaged: bool, folder: Path, tmp_path: Path) -> None:
     plan = plan_reshard(folder, target=DENSE[1])
-    plan.execute(tmp_path / "whole")
+    execute_reshard(plan, tmp_path / "whole")
     file, offset = killed_with_state_done(plan, tmp_path / "out")
     if is_damaged:
         content = bytearray((tmp_path / "out.partial" / file).read_bytes())
         content[offset] ^= 1
         (tmp_path / "out.partial" / file).write_bytes(content)
     said: list[str] = []
-    plan.execute(tmp_path / "out", max_memory=SMALL, say=said.append)
-    assert [("going on" in text, "written anew" in text) for text in said] == [(not is_damaged, is_damaged)]
+    execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append))
+    assert [("continuing an earlier run" in text, "starting over" in text) for text in said] == [
+        (not is_damaged, is_damaged)
+    ]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 

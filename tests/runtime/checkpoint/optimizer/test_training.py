@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.optimizer import optimizer_cases
 from tests.runtime.checkpoint.optimizer.test_optimizer import assert_equal, values_of
@@ -74,10 +75,10 @@ def test_training_goes_on_as_if_it_had_never_stopped(
     hub, first, second = hub_folder("qwen3_moe"), tmp_path / "first", tmp_path / "second"
     uninterrupted = trained(hub, one, STEPS)
     assert trained(hub, one, STEPS[:STOP], save_to=first) == uninterrupted[:STOP]
-    plan_reshard(first, target=target(MESHES[other])).execute(second)
+    execute_reshard(plan_reshard(first, target=target(MESHES[other])), second)
     assert far(trained(second, other, STEPS[STOP:], load_from=second), uninterrupted[STOP:]) < 1e-6
     # Without the state the losses differ, so that it is what makes them equal.
     assert far(trained(second, other, STEPS[STOP:]), uninterrupted[STOP:]) > 1e-3
-    plan_reshard(second, target=target(MESHES[one])).execute(tmp_path / "back")
+    execute_reshard(plan_reshard(second, target=target(MESHES[one])), tmp_path / "back")
     assert_equal(values_of(tmp_path / "back"), values_of(first))
     assert_equal(values_of(second), values_of(first))

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.styles.placements import as_parameter, cut_local_shard
-from runtime.tensor_map.shards import shard_for_rank
-from runtime.tensor_map.tensor_map import whole
+from runtime.tensor_map.tensor_map import shard_for_rank, whole
 
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12)
 

@@ -20,6 +20,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks.files import rank_file_name, read_rank_checkpoint
+from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 
 NORM = "model.norm.weight"
@@ -28,7 +29,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def written(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written") / "ranks"
-    plan_reshard(checkpoint("llama"), Mesh(tp=2)).execute(folder)
+    execute_reshard(plan_reshard(checkpoint("llama"), Mesh(tp=2)), folder)
     return folder
 
 
@@ -175,7 +176,7 @@ def test_odd_dtypes_and_shapes_go_through(checkpoint: Callable[[str], Path], tmp
     for file in sorted(source.glob("*.safetensors")):
         tensors |= load_file(file)
     save_file(tensors | odd, source / "model.safetensors")
-    plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(source, Mesh(tp=2)), tmp_path / "ranks")
     found = load_file(tmp_path / "ranks" / rank_file_name(0, 2))
     for name, tensor in odd.items():
         expected = tensor.reshape(-1).view(torch.uint8)

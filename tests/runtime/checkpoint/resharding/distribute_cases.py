@@ -16,9 +16,9 @@ from plans.errors import MigratorError
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.resharding.distribute import execute_distributed_reshard
+from runtime.checkpoint.resharding.execute import ReshardOptions
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.results import ReshardOptions
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.processes.group import process_group
 
 SMALL = 2**20

@@ -16,9 +16,10 @@ from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import hold_lock
 from runtime.checkpoint.ranks.files import rank_file_name
-from runtime.checkpoint.resharding import execute as execution
+from runtime.checkpoint.resharding import execute
+from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime.checkpoint.resharding.test_crash import files
 
@@ -74,7 +75,7 @@ def test_a_source_that_changes_is_refused(case: str, moment: str, hub: Path, pla
     if moment == "planned":
         change(changed)
     with pytest.raises(MismatchError, match=f"{changed.name}.* changed while it was read"):
-        plan.execute(tmp_path / "out", progress)
+        execute_reshard(plan, tmp_path / "out", ReshardOptions(progress=progress))
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
@@ -83,21 +84,25 @@ def test_other_files_of_the_source_may_change(hub: Path, tmp_path: Path) -> None
     plan = plan_reshard(hub, Mesh(tp=2))
     (hub / "training.bin").write_text("more")
     (hub / "new.txt").touch()
-    assert "new.txt" not in plan.execute(tmp_path / "out").files
+    assert "new.txt" not in execute_reshard(plan, tmp_path / "out").files
 
 
 def test_a_side_file_that_vanishes_is_named(hub: Path, plan: ReshardPlan, tmp_path: Path) -> None:
     with pytest.raises((CheckpointError, MismatchError), match=r"notes\.txt") as caught:
-        plan.execute(tmp_path / "out", lambda done, total, name: (hub / "notes.txt").unlink(missing_ok=True))
+        execute_reshard(
+            plan,
+            tmp_path / "out",
+            ReshardOptions(progress=lambda done, total, name: (hub / "notes.txt").unlink(missing_ok=True)),
+        )
     assert not isinstance(caught.value, DestinationError)
 
 
 def test_a_side_file_that_cannot_be_read_is_the_sources_fault(
     hub: Path, plan: ReshardPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "check_unchanged", lambda *arguments: (hub / "notes.txt").unlink(missing_ok=True))
+    monkeypatch.setattr(execute, "check_unchanged", lambda *arguments: (hub / "notes.txt").unlink(missing_ok=True))
     with pytest.raises(CheckpointError, match=r"notes\.txt: cannot be read") as caught:
-        plan.execute(tmp_path / "out")
+        execute_reshard(plan, tmp_path / "out")
     assert not isinstance(caught.value, DestinationError)
 
 
@@ -105,7 +110,7 @@ def test_a_side_file_that_cannot_be_read_is_the_sources_fault(
 def test_a_destination_in_the_source_is_refused(place: str, hub: Path, plan: ReshardPlan) -> None:
     (hub / place).parent.mkdir(exist_ok=True)
     with pytest.raises(DestinationError, match="lies in the source"):
-        plan.execute(hub / place)
+        execute_reshard(plan, hub / place)
     assert not (hub / place).exists()
 
 
@@ -113,7 +118,7 @@ def test_a_destination_in_the_source_is_refused(place: str, hub: Path, plan: Res
 def test_a_run_that_ends_between_copying_and_commit_is_gone_on_with(
     how: signal.Signals | OSError, plan: ReshardPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_files = execution.copy_files
+    copy_files = execute.copy_files
 
     def ending(*arguments: object) -> None:
         if isinstance(how, OSError):
@@ -122,17 +127,17 @@ def test_a_run_that_ends_between_copying_and_commit_is_gone_on_with(
         copy_files(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(execution, "copy_files", ending)
+        patched.setattr(execute, "copy_files", ending)
         with pytest.raises(CheckpointError) as caught:
-            plan.execute(tmp_path / "out")
+            execute_reshard(plan, tmp_path / "out")
     assert "run the same command again" in caught.value.hint
     assert not (tmp_path / "out").exists()
     assert read_journal(tmp_path / "out.partial" / MARKER).units
     said: list[str] = []
-    result = plan.execute(tmp_path / "out", say=said.append)
+    result = execute_reshard(plan, tmp_path / "out", ReshardOptions(say=said.append))
     assert result.bytes_read == 0
-    assert "going on" in said[0]
-    plan.execute(tmp_path / "undisturbed")
+    assert "continuing an earlier run" in said[0]
+    execute_reshard(plan, tmp_path / "undisturbed")
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
@@ -141,9 +146,9 @@ def test_ranks_of_an_earlier_run_are_not_written_over(plan: ReshardPlan, tmp_pat
     partial.mkdir()
     (partial / MARKER).touch()
     with hold_lock(partial / f"{MARKER}-00001"), pytest.raises(DestinationError, match="another run is writing it"):
-        plan.execute(tmp_path / "out")
+        execute_reshard(plan, tmp_path / "out")
     assert (partial / MARKER).exists()
-    plan.execute(tmp_path / "out")
+    execute_reshard(plan, tmp_path / "out")
 
 
 def test_a_changed_source_of_rank_files_is_not_said_to_be_damaged(rank_folder: RankFolder, tmp_path: Path) -> None:
@@ -151,4 +156,4 @@ def test_a_changed_source_of_rank_files_is_not_said_to_be_damaged(rank_folder: R
     plan = plan_reshard(ranks, target=ReshardTarget("hf"))
     rewritten(ranks / rank_file_name(1, 2))
     with pytest.raises(MismatchError, match="changed while it was read"):
-        plan.execute(tmp_path / "out")
+        execute_reshard(plan, tmp_path / "out")

@@ -20,8 +20,9 @@ from runtime.checkpoint.copying import commit, copy
 from runtime.checkpoint.copying.copy import plan_units
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.files.file_names import MARKER
+from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.tensor_map.strided_copy import StridedCopy
 
 Checkpoint = Callable[[str], Path]
@@ -39,7 +40,7 @@ def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 def planned(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ReshardPlan]]:
     """One plan whose bytes are gathered, and one whose destinations are assembled from four files."""
     ranks = tmp_path_factory.mktemp("crash") / "ranks"
-    plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=4)).execute(ranks)
+    execute_reshard(plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=4)), ranks)
     plans = {
         "to ranks": plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)),
         "to hub": plan_reshard(ranks, target=ReshardTarget("hf")),
@@ -68,7 +69,7 @@ def ended(child: int) -> int:
 
 
 def killed_after(seconds: float, plan: ReshardPlan, destination: Path) -> None:
-    child = forked(lambda: plan.execute(destination, max_memory=SMALL, seconds=0))
+    child = forked(lambda: execute_reshard(plan, destination, ReshardOptions(max_memory=SMALL, journal_interval=0)))
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     assert ended(child) in (0, -signal.SIGKILL)
@@ -90,7 +91,13 @@ def stopped_halfway(plan: ReshardPlan, destination: Path, how: Callable[[], obje
             wait_for_journal(destination, least)
             how()
 
-    return ended(forked(lambda: plan.execute(destination, stop, SMALL, seconds=0)))
+    return ended(
+        forked(
+            lambda: execute_reshard(
+                plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0)
+            )
+        )
+    )
 
 
 def die() -> None:
@@ -105,7 +112,7 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(
     undisturbed, lasting = {}, {}
     for name, plan in planned.items():
         began = time.perf_counter()
-        plan.execute(tmp_path / name, max_memory=SMALL, seconds=0)
+        execute_reshard(plan, tmp_path / name, ReshardOptions(max_memory=SMALL, journal_interval=0))
         lasting[name], undisturbed[name] = time.perf_counter() - began, files(tmp_path / name)
     while kills:
         name = moments.choice(list(planned))
@@ -115,7 +122,7 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(
             if (tmp_path / "out").exists():
                 break
         else:
-            planned[name].execute(tmp_path / "out", max_memory=SMALL)
+            execute_reshard(planned[name], tmp_path / "out", ReshardOptions(max_memory=SMALL))
         found = files(tmp_path / "out")
         found.pop(MARKER, None)  # killed between the rename and the end
         assert found == undisturbed[name]
@@ -125,15 +132,19 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(
 @pytest.mark.parametrize("name", ["to ranks", "to hub"])
 def test_a_killed_run_is_gone_on_with(name: str, planned: dict[str, ReshardPlan], tmp_path: Path) -> None:
     plan, said = planned[name], list[str]()
-    whole = plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
+    whole = execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
     assert stopped_halfway(plan, tmp_path / "out", die) == -signal.SIGKILL
     seen: list[int] = []
-    result = plan.execute(tmp_path / "out", lambda done, *_: seen.append(done), SMALL, say=said.append)
+    result = execute_reshard(
+        plan,
+        tmp_path / "out",
+        ReshardOptions(progress=lambda done, *_: seen.append(done), max_memory=SMALL, say=said.append),
+    )
     assert result.bytes_read < whole.bytes_read
     assert result.digests == whole.digests
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
     assert seen[-1] == whole.bytes_written
-    assert [line for line in said if "going on" in line] == said != []
+    assert [line for line in said if "continuing an earlier run" in line] == said != []
 
 
 def part_to_flip(plan: ReshardPlan, replicated: bool) -> tuple[int, StridedCopy]:
@@ -152,7 +163,7 @@ def test_a_byte_flipped_in_what_was_done_is_found(
     name: str, replicated: bool, planned: dict[str, ReshardPlan], tmp_path: Path
 ) -> None:
     plan, said = planned[name], list[str]()
-    plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
+    execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
     units, part = part_to_flip(plan, replicated)
     assert stopped_halfway(plan, tmp_path / "out", die, units) == -signal.SIGKILL
     at = plan.copy_plan.destinations[part.destination]
@@ -160,7 +171,7 @@ def test_a_byte_flipped_in_what_was_done_is_found(
     content = bytearray(damaged.read_bytes())
     content[at.offset + part.destination_offset + 1] ^= 4
     damaged.write_bytes(content)
-    plan.execute(tmp_path / "out", max_memory=SMALL, say=said.append)
+    execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append))
     assert "damaged" in said[0]
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
@@ -170,13 +181,17 @@ def test_another_plan_or_source_begins_anew_and_says_so(checkpoint: Checkpoint, 
     said: list[str] = []
     stopped_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out", die)
     assert read_journal(tmp_path / "out.partial" / MARKER).units
-    plan_reshard(source, Mesh(tp=4)).execute(tmp_path / "out", max_memory=SMALL, say=said.append)
-    assert "written anew" in said.pop()
+    execute_reshard(
+        plan_reshard(source, Mesh(tp=4)), tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append)
+    )
+    assert "starting over" in said.pop()
     shutil.rmtree(tmp_path / "out")
     stopped_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out", die)
     os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
-    plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "out", max_memory=SMALL, say=said.append)
-    assert "written anew" in said.pop()
+    execute_reshard(
+        plan_reshard(source, Mesh(tp=2)), tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append)
+    )
+    assert "starting over" in said.pop()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -184,7 +199,7 @@ def test_a_signal_leaves_what_can_be_gone_on_with(
     number: signal.Signals, planned: dict[str, ReshardPlan], tmp_path: Path
 ) -> None:
     plan = planned["to ranks"]
-    total = plan.execute(tmp_path / "undisturbed", max_memory=SMALL).bytes_read
+    total = execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL)).bytes_read
 
     asked: list[signal.Signals] = []
 
@@ -195,11 +210,11 @@ def test_a_signal_leaves_what_can_be_gone_on_with(
 
     before = signal.getsignal(number)
     with pytest.raises(CheckpointError, match=f"stopped by {number.name}") as caught:
-        plan.execute(tmp_path / "out", ask, SMALL)
+        execute_reshard(plan, tmp_path / "out", ReshardOptions(progress=ask, max_memory=SMALL))
     assert "run the same command again" in caught.value.hint
     assert signal.getsignal(number) is before
     assert not (tmp_path / "out").exists()
-    assert plan.execute(tmp_path / "out", max_memory=SMALL).bytes_read < total
+    assert execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL)).bytes_read < total
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
@@ -208,7 +223,7 @@ def test_a_failing_disk_leaves_a_journal_that_can_be_used(
     code: int, words: str, planned: dict[str, ReshardPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, partial = planned["to hub"], tmp_path / "out.partial"
-    plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
+    execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
     pwrite = os.pwrite
 
     def full(descriptor: int, view: memoryview, offset: int) -> int:
@@ -225,13 +240,13 @@ def test_a_failing_disk_leaves_a_journal_that_can_be_used(
 
     monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(DestinationError, match=words) as caught:
-        plan.execute(tmp_path / "out", wait, SMALL, seconds=0)
+        execute_reshard(plan, tmp_path / "out", ReshardOptions(progress=wait, max_memory=SMALL, journal_interval=0))
     monkeypatch.setattr("os.pwrite", pwrite)
-    assert "goes on where this one stopped" in caught.value.hint
+    assert "continues where this one stopped" in caught.value.hint
     assert read_journal(partial / MARKER).units
     said: list[str] = []
-    plan.execute(tmp_path / "out", max_memory=SMALL, say=said.append)
-    assert "going on" in said[0]
+    execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append))
+    assert "continuing an earlier run" in said[0]
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
 
 
@@ -254,14 +269,14 @@ def test_a_disk_that_fills_up_is_refused_before_and_reported_during(
     assert plan.bytes_needed < 2**19
     (tiny_disk / "ballast").write_bytes(bytes(2**19 - plan.bytes_needed // 2))
     with pytest.raises(DestinationError, match=" free"):
-        plan.execute(tiny_disk / "out", max_memory=SMALL)
+        execute_reshard(plan, tiny_disk / "out", ReshardOptions(max_memory=SMALL))
     monkeypatch.setattr(commit, "_check_space", lambda *_: None)  # as if others filled it meanwhile
     with pytest.raises(DestinationError, match="No space left") as caught:
-        plan.execute(tiny_disk / "out", max_memory=SMALL, seconds=0)
+        execute_reshard(plan, tiny_disk / "out", ReshardOptions(max_memory=SMALL, journal_interval=0))
     assert caught.value.data["errno"] == 28
     (tiny_disk / "ballast").unlink()
-    plan.execute(tiny_disk / "out", max_memory=SMALL)
-    plan.execute(tiny_disk.parent / "undisturbed", max_memory=SMALL)
+    execute_reshard(plan, tiny_disk / "out", ReshardOptions(max_memory=SMALL))
+    execute_reshard(plan, tiny_disk.parent / "undisturbed", ReshardOptions(max_memory=SMALL))
     assert files(tiny_disk / "out") == files(tiny_disk.parent / "undisturbed")
 
 
@@ -273,7 +288,7 @@ def test_a_disk_that_cannot_sync_is_no_silent_success(
 
     monkeypatch.setattr("os.fdatasync", fail)
     with pytest.raises(DestinationError, match="Input/output error"):
-        planned["to hub"].execute(tmp_path / "out", max_memory=SMALL, seconds=0)
+        execute_reshard(planned["to hub"], tmp_path / "out", ReshardOptions(max_memory=SMALL, journal_interval=0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -291,7 +306,7 @@ def test_copying_does_not_wait_for_the_journal(
             copied.set()
 
     monkeypatch.setattr("os.fdatasync", waiting)
-    planned["to hub"].execute(tmp_path / "out", progress, seconds=0)
+    execute_reshard(planned["to hub"], tmp_path / "out", ReshardOptions(progress=progress, journal_interval=0))
     assert in_time
     assert all(in_time), "the last byte was copied while the first sync was waiting for it"
 
@@ -300,7 +315,7 @@ def test_a_journal_that_was_cut_short_counts_as_far_as_it_is_whole(
     planned: dict[str, ReshardPlan], tmp_path: Path
 ) -> None:
     plan, marker = planned["to ranks"], tmp_path / "out.partial" / MARKER
-    plan.execute(tmp_path / "undisturbed", max_memory=SMALL)
+    execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
     stopped_halfway(plan, tmp_path / "out", die)
     whole = marker.read_bytes()
     kept = read_journal(marker)
@@ -309,5 +324,5 @@ def test_a_journal_that_was_cut_short_counts_as_far_as_it_is_whole(
         assert read_journal(marker).units < kept.units
     marker.write_bytes(whole + b"0000 {not json")
     assert read_journal(marker) == kept
-    plan.execute(tmp_path / "out", max_memory=SMALL)
+    execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL))
     assert files(tmp_path / "out") == files(tmp_path / "undisturbed")

@@ -21,12 +21,13 @@ from plans.mesh import Mesh
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.slabs import select_rank_share
 from runtime.checkpoint.files.file_names import MARKER
-from runtime.checkpoint.resharding.plan import ReshardPlan, ReshardResult, plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
+from runtime.checkpoint.resharding.execute import ReshardResult, execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
+from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.tensor_map.strided_copy import covers
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.optimizer.test_optimizer import adamw, with_state
-from tests.runtime.checkpoint.resharding import distribute_cases as cases
+from tests.runtime.checkpoint.resharding import distribute_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS, tiny_model
 
@@ -53,7 +54,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder, (name, sizes) = tmp_path_factory.mktemp("several"), MODELS["qwen3_moe"]
     larger = {"hidden_size": 96, "vocab_size": 2003, "moe_intermediate_size": 64}
     tiny_model(getattr(transformers, name)(**sizes | larger)).save_pretrained(folder / "hub", max_shard_size="1MB")
-    plan_reshard(folder / "hub", Mesh(tp=4)).execute(folder / "ranks")
+    execute_reshard(plan_reshard(folder / "hub", Mesh(tp=4)), folder / "ranks")
     return {"ranks": folder / "hub", "dcp": folder / "ranks", "hub": folder / "ranks"}
 
 
@@ -85,8 +86,8 @@ def test_shares_are_the_whole_and_even(name: str, count: int, planned: dict[str,
 def test_four_ranks_write_the_bytes_of_one(
     name: str, sources: dict[str, Path], planned: dict[str, ReshardPlan], four_ranks: RankPool, tmp_path: Path
 ) -> None:
-    alone = planned[name].execute(tmp_path / "alone")
-    first, *others = four_ranks.run(cases.reshard, sources[name], TARGETS[name], tmp_path / "together")
+    alone = execute_reshard(planned[name], tmp_path / "alone")
+    first, *others = four_ranks.run(distribute_cases.reshard, sources[name], TARGETS[name], tmp_path / "together")
     assert first == (alone.bytes_read, alone.bytes_written)
     assert others == [None] * 3
     assert files(tmp_path / "together") == files(tmp_path / "alone")
@@ -95,8 +96,8 @@ def test_four_ranks_write_the_bytes_of_one(
 
 def test_the_state_of_an_optimizer_goes_along(hub_folder: HubFolder, four_ranks: RankPool, tmp_path: Path) -> None:
     source = with_state(Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub")), adamw)
-    plan_reshard(source, target=TARGETS["dcp"]).execute(tmp_path / "alone")
-    four_ranks.run(cases.reshard, source, TARGETS["dcp"], tmp_path / "together")
+    execute_reshard(plan_reshard(source, target=TARGETS["dcp"]), tmp_path / "alone")
+    four_ranks.run(distribute_cases.reshard, source, TARGETS["dcp"], tmp_path / "together")
     assert files(tmp_path / "together") == files(tmp_path / "alone")
 
 
@@ -104,15 +105,15 @@ def test_ranks_that_want_different_things_are_refused(
     sources: dict[str, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     targets = [TARGETS["ranks"], ReshardTarget("ranks", Mesh(tp=4))]
-    with pytest.raises(UsageError, match="do not plan the same"):
-        two_ranks.run(cases.reshard_differently, sources["ranks"], targets, tmp_path / "out")
+    with pytest.raises(UsageError, match="made different plans"):
+        two_ranks.run(distribute_cases.reshard_differently, sources["ranks"], targets, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_one_rank_refuses_all_refuse(sources: dict[str, Path], two_ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(DestinationError, match="exists already"):
-        two_ranks.run(cases.reshard, sources["ranks"], TARGETS["ranks"], tmp_path / "out")
+    with pytest.raises(DestinationError, match="already exists"):
+        two_ranks.run(distribute_cases.reshard, sources["ranks"], TARGETS["ranks"], tmp_path / "out")
 
 
 def test_a_damaged_source_is_never_committed(sources: dict[str, Path], four_ranks: RankPool, tmp_path: Path) -> None:
@@ -121,8 +122,8 @@ def test_a_damaged_source_is_never_committed(sources: dict[str, Path], four_rank
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    with pytest.raises(MismatchError, match="digests promise"):
-        four_ranks.run(cases.reshard, source, TARGETS["hub"], tmp_path / "out")
+    with pytest.raises(MismatchError, match="match the digests in the manifest"):
+        four_ranks.run(distribute_cases.reshard, source, TARGETS["hub"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ranks"]
 
 
@@ -141,7 +142,7 @@ def started(logs: Path, *arguments: object) -> list[int]:
             children.append(child)
             continue
         os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
-        cases.forked(logs / f"{rank}.json", *arguments)
+        distribute_cases.forked(logs / f"{rank}.json", *arguments)
     return children
 
 
@@ -176,7 +177,7 @@ def test_a_killed_rank_is_told_by_the_others_and_gone_on_with(
     name: str, lost: int, sources: dict[str, Path], planned: dict[str, ReshardPlan], tmp_path: Path, watched: Watched
 ) -> None:
     arguments = (sources[name], TARGETS[name], tmp_path / "out")
-    codes = watched(started(tmp_path, *arguments, {lost: cases.KILLED}, 60.0))
+    codes = watched(started(tmp_path, *arguments, {lost: distribute_cases.KILLED}, 60.0))
     assert codes == {rank: -signal.SIGKILL if rank == lost else 2 for rank in range(4)}
     for rank in set(range(4)) - {lost}:
         said = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -187,12 +188,14 @@ def test_a_killed_rank_is_told_by_the_others_and_gone_on_with(
     assert len(journals) == 4
     assert all(journals.values())  # the lost one's, and those that were done before they learnt of it
     assert watched(started(tmp_path, *arguments, {}, 60.0)) == dict.fromkeys(range(4), 0)
-    planned[name].execute(tmp_path / "alone")
+    execute_reshard(planned[name], tmp_path / "alone")
     assert files(tmp_path / "out") == files(tmp_path / "alone")
 
 
 def test_a_rank_that_hangs_is_given_up_on(sources: dict[str, Path], tmp_path: Path, watched: Watched) -> None:
-    children = started(tmp_path, sources["ranks"], TARGETS["ranks"], tmp_path / "out", {2: cases.STOPPED}, 3.0)
+    children = started(
+        tmp_path, sources["ranks"], TARGETS["ranks"], tmp_path / "out", {2: distribute_cases.STOPPED}, 3.0
+    )
     codes = watched(children, 3)
     assert codes == {0: 2, 1: 2, 3: 2}
     said = json.loads((tmp_path / "0.json").read_text())
@@ -225,8 +228,8 @@ def went_on(source: Path, out: Path, alone: ReshardResult) -> None:
 def test_the_command_goes_on_under_torchrun(
     sources: dict[str, Path], planned: dict[str, ReshardPlan], tmp_path: Path, watched: Watched
 ) -> None:
-    watched(started(tmp_path, sources["hub"], TARGETS["hub"], tmp_path / "out", {1: cases.KILLED}, 60.0))
-    went_on(sources["hub"], tmp_path / "out", planned["hub"].execute(tmp_path / "alone"))
+    watched(started(tmp_path, sources["hub"], TARGETS["hub"], tmp_path / "out", {1: distribute_cases.KILLED}, 60.0))
+    went_on(sources["hub"], tmp_path / "out", execute_reshard(planned["hub"], tmp_path / "alone"))
 
 
 @pytest.mark.full
@@ -235,12 +238,12 @@ def test_a_worker_of_torchrun_is_killed(
 ) -> None:
     out = tmp_path / "out"
     victim = (
-        f"from pathlib import Path; from tests.runtime.checkpoint import several_cases as cases; "
-        f"cases.take_part(Path({str(sources['hub'])!r}), cases.ReshardTarget('hf'), Path({str(out)!r}), {{1: 'killed'}}, 60)"
+        f"from pathlib import Path; from tests.runtime.checkpoint.resharding import distribute_cases; "
+        f"distribute_cases.take_part(Path({str(sources['hub'])!r}), distribute_cases.ReshardTarget('hf'), Path({str(out)!r}), {{1: 'killed'}}, 60)"
     )
     lost = torchrun(sys.executable, "-c", victim)
     assert lost.returncode == 1
     assert "SIGKILL" in lost.stderr
     assert not out.exists()
     assert read_journal(tmp_path / "out.partial" / f"{MARKER}-00001").units
-    went_on(sources["hub"], out, planned["hub"].execute(tmp_path / "alone"))
+    went_on(sources["hub"], out, execute_reshard(planned["hub"], tmp_path / "alone"))

@@ -17,8 +17,9 @@ from plans.errors import HeaderError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS
 from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 
 Checkpoint = Callable[[str], Path]
@@ -52,7 +53,7 @@ def walk(start: Path, steps: list[ReshardTarget], folder: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     folders = [start]
     for number, target in enumerate(steps):
-        plan_reshard(folders[-1], target=target).execute(folder / str(number))
+        execute_reshard(plan_reshard(folders[-1], target=target), folder / str(number))
         folders.append(folder / str(number))
     return folders
 
@@ -85,7 +86,7 @@ def test_hub_form_that_nothing_is_known_of_is_that_of_save_pretrained(checkpoint
         ranks = walk(source, [TARGETS["tp2"]], tmp_path / family)[-1]
         manifest = json.loads((ranks / MANIFEST).read_text())
         (ranks / MANIFEST).write_text(json.dumps(manifest | {"stored_form": None}))
-        plan_reshard(ranks, target=HUB).execute(tmp_path / family / "hub")
+        execute_reshard(plan_reshard(ranks, target=HUB), tmp_path / family / "hub")
         saved, made = (tmp_path / family / name / WEIGHTS for name in ("saved", "hub"))
         assert made.read_bytes() == saved.read_bytes(), family
 
@@ -94,12 +95,14 @@ def test_experts_are_stored_as_asked_for(checkpoint: Checkpoint, tmp_path: Path)
     source = checkpoint("qwen3_moe")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
-    plan_reshard(source, target=ReshardTarget("hf", experts="fused")).execute(tmp_path / "fused")
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf", experts="fused")), tmp_path / "fused")
     assert (tmp_path / "fused" / WEIGHTS).read_bytes() == (tmp_path / "saved" / WEIGHTS).read_bytes()
-    plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")).execute(tmp_path / "separate")
+    execute_reshard(
+        plan_reshard(tmp_path / "fused", target=ReshardTarget("hf", experts="separate")), tmp_path / "separate"
+    )
     model.save_pretrained(tmp_path / "original")
     assert (tmp_path / "separate" / WEIGHTS).read_bytes() == (tmp_path / "original" / WEIGHTS).read_bytes()
-    plan_reshard(tmp_path / "fused", target=HUB).execute(tmp_path / "again")
+    execute_reshard(plan_reshard(tmp_path / "fused", target=HUB), tmp_path / "again")
     assert dict(files(tmp_path / "again")) == dict(files(tmp_path / "fused"))
 
 
@@ -134,8 +137,8 @@ def test_a_source_that_no_longer_holds_its_bytes_is_refused(checkpoint: Checkpoi
     damaged[-1000] ^= 1
     file.write_bytes(damaged)
     plan = plan_reshard(ranks, target=HUB)
-    with pytest.raises(MismatchError, match="digests promise") as caught:
-        plan.execute(tmp_path / "hub")
+    with pytest.raises(MismatchError, match="match the digests in the manifest") as caught:
+        execute_reshard(plan, tmp_path / "hub")
     assert len(caught.value.data["tensors"]) == 1
     assert not (tmp_path / "hub").exists()
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from plans.errors import DestinationError, MigratorError
 from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.conftest import HubFolder
 
 SECONDS, BYTES = 20, 2**30
@@ -96,12 +97,12 @@ def of_hub(hub: Path, folder: Path) -> Path:
 
 
 def of_ranks(hub: Path, folder: Path) -> Path:
-    plan_reshard(hub, target=ReshardTarget("ranks", Mesh(tp=2))).execute(folder)
+    execute_reshard(plan_reshard(hub, target=ReshardTarget("ranks", Mesh(tp=2))), folder)
     return folder
 
 
 def of_dcp(hub: Path, folder: Path) -> Path:
-    plan_reshard(hub, target=ReshardTarget("dcp", Mesh(tp=2))).execute(folder)
+    execute_reshard(plan_reshard(hub, target=ReshardTarget("dcp", Mesh(tp=2))), folder)
     return folder
 
 
@@ -140,7 +141,7 @@ def around(folder: Path) -> dict[str, tuple[int, int]]:
 def refusal(folder: Path, destination: Path) -> MigratorError | None:
     """Reshard as the command does, and return why not if it is refused; only our own errors refuse."""
     try:
-        plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2))).execute(destination)
+        execute_reshard(plan_reshard(folder, target=ReshardTarget("ranks", Mesh(tp=2))), destination)
     except MigratorError as error:
         return error
     return None

@@ -28,11 +28,12 @@ from runtime.checkpoint.copying import clones, copy
 from runtime.checkpoint.copying.clones import align_to_blocks, find_clones
 from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
-from runtime.checkpoint.files import reflink
+from runtime.checkpoint.files import system
 from runtime.checkpoint.files.file_names import MANIFEST, MARKER
 from runtime.checkpoint.resharding.estimate import estimate
+from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from tests.runtime.checkpoint.resharding.reflink_disks import BLOCK, mounted, shared
 
 SMALL = 2**20
@@ -40,7 +41,7 @@ SMALL = 2**20
 
 @pytest.fixture(autouse=True)
 def small_clones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clones, "_LEAST", 1)
+    monkeypatch.setattr(clones, "_MIN_BLOCKS", 1)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +111,7 @@ def test_what_is_shared_lies_in_the_same_blocks_and_holds_the_same(
     mode = "tp_ep" if mesh.ep > 1 else "tp"
     source = brought(hub, disk)
     plan = plan_reshard(source, target=ReshardTarget(layout, mesh, mode))
-    plain, result = plan.execute(tmp_path / "plain"), plan.execute(disk / "out")
+    plain, result = execute_reshard(plan, tmp_path / "plain"), execute_reshard(plan, disk / "out")
     assert plain.bytes_shared == 0 == shared(source, tmp_path / "plain")
     assert result.bytes_shared > 0
     assert shared(source, disk / "out") == result.bytes_shared
@@ -119,7 +120,7 @@ def test_what_is_shared_lies_in_the_same_blocks_and_holds_the_same(
     assert equal(disk / "out", tmp_path / "plain")
     assert (disk / "out" / MANIFEST).read_bytes() == (tmp_path / "plain" / MANIFEST).read_bytes()
 
-    back = plan_reshard(disk / "out", target=ReshardTarget("hf")).execute(disk / "back")
+    back = execute_reshard(plan_reshard(disk / "out", target=ReshardTarget("hf")), disk / "back")
     assert files(disk / "back") == files(source)
     assert shared(disk / "out", disk / "back") == back.bytes_shared
 
@@ -127,14 +128,14 @@ def test_what_is_shared_lies_in_the_same_blocks_and_holds_the_same(
 def test_padded_headers_let_more_be_shared(hub: Path, disk: Path) -> None:
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
     unpadded = sum(one.length for one in find_clones(plan.copy_plan, BLOCK))
-    result = plan.execute(disk / "out")
+    result = execute_reshard(plan, disk / "out")
     assert result.bytes_shared > unpadded
 
 
 def test_others_read_padded_files(hub: Path, disk: Path) -> None:
     source = brought(hub, disk)
     plan = plan_reshard(source, target=ReshardTarget("dcp", Mesh(tp=2)))
-    assert plan.execute(disk / "out").bytes_shared
+    assert execute_reshard(plan, disk / "out").bytes_shared
     sizes = {file.name: file.size for file in plan.output.files}
     assert any((disk / "out" / name).stat().st_size > size for name, size in sizes.items())
     wanted = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()
@@ -151,7 +152,7 @@ def test_an_estimate_says_what_is_shared_then(hub: Path, disk: Path, tmp_path: P
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
     said, elsewhere = (estimate(plan, folder / "out", SMALL) for folder in (disk, tmp_path))
     assert sorted(path.name for path in disk.iterdir()) == ["source"]
-    result = plan.execute(disk / "out")
+    result = execute_reshard(plan, disk / "out")
     assert said.bytes_shared == result.bytes_shared > 0
     assert said.reflinkable == result.bytes_shared / result.bytes_written
     assert (elsewhere.bytes_shared, elsewhere.reflinkable) == (0, 0.0)
@@ -177,7 +178,7 @@ def test_a_disk_without_room_for_a_copy_has_room_for_a_shared_one(disk: Path) ->
     free = shutil.disk_usage(disk).free
     with (disk / "ballast").open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, free - room)
-    assert plan.execute(disk / "out").bytes_shared > room
+    assert execute_reshard(plan, disk / "out").bytes_shared > room
     (disk / "ballast").unlink()
     for rank, file in enumerate(plan.output.files):
         embeddings = load_file(disk / "out" / file.name)["model.embed_tokens.weight"]
@@ -198,7 +199,7 @@ def die_halfway(plan: ReshardPlan, destination: Path) -> None:
     child = os.fork()
     if not child:
         try:
-            plan.execute(destination, stop, SMALL, seconds=0)
+            execute_reshard(plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -208,7 +209,7 @@ def die_halfway(plan: ReshardPlan, destination: Path) -> None:
 def test_a_killed_run_is_gone_on_with(harm: str | None, hub: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy, "_SLAB", 4096)
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
-    whole = plan.execute(disk / "undisturbed", max_memory=SMALL)
+    whole = execute_reshard(plan, disk / "undisturbed", ReshardOptions(max_memory=SMALL))
     die_halfway(plan, disk / "out")
     if harm == "lost":
         # A clone that never reached the disk: the blocks are holes.
@@ -217,8 +218,8 @@ def test_a_killed_run_is_gone_on_with(harm: str | None, hub: Path, disk: Path, m
             os.truncate(path, 0)
             os.truncate(path, size)
     said: list[str] = []
-    result = plan.execute(disk / "out", max_memory=SMALL, say=said.append)
-    assert ("damaged" if harm else "going on") in said[0]
+    result = execute_reshard(plan, disk / "out", ReshardOptions(max_memory=SMALL, say=said.append))
+    assert ("damaged" if harm else "continuing an earlier run") in said[0]
     assert (result.bytes_read < whole.bytes_read) is (harm is None)
     assert result.digests == whole.digests
     assert result.bytes_shared == whole.bytes_shared > 0
@@ -228,9 +229,9 @@ def test_a_killed_run_is_gone_on_with(harm: str | None, hub: Path, disk: Path, m
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ETXTBSY])
 def test_what_cannot_be_shared_is_written(code: int, hub: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
-    whole = plan.execute(disk / "undisturbed")
+    whole = execute_reshard(plan, disk / "undisturbed")
     refuse_some(monkeypatch, code, after=3)
-    result = plan.execute(disk / "out")
+    result = execute_reshard(plan, disk / "out")
     assert 0 < result.bytes_shared < whole.bytes_shared
     assert files(disk / "out") == files(disk / "undisturbed")
 
@@ -239,20 +240,20 @@ def test_a_failing_disk_is_an_error(hub: Path, disk: Path, monkeypatch: pytest.M
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
     refuse_some(monkeypatch, errno.EIO, after=3)
     with pytest.raises(DestinationError, match="Input/output error"):
-        plan.execute(disk / "out")
+        execute_reshard(plan, disk / "out")
     assert sorted(path.name for path in disk.iterdir()) == ["source"]
 
 
 def refuse_some(monkeypatch: pytest.MonkeyPatch, code: int, after: int) -> None:
     """Let the system share as often as said, the probe included, and then refuse."""
-    ioctl, calls = reflink.fcntl.ioctl, iter(range(10**9))
+    ioctl, calls = system.fcntl.ioctl, iter(range(10**9))
 
     def refusing(*arguments: object) -> object:
         if next(calls) >= after:
             raise OSError(code, os.strerror(code))
         return ioctl(*arguments)
 
-    monkeypatch.setattr(reflink.fcntl, "ioctl", refusing)
+    monkeypatch.setattr(system.fcntl, "ioctl", refusing)
 
 
 def test_padding_is_the_best_there_is(hub: Path, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def in_file(plan: ReshardPlan, file: str, shift: int) -> int:
 
 
 def test_hub_form_that_is_known_is_never_padded(hub: Path, tmp_path: Path) -> None:
-    plan_reshard(hub, Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(hub, Mesh(tp=2)), tmp_path / "ranks")
     plan = plan_reshard(tmp_path / "ranks", target=ReshardTarget("hf"))
     assert not any(file.may_grow for file in plan.output.files)
     assert align_to_blocks(plan.copy_plan, plan.output.files, BLOCK) == (plan.copy_plan, plan.output.files)

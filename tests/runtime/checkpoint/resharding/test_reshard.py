@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from plans.errors import ConversionError, DestinationError, IncompleteError, IndivisibleError, MismatchError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
-from runtime.checkpoint.hub import conversion as names
+from runtime.checkpoint.hub import conversion
 from runtime.checkpoint.hub.reader import read_hub
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from runtime.models.model import meta_model
@@ -45,7 +46,7 @@ def test_rank_files_equal_dtensor_bit_for_bit(
     source = checkpoint(family)
     expected = loaded(source)
     for tp in (1, 2, 4):
-        result = plan_reshard(source, Mesh(tp=tp)).execute(tmp_path / f"tp{tp}")
+        result = execute_reshard(plan_reshard(source, Mesh(tp=tp)), tmp_path / f"tp{tp}")
         entries = result.manifest.tensors
         assert entries.keys() | result.manifest.tied.keys() == expected.keys()
         placements = {name: entry.placements[-1:] for name, entry in entries.items()}
@@ -63,7 +64,7 @@ def test_rank_files_reassemble_to_what_from_pretrained_loads(
     family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source, ranks = checkpoint(family), tmp_path / "ranks"
-    manifest = plan_reshard(source, Mesh(tp=2)).execute(ranks).manifest
+    manifest = execute_reshard(plan_reshard(source, Mesh(tp=2)), ranks).manifest
     expected = loaded(source)
     found = assembled(ranks)
     assert found.keys() == expected.keys() - manifest.tied.keys()
@@ -74,7 +75,7 @@ def test_rank_files_reassemble_to_what_from_pretrained_loads(
 def test_digests_do_not_depend_on_the_mesh(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     digests = []
     for tp in (1, 2, 4):
-        manifest = plan_reshard(checkpoint(family), Mesh(tp=tp)).execute(tmp_path / f"tp{tp}").manifest
+        manifest = execute_reshard(plan_reshard(checkpoint(family), Mesh(tp=tp)), tmp_path / f"tp{tp}").manifest
         digests.append({name: entry.digest for name, entry in manifest.tensors.items()})
         for name, tensor in assembled(tmp_path / f"tp{tp}").items():
             assert str(digest_tensor(tensor)) == digests[-1][name]
@@ -83,7 +84,7 @@ def test_digests_do_not_depend_on_the_mesh(family: str, checkpoint: Checkpoint, 
 
 
 def test_experts_are_packed_and_the_manifest_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)), tmp_path / "ranks")
     found = read_manifest(tmp_path / "ranks")
     experts = "model.layers.0.mlp.experts"
     assert found.tensors[f"{experts}.gate_up_proj"].placements[-1] == Packed(1, 2)
@@ -110,7 +111,7 @@ def test_side_files_come_along_unchanged(checkpoint: Checkpoint, tmp_path: Path)
     (source / "readme").symlink_to("config.json")
     plan = plan_reshard(source, Mesh(tp=2))
     assert plan.checkpoint.side_files.left_behind == (".cache", "again", "original/weights.pt", "pytorch_model.bin")
-    result = plan.execute(tmp_path / "ranks")
+    result = execute_reshard(plan, tmp_path / "ranks")
     files = {path.relative_to(tmp_path / "ranks").as_posix() for path in (tmp_path / "ranks").rglob("*.*")}
     assert files | {"readme"} == set(result.files)
     assert {"config.json", "tokenizer.json", "original/deep/params.json"} <= files
@@ -138,7 +139,7 @@ def test_tensors_without_a_parameter_are_carried_once(checkpoint: Checkpoint, tm
         "mtp.empty": torch.zeros(0, 4, dtype=torch.int64),
     }
     source = rewritten(checkpoint("qwen3_moe"), tmp_path / "hub", lambda tensors: tensors.update(extra))
-    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(source, Mesh(tp=2)), tmp_path / "ranks").manifest
     first, second = (load_file(tmp_path / "ranks" / rank_file_name(rank, 2)) for rank in (0, 1))
     for name, tensor in extra.items():
         assert manifest.tensors[name].kind == "carried"
@@ -152,7 +153,7 @@ def test_a_tied_weight_may_be_stored_under_its_other_name(checkpoint: Checkpoint
         tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
 
     source = rewritten(checkpoint("llama"), tmp_path / "hub", rename)
-    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(source, Mesh(tp=2)), tmp_path / "ranks").manifest
     assert manifest.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert torch.equal(assembled(tmp_path / "ranks")["model.embed_tokens.weight"], loaded(source)["lm_head.weight"])
 
@@ -166,7 +167,7 @@ def test_a_tied_weight_stored_twice_must_be_the_same(checkpoint: Checkpoint, tmp
         tensors["lm_head.weight"][3, 5] += 1
 
     same = rewritten(checkpoint("llama"), tmp_path / "same", repeat)
-    manifest = plan_reshard(same, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(same, Mesh(tp=2)), tmp_path / "ranks").manifest
     assert "lm_head.weight" in manifest.tied
     with pytest.raises(ConversionError, match=r"lm_head\.weight is tied"):
         plan_reshard(rewritten(checkpoint("llama"), tmp_path / "other", differ), Mesh(tp=2))
@@ -209,7 +210,7 @@ def test_stored_dtype_wins_over_the_config(checkpoint: Checkpoint, tmp_path: Pat
             tensors[name] = tensors[name].float()
 
     source = rewritten(checkpoint("llama"), tmp_path / "hub", widen)
-    manifest = plan_reshard(source, Mesh(tp=2)).execute(tmp_path / "ranks").manifest
+    manifest = execute_reshard(plan_reshard(source, Mesh(tp=2)), tmp_path / "ranks").manifest
     assert {entry.dtype for entry in manifest.tensors.values()} == {"F32"}
 
 
@@ -217,8 +218,8 @@ def test_an_existing_destination_is_left_alone(checkpoint: Checkpoint, tmp_path:
     destination = tmp_path / "ranks"
     destination.mkdir()
     (destination / "mine").write_text("precious")
-    with pytest.raises(DestinationError, match="exists already"):
-        plan_reshard(checkpoint("llama"), Mesh(tp=2)).execute(destination)
+    with pytest.raises(DestinationError, match="already exists"):
+        execute_reshard(plan_reshard(checkpoint("llama"), Mesh(tp=2)), destination)
     assert [path.name for path in tmp_path.rglob("*")] == ["ranks", "mine"]
 
 
@@ -233,7 +234,7 @@ def test_a_failure_while_copying_leaves_nothing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan.execute(tmp_path / "ranks", progress=stop)
+        execute_reshard(plan, tmp_path / "ranks", ReshardOptions(progress=stop))
     assert list(tmp_path.iterdir()) == []
 
     def full(descriptor: int, view: memoryview, offset: int) -> int:
@@ -241,7 +242,7 @@ def test_a_failure_while_copying_leaves_nothing(
 
     monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(DestinationError, match="No space left"):
-        plan.execute(tmp_path / "ranks")
+        execute_reshard(plan, tmp_path / "ranks")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,12 +254,12 @@ def test_a_killed_run_is_started_again_and_ends_the_same(checkpoint: Checkpoint,
             os.kill(os.getpid(), signal.SIGKILL)
 
     if not (child := os.fork()):
-        plan.execute(tmp_path / "ranks", progress=die)
+        execute_reshard(plan, tmp_path / "ranks", ReshardOptions(progress=die))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranks.partial", "ranks.partial.lock"]
-    plan.execute(tmp_path / "ranks")
-    plan.execute(tmp_path / "undisturbed")
+    execute_reshard(plan, tmp_path / "ranks")
+    execute_reshard(plan, tmp_path / "undisturbed")
     names = {path.name for path in (tmp_path / "ranks").iterdir()}
     assert names == {path.name for path in (tmp_path / "undisturbed").iterdir()}
     assert not (tmp_path / "ranks.partial.lock").exists()
@@ -273,14 +274,16 @@ def test_a_source_that_shrinks_after_planning_is_refused(checkpoint: Checkpoint,
     file = max(source.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(IncompleteError, match="truncated"):
-        plan.execute(tmp_path / "ranks")
+        execute_reshard(plan, tmp_path / "ranks")
     assert not (tmp_path / "ranks").exists()
 
 
 def test_progress_ends_at_the_total(checkpoint: Checkpoint, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    result = plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)).execute(
-        tmp_path / "ranks", progress=lambda *row: seen.append(row)
+    result = execute_reshard(
+        plan_reshard(checkpoint("qwen3_moe"), Mesh(tp=2)),
+        tmp_path / "ranks",
+        ReshardOptions(progress=lambda *row: seen.append(row)),
     )
     assert seen[-1][:2] == (result.bytes_written, result.bytes_written)
     assert [row[0] for row in seen] == sorted(row[0] for row in seen)
@@ -291,7 +294,7 @@ def test_progress_ends_at_the_total(checkpoint: Checkpoint, tmp_path: Path) -> N
 def test_every_weight_byte_is_read_once(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint("qwen3_moe")
     stored = sum(tensor.size for tensor in read_hub(source).tensors.values())
-    assert plan_reshard(source, Mesh(tp=4)).execute(tmp_path / "ranks").bytes_read == stored
+    assert execute_reshard(plan_reshard(source, Mesh(tp=4)), tmp_path / "ranks").bytes_read == stored
 
 
 def test_sizes_that_do_not_divide_are_refused(checkpoint: Checkpoint) -> None:
@@ -348,6 +351,6 @@ def test_other_weight_files_that_the_config_names_are_refused(checkpoint: Checkp
 def test_a_stored_tensor_that_would_be_lost_stops_the_plan(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "_is_lossless", lambda *arguments: False)
+    monkeypatch.setattr(conversion, "_is_lossless", lambda *arguments: False)
     with pytest.raises(AssertionError, match="a stored tensor would be lost"):
         plan_reshard(checkpoint("llama"), Mesh(tp=2))

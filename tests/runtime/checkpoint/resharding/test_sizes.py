@@ -12,9 +12,8 @@ import pytest
 
 from runtime.checkpoint.copying.copy import execute_copy_plan
 from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
-from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion
+from runtime.checkpoint.copying.regions import DigestRegion, FileRegion, MemoryRegion, OpenFiles
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.files.open_files import OpenFiles
 from runtime.checkpoint.files.safetensors import BITS, read_header
 from runtime.tensor_map.tensor_map import concatenate, narrow, transpose, whole
 

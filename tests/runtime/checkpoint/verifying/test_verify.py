@@ -18,8 +18,9 @@ from plans.mesh import Mesh
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.files.safetensors import encode_header, read_header
 from runtime.checkpoint.ranks.files import rank_file_name
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.checkpoint.resharding.target import ReshardTarget
 from runtime.checkpoint.verifying.differences import CheckpointDifference
 from runtime.checkpoint.verifying.elements import MappedTensor, find_first_difference
 from runtime.checkpoint.verifying.verify import verify
@@ -45,7 +46,7 @@ def laid(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> di
     """One checkpoint in all layouts."""
     folder = tmp_path_factory.mktemp("verify")
     for name, target in LAYOUTS.items():
-        plan_reshard(checkpoint("qwen3_moe"), target=target).execute(folder / name)
+        execute_reshard(plan_reshard(checkpoint("qwen3_moe"), target=target), folder / name)
     return {name: folder / name for name in LAYOUTS}
 
 
@@ -197,7 +198,7 @@ def test_what_differs_before_a_byte_is_read_is_listed(
 
 
 def test_tied_names_count(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    plan_reshard(checkpoint("llama"), Mesh(tp=2)).execute(tmp_path / "ranks")
+    execute_reshard(plan_reshard(checkpoint("llama"), Mesh(tp=2)), tmp_path / "ranks")
     assert verify(tmp_path / "ranks", checkpoint("llama")).ok
     manifest = json.loads((tmp_path / "ranks" / MANIFEST).read_text())
     del manifest["tensors"]["lm_head.weight"]
@@ -234,7 +235,7 @@ def test_the_first_element_that_differs_is_found_in_little_memory(
 def test_the_state_of_an_optimizer_is_verified_too(hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = with_state(Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub")), adamw)
     for name in ("dcp", "tp4"):
-        plan_reshard(hub, target=LAYOUTS[name]).execute(tmp_path / name)
+        execute_reshard(plan_reshard(hub, target=LAYOUTS[name]), tmp_path / name)
     dcp, ranks = tmp_path / "dcp", tmp_path / "tp4"
     for result in (verify(dcp), verify(ranks), verify(dcp, ranks), verify(ranks, hub)):
         assert result.ok
