@@ -41,7 +41,9 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis, size in (("tp", self.tp), ("ep", self.ep), ("fsdp", self.fsdp)):
             if size < 1:
-                raise UsageError(f"`{axis}` must be at least 1, got {size}", hint="choose a size of 1 or more", axis=axis)
+                raise UsageError(
+                    f"`{axis}` must be at least 1, got {size}", hint="choose a size of 1 or more", axis=axis
+                )
         if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",

@@ -1,4 +1,4 @@
-"""`migrator check`: pending rewrites and everything that no rewrite mends; the gate for CI."""
+"""`migrator check`: pending rewrites, and defects that no rewrite fixes; the gate for CI."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrator.options.common import format_option
 from migrator.terminal import console
 from plans.errors import UsageError
 from plans.gc_paused import gc_paused
@@ -22,9 +23,7 @@ __all__ = ["command"]
 @click.argument("base")
 @click.argument("head", required=False)
 @click.option("--allow", multiple=True, metavar="MODEL", help="Accept all changes to this model; repeatable.")
-@click.option(
-    "--format", "form", type=click.Choice(["human", "json", "github"]), default="human", help="Output format."
-)
+@format_option("human", "json", "github")
 @gc_paused()
 def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
     """Show what plan edits between two revisions change on the mesh.

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from migrator import __version__
+from migrator.options.common import format_option
 from migrator.terminal import console
 
 __all__ = ["command"]
@@ -16,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "libcst", "safetensors", "huggingface_hub"
 
 
 @click.command("env")
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+@format_option("human", "json")
 def command(form: str) -> None:
     """Show versions and platform, for bug reports."""
     versions = {

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from migrator.options.common import format_option
 from migrator.terminal import console
 from plans.errors import UsageError
 from plans.rule import Rule, load_rules
@@ -16,7 +17,7 @@ __all__ = ["command"]
 
 @click.command("explain")
 @click.argument("code", required=False)
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+@format_option("human", "json")
 def command(code: str | None, form: str) -> None:
     """Explain the rule CODE, or list all rules.
 

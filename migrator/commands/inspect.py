@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import build_mesh, mesh_options, report_option, require_runtime
+from migrator.options.common import build_mesh, format_option, mesh_options, report_option, require_runtime
 from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.terminal import console
 from migrator.terminal.text import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
@@ -25,7 +25,7 @@ __all__ = ["command", "show_inspection"]
 @click.argument("source")
 @mesh_options
 @external_options
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+@format_option("human", "json")
 @report_option
 def command(
     source: str,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import build_mesh, mesh_options, require_runtime
+from migrator.options.common import build_mesh, format_option, mesh_options, require_runtime
 from migrator.terminal import console
 from migrator.terminal.text import describe_unmatched, format_shape
 
@@ -23,7 +23,7 @@ __all__ = ["command"]
 @click.command("plan")
 @click.argument("source")
 @mesh_options
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+@format_option("human", "json")
 def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
     """Show how a model's plan places each parameter.
 

@@ -1,4 +1,4 @@
-"""`migrator reshard`: a checkpoint brought from one layout and mesh to another."""
+"""`migrator reshard`: a checkpoint written in another layout or for another mesh."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from migrator.formats.reshard import (
     find_unmatched,
     result_as_json,
 )
-from migrator.options.common import SECONDS, mesh_options, reject_empty, report_option, require_runtime
+from migrator.options.common import (
+    SECONDS,
+    format_option,
+    max_memory_option,
+    mesh_options,
+    reject_empty,
+    report_option,
+    require_runtime,
+)
 from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.settings import Reshard
 from migrator.terminal import console
@@ -29,7 +37,7 @@ from runtime.processes.started import exit_now, is_worker_process
 if TYPE_CHECKING:
     from migrator.settings import Experts, Layout
     from plans.mesh import Mode
-    from runtime.checkpoint.resharding.estimate import Estimate
+    from runtime.checkpoint.resharding.estimate import Estimate, EstimateGroup
     from runtime.checkpoint.resharding.execute import ReshardResult
     from runtime.checkpoint.resharding.plan import ReshardPlan
 
@@ -44,42 +52,38 @@ __all__ = ["command", "print_estimate", "print_notes", "print_summary"]
 @click.option(
     "--layout",
     type=click.Choice(["hf", "dcp", "ranks"]),
-    help="Hub form, torch distributed checkpoint, or a file for each rank; by default dcp with a mesh, else hf.",
+    help="Hub form, torch distributed checkpoint, or one file per rank; by default dcp with a mesh, else hf.",
 )
 @click.option(
     "--experts",
     type=click.Choice(["fused", "separate"]),
-    help="How hub form stores experts; by default as they were, or as transformers does.",
+    help="How hub form stores experts; by default as in the source's hub form, or as transformers does.",
 )
 @click.option(
     "--optimizer/--no-optimizer",
     default=None,
-    help="Take the optimizer's state along, laid out like its parameters; by default if there is one, but not to hf.",
+    help="Also reshard the optimizer's state, like its parameters; by default if there is one, but not to hf.",
 )
-@click.option(
-    "--max-memory",
-    type=click.IntRange(min=1),
-    default=Reshard.max_memory,
-    show_default=True,
-    metavar="MIB",
-    help="What copying may allocate, in MiB.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DESTINATION, once the new one is whole.")
-@click.option("--push-to", metavar="OWNER/NAME", help="Upload the result to this repository of the hub as well.")
+@max_memory_option(Reshard.max_memory, "Limit on the memory that copying allocates, in MiB.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DESTINATION once the new one is complete.")
+@click.option("--push-to", metavar="OWNER/NAME", help="Also upload the result to this repository on the hub.")
 @click.option(
     "--timeout",
     type=SECONDS,
     default=1800.0,
     show_default=True,
     metavar="SECONDS",
-    help="For other ranks, under torchrun.",
+    help="How long ranks wait for each other, under torchrun.",
 )
-@click.option("--dry-run", is_flag=True, help="Only show what moves, and what disk, memory and time it would take.")
+@click.option("--dry-run", is_flag=True, help="Only show what would move, and the disk, memory and time it would take.")
 @click.option(
-    "--events", type=click.Path(path_type=Path), metavar="FILE", help="Add events to FILE as they happen, JSON lines."
+    "--events",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Append events to FILE as JSON lines as they happen.",
 )
 @report_option
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(
     source: str,
@@ -121,9 +125,9 @@ def command(
         check_repository(push_to)
     check_destination(settings.destination, overwrite=overwrite)
     external_settings = read_external_settings(settings, source)
-    speaks = not is_worker_process() or os.environ["RANK"] == "0"
-    output = _Output(timeout, report, form, quiet or not speaks)
-    with record_events(events if speaks else None) as log:
+    reports = not is_worker_process() or os.environ["RANK"] == "0"
+    output = _Output(timeout, report, form, quiet or not reports)
+    with record_events(events if reports else None) as log:
         plan = plan_reshard(settings, external_settings, quiet=output.quiet)
         log.emit(
             "planned",
@@ -135,7 +139,7 @@ def command(
         )
         if not dry_run:
             _reshard(plan, settings, output, log)
-        elif speaks:
+        elif reports:
             _show_estimate(plan, settings, output, log)
     if not output.quiet:
         print_notes(plan)
@@ -224,19 +228,19 @@ def _push(folder: Path, repository: str, output: _Output, log: EventLog) -> str:
 
 
 def print_notes(plan: ReshardPlan) -> None:
-    """Say what a person should know of a plan."""
+    """Print what a user should know about a plan."""
     if plan.config_changes:
         entries = "; ".join(map(str, plan.config_changes))
-        console.say(f"note: config.json does not say what it said when the source was laid out: {entries}")
+        console.say(f"note: config.json differs from the one that the source was laid out with: {entries}")
     if unmatched := find_unmatched(plan):
         console.say(f"note: {describe_unmatched(unmatched)}")
-    if carried := find_passthrough(plan):
+    if passthrough := find_passthrough(plan):
         where = "" if plan.target.layout == "hf" else ", in rank 0's file"
-        tensors = pluralize(len(carried), "tensor")
-        console.say(f"note: carried {tensors} that the model does not have{where}: {format_names(carried)}")
-    if without := find_stateless(plan):
-        parameters = pluralize(len(without), "parameter")
-        console.say(f"note: the optimizer has no state of {parameters}, frozen ones perhaps: {format_names(without)}")
+        tensors = pluralize(len(passthrough), "tensor")
+        console.say(f"note: carried {tensors} that the model does not have{where}: {format_names(passthrough)}")
+    if stateless := find_stateless(plan):
+        parameters = pluralize(len(stateless), "parameter")
+        console.say(f"note: the optimizer has no state for {parameters}, perhaps frozen: {format_names(stateless)}")
     for name in plan.checkpoint.side_files.left_behind:
         console.say(f"note: left behind {name}")
 
@@ -248,9 +252,8 @@ def print_summary(plan: ReshardPlan, result: ReshardResult) -> None:
     sharded = f", {sum(entry.is_sharded for entry in entries)} of them sharded," if entries else ""
     names = [file.name for file in plan.output.files if not file.name.endswith(".distcp")]
     files = pluralize(len(names), "rank file" if plan.target.layout == "ranks" else "file")
-    console.emit_line(
-        f"wrote {result.destination}: {pluralize(len(plan.checkpoint.tensors), 'tensor')}{sharded} in {files}"
-    )
+    tensors = pluralize(len(plan.checkpoint.tensors), "tensor")
+    console.emit_line(f"wrote {result.destination}: {tensors}{sharded} in {files}")
     if plan.checkpoint.optimizer:
         states = pluralize(len(plan.checkpoint.optimizer.tensors), "tensor")
         others = pluralize(len(plan.output.files) - len(names), "file")
@@ -260,28 +263,30 @@ def print_summary(plan: ReshardPlan, result: ReshardResult) -> None:
         f"synced in {seconds.syncing:.2f} s"
     )
     if result.bytes_shared:
-        console.emit_line(f"{result.bytes_shared:,} of the bytes are blocks that the source's files have too")
+        console.emit_line(f"{result.bytes_shared:,} of the bytes are disk blocks shared with the source's files")
 
 
 def print_estimate(plan: ReshardPlan, estimate: Estimate) -> None:
-    """Print what carrying a plan out would take."""
-    rows = [
-        (sanitize(one.name), f"×{one.tensors:,}", one.old, one.new, format_bytes(one.bytes_written), f"{one.runs:,}")
-        for one in estimate.groups
-    ]
+    """Print what a reshard would move, and the disk, memory and time it would take."""
+    rows = [_build_row(group) for group in estimate.groups]
     mesh = f", {plan.output.manifest.mesh}" if plan.output.manifest else ""
     folder = sanitize(plan.checkpoint.folder.name)
     title = f"what would move: {folder} ({plan.checkpoint.layout}) → {plan.target.layout}{mesh}"
     console.print_table(title, ("tensors", "", "from", "to", "written", "runs"), rows, droppable=("runs", ""))
-    console.emit_line("written: to the files of all ranks together; runs: stretches of bytes, each copied as one")
+    console.emit_line("written: bytes in the files of all ranks; runs: contiguous ranges of bytes, each copied at once")
     console.emit_line(
         f"would read {format_bytes(estimate.bytes_read)} and write {format_bytes(estimate.bytes_written)} of tensors"
     )
     if estimate.bytes_shared:
         shared = f"{format_bytes(estimate.bytes_shared)} ({estimate.reflinkable:.0%})"
-        console.emit_line(f"{shared} of what is written would be blocks of the source's own files, which need no disk")
+        console.emit_line(f"{shared} of that would be disk blocks shared with the source's files, which need no space")
     console.emit_line(
-        f"would need {format_bytes(estimate.disk_needed)} of disk, {format_bytes(estimate.peak_memory)} of memory for the whole "
-        f"process, and {format_duration(estimate.seconds)} to copy"
+        f"would need {format_bytes(estimate.disk_needed)} of disk, {format_bytes(estimate.peak_memory)} of memory for "
+        f"the whole process, and {format_duration(estimate.seconds)} to copy"
     )
     console.emit_line("nothing was written")
+
+
+def _build_row(group: EstimateGroup) -> tuple[str, ...]:
+    name, count, size = sanitize(group.name), f"×{group.tensors:,}", format_bytes(group.bytes_written)
+    return name, count, group.old, group.new, size, f"{group.runs:,}"

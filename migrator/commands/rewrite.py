@@ -24,7 +24,7 @@ __all__ = ["command"]
 @source_options
 @click.option("--check", is_flag=True, help="Write nothing; exit 1 if anything would change.")
 @click.option("--diff", is_flag=True, help="Write nothing; print a patch that `git apply` takes.")
-@click.option("--verify", is_flag=True, help="First demand that the tree's own modular converter writes the same.")
+@click.option("--verify", is_flag=True, help="Write only if the tree's own modular converter produces the same files.")
 @gc_paused()
 def command(
     paths: tuple[Path, ...],
@@ -73,11 +73,11 @@ def _show_report(report: SourceReport, *, diff: bool, quiet: bool) -> None:
 def _refuse_contradictions(*, check: bool, diff: bool, form: str) -> None:
     if diff and form != "human":
         raise UsageError(
-            f"--diff prints a patch and --format {form} something else", hint="leave one of them out", format=form
+            f"--diff prints a patch, which is not --format {form}", hint="leave one of them out", format=form
         )
     if form in ("github", "sarif") and not check:
         raise UsageError(
-            f"--format {form} tells of edits that are still to be made",
+            f"--format {form} lists pending edits, but without --check they are made",
             hint="add --check, or use `migrator check`",
             format=form,
         )

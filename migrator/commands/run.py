@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import SECONDS
+from migrator.options.common import SECONDS, format_option
 from migrator.terminal import console
 from migrator.terminal.text import format_bytes, format_duration, sanitize
 from plans.errors import UsageError
@@ -34,7 +34,7 @@ __all__ = ["command", "make_listener", "show_forecasts", "show_results"]
     metavar="SECONDS",
     help="Time between two scans of --watch; a file runs once two scans in a row see it unchanged.",
 )
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="Output format.")
+@format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
 def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float, form: str, quiet: bool) -> int:
     """Run the migrations that job files declare.

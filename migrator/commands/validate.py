@@ -1,4 +1,4 @@
-"""`migrator validate`: a checkpoint of whatever layout proven on real processes."""
+"""`migrator validate`: a checkpoint in any layout, proven on real processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from migrator.actions import validate
-from migrator.options.common import SECONDS, mesh_options, reject_empty, report_option, require_runtime
+from migrator.options.common import SECONDS, format_option, mesh_options, reject_empty, report_option, require_runtime
 from migrator.settings import Validate
 from migrator.terminal import console
 from plans.text import pluralize
@@ -35,19 +35,19 @@ __all__ = ["command", "explain_failure", "show_result"]
     type=click.Choice(["cpu", "cuda", "auto"]),
     default=Validate.device,
     show_default=True,
-    help="Where ranks compute; auto takes GPUs where each rank can have one.",
+    help="Where ranks compute; auto takes GPUs if each rank can have one.",
 )
 @click.option(
     "--reference",
     callback=reject_empty,
-    help="The checkpoint that SOURCE was laid out from; without it the unsharded model is put together from SOURCE.",
+    help="The checkpoint that SOURCE was made from; without it, the unsharded model is assembled from SOURCE.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=Validate.tolerance,
     show_default=True,
-    help="Of outputs in float32, relative to the largest; gradients may differ ten times as much.",
+    help="Accepted difference of float32 outputs, relative to the largest; ten times that for gradients.",
 )
 @click.option(
     "--timeout",
@@ -55,9 +55,9 @@ __all__ = ["command", "explain_failure", "show_result"]
     default=Validate.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="For the workers.",
+    help="How long the workers may take.",
 )
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@format_option("human", "json")
 @report_option
 def command(
     source: str,
@@ -84,7 +84,7 @@ def command(
     require_runtime()
     is_worker = is_worker_process()
     if not is_worker:
-        # As Ctrl-C does, and unlike the default, this leaves neither workers nor folders behind.
+        # Handled like Ctrl-C, which stops the workers and removes temporary folders; the default would leave both.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
     settings = Validate(
@@ -100,7 +100,7 @@ def command(
 
 
 def _read_explicit_sizes(sizes: dict[str, int]) -> dict[str, int]:
-    """Return the sizes that are no defaults, but were asked for."""
+    """Return the sizes that the user gave, without defaults."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {axis: size for axis, size in sizes.items() if context.get_parameter_source(axis) != default}
@@ -122,25 +122,25 @@ def _show_and_save(request: ValidationRequest, result: ValidationResult, form: s
 
 
 _MAX_MISMATCHES = 20
-"""Mismatches of one part that are printed; JSON and the report have all of them."""
+"""Mismatches of one check that are printed; JSON and the report have all of them."""
 
 
 def show_result(source: Path, result: ValidationResult) -> None:
-    """Print each part with its numbers, what is wrong with it, and what was skipped."""
+    """Print each check with its numbers and mismatches, and the checks that were skipped."""
     for part, check in result.checks.items():
-        said = _DESCRIPTIONS[part](check, result.world_size)
-        console.emit_line(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {said}".rstrip())
+        description = _DESCRIPTIONS[part](check, result.world_size)
+        console.emit_line(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {description}".rstrip())
         for mismatch in check.mismatches[:_MAX_MISMATCHES]:
             _show_mismatch(mismatch)
         if len(check.mismatches) > _MAX_MISMATCHES:
             console.emit_line(f"{'':<10} and {len(check.mismatches) - _MAX_MISMATCHES} more")
     for part, reason in result.skipped.items():
         console.emit_line(f"{part:<10} skipped  {reason}")
-    console.emit_line(f"{source}: {'proven' if result.ok else 'not as it must be'}")
+    console.emit_line(f"{source}: {'proven' if result.ok else 'not proven'}")
 
 
 def explain_failure(request: ValidationRequest, result: ValidationResult) -> str | None:
-    """Return what else may explain a failure, None where there is nothing to say."""
+    """Return another explanation for a failure, None if there is none."""
     forward, content = result.checks.get("forward"), result.checks.get("content")
     if (
         request.reference
@@ -150,7 +150,7 @@ def explain_failure(request: ValidationRequest, result: ValidationResult) -> str
         and content
         and _differs_only_from_reference(content)
     ):
-        return f"{request.reference} may be another checkpoint than the one that was laid out"
+        return f"{request.reference} may not be the checkpoint that {request.folder} was made from"
     return None
 
 
@@ -178,7 +178,7 @@ def _describe_content(check: CheckResult, world_size: int) -> str:
 
 
 def _differs_only_from_reference(content: CheckResult) -> bool:
-    """Say whether all that differs is between the checkpoint and its reference."""
+    """Return whether all mismatches are between the checkpoint and its reference."""
     different: int = content.numbers.get("with_reference", {}).get("different", 0)
     return len(content.mismatches) == different
 
@@ -202,7 +202,8 @@ def _describe_backward(check: CheckResult, world_size: int) -> str:
     numbers = check.numbers
     if "reason" in numbers:
         return str(numbers["reason"])
-    return f"{pluralize(check.checked, 'gradient')}, largest difference {_format_number(numbers['worst_relative_diff'])} of one"
+    worst = _format_number(numbers["worst_relative_diff"])
+    return f"{pluralize(check.checked, 'gradient')}, largest difference {worst} of one"
 
 
 def _describe_generation(check: CheckResult, world_size: int) -> str:

@@ -1,4 +1,4 @@
-"""`migrator verify`: the content of a checkpoint against its manifest, or against another checkpoint."""
+"""`migrator verify`: a checkpoint's content against its manifest or another checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.actions import verify
-from migrator.options.common import reject_empty, require_runtime
+from migrator.options.common import format_option, max_memory_option, reject_empty, require_runtime
 from migrator.options.external import ExternalOptions, external_options
 from migrator.settings import Verify
 from migrator.terminal import console
@@ -23,15 +23,8 @@ __all__ = ["command"]
 @click.argument("source", callback=reject_empty)
 @click.argument("other", required=False, callback=reject_empty)
 @external_options
-@click.option(
-    "--max-memory",
-    type=click.IntRange(min=1),
-    default=Verify.max_memory,
-    show_default=True,
-    metavar="MIB",
-    help="What reading may allocate, in MiB.",
-)
-@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+@max_memory_option(Verify.max_memory, "Limit on the memory that reading allocates, in MiB.")
+@format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
 def command(source: str, other: str | None, external: ExternalOptions, max_memory: int, form: str, quiet: bool) -> int:
     """Verify a checkpoint against its digests or another checkpoint.
@@ -55,28 +48,27 @@ def _show_verification(result: Verification, quiet: bool) -> None:
         console.emit_line(f"DIFFERS  {difference}")
     if quiet:
         return
-    for one in (result.source, result.other):
-        if one is not None:
-            console.emit_line(_summarize(one))
+    for verified in (result.source, result.other):
+        if verified is not None:
+            console.emit_line(_summarize(verified))
     verdict = pluralize(len(result.differences), "difference") if result.differences else _describe_verdict(result)
     console.emit_line(f"{verdict}, in {result.seconds:.2f} s")
 
 
 def _summarize(verified: VerifiedCheckpoint) -> str:
     if verified.checkpoint is None:
-        return f"{verified.folder}: not a whole checkpoint"
-    content = verified.checkpoint
-    optimizer = len(content.optimizer.tensors) if content.optimizer else 0
-    tensors = pluralize(len(content.tensors), "tensor")
+        return f"{verified.folder}: not a complete checkpoint"
+    checkpoint = verified.checkpoint
+    optimizer = len(checkpoint.optimizer.tensors) if checkpoint.optimizer else 0
+    tensors = pluralize(len(checkpoint.tensors), "tensor")
     copies = f" in {len(verified.copies) - optimizer} copies" if verified.layout == "ranks" else ""
-    return f"{verified.folder}: {verified.layout}, {tensors}{copies}" + (
-        f", {optimizer} of the optimizer" if optimizer else ""
-    )
+    states = f", {optimizer} of the optimizer" if optimizer else ""
+    return f"{verified.folder}: {verified.layout}, {tensors}{copies}{states}"
 
 
 def _describe_verdict(result: Verification) -> str:
     if result.other is not None:
         return "the same content"
     if result.source.manifest_digests:
-        return "every copy is as the manifest records it"
-    return "whole, by its headers; nothing records digests, so compare it with another checkpoint"
+        return "every copy matches the manifest's digest"
+    return "complete by its headers; no digests are recorded, so compare it with another checkpoint"

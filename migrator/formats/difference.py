@@ -86,8 +86,9 @@ def diff_summary_lines(report: DiffReport) -> Iterator[str]:
     kinds = Counter(_KIND_LABELS[difference.kind] for difference in differences)
     counts = ", ".join(f"{kinds[word]:,} {word}" for word in _KIND_LABELS.values() if kinds[word])
     classes = {(difference.variant.path, difference.variant.class_name) for difference in differences}
+    of_classes = format_count(len(classes), "class", "classes")
     entries = format_count(len(differences), "entry", "entries")
-    yield f"{entries} of {format_count(len(classes), 'class', 'classes')}: {counts}; {len(report.failing):,} unexplained"
+    yield f"{entries} of {of_classes}: {counts}; {len(report.failing):,} unexplained"
 
 
 def diff_github_lines(report: DiffReport) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""For programs: what a reshard wrote or would take, with the notes that people see."""
+"""The result or estimate of a reshard as JSON, with the notes that `migrator reshard` prints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def estimate_as_json(plan: ReshardPlan, estimate: Estimate) -> dict[str, object]
 
 def _notes_as_json(plan: ReshardPlan) -> dict[str, object]:
     return {
-        "config_changes": [asdict(one) for one in plan.config_changes],
+        "config_changes": [asdict(change) for change in plan.config_changes],
         "unmatched": find_unmatched(plan),
         "carried": find_passthrough(plan),
         "left_behind": list(plan.checkpoint.side_files.left_behind),
@@ -61,7 +61,7 @@ def find_passthrough(plan: ReshardPlan) -> list[str]:
 
 
 def find_stateless(plan: ReshardPlan) -> list[str]:
-    """Return the parameters that the optimizer has no state of."""
+    """Return the parameters that the optimizer has no state for."""
     return list(plan.checkpoint.optimizer.stateless) if plan.checkpoint.optimizer else []
 
 

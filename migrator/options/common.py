@@ -15,10 +15,21 @@ import click
 from plans.errors import DependencyError, DestinationError
 from plans.mesh import MODES, Mesh, Mode
 
-__all__ = ["SECONDS", "build_mesh", "mesh_options", "reject_empty", "report_option", "require_runtime"]
+__all__ = [
+    "SECONDS",
+    "build_mesh",
+    "format_option",
+    "max_memory_option",
+    "mesh_options",
+    "reject_empty",
+    "report_option",
+    "require_runtime",
+]
+
+_Command = Callable[..., object]
 
 
-def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
+def mesh_options(function: _Command) -> _Command:
     """Add `--tp`, `--ep`, `--fsdp` and `--mode` to a command."""
     options = (
         click.option("--tp", default=1, show_default=True, help="Number of ranks on the tensor parallel axis."),
@@ -38,6 +49,22 @@ def mesh_options(function: Callable[..., object]) -> Callable[..., object]:
 def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
     """Return the mesh that the options describe, and the mode or its default."""
     return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")
+
+
+def format_option(*formats: str) -> Callable[[_Command], _Command]:
+    """Return an option `--format` that a command receives as `form`; the first format is the default."""
+    return click.option("--format", "form", type=click.Choice(formats), default=formats[0], help="Output format.")
+
+
+def max_memory_option(default: int, help_text: str) -> Callable[[_Command], _Command]:
+    """Return an option `--max-memory` in MiB.
+
+    Args:
+        default: the default, in MiB.
+        help_text: what the limit applies to.
+    """
+    size = click.IntRange(min=1)
+    return click.option("--max-memory", type=size, default=default, show_default=True, metavar="MIB", help=help_text)
 
 
 def _check_report_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from migrator.options.common import format_option
 from migrator.terminal import console
 from plans.errors import MigratorError, UsageError
 
@@ -25,7 +26,6 @@ __all__ = [
     "source_options",
 ]
 
-_FORMATS = ("human", "json", "github", "sarif")
 _DEFAULT_BASE = "origin/main"
 _ANY_SOURCE = "auto"
 
@@ -53,7 +53,7 @@ def source_options(command: _Command) -> _Command:
     """Add the arguments and options that `read_requests` takes, `--format` and `--quiet`."""
     for decorator in (
         click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
-        click.option("--format", "form", type=click.Choice(_FORMATS), default="human", help="Output format."),
+        format_option("human", "json", "github", "sarif"),
         click.option(
             "--base-ref", metavar="REF", help=f"The git revision for --changed-only; by default {_DEFAULT_BASE}."
         ),

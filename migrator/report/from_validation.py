@@ -1,4 +1,4 @@
-"""A report of what a validation proved, or did not."""
+"""The report of a validation."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def report_validation(request: ValidationRequest, result: ValidationResult) -> R
     """Return the report of a validation, with the checkpoint's content as far as it can be read.
 
     Args:
-        request: the validation that was asked for.
-        result: what it found.
+        request: the request of the validation.
+        result: its result.
     """
     from runtime.checkpoint.manifest import find_manifest
     from runtime.checkpoint.open import detect_layout
@@ -35,28 +35,28 @@ def report_validation(request: ValidationRequest, result: ValidationResult) -> R
         planned = None if find_manifest(request.folder) else request.mesh
         inspection = inspect_checkpoint(request.folder, planned, request.mode)
     except MigratorError:
-        # The result's mismatches say what is wrong; the page just lacks what could not be read.
+        # The mismatches of the result say what is wrong; the page only lacks the unreadable content.
         inspection = Inspection(request.folder, detect_layout(request.folder), "")
     return build_validation_report(inspection, result.to_json())
 
 
 def build_validation_report(inspection: Inspection, result_json: Mapping[str, Any]) -> Report:
-    """Return the report of a validation: its verdict and every mismatch, above what the checkpoint holds.
+    """Return the report of a validation: its verdict and every mismatch, above the checkpoint's content.
 
     Args:
-        inspection: `runtime.inspecting.inspection.inspect_checkpoint` of the folder that was validated.
+        inspection: the inspection of the folder that was validated.
         result_json: the validation's JSON form, as `--format json` prints it.
     """
-    told = build_inspection_report(inspection)
+    report = build_inspection_report(inspection)
     ok = bool(result_json["ok"])
-    proven = [part for part in _PARTS if result_json.get(part) and part not in result_json["skipped"]]
+    checked = [part for part in _PARTS if result_json.get(part) and part not in result_json["skipped"]]
     return replace(
-        told,
-        title=f"{inspection.folder.name}: {'proven' if ok else 'not as it must be'}",
-        summary=f"Looked at {', '.join(proven) or 'nothing'} on {result_json['world_size']} ranks.",
+        report,
+        title=f"{inspection.folder.name}: {'proven' if ok else 'not proven'}",
+        summary=f"Checked {', '.join(checked) or 'nothing'} on {result_json['world_size']} ranks.",
         ok=ok,
-        facts={**{part: _describe_numbers(result_json[part]) for part in proven}, **told.facts},
-        findings=(*_findings(result_json), *told.findings),
+        facts={**{part: _describe_numbers(result_json[part]) for part in checked}, **report.facts},
+        findings=(*_findings(result_json), *report.findings),
         timings=result_json.get("seconds", {}),
     )
 
@@ -74,7 +74,7 @@ def _findings(result_json: Mapping[str, Any]) -> Iterator[ReportFinding]:
 
 def _describe_numbers(part: Mapping[str, Any]) -> str:
     """Return the numbers of one part of a validation, each with its name."""
-    return ", ".join(_format_numbers(part)) or "looked at"
+    return ", ".join(_format_numbers(part)) or "checked"
 
 
 def _format_numbers(part: Mapping[str, Any]) -> Iterator[str]:

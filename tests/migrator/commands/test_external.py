@@ -107,7 +107,7 @@ def test_the_result_on_another_mesh_has_a_manifest_and_the_same_content(
     assert (
         migrator("verify", tmp_path / "ranks")[1]
         .splitlines()[-1]
-        .startswith("every copy is as the manifest records it")
+        .startswith("every copy matches the manifest's digest")
     )
 
 

@@ -86,7 +86,7 @@ def test_a_dry_run_is_said_in_words_and_units_that_a_person_knows(migrator, hub_
     rows = [line.split() for line in lines[4 : 4 + len(said["groups"])]]
     assert {row[-2] for row in rows} == {"B", "KiB"}
     assert lines[-4:] == [
-        "written: to the files of all ranks together; runs: stretches of bytes, each copied as one",
+        "written: bytes in the files of all ranks; runs: contiguous ranges of bytes, each copied at once",
         "would read 192 KiB and write 195 KiB of tensors",
         f"would need {said['disk_needed'] / 1024:.0f} KiB of disk, {lines[-2].split()[6]} MiB of memory for the whole "
         "process, and less than 0.1 s to copy",

@@ -45,7 +45,7 @@ def test_the_state_goes_along_and_is_spoken_of(migrator, source, tmp_path):
     code, output, errors = migrator(source, tmp_path / "out", "--fsdp", 2)
     assert code == 0
     assert "with the optimizer's state: 1 tensor in 2 files" in output
-    assert "the optimizer has no state of 37 parameters" in errors
+    assert "the optimizer has no state for 37 parameters" in errors
     code, output, _ = migrator(tmp_path / "out", tmp_path / "again", "--tp", 2, "--format", "json")
     said = json.loads(output)
     about = said["optimizer"]

@@ -38,7 +38,7 @@ def test_the_same_content(verify: Verify, rank_folder: RankFolder, hub_folder: H
     code, out, err = verify(ranks)
     assert (code, err) == (0, [])
     assert f"{ranks}: ranks, 36 tensors in 51 copies" in out
-    assert "every copy is as the manifest records it" in out
+    assert "every copy matches the manifest's digest" in out
     code, out, err = verify(ranks, hub)
     assert (code, err) == (0, [])
     assert "the same content" in out
