@@ -1,4 +1,4 @@
-"""Every dialect file read strictly, against what is known of each release and against transformers itself."""
+"""Every dialect file, compared with a strict schema, known facts of each release, and transformers itself."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ dialects = pytest.mark.parametrize("name", dialect_names())
 
 
 @dialects
-def test_the_file_says_only_what_the_schema_knows(name):
+def test_the_file_follows_the_schema(name):
     table = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
     assert table["name"] == name
     assert table.keys() <= FILE_FIELDS
@@ -84,7 +84,7 @@ def test_the_file_says_only_what_the_schema_knows(name):
 
 
 @dialects
-def test_what_is_removed_was_there(name):
+def test_removed_styles_existed_in_the_base(name):
     table = tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
     inherited = load_dialect(table["extends"]).styles if "extends" in table else {}
     assert set(table.get("removed", ())) <= inherited.keys()
@@ -97,7 +97,7 @@ def test_what_is_removed_was_there(name):
         assert row
 
 
-def test_every_release_speaks_one_dialect():
+def test_every_release_has_one_dialect():
     spoken = [release for name in dialect_names() for release in load_dialect(name).releases]
     assert sorted(spoken, key=RELEASES.index) == RELEASES
     assert dialect_for_release("4.57.6").name == dialect_for_release("5.0.0").name == "transformers-4.57"
@@ -140,7 +140,7 @@ def test_the_installed_transformers_registers_these_names():
         ("dtensor", "vocab_allreduce", "embedding", 2, "weight", Shard(0)),
     ],
 )
-def test_where_each_dialect_puts_things(dialect, style, owner, rank, parameter, expected):
+def test_placements_of_each_dialect(dialect, style, owner, rank, parameter, expected):
     assert load_dialect(dialect).style(style, "k").placement(owner, rank, parameter) == expected
 
 
@@ -162,7 +162,7 @@ def test_meanings_agree_with_placements(name):
                 assert style.rules == ()
 
 
-def test_a_style_that_cuts_a_dim_which_a_parameter_lacks_is_refused():
+def test_a_style_for_a_dim_that_the_parameter_lacks_is_refused():
     style = load_dialect(PARAM_LEVEL).styles["moe_tp_gate_up_colwise"]
     with pytest.raises(PlanError, match=r"bias: the style moe_tp_gate_up_colwise requires Packed\(-2, 2\), but"):
         style.placement("module", 1, "bias")
@@ -175,7 +175,7 @@ def placed(text: str, rank: int) -> Placement:
 
 
 @dialects
-def test_a_style_that_leaves_features_sharded_says_so_twice(name):
+def test_output_and_meaning_agree_on_sharded_features(name):
     for style in load_dialect(name).styles.values():
         if meaning := style.means.get("linear"):
             expected = "sharded" if "sharded by feature" in load_meanings()[meaning].output else "whole"
@@ -190,7 +190,7 @@ def test_no_two_meanings_are_the_same():
         described[facts] = name
 
 
-def test_the_vocabulary_is_closed_and_every_word_of_it_is_used():
+def test_every_meaning_is_defined_and_used():
     used = {
         meaning
         for name in dialect_names()

@@ -35,7 +35,7 @@ def numbered(plan: dict[str, str], layer: int = 0) -> dict[str, str]:
     return {key.replace("*", str(layer)): style for key, style in plan.items()}
 
 
-def test_experts_modules_are_known_by_their_parameters_or_their_hook() -> None:
+def test_experts_modules_are_recognized_by_parameters_or_hook() -> None:
     assert find_expert_modules(DENSE, DIALECT) == frozenset()
     assert find_expert_modules(ROUTED, DIALECT) == {"layers.*.mlp.experts"}
     assert find_expert_modules({"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT) == {"layers.*.mlp.experts"}
@@ -48,20 +48,20 @@ def test_a_merged_plan_gives_experts_parameters_grouped_gemm() -> None:
         assert found.keys() - experts.keys() == {"layers.*.self_attn.q_proj", "layers.*.mlp.shared_experts.down_proj"}
 
 
-def test_what_would_cut_whole_experts_goes_even_where_the_expert_plan_does_not_name_it() -> None:
+def test_entries_that_shard_whole_experts_are_dropped_even_if_the_expert_plan_lacks_them() -> None:
     found = merge_expert_plan(DENSE, {"layers.*.mlp.experts": "ep_dispatch_experts"}, DIALECT)
     assert not [style for style in found.values() if style.startswith("moe_tp_")]
     bias = {**DENSE, "layers.*.mlp.experts.gate_up_proj_bias": "packed_colwise"}
     assert "layers.*.mlp.experts.gate_up_proj_bias" not in merge_expert_plan(bias, ROUTED, DIALECT)
 
 
-def test_what_does_not_cut_experts_stays() -> None:
+def test_entries_that_do_not_shard_experts_stay() -> None:
     dense = {"layers.*.mlp": "module_allgather_split", "layers.*.mlp.experts.act": "replicate"}
     assert merge_expert_plan(dense, ROUTED, DIALECT).items() >= dense.items()
 
 
 @pytest.mark.parametrize("experts", [ROUTED, DISPATCHED])
-def test_numbered_entries_of_a_dense_plan_give_way_too(experts: dict[str, str]) -> None:
+def test_numbered_entries_of_a_dense_plan_are_replaced_too(experts: dict[str, str]) -> None:
     dense = {**numbered(DENSE), "layers.0.mlp": "module_allgather_split", "layers.1.mlp": "module_allgather"}
     found = merge_expert_plan(dense, experts, DIALECT)
     assert {key for key in found if "experts" in key and "shared" not in key} == {
@@ -76,22 +76,22 @@ def test_numbered_entries_of_an_expert_plan_leave_other_layers_as_they_are() -> 
 
 
 @pytest.mark.parametrize("mode", ["tp", "sp"])
-def test_without_an_expert_axis_no_entry_works_over_it(mode: Any) -> None:
+def test_without_an_expert_axis_no_entry_uses_it(mode: Any) -> None:
     assert find_expert_keys(merge_expert_plan(DENSE, ROUTED, DIALECT), mode, DIALECT) == frozenset()
 
 
-def test_alone_every_entry_of_an_expert_plan_works_over_its_axis() -> None:
+def test_in_mode_ep_every_entry_uses_the_expert_axis() -> None:
     assert find_expert_keys(ROUTED, "ep", DIALECT) == ROUTED.keys()
 
 
 @pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
 @pytest.mark.parametrize("experts", [ROUTED, DISPATCHED])
-def test_in_combinations_experts_and_their_routers_work_over_it(mode: Any, experts: dict[str, str]) -> None:
+def test_in_combined_modes_experts_and_routers_use_the_expert_axis(mode: Any, experts: dict[str, str]) -> None:
     plan = merge_expert_plan(DENSE, experts, DIALECT)
     assert find_expert_keys(plan, mode, DIALECT) == experts.keys()
 
 
-def test_a_numbered_hook_works_over_the_axis_of_its_parameters() -> None:
+def test_a_numbered_hook_uses_the_axis_of_its_parameters() -> None:
     plan = {**ROUTED, "layers.0.mlp.experts": "moe_experts_allreduce", "layers.0.mlp": "module_allgather_split"}
     assert "layers.0.mlp.experts" in find_expert_keys(plan, "tp_ep", DIALECT)
     assert "layers.0.mlp" not in find_expert_keys(plan, "tp_ep", DIALECT)

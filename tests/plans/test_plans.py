@@ -41,7 +41,7 @@ def test_placements_survive_json(placement):
         ["shard", 0],
     ],
 )
-def test_other_json_is_no_placement(value):
+def test_other_json_is_not_a_placement(value):
     with pytest.raises(HeaderError):
         placement_from_json(value)
 
@@ -58,7 +58,7 @@ def test_the_two_meshes_of_one_job():
     assert [mesh.coordinates("experts", rank) for rank in range(8)] == [(rank // 4, rank % 4) for rank in range(8)]
 
 
-def test_impossible_meshes_name_the_sizes_that_work():
+def test_invalid_meshes_suggest_valid_sizes():
     with pytest.raises(UsageError) as caught:
         Mesh(tp=2, ep=3, fsdp=2)
     assert "2, 4" in caught.value.hint
@@ -72,7 +72,7 @@ def test_keys_are_names_with_their_layer_numbers_as_wildcards():
     assert to_wildcard("w2.weight") == "w2.weight"
 
 
-def test_a_parameters_own_entry_wins_over_its_modules():
+def test_a_parameters_own_entry_takes_precedence_over_its_modules():
     plan = {"layers.*.mlp.experts": "module", "layers.*.mlp.experts.down_proj": "own", "layers.*.q": "q"}
     assert find_key(plan, "layers.1.mlp.experts.down_proj", is_parameter=True) == "layers.*.mlp.experts.down_proj"
     assert find_key(plan, "layers.1.mlp.experts.gate_up_proj", is_parameter=True) == "layers.*.mlp.experts"
@@ -98,21 +98,21 @@ def test_the_param_level_names_are_in_no_release_except_grouped_gemm():
             assert overlay.isdisjoint(load_dialect(name).styles)
 
 
-def test_an_unknown_style_names_those_there_are():
+def test_an_unknown_style_lists_the_known_ones():
     with pytest.raises(UnknownStyleError) as caught:
         load_dialect(PARAM_LEVEL).style("colwize", "layers.*.q_proj")
     assert "layers.*.q_proj" in caught.value.message
     assert "moe_tp_down_rowwise" in caught.value.hint
 
 
-def test_a_mistyped_style_is_known_again():
+def test_a_mistyped_style_is_suggested():
     with pytest.raises(UnknownStyleError) as caught:
         load_dialect("transformers-5.23").style("colwize", "layers.*.q_proj")
     assert caught.value.hint.startswith("did you mean colwise? its styles are ")
 
 
 @pytest.mark.parametrize("other", ["rowwise", "local_colwise", "embedding_rowwise"])
-def test_another_dialects_style_is_not_taken_for_a_slip(other):
+def test_the_style_of_another_dialect_is_not_taken_for_a_typo(other):
     """`rowwise` looks like `colwise`, the nearest that this dialect has, and is its opposite."""
     with pytest.raises(UnknownStyleError) as caught:
         load_dialect("dtensor").style(other, "layers.*.q_proj")
@@ -120,7 +120,7 @@ def test_another_dialects_style_is_not_taken_for_a_slip(other):
 
 
 @pytest.mark.parametrize(("name", "meant"), [("dtenser", "dtensor"), ("Transformer-5.23", "transformers-5.23")])
-def test_a_mistyped_dialect_is_known_again(name, meant):
+def test_a_mistyped_dialect_is_suggested(name, meant):
     with pytest.raises(UsageError) as caught:
         load_dialect(name)
     assert caught.value.hint.startswith(f"did you mean {meant}? choose among dtensor, ")

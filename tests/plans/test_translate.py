@@ -1,4 +1,4 @@
-"""Plans from dialect to dialect, on plans that were really released; what keys name is given here by hand."""
+"""Translation between dialects, on plans of real releases; what their keys name is given by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STACKED = {
 
 
 def stacked(key):
-    """A model that stacks its experts; everything that is not listed is a Linear, single experts do not exist."""
+    """A model with stacked experts: every key that is not listed names a Linear, and single experts do not exist."""
     if ".experts.*" in key:
         return None
     tail = max((name for name in STACKED if re.search(rf"(^|\.){re.escape(name)}$", key)), key=len, default=None)
@@ -41,7 +41,7 @@ def stacked(key):
 
 
 def separate(key):
-    """The same with one module for every expert."""
+    """The same model with one module per expert."""
     if ".experts.*" in key or key.endswith(".experts"):
         return KeyTarget("module") if key.endswith((".*", ".experts")) else LINEAR
     return stacked(key)
@@ -95,12 +95,12 @@ def test_one_branch_name_means_two_things():
     assert not found
 
 
-def test_a_released_name_that_would_mean_nothing_on_the_branch_is_named():
+def test_a_released_style_without_a_meaning_on_the_branch_is_reported():
     plan = {"layers.*.mlp.experts.up_proj": "colwise", "layers.*.mlp.experts.gate_up_proj": "packed_rowwise"}
     assert translated(plan, "transformers-5.23", "dtensor") == (plan, dict.fromkeys(plan, "MIG401"))
 
 
-def test_entries_without_an_equal_stay_and_are_named():
+def test_entries_without_an_equal_meaning_stay_and_are_reported():
     plan = {
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.kv_a": "mla_kv_a_proj",
@@ -119,13 +119,13 @@ def test_entries_without_an_equal_stay_and_are_named():
     }
 
 
-def test_an_old_alias_gives_way_where_a_plan_comes_from_elsewhere():
+def test_an_alias_is_replaced_in_translated_plans():
     plan = {"lm_head": "colwise_rep"}
     assert translated(plan, "transformers-4.57", "transformers-5.23") == ({"lm_head": "colwise_gather_output"}, {})
     assert translated(plan, "transformers-5.16", "transformers-5.16") == (plan, {})
 
 
-def test_what_means_the_same_needs_no_modeling_source():
+def test_entries_with_the_same_meaning_need_no_modeling_source():
     plan = {"layers.*.unseen": "moe_identity_expert", "layers.*.self_attn.q_proj": "colwise"}
     assert translated(plan, "transformers-5.16", "transformers-5.23") == (plan, {})
 
@@ -160,7 +160,7 @@ def test_param_level_entries_are_understood_in_every_dialect():
     assert (old, found) == ({"layers.*.lin": "rowwise"}, {})
 
 
-def test_param_level_entries_stay_where_the_target_has_no_name_for_them_but_are_not_introduced():
+def test_param_level_entries_stay_without_an_equal_in_the_target_but_are_not_introduced():
     experts = {key: style for key, style in PARAM_LEVEL_PLAN.items() if "experts." in key}
     after, found = translated(experts, "transformers-5.23", "transformers-4.57")
     assert list(after.values()) == ["moe_tp_gate_up_colwise", "rowwise"]
@@ -188,21 +188,21 @@ def test_expert_plans_of_the_branch():
         assert not found
 
 
-def test_a_dispatch_needs_a_router_entry_where_there_is_none():
+def test_a_dispatch_without_a_router_entry_is_reported():
     plan = {"layers.*.mlp.experts.down_proj": "grouped_gemm", "layers.*.mlp.experts": "ep_dispatch_experts"}
     for older in ("dtensor", "transformers-5.16"):
         assert translated(plan, "transformers-5.23", older, "ep") == (plan, {"layers.*.mlp.experts": "MIG401"})
     assert translated(plan, "transformers-5.23", "transformers-5.19", "ep") == (plan, {})
 
 
-def test_expert_entries_in_a_tp_plan_belong_elsewhere_since_plans_were_separated():
+def test_expert_entries_in_a_tp_plan_are_reported_for_releases_with_separate_plans():
     after, found = translated(BRANCH_EP, "dtensor", "transformers-5.23", "tp")
     assert after == BRANCH_EP
     assert found == dict.fromkeys(BRANCH_EP, "MIG401")
     assert translated(BRANCH_EP, "dtensor", "transformers-5.16", "tp")[1] == {}
 
 
-def test_an_experts_hook_is_read_with_the_plan_around_it():
+def test_an_experts_hook_is_read_with_the_rest_of_its_plan():
     alone = {"layers.*.mlp.experts": "moe_tp_experts"}
     assert translated(alone, "transformers-5.23", "dtensor")[1] == {"layers.*.mlp.experts": "MIG401"}
     baked = {"layers.*.mlp.experts": "moe_experts_allreduce"}

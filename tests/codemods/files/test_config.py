@@ -1,4 +1,4 @@
-"""`[tool.migrator]`: read from the nearest pyproject.toml, every mistake named."""
+"""`[tool.migrator]` is read from the nearest pyproject.toml, and mistakes are reported with their keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_setting_is_read(tmp_path):
     )
 
 
-def test_the_nearest_file_counts_also_for_a_file(tmp_path):
+def test_the_nearest_project_is_found_for_files_too(tmp_path):
     configured(tmp_path, "[tool.migrator]\nignore = ['MIG101']\n")
     inner = tmp_path / "a/b"
     inner.mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_the_nearest_file_counts_also_for_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[tool.ruff]\nline-length = 1\n", "tool = 3\n", "# migrator\n"])
-def test_a_file_without_the_table_says_nothing(tmp_path, text):
+def test_a_file_without_the_table_gives_no_settings(tmp_path, text):
     assert configured(tmp_path, text) == Configuration(tmp_path)
 
 
@@ -91,21 +91,21 @@ def test_a_mistake_names_the_key_and_the_file(tmp_path, line, key):
         ("ignore = ['mig001']", "did you mean MIG001? `migrator explain` lists"),
     ],
 )
-def test_a_mistyped_name_is_known_again(tmp_path, line, hint):
+def test_a_similar_name_is_suggested(tmp_path, line, hint):
     with pytest.raises(UsageError) as caught:
         configured(tmp_path, f"[tool.migrator]\n{line}\n")
     assert caught.value.hint.startswith(hint)
 
 
 @pytest.mark.parametrize("data", [b"[tool.migrator\n", b"# migrator \xff\n", b"[tool]\nmigrator = 3\n"])
-def test_what_is_no_toml_or_no_table_is_refused(tmp_path, data):
+def test_invalid_toml_is_refused(tmp_path, data):
     path = tmp_path / "pyproject.toml"
     path.write_bytes(data)
     with pytest.raises(UsageError, match=r"pyproject\.toml"):
         read_configuration(path)
 
 
-def test_paths_that_lead_out_by_a_link_are_refused(tmp_path):
+def test_paths_that_lead_out_through_a_link_are_refused(tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "project").mkdir()
     (tmp_path / "project/models").symlink_to(tmp_path / "outside")
@@ -135,18 +135,18 @@ def test_globs(tmp_path, glob, path, expected):
     assert Configuration(tmp_path, exclude=(glob,)).is_included(tmp_path / path) is not expected
 
 
-def test_a_file_elsewhere_is_matched_by_its_whole_path(tmp_path):
+def test_a_file_outside_the_root_is_matched_by_its_whole_path(tmp_path):
     assert Configuration(tmp_path, exclude=("src/*",)).is_included(Path("/other/src/x.py"))
 
 
-def test_what_excludes_a_file_is_named(tmp_path):
+def test_the_excluding_glob_is_returned(tmp_path):
     configuration = Configuration(tmp_path, exclude=("old", "./src/*.py"))
     assert configuration.find_exclude_pattern(tmp_path / "src/x.py") == "./src/*.py"
     assert configuration.find_exclude_pattern(tmp_path / "x.py") is None
 
 
 @pytest.mark.parametrize("link", ["project", "project/src", "project/src/x.py"])
-def test_a_link_means_the_project_that_it_leads_into(tmp_path, link):
+def test_a_link_is_followed_into_its_project(tmp_path, link):
     root = tmp_path / "real/project"
     (root / "src").mkdir(parents=True)
     (root / "src/x.py").write_text("")
@@ -157,7 +157,7 @@ def test_a_link_means_the_project_that_it_leads_into(tmp_path, link):
     assert found.find_exclude_pattern(root / "src/x.py")
 
 
-def test_a_link_out_of_every_project_belongs_where_it_lies(tmp_path):
+def test_a_link_out_of_every_project_belongs_to_the_project_that_contains_it(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "project").mkdir()
     (tmp_path / "project/models").symlink_to(tmp_path / "elsewhere")

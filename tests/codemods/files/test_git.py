@@ -1,4 +1,4 @@
-"""What changed since a branch left another, in real repositories."""
+"""The files that changed on a branch, in real git repositories."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git
 
 @pytest.fixture
 def repository(tmp_path):
-    """main and a branch that left it; main has gone on since."""
+    """A repository with a branch, and with a later commit on main."""
     root = tmp_path / "repository"
     root.mkdir()
     family(root)
@@ -39,7 +39,7 @@ def names(root, base="main", folder=None):
     return {str(path.relative_to(root.resolve())) for path in list_changed_files(base, folder or root)}
 
 
-def test_commits_index_working_tree_and_new_files_count(repository):
+def test_commits_index_working_tree_and_new_files_are_listed(repository):
     assert names(repository) == {"committed.py", "deleted.py"}
     (repository / "edited.py").write_text("x = 2\n")
     (repository / "staged.py").write_text("x = 2\n")
@@ -49,7 +49,7 @@ def test_commits_index_working_tree_and_new_files_count(repository):
     assert names(repository) == {"committed.py", "deleted.py", "edited.py", "staged.py", "caf\u00e9 new.py"}
 
 
-def test_any_folder_of_the_repository_and_any_kind_of_ref_will_do(repository):
+def test_any_folder_of_the_repository_and_any_kind_of_ref_is_accepted(repository):
     assert names(repository, folder=repository / "toy") == {"committed.py", "deleted.py"}
     assert names(repository, base=git(repository, "rev-parse", "main").strip()) == {"committed.py", "deleted.py"}
     assert names(repository, base="HEAD") == set()
@@ -82,7 +82,7 @@ def test_git_must_be_installed(repository, monkeypatch):
         list_changed_files("main", repository)
 
 
-def test_the_repository_starts_no_program_of_its_own(repository):
+def test_programs_in_the_repository_settings_are_not_started(repository):
     program = repository.parent / "program.sh"
     program.write_text(f"#!/bin/sh\ntouch {repository.parent}/started\n")
     program.chmod(0o755)
@@ -100,12 +100,12 @@ def outcome_of(root):
     return plan_rewrites([root], Suppressions(Selection(changed_folders=touched)))
 
 
-def test_only_models_with_a_changed_file_are_spoken_of(repository):
+def test_only_models_with_a_changed_file_are_in_scope(repository):
     assert outcome_of(repository).changes == ()
 
 
 @pytest.mark.parametrize("touched", [OWNER, COPY, "toy/modeling_toy.py", "heir/modular_heir.py"])
-def test_one_changed_file_brings_its_whole_family_in(repository, touched):
+def test_one_changed_file_brings_its_whole_family_into_scope(repository, touched):
     path = repository / touched
     path.write_text(path.read_text() + "# changed\n")
     assert {str(change.path.relative_to(repository)) for change in outcome_of(repository).changes} == {OWNER, COPY}

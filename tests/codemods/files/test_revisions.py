@@ -1,4 +1,4 @@
-"""Revisions of a real git repository: what changed between two of them, and what is not followed out of it."""
+"""Revisions of a real git repository: the files that changed, and links and paths that lead out of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_only_what_changed_is_compared(root):
     assert compare(before, after).files == 2
 
 
-def test_touching_a_file_is_no_change(root):
+def test_touching_a_file_is_not_a_change(root):
     os.utime(root / MIXTRAL, (1, 1))
     repository = find_repository(root)
     assert find_changed_paths(repository.read_revision("HEAD"), repository.read_working_tree()) == frozenset()

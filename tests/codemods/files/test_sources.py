@@ -1,4 +1,4 @@
-"""Files found: below any number of folders, each once and in order, links and odd files apart."""
+"""Finding source files: nested folders, order, links and irregular files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOO_LONG = 25
 
 @pytest.fixture
 def deep(tmp_path):
-    """A model below more folders than Python calls may nest, taken down again one by one."""
+    """A model in a folder nested deeper than the recursion limit; it is removed step by step."""
     folders = [tmp_path]
     for _ in range(DEPTH):
         folders.append(folders[-1] / "d")
@@ -32,17 +32,17 @@ def deep(tmp_path):
         folder.rmdir()
 
 
-def test_folders_may_nest_as_deep_as_they_like(tmp_path, deep):
+def test_folders_may_be_nested_deeper_than_calls(tmp_path, deep):
     assert find_sources([tmp_path], []) == [deep / "configuration_toy.py", deep / "modeling_toy.py"]
 
 
-def test_a_plan_far_down_is_rewritten(tmp_path, deep):
+def test_a_plan_in_a_deep_folder_is_rewritten(tmp_path, deep):
     outcome = plan_rewrites([tmp_path])
     assert outcome.errors == ()
     assert [change.path for change in outcome.changes] == [deep / "configuration_toy.py"]
 
 
-def test_files_come_sorted_and_once(tmp_path):
+def test_files_are_sorted_and_unique(tmp_path):
     write_tree(tmp_path, {"b/one.py": "", "a/two.py": "", "a.py": "", "a/deep/three.py": "", "c.txt": ""})
     found = [
         str(path.relative_to(tmp_path)) for path in find_sources([tmp_path, tmp_path / "a", tmp_path / "a.py"], [])
@@ -50,14 +50,14 @@ def test_files_come_sorted_and_once(tmp_path):
     assert found == ["a.py", "a/deep/three.py", "a/two.py", "b/one.py"]
 
 
-def test_hidden_skipped_and_odd_files_are_passed_over(tmp_path):
+def test_hidden_and_irregular_files_are_skipped(tmp_path):
     write_tree(tmp_path, {".git/one.py": "", "__pycache__/two.py": "", "node_modules/x/three.py": "", "a/.four.py": ""})
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "folder.py").mkdir()
     assert find_sources([tmp_path], []) == []
 
 
-def test_only_links_to_files_elsewhere_are_named_each_once(tmp_path):
+def test_links_to_files_outside_the_paths_are_returned_once(tmp_path):
     root = write_tree(tmp_path / "in", {"toy/one.py": ""})
     write_tree(tmp_path / "out", {"two.py": "", "three.txt": ""})
     (root / "inner.py").symlink_to(root / "toy/one.py")
@@ -71,7 +71,7 @@ def test_only_links_to_files_elsewhere_are_named_each_once(tmp_path):
     assert links == [root / "toy/outer.py"]
 
 
-def test_a_folder_that_cannot_be_listed_stops_no_other(tmp_path):
+def test_an_unreadable_folder_does_not_stop_the_others(tmp_path):
     write_tree(tmp_path, {"a/one.py": "", "z/two.py": ""})
     names = ["b", *["n" * 200] * TOO_LONG]  # longer than a path may be
     folder = os.open(tmp_path, os.O_RDONLY)

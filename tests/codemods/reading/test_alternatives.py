@@ -1,8 +1,9 @@
-"""One notion of a plan: which literals of a class apply together, and what follows from it."""
+"""The alternatives of a plan: which literals of a class apply together, and what follows from it."""
 
 from __future__ import annotations
 
-import time
+import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -35,7 +36,7 @@ def plans(this, *code, body=None):
     return [dict(one.plan) for one in find_alternatives(owner, this)]
 
 
-def test_a_literal_alone_has_nothing_beside_it():
+def test_a_single_literal_has_one_empty_alternative():
     this = literal(a="x")
     assert plans(this, this) == [{}]
 
@@ -45,45 +46,45 @@ def test_literals_without_conditions_are_one_plan():
     assert plans(this, this, literal(b="y"), body=literal(function="", c="z")) == [{"c": "z", "b": "y"}]
 
 
-def test_of_two_arms_one_applies():
+def test_only_one_of_two_branches_applies():
     common, one, other = literal(a="x"), literal("new", b="y"), literal("not new", c="z")
     assert plans(common, common, one, other) == [{"b": "y"}, {"c": "z"}]
     assert plans(one, common, one, other) == [{"a": "x"}]
     assert plans(other, common, one, other) == [{"a": "x"}]
 
 
-def test_an_arm_without_another_applies_or_does_not():
+def test_a_branch_without_else_may_or_may_not_apply():
     common, arm = literal(a="x"), literal("new", b="y")
     assert plans(common, common, arm) == [{"b": "y"}, {}]
     assert plans(arm, common, arm) == [{"a": "x"}]
 
 
-def test_the_same_test_in_two_functions_is_two():
+def test_the_same_condition_in_two_functions_is_independent():
     here, there = literal("new", a="x"), literal("not new", function="g", b="y")
     assert plans(here, here, there) == [{"b": "y"}, {}]
 
 
-def test_what_replaces_the_plan_drops_what_came_before():
+def test_a_replacing_literal_drops_earlier_ones():
     body, whole, more = literal(function="", a="x"), literal(replaces=True, b="y"), literal(c="z")
     assert plans(whole, whole, more, body=body) == [{"c": "z"}]
     assert plans(more, whole, more, body=body) == [{"b": "y"}]
     assert plans(body, whole, more, body=body) == [{}]
 
 
-def test_what_may_replace_the_plan_leaves_both():
+def test_a_literal_that_may_replace_the_plan_leaves_both_cases():
     body, whole = literal(function="", a="x"), literal("new", replaces=True, b="y")
     more = literal(c="z")
     assert plans(more, whole, more, body=body) == [{"b": "y"}, {"a": "x"}]
 
 
-def test_conditions_on_layers_hold_for_some_of_them():
+def test_conditions_on_layers_hold_for_some_layers():
     common = literal(a="x")
     by_layer = literal("layer_idx < self.first_k_dense_replace", b="y")
     by_key = literal("layer_idx % 2", computed=True, c="z")
     assert plans(common, common, by_layer, by_key) == [{"b": "y", "c": "z"}]
 
 
-def test_what_cannot_be_told_apart_is_said_to_be_uncertain():
+def test_too_many_combinations_give_a_partial_alternative():
     arms = [literal(f"flag_{number}", **{f"a{number}": "x"}) for number in range(20)]
     this = literal(a="x")
     (found,) = find_alternatives(ClassPlans("C", code_literals=(this, *arms)), this)
@@ -91,20 +92,36 @@ def test_what_cannot_be_told_apart_is_said_to_be_uncertain():
     assert len(found.plan) == 20
 
 
-def test_a_thousand_arms_take_no_time():
+@contextmanager
+def count_calls():
+    """Count the calls of functions, a measure of work that does not depend on the machine."""
+    calls = 0
+
+    def count(_frame, event, _argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        yield lambda: calls
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_thousand_branches_take_little_work():
     conditions = [Condition(f"i == {number}", False) for number in range(1000)]
     arms = [
         PlanLiteral("C", "_tp_plan", 1, (), "f", (*conditions[:number], Condition(conditions[number].test, True)))
         for number in range(1000)
     ]
     owner = ClassPlans("C", code_literals=tuple(arms))
-    started = time.process_time()
-    assert all(len(find_alternatives(owner, arm)) == 1 for arm in arms)
-    assert time.process_time() - started < 5
+    with count_calls() as calls:
+        assert all(len(find_alternatives(owner, arm)) == 1 for arm in arms)
+    assert calls() < 3_000_000
 
 
 @pytest.mark.parametrize("module", ["layers.*.mlp.experts.x{}", "layers.*.m{}.experts"])
-def test_sixty_nested_tests_take_no_time(tmp_path, module):
+def test_sixty_nested_conditions_take_little_work(tmp_path, module):
     lines = []
     for number in range(60):
         tests = (
@@ -114,13 +131,13 @@ def test_sixty_nested_tests_take_no_time(tmp_path, module):
         )
         lines += [*tests, f'            self.base_model_tp_plan["{module.format(number)}"] = "moe_tp_experts"']
     write_tree(tmp_path, {"toy/configuration_toy.py": config(*lines, body=OLD), "toy/modeling_toy.py": MODELING})
-    started = time.process_time()
-    assert plan_rewrites([tmp_path]).errors == ()
-    assert check_paths([tmp_path], source="transformers-5.23").errors == ()
-    assert time.process_time() - started < 4
+    with count_calls() as calls:
+        assert plan_rewrites([tmp_path]).errors == ()
+        assert check_paths([tmp_path], source="transformers-5.23").errors == ()
+    assert calls() < 3_000_000
 
 
-def test_of_two_that_replace_the_plan_only_one_counts():
+def test_only_one_of_two_replacing_literals_counts():
     one, other = literal(replaces=True, a="x"), literal(function="g", replaces=True, b="y")
     assert plans(one, one, other) == [{}]
     assert plans(other, one, other) == [{}]
@@ -145,7 +162,7 @@ def lines(outcome):
     return [(found.line, found.finding.code) for found in outcome.findings]
 
 
-def test_entries_of_one_arm_do_not_mask_the_other(tmp_path):
+def test_entries_of_one_branch_do_not_hide_the_other(tmp_path):
     assert lines(check(tmp_path, config(*arms({**PARAMETERS, **HOOK}, HOOK)))) == [(6, "MIG502")]
 
 
@@ -157,12 +174,12 @@ def rewritten(root, text):
     ]
 
 
-def test_entries_of_one_arm_do_not_keep_the_other_from_its_own(tmp_path):
+def test_entries_of_one_branch_do_not_block_inserts_in_the_other(tmp_path):
     whole = {**PARAMETERS, **SUMMING}
     assert rewritten(tmp_path, config(*arms(whole, SUMMING))) == (config(*arms(whole, whole)), ["MIG003", "MIG003"])
 
 
-def test_the_half_migrated_arm_of_a_common_hook_is_found(tmp_path):
+def test_a_half_migrated_branch_of_a_common_hook_is_found(tmp_path):
     update = "self.base_model_tp_plan |= "
     both = config(*arms(PARAMETERS, PARAMETERS, how=update), body=HOOK)
     assert codes(check(tmp_path / "both", both)) == []
@@ -172,26 +189,26 @@ def test_the_half_migrated_arm_of_a_common_hook_is_found(tmp_path):
     assert lines(check(tmp_path / "alone", alone)) == [(2, "MIG502")]
 
 
-def test_a_common_hook_that_only_one_arm_needs_new_entries_for_is_left(tmp_path):
+def test_a_common_hook_that_needs_entries_in_one_branch_only_is_left_alone(tmp_path):
     text = config("if new:", f"    self.base_model_tp_plan |= {PARAMETERS}", body=SUMMING)
     assert codes(check_noop(tmp_path, text)) == ["MIG204"]
     assert codes(check(tmp_path, text)) == ["MIG204"]
 
 
-def test_a_common_half_is_rewritten_where_both_arms_have_the_other(tmp_path):
+def test_a_common_half_is_rewritten_if_both_branches_have_the_other_half(tmp_path):
     update = "self.base_model_tp_plan |= "
     before = config(*arms(OLD_GATE_UP, GATE_UP, how=update), body=OLD_DOWN)
     after = config(*arms(GATE_UP, GATE_UP, how=update), body=DOWN)
     assert rewritten(tmp_path, before) == (after, ["MIG002", "MIG001"])
 
 
-def test_a_common_half_without_its_other_in_one_arm_holds_all(tmp_path):
+def test_a_common_half_stays_if_one_branch_lacks_the_other_half(tmp_path):
     text = config("if new:", f"    self.base_model_tp_plan |= {OLD_GATE_UP}", body=OLD_DOWN)
     outcome = check_noop(tmp_path, text)
     assert codes(outcome) == ["MIG202"]
 
 
-def test_a_pair_in_one_arm_is_its_own_affair(tmp_path):
+def test_a_pair_in_one_branch_is_independent(tmp_path):
     before = config(*arms({**OLD, **HOOK}, {**OLD_GATE_UP, **HOOK}))
     after = config(*arms({**PARAMETERS, **HOOK}, {**OLD_GATE_UP, **HOOK}))
     assert codes(check_transformed(tmp_path, before, after)) == ["MIG202"]
@@ -216,7 +233,7 @@ def test_a_computed_parameter_keeps_its_module_as_it_is(tmp_path):
     assert set(codes(check_noop(tmp_path, text))) == {"MIG204"}
 
 
-def test_a_literal_of_a_pair_that_is_translated_is_read_with_the_rest_of_its_plan(tmp_path):
+def test_a_translated_literal_is_read_with_the_rest_of_its_plan(tmp_path):
     write_tree(tmp_path, {"toy/modeling_toy.py": MODELING})
     whole = config("self.base_model_tp_plan |= {}", body={**OLD, **HOOK})
     split = config(f"self.base_model_tp_plan |= {OLD_DOWN}", body={**OLD_GATE_UP, **HOOK})
@@ -230,7 +247,7 @@ def test_a_literal_of_a_pair_that_is_translated_is_read_with_the_rest_of_its_pla
 
 
 @pytest.mark.parametrize("how", ["self.base_model_tp_plan = ", "self.base_model_tp_plan |= "])
-def test_a_plan_in_an_arm_of_its_own_is_rewritten(tmp_path, how):
+def test_a_plan_in_a_branch_is_rewritten(tmp_path, how):
     before = config("if fast:", f"    {how}{ {**OLD, **HOOK} }")
     check_transformed(tmp_path, before, config("if fast:", f"    {how}{ {**PARAMETERS, **HOOK} }"))
 
@@ -259,7 +276,7 @@ def inherited(root, copy):
     )
 
 
-def test_a_pair_in_two_statements_is_brought_to_its_copy(tmp_path):
+def test_a_pair_in_two_statements_is_rewritten_in_its_copy(tmp_path):
     outcome = rewrite(inherited(tmp_path, IN_CODE.format(name="Heir")))
     assert [(change.path.name, len(change.edits)) for change in outcome.changes] == [
         ("configuration_toy.py", 2),
@@ -268,7 +285,7 @@ def test_a_pair_in_two_statements_is_brought_to_its_copy(tmp_path):
 
 
 @pytest.mark.parametrize("style", ['"rowwise_allreduce"', '"colwise"', "STYLE"])
-def test_no_copy_is_rewritten_by_half(tmp_path, style):
+def test_no_copy_is_rewritten_partly(tmp_path, style):
     outcome = rewrite(inherited(tmp_path, IN_CODE.format(name="Heir").replace('"rowwise"', style)))
     assert outcome.changes == ()
     assert outcome.findings

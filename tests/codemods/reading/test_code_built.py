@@ -95,12 +95,12 @@ def test_plans_given_to_calls(tmp_path, call):
     check_transformed(tmp_path, call + "\n", migrated(call) + "\n")
 
 
-def test_a_call_without_a_model_beside_it_is_not_guessed(tmp_path):
+def test_a_call_without_a_model_in_its_folder_is_not_rewritten(tmp_path):
     outcome = check_noop(tmp_path, f"load(tp_plan={{{PAIR}}})\n", modeling=None)
     assert codes(outcome) == ["MIG203"]
 
 
-def test_expert_parallel_arguments_stay(tmp_path):
+def test_expert_parallel_arguments_stay_as_they_are(tmp_path):
     check_noop(tmp_path, f"load(ep_plan={{{PAIR}}})\n")
 
 
@@ -125,12 +125,12 @@ def test_parameters_written_elsewhere_are_not_inserted_again(tmp_path):
         'self.base_model_tp_plan |= {"layers.*.mlp.experts.gate_up_proj": STYLE if i else "packed_colwise"}',
     ],
 )
-def test_what_cannot_be_written_safely_is_named(tmp_path, body):
+def test_what_cannot_be_rewritten_safely_is_reported(tmp_path, body):
     outcome = check_noop(tmp_path, function(body))
     assert codes(outcome) == ["MIG204"]
 
 
-def test_a_style_of_its_own_name_is_no_plan(tmp_path):
+def test_entries_in_variables_with_other_names_are_not_plans(tmp_path):
     check_noop(tmp_path, function(f"names = {{{PAIR}}}\nprint(names)"))
     check_noop(tmp_path, f"STYLES = {{{PAIR}}}\n")
 
@@ -170,7 +170,7 @@ def test_code_that_only_the_copy_has_is_left_alone(tmp_path):
     assert codes(outcome) == ["MIG302"]
 
 
-def test_a_name_that_stands_for_two_plans_stands_for_none(tmp_path):
+def test_a_name_for_two_plans_is_not_resolved(tmp_path):
     body = (
         'plan = {"layers.*.mlp.experts": "moe_experts_allreduce"}\nself.base_model_ep_plan = plan\n'
         'plan = {"layers.*.norm": "sequence_parallel"}\nself.base_model_tp_plan = plan'
@@ -187,7 +187,7 @@ GATE_UP, DOWN = (part.strip() for part in PAIR.split(", "))
 )
 @pytest.mark.parametrize("form", ["{{**BASE, {own}}}", "{{{own}, **BASE}}", "BASE | {{{own}}}", "{{{own}}} | BASE"])
 @pytest.mark.parametrize("place", [None, "self"])
-def test_a_constant_and_what_stands_beside_it_are_one_plan(tmp_path, constant, own, form, place):
+def test_a_constant_and_a_display_are_one_plan(tmp_path, constant, own, form, place):
     value = form.format(own=own)
     line = f"    base_model_tp_plan = {value}\n" if place is None else function(f"self.base_model_tp_plan = {value}")
     text = f"BASE = {{{constant}}}\n\n\n" + (f"class ToyConfig:\n{line}" if place is None else line)
@@ -199,14 +199,14 @@ def test_two_constants_are_one_plan(tmp_path):
     check_transformed(tmp_path, text, migrated(text))
 
 
-def test_irregular_entries_beside_a_constant_keep_it_as_it_is(tmp_path):
+def test_irregular_entries_next_to_a_constant_keep_it_as_it_is(tmp_path):
     text = 'BASE = {"layers.*.mlp.experts": "moe_experts_allreduce"}\n\n\nclass ToyConfig:\n    base_model_tp_plan = '
     assert set(
         codes(check_noop(tmp_path, text + f"{{{migrated(PAIR).replace('moe_tp_gate_up_', '')}, **BASE}}\n"))
     ) == {"MIG104"}
 
 
-def test_a_constant_that_is_overridden_is_held(tmp_path):
+def test_an_overridden_constant_stays_as_it_is(tmp_path):
     text = f"BASE = {{{PAIR}}}\n\n\nclass ToyConfig:\n    base_model_tp_plan = {{**BASE, {DOWN}}}\n"
     assert "MIG204" in codes(check_noop(tmp_path, text))
 
@@ -220,6 +220,6 @@ def test_a_constant_that_is_overridden_is_held(tmp_path):
         '"layers.{}.mlp.experts.down_proj".format(i): "rowwise"',
     ],
 )
-def test_keys_in_pieces_are_seen_in_a_whole_folder(tmp_path, entries):
+def test_concatenated_keys_are_found_in_a_folder(tmp_path, entries):
     text = function(f"self.base_model_tp_plan |= {{{entries}}}")
     check_transformed(tmp_path, text, migrated(text))

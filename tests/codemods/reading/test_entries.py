@@ -38,11 +38,11 @@ def test_keys(key, expected, computed, numbered):
     assert (entry.key, entry.computed, entry.numbered) == (expected, computed, numbered)
 
 
-def test_places_in_text_that_is_not_ascii():
+def test_offsets_in_text_that_is_not_ascii():
     found = entries('x = {"caf\u00e9": "\u00fc",  # \u00e9\n "b":\n  "c"}')
     assert [(entry.key, entry.style, entry.line) for entry in found] == [("caf\u00e9", "\u00fc", 1), ("b", "c", 3)]
 
 
-def test_what_is_no_entry():
+def test_what_is_not_an_entry():
     assert entries('x = {1: "a", "b": 2, K: "c", **D}') == ()
     assert [entry.style for entry in entries('x = {"a": K}')] == [None]

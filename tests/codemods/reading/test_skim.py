@@ -41,7 +41,7 @@ def test_every_file_of_the_installed_tree_reads_as_parsed():
 
 
 @given(files())
-def test_what_is_read_is_right(case):
+def test_generated_files_read_as_parsed(case):
     before, _, _ = case
     same(SourceFile(Path("x.py"), before.encode()))
 
@@ -65,18 +65,18 @@ def test_what_is_read_is_right(case):
         "class A:\n" + "\n".join(f"    {line}" for line in PACKED.splitlines()),
     ],
 )
-def test_what_is_unusual_is_left_to_the_parser(text):
+def test_unusual_files_are_left_to_the_parser(text):
     assert skim(SourceFile(Path("x.py"), text.encode())) is None
 
 
-def test_bytes_that_are_no_text_are_left_to_the_parser():
+def test_invalid_utf_8_is_left_to_the_parser():
     assert skim(SourceFile(Path("x.py"), PACKED.encode().replace(b"rowwise", b"row\xff"))) is None
 
 
-def test_quotes_of_the_other_kind_in_a_docstring_hide_nothing():
+def test_single_quotes_in_a_docstring_hide_nothing():
     assert same(SourceFile(Path("x.py"), f"\"\"\"Say '''x'''.\"\"\"\n{PACKED}".encode()))
 
 
-def test_what_is_usual_is_not():
+def test_plain_plans_need_no_parser():
     assert same(SourceFile(Path("x.py"), PACKED.encode()))
     assert same(SourceFile(Path("x.py"), PACKED.replace("= {", "= None  # {").split("{")[0].encode() + b"\n"))

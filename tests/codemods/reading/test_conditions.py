@@ -1,4 +1,4 @@
-"""One literal for each arm that excludes another, with the conditions that decide."""
+"""Conditions around plan literals: one literal for each exclusive branch."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ YES, NO = (Condition("new", True),), (Condition("new", False),)
         'if new:\n    self.base_model_tp_plan = {"a": "x"}\n    return\nself.base_model_tp_plan = {"b": "x"}',
     ],
 )
-def test_each_arm_is_a_literal(body):
+def test_each_branch_is_a_literal(body):
     assert [found for found in literals(function(body)) if found[1]] == [(YES, ["a"]), (NO, ["b"])]
 
 
-def test_what_is_common_to_the_arms_is_a_literal_without_them():
+def test_common_entries_are_a_literal_without_conditions():
     found = literals(function('self.base_model_tp_plan = {"c": "x", **({"a": "x"} if new else {})}'))
     assert found == [((), ["c"]), (YES, ["a"])]
 
 
-def test_arms_in_a_class_body_are_code():
+def test_branches_in_a_class_body_are_code_literals():
     text = """
     class ToyConfig:
         base_model_tp_plan = {"a": "x"} if new else {"b": "x"}
@@ -66,7 +66,7 @@ def test_arms_in_a_class_body_are_code():
     assert not are_exclusive(one, one)
 
 
-def test_cases_exclude_one_another():
+def test_cases_exclude_each_other():
     body = """\
 match kind:
     case "sparse":
@@ -83,7 +83,7 @@ match kind:
     assert are_exclusive(first, third)
 
 
-def test_the_same_test_in_another_function_excludes_nothing():
+def test_the_same_condition_in_another_function_excludes_nothing():
     one = PlanLiteral("A", "_tp_plan", 1, (), "f", YES)
     assert not are_exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "g", NO))
     assert not are_exclusive(one, PlanLiteral("A", "_tp_plan", 2, (), "f", (Condition("old", False),)))
@@ -102,13 +102,13 @@ def test_the_same_test_in_another_function_excludes_nothing():
         ('setattr(self, "base_model_tp_plan", {"a": "x"})', True),
     ],
 )
-def test_what_replaces_a_plan_and_what_adds_to_it(body, replaces):
+def test_replacing_a_plan_and_adding_to_it(body, replaces):
     (literal,) = read(function(body)).classes["ToyConfig"].code_literals
     assert [entry.key for entry in literal.entries] == ["a"]
     assert literal.replaces is replaces
 
 
-def test_one_arm_does_not_hide_what_the_other_lacks(tmp_path):
+def test_one_branch_does_not_hide_what_the_other_lacks(tmp_path):
     complete = migrated(f"{{{PAIR}, {HOOK}}}")
     body = f'self.base_model_tp_plan = {complete} if new else {{{HOOK}, "norm": "colwise"}}'
     write_tree(tmp_path, {"toy/configuration_toy.py": function(body), "toy/modeling_toy.py": REGULAR})
@@ -116,12 +116,12 @@ def test_one_arm_does_not_hide_what_the_other_lacks(tmp_path):
     assert "MIG507" not in found, "no key is given twice in one arm"
 
 
-def test_each_arm_is_rewritten(tmp_path):
+def test_each_branch_is_rewritten(tmp_path):
     body = f"self.base_model_tp_plan = {{{PAIR}}} if new else {{{PAIR}, {HOOK}}}"
     check_transformed(tmp_path, function(body), migrated(function(body)))
 
 
-def test_a_class_body_with_arms_is_rewritten(tmp_path):
+def test_a_class_body_with_branches_is_rewritten(tmp_path):
     text = f"class ToyConfig:\n    if NEW:\n        base_model_tp_plan = {{{PAIR}}}\n"
     text += f"    else:\n        base_model_tp_plan = {{}} if OLD else {{{PAIR}}}\n"
     check_transformed(tmp_path, text, migrated(text))
