@@ -1,1 +1,1 @@
-"""Inspection: what a checkpoint holds, and where its tensors lie on a mesh."""
+"""Inspection: what a checkpoint contains, and how its tensors are placed on a mesh."""

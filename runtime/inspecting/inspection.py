@@ -1,4 +1,4 @@
-"""Inspection: what a checkpoint of whatever layout holds, on which mesh, and what another plan would make of it."""
+"""Inspect a checkpoint in any layout: its tensors, its mesh, and how a plan would place it on another mesh."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = ["describe_checkpoint", "inspect_checkpoint"]
 def inspect_checkpoint(
     folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", external: ExternalSettings | None = None
 ) -> Inspection:
-    """Read what a checkpoint holds, and what a plan would make of it; only tensors that must be alike are read.
+    """Return what a checkpoint contains, and how a plan would place it. Reads headers, and data only to compare copies.
 
     Args:
-        folder: of the checkpoint; rank files say everything themselves, other layouts need its config.json.
-        mesh: that the model's plan is resolved for, None for none.
-        mode: which of the model's plans apply there.
-        external: how to read another stack's rank files, where it is made of such.
+        folder: the checkpoint's folder; rank files describe themselves, other layouts need its config.json.
+        mesh: the mesh to resolve the model's plan for, None to resolve none.
+        mode: which of the model's plans apply on that mesh.
+        external: how to read the files if another stack wrote them.
 
     Returns:
-        An inspection with findings alone where the files contradict one another or do not make up the tensors.
+        The inspection; it has only findings if the files contradict each other or do not make up whole tensors.
 
     Raises:
-        CheckpointError: it cannot be read, or is incomplete other than by lossy tensors.
+        CheckpointError: the checkpoint cannot be read, or is incomplete in another way than by lossy tensors.
         PlanError: the plan does not resolve on this model and mesh.
-        UsageError: it is quantized in a way that is not supported, the mode does not go with the mesh, or a mesh is too
-            large to be told rank by rank.
+        UsageError: the checkpoint's quantization is not supported, the mode does not fit the mesh, or a mesh has too
+            many ranks to list.
     """
     reader = open_checkpoint(folder, external)
     planned = resolve(reader.model, mesh, mode) if mesh is not None else None
@@ -61,25 +61,25 @@ def describe_checkpoint(
     planned: ResolvedPlan | None = None,
     sharded_by: ResolvedPlan | None = None,
 ) -> Inspection:
-    """Describe a checkpoint that was read.
+    """Return the inspection of a checkpoint that was already read.
 
     Args:
-        checkpoint: what it holds.
-        model_type: as its config names it.
-        planned: a plan for it, or what it was laid out by.
-        sharded_by: the plan of files that have no manifest to say so.
+        checkpoint: the checkpoint.
+        model_type: the model type that its config names.
+        planned: a resolved plan to place it by.
+        sharded_by: the resolved plan that its files are sharded by, if it has no manifest to tell.
     """
     manifest = checkpoint.manifest
-    held = place_by_manifest(manifest) if manifest else place_by_plan(sharded_by) if sharded_by else None
-    wanted = place_by_plan(planned) if planned else None
+    current = place_by_manifest(manifest) if manifest else place_by_plan(sharded_by) if sharded_by else None
+    desired = place_by_plan(planned) if planned else None
     return Inspection(
         folder=checkpoint.folder,
         layout=checkpoint.layout,
         model_type=model_type,
-        groups=tuple(_group_tensors(checkpoint.tensors, held, wanted)),
+        groups=tuple(_group_tensors(checkpoint.tensors, current, desired)),
         files=tuple(_list_files(checkpoint)),
-        current=held.arrange(checkpoint.tensors) if held else None,
-        planned=wanted.arrange(checkpoint.tensors) if wanted else None,
+        current=current.arrange(checkpoint.tensors) if current else None,
+        planned=desired.arrange(checkpoint.tensors) if desired else None,
         tied=checkpoint.tied,
         side_files=checkpoint.side_files.copied,
         left_behind=checkpoint.side_files.left_behind,
@@ -94,26 +94,26 @@ def describe_checkpoint(
 def _group_tensors(
     tensors: Mapping[str, TensorInfo], current: PlacementTable | None, planned: PlacementTable | None
 ) -> Iterator[TensorGroup]:
-    alike: defaultdict[tuple[str, TensorInfo, MeshPlacement | None, MeshPlacement | None], list[str]] = defaultdict(
-        list
-    )
+    groups: defaultdict[tuple[str, TensorInfo, MeshPlacement | None, MeshPlacement | None], list[str]]
+    groups = defaultdict(list)
     for name, tensor in tensors.items():
-        places = (laying.get_placement(name, tensor) if laying else None for laying in (current, planned))
-        alike[to_wildcard(name), tensor, *places].append(name)  # type: ignore[index]
-    for (name, tensor, now, then), names in alike.items():
+        before = current.get_placement(name, tensor) if current else None
+        after = planned.get_placement(name, tensor) if planned else None
+        groups[to_wildcard(name), tensor, before, after].append(name)
+    for (name, tensor, before, after), names in groups.items():
         size = len(names) * tensor_bytes(tensor.dtype, tensor.shape)
-        yield TensorGroup(name, tuple(names), tensor.kind, tensor.dtype, tensor.shape, size, now, then)
+        yield TensorGroup(name, tuple(names), tensor.kind, tensor.dtype, tensor.shape, size, before, after)
 
 
 def _summarize_optimizer(state: OptimizerState) -> OptimizerSummary:
-    sizes = (tensor_bytes(held.dtype, held.shape) for held in state.tensors.values())
+    sizes = (tensor_bytes(tensor.dtype, tensor.shape) for tensor in state.tensors.values())
     return OptimizerSummary(len(state.tensors), sum(sizes), state.stateless)
 
 
 def _list_files(checkpoint: Checkpoint) -> Iterator[StoredFile]:
     counts, sizes = Counter[Path](), Counter[Path]()
-    for piece in checkpoint.chunks.values():
-        counts[piece.file] += 1
-        sizes[piece.file] += piece.size
+    for chunk in checkpoint.chunks.values():
+        counts[chunk.file] += 1
+        sizes[chunk.file] += chunk.size
     for file in sorted(counts):
         yield StoredFile(file.name, counts[file], sizes[file])

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors on a mesh: where a manifest or a plan puts each, and the bytes that each rank holds."""
+"""A checkpoint's tensors on a mesh: how a manifest or a plan places each, and how many bytes each rank holds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TensorSlice:
     """A box of a tensor.
 
     Args:
-        bounds: start and stop per tensor dim.
-        ranks: that hold it, in order.
+        bounds: the start and stop in each dimension.
+        ranks: the ranks that hold it, in order.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -37,20 +37,20 @@ class TensorSlice:
 def find_slices(
     shape: Sequence[int], placements: Sequence[Placement], mesh: Mesh, axes: MeshName
 ) -> tuple[TensorSlice, ...]:
-    """Return the boxes of a tensor that ranks hold, from its first element on; a packed shard has one for each group.
+    """Return the boxes of a tensor that ranks hold, sorted by bounds; a packed shard has one box for each group.
 
     Args:
-        shape: of the whole tensor.
-        placements: one per axis, outermost first.
-        mesh: whose ranks hold it.
-        axes: which of its two meshes the placements speak of.
+        shape: the shape of the whole tensor.
+        placements: one placement per mesh axis, outermost first.
+        mesh: the mesh that it is placed on.
+        axes: which of the mesh's two sets of axes the placements refer to.
     """
     tensor = whole("", shape)
     holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for rank in range(mesh.world_size):
-        for extent in shard_for_rank(tensor, placements, mesh.sizes(axes), mesh.coordinates(axes, rank)).boxes:
-            starts = unravel(extent.base, shape)
-            bounds = tuple((start, start + size) for start, size in zip(starts, extent.shape, strict=True))
+        for box in shard_for_rank(tensor, placements, mesh.sizes(axes), mesh.coordinates(axes, rank)).boxes:
+            starts = unravel(box.base, shape)
+            bounds = tuple((start, start + size) for start, size in zip(starts, box.shape, strict=True))
             holders.setdefault(bounds, []).append(rank)
     return tuple(TensorSlice(bounds, tuple(holders[bounds])) for bounds in sorted(holders))
 
@@ -58,7 +58,7 @@ def find_slices(
 def compute_local_bytes(
     dtype: str, shape: Sequence[int], placements: Sequence[Placement], mesh: Mesh, axes: MeshName
 ) -> tuple[int, ...]:
-    """Return the bytes that each rank holds of a tensor; arguments as for `find_slices`."""
+    """Return how many bytes of a tensor each rank holds; see `find_slices` for the arguments."""
     tensor, sizes = whole("", shape), mesh.sizes(axes)
     ranks = range(mesh.world_size)
     shapes = (shard_for_rank(tensor, placements, sizes, mesh.coordinates(axes, rank)).shape for rank in ranks)
@@ -70,7 +70,7 @@ _MAX_RANKS = 2**14
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """Where a tensor of a shape goes: which mesh, its placements and the style that says so."""
+    """A tensor's shape, the mesh axes and placements that it gets, and the style that they come from."""
 
     shape: tuple[int, ...]
     axes: MeshName
@@ -83,12 +83,13 @@ _BytesKey = tuple[str, tuple[int, ...], MeshName, tuple[Placement, ...]]
 
 @dataclass(frozen=True)
 class PlacementTable:
-    """Tensors on a mesh; what is alike is worked out once.
+    """The placement of each tensor on a mesh.
 
     Args:
         template: the arrangement, without bytes.
-        entries: of tensors, by name; carried ones lie whole on rank 0.
-        cached_bytes: bytes on each rank, by what they depend on.
+        entries: the placed tensors by name; passthrough tensors have no entry and lie whole on rank 0.
+        cached_bytes: the bytes that each rank holds, computed once for all tensors with the same dtype, shape and
+            placements.
     """
 
     template: Arrangement
@@ -96,80 +97,80 @@ class PlacementTable:
     cached_bytes: dict[_BytesKey, tuple[int, ...]] = field(default_factory=dict)
 
     def get_placement(self, name: str, tensor: TensorInfo) -> MeshPlacement | None:
-        """Return how a tensor lies, None where it is carried.
+        """Return how a tensor is placed, None for a passthrough tensor.
 
         Raises:
-            MismatchError: it is not in the model, or has another shape there.
+            MismatchError: the model lacks the tensor, or has it in another shape.
         """
         if tensor.kind == "carried":
             return None
-        place, on_ranks = self._get_entry(name, tensor), self.get_rank_bytes(name, tensor)
-        return MeshPlacement(place.axes, place.placements, place.style, min(on_ranks), max(on_ranks))
+        entry, rank_bytes = self._get_entry(name, tensor), self.get_rank_bytes(name, tensor)
+        return MeshPlacement(entry.axes, entry.placements, entry.style, min(rank_bytes), max(rank_bytes))
 
     def get_rank_bytes(self, name: str, tensor: TensorInfo) -> tuple[int, ...]:
-        """Return the bytes that each rank holds of a tensor."""
+        """Return how many bytes of a tensor each rank holds."""
         if tensor.kind == "carried":
             return (tensor_bytes(tensor.dtype, tensor.shape), *(0,) * (self.template.mesh.world_size - 1))
-        place = self._get_entry(name, tensor)
-        alike = tensor.dtype, tensor.shape, place.axes, place.placements
-        if alike not in self.cached_bytes:
-            self.cached_bytes[alike] = compute_local_bytes(
-                tensor.dtype, tensor.shape, place.placements, self.template.mesh, place.axes
+        entry = self._get_entry(name, tensor)
+        key = tensor.dtype, tensor.shape, entry.axes, entry.placements
+        if key not in self.cached_bytes:
+            self.cached_bytes[key] = compute_local_bytes(
+                tensor.dtype, tensor.shape, entry.placements, self.template.mesh, entry.axes
             )
-        return self.cached_bytes[alike]
+        return self.cached_bytes[key]
 
     def arrange(self, tensors: Mapping[str, TensorInfo]) -> Arrangement:
-        """Return the arrangement with the bytes that each rank holds of these tensors."""
-        counts = Counter(self.get_rank_bytes(name, held) for name, held in tensors.items())
+        """Return the arrangement of these tensors, with the bytes that each rank holds."""
+        counts = Counter(self.get_rank_bytes(name, tensor) for name, tensor in tensors.items())
         totals = [0] * self.template.mesh.world_size
-        for on_ranks, count in counts.items():
-            totals = [total + count * size for total, size in zip(totals, on_ranks, strict=True)]
+        for rank_bytes, count in counts.items():
+            totals = [total + count * size for total, size in zip(totals, rank_bytes, strict=True)]
         return replace(self.template, rank_bytes=tuple(totals))
 
     def _get_entry(self, name: str, tensor: TensorInfo) -> _PlannedTensor:
-        place = self.entries.get(name)
-        if place is None or place.shape != tensor.shape:
-            said = list(place.shape) if place else "not there"
+        entry = self.entries.get(name)
+        if entry is None or entry.shape != tensor.shape:
+            expected = f"has shape {list(entry.shape)}" if entry else "does not exist"
             raise MismatchError(
-                f"{name} is {said} in the model but {list(tensor.shape)} in the checkpoint",
+                f"{name} {expected} in the model, but has shape {list(tensor.shape)} in the checkpoint",
                 hint="config.json does not belong to these weights",
                 name=name,
             )
-        return place
+        return entry
 
 
 def place_by_manifest(manifest: Manifest) -> PlacementTable:
-    """Return where a checkpoint's own manifest says that its tensors are.
+    """Return how a checkpoint's tensors are placed according to its own manifest.
 
     Raises:
-        UsageError: it speaks of more ranks than can be told one by one.
+        UsageError: its mesh has too many ranks to list.
     """
     _check_world_size(manifest.mesh)
-    empty = Arrangement(manifest.mesh, manifest.mode, manifest.dialect, manifest.plan, ())
-    places = {
+    template = Arrangement(manifest.mesh, manifest.mode, manifest.dialect, manifest.plan, ())
+    entries = {
         name: _PlannedTensor(entry.shape, entry.mesh, entry.placements, _find_style(manifest.plan, name))
         for name, entry in manifest.tensors.items()
     }
-    return PlacementTable(empty, places)
+    return PlacementTable(template, entries)
 
 
 def place_by_plan(plan: ResolvedPlan) -> PlacementTable:
-    """Return where a resolved plan puts a model's tensors.
+    """Return how a resolved plan places a model's tensors.
 
     Raises:
-        UsageError: it is for more ranks than can be told one by one.
+        UsageError: its mesh has too many ranks to list.
     """
     _check_world_size(plan.mesh)
-    empty = Arrangement(plan.mesh, plan.mode, plan.dialect, plan.plan, (), plan.unmatched)
-    places = {row.name: _PlannedTensor(row.shape, row.mesh, row.placements, row.style) for row in plan.parameters}
-    return PlacementTable(empty, places)
+    template = Arrangement(plan.mesh, plan.mode, plan.dialect, plan.plan, (), plan.unmatched)
+    entries = {row.name: _PlannedTensor(row.shape, row.mesh, row.placements, row.style) for row in plan.parameters}
+    return PlacementTable(template, entries)
 
 
 def _check_world_size(mesh: Mesh) -> None:
     if mesh.world_size > _MAX_RANKS:
         raise UsageError(
-            f"a mesh of {mesh.world_size:,} ranks is too large to be inspected rank by rank",
-            hint=f"{_MAX_RANKS:,} ranks are the most; a manifest that speaks of more is damaged",
+            f"a mesh of {mesh.world_size:,} ranks is too large to inspect",
+            hint=f"use at most {_MAX_RANKS:,} ranks; a manifest that names more is damaged",
             world_size=mesh.world_size,
         )
 

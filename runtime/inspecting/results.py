@@ -1,4 +1,4 @@
-"""What inspecting a checkpoint finds: plain values with one JSON form."""
+"""The results of inspecting a checkpoint: plain values with one JSON form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Arrangement", "Inspection", "MeshPlacement", "OptimizerSummary", "St
 
 @dataclass(frozen=True, slots=True)
 class MeshPlacement:
-    """How a tensor lies on a mesh.
+    """How a tensor is placed on a mesh.
 
     Args:
-        axes: which of the two meshes the placements speak of.
-        placements: one per axis, outermost first.
-        style: of the plan's entry that says so, where that is known.
-        min_bytes: bytes on the rank that holds least of it.
-        max_bytes: bytes on the rank that holds most of it.
+        axes: which of the mesh's two sets of axes the placements refer to.
+        placements: one placement per mesh axis, outermost first.
+        style: the style of the plan entry that gives these placements, if known.
+        min_bytes: the bytes on the rank that holds the least of it.
+        max_bytes: the bytes on the rank that holds the most of it.
     """
 
     axes: MeshName
@@ -35,12 +35,12 @@ class MeshPlacement:
     max_bytes: int
 
     def is_sharded(self, mesh: Mesh) -> bool:
-        """Return whether ranks of a mesh hold different parts; an axis of one rank cuts nothing."""
+        """Return whether ranks of a mesh hold different parts; an axis of size 1 does not shard."""
         pairs = zip(mesh.sizes(self.axes), self.placements, strict=True)
         return any(size > 1 and placement != Replicate() for size, placement in pairs)
 
     def to_json(self) -> dict[str, object]:
-        """Return the JSON form; bytes are those of one tensor."""
+        """Return the JSON form; the bytes are those of one tensor."""
         return {
             "mesh": self.axes,
             "placements": [placement_to_json(placement) for placement in self.placements],
@@ -51,15 +51,15 @@ class MeshPlacement:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How a checkpoint's tensors lie on a mesh.
+    """How a checkpoint's tensors are placed on a mesh.
 
     Args:
-        mesh: its axes.
+        mesh: the mesh.
         mode: which of the model's plans apply.
-        dialect: the vocabulary that the plan is in.
-        plan: key to style.
-        rank_bytes: that each rank holds, in the order of ranks.
-        unmatched: plan keys that name nothing in this configuration.
+        dialect: the dialect of the plan's styles.
+        plan: the plan, key to style.
+        rank_bytes: the bytes that each rank holds.
+        unmatched: the plan keys that match nothing in this configuration.
     """
 
     mesh: Mesh
@@ -83,17 +83,17 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors whose names differ in layer numbers only, and that are alike in all else.
+    """Tensors that differ only in the layer numbers in their names.
 
     Args:
-        name: with `*` for the numbers.
-        names: of the tensors.
-        kind: `carried` where the model has no parameter for them.
-        dtype: safetensors' name.
-        shape: of each.
-        bytes: of all of them, each whole.
-        current: how they lie on the checkpoint's own mesh, None where it has none.
-        planned: how they would lie on the mesh that was asked for.
+        name: their common name, with `*` for the numbers.
+        names: the name of each tensor.
+        kind: their kind, `carried` if the model has no parameter for them.
+        dtype: their dtype, by safetensors' name.
+        shape: the shape of each.
+        bytes: the bytes of all of them, each counted whole.
+        current: how they are placed on the checkpoint's own mesh, None if it has none.
+        planned: how they would be placed on the requested mesh, None if none was requested.
     """
 
     name: str
@@ -121,7 +121,7 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A weight file: its name, the tensors or chunks in it, and their bytes."""
+    """A weight file: its name, the number of chunks in it, and their bytes."""
 
     name: str
     tensors: int
@@ -130,7 +130,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class OptimizerSummary:
-    """An optimizer's state beside the model: its tensors, their bytes, and the parameters that it has no state of."""
+    """An optimizer's state: the number of its tensors, their bytes, and the parameters that it has no state for."""
 
     tensors: int
     bytes: int
@@ -139,25 +139,25 @@ class OptimizerSummary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds, and what is wrong with it.
+    """What a checkpoint contains, and what is wrong with it.
 
     Args:
-        folder: where it lies.
-        layout: how it lies there.
-        model_type: as its config or manifest names it.
-        findings: what is wrong with it; where there is one, its reader gave up, and nothing more is known.
-        groups: its tensors, in the order of the model, carried ones last.
+        folder: the checkpoint's folder.
+        layout: its layout.
+        model_type: the model type that its config or manifest names.
+        findings: what is wrong with it; if there is any, the checkpoint could not be read and nothing else is known.
+        groups: its tensors, in the model's order, with passthrough tensors last.
         files: its weight files.
-        current: the mesh that it is laid out for, where it says so.
-        planned: the mesh that was asked for.
-        tied: other names of tensors, each with the name that holds the bytes.
-        side_files: names of files that go along.
-        left_behind: what would not.
-        hub_file_count: weight files of the hub form that it came from, None where that is not known.
-        digests: recorded ones by tensor.
-        optimizer: where the state of one is beside it.
-        written_by: versions by package, where that is recorded.
-        config_changes: entries by which config.json says to compute something else than when it was laid out.
+        current: how it is placed on the mesh that it is laid out for, None if it records none.
+        planned: how a plan would place it on the requested mesh, None if none was requested.
+        tied: the tied names, each with the name that is stored.
+        side_files: the other files that a reshard copies.
+        left_behind: the other files that a reshard does not copy.
+        hub_file_count: the number of weight files of the hub form that it came from, None if not known.
+        digests: the recorded digests by tensor.
+        optimizer: the optimizer's state, if there is one.
+        written_by: the recorded versions of the packages that wrote it.
+        config_changes: the entries of config.json that changed the computation since the checkpoint was written.
     """
 
     folder: Path
@@ -179,12 +179,12 @@ class Inspection:
 
     @property
     def tensors(self) -> int:
-        """How many tensors it holds."""
+        """The number of tensors."""
         return sum(len(group.names) for group in self.groups)
 
     @property
     def bytes(self) -> int:
-        """Of all tensors, each counted once."""
+        """The bytes of all tensors, each counted once."""
         return sum(group.bytes for group in self.groups)
 
     @property
@@ -193,7 +193,7 @@ class Inspection:
         return tuple(name for group in self.groups if group.kind == "carried" for name in group.names)
 
     def to_json(self) -> dict[str, object]:
-        """Return the one JSON form of an inspection."""
+        """Return the JSON form."""
         return {
             "folder": str(self.folder),
             "layout": self.layout,
@@ -214,5 +214,5 @@ class Inspection:
             "digests": dict(self.digests),
             "optimizer": asdict(self.optimizer) if self.optimizer else None,
             "written_by": dict(self.written_by),
-            "config_changes": [asdict(one) for one in self.config_changes],
+            "config_changes": [asdict(change) for change in self.config_changes],
         }

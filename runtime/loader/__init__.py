@@ -1,1 +1,1 @@
-"""How a checkpoint gets into a model's memory: what a rank holds, where that lies in files, and the reading of it."""
+"""Loading a checkpoint into a model: what this rank holds, where it lies in the files, and how it is read."""

@@ -1,4 +1,4 @@
-"""Checkpoints into models: every rank reads the bytes that it owns, from any layout, straight to where they belong."""
+"""Load a checkpoint of any layout into a model: each rank reads only its own bytes, directly into place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load"]
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def load(
@@ -39,57 +39,59 @@ def load(
     threads: int | None = None,
     every_copy: bool = False,
 ) -> None:
-    """Fill a model from a checkpoint, in place; of a parallel model every rank calls this.
+    """Load a checkpoint into a model, in place. All ranks of a parallel model must call this.
 
-    A rank reads the ranges of files that hold its own tensors: its own file where rank files are laid out as the model
-    is, its slices of all others. A model on meta gets memory for what it holds and no more; one in memory is filled
-    where it is. Tied weights stay tied. Buffers that no checkpoint stores, tables of rotary positions say, get the
-    values of a model newly built from the same config, whatever was there; what such a model has not, or in another
-    shape, keeps its own. Tensors that a checkpoint carries along for no parameter are passed over.
+    Each rank reads only the byte ranges that hold its own tensors: its own file if the checkpoint consists of rank
+    files that are sharded like the model, else its slices of the other files. A model on meta is given memory for its
+    local tensors only; a model in memory is filled where it is. Tied weights stay tied.
 
-    What the files hold is read as it is, and no digest is checked: `migrator verify` and `migrator validate` do that.
+    Buffers that no checkpoint stores, such as rotary embedding tables, are set to the values of a model newly built
+    from the same config. A buffer that the new model lacks, or has in another shape, keeps its value. Stored tensors
+    for which the model has no parameter are ignored.
+
+    Digests are not checked; `migrator verify` and `migrator validate` do that.
 
     Args:
-        model: parallel or not, on meta or in memory.
-        checkpoint: a folder of any layout, `hf://owner/name`, or what was read of one.
-        dtype: what floating-point tensors are cast to, on their device, but for those that transformers'
-            `from_pretrained` leaves in a wider type, unless FSDP shards them, which takes one type only. By default a
-            model on meta gets what is stored, and one in memory keeps its own.
-        device: where a model on meta goes; by default to the device of its mesh.
-        threads: that read at once; by default this rank's share of the processors.
-        every_copy: whether each rank reads for itself what all hold whole, where one could send it to the others.
+        model: the model, parallel or not, on meta or in memory.
+        checkpoint: a folder in any layout, `hf://owner/name`, or a checkpoint that was already read.
+        dtype: the dtype to cast floating-point tensors to, on their device. Tensors that transformers'
+            `from_pretrained` keeps in a wider dtype are kept in it here too, unless FSDP shards them, which supports
+            one dtype only. By default a model on meta takes the stored dtypes, and a model in memory keeps its own.
+        device: the device for a model on meta; by default the device of its mesh.
+        threads: the number of reader threads, at least 1; by default this rank's share of the processors.
+        every_copy: whether each rank reads replicated tensors itself, even where one rank could broadcast them.
 
     Raises:
-        IncompleteError: files, or tensors of the model, are missing.
-        MismatchError: the checkpoint holds tensors the model lacks, or of other shapes or kinds than the model's.
-        CheckpointError: it is damaged, or stored tensors do not make the model's by operations that are known.
-        UsageError: it is quantized, a tensor has no place in memory, or an argument makes no sense.
+        IncompleteError: a file or a tensor of the model is missing.
+        MismatchError: the checkpoint holds tensors that the model lacks, or tensors of other shapes or kinds.
+        CheckpointError: the checkpoint is damaged, or no known operation converts its tensors to the model's.
+        UsageError: the checkpoint is quantized, a tensor cannot be given memory, or an argument is not valid.
         WorkerError: another rank died.
     """
-    slots = find_parameter_refs(model)
+    refs = find_parameter_refs(model)
 
     def transfer_own_tensors() -> tuple[ModelMemory, dict[str, int]]:
         _check_threads(threads)
         check_dtype(dtype)
-        fresh = rebuild_non_persistent(model, slots, dtype)
-        check_cast(dtype, slots, fresh.kept_dtypes)
-        place = torch.device(device) if device is not None else default_device(slots.values())
-        source = find_source(_resolve_checkpoint(checkpoint), model, slots)
-        memory = prepare_memory(model, slots, source, place, dtype, fresh)
-        dealt = {} if every_copy else assign_readers(slots, memory.local_tensors)
-        own = [name for name in slots if name not in dealt or dealt[name] == dist.get_rank()]
+        non_persistent = rebuild_non_persistent(model, refs, dtype)
+        check_cast(dtype, refs, non_persistent.kept_dtypes)
+        target_device = torch.device(device) if device is not None else default_device(refs.values())
+        source = find_source(_resolve_checkpoint(checkpoint), model, refs)
+        memory = prepare_memory(model, refs, source, target_device, dtype, non_persistent)
+        readers = {} if every_copy else assign_readers(refs, memory.local_tensors)
+        own = [name for name in refs if name not in readers or readers[name] == dist.get_rank()]
         transfer(source, memory.local_tensors, own, threads or default_threads())
-        return memory, dealt
+        return memory, readers
 
     with gc_paused():
-        memory, dealt = _run_on_all_ranks(transfer_own_tensors, mesh_axes(slots.values()))
-    broadcast_tensors(dealt, memory.local_tensors)
+        memory, readers = _run_on_all_ranks(transfer_own_tensors, mesh_axes(refs.values()))
+    broadcast_tensors(readers, memory.local_tensors)
     memory.install(model)
 
 
-def _run_on_all_ranks(stage: Callable[[], Result], axes: Sequence[DeviceMesh]) -> Result:
-    """Run a stage; where several ranks hold a model together, all fail if one does."""
-    return raise_on_any_rank(stage, axes) if axes else stage()
+def _run_on_all_ranks(action: Callable[[], _Result], axes: Sequence[DeviceMesh]) -> _Result:
+    """Run an action; if several ranks share the model, all of them raise if it fails on one."""
+    return raise_on_any_rank(action, axes) if axes else action()
 
 
 def _resolve_checkpoint(checkpoint: str | Path | Checkpoint) -> Path | Checkpoint:
@@ -100,4 +102,6 @@ def _resolve_checkpoint(checkpoint: str | Path | Checkpoint) -> Path | Checkpoin
 
 def _check_threads(threads: int | None) -> None:
     if threads is not None and threads < 1:
-        raise UsageError(f"{threads} threads read nothing", hint="give 1 or more, or leave it out", threads=threads)
+        raise UsageError(
+            f"threads must be at least 1, got {threads}", hint="leave it out to use the default", threads=threads
+        )

@@ -1,4 +1,4 @@
-"""Memory: the tensors that a checkpoint is read into, made for a model on meta, the model's own where it has some."""
+"""The memory that a checkpoint is read into: newly allocated for a model on meta, otherwise the model's own."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["ModelMemory", "check_cast", "check_dtype", "prepare_memory"]
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """Contiguous tensors in memory, one for each slot of a model.
+    """Contiguous tensors to read into, one for each tensor of a model that a checkpoint fills.
 
     Args:
-        refs: by name.
-        local_tensors: by the same names; a slot's own memory where that can be filled as it is.
-        device: that a model on meta comes to, None where the model is in memory already.
-        non_persistent: what a model newly built has that no checkpoint stores.
+        refs: the model's tensors by name.
+        local_tensors: the contiguous tensors by the same names; the model's own memory where that is contiguous.
+        device: the device that a model on meta is moved to, None if the model is in memory already.
+        non_persistent: the values that no checkpoint stores.
     """
 
     refs: Mapping[str, ParameterRef]
@@ -40,48 +40,48 @@ class ModelMemory:
     non_persistent: NonPersistentState
 
     def install(self, model: nn.Module) -> None:
-        """Give the tensors to the model, now that they are filled.
+        """Put the filled tensors into the model.
 
         Args:
-            model: whose slots these are.
+            model: the model that the tensors were prepared for.
         """
-        for name, slot in self.refs.items():
+        for name, ref in self.refs.items():
             if self.device is not None:
-                slot.replace(self.local_tensors[name])
-            elif self.local_tensors[name].data_ptr() != slot.get_local().data_ptr():
-                slot.get_local().copy_(self.local_tensors[name])
+                ref.replace(self.local_tensors[name])
+            elif self.local_tensors[name].data_ptr() != ref.get_local().data_ptr():
+                ref.get_local().copy_(self.local_tensors[name])
         set_buffers(model, self.non_persistent, self.device)
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Refuse a cast to what weights are not cast to.
+    """Refuse a dtype that weights cannot be cast to.
 
     Raises:
-        UsageError: the dtype is not floating point, or of 8 bits.
+        UsageError: the dtype is not floating point, or has 8 bits or fewer.
     """
     if dtype is not None and dtype not in CASTABLE_DTYPES:
-        raise UsageError(f"tensors cannot be cast to {dtype}", hint="choose a floating point type of 16 bits or more")
+        raise UsageError(f"tensors cannot be cast to {dtype}", hint="choose a floating-point dtype of at least 16 bits")
 
 
 def check_cast(
     dtype: torch.dtype | None, refs: Mapping[str, ParameterRef], kept_dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Refuse a cast that a model in memory has no room for.
+    """Refuse a cast of a model in memory, whose tensors already have a dtype.
 
     Args:
-        dtype: that is asked for.
-        refs: of the model.
-        kept_dtypes: types of tensors that are not cast so; in memory these may have either.
+        dtype: the requested dtype.
+        refs: the model's tensors by name.
+        kept_dtypes: the dtypes of tensors that are exempt from the cast; in memory these may have either dtype.
 
     Raises:
-        UsageError: a tensor in memory has another type.
+        UsageError: a tensor in memory has another dtype.
     """
     if dtype is None or _is_on_meta(refs):
         return
-    for name, slot in refs.items():
-        if slot.tensor.dtype in CASTABLE_DTYPES and slot.tensor.dtype not in (dtype, kept_dtypes.get(name)):
+    for name, ref in refs.items():
+        if ref.tensor.dtype in CASTABLE_DTYPES and ref.tensor.dtype not in (dtype, kept_dtypes.get(name)):
             raise UsageError(
-                f"the model is in memory, and {name} there is {slot.tensor.dtype}, not {dtype}",
+                f"dtype is {dtype}, but the model is in memory and its {name} is {ref.tensor.dtype}",
                 hint=f"call model.to({dtype}) first, load into a model on meta, or leave dtype out",
                 parameter=name,
             )
@@ -95,32 +95,31 @@ def prepare_memory(
     dtype: torch.dtype | None,
     non_persistent: NonPersistentState,
 ) -> ModelMemory:
-    """Return the memory to read into; where any tensor of the model is on meta, all of it is new.
+    """Return the memory to read into, newly allocated for all tensors if any tensor of the model is on meta.
 
     Args:
-        model: on meta or in memory.
-        refs: of it.
-        source: that it is filled from.
-        device: of new memory.
-        dtype: of new memory for floating point tensors, None for as they are stored.
-        non_persistent: what a new model has, the types of tensors that are not cast so among it.
+        model: the model, on meta or in memory.
+        refs: its tensors by name.
+        source: what they are read from.
+        device: the device of new memory.
+        dtype: the dtype of new floating-point tensors, None for the stored dtype.
+        non_persistent: the values that no checkpoint stores, and the dtypes of tensors that are exempt from the cast.
 
     Raises:
-        UsageError: the device has too little memory, buffers that no checkpoint stores are on meta, or tensors in
-            memory share some of it.
+        UsageError: the device has too little memory, a buffer that no checkpoint stores is on meta, or tensors in
+            memory overlap.
     """
     check_buffers(model, non_persistent)
     if not _is_on_meta(refs):
         _check_no_shared_memory(refs)
-        return ModelMemory(
-            refs, {name: _get_contiguous_memory(slot.get_local()) for name, slot in refs.items()}, None, non_persistent
-        )
-    types = {
+        own = {name: _get_contiguous_memory(ref.get_local()) for name, ref in refs.items()}
+        return ModelMemory(refs, own, None, non_persistent)
+    dtypes = {
         name: _resolve_dtype(DTYPES[source.dtypes[name]], non_persistent.kept_dtypes.get(name, dtype)) for name in refs
     }
     try:
-        made = {
-            name: torch.empty(slot.get_local().shape, dtype=types[name], device=device) for name, slot in refs.items()
+        allocated = {
+            name: torch.empty(ref.get_local().shape, dtype=dtypes[name], device=device) for name, ref in refs.items()
         }
     except torch.OutOfMemoryError as error:
         raise UsageError(
@@ -128,28 +127,28 @@ def prepare_memory(
             hint="use more ranks, or a smaller dtype",
             device=str(device),
         ) from error
-    return ModelMemory(refs, made, device, non_persistent)
+    return ModelMemory(refs, allocated, device, non_persistent)
 
 
 def _check_no_shared_memory(refs: Mapping[str, ParameterRef]) -> None:
-    """Refuse tensors that would be written over each other, or over themselves."""
+    """Refuse tensors that overlap in memory, because loading one would overwrite another."""
     starts: dict[int, str] = {}
-    for name, slot in refs.items():
-        local = slot.get_local()
+    for name, ref in refs.items():
+        local = ref.get_local()
         if not local.numel():
             continue
         other = starts.setdefault(local.data_ptr(), name)
         if other != name or has_shared_elements(local):
-            with_what = f"with {other}" if other != name else "among its own elements"
+            overlap = f"{name} and {other} share memory" if other != name else f"elements of {name} share memory"
             raise UsageError(
-                f"{name} shares its memory {with_what}, so that what is loaded would overwrite itself",
-                hint="tie tensors by giving modules one parameter, and clone what only looks at another's memory",
+                f"{overlap}, so loading would overwrite what it has just read",
+                hint="tie modules by giving them the same parameter, and clone tensors that are views of others",
                 parameter=name,
             )
 
 
 def _is_on_meta(refs: Mapping[str, ParameterRef]) -> bool:
-    return any(slot.tensor.is_meta for slot in refs.values())
+    return any(ref.tensor.is_meta for ref in refs.values())
 
 
 def _resolve_dtype(stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What a model's class makes of its config: buffers that no checkpoint stores, and types that a cast leaves alone."""
+"""What a model takes from its class rather than from a checkpoint: non-persistent buffers and dtypes kept in a cast."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 CASTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""What tensors can be cast to."""
+"""The dtypes that tensors can be cast to."""
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class NonPersistentState:
-    """What a model newly built from the same config has, no parameter in memory.
+    """What a model newly built from the same config provides.
 
     Args:
-        buffers: those that no checkpoint stores, by name.
-        kept_dtypes: the types of tensors that are not to be cast as all others are, by name.
+        buffers: the buffers that no checkpoint stores, by name.
+        kept_dtypes: the dtypes of tensors that are exempt from a cast, by name.
     """
 
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -49,27 +49,27 @@ class NonPersistentState:
 def rebuild_non_persistent(
     model: nn.Module, refs: Mapping[str, ParameterRef], dtype: torch.dtype | None
 ) -> NonPersistentState:
-    """Build a model's class anew on meta, and return what a checkpoint does not tell of it.
+    """Build a model of the same class and config on meta, and return what checkpoints do not store of it.
 
-    A model whose class cannot be built again keeps its buffers, with a warning where it has some.
+    If the class cannot be built again, the model keeps its own buffers, with a warning if it has any.
 
     Args:
-        model: on meta or in memory, parallel or not.
-        refs: of it.
-        dtype: that floating-point tensors are cast to, None for as they are.
+        model: the model, on meta or in memory, parallel or not.
+        refs: its tensors by name.
+        dtype: the dtype that floating-point tensors are cast to, None for no cast.
     """
-    held = list(_find_non_persistent_buffers(model))
-    if not held and dtype not in _HALF_DTYPES:
+    buffers = list(_find_non_persistent_buffers(model))
+    if not buffers and dtype not in _HALF_DTYPES:
         return NonPersistentState()
-    own = dtype or next((slot.tensor.dtype for slot in refs.values() if slot.tensor.dtype in CASTABLE_DTYPES), None)
+    own_dtype = dtype or next((ref.tensor.dtype for ref in refs.values() if ref.tensor.dtype in CASTABLE_DTYPES), None)
     config = getattr(model, "config", None)
     try:
-        built = init_on_meta(lambda: type(model)(copy.deepcopy(config)), own)
-    except Exception as error:  # What transformers' model classes raise is not ours to list.
-        if held:
+        built = init_on_meta(lambda: type(model)(copy.deepcopy(config)), own_dtype)
+    except Exception as error:  # Model classes may raise anything.
+        if buffers:
             warnings.warn(
-                f"{type(model).__name__} cannot be built again, so {format_names(held)}, which no checkpoint stores, keep "
-                f"what is in memory: {type(error).__name__}: {first_line(error)}",
+                f"{type(model).__name__} cannot be built again, so the buffers {format_names(buffers)}, which no "
+                f"checkpoint stores, keep their values: {type(error).__name__}: {first_line(error)}",
                 stacklevel=2,
             )
         return NonPersistentState(kept_dtypes=dict(_find_kept_dtypes(model, {}, refs, dtype)))
@@ -81,23 +81,24 @@ def rebuild_non_persistent(
 def _find_kept_dtypes(
     model: nn.Module, built: Mapping[str, torch.Tensor], refs: Mapping[str, ParameterRef], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield what transformers' from_pretrained casts otherwise than to a type of 16 bits, which is asked for.
+    """Yield the tensors that transformers' `from_pretrained` keeps in a wider dtype when it casts to 16 bits.
 
-    Names and parts of names that a class declares stay in float32; others have the type that its constructor gives.
-    Of parameters that FSDP shards none is left out: it gathers those of a module as one, and stops at two types.
+    Names that match a pattern declared by the class stay in float32; others keep the dtype that its constructor gives
+    them. Parameters that FSDP shards are never exempt, because FSDP gathers those of a module together and fails on
+    two dtypes.
 
     Source: `_get_dtype_plan` in transformers/modeling_utils.py, and its use in core_model_loading.py.
     """
     if dtype not in _HALF_DTYPES:
         return
-    # A class that says so of one type only was harmed by that type's small range, not by its few bits.
+    # `_keep_in_fp32_modules` guards against the small range of float16, so it does not apply to bfloat16.
     declared = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if dtype == torch.float16 else [])]
-    wide: set[str] = {pattern for names in declared for pattern in _get_declared_patterns(model, names)}
-    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in wide)) if wide else None
-    for name, slot in refs.items():
-        if _is_fsdp_sharded(slot.tensor):
+    patterns: set[str] = {pattern for names in declared for pattern in _get_declared_patterns(model, names)}
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
+    for name, ref in refs.items():
+        if _is_fsdp_sharded(ref.tensor):
             continue
-        if found is not None and found.search(name):
+        if kept is not None and kept.search(name):
             yield name, torch.float32
         elif name in built and built[name].dtype != dtype and built[name].is_floating_point():
             yield name, built[name].dtype
@@ -113,10 +114,10 @@ def _get_declared_patterns(model: nn.Module, attribute: str) -> Iterable[str]:
 
 
 def check_buffers(model: nn.Module, non_persistent: NonPersistentState) -> None:
-    """Refuse buffers on meta that no checkpoint stores and no new model has: nothing could bring their values back.
+    """Refuse buffers on meta whose values neither a checkpoint nor a newly built model can provide.
 
     Raises:
-        UsageError: there are some.
+        UsageError: the model has such buffers.
     """
     lost = [
         name
@@ -127,34 +128,34 @@ def check_buffers(model: nn.Module, non_persistent: NonPersistentState) -> None:
         raise UsageError(
             f"the buffers {format_names(lost)} are on meta, and checkpoints do not store them",
             hint="build the model with real buffers, as transformers and runtime.models.model.meta_model do, "
-            "or give them their values first",
+            "or set their values first",
             buffers=lost,
         )
 
 
 def set_buffers(model: nn.Module, non_persistent: NonPersistentState, device: torch.device | None) -> None:
-    """Give the buffers that no checkpoint stores the values of a new model; those that it has otherwise keep theirs.
+    """Set the buffers that no checkpoint stores to the values of a newly built model, where it has matching ones.
 
     Args:
-        model: in memory but for them.
-        non_persistent: what a new model has.
-        device: where they go, None for where each is.
+        model: the model, in memory except for these buffers.
+        non_persistent: the values that the newly built model provides.
+        device: the device to put the buffers on, None to keep the device of each.
     """
-    holders = find_module_entries(model)
+    entries = find_module_entries(model)
     for name, buffer in _find_non_persistent_buffers(model).items():
         value = non_persistent.buffers[name] if _has_matching_buffer(non_persistent, name, buffer) else buffer
-        there = device or (next(model.parameters()).device if buffer.is_meta else buffer.device)
-        if (buffer.dtype, buffer.device) == (value.dtype, there) and not has_shared_elements(buffer):
+        target_device = device or (next(model.parameters()).device if buffer.is_meta else buffer.device)
+        if (buffer.dtype, buffer.device) == (value.dtype, target_device) and not has_shared_elements(buffer):
             buffer.copy_(value)
             continue
-        moved = value.to(there)
-        for table, key in holders[id(buffer)]:
-            table[key] = moved
+        moved = value.to(target_device)
+        for tensors, key in entries[id(buffer)]:
+            tensors[key] = moved
 
 
 def has_shared_elements(tensor: torch.Tensor) -> bool:
-    """Return whether elements of a tensor share their memory, as those of an expanded one do."""
-    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    """Return whether elements of a tensor share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _has_matching_buffer(non_persistent: NonPersistentState, name: str, buffer: torch.Tensor) -> bool:

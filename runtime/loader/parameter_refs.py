@@ -1,4 +1,4 @@
-"""Slots: the tensors of a model that a checkpoint fills, which part of each this rank holds, and where it goes."""
+"""The tensors of a model that a checkpoint fills: this rank's part of each, and the modules that hold it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runtime.tensor_map.tensor_map import TensorMap, shard_for_rank
 __all__ = ["ParameterRef", "default_device", "find_module_entries", "find_parameter_refs", "mesh_axes"]
 
 ModuleEntry = tuple[dict[str, Any], str]
-"""A table of a module's parameters or buffers, and the name in it."""
+"""A module's `_parameters` or `_buffers`, and a name in it."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ParameterRef:
     """A tensor of a model that a checkpoint fills.
 
     Args:
-        name: in the model; of tied names the one that holds the bytes.
-        tensor: that the model has now, on meta or in memory, sharded or whole.
-        entries: where the model keeps it; tied names are several places of one tensor.
+        name: its name in the model; of tied names, the one that checkpoints store.
+        tensor: the model's current tensor, on meta or in memory, a DTensor if it is sharded.
+        entries: the places in modules that refer to it; a tied tensor has several.
     """
 
     name: str
@@ -48,61 +48,62 @@ class ParameterRef:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the tensor is whole on this rank, and so on every other one."""
+        """Whether every rank holds the whole tensor."""
         return not isinstance(self.tensor, DTensor)
 
     def get_local(self) -> torch.Tensor:
-        """Return what this rank holds, outside of any graph."""
+        """Return this rank's local tensor, detached from any graph."""
         with torch.no_grad():
             value = self.tensor.to_local() if isinstance(self.tensor, DTensor) else self.tensor
         return value.detach()
 
     def map_local(self, tensor_map: TensorMap) -> TensorMap:
-        """Return the form of what this rank holds, given that of the whole tensor.
+        """Return the tensor map of this rank's local tensor, given that of the whole tensor.
 
         Raises:
-            UsageError: the tensor is placed in a way that is no shard.
+            UsageError: the tensor has a placement other than replicate and shard.
         """
         if not isinstance(self.tensor, DTensor):
             return tensor_map
         mesh = self.tensor.device_mesh
         coordinates = mesh.get_coordinate()
-        assert coordinates is not None, "a rank outside of a model's mesh has none of it"
-        found = shard_for_rank(tensor_map, self._resolve_placements(), tuple(mesh.shape), tuple(coordinates))
-        held = tuple(self.get_local().shape)
-        assert found.shape == held or prod(found.shape) == prod(held) == 0, f"{self.name}: {found.shape} is not {held}"
-        return found
+        assert coordinates is not None, "this rank is not in the model's mesh"
+        local_map = shard_for_rank(tensor_map, self._resolve_placements(), tuple(mesh.shape), tuple(coordinates))
+        shape = tuple(self.get_local().shape)
+        is_empty = prod(local_map.shape) == prod(shape) == 0
+        assert local_map.shape == shape or is_empty, f"{self.name}: {local_map.shape} is not {shape}"
+        return local_map
 
     def replace(self, local: torch.Tensor) -> None:
-        """Put another local tensor in the place of this one wherever the model holds it."""
+        """Replace this rank's local tensor in every module that refers to it."""
         new = _wrap_like(self.tensor, local)
-        for table, name in self.entries:
-            table[name] = new
+        for tensors, name in self.entries:
+            tensors[name] = new
 
     def _resolve_placements(self) -> list[Placement]:
         assert isinstance(self.tensor, DTensor)
-        found: list[Placement] = []
+        placements: list[Placement] = []
         for placement in get_plan_placements(self.tensor):
             if not isinstance(placement, Replicate | Shard | Packed):
                 raise UsageError(
-                    f"{self.name} is placed as {placement}, which is no shard of a tensor",
-                    hint="load before anything else has changed the model's parameters",
+                    f"{self.name} has the placement {placement}, which cannot be loaded",
+                    hint="load the checkpoint before changing the placements of the model's parameters",
                     parameter=self.name,
                 )
-            found.append(placement)
-        return found
+            placements.append(placement)
+        return placements
 
 
 def find_parameter_refs(model: nn.Module) -> dict[str, ParameterRef]:
-    """Return what a checkpoint fills of a model, by name: its parameters and persistent buffers, tied ones once."""
-    tied, holders = find_tied_names(model), find_module_entries(model)
+    """Return a model's parameters and persistent buffers by name, tied ones once."""
+    tied, entries = find_tied_names(model), find_module_entries(model)
     tensors = {name: tensor for name, tensor in model_tensors(model).items() if name not in tied}
-    return {name: ParameterRef(name, tensor, holders[id(tensor)]) for name, tensor in tensors.items()}
+    return {name: ParameterRef(name, tensor, entries[id(tensor)]) for name, tensor in tensors.items()}
 
 
 def mesh_axes(refs: Iterable[ParameterRef]) -> tuple[DeviceMesh, ...]:
-    """Return the mesh axes, innermost first, whose ranks hold a model together; none of one that is not parallel."""
-    meshes = [slot.tensor.device_mesh for slot in refs if isinstance(slot.tensor, DTensor)]
+    """Return the axes of the largest mesh that a model is sharded over, innermost first; empty without one."""
+    meshes = [ref.tensor.device_mesh for ref in refs if isinstance(ref.tensor, DTensor)]
     if not meshes:
         return ()
     largest = max(meshes, key=lambda mesh: mesh.size())
@@ -112,25 +113,25 @@ def mesh_axes(refs: Iterable[ParameterRef]) -> tuple[DeviceMesh, ...]:
 
 
 def default_device(refs: Iterable[ParameterRef]) -> torch.device:
-    """Return where tensors on meta go: to the device of the mesh, or of the process group where there is no mesh."""
+    """Return the default device of a model on meta: that of its mesh, or of the process group if it has no mesh."""
     axes = mesh_axes(refs)
     kind = axes[0].device_type if axes else "cuda" if dist.is_initialized() and uses_nccl() else "cpu"
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def find_module_entries(model: nn.Module) -> Mapping[int, list[ModuleEntry]]:
-    """Return where the model holds each tensor, by its identity."""
-    holders: defaultdict[int, list[ModuleEntry]] = defaultdict(list)
+    """Return the places in modules that refer to each tensor, by the tensor's `id`."""
+    entries: defaultdict[int, list[ModuleEntry]] = defaultdict(list)
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
                 if tensor is not None:
-                    holders[id(tensor)].append((table, name))
-    return holders
+                    entries[id(tensor)].append((tensors, name))
+    return entries
 
 
 def _wrap_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Return what takes the place of `old` when its local tensor is `local`."""
+    """Return a tensor like `old` whose local tensor is `local`."""
     new = local
     if isinstance(old, DTensor):
         new = DTensor.from_local(

@@ -1,4 +1,4 @@
-"""Reads: the runs of a rank's local tensors as few ranges of files, what the rank does not hold left out."""
+"""Plan few, large file reads that cover this rank's strided copies and skip the bytes that it does not need."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["LoadTarget", "Read", "build_target", "compute_buffer_offsets", "copy
 
 
 _MAX_GAP = 64 * 2**10
-"""Bytes; leaving out fewer costs more by the call than it saves."""
+"""Bytes; skipping a smaller gap saves less than the extra call costs."""
 _ALIGNMENT = 16
-"""The bytes of the widest element."""
+"""Bytes of the widest element."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A range of a file, and where its bytes go.
+    """A byte range of a file, and where its bytes go.
 
     Args:
-        file: to read.
-        start: of the first byte in the file.
-        stop: behind the last one.
-        parts: runs whose source offsets count from the file's first byte.
+        file: the file to read.
+        start: the offset of the first byte.
+        stop: the offset after the last byte.
+        parts: the strided copies from this range; their source offsets count from the beginning of the file.
     """
 
     file: Path
@@ -40,49 +40,49 @@ class Read:
 
     @property
     def size(self) -> int:
-        """The bytes to read."""
+        """The number of bytes to read."""
         return self.stop - self.start
 
 
 def plan_reads(
     sources: Sequence[StoredTensor], copies: Iterable[StridedCopy], limit: int, is_alone: Callable[[StridedCopy], bool]
 ) -> Iterator[Read]:
-    """Yield the reads of some runs, in the order of the files' bytes.
+    """Yield reads that cover all strided copies, by file and offset.
 
     Args:
-        sources: stored tensors by the number that runs use.
-        copies: to bring.
-        limit: bytes of a read.
-        is_alone: says of a part that nothing may be read along with it.
+        sources: the stored tensors that the copies refer to by index.
+        copies: the strided copies.
+        limit: the maximum number of bytes of a read.
+        is_alone: returns whether a part must have a read of its own.
     """
-    found: defaultdict[Path, list[StridedCopy]] = defaultdict(list)
-    for run in copies:
-        stored = sources[run.source]
-        for dense in _split_at_gaps(run):
+    parts: defaultdict[Path, list[StridedCopy]] = defaultdict(list)
+    for copy in copies:
+        stored = sources[copy.source]
+        for dense in _split_at_gaps(copy):
             for part in _split_by_limit(dense, limit):
-                found[stored.file].append(part._replace(source_offset=stored.offset + part.source_offset))
-    for file in sorted(found):
-        yield from _merge_reads(file, sorted(found[file], key=lambda part: part.source_offset), limit, is_alone)
+                parts[stored.file].append(part._replace(source_offset=stored.offset + part.source_offset))
+    for file in sorted(parts):
+        yield from _merge_reads(file, sorted(parts[file], key=lambda part: part.source_offset), limit, is_alone)
 
 
 def group_reads(reads: Iterable[Read], limit: int) -> Iterator[tuple[Read, ...]]:
-    """Yield reads in groups that fit into a buffer of `limit` bytes, each begun at an aligned place of it."""
+    """Yield groups of reads that fit into a buffer of `limit` bytes, each read aligned in it."""
     group: list[Read] = []
-    filled = 0
+    used = 0
     for read in reads:
-        if group and filled + read.size > limit:
+        if group and used + read.size > limit:
             yield tuple(group)
-            group, filled = [], 0
+            group, used = [], 0
         group.append(read)
-        filled += _align_size(read)
+        used += _align_size(read)
     if group:
         yield tuple(group)
 
 
 def compute_buffer_offsets(group: Iterable[Read]) -> list[int]:
-    """Return where in their buffer the reads of a unit begin."""
-    *begins, _ = accumulate(map(_align_size, group), initial=0)
-    return begins
+    """Return the offset in the buffer at which each read of a group begins."""
+    *offsets, _ = accumulate(map(_align_size, group), initial=0)
+    return offsets
 
 
 def _align_size(read: Read) -> int:
@@ -90,33 +90,34 @@ def _align_size(read: Read) -> int:
 
 
 def _split_at_gaps(copy: StridedCopy) -> Iterator[StridedCopy]:
-    """Yield a run in parts that leave out no more than a little of what lies between their bytes."""
+    """Split a strided copy into parts without large gaps between their source bytes."""
     if not _has_gap(copy):
         yield copy
         return
     widest = max(range(len(copy.strides)), key=lambda index: copy.strides[index].source_stride)
-    steps, inward, outward = copy.strides[widest]
-    others = copy.strides[:widest] + copy.strides[widest + 1 :]
+    steps, source_stride, destination_stride = copy.strides[widest]
+    part = copy._replace(strides=copy.strides[:widest] + copy.strides[widest + 1 :])
     for step in range(steps):
-        begin = copy.source_offset + step * inward, copy.destination_offset + step * outward
-        yield from _split_at_gaps(copy._replace(source_offset=begin[0], destination_offset=begin[1], strides=others))
+        source_offset = copy.source_offset + step * source_stride
+        destination_offset = copy.destination_offset + step * destination_stride
+        yield from _split_at_gaps(part._replace(source_offset=source_offset, destination_offset=destination_offset))
 
 
 def _has_gap(copy: StridedCopy) -> bool:
     span = copy.length
-    for repeat in sorted(copy.strides, key=lambda repeat: repeat.source_stride):
-        if repeat.source_stride - span >= _MAX_GAP:
+    for stride in sorted(copy.strides, key=lambda stride: stride.source_stride):
+        if stride.source_stride - span >= _MAX_GAP:
             return True
-        span += (repeat.steps - 1) * repeat.source_stride
+        span += (stride.steps - 1) * stride.source_stride
     return False
 
 
 def _split_by_limit(copy: StridedCopy, limit: int) -> Iterator[StridedCopy]:
-    """Yield a run in parts that span up to `limit` bytes, between its widest steps where these are small enough."""
+    """Split a strided copy into parts that span at most `limit` bytes, at its widest stride if that is small enough."""
     if copy.source_stop - copy.source_offset <= limit:
         yield copy
         return
-    widest = max((repeat.source_stride for repeat in copy.strides), default=1)
+    widest = max((stride.source_stride for stride in copy.strides), default=1)
     block = limit // widest * widest or limit
     for _, part in split_at_blocks(copy._replace(source_offset=0), block):
         yield part._replace(source_offset=part.source_offset + copy.source_offset)
@@ -141,43 +142,43 @@ def _merge_reads(
 
 
 def _can_join(part: StridedCopy, group: Sequence[StridedCopy], stop: int, limit: int) -> bool:
-    """Return whether a part may be read together with those before it, its elements aligned in the buffer."""
+    """Return whether a part can share a read with those before it and stay aligned in the buffer."""
     start = group[0].source_offset
     is_aligned = (part.source_offset - start) % _ALIGNMENT == 0 or part.source == group[-1].source
     return is_aligned and part.source_offset - stop < _MAX_GAP and max(stop, part.source_stop) - start <= limit
 
 
 _WORD_DTYPES: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What elements are moved as, by their bytes: torch copies these whatever the elements mean."""
+"""The integer dtype to copy elements as, by their size: torch copies these for every stored dtype."""
 
 
 @dataclass(frozen=True)
 class LoadTarget:
-    """A tensor in memory that is to be filled.
+    """A tensor in memory to be filled.
 
     Args:
-        memory: its elements in a row, as words of their size, or as numbers where they are cast.
-        stored: the dtype of what is read, a word's where nothing is cast.
+        memory: the flat tensor, viewed as integers of its element size unless its elements are cast.
+        stored: the dtype of the bytes that are read; the same integer dtype unless elements are cast.
     """
 
     memory: torch.Tensor
     stored: torch.dtype
 
     def can_copy_bytes(self, part: StridedCopy) -> bool:
-        """Return whether a part's bytes go to the tensor as they are, one after the other."""
+        """Return whether a part's bytes are contiguous in file and tensor, and not cast."""
         return not part.strides and self.memory.dtype == self.stored
 
     def view_bytes(self, part: StridedCopy) -> torch.Tensor:
-        """Return where such a part's bytes go."""
+        """Return the bytes of the tensor that such a part fills."""
         return self.memory.view(torch.uint8)[part.destination_offset : part.destination_offset + part.length]
 
 
 def build_target(local: torch.Tensor, stored: torch.dtype) -> LoadTarget:
-    """Return a contiguous tensor as a target.
+    """Return a target for a tensor.
 
     Args:
-        local: the tensor.
-        stored: the dtype in the checkpoint.
+        local: the tensor, which must be contiguous.
+        stored: its dtype in the checkpoint.
     """
     memory = local.view(-1)
     if local.dtype != stored:
@@ -187,21 +188,20 @@ def build_target(local: torch.Tensor, stored: torch.dtype) -> LoadTarget:
 
 
 def copy_elements(part: StridedCopy, buffer: torch.Tensor, start: int, target: LoadTarget) -> None:
-    """Copy a part's elements from a buffer to where they belong.
+    """Copy a part's elements from a buffer into the target.
 
     Args:
-        part: of a read.
-        buffer: of bytes, on the target's device.
-        start: which byte of the file the buffer's first one is; none of the file's where reads share a buffer.
-        target: that the part is of.
+        part: a part of a read.
+        buffer: the bytes that were read, on the target's device.
+        start: the file offset that the buffer's first byte corresponds to.
+        target: the tensor to fill.
     """
     size = target.stored.itemsize
-    shape = (*(repeat.steps for repeat in part.strides), part.length // size)
-    inward = (*(repeat.source_stride // size for repeat in part.strides), 1)
-    outward = (*(repeat.destination_stride // size for repeat in part.strides), 1)
-    begin, rest = divmod(part.source_offset - start, size)
-    assert not rest, "reads begin where an element does"
-    found = buffer.view(target.stored).as_strided(shape, inward, begin)
-    target.memory.as_strided(shape, outward, target.memory.storage_offset() + part.destination_offset // size).copy_(
-        found, non_blocking=True
-    )
+    shape = (*(stride.steps for stride in part.strides), part.length // size)
+    source_strides = (*(stride.source_stride // size for stride in part.strides), 1)
+    target_strides = (*(stride.destination_stride // size for stride in part.strides), 1)
+    source_offset, remainder = divmod(part.source_offset - start, size)
+    assert not remainder, "a read begins at an element"
+    target_offset = target.memory.storage_offset() + part.destination_offset // size
+    elements = buffer.view(target.stored).as_strided(shape, source_strides, source_offset)
+    target.memory.as_strided(shape, target_strides, target_offset).copy_(elements, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Sources: where in a checkpoint's files the tensors that this rank holds lie, whatever the layout."""
+"""Find the bytes of this rank's tensors in a checkpoint's files, in any layout."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadSource", "find_source"]
 
-_OTHER_MODEL = "the checkpoint belongs to another model; give the one that this model's config came with"
+_OTHER_MODEL = "the checkpoint belongs to another model; use the one that this model's config came with"
 
 
 @dataclass(frozen=True)
 class LoadSource:
-    """What a rank is to read.
+    """What a rank reads from.
 
     Args:
-        dtypes: of the slots' tensors as they are stored, safetensors' names.
-        tensor_maps: of this rank's local tensors by slot, over the pieces.
-        chunks: what files store.
+        dtypes: the stored dtype of each tensor, by safetensors' names.
+        tensor_maps: the map of each of this rank's local tensors to the stored chunks.
+        chunks: the stored chunks by name.
     """
 
     dtypes: Mapping[str, str]
@@ -45,18 +45,18 @@ class LoadSource:
 
 
 def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Mapping[str, ParameterRef]) -> LoadSource:
-    """Find what this rank's slots are filled from: its own rank file where that holds just these, else what it needs.
+    """Return what this rank reads: its own rank file if that is sharded like the model, else slices of any files.
 
     Args:
-        checkpoint: a folder of any layout, or what was read of one.
-        model: whose slots these are.
-        refs: by name.
+        checkpoint: a folder in any layout, or a checkpoint that was already read.
+        model: the model to fill.
+        refs: its tensors by name.
 
     Raises:
-        IncompleteError: tensors of the model, or files, are missing.
-        MismatchError: the checkpoint holds tensors the model lacks, or of other shapes or kinds.
-        CheckpointError: it is damaged, or holds what torch cannot.
-        UsageError: it is quantized, or a tensor of the model is placed in a way that is no shard.
+        IncompleteError: a file or a tensor of the model is missing.
+        MismatchError: the checkpoint holds tensors that the model lacks, or tensors of other shapes or kinds.
+        CheckpointError: the checkpoint is damaged, or has a dtype that torch lacks.
+        UsageError: the checkpoint is quantized, or a tensor of the model has an unsupported placement.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     source = None
@@ -69,67 +69,70 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
 
 
 def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, ParameterRef]) -> LoadSource | None:
-    """Return what this rank's own file holds, None where the checkpoint is laid out otherwise than the model."""
+    """Return what this rank's own file holds, None if the checkpoint is sharded differently from the model."""
     entries = {name: entry for name, entry in manifest.tensors.items() if entry.kind != "carried"}
     _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, folder)
-    is_grouped = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_grouped else (0, 1)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world_size != manifest.mesh.world_size or not _has_same_shards(manifest, refs, rank):
         return None
     stored = read_rank_header(folder, manifest, rank).tensors
-    forms = {name: whole(name, stored[name].shape) for name in refs}
+    tensor_maps = {name: whole(name, stored[name].shape) for name in refs}
     assert all(is_in_rank_file(entries[name], rank) for name in refs)
-    return LoadSource({name: entries[name].dtype for name in refs}, forms, stored)
+    return LoadSource({name: entries[name].dtype for name in refs}, tensor_maps, stored)
 
 
 def _has_same_shards(manifest: Manifest, refs: Mapping[str, ParameterRef], rank: int) -> bool:
-    """Return whether a rank's file has, element for element, what the rank holds of the model."""
-    for name, slot in refs.items():
-        logical = whole(name, slot.shape)
-        if map_local_tensor(logical, manifest.tensors[name], manifest.mesh, rank) != slot.map_local(logical):
+    """Return whether a rank's file holds exactly the elements that the rank holds of the model."""
+    for name, ref in refs.items():
+        full = whole(name, ref.shape)
+        if map_local_tensor(full, manifest.tensors[name], manifest.mesh, rank) != ref.map_local(full):
             return False
     return True
 
 
 def _map_slices(checkpoint: Checkpoint, refs: Mapping[str, ParameterRef]) -> LoadSource:
-    held = {name: one for name, one in checkpoint.tensors.items() if one.kind != "carried"}
-    _check_tensors({name: one.shape for name, one in held.items()}, refs, checkpoint.folder)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried"}
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, refs, checkpoint.folder)
     try:
-        forms = {name: slot.map_local(checkpoint.tensor_maps[name]) for name, slot in refs.items()}
+        tensor_maps = {name: ref.map_local(checkpoint.tensor_maps[name]) for name, ref in refs.items()}
     except TensorMapError as error:
         raise ConversionError(f"{checkpoint.folder}: {error}", hint="choose another mesh size") from error
-    return LoadSource({name: held[name].dtype for name in refs}, forms, checkpoint.chunks)
+    return LoadSource({name: tensors[name].dtype for name in refs}, tensor_maps, checkpoint.chunks)
 
 
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], refs: Mapping[str, ParameterRef], folder: Path) -> None:
-    """Refuse a checkpoint that has not just the tensors of the model, in their shapes."""
+    """Refuse a checkpoint whose tensors are not exactly the model's, in their shapes."""
     if missing := sorted(refs.keys() - shapes.keys()):
         raise IncompleteError(
-            f"{folder}: no {format_names(missing)}",
-            hint="the checkpoint is incomplete or of another model",
+            f"{folder}: lacks {format_names(missing)}",
+            hint="the checkpoint is incomplete or belongs to another model",
             tensors=missing,
         )
     if unexpected := sorted(shapes.keys() - refs.keys()):
         raise MismatchError(
             f"{folder}: holds {format_names(unexpected)}, which the model lacks", hint=_OTHER_MODEL, tensors=unexpected
         )
-    for name, slot in refs.items():
-        if shapes[name] != slot.shape:
+    for name, ref in refs.items():
+        if shapes[name] != ref.shape:
             raise MismatchError(
-                f"{folder}: {name!r} is {list(shapes[name])} where the model has {list(slot.shape)}",
+                f"{folder}: {name!r} has shape {list(shapes[name])}, but {list(ref.shape)} in the model",
                 hint=_OTHER_MODEL,
                 tensor=name,
             )
 
 
 def _check_dtype_kinds(source: LoadSource, refs: Mapping[str, ParameterRef], folder: Path) -> None:
-    """Refuse numbers of another kind than the model's: what would be cast must be floating point on both sides."""
-    wanted = {name: DTYPE_NAMES[slot.tensor.dtype] for name, slot in refs.items()}
-    check_dtypes(source.tensor_maps, wanted, source.chunks)
+    """Refuse a dtype of another kind than the model's: only floating-point tensors are cast, to floating point."""
+    expected = {name: DTYPE_NAMES[ref.tensor.dtype] for name, ref in refs.items()}
+    check_dtypes(source.tensor_maps, expected, source.chunks)
     for name, dtype in source.dtypes.items():
         if dtype not in DTYPES:
-            raise CheckpointError(f"{folder}: {name!r} is {dtype}, which torch lacks", hint="use a newer torch")
-        if dtype != wanted[name] and not (DTYPES[dtype].is_floating_point and refs[name].tensor.is_floating_point()):
+            raise CheckpointError(
+                f"{folder}: {name!r} has dtype {dtype}, which this version of torch lacks", hint="use a newer torch"
+            )
+        if dtype != expected[name] and not (DTYPES[dtype].is_floating_point and refs[name].tensor.is_floating_point()):
             raise MismatchError(
-                f"{folder}: {name!r} is {dtype} where the model has {wanted[name]}", hint=_OTHER_MODEL, tensor=name
+                f"{folder}: {name!r} has dtype {dtype}, but {expected[name]} in the model",
+                hint=_OTHER_MODEL,
+                tensor=name,
             )

@@ -1,4 +1,4 @@
-"""Filling: threads that each bring reads to their targets, in memory directly, on a GPU through pinned buffers."""
+"""Fill tensors with several reader threads: directly in host memory, through pinned buffers on a GPU."""
 
 from __future__ import annotations
 
@@ -42,57 +42,57 @@ __all__ = [
 
 
 BUFFER_BYTES = 8 * 2**20
-"""Bytes of a buffer: large enough that calls do not matter, small enough that reading and copying overlap."""
+"""Bytes of a buffer: large enough to make calls cheap, small enough for reads and copies to overlap."""
 
 ReadGroup = Sequence[Read]
 Targets = Mapping[int, LoadTarget]
 
 
 class TransferWorker(Protocol):
-    """Brings units to their targets, one at a time."""
+    """Reads groups into their targets, one group at a time, on one thread."""
 
     def submit(self, group: ReadGroup) -> None:
-        """Read a unit and place it, or set out to."""
+        """Read a group, and copy it to its targets or start doing so."""
 
     def finish(self) -> None:
-        """Wait until everything is in its place."""
+        """Wait until all copies are complete."""
 
 
 def run_workers(groups: Iterable[ReadGroup], threads: int, make_worker: Callable[[], TransferWorker]) -> None:
-    """Bring all units to their targets.
+    """Read all groups into their targets.
 
     Args:
-        groups: the units.
-        threads: how many take part.
-        make_worker: makes one for each thread, in it.
+        groups: the groups of reads.
+        threads: the number of threads.
+        make_worker: makes a worker; called once on each thread.
 
     Raises:
-        IncompleteError: a file ends before its tensors do.
+        IncompleteError: a file is shorter than its header says.
         CheckpointError: a file cannot be read.
     """
     shared = _SharedIterator(iter(groups))
 
     def run_worker() -> None:
         try:
-            own = make_worker()
+            worker = make_worker()
             try:
-                for unit in shared:
-                    own.submit(unit)
+                for group in shared:
+                    worker.submit(group)
             finally:
-                # Also where reading failed: a copy still under way would write to memory that others may have by then.
-                own.finish()
+                # Even after a failed read, or a pending copy could write to memory that has been freed meanwhile.
+                worker.finish()
         except BaseException:
             shared.stop()
             raise
 
     with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(run_worker) for _ in range(threads)]
-    for part in parts:
-        part.result()
+        futures = [pool.submit(run_worker) for _ in range(threads)]
+    for future in futures:
+        future.result()
 
 
 class _SharedIterator:
-    """An iterator that several threads take from, until it ends or one of them fails."""
+    """An iterator that several threads share, until it ends or one of them fails."""
 
     def __init__(self, items: Iterator[ReadGroup]) -> None:
         self._items, self._lock = items, Lock()
@@ -100,10 +100,10 @@ class _SharedIterator:
     def __iter__(self) -> Iterator[ReadGroup]:
         while True:
             with self._lock:
-                found = next(self._items, None)
-            if found is None:
+                item = next(self._items, None)
+            if item is None:
                 return
-            yield found
+            yield item
 
     def stop(self) -> None:
         with self._lock:
@@ -111,14 +111,14 @@ class _SharedIterator:
 
 
 class HostWorker:
-    """Reads to tensors in this machine's memory, through a buffer only where elements are moved apart or cast."""
+    """Reads into host memory, through a buffer only if elements are strided or cast."""
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def submit(self, group: ReadGroup) -> None:
-        """Read a unit and place it."""
+        """Read a group into its targets."""
         for read in group:
             first = read.parts[0]
             target = self._targets[first.destination]
@@ -128,7 +128,7 @@ class HostWorker:
                 self._transfer_through_buffer(read)
 
     def finish(self) -> None:
-        """Do nothing: all is in its place."""
+        """Do nothing, because `submit` leaves no copy pending."""
 
     def _transfer_through_buffer(self, read: Read) -> None:
         if not len(self._buffer):
@@ -140,7 +140,7 @@ class HostWorker:
 
 @dataclass
 class _StagingBuffer:
-    """One of the two buffers of a thread: while one is read into, the other is copied from."""
+    """One of the two buffers of a thread: one is read into while the other is copied from."""
 
     pinned: torch.Tensor
     memory: memoryview
@@ -149,19 +149,19 @@ class _StagingBuffer:
 
 
 class CudaWorker:
-    """Reads to pinned buffers in turn, from where a stream of its own copies to tensors on a GPU.
+    """Reads into two pinned buffers alternately, from which its own stream copies to tensors on a GPU.
 
-    What follows one another in file and tensor is copied straight to its place. All else is copied as it was read and
-    moved apart on the device, which is quicker there.
+    Bytes that are contiguous in file and tensor are copied directly into place. Others are copied as they were read
+    and rearranged on the device, which is faster there.
     """
 
     def __init__(self, targets: Targets, device: torch.device, producer_stream: torch.cuda.Stream) -> None:
-        """Prepare buffers.
+        """Allocate the buffers.
 
         Args:
-            targets: by the number that runs use.
-            device: that they are on.
-            producer_stream: the stream that made them, whose work comes first.
+            targets: the tensors to fill, by the index that strided copies use.
+            device: the device that they are on.
+            producer_stream: the stream that allocated them, which the worker's own stream waits for.
         """
         torch.cuda.set_device(device)
         self._targets, self._device = targets, device
@@ -170,35 +170,35 @@ class CudaWorker:
         self._staging_buffers = [self._make_staging_buffer(), self._make_staging_buffer()]
 
     def submit(self, group: ReadGroup) -> None:
-        """Read a unit and set out to copy it."""
-        half = self._staging_buffers[0]
+        """Read a group, and start copying it."""
+        staging = self._staging_buffers[0]
         self._staging_buffers.reverse()
-        half.copy_done.synchronize()
-        begins = compute_buffer_offsets(group)
-        for read, begin in zip(group, begins, strict=True):
-            read_range(read, half.memory[begin : begin + read.size])
+        staging.copy_done.synchronize()
+        offsets = compute_buffer_offsets(group)
+        for read, offset in zip(group, offsets, strict=True):
+            read_range(read, staging.memory[offset : offset + read.size])
         with torch.cuda.stream(self._stream):
-            for read, begin in zip(group, begins, strict=True):
-                self._copy_to_device(read, begin, half)
-            half.copy_done.record(self._stream)
+            for read, offset in zip(group, offsets, strict=True):
+                self._copy_to_device(read, offset, staging)
+            staging.copy_done.record(self._stream)
 
     def finish(self) -> None:
-        """Wait for the stream."""
+        """Wait for the stream's copies."""
         self._stream.synchronize()
 
-    def _copy_to_device(self, read: Read, begin: int, staging: _StagingBuffer) -> None:
+    def _copy_to_device(self, read: Read, offset: int, staging: _StagingBuffer) -> None:
         if all(self._targets[part.destination].can_copy_bytes(part) for part in read.parts):
             for part in read.parts:
-                first = begin + part.source_offset - read.start
-                found = staging.pinned[first : first + part.length]
-                self._targets[part.destination].view_bytes(part).copy_(found, non_blocking=True)
+                start = offset + part.source_offset - read.start
+                content = staging.pinned[start : start + part.length]
+                self._targets[part.destination].view_bytes(part).copy_(content, non_blocking=True)
             return
         if staging.on_device is None:
             staging.on_device = torch.empty_like(staging.pinned, device=self._device)
-        end = begin + read.size
-        staging.on_device[begin:end].copy_(staging.pinned[begin:end], non_blocking=True)
+        end = offset + read.size
+        staging.on_device[offset:end].copy_(staging.pinned[offset:end], non_blocking=True)
         for part in read.parts:
-            copy_elements(part, staging.on_device, read.start - begin, self._targets[part.destination])
+            copy_elements(part, staging.on_device, read.start - offset, self._targets[part.destination])
 
     @staticmethod
     def _make_staging_buffer() -> _StagingBuffer:
@@ -207,12 +207,12 @@ class CudaWorker:
 
 
 def _allocate_pinned(size: int) -> torch.Tensor:
-    """Return memory that a GPU can copy from while the processor does other things."""
+    """Return page-locked memory, which a GPU copies from asynchronously."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def read_range(read: Read, memory: memoryview) -> None:
-    """Read a range of a file into memory; the interpreter does other things meanwhile."""
+    """Read a range of a file into memory, without holding the interpreter's lock."""
     with convert_read_errors(read.file):
         descriptor = os.open(read.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -227,46 +227,46 @@ _MAX_THREADS = 16
 def transfer(
     source: LoadSource, local_tensors: Mapping[str, torch.Tensor], names: Collection[str], threads: int
 ) -> None:
-    """Fill tensors with what a checkpoint holds of them, cast where they have another dtype.
+    """Fill tensors from a checkpoint, casting those that have another dtype.
 
     Args:
-        source: where it lies.
-        local_tensors: contiguous tensors by name, in the shapes of the source's forms, on one device or several.
-        names: of those to fill.
-        threads: that read at once.
+        source: where the tensors' bytes are.
+        local_tensors: contiguous tensors by name, in the shapes of the source's tensor maps, on any CPU or CUDA device.
+        names: the tensors to fill.
+        threads: the number of reader threads.
 
     Raises:
         UsageError: a tensor is on a device that is neither the CPU nor a CUDA GPU.
-        IncompleteError, CheckpointError: as `fill`.
+        IncompleteError, CheckpointError: see `run_workers`.
     """
     by_device: defaultdict[torch.device, list[str]] = defaultdict(list)
     for name in names:
         by_device[local_tensors[name].device].append(name)
-    for device, there in by_device.items():
-        _transfer_to_device(source, {name: local_tensors[name] for name in there}, device, threads)
+    for device, on_device in by_device.items():
+        _transfer_to_device(source, {name: local_tensors[name] for name in on_device}, device, threads)
 
 
 def default_threads() -> int:
-    """Return how many threads read where nothing else is said: this rank's share of the processors."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
+    """Return the default number of reader threads: this rank's share of the processors."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def _transfer_to_device(
     source: LoadSource, local_tensors: Mapping[str, torch.Tensor], device: torch.device, threads: int
 ) -> None:
-    rows = [
+    destinations = [
         (Destination(name, tensor_bytes(source.dtypes[name], source.tensor_maps[name].shape)), source.tensor_maps[name])
         for name in local_tensors
     ]
-    table = build_copy_plan(source.chunks, rows)
+    copy_plan = build_copy_plan(source.chunks, destinations)
     targets = dict(enumerate(build_target(local, DTYPES[source.dtypes[name]]) for name, local in local_tensors.items()))
-    found = plan_reads(table.sources, table.copies, BUFFER_BYTES, _make_alone_predicate(targets, device))
-    run_workers(group_reads(found, BUFFER_BYTES), threads, _make_worker_factory(targets, device))
+    reads = plan_reads(copy_plan.sources, copy_plan.copies, BUFFER_BYTES, _make_alone_predicate(targets, device))
+    run_workers(group_reads(reads, BUFFER_BYTES), threads, _make_worker_factory(targets, device))
 
 
 def _make_alone_predicate(targets: Mapping[int, LoadTarget], device: torch.device) -> Callable[[StridedCopy], bool]:
-    """Return which parts are read straight to their places: on a host those that lie there as they do in the file."""
+    """Return a predicate of the parts that are read directly into place: in host memory, those copied byte by byte."""
     if device.type == "cpu":
         return lambda part: targets[part.destination].can_copy_bytes(part)
     return lambda part: False
@@ -277,7 +277,7 @@ def _make_worker_factory(targets: Mapping[int, LoadTarget], device: torch.device
         return lambda: HostWorker(targets)
     if device.type != "cuda":
         raise UsageError(
-            f"tensors on {device} cannot be loaded", hint="load on cpu or cuda, then move the model", device=str(device)
+            f"cannot load into tensors on {device}", hint="load on cpu or cuda, then move the model", device=str(device)
         )
-    before = torch.cuda.current_stream(device)
-    return lambda: CudaWorker(targets, device, before)
+    producer_stream = torch.cuda.current_stream(device)
+    return lambda: CudaWorker(targets, device, producer_stream)
