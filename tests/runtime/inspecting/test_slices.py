@@ -1,4 +1,4 @@
-"""Slices of tensors by rank, held against torch's own chunks of a tensor of coordinates."""
+"""Slices of tensors by rank, compared with torch's own chunks of a tensor of coordinates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.inspecting.placement import compute_local_bytes, find_slices
 
 
-def cut(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
-    """Return what a rank holds by torch's own operations."""
+def shard(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
+    """Return a rank's shard by torch's own operations."""
     match placement:
         case Shard(dim):
             chunks = tensor.chunk(size, dim)
@@ -37,22 +37,22 @@ def cases(draw):
 def test_each_rank_holds_the_elements_of_its_slices(case):
     mesh, shape, placements = case
     whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    sizes, held = mesh.sizes("dense"), compute_local_bytes("I64", shape, placements, mesh, "dense")
-    found = find_slices(shape, placements, mesh, "dense")
-    assert list(found) == sorted(found, key=lambda piece: piece.bounds)
+    sizes, local_bytes = mesh.sizes("dense"), compute_local_bytes("I64", shape, placements, mesh, "dense")
+    slices = find_slices(shape, placements, mesh, "dense")
+    assert list(slices) == sorted(slices, key=lambda box: box.bounds)
     for rank in range(mesh.world_size):
         outer, inner = mesh.coordinates("dense", rank)
-        local = cut(cut(whole, placements[1], sizes[1], inner), placements[0], sizes[0], outer)
-        boxes = [piece.bounds for piece in found if rank in piece.ranks]
+        local = shard(shard(whole, placements[1], sizes[1], inner), placements[0], sizes[0], outer)
+        boxes = [box.bounds for box in slices if rank in box.ranks]
         elements = [whole[tuple(slice(*bound) for bound in box)].reshape(-1) for box in boxes]
-        together = torch.cat(elements) if elements else whole.reshape(-1)[:0]
-        assert sorted(together.tolist()) == sorted(local.reshape(-1).tolist())
-        assert held[rank] == local.numel() * 8
+        joined = torch.cat(elements) if elements else whole.reshape(-1)[:0]
+        assert sorted(joined.tolist()) == sorted(local.reshape(-1).tolist())
+        assert local_bytes[rank] == local.numel() * 8
 
 
-def test_gate_and_up_are_slices_of_their_own():
-    found = find_slices((2, 8, 3), (Replicate(), Packed(1, 2)), Mesh(tp=2), "dense")
-    assert [(piece.bounds[1], piece.ranks) for piece in found] == [
+def test_gate_and_up_are_separate_slices():
+    slices = find_slices((2, 8, 3), (Replicate(), Packed(1, 2)), Mesh(tp=2), "dense")
+    assert [(box.bounds[1], box.ranks) for box in slices] == [
         ((0, 2), (0,)),
         ((2, 4), (1,)),
         ((4, 6), (0,)),
@@ -60,8 +60,8 @@ def test_gate_and_up_are_slices_of_their_own():
     ]
 
 
-def test_a_replicated_tensor_is_one_slice_of_every_rank():
-    (piece,) = find_slices((5,), (Replicate(), Replicate()), Mesh(tp=2, fsdp=2), "dense")
-    assert piece.ranks == (0, 1, 2, 3)
+def test_a_replicated_tensor_is_one_slice_held_by_every_rank():
+    (box,) = find_slices((5,), (Replicate(), Replicate()), Mesh(tp=2, fsdp=2), "dense")
+    assert box.ranks == (0, 1, 2, 3)
     assert find_slices((), (Replicate(), Replicate()), Mesh(tp=2), "dense")[0].bounds == ()
     assert find_slices((0, 4), (Replicate(), Shard(0)), Mesh(tp=2), "dense") == ()

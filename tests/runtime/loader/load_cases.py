@@ -1,4 +1,4 @@
-"""What tests let ranks do with `runtime.load`; module-level functions, so that they can be sent by name."""
+"""What ranks do in the tests of `runtime.load`; module-level functions, so that they can be sent by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 import runtime
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
-from runtime.loader import reads, replicated
-from runtime.loader import transfer as filling
+from runtime.loader import reads, replicated, transfer
 from runtime.loader.reads import Read
 from runtime.models.model import find_model_class, meta_model, model_tensors
 from tests.runtime.rank_cases import eager_config, unsharded
@@ -27,7 +26,7 @@ TOKENS = torch.arange(3, 35).reshape(2, 16)
 
 
 def parallel(model: Any, mode: Mode, mesh: Mesh) -> Any:
-    # Models without a plan of the mode may still be spread by FSDP alone.
+    # Models without a plan for the mode can still be sharded by FSDP alone.
     plan = Plan(mode, {}) if mesh.tp == mesh.ep == 1 else Plan.from_model(model, mode)
     parallelize(model, mesh, plan)
     return model
@@ -39,48 +38,48 @@ def on_meta(hub: Path, mode: Mode, mesh: Mesh) -> Any:
     return model
 
 
-def loads_what_slicing_gives(hub: Path, folders: list[Path], mode: Mode, mesh: Mesh) -> list[str]:
-    """Load each folder, on meta and in memory, and name what differs from the unsharded model made parallel."""
+def differences_from_slicing(hub: Path, folders: list[Path], mode: Mode, mesh: Mesh) -> list[str]:
+    """Load each folder into a model on meta, then in memory, and name what differs from the parallelized reference."""
     reference = parallel(unsharded(hub), mode, mesh)
     expected = local_tensors(reference)
-    found: list[str] = []
+    differences: list[str] = []
     logits = None
     for folder in folders:
         model = on_meta(hub, mode, mesh)
         runtime.load(model, folder, threads=2)
-        found += [f"{folder.name} on meta: {name}" for name in differing(local_tensors(model), expected)]
+        differences += [f"{folder.name} on meta: {name}" for name in differing(local_tensors(model), expected)]
         logits = forward(reference) if logits is None else logits
         if not torch.equal(forward(model), logits):
-            found.append(f"{folder.name} on meta: logits")
-        found += [f"{folder.name} in memory: {what}" for what in reloaded(model, folder, expected)]
+            differences.append(f"{folder.name} on meta: logits")
+        differences += [f"{folder.name} in memory: {what}" for what in reload_differences(model, folder, expected)]
         if not torch.equal(forward(model), logits):
-            found.append(f"{folder.name} in memory: logits")
-    return found
+            differences.append(f"{folder.name} in memory: logits")
+    return differences
 
 
-def reloaded(model: Any, folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
-    """Load into a model that is in memory already, all of it overwritten before, and name what is wrong then."""
+def reload_differences(model: Any, folder: Path, expected: dict[str, torch.Tensor]) -> list[str]:
+    """Overwrite a model in memory, load into it, and name the tensors that differ or have moved."""
     before = local_tensors(model)
-    places = {name: tensor.data_ptr() for name, tensor in before.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in before.items()}
     for name, tensor in before.items():
         if name in model_tensors(model):
             tensor.view(torch.uint8).fill_(113)
     runtime.load(model, folder)
     after = local_tensors(model)
-    moved = [f"{name} moved" for name, tensor in after.items() if tensor.data_ptr() != places[name]]
+    moved = [f"{name} moved" for name, tensor in after.items() if tensor.data_ptr() != addresses[name]]
     return [*differing(after, expected), *moved]
 
 
 def local_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what this rank holds: parameters under all of their names, and all buffers."""
+    """Return this rank's local parameters, under all of their names, and all buffers."""
     state = {**model_tensors(model), **dict(model.named_buffers())}
     with torch.no_grad():
         return {name: (v.to_local() if isinstance(v, DTensor) else v).detach() for name, v in state.items()}
 
 
-def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    assert found.keys() == expected.keys()
-    return [name for name, tensor in found.items() if not same(tensor, expected[name])]
+def differing(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    assert actual.keys() == expected.keys()
+    return [name for name, tensor in actual.items() if not same(tensor, expected[name])]
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -100,7 +99,7 @@ def ties_kept(hub: Path, folder: Path) -> bool:
 
 
 def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
-    """Load with a cast and name what differs from the unsharded model that transformers loads so, made parallel."""
+    """Load with a cast, and name what differs from transformers' own cast of the parallelized reference."""
     model = on_meta(hub, mode, mesh)
     runtime.load(model, folder, dtype=torch.bfloat16)
     config = eager_config(hub)
@@ -110,7 +109,7 @@ def cast(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
 
 
 def runs_after_a_cast(hub: Path, mesh: Mesh) -> bool:
-    """Load with a cast and run the model, for FSDP gathers only now what it shards."""
+    """Load with a cast and run the model, because FSDP gathers its parameters only then."""
     model = on_meta(hub, "tp", mesh)
     runtime.load(model, hub, dtype=torch.bfloat16)
     logits = model(torch.arange(8)[None]).logits
@@ -118,38 +117,40 @@ def runs_after_a_cast(hub: Path, mesh: Mesh) -> bool:
 
 
 def load_into(hub: Path, folder: Path, **options: Any) -> None:
-    """Load a folder into the model of another folder's config."""
+    """Load a folder into a model built from another folder's config."""
     runtime.load(on_meta(hub, "tp", Mesh(tp=dist.get_world_size())), folder, **options)
 
 
 def bytes_read(hub: Path, folder: Path, mode: Mode, mesh: Mesh, gap: int) -> tuple[dict[str, int], int, int]:
-    """Load and return the bytes read of each file, the most that any byte was read, and the bytes this rank holds."""
+    """Load, and return the bytes read from each file, the number of overlapping reads, and this rank's bytes."""
     model = on_meta(hub, mode, mesh)
     with counted(gap) as ranges:
         runtime.load(model, folder)
-    held = sum({t.data_ptr(): t.nbytes for n, t in local_tensors(model).items() if n in model_tensors(model)}.values())
+    local_bytes = sum(
+        {t.data_ptr(): t.nbytes for n, t in local_tensors(model).items() if n in model_tensors(model)}.values()
+    )
     files: Counter[str] = Counter()
     for read in ranges:
         files[read.file.name] += read.size
-    return dict(files), overlap(ranges), held
+    return dict(files), overlap(ranges), local_bytes
 
 
 @contextmanager
 def counted(gap: int) -> Iterator[list[Read]]:
-    """Count what is read, gaps of `gap` bytes and more left out."""
+    """Collect the reads of the body, which skip gaps of `gap` bytes and more."""
     ranges: list[Read] = []
-    original, least = filling.read_range, reads._MAX_GAP
+    original, least = transfer.read_range, reads._MAX_GAP
 
     def counting(read: Read, memory: memoryview) -> None:
         assert len(memory) == read.size
         ranges.append(read)
         original(read, memory)
 
-    filling.read_range, reads._MAX_GAP = counting, gap
+    transfer.read_range, reads._MAX_GAP = counting, gap
     try:
         yield ranges
     finally:
-        filling.read_range, reads._MAX_GAP = original, least
+        transfer.read_range, reads._MAX_GAP = original, least
 
 
 def overlap(ranges: list[Read]) -> int:
@@ -157,28 +158,28 @@ def overlap(ranges: list[Read]) -> int:
     return sum(one[0] == two[0] and two[1] < one[2] for one, two in pairwise(ordered))
 
 
-def sent(dtypes: list[torch.dtype]) -> list[str]:
-    """Send tensors of some types from rank to rank and name what did not arrive bit for bit."""
+def damaged_by_broadcast(dtypes: list[torch.dtype]) -> list[str]:
+    """Broadcast tensors of some dtypes, and name those that did not arrive bit for bit."""
     shapes = {"none": torch.Size((0, 3)), "one": torch.Size(()), "some": torch.Size((5, 7))}
-    wanted = {
+    expected = {
         f"{dtype} {name}": torch.arange(shape.numel() * dtype.itemsize).remainder(2).byte().view(dtype).view(shape)
         for dtype in dtypes
         for name, shape in shapes.items()
     }
-    dealt = {name: number % dist.get_world_size() for number, name in enumerate(wanted)}
-    held = {
-        name: tensor.clone() if dealt[name] == dist.get_rank() else torch.empty_like(tensor)
-        for name, tensor in wanted.items()
+    readers = {name: number % dist.get_world_size() for number, name in enumerate(expected)}
+    tensors = {
+        name: tensor.clone() if readers[name] == dist.get_rank() else torch.empty_like(tensor)
+        for name, tensor in expected.items()
     }
-    replicated.broadcast_tensors(dealt, held)
-    as_bytes = {name: tensor.view(-1).view(torch.uint8) for name, tensor in held.items()}
+    replicated.broadcast_tensors(readers, tensors)
+    as_bytes = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
     return [
-        name for name, tensor in wanted.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))
+        name for name, tensor in expected.items() if not torch.equal(as_bytes[name], tensor.view(-1).view(torch.uint8))
     ]
 
 
 def loads_alone(hub: Path, folder: Path) -> bool | None:
-    """Load a model that is not parallel on one rank only, which asks nothing of the others."""
+    """Load a model that is not parallel on one rank only, which must not wait for the others."""
     if dist.get_rank():
         return None
     model = meta_model(eager_config(hub))

@@ -1,4 +1,4 @@
-"""Loading: from every layout, in every mode, what slicing the unsharded model gives, and not a byte too many read."""
+"""Loading from every layout in every mode: the result equals slicing the unsharded model, and no extra byte is read."""
 
 from __future__ import annotations
 
@@ -58,33 +58,33 @@ FOUR: list[tuple[str, Mode, Mesh]] = [
 ]
 
 
-def said(case: tuple[str, Mode, Mesh]) -> str:
+def format_case(case: tuple[str, Mode, Mesh]) -> str:
     return " ".join(map(str, case))
 
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory: pytest.TempPathFactory, hub_folder: HubFolder) -> LaidOut:
-    """Return a function from a tiny model's name and a target to its checkpoint there; those who damage it copy."""
+    """Return a function that reshards a tiny model to a target, once; tests that damage the result copy it first."""
     folders: dict[tuple[str, ReshardTarget], Path] = {}
 
-    def resharded(name: str, target: ReshardTarget) -> Path:
+    def reshard(name: str, target: ReshardTarget) -> Path:
         if (name, target) not in folders:
             folders[name, target] = tmp_path_factory.mktemp(name) / f"{target.layout} {target.mode} {target.mesh}"
             execute_reshard(plan_reshard(hub_folder(name), target=target), folders[name, target])
         return folders[name, target]
 
-    return resharded
+    return reshard
 
 
-@pytest.mark.parametrize("case", TWO, ids=said)
-def test_two_ranks_hold_what_slicing_gives(
+@pytest.mark.parametrize("case", TWO, ids=format_case)
+def test_two_ranks_hold_the_slices_of_the_unsharded_model(
     case: tuple[str, Mode, Mesh], two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     assert run(case, two_ranks, hub_folder, laid_out) == [[], []]
 
 
-@pytest.mark.parametrize("case", FOUR, ids=said)
-def test_four_ranks_hold_what_slicing_gives(
+@pytest.mark.parametrize("case", FOUR, ids=format_case)
+def test_four_ranks_hold_the_slices_of_the_unsharded_model(
     case: tuple[str, Mode, Mesh], four_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     assert run(case, four_ranks, hub_folder, laid_out) == [[], [], [], []]
@@ -93,10 +93,10 @@ def test_four_ranks_hold_what_slicing_gives(
 def run(case: tuple[str, Mode, Mesh], ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut) -> list[list[str]]:
     name, mode, mesh = case
     targets = [ReshardTarget("ranks", mesh, mode), ReshardTarget("dcp", mesh, mode)]
-    if name != "gpt_oss":  # whose layers no plan cuts
+    if name != "gpt_oss":  # whose layers no plan shards
         targets.append(ReshardTarget("ranks", Mesh(tp=4)))
     folders = [hub_folder(name), *(laid_out(name, target) for target in targets)]
-    return ranks.run(load_cases.loads_what_slicing_gives, hub_folder(name), folders, mode, mesh)
+    return ranks.run(load_cases.differences_from_slicing, hub_folder(name), folders, mode, mesh)
 
 
 def test_tied_weights_stay_tied(two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder) -> None:
@@ -105,7 +105,7 @@ def test_tied_weights_stay_tied(two_ranks: RankPool, hub_folder: HubFolder, rank
 
 
 @pytest.mark.parametrize(("mode", "mesh"), [("tp", TP2), ("tp_ep", Mesh(tp=2, ep=2)), ("tp", Mesh(fsdp=2))], ids=str)
-def test_a_cast_is_that_of_what_is_loaded(
+def test_a_cast_gives_what_from_pretrained_gives(
     mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     hub = hub_folder("deepseek_v3")
@@ -117,27 +117,27 @@ def test_a_rank_reads_its_own_file_and_no_byte_twice(
     two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
 ) -> None:
     folder = rank_folder("deepseek_v3", 2)
-    found = two_ranks.run(load_cases.bytes_read, hub_folder("deepseek_v3"), folder, "tp", TP2, 2**16)
-    for (files, overlaps, held), own in zip(found, (FIRST, SECOND), strict=True):
-        assert files == {own: held}
+    results = two_ranks.run(load_cases.bytes_read, hub_folder("deepseek_v3"), folder, "tp", TP2, 2**16)
+    for (files, overlaps, local_bytes), own_file in zip(results, (FIRST, SECOND), strict=True):
+        assert files == {own_file: local_bytes}
         assert overlaps == 0
 
 
 @pytest.mark.parametrize(("mode", "mesh"), [("tp", TP2), ("tp_ep", Mesh(tp=2, ep=2)), ("tp", Mesh(fsdp=2))], ids=str)
 @pytest.mark.parametrize("layout", ["hf", "dcp", "ranks"])
-def test_a_rank_reads_just_what_it_holds(
+def test_a_rank_reads_only_its_own_bytes(
     layout: str, mode: Mode, mesh: Mesh, two_ranks: RankPool, hub_folder: HubFolder, laid_out: LaidOut
 ) -> None:
     hub = hub_folder("deepseek_v3")
     targets = {"dcp": ReshardTarget("dcp", Mesh(tp=4)), "ranks": ReshardTarget("ranks", Mesh(tp=4))}
     folder = laid_out("deepseek_v3", targets[layout]) if layout in targets else hub
-    for files, overlaps, held in two_ranks.run(load_cases.bytes_read, hub, folder, mode, mesh, 1):
-        assert sum(files.values()) == held
+    for files, overlaps, local_bytes in two_ranks.run(load_cases.bytes_read, hub, folder, mode, mesh, 1):
+        assert sum(files.values()) == local_bytes
         assert overlaps == 0
 
 
-def test_tensors_of_every_type_are_sent_from_rank_to_rank(two_ranks: RankPool) -> None:
-    assert two_ranks.run(load_cases.sent, list(DTYPES.values())) == [[], []]
+def test_tensors_of_every_dtype_are_broadcast(two_ranks: RankPool) -> None:
+    assert two_ranks.run(load_cases.damaged_by_broadcast, list(DTYPES.values())) == [[], []]
 
 
 def test_one_rank_loads_a_model_that_is_not_parallel(
@@ -147,7 +147,7 @@ def test_one_rank_loads_a_model_that_is_not_parallel(
         assert two_ranks.run(load_cases.loads_alone, hub_folder("llama"), folder) == [True, None]
 
 
-def test_content_that_was_read_before_is_taken(hub_folder: HubFolder) -> None:
+def test_a_checkpoint_that_was_already_read_is_accepted(hub_folder: HubFolder) -> None:
     hub = hub_folder("qwen3_moe")
     one, other = (meta_model(read_config(hub)) for _ in range(2))
     runtime.load(one, open_checkpoint(hub).read_headers(one))
@@ -155,7 +155,7 @@ def test_content_that_was_read_before_is_taken(hub_folder: HubFolder) -> None:
     assert not load_cases.differing(load_cases.local_tensors(one), load_cases.local_tensors(other))
 
 
-def test_carried_tensors_are_passed_over(hub_folder: HubFolder, tmp_path: Path) -> None:
+def test_passthrough_tensors_are_ignored(hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub"))
     edit(hub / "model-00001-of-00003.safetensors", lambda tensors: tensors.update({"mtp.weight": torch.ones(3)}))
     index = json.loads((hub / "model.safetensors.index.json").read_text())
@@ -181,7 +181,7 @@ def test_tensors_missing_from_the_manifest_or_unknown_to_the_model_are_named(
 ) -> None:
     hub = hub_folder("llama")
     for name, error, message in (
-        ("model.norm.weight", IncompleteError, r"no 'model\.norm\.weight'"),
+        ("model.norm.weight", IncompleteError, r"lacks 'model\.norm\.weight'"),
         (None, MismatchError, "holds 'more', which the model lacks"),
     ):
         ranks = Path(shutil.copytree(rank_folder("llama", 2), tmp_path / str(name)))
@@ -244,20 +244,22 @@ def test_a_link_in_place_of_a_rank_file_is_refused(
         two_ranks.run(load_cases.load_into, hub_folder("llama"), ranks)
 
 
-def test_arguments_that_make_no_sense_are_refused(hub_folder: HubFolder) -> None:
+def test_invalid_arguments_are_refused(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model = meta_model(read_config(hub))
-    with pytest.raises(UsageError, match="0 threads"):
+    with pytest.raises(UsageError, match="threads must be at least 1, got 0"):
         runtime.load(model, hub, threads=0)
     with pytest.raises(UsageError, match=r"cast to torch\.int8"):
         runtime.load(model, hub, dtype=torch.int8)
     runtime.load(model, hub)
-    with pytest.raises(UsageError, match=r"in memory.*torch\.float32, not torch\.bfloat16"):
+    with pytest.raises(
+        UsageError, match=r"dtype is torch\.bfloat16, but the model is in memory and its .* is torch\.float32"
+    ):
         runtime.load(model, hub, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "laguna", "gemma3_text"])
-def test_what_was_emptied_is_as_from_pretrained_gives_it(name: str, tmp_path: Path) -> None:
+def test_a_model_without_values_becomes_what_from_pretrained_gives(name: str, tmp_path: Path) -> None:
     config = transformers.Gemma3TextConfig(**DENSE) if name == "gemma3_text" else tiny_config(name)
     tiny_model(config).save_pretrained(tmp_path)
     expected = local_tensors(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager"))
@@ -276,7 +278,7 @@ def test_what_was_emptied_is_as_from_pretrained_gives_it(name: str, tmp_path: Pa
         assert not load_cases.differing(local_tensors(model), expected)
 
 
-def test_buffers_that_a_new_model_has_not_keep_their_values(hub_folder: HubFolder) -> None:
+def test_buffers_that_a_new_model_lacks_keep_their_values(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model = meta_model(read_config(hub))
     model.register_buffer("own", torch.tensor([2.0, 3.0]), persistent=False)
@@ -287,7 +289,7 @@ def test_buffers_that_a_new_model_has_not_keep_their_values(hub_folder: HubFolde
     assert model.model.rotary_emb.inv_freq.tolist() == longer.tolist()
 
 
-def test_lost_buffers_that_a_new_model_has_not_are_refused(hub_folder: HubFolder) -> None:
+def test_buffers_on_meta_that_a_new_model_lacks_are_refused(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model = meta_model(read_config(hub))
     model.register_buffer("own", torch.zeros(2), persistent=False)
@@ -296,17 +298,17 @@ def test_lost_buffers_that_a_new_model_has_not_are_refused(hub_folder: HubFolder
         runtime.load(model, hub)
 
 
-def test_a_model_that_cannot_be_built_again_says_so_where_it_has_buffers(hub_folder: HubFolder) -> None:
+def test_a_model_that_cannot_be_built_again_warns_about_its_buffers(hub_folder: HubFolder) -> None:
     hub = hub_folder("llama")
     model = meta_model(read_config(hub))
     model.__class__ = type("Grown", (type(model),), {"__init__": lambda self, config, depth: None})
-    with pytest.warns(UserWarning, match=r"Grown cannot be built again, so 'model\.rotary_emb\.inv_freq'"):
+    with pytest.warns(UserWarning, match=r"Grown cannot be built again, so the buffers 'model\.rotary_emb\.inv_freq'"):
         runtime.load(model, hub)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "gpt_oss"])
-def test_a_cast_leaves_alone_what_from_pretrained_does(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_cast_exempts_what_from_pretrained_exempts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     ernie = transformers.Ernie4_5_MoeConfig(**DENSE | {"moe_num_experts": 4, "moe_k": 2})
     tiny_model(ernie if name == "ernie4_5_moe" else tiny_config(name)).save_pretrained(tmp_path)
     read = transformers.AutoModelForCausalLM.from_pretrained
@@ -319,7 +321,7 @@ def test_a_cast_leaves_alone_what_from_pretrained_does(name: str, dtype: torch.d
     assert not load_cases.differing(local_tensors(model), expected)
 
 
-def test_fsdp_takes_one_type_whatever_a_class_would_keep(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_fsdp_parameters_are_never_exempt_from_a_cast(two_ranks: RankPool, tmp_path: Path) -> None:
     config = transformers.Ernie4_5_MoeConfig(**DENSE | {"moe_num_experts": 4, "moe_k": 2})
     tiny_model(config).save_pretrained(tmp_path)
     assert two_ranks.run(load_cases.runs_after_a_cast, tmp_path, Mesh(fsdp=2)) == [True, True]
@@ -343,10 +345,10 @@ def test_tensors_that_would_overwrite_each_other_are_refused(hub_folder: HubFold
     runtime.load(model, hub)
     first, second = (layer.self_attn.q_proj.weight for layer in model.model.layers[:2])
     second.data = first.data
-    with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj\.weight shares its memory with .*layers\.0\."):
+    with pytest.raises(UsageError, match=r"layers\.1\.self_attn\.q_proj\.weight and .*layers\.0\..* share memory"):
         runtime.load(model, hub)
     second.data = torch.zeros(len(second), 1).expand(second.shape)
-    with pytest.raises(UsageError, match="shares its memory among its own elements"):
+    with pytest.raises(UsageError, match=r"elements of .* share memory"):
         runtime.load(model, hub)
 
 
@@ -363,7 +365,7 @@ def test_a_model_in_memory_keeps_its_dtype(hub_folder: HubFolder) -> None:
     assert all(torch.equal(one, other.double()) for one, other in pairs)
 
 
-def test_numbers_of_another_kind_are_refused(hub_folder: HubFolder, tmp_path: Path) -> None:
+def test_dtypes_of_another_kind_are_refused(hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = hub_folder("llama")
     model = meta_model(read_config(hub))
     model.register_buffer("count", torch.zeros(3, dtype=torch.int64))
@@ -372,7 +374,7 @@ def test_numbers_of_another_kind_are_refused(hub_folder: HubFolder, tmp_path: Pa
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     index["weight_map"]["count"] = "model-00001-of-00003.safetensors"
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(MismatchError, match="'count' is F32 where the model has I64"):
+    with pytest.raises(MismatchError, match="'count' has dtype F32, but I64 in the model"):
         runtime.load(model, copy)
 
 
@@ -388,12 +390,12 @@ def test_a_cast_leaves_integers_alone(tmp_path: Path, hub_folder: HubFolder) -> 
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_replicated_tensors_are_dealt_out_evenly() -> None:
+def test_replicated_tensors_are_assigned_evenly() -> None:
     sizes = {"a": 5, "b": 4, "c": 3, "d": 3, "e": 1}
-    dealt = assign_by_size(sizes, 2)
-    assert dealt.keys() == sizes.keys()
-    assert [sum(sizes[name] for name, rank in dealt.items() if rank == one) for one in (0, 1)] == [8, 8]
-    assert assign_by_size(dict(reversed(sizes.items())), 2) == dealt
+    readers = assign_by_size(sizes, 2)
+    assert readers.keys() == sizes.keys()
+    assert [sum(sizes[name] for name, rank in readers.items() if rank == one) for one in (0, 1)] == [8, 8]
+    assert assign_by_size(dict(reversed(sizes.items())), 2) == readers
 
 
 def edit(file: Path, change: Callable[..., object]) -> None:
