@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime.checkpoint import open as checkpoint_open
 from runtime.checkpoint.resharding import execute
-from runtime.checkpoint.resharding import plan as reshard
 from tests.external_files import DEEPSEEK, MLA, MLA_WHOLE, TP, Cut, shard, state_of, stored_in, whole, write
 from tests.tiny_models import tiny_config, tiny_model
 
@@ -344,7 +344,7 @@ def test_a_config_from_elsewhere_is_read_once(
     monkeypatch.setattr(execute, "execute_reshard", then_changed(execute.execute_reshard))
     assert migrator("reshard", llama, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("llama"))
-    monkeypatch.setattr(reshard, "read_config", then_changed(reshard.read_config))
+    monkeypatch.setattr(checkpoint_open, "read_config", then_changed(checkpoint_open.read_config))
     code, _, errors = migrator("reshard", llama, tmp_path / "again", *options)
     assert (code, "'config.json' changed while it was read" in errors[0]) == (2, True)
 
