@@ -1,4 +1,4 @@
-"""The config that a user names: by a checkpoint folder or repository, a config.json or a model type."""
+"""The config that a user names by a checkpoint folder, a repository, a config.json or a model type."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ __all__ = ["find_config"]
 
 
 def find_config(source: str) -> PreTrainedConfig:
-    """Return the config of a checkpoint folder, a repository, a config.json or a model type, whichever is named.
+    """Return the config that a source names.
+
+    Args:
+        source: a checkpoint folder, `hf://owner/name`, the path of a config.json, or a model type.
 
     Raises:
-        UsageError: it names none of them.
+        UsageError: the source is none of these, or the model type's default config is not valid.
         IncompleteError: the folder has no config.json, or it cannot be read.
-        CheckpointError: as `read_config` and `fetch_config`.
+        CheckpointError: the config is not one of a model type that the installed transformers has, or the repository
+            cannot be read.
     """
     from transformers import CONFIG_MAPPING
 
@@ -41,7 +45,7 @@ def find_config(source: str) -> PreTrainedConfig:
 
 
 def _find_config_folder(path: Path) -> Path | None:
-    """Return the folder whose config.json a path speaks of, None where it is neither a folder nor such a file."""
+    """Return the folder of a config.json that a path names, None if it is neither a folder nor such a file."""
     try:
         if path.is_dir():
             return path
@@ -55,7 +59,7 @@ def _build_default_config(model_type: str) -> PreTrainedConfig:
 
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type](architectures=default_architectures(model_type))
-    except Exception as error:  # What transformers' config classes raise is not ours to list.
+    except Exception as error:  # transformers' config classes may raise anything.
         raise UsageError(
             f"{model_type}: its default config is not valid: {first_line(error)}",
             hint="name a checkpoint folder or a config.json of this model type",

@@ -1,4 +1,4 @@
-"""Which names a model's classes could create, in any configuration: read from their source, never run."""
+"""Which names a model's classes could create in any configuration, read from their source without running it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Classes = frozenset[type]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _GENERIC_CLASSES = frozenset((*PreTrainedModel.__mro__, *_CONTAINERS))
-"""Classes that assign whatever they are told to: they say nothing about a model."""
+"""Classes that assign whatever they are given, and so tell nothing about a model."""
 _REGISTER_METHODS = ("register_buffer", "register_parameter", "register_module", "add_module")
 
 
 @dataclass(frozen=True)
 class _AttributeClasses:
-    """What an attribute may hold.
+    """The classes of the modules that an attribute may hold.
 
     Args:
-        classes: of the module itself.
-        elements: of a container's modules, which have numbers for names.
-        any_class: whether the source does not tell, so that any class of the model's files may be there.
+        classes: the classes that the module itself may have.
+        elements: the classes of a container's modules, which are named by numbers.
+        any_class: whether the source leaves the class open, so that it may be any of the model's files.
     """
 
     classes: Classes = frozenset()
@@ -51,7 +51,12 @@ _ANY_CLASS = _AttributeClasses(any_class=True)
 
 @dataclass(frozen=True)
 class _ClassAssignments:
-    """What the methods of one class assign to `self`, by attribute; `any_name` if a name is computed."""
+    """What the methods of one class assign to `self`.
+
+    Args:
+        attributes: the classes assigned, by attribute.
+        any_name: whether some attribute's name is computed.
+    """
 
     attributes: Mapping[str, _AttributeClasses]
     any_name: bool
@@ -63,52 +68,43 @@ def find_unknown_part(model: nn.Module, key: str) -> tuple[str, str] | None:
     A part may follow another if a class that the other may hold assigns it, or if the model has it.
 
     Args:
-        model: whose classes are read; parts of it are looked at too, since a parent's source does not always tell.
-        key: prefixed as the model's names are.
+        model: the model; its modules count too, since a parent's source does not always tell what it holds.
+        key: a key with the prefix of the model's names.
 
     Returns:
-        The first part that no class could create there and the key up to it, None where every part could be.
+        The first part that no class could create there and the key up to it, None if every part could be created.
     """
     built = _collect_module_classes(model)
-    every = frozenset(kind for kinds in built.values() for kind in kinds)
-    files = frozenset(
-        kind for module in sorted({kind.__module__ for kind in every}) for kind in _find_classes_in_file(module)
-    )
-    held, path = _AttributeClasses(frozenset({type(model)})), ""
+    files = sorted({module_class.__module__ for classes in built.values() for module_class in classes})
+    file_classes = frozenset(module_class for file in files for module_class in _find_classes_in_file(file))
+    current, path = _AttributeClasses(frozenset({type(model)})), ""
     for part in key.split("."):
         path, parent = f"{path}.{part}".lstrip("."), path
-        step = _descend(held, part, files)
+        assigned = _descend(current, part, file_classes)
         actual = built.get(path)
-        if step is None and actual is None:
+        if assigned is None and actual is None:
             return part, parent
-        held = (step or _NO_CLASSES) | _AttributeClasses(actual or frozenset())
+        current = (assigned or _NO_CLASSES) | _AttributeClasses(actual or frozenset())
     return None
 
 
-def _descend(current: _AttributeClasses, name: str, files: Classes) -> _AttributeClasses | None:
+def _descend(current: _AttributeClasses, name: str, file_classes: Classes) -> _AttributeClasses | None:
+    """Return what an attribute of the current modules may hold, None if they cannot have such an attribute."""
     if name == "*":
-        return (
-            _AttributeClasses(current.elements, any_class=current.any_class)
-            if current.elements or current.any_class
-            else None
-        )
-    found = [
-        _find_attribute_classes(kind, name)
-        for kind in (current.classes | files if current.any_class else current.classes)
-    ]
-    known = [each for each in found if each is not None]
-    if not known:
-        return None
-    result = _NO_CLASSES
-    for each in known:
-        result |= each
+        has_elements = current.elements or current.any_class
+        return _AttributeClasses(current.elements, any_class=current.any_class) if has_elements else None
+    result: _AttributeClasses | None = None
+    for module_class in current.classes | file_classes if current.any_class else current.classes:
+        assigned = _find_attribute_classes(module_class, name)
+        if assigned is not None:
+            result = (result or _NO_CLASSES) | assigned
     return result
 
 
-def _find_attribute_classes(kind: type, attribute: str) -> _AttributeClasses | None:
-    """Return what a class's own methods, or those of its bases, assign to an attribute."""
+def _find_attribute_classes(module_class: type, attribute: str) -> _AttributeClasses | None:
+    """Return what a class's own methods, or those of its bases, assign to an attribute; None if they never do."""
     result: _AttributeClasses | None = None
-    for base in kind.__mro__:
+    for base in module_class.__mro__:
         if base in _GENERIC_CLASSES:
             continue
         assigned = _read_assignments(base)
@@ -120,7 +116,7 @@ def _find_attribute_classes(kind: type, attribute: str) -> _AttributeClasses | N
 
 
 def _collect_module_classes(model: nn.Module) -> dict[str, Classes]:
-    """Return the classes of the modules that this model has, by wildcarded name; parameters have none."""
+    """Return the classes of the model's modules by wildcarded name; parameters are there without a class."""
     built: dict[str, Classes] = {}
     for name, module in model.named_modules():
         built[to_wildcard(name)] = built.get(to_wildcard(name), frozenset()) | {type(module)}
@@ -129,20 +125,20 @@ def _collect_module_classes(model: nn.Module) -> dict[str, Classes]:
     return built
 
 
-def _find_classes_in_file(name: str) -> Iterator[type]:
-    for value in vars(sys.modules[name]).values():
-        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == name:
+def _find_classes_in_file(module: str) -> Iterator[type]:
+    """Yield the module classes that a Python module defines."""
+    for value in vars(sys.modules[module]).values():
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module:
             yield value
 
 
 @lru_cache(maxsize=4096)
-def _read_assignments(kind: type) -> _ClassAssignments:
-    tree = _get_class_tree(kind)
-    names = vars(sys.modules[kind.__module__])
-    reader = _AssignmentCollector(names)
+def _read_assignments(module_class: type) -> _ClassAssignments:
+    tree = _parse_file_classes(module_class.__module__).get(module_class.__name__)
+    collector = _AssignmentCollector(vars(sys.modules[module_class.__module__]))
     for node in ast.walk(tree) if tree else ():
-        reader.read(node)
-    return _ClassAssignments(reader.attributes, reader.any_name)
+        collector.read(node)
+    return _ClassAssignments(collector.attributes, collector.any_name)
 
 
 @lru_cache(maxsize=256)
@@ -154,13 +150,15 @@ def _parse_file_classes(module: str) -> Mapping[str, ast.ClassDef]:
     return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
-def _get_class_tree(kind: type) -> ast.ClassDef | None:
-    return _parse_file_classes(kind.__module__).get(kind.__name__)
-
-
 @dataclass
 class _AssignmentCollector:
-    """Collects what one class's body assigns to `self`; `names` resolves the classes it calls."""
+    """Collects what the body of one class assigns to `self`.
+
+    Args:
+        names: the names of the class's Python module, by which the classes that it calls are resolved.
+        attributes: the classes assigned so far, by attribute.
+        any_name: whether some attribute's name is computed.
+    """
 
     names: Mapping[str, object]
     attributes: dict[str, _AttributeClasses] = field(default_factory=dict)
@@ -197,12 +195,12 @@ class _AssignmentCollector:
         self.attributes[name] = self.attributes.get(name, _NO_CLASSES) | classes
 
     def _infer_classes(self, value: ast.expr) -> _AttributeClasses:
-        """Return what an expression may give; what is not understood may give anything."""
+        """Return what an expression may evaluate to; one that is not understood may evaluate to anything."""
         match value:
             case ast.Call(func=function, args=arguments):
                 return self._infer_call_classes(self._resolve_name(function), arguments)
-            case ast.IfExp(body=one, orelse=other):
-                return self._infer_classes(one) | self._infer_classes(other)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self._infer_classes(body) | self._infer_classes(orelse)
             case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Dict(values=parts):
                 return self._infer_all_classes(parts)
             case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element) | ast.Starred(value=element):
@@ -211,15 +209,15 @@ class _AssignmentCollector:
                 return _NO_CLASSES
         return _NO_CLASSES if _is_config_access(value) else _ANY_CLASS
 
-    def _infer_call_classes(self, kind: object, arguments: list[ast.expr]) -> _AttributeClasses:
-        if not isinstance(kind, type):
+    def _infer_call_classes(self, called: object, arguments: list[ast.expr]) -> _AttributeClasses:
+        if not isinstance(called, type):
             return _ANY_CLASS
-        if issubclass(kind, _CONTAINERS):
+        if issubclass(called, _CONTAINERS):
             inside = self._infer_all_classes(arguments)
             return _AttributeClasses(elements=inside.classes | inside.elements, any_class=inside.any_class)
-        if issubclass(kind, nn.Module) and kind is not nn.ModuleDict:
-            return _AttributeClasses(frozenset({kind}))
-        return _NO_CLASSES if issubclass(kind, nn.Parameter) else _ANY_CLASS
+        if issubclass(called, nn.Module) and called is not nn.ModuleDict:
+            return _AttributeClasses(frozenset({called}))
+        return _NO_CLASSES if issubclass(called, nn.Parameter) else _ANY_CLASS
 
     def _infer_all_classes(self, parts: list[ast.expr]) -> _AttributeClasses:
         result = _NO_CLASSES
@@ -238,7 +236,7 @@ class _AssignmentCollector:
 
 
 def _is_config_access(value: ast.expr) -> bool:
-    """Say whether an expression only reads a config: `config.hidden_size`."""
+    """Return whether an expression only reads a config: `config.hidden_size`."""
     while isinstance(value, ast.Attribute):
         value = value.value
     return isinstance(value, ast.Name) and value.id == "config"

@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import UsageError
 from plans.text import first_line, format_names
 from runtime.loader.parameter_refs import ParameterRef, find_module_entries
-from runtime.models.model import model_tensors
-from runtime.models.on_meta import init_on_meta
+from runtime.models.model import init_on_meta, model_tensors
 
 __all__ = [
     "CASTABLE_DTYPES",

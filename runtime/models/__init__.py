@@ -1,1 +1,1 @@
-"""Models without weights: configs found and read, classes built on the meta device."""
+"""Models without weights: configs read and compared, classes built on the meta device."""

@@ -1,4 +1,4 @@
-"""A checkpoint's config, read by the installed transformers, none of the checkpoint's own code run."""
+"""A checkpoint's config, read by the installed transformers without running the checkpoint's own code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ def transformers_version() -> str:
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """Read a checkpoint's config.json with the installed transformers, running no code of the checkpoint's own.
+    """Read a checkpoint's config.json with the installed transformers, without running the checkpoint's own code.
+
+    Args:
+        folder: the checkpoint's folder.
 
     Raises:
         IncompleteError: there is no config.json, or it cannot be read.
@@ -45,16 +48,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
     _check_readable(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # What transformers' config classes raise is not ours to list.
+    except Exception as error:  # transformers' config classes may raise anything.
         raise CheckpointError(
             f"{folder}/config.json: {first_line(error)}",
-            hint=f"correct the entry; transformers {transformers_version()} must know the model type, and models with "
-            "code of their own in the checkpoint are not run",
+            hint=f"correct the entry; transformers {transformers_version()} must have the model type, since a checkpoint's "
+            "own code is never run",
             folder=str(folder),
         ) from error
     _check_dtype(config, folder)
-    # A config may name a kernel repository for its attention or experts, whose code would be fetched and run.
-    # Grouped expert kernels also ask for widths in multiples of 16 bytes, which a rank's slice need not have.
+    # A config may name a kernel repository for its attention or experts, whose code would be downloaded and run.
+    # Grouped expert kernels also need widths in multiples of 16 bytes, which a rank's shard may not have.
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     return config
@@ -63,7 +66,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _check_readable(folder: Path) -> None:
     path = folder / "config.json"
     try:
-        # Opening a pipe would wait for whoever writes to it.
+        # Opening a pipe would block until someone writes to it.
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("not a regular file")
         path.open("rb").close()
@@ -78,10 +81,10 @@ def _check_readable(folder: Path) -> None:
 
 
 def build_unreadable_error(path: Path, error: OSError) -> IncompleteError:
-    """Return the error of a file or folder that is there but cannot be read."""
+    """Return the error for a file or folder that exists but cannot be read."""
     return IncompleteError(
         f"{path}: cannot be read: {error.strerror or error}",
-        hint="check the path and that you may read it and its folder",
+        hint="check the path, and the permissions of the file and its folder",
         path=str(path),
     )
 
@@ -96,7 +99,7 @@ def _check_dtype(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def find_quantization(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]] | None:
-    """Return where a config, or one inside it, speaks of quantization, and what it says; None where it does not."""
+    """Return where a config, or one inside it, has quantization settings, and the settings; None if it has none."""
     for where, part in _walk_configs(config, "config.json"):
         settings: Any = getattr(part, "quantization_config", None)
         if settings:
@@ -105,7 +108,7 @@ def find_quantization(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]]
 
 
 def _walk_configs(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Yield a config and those inside it, each with where it stands."""
+    """Yield a config and those inside it, each with its location for messages."""
     yield where, config
     for name in config.sub_configs:
         part = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""Two configs side by side: the entries by which one says to compute something else than the other."""
+"""Comparison of two configs: the entries by which they describe models that compute different things."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ _INERT_ENTRIES = frozenset(
         "router_aux_loss_coef",
     }
 )
-"""Entries of a config that change no output, gradient or greedy token."""
+"""Entries of a config that affect no output, gradient or greedy token."""
 _MAX_VALUE_LENGTH = 200
-"""Characters of a value that are told."""
+"""The number of characters of a value that messages show."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigDifference:
-    """An entry of a config, a dotted name where it is in a table, and what two configs say there."""
+    """An entry that differs between two configs.
+
+    Args:
+        key: the entry's name, dotted for an entry of a nested object.
+        expected: the expected config's value, as text.
+        found: the other config's value, as text.
+    """
 
     key: str
     expected: str
@@ -38,24 +44,24 @@ class ConfigDifference:
 
 
 def compare_entries(found: Mapping[str, object], expected: Mapping[str, object]) -> tuple[ConfigDifference, ...]:
-    """Return the entries by which a model would compute something else than another one's.
+    """Return the entries by which two configs describe models that compute different things.
 
-    What is written otherwise, or not at all, may mean the same: transformers is asked, where it knows the model type.
+    Entries that are written differently, or left out, may mean the same: transformers decides if it has the model type.
 
     Args:
-        found: a config.json's entries.
-        expected: another one's.
+        found: the entries of a config.json.
+        expected: the entries of the config.json to compare with.
     """
     written = [_drop_inert_entries(entries) for entries in (found, expected)]
     if written[0] == written[1]:
         return ()
     try:
         read = [_drop_inert_entries(_normalize_entries(entries)) for entries in written]
-    except CheckpointError:  # of a model type or an entry that is not known; what is written differs all the same
+    except CheckpointError:  # transformers does not have the model type or an entry.
         return tuple(_find_differences(*written))
-    # What only one of them has now its class does not know, and fills what it knows in with its defaults.
+    # Classes fill in the defaults of all entries that they have, so an entry of only one config has no effect.
     known = read[0].keys() & read[1].keys()
-    return tuple(_find_differences(*({key: table[key] for key in table if key in known} for table in read)))
+    return tuple(_find_differences(*({key: entries[key] for key in entries if key in known} for entries in read)))
 
 
 def _drop_inert_entries(entries: Mapping[str, object]) -> dict[str, object]:
@@ -63,7 +69,7 @@ def _drop_inert_entries(entries: Mapping[str, object]) -> dict[str, object]:
 
 
 def _normalize_entries(entries: Mapping[str, object]) -> dict[str, object]:
-    """Return a config's entries as its class reads them, with defaults, and in today's words.
+    """Return a config's entries as its class reads them: with defaults, and under current names.
 
     Raises:
         CheckpointError: transformers cannot read them.
@@ -71,36 +77,37 @@ def _normalize_entries(entries: Mapping[str, object]) -> dict[str, object]:
     from transformers import AutoConfig
 
     try:
-        given: dict[str, Any] = json.loads(json.dumps(entries), object_hook=_decode_tagged_float)
-        table: dict[str, object] = AutoConfig.for_model(given.pop("model_type", ""), **given).to_dict()
-    except Exception as error:  # What transformers' config classes raise is not ours to list.
+        arguments: dict[str, Any] = json.loads(json.dumps(entries), object_hook=_decode_tagged_float)
+        normalized: dict[str, object] = AutoConfig.for_model(arguments.pop("model_type", ""), **arguments).to_dict()
+    except Exception as error:  # transformers' config classes may raise anything.
         raise CheckpointError(
-            f"config.json: {first_line(error)}", hint="use a transformers that knows the model type"
+            f"config.json: {first_line(error)}", hint="install a transformers release that has the model type"
         ) from error
-    return table
+    return normalized
 
 
-def _decode_tagged_float(table: dict[str, Any]) -> object:
-    """Return the number that transformers writes as a table, for JSON has no such: `{"__float__": "Infinity"}`."""
-    return float(table["__float__"]) if table.keys() == {"__float__"} else table
+def _decode_tagged_float(value: dict[str, Any]) -> object:
+    """Return the number that an object stands for: transformers writes `{"__float__": "Infinity"}`, as JSON cannot."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _find_differences(found: Mapping[str, object], expected: Mapping[str, object]) -> Iterator[ConfigDifference]:
-    has, wanted = dict(_flatten(found)), dict(_flatten(expected))
-    for key in dict.fromkeys([*has, *wanted]):
-        if has.get(key) != wanted.get(key):
-            yield ConfigDifference(key, _format_value(wanted.get(key)), _format_value(has.get(key)))
+    found_values, expected_values = dict(_flatten(found)), dict(_flatten(expected))
+    for key in dict.fromkeys([*found_values, *expected_values]):
+        value, expected_value = found_values.get(key), expected_values.get(key)
+        if value != expected_value:
+            yield ConfigDifference(key, _format_value(expected_value), _format_value(value))
 
 
-def _flatten(table: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Yield what a config says, that of the tables in it too, by dotted names."""
-    for key, value in table.items():
+def _flatten(entries: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield a config's entries, those of nested objects under dotted names."""
+    for key, value in entries.items():
         if isinstance(value, Mapping):
-            yield from _flatten(_drop_inert_entries(value), f"{above}{key}.")
+            yield from _flatten(_drop_inert_entries(value), f"{prefix}{key}.")
         else:
-            yield f"{above}{key}", list(value) if isinstance(value, tuple) else value
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def _format_value(value: object) -> str:
-    words = repr(value)
-    return words if len(words) <= _MAX_VALUE_LENGTH else f"{words[:_MAX_VALUE_LENGTH]}…"
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"

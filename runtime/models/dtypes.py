@@ -1,4 +1,4 @@
-"""Dtypes by safetensors' names and by torch's."""
+"""The names that safetensors gives to torch's dtypes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
 }
-"""safetensors' name of each dtype that a checkpoint can hold and torch has."""
+"""The safetensors name of each torch dtype that a checkpoint can hold."""
 
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return safetensors' name of a torch dtype."""
+    """Return the safetensors name of a torch dtype."""
     return DTYPE_NAMES[dtype]

@@ -1,17 +1,18 @@
-"""Models without weights: a config's class found, its parameters built on the meta device, and their names."""
+"""Models without weights: a config's class, built with parameters on the meta device, and the names of its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from plans.errors import CheckpointError, MigratorError, UsageError
 from plans.text import first_line
 from runtime.models.config import find_quantization, transformers_version
-from runtime.models.on_meta import init_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,10 +22,18 @@ __all__ = [
     "default_architectures",
     "find_model_class",
     "find_tied_names",
+    "init_on_meta",
     "meta_model",
     "model_tensors",
     "tensor_kind",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_EMPTY_FACTORIES: frozenset[object] = frozenset({torch.empty})
+_FILL_FACTORIES: frozenset[object] = frozenset({torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+_LARGE = 2**24
+"""The number of elements up to which filling a tensor costs no time worth saving."""
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -36,29 +45,29 @@ def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     import transformers
 
     names: Any = config.architectures
-    found = None
+    model_class = None
     if isinstance(names, list) and names and isinstance(names[0], str):
-        found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        model_class = getattr(transformers, names[0], None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"config.json names the architectures {names!r}, not a class of transformers {transformers_version()}",
             hint="set `architectures` to the model class that wrote the checkpoint",
             architectures=names,
         )
-    return found
+    return model_class
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build the config's model with parameters on the meta device, buffers real and names tied.
+    """Build a config's model with parameters on the meta device, real buffers and tied names.
 
     Raises:
         CheckpointError: the class refuses the config.
-        UsageError: the config is quantized, and quantized models are not run.
+        UsageError: the config is quantized, and quantized models cannot run.
     """
-    found = find_quantization(config)
-    if found is not None:
+    quantization = find_quantization(config)
+    if quantization is not None:
         raise UsageError(
-            f"{found[0]}: has a quantization_config; quantized models are not run",
+            f"{quantization[0]}: has a quantization_config; quantized models are not run",
             hint="use the checkpoint's unquantized form",
             model_type=config.model_type,
         )
@@ -68,42 +77,105 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 def build_meta_model(
     config: PreTrainedConfig, prepare: Callable[[PreTrainedModel], None] | None = None
 ) -> PreTrainedModel:
-    """Build the config's model on meta, whatever quantization it speaks of.
+    """Build a config's model on meta, whatever its quantization settings.
 
     Args:
-        config: whose `architectures` name the class.
+        config: the config, whose `architectures` name the class.
         prepare: changes the model before its weights are tied.
 
     Raises:
         CheckpointError: the class refuses the config.
     """
-    kind = find_model_class(config)
+    model_class = find_model_class(config)
 
     def build() -> PreTrainedModel:
-        built = kind(config)
+        model = model_class(config)
         if prepare is not None:
-            prepare(built)
-        return built
+            prepare(model)
+        return model
 
     try:
         model: Any = init_on_meta(build, config.dtype)
         model.tie_weights()
     except MigratorError:
         raise
-    except Exception as error:  # What transformers' model classes raise is not ours to list.
+    except Exception as error:  # transformers' model classes may raise anything.
         raise CheckpointError(
             f"{config.name_or_path or config.model_type}: config.json does not describe a model: "
             f"{type(error).__name__}: {first_line(error)}",
-            hint="correct the sizes in config.json; loading it once with transformers itself shows the whole error",
+            hint="correct the sizes in config.json; loading the model with transformers shows the full traceback",
         ) from error
     return model.eval()
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint holds of a model by name: its parameters, under all of their names, then its buffers.
+def init_on_meta(build: Callable[[], Model], dtype: torch.dtype | None) -> Model:
+    """Build a model with parameters on meta and real buffers.
 
-    Buffers that the model does not save are left out.
+    A class may fill a parameter with zeros, which takes its full size before it is a parameter. So large tensors are
+    filled on meta. If one of them was a buffer after all, or met real tensors, the model is built again without this.
+
+    Args:
+        build: a function that builds the model.
+        dtype: the dtype of floating-point tensors whose class does not choose one; None for torch's default.
     """
+    with _MetaFactoryMode(largest=_LARGE) as redirected:
+        try:
+            model = _init_parameters_on_meta(build, dtype)
+        except Exception:  # transformers' model classes may raise anything.
+            if not redirected.has_redirected_large:
+                raise
+        else:
+            if not (redirected.has_redirected_large and any(buffer.is_meta for buffer in model.buffers())):
+                return model
+    with _MetaFactoryMode(largest=None):
+        return _init_parameters_on_meta(build, dtype)
+
+
+def _init_parameters_on_meta(build: Callable[[], Model], dtype: torch.dtype | None) -> Model:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), _default_dtype(dtype):
+        return build()
+
+
+class _MetaFactoryMode(TorchFunctionMode):
+    """Creates empty tensors on meta, and filled ones of more than `largest` elements; None for no filled ones."""
+
+    def __init__(self, largest: int | None) -> None:
+        super().__init__()
+        self.largest = largest
+        self.has_redirected_large = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., torch.Tensor],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        options = dict(kwargs or {})
+        if func in _EMPTY_FACTORIES:
+            return func(*args, **{**options, "device": "meta"})
+        if func in _FILL_FACTORIES and self.largest is not None:
+            on_meta = func(*args, **{**options, "device": "meta"})
+            if on_meta.numel() > self.largest:
+                self.has_redirected_large = True
+                return on_meta
+        return func(*args, **options)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that a model's checkpoints hold: parameters, under all of their names, then saved buffers."""
     persistent = set(model.state_dict(keep_vars=True))
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -112,17 +184,17 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tensor_kind(tensor: torch.Tensor) -> Literal["parameter", "buffer"]:
-    """Return which of the two one of a model's own tensors is."""
+    """Return whether a tensor of a model is a parameter or a buffer."""
     return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
 
 
 def find_tied_names(model: nn.Module) -> dict[str, str]:
-    """Return each tied name of a model with the name that holds the bytes, the one transformers calls the source."""
+    """Return the tied names of a model, each with the name that holds the bytes, transformers' source of the tie."""
     declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
     holders: dict[int, str] = {}
     tied: dict[str, str] = {}
-    rows = sorted(model.named_parameters(remove_duplicate=False), key=lambda row: row[0] in declared)
-    for name, tensor in rows:
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, tensor in sorted(parameters, key=lambda item: item[0] in declared):
         holder = holders.setdefault(id(tensor), name)
         if holder != name:
             tied[name] = holder
@@ -130,8 +202,8 @@ def find_tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def default_architectures(model_type: str) -> list[str]:
-    """Return the model classes that a config of this type most likely means: the causal language model, or the base."""
+    """Return the model classes to build for a model type: the causal language model, or the base model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
-    return [name for name in (found if isinstance(found, tuple) else (found,)) if name]
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) or MODEL_MAPPING_NAMES.get(model_type)
+    return [name for name in (names if isinstance(names, tuple) else (names,)) if name]

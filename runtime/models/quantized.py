@@ -1,4 +1,4 @@
-"""Models as their checkpoints store them: on meta, with what quantizers put in place of weights."""
+"""Models as their checkpoints store them: on meta, with the tensors that quantizers put in the place of weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["PackedExperts", "build_stored_model", "is_quantized"]
 
 
 _BLOCK = 32
-"""Values that share a scale."""
+"""The number of values that share one scale."""
 
 
 class PackedExperts(nn.Module):
-    """Holds what is stored in place of stacked experts.
+    """The blocks and scales that are stored in the place of stacked experts.
 
     Args:
-        experts: with `gate_up_proj` and `down_proj`, [experts, in, out], and a bias for each, [experts, out].
+        experts: the module with `gate_up_proj` and `down_proj`, [experts, in, out], each with a bias, [experts, out].
     """
 
     def __init__(self, experts: nn.Module) -> None:
@@ -49,35 +49,35 @@ Settings = Mapping[str, Any]
 
 
 def build_stored_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a config's model on meta with the tensors that a checkpoint of it stores.
+    """Build a config's model on meta with the tensors that its checkpoints store.
 
-    It is there for its names, shapes and plan; a quantized one does not run.
+    The model serves for its names, shapes and plan; a quantized one cannot run.
 
     Raises:
         CheckpointError: the class refuses the config, or the quantizer its quantization_config.
         UsageError: the quantization method is not supported.
     """
-    found = find_quantization(config)
-    if found is None:
+    quantization = find_quantization(config)
+    if quantization is None:
         return meta_model(config)
-    where, settings = found
+    where, settings = quantization
     method = str(settings.get("quant_method"))
     if method not in _QUANTIZERS:
         raise UsageError(
-            f"{where}: quantized by {method!r}, which is not supported",
-            hint=f"supported are {' and '.join(_QUANTIZERS)}; otherwise use the checkpoint's unquantized form",
+            f"{where}: the quantization method {method!r} is not supported",
+            hint=f"supported methods are {' and '.join(_QUANTIZERS)}; otherwise use the checkpoint's unquantized form",
             method=method,
         )
     return build_meta_model(config, lambda model: _QUANTIZERS[method](model, settings, where))
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Say whether `build_stored_model` put quantized tensors in place of weights."""
+    """Return whether `build_stored_model` put quantized tensors in the place of weights."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def _apply_fp8(model: PreTrainedModel, settings: Settings, where: str) -> None:
-    """Let transformers' quantizer replace layers; what hardware is here does not matter to what is stored."""
+    """Let transformers' quantizer replace layers, as the checkpoint stores them on any hardware."""
     from transformers.quantizers import AutoHfQuantizer
 
     try:
@@ -92,9 +92,9 @@ def _apply_fp8(model: PreTrainedModel, settings: Settings, where: str) -> None:
 
 
 def _find_save_conversions(model: PreTrainedModel) -> list[WeightTransform]:
-    """Return what `save_pretrained` would turn round, scales included.
+    """Return the conversions that `save_pretrained` would revert, those of scales included.
 
-    Without the renamings of scales that only some checkpoints need, nor changes of prefixes, which leave it open
+    Renamings of scales that only some checkpoints need are left out, and so are changes of prefixes, which do not tell
     whether a checkpoint had them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -108,9 +108,9 @@ def _find_save_conversions(model: PreTrainedModel) -> list[WeightTransform]:
 
 
 def _apply_mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None:
-    """Put the blocks and scales that checkpoints hold in place of the experts' weights.
+    """Put the blocks and scales that checkpoints hold in the place of the experts' weights.
 
-    transformers' quantizer holds what its kernels make of them instead, and fetches those to be built at all.
+    transformers' own quantizer holds what its kernels make of them, and downloads the kernels to be built at all.
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -120,11 +120,11 @@ def _apply_mxfp4(model: PreTrainedModel, settings: Settings, where: str) -> None
             model.set_submodule(name, PackedExperts(module))
             model.is_quantized = True
     if not is_quantized(model):
-        raise UsageError(f"{where}: mxfp4 is supported for gpt-oss experts only", hint="use its unquantized form")
+        raise UsageError(f"{where}: mxfp4 is supported for gpt-oss experts only", hint="use the unquantized form")
 
 
 _QUANTIZERS: Mapping[str, Callable[[PreTrainedModel, Settings, str], None]] = {
     "fp8": _apply_fp8,
     "mxfp4": _apply_mxfp4,
 }
-"""By `quant_method` of the config."""
+"""What applies a quantization to a model, by the config's `quant_method`."""

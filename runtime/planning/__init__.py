@@ -1,1 +1,1 @@
-"""Plans chosen, checked and resolved for one model and one mesh."""
+"""Plans: chosen for a model, and resolved on a model and a mesh."""

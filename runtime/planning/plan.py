@@ -1,4 +1,4 @@
-"""Plans chosen: which of a model's plans, or which combination of them, applies in a mode."""
+"""The choice of a plan: which of a model's plans, or which combination of them, applies in a mode."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = ["Plan", "convert_to_param_level", "get_released_plan", "runtime_diale
 
 @dataclass(frozen=True)
 class Plan:
-    """What one mode applies to a model.
+    """The entries that a mode applies to a model.
 
     Args:
         mode: `tp`, `ep`, `tp_ep`, `sp` or `sp_ep`.
-        entries: key to style, keys prefixed as the model's names are.
+        entries: key to style, with keys prefixed like the model's names.
     """
 
     mode: Mode
@@ -46,7 +46,7 @@ class Plan:
 
     @cached_property
     def expert_keys(self) -> frozenset[str]:
-        """The keys whose entries work over the expert axis; all others work over `tp`."""
+        """The keys of entries that shard over the expert axis; all others shard over `tp`."""
         return find_expert_keys(self.entries, self.mode, runtime_dialect())
 
     @classmethod
@@ -58,37 +58,38 @@ class Plan:
     ) -> Plan:
         """Choose the plan of a mode.
 
-        An explicit plan wins and is taken as it is. Otherwise `tp` is the param-level form of the model's TP plan, with
-        entries that the plan forgets, those of norms on heads (`runtime.checks.head_norms`) and of an embedding that is
-        one with a sharded head (`runtime.planning.tied_embeddings`), `ep` its EP plan alone, `sp` its SP
-        plan, and the combined modes lay the EP plan over those, dropping the entries that would cut whole experts. A
-        combined plan that the model brings along, `base_model_tp_ep_plan`, wins over the combination. A model without
-        an SP plan, as every released one, gets the one that `runtime.planning.sequence_plan.sequence_plan` derives.
+        - An explicit plan is used unchanged.
+        - `tp` is the param-level form of the model's TP plan, with the entries that it lacks for norms on heads and for
+          an embedding that is tied to a sharded head.
+        - `ep` is the model's EP plan alone.
+        - `sp` is the model's SP plan, or one derived from the TP plan, since released models have no SP plan.
+        - `tp_ep` and `sp_ep` combine these with the EP plan, without the entries that would shard within experts,
+          unless the model has a combined plan of its own, such as `base_model_tp_ep_plan`.
 
         Args:
             model: a model, on meta or not, or a config, whose model is then built on meta.
-            mode: which of them.
-            plan: key to style, in place of what the model says.
+            mode: the mode.
+            plan: key to style, to use instead of the model's plans.
 
         Raises:
-            UsageError: there is no such mode, or it is neither a model nor a config.
+            UsageError: there is no such mode, or `model` is neither a model nor a config.
             PlanError: the model has no plan for the mode, and none can be derived.
         """
         if mode not in MODES:
-            raise UsageError(f"no mode is called {mode!r}", hint="choose among " + ", ".join(MODES), mode=mode)
+            raise UsageError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(MODES), mode=mode)
         if plan is not None:
             return cls(mode, dict(plan))
         return cls(mode, _PLAN_BUILDERS[mode](_as_model(model)))
 
 
 def runtime_dialect() -> Dialect:
-    """Return what plans may say here: the installed transformers' dialect, param-level names, and the branch's own."""
+    """Return the dialect of plans that can run: the installed release's styles, the param-level and the branch's."""
     released = dialect_for_release(transformers_version()).with_overrides(load_dialect(PARAM_LEVEL))
     return released.with_defaults(load_dialect("dtensor"))
 
 
 def get_released_plan(model: PreTrainedModel) -> dict[str, str]:
-    """Return the TP plan as the installed transformers would apply it, keys prefixed as the model's names are.
+    """Return the TP plan that the installed transformers would apply, with keys prefixed like the model's names.
 
     Raises:
         PlanError: the model has none.
@@ -97,7 +98,7 @@ def get_released_plan(model: PreTrainedModel) -> dict[str, str]:
 
 
 def convert_to_param_level(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[str, str]:
-    """Return a plan's param-level form, where the model's own experts have the layout that it describes."""
+    """Return a plan's param-level form; entries of experts whose layout that form does not fit stay unchanged."""
     layouts = {to_wildcard(name): read_expert_layout(name, module) for name, module in model.named_modules()}
     return apply_edits(plan, decompose(plan, layouts.get).edits)
 
@@ -150,22 +151,22 @@ _PLAN_BUILDERS: Mapping[Mode, Callable[[PreTrainedModel], dict[str, str]]] = {
 
 
 def _read_model_plan(model: PreTrainedModel, kind: str) -> dict[str, str]:
-    """Return the plan of a kind that a model's classes and configs write down, keys prefixed as its names are."""
-    found: dict[str, str] = {}
+    """Return the plan of a kind that a model's classes and configs declare, with keys prefixed like its names."""
+    entries: dict[str, str] = {}
     for prefix, plan in _find_model_plans(model, kind, ""):
-        found |= {f"{prefix}{key}": style for key, style in plan.items()}
-    return found
+        entries |= {f"{prefix}{key}": style for key, style in plan.items()}
+    return entries
 
 
 def _find_model_plans(module: nn.Module, kind: str, prefix: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yield what each model inside a model says, outermost first, as transformers gathers TP and EP plans."""
-    own: Any = getattr(type(module), f"_{kind}_plan", None)
-    if isinstance(own, Mapping):
-        yield prefix, own
+    """Yield the plans of a model and of those inside it with their prefixes, in the order of transformers' TP plans."""
+    class_plan: Any = getattr(type(module), f"_{kind}_plan", None)
+    if isinstance(class_plan, Mapping):
+        yield prefix, class_plan
     if getattr(module, "base_model", None) is module:
-        of_config: Any = getattr(getattr(module, "config", None), f"base_model_{kind}_plan", None)
-        if isinstance(of_config, Mapping):
-            yield prefix, of_config
+        config_plan: Any = getattr(getattr(module, "config", None), f"base_model_{kind}_plan", None)
+        if isinstance(config_plan, Mapping):
+            yield prefix, config_plan
     for name, child in module.named_children():
         if hasattr(child, "base_model"):
             yield from _find_model_plans(child, kind, f"{prefix}{name}.")
@@ -175,7 +176,7 @@ def _require_plan(model: PreTrainedModel, plan: dict[str, str], kind: str, descr
     if not plan:
         raise PlanError(
             f"{type(model).__name__} has no {description} plan",
-            hint=f"its config needs a `base_model_{kind}_plan`, or pass a plan of your own",
+            hint=f"add a `base_model_{kind}_plan` to its config, or pass a plan of your own",
             model=type(model).__name__,
         )
     return plan

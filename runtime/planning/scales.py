@@ -1,4 +1,4 @@
-"""Scales of quantized weights: which weight each belongs to, where it goes with it, and what would tear them apart."""
+"""Scales of quantized weights: the weight of each, its placement, and which mesh sizes keep blocks whole."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ __all__ = ["Scale", "check_scale_blocks", "find_scales"]
 
 _SCALE = re.compile(r"(?:(?P<weight>\w+?)_)??(?P<kind>activation_scale|scale_inv|scale|scales|blocks)")
 _FP4_BLOCK = 1, 16
-"""Rows, and bytes of two values each, that share a scale."""
+"""The rows, and the bytes of two values each, that share one scale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A tensor that goes where its weight goes.
+    """A tensor that is placed with its weight.
 
     Args:
-        weight: the weight's name, which plan entries speak of.
-        block: how many of the weight's elements, by tensor dim, one element stands for; None where it stands for all.
+        weight: the weight's name, which plan entries match.
+        block: how many of the weight's elements, by tensor dim, one element scales; None if it scales all of them.
     """
 
     weight: str
     block: tuple[int, ...] | None
 
     def placement(self, weight_placement: Placement, ndim: int) -> Placement:
-        """Return where the scale goes.
+        """Return the scale's placement.
 
         Args:
-            weight_placement: where the weight goes.
-            ndim: of the scale.
+            weight_placement: the weight's placement.
+            ndim: the scale's number of dims.
         """
-        one_each = self.block is not None or (weight_placement == Shard(0) and ndim > 0)
-        return weight_placement if one_each else Replicate()
+        is_sharded = self.block is not None or (weight_placement == Shard(0) and ndim > 0)
+        return weight_placement if is_sharded else Replicate()
 
 
 def find_scales(model: nn.Module) -> dict[str, Scale]:
-    """Return the scales that a quantizer gave a model by name, and the blocks that it put in place of weights.
+    """Return a model's scales by name, among them the blocks that a quantizer put in the place of weights.
 
     Args:
-        model: as `runtime.models.quantized.stored_model` builds it.
+        model: a model built by `runtime.models.quantized.build_stored_model`.
     """
-    found: dict[str, Scale] = {}
+    scales: dict[str, Scale] = {}
     for owner, module in model.named_modules():
         if not (isinstance(module, PackedExperts) or type(module).__name__.startswith("FP8")):
             continue
@@ -60,31 +60,37 @@ def find_scales(model: nn.Module) -> dict[str, Scale]:
             match = _SCALE.fullmatch(name)
             if match:
                 weight = match["weight"] or "weight"
-                found[f"{owner}.{name}"] = Scale(
-                    f"{owner}.{weight}", _get_block_shape(module, weight, match["kind"], tensor)
-                )
-    return found
+                block = _get_block_shape(module, weight, match["kind"], tensor)
+                scales[f"{owner}.{name}"] = Scale(f"{owner}.{weight}", block)
+    return scales
 
 
 def check_scale_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scales: Mapping[str, Scale]) -> None:
-    """Refuse sizes that would cut a weight within a block that one scale stands for, naming the sizes that work.
+    """Check that no weight is cut within a block that has one scale.
 
-    FSDP may: it gathers what it cut before anything is computed.
+    FSDP may cut there: it gathers the weight before anything is computed.
+
+    Args:
+        mesh: the sizes of the mesh axes.
+        parameters: the model's resolved parameters.
+        scales: the model's scales by name.
 
     Raises:
-        IndivisibleError: tensor or expert parallelism would.
+        IndivisibleError: tensor or expert parallelism would cut there; names the sizes that work.
     """
-    rows = {row.name: row for row in parameters}
-    scaled = [
-        _ScaledWeight(rows[s.weight], rows[name], s.block) for name, s in scales.items() if s.block and s.weight in rows
+    by_name = {parameter.name: parameter for parameter in parameters}
+    scaled_weights = [
+        _ScaledWeight(by_name[scale.weight], by_name[name], scale.block)
+        for name, scale in scales.items()
+        if scale.block and scale.weight in by_name
     ]
     for kind in ("dense", "experts"):
         axis, size = mesh.axes(kind)[1], mesh.sizes(kind)[1]
-        here = [each for each in scaled if each.weight.mesh == kind]
-        failing = [each for each in here if not each.is_aligned(size)]
+        on_axis = [weight for weight in scaled_weights if weight.weight.mesh == kind]
+        failing = [weight for weight in on_axis if not weight.is_aligned(size)]
         if failing:
-            most = max(max(each.scale.shape) for each in here)
-            works = [one for one in range(1, most + 1) if all(each.is_aligned(one) for each in here)]
+            largest = max(max(weight.scale.shape) for weight in on_axis)
+            works = [n for n in range(1, largest + 1) if all(weight.is_aligned(n) for weight in on_axis)]
             raise IndivisibleError(
                 f"{axis}={size} would cut {failing[0].weight.name}, {list(failing[0].weight.shape)}, within blocks of "
                 f"{list(failing[0].block)} that have one scale each",
@@ -96,14 +102,14 @@ def check_scale_blocks(mesh: Mesh, parameters: Sequence[ResolvedParameter], scal
 
 @dataclass(frozen=True)
 class _ScaledWeight:
-    """A weight, its scale, and how many of the weight's elements, by tensor dim, share an element of the scale."""
+    """A weight, its scale, and how many of the weight's elements, by tensor dim, share one element of the scale."""
 
     weight: ResolvedParameter
     scale: ResolvedParameter
     block: tuple[int, ...]
 
     def is_aligned(self, size: int) -> bool:
-        """Say whether the weight's chunks begin where those of the scale do, on an axis of this size."""
+        """Return whether the chunks of the weight begin where those of the scale do, on a mesh axis of this size."""
         match self.weight.placements[-1]:
             case Shard(dim):
                 groups = 1

@@ -1,4 +1,4 @@
-"""A call's arguments by place, so that a style can change some of them and hand on the rest as they came."""
+"""A call's arguments by key, so that a style can replace some and pass on the others, and inputs that calls share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ArgumentKey = int | str
 
 
 def index_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> dict[ArgumentKey, object]:
-    """Return a call's arguments by place, positional ones first."""
+    """Return a call's arguments by key, positional ones first."""
     values: dict[ArgumentKey, object] = dict(enumerate(args))
     return values | dict(kwargs)
 
@@ -27,56 +27,54 @@ def index_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> dic
 def split_arguments(
     arguments: Mapping[ArgumentKey, object], positional_count: int
 ) -> tuple[list[object], dict[str, object]]:
-    """Return arguments by place as positional and named ones.
+    """Split a call's arguments into positional and named ones, the reverse of `index_arguments`.
 
     Args:
-        arguments: by place.
-        positional_count: how many of them have positions.
+        arguments: the arguments by key.
+        positional_count: the number of positional arguments.
     """
-    named = {place: value for place, value in arguments.items() if isinstance(place, str)}
-    return [arguments[place] for place in range(positional_count)], named
+    named = {key: value for key, value in arguments.items() if isinstance(key, str)}
+    return [arguments[position] for position in range(positional_count)], named
 
 
 def sum_argument_gradients(
     arguments: Mapping[ArgumentKey, object], axis: DeviceMesh, excluded: ArgumentKey | None = None
 ) -> dict[ArgumentKey, object]:
-    """Return arguments with every tensor's gradient summed over a mesh axis, in one collective.
+    """Return the arguments, with every tensor's gradient summed over a mesh axis in one collective.
 
     Args:
-        arguments: by place.
+        arguments: the arguments by key.
         axis: the mesh axis.
-        excluded: the place of a tensor whose gradient is whole already, None where there is no such.
+        excluded: the key of a tensor whose gradient is whole already, None if there is none.
     """
-    tensors = {
-        place: value for place, value in arguments.items() if isinstance(value, torch.Tensor) and place != excluded
-    }
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor) and key != excluded}
     return {**arguments, **dict(zip(tensors, all_reduce_gradients(tuple(tensors.values()), axis), strict=True))}
 
 
 class SharedInputs:
-    """The tensors that parts of one module were given during one of its calls, each with its gradient summed.
+    """The tensors that the layers of one module receive during one of its calls, each with its gradient summed once.
 
-    Several column-wise layers of one input each leave a partial gradient of it on each rank. Where all of them get
-    the same summed tensor, autograd adds these up on the rank, and one all-reduce sums the ranks. Nothing is held
-    when the module's call is over, and outside of one each layer sums by itself.
+    Several column-wise layers of one input each leave a partial gradient of it on each rank. If all of them receive
+    the same summed tensor, autograd adds these gradients on the rank, and one all-reduce sums over the ranks. No tensor
+    is kept after the module's call, and outside of such a call each layer sums by itself.
     """
 
     def __init__(self) -> None:
         self._summed_tensors: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def sum_gradient(self, tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-        """Return a whole tensor as it is, its gradient summed over the axis, together with that of other calls."""
+        """Return a whole tensor unchanged, with one summed gradient for all layers that receive it."""
         if self._summed_tensors is None or not (torch.is_grad_enabled() and tensor.requires_grad):
             return all_reduce_gradient(tensor, axis)
-        # The version tells a tensor from what it was before something changed it in place.
+        # The version tells a tensor from its value before a change in place.
         key = (id(tensor), tensor._version, id(axis))
         if key not in self._summed_tensors:
-            # The tensor is kept too, so that no other takes its id during the call.
+            # The tensor is kept too, so that no other tensor takes its id during the call.
             self._summed_tensors[key] = tensor, all_reduce_gradient(tensor, axis)
         return self._summed_tensors[key][1]
 
     def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward of the module whose calls these are."""
+        """Return a module's forward, during whose calls its layers share their inputs."""
 
         @functools.wraps(forward)
         def call(*args: object, **kwargs: object) -> object:

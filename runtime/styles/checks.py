@@ -1,4 +1,4 @@
-"""What styles of dense modules ask of the module they hook, before anything runs."""
+"""Checks of the modules that styles of dense modules hook, before anything runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = [
 
 
 def require_rope_width(site: HookSite) -> int:
-    """Return how wide the shared rope key is, as the attention itself says, or else the config; layers may differ.
+    """Return the width of the shared rope key, from the attention, whose layers may differ, or from the config.
 
     Raises:
-        PlanError: neither does.
+        PlanError: neither declares it.
     """
     width = getattr(site.parent, "qk_rope_head_dim", None)
     if width is None:
@@ -33,94 +33,96 @@ def require_rope_width(site: HookSite) -> int:
         width = getattr(config, "qk_rope_head_dim", None)
     if not isinstance(width, int) or width < 0:
         raise build_hook_error(
-            site, "whose config has no qk_rope_head_dim", hint="remove the entry or add the attribute"
+            site, "whose config has no qk_rope_head_dim", hint="remove the entry, or add the attribute"
         )
     return width
 
 
 def check_rope(site: HookSite) -> None:
-    """Refuse what is no projection, or one of whose output nothing says how wide the shared rope key is.
+    """Check that a module is a projection whose shared rope key has a known width.
 
     Raises:
-        PlanError: it is one of these.
+        PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
         raise build_hook_error(
-            site, "which has no out_features", hint="use this style on attention's first latent projection"
+            site, "which has no out_features", hint="use this style for attention's first latent projection"
         )
     require_rope_width(site)
 
 
 def check_colwise(site: HookSite) -> None:
-    """Refuse what is no Linear cut along its output, bias too.
+    """Check that a module is a Linear sharded along its output, its bias too.
 
     Raises:
-        PlanError: it is none.
+        PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
-        raise build_hook_error(site, "which has no out_features", hint="use this style on Linear layers only")
+        raise build_hook_error(site, "which has no out_features", hint="use this style for Linear layers only")
     expect_weight(site, Shard(0))
     if get_placement(site.parameter("bias")) not in (None, Shard(0)):
-        raise build_hook_error(site, "whose bias is not sharded as its weight is", hint="remove the bias's own entry")
+        raise build_hook_error(site, "whose bias is not sharded like its weight", hint="remove the bias's own entry")
 
 
 def check_packed_colwise(site: HookSite) -> None:
-    """Refuse what is no Linear cut along its output in two groups, bias too.
+    """Check that a module is a Linear sharded along its output in two groups, its bias too.
 
     Raises:
-        PlanError: it is none.
+        PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
         raise build_hook_error(site, "which has no out_features", hint="name the parameter itself in the plan")
     expect_weight(site, Packed(0, 2))
     if get_placement(site.parameter("bias")) not in (None, Packed(0, 2)):
-        # The releases cut a packed layer's bias in plain chunks, which are other features than the weight's.
+        # The releases shard a packed layer's bias in plain chunks, which are other features than the weight's.
         raise build_hook_error(
-            site, "whose bias is not packed as its weight is", hint="use packed_colwise without bias"
+            site, "whose bias is not packed like its weight", hint="use packed_colwise only for layers without bias"
         )
 
 
 def check_rowwise(site: HookSite) -> None:
-    """Refuse what is no Linear cut along its input, or has a bias that is cut.
+    """Check that a module is a Linear sharded along its input, its bias whole.
 
     Raises:
-        PlanError: it is one of these.
+        PlanError: it is not.
     """
     if not hasattr(site.module, "in_features"):
-        raise build_hook_error(site, "which has no in_features", hint="use this style on Linear layers only")
+        raise build_hook_error(site, "which has no in_features", hint="use this style for Linear layers only")
     expect_weight(site, Shard(1))
     if get_placement(site.parameter("bias")) not in (None, Replicate()):
         raise build_hook_error(
-            site, "whose bias is sharded and would be added in part", hint="remove the bias's own entry"
+            site, "whose bias is sharded and would be added only in part", hint="remove the bias's own entry"
         )
 
 
 def build_embedding_check(placement: Shard) -> Callable[[HookSite], None]:
-    """Return a check that refuses what is no embedding laid out so.
+    """Return a check that a module is an embedding with this placement.
 
-    Raises:
-        PlanError: by the check, where it is none.
+    Args:
+        placement: the placement of the embedding's weight.
     """
 
     def check(site: HookSite) -> None:
         if not isinstance(site.module, nn.Embedding):
-            raise build_hook_error(site, "which is no embedding", hint="use colwise or rowwise styles on Linear layers")
+            raise build_hook_error(
+                site, "which is not an embedding", hint="use colwise or rowwise styles for Linear layers"
+            )
         if site.module.max_norm is not None:
-            raise build_hook_error(site, "whose max_norm would rescale slices", hint="remove the entry")
+            raise build_hook_error(site, "whose max_norm would rescale shards of vectors", hint="remove the entry")
         expect_weight(site, placement)
 
     return check
 
 
 def check_partial_output(site: HookSite) -> None:
-    """Refuse a module whose output is whole, which a sum would multiply.
+    """Check that a module's output is partial; a sum would multiply a whole one.
 
     Raises:
-        PlanError: nothing of it is sharded.
+        PlanError: none of the module's parameters is sharded.
     """
     if not has_sharded_parameters(site.module, recurse=True):
         raise build_hook_error(
             site,
-            f"nothing of which is sharded: its output would be multiplied by {site.axis.size()}",
-            hint="remove the entry, or add those of the parameters that are cut",
+            f"none of whose parameters is sharded: its output would be multiplied by {site.axis.size()}",
+            hint="remove the entry, or add entries that shard its parameters",
         )

@@ -27,18 +27,18 @@ __all__ = [
     "split",
 ]
 
-# torch 2.13 renames these and warns of the old names.
+# torch 2.13 renames these and warns about the old names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def all_reduce(tensor: torch.Tensor, axis: DeviceMesh, *, may_overwrite: bool = False) -> torch.Tensor:
-    """Sum the ranks' partial tensors; the gradient passes as it is.
+    """Sum the ranks' partial tensors; the gradient passes unchanged.
 
     Args:
-        tensor: partial, the same shape on every rank.
+        tensor: the partial tensor, of the same shape on every rank.
         axis: the mesh axis.
-        may_overwrite: whether nobody else holds the tensor, so that without gradients the sum may take its place.
+        may_overwrite: whether the caller alone holds the tensor, so that without gradients it may be summed in place.
     """
     if not torch.is_grad_enabled():
         return _sum_in_place(tensor, axis) if may_overwrite and tensor.is_contiguous() else _sum_copy(tensor, axis)
@@ -47,13 +47,13 @@ def all_reduce(tensor: torch.Tensor, axis: DeviceMesh, *, may_overwrite: bool = 
 
 
 def all_reduce_gradient(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-    """Return the whole tensor as it is; its gradient, partial on each rank, is summed."""
+    """Return a whole tensor unchanged; its gradient, partial on each rank, is summed."""
     (result,) = all_reduce_gradients((tensor,), axis)
     return result
 
 
 def all_reduce_gradients(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
-    """Return whole tensors as they are; their gradients, partial on each rank, are summed in one collective."""
+    """Return whole tensors unchanged; their gradients, partial on each rank, are summed in one collective."""
     needed = [tensor for tensor in tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
     if not needed:
         return tuple(tensors)
@@ -62,9 +62,9 @@ def all_reduce_gradients(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> t
 
 
 def add_dependency(output: torch.Tensor, *inputs: object) -> torch.Tensor:
-    """Return an output that depends on its inputs even where this rank computed nothing from them.
+    """Return an output that depends on its inputs even if this rank computed nothing from them.
 
-    Without that, a rank to whose experts no token went would leave the collectives of backward to the others.
+    Otherwise a rank whose experts received no token would not take part in the collectives of backward.
     """
     needed = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     if output.requires_grad or not needed or not torch.is_grad_enabled():
@@ -77,10 +77,10 @@ def all_gather(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int = -1
     """Join the ranks' chunks along a dim; the gradient is split.
 
     Args:
-        tensor: this rank's chunk, as `torch.chunk` cuts `get_contiguous_size`.
+        tensor: this rank's chunk, as `torch.chunk` would split the result.
         axis: the mesh axis.
-        width: of that dim of the result.
-        dim: of the tensor.
+        width: the size of that dim of the result.
+        dim: the dim of the tensor.
     """
     result: torch.Tensor = _AllGather.apply(tensor, axis, width, dim)  # type: ignore[no-untyped-call]
     return result
@@ -96,16 +96,16 @@ def reduce_scatter(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Te
     """Sum the ranks' partial tensors and return this rank's chunk along a dim; the gradient is gathered.
 
     Args:
-        tensor: partial, whole in size; the dim must divide by the axis.
+        tensor: the partial tensor, of the whole size; the axis must divide the dim.
         axis: the mesh axis.
-        dim: of the tensor.
+        dim: the dim of the tensor.
     """
     result: torch.Tensor = _TakeChunk.apply(tensor, axis, dim, True)  # type: ignore[no-untyped-call]
     return result
 
 
 def _sum_copy(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
-    # A copy, because the module may have saved what it returned for its own backward.
+    # A copy, because the module may have saved its output for its own backward.
     return _sum_in_place(tensor.clone(memory_format=torch.contiguous_format), axis)
 
 
@@ -115,34 +115,34 @@ def _sum_in_place(tensor: torch.Tensor, axis: DeviceMesh) -> torch.Tensor:
 
 
 def _sum_coalesced(tensors: Sequence[torch.Tensor], axis: DeviceMesh) -> tuple[torch.Tensor, ...]:
-    """Sum each tensor over the ranks, in one collective where they are of one dtype."""
+    """Sum each tensor over the ranks, in one collective if they have one dtype."""
     if len({tensor.dtype for tensor in tensors}) > 1:
         return tuple(_sum_copy(tensor, axis) for tensor in tensors)
     if len(tensors) == 1:
         return (_sum_copy(tensors[0], axis),)
     flat = _sum_in_place(torch.cat([tensor.reshape(-1) for tensor in tensors]), axis)
-    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def _gather_chunks(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     if width % axis.size():
         return _gather_uneven_chunks(tensor, axis, width, dim)
-    pieces = tensor.new_empty(axis.size() * tensor.shape[0], *tensor.shape[1:])
-    _ALL_GATHER(pieces, tensor.contiguous(), group=axis.get_group())
-    # As one block after another where that is how they lie; torch.cat copies faster than a strided view would.
+    chunks = tensor.new_empty(axis.size() * tensor.shape[0], *tensor.shape[1:])
+    _ALL_GATHER(chunks, tensor.contiguous(), group=axis.get_group())
+    # The chunks lie one after the other already; otherwise torch.cat copies faster than a strided view would.
     if tensor.shape[:dim].numel() == 1:
-        return pieces.view(*tensor.shape[:dim], width, *tensor.shape[dim:][1:])
-    return torch.cat(pieces.view(axis.size(), *tensor.shape).unbind(), dim)
+        return chunks.view(*tensor.shape[:dim], width, *tensor.shape[dim:][1:])
+    return torch.cat(chunks.view(axis.size(), *tensor.shape).unbind(), dim)
 
 
 def _gather_uneven_chunks(tensor: torch.Tensor, axis: DeviceMesh, width: int, dim: int) -> torch.Tensor:
     lengths = [chunk_bounds(width, axis.size(), index)[1] for index in range(axis.size())]
     last = tensor.movedim(dim, -1)
     padded = nn.functional.pad(last, (0, lengths[0] - last.shape[-1])).movedim(-1, dim).contiguous()
-    pieces = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(pieces, padded, group=axis.get_group())
-    return torch.cat([piece.narrow(dim, 0, length) for piece, length in zip(pieces, lengths, strict=True)], dim=dim)
+    chunks = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(chunks, padded, group=axis.get_group())
+    return torch.cat([chunk.narrow(dim, 0, length) for chunk, length in zip(chunks, lengths, strict=True)], dim=dim)
 
 
 def _take_chunk(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
@@ -151,11 +151,12 @@ def _take_chunk(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tenso
 
 def _sum_and_take_chunk(tensor: torch.Tensor, axis: DeviceMesh, dim: int) -> torch.Tensor:
     group = axis.get_group()
-    if not tensor.is_cuda:  # gloo has no reduce-scatter in every torch from 2.8 on, nor a group's name for certain
+    # gloo lacks reduce-scatter in some torch versions from 2.8 on, and a group's backend name is not always known.
+    if not tensor.is_cuda:
         return _take_chunk(_sum_copy(tensor, axis), axis, dim)
-    pieces = torch.cat(tensor.chunk(axis.size(), dim))
-    result = pieces.new_empty(pieces.shape[0] // axis.size(), *pieces.shape[1:])
-    _REDUCE_SCATTER(result, pieces, group=group)
+    chunks = torch.cat(tensor.chunk(axis.size(), dim))
+    result = chunks.new_empty(chunks.shape[0] // axis.size(), *chunks.shape[1:])
+    _REDUCE_SCATTER(result, chunks, group=group)
     return result
 
 
@@ -216,7 +217,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _TakeChunk(torch.autograd.Function):
-    """Takes this rank's chunk of a whole tensor, or of the sum of partial ones; either way back is a gather."""
+    """Takes this rank's chunk of a whole tensor, or of the sum of partial ones; backward gathers in both cases."""
 
     @staticmethod
     def forward(

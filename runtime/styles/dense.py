@@ -46,18 +46,18 @@ __all__ = [
 
 
 def colwise(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
-    """Whole input, output sharded by feature."""
+    """Run on a whole input; the output stays sharded by feature."""
     output: torch.Tensor = run(site.shared_inputs.sum_gradient(gather_slice(inputs, site.axis), site.axis))
     return output
 
 
 def colwise_gather_output(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
-    """Whole input, output gathered."""
+    """Run on a whole input, and gather the output."""
     return all_gather(colwise(site, run, inputs), site.axis, _get_weight(site).shape[0])
 
 
 def rowwise(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
-    """Input sharded by feature, output summed, then the whole bias added once."""
+    """Run on an input sharded by feature, sum the output over the ranks, and add the whole bias once."""
     expect_slice(site, inputs)
     with omit_bias(site.module) as bias:
         output = all_reduce(run(inputs), site.axis, may_overwrite=True)
@@ -65,12 +65,12 @@ def rowwise(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def rowwise_split_input(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
-    """Whole input split by feature, then as `rowwise`."""
+    """Split a whole input by feature, then run as `rowwise` does."""
     return rowwise(site, run, split(inputs, site.axis))
 
 
 def embedding_rowwise(site: HookSite, run: Forward, tokens: torch.Tensor) -> torch.Tensor:
-    """Each rank looks up the tokens of its slice of the vocabulary, zeros for the others, output summed."""
+    """Look up the tokens of this rank's slice of the vocabulary, zeros for the others, and sum over the ranks."""
     return all_reduce(look_up_local_vectors(site, run, tokens), site.axis, may_overwrite=True)
 
 
@@ -84,12 +84,12 @@ def look_up_local_vectors(site: HookSite, run: Forward, tokens: torch.Tensor) ->
 
 
 def embedding_colwise(site: HookSite, run: Forward, tokens: torch.Tensor) -> torch.Tensor:
-    """Each rank looks up its slice of every vector, output gathered."""
+    """Look up this rank's slice of every vector, and gather the output."""
     return all_gather(run(tokens), site.axis, _get_weight(site).shape[1])
 
 
 def replicate_with_summed_gradients(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Whole parameters that only see this rank's heads: their gradients are partial and summed."""
+    """Run with whole parameters on this rank's heads only; their gradients, partial on each rank, are summed."""
     if not torch.is_grad_enabled():
         return run(*args, **kwargs)
     with sum_parameter_gradients(site):
@@ -97,7 +97,7 @@ def replicate_with_summed_gradients(site: HookSite, run: Forward, *args: object,
 
 
 def mla_kv_a_proj(site: HookSite, run: Forward, *args: object, **kwargs: object) -> torch.Tensor:
-    """Whole output whose last slice, the rope key all heads share, is used by each rank's heads only."""
+    """Return a whole output, with the gradient of the rope key at its end summed, which each rank uses in part."""
     output = expect_tensor(site, run(*args, **kwargs))
     rope = require_rope_width(site)
     if not rope:
@@ -107,7 +107,7 @@ def mla_kv_a_proj(site: HookSite, run: Forward, *args: object, **kwargs: object)
 
 
 def sum_output(site: HookSite, run: Forward, *args: object, **kwargs: object) -> torch.Tensor:
-    """Partial output summed; inputs that the module's own sharded parameters use get their gradients summed."""
+    """Sum a partial output; inputs that the module's own sharded parameters use get their gradients summed."""
     if not has_sharded_parameters(site.module, recurse=False):
         return all_reduce(expect_tensor(site, run(*args, **kwargs)), site.axis)
     positional, named = split_arguments(sum_argument_gradients(index_arguments(args, kwargs), site.axis), len(args))
@@ -115,13 +115,13 @@ def sum_output(site: HookSite, run: Forward, *args: object, **kwargs: object) ->
 
 
 def local_params(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Nothing but the module's own sharded parameters seen as local tensors."""
+    """Run with the module's own sharded parameters as local tensors, and do nothing else."""
     return run(*args, **kwargs)
 
 
 @contextmanager
 def sum_parameter_gradients(site: HookSite) -> Iterator[None]:
-    """Let a module see its whole parameters such that their gradients, partial on each rank, are summed."""
+    """Replace a module's whole parameters by tensors whose gradients, partial on each rank, are summed."""
     whole = {name: value for name, value in site.module._parameters.items() if value is not None}
     summed = {name: all_reduce_gradient(value, site.axis) for name, value in whole.items()}
     site.module._parameters.update(summed)  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def sum_parameter_gradients(site: HookSite) -> Iterator[None]:
 
 @contextmanager
 def omit_bias(module: nn.Module) -> Iterator[nn.Parameter | None]:
-    """Let a Linear run without its bias, which is given to the caller."""
+    """Take the bias out of a Linear and yield it, None if there is none."""
     bias = module._parameters.get("bias")
     if bias is None:
         yield None
@@ -147,7 +147,7 @@ def omit_bias(module: nn.Module) -> Iterator[nn.Parameter | None]:
 
 @contextmanager
 def _shift_padding_index(module: nn.Embedding, start: int, length: int) -> Iterator[None]:
-    """Count the padding token, which gets no gradient, in this rank's slice of the vocabulary."""
+    """Move the padding index, whose row gets no gradient, into this rank's slice of the vocabulary."""
     padding = module.padding_idx
     local = padding - start if padding is not None and start <= padding < start + length else None
     module.padding_idx = local
@@ -167,14 +167,14 @@ def _look_up_rows(site: HookSite, run: Forward, tokens: torch.Tensor, length: in
     if length:
         vectors: torch.Tensor = run(tokens)
         return vectors
-    # This rank has no row to look up in, but its output must still depend on the weight: whether a tensor needs a
-    # gradient decides on collectives in backward, which all ranks must call alike.
+    # This rank has no row to look up, but its output must still depend on the weight: whether a tensor needs a gradient
+    # decides which collectives backward calls, and all ranks must call the same.
     weight = cast(DTensor, _get_weight(site))
     return local_tensor(weight).sum().expand(*tokens.shape, weight.shape[1])
 
 
 def expect_slice(site: HookSite, inputs: torch.Tensor) -> None:
-    """Refuse an input that is not this rank's slice; another plan entry should have left it so.
+    """Check that an input is this rank's slice, as another plan entry should have left it.
 
     Raises:
         PlanError: it has another width.
@@ -184,8 +184,8 @@ def expect_slice(site: HookSite, inputs: torch.Tensor) -> None:
     if inputs.shape[-1] != length:
         raise build_hook_error(
             site,
-            f"whose input is {inputs.shape[-1]} wide where this rank's slice of {width} is {length}",
-            hint="what computes its input needs a colwise entry, or this module rowwise_split_input",
+            f"whose input is {inputs.shape[-1]} wide, while this rank's slice of {width} is {length} wide",
+            hint="use colwise for the layer that computes its input, or rowwise_split_input for this one",
         )
 
 

@@ -27,17 +27,17 @@ __all__ = ["EXPERT_STYLES"]
 
 
 def all_reduce_experts(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Sum the experts' partial outputs; hidden states and routing weights, used in part, get gradients summed.
+    """Sum the experts' partial outputs; the gradients of hidden states and routing weights are summed too.
 
-    Under expert parallelism the router's hook has masked the routing weights and sums their gradients.
+    Under expert parallelism the router's hook has masked the routing weights, and sums their gradients itself.
     """
-    kept = find_routing(args, kwargs).weights if has_sharded_experts(site.module) else None
-    values = sum_argument_gradients(index_arguments(args, kwargs), site.axis, kept)
+    excluded = find_routing(args, kwargs).weights if has_sharded_experts(site.module) else None
+    values = sum_argument_gradients(index_arguments(args, kwargs), site.axis, excluded)
     return all_reduce(run_experts(site, run, *split_arguments(values, len(args))), site.axis)
 
 
 def scale_identity_input(site: HookSite, run: Forward, inputs: torch.Tensor, *args: object, **kwargs: object) -> object:
-    """Divide an input that every rank passes on whole, so that the experts' sum counts it once."""
+    """Divide an input that every rank returns whole, so that the sum over the experts' ranks counts it once."""
     return run(inputs / site.axis.size(), *args, **kwargs)
 
 
@@ -63,7 +63,7 @@ def _check_expert_shards(site: HookSite) -> None:
 def _check_identity(site: HookSite) -> None:
     if not isinstance(site.module, nn.Identity):
         raise build_hook_error(
-            site, "which is no nn.Identity", hint="remove the entry: dividing its input changes its output"
+            site, "which is not an nn.Identity", hint="remove the entry: dividing its input would change its output"
         )
 
 

@@ -1,6 +1,6 @@
-"""Placements on torch: DTensor parameters built, cut and opened without DTensor's own redistribution.
+"""Placements in torch: DTensor parameters built, sharded and unwrapped without DTensor's own redistribution.
 
-torch computes strided shards differently from version to version, so every piece is cut here by integers, and a
+torch computes strided shards differently from version to version, so every shard is cut here by integer bounds, and a
 DTensor only carries its placement and its global shape along with the local tensor.
 """
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def to_torch(placement: Placement) -> TorchPlacement:
-    """Return torch's form of a placement."""
+    """Return the torch placement that equals a placement."""
     match placement:
         case Replicate():
             return TorchReplicate()
@@ -43,7 +43,7 @@ def to_torch(placement: Placement) -> TorchPlacement:
 
 
 def from_torch(placement: TorchPlacement) -> Placement | None:
-    """Return the placement that torch's form stands for, None for a partial or foreign one."""
+    """Return the placement that equals a torch placement, None for a partial or unknown one."""
     if isinstance(placement, _StridedShard):
         return Packed(placement.dim, int(placement.split_factor))
     if isinstance(placement, TorchShard):
@@ -52,32 +52,32 @@ def from_torch(placement: TorchPlacement) -> Placement | None:
 
 
 def get_plan_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
-    """Return a DTensor's placements in the plan's terms, outermost first; torch's own where there are none.
+    """Return a DTensor's placements as a plan writes them, outermost first; torch's own if a plan has no equal.
 
-    torch's FSDP cuts what tensor parallelism left. Where that was cut along dim 0 too, torch calls its own cut strided
-    by the tensor parallel size, while in a plan the order of application says so.
+    torch's FSDP shards what tensor parallelism left. If that was sharded along dim 0 too, torch describes the outer
+    shard as strided by the tensor parallel size, where a plan relies on the order of application.
     """
-    found: list[Placement | TorchPlacement] = [from_torch(place) or place for place in tensor.placements]
-    if len(found) > 1 and found[-1] == Shard(0) and found[0] == Packed(0, tensor.device_mesh.shape[-1]):
-        found[0] = Shard(0)
-    return found
+    placements: list[Placement | TorchPlacement] = [from_torch(place) or place for place in tensor.placements]
+    if len(placements) > 1 and placements[-1] == Shard(0) and placements[0] == Packed(0, tensor.device_mesh.shape[-1]):
+        placements[0] = Shard(0)
+    return placements
 
 
 def get_placement(tensor: torch.Tensor | None) -> Placement | None:
-    """Return a parameter's placement on its one mesh axis; plain tensors are whole, missing ones have none."""
+    """Return a parameter's placement on its innermost mesh axis: `Replicate` for a plain tensor, None for None."""
     if isinstance(tensor, DTensor):
         return from_torch(tensor.placements[-1])
     return None if tensor is None else Replicate()
 
 
 def cut_local_shard(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> torch.Tensor:
-    """Cut what one rank holds of a tensor, on meta or not; the piece may share memory with it.
+    """Return the shard of a tensor that one rank holds; it may share memory with the tensor.
 
     Args:
-        tensor: the whole tensor.
-        placement: on the mesh axis.
-        size: of the mesh axis.
-        index: the rank's index on it.
+        tensor: the whole tensor, on meta or not.
+        placement: the tensor's placement on the mesh axis.
+        size: the size of the mesh axis.
+        index: the rank's index on the mesh axis.
     """
     match placement:
         case Replicate():
@@ -93,8 +93,16 @@ def cut_local_shard(tensor: torch.Tensor, placement: Placement, size: int, index
 def as_parameter(
     local: torch.Tensor, shape: torch.Size, placement: Placement, axis: DeviceMesh, requires_grad: bool
 ) -> nn.Parameter:
-    """Return a DTensor parameter of global `shape` that holds `local` on this rank; nothing is communicated."""
-    spread = DTensor.from_local(
+    """Return a DTensor parameter of a global shape that holds `local` on this rank; nothing is communicated.
+
+    Args:
+        local: this rank's shard.
+        shape: the global shape.
+        placement: the placement on the mesh axis.
+        axis: the mesh axis.
+        requires_grad: whether the parameter needs gradients.
+    """
+    sharded = DTensor.from_local(
         local.contiguous(),
         axis,
         [to_torch(placement)],
@@ -102,11 +110,11 @@ def as_parameter(
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
-    return nn.Parameter(spread, requires_grad=requires_grad)
+    return nn.Parameter(sharded, requires_grad=requires_grad)
 
 
 def local_tensor(parameter: DTensor) -> torch.Tensor:
-    """Return the local tensor of a DTensor; its gradient comes back as a DTensor of the same placement."""
+    """Return a DTensor's local tensor; the gradient reaches the DTensor with the same placement."""
     if not torch.is_grad_enabled():
         return parameter.to_local()
     local: torch.Tensor = _LocalTensor.apply(parameter)  # type: ignore[no-untyped-call]

@@ -20,25 +20,25 @@ __all__ = ["STYLES", "StyleRegistry"]
 
 @dataclass(frozen=True)
 class StyleRegistry:
-    """Styles by name; a value, so that what one caller adds no other caller meets.
+    """Styles by name, immutable: a style that one caller registers is invisible to all others.
 
     Args:
-        styles: by name.
-        registered: the names that were added to what the runtime brings.
+        styles: the styles by name.
+        registered: the names that were registered on top of the runtime's own.
     """
 
     styles: Mapping[str, ParallelStyle]
     registered: frozenset[str] = frozenset()
 
     def register(self, style: ParallelStyle) -> StyleRegistry:
-        """Return a registry that also has this style, in place of another one of its name.
+        """Return a registry that also has this style, instead of another one of its name.
 
-        Plans may name it then. Its `rules` say where parameters go; without any a known name keeps those it has.
+        Plans may then name the style. Its `rules` say where parameters go; without rules a known name keeps its own.
         """
         return StyleRegistry(MappingProxyType({**self.styles, style.name: style}), self.registered | {style.name})
 
     def dialect(self, base: Dialect) -> Dialect:
-        """Return a dialect that also has the registered styles that it does not know, or that bring rules."""
+        """Return a dialect extended by the registered styles that it does not know or that bring rules."""
         added = {
             name: _to_dialect_style(self.styles[name])
             for name in self.registered
@@ -62,14 +62,14 @@ class StyleRegistry:
         except KeyError:
             raise UnknownStyleError(
                 f"{key!r}: the style {name!r} cannot run here",
-                hint="styles that can: " + ", ".join(self.names),
+                hint="styles that can run: " + ", ".join(self.names),
                 key=key,
                 style=name,
             ) from None
 
 
 def _to_dialect_style(style: ParallelStyle) -> Style:
-    """Return what a plan entry of a registered style says, in the terms of dialects."""
+    """Describe a registered style as a dialect does."""
     linear = {"features": "linear/in"}.get(style.takes, "linear/in split")
     return Style(
         style.name,

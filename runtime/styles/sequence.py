@@ -1,4 +1,4 @@
-"""Styles of sequence parallelism: between attention and MLP each rank keeps a slice of the sequence only."""
+"""Styles of sequence parallelism: between attention and MLP each rank holds only its slice of the sequence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ __all__ = ["SEQUENCE_STYLES"]
 
 
 def build_slice_hook(dim: int) -> ForwardHook:
-    """Return a style's forward: the module sees its rank's slice, its parameters' gradients are summed."""
+    """Return a hook that runs a module on this rank's slice, with the gradients of its parameters summed.
+
+    Args:
+        dim: the dim of the activations that is the sequence.
+    """
 
     def around(site: HookSite, run: Forward, inputs: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         with sum_parameter_gradients(site):
@@ -45,13 +49,13 @@ def build_slice_hook(dim: int) -> ForwardHook:
 
 
 def gather_inputs(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Whole inputs; what the module returns stays as it is."""
+    """Gather the inputs; the output stays as the module returns it."""
     whole = [_apply_to_tensor(value, gather_slice, site.axis) for value in args]
     return run(*whole, **{name: _apply_to_tensor(value, gather_slice, site.axis) for name, value in kwargs.items()})
 
 
 def gather_and_split(site: HookSite, run: Forward, *args: object, **kwargs: object) -> object:
-    """Whole inputs, and of the whole output, or the first of several, this rank's slice."""
+    """Gather the inputs, and return this rank's slice of the output, or of the first of several outputs."""
     tokens = next((value.shape[:-1] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
     outputs = gather_inputs(site, run, *args, **kwargs)
     if isinstance(outputs, tuple):
@@ -60,7 +64,7 @@ def gather_and_split(site: HookSite, run: Forward, *args: object, **kwargs: obje
 
 
 def _split_output(output: object, tokens: torch.Size | None, axis: DeviceMesh) -> object:
-    """Return a slice of a whole output; a mixture of experts may return one row for each of the tokens."""
+    """Return this rank's slice of a whole output; a mixture of experts may return one row for each token."""
     if not isinstance(output, torch.Tensor) or isinstance(output, DTensor):
         return output
     if tokens is not None and output.shape[:-1] == (tokens.numel(),):
@@ -69,7 +73,7 @@ def _split_output(output: object, tokens: torch.Size | None, axis: DeviceMesh) -
 
 
 def rowwise_reduce_scatter(site: HookSite, run: Forward, inputs: torch.Tensor) -> torch.Tensor:
-    """Input sharded by feature, output summed and scattered along the sequence, then the whole bias added."""
+    """Run on an input sharded by feature, sum the output, scatter it along the sequence, and add the whole bias."""
     expect_slice(site, inputs)
     with omit_bias(site.module) as bias:
         output = reduce_scatter_slice(run(inputs), site.axis)
@@ -77,7 +81,7 @@ def rowwise_reduce_scatter(site: HookSite, run: Forward, inputs: torch.Tensor) -
 
 
 def vocab_reduce_scatter(site: HookSite, run: Forward, tokens: torch.Tensor) -> torch.Tensor:
-    """Each rank looks up its slice of the vocabulary, output summed and scattered along the sequence."""
+    """Look up the tokens of this rank's slice of the vocabulary, sum the output, scatter it along the sequence."""
     return wrap_slice(reduce_scatter_slice(look_up_local_vectors(site, run, tokens), site.axis), site.axis)
 
 

@@ -1,4 +1,4 @@
-"""What a parallel style is: how it shards one parameter, and what it does around one module's forward."""
+"""Parallel styles: how one shards a parameter, and what it does around a module's forward."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ __all__ = [
 
 
 ActivationLayout = Literal["any", "whole", "gathered", "features", "sequence", "sequence at 2", "partial"]
-"""What a module takes or gives on each rank: the whole tensor; that, or a slice of the sequence which it gathers; a
-slice of the features; one of the sequence, dim 1 or dim 2; or a summand."""
+"""What a module takes or gives on each rank: the whole tensor; a whole tensor or a slice of the sequence that it
+gathers; a slice of the features; a slice of the sequence, at dim 1 or dim 2; or a partial tensor to be summed."""
 
 SumScope = Literal["nothing", "its own", "its parts"]
-"""Whose partial outputs a style sums over the ranks: a layer's own, or those of whatever the module holds."""
+"""Whose partial outputs a style sums over the ranks: the layer's own, or those of all modules inside it."""
 
 
 @dataclass(frozen=True)
 class LocalParameters:
-    """Sharded parameters of a module's own with which a style's forward computes what it should.
+    """Sharded parameters, owned by the hooked module itself, with which a style's forward computes the right result.
 
     Args:
-        owner: the kind of module, None for every one that the style's check accepts.
-        placements: theirs; empty for all.
-        dims: their numbers of dims; empty for all.
-        below_sum: only where an entry above sums what the module's parts compute, and nothing of its own is whole.
+        owner: the kind of module, None for any that the style's check accepts.
+        placements: the placements that the parameters may have, empty for any.
+        dims: the numbers of dims that the parameters may have, empty for any.
+        below_sum: whether this holds only if an entry above sums what the module computes, and none of the module's
+            own parameters is whole.
     """
 
     owner: OwnerKind | None = None
@@ -63,7 +64,13 @@ class LocalParameters:
     below_sum: bool = False
 
     def accepts(self, owner: OwnerKind, placement: Placement | None, ndim: int) -> bool:
-        """Say whether these are parameters of such a kind."""
+        """Return whether a sharded parameter is one of these.
+
+        Args:
+            owner: the kind of module that owns the parameter.
+            placement: the parameter's placement.
+            ndim: the parameter's number of dims.
+        """
         return (
             self.owner in (None, owner)
             and (not self.placements or placement in self.placements)
@@ -72,21 +79,21 @@ class LocalParameters:
 
 
 HEAD_PARAMETERS = LocalParameters("module", dims=(1, 2))
-"""Values or rows for each head, seen by an attention or a norm that works on its rank's heads."""
+"""Values or rows for each head, in an attention or a norm that works on its rank's heads."""
 
 
 @dataclass(frozen=True)
 class HookSite:
-    """One place where a style works.
+    """One module to which a style applies.
 
     Args:
         name: the module's name in the model.
         module: the module.
-        axis: the mesh axis that the style's parameters are sharded over and its communication uses.
+        axis: the mesh axis over which the style shards and communicates.
         config: the model's config.
         style: the style's name, as the plan spells it.
-        parent: its parent, None where that is not known.
-        shared_inputs: those that it shares with the modules beside it.
+        parent: the module's parent, None if unknown.
+        shared_inputs: the inputs that the module shares with its siblings.
     """
 
     name: str
@@ -99,34 +106,34 @@ class HookSite:
 
     @property
     def siblings(self) -> tuple[nn.Module, ...]:
-        """The modules of its parent, itself among them."""
+        """The children of the module's parent, the module itself included."""
         return () if self.parent is None else tuple(self.parent.children())
 
     def parameter(self, name: str) -> torch.Tensor | None:
-        """Return the module's own parameter as it is just now, or None."""
+        """Return the module's own parameter, in its current state, or None."""
         return self.module._parameters.get(name)
 
 
 Forward = Callable[..., Any]
-"""A module's forward, its own sharded parameters seen as local tensors."""
+"""A module's forward, which sees the module's own sharded parameters as local tensors."""
 
 ForwardHook = Callable[..., Any]
 """`(site, run, *args, **kwargs) -> output`."""
 
 HookCheck = Callable[[HookSite], None]
-"""Raises PlanError where the style's forward would not be right."""
+"""Raises PlanError if the style's forward would compute a wrong result."""
 
 ParameterSharder = Callable[[HookSite, str, Placement], None]
 """`(site, parameter name, placement)`; replaces the module's own parameter by a sharded one."""
 
 
 def shard_parameter(site: HookSite, name: str, placement: Placement) -> None:
-    """Replace a module's own parameter by a DTensor that holds this rank's piece; on meta nothing is allocated."""
+    """Replace a module's own parameter by a DTensor that holds this rank's shard; on meta nothing is allocated."""
     whole = site.parameter(name)
     assert whole is not None
-    piece = cut_local_shard(whole.detach(), placement, site.axis.size(), site.axis.get_local_rank())
+    shard = cut_local_shard(whole.detach(), placement, site.axis.size(), site.axis.get_local_rank())
     # A view would keep the whole tensor's memory alive.
-    local = piece.clone() if piece.shape != whole.shape else piece
+    local = shard.clone() if shard.shape != whole.shape else shard
     site.module._parameters[name] = as_parameter(local, whole.shape, placement, site.axis, whole.requires_grad)
 
 
@@ -136,19 +143,19 @@ def _accept(site: HookSite) -> None:
 
 @dataclass(frozen=True)
 class ParallelStyle:
-    """A style at work. Where its parameters go the resolved plan says.
+    """A style that can run; where its parameters go is decided by the resolved plan.
 
     Args:
-        name: as plans spell it.
-        around: what it does around a module's forward; None for styles that only shard.
-        check: run before the module is hooked.
+        name: the name that plans use.
+        around: what the style does around a module's forward; None for styles that only shard.
+        check: a check of the module, run before it is hooked.
         shard: how a parameter is sharded, given its placement.
-        takes: what its module is given on each rank.
-        gives: what it hands on.
-        sums: whose outputs it sums over the ranks.
-        own: which sharded parameters of the module's own its forward can use; by default none.
-        rules: where its parameters go, first match decides; only for a name that no release has, whose dialect says
-            so otherwise.
+        takes: what the module takes on each rank.
+        gives: what the module returns on each rank.
+        sums: whose outputs the style sums over the ranks.
+        own: the sharded parameters of the module itself that the forward can compute with; by default none.
+        rules: where parameters go, the first match decides; only for a name that no release has, since otherwise the
+            release's dialect decides.
     """
 
     name: str
@@ -163,7 +170,7 @@ class ParallelStyle:
 
 
 def use_local_parameters(module: nn.Module, forward: Forward) -> Forward:
-    """Return a forward in which a module's own sharded parameters are local tensors; gradients reach the DTensors."""
+    """Return a forward that sees a module's own sharded parameters as local tensors; gradients reach the DTensors."""
 
     def run(*args: object, **kwargs: object) -> object:
         own = module._parameters
@@ -178,12 +185,12 @@ def use_local_parameters(module: nn.Module, forward: Forward) -> Forward:
 
 
 def has_sharded_parameters(module: nn.Module, *, recurse: bool) -> bool:
-    """Say whether a module holds a parameter that is a DTensor."""
+    """Return whether a module holds a parameter that is a DTensor."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters(recurse=recurse))
 
 
 def get_owner_kind(module: nn.Module) -> OwnerKind:
-    """Return the kind of module that styles tell apart."""
+    """Return a module's kind, by which placement rules differ."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "linear" if isinstance(module, nn.Linear) else "module"
@@ -200,31 +207,31 @@ def build_hook_error(site: HookSite, reason: str, hint: str) -> PlanError:
 
 
 def expect_tensor(site: HookSite, output: object) -> torch.Tensor:
-    """Return a module's output, refused where it is not one tensor; all ranks get here alike, before they sum it.
+    """Return a module's output if it is one tensor; all ranks get here, before they sum it.
 
     Raises:
-        PlanError: it is not.
+        PlanError: it is something else.
     """
     if isinstance(output, torch.Tensor):
         return output
     raise build_hook_error(
         site,
         f"which returns a {type(output).__name__}, not one tensor",
-        hint="name the module in it that computes the tensor",
+        hint="use the style for the module in it that computes the tensor",
     )
 
 
 def expect_weight(site: HookSite, *accepted: Placement) -> None:
-    """Refuse a module whose weight is not laid out as the style's forward takes for granted.
+    """Check that a module's weight has a placement that the style's forward can compute with.
 
     Raises:
-        PlanError: its placement is none of those accepted.
+        PlanError: the placement is none of those accepted.
     """
-    found = get_placement(site.parameter("weight"))
-    if found not in accepted:
-        wanted = " or ".join(str(placement) for placement in accepted)
+    placement = get_placement(site.parameter("weight"))
+    if placement not in accepted:
+        expected = " or ".join(map(str, accepted))
         raise build_hook_error(
             site,
-            f"whose weight is {found or 'missing'} where it takes {wanted}",
+            f"whose weight is {placement or 'missing'}, but this style needs {expected}",
             hint="give the module and its weight one style, or remove the weight's own entry",
         )

@@ -15,7 +15,8 @@ from tests.tiny_models import DENSE, MODELS
 
 
 def test_a_row_wise_layer_given_a_whole_input_is_named(two_ranks: RankPool) -> None:
-    with pytest.raises(PlanError, match=r"part: 'rowwise' .* whose input is 32 wide .* slice of 32 is 16") as caught:
+    message = r"part: 'rowwise' .* whose input is 32 wide, while this rank's slice of 32 is 16 wide"
+    with pytest.raises(PlanError, match=message) as caught:
         two_ranks.run(odd_cases.run_whole_input_through_rowwise)
     assert "rowwise_split_input" in caught.value.hint
 

@@ -1,4 +1,4 @@
-"""Parameters on meta without memory for them, buffers with their values."""
+"""Models built with parameters on meta, which take no memory, and with real buffers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from runtime.find_config import find_config
-from runtime.models.model import meta_model
-from runtime.models.on_meta import init_on_meta
+from runtime.models.model import init_on_meta, meta_model
 
 LARGE = 2**24 + 2
 
 
 class Filled(nn.Module):
-    """Parameters that begin as zeros, ones, drawn, scaled; a small buffer that is none of them."""
+    """Parameters filled with zeros, ones and scaled random numbers, and a small buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,8 +52,8 @@ class Broken(nn.Module):
         raise ValueError("no such size")
 
 
-def test_what_is_filled_takes_no_memory() -> None:
-    """128 GiB each, of which there are two."""
+def test_filled_parameters_take_no_memory() -> None:
+    """The two large parameters have 128 GiB each."""
     model = init_on_meta(Filled, torch.bfloat16)
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert model.table.tolist() == [1, 1, 1]
@@ -72,12 +71,12 @@ def test_a_constructor_that_reads_a_large_tensor_gets_a_real_one() -> None:
     assert model.total == LARGE
 
 
-def test_what_a_class_raises_is_raised() -> None:
+def test_an_error_of_the_class_is_raised() -> None:
     with pytest.raises(ValueError, match="no such size"):
         init_on_meta(Broken, None)
 
 
-def test_the_default_dtype_is_as_it_was_before() -> None:
+def test_the_default_dtype_is_restored() -> None:
     init_on_meta(Filled, torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
 

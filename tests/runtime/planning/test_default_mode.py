@@ -1,4 +1,4 @@
-"""The mode that a mesh means, where only key to style or nothing at all is said, and plans that cut next to nothing."""
+"""The mode that a mesh implies without a chosen plan, and plans that shard next to nothing."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_without_a_plan_the_mesh_decides(mesh: Mesh, mode: str, four_ranks: Rank
 
 
 @pytest.mark.parametrize("mode", ["ep", "tp_ep"])
-def test_key_to_style_is_taken_for_what_its_entries_say(mode: str, two_ranks: RankPool) -> None:
+def test_the_entries_of_a_mapping_imply_its_mode(mode: str, two_ranks: RankPool) -> None:
     entries = dict(Plan.from_model(tiny_config("qwen3_moe"), mode).entries)  # type: ignore[arg-type]
     assert two_ranks.run(wrong_entry_cases.default_mode, Mesh(tp=2, ep=2), entries) == [mode] * 2
 
 
-def test_a_vocabulary_is_not_taken_for_experts() -> None:
+def test_a_sharded_vocabulary_is_not_counted_as_experts() -> None:
     config = tiny_config("qwen3_moe")
     model = tiny_model(config)
     plan = Plan("ep", {**Plan.from_model(model, "ep").entries, "lm_head": "colwise_gather_output"})
@@ -56,7 +56,7 @@ def test_an_embedding_that_has_an_entry_keeps_it() -> None:
     assert Plan.from_model(model, "tp").entries == get_released_plan(model)
 
 
-def test_keys_that_lost_a_part_in_the_middle_are_another_ones() -> None:
+def test_keys_that_lack_a_part_in_the_middle_are_duplicates() -> None:
     model = wrong_entry_cases.composite("llama4")
     plan = Plan.from_model(model, "tp")
     assert "language_model.layers.*.self_attn.q_proj" in plan.entries
@@ -65,7 +65,7 @@ def test_keys_that_lost_a_part_in_the_middle_are_another_ones() -> None:
     assert resolved.by_name["language_model.model.layers.0.self_attn.q_proj.weight"].placements[-1] == Shard(0)
 
 
-def test_a_plan_that_cuts_no_layer_is_not_taken_without_a_word(two_ranks: RankPool) -> None:
+def test_a_plan_that_shards_no_layer_raises_a_warning(two_ranks: RankPool) -> None:
     for messages in two_ranks.run(wrong_entry_cases.warned, "gpt_oss"):
         assert len(messages) == 1
         assert "the plan cuts lm_head.weight only, every rank holds and computes all layers whole" in messages[0]
@@ -73,6 +73,6 @@ def test_a_plan_that_cuts_no_layer_is_not_taken_without_a_word(two_ranks: RankPo
 
 
 @pytest.mark.parametrize("given", [{"lm_head": "colwise"}, type("Model", (), {}), None], ids=str)
-def test_what_is_neither_model_nor_config_has_no_plan(given: object) -> None:
+def test_anything_but_a_model_or_config_is_refused(given: object) -> None:
     with pytest.raises(UsageError, match="is not a transformers model with a config"):
         Plan.from_model(given)  # type: ignore[arg-type]

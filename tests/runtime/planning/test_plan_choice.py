@@ -1,4 +1,4 @@
-"""Which of a model's plans a mode applies, and what is derived or combined where the model does not say."""
+"""Which of a model's plans a mode applies, and what is derived or combined if the model has none."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def model(name: str, **changes: object) -> Any:
 
 
 def test_an_explicit_plan_wins_in_every_mode_and_is_a_copy() -> None:
-    mine = {"model.layers.*.self_attn.q_proj": "colwise"}
+    explicit = {"model.layers.*.self_attn.q_proj": "colwise"}
     for mode in ("tp", "ep", "tp_ep", "sp", "sp_ep"):
-        chosen = Plan.from_model(model("qwen3_moe"), mode, mine)
-        assert (chosen.mode, chosen.entries) == (mode, mine)
-        assert chosen.entries is not mine
-    mine["lm_head"] = "colwise_gather_output"
+        chosen = Plan.from_model(model("qwen3_moe"), mode, explicit)
+        assert (chosen.mode, chosen.entries) == (mode, explicit)
+        assert chosen.entries is not explicit
+    explicit["lm_head"] = "colwise_gather_output"
     assert "lm_head" not in chosen.entries
 
 
@@ -65,7 +65,7 @@ def test_ep_falls_back_to_the_models_expert_plan_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
-def test_a_combination_drops_what_would_cut_whole_experts(mode: Any) -> None:
+def test_a_combination_drops_entries_that_would_shard_within_experts(mode: Any) -> None:
     entries = Plan.from_model(model("qwen3_moe"), mode).entries
     assert entries.items() >= WHOLE_EXPERTS.items()
     assert not [style for style in entries.values() if style.startswith("moe_tp_")]
@@ -78,7 +78,7 @@ def test_a_combination_keeps_shared_experts_of_the_dense_plan() -> None:
     assert entries["model.layers.*.mlp.shared_experts.down_proj"] == "rowwise"
 
 
-def test_an_expert_plan_that_names_no_parameter_of_a_kind_leaves_none_cut() -> None:
+def test_an_expert_plan_that_names_not_every_parameter_leaves_none_sharded() -> None:
     """The branch strips leftover `moe_tp_*` entries even where the expert plan does not name their parameter."""
     partial = {"layers.*.mlp.experts.gate_up_proj": "grouped_gemm", "layers.*.mlp.experts": "ep_dispatch_experts"}
     entries = Plan.from_model(model("qwen3_moe", base_model_ep_plan=partial), "tp_ep").entries
@@ -87,16 +87,16 @@ def test_an_expert_plan_that_names_no_parameter_of_a_kind_leaves_none_cut() -> N
 
 @pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
 def test_a_combined_plan_of_the_config_wins(mode: Any) -> None:
-    own = {"layers.*.mlp.experts": "ep_dispatch_experts"}
-    found = Plan.from_model(model("qwen3_moe", **{f"base_model_{mode}_plan": own}), mode)
-    assert found.entries == {EXPERTS: "ep_dispatch_experts"}
+    combined = {"layers.*.mlp.experts": "ep_dispatch_experts"}
+    chosen = Plan.from_model(model("qwen3_moe", **{f"base_model_{mode}_plan": combined}), mode)
+    assert chosen.entries == {EXPERTS: "ep_dispatch_experts"}
 
 
-def test_a_config_stands_for_its_model() -> None:
+def test_a_config_gives_the_plan_of_its_model() -> None:
     assert Plan.from_model(tiny_config("mixtral"), "tp_ep") == Plan.from_model(model("mixtral"), "tp_ep")
 
 
-def test_a_config_is_left_as_it_was() -> None:
+def test_a_config_is_not_changed() -> None:
     config = tiny_config("mixtral")
     before = config.to_dict()
     Plan.from_model(config, "sp")
@@ -104,9 +104,9 @@ def test_a_config_is_left_as_it_was() -> None:
 
 
 def test_a_models_own_sp_plan_wins_over_the_derived_one() -> None:
-    own = {"layers.*.input_layernorm": "activation"}
-    found = Plan.from_model(model("qwen3_moe", base_model_sp_plan=own), "sp")
-    assert found.entries == {"model.layers.*.input_layernorm": "activation"}
+    declared = {"layers.*.input_layernorm": "activation"}
+    chosen = Plan.from_model(model("qwen3_moe", base_model_sp_plan=declared), "sp")
+    assert chosen.entries == {"model.layers.*.input_layernorm": "activation"}
 
 
 def test_sparse_and_dense_layers_get_sequence_entries_with_their_numbers() -> None:
@@ -147,9 +147,9 @@ def test_shared_experts_are_part_of_the_block_that_gathers_and_splits() -> None:
 def test_sp_places_every_parameter_as_tp_does() -> None:
     for name in ("qwen3_moe", "deepseek_v3", "laguna"):
         built = model(name)
-        sliced, plain = (resolve(built, Mesh(tp=2), mode).parameters for mode in ("sp", "tp"))
-        differing = [one.name for one, other in zip(sliced, plain, strict=True) if one.placements != other.placements]
-        # The released plan leaves the embedding whole; the stream's slices come from a sharded one.
+        sp, tp = (resolve(built, Mesh(tp=2), mode).parameters for mode in ("sp", "tp"))
+        differing = [row.name for row, tp_row in zip(sp, tp, strict=True) if row.placements != tp_row.placements]
+        # The released plan leaves the embedding whole; sequence parallelism needs a sharded one.
         assert set(differing) <= {"model.embed_tokens.weight"}, name
 
 
@@ -157,13 +157,13 @@ def test_sp_places_every_parameter_as_tp_does() -> None:
     ("model_type", "reason"),
     [
         ("doge", "DogeForCausalLM: .* model.layers.0 has parameters of its own"),
-        ("gemma3n_text", "Gemma3nForCausalLM: .* model.embed_tokens_per_layer is neither embedding, norm nor head"),
-        ("qwen2_vl", "Qwen2VLModel: .* visual is neither embedding, norm nor head"),
+        ("gemma3n_text", "Gemma3nForCausalLM: .* model.embed_tokens_per_layer is not an embedding, a norm or the head"),
+        ("qwen2_vl", "Qwen2VLModel: .* visual is not an embedding, a norm or the head"),
         ("t5gemma", "T5GemmaModel: .* 2 lists of layers, decoder.layers, encoder.layers"),
-        ("gemma4_vision", "Gemma4VisionModel: .* does not say which module embeds its input"),
+        ("gemma4_vision", "Gemma4VisionModel: .* does not declare which module embeds its input"),
     ],
 )
-def test_a_model_whose_stream_cannot_be_told_is_refused_by_name(model_type: str, reason: str) -> None:
+def test_a_model_whose_stream_is_not_clear_is_refused_by_name(model_type: str, reason: str) -> None:
     with pytest.raises(PlanError, match=reason) as caught:
         Plan.from_model(find_config(model_type), "sp")
     assert "base_model_sp_plan" in caught.value.hint
@@ -174,7 +174,7 @@ def test_a_model_whose_stream_cannot_be_told_is_refused_by_name(model_type: str,
     [
         ("llama", "ep", "LlamaForCausalLM has no expert parallel plan"),
         ("llama", "tp_ep", "LlamaForCausalLM has no expert parallel plan"),
-        ("gpt_oss", "sp", "GptOssForCausalLM: .* its plan speaks of 0 lists of layers"),
+        ("gpt_oss", "sp", "GptOssForCausalLM: .* its plan has entries for 0 lists of layers"),
     ],
 )
 def test_a_model_without_a_plan_for_the_mode_is_refused(name: str, mode: Any, message: str) -> None:
@@ -189,8 +189,8 @@ def test_a_base_model_without_a_plan_is_refused() -> None:
         Plan.from_model(config, "tp")
 
 
-def test_an_unknown_mode_names_those_there_are() -> None:
-    with pytest.raises(UsageError, match="no mode is called 'pp'") as caught:
+def test_an_unknown_mode_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="there is no mode 'pp'") as caught:
         Plan.from_model(model("llama"), "pp")  # type: ignore[arg-type]
     assert "tp, ep, tp_ep, sp, sp_ep" in caught.value.hint
 
@@ -210,10 +210,10 @@ def test_a_literal_layer_number_wins_over_the_wildcard() -> None:
     assert placed["model.layers.2.mlp.experts.down_proj"].placements[-1] == Shard(2)
 
 
-def test_a_plan_is_not_decomposed_where_the_layout_is_another() -> None:
+def test_a_plan_is_not_decomposed_for_another_layout() -> None:
     built = model("gpt_oss")
-    written = {f"{EXPERTS}.gate_up_proj": "packed_colwise", f"{EXPERTS}.down_proj": "rowwise"}
-    assert convert_to_param_level(built, written) == written
+    plan = {f"{EXPERTS}.gate_up_proj": "packed_colwise", f"{EXPERTS}.down_proj": "rowwise"}
+    assert convert_to_param_level(built, plan) == plan
 
 
 def test_the_released_form_of_a_plan_places_experts_alike() -> None:

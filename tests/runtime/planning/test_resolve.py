@@ -50,14 +50,14 @@ def placements(resolved):
 
 def test_every_parameter_has_a_placement_and_a_reason():
     resolved = resolve(qwen(mlp_only_layers=[1]), Mesh(tp=2))
-    found = resolved.by_name
-    assert found["model.layers.0.mlp.experts.gate_up_proj"].placements == (Replicate(), Packed(1, 2))
-    assert found["model.layers.0.mlp.experts.gate_up_proj"].style == "moe_tp_gate_up_colwise"
-    assert found["model.layers.0.mlp.experts.down_proj"].placements == (Replicate(), Shard(2))
-    assert found["model.layers.1.mlp.down_proj.weight"].placements == (Replicate(), Shard(1))
-    assert found["model.layers.0.self_attn.q_norm.weight"].reason == "its module's entry, which shards nothing"
-    assert found["model.norm.weight"].reason == "no plan entry"
-    assert found["model.embed_tokens.weight"].placements == (Replicate(), Shard(0))
+    rows = resolved.by_name
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"].placements == (Replicate(), Packed(1, 2))
+    assert rows["model.layers.0.mlp.experts.gate_up_proj"].style == "moe_tp_gate_up_colwise"
+    assert rows["model.layers.0.mlp.experts.down_proj"].placements == (Replicate(), Shard(2))
+    assert rows["model.layers.1.mlp.down_proj.weight"].placements == (Replicate(), Shard(1))
+    assert rows["model.layers.0.self_attn.q_norm.weight"].reason == "its module's entry, which shards nothing"
+    assert rows["model.norm.weight"].reason == "no plan entry"
+    assert rows["model.embed_tokens.weight"].placements == (Replicate(), Shard(0))
     assert resolved.dialect.endswith("+param-level")
     assert resolved.unmatched == ()
 
@@ -82,10 +82,10 @@ def test_irregular_experts_keep_their_released_styles(config, style):
     resolved = resolve(meta_model(config), Mesh(tp=2))
     styles = {name: row.style for name, row in resolved.by_name.items() if "experts" in name and "shared" not in name}
     assert style in styles.values()
-    assert not any(found and found.startswith("moe_tp_g") for found in styles.values())
+    assert not any(used and used.startswith("moe_tp_g") for used in styles.values())
 
 
-def test_dense_entries_of_a_sparse_model_are_named_not_refused():
+def test_dense_entries_of_a_sparse_model_are_reported_not_refused():
     assert resolve(qwen(), Mesh(tp=2)).unmatched == tuple(
         f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")
     )
@@ -134,7 +134,7 @@ def test_no_released_plan_of_any_default_config_is_refused():
             model = meta_model(find_config(model_type))
             plan = get_released_plan(model)
         except MigratorError:
-            continue  # Not every default config describes a model.
+            continue  # Not every default config is one of a model.
         check_unmatched_entries(model, plan)
         checked += 1
     assert checked > 120
@@ -179,7 +179,7 @@ def test_kv_heads_may_be_any_number_where_the_plan_gathers_them():
     assert placements(resolve(model, Mesh(tp=2), plan=plan))["model.layers.0.self_attn.k_proj.weight"] == Shard(0)
 
 
-def test_tied_names_point_at_the_one_that_holds_the_bytes():
+def test_tied_names_point_to_the_name_that_holds_the_bytes():
     model = meta_model(LlamaConfig(num_hidden_layers=1, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]))
     head = resolve(model, Mesh(tp=2)).by_name["lm_head.weight"]
     assert (head.kind, head.tied_to) == ("tied", "model.embed_tokens.weight")
@@ -191,10 +191,10 @@ def test_tied_names_with_two_placements_are_refused():
         resolve(model, Mesh(tp=2), plan={"lm_head": "colwise"})
 
 
-def test_buffers_that_are_saved_are_resolved_too():
+def test_saved_buffers_are_resolved_too():
     config = DeepseekV3Config(num_hidden_layers=4, n_routed_experts=8, architectures=["DeepseekV3ForCausalLM"])
-    found = resolve(meta_model(config), Mesh(tp=2)).by_name
-    buffers = [name for name, row in found.items() if row.kind == "buffer"]
+    rows = resolve(meta_model(config), Mesh(tp=2)).by_name
+    buffers = [name for name, row in rows.items() if row.kind == "buffer"]
     assert buffers == ["model.layers.3.mlp.gate.e_score_correction_bias"]
 
 
@@ -206,7 +206,7 @@ def test_buffers_that_are_saved_are_resolved_too():
         ("ep", Mesh(tp=1, ep=2, fsdp=2), "mode 'ep' keeps dense parameters whole on the same ranks"),
     ],
 )
-def test_a_mode_that_does_not_go_with_the_mesh_is_refused(mode, mesh, message):
+def test_a_mode_that_does_not_fit_the_mesh_is_refused(mode, mesh, message):
     with pytest.raises(UsageError, match=message):
         resolve(qwen(), mesh, mode)
 
@@ -214,7 +214,7 @@ def test_a_mode_that_does_not_go_with_the_mesh_is_refused(mode, mesh, message):
 def test_a_config_cannot_name_code_to_run(tmp_path, hub_folder):
     folder = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
     config = json.loads((folder / "config.json").read_text())
-    named = {"attn_implementation": "someone/kernel", "experts_implementation": "someone/kernel"}
-    (folder / "config.json").write_text(json.dumps(config | named))
+    kernels = {"attn_implementation": "someone/kernel", "experts_implementation": "someone/kernel"}
+    (folder / "config.json").write_text(json.dumps(config | kernels))
     model = meta_model(read_config(folder))
     assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "eager")
