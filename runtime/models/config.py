@@ -51,8 +51,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except Exception as error:  # transformers' config classes may raise anything.
         raise CheckpointError(
             f"{folder}/config.json: {first_line(error)}",
-            hint=f"correct the entry; transformers {transformers_version()} must have the model type, since a checkpoint's "
-            "own code is never run",
+            hint=f"correct the entry; transformers {transformers_version()} must have the model type, since code in a "
+            "checkpoint is never run",
             folder=str(folder),
         ) from error
     _check_dtype(config, folder)
