@@ -101,7 +101,7 @@ def test_a_sequence_plan_that_forgets_an_end_of_the_stream(
 
 
 def test_the_hint_shows_in_a_traceback() -> None:
-    assert "hint: choose among tp, ep" in "".join(traceback.format_exception(caught_error()))
+    assert "hint: choose one of tp, ep" in "".join(traceback.format_exception(caught_error()))
 
 
 def caught_error() -> UsageError:

@@ -1,4 +1,4 @@
-"""What tests let ranks do with experts and routers: real Mixtral experts, hand-made routers of every kind."""
+"""Functions that tests run on ranks, with experts and routers: Mixtral's experts, hand-made routers of every kind."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ def mixtral() -> Any:
 
 
 def local_experts(mode: Mode) -> dict[str, Any]:
-    """Return what a rank holds of the experts, and how torch calls their placements."""
+    """Return the shapes and placements of a rank's experts, and how many its module counts."""
     model, size = mixtral(), dist.get_world_size()
     mesh = Mesh(tp=size, ep=size if mode.endswith("ep") else 1)
     plan = {**PLANS["tp"], **PLANS["ep"]} if mode == "tp_ep" else PLANS[mode]
     parallelize(model, mesh, Plan(mode, plan))
     experts = model.model.layers[0].mlp.experts
-    found: dict[str, Any] = {"num_experts": experts.num_experts}
+    local: dict[str, Any] = {"num_experts": experts.num_experts}
     for name, parameter in experts.named_parameters():
         (placement,) = parameter.placements
-        found[name] = (list(parameter.to_local().shape), placement_in_words(placement))
-    return found
+        local[name] = (list(parameter.to_local().shape), describe_placement(placement))
+    return local
 
 
-def placement_in_words(placement: object) -> str:
+def describe_placement(placement: object) -> str:
     if isinstance(placement, _StridedShard):
         return f"strided {placement.dim} by {placement.split_factor}"
     assert isinstance(placement, Shard)
@@ -82,7 +82,7 @@ def experts_errors(mode: Mode, plan: str = "") -> dict[str, float]:
 
 
 class Router(nn.Module):
-    """A router that returns what it is told."""
+    """A router with fixed outputs."""
 
     def __init__(self, outputs: tuple[torch.Tensor, ...]) -> None:
         super().__init__()
@@ -112,17 +112,17 @@ ROUTERS: dict[str, tuple[torch.Tensor, ...]] = {
 }
 
 
-def routed(outputs: str) -> tuple[list[Any], list[float]]:
+def run_router(outputs: str) -> tuple[list[Any], list[float]]:
     """Return what a hooked router returns on this rank, and the gradient of its input when all outputs are summed."""
-    block = hand_made(Block(Router(ROUTERS[outputs])))
-    given = torch.full((2,), 0.5, requires_grad=True)
-    values = block.gate(given)
+    block = parallelize_block(Block(Router(ROUTERS[outputs])))
+    inputs = torch.full((2,), 0.5, requires_grad=True)
+    values = block.gate(inputs)
     sum(value.sum() for value in values if value.is_floating_point()).backward()
-    return [value.tolist() for value in values], given.grad.tolist()
+    return [value.tolist() for value in values], inputs.grad.tolist()
 
 
-def hand_made(block: nn.Module) -> nn.Module:
-    """Make a block expert parallel by a plan written out for it."""
+def parallelize_block(block: nn.Module) -> nn.Module:
+    """Make a block expert parallel by a plan written for it."""
     size = dist.get_world_size()
     mesh = Mesh(tp=size, ep=size)
     plan = {"experts.gate_up_proj": "grouped_gemm", "experts.down_proj": "grouped_gemm"}
@@ -138,11 +138,11 @@ def hand_made(block: nn.Module) -> nn.Module:
 
 
 def parallelize_mixtral(mode: Mode, plan: dict[str, str], mesh: Mesh | None = None) -> None:
-    """Make the one-layer model parallel by some plan."""
+    """Parallelize the one-layer model."""
     size = dist.get_world_size()
     sizes = mesh or Mesh(tp=size, ep=size if mode.endswith("ep") else 1)
     parallelize(mixtral(), sizes, Plan(mode, plan))
 
 
-def resolved_mixtral(mesh: Mesh) -> ResolvedPlan:
+def resolve_mixtral(mesh: Mesh) -> ResolvedPlan:
     return resolve(mixtral(), mesh, plan=Plan("ep", PLANS["ep"]))

@@ -1,4 +1,4 @@
-"""What tests let ranks do with slices of the sequence: single modules, and whole models by the branch's own plans."""
+"""Functions that tests run on ranks, with slices of the sequence: single modules, and whole models by SP plans."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ EXPERTS = {
 
 
 class Qwen3MoeOfTheBranch(Qwen3MoeForCausalLM):
-    """Names its head's SP entry as models of the branch do."""
+    """Declares its head's SP entry as models of the branch do."""
 
     _sp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
 
 class LlamaOfTheBranch(LlamaForCausalLM):
-    """Names its head's SP entry as models of the branch do."""
+    """Declares its head's SP entry as models of the branch do."""
 
     _sp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
@@ -81,7 +81,7 @@ MODELS = {"llama": LlamaOfTheBranch, "qwen3_moe": Qwen3MoeOfTheBranch}
 
 
 def branch_model(name: str) -> Any:
-    """Return a tiny model whose config and class say what the branch's would."""
+    """Return a tiny model whose config and class declare the branch's plans."""
     config = eager_config(name)
     config.tie_word_embeddings = False
     config.base_model_sp_plan = PLANS[name]
@@ -96,14 +96,14 @@ def branch_plan(name: str) -> dict[str, str]:
 
 
 def branch_errors(name: str, mode: Mode, mesh: Mesh) -> dict[str, float]:
-    """Compare a model, made parallel by the SP plan that it brings along, with the unsharded one."""
+    """Compare a model, parallelized by the SP plan that it declares, with the unsharded one."""
     model = branch_model(name)
     reference = copy.deepcopy(model)
     return largest_errors(model, reference, Plan.from_model(model, mode), mesh, token_ids((2, 16)))
 
 
 def embedding_errors(name: str, mesh: Mesh) -> dict[str, float]:
-    """Compare a model that is given embeddings in place of tokens, and their gradient, with the unsharded one."""
+    """Compare a model run on embeddings instead of tokens, and their gradient, with the unsharded one."""
     reference, model = (tiny_model(eager_config(name)).eval() for _ in range(2))
     parallelize(model, mesh, Plan.from_model(model, "sp"))
     whole = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(4))
@@ -117,7 +117,7 @@ def embedding_errors(name: str, mesh: Mesh) -> dict[str, float]:
 
 
 class Residual(nn.Module):
-    """A norm, then a block that returns a tensor or a tuple, whose output is added up."""
+    """A norm, then a block that returns a tensor or a tuple, whose output is added to the norm's."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Residual(nn.Module):
 
 
 class Mixing(nn.Module):
-    """A block that needs the whole sequence: each token gets what came before it."""
+    """A block that needs the whole sequence: each token gets the sum of those before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,14 +142,14 @@ class Mixing(nn.Module):
 
 
 class Several(Mixing):
-    """The same with something beside it, which is no tensor of the stream."""
+    """The same, with a second output that is not a tensor of the stream."""
 
     def forward(self, hidden: torch.Tensor) -> Any:
         return super().forward(hidden), None
 
 
 class Flat(Mixing):
-    """The same with a row for each token, `[batch * sequence, hidden]`, as Llama 4's mixture of experts returns."""
+    """The same, with a row for each token, `[batch * sequence, hidden]`, as Llama 4's mixture of experts returns."""
 
     def forward(self, hidden: torch.Tensor) -> Any:
         return super().forward(hidden).flatten(0, 1), None
@@ -187,7 +187,7 @@ class Holder(nn.Module):
 
 
 def style_errors(case: str, shape: tuple[int, ...]) -> dict[str, float]:
-    """Compare hooked modules, whose output stays sliced, with plain ones, forward and backward."""
+    """Compare hooked modules, whose output stays sharded, with plain ones, forward and backward."""
     make, plan, places = _CASES[case]
     torch.manual_seed(11)
     plain = with_noise(Holder(make()))
@@ -198,7 +198,7 @@ def style_errors(case: str, shape: tuple[int, ...]) -> dict[str, float]:
     wanted = plain(given[0])
     (wanted * weights).sum().backward()
     sliced = shard(given[1])
-    assert isinstance(sliced, DTensor), "the output stays sliced"
+    assert isinstance(sliced, DTensor), "the output stays sharded"
     output = gather_slice(sliced, axis())
     (output * weights).sum().backward()
     errors = {"output": relative(output, wanted), "input": relative(given[1].grad, given[0].grad)}
@@ -215,19 +215,23 @@ def parameter_errors(plain: nn.Module, shard: nn.Module) -> dict[str, float]:
 
 
 def rowwise_errors(*, bias: bool) -> dict[str, float]:
-    """Compare a Linear that takes features in part and leaves a slice of the sequence with the plain one."""
+    """Compare a Linear that takes a slice of the features and returns one of the sequence with the plain one."""
     torch.manual_seed(12)
     plain = Holder(nn.Linear(8, 6, bias=bias))
     shard = copy.deepcopy(plain)
     parallelize_module(shard, {"part": "rowwise_reduce_scatter"}, {"part.weight": Shard(1)})
     whole, weights = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 6)
-    piece = cut_local_shard(whole.detach(), Shard(2), dist.get_world_size(), dist.get_rank()).clone().requires_grad_()
-    wanted, output = plain(whole), gather_slice(shard(piece), axis())
-    for found in (wanted, output):
-        (found * weights).sum().backward()
+    shard_input = (
+        cut_local_shard(whole.detach(), Shard(2), dist.get_world_size(), dist.get_rank()).clone().requires_grad_()
+    )
+    wanted, output = plain(whole), gather_slice(shard(shard_input), axis())
+    for each in (wanted, output):
+        (each * weights).sum().backward()
     errors = {
         "output": relative(output, wanted),
-        "input": relative(piece.grad, cut_local_shard(whole.grad, Shard(2), dist.get_world_size(), dist.get_rank())),
+        "input": relative(
+            shard_input.grad, cut_local_shard(whole.grad, Shard(2), dist.get_world_size(), dist.get_rank())
+        ),
     }
     return errors | parameter_errors(plain, shard)
 

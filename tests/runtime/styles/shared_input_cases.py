@@ -1,4 +1,4 @@
-"""What tests let ranks do with modules side by side that take one input; module-level, to be sent by name."""
+"""Functions that tests run on ranks, with sibling modules that take one input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ("first", "second", "third")
 
 
 class Projections(nn.Module):
-    """Three projections of one input; each output is used by its rank only."""
+    """Three projections of one input, with something done to the input after the first."""
 
     def __init__(self, between: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
@@ -35,16 +35,16 @@ class Projections(nn.Module):
         return torch.cat(outputs, -1)
 
 
-def nothing(inputs: torch.Tensor) -> None:
+def leave_unchanged(inputs: torch.Tensor) -> None:
     pass
 
 
-def doubled(inputs: torch.Tensor) -> None:
+def double_in_place(inputs: torch.Tensor) -> None:
     inputs.mul_(2)
 
 
 def pair(between: Callable[[torch.Tensor], object]) -> tuple[Projections, Holder]:
-    """Return the plain module and the same one made parallel."""
+    """Return a plain module and a parallel copy of it."""
     torch.manual_seed(11)
     plain, shard = Projections(between), Holder(Projections(between))
     shard.part.load_state_dict(plain.state_dict())
@@ -53,15 +53,15 @@ def pair(between: Callable[[torch.Tensor], object]) -> tuple[Projections, Holder
     return plain, shard
 
 
-def own(whole: torch.Tensor) -> torch.Tensor:
+def take_own_part(whole: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of the plain module's outputs or their weights."""
     size, rank = dist.get_world_size(), dist.get_rank()
     return torch.cat([cut_local_shard(part, Shard(part.ndim - 1), size, rank) for part in whole.chunk(3, -1)], -1)
 
 
 @contextmanager
-def counted() -> Iterator[list[int]]:
-    """Count the all-reduces of a block, by their elements."""
+def count_all_reduces() -> Iterator[list[int]]:
+    """Collect the numbers of elements of all-reduces while the context is open."""
     sizes: list[int] = []
     real = dist.all_reduce
 
@@ -77,14 +77,14 @@ def counted() -> Iterator[list[int]]:
 
 
 def errors_and_sums(calls: int) -> tuple[float, list[int]]:
-    """Call both modules some times with one input; return the largest gradient error and the sizes of the sums."""
-    plain, shard = pair(nothing)
+    """Call both modules several times with one input; return the largest gradient error and the sizes of the sums."""
+    plain, shard = pair(leave_unchanged)
     given = torch.randn(5, 6, requires_grad=True)
     weights = torch.randn(calls, 5, 12)
     sum((plain(given) * weights[call]).sum() for call in range(calls)).backward()
     wanted, given.grad = given.grad, None
-    outputs = [(shard(given) * own(weights[call])).sum() for call in range(calls)]
-    with counted() as sizes:
+    outputs = [(shard(given) * take_own_part(weights[call])).sum() for call in range(calls)]
+    with count_all_reduces() as sizes:
         sum(outputs).backward()
     errors = [float((given.grad - wanted).abs().max())]
     for name in NAMES:
@@ -97,38 +97,38 @@ def errors_and_sums(calls: int) -> tuple[float, list[int]]:
 
 
 def output_after_change_in_place() -> float:
-    """Change the input in place between two projections that take it; return the output's error."""
-    plain, shard = pair(doubled)
+    """Change the input in place between two projections; return the output's error."""
+    plain, shard = pair(double_in_place)
     given = torch.randn(5, 6)
-    return float((shard(given) - own(plain(given))).abs().max())
+    return float((shard(given) - take_own_part(plain(given))).abs().max())
 
 
 def backward_after_change_in_place() -> tuple[float, list[int]]:
-    """Change a tensor that needs a gradient in place between two that take it, where nothing saved it."""
-    plain, shard = pair(doubled)
+    """Change an input that needs a gradient in place between two projections that did not save it."""
+    plain, shard = pair(double_in_place)
     for module in (plain, shard.part):
-        module.requires_grad_(False)  # then a projection does not save its input
+        module.requires_grad_(False)  # A projection then does not save its input.
     given, weights = torch.randn(5, 6, requires_grad=True), torch.randn(5, 12)
     (plain(given) * weights).sum().backward()
     wanted, given.grad = given.grad, None
-    loss = (shard(given) * own(weights)).sum()
-    with counted() as sizes:
+    loss = (shard(given) * take_own_part(weights)).sum()
+    with count_all_reduces() as sizes:
         loss.backward()
     return float((given.grad - wanted).abs().max()), sizes
 
 
 def part_called_alone() -> list[int]:
-    """Call two parts outside of their module's forward; return the sizes of the sums."""
-    _, shard = pair(nothing)
+    """Call two projections outside of their module's forward; return the sizes of the sums."""
+    _, shard = pair(leave_unchanged)
     given = torch.randn(5, 6, requires_grad=True)
     loss = shard.part.first(given).sum() + shard.part.second(given).sum()
-    with counted() as sizes:
+    with count_all_reduces() as sizes:
         loss.backward()
     return sizes
 
 
-def held_after_the_call(fails: bool) -> bool:
-    """Say whether the shared input outlives a call that nothing else remembers."""
+def is_input_kept_after_the_call(fails: bool) -> bool:
+    """Return whether the shared input outlives its call."""
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def remember(inputs: torch.Tensor) -> None:
@@ -147,8 +147,8 @@ def held_after_the_call(fails: bool) -> bool:
 
 
 def second_derivative() -> str:
-    """Ask for a gradient's gradient, which no collective here has; return what torch says."""
-    _, shard = pair(nothing)
+    """Ask for a second derivative, which the collectives do not support; return torch's message."""
+    _, shard = pair(leave_unchanged)
     given = torch.randn(5, 6, requires_grad=True)
     (first,) = torch.autograd.grad(shard(given).square().sum(), given, create_graph=True)
     try:

@@ -1,4 +1,4 @@
-"""What tests let ranks do with single hooked modules, each compared with the plain module."""
+"""Functions that tests run on ranks, with single hooked modules, each compared with the plain module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from runtime.styles.placements import cut_local_shard, get_placement
 
 
 def parallelize_module(module: nn.Module, styles: dict[str, str], places: dict[str, Placement]) -> nn.Module:
-    """Make a hand-made module parallel by a plan written out for it."""
+    """Parallelize a hand-made module by a plan written for it.
+
+    Args:
+        module: the module.
+        styles: key to style.
+        places: the placements of sharded parameters by name.
+    """
     mesh = Mesh(tp=dist.get_world_size())
     plan = {**styles}
     rows = []
@@ -99,7 +105,7 @@ def padding_gradient() -> list[float]:
 
 
 def tied_before_its_target() -> tuple[bool, str]:
-    """Shard a tied pair whose plan lists the other name first; say whether they are still one, and how placed."""
+    """Shard a tied pair whose plan lists the other name first; return whether they are still tied, and where."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[0].weight = model[1].weight
     mesh = Mesh(tp=dist.get_world_size())
@@ -229,7 +235,7 @@ def mixer_errors(style: str) -> dict[str, float]:
 
 
 class WithIdentity(Mixer):
-    """A mixer with one expert that returns what it is given."""
+    """A mixer with one expert that returns its input."""
 
     def __init__(self) -> None:
         super().__init__()

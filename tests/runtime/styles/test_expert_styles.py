@@ -32,14 +32,14 @@ def test_a_decomposed_plan_names_each_parameters_own_style() -> None:
     assert find_style("tp", f"{LAYER}.experts.down_proj", is_parameter=True) == "moe_tp_down_rowwise"
 
 
-def test_modules_get_their_own_entries_never_a_childs() -> None:
+def test_modules_get_their_own_entries_never_those_of_a_child() -> None:
     assert find_style("ep", f"{LAYER}.experts", is_parameter=False) == "moe_experts_allreduce"
     assert find_style("ep", f"{LAYER}.gate", is_parameter=False) == "ep_router"
     children = {key: style for key, style in PLANS["ep"].items() if key != EXPERTS}
     assert find_key(children, f"{LAYER}.experts", is_parameter=False) is None
 
 
-def test_experts_parallel_divides_dim_0_of_both_and_counts_local_experts(two_ranks: RankPool) -> None:
+def test_expert_parallelism_shards_dim_0_of_both_and_counts_local_experts(two_ranks: RankPool) -> None:
     for found in two_ranks.run(expert_cases.local_experts, "ep"):
         assert found == {
             "num_experts": 2,
@@ -48,7 +48,7 @@ def test_experts_parallel_divides_dim_0_of_both_and_counts_local_experts(two_ran
         }
 
 
-def test_tensor_parallel_cuts_every_expert_and_counts_all_of_them(two_ranks: RankPool) -> None:
+def test_tensor_parallelism_shards_every_expert_and_counts_all_of_them(two_ranks: RankPool) -> None:
     for found in two_ranks.run(expert_cases.local_experts, "tp"):
         assert found == {
             "num_experts": 4,
@@ -57,7 +57,7 @@ def test_tensor_parallel_cuts_every_expert_and_counts_all_of_them(two_ranks: Ran
         }
 
 
-def test_a_merged_plan_divides_dim_0(two_ranks: RankPool) -> None:
+def test_a_merged_plan_shards_dim_0(two_ranks: RankPool) -> None:
     for found in two_ranks.run(expert_cases.local_experts, "tp_ep"):
         assert found["num_experts"] == 2
         assert {found[name][1] for name in ("gate_up_proj", "down_proj")} == {"shard 0"}
@@ -65,7 +65,7 @@ def test_a_merged_plan_divides_dim_0(two_ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("mode", ["tp", "ep"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_branchs_own_plans_compute_what_the_whole_model_does(
+def test_the_branchs_own_plans_compute_the_same_as_the_whole_model(
     mode: Any, world_size: int, request: pytest.FixtureRequest
 ) -> None:
     pool: RankPool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
@@ -86,22 +86,24 @@ LOGITS, LOSS = [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]], 2.0
         ("logits, weights, index, loss", "lwis", 32.0),
     ],
 )
-def test_a_router_keeps_its_ranks_choices(outputs: str, order: str, gradient: float, two_ranks: RankPool) -> None:
-    """Choices [[0, 3], [2, 1]] of 4 experts: others' get the number 2, one past the last local one, and weight 0.
+def test_a_router_keeps_the_choices_of_its_rank(outputs: str, order: str, gradient: float, two_ranks: RankPool) -> None:
+    """Of the choices [[0, 3], [2, 1]] among 4 experts, those of the other rank get the number 2 and the weight 0.
 
-    The weights' gradient, kept in part on each rank, is summed; that of all other outputs is whole already.
+    The weights' gradient, partial on each rank, is summed; that of all other outputs is whole already.
     """
-    tables: list[dict[str, object]] = [
+    expected: list[dict[str, object]] = [
         {"i": [[0, 2], [2, 1]], "w": [[0.75, 0.0], [0.0, 0.5]]},
         {"i": [[2, 1], [0, 2]], "w": [[0.0, 0.25], [0.5, 0.0]]},
     ]
-    for table, (values, input_gradient) in zip(tables, two_ranks.run(expert_cases.routed, outputs), strict=True):
-        assert values == [{**table, "l": LOGITS, "s": LOSS}[name] for name in order]
+    for outputs_of_rank, (values, input_gradient) in zip(
+        expected, two_ranks.run(expert_cases.run_router, outputs), strict=True
+    ):
+        assert values == [{**outputs_of_rank, "l": LOGITS, "s": LOSS}[name] for name in order]
         assert input_gradient == [gradient, gradient]
 
 
 def test_a_router_of_one_local_expert_has_two_numbers(four_ranks: RankPool) -> None:
-    found = four_ranks.run(expert_cases.routed, "weights, index")
+    found = four_ranks.run(expert_cases.run_router, "weights, index")
     assert [index for (_, index), _ in found] == [
         [[0, 1], [1, 1]],
         [[1, 1], [1, 0]],
@@ -111,7 +113,7 @@ def test_a_router_of_one_local_expert_has_two_numbers(four_ranks: RankPool) -> N
     assert sum(weights[0][0] for (weights, _), _ in found) == 0.75
 
 
-def test_the_experts_hook_has_no_sharding_of_its_own(two_ranks: RankPool) -> None:
+def test_the_experts_hook_does_not_shard(two_ranks: RankPool) -> None:
     only = {EXPERTS: "moe_experts_allreduce"}
     with pytest.raises(PlanError, match="whose parameters are whole: its output would be multiplied by 2") as caught:
         two_ranks.run(expert_cases.parallelize_mixtral, "tp", only)
@@ -153,7 +155,7 @@ def test_parameter_styles_have_no_hook_and_routing_styles_have_one() -> None:
         ),
     ],
 )
-def test_expert_plans_that_cannot_be_right_are_refused(
+def test_expert_plans_that_cannot_be_correct_are_refused(
     plan: dict[str, str], error: type[Exception], message: str, two_ranks: RankPool
 ) -> None:
     with pytest.raises(error, match=message):
@@ -179,7 +181,7 @@ def test_sharded_experts_whose_outputs_nothing_sums_are_refused(two_ranks: RankP
 
 
 @pytest.mark.parametrize(("mode", "plan"), [("tp", "ep"), ("ep", "tp")])
-def test_a_plan_is_right_over_whichever_axis_the_mode_gives_it(mode: Any, plan: str, two_ranks: RankPool) -> None:
+def test_a_plan_is_correct_over_either_axis(mode: Any, plan: str, two_ranks: RankPool) -> None:
     for errors in two_ranks.run(expert_cases.experts_errors, mode, plan):
         assert max(errors.values()) < 1e-5, errors
 
@@ -191,5 +193,5 @@ def test_experts_masked_twice_are_refused(two_ranks: RankPool) -> None:
 
 def test_experts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(IndivisibleError, match=r"ep=3 does not divide the experts of .*gate_up_proj, 4") as caught:
-        expert_cases.resolved_mixtral(Mesh(tp=3, ep=3))
+        expert_cases.resolve_mixtral(Mesh(tp=3, ep=3))
     assert caught.value.hint == "sizes that work: 1, 2, 4"

@@ -1,4 +1,4 @@
-"""Routers that mask their choices, as the EP plans of transformers 5.17 have it, with FSDP over the experts."""
+"""Routers that mask their choices, as in the EP plans of transformers 5.17, with FSDP over the experts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ROUTED = {"model.layers.*.mlp.gate": "ep_router", "model.layers.*.mlp.experts": 
 
 
 @pytest.mark.parametrize("mode", ["tp_ep", "sp_ep"])
-def test_a_router_counts_the_experts_of_its_rank_while_fsdp_has_cut_them(mode: Mode, four_ranks: RankPool) -> None:
+def test_a_router_counts_the_experts_of_its_rank_under_fsdp(mode: Mode, four_ranks: RankPool) -> None:
     chosen = Plan.from_model(parity_cases.eager_config("qwen3_moe"), mode)
     plan = Plan(mode, {**chosen.entries, **ROUTED})
-    for found in four_ranks.run(parity_cases.compared, "qwen3_moe", plan, Mesh(tp=2, ep=2, fsdp=2)):
-        assert found.logits < 1e-5
-        assert found.worst[1] < 1e-5, found.worst
+    for errors in four_ranks.run(parity_cases.compared, "qwen3_moe", plan, Mesh(tp=2, ep=2, fsdp=2)):
+        assert errors.logits < 1e-5
+        assert errors.worst[1] < 1e-5, errors.worst

@@ -98,7 +98,7 @@ FAMILIES = (
 )
 
 SAMPLED = frozenset({"apertus", "gpt_neox", "jamba", "llama4", "longcat_flash", "nemotron_h", "qwen3_next"})
-"""Those of an unusual build, which run each time: layers of several kinds, parts in lists, parallel residuals."""
+"""Families of unusual structure, which always run: layers of several kinds, parts in lists, parallel residuals."""
 
 
 def rows() -> list[Any]:
@@ -109,7 +109,7 @@ def rows() -> list[Any]:
 
 
 @pytest.mark.parametrize(("family", "class_name"), rows())
-def test_a_derived_sequence_plan_computes_what_one_rank_does(family: str, class_name: str, two_ranks: RankPool) -> None:
+def test_a_derived_plan_computes_the_same_as_one_rank(family: str, class_name: str, two_ranks: RankPool) -> None:
     for errors in two_ranks.run(family_cases.family_errors, family, class_name, "sp"):
         assert len(errors) > 10
         worst = max(errors, key=errors.__getitem__)
@@ -117,5 +117,5 @@ def test_a_derived_sequence_plan_computes_what_one_rank_does(family: str, class_
 
 
 @pytest.mark.full
-def test_no_family_that_derives_is_left_out() -> None:
+def test_every_family_with_a_derived_plan_is_listed() -> None:
     assert list(family_cases.derivable()) == list(FAMILIES)

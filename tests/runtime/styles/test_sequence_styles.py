@@ -27,7 +27,7 @@ HEADS = (2, 3, 8, 6)
         ("module_allgather_split of rows", HIDDEN),
     ],
 )
-def test_output_and_gradients_equal_the_plain_modules(
+def test_output_and_gradients_equal_those_of_the_plain_modules(
     case: str, shape: tuple[int, ...], world_size: int, request: pytest.FixtureRequest
 ) -> None:
     for errors in pool(request, world_size).run(sequence_cases.style_errors, case, shape):
@@ -55,7 +55,7 @@ def test_a_sequence_that_does_not_divide_is_refused(case: str, shape: tuple[int,
     assert "pad the batch to 8 tokens" in caught.value.hint
 
 
-def test_the_models_own_sequence_plan_is_taken_as_it_is_written(two_ranks: RankPool) -> None:
+def test_the_models_own_sequence_plan_is_used_unchanged(two_ranks: RankPool) -> None:
     for name, entries in sequence_cases.PLANS.items():
         wanted = {f"model.{key}": style for key, style in entries.items()} | {"lm_head": "colwise_gather_output"}
         assert two_ranks.run(sequence_cases.branch_plan, name) == [wanted] * 2
@@ -73,7 +73,7 @@ def test_the_models_own_sequence_plan_is_taken_as_it_is_written(two_ranks: RankP
     ],
     ids=str,
 )
-def test_the_branchs_sequence_plans_compute_what_the_whole_model_does(
+def test_the_branchs_sequence_plans_compute_the_same_as_the_whole_model(
     name: str, mode: Any, mesh: Mesh, request: pytest.FixtureRequest
 ) -> None:
     for errors in pool(request, mesh.world_size).run(sequence_cases.branch_errors, name, mode, mesh):
@@ -83,7 +83,7 @@ def test_the_branchs_sequence_plans_compute_what_the_whole_model_does(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, fsdp=2)], ids=str)
-def test_embeddings_may_stand_in_for_tokens(name: str, mesh: Mesh, request: pytest.FixtureRequest) -> None:
+def test_embeddings_can_replace_tokens(name: str, mesh: Mesh, request: pytest.FixtureRequest) -> None:
     for errors in pool(request, mesh.world_size).run(sequence_cases.embedding_errors, name, mesh):
         assert max(errors.values()) < 1e-5, errors
 
@@ -97,5 +97,5 @@ def rowwise_without_bias() -> dict[str, float]:
 
 
 def pool(request: pytest.FixtureRequest, world_size: int) -> RankPool:
-    found: RankPool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
-    return found
+    ranks: RankPool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+    return ranks

@@ -1,4 +1,4 @@
-"""Every style against the plain module it stands in for, forward and backward, sizes that do not divide included."""
+"""Every style compared with the plain module, forward and backward, with sizes that do not divide too."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_packed_colwise_keeps_both_groups_of_a_linear(two_ranks: RankPool) -> No
         assert max(errors.values()) < 1e-5, errors
 
 
-def test_the_padding_token_gets_no_gradient_wherever_its_row_lies(two_ranks: RankPool) -> None:
+def test_the_padding_token_gets_no_gradient_on_any_rank(two_ranks: RankPool) -> None:
     first, second = two_ranks.run(style_cases.padding_gradient)
     assert first == [1.0, 1.0, 1.0]
     assert second == [0.0, 1.0]
 
 
-def test_a_whole_parameter_seen_by_each_ranks_heads_gets_summed_gradients_that_accumulate(
+def test_a_whole_parameter_used_by_each_ranks_heads_gets_summed_gradients_that_accumulate(
     two_ranks: RankPool,
 ) -> None:
     first, second = two_ranks.run(style_cases.partial_norm_gradients)
@@ -88,7 +88,7 @@ def test_a_whole_parameter_seen_by_each_ranks_heads_gets_summed_gradients_that_a
         ("container", "has no forward of its own"),
     ],
 )
-def test_what_a_style_cannot_hook_is_refused(kind: str, message: str, two_ranks: RankPool) -> None:
+def test_a_module_that_a_style_cannot_hook_is_refused(kind: str, message: str, two_ranks: RankPool) -> None:
     with pytest.raises(PlanError, match=message) as caught:
         two_ranks.run(style_cases.refuse_module, kind)
     assert "part" in caught.value.message
@@ -100,10 +100,10 @@ def test_an_unknown_style_is_refused_by_name(two_ranks: RankPool) -> None:
         two_ranks.run(style_cases.refuse_module, "unknown style")
 
 
-def test_registering_gives_a_new_registry_and_leaves_the_old_one_alone() -> None:
-    mine = STYLES.register(ParallelStyle("mine"))
-    assert mine.style("mine", "layers.*.mlp").name == "mine"
-    assert set(mine.names) == {*STYLES.names, "mine"}
+def test_registering_returns_a_new_registry_and_leaves_the_old_one_unchanged() -> None:
+    extended = STYLES.register(ParallelStyle("mine"))
+    assert extended.style("mine", "layers.*.mlp").name == "mine"
+    assert set(extended.names) == {*STYLES.names, "mine"}
     with pytest.raises(UnknownStyleError, match=r"'layers\.\*\.mlp': the style 'mine'") as caught:
         STYLES.style("mine", "layers.*.mlp")
     assert "colwise" in caught.value.hint
@@ -118,7 +118,7 @@ def test_the_experts_hook_shards_nothing_and_the_expert_parameters_hook_nothing(
         assert dialect.styles[name].placement("module", 3, "weight") == place
 
 
-def test_every_style_of_every_release_we_run_with_can_run_or_is_named_as_not_built() -> None:
+def test_every_style_of_every_supported_release_can_run_or_is_listed_as_missing() -> None:
     fused_kernels = {"megamoe_router", "megamoe_experts"}
     releases = {dialect_for_release(f"5.{minor}.0").name for minor in range(17, 24)}
     assert len(releases) > 3
@@ -145,6 +145,6 @@ def test_a_bare_parameter_is_seen_locally_by_its_owner(two_ranks: RankPool) -> N
     assert second == ([12.0], [1.0], "Shard(0)")
 
 
-def test_placements_survive_the_way_to_torch_and_back() -> None:
+def test_placements_survive_a_round_trip_through_torch() -> None:
     for placement in (Replicate(), Shard(0), Shard(2), Packed(1, 2)):
         assert from_torch(to_torch(placement)) == placement
