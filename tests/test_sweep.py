@@ -55,5 +55,5 @@ def test_a_wrong_plan_is_found_wrong(cases: dict[str, Case], two_ranks: RankPool
 
 def run_unchecked(case: Case, mode: Mode) -> Result:
     """Run a case as if nothing was known of layers that go together."""
-    with patch("runtime.parallel.parallelize.check_pairs"):
+    with patch("runtime.checks.plan.check_pairs"):
         return run_case(case, mode)

@@ -220,18 +220,15 @@ def rowwise_errors(*, bias: bool) -> dict[str, float]:
     plain = Holder(nn.Linear(8, 6, bias=bias))
     shard = copy.deepcopy(plain)
     parallelize_module(shard, {"part": "rowwise_reduce_scatter"}, {"part.weight": Shard(1)})
+    size, rank = dist.get_world_size(), dist.get_rank()
     whole, weights = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 6)
-    shard_input = (
-        cut_local_shard(whole.detach(), Shard(2), dist.get_world_size(), dist.get_rank()).clone().requires_grad_()
-    )
-    wanted, output = plain(whole), gather_slice(shard(shard_input), axis())
+    own_input = cut_local_shard(whole.detach(), Shard(2), size, rank).clone().requires_grad_()
+    wanted, output = plain(whole), gather_slice(shard(own_input), axis())
     for each in (wanted, output):
         (each * weights).sum().backward()
     errors = {
         "output": relative(output, wanted),
-        "input": relative(
-            shard_input.grad, cut_local_shard(whole.grad, Shard(2), dist.get_world_size(), dist.get_rank())
-        ),
+        "input": relative(own_input.grad, cut_local_shard(whole.grad, Shard(2), size, rank)),
     }
     return errors | parameter_errors(plain, shard)
 
