@@ -235,7 +235,7 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
 def test_settings_that_are_none_are_refused(settings: object) -> None:
     config = transformers.LlamaConfig(**DENSE, architectures=["LlamaForCausalLM"])
     config.quantization_config = settings
-    with pytest.raises(UsageError, match="the quantization method .* is not supported"):
+    with pytest.raises(UsageError, match=r"the quantization method .* is not supported"):
         build_stored_model(config)
 
 
