@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,15 +31,15 @@ from plans.errors import (
 from plans.mesh import Mesh
 from runtime.checkpoint.checkpoint import Layout
 from runtime.checkpoint.copying.copy import plan_units
-from runtime.checkpoint.copying.journal import read_journal
-from runtime.checkpoint.files.file_names import MANIFEST, MARKER, METADATA
+from runtime.checkpoint.files.file_names import MANIFEST, METADATA
 from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.dcp.test_metadata import Evil, edit
-from tests.runtime.checkpoint.resharding.test_crash import SMALL, die, ended, files, forked
+from tests.runtime.checkpoint.resharding.killed_runs import SMALL, kill_halfway
+from tests.runtime.checkpoint.resharding.test_crash import files
 from tests.runtime.checkpoint.resharding.test_layouts import walk
 
 Trained = Callable[..., Path]
@@ -386,31 +384,13 @@ def test_metadata_of_something_else_stay_side_files(hub_folder: HubFolder, tmp_p
 
 def killed_with_state_done(plan: ReshardPlan, destination: Path) -> tuple[str, int]:
     """Let a run die when some of the state is safe; return the file and the place of a byte of that."""
-    marker = destination.with_name(destination.name + ".partial") / MARKER
     parts = [unit[0].parts[0] for unit in plan_units(plan.copy_plan, SMALL)]
     first, part, at = next(
         (number, part, at)
         for number, part in enumerate(parts)
         if (at := plan.copy_plan.destinations[part.destination]).file and at.file.endswith(".distcp")
     )
-
-    def stop(done: int, total: int, name: str) -> None:
-        deadline = time.monotonic() + 30
-        while read_journal(marker).units <= first:
-            if done < total or time.monotonic() > deadline:
-                return
-        die()
-
-    assert (
-        ended(
-            forked(
-                lambda: execute_reshard(
-                    plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0)
-                )
-            )
-        )
-        == -signal.SIGKILL
-    )
+    kill_halfway(plan, destination, first + 1)
     return str(at.file), at.offset + part.destination_offset
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a reshard by several processes do, here as functions of pools and processes of our own."""
+"""What the ranks of a distributed reshard do: functions for a pool of ranks, and for processes of our own."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.copying.journal import Journal, read_journal
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.resharding.distribute import execute_distributed_reshard
 from runtime.checkpoint.resharding.execute import ReshardOptions
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.processes.group import process_group
-
-SMALL = 2**20
-"""So little memory that even a tiny checkpoint takes many units of work."""
+from tests.runtime.checkpoint.resharding.killed_runs import SMALL, record_synchronously
 
 STOPPED, KILLED = "stopped", "killed"
 
 
 def reshard(source: Path, target: ReshardTarget, destination: Path) -> tuple[int, int] | None:
-    """Reshard as one of the ranks; return the bytes read and written, on the first."""
+    """Reshard as one of the ranks; return the bytes read and written on rank 0."""
     result = execute_distributed_reshard(
         plan_reshard(source, target=target), destination, ReshardOptions(max_memory=SMALL)
     )
@@ -36,34 +35,41 @@ def reshard(source: Path, target: ReshardTarget, destination: Path) -> tuple[int
 
 
 def reshard_differently(source: Path, targets: Sequence[ReshardTarget], destination: Path) -> None:
-    """Reshard with ranks that do not want the same."""
+    """Reshard with a different target on each rank."""
     reshard(source, targets[dist.get_rank()], destination)
 
 
-def take_part(source: Path, target: ReshardTarget, destination: Path, fate: Mapping[int, str], timeout: float) -> None:
-    """Be a rank that torchrun, or a test, has started, and meet one's fate once something of one's share is safe."""
+def take_part(source: Path, target: ReshardTarget, destination: Path, fates: Mapping[int, str]) -> None:
+    """Reshard as a rank that torchrun or a test has started, and end as `fates` says once half of the share is done.
+
+    If a rank is to be stopped, the others wait until the test has seen it stop, and only then limit their patience.
+    """
     rank = int(os.environ["RANK"])
     journal = destination.with_name(destination.name + ".partial") / (f"{MARKER}-{rank:05d}" if rank else MARKER)
 
-    def meet(done: int, total: int, name: str) -> None:
-        if rank in fate and done > total // 2:
-            _wait_for(journal)
-            os.kill(os.getpid(), {STOPPED: signal.SIGSTOP, KILLED: signal.SIGKILL}[fate[rank]])
+    def end(done: int, total: int, name: str) -> None:
+        if done <= total // 2 or not read_journal(journal).units:
+            return
+        if rank in fates:
+            os.kill(os.getpid(), {STOPPED: signal.SIGSTOP, KILLED: signal.SIGKILL}[fates[rank]])
+        elif STOPPED in fates.values():
+            while not stopped_file(destination).exists():
+                time.sleep(0.01)
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
 
-    options = ReshardOptions(meet, print, SMALL, journal_interval=0)
-    with process_group(timeout):
+    Journal.record = record_synchronously  # type: ignore[method-assign]
+    options = ReshardOptions(end, print, SMALL, journal_interval=0)
+    with process_group(600):
         execute_distributed_reshard(plan_reshard(source, target=target), destination, options)
 
 
-def _wait_for(journal: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not read_journal(journal).units:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+def stopped_file(destination: Path) -> Path:
+    """Return the file by which a test tells the other ranks that one was stopped."""
+    return destination.with_name("stopped")
 
 
 def forked(log: Path, *arguments: object) -> None:
-    """Take part in a forked process; what goes wrong is written down, and the process ends."""
+    """Take part in a forked process; write any error to the log, and end the process."""
     code = 0
     try:
         take_part(*arguments)  # type: ignore[arg-type]

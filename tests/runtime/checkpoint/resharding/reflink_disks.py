@@ -29,16 +29,16 @@ def mounted(kind: str, folder: Path) -> Iterator[Path]:
         stream.truncate(320 * 2**20)
     if shutil.which(_MAKE[kind][0]) is None:
         pytest.skip(f"{_MAKE[kind][0]} is not installed")
-    subprocess.run([*_MAKE[kind], image], check=True, capture_output=True, timeout=60)
+    subprocess.run([*_MAKE[kind], image], check=True, capture_output=True)
     at.mkdir()
-    done = subprocess.run(["mount", "-o", "loop", image, at], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["mount", "-o", "loop", image, at], check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mounting {kind} is not allowed here: {done.stderr.strip()}")
     try:
         yield at
     finally:
         # Lazily: what a failed test still maps must not keep the disk here for good.
-        subprocess.run(["umount", "--lazy", at], check=True, timeout=60)
+        subprocess.run(["umount", "--lazy", at], check=True)
         image.unlink()
 
 

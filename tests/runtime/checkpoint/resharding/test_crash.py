@@ -1,4 +1,4 @@
-"""Runs that die, fail or are stopped: the next one goes on where they were and ends with the same bytes."""
+"""Runs that die, fail or are stopped: the next one continues their work and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from plans.errors import CheckpointError, DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import commit, copy
 from runtime.checkpoint.copying.copy import plan_units
-from runtime.checkpoint.copying.journal import read_journal
+from runtime.checkpoint.copying.journal import Journal, read_journal
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.tensor_map.strided_copy import StridedCopy
+from tests.runtime.checkpoint.resharding.killed_runs import (
+    SMALL,
+    fork,
+    kill_halfway,
+    record_synchronously,
+    wait_for_exit,
+)
 
 Checkpoint = Callable[[str], Path]
-
-SMALL = 2**20
-"""So little memory that even a tiny checkpoint takes many units of work."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,55 +57,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def forked(run: Callable[[], object]) -> int:
-    """Start a process that does one thing, and return its id."""
-    if child := os.fork():
-        return child
-    try:
-        run()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def killed_after(seconds: float, plan: ReshardPlan, destination: Path) -> None:
-    child = forked(lambda: execute_reshard(plan, destination, ReshardOptions(max_memory=SMALL, journal_interval=0)))
+    """Kill a run at whatever point of its work it has reached by then; any point will do."""
+    child = fork(lambda: execute_reshard(plan, destination, ReshardOptions(max_memory=SMALL, journal_interval=0)))
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    assert ended(child) in (0, -signal.SIGKILL)
-
-
-def wait_for_journal(destination: Path, least: int = 1) -> None:
-    """Wait until a run that is under way has so many units safe."""
-    marker, deadline = destination.with_name(destination.name + ".partial") / MARKER, time.monotonic() + 30
-    while read_journal(marker).units < least:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def stopped_halfway(plan: ReshardPlan, destination: Path, how: Callable[[], object], least: int = 1) -> int:
-    """Let a run end when half of the bytes are copied and so many units are safe; return its exit code."""
-
-    def stop(done: int, total: int, name: str) -> None:
-        if done > total // 2:
-            wait_for_journal(destination, least)
-            how()
-
-    return ended(
-        forked(
-            lambda: execute_reshard(
-                plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0)
-            )
-        )
-    )
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    assert wait_for_exit(child) in (0, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.full)])
@@ -133,7 +94,7 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(
 def test_a_killed_run_is_gone_on_with(name: str, planned: dict[str, ReshardPlan], tmp_path: Path) -> None:
     plan, said = planned[name], list[str]()
     whole = execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
-    assert stopped_halfway(plan, tmp_path / "out", die) == -signal.SIGKILL
+    kill_halfway(plan, tmp_path / "out")
     seen: list[int] = []
     result = execute_reshard(
         plan,
@@ -165,7 +126,7 @@ def test_a_byte_flipped_in_what_was_done_is_found(
     plan, said = planned[name], list[str]()
     execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
     units, part = part_to_flip(plan, replicated)
-    assert stopped_halfway(plan, tmp_path / "out", die, units) == -signal.SIGKILL
+    kill_halfway(plan, tmp_path / "out", units)
     at = plan.copy_plan.destinations[part.destination]
     damaged = tmp_path / "out.partial" / at.file
     content = bytearray(damaged.read_bytes())
@@ -179,14 +140,14 @@ def test_a_byte_flipped_in_what_was_done_is_found(
 def test_another_plan_or_source_begins_anew_and_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = Path(shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "hub"))
     said: list[str] = []
-    stopped_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out", die)
+    kill_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out")
     assert read_journal(tmp_path / "out.partial" / MARKER).units
     execute_reshard(
         plan_reshard(source, Mesh(tp=4)), tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append)
     )
     assert "starting over" in said.pop()
     shutil.rmtree(tmp_path / "out")
-    stopped_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out", die)
+    kill_halfway(plan_reshard(source, Mesh(tp=2)), tmp_path / "out")
     os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
     execute_reshard(
         plan_reshard(source, Mesh(tp=2)), tmp_path / "out", ReshardOptions(max_memory=SMALL, say=said.append)
@@ -231,17 +192,11 @@ def test_a_failing_disk_leaves_a_journal_that_can_be_used(
             raise OSError(code, os.strerror(code))
         return pwrite(descriptor, view, offset)
 
-    seen: list[int] = []
-
-    def wait(done: int, total: int, name: str) -> None:
-        seen.append(done)
-        if len(seen) > 1:  # the first line is begun behind the first unit
-            wait_for_journal(tmp_path / "out")
-
-    monkeypatch.setattr("os.pwrite", full)
-    with pytest.raises(DestinationError, match=words) as caught:
-        execute_reshard(plan, tmp_path / "out", ReshardOptions(progress=wait, max_memory=SMALL, journal_interval=0))
-    monkeypatch.setattr("os.pwrite", pwrite)
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "record", record_synchronously)
+        patched.setattr("os.pwrite", full)
+        with pytest.raises(DestinationError, match=words) as caught:
+            execute_reshard(plan, tmp_path / "out", ReshardOptions(max_memory=SMALL, journal_interval=0))
     assert "continues where this one stopped" in caught.value.hint
     assert read_journal(partial / MARKER).units
     said: list[str] = []
@@ -298,7 +253,7 @@ def test_copying_does_not_wait_for_the_journal(
     fdatasync, copied, in_time = os.fdatasync, threading.Event(), list[bool]()
 
     def waiting(descriptor: int) -> None:
-        in_time.append(copied.wait(60))
+        in_time.append(copied.wait(600))  # ends early unless copying waits for this very sync
         fdatasync(descriptor)
 
     def progress(done: int, total: int, name: str) -> None:
@@ -316,7 +271,7 @@ def test_a_journal_that_was_cut_short_counts_as_far_as_it_is_whole(
 ) -> None:
     plan, marker = planned["to ranks"], tmp_path / "out.partial" / MARKER
     execute_reshard(plan, tmp_path / "undisturbed", ReshardOptions(max_memory=SMALL))
-    stopped_halfway(plan, tmp_path / "out", die)
+    kill_halfway(plan, tmp_path / "out")
     whole = marker.read_bytes()
     kept = read_journal(marker)
     for cut in (1, 9, 40):

@@ -163,7 +163,7 @@ def check(victim: tuple[Path, Path, Mutate], mutations: list[Mutation], room_for
     destination = room_for_results / "out"
     original, times = file.read_bytes(), file.stat()
     file.write_bytes(mutate(original, mutations))
-    before, began = around(folder), time.monotonic()
+    before, began = around(folder), time.process_time()
     room = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         well = ends_well(folder, destination)
@@ -173,7 +173,7 @@ def check(victim: tuple[Path, Path, Mutate], mutations: list[Mutation], room_for
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         for left in destination.parent.glob(f"{destination.name}*"):
             shutil.rmtree(left)
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - room) * 1024 < BYTES
     return well
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import time
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -26,17 +24,15 @@ from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.copying import clones, copy
 from runtime.checkpoint.copying.clones import align_to_blocks, find_clones
-from runtime.checkpoint.copying.journal import read_journal
 from runtime.checkpoint.copying.regions import MemoryRegion, SharedRegion
 from runtime.checkpoint.files import system
-from runtime.checkpoint.files.file_names import MANIFEST, MARKER
+from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.resharding.estimate import estimate
 from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
+from tests.runtime.checkpoint.resharding.killed_runs import SMALL, kill_halfway
 from tests.runtime.checkpoint.resharding.reflink_disks import BLOCK, mounted, shared
-
-SMALL = 2**20
 
 
 @pytest.fixture(autouse=True)
@@ -185,32 +181,12 @@ def test_a_disk_without_room_for_a_copy_has_room_for_a_shared_one(disk: Path) ->
         assert torch.equal(embeddings, model.model.embed_tokens.weight.chunk(2)[rank])
 
 
-def die_halfway(plan: ReshardPlan, destination: Path) -> None:
-    """Run in a process that is killed when half of the bytes are copied and some of them are safe."""
-    marker = destination.with_name(destination.name + ".partial") / MARKER
-
-    def stop(done: int, total: int, name: str) -> None:
-        time.sleep(0.005)  # so that the journal keeps pace
-        deadline = time.monotonic() + 30
-        while done > total // 2 and time.monotonic() < deadline:
-            if read_journal(marker).units:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if not child:
-        try:
-            execute_reshard(plan, destination, ReshardOptions(progress=stop, max_memory=SMALL, journal_interval=0))
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("harm", [None, "lost"])
 def test_a_killed_run_is_gone_on_with(harm: str | None, hub: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy, "_SLAB", 4096)
     plan = plan_reshard(brought(hub, disk), Mesh(tp=2))
     whole = execute_reshard(plan, disk / "undisturbed", ReshardOptions(max_memory=SMALL))
-    die_halfway(plan, disk / "out")
+    kill_halfway(plan, disk / "out")
     if harm == "lost":
         # A clone that never reached the disk: the blocks are holes.
         for path in (disk / "out.partial").glob("*.safetensors"):
