@@ -1,56 +1,47 @@
 """Expert layouts read from a model's own modeling source, never by running it.
 
-The guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only, and every other layout
-gives shape errors at best and silently wrong numbers at worst. So the layout must be shown, not merely not denied:
-the shapes of the parameters, the flags of the class's decorator, and a forward that takes gate and up apart by `chunk`.
-A class counts as it is effective, with what it inherits and without what it overrides; one that is changed from outside
-does not show it.
+This is the guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only; any other gives
+shape errors at best and silently wrong numbers at worst. So the source must show the layout: the shapes of the
+parameters, the flags of the class's decorator, and a forward that takes gate and up apart with `chunk`. A class is read
+with the statements it inherits and without those it overrides; if it is changed from outside, its layout is unknown.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from codemods.files.sources import SourceFile, read_source
+from codemods.files.headers import scan_classes
 from codemods.models.concatenation import is_concatenated
-from codemods.models.expert_class import Shapes, collect_effective_statements, read_flags, read_parameter_shapes
+from codemods.models.modeling import ClassSource, ModelingSource, list_modeling_files, read_modeling_files
 from plans.model_facts import ExpertLayout, KeyTarget
 
 __all__ = ["find_layout", "read_layouts"]
 
 _EXPERT_PARAMETER = re.compile(rb"up_proj\b[^#\n]{0,80}Parameter\(")
-_CLASS = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?[ \t]*:")
-_DECORATOR_WINDOW = 2000  # bytes above a class in which its decorators are looked for
+_DECORATOR_WINDOW = 2000  # bytes above a class that are searched for its decorators
 _TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
 _PROJECTIONS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 _PLAIN_BASES = frozenset({"Module", "ABC", "Generic", "object"})
-_TYPE_ARGUMENTS = re.compile(r"\[[^\]]*\]")
 _SETS_ATTRIBUTE = re.compile(rb"\.\w+[ \t]*(?::[^=\n]+)?=(?!=)")
+_KNOWN_DECORATORS = frozenset({"use_experts_implementation", "use_kernel_forward_from_hub"})
+"""Decorators that keep a class's forward, or replace it with an equivalent one."""
 
+_METHODS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-@dataclass(frozen=True)
-class _Header:
-    """Where a class begins: `offset` is in its first line.
-
-    Args:
-        bases: their names, the modules before them left out.
-    """
-
-    source: SourceFile
-    offset: int
-    bases: tuple[str, ...]
+_Shapes = dict[str, tuple[str, ...]]
+"""From parameter name to its dims as source text."""
 
 
 def find_layout(folder: Path, target: KeyTarget | None) -> ExpertLayout | None:
-    """Return the layout of the experts that a key names in one model, None where it does not show.
+    """Return the layout of the experts that a key names in one model, None where the source does not show it.
 
     Args:
         folder: the model's folder.
-        target: what the key of the experts names; where the source does not show it, the folder's one experts class.
+        target: what the experts' key names; if None, the folder's only experts class is taken.
     """
     layouts = read_layouts(folder)
     if target is not None:
@@ -59,83 +50,77 @@ def find_layout(folder: Path, target: KeyTarget | None) -> ExpertLayout | None:
 
 
 def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
-    """Return the layout of every experts class in a model folder's modeling files, None for one that is not clear.
+    """Return the layout of every experts class in a model folder's modeling files, None for one that is unclear.
 
     Args:
         folder: the model's folder, `src/transformers/models/mixtral`.
+
+    Raises:
+        SourceError: a modeling file cannot be read.
     """
-    sources = [read_source(path) for path in sorted(folder.glob("modeling_*.py"))]
-    makers = {name: None for source in sources for name in _find_packing_classes(source)}
-    if not makers:
-        return ()
-    headers = {name: header for source in sources for name, header in _find_headers(source)}
-    found = [_read_class_layouts(sources, headers, name) for name in _add_subclasses(headers, makers)]
-    return tuple(layout for layouts in found for layout in layouts)
+    source = read_modeling_files(list_modeling_files(folder))
+    packing = dict.fromkeys(name for data in source.files.values() for name in _find_packing_classes(data))
+    names = _add_subclasses(source.classes, packing) if packing else ()
+    return tuple(layout for name in names for layout in _read_class_layouts(source, name))
 
 
-def _find_packing_classes(source: SourceFile) -> Iterator[str]:
-    """Yield the names of the classes that make packed parameters, empty for what stands in none."""
-    data = b"\n" + source.data
-    for match in _EXPERT_PARAMETER.finditer(data):
-        if b"#" not in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]:
-            before = data.rfind(b"\nclass ", 0, match.start())
-            header = _CLASS.match(data, before) if before >= 0 else None
-            yield header[1].decode("utf-8", "replace") if header else ""
+def _find_packing_classes(data: bytes) -> Iterator[str]:
+    """Yield the names of the classes that create packed parameters, empty for a parameter outside of classes."""
+    offsets = [
+        match.start()
+        for match in _EXPERT_PARAMETER.finditer(data)
+        if b"#" not in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]
+    ]
+    headers = list(scan_classes(data)) if offsets else []
+    for offset in offsets:
+        index = bisect_left(headers, offset, key=lambda header: header.start)
+        yield headers[index - 1].name if index else ""
 
 
-def _find_headers(source: SourceFile) -> Iterator[tuple[str, _Header]]:
-    for match in _CLASS.finditer(b"\n" + source.data):
-        listed = _TYPE_ARGUMENTS.sub("", (match[2] or b"").decode("utf-8", "replace")).split(",")
-        bases = (base.strip().rpartition(".")[2] for base in listed if "=" not in base)
-        yield match[1].decode("utf-8", "replace"), _Header(source, match.start(1) - 1, tuple(filter(None, bases)))
-
-
-def _add_subclasses(headers: Mapping[str, _Header], names: Iterable[str]) -> list[str]:
-    """Return some classes and those that inherit from them, however indirectly."""
-    found = dict.fromkeys(names)
+def _add_subclasses(classes: Mapping[str, ClassSource], names: Iterable[str]) -> list[str]:
+    """Return classes and those that inherit from them, however indirectly."""
+    family = dict.fromkeys(names)
     size = 0
-    while len(found) > size:
-        size = len(found)
-        found |= {name: None for name, header in headers.items() if not found.keys().isdisjoint(header.bases)}
-    return list(found)
+    while len(family) > size:
+        size = len(family)
+        family |= {name: None for name, source in classes.items() if not family.keys().isdisjoint(source.bases)}
+    return list(family)
 
 
-def _read_class_layouts(
-    sources: Iterable[SourceFile], headers: Mapping[str, _Header], name: str
-) -> Iterator[ExpertLayout | None]:
-    """Yield the layout of a class, nothing where it packs no experts."""
-    names = _compute_mro(headers, name)
-    lineage = [_parse_class(headers[one].source.data, headers[one].offset) for one in names]
-    parsed = [definition for definition in lineage if definition is not None]
-    if not lineage or len(parsed) < len(lineage):
+def _read_class_layouts(source: ModelingSource, name: str) -> Iterator[ExpertLayout | None]:
+    """Yield the layout of a class, nothing if it packs no experts."""
+    mro = source.mro(name)
+    definitions = [definition for ancestor in mro if (definition := _parse_class(ancestor)) is not None]
+    if not mro or len(definitions) < len(mro):
         yield None
         return
-    body = collect_effective_statements(parsed)
-    shapes = read_parameter_shapes(body)
+    body = _collect_effective_statements(definitions)
+    shapes = _read_parameter_shapes(body)
     if _is_experts(shapes):
-        flags = read_flags(parsed)
-        where = f"{headers[name].source.path.name}:{name}"
-        if flags is None or not all(_is_self_contained(sources, headers, one) for one in names):
+        flags = _read_flags(definitions)
+        if flags is None or not all(_is_self_contained(source, ancestor) for ancestor in mro):
             yield None
         else:
-            yield _build_layout(where, shapes, flags, is_concatenated(body, flags, names))
+            concatenated = is_concatenated(body, flags, [ancestor.name for ancestor in mro])
+            yield _build_layout(f"{mro[0].path.name}:{name}", shapes, flags, concatenated)
 
 
-def _is_self_contained(sources: Iterable[SourceFile], headers: Mapping[str, _Header], name: str) -> bool:
-    """Say whether a class is all that its statements say: no base from elsewhere, and nothing set from outside."""
-    foreign = [base for base in headers[name].bases if base not in headers and base not in _PLAIN_BASES]
-    if any(_is_patched(source.data, name.encode()) for source in sources):
+def _is_self_contained(source: ModelingSource, definition: ClassSource) -> bool:
+    """Return whether a class is fully described by its statements: no external base, nothing set from outside."""
+    if any(_is_patched(data, definition.name.encode()) for data in source.files.values()):
         return False
-    return all(_is_module(headers[name].source.data, base.encode()) for base in foreign)
+    external = [base for base in definition.bases if base not in source.classes and base not in _PLAIN_BASES]
+    return all(_is_module_alias(definition.data, base.encode()) for base in external)
 
 
-def _is_module(data: bytes, name: bytes) -> bool:
-    """Say whether a name is the one that a file gives `torch.nn.Module`."""
-    return re.search(rb"^from torch\.nn import [^\n]*\bModule as " + name + rb"\b", data, re.MULTILINE) is not None
+def _is_module_alias(data: bytes, name: bytes) -> bool:
+    """Return whether a file imports `torch.nn.Module` under a name."""
+    pattern = rb"^from torch\.nn import [^\n]*\bModule as " + re.escape(name) + rb"\b"
+    return re.search(pattern, data, re.MULTILINE) is not None
 
 
 def _is_patched(data: bytes, name: bytes) -> bool:
-    """Say whether a file gives a class other attributes than its own statements do: `ToyExperts.forward = …`."""
+    """Return whether a file changes a class from outside: `ToyExperts.forward = …`."""
     if b"setattr(" + name in data or b"\n" + name + b" = " in data:
         return True
     start = data.find(name + b".")
@@ -146,26 +131,17 @@ def _is_patched(data: bytes, name: bytes) -> bool:
     return False
 
 
-def _compute_mro(headers: Mapping[str, _Header], name: str) -> list[str]:
-    """Return a class and its bases in these files, nearest first."""
-    names = [name]
-    for current in names:
-        names += [base for base in headers[current].bases if base not in names] if current in headers else []
-    return [one for one in names if one in headers]
-
-
-def _is_experts(shapes: Shapes) -> bool:
-    """Say whether a class packs experts: three-dimensional parameters, and no gate of its own beside `up_proj`."""
+def _is_experts(shapes: _Shapes) -> bool:
+    """Return whether a class packs experts: three-dimensional parameters, and no gate of its own beside `up_proj`."""
     return "gate_proj" not in shapes and len(shapes.get("gate_up_proj", shapes.get("up_proj", ()))) != 2
 
 
-def _parse_class(data: bytes, offset: int) -> ast.ClassDef | None:
-    """Parse only the class whose first line a place is in: modeling files are long, and most is no experts class."""
-    start = data.rfind(b"\n", 0, offset) + 1
-    following = _TOP_LEVEL.search(data, offset)
-    end = following.start() if following else len(data)
+def _parse_class(source: ClassSource) -> ast.ClassDef | None:
+    """Parse one class alone: modeling files are long and hold few experts classes."""
+    following = _TOP_LEVEL.search(source.data, source.start + 1)
+    end = following.start() if following else len(source.data)
     try:
-        parsed = ast.parse(data[_include_decorators(data, start) : end]).body
+        parsed = ast.parse(source.data[_include_decorators(source.data, source.start) : end]).body
     except (SyntaxError, ValueError):
         return None
     return next((statement for statement in parsed if isinstance(statement, ast.ClassDef)), None)
@@ -180,8 +156,104 @@ def _include_decorators(data: bytes, start: int) -> int:
     return start
 
 
+def _collect_effective_statements(mro: Sequence[ast.ClassDef]) -> list[ast.stmt]:
+    """Return the statements of a class and its bases that take effect, those of the bases first.
+
+    A method that a nearer class overrides is left out, unless the nearer one calls it.
+
+    Args:
+        mro: the class, then its bases in the order in which Python looks attributes up.
+    """
+    names = {definition.name for definition in mro}
+    overridden: set[str] = set()
+    kept: list[list[ast.stmt]] = []
+    for definition in mro:
+        kept.append([node for node in definition.body if not (isinstance(node, _METHODS) and node.name in overridden)])
+        if definition is not mro[-1]:
+            methods = (statement for statement in kept[-1] if isinstance(statement, _METHODS))
+            overridden |= {method.name for method in methods if not _calls_overridden(method, names)}
+    return [statement for statements in reversed(kept) for statement in statements]
+
+
+def _calls_overridden(method: ast.FunctionDef | ast.AsyncFunctionDef, classes: set[str]) -> bool:
+    """Return whether a method calls the one it overrides: `super().forward(…)`, `ToyExperts.forward(self, …)`."""
+    for node in ast.walk(method):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=called)):
+                pass
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=called)) if owner in classes:
+                pass
+            case _:
+                continue
+        if called == method.name:
+            return True
+    return False
+
+
+def _read_parameter_shapes(body: Iterable[ast.stmt]) -> _Shapes:
+    """Return the dims of every parameter: `self.NAME = nn.Parameter(torch.empty(…))` and the like.
+
+    A parameter that is created in another way, or is reassigned later, has no dims.
+    """
+    shapes: _Shapes = {}
+    for statement in _walk_statements(body):
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=value)
+                | ast.AnnAssign(target=ast.Attribute(value=ast.Name(id="self"), attr=name), value=value)
+            ) if _is_parameter(value) or name in shapes:
+                shapes[name] = _read_dims(value) if _is_parameter(value) else ()
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(attr="register_parameter"), args=[ast.Constant(value=str(name)), value]
+                )
+            ) if not (isinstance(value, ast.Constant) and value.value is None):
+                shapes[name] = _read_dims(value)
+    return shapes
+
+
+def _is_parameter(value: ast.expr | None) -> bool:
+    match value:
+        case ast.Call(func=ast.Attribute(attr="Parameter") | ast.Name(id="Parameter")):
+            return True
+    return False
+
+
+def _read_dims(value: ast.expr | None) -> tuple[str, ...]:
+    match value:
+        case ast.Call(args=[ast.Call(args=[ast.Tuple(elts=dims) | ast.List(elts=dims), *_]), *_]):
+            return tuple(map(ast.unparse, dims))
+        case ast.Call(args=[ast.Call(args=dims), *_]):
+            return tuple(map(ast.unparse, dims))
+    return ()
+
+
+def _read_flags(mro: Sequence[ast.ClassDef]) -> dict[str, bool] | None:
+    """Return the flags of the classes' decorators, nearest first; None if a decorator or a flag cannot be read."""
+    flags: dict[str, bool] = {}
+    for definition in reversed(mro):
+        for decorator in definition.decorator_list:
+            function = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if ast.unparse(function).rpartition(".")[2] not in _KNOWN_DECORATORS:
+                return None
+            for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
+                if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
+                    return None
+                if isinstance(keyword.value.value, bool):
+                    flags[keyword.arg] = keyword.value.value
+    return flags
+
+
+def _walk_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield every statement at any depth; `ast.walk` also visits expressions and takes ten times as long."""
+    for statement in body:
+        yield statement
+        for nested in ("body", "orelse", "finalbody"):
+            yield from _walk_statements(getattr(statement, nested, ()))
+
+
 def _build_layout(
-    where: str, shapes: Shapes, flags: Mapping[str, bool], concatenated: bool | None
+    where: str, shapes: _Shapes, flags: Mapping[str, bool], concatenated: bool | None
 ) -> ExpertLayout | None:
     packed = "gate_up_proj" in shapes
     up, down = shapes.get("gate_up_proj" if packed else "up_proj", ()), shapes.get("down_proj", ())
@@ -189,8 +261,8 @@ def _build_layout(
     if len(up) != 3 or len(down) != 3 or shapes.keys() - _PROJECTIONS - biases:
         return None
     factor = "2 * " if packed else ""
-    found = tuple(map(_normalize_factor, up[1:]))
-    regular, transposed = found == (factor + down[2], down[1]), found == (down[2], factor + down[1])
+    dims = tuple(map(_normalize_factor, up[1:]))
+    regular, transposed = dims == (factor + down[2], down[1]), dims == (down[2], factor + down[1])
     if not (regular or transposed) or (packed and concatenated is None):
         return None
     return ExpertLayout(
@@ -203,5 +275,5 @@ def _build_layout(
 
 
 def _normalize_factor(dim: str) -> str:
-    """Write `x * 2` as `2 * x`."""
+    """Return `2 * x` for `x * 2`, and any other dim as it is."""
     return re.sub(r"^(.+) \* 2$", r"2 * \1", dim)

@@ -1,7 +1,7 @@
-"""Modeling source without running it: which attributes its classes assign, and what each assignment constructs.
+"""Modeling source read without running it: a folder's classes, their bases, and where their attributes are assigned.
 
-Modeling files are long and a plan key needs few of their lines: one pass finds where classes and assignments begin,
-and only the statements that a question leads to are parsed.
+Modeling files are long and a plan key needs few of their lines. One pass finds where classes and assignments begin;
+only the statements that a question leads to are parsed.
 """
 
 from __future__ import annotations
@@ -13,63 +13,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
+from codemods.files.headers import decode_name, scan_classes, scan_imports
 from codemods.files.sources import read_source
 
 __all__ = [
     "ELEMENT",
-    "KINDS",
-    "UNKNOWN",
     "ClassSource",
     "ModelingSource",
-    "Node",
-    "NodeKind",
+    "find_parent_models",
     "list_modeling_files",
     "read_modeling",
+    "read_modeling_files",
 ]
 
-NodeKind = Literal["class", "linear", "embedding", "list", "leaf", "parameter", "unknown"]
 ELEMENT = "*"
+"""The attribute name that stands for what a class appends to itself."""
 
-# Lines are looked for by the line end before them, which `re` finds several times faster than `^`.
-_CLASS = re.compile(rb"\nclass (\w+)[ \t]*(?:\(([^)]*)\))?[ \t]*:")
 _ATTRIBUTE = re.compile(
     rb"\n[ \t]+self(?:\.(?P<assigned>\w+)(?:[ \t]*:[^=\n]+)?[ \t]*=(?!=)"
     rb"|(?P<listed>(?:\.\w+)?)\.(?:append|extend)\("
     rb"|\.(?:register_parameter|register_buffer|add_module|register_module)\(\s*f?[\"'](?P<registered>[^\"'{]*)[\"'{])"
 )
-_IMPORT = re.compile(
-    rb"\nfrom \S*(?:\.models\.\S+|modeling_(?!utils|outputs|layers|rope|attn|flash)\w+) import (\([^)]*\)|[^(\n]+)"
-)
-_SIBLING = re.compile(rb"\nfrom \.\.(\w+)\.configuration_")
-KINDS: Mapping[str, NodeKind] = {
-    "Linear": "linear",
-    "Embedding": "embedding",
-    "ModuleList": "list",
-    "ModuleDict": "list",
-    "Sequential": "list",
-}
-
-
-@dataclass(frozen=True)
-class Node:
-    """Something that an attribute can hold.
-
-    Args:
-        kind: `leaf` is a module of torch that is neither Linear nor Embedding.
-        name: of the class, for a class.
-        rank: of a parameter, where its shape shows it.
-        elements: what a list holds.
-    """
-
-    kind: NodeKind
-    name: str = ""
-    rank: int | None = None
-    elements: frozenset[Node] = frozenset()
-
-
-UNKNOWN = Node("unknown")
+_MODEL_MODULE = re.compile(r"(?:^|\.)models\.|modeling_(?!utils|outputs|layers|rope|attn|flash)")
+_CONFIGURATION_MODULE = re.compile(r"(\w+)\.configuration_")
+_UP_TO_MODELS = 2  # dots of an import that lead from a model's file to the folder of all models
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +45,12 @@ class ClassSource:
     """A class, and where the statements begin that give it attributes.
 
     Args:
-        name: of the class.
-        bases: without the modules they come from.
-        path: its file.
+        name: the class's name.
+        bases: the names of its base classes without the modules before them; computed ones as written.
+        path: the class's file.
         data: the file's bytes after a line end, so that every line has one before it.
-        start: where the class begins.
-        end: where it ends, exclusive.
+        start: the offset where the class begins.
+        end: the offset where it ends, exclusive.
     """
 
     name: str
@@ -94,29 +62,39 @@ class ClassSource:
 
     @cached_property
     def attributes(self) -> Mapping[str, Sequence[int]]:
-        """Name to the places of its assignments; `*` for what the class appends to itself."""
-        found: dict[str, list[int]] = defaultdict(list)
+        """From each attribute's name to the offsets of its assignments; under `ELEMENT`, what the class appends."""
+        offsets: dict[str, list[int]] = defaultdict(list)
         for match in _ATTRIBUTE.finditer(self.data, self.start, self.end):
-            found[_parse_attribute(match)].append(match.start() + 1)
-        return dict(found)
+            offsets[_parse_attribute(match)].append(match.start() + 1)
+        return dict(offsets)
 
     def has_attribute(self, name: str) -> bool:
-        """Say whether it has an attribute; where its text does not even mention the name, nothing else is read."""
+        """Return whether the class assigns an attribute; where its text never mentions the name, nothing is scanned."""
         mentioned = name == ELEMENT or self.data.find(name.encode(errors="replace"), self.start, self.end) >= 0
         return mentioned and name in self.attributes
 
 
 @dataclass(frozen=True, eq=False)
 class ModelingSource:
-    """One model folder's modeling files.
+    """The modeling files of one model folder.
 
     Args:
-        classes: by name.
-        imported_names: names imported from other models' modeling files, whose attributes are not read here.
+        files: their bytes, each after a line end.
     """
 
-    classes: Mapping[str, ClassSource]
-    imported_names: frozenset[str]
+    files: Mapping[Path, bytes]
+
+    @cached_property
+    def classes(self) -> Mapping[str, ClassSource]:
+        """The classes by name; of two with one name, the later."""
+        return {one.name: one for path, data in self.files.items() for one in _scan_class_sources(path, data)}
+
+    @cached_property
+    def imported_names(self) -> frozenset[str]:
+        """The names imported from other models' modeling files, whose attributes are not read here."""
+        statements = (statement for data in self.files.values() for statement in scan_imports(data))
+        modules = (statement for statement in statements if _MODEL_MODULE.search(statement.module))
+        return frozenset(bound for statement in modules for _, bound in statement.names)
 
     def mro(self, name: str) -> list[ClassSource]:
         """Return a class and its bases in this folder, nearest first."""
@@ -130,25 +108,32 @@ class ModelingSource:
         """Return the bases of a class that are defined elsewhere."""
         return {base for one in self.mro(name) for base in one.bases if base not in self.classes}
 
-    def get_kind(self, name: str) -> NodeKind:
-        """Return what instances of a class are: a class made from `nn.Linear` is one."""
-        return next((KINDS[base] for base in sorted(self.external_bases(name)) if base in KINDS), "class")
+    def inherits_unread(self, name: str) -> bool:
+        """Return whether a class inherits from another model's class or a computed one, so may have any attribute."""
+        external = self.external_bases(name)
+        return not external.isdisjoint(self.imported_names) or any("(" in base for base in external)
 
 
 def read_modeling(folder: Path) -> ModelingSource:
-    """Read the modeling files of a model folder; of one that has none, those of the models it is made from.
+    """Read the modeling files of a model folder; if it has none, those of the models that it is derived from.
 
     Raises:
         SourceError: a file cannot be read.
     """
-    paths = list_modeling_files(folder) or sorted(_find_parent_files(folder))
-    files = {path: _read_lines(path) for path in paths}
-    classes = {one.name: one for path, data in files.items() for one in _parse_classes(path, data)}
-    return ModelingSource(classes, frozenset(name for data in files.values() for name in _find_imported_names(data)))
+    return read_modeling_files(list_modeling_files(folder) or sorted(_find_parent_files(folder)))
+
+
+def read_modeling_files(paths: Sequence[Path]) -> ModelingSource:
+    """Read modeling files as those of one model.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    return ModelingSource({path: _read_lines(path) for path in paths})
 
 
 def list_modeling_files(folder: Path) -> list[Path]:
-    """Return the modeling files that lie in a folder, sorted; of a folder that cannot be listed none."""
+    """Return the modeling files in a folder, sorted; none if the folder cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.name.startswith("modeling_"))
@@ -157,39 +142,35 @@ def list_modeling_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if name.endswith(".py")]
 
 
+def find_parent_models(lines: bytes) -> Iterator[str]:
+    """Yield the models whose configuration a modular file imports.
+
+    Args:
+        lines: the file's text after a line end.
+    """
+    for statement in scan_imports(lines):
+        if statement.level == _UP_TO_MODELS and (parent := _CONFIGURATION_MODULE.match(statement.module)):
+            yield parent[1]
+
+
 def _read_lines(path: Path) -> bytes:
     return b"\n" + read_source(path).data
 
 
-def _find_imported_names(data: bytes) -> Iterator[str]:
-    for match in _IMPORT.finditer(data):
-        yield from (_decode(name.strip().rpartition(b" ")[2]) for name in match[1].strip(b"()").split(b","))
-
-
 def _find_parent_files(folder: Path) -> Iterator[Path]:
-    """Yield the modeling files of the models that a folder with a configuration alone imports its classes from."""
     for modular in folder.glob("modular_*.py"):
-        for match in _SIBLING.finditer(_read_lines(modular)):
-            yield from list_modeling_files(folder.parent / _decode(match[1]))
+        for parent in find_parent_models(_read_lines(modular)):
+            yield from list_modeling_files(folder.parent / parent)
 
 
-def _parse_classes(path: Path, data: bytes) -> Iterator[ClassSource]:
-    headers = list(_CLASS.finditer(data))
-    starts = [header.start() + 1 for header in headers]
+def _scan_class_sources(path: Path, data: bytes) -> Iterator[ClassSource]:
+    headers = list(scan_classes(data))
+    starts = [header.start + 1 for header in headers]
     for header, start, end in zip(headers, starts, [*starts[1:], len(data)], strict=False):
-        yield ClassSource(_decode(header[1]), _parse_bases(header), path, data, start, end)
-
-
-def _parse_bases(header: re.Match[bytes]) -> tuple[str, ...]:
-    listed = (base.strip() for base in (header[2] or b"").split(b",") if b"=" not in base)
-    return tuple(_decode(base.rpartition(b".")[2]) for base in listed if base)
+        bases = (base if "(" in base else base.rpartition(".")[2] for base in header.bases)
+        yield ClassSource(header.name, tuple(bases), path, data, start, end)
 
 
 def _parse_attribute(match: re.Match[bytes]) -> str:
     name = match["assigned"] or match["registered"] or (match["listed"] or b"").removeprefix(b".")
-    return _decode(name) or ELEMENT
-
-
-def _decode(name: bytes) -> str:
-    """Read a name; in a file that is no text it is only never found."""
-    return name.decode("utf-8", "replace")
+    return decode_name(name) or ELEMENT
