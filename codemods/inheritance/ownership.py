@@ -1,8 +1,8 @@
 """Ownership: which file a person edits to change a plan, and which files are written from it.
 
-Every plan literal is hand-written, owned by a modular file, inherited (a modular file's class does not name it) or a
-copy in a generated file. A copy's owner is found by following the modular file's class, then its bases, from file to
-file: a base imported from another model's configuration file leads on through that file's own modular file.
+Every plan literal is hand-written, owned by a modular file, inherited (the modular file's class does not name it) or a
+copy in a generated file. The owner of a copy is found by following the modular file's class, then its bases, from file
+to file: a base imported from another model's configuration file leads on through that file's own modular file.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ from functools import cached_property
 from pathlib import Path
 
 from codemods.files.sources import SourceFile, read_source
-from codemods.inheritance.imports import (
-    find_local_class,
-    find_module_file,
-    is_from_package,
-    resolve_alias,
-    resolve_imported_name,
-)
-from codemods.inheritance.subclasses import index_importers, index_subclasses
+from codemods.inheritance.class_graph import ClassGraph, ClassKey, index_importers, index_subclasses, resolve_import
 from codemods.reading.module import ClassPlans, Module, Opaque, PlanLiteral
 from codemods.reading.parse import read_module
 from codemods.reading.skim import skim
 
 __all__ = ["MissingOwner", "PlanLocation", "Tree"]
 
+_MODELS = "models"
+"""The package of all models, `transformers.models`: absolute imports from below it stay in the tree."""
+
+_UP_TO_MODELS = 2
+"""The dots of an import that lead from a model's file to the folder of all models."""
+
 
 @dataclass(frozen=True)
 class PlanLocation:
-    """Where plan entries are written down.
+    """Where plan entries are written.
 
     Args:
         path: the file.
-        class_name: the class, empty outside of classes.
-        attribute: the plan they go into.
-        code: which of the class's literals in code it is, None for what the class body assigns.
+        class_name: the qualified name of the class, empty outside of classes.
+        attribute: the plan that the entries belong to.
+        code: the index among the class's literals in code, None for what the class body assigns.
     """
 
     path: Path
@@ -49,12 +48,12 @@ class PlanLocation:
 
 @dataclass(frozen=True)
 class MissingOwner:
-    """An owner that could not be found.
+    """An owner that cannot be found.
 
     Args:
-        code: the finding's.
-        reason: in words.
-        lacks_modular: whether there is no modular file any more; else the plan may be a copy of an owner that will change.
+        code: the finding's code.
+        reason: why, in words.
+        lacks_modular: whether the modular file is gone; otherwise the plan may be a copy of an owner that will change.
     """
 
     code: str
@@ -63,11 +62,11 @@ class MissingOwner:
 
 
 @dataclass
-class Tree:
-    """Reads each file at most once and answers who owns a plan.
+class Tree(ClassGraph):
+    """The files of a source tree, each read at most once, and who owns their plans.
 
     Args:
-        skims: whether plain plans may be read without a parser, which says nothing of the rest of their file.
+        skims: whether plain plans may be read without a parser, which leaves the rest of their file unchecked.
     """
 
     skims: bool = False
@@ -78,21 +77,21 @@ class Tree:
         """Return a file, read once.
 
         Raises:
-            SourceError: it cannot be read.
+            SourceError: the file cannot be read.
         """
         if path not in self._sources:
             self._sources[path] = read_source(path)
         return self._sources[path]
 
     def add(self, source: SourceFile) -> None:
-        """Take a file that was read already."""
+        """Add a file that has already been read."""
         self._sources[source.path] = source
 
     def module(self, path: Path) -> Module:
-        """Return what a file says of plans, parsed once.
+        """Return what a file says about plans, read once.
 
         Raises:
-            SourceError: it cannot be read, or does not parse.
+            SourceError: the file cannot be read or parsed.
         """
         if path not in self._modules:
             source = self.source(path)
@@ -102,89 +101,94 @@ class Tree:
 
     @property
     def modules(self) -> Mapping[Path, Module]:
-        """What the files that were looked into say of plans."""
+        """What the files read so far say about plans."""
         return self._modules
 
     @cached_property
-    def modular_subclasses(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
-        """The classes of the modular files that were taken, by the names that may give them plans."""
-        return index_subclasses(self._iterate_sources("modular_"), self._modules)
+    def modular_subclasses(self) -> Mapping[str, Sequence[ClassKey]]:
+        """The classes of the added modular files, by the names of the classes that may give them plans."""
+        return index_subclasses(self._iter_sources("modular_"))
 
     @cached_property
-    def configuration_subclasses(self) -> Mapping[str, Sequence[tuple[Path, str]]]:
-        """The classes of the configuration files that were taken, by the names that may give them plans."""
-        return index_subclasses(self._iterate_sources("configuration_"), self._modules)
+    def configuration_subclasses(self) -> Mapping[str, Sequence[ClassKey]]:
+        """The classes of the added configuration files, by the names of the classes that may give them plans."""
+        return index_subclasses(self._iter_sources("configuration_"))
 
     @cached_property
     def importers(self) -> Mapping[str, Sequence[Path]]:
-        """The configuration files that mention plans, by the model folders they import from."""
-        return index_importers(self._iterate_sources("configuration_"))
+        """The added configuration files that mention plans, by the model folders they import from."""
+        return index_importers(self._iter_sources("configuration_"))
 
-    def _iterate_sources(self, prefix: str) -> Iterator[SourceFile]:
+    def _iter_sources(self, prefix: str) -> Iterator[SourceFile]:
         return (source for source in self._sources.values() if source.path.name.startswith(prefix))
 
     def parse(self, path: Path) -> Module:
-        """Return what a parser makes of a file, which leaves nothing of it unread.
+        """Return what a parser, which checks the whole file, reads about plans.
 
         Raises:
-            SourceError: it does not parse.
+            SourceError: the file cannot be read or parsed.
         """
         return read_module(self.source(path))
 
     def plan(self, location: PlanLocation) -> PlanLiteral | Opaque:
-        """Return what is written down at a place; a class that writes nothing there counts as opaque."""
-        found = self.get_class(location)
+        """Return what is written at a location; a class that writes nothing there counts as opaque."""
+        owner = self.get_class(location)
         if location.code is not None:
-            return found.code_literals[location.code]
-        return found.plans.get(location.attribute) or Opaque(
+            return owner.code_literals[location.code]
+        return owner.plans.get(location.attribute) or Opaque(
             location.class_name, location.attribute, self._find_class_line(location)
         )
 
     def literal(self, location: PlanLocation) -> PlanLiteral:
-        """Return the entries written down at a place that was found to have some."""
+        """Return the entries at a location that is known to hold some."""
         plan = self.plan(location)
         assert isinstance(plan, PlanLiteral)
         return plan
 
     def get_class(self, location: PlanLocation) -> ClassPlans:
-        """Return the class of a place, which its file has."""
+        """Return the class of a location; its file must have it."""
         return self.module(location.path).classes[location.class_name]
 
     def find_owner(self, location: PlanLocation) -> PlanLocation | MissingOwner:
-        """Return the place a person edits to change the plan at `location`."""
+        """Return the location that a person edits to change the plan at `location`."""
         return self._search_owner(location, self.plan(location), frozenset())
 
     def find_origin(self, location: PlanLocation) -> PlanLocation | MissingOwner:
-        """Return the place that gives a class a plan which the class may not write itself."""
+        """Return the location that gives a class its plan, which the class need not write itself."""
         assert location.code is None
         return self._search_owner(location, None, frozenset())
 
     def has_plan(self, location: PlanLocation) -> bool:
-        """Say whether a class has a plan as Python looks it up, wherever its file comes from."""
-        holder = self.find_definition(location)
-        return holder is not None and isinstance(self.plan(holder), PlanLiteral)
+        """Return whether a class has a plan when Python looks it up, whatever its file is generated from."""
+        definition = self.find_definition(location)
+        return definition is not None and isinstance(self.plan(definition), PlanLiteral)
 
     def find_definition(self, location: PlanLocation) -> PlanLocation | None:
-        """Return where the plan of a class stands as Python looks it up, None where no class has it."""
-        lineage = self.mro(location)
-        return next((one for one in lineage if one.attribute in self.get_class(one).plans), None)
+        """Return where Python finds the plan of a class, None if no class has it."""
+        for path, owner in self.mro(location.path, location.class_name):
+            if location.attribute in owner.plans:
+                return replace(location, path=path, class_name=owner.name)
+        return None
 
-    def mro(self, location: PlanLocation, seen: frozenset[PlanLocation] = frozenset()) -> Iterator[PlanLocation]:
-        """Yield a class and its bases among the models, nearest first, each as a place of the same plan."""
-        if location in seen:
-            return
-        seen |= {location}
-        if location.class_name not in self.module(location.path).classes:
-            elsewhere = self._resolve_import(location, location.class_name)
-            yield from self.mro(elsewhere, seen) if elsewhere else ()
-            return
-        yield location
-        for base in self.get_class(location).bases:
-            if parent := self.resolve_name(location, base):
-                yield from self.mro(parent, seen)
+    def follow_import(self, path: Path, name: str) -> Iterator[ClassKey]:
+        """Yield the class that a file imports under a dotted name; none for anything outside of the models."""
+        for target in resolve_import(self.module(path), name):
+            file = _find_module_file(path, target.level, target.module)
+            if file is not None:
+                yield file, target.name
+                return
+            if _is_from_package(target.level, target.module):
+                yield from self._find_re_export(target.name)
+                return
+
+    def _find_re_export(self, name: str) -> Iterator[ClassKey]:
+        """Yield the only configuration class of a name; the package above the models re-exports them all."""
+        named = [key for key in self.configuration_subclasses.get(name, ()) if key[1] == name]
+        if len(named) == 1:
+            yield named[0]
 
     def _find_class_line(self, location: PlanLocation) -> int:
-        """Return the line of a class, 1 where its header is written in an unusual way."""
+        """Return the line of a class, 1 if its header is written in an unusual way."""
         name = location.class_name.rpartition(".")[2].encode()
         header = re.search(rb"^[ \t]*class[ \t]+" + name + rb"\b", self.source(location.path).body, re.MULTILINE)
         return bisect_right(self.source(location.path).line_offsets, header.start()) if header else 1
@@ -192,6 +196,7 @@ class Tree:
     def _search_owner(
         self, location: PlanLocation, wanted: PlanLiteral | Opaque | None, seen: frozenset[PlanLocation]
     ) -> PlanLocation | MissingOwner:
+        """Search a class, then its bases; unlike `mro`, a generated file leads to its modular file."""
         if location in seen:
             return MissingOwner("MIG303", f"{location.class_name} inherits its {location.attribute} from itself")
         seen |= {location}
@@ -201,65 +206,65 @@ class Tree:
             if not modular.is_file():
                 return MissingOwner("MIG302", f"{generated_from} does not exist", lacks_modular=True)
             return self._search_owner(replace(location, path=modular), wanted, seen)
-        found = self.module(location.path).classes.get(location.class_name)
-        if found is None:
-            elsewhere = self._resolve_import(location, location.class_name)
-            if elsewhere is not None:
-                return self._search_owner(elsewhere, wanted, seen)
+        owner = self.module(location.path).classes.get(location.class_name)
+        if owner is None:
+            for path, name in self.follow_import(location.path, location.class_name):
+                return self._search_owner(replace(location, path=path, class_name=name), wanted, seen)
             return MissingOwner("MIG302", f"{location.path.name} has no class {location.class_name}")
-        return self._find_in_class(location, found, wanted) or self._find_in_bases(location, found, wanted, seen)
+        return _find_in_class(location, owner, wanted) or self._search_bases(location, owner, wanted, seen)
 
-    def _find_in_class(
-        self, location: PlanLocation, owner: ClassPlans, wanted: PlanLiteral | Opaque | None
-    ) -> PlanLocation | None:
-        """Return where a class writes a plan itself: the attribute, or in code a literal with the same entries."""
-        if location.code is None:
-            return location if location.attribute in owner.plans else None
-        assert isinstance(wanted, PlanLiteral)
-        for index, literal in enumerate(owner.code_literals):
-            if literal.equals(wanted):
-                return replace(location, code=index)
-        return None
-
-    def _find_in_bases(
+    def _search_bases(
         self,
         location: PlanLocation,
         owner: ClassPlans,
         wanted: PlanLiteral | Opaque | None,
         seen: frozenset[PlanLocation],
     ) -> PlanLocation | MissingOwner:
-        lost: MissingOwner | None = None
+        missing: MissingOwner | None = None
         for base in owner.bases:
-            parent = self.resolve_name(location, base)
-            if parent is None:
-                continue
-            result = self._search_owner(parent, wanted, seen)
-            if isinstance(result, PlanLocation) or result.code == "MIG303":
-                return result
-            lost = lost or result
-        return lost or MissingOwner(
+            for path, name in self.resolve(location.path, location.class_name, base):
+                result = self._search_owner(replace(location, path=path, class_name=name), wanted, seen)
+                if isinstance(result, PlanLocation) or result.code == "MIG303":
+                    return result
+                missing = missing or result
+        return missing or MissingOwner(
             "MIG302", f"no base of {location.class_name} in {location.path.name} assigns {location.attribute}"
         )
 
-    def resolve_name(self, location: PlanLocation, name: str) -> PlanLocation | None:
-        """Return what a name in a class stands for, a base for instance, None for anything outside the models."""
-        local = find_local_class(self.module(location.path), location.class_name, name)
-        if local:
-            return replace(location, class_name=local)
-        other = resolve_alias(self.source(location.path), name)
-        return self.resolve_name(location, other) if other else self._resolve_import(location, name)
 
-    def _resolve_import(self, location: PlanLocation, name: str) -> PlanLocation | None:
-        """Return where an import brings a class from, None for anything outside the models."""
-        for meant in resolve_imported_name(self.module(location.path), name):
-            path = find_module_file(location.path, meant.level, meant.module)
-            if path is not None:
-                return replace(location, path=path, class_name=meant.class_name)
-            if is_from_package(meant):
-                return self._resolve_re_export(location, meant.class_name)
+def _find_in_class(
+    location: PlanLocation, owner: ClassPlans, wanted: PlanLiteral | Opaque | None
+) -> PlanLocation | None:
+    """Return where a class writes a plan itself: its attribute, or a literal in code with the same entries."""
+    if location.code is None:
+        return location if location.attribute in owner.plans else None
+    assert isinstance(wanted, PlanLiteral)
+    for index, literal in enumerate(owner.code_literals):
+        if literal.equals(wanted):
+            return replace(location, code=index)
+    return None
+
+
+def _is_from_package(level: int, module: str) -> bool:
+    """Return whether an import is from the package that holds all models: `from transformers import ToyConfig`."""
+    return level > _UP_TO_MODELS and not module if level else "." not in module
+
+
+def _find_module_file(path: Path, level: int, module: str) -> Path | None:
+    """Return the file of a module that a model's file imports, None for one of the library around the models."""
+    parts = tuple(module.split(".")) if module else ()
+    if level:
+        bases = path.parents[level - 1 : level]
+        bases = [base for base in bases if level <= _UP_TO_MODELS or _MODELS in base.parts + parts]
+        return next((_find_existing_file(base.joinpath(*parts)) for base in bases), None)
+    if _MODELS in parts:
+        return _find_existing_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
+    return None
+
+
+def _find_existing_file(module: Path) -> Path | None:
+    """Return the file of a module, or the configuration file of a model package, which re-exports it."""
+    if not module.name:
         return None
-
-    def _resolve_re_export(self, location: PlanLocation, name: str) -> PlanLocation | None:
-        """Return the one configuration class of a name; the package above the models re-exports them all."""
-        found = [path for path, heir in self.configuration_subclasses.get(name, ()) if heir == name]
-        return replace(location, path=found[0], class_name=name) if len(found) == 1 else None
+    candidates = (module.with_suffix(".py"), module / f"configuration_{module.name}.py")
+    return next((path for path in candidates if path.is_file()), None)

@@ -1,4 +1,4 @@
-"""Who uses a plan: the classes that write it, and those in other files that inherit it or take it in from there."""
+"""Relations between plans: the models that use one, copies that should exist, and copies whose owner is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from codemods.files.headers import scan_imports
 from codemods.files.sources import add_error_once
+from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.models.modeling import list_modeling_files
 from codemods.reading.module import PlanLiteral
@@ -20,70 +22,74 @@ __all__ = ["Consumer", "can_derive_from", "find_consumers", "find_missing_copies
 Consumer = tuple[Path, str]
 """A model folder, and the class with the plan."""
 
+_WORD = re.compile(rb"\w+")
+_PREFIX = re.compile(r"^(?:configuration|modular|modeling)_")
+
 
 def find_consumers(tree: Tree, locations: Iterable[PlanLocation]) -> tuple[Consumer, ...]:
-    """Return the models that use a plan, those of its places first.
+    """Return the models that use a plan, those at its locations first.
 
-    A class that only inherits counts where a modeling file lies beside it: without one its model is its parent's.
+    A class that only inherits the plan counts if it has a modeling file beside it; without one, its parent's model is
+    used.
 
     Args:
-        tree: has the configuration files to look at.
+        tree: the tree, with its configuration files added.
         locations: where the plan is written.
 
     Raises:
-        SourceError: a file that may use it does not parse.
+        SourceError: a file that may use the plan cannot be parsed.
     """
     locations = tuple(locations)
-    others = {(place.path, place.class_name): place for place in _find_importers(tree, locations)}
-    waiting = [*locations, *others.values()]
+    consumers = {(importer.path, importer.class_name): importer for importer in _find_importers(tree, locations)}
+    waiting = [*locations, *consumers.values()]
     while waiting:
         parent = waiting.pop()
         for path, name in _find_subclasses(tree, parent.class_name.rpartition(".")[2]):
-            heir = replace(parent, path=path, class_name=name)
-            if (path, name) not in others and heir not in locations and _inherits_plan(tree, heir, parent):
-                others[path, name] = heir
-                waiting.append(heir)
-    inheriting = [place for place in others.values() if list_modeling_files(place.path.parent)]
-    return tuple(dict.fromkeys((place.path.parent, place.class_name) for place in (*locations, *inheriting)))
+            subclass = replace(parent, path=path, class_name=name)
+            if (path, name) in consumers or subclass in locations or not _inherits_plan(tree, subclass, parent):
+                continue
+            consumers[path, name] = subclass
+            waiting.append(subclass)
+    others = [consumer for consumer in consumers.values() if list_modeling_files(consumer.path.parent)]
+    return tuple(dict.fromkeys((location.path.parent, location.class_name) for location in (*locations, *others)))
 
 
-def _find_subclasses(tree: Tree, base: str) -> Iterator[tuple[Path, str]]:
-    """Yield the classes that inherit from one of a name; each class is also listed once under its own."""
+def _find_subclasses(tree: Tree, base: str) -> Iterator[ClassKey]:
+    """Yield the classes that inherit from one of a name; the index lists each class once under its own name too."""
     listed = tree.configuration_subclasses.get(base, ())
-    return (heir for heir in dict.fromkeys(listed) if heir[1] != base or listed.count(heir) > 1)
+    return (key for key in dict.fromkeys(listed) if key[1] != base or listed.count(key) > 1)
 
 
 def _inherits_plan(tree: Tree, subclass: PlanLocation, parent: PlanLocation) -> bool:
-    """Say whether a class has a plan from another: the plan itself, or the code that makes it."""
+    """Return whether a class has a plan from another one: the plan itself, or the code that builds it."""
     if subclass.class_name not in tree.module(subclass.path).classes:
         return False
     if parent.code is not None:
-        return parent in tree.mro(subclass)
-    holder, owner = tree.find_definition(subclass), tree.find_definition(parent)
-    return holder is not None and holder == owner
+        ancestors = tree.mro(subclass.path, subclass.class_name)
+        return any((path, owner.name) == (parent.path, parent.class_name) for path, owner in ancestors)
+    definition = tree.find_definition(subclass)
+    return definition is not None and definition == tree.find_definition(parent)
 
 
 def _find_importers(tree: Tree, locations: Iterable[PlanLocation]) -> Iterator[PlanLocation]:
-    """Yield the classes of other files that make their plan of this one, or of a constant of its file."""
-    for place in locations:
-        for path in tree.importers.get(place.path.parent.name, ()):
-            for name, owner in tree.module(path).classes.items() if path != place.path else ():
-                taker = PlanLocation(path, name, place.attribute)
-                if any(_refers_to(tree, taker, taken.text, place) for taken in owner.references):
-                    yield taker
+    """Yield the classes of other files that build their plan from this one, or from a constant of its file."""
+    for location in locations:
+        for path in tree.importers.get(location.path.parent.name, ()):
+            for name, owner in tree.module(path).classes.items() if path != location.path else ():
+                importer = PlanLocation(path, name, location.attribute)
+                if any(_refers_to(tree, importer, reference.text, location) for reference in owner.references):
+                    yield importer
 
 
 def _refers_to(tree: Tree, importer: PlanLocation, text: str, location: PlanLocation) -> bool:
-    """Say whether an expression in a class is a plan, `ToyConfig.base_model_tp_plan`, or a constant of its file."""
-    name, _, attribute = text.rpartition(".")
-    meant = tree.resolve_name(importer, name if attribute == location.attribute else text)
-    if meant is None or meant.path != location.path:
-        return False
-    return meant.class_name == location.class_name or meant.class_name not in tree.module(location.path).classes
-
-
-_Class = tuple[Path, str]
-"""A class of a modular file."""
+    """Return whether an expression in a class is a plan, `ToyConfig.base_model_tp_plan`, or a constant of its file."""
+    prefix, _, attribute = text.rpartition(".")
+    name = prefix if attribute == location.attribute else text
+    classes = tree.module(location.path).classes
+    return any(
+        path == location.path and (target == location.class_name or target not in classes)
+        for path, target in tree.resolve(importer.path, importer.class_name, name)
+    )
 
 
 def find_missing_copies(
@@ -92,17 +98,17 @@ def find_missing_copies(
     """Yield each plan that a class of a generated file should have and lacks: its owner, and where it should be.
 
     Args:
-        tree: has the modular files to look at.
-        locations: the plans that were found; what else a generated class assigns counts as lacking.
-        errors: takes those of files on the way that cannot be read.
+        tree: the tree, with its modular files added.
+        locations: the plans found; anything else that a generated class assigns to a plan counts as lacking.
+        errors: collects the errors of files that cannot be read on the way.
     """
     written: dict[str, set[str]] = defaultdict(set)
     known: set[tuple[Path, str, str]] = set()
-    for place in locations:
-        if place.code is None:
-            written[place.class_name].add(place.attribute)
-            if tree.source(place.path).generated_from is not None:
-                known.add((place.path.parent, place.class_name, place.attribute))
+    for location in locations:
+        if location.code is None:
+            written[location.class_name].add(location.attribute)
+            if tree.source(location.path).generated_from is not None:
+                known.add((location.path.parent, location.class_name, location.attribute))
     for (path, name), attributes in _compute_expected_plans(tree.modular_subclasses, written).items():
         for attribute in sorted(attributes):
             if (path.parent, name, attribute) not in known:
@@ -113,22 +119,22 @@ def find_missing_copies(
 
 
 def _compute_expected_plans(
-    subclasses: Mapping[str, Sequence[_Class]], written: Mapping[str, set[str]]
-) -> dict[_Class, set[str]]:
-    """Return the plans that each class of a modular file may have: by name, its own and those of its bases."""
-    expected: dict[_Class, set[str]] = defaultdict(set)
+    subclasses: Mapping[str, Sequence[ClassKey]], written: Mapping[str, set[str]]
+) -> dict[ClassKey, set[str]]:
+    """Return the plans that each class of a modular file may have, going by names: its own and those of its bases."""
+    expected: dict[ClassKey, set[str]] = defaultdict(set)
     waiting = [(name, frozenset(attributes)) for name, attributes in written.items()]
     while waiting:
         name, attributes = waiting.pop()
-        for heir in subclasses.get(name, ()):
-            if new := attributes - expected[heir]:
-                expected[heir] |= new
-                waiting.append((heir[1], new))
+        for subclass in subclasses.get(name, ()):
+            if new := attributes - expected[subclass]:
+                expected[subclass] |= new
+                waiting.append((subclass[1], new))
     return expected
 
 
 def _find_missing(tree: Tree, location: PlanLocation) -> Iterator[tuple[PlanLocation, PlanLocation]]:
-    """Yield the plan of a modular file's class if it has one and its generated class has none."""
+    """Yield a plan of a modular file's class, if it has one, for each generated class that lacks it."""
     owner = tree.find_origin(location)
     if not isinstance(owner, PlanLocation) or not isinstance(tree.plan(owner), PlanLiteral):
         return
@@ -139,44 +145,39 @@ def _find_missing(tree: Tree, location: PlanLocation) -> Iterator[tuple[PlanLoca
 
 
 def _lacks_plan(tree: Tree, location: PlanLocation) -> bool:
-    """Say whether a class is in a file without having a plan, or writes another one than those that were found."""
-    found = tree.module(location.path).classes.get(location.class_name)
-    return found is not None and (location.attribute in found.plans or not tree.has_plan(location))
-
-
-_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+([\w. \t]+)", re.MULTILINE)
-_WORD = re.compile(rb"\w+")
-_PREFIX = re.compile(r"^(?:configuration|modular|modeling)_")
+    """Return whether a class exists and either has no plan or writes one that is not among those found."""
+    owner = tree.module(location.path).classes.get(location.class_name)
+    return owner is not None and (location.attribute in owner.plans or not tree.has_plan(location))
 
 
 def can_derive_from(tree: Tree, copy: PlanLocation, owner: PlanLocation) -> bool:
-    """Say whether the modular file of a copy names a plan's class, its model, or a class or model that inherits it.
+    """Return whether a copy's modular file names an owner's class or model, or a class or model that inherits it.
 
     Args:
-        tree: reads files.
-        copy: a plan in a generated file, the way from which to its owner is lost.
-        owner: a plan that says the same.
+        tree: the tree.
+        copy: a plan in a generated file whose owner cannot be found.
+        owner: a plan with the same entries.
     """
     generated_from = tree.source(copy.path).generated_from
     if generated_from is None:
         return False
-    data = tree.source(copy.path.with_name(generated_from)).data
-    classes = {(owner.path, owner.class_name.rpartition(".")[2])}
-    waiting = list(classes)
+    family = {(owner.path, owner.class_name.rpartition(".")[2])}
+    waiting = list(family)
     while waiting:
         _, parent = waiting.pop()
-        new = {
-            heir
-            for by_name in (tree.modular_subclasses, tree.configuration_subclasses)
-            for heir in by_name.get(parent, ())
-        } - classes
-        classes |= new
-        waiting += new
-    others = {(path.parent, name) for path, name in classes if path.parent != copy.path.parent}
-    words = {word.decode("utf-8", "replace") for word in _WORD.findall(data)}
-    modules = {
-        _PREFIX.sub("", word.decode("utf-8", "replace"))
-        for line in _IMPORT.findall(data)
-        for word in _WORD.findall(line)
+        subclasses = {
+            *tree.modular_subclasses.get(parent, ()),
+            *tree.configuration_subclasses.get(parent, ()),
+        } - family
+        family |= subclasses
+        waiting += subclasses
+    lines = b"\n" + tree.source(copy.path.with_name(generated_from)).data
+    words = {word.decode("utf-8", "replace") for word in _WORD.findall(lines)}
+    models = {
+        _PREFIX.sub("", part)
+        for statement in scan_imports(lines)
+        for module in statement.modules
+        for part in module.split(".")
     }
-    return any(name in words or folder.name in modules for folder, name in others)
+    others = [(path.parent, name) for path, name in family if path.parent != copy.path.parent]
+    return any(name in words or folder.name in models for folder, name in others)

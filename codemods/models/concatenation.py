@@ -135,17 +135,22 @@ class _WeightTracker:
     def _follow_parts(self, node: ast.AST, names: _Bindings) -> None:
         """Follow a statement's expressions and blocks; names that a block binds keep their value after it."""
         for _, value in ast.iter_fields(node):
-            parts = value if isinstance(value, list) else [value]
-            inside = dict(names)
-            for part in parts:
-                if isinstance(part, ast.stmt):
-                    self.follow_statement(part, inside)
-                elif isinstance(part, ast.expr):
-                    self._note_escape(self._classify(part, names))
-                elif isinstance(part, ast.AST):
-                    self._follow_parts(part, names)
-            for name, kind in inside.items():
-                self.unclear |= names.setdefault(name, kind) != kind
+            if isinstance(value, list):
+                inside = dict(names)
+                for part in value:
+                    self._follow_part(part, names, inside)
+                for name, kind in inside.items():
+                    self.unclear |= names.setdefault(name, kind) != kind
+            else:
+                self._follow_part(value, names, names)
+
+    def _follow_part(self, part: object, names: _Bindings, inside: _Bindings) -> None:
+        if isinstance(part, ast.expr):
+            self._note_escape(self._classify(part, names))
+        elif isinstance(part, ast.stmt):
+            self.follow_statement(part, inside)
+        elif isinstance(part, ast.AST):
+            self._follow_parts(part, names)
 
     def _note_escape(self, kind: _ValueKind | None) -> None:
         """Record a use that is not followed any further."""

@@ -7,7 +7,6 @@ methods. Only the statements on that way are parsed.
 from __future__ import annotations
 
 import ast
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
-from codemods.models.modeling import ELEMENT, ClassSource, ModelingSource, read_modeling
+from codemods.models.modeling import ELEMENT, ClassSource, ModelingSource, load_modeling
 from plans.model_facts import KeyTarget, TargetKind
 
 __all__ = ["Model", "describe"]
@@ -72,7 +71,7 @@ class Model:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._source = read_modeling(folder)
+        self._source = load_modeling(folder)
         self._attributes = _AttributeResolver(self._source)
         self.find_nodes = cache(self._walk_key)
 
@@ -169,18 +168,11 @@ def describe(folder: Path, key: str, class_name: str = "") -> KeyTarget | None:
         key: the plan key.
         class_name: the class that has the plan.
     """
-    return _load_model(folder).describe(key, class_name)
-
-
-def _load_model(folder: Path) -> Model:
-    """Return a folder's model, which is read again only when its modeling files have changed."""
-    with os.scandir(folder) as entries:
-        stats = [entry.stat() for entry in entries if entry.name.startswith("modeling_")]
-    return _load_model_state(folder, tuple(sorted((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)))
+    return _load_model(folder, load_modeling(folder)).describe(key, class_name)
 
 
 @lru_cache(maxsize=1024)
-def _load_model_state(folder: Path, _state: tuple[tuple[int, int, int], ...]) -> Model:
+def _load_model(folder: Path, _source: ModelingSource) -> Model:
     return Model(folder)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from codemods.files.headers import scan_classes
 from codemods.models.concatenation import is_concatenated
-from codemods.models.modeling import ClassSource, ModelingSource, list_modeling_files, read_modeling_files
+from codemods.models.modeling import ClassSource, ModelingSource, list_modeling_files, load_modeling
 from plans.model_facts import ExpertLayout, KeyTarget
 
 __all__ = ["find_layout", "read_layouts"]
@@ -58,7 +58,9 @@ def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
     Raises:
         SourceError: a modeling file cannot be read.
     """
-    source = read_modeling_files(list_modeling_files(folder))
+    if not list_modeling_files(folder):
+        return ()
+    source = load_modeling(folder)
     packing = dict.fromkeys(name for data in source.files.values() for name in _find_packing_classes(data))
     names = _add_subclasses(source.classes, packing) if packing else ()
     return tuple(layout for name in names for layout in _read_class_layouts(source, name))

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from codemods.files.headers import decode_name, scan_classes, scan_imports
@@ -23,8 +23,7 @@ __all__ = [
     "ModelingSource",
     "find_parent_models",
     "list_modeling_files",
-    "read_modeling",
-    "read_modeling_files",
+    "load_modeling",
 ]
 
 ELEMENT = "*"
@@ -114,22 +113,29 @@ class ModelingSource:
         return not external.isdisjoint(self.imported_names) or any("(" in base for base in external)
 
 
-def read_modeling(folder: Path) -> ModelingSource:
-    """Read the modeling files of a model folder; if it has none, those of the models that it is derived from.
+def load_modeling(folder: Path) -> ModelingSource:
+    """Return the modeling files of a model folder, or of the models that it is derived from if it has none.
+
+    They are read again only when the files or their states have changed.
 
     Raises:
         SourceError: a file cannot be read.
     """
-    return read_modeling_files(list_modeling_files(folder) or sorted(_find_parent_files(folder)))
+    paths = tuple(list_modeling_files(folder) or sorted(_find_parent_files(folder)))
+    return _load_state(paths, tuple(map(_stat, paths)))
 
 
-def read_modeling_files(paths: Sequence[Path]) -> ModelingSource:
-    """Read modeling files as those of one model.
-
-    Raises:
-        SourceError: a file cannot be read.
-    """
+@lru_cache(maxsize=1024)
+def _load_state(paths: tuple[Path, ...], _states: tuple[tuple[int, int, int], ...]) -> ModelingSource:
     return ModelingSource({path: _read_lines(path) for path in paths})
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
+    try:
+        state = path.stat()
+    except OSError:  # reading the file says what is wrong
+        return 0, 0, 0
+    return state.st_ino, state.st_mtime_ns, state.st_size
 
 
 def list_modeling_files(folder: Path) -> list[Path]:
