@@ -1,1 +1,1 @@
-"""Defects of plans that no rewrite mends."""
+"""Defects of plans that no rewrite can fix."""

@@ -1,4 +1,4 @@
-"""A tree checked: pending rewrites, copies at odds with their owners, and every defect that no rewrite mends."""
+"""The check of a tree: pending rewrites, copies that differ from their owners, and defects that no rewrite fixes."""
 
 from __future__ import annotations
 
@@ -29,60 +29,61 @@ _PlanFinding = tuple[PlanLocation, Finding]
 def check_paths(
     paths: Sequence[Path], suppressions: Suppressions | None = None, source: str = "auto", target: str = PARAM_LEVEL
 ) -> Outcome:
-    """Compute every finding below the paths, pending rewrites among the changes; nothing is written.
+    """Return every finding below the paths, and the pending rewrites as changes; nothing is written.
 
     Args:
         paths: files and folders.
-        suppressions: says what of them is spoken of and what is ignored; without it everything is said.
-        source: the dialect that the tree speaks, `auto` to find out.
-        target: the dialect whose rewrites are pending.
+        suppressions: decides which findings are in scope and which are suppressed; by default all are reported.
+        source: the tree's dialect, `auto` to detect it.
+        target: the dialect to which rewrites are pending.
 
     Raises:
         UsageError: a path or a dialect does not exist.
     """
-    wanted = load_dialect(target)
-    found = survey_tree(paths, every_plan, suppressions, skims=True)
-    spoken = resolve_dialect(paths, found, source)
-    speaks = load_dialect(spoken.dialect)
-    transform = to_param_level if target == PARAM_LEVEL else partial(to_dialect, speaks, wanted)
-    speaks_of = expert_plans if target == PARAM_LEVEL else every_plan
-    decided = resolve_survey(found, transform, speaks_of)
-    others = [place for place in found.locations if not speaks_of.matches_literal(found.tree.literal(place))]
-    findings = list(decided.findings)
-    findings += [one for one in dict.fromkeys(_find_copy_mismatches(found, others)) if one not in decided.findings]
-    findings += _find_plan_defects(found, speaks.with_overrides(load_dialect(PARAM_LEVEL)), decided)
-    return replace(build_outcome(found, replace(decided, findings=findings), every_unresolved=True), dialects=(spoken,))
+    target_dialect = load_dialect(target)
+    survey = survey_tree(paths, every_plan, suppressions, skims=True)
+    detected = resolve_dialect(paths, survey, source)
+    dialect = load_dialect(detected.dialect)
+    transform = to_param_level if target == PARAM_LEVEL else partial(to_dialect, dialect, target_dialect)
+    rewritten = expert_plans if target == PARAM_LEVEL else every_plan
+    resolution = resolve_survey(survey, transform, rewritten)
+    others = [place for place in survey.locations if not rewritten.matches_literal(survey.tree.literal(place))]
+    mismatches = dict.fromkeys(_find_copy_mismatches(survey, others))
+    findings = list(resolution.findings)
+    findings += [mismatch for mismatch in mismatches if mismatch not in resolution.findings]
+    findings += _find_plan_defects(survey, dialect.with_overrides(load_dialect(PARAM_LEVEL)), resolution)
+    outcome = build_outcome(survey, replace(resolution, findings=findings), every_unresolved=True)
+    return replace(outcome, dialects=(detected,))
 
 
 def _find_copy_mismatches(survey: Survey, locations: Iterable[PlanLocation]) -> Iterator[_PlanFinding]:
-    """Yield what is wrong between owners and their copies."""
-    groups, lost = group_families(survey.tree, locations, survey.errors)
-    touches = survey.suppressions.selection.is_in_scope
-    yield from ((place, finding) for place, finding in lost if touches([place.path]))
-    for family in groups:
-        if touches(place.path for place in family.locations):
+    """Yield the findings about copies that differ from their owner or have none."""
+    families, orphans = group_families(survey.tree, locations, survey.errors)
+    is_in_scope = survey.suppressions.selection.is_in_scope
+    yield from ((location, finding) for location, finding in orphans if is_in_scope([location.path]))
+    for family in families:
+        if is_in_scope(location.path for location in family.locations):
             yield from _find_differing_copies(survey, family)
 
 
 def _find_plan_defects(survey: Survey, dialect: Dialect, resolution: Resolution) -> Iterator[_PlanFinding]:
     """Yield the defects of every plan that a person wrote."""
-    model_of = cache(_load_model)
-    for place in survey.locations:
-        is_own = survey.tree.source(place.path).generated_from is None
-        if is_own and survey.suppressions.selection.is_in_scope([place.path]):
-            model = model_of(place.path.parent) if place.class_name else None
-            yield from (
-                (place, finding) for finding in _find_literal_defects(survey, place, dialect, resolution, model)
-            )
+    load_model = cache(_load_model)
+    for location in survey.locations:
+        is_generated = survey.tree.source(location.path).generated_from is not None
+        if is_generated or not survey.suppressions.selection.is_in_scope([location.path]):
+            continue
+        model = load_model(location.path.parent) if location.class_name else None
+        for finding in _find_literal_defects(survey, location, dialect, resolution, model):
+            yield location, finding
 
 
 def _find_differing_copies(survey: Survey, family: Family) -> Iterator[_PlanFinding]:
-    wanted = survey.tree.plan(family.owner)
-    for place in family.copies:
-        copy = survey.tree.plan(place)
-        same = isinstance(wanted, PlanLiteral) and isinstance(copy, PlanLiteral) and copy.equals(wanted)
-        if not same:
-            yield place, build_plan_finding(survey.tree, place, "MIG301", family.owner.path.name)
+    owner = survey.tree.plan(family.owner)
+    for location in family.copies:
+        copy = survey.tree.plan(location)
+        if not (isinstance(owner, PlanLiteral) and isinstance(copy, PlanLiteral) and copy.equals(owner)):
+            yield location, build_plan_finding(survey.tree, location, "MIG301", family.owner.path.name)
 
 
 def _find_literal_defects(
@@ -90,12 +91,11 @@ def _find_literal_defects(
 ) -> Iterator[Finding]:
     _, edits = resolution.edits.get(location, (location, ()))
     pending = frozenset(edit.key for edit in edits) | resolution.ignored.get(location, frozenset())
-    exists = model.can_exist if model else None
-    held = {finding.key for where, finding in resolution.findings if where == location and finding.code == "MIG204"}
-    defects = find_defects(
-        survey.tree.literal(location), DefectContext(dialect, find_siblings(survey.tree, location), pending, exists)
-    )
-    return (one for one in defects if one.code != "MIG502" or one.key not in held)  # half of what is held back
+    context = DefectContext(dialect, find_siblings(survey.tree, location), pending, model.can_exist if model else None)
+    # A plan whose rewrite is blocked is half-migrated for that reason, which is reported already.
+    blocked = {finding.key for where, finding in resolution.findings if where == location and finding.code == "MIG204"}
+    defects = find_defects(survey.tree.literal(location), context)
+    return (defect for defect in defects if defect.code != "MIG502" or defect.key not in blocked)
 
 
 def _load_model(folder: Path) -> Model | None:

@@ -1,4 +1,4 @@
-"""Defects of plans that no rewrite can mend: one function for each rule, each with a literal and what is around it."""
+"""Defects of plans that no rewrite can fix, with one function for each rule."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class DefectContext:
     """What a literal's defects depend on besides the literal.
 
     Args:
-        dialect: of the tree, with the param-level names.
-        siblings: what the same plan can hold besides, one alternative at least.
-        pending: keys that a rewrite is about to add or change, or would if nobody had ignored it.
-        can_exist: whether some class of the model could create what a key names; None where nobody can tell.
+        dialect: the tree's dialect, with the param-level names added.
+        siblings: the alternatives for what else the same plan can hold, at least one.
+        pending: the keys that a rewrite adds or changes, or would if it were not ignored.
+        can_exist: returns whether a class of the model could create what a key names; None if the model is unknown.
     """
 
     dialect: Dialect
@@ -61,19 +61,21 @@ def _find_unknown_styles(literal: PlanLiteral, context: DefectContext) -> Iterat
 
 
 def _find_half_migrated(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
-    """A hook that sums what nobody has cut; EP plans have their own rule."""
+    """Find hooks that sum the outputs of experts which no entry shards; EP plans have their own rule."""
     if plan_kind(literal.attribute) == "ep" or literal.is_partial:
         return
     for key, style in literal.plan.items():
         if style not in _EXPERTS_HOOKS or not _EXPERTS_MODULE.fullmatch(key):
             continue
-        will_be = any(name.startswith(f"{key}.") for name in context.pending)
-        if not will_be and any(not _has_shards(key, literal, one, context.dialect) for one in context.siblings):
+        is_pending = any(name.startswith(f"{key}.") for name in context.pending)
+        if not is_pending and not all(
+            _has_shards(key, literal, sibling, context.dialect) for sibling in context.siblings
+        ):
             yield _build_finding("MIG502", key, style=style)
 
 
 def _has_shards(experts: str, literal: PlanLiteral, other: Alternative, dialect: Dialect) -> bool:
-    """Say whether a plan may shard a parameter of an experts module."""
+    """Return whether a plan may shard a parameter of an experts module."""
     computed = other.computed.union(entry.key for entry in literal.entries if entry.style is None)
     if other.is_partial or any(key.startswith(f"{experts}.") for key in computed):
         return True
@@ -83,7 +85,7 @@ def _has_shards(experts: str, literal: PlanLiteral, other: Alternative, dialect:
 
 def _is_sharding(style: str, dialect: Dialect) -> bool:
     known = dialect.styles.get(style)
-    return known is None or any(not isinstance(found.place, Replicate) for found in known.rules)
+    return known is None or any(not isinstance(rule.place, Replicate) for rule in known.rules)
 
 
 def _find_unapplied_expert_plan(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
@@ -95,9 +97,9 @@ def _find_unapplied_expert_plan(literal: PlanLiteral, context: DefectContext) ->
     for key, style in refused:
         yield _build_finding("MIG503", key, dialect=dialect.name, reason=f"it refuses {style}")
     needs = dialect.expert_plan_needs
-    if needs and not refused and not all(_has_required_styles(needs, literal, one) for one in context.siblings):
-        named = " or ".join(" with ".join(need) for need in needs)
-        yield _build_finding("MIG503", experts[0], dialect=dialect.name, reason=f"it looks for {named}")
+    if needs and not refused and not all(_has_required_styles(needs, literal, sibling) for sibling in context.siblings):
+        required = " or ".join(" with ".join(need) for need in needs)
+        yield _build_finding("MIG503", experts[0], dialect=dialect.name, reason=f"it looks for {required}")
 
 
 def _has_required_styles(needs: Iterable[Iterable[str]], literal: PlanLiteral, other: Alternative) -> bool:
@@ -114,10 +116,10 @@ def _find_numbered_keys(literal: PlanLiteral, context: DefectContext) -> Iterato
 
 
 def _find_swapped_branches(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
-    told = find_layer_kind(literal.conditions)
-    if told is None:
+    layer_kind = find_layer_kind(literal.conditions)
+    if layer_kind is None:
         return
-    actual, condition = told
+    actual, condition = layer_kind
     sparse = [entry.key for entry in literal.entries if re.search(r"(?:^|\.)experts(?:\.|$)", entry.key)]
     dense = [entry.key for entry in literal.entries if _DENSE_PROJECTION.fullmatch(entry.key)]
     wrong, given = (sparse, "sparse") if actual == "dense" else ([] if sparse else dense, "dense")
@@ -129,7 +131,7 @@ def _find_swapped_branches(literal: PlanLiteral, context: DefectContext) -> Iter
 def _find_impossible_keys(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
     if context.can_exist is not None:
         for key in literal.plan:
-            # What stands before the first name is computed: the rest counts from some class of the model all the same.
+            # A computed part before the first name is left out: the rest is relative to some class of the model.
             if not context.can_exist(key.lstrip("*.")):
                 yield _build_finding("MIG506", key)
 

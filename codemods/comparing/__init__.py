@@ -1,1 +1,1 @@
-"""Two revisions compared by what their plans do."""
+"""The comparison of two revisions by what their plans do."""

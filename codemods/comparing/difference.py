@@ -1,4 +1,4 @@
-"""What really changes between two revisions: plans compared entry by entry, by where they put parameters."""
+"""What really changes between two revisions: their plans compared entry by entry, by where they place parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["compare"]
 def compare(before: Snapshot, after: Snapshot) -> Comparison:
     """Compare the effective plans of two revisions, class by class and entry by entry.
 
-    Files are read that changed, and those whose plans inherit or take over from theirs; all, where the dialect changed.
+    Only changed files and those whose plans depend on them are read; if the dialect changed, all model files are.
 
     Raises:
-        UsageError: neither revision holds a model.
+        UsageError: neither revision contains a model.
         SourceError: a revision cannot be read.
     """
     _check_models(before, after)
@@ -48,11 +48,11 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
 
 
 def _check_models(before: Snapshot, after: Snapshot) -> None:
-    """Refuse two revisions without a model, whose comparison would say that all is well."""
+    """Refuse two revisions without a model, whose comparison would report no change."""
     if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()):
         raise UsageError(
-            f"neither {before.name} nor {after.name} holds a configuration_*.py or modeling_*.py",
-            hint="run it in a repository of models, and commit or add the files",
+            f"neither {before.name} nor {after.name} contains a configuration_*.py or modeling_*.py",
+            hint="run it in a repository of models, and commit or add their files",
             base=before.name,
             head=after.name,
         )
@@ -80,18 +80,18 @@ class _Comparer:
         old, new = (plans.compute_file_plans(path) for plans in self._plans)
         survivors = frozenset(self._plans[0].list_classes(path)).intersection(self._plans[1].list_classes(path))
         moved = match_moved_entries(old, new)
-        for place in sorted(old.keys() | new.keys(), key=lambda place: (place.class_name, place.plan)):
-            entries = old.get(place, {}), new.get(place, {})
+        for variant in sorted(old.keys() | new.keys(), key=lambda variant: (variant.class_name, variant.plan)):
+            entries = old.get(variant, {}), new.get(variant, {})
             obscured = is_obscured(entries)
             for key in dict.fromkeys([*entries[0], *entries[1]]):
-                came_from = moved.get((place, key))
-                if (place, key) in moved and came_from is None:
+                origin = moved.get((variant, key))
+                if (variant, key) in moved and origin is None:
                     continue
-                places = came_from or place, place
-                pair = old.get(places[0], {}).get(key), entries[1].get(key)
-                found = self._compare_entry(key, places, pair, whole_class=place.class_name not in survivors)
-                if found is not None and not (obscured and found.kind in ("added", "removed")):
-                    yield found
+                variants = origin or variant, variant
+                pair = old.get(variants[0], {}).get(key), entries[1].get(key)
+                difference = self._compare_entry(key, variants, pair, whole_class=variant.class_name not in survivors)
+                if difference is not None and not (obscured and difference.kind in ("added", "removed")):
+                    yield difference
 
     def _compare_entry(
         self,
@@ -101,12 +101,14 @@ class _Comparer:
         *,
         whole_class: bool,
     ) -> PlanDifference | None:
-        place = variants[1]
-        is_moved = variants[0] != variants[1]
+        variant = variants[1]
+        is_moved = variants[0] != variant
         unread = key == UNRESOLVED or bool(pair[0] and pair[1] and pair[0].style == pair[1].style is None)
-        if is_same_entry(*pair) and not is_moved and (unread or self._reads_same(place.path.parent)):
+        if is_same_entry(*pair) and not is_moved and (unread or self._reads_same(variant.path.parent)):
             return None
-        before, after = (_build_side(place, key, *one) for one in zip(pair, self._readers, strict=True))
+        before, after = (
+            _build_side(variant, key, entry, reader) for entry, reader in zip(pair, self._readers, strict=True)
+        )
         kind = (
             "unread"
             if unread and not is_same_entry(*pair)
@@ -116,25 +118,25 @@ class _Comparer:
             return None
         touched = kind != "unread" and self._is_touched(variants, before, after, with_guards=is_moved)
         return PlanDifference(
-            place, key, kind, before, after, whole_class or touched, variants[0] if is_moved else None
+            variant, key, kind, before, after, whole_class or touched, variants[0] if is_moved else None
         )
 
     def _reads_same(self, folder: Path) -> bool:
-        """Say whether both revisions read a model's styles alike: in one dialect, against the same modeling source."""
+        """Return whether a model's styles mean the same in both revisions: same dialect, same modeling source."""
         return self._same_dialect and folder not in self._changed_models
 
     def _is_touched(
         self, variants: tuple[PlanVariant, PlanVariant], before: Side | None, after: Side | None, *, with_guards: bool
     ) -> bool:
-        """Say whether the text diff touches the entry's line in the model's own file, or a guard's."""
+        """Return whether the text diff touches the entry's line in the model's own file, or a line of its guards."""
         path = variants[1].path
-        for snapshot, place, side, touched in zip(
+        for snapshot, variant, side, touched in zip(
             self._snapshots, variants, (before, after), self._get_touched_lines(path), strict=True
         ):
             source = snapshot.source(path)
             if side is None or side.path != path or source is None:
                 continue
-            guards = find_guard_lines(source, side.line, place.branch) if with_guards else frozenset()
+            guards = find_guard_lines(source, side.line, variant.branch) if with_guards else frozenset()
             if not touched.isdisjoint({side.line, *guards}):
                 return True
         return False
@@ -165,7 +167,7 @@ def _classify_change(before: Side | None, after: Side | None) -> DifferenceKind 
 
 
 def _classify_presence(before: Side | None, after: Side | None) -> DifferenceKind | None:
-    """Return what changed where an entry is not in both plans: code that takes it out is the reverse of an entry."""
+    """Return what changed for an entry that is not in both plans; one that code removes is the opposite of an entry."""
     was, stays = (_rank_presence(side) for side in (before, after))
     if was == stays:
         return None
@@ -173,7 +175,7 @@ def _classify_presence(before: Side | None, after: Side | None) -> DifferenceKin
 
 
 def _rank_presence(side: Side | None) -> int:
-    """Rank a side: an entry, nothing said, an entry taken out."""
+    """Return 1 for an entry, 0 for none, -1 for one that code removes."""
     if side is None:
         return 0
     return -1 if side.style == REMOVED else 1

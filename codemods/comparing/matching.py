@@ -1,4 +1,4 @@
-"""Entries that two revisions write alike, but in another function or under other conditions."""
+"""Entries matched between two revisions: those that moved, and the lines of text that a change touches."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ def match_moved_entries(
     """Pair entries of which only the function or the conditions differ.
 
     Args:
-        old: the plans of a file in the first revision.
-        new: those in the second.
+        old: a file's plans in the first revision.
+        new: the file's plans in the second revision.
 
     Returns:
-        To each place and key of the second revision its place in the first; to those of the first, None.
+        For each moved entry of the second revision, by its variant and key, its variant in the first; for each moved
+        entry of the first revision, None.
     """
     waiting: dict[tuple[object, ...], list[PlanVariant]] = defaultdict(list)
-    for place, key, entry in _find_unmatched(old, new):
-        waiting[_build_match_key(place, key, entry)].append(place)
+    for variant, key, entry in _find_unmatched(old, new):
+        waiting[_build_match_key(variant, key, entry)].append(variant)
     moved: dict[tuple[PlanVariant, str], PlanVariant | None] = {}
-    for place, key, entry in _find_unmatched(new, old):
-        if candidates := waiting[_build_match_key(place, key, entry)]:
-            source = candidates.pop(0)
-            moved |= {(place, key): source, (source, key): None}
+    for variant, key, entry in _find_unmatched(new, old):
+        if candidates := waiting[_build_match_key(variant, key, entry)]:
+            origin = candidates.pop(0)
+            moved |= {(variant, key): origin, (origin, key): None}
     return moved
 
 
 def _find_unmatched(
     one: Mapping[PlanVariant, _Entries], other: Mapping[PlanVariant, _Entries]
 ) -> Iterator[tuple[PlanVariant, str, EffectiveEntry]]:
-    """Yield the entries that only the first of two revisions has at their place."""
-    for place, entries in one.items():
-        yield from ((place, key, entry) for key, entry in entries.items() if key not in other.get(place, {}))
+    """Yield the entries that only the first of two revisions has in their plan variant."""
+    for variant, entries in one.items():
+        yield from ((variant, key, entry) for key, entry in entries.items() if key not in other.get(variant, {}))
 
 
 def _build_match_key(variant: PlanVariant, key: str, entry: EffectiveEntry) -> tuple[object, ...]:
@@ -52,44 +53,44 @@ def _build_match_key(variant: PlanVariant, key: str, entry: EffectiveEntry) -> t
 
 
 def is_obscured(entries: tuple[_Entries, _Entries]) -> bool:
-    """Say whether what is not in both revisions' plans may still be in what nobody here can read."""
+    """Return whether entries missing from one revision's plan may be in something that cannot be read there."""
     pair = entries[0].get(UNRESOLVED), entries[1].get(UNRESOLVED)
     return any(pair) and not is_same_entry(*pair)
 
 
 def is_same_entry(one: EffectiveEntry | None, other: EffectiveEntry | None) -> bool:
-    """Say whether both revisions write the same, if not at the same place."""
+    """Return whether both revisions write the same entry, wherever it is."""
     return one is not None and other is not None and (one.style, one.provenance) == (other.style, other.provenance)
 
 
 def find_guard_lines(source: SourceFile, line: int, branch: PlanBranch) -> frozenset[int]:
-    """Return the lines of a function's head and of the conditions that decide over what is written on a line.
+    """Return the lines of the function header and of the conditions that decide whether an entry applies.
 
     Args:
         source: the file.
-        line: where it is written, counted from 1.
+        line: the entry's line, counted from 1.
         branch: the plan, the function and the conditions.
     """
     _, function, conditions = branch
-    found: set[int] = set()
-    holder: ast.AST = ast.parse(source.body)
-    for node in ast.walk(holder):
+    lines: set[int] = set()
+    scope: ast.AST = ast.parse(source.body)
+    for node in ast.walk(scope):
         if (
             isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             and _contains_line(node, line)
             and node.name == function
         ):
-            found.update(range(node.lineno, max(node.lineno + 1, node.body[0].lineno)))
-            holder = node
+            lines.update(range(node.lineno, max(node.lineno + 1, node.body[0].lineno)))
+            scope = node
     tests = {condition.test for condition in conditions}
-    for node in ast.walk(holder):
-        for test in _iterate_tests(node, line):
+    for node in ast.walk(scope):
+        for test in _iter_tests(node, line):
             if isinstance(node, ast.Match) or ast.unparse(test) in tests:
-                found.update(range(test.lineno, (test.end_lineno or test.lineno) + 1))
-    return frozenset(found)
+                lines.update(range(test.lineno, (test.end_lineno or test.lineno) + 1))
+    return frozenset(lines)
 
 
-def _iterate_tests(node: ast.AST, line: int) -> Iterator[ast.expr | ast.pattern]:
+def _iter_tests(node: ast.AST, line: int) -> Iterator[ast.expr | ast.pattern]:
     match node:
         case ast.If(test=test) | ast.IfExp(test=test):
             yield test
@@ -107,7 +108,7 @@ def _contains_line(node: ast.stmt, line: int) -> bool:
 
 
 def diff_lines(before: bytes, after: bytes) -> tuple[frozenset[int], frozenset[int]]:
-    """Return the lines that a text diff removes from `before` and those that it adds to `after`, counted from 1."""
+    """Return the lines that a text diff removes from `before` and those it adds to `after`, counted from 1."""
     old, new = before.splitlines(), after.splitlines()
     start = 0
     while start < min(len(old), len(new)) and old[start] == new[start]:

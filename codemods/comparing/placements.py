@@ -1,4 +1,4 @@
-"""Where a revision's plan entries put parameters: its dialect, and its models' own modeling source."""
+"""Where a revision's plan entries place parameters, by its dialect and its models' own modeling source."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from codemods.files.sources import SourceFile
 from codemods.inheritance.effective import REMOVED, PlanVariant, file_kind
 from codemods.models.describe import Model
 from codemods.models.layouts import find_layout
+from codemods.models.modeling import find_parent_models
 from codemods.tree.detect import detect_dialect
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import PlanError
@@ -27,7 +28,6 @@ _WHOLE = "whole"
 _UNKNOWN = "unknown"
 
 _VERSION_FILE = ("transformers", "__init__.py")
-_SIBLING = re.compile(rb"^from \.\.(\w+)", re.MULTILINE)
 _VALUE = re.compile(rb":\s*[\"'](\w+)[\"']")
 _MODULE_PARAMETERS = ("weight", "bias")
 _RANKS = (1, 2, 3)
@@ -40,9 +40,9 @@ class EntryEffect:
     """What an entry does.
 
     Args:
-        placement: where it puts what its key names, in words, `Shard(1)`.
-        meaning: what it does besides, in the words of `plans/meanings.toml`; None where the dialect does not say.
-        guessed: whether the model's source does not show what its key names.
+        placement: the placement of what its key names, as text: `Shard(1)`.
+        meaning: what else it does, in the words of `plans/meanings.toml`; None if the dialect does not define it.
+        guessed: whether the key's target is a guess, because the model's source does not show it.
     """
 
     placement: str
@@ -51,11 +51,11 @@ class EntryEffect:
 
 
 class PlacementReader:
-    """Reads one revision's plan entries.
+    """Tells what the plan entries of one revision do.
 
     Args:
         snapshot: the revision.
-        folder: where modeling files may be written to be read from; made when it is needed.
+        folder: a folder to write the revision's modeling files to; created when needed.
     """
 
     def __init__(self, snapshot: Snapshot, folder: Path) -> None:
@@ -65,49 +65,49 @@ class PlacementReader:
 
     @cached_property
     def dialect(self) -> str:
-        """The name of the vocabulary that the revision speaks, by its version file and the styles it uses."""
+        """The name of the revision's dialect, by its version file and the styles that it uses."""
         for path in self._snapshot.blobs:
             if path.parts[-2:] == _VERSION_FILE:
                 self._write(path)
         return detect_dialect(self._folder / "src", self._find_styles()).dialect
 
     def load(self, folders: Container[Path]) -> None:
-        """Read the modeling source of folders that will be asked about, all at once."""
+        """Fetch the files of folders whose entries will be read, all at once."""
         self._snapshot.prefetch(path for path in self._snapshot.blobs if path.parent in folders)
 
     @property
     def styles(self) -> frozenset[str]:
-        """The names of the vocabulary."""
+        """The names of the dialect's styles, param-level ones included."""
         return frozenset(self._vocabulary)
 
     def read(self, variant: PlanVariant, key: str, style: str | None) -> EntryEffect:
         """Return what an entry does.
 
         Args:
-            variant: whose plan it is in.
+            variant: the entry's plan.
             key: the plan key.
-            style: None for a style that code computes.
+            style: the entry's style, None if it is computed.
         """
         if style == REMOVED:
             return EntryEffect(_WHOLE, None)
         known = self._vocabulary.get(style) if style is not None else None
         if known is None:
             return EntryEffect(f"{_UNKNOWN} ({style or 'computed'})", None)
-        shown = self._describe_key(variant, key)
-        described = shown or _guess_target(key)
-        meaning = known.meaning(_get_meaning_key(key, described))
-        return EntryEffect(self._describe_placement(variant, key, known, described), meaning, guessed=shown is None)
+        described = self._describe_key(variant, key)
+        target = described or _guess_target(key)
+        meaning = known.meaning(_get_meaning_key(key, target))
+        return EntryEffect(self._describe_placement(variant, key, known, target), meaning, guessed=described is None)
 
     def _describe_placement(self, variant: PlanVariant, key: str, style: Style, target: KeyTarget) -> str:
         if style.job == "module":
             return _WHOLE
-        found = list(_list_placements(style, self._list_tensors(variant, key, target)))
-        words = [_WHOLE if one is None or one == Replicate() else str(one) for one in found]
-        layout = self._describe_layout(variant, key) if any(map(_shards_each_expert, found)) else ""
-        return (" or ".join(dict.fromkeys(words)) or f"{_UNKNOWN} ({style.name})") + layout
+        placements = list(_list_placements(style, self._list_tensors(variant, key, target)))
+        texts = [_WHOLE if placement in (None, Replicate()) else str(placement) for placement in placements]
+        layout = self._describe_layout(variant, key) if any(map(_shards_each_expert, placements)) else ""
+        return (" or ".join(dict.fromkeys(texts)) or f"{_UNKNOWN} ({style.name})") + layout
 
     def _describe_layout(self, variant: PlanVariant, key: str) -> str:
-        """Return what else to say of a cut through each expert: where the layout is not the regular one."""
+        """Return the text to add for a shard of each expert whose layout is not the regular one, empty if none."""
         experts, _, parameter = key.rpartition(".")
         if parameter not in _EXPERT_PARAMETERS or experts.rpartition(".")[2] != "experts":
             return ""
@@ -115,7 +115,7 @@ class PlacementReader:
         return _format_layout(layout, parameter) if layout else ""
 
     def _list_tensors(self, variant: PlanVariant, key: str, target: KeyTarget) -> Iterator[tuple[OwnerKind, int, str]]:
-        """Yield the parameters that a key may mean: kind of owner, number of dims, name."""
+        """Yield the parameters that a key may name: the kind of their module, number of dims and name."""
         owner, _, name = key.rpartition(".")
         match target.kind:
             case "linear" | "embedding":
@@ -136,25 +136,25 @@ class PlacementReader:
         return {**load_dialect(PARAM_LEVEL).styles, **load_dialect(self.dialect).styles}
 
     def _find_styles(self) -> set[str]:
-        """Return every word that stands where a configuration file may name a style."""
+        """Return every word in a configuration file that may name a style."""
         paths = [path for path in self._snapshot.blobs if file_kind(path) == "configuration"]
         self._snapshot.prefetch(paths)
         sources = filter(None, map(self._snapshot.source, paths))
         return {word.decode() for source in sources if b"_plan" in source.data for word in _VALUE.findall(source.data)}
 
     def _read_model(self, folder: Path) -> Model:
-        """Read a model's modeling source; of a model without, that of the models its modular file names."""
+        """Read a model's modeling files; if it has none, those of the models that its modular file imports from."""
         if not self._write_all(folder, "modeling_*.py"):
             for modular in self._write_all(folder, "modular_*.py"):
-                for sibling in set(_SIBLING.findall(modular.data)):
-                    self._write_all(folder.parent / sibling.decode(), "modeling_*.py")
+                for parent in set(find_parent_models(b"\n" + modular.data)):
+                    self._write_all(folder.parent / parent, "modeling_*.py")
         return Model(self._folder / folder)
 
     def _write_all(self, folder: Path, pattern: str) -> list[SourceFile]:
         return [self._write(path) for path in self._files.get(folder, ()) if path.match(pattern)]
 
     def _write(self, path: Path) -> SourceFile:
-        """Write a file of the revision down, where what reads trees finds it."""
+        """Write a file of the revision to disk, for code that reads trees."""
         source = self._snapshot.source(path)
         assert source is not None
         target = self._folder / path
@@ -164,7 +164,7 @@ class PlacementReader:
 
     @cached_property
     def _files(self) -> Mapping[Path, list[Path]]:
-        """The revision's files by their folders."""
+        """The revision's files by folder."""
         folders: dict[Path, list[Path]] = defaultdict(list)
         for path in sorted(self._snapshot.blobs):
             folders[path.parent].append(path)
@@ -172,7 +172,7 @@ class PlacementReader:
 
 
 def _list_placements(style: Style, tensors: Iterable[tuple[OwnerKind, int, str]]) -> Iterator[Placement | None]:
-    """Yield where a style puts each of some parameters, but for those without the dim that it cuts."""
+    """Yield the placement that a style gives each parameter; those without the dim that it shards are left out."""
     for tensor in tensors:
         try:
             yield style.placement(*tensor)
@@ -181,7 +181,7 @@ def _list_placements(style: Style, tensors: Iterable[tuple[OwnerKind, int, str]]
 
 
 def _shards_each_expert(placement: Placement | None) -> bool:
-    """Say whether a placement cuts each expert, so that the order of its rows counts."""
+    """Return whether a placement shards each expert, so that the order of its rows matters."""
     return isinstance(placement, Packed) or (isinstance(placement, Shard) and placement.dim > 0)
 
 
@@ -196,14 +196,14 @@ def _format_layout(layout: ExpertLayout, parameter: str) -> str:
 
 
 def _guess_target(key: str) -> KeyTarget:
-    """Return what a key most likely names whose model does not show it."""
+    """Return what a key most likely names if the model's source does not show it."""
     if key.rpartition(".")[0].rpartition(".")[2] == "experts":
         return KeyTarget("parameter", _STACKED)
     return KeyTarget("linear")
 
 
 def _get_meaning_key(key: str, target: KeyTarget) -> str:
-    """Return the word that styles list their meaning under."""
+    """Return the key under which styles list their meaning."""
     if target.kind != "parameter":
         return target.kind
     return "a bias" if key.endswith(".bias") else f"parameter {target.ndim}"

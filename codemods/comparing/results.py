@@ -1,4 +1,4 @@
-"""What a comparison of two revisions finds: plain values."""
+"""The results of a comparison of two revisions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from plans.errors import MigratorError
 __all__ = ["Comparison", "DifferenceKind", "PlanDifference", "Side"]
 
 DifferenceKind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
-"""Another name for the same thing; the same placement, but another communication; another placement; a new entry; one
-that is gone; the same entry in another function or under other conditions; a plan, or a style, that nobody here can
-read, where something that it is made of changed."""
+"""How an entry changed.
+
+- `renamed`: another name for the same style.
+- `meaning`: the same placement, but another communication.
+- `placement`: another placement.
+- `added`, `removed`: an entry that only one revision has.
+- `condition`: the same entry in another function or under other conditions.
+- `unread`: a plan or a style that cannot be read, of which something that determines it changed.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,10 @@ class Side:
     """An entry in one of the two revisions.
 
     Args:
-        style: None where it is computed.
-        effect: what it does.
-        path: the file that it is written in, which an inherited entry's model does not own.
-        line: where it stands there, counted from 1.
+        style: the style, None if it is computed.
+        effect: what the entry does.
+        path: the file that writes the entry; for an inherited entry, another model's file.
+        line: the entry's line in that file, counted from 1.
     """
 
     style: str | None
@@ -37,17 +43,17 @@ class Side:
 
 @dataclass(frozen=True)
 class PlanDifference:
-    """An entry that is not the same in both revisions.
+    """An entry that differs between the revisions.
 
     Args:
-        variant: whose plan.
+        variant: the plan.
         key: the plan key.
-        kind: what changed.
-        before: the entry in the first revision, None where it is new.
-        after: the entry in the second revision, None where it is gone.
-        explained: whether the text diff touches the entry's own line in the model's own file, or where only its
-            function or conditions changed, theirs; what cannot be read is explained in new and deleted classes only.
-        moved_from: where the entry was in the first revision, if its function or conditions changed.
+        kind: how the entry changed.
+        before: the entry in the first revision, None if it is new.
+        after: the entry in the second revision, None if it is gone.
+        explained: whether the text diff touches the entry's line in the model's own file or, if only its function or
+            conditions changed, their lines. An entry that cannot be read is explained in new and deleted classes only.
+        moved_from: the entry's plan variant in the first revision, if its function or conditions changed.
     """
 
     variant: PlanVariant
@@ -70,7 +76,7 @@ class PlanDifference:
 
     @property
     def side(self) -> Side:
-        """The entry as it is now, or as it was."""
+        """The entry after the change, or before it if it is gone."""
         side = self.after or self.before
         assert side is not None
         return side
@@ -78,12 +84,12 @@ class PlanDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """The result of a comparison.
 
     Args:
-        differences: in the order of files, classes and plans.
-        errors: files that could not be read; all others were still compared.
-        dialects: the vocabularies that the two revisions were read in.
+        differences: the entries that differ, ordered by file, class and plan.
+        errors: the errors of files that could not be read; all others were still compared.
+        dialects: the dialects of the two revisions.
         files: how many files were compared.
     """
 

@@ -1,1 +1,1 @@
-"""Plans across files: who owns one, who inherits it, who copies it or takes entries from it."""
+"""Plans across files: which file owns a plan, which classes inherit it, which files copy or import it."""

@@ -1,1 +1,1 @@
-"""A model's own modeling source: what its classes construct, and how its experts lie in memory."""
+"""A model's own modeling source: what its classes construct, and the layout of its experts."""

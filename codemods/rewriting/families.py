@@ -12,8 +12,7 @@ from codemods.inheritance.ownership import MissingOwner, PlanLocation, Tree
 from codemods.inheritance.relations import can_derive_from, find_missing_copies
 from codemods.reading.module import Opaque, PlanLiteral
 from codemods.rewriting.rewrite import compute_edited_entries
-from codemods.tree.ignores import build_overruled_finding
-from codemods.tree.selection import Suppressions
+from codemods.tree.selection import Suppressions, build_overruled_finding
 from plans.decompose import Decomposition, Edit, EditGroup, InsertEntry, find_group_key
 from plans.errors import MigratorError
 from plans.rule import Finding, load_rule

@@ -1,1 +1,1 @@
-"""A tree as one: its projects, its dialect, what comments silence, and what a run over it found."""
+"""A whole tree: its projects, its dialect, the survey of its plans, suppressions and outcomes."""

@@ -1,7 +1,6 @@
-"""Which dialect a tree speaks: its version file says, else the styles that its plans use.
+"""Which dialect a tree's plans use: that of its version file's release, else the newest one that has all their styles.
 
-Names alone cannot tell dialects apart, so one file is never asked where a tree can be: the union of its styles, and the
-newest vocabulary that holds them all.
+The names in one file cannot tell dialects apart, so the styles of the whole tree are considered together.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class DetectedDialect:
     """A tree's dialect.
 
     Args:
-        dialect: its name.
-        reason: how it was found, in words.
-        alternatives: other dialects that hold the same styles and mean something else by one of them, newest first.
+        dialect: the dialect's name.
+        reason: how it was detected, in words.
+        alternatives: other dialects that have the same styles but give one a different meaning, newest first.
     """
 
     dialect: str
@@ -37,21 +36,21 @@ class DetectedDialect:
 
 
 def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
-    """Find the dialect of a tree.
+    """Detect the dialect of a tree.
 
     Args:
         root: the tree's folder, or a file or folder in it.
-        styles: the styles that the tree's plans use; param-level ones are in every dialect.
+        styles: the styles that the tree's plans use.
 
     Raises:
         UsageError: the version file names a release older than every known dialect.
         SourceError: the version file cannot be read.
     """
     used = _filter_distinctive(styles)
-    said = _find_version(root)
-    if said is None:
-        return _detect_by_styles(used, "no version file says, ")
-    file, version = said
+    versioned = _find_version(root)
+    if versioned is None:
+        return _detect_by_styles(used, "no version file found; ")
+    file, version = versioned
     try:
         released = dialect_for_release(version)
     except UsageError as error:
@@ -60,62 +59,62 @@ def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
     says = f"{format_path(file)} says {version}"
     missing = used - released.styles.keys()
     best = _detect_by_styles(used, f"{says}, which has no {_join_names(missing)}; ")
-    # One style that the release lacks is a mistake in a plan, which must not talk the whole tree into another dialect.
+    # One style that the release lacks is a mistake in a plan, which must not change the dialect of the whole tree.
     if len(missing) <= max(1, len(used - load_dialect(best.dialect).styles.keys())):
         return DetectedDialect(released.name, says)
     return best
 
 
 def load_source_dialect(name: str) -> Dialect:
-    """Return the dialect that a tree is said to speak.
+    """Return the dialect that a user has named for a tree.
 
     Raises:
-        UsageError: there is no such dialect, or it is none that a tree can speak alone.
+        UsageError: the dialect does not exist, or no tree can use it alone.
     """
     names = [known for known in dialect_names() if known != PARAM_LEVEL]
     if name == PARAM_LEVEL:
         raise UsageError(
-            f"no tree speaks {PARAM_LEVEL} alone: its styles are valid in every dialect, beside that dialect's own",
-            hint=f"name what the tree speaks besides, or leave it to be found out: {', '.join(names)}",
+            f"no tree uses {PARAM_LEVEL} alone: its styles are valid in every dialect, beside that dialect's own",
+            hint=f"use auto, or the tree's own dialect: {', '.join(names)}",
             name=name,
         )
     return load_dialect(name)
 
 
 def find_version_file(path: Path) -> Path | None:
-    """Return the file that says which release the tree around a path is, None where none does."""
-    said = _find_version(path)
-    return said[0] if said else None
+    """Return the file that gives the release of the tree around a path, None if there is none."""
+    versioned = _find_version(path)
+    return versioned[0] if versioned else None
 
 
 def _filter_distinctive(styles: Iterable[str]) -> frozenset[str]:
-    """Return the styles that tell dialects apart: not those valid everywhere, not those no dialect knows."""
+    """Return the styles that tell dialects apart: neither valid in every dialect nor unknown to all of them."""
     known = {name for dialect in _load_dialects() for name in dialect.styles}
     return frozenset(styles) & (known - load_dialect(PARAM_LEVEL).styles.keys())
 
 
 def _detect_by_styles(used: frozenset[str], why: str) -> DetectedDialect:
-    """Return the newest dialect that holds all styles; where none does, the newest of those that lack the fewest."""
+    """Return the newest dialect that has all styles; if none does, the newest of those that lack the fewest."""
     missing = {dialect.name: len(used - dialect.styles.keys()) for dialect in _load_dialects()}
     fewest = min(missing.values())
     fitting = [dialect for dialect in _load_dialects() if missing[dialect.name] == fewest]
     newest = fitting[-1]
     others = [dialect.name for dialect in reversed(fitting[:-1]) if _has_different_meaning(dialect, newest, used)]
-    held = "all of" if not fewest else f"most, all but {_join_names(used - newest.styles.keys())}, of"
-    reason = f"{why}{newest.name} is the newest that has {held} its styles"
-    return DetectedDialect(
-        newest.name, reason + (f"; {_join_names(others)} would do too" if others else ""), tuple(others)
-    )
+    missed = f" except {_join_names(used - newest.styles.keys())}" if fewest else ""
+    reason = f"{why}{newest.name} is the newest dialect with all styles of its plans{missed}"
+    if others:
+        reason += f"; {_join_names(others)} would fit too"
+    return DetectedDialect(newest.name, reason, tuple(others))
 
 
 def _has_different_meaning(one: Dialect, other: Dialect, used: frozenset[str]) -> bool:
-    """Say whether two dialects mean something different by a style that both have."""
+    """Return whether two dialects give different meanings to a style that both have."""
     shared = used & one.styles.keys() & other.styles.keys()
     return any(one.styles[name].means != other.styles[name].means for name in shared)
 
 
 def _load_dialects() -> list[Dialect]:
-    """Return every dialect a tree can speak, oldest first; a release is likelier than a stage of the branch."""
+    """Return every dialect that a tree can use, oldest first; stages of the branch come before releases."""
     loaded = [load_dialect(name) for name in dialect_names() if name != PARAM_LEVEL]
     return sorted(loaded, key=lambda dialect: dialect.sort_key)
 
@@ -128,7 +127,7 @@ def _find_version(root: Path) -> tuple[Path, str] | None:
 
 
 def _list_version_files(root: Path) -> Iterator[Path]:
-    """Yield where the package's version may stand: above a path in it, below a repository's root."""
+    """Yield the files that may hold the version: above a path in the package, or below a repository's root."""
     yield from (folder / "__init__.py" for folder in (root, *root.parents) if folder.name == _PACKAGE)
     yield from (root / below / _PACKAGE / "__init__.py" for below in ("src", "."))
 

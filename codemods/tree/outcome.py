@@ -1,4 +1,4 @@
-"""What a run over a tree found: files to be written, findings and errors, each with its place."""
+"""The outcome of a run over a tree: files to write, findings and errors, each with its location."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Role = Literal["owner", "copy"]
 
 @dataclass(frozen=True)
 class LocatedFinding:
-    """A finding with its place in a file, the line counted from 1."""
+    """A finding with its location in a file; the line is counted from 1."""
 
     path: Path
     line: int
@@ -44,14 +44,14 @@ class LocatedFinding:
 
 @dataclass(frozen=True)
 class LocatedEdit:
-    """An edit with its place in a file.
+    """An edit with its location in a file.
 
     Args:
-        line: counted from 1 in the file as it was.
-        class_name: where its plan is assigned.
-        attribute: of the plan.
+        line: the line in the original file, counted from 1.
+        class_name: the class that assigns the plan.
+        attribute: the plan's attribute.
         edit: what changes.
-        owner: the place that a person edits; the edits of one owner are made together or not at all.
+        owner: the location that a person edits; the edits of one owner are made together or not at all.
     """
 
     line: int
@@ -63,13 +63,13 @@ class LocatedEdit:
 
 @dataclass(frozen=True)
 class Change:
-    """One file to be written.
+    """One file to write.
 
     Args:
         source: the file as it was read.
-        data: its new bytes.
-        role: whether a person owns it or the modular converter writes it.
-        edits: what changed in it.
+        data: the file's new bytes.
+        role: `owner` if a person edits the file, `copy` if the modular converter writes it.
+        edits: what changes in the file.
     """
 
     source: SourceFile
@@ -79,26 +79,26 @@ class Change:
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """The file's path."""
         return self.source.path
 
     @property
     def owners(self) -> frozenset[PlanLocation]:
-        """The owners of what changes in it."""
+        """The owners of the plans that change in the file."""
         return frozenset(edit.owner for edit in self.edits)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run over a tree found.
+    """The outcome of a run over a tree.
 
     Args:
-        changes: files to be written, owners before copies.
+        changes: the files to write, owners before copies.
         findings: what a person should know.
-        errors: files that could not be read or parsed; all others were still done.
-        files: how many files were looked at.
+        errors: the errors of files that could not be read or parsed; all other files were still processed.
+        files: how many files were read.
         plan_files: how many of them mention a plan.
-        dialects: what the tree speaks, where it was asked for; of several projects what each of them does.
+        dialects: the dialect of each project, empty if the run did not need it.
     """
 
     changes: tuple[Change, ...]
@@ -110,32 +110,33 @@ class Outcome:
 
     @property
     def dialect(self) -> DetectedDialect | None:
-        """The one dialect that was asked for, None where there is none or several."""
+        """The dialect, None if there is none or several."""
         return self.dialects[0] if len(self.dialects) == 1 else None
 
 
 def merge_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the outcome of several projects as one."""
-    changes = [change for one in outcomes for change in one.changes]
+    """Return the outcomes of several projects as one."""
+    changes = [change for outcome in outcomes for change in outcome.changes]
     return Outcome(
         tuple(sorted(changes, key=lambda change: change.role == "copy")),
-        tuple(finding for one in outcomes for finding in one.findings),
-        tuple(error for one in outcomes for error in one.errors),
-        sum(one.files for one in outcomes),
-        sum(one.plan_files for one in outcomes),
-        tuple(dict.fromkeys(dialect for one in outcomes for dialect in one.dialects)),
+        tuple(finding for outcome in outcomes for finding in outcome.findings),
+        tuple(error for outcome in outcomes for error in outcome.errors),
+        sum(outcome.files for outcome in outcomes),
+        sum(outcome.plan_files for outcome in outcomes),
+        tuple(dict.fromkeys(dialect for outcome in outcomes for dialect in outcome.dialects)),
     )
 
 
 def build_pending_findings(changes: Iterable[Change]) -> Iterator[LocatedFinding]:
-    """Yield a finding for every edit, in the file that it is pending in."""
+    """Yield a finding for every pending edit, in the file that it changes."""
     for change in changes:
         for located in change.edits:
-            yield _build_pending_finding(change, located)
+            finding = Finding(located.edit.code, located.edit.key, format_edit_message(located.edit))
+            yield LocatedFinding(change.path, located.line, located.class_name, located.attribute, finding)
 
 
 def find_unused_comments(suppressions: Suppressions) -> Iterator[LocatedFinding]:
-    """Yield a finding for every ignore comment of no use, once every other finding was asked for."""
+    """Yield a finding for every unused ignore comment; call it after all other findings are decided."""
     for path, line, finding in suppressions.find_unused():
         yield LocatedFinding(path, line, "", "", finding)
 
@@ -144,8 +145,3 @@ def format_edit_message(edit: Edit) -> str:
     """Return the rule's message about an edit."""
     style = edit.before if isinstance(edit, SetStyle) else edit.style
     return load_rule(edit.code).message.format(key=edit.key, style=style, to=edit.style, where="")
-
-
-def _build_pending_finding(change: Change, located: LocatedEdit) -> LocatedFinding:
-    finding = Finding(located.edit.code, located.edit.key, format_edit_message(located.edit))
-    return LocatedFinding(change.path, located.line, located.class_name, located.attribute, finding)

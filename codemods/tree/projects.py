@@ -1,4 +1,4 @@
-"""Paths of one run sorted by the projects they belong to: each has its own configuration, repository and dialect."""
+"""The paths of one run grouped by project: each project has its own configuration, repository and dialect."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from codemods.tree.survey import is_model_path
 __all__ = ["group_by_project"]
 
 _Project = tuple[Path | None, Path | None]
-"""The nearest pyproject.toml and the root of the repository."""
+"""The nearest pyproject.toml, and the root of the repository."""
 
 
 def group_by_project(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
-    """Group paths by project, in the order given.
+    """Group paths by project, in the given order.
 
-    Paths of one project share the nearest pyproject.toml, the git repository, and the version file that says what their
-    tree speaks; one that no version file speaks of goes with the others. A path inside another one goes with that, and
-    models of one folder and one repository go together, a pyproject.toml among their files or not: a plan and its
-    copies are edited together. Then the outermost pyproject.toml counts, and its paths come first.
+    Paths of one project share the nearest pyproject.toml, the git repository, and the version file that tells their
+    tree's dialect; a path without a version file joins the others. A path inside another one joins that one. Models in
+    one folder of one repository stay together even if some have a pyproject.toml of their own, because a plan and its
+    copies are edited together; then the outermost pyproject.toml applies, and its paths come first.
     """
     if len(paths) < 2:
         return [tuple(paths)]
@@ -42,13 +42,13 @@ def group_by_project(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
 
 
 def _merge_siblings(projects: Mapping[Path, _Project]) -> dict[Path, _Project]:
-    """Give the models that lie in one folder of one repository one home: the outermost of theirs."""
-    beside: dict[tuple[Path, Path | None], list[Path]] = {}
+    """Assign the models in one folder of one repository to one project: the outermost of theirs."""
+    siblings: dict[tuple[Path, Path | None], list[Path]] = {}
     for path, (project, repository) in projects.items():
-        if project != path:  # one that only a link leads to
-            beside.setdefault((path.parent if path.is_dir() else path.parent.parent, repository), []).append(path)
+        if project != path:  # otherwise only a link leads to it
+            siblings.setdefault((path.parent if path.is_dir() else path.parent.parent, repository), []).append(path)
     shared = dict(projects)
-    for models in beside.values():
+    for models in siblings.values():
         if len(models) > 1 and all(map(is_model_path, models)):
             home = min((projects[path] for path in models), key=_depth)
             shared |= dict.fromkeys(models, home)
@@ -60,12 +60,12 @@ def _depth(project: _Project) -> tuple[bool, int]:
 
 
 def _find_outermost(path: Path, known: Container[Path]) -> Path:
-    """Return the outermost of the known paths that holds one of them."""
-    return [above for above in (path, *path.parents) if above in known][-1]
+    """Return the outermost of the known paths that contains a path."""
+    return [parent for parent in (path, *path.parents) if parent in known][-1]
 
 
 def _find_project(path: Path, given: Path) -> _Project:
-    """Return where a path belongs; one that only a link from some project leads to is a project of its own."""
+    """Return the project of a path; a path that only a link from some project leads to is a project of its own."""
     home = _find_folder_project(path if path.is_dir() else path.parent)
     if home[0] is None and find_project_file(make_absolute(given)):
         return path, home[1]
@@ -74,5 +74,5 @@ def _find_project(path: Path, given: Path) -> _Project:
 
 @lru_cache(maxsize=4096)
 def _find_folder_project(folder: Path) -> _Project:
-    above = (folder, *folder.parents)
-    return find_project_file(folder), next((one for one in above if (one / ".git").exists()), None)
+    folders = (folder, *folder.parents)
+    return find_project_file(folder), next((parent for parent in folders if (parent / ".git").exists()), None)

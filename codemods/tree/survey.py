@@ -1,4 +1,4 @@
-"""A tree surveyed: its files read, the plans written down in them found, each with its place."""
+"""A survey of a tree: its files read, and the locations of the plans in them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
 
 
 _PLAN = b"_plan"
-# A string that may be, or begin, the key of experts that are not expert-parallel already; far fewer files hold one than
-# mention a plan.
+# A string that may be, or begin, the key of experts that are not expert-parallel already. Far fewer files contain one
+# than mention a plan.
 _EXPERTS_ENTRY = re.compile(rb"experts(?:\.[\w{}]*)?[\"'](?!\s*+(?:#[^\n]*+\s*+)*+:\s*[\"'](?:grouped_gemm|ep_))")
 
 
@@ -39,8 +39,8 @@ class PlanFilter:
     """Which plans a survey looks for.
 
     Args:
-        matches_file: whether a file's bytes can hold one; those that cannot are not even parsed.
-        matches_literal: whether a literal is one.
+        matches_file: returns whether a file's bytes can hold such a plan; other files are not parsed.
+        matches_literal: returns whether a literal is such a plan.
     """
 
     matches_file: Callable[[bytes], bool]
@@ -57,15 +57,15 @@ every_plan = PlanFilter(lambda data: True, lambda literal: True)
 
 @dataclass
 class Survey:
-    """What was found in a tree.
+    """The plans of a tree and the files they are in.
 
     Args:
         tree: the files that were read.
         files_in_scope: the files below the given paths that may be reported on and written.
-        suppressions: says what is spoken of and what is ignored.
-        links: below the given paths, to files outside of them.
-        locations: the plans found, in and beside the given paths.
-        errors: files that could not be read or parsed.
+        suppressions: decides which findings are in scope and which are suppressed.
+        links: the links below the given paths that lead to files outside of them.
+        locations: where plans were found, in and beside the given paths.
+        errors: the errors of files that could not be read or parsed.
         plan_files: how many files mention a plan.
     """
 
@@ -79,11 +79,11 @@ class Survey:
 
     @cached_property
     def scope(self) -> frozenset[Path]:
-        """The files that may be reported on and written, to ask for one of them."""
+        """The files that may be reported on and written, as a set."""
         return frozenset(self.files_in_scope)
 
     def explain_out_of_scope(self, path: Path) -> str | None:
-        """Return why a file may not be written, in words; None where it may."""
+        """Return in words why a file may not be written, None if it may."""
         if path in self.scope:
             return None
         pattern = self.suppressions.selection.configuration.find_exclude_pattern(path)
@@ -98,9 +98,9 @@ def survey_tree(
 
     Args:
         paths: files and folders.
-        plan_filter: which plans.
-        suppressions: says what of them is spoken of and what is ignored; without it everything is said.
-        skims: whether files with plain plans need not be parsed.
+        plan_filter: which plans to look for.
+        suppressions: decides which findings are in scope and which are suppressed; by default all are reported.
+        skims: whether files with plain plans may be read without a parser.
 
     Raises:
         UsageError: a path does not exist.
@@ -121,7 +121,7 @@ def survey_tree(
 
 
 def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_named: bool, is_below: bool) -> None:
-    """Read one file and add what it has to what was found."""
+    """Read one file and add its plans to the survey."""
     try:
         source = read_source(path)
         if path.name.startswith(("modular_", "configuration_")):
@@ -140,7 +140,7 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
 
 
 def _find_context_files(named: Iterable[Path], given: Sequence[Path], below: Sequence[Path]) -> list[Path]:
-    """Return other files to look at: excluded ones, and those of sibling models where copies of a plan may live."""
+    """Return other files to read: excluded ones, and those of sibling models, where copies of a plan may be."""
     roots = {path.parent.parent if path.is_file() else path.parent for path in named if is_model_path(path)}
     if not roots and len(given) == len(below):
         return []
@@ -149,13 +149,13 @@ def _find_context_files(named: Iterable[Path], given: Sequence[Path], below: Seq
 
 
 def is_model_path(path: Path) -> bool:
-    """Say whether a path is one model: its folder, or a file in it."""
+    """Return whether a path is a model's folder, or a file in one."""
     folder = path.parent if path.is_file() else path
     return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))
 
 
 def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[PlanLocation]:
-    """Yield the plans of one file, class by class."""
+    """Yield the locations of one file's plans, class by class."""
     for owner in tree.module(path).writers:
         for attribute, plan in owner.plans.items():
             if isinstance(plan, PlanLiteral) and plan_filter.matches_literal(plan):
@@ -166,13 +166,13 @@ def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[Plan
 
 
 def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Path, Unresolved, Finding]]:
-    """Yield a finding for every use of a plan that puts entries into it which cannot be read.
+    """Yield a finding for every statement that puts entries into a plan which cannot be read.
 
-    Generated files are left to their owners.
+    Generated files are left out: their owners decide.
 
     Args:
-        survey: a tree surveyed.
-        experts_only: whether only uses count that have experts beside them.
+        survey: the survey of a tree.
+        experts_only: whether to report only statements near a mention of experts.
     """
     for path, module in survey.tree.modules.items():
         if not module.unresolved or path not in survey.scope or survey.tree.source(path).generated_from is not None:

@@ -142,7 +142,7 @@ def test_an_overlay_is_no_source(tmp_path, command, configured):
     done = migrator(command, *(() if configured else ("--source", "param-level")), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
     message, hint = done.stderr.decode().splitlines()
-    assert message.startswith("error: no tree speaks param-level alone")
+    assert message.startswith("error: no tree uses param-level alone")
     assert "transformers-5.23" in hint
     assert "param-level" not in hint
     assert texts(tmp_path) == before

@@ -184,7 +184,7 @@ def test_a_repository_without_models_has_nothing_to_compare(tmp_path):
     git(tmp_path, "commit", "-qm", "empty", "--allow-empty")
     done = diff(tmp_path, "HEAD")
     assert done.returncode == 2
-    assert "neither HEAD nor the working tree holds a configuration_*.py or modeling_*.py" in done.stderr
+    assert "neither HEAD nor the working tree contains a configuration_*.py or modeling_*.py" in done.stderr
 
 
 def test_a_file_that_does_not_parse_is_2_and_named(moved):

@@ -10,9 +10,14 @@ from codemods.checking.check import check_paths
 from codemods.files.config import Configuration
 from codemods.rewriting.migrate import plan_rewrites
 from codemods.rewriting.write import write_changes
-from codemods.tree.ignores import find_suppressed_lines, find_unused_ignores, read_ignores
 from codemods.tree.outcome import find_unused_comments
-from codemods.tree.selection import Selection, Suppressions
+from codemods.tree.selection import (
+    Selection,
+    Suppressions,
+    find_suppressed_lines,
+    find_unused_ignores,
+    read_ignores,
+)
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, codes, write_tree
 from tests.migrator.source_trees import COPY, MODELING, OWNER, family, texts
 
