@@ -1,4 +1,4 @@
-"""The same edit as an ordinary LibCST codemod, for LibCST's own runner: what `benchmarks/rewrite.py` compares with."""
+"""The edits of `migrator rewrite` as an ordinary LibCST codemod, which `benchmarks/rewrite.py` compares it with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ REPLACED = {"packed_colwise", "rowwise"}
 
 
 class ExpertStyles(VisitorBasedCodemodCommand):
-    """Gives expert parameters in dict displays their param-level styles, asking nothing else."""
+    """Give expert parameters in dict displays their param-level styles, without any check of models or owners."""
 
     DESCRIPTION = "packed expert styles become param-level ones"
 
