@@ -1,4 +1,4 @@
-"""Owners to copies: which plans change together, and whether they may."""
+"""Families of plans: an owner and its generated copies, which are edited together or not at all."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Family:
     """An owner with every generated copy of its plan.
 
     Args:
-        owner: where a person edits.
-        copies: where the modular converter writes the same plan.
-        ambiguous: plans of generated files that say the same, but whose way to an owner is lost.
+        owner: the plan that a person edits.
+        copies: the generated plans that the modular converter writes from it.
+        ambiguous: generated plans with the same entries whose owner cannot be found; they may be copies too.
     """
 
     owner: PlanLocation
@@ -55,20 +55,20 @@ class Family:
 
 
 Transform = Callable[[Tree, Family], Mapping[PlanLocation, Decomposition]]
-"""Works out what becomes of each place of a family."""
+"""Compute the edits and findings of every plan of a family."""
 
 ScopeCheck = Callable[[Path], str | None]
-"""From a file to the reason in words why it may not be written, None where it may."""
+"""Return why a file must not be written, or None where it may be."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is to be done to a family and said of it, each with the place it belongs to.
+    """The edits and findings of a family, each with its location.
 
     Args:
-        edits: of every place, or of none.
+        edits: the edits of every plan of the family; empty if any of them cannot be edited.
         findings: what a person should know.
-        blocked: the keys of experts modules, and of other entries, that must not be edited in any literal of the plan.
+        blocked: the experts modules, and the keys of other entries, that must not be edited in any literal of the plan.
     """
 
     edits: Mapping[PlanLocation, tuple[Edit, ...]]
@@ -79,53 +79,61 @@ class Evaluation:
 def group_families(
     tree: Tree, locations: Iterable[PlanLocation], errors: list[MigratorError]
 ) -> tuple[list[Family], list[tuple[PlanLocation, Finding]]]:
-    """Group plan literals under their owners; copies whose owner is lost become findings.
+    """Group plan literals under their owners; a copy whose owner cannot be found becomes a finding.
 
     Args:
-        tree: reads files.
-        locations: where plans are assigned.
-        errors: takes those of files on the way to an owner that cannot be read.
+        tree: the files.
+        locations: the plan literals.
+        errors: receives an error for each file that cannot be read on the way to an owner.
+
+    Returns:
+        The families, and the findings with their locations.
     """
     locations = tuple(locations)
-    owners, unknown = _find_owners(tree, locations, errors)
+    owners, ownerless = _find_owners(tree, locations, errors)
     copies: dict[PlanLocation, list[PlanLocation]] = {owner: [] for owner in owners.values()}
-    for place, owner in owners.items():
-        copies[owner] += [place] if place != owner else []
-    for owner, place in find_missing_copies(tree, locations, errors):
-        if owner in copies and place not in (owner, *copies[owner]):
-            copies[owner].append(place)  # at odds with its owner
-            _check_modular(tree, place, errors)
-    stray = [place for place, lost in unknown.items() if not (lost and lost.lacks_modular)]
-    found = [Family(owner, tuple(listed), _find_ambiguous(tree, owner, stray)) for owner, listed in copies.items()]
-    return found, [
-        (place, build_plan_finding(tree, place, lost.code, lost.reason)) for place, lost in unknown.items() if lost
+    for location, owner in owners.items():
+        copies[owner] += [location] if location != owner else []
+    for owner, location in find_missing_copies(tree, locations, errors):
+        if owner in copies and location not in (owner, *copies[owner]):
+            copies[owner].append(location)  # its entries differ from its owner's
+            _check_modular(tree, location, errors)
+    orphans = [location for location, missing in ownerless.items() if not (missing and missing.lacks_modular)]
+    families = [
+        Family(owner, tuple(of_owner), _find_ambiguous(tree, owner, orphans)) for owner, of_owner in copies.items()
     ]
+    findings = [
+        (location, build_plan_finding(tree, location, missing.code, missing.reason))
+        for location, missing in ownerless.items()
+        if missing
+    ]
+    return families, findings
 
 
 def _find_owners(
     tree: Tree, locations: Iterable[PlanLocation], errors: list[MigratorError]
 ) -> tuple[dict[PlanLocation, PlanLocation], dict[PlanLocation, MissingOwner | None]]:
-    """Return the owners of plans, and the plans without one with the reason, None where a file cannot be read."""
+    """Return the owner of each plan, and for each plan without one the reason, None where a file cannot be read."""
     owners: dict[PlanLocation, PlanLocation] = {}
-    unknown: dict[PlanLocation, MissingOwner | None] = {}
-    for place in locations:
+    ownerless: dict[PlanLocation, MissingOwner | None] = {}
+    for location in locations:
         try:
-            owner = tree.find_owner(place)
+            owner = tree.find_owner(location)
         except MigratorError as error:
             errors.append(error)
-            unknown[place] = None
+            ownerless[location] = None
             continue
         if isinstance(owner, PlanLocation):
-            owners[place] = owner
+            owners[location] = owner
             continue
-        unknown[place] = owner
+        ownerless[location] = owner
         if not owner.lacks_modular:
-            _check_modular(tree, place, errors)
-    return owners, unknown
+            _check_modular(tree, location, errors)
+    return owners, ownerless
 
 
 def _check_modular(tree: Tree, location: PlanLocation, errors: list[MigratorError]) -> None:
-    """Parse the modular file of a copy that is lost or at odds: what was read of it so far may not be all it says."""
+    """Parse the modular file behind a copy that has no owner or differs from it: it may only have been skimmed."""
     generated_from = tree.source(location.path).generated_from
     try:
         tree.parse(location.path.with_name(generated_from or location.path.name))
@@ -134,78 +142,79 @@ def _check_modular(tree: Tree, location: PlanLocation, errors: list[MigratorErro
 
 
 def _find_ambiguous(tree: Tree, owner: PlanLocation, orphans: Iterable[PlanLocation]) -> tuple[PlanLocation, ...]:
-    """Return the plans with a lost owner that may be copies of this one: they say the same, and a name leads here."""
-    wanted = tree.plan(owner)
+    """Return the orphans that may be copies of a plan: they have its entries, and a class name leads to it."""
+    plan = tree.plan(owner)
     return tuple(
-        place
-        for place in orphans
-        if isinstance(wanted, PlanLiteral)
-        and _has_same_entries(tree.plan(place), wanted)
-        and can_derive_from(tree, place, owner)
+        location
+        for location in orphans
+        if isinstance(plan, PlanLiteral)
+        and _has_same_entries(tree.plan(location), plan)
+        and can_derive_from(tree, location, owner)
     )
 
 
-def _has_same_entries(plan: PlanLiteral | Opaque, wanted: PlanLiteral) -> bool:
-    return isinstance(plan, PlanLiteral) and plan.equals(wanted)
+def _has_same_entries(plan: PlanLiteral | Opaque, other: PlanLiteral) -> bool:
+    return isinstance(plan, PlanLiteral) and plan.equals(other)
 
 
 def evaluate_family(tree: Tree, family: Family, explain_out_of_scope: ScopeCheck, transform: Transform) -> Evaluation:
-    """Decide a family's edits: all of its places or none.
+    """Return the edits and findings of a family; its plans are edited all or not at all.
 
     Args:
-        tree: reads files.
+        tree: the files.
         family: an owner with its copies.
-        explain_out_of_scope: says of a file that may not be written why.
-        transform: works out what becomes of each place.
+        explain_out_of_scope: returns why a file must not be written.
+        transform: computes what changes in each plan.
     """
     wanted = transform(tree, family)
-    results = {place: _compute_result(tree, place, wanted[place]) for place in family.locations}
-    if differing := [place for place in family.copies if results[place] != results[family.owner]]:
-        return Evaluation({}, tuple(_report_differing(tree, family.owner, differing)), _collect_decision_keys(wanted))
-    edits = {place: decomposition.edits for place, decomposition in wanted.items()}
+    decided = frozenset(find_group_key(edit.key) for each in wanted.values() for edit in each.edits)
+    results = {location: _compute_result(tree, location, wanted[location]) for location in family.locations}
+    if differing := [location for location in family.copies if results[location] != results[family.owner]]:
+        return Evaluation({}, tuple(_report_differing(tree, family.owner, differing)), decided)
+    edits = {location: decomposition.edits for location, decomposition in wanted.items()}
     if family.ambiguous and any(edits.values()):
-        stays = build_plan_finding(tree, family.owner, "MIG306", format_path(family.ambiguous[0].path))
-        return Evaluation({}, ((family.owner, stays),), _collect_decision_keys(wanted))
-    reasons = [reason for place, some in edits.items() if some and (reason := explain_out_of_scope(place.path))]
+        finding = build_plan_finding(tree, family.owner, "MIG306", format_path(family.ambiguous[0].path))
+        return Evaluation({}, ((family.owner, finding),), decided)
+    reasons = [reason for location, some in edits.items() if some and (reason := explain_out_of_scope(location.path))]
     if reasons:
-        named = [place for place in family.locations if not explain_out_of_scope(place.path)]
-        findings = tuple((place, build_plan_finding(tree, place, "MIG304", reasons[0])) for place in named)
-        return Evaluation({}, findings, _collect_decision_keys(wanted))
-    disputed = frozenset(key for decomposition in wanted.values() for key in decomposition.ambiguous)
-    return Evaluation(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings), disputed)
+        in_scope = [location for location in family.locations if not explain_out_of_scope(location.path)]
+        findings = tuple((location, build_plan_finding(tree, location, "MIG304", reasons[0])) for location in in_scope)
+        return Evaluation({}, findings, decided)
+    ambiguous = frozenset(key for decomposition in wanted.values() for key in decomposition.ambiguous)
+    return Evaluation(edits, tuple((family.owner, finding) for finding in wanted[family.owner].findings), ambiguous)
 
 
 def _report_differing(
     tree: Tree, owner: PlanLocation, differing: Iterable[PlanLocation]
 ) -> Iterator[tuple[PlanLocation, Finding]]:
-    """Yield what to say of copies that would become something else than their owner.
+    """Yield findings about copies whose edits would not give what their owner becomes.
 
-    One that says the same today is not at odds: other code of its class decides otherwise on the same entries.
+    A copy with its owner's entries is up to date; then other code of the copy's class leads to other edits.
     """
     plan = tree.plan(owner)
-    copies = {place: isinstance(plan, PlanLiteral) and _has_same_entries(tree.plan(place), plan) for place in differing}
-    if odd := [place for place, same in copies.items() if not same]:
-        yield from ((place, build_plan_finding(tree, place, "MIG301", owner.path.name)) for place in odd)
+    differing = list(differing)
+    outdated = [
+        location
+        for location in differing
+        if not (isinstance(plan, PlanLiteral) and _has_same_entries(tree.plan(location), plan))
+    ]
+    if outdated:
+        yield from ((location, build_plan_finding(tree, location, "MIG301", owner.path.name)) for location in outdated)
         return
-    place = next(iter(copies))
-    code = place.path.with_name(tree.source(place.path).generated_from or place.path.name)
-    because = f"{format_path(code)} inherits it, and code of its {place.class_name} decides on the same entries"
+    location = differing[0]
+    code = location.path.with_name(tree.source(location.path).generated_from or location.path.name)
+    because = f"{format_path(code)} inherits it, and code of its {location.class_name} decides on the same entries"
     yield owner, build_plan_finding(tree, owner, "MIG204", because)
 
 
-def _collect_decision_keys(wanted: Mapping[PlanLocation, Decomposition]) -> frozenset[str]:
-    """Return what the edits of a family are decided with."""
-    return frozenset(find_group_key(edit.key) for found in wanted.values() for edit in found.edits)
-
-
 def _compute_result(tree: Tree, location: PlanLocation, wanted: Decomposition) -> list[tuple[str, str | None]]:
-    """Return the entries that a plan will have: a copy may lag behind its owner by rewrites only."""
+    """Return the entries that a plan will have: a copy may differ from its owner only by what the edits change."""
     literal = tree.plan(location)
     return compute_edited_entries(literal, wanted.edits) if isinstance(literal, PlanLiteral) else []
 
 
 def build_plan_finding(tree: Tree, location: PlanLocation, code: str, where: str) -> Finding:
-    """Return a finding about a whole plan, standing at its first experts entry or else at the plan."""
+    """Return a finding about a whole plan, located at its first experts entry or else at the plan."""
     literal = tree.plan(location)
     keys = (entry.key for entry in literal.entries) if isinstance(literal, PlanLiteral) else iter(())
     key = next((key for key in keys if "experts" in key), location.attribute)
@@ -213,7 +222,7 @@ def build_plan_finding(tree: Tree, location: PlanLocation, code: str, where: str
 
 
 OwnedEdits = tuple[PlanLocation, tuple[Edit, ...]]
-"""A plan's owner, and what changes in the plan."""
+"""A plan's owner, and the edits of the plan."""
 
 _Evaluations = Sequence[tuple[Family, Evaluation]]
 _Blocked = frozenset[tuple[Path, EditGroup]]
@@ -221,12 +230,12 @@ _Blocked = frozenset[tuple[Path, EditGroup]]
 
 @dataclass(frozen=True)
 class Resolution:
-    """What is to be done to the plans of a tree.
+    """The edits of all plans of a tree, and what is reported about them.
 
     Args:
-        edits: by the place that they are made in.
-        findings: what a person should know, each with its place.
-        ignored: the keys of edits that are not made because a person wants it so, by their place.
+        edits: location to the owner and the edits of its plan.
+        findings: what a person should know, each with its location.
+        ignored: location to the keys of the edits that an ignore comment or the configuration suppresses.
     """
 
     edits: Mapping[PlanLocation, OwnedEdits]
@@ -240,37 +249,39 @@ def resolve_edits(
     """Decide which edits of all families are made.
 
     Args:
-        tree: reads files.
-        evaluations: what may be done to each family.
-        suppressions: says what is ignored.
+        tree: the files.
+        evaluations: each family with its edits and findings.
+        suppressions: decides which edits are suppressed.
         orphans: plans that belong to no family, because their owner cannot be found.
     """
     ignored = _propagate(_find_ignored(tree, evaluations, suppressions), evaluations)
-    held = _propagate(ignored | _find_infeasible(tree, evaluations, orphans), evaluations)
+    blocked = _propagate(ignored | _find_infeasible(tree, evaluations, orphans), evaluations)
     edits: dict[PlanLocation, OwnedEdits] = {}
-    left: dict[PlanLocation, frozenset[str]] = {}
-    findings = [finding for _, verdict in evaluations for finding in verdict.findings]
-    for family, verdict in evaluations:
-        for place, proposed in verdict.edits.items():
-            left[place] = frozenset(edit.key for edit in proposed if _get_decision(place, edit.key) in ignored)
-            if kept := tuple(edit for edit in proposed if _get_decision(place, edit.key) not in held):
-                edits[place] = (family.owner, kept)
-                findings += _report_overruled(tree, place, family.owner, kept, suppressions)
-    return Resolution(edits, findings, left)
+    suppressed: dict[PlanLocation, frozenset[str]] = {}
+    findings = [finding for _, evaluation in evaluations for finding in evaluation.findings]
+    for family, evaluation in evaluations:
+        for location, proposed in evaluation.edits.items():
+            suppressed[location] = frozenset(
+                edit.key for edit in proposed if _get_edit_group(location, edit.key) in ignored
+            )
+            if kept := tuple(edit for edit in proposed if _get_edit_group(location, edit.key) not in blocked):
+                edits[location] = (family.owner, kept)
+                findings += _report_overruled(tree, location, family.owner, kept, suppressions)
+    return Resolution(edits, findings, suppressed)
 
 
 def get_anchor(edit: Edit) -> str:
-    """Return the key of the entry that an edit stands at."""
+    """Return the key of the existing entry that an edit changes or inserts before."""
     return edit.anchor if isinstance(edit, InsertEntry) else edit.key
 
 
 def find_line(tree: Tree, location: PlanLocation, key: str) -> int:
-    """Return the line of an entry, or of the whole plan for a key that it does not hold."""
+    """Return the line of an entry's style, or the plan's first line for a key that it does not have."""
     return find_lines(tree, location, key)[-1]
 
 
 def find_lines(tree: Tree, location: PlanLocation, key: str) -> range:
-    """Return the lines of an entry from its key to where its style begins, or that of the whole plan."""
+    """Return the lines of an entry from its key to the start of its style, or the plan's first line without the key."""
     plan = tree.plan(location)
     entries = plan.entries if isinstance(plan, PlanLiteral) else ()
     entry = next((entry for entry in entries if entry.key == key), None)
@@ -281,22 +292,29 @@ def find_lines(tree: Tree, location: PlanLocation, key: str) -> range:
 
 
 def _find_infeasible(tree: Tree, evaluations: _Evaluations, orphans: Iterable[PlanLocation]) -> _Blocked:
-    """Return the decisions that cannot be carried out everywhere."""
-    plans = ((place, tree.plan(place)) for place in orphans)
-    keys = [(place, entry.key) for place, plan in plans if isinstance(plan, PlanLiteral) for entry in plan.entries]
-    keys += [(place, key) for family, verdict in evaluations for key in verdict.blocked for place in family.locations]
-    return frozenset(_get_decision(place, key) for place, key in keys)
+    """Return the edit groups that cannot be edited in every plan that shares them."""
+    plans = ((location, tree.plan(location)) for location in orphans)
+    keys = [
+        (location, entry.key) for location, plan in plans if isinstance(plan, PlanLiteral) for entry in plan.entries
+    ]
+    keys += [
+        (location, key)
+        for family, evaluation in evaluations
+        for key in evaluation.blocked
+        for location in family.locations
+    ]
+    return frozenset(_get_edit_group(location, key) for location, key in keys)
 
 
 def _propagate(blocked: _Blocked, evaluations: _Evaluations) -> _Blocked:
-    """Hold what is held in one place of a family in all of them, and so on from plan to plan."""
+    """Block in all plans of a family what is blocked in one of them, until nothing more follows."""
     while blocked:
         more = {
-            _get_decision(place, edit.key)
-            for family, verdict in evaluations
-            for edit in dict.fromkeys(edit for edits in verdict.edits.values() for edit in edits)
-            if any(_get_decision(place, edit.key) in blocked for place in family.locations)
-            for place in family.locations
+            _get_edit_group(location, edit.key)
+            for family, evaluation in evaluations
+            for edit in dict.fromkeys(edit for edits in evaluation.edits.values() for edit in edits)
+            if any(_get_edit_group(location, edit.key) in blocked for location in family.locations)
+            for location in family.locations
         }
         if more <= blocked:
             break
@@ -305,23 +323,23 @@ def _propagate(blocked: _Blocked, evaluations: _Evaluations) -> _Blocked:
 
 
 def _find_ignored(tree: Tree, evaluations: _Evaluations, suppressions: Suppressions) -> _Blocked:
-    """Return the decisions that a person does not want; a copy's edits are looked for in the owner."""
+    """Return the edit groups that a person suppressed; for a copy only the comments of its owner count."""
     return frozenset(
-        _get_decision(family.owner, edit.key)
-        for family, verdict in evaluations
-        for edit in dict.fromkeys(edit for edits in verdict.edits.values() for edit in edits)
+        _get_edit_group(family.owner, edit.key)
+        for family, evaluation in evaluations
+        for edit in dict.fromkeys(edit for edits in evaluation.edits.values() for edit in edits)
         if suppressions.is_suppressed(family.owner.path, find_lines(tree, family.owner, get_anchor(edit)), edit.code)
     )
 
 
-def _get_decision(location: PlanLocation, key: str) -> tuple[Path, EditGroup]:
+def _get_edit_group(location: PlanLocation, key: str) -> tuple[Path, EditGroup]:
     return location.path, EditGroup(location.class_name, location.attribute, find_group_key(key))
 
 
 def _report_overruled(
     tree: Tree, location: PlanLocation, owner: PlanLocation, edits: Iterable[Edit], suppressions: Suppressions
 ) -> Iterator[tuple[PlanLocation, Finding]]:
-    """Yield a finding for every edit that is ignored in a copy, where nothing is decided."""
+    """Yield a finding for every ignore comment in a copy about an edit that its owner decides."""
     for edit in edits if location != owner else ():
         key = get_anchor(edit)
         if suppressions.is_suppressed(location.path, find_lines(tree, location, key), edit.code):

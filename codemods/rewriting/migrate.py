@@ -1,4 +1,4 @@
-"""A tree through the rules: plans found, grouped under their owners, every edit computed before one is written."""
+"""The rewrite of a whole tree: find plans, group them under owners, compute every edit before any is written."""
 
 from __future__ import annotations
 
@@ -44,29 +44,30 @@ def plan_rewrites(
 
     Args:
         paths: files and folders.
-        suppressions: says what of them is spoken of and what is ignored; without it everything is said.
-        target: the dialect to write; `param-level` decomposes expert entries and leaves all else.
-        source: the dialect that the tree speaks, `auto` to find out.
+        suppressions: decides which findings are in scope and which are suppressed; by default all are reported.
+        target: the dialect to write; `param-level` decomposes expert entries and leaves all others as they are.
+        source: the dialect that the tree uses, `auto` to detect it.
 
     Raises:
         UsageError: a path or a dialect does not exist.
     """
     if source != "auto":
-        load_source_dialect(source)  # refuses a name that no tree speaks, also where the target asks for none
+        load_source_dialect(source)  # raises for an unknown name even if the target needs no source
     if target == PARAM_LEVEL:
-        found = survey_tree(paths, expert_plans, suppressions, skims=True)
-        result = build_outcome(found, resolve_survey(found))
-        return replace(result, errors=tuple(_collect_parse_errors(found, result)))
-    found = survey_tree(paths, every_plan, suppressions)
-    spoken = resolve_dialect(paths, found, source)
-    decided = resolve_survey(found, partial(to_dialect, load_dialect(spoken.dialect), load_dialect(target)), every_plan)
-    return replace(build_outcome(found, decided), dialects=(spoken,))
+        survey = survey_tree(paths, expert_plans, suppressions, skims=True)
+        result = build_outcome(survey, resolve_survey(survey))
+        return replace(result, errors=tuple(_collect_parse_errors(survey, result)))
+    survey = survey_tree(paths, every_plan, suppressions)
+    detected = resolve_dialect(paths, survey, source)
+    transform = partial(to_dialect, load_dialect(detected.dialect), load_dialect(target))
+    resolution = resolve_survey(survey, transform, every_plan)
+    return replace(build_outcome(survey, resolution), dialects=(detected,))
 
 
 def _collect_parse_errors(survey: Survey, result: Outcome) -> list[MigratorError]:
-    """Return the errors of a run once what was read without a parser is parsed, but for what changes, which was."""
+    """Return the errors of a run, with those of skimmed files that do not parse; changed files are parsed already."""
     errors = list(result.errors)
-    for path in sorted({place.path for place in survey.locations} - {change.path for change in result.changes}):
+    for path in sorted({location.path for location in survey.locations} - {change.path for change in result.changes}):
         try:
             if path in survey.scope:
                 read_module(survey.tree.source(path))
@@ -76,36 +77,36 @@ def _collect_parse_errors(survey: Survey, result: Outcome) -> list[MigratorError
 
 
 def resolve_dialect(paths: Sequence[Path], survey: Survey, source: str = "auto") -> DetectedDialect:
-    """Return the dialect that a tree speaks, as asked for or found out, with the reason."""
+    """Return the dialect that a tree uses, as asked for or detected, with the reason."""
     if source != "auto":
         return DetectedDialect(load_source_dialect(source).name, "asked for")
-    styles = {style for place in survey.locations for style in survey.tree.literal(place).plan.values()}
-    telling = next(filter(find_version_file, paths), None)
-    return detect_dialect(telling or next(iter(paths), Path()), styles)
+    styles = {style for location in survey.locations for style in survey.tree.literal(location).plan.values()}
+    versioned = next(filter(find_version_file, paths), None)
+    return detect_dialect(versioned or next(iter(paths), Path()), styles)
 
 
 def build_outcome(survey: Survey, resolution: Resolution, *, every_unresolved: bool = False) -> Outcome:
-    """Return the files that the edits make, and the findings below the given paths, with their lines.
+    """Return the changed files, and the findings below the given paths with their lines.
 
     Args:
         survey: the tree.
         resolution: its edits and findings.
-        every_unresolved: whether to name every use of a plan that cannot be read, not only those beside experts.
+        every_unresolved: whether to report every use of a plan that cannot be read, not only those beside experts.
     """
     changes = sorted(_build_changes(survey, resolution.edits), key=lambda change: (change.role == "copy", change.path))
-    said = (
-        _locate(survey.tree, place, finding)
-        for place, finding in resolution.findings
-        if place.path in survey.scope and not _is_suppressed(survey, place, finding)
+    located = (
+        _locate(survey.tree, location, finding)
+        for location, finding in resolution.findings
+        if location.path in survey.scope and not _is_suppressed(survey, location, finding)
     )
     links = filter(None, map(_build_link_finding, survey.links))
-    quiet = survey.suppressions.selection.configuration.is_ignored
+    is_ignored = survey.suppressions.selection.configuration.is_ignored
     unread = (
         LocatedFinding(path, use.line, use.class_name, use.attribute, finding)
         for path, use, finding in find_unresolved(survey, experts_only=not every_unresolved)
     )
-    kept = [*said, *unread, *(link for link in links if not quiet(link.path, link.finding.code))]
-    return Outcome(tuple(changes), tuple(kept), tuple(survey.errors), len(survey.files_in_scope), survey.plan_files)
+    findings = [*located, *unread, *(link for link in links if not is_ignored(link.path, link.finding.code))]
+    return Outcome(tuple(changes), tuple(findings), tuple(survey.errors), len(survey.files_in_scope), survey.plan_files)
 
 
 def _is_suppressed(survey: Survey, location: PlanLocation, finding: Finding) -> bool:
@@ -115,7 +116,7 @@ def _is_suppressed(survey: Survey, location: PlanLocation, finding: Finding) -> 
 
 
 def _build_link_finding(link: Path) -> LocatedFinding | None:
-    """Say of a link out of the given paths that the plans behind it are left alone."""
+    """Return a finding that the plans behind a link out of the given paths are not rewritten, None without plans."""
     try:
         leads_to_plans = expert_plans.matches_file(read_source(link).data)
     except MigratorError:
@@ -128,28 +129,30 @@ def _build_link_finding(link: Path) -> LocatedFinding | None:
 def resolve_survey(
     survey: Survey, transform: Transform = to_param_level, plan_filter: PlanFilter = expert_plans
 ) -> Resolution:
-    """Decide the edits of every family of plans, and say what a person should know.
+    """Decide the edits and findings of every family of plans.
 
     Args:
         survey: the tree.
-        transform: works out what becomes of a family.
-        plan_filter: which plans it speaks of.
+        transform: computes what changes in the plans of a family.
+        plan_filter: selects the plans that the transform is for.
     """
-    places = [place for place in survey.locations if plan_filter.matches_literal(survey.tree.literal(place))]
-    touches = survey.suppressions.selection.is_in_scope
-    groups, lost = group_families(survey.tree, places, survey.errors)
-    verdicts: list[tuple[Family, Evaluation]] = []
-    for family in groups:
-        if not touches(place.path for place in family.locations):
+    locations = [
+        location for location in survey.locations if plan_filter.matches_literal(survey.tree.literal(location))
+    ]
+    is_in_scope = survey.suppressions.selection.is_in_scope
+    families, about_ownerless = group_families(survey.tree, locations, survey.errors)
+    evaluations: list[tuple[Family, Evaluation]] = []
+    for family in families:
+        if not is_in_scope(location.path for location in family.locations):
             continue
         try:
-            verdicts.append((family, evaluate_family(survey.tree, family, survey.explain_out_of_scope, transform)))
+            evaluations.append((family, evaluate_family(survey.tree, family, survey.explain_out_of_scope, transform)))
         except MigratorError as error:
             survey.errors.append(error)
-    loose = set(places).difference(place for family in groups for place in family.locations)
-    decided = resolve_edits(survey.tree, verdicts, survey.suppressions, loose)
-    about_lost = [(place, finding) for place, finding in lost if touches([place.path])]
-    return replace(decided, findings=[*about_lost, *decided.findings])
+    orphans = set(locations).difference(location for family in families for location in family.locations)
+    resolution = resolve_edits(survey.tree, evaluations, survey.suppressions, orphans)
+    in_scope = [(location, finding) for location, finding in about_ownerless if is_in_scope([location.path])]
+    return replace(resolution, findings=[*in_scope, *resolution.findings])
 
 
 def _locate(tree: Tree, location: PlanLocation, finding: Finding) -> LocatedFinding:
@@ -159,30 +162,30 @@ def _locate(tree: Tree, location: PlanLocation, finding: Finding) -> LocatedFind
 
 
 def _build_changes(survey: Survey, edits: Mapping[PlanLocation, OwnedEdits]) -> list[Change]:
-    """Compute every file's new bytes; where one fails, all that belongs to its owners is given up."""
+    """Compute every file's new bytes; if one fails, no plan that shares an owner with it is changed."""
     by_file: dict[Path, dict[PlanLocation, OwnedEdits]] = defaultdict(dict)
-    for place, wanted in edits.items():
-        by_file[place.path][place] = wanted
+    for location, owned in edits.items():
+        by_file[location.path][location] = owned
     changes: list[Change] = []
-    broken: set[PlanLocation] = set()
-    for path, wanted_here in by_file.items():
+    failed: set[PlanLocation] = set()
+    for path, edits_of_file in by_file.items():
         try:
-            changes.append(_build_change(survey.tree, path, wanted_here))
+            changes.append(_build_change(survey.tree, path, edits_of_file))
         except MigratorError as error:
             survey.errors.append(error)
-            broken |= {owner for owner, _ in wanted_here.values()}
-    if not broken:
+            failed |= {owner for owner, _ in edits_of_file.values()}
+    if not failed:
         return changes
-    return _build_changes(survey, {place: owned for place, owned in edits.items() if owned[0] not in broken})
+    return _build_changes(survey, {location: owned for location, owned in edits.items() if owned[0] not in failed})
 
 
 def _build_change(tree: Tree, path: Path, edits: Mapping[PlanLocation, OwnedEdits]) -> Change:
     source = tree.source(path)
-    literals = [(tree.literal(place), wanted) for place, (_, wanted) in edits.items()]
+    literals = [(tree.literal(location), wanted) for location, (_, wanted) in edits.items()]
     data = rewrite_source(source, tree.module(path), literals)
     located = tuple(
-        LocatedEdit(find_line(tree, place, get_anchor(edit)), place.class_name, place.attribute, edit, owner)
-        for place, (owner, wanted) in edits.items()
+        LocatedEdit(find_line(tree, location, get_anchor(edit)), location.class_name, location.attribute, edit, owner)
+        for location, (owner, wanted) in edits.items()
         for edit in wanted
     )
     return Change(source, data, "copy" if source.generated_from else "owner", located)

@@ -1,4 +1,4 @@
-"""Proof of a rewrite: the tree's own modular converter must write what the rewrite computed, byte for byte."""
+"""Verification of a rewrite: the tree's own modular converter must write the same bytes as the rewrite."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _TIMEOUT = 600.0
 
 
 def verify_outcome(outcome: Outcome, paths: Sequence[Path], *, timeout: float = _TIMEOUT) -> list[MigratorError]:
-    """Demand of the tree's own converter that it writes the generated files as the rewrite computed them.
+    """Check that the tree's own converter writes the generated files as the rewrite computed them.
 
-    To be called before anything is written. The modular files behind every changed file are converted, and those of
-    other models that read a changed file; the tree itself is not touched.
+    Call it before anything is written. It converts, in a copy of the tree, the modular files behind every changed
+    file and those of other models that import from a changed file.
 
     Args:
         outcome: a rewrite that is not written yet.
-        paths: what was rewritten.
-        timeout: seconds that one run of the converter may take.
+        paths: the files and folders that were rewritten.
+        timeout: the seconds that one run of the converter may take.
 
     Returns:
-        A `MismatchError` for each file that differs, a `SourceError` for each modular file that does not convert.
+        A `MismatchError` for each file that differs, a `SourceError` for each modular file that cannot be converted.
 
     Raises:
         UsageError: no folder above the changed files, or above the paths, holds a converter.
-        WorkerError: the converter did not end in time.
+        WorkerError: the converter exceeded the timeout.
     """
     by_root: dict[Path, list[Change]] = defaultdict(list)
     for change in outcome.changes:
@@ -65,7 +65,7 @@ def _verify(root: Path, changes: Sequence[Change], timeout: float) -> list[Migra
 
 
 def _find_affected_modulars(changes: Sequence[Change]) -> list[Path]:
-    """Return the modular files behind the changes, and those that read a changed file of another model."""
+    """Return the modular files behind the changes, and those that import from a changed file of another model."""
     behind = {path for change in changes if (path := _find_modular(change)) is not None}
     read = {change.path.with_suffix("") for change in changes if not _is_modular(change.path)}
     folders = {change.path.parent.parent for change in changes}
@@ -93,14 +93,14 @@ def _read_imports(path: Path) -> frozenset[Path]:
     """Return the modules that a file may import from, as paths without a suffix."""
     return frozenset(
         base.joinpath(*module.split("."))
-        for found in read_module(read_source(path)).imports.values()
-        for module in (found.module, f"{found.module}.{found.name}".strip("."))
-        for base in (path.parents[found.level - 1 : found.level] if found.level else path.parents)
+        for imported in read_module(read_source(path)).imports.values()
+        for module in (imported.module, f"{imported.module}.{imported.name}".strip("."))
+        for base in (path.parents[imported.level - 1 : imported.level] if imported.level else path.parents)
     )
 
 
 def _sort_into_levels(modulars: Sequence[Path]) -> list[list[Path]]:
-    """Group modular files so that each comes after those whose models it imports from.
+    """Group modular files so that each one follows those whose models it imports from.
 
     Raises:
         SourceError: they import from each other in a circle.
@@ -116,7 +116,7 @@ def _sort_into_levels(modulars: Sequence[Path]) -> list[list[Path]]:
         names = " ← ".join(path.name for path in error.args[1])
         raise SourceError(
             f"modular files import from each other in a circle: {names}",
-            hint="break the circle: the modular converter does not end on it",
+            hint="break the circle: the modular converter does not terminate on it",
             paths=[str(path) for path in error.args[1]],
         ) from error
     levels: list[list[Path]] = []
@@ -153,7 +153,7 @@ def _build_mismatch(path: Path, what: str) -> MismatchError:
 
 
 def _find_first_difference(one: bytes, other: bytes) -> int:
-    """Return the first line that differs, counted from 1."""
+    """Return the number of the first line that differs, counted from 1."""
     lines = zip(one.splitlines(keepends=True), other.splitlines(keepends=True), strict=False)
     same = next((index for index, (left, right) in enumerate(lines) if left != right), None)
     return (min(one.count(b"\n"), other.count(b"\n")) if same is None else same) + 1

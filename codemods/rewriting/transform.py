@@ -1,6 +1,6 @@
-"""What becomes of a family of plans: the param-level decomposition, or a translation into another dialect.
+"""The edits of a family of plans: its param-level decomposition, or its translation into another dialect.
 
-What becomes of a literal depends on the rest of its plan. Where code decides what that is, an edit is made only if
+The edits of a literal depend on the rest of its plan. Where code decides what the rest is, an edit is made only if
 every alternative asks for it.
 """
 
@@ -42,49 +42,52 @@ _UNSAFE = "the code that builds it cannot be rewritten safely"
 
 
 def block_unsafe_edits(literal: PlanLiteral, owner: ClassPlans | None, wanted: Decomposition) -> Decomposition:
-    """Turn edits of a literal into findings where making them is not safe, whole experts modules at a time.
+    """Turn edits that are not safe to make into findings, for whole experts modules at a time.
 
     Args:
-        literal: what is to be edited.
-        owner: its class, None where what other statements do does not matter.
-        wanted: its edits.
+        literal: the plan literal.
+        owner: its class, None to ignore what other statements of the class do.
+        wanted: the edits and findings of the literal.
     """
-    lost = {edit: why for edit in wanted.edits if (why := next(_find_block_reasons(literal, owner, edit), None))}
-    if not lost:
+    unsafe = {edit: why for edit in wanted.edits if (why := next(_find_block_reasons(literal, owner, edit), None))}
+    if not unsafe:
         return wanted
-    held = frozenset(find_group_key(edit.key) for edit in lost)
+    blocked = frozenset(find_group_key(edit.key) for edit in unsafe)
     return replace(
         wanted,
-        edits=tuple(edit for edit in wanted.edits if find_group_key(edit.key) not in held),
-        findings=(*wanted.findings, *report_blocked({get_anchor(edit): why for edit, why in lost.items()})),
-        ambiguous=wanted.ambiguous | held,
+        edits=tuple(edit for edit in wanted.edits if find_group_key(edit.key) not in blocked),
+        findings=(*wanted.findings, *report_blocked({get_anchor(edit): why for edit, why in unsafe.items()})),
+        ambiguous=wanted.ambiguous | blocked,
     )
 
 
 def report_blocked(reasons: Mapping[str, str] | Iterable[str]) -> tuple[Finding, ...]:
-    """Return a finding for each entry that needs an edit which cannot be made.
+    """Return a finding for each entry whose edit cannot be made.
 
     Args:
-        reasons: the keys, each with what keeps it as it is; keys alone where that is how their text is built.
+        reasons: key to the reason; keys alone if the reason is that code builds the entries.
     """
-    known = reasons if isinstance(reasons, Mapping) else dict.fromkeys(reasons, _UNSAFE)
+    reason_of = reasons if isinstance(reasons, Mapping) else dict.fromkeys(reasons, _UNSAFE)
     message = load_rule("MIG204").message
-    return tuple(Finding("MIG204", key, message.format(key=key, where=why)) for key, why in known.items())
+    return tuple(Finding("MIG204", key, message.format(key=key, where=why)) for key, why in reason_of.items())
 
 
 def _find_block_reasons(literal: PlanLiteral, owner: ClassPlans | None, edit: Edit) -> Iterator[str]:
-    """Yield what keeps an edit from being made."""
+    """Yield the reasons why an edit cannot be made."""
     if not _is_replaceable(literal, edit):
         yield _UNSAFE
     module = find_group_key(to_wildcard(edit.key))
-    for hold in owner.conflicts if owner else ():
-        if hold.attribute == literal.attribute and (hold.module is None or to_wildcard(hold.module) == module):
-            yield hold.reason
-    for one in owner.removals if owner else ():
-        # A plan that is taken away whole is not half migrated.
-        removed = one.key is not None and (one.key == ANY_KEY or find_group_key(to_wildcard(one.key)) == module)
-        if removed and one.attribute == literal.attribute and not are_exclusive(one, literal):
-            yield f"line {one.line} takes entries out of it again"
+    for conflict in owner.conflicts if owner else ():
+        concerns_module = conflict.module is None or to_wildcard(conflict.module) == module
+        if conflict.attribute == literal.attribute and concerns_module:
+            yield conflict.reason
+    for removal in owner.removals if owner else ():
+        # Removing the whole plan leaves no half-migrated plan behind.
+        removes_entry = removal.key is not None and (
+            removal.key == ANY_KEY or find_group_key(to_wildcard(removal.key)) == module
+        )
+        if removes_entry and removal.attribute == literal.attribute and not are_exclusive(removal, literal):
+            yield f"line {removal.line} takes entries out of it again"
 
 
 def _is_replaceable(literal: PlanLiteral, edit: Edit) -> bool:
@@ -99,31 +102,40 @@ _EXPERT_PARAMETER = re.compile(r"(?<!\w)experts\.(?:gate_up_proj|up_proj|down_pr
 
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
-    """Decompose the expert entries of a family's plans, where every model that uses them has the regular layout."""
+    """Decompose the expert entries of a family's plans if every model that uses them has the regular layout."""
     layouts = _build_layout_reader(tree, family)
-    own = {place.path.parent for place in family.locations}
+    own = {location.path.parent for location in family.locations}
 
     def read(experts: str) -> ExpertLayout | None:
-        found = list(layouts(experts).values())
-        return None if None in found else next((one for one in found if one and one.irregularity), found[0])
+        of_models = list(layouts(experts).values())
+        if None in of_models:
+            return None
+        return next((layout for layout in of_models if layout and layout.irregularity), of_models[0])
 
-    def name_consumer(found: Finding) -> Finding:
-        shows = layouts(find_group_key(found.key)) if found.code == "MIG203" else {}
-        unclear = next((folder for (folder, _), layout in shows.items() if layout is None and folder not in own), None)
-        return replace(found, message=f"{found.message} of {format_path(unclear)}, which uses it") if unclear else found
+    def name_consumer(finding: Finding) -> Finding:
+        """Name the other model whose layout cannot be read."""
+        by_model = layouts(find_group_key(finding.key)) if finding.code == "MIG203" else {}
+        unread = (folder for (folder, _), layout in by_model.items() if layout is None and folder not in own)
+        folder = next(unread, None)
+        return (
+            replace(finding, message=f"{finding.message} of {format_path(folder)}, which uses it")
+            if folder
+            else finding
+        )
 
-    results = {place: _decompose_plan(tree, place, read) for place in family.locations}
+    results = {location: _decompose_plan(tree, location, read) for location in family.locations}
     return {
-        place: replace(found, findings=tuple(map(name_consumer, found.findings))) for place, found in results.items()
+        location: replace(result, findings=tuple(map(name_consumer, result.findings)))
+        for location, result in results.items()
     }
 
 
 def to_dialect(source: Dialect, target: Dialect, tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
-    """Translate a family's plans by meaning; what a key names must be the same in every model that uses it."""
+    """Translate a family's plans by meaning; a key must name the same kind of module in every model that uses it."""
     describer = partial(
-        _describe_for_all, frozenset((place.path.parent, place.class_name) for place in family.locations)
+        _describe_for_all, frozenset((location.path.parent, location.class_name) for location in family.locations)
     )
-    return {place: _translate_plan(source, target, tree, place, describer) for place in family.locations}
+    return {location: _translate_plan(source, target, tree, location, describer) for location in family.locations}
 
 
 def _decompose_plan(tree: Tree, location: PlanLocation, read_layout: LayoutReader) -> Decomposition:
@@ -132,8 +144,8 @@ def _decompose_plan(tree: Tree, location: PlanLocation, read_layout: LayoutReade
         return _NOTHING
     agreed = _merge_alternatives(
         [
-            _block_unwritable(literal, decompose(literal.plan, read_layout, one.plan), one)
-            for one in find_siblings(tree, location)
+            _block_unwritable(literal, decompose(literal.plan, read_layout, alternative.plan), alternative)
+            for alternative in find_siblings(tree, location)
         ]
     )
     return block_unsafe_edits(literal, tree.get_class(location), agreed)
@@ -149,28 +161,28 @@ def _translate_plan(
     if not isinstance(literal, PlanLiteral) or kind is None:
         return _NOTHING
     computed = report_blocked([entry.key for entry in literal.entries if entry.style is None])
-    others = find_alternatives(tree.get_class(location), literal)
-    results = [translate({**one.plan, **literal.plan}, source, target, describer, kind) for one in others]
+    alternatives = find_alternatives(tree.get_class(location), literal)
+    results = [translate({**other.plan, **literal.plan}, source, target, describer, kind) for other in alternatives]
     return block_unsafe_edits(
         literal, None, _merge_alternatives([_restrict_to_literal(literal, result, computed) for result in results])
     )
 
 
 def _restrict_to_literal(literal: PlanLiteral, wanted: Decomposition, more: Sequence[Finding]) -> Decomposition:
-    """Keep of a whole plan's translation what speaks of one literal's entries."""
+    """Keep only the edits and findings of a whole plan's translation that concern the entries of one literal."""
     edits = tuple(edit for edit in wanted.edits if edit.key in literal.plan)
-    return Decomposition(edits, (*(found for found in wanted.findings if found.key in literal.plan), *more))
+    return Decomposition(edits, (*(finding for finding in wanted.findings if finding.key in literal.plan), *more))
 
 
 def _describe_for_all(consumers: frozenset[tuple[Path, str]], key: str) -> KeyTarget | None:
-    """Return what a key names in every model that uses the plan, None where two of them differ."""
-    found = {describe(folder, key, owner.rpartition(".")[2]) for folder, owner in consumers}
-    kinds = {(one.kind, one.ndim) if one else None for one in found}
-    return next(iter(found)) if len(kinds) == 1 else None
+    """Return what a key names in every model that uses the plan, None if two of them differ."""
+    targets = {describe(folder, key, owner.rpartition(".")[2]) for folder, owner in consumers}
+    kinds = {(target.kind, target.ndim) if target else None for target in targets}
+    return next(iter(targets)) if len(kinds) == 1 else None
 
 
 def find_siblings(tree: Tree, location: PlanLocation) -> tuple[Alternative, ...]:
-    """Return what the plan of a literal can hold beside it; of TP and SP plans what bears on the same experts."""
+    """Return what the plan of a literal can hold besides it; for TP and SP plans only what concerns its experts."""
     literal, owner = tree.literal(location), tree.get_class(location)
     return find_alternatives(
         keep_relevant_literals(owner, literal) if is_decomposable_plan(location.attribute) else owner, literal
@@ -178,55 +190,55 @@ def find_siblings(tree: Tree, location: PlanLocation) -> tuple[Alternative, ...]
 
 
 def _merge_alternatives(results: Sequence[Decomposition]) -> Decomposition:
-    """Return what every alternative asks for; what only some of them ask for is disputed."""
+    """Return the edits that every alternative asks for; those that only some ask for become ambiguous."""
     wanted = [frozenset(result.edits) for result in results]
     contested = [edit for result in results for edit in result.edits if not all(edit in edits for edits in wanted)]
-    disputed = frozenset(find_group_key(edit.key) for edit in contested)
-    findings = dict.fromkeys(found for result in results for found in result.findings)
-    explained = {find_group_key(found.key) for found in findings}
+    ambiguous = frozenset(find_group_key(edit.key) for edit in contested)
+    findings = dict.fromkeys(finding for result in results for finding in result.findings)
+    explained = {find_group_key(finding.key) for finding in findings}
     unexplained = [get_anchor(edit) for edit in contested if find_group_key(edit.key) not in explained]
     return Decomposition(
-        tuple(edit for edit in results[0].edits if find_group_key(edit.key) not in disputed),
+        tuple(edit for edit in results[0].edits if find_group_key(edit.key) not in ambiguous),
         (*findings, *report_blocked(unexplained)),
-        disputed.union(*(result.ambiguous for result in results)),
+        ambiguous.union(*(result.ambiguous for result in results)),
     )
 
 
 def _block_unwritable(literal: PlanLiteral, wanted: Decomposition, other: Alternative) -> Decomposition:
-    """Turn what cannot be written safely into findings.
+    """Turn edits that cannot be written safely into findings.
 
-    That is: experts with a computed style, or with an entry that is written twice, new entries without a place for
-    them, and whatever depends on entries that the plan takes in from elsewhere and that nobody here can see.
+    These are edits of experts with a computed style or with an entry that is written twice, new entries that have no
+    position in the text, and edits that depend on entries which the plan takes from elsewhere and which are not read.
     """
-    takes_in = literal.is_partial or other.is_partial
-    here = [entry.key for entry in literal.entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
-    computed = {find_group_key(key) for key in (*here, *filter(_EXPERT_PARAMETER.search, other.computed))}
-    fixed = {entry.key for entry in literal.entries if takes_in or not entry.can_precede}
-    unseen = [found.key for found in wanted.findings if takes_in and found.code == "MIG202"]
-    twice = _find_duplicates(literal, other)
-    lost = [
+    is_partial = literal.is_partial or other.is_partial
+    own = [entry.key for entry in literal.entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
+    computed = {find_group_key(key) for key in (*own, *filter(_EXPERT_PARAMETER.search, other.computed))}
+    fixed = {entry.key for entry in literal.entries if is_partial or not entry.can_precede}
+    unread = [finding.key for finding in wanted.findings if is_partial and finding.code == "MIG202"]
+    duplicates = _find_duplicates(literal, other)
+    unwritable = [
         edit
         for edit in wanted.edits
         if find_group_key(edit.key) in computed or (isinstance(edit, InsertEntry) and edit.anchor in fixed)
     ]
-    overridden = [edit for edit in wanted.edits if edit not in lost and find_group_key(edit.key) in twice]
-    whys = {get_anchor(edit): f"line {twice[find_group_key(edit.key)]} writes it too" for edit in overridden}
-    findings = [found for found in wanted.findings if found.key not in unseen]
+    overridden = [edit for edit in wanted.edits if edit not in unwritable and find_group_key(edit.key) in duplicates]
+    whys = {get_anchor(edit): f"line {duplicates[find_group_key(edit.key)]} writes it too" for edit in overridden}
+    findings = [finding for finding in wanted.findings if finding.key not in unread]
     return Decomposition(
-        tuple(edit for edit in wanted.edits if edit not in (*lost, *overridden)),
-        (*findings, *report_blocked([*here, *map(get_anchor, lost), *unseen]), *report_blocked(whys)),
-        frozenset(find_group_key(edit.key) for edit in (*lost, *overridden)),
+        tuple(edit for edit in wanted.edits if edit not in (*unwritable, *overridden)),
+        (*findings, *report_blocked([*own, *map(get_anchor, unwritable), *unread]), *report_blocked(whys)),
+        frozenset(find_group_key(edit.key) for edit in (*unwritable, *overridden)),
     )
 
 
 def _find_duplicates(literal: PlanLiteral, other: Alternative) -> Mapping[str, int]:
-    """Return the experts modules of which an entry is written elsewhere too, with the line; the later one counts."""
+    """Return the experts modules with an entry that another literal writes too, each with that line."""
     keys = {entry.key for entry in literal.entries}
     return {find_group_key(key): line for key, line in other.lines.items() if key in keys}
 
 
 def _build_layout_reader(tree: Tree, family: Family) -> Callable[[str], Mapping[Consumer, ExpertLayout | None]]:
-    """Return a reader that lets every model speak that uses a plan, from the key of an experts module."""
+    """Return a function from the key of an experts module to its layout in every model that uses the family's plan."""
 
     @cache
     def read(experts: str) -> Mapping[Consumer, ExpertLayout | None]:

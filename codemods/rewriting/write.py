@@ -1,4 +1,4 @@
-"""Changes written: an owner and its copies together or not at all, each file in one step."""
+"""Writing of changes: an owner and its copies together or not at all, each file atomically."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["WriteResult", "check_replaceable", "replace_source", "write_changes"
 
 
 def check_replaceable(source: SourceFile) -> None:
-    """Check that a file can be replaced and is still as it was read.
+    """Check that a file can be replaced and has not changed since it was read.
 
     Raises:
-        SourceError: it changed, or it or its folder is read-only.
+        SourceError: the file changed, or it or its folder is read-only.
     """
     try:
         if read_source(source.path).data != source.data:
@@ -37,7 +37,7 @@ def check_replaceable(source: SourceFile) -> None:
 
 
 def replace_source(source: SourceFile, data: bytes) -> None:
-    """Replace a file's bytes in one step, keeping its mode; a kill leaves the old file or the new one.
+    """Replace a file's bytes atomically, keeping its mode: a killed process leaves the old file or the new one.
 
     Raises:
         SourceError: the file changed since it was read, or cannot be replaced.
@@ -78,11 +78,11 @@ _WRITERS = 8
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What became of the changes.
+    """The result of writing changes.
 
     Args:
-        changes: those that were written.
-        errors: why the others were not.
+        changes: the changes that were written.
+        errors: the reasons why the others were not.
     """
 
     changes: tuple[Change, ...]
@@ -92,28 +92,26 @@ class WriteResult:
 def write_changes(changes: Sequence[Change]) -> WriteResult:
     """Write every file, owners before copies; an owner and its copies are written together or not at all.
 
-    Where one of them cannot be written, nothing that belongs to its owners is, and everything else still is.
+    If a file cannot be written, no other file with edits of the same owners is; all other files still are.
     """
     if not changes:
         return WriteResult((), ())
     from concurrent.futures import ThreadPoolExecutor
 
     errors = {change.path: error for change in changes if (error := _capture_error(check_replaceable, change.source))}
-    stopped = {owner for change in changes if change.path in errors for owner in change.owners}
-    wanted = [change for change in changes if not stopped & change.owners]
-    held_back = [
-        _build_blocked_error(change) for change in changes if change not in wanted and change.path not in errors
-    ]
-    # Each write waits for the disk: side by side they wait together.
+    failed_owners = {owner for change in changes if change.path in errors for owner in change.owners}
+    wanted = [change for change in changes if not failed_owners & change.owners]
+    blocked = [_build_blocked_error(change) for change in changes if change not in wanted and change.path not in errors]
+    # Each write waits for the disk; concurrent writes wait together.
     with ThreadPoolExecutor(_WRITERS) as writers:
         for role in ("owner", "copy"):
-            batch = [change for change in wanted if change.role == role and not stopped & change.owners]
+            batch = [change for change in wanted if change.role == role and not failed_owners & change.owners]
             results = writers.map(lambda change: _capture_error(replace_source, change.source, change.data), batch)
             failed = {change.path: error for change, error in zip(batch, results, strict=True) if error}
             errors |= failed
-            stopped |= {owner for change in batch if change.path in failed for owner in change.owners}
-    written = tuple(change for change in wanted if change.path not in errors and not stopped & change.owners)
-    return WriteResult(written, (*errors.values(), *held_back))
+            failed_owners |= {owner for change in batch if change.path in failed for owner in change.owners}
+    written = tuple(change for change in wanted if change.path not in errors and not failed_owners & change.owners)
+    return WriteResult(written, (*errors.values(), *blocked))
 
 
 def _capture_error(action: Callable[..., None], *arguments: object) -> MigratorError | None:
