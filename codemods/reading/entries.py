@@ -206,8 +206,8 @@ def _read_text(node: ast.expr | ast.keyword) -> str | None:
         case ast.JoinedStr(values=parts):
             return "".join(_read_text(part) or _COMPUTED for part in parts)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            pieces = _read_text(left), _read_text(right)
-            return None if pieces == (None, None) else "".join(piece or _COMPUTED for piece in pieces)
+            texts = _read_text(left), _read_text(right)
+            return None if texts == (None, None) else "".join(text or _COMPUTED for text in texts)
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str(text)), attr="format")):
             return _REPLACEMENT_FIELD.sub(_COMPUTED, text)
     return None
