@@ -1,4 +1,4 @@
-"""Declared migrations: a job file read, run from where it was left, and watched for; nothing here prints."""
+"""Declared migrations: job files read, run, resumed and watched for. Nothing here prints."""
 
 from __future__ import annotations
 

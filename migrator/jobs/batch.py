@@ -1,4 +1,4 @@
-"""Several jobs: one after the other from files, or from a folder as their files appear; none ends the others."""
+"""Run several jobs, from files or from a watched folder; a job that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -27,66 +27,66 @@ from runtime.checkpoint.copying.signals import Stop, catch_stop_signals
 
 __all__ = ["foresee_files", "run_files", "watch"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _TICK_SECONDS = 0.1
-"""Seconds between two looks for a signal."""
+"""How often to check for a signal while waiting, in seconds."""
 
 
 def run_files(files: Iterable[Path], listen: Listener = ignore_event) -> tuple[JobResult, ...]:
-    """Run jobs one after the other, whatever becomes of those before; a signal ends all of them.
+    """Run jobs one after the other, even if earlier ones fail; a signal stops all of them.
 
     Args:
-        files: that declare them.
-        listen: told what happens.
+        files: the job files.
+        listen: called with every event.
     """
     results: list[JobResult] = []
     with catch_stop_signals() as stop:
-        for file, found in _read_jobs(files, {}):
+        for file, job in _read_jobs(files, {}):
             signal = stop()
-            results.append(JobResult(file, stopped=signal) if signal else _run_file(file, found, listen))
+            results.append(JobResult(file, stopped=signal) if signal else _run_file(file, job, listen))
     return tuple(results)
 
 
 def foresee_files(files: Iterable[Path]) -> tuple[Forecast, ...]:
-    """Say of several jobs which of their steps would be run, and why.
+    """Return what `run_files` would do, without doing it.
 
     Args:
-        files: that declare them.
+        files: the job files.
     """
-    return tuple(_preview_file(file, found) for file, found in _read_jobs(files, {}))
+    return tuple(_preview_file(file, job) for file, job in _read_jobs(files, {}))
 
 
 def watch(folder: Path, listen: Listener = ignore_event, interval: float = 2.0) -> tuple[JobResult, ...]:
-    """Run the jobs of a folder, and every file that appears there or changes, until a signal comes.
+    """Run the jobs of a folder, and every job file that appears or changes there, until a signal arrives.
 
-    The folder is looked at again and again: network disks do not tell of files that another machine puts there. A file
-    is taken when two looks find it the same, so it may be written slowly, and once until it changes.
+    The folder is polled, because network disks do not report files that another machine writes. A file is run once two
+    polls in a row find it unchanged, so that it may be written slowly, and again only after it changes.
 
     Args:
-        folder: to watch.
-        listen: told what happens.
-        interval: seconds between two looks.
+        folder: the folder to watch.
+        listen: called with every event.
+        interval: the time between two polls, in seconds.
 
     Returns:
-        The last result of each job, by the names of their files.
+        The last result of each job, sorted by file.
 
     Raises:
-        UsageError: it is no folder.
+        UsageError: `folder` is not a folder.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: not a folder to watch", hint="name one that exists", path=str(folder))
+        raise UsageError(f"{folder}: not a folder to watch", hint="name an existing folder", path=str(folder))
     results: dict[Path, JobResult] = {}
     last: Stamps = {}
-    taken: dict[str, Stamp] = {}
+    handled: dict[str, Stamp] = {}
     known: dict[Path, Job] = {}
     with catch_stop_signals() as stop:
         while stop() is None:
             now = _read_folder_stamps(folder)
-            for file in _find_ready_files(now, last, taken):
-                taken[str(file)] = now[str(file)]
-                [(_, found)] = _read_jobs([file], known)
-                results[file] = _run_file(file, found, listen)
+            for file in _find_ready_files(now, last, handled):
+                handled[str(file)] = now[str(file)]
+                [(_, job)] = _read_jobs([file], known)
+                results[file] = _run_file(file, job, listen)
                 if stop() is not None:
                     return _sort_by_name(results)
             last = now
@@ -95,23 +95,23 @@ def watch(folder: Path, listen: Listener = ignore_event, interval: float = 2.0) 
 
 
 def _read_jobs(files: Iterable[Path], known: dict[Path, Job]) -> Sequence[tuple[Path, Job | MigratorError]]:
-    """Read job files, all before any of them is run; a job that comes in another's way is refused, the later one.
+    """Read all job files before any of them is run, and refuse a job that conflicts with an earlier one.
 
     Args:
-        files: each taken once, however it is spelled.
-        known: the jobs of the run by their files; those that are read come to them.
+        files: the job files; different spellings of one path count once.
+        known: the jobs read so far by file, to which the new ones are added.
     """
-    found: dict[Path, tuple[Path, Job | MigratorError]] = {}
+    jobs: dict[Path, tuple[Path, Job | MigratorError]] = {}
     for file in files:
-        at = Path(os.path.realpath(file.parent), file.name)  # a link to a file is a job of its own
-        if at in found:
+        path = Path(os.path.realpath(file.parent), file.name)  # A link to a job file is a job of its own.
+        if path in jobs:
             continue
-        known.pop(at, None)
+        known.pop(path, None)
         job = _catch_errors(partial(_read_job, file, tuple(known.values())))
-        found[at] = (file, job)
+        jobs[path] = (file, job)
         if isinstance(job, Job):
-            known[at] = job
-    return tuple(found.values())
+            known[path] = job
+    return tuple(jobs.values())
 
 
 def _read_job(file: Path, others: Iterable[Job]) -> Job:
@@ -121,12 +121,12 @@ def _read_job(file: Path, others: Iterable[Job]) -> Job:
 
 
 def _run_file(file: Path, job: Job | MigratorError, listen: Listener) -> JobResult:
-    done = _catch_errors(partial(run, job, listen)) if isinstance(job, Job) else job
-    if isinstance(done, JobResult):
-        return done
-    said = {**done.to_json(include_data=False), "traceback": done.data.get("traceback")}
-    notify_listener(listen, Event("refused", file.stem, None, said))
-    return JobResult(file, error=done)
+    result = _catch_errors(partial(run, job, listen)) if isinstance(job, Job) else job
+    if isinstance(result, JobResult):
+        return result
+    data = {**result.to_json(include_data=False), "traceback": result.data.get("traceback")}
+    notify_listener(listen, Event("refused", file.stem, None, data))
+    return JobResult(file, error=result)
 
 
 def _preview_file(file: Path, job: Job | MigratorError) -> Forecast:
@@ -134,8 +134,8 @@ def _preview_file(file: Path, job: Job | MigratorError) -> Forecast:
     return forecast if isinstance(forecast, Forecast) else Forecast(file, error=forecast)
 
 
-def _catch_errors(work: Callable[[], T]) -> T | MigratorError:
-    """Return what work comes to, or why it cannot be done: an odd job is one entry, and never ends the others."""
+def _catch_errors(work: Callable[[], _T]) -> _T | MigratorError:
+    """Return the result of `work`, or its error, so that one failing job does not end the others."""
     try:
         return work()
     except MigratorError as error:
@@ -145,7 +145,7 @@ def _catch_errors(work: Callable[[], T]) -> T | MigratorError:
 
 
 def _read_folder_stamps(folder: Path) -> Stamps:
-    """Return the stamps of a folder's job files; while it cannot be read, as a disk that is away, it has none."""
+    """Return the stamps of a folder's job files; none while it cannot be read, such as an unmounted disk."""
     try:
         return collect_stamps(job_files(folder))
     except UsageError:
@@ -153,17 +153,17 @@ def _read_folder_stamps(folder: Path) -> Stamps:
 
 
 def _find_ready_files(now: Stamps, last: Stamps, handled: Stamps) -> Iterator[Path]:
-    """Yield files that did not change between two looks, and are still the same, unless they were taken like that."""
+    """Yield the files that did not change between two polls or since, and were not handled in this state."""
     for name, stamp in now.items():
         if stamp == last.get(name) and stamp != handled.get(name) and collect_stamps([Path(name)]).get(name) == stamp:
             yield Path(name)
 
 
 def _wait(stop: Stop, seconds: float) -> None:
-    """Wait, but not once a signal came; a sleep goes on behind one."""
-    until = time.monotonic() + seconds
-    while stop() is None and (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, _TICK_SECONDS))
+    """Wait, but return early after a signal, which does not interrupt `time.sleep`."""
+    deadline = time.monotonic() + seconds
+    while stop() is None and (remaining := deadline - time.monotonic()) > 0:
+        time.sleep(min(remaining, _TICK_SECONDS))
 
 
 def _sort_by_name(results: dict[Path, JobResult]) -> tuple[JobResult, ...]:

@@ -1,4 +1,4 @@
-"""What a step is: its options, the versions that matter and its sources; by it a done step is known."""
+"""Cache keys of steps: a step is skipped if its options, package versions and source files are unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _EXECUTION_OPTIONS = frozenset(("max_memory", "timeout", "overwrite"))
-"""Options that say how a step works and not what comes of it."""
+"""Options that affect how a step works but not its result."""
 _SOURCES: Mapping[type, tuple[str, ...]] = {
     Reshard: ("source",),
     Verify: ("source", "other"),
@@ -39,12 +39,12 @@ _UNFINISHED = {"failed": "it failed", "stopped": "it was stopped", "started": "i
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a step is.
+    """Everything that determines the result of a step.
 
     Args:
-        options: by name.
-        versions: of the packages that decide what it does.
-        sources: stamps of the files that it reads, by what they belong to.
+        options: the step's options by name.
+        versions: the versions of the packages that do the work.
+        sources: the stamps of the files that it reads, by the checkpoint or tree that they belong to.
     """
 
     options: Mapping[str, object]
@@ -53,26 +53,26 @@ class CacheKey:
 
     @property
     def fingerprint(self) -> Mapping[str, object]:
-        """Everything by name, as the state file keeps it; where it is the same, so is the step."""
-        read = {f"{_FILES_PREFIX}{name}": _digest_stamps(found) for name, found in self.sources.items()}
-        plain: dict[str, object] = json.loads(json.dumps({**self.options, **self.versions, **read}, default=str))
+        """The key as plain JSON values by name, as the state file stores it."""
+        digests = {f"{_FILES_PREFIX}{name}": _digest_stamps(stamps) for name, stamps in self.sources.items()}
+        plain: dict[str, object] = json.loads(json.dumps({**self.options, **self.versions, **digests}, default=str))
         return plain
 
     def after_writing(self, files: Iterable[Path]) -> CacheKey:
-        """Return the identity when the step itself has changed some of its sources; others' changes still count."""
+        """Return the key after the step itself has written some of its sources; changes by others still count."""
         written = collect_stamps(files)
-        sources = {name: {**found, **_select_known(written, found)} for name, found in self.sources.items()}
+        sources = {name: {**stamps, **_select_known(written, stamps)} for name, stamps in self.sources.items()}
         return replace(self, sources=sources)
 
 
 @dataclass(frozen=True)
 class StepState:
-    """How things stand with a step.
+    """Whether a step is up to date.
 
     Args:
-        cache_key: what it is now.
-        why: it is to be run, None where it is done.
-        is_own_output: whether nothing is at its destination but what this job wrote there and nobody touched.
+        cache_key: the step's current key.
+        why: the reason to run it, None if it is up to date.
+        is_own_output: whether its destination holds nothing but what this job wrote there, unchanged.
     """
 
     cache_key: CacheKey
@@ -81,36 +81,35 @@ class StepState:
 
 
 def check_up_to_date(job: Job, records: Records, name: str, step: Step) -> StepState:
-    """Look whether a step is done; sources on the hub are fetched for it.
+    """Return whether a step is up to date; sources on the hub are fetched to find out.
 
     Args:
-        job: of the step.
-        records: what is remembered of the job.
-        name: of the step.
-        step: with its options.
+        job: the job that the step belongs to.
+        records: the records of the job's earlier runs.
+        name: the step's name.
+        step: the step.
 
     Raises:
-        MigratorError: a source on the hub cannot be fetched, or a path holds nothing to read.
+        MigratorError: a source on the hub cannot be fetched, or a path does not exist.
     """
     if type(step) in _SOURCES:
         require_runtime()
-    identity, record, product = _build_cache_key(step), records.get(name), compute_product_digest(job, name, step)
-    why = _find_run_reason(record, identity, product)
+    cache_key, record, product = _build_cache_key(step), records.get(name), compute_product_digest(job, name, step)
+    why = _find_run_reason(record, cache_key, product)
     if why is None and not all(map(is_regular_file, _list_result_files(job, name, step))):
         why = "its result or report is no longer there"
-    return StepState(
-        identity, why, record is not None and record.product is not None and product in (None, record.product)
-    )
+    is_own_output = record is not None and record.product is not None and product in (None, record.product)
+    return StepState(cache_key, why, is_own_output)
 
 
 def find_source_checkpoints(step: Step) -> tuple[str, ...]:
-    """Return the checkpoints that a step reads: folders, and names on the hub."""
-    named = (getattr(step, name) for name in _SOURCES.get(type(step), ()))
-    return tuple(text for text in named if text is not None)
+    """Return the checkpoints that a step reads, folders or names on the hub."""
+    sources = (getattr(step, name) for name in _SOURCES.get(type(step), ()))
+    return tuple(source for source in sources if source is not None)
 
 
 def _build_cache_key(step: Step) -> CacheKey:
-    options = {one.name: getattr(step, one.name) for one in fields(step) if one.name not in _EXECUTION_OPTIONS}
+    options = {field.name: getattr(step, field.name) for field in fields(step) if field.name not in _EXECUTION_OPTIONS}
     versions = {name: _find_version(name) for name in ("plan-migrator", *_PACKAGES.get(type(step), ()))}
     match step:
         case Rewrite() | Check():
@@ -125,10 +124,10 @@ def _build_cache_key(step: Step) -> CacheKey:
 
 
 def locate_checkpoint(source: str) -> Path:
-    """Return a checkpoint's folder, fetched from the hub where it lies there.
+    """Return a checkpoint's folder, downloaded first if it is on the hub.
 
     Raises:
-        CheckpointError: it cannot be fetched.
+        CheckpointError: it cannot be downloaded.
     """
     if not is_on_hub(source):
         return Path(source)
@@ -138,24 +137,24 @@ def locate_checkpoint(source: str) -> Path:
 
 
 def compute_product_digest(job: Job, name: str, step: Step) -> str | None:
-    """Return the digest of the stamps of what a step writes, None where there is nothing of it."""
-    told = (job.result(name), job.patch(name), job.report(name))
-    found = collect_stamps(list_files(step.destination) if isinstance(step, Reshard) else told)
-    return _digest_stamps(found) if found else None
+    """Return a digest of the stamps of a step's output files, None if there are none."""
+    outputs = (job.result(name), job.patch(name), job.report(name))
+    stamps = collect_stamps(list_files(step.destination) if isinstance(step, Reshard) else outputs)
+    return _digest_stamps(stamps) if stamps else None
 
 
 def _list_result_files(job: Job, name: str, step: Step) -> tuple[Path, ...]:
-    """Return the files that tell what came of a step."""
+    """Return the files that describe a step's result."""
     return (job.result(name), job.report(name)) if isinstance(step, Reshard | Validate) else (job.result(name),)
 
 
 def _find_run_reason(record: Record | None, cache_key: CacheKey, product: str | None) -> str | None:
-    """Return why a step is to be run, None where it is done.
+    """Return the reason to run a step, None if it is up to date.
 
     Args:
-        record: what is remembered of it.
-        cache_key: what it is now.
-        product: what there is now of what it wrote.
+        record: the record of its last run, if any.
+        cache_key: its current key.
+        product: the current digest of its output files.
     """
     if record is None:
         return "it was not run yet"
@@ -174,11 +173,11 @@ def _describe_changes(before: Mapping[str, object], now: Mapping[str, object]) -
 
 
 def _list_tree_files(paths: Sequence[Path], *, verifies: bool) -> Iterator[Path]:
-    """Yield the files that a look at source reads: those below the paths, of models beside, and configurations.
+    """Yield the files that rewriting or checking reads: sources below the paths, sibling models, and configurations.
 
     Args:
-        paths: to look at.
-        verifies: whether the tree's own converter is run, which may import what lies beside it.
+        paths: the paths to rewrite or check.
+        verifies: whether the tree's own converter is run, which may import modules beside it.
     """
     from codemods.files.config import find_project_file
     from codemods.files.sources import find_sources
@@ -187,8 +186,8 @@ def _list_tree_files(paths: Sequence[Path], *, verifies: bool) -> Iterator[Path]
     from codemods.tree.survey import is_model_path
 
     models = [path for path in paths if is_model_path(path)]
-    beside = [path.parent.parent if path.is_file() else path.parent for path in models]
-    yield from find_sources([*paths, *beside], [])
+    siblings = [path.parent.parent if path.is_file() else path.parent for path in models]
+    yield from find_sources([*paths, *siblings], [])
     for find in (find_project_file, find_version_file):
         yield from filter(None, dict.fromkeys(find(path.resolve()) for path in paths))
     if verifies:

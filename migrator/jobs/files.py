@@ -1,4 +1,4 @@
-"""A job's own files: regular ones, in its own folders; each appears whole, and stamps tell whether one was touched."""
+"""A job's own files: only regular files are read, files are written atomically, and stamps detect changes."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ __all__ = [
 ]
 
 Stamp = tuple[int, int, int, int]
-"""Size in bytes, times of the last write and the last change in nanoseconds, and inode of a file."""
+"""A file's size in bytes, modification and change time in nanoseconds, and inode."""
 Stamps = Mapping[str, Stamp]
-"""Stamps of files by path: they change whenever one is written or replaced."""
+"""Stamps of files by path; a stamp changes whenever its file is written or replaced."""
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""No link is followed, and no named pipe waited for."""
+"""Links are not followed, and opening a named pipe does not block."""
 
 
 def collect_stamps(files: Iterable[Path]) -> Stamps:
-    """Return the stamps of those files that are there."""
-    found: dict[str, Stamp] = {}
+    """Return the stamps of the files that exist."""
+    stamps: dict[str, Stamp] = {}
     for file in files:
-        with suppress(OSError):  # One that is gone has no stamp, and that is what tells.
-            at = file.stat()
-            found[str(file)] = (at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino)
-    return found
+        with suppress(OSError):  # A missing file has no stamp, which shows that it is gone.
+            status = file.stat()
+            stamps[str(file)] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return stamps
 
 
 def list_files(path: Path) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders, or the path itself where it is none."""
+    """Yield the files of a folder and its subfolders, or the path itself if it is not a folder."""
     if not path.is_dir():
         yield path
     for folder, folders, names in os.walk(path):
@@ -56,20 +56,20 @@ def list_files(path: Path) -> Iterator[Path]:
 
 
 def is_regular_file(path: Path) -> bool:
-    """Return whether a regular file lies at a path, and no link to one."""
+    """Return whether a path is a regular file, and not a link to one."""
     return stat.S_ISREG(path.lstat().st_mode) if os.path.lexists(path) else False
 
 
 def read_regular_file(path: Path, limit: int, *, follow_links: bool = False) -> bytes:
-    """Return what a regular file holds.
+    """Return the content of a regular file.
 
     Args:
-        path: of the file.
-        limit: bytes that it may have.
-        follow_links: whether it may be a link.
+        path: the file.
+        limit: the maximum size in bytes.
+        follow_links: whether the path may be a link.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger.
+        OSError: it cannot be read, is not a regular file, or is larger than `limit`.
     """
     descriptor = os.open(path, os.O_RDONLY | (_OPEN_FLAGS & ~os.O_NOFOLLOW if follow_links else _OPEN_FLAGS))
     with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, not a path
@@ -81,10 +81,10 @@ def read_regular_file(path: Path, limit: int, *, follow_links: bool = False) -> 
 
 
 def open_events(path: Path) -> TextIO:
-    """Open a file of lines to add more; a last line that a kill tore is ended first.
+    """Open a file of lines for appending; an incomplete last line, left by a kill, is ended first.
 
     Raises:
-        OSError: it cannot be written, or is no regular file.
+        OSError: it cannot be written, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _OPEN_FLAGS, 0o644)
     try:
@@ -100,11 +100,11 @@ def open_events(path: Path) -> TextIO:
 
 def _check_regular_file(descriptor: int) -> None:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise OSError(0, "is no regular file")
+        raise OSError(0, "is not a regular file")
 
 
 def remove_file(file: Path) -> None:
-    """Remove a file that may be there.
+    """Remove a file if it exists.
 
     Raises:
         DestinationError: it cannot be removed.
@@ -114,12 +114,12 @@ def remove_file(file: Path) -> None:
 
 
 def format_json(value: object) -> str:
-    """Return a value as the JSON text of a file."""
+    """Return a value as indented JSON text."""
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file in one step, its folder made where it is missing; a kill leaves the old one or the new one.
+    """Write a file atomically, and create its folder if needed; a kill leaves the old file or the new one.
 
     Raises:
         DestinationError: it cannot be written.
@@ -143,14 +143,14 @@ def write_atomically(file: Path, content: bytes) -> None:
 
 @contextmanager
 def raise_destination_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says when the body cannot write into an error for the user.
+    """Raise an `OSError` of the body as an error for the user.
 
     Raises:
-        DestinationError: it could not.
+        DestinationError: the body could not write.
     """
     try:
         yield
     except OSError as error:
         raise DestinationError(
-            f"{path}: {error.strerror or error}", hint="name an `output` that can be written", path=str(path)
+            f"{path}: {error.strerror or error}", hint="set `output` to a folder that can be written", path=str(path)
         ) from error

@@ -1,4 +1,4 @@
-"""Signals while a step runs that writes nothing: it ends at once, for it can be begun again."""
+"""Signals during a step that writes nothing: it is ended at once, because it can simply be run again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended a step.
 
     Args:
-        name: of the signal.
+        name: the signal's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,21 +25,21 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the body, those that came before it included; only the main thread's.
+    """Let SIGINT and SIGTERM end the body, including any that arrived before it; in the main thread only.
 
     Raises:
-        Interrupted: one came.
+        Interrupted: a signal arrived.
     """
     with catch_stop_signals() as stop:
 
         def end(number: int, frame: FrameType | None) -> None:
-            before[number](number, frame)  # so that all around the body know of it
+            previous[number](number, frame)  # Enclosing code must learn of the signal too.
             check()
 
         def check() -> None:
             if (name := stop()) is not None:
                 raise Interrupted(name)
 
-        with handle_signals(end) as before:
+        with handle_signals(end) as previous:
             check()
             yield

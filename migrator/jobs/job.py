@@ -20,9 +20,9 @@ class Job:
     """A declared migration.
 
     Args:
-        file: that declares it.
-        output: the folder of its state, events, results and reports, and of checkpoints that name no other place.
-        steps: by name, in the order in which they run.
+        file: the job file.
+        output: the folder for its state, events, results and reports, and for checkpoints without a destination.
+        steps: the steps by name, in the order in which they run.
     """
 
     file: Path
@@ -31,27 +31,27 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What the job is called: its file's name without the ending."""
+        """The job's name: its file's name without the suffix."""
         return self.file.stem
 
     @property
     def state(self) -> Path:
-        """The file that remembers what was done."""
+        """The file that records what was done."""
         return self.output / "state.json"
 
     @property
     def events(self) -> Path:
-        """The file that tells what happens."""
+        """The file that events are appended to."""
         return self.output / "events.jsonl"
 
     @property
     def lock(self) -> Path:
-        """The file whose lock one run at a time holds."""
+        """The lock file, which one run at a time holds."""
         return self.output.with_name(self.output.name + ".lock")
 
     @property
     def own(self) -> tuple[Path, ...]:
-        """Where it keeps what it knows, and where no checkpoint may go."""
+        """The job's own files and folders, which no checkpoint may overlap."""
         return (self.state, self.events, self.lock, self.output / "results", self.output / "reports")
 
     def result(self, step: str) -> Path:
@@ -68,5 +68,5 @@ class Job:
 
 
 def is_on_hub(source: str) -> bool:
-    """Return whether a checkpoint that a step names lies on the hub."""
+    """Return whether a checkpoint is named by its place on the hub."""
     return source.startswith(_HUB_PREFIX)

@@ -1,4 +1,4 @@
-"""Where jobs put what they make: no two things go to one place, and nothing goes where something is read."""
+"""Path conflicts of jobs: no two outputs may overlap, and no output may overlap a source."""
 
 from __future__ import annotations
 
@@ -15,64 +15,65 @@ from plans.errors import UsageError
 __all__ = ["check_job_conflicts", "check_path_conflicts"]
 
 _PathUses = Mapping[Path, str]
-"""What goes to places, in words."""
+"""What each path is used for, in words."""
 
 
 def check_path_conflicts(job: Job) -> None:
-    """Refuse a job that puts something where something else goes or is read.
+    """Refuse a job with an output that overlaps another output or a source.
 
     Raises:
-        UsageError: it does.
+        UsageError: two of its paths conflict.
     """
     if not job.output.name:
         raise UsageError(
-            f"{job.file}: output is {job.output}, which no job can have to itself",
-            hint="name a folder of its own",
+            f"{job.file}: output is {job.output}, which cannot belong to one job",
+            hint="set `output` to a folder of its own",
             path=str(job.file),
         )
-    taken = {**_list_own_paths(job), _resolve_path(job.file): "the job file"}
-    made: dict[Path, str] = {}
+    own = {**_list_own_paths(job), _resolve_path(job.file): "the job file"}
+    destinations: dict[Path, str] = {}
     for name, destination in _iter_destinations(job):
-        _refuse_conflicts(job, {destination: f"the destination of {name}"}, taken | made)
-        made[destination] = f"the destination of {name}"
+        _refuse_conflicts(job, {destination: f"the destination of {name}"}, own | destinations)
+        destinations[destination] = f"the destination of {name}"
     for name, source in _iter_sources(job):
-        said = {source: f"the source of {name}"}
-        others = {place: what for place, what in made.items() if place != source or what.endswith(f" of {name}")}
-        _refuse_conflicts(job, others, said)
-        if source not in made and _resolve_path(job.output).is_relative_to(source):
-            _refuse_conflicts(job, {_resolve_path(job.output): "the output"}, said)
+        use = {source: f"the source of {name}"}
+        # An earlier step's destination may be a later step's source, but no step may overwrite its own source.
+        others = {path: what for path, what in destinations.items() if path != source or what.endswith(f" of {name}")}
+        _refuse_conflicts(job, others, use)
+        if source not in destinations and _resolve_path(job.output).is_relative_to(source):
+            _refuse_conflicts(job, {_resolve_path(job.output): "the output"}, use)
 
 
 def check_job_conflicts(job: Job, others: Iterable[Job]) -> None:
-    """Refuse a job that puts something where another one of the run does.
+    """Refuse a job with an output that overlaps one of another job.
 
     Args:
-        job: to run.
-        others: that run before it.
+        job: the job to check.
+        others: the jobs that run before it.
 
     Raises:
-        UsageError: it does.
+        UsageError: two of their paths conflict.
     """
     mine = {**_list_own_paths(job), **_map_destinations(job)}
     for other in others:
         theirs = {**_list_own_paths(other), **_map_destinations(other)}
-        _refuse_conflicts(job, mine, {place: f"{what} of {other.file}" for place, what in theirs.items()})
+        _refuse_conflicts(job, mine, {path: f"{what} of {other.file}" for path, what in theirs.items()})
 
 
 def _refuse_conflicts(job: Job, mine: _PathUses, used: _PathUses) -> None:
-    for place, what in mine.items():
-        for other, named in used.items():
-            if place.is_relative_to(other) or other.is_relative_to(place):
-                how = "is" if place == other else "lies in" if place.is_relative_to(other) else "holds"
+    for path, what in mine.items():
+        for other, other_what in used.items():
+            if path.is_relative_to(other) or other.is_relative_to(path):
+                relation = "is" if path == other else "lies in" if path.is_relative_to(other) else "contains"
                 raise UsageError(
-                    f"{job.file}: {place}, {what}, {how} {named}",
+                    f"{job.file}: {path}, {what}, {relation} {other_what}",
                     hint="give each job an `output`, and each [[reshard]] a `name` or `destination`, of its own",
                     path=str(job.file),
                 )
 
 
 def _list_own_paths(job: Job) -> _PathUses:
-    """Return the files and folders in which a job keeps what it knows."""
+    """Return a job's own files and folders."""
     return {_resolve_path(path): f"its own {path.name}" for path in job.own}
 
 
@@ -87,12 +88,12 @@ def _iter_destinations(job: Job) -> Iterator[tuple[str, Path]]:
 
 
 def _iter_sources(job: Job) -> Iterator[tuple[str, Path]]:
-    """Yield the checkpoints that steps read from folders, and the files that say how."""
+    """Yield the local checkpoints that steps read, and the plan and config files that describe them."""
     for name, step in job.steps.items():
         yield from ((name, _resolve_path(Path(text))) for text in find_source_checkpoints(step) if not is_on_hub(text))
         yield from ((name, _resolve_path(file)) for file in list_external_files(step))
 
 
 def _resolve_path(path: Path) -> Path:
-    """Return the one way to spell a path; none of its parts needs to be there."""
+    """Return the canonical spelling of a path, which need not exist."""
     return Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Values of a job file, each read by its kind; what is no value of the kind is refused with file, line and key."""
+"""Readers for the values of a job file; each refuses a value of another kind with its file, line and key."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _HEADER = re.compile(r"\s*\[\[?\s*[\"']?(\w+)[\"']?\s*\]")
 
 @dataclass(frozen=True)
 class SettingLocation:
-    """Where a value stands.
+    """The place of a value in a job file.
 
     Args:
         file: the job file.
-        content: its text.
-        table: the table's name, empty at the top.
-        number: of the table among those of its name, counted from 0.
-        key: of the value, empty for the table itself.
+        content: the file's text.
+        table: the table's name, empty at the top level.
+        number: the table's index among those of the same name.
+        key: the value's key, empty for the table itself.
     """
 
     file: Path
@@ -61,13 +61,13 @@ class SettingLocation:
         Raises:
             UsageError: always.
         """
-        line, called = self.line, ".".join(filter(None, (self.table, self.key)))
+        line, setting = self.line, ".".join(filter(None, (self.table, self.key)))
         where = f"{self.file}:{line}" if line else str(self.file)
-        raise UsageError(f"{where}: {called} {problem}", hint=hint, path=str(self.file), key=called, line=line)
+        raise UsageError(f"{where}: {setting} {problem}", hint=hint, path=str(self.file), key=setting, line=line)
 
     @property
     def line(self) -> int | None:
-        """The line of the key, counted from 1; None where it is written in a way that is not looked for."""
+        """The line of the key, counted from 1; None if its spelling is not recognized."""
         key = re.compile(rf"\s*[\"']?{re.escape(self.key)}[\"']?\s*[=.]")
         table, seen = "", -1
         for line, text in enumerate(self.content.splitlines(), 1):
@@ -86,79 +86,81 @@ SettingReader = Callable[[SettingLocation, Any], Any]
 
 
 def read_text(location: SettingLocation, value: object) -> str:
-    """Read a string that is not empty."""
+    """Read a string that is not blank."""
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        location.refuse(f"is {value!r}, not a string with something in it", f'write {location.key} = "…"')
+        location.refuse(f"is {value!r}, not a non-blank string without NUL", f'write {location.key} = "…"')
     return value
 
 
 def read_name(location: SettingLocation, value: object) -> str:
-    """Read a name that a file may have."""
-    found = read_text(location, value)
-    if not _NAME.fullmatch(found):
-        location.refuse(f"is {found!r}, not a name", "letters, digits, `-`, `_` and `.` make up a name")
-    return found
+    """Read a name that can be a file name."""
+    name = read_text(location, value)
+    if not _NAME.fullmatch(name):
+        location.refuse(f"is {name!r}, not a name", "use letters, digits, `-`, `_` and `.` only")
+    return name
 
 
 def read_flag(location: SettingLocation, value: object) -> bool:
-    """Read true or false."""
+    """Read a boolean."""
     if not isinstance(value, bool):
         location.refuse(f"is {value!r}, not true or false", f"write {location.key} = true")
     return value
 
 
 def read_size(location: SettingLocation, value: object) -> int:
-    """Read a whole number above 0."""
+    """Read an integer above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        location.refuse(f"is {value!r}, not a whole number above 0", f"write {location.key} = 2, say")
+        location.refuse(f"is {value!r}, not a whole number above 0", f"write for example {location.key} = 2")
     return value
 
 
 def read_seconds(location: SettingLocation, value: object) -> float:
-    """Read a time that ends."""
+    """Read a finite number of seconds above 0."""
     return _read_number(location, value, math.inf, "a number of seconds above 0")
 
 
 def read_fraction(location: SettingLocation, value: object) -> float:
-    """Read a number between 0 and 1."""
+    """Read a number between 0 and 1, exclusive."""
     return _read_number(location, value, 1, "a number between 0 and 1")
 
 
 def make_choice_reader(*names: str) -> SettingReader:
-    """Return what reads one of some names."""
+    """Return a reader that accepts one of some names."""
 
     def read(location: SettingLocation, value: object) -> str:
         if value not in names:
-            location.refuse(f"is {value!r}", suggest_name(str(value), names, f"it is one of {', '.join(names)}"))
+            location.refuse(f"is {value!r}", suggest_name(str(value), names, f"use one of {', '.join(names)}"))
         return str(value)
 
     return read
 
 
 def read_path(location: SettingLocation, value: object) -> Path:
-    """Read a path, relative to the job file; the folders above it are spelled in one way, without `..` and links."""
-    found = (location.file.parent / read_text(location, value)).absolute()
-    if found.name in ("", ".."):
-        return Path(os.path.realpath(found))
-    return Path(os.path.realpath(found.parent), found.name)
+    """Read a path relative to the job file; its parent folders are resolved, without `..` and links."""
+    path = (location.file.parent / read_text(location, value)).absolute()
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def read_paths(location: SettingLocation, value: object) -> tuple[Path, ...]:
     """Read a list of paths."""
     if not isinstance(value, list) or not value:
         location.refuse(f"is {value!r}, not a list of paths", f'write {location.key} = ["…"]')
-    return tuple(read_path(location, one) for one in value)
+    return tuple(read_path(location, path) for path in value)
 
 
 def read_checkpoint_name(location: SettingLocation, value: object) -> str:
-    """Read a checkpoint's folder, relative to the job file, or its name on the hub."""
-    found = read_text(location, value)
-    return found if is_on_hub(found) else str(read_path(location, found))
+    """Read the folder of a checkpoint, relative to the job file, or its name on the hub."""
+    source = read_text(location, value)
+    return source if is_on_hub(source) else str(read_path(location, source))
 
 
 def _read_number(location: SettingLocation, value: object, limit: float, expected: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < limit:
-        location.refuse(f"is {value!r}, not {expected}", f"write {location.key} = {1e-5 if limit == 1 else 60}, say")
+        location.refuse(
+            f"is {value!r}, not {expected}", f"write for example {location.key} = {1e-5 if limit == 1 else 60}"
+        )
     return float(value)
 
 
@@ -175,7 +177,7 @@ _CONFIG = "config.json"
 
 
 def list_external_files(step: object) -> tuple[Path, ...]:
-    """Return the files besides a step's checkpoints that it reads: the plan, and the one config of a folder of them."""
+    """Return the plan file and the config.json that a step reads besides its checkpoints."""
     if not isinstance(step, ExternalOptions):
         return ()
     config = step.config / _CONFIG if step.config is not None and step.config.is_dir() else step.config

@@ -1,4 +1,4 @@
-"""Job files: TOML of which every key is known and every value has its kind."""
+"""Read job files: TOML in which every key must be known and every value of the right kind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "timeout": readers.read_seconds,
     },
 }
-"""What may be written in each table, and at the top."""
+"""The settings of each table, and of the top level under the empty name."""
 _STEP_NAMES = tuple(filter(None, _SETTINGS))
 _STEP_TABLES = ", ".join(f"[{name}]" for name in _STEP_NAMES)
 
@@ -77,26 +77,27 @@ _Options = dict[str, Any]
 
 
 def read(file: Path) -> Job:
-    """Read a job file; paths in it are relative to its folder, and of what it names only links are looked at.
+    """Read a job file. Paths in it are relative to its folder; their links are resolved, but none needs to exist.
 
     Args:
-        file: in TOML.
+        file: the job file, in TOML.
 
     Raises:
-        UsageError: it cannot be read, is not TOML, has a key or value that no job has, with its line, or puts
-            something where something else goes or lies.
+        UsageError: it cannot be read, is not TOML, has an unknown key or a wrong value, or two of its paths conflict.
     """
     file = file.absolute()
     content = _read_content(file)
     top = SettingLocation(file, content)
     try:
         tables = tomllib.loads(content)
-    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits, a plain ValueError
-        raise UsageError(f"{file}: is not TOML: {error}", hint="mend the file", path=str(file)) from error
+    except (ValueError, RecursionError) as error:  # A number with thousands of digits is a plain ValueError.
+        raise UsageError(f"{file}: is not TOML: {error}", hint="correct the file", path=str(file)) from error
     plain = {key: value for key, value in tables.items() if key not in _STEP_NAMES}
     output = _read_options(top, plain).get("output", file.with_suffix(".job"))
-    found = {name: list(_read_tables(replace(top, table=name), tables[name])) for name in _STEP_NAMES if name in tables}
-    steps = dict(_build_steps(top, output, found))
+    steps_tables = {
+        name: list(_read_tables(replace(top, table=name), tables[name])) for name in _STEP_NAMES if name in tables
+    }
+    steps = dict(_build_steps(top, output, steps_tables))
     if not steps:
         raise UsageError(f"{file}: declares no step", hint=f"add one of {_STEP_TABLES}", path=str(file))
     job = Job(file, output, steps)
@@ -105,20 +106,20 @@ def read(file: Path) -> Job:
 
 
 def job_files(path: Path) -> tuple[Path, ...]:
-    """Return the job files that a path names: itself, or those of a folder by their names.
+    """Return the job files that a path names: the path itself, or the job files of a folder, sorted by name.
 
     Raises:
-        UsageError: there is no such file, or none in the folder.
+        UsageError: the folder cannot be read, or contains no job file.
     """
     if not path.is_dir():
         return (path,)
     try:
-        found = sorted(one for one in path.iterdir() if one.suffix == ".toml" and not one.name.startswith("."))
+        files = sorted(file for file in path.iterdir() if file.suffix == ".toml" and not file.name.startswith("."))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", hint="make it a readable folder", path=str(path)) from error
-    if not found:
-        raise UsageError(f"{path}: holds no job file", hint="job files end with .toml", path=str(path))
-    return tuple(found)
+    if not files:
+        raise UsageError(f"{path}: contains no job file", hint="job files end with .toml", path=str(path))
+    return tuple(files)
 
 
 def _read_content(file: Path) -> str:
@@ -127,21 +128,21 @@ def _read_content(file: Path) -> str:
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}", hint="name a job file in TOML", path=str(file)) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file}: is not UTF-8: {error}", hint="mend the file", path=str(file)) from error
+        raise UsageError(f"{file}: is not UTF-8: {error}", hint="correct the file", path=str(file)) from error
 
 
 def _read_tables(location: SettingLocation, value: object) -> Iterator[tuple[SettingLocation, _Options]]:
-    """Yield the tables of one name, of which only `reshard` may have several."""
+    """Yield the tables of one name; only `reshard` may have several."""
     is_several = location.table == "reshard" and isinstance(value, list)
     for number, table in enumerate(value if isinstance(value, list) and is_several else [value]):
         here = replace(location, number=number)
         if not isinstance(table, dict):
-            here.refuse("is no table", f"write [{location.table}]")
+            here.refuse("is not a table", f"write [{location.table}]")
         yield here, _read_options(here, table)
 
 
 def _read_options(location: SettingLocation, table: Mapping[str, object]) -> _Options:
-    """Return what a table says; a name of several words may have `-` in it, as options have, or `_`."""
+    """Return the settings of a table; keys may have `-`, as command-line options do, or `_`."""
     known = _SETTINGS[location.table]
     options: _Options = {}
     for key, value in table.items():
@@ -149,9 +150,9 @@ def _read_options(location: SettingLocation, table: Mapping[str, object]) -> _Op
         if name not in known:
             tables = () if location.table else _STEP_NAMES
             allowed = ", ".join(known) + (f", and the tables {_STEP_TABLES}" if tables else "")
-            here.refuse("is no setting", suggest_name(name, (*known, *tables), f"settings here are {allowed}"))
+            here.refuse("is not a setting", suggest_name(name, (*known, *tables), f"settings here are {allowed}"))
         if name in options:
-            here.refuse("is there twice", "write it once, with `-` or with `_`")
+            here.refuse("is given twice", "write it once, with `-` or with `_`")
         options[name] = known[name](here, value)
     return options
 
@@ -159,7 +160,7 @@ def _read_options(location: SettingLocation, table: Mapping[str, object]) -> _Op
 def _build_steps(
     top: SettingLocation, output: Path, tables_by_name: Mapping[str, Sequence[tuple[SettingLocation, _Options]]]
 ) -> Iterator[tuple[str, Step]]:
-    """Yield the steps that are declared, what they leave out filled in from the steps before."""
+    """Yield the declared steps, with omitted settings filled in from earlier steps."""
     only = {name: tables[0] for name, tables in tables_by_name.items()}
     targets = dict(_build_reshards(output, tables_by_name.get("reshard", ())))
     if rewriting := only.get("rewrite"):
@@ -184,13 +185,13 @@ def _select_tree_options(rewriting: tuple[SettingLocation, _Options] | None) -> 
 
 
 def _build_reshards(output: Path, tables: Sequence[tuple[SettingLocation, _Options]]) -> Iterator[tuple[str, Reshard]]:
-    """Yield what is resharded to, each by what its steps' names end with."""
+    """Yield the reshard steps by the suffix that names their verify and validate steps too."""
     names: set[str] = set()
     for place, options in tables:
         name = options.pop("name", None)
         known = name or _DEFAULT_NAME
         if known in names:
-            place.refuse(f"has the name {known!r} of another", "give each a `name` of its own")
+            place.refuse(f"has the same name as another, {known!r}", "give each a `name` of its own")
         names.add(known)
         options.setdefault("destination", output / known)
         _check_mesh(place, options)
@@ -203,7 +204,7 @@ def _check_mesh(location: SettingLocation, options: _Options) -> None:
     try:
         Mesh(**{axis: options[axis] for axis in ("tp", "ep", "fsdp") if axis in options})
     except UsageError as error:
-        location.refuse(f"makes up no mesh: {error}", error.hint)
+        location.refuse(f"is not a valid mesh: {error}", error.hint)
 
 
 def _check_external_options(location: SettingLocation, step: Reshard | Verify) -> None:
@@ -218,7 +219,7 @@ def _expand_per_target(
     targets: Mapping[str, Reshard],
     build_options: Callable[[Reshard, _Options], _Options],
 ) -> Iterator[tuple[str, _Options]]:
-    """Yield a step's options for every result of resharding, unless they name a checkpoint themselves."""
+    """Yield a step's options for the result of each reshard step, unless they name a `source` themselves."""
     if table is None:
         return
     place, options = table
@@ -230,21 +231,21 @@ def _expand_per_target(
 
 
 def _build_verify_options(target: Reshard, options: _Options) -> _Options:
-    """Hold a result against its source; another stack's rank files can be read as the first of two only."""
+    """Compare a result with its source; another stack's rank files can only be read as `source`, not as `other`."""
     result = str(target.destination)
     if target.from_pattern is None or "other" in options:
         return {"other": target.source, **options, "source": result}
-    said = {name: getattr(target, name) for name in EXTERNAL_SETTINGS}
-    return {**said, **options, "source": target.source, "other": result}
+    external = {name: getattr(target, name) for name in EXTERNAL_SETTINGS}
+    return {**external, **options, "source": target.source, "other": result}
 
 
 def _build_validate_options(target: Reshard, options: _Options) -> _Options:
-    """Hold a result against its source; no model is made of another stack's rank files."""
+    """Compare a result with its source, unless that is another stack's rank files, which validation cannot load."""
     reference = {} if target.from_pattern is not None else {"reference": target.source}
     return {**reference, **options, "source": str(target.destination)}
 
 
 def _require_option(key: str, location: SettingLocation, options: _Options) -> _Options:
     if key not in options:
-        location.refuse(f"does not say its `{key}`", f"write {key} = … below [{location.table}]")
+        location.refuse(f"needs `{key}`", f"write {key} = … below [{location.table}]")
     return options

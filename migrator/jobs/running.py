@@ -42,7 +42,7 @@ from runtime.checkpoint.files.lock import hold_temporary_lock
 __all__ = ["foresee", "ignore_event", "run"]
 
 _Result = TypeVar("_Result", StepResult, StepForecast)
-_NOT_CHECKED = "it was not looked at yet"
+_NOT_CHECKED = "it was not checked yet"
 
 
 def ignore_event(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""What a job's state file remembers of each step, so that the next run goes on from there."""
+"""The state file of a job: a record of each step, from which the next run continues."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Status = Literal["started", "ok", "findings", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class Record:
-    """What is remembered of a step.
+    """The record of a step.
 
     Args:
-        status: what became of it; `started` where its run was killed.
-        meaning: what the step was: its options, versions and the digests of its sources, by name.
+        status: what became of it; `started` if its run was killed.
+        meaning: the fingerprint of the step's cache key: its options, versions and digests of its sources, by name.
         code: its exit code.
         said: what came of it, in one line.
-        product: the digest of the stamps of what it wrote, None where it wrote nothing yet.
-        time: when that was, in seconds since 1970.
+        product: a digest of the stamps of its output files, None if it has written none.
+        time: the time of the record, in seconds since 1970.
     """
 
     status: Status
@@ -43,12 +43,12 @@ class Record:
 
     @property
     def is_done(self) -> bool:
-        """Whether it ran to its end and stopped nothing."""
+        """Whether it completed and did not end the job."""
         return self.status in ("ok", "findings")
 
     @property
     def outcome(self) -> Outcome:
-        """What came of it, in one word; it was not killed."""
+        """What came of it, in one word, if it was not killed."""
         assert self.status != "started"
         return self.status
 
@@ -66,7 +66,7 @@ _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def read_state(job: Job) -> Records:
-    """Return what is remembered of a job's steps; nothing where it never ran.
+    """Return the records of a job's steps; empty if it has never run.
 
     Raises:
         UsageError: the state file is damaged, or belongs to another job.
@@ -82,7 +82,7 @@ def read_state(job: Job) -> Records:
 
 
 def write_state(job: Job, records: Records) -> None:
-    """Write the state file in one step.
+    """Write the state file atomically.
 
     Raises:
         DestinationError: it cannot be written.
@@ -94,7 +94,7 @@ def write_state(job: Job, records: Records) -> None:
 
 def _parse_records(job: Job, state: object) -> Records:
     if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(f"it does not say that it is the state of a {_FORMAT}, version {_VERSION}")
+        raise ValueError(f"it is not the state of a {_FORMAT}, version {_VERSION}")
     if state.get("job") != _relative_job_file(job):
         raise UsageError(
             f"{job.output} is the output of another job, {state.get('job')}",
@@ -109,22 +109,22 @@ def _parse_records(job: Job, state: object) -> Records:
 
 def _parse_record(name: str, entry: object) -> Record:
     if not isinstance(entry, dict) or entry.keys() != _FIELD_TYPES.keys():
-        raise ValueError(f"what it says of {name} is not what a run writes")
+        raise ValueError(f"its record of {name} is not one that migrator writes")
     if entry["status"] not in get_args(Status) or not all(
         isinstance(entry[key], _FIELD_TYPES[key]) for key in _FIELD_TYPES
     ):
-        raise ValueError(f"what it says of {name} is not what a run writes")
+        raise ValueError(f"its record of {name} is not one that migrator writes")
     return Record(**entry)
 
 
 def _relative_job_file(job: Job) -> str:
-    """Return the job file as seen from the output, so that both may be moved together."""
+    """Return the job file's path relative to the output, so that both may be moved together."""
     return os.path.relpath(job.file, job.output)
 
 
 def _build_state_error(job: Job, reason: str) -> UsageError:
     return UsageError(
         f"{job.state}: cannot be read as a job's state: {reason}",
-        hint="remove it: every step is then looked at anew, and checkpoints that are right already are kept",
+        hint="remove it: every step is then checked anew, and checkpoints that are already right are kept",
         path=str(job.state),
     )

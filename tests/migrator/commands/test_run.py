@@ -98,7 +98,7 @@ def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrato
     ("arguments", "said"),
     [
         ((), "Missing argument"),
-        (("empty",), "holds no job file"),
+        (("empty",), "contains no job file"),
         (("none.toml",), "No such file"),
         (("none", "--watch"), "not a folder to watch"),
         (("empty", "empty", "--watch"), "--watch runs the jobs of one folder"),

@@ -1,4 +1,4 @@
-"""Jobs whose source is another stack's rank files: read, held against, known again and refused as the commands do."""
+"""Jobs whose source is another stack's rank files: read, verified, recognized and refused as by the commands."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_changed_plan_or_config_makes_the_step_another_one(foreign, tmp_path):
     assert "from_tp was 2 and is 4" in whys(run(file))["reshard"]
 
 
-def test_what_is_there_already_is_compared_with_them(foreign, tmp_path):
+def test_an_existing_result_is_compared_with_them(foreign, tmp_path):
     file = job_file(tmp_path, SAID)
     assert run(file).ok
     before = contents(tmp_path / "move.job/checkpoint")
@@ -94,19 +94,19 @@ def test_what_is_there_already_is_compared_with_them(foreign, tmp_path):
             "safetensors",
         ),
         ("[reshard]\nsource = 's'\nfrom-mode = 'sp'", "toml:3: reshard.from-mode is 'sp'", "tp, ep, tp_ep"),
-        ("[reshard]\nsource = 's'\nfrom-patern = 'a'", "reshard.from-patern is no setting", "mean from_pattern?"),
-        ("[reshard]\nsource = 's'\nfrom-tp = 2\nfrom_tp = 2", "toml:4: reshard.from_tp is there twice", "once"),
+        ("[reshard]\nsource = 's'\nfrom-patern = 'a'", "reshard.from-patern is not a setting", "mean from_pattern?"),
+        ("[reshard]\nsource = 's'\nfrom-tp = 2\nfrom_tp = 2", "toml:4: reshard.from_tp is given twice", "once"),
         (
             "[verify]\nsource = 's'\nplan = 'p.json'",
             "toml:1: verify does not say how to read its source: `plan`",
             "give",
         ),
         (SAID.replace('"foreign"', '"hf://owner/name"'), "`from_pattern` reads a local folder", "hf download"),
-        (SAID + "destination = 'elsewhere'", "elsewhere, the destination of reshard, holds the source", "own"),
+        (SAID + "destination = 'elsewhere'", "elsewhere, the destination of reshard, contains the source", "own"),
         (SAID + "destination = 'plan.json'", "plan.json, the destination of reshard, is the source", "own"),
     ],
 )
-def test_what_says_nothing_sensible_is_refused_before_anything_runs(tmp_path, content, said, hint):
+def test_invalid_settings_are_refused_before_anything_runs(tmp_path, content, said, hint):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(UsageError) as refused:
         jobs.read(job_file(tmp_path, content))

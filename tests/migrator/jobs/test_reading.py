@@ -1,4 +1,4 @@
-"""Job files: what they may say, what is filled in, and what is refused with its line."""
+"""Job files: their settings, defaults from earlier steps, and errors with their line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.migrator.jobs.helpers import job_file
 PLACES = {"a": "out", "b": "link/out"}
 
 
-def test_what_is_left_out_is_filled_in_from_the_steps_before(tmp_path):
+def test_omitted_settings_are_filled_in_from_earlier_steps(tmp_path):
     file = job_file(
         tmp_path,
         '[rewrite]\npaths = ["models"]\ntarget = "dtensor"\n[check]\n[verify]\nmax_memory = 64\n[validate]\ntp = 2\n'
@@ -46,46 +46,50 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
     ("content", "said", "hint"),
     [
         ("", "declares no step", "[rewrite], [check]"),
-        ("[check", "is not TOML", "mend"),
-        ("ouput = 'x'\n[check]\npaths = ['m']", "move.toml:1: ouput is no setting", "output, and the tables [rewrite]"),
-        ("[chekc]\npaths = ['m']", "move.toml:1: chekc is no setting", "[check]"),
-        ("ouput = 'x'", "ouput is no setting", "did you mean output? settings here are output, and the tables"),
-        ("[chekc]\npaths = ['m']", "chekc is no setting", "did you mean check? settings here are output, and the"),
-        ("[reshard]\nlayouts = 'hf'", "reshard.layouts is no setting", "did you mean layout? settings here are name"),
-        ("[reshard]\ndest = 'x'", "reshard.dest is no setting", "did you mean destination? settings here are name"),
-        ("[reshard]\n'' = 'x'", "reshard is no setting", "settings here are name, source"),
-        ("[reshard]\nlayout = 'rank'", "reshard.layout is 'rank'", "did you mean ranks? it is one of hf, dcp, ranks"),
-        ("[reshard]\nlayout = 'RANKS'", "reshard.layout is 'RANKS'", "did you mean ranks? it is"),
-        ("[check]\npaths = ['m']\n\nverify = true", "move.toml:4: check.verify is no setting", "paths, source, target"),
+        ("[check", "is not TOML", "correct"),
+        ("ouput = 'x'\n[check]\npaths = ['m']", "move.toml:1: ouput is not a setting", "output, and the tables [rewrite]"),
+        ("[chekc]\npaths = ['m']", "move.toml:1: chekc is not a setting", "[check]"),
+        ("ouput = 'x'", "ouput is not a setting", "did you mean output? settings here are output, and the tables"),
+        ("[chekc]\npaths = ['m']", "chekc is not a setting", "did you mean check? settings here are output, and the"),
+        ("[reshard]\nlayouts = 'hf'", "reshard.layouts is not a setting", "did you mean layout? settings here are name"),
+        ("[reshard]\ndest = 'x'", "reshard.dest is not a setting", "did you mean destination? settings here are name"),
+        ("[reshard]\n'' = 'x'", "reshard is not a setting", "settings here are name, source"),
+        ("[reshard]\nlayout = 'rank'", "reshard.layout is 'rank'", "did you mean ranks? use one of hf, dcp, ranks"),
+        ("[reshard]\nlayout = 'RANKS'", "reshard.layout is 'RANKS'", "did you mean ranks? use"),
+        ("[check]\npaths = ['m']\n\nverify = true", "move.toml:4: check.verify is not a setting", "paths, source, target"),
         ("[rewrite]\npaths = 'models'", "move.toml:2: rewrite.paths is 'models', not a list of paths", 'paths = ["…"]'),
-        ("[rewrite]\npaths = ['']", "rewrite.paths is '', not a string", "paths"),
-        ('[rewrite]\npaths = ["a\\u0000b"]', "not a string", "paths"),
+        ("[rewrite]\npaths = ['']", "rewrite.paths is '', not a non-blank string without NUL", "paths"),
+        ('[rewrite]\npaths = ["a\\u0000b"]', "not a non-blank string without NUL", "paths"),
         ("[rewrite]\npaths = ['m']\nin_place = 1", "move.toml:3: rewrite.in_place is 1, not true or false", "true"),
-        ("[rewrite]", "move.toml:1: rewrite does not say its `paths`", "below [rewrite]"),
-        ("[verify]", "verify does not say its `source`", "below [verify]"),
+        ("[rewrite]", "move.toml:1: rewrite needs `paths`", "below [rewrite]"),
+        ("[verify]", "verify needs `source`", "below [verify]"),
         ("[reshard]\nsource = 'a'\ntp = true", "move.toml:3: reshard.tp is True, not a whole number above 0", "tp = 2"),
         ("[reshard]\nsource = 'a'\ntp = 0", "reshard.tp is 0", "tp = 2"),
-        ("[reshard]\nsource = 'a'\ntp = 2\nep = 3", "reshard makes up no mesh: ep=3 must be", "choose `ep`"),
+        ("[reshard]\nsource = 'a'\ntp = 2\nep = 3", "reshard is not a valid mesh: ep=3 must be", "choose `ep`"),
         ("[reshard]\nsource = 'a'\nmode = 'pp'", "reshard.mode is 'pp'", "tp, ep, tp_ep, sp, sp_ep"),
         ("[reshard]\nsource = 'a'\nlayout = ['hf']", "reshard.layout is ['hf']", "hf, dcp, ranks"),
         ("[reshard]\nsource = 'a'\nname = '../x'", "reshard.name is '../x', not a name", "letters"),
         ("[reshard]\nsource = 'a'\nname = 'results'", "is its own results", "name"),
-        ("[[reshard]]\nsource = 'a'\n[[reshard]]\nsource = 'b'", "move.toml:3: reshard has the name", "`name`"),
+        ("[[reshard]]\nsource = 'a'\n[[reshard]]\nsource = 'b'", "move.toml:3: reshard has the same name", "`name`"),
         ("[[reshard]]\nname = 'a'\nsource = 'a'\n[[reshard]]\nname = 'b'\nsource = 3", "move.toml:6: reshard.sou", "…"),
         ("[validate]\nsource = 'a'\ntolerance = 2", "validate.tolerance is 2, not a number between 0 and 1", "1e-05"),
         ("[validate]\nsource = 'a'\ntimeout = nan", "validate.timeout is nan, not a number of seconds", "60"),
-        ("[[validate]]\nsource = 'a'", "validate is no table", "[validate]"),
-        ("check = 3", "move.toml: check is no table", "[check]"),
-        ("a = " + "[" * 5000, "is not TOML", "mend"),
-        ("a = " + "1" * 5000, "is not TOML", "mend"),
-        ("output = '/'\n[check]\npaths = ['m']", "output is /, which no job can have", "of its own"),
+        ("[[validate]]\nsource = 'a'", "validate is not a table", "[validate]"),
+        ("check = 3", "move.toml: check is not a table", "[check]"),
+        ("a = " + "[" * 5000, "is not TOML", "correct"),
+        ("a = " + "1" * 5000, "is not TOML", "correct"),
+        ("output = '/'\n[check]\npaths = ['m']", "output is /, which cannot belong to one job", "of its own"),
         ("output = 'a'\n[reshard]\nsource = 'a'", "the destination of reshard, lies in the source of reshard", "own"),
         ("output = 'a/job'\n[verify]\nsource = 'a'", "a/job, the output, lies in the source of verify", "own"),
         ("output = 'a'\n[verify]\nsource = 'a'", "the output, is the source of verify", "own"),
         ("[reshard]\nsource = 'a'\ndestination = 'b/../a'", "destination of reshard, is the source of reshard", "own"),
-        ("[reshard]\nsource = 'a/b'\ndestination = 'a'", "destination of reshard, holds the source of reshard", "own"),
-        ("[reshard]\nsource = 'a'\ndestination = '.'", "the destination of reshard, holds its own", "own"),
-        ("[reshard]\nsource = 'a'\ndestination = 'move.job'", "the destination of reshard, holds its own", "own"),
+        (
+            "[reshard]\nsource = 'a/b'\ndestination = 'a'",
+            "destination of reshard, contains the source of reshard",
+            "own",
+        ),
+        ("[reshard]\nsource = 'a'\ndestination = '.'", "the destination of reshard, contains its own", "own"),
+        ("[reshard]\nsource = 'a'\ndestination = 'move.job'", "the destination of reshard, contains its own", "own"),
         ("[reshard]\nsource = 'a'\ndestination = 'move.job/results/x'", "reshard, lies in its own results", "own"),
         ("[reshard]\nsource = 'a'\nname = 'state.json'", "the destination of reshard-state.json, is its own", "own"),
         (
@@ -96,14 +100,14 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ),
     ],
 )
-def test_what_no_job_has_is_refused(tmp_path, content, said, hint):
+def test_invalid_job_files_are_refused(tmp_path, content, said, hint):
     with pytest.raises(UsageError) as refused:
         jobs.read(job_file(tmp_path, content))
     assert said in refused.value.message
     assert hint in refused.value.hint
 
 
-def test_a_link_is_no_other_place(tmp_path):
+def test_a_link_is_not_another_place(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     tables = [f'[[reshard]]\nname = "{name}"\nsource = "s"\ndestination = "{at}"\n' for name, at in PLACES.items()]
     with pytest.raises(UsageError, match="destination of reshard-b, is the destination of reshard-a"):
@@ -115,12 +119,12 @@ def test_a_result_may_be_the_next_ones_source(tmp_path):
     assert len(jobs.read(job_file(tmp_path, chain)).steps) == 4
 
 
-def test_what_is_no_text_file_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "latin.toml").write_bytes(b"# caf\xe9\n")
     (tmp_path / "large.toml").write_bytes(b"#" * 1_000_001)
     for name, said in {
-        "pipe": "is no regular file",
+        "pipe": "is not a regular file",
         "latin": "is not UTF-8",
         "large": "larger than 1,000,000 bytes",
         "none": "No such file",

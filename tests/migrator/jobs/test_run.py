@@ -1,4 +1,4 @@
-"""Jobs run for real: every step, what is done before, what changed, and what lies at the destination."""
+"""Jobs run for real: every step, steps that are up to date, changes, and existing destinations."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_only_what_the_job_itself_wrote_is_replaced(hub_folder, tmp_path):
     assert outcomes(run(file)) == {"reshard": "ok", "verify": "ok"}
 
 
-def test_a_result_that_is_right_already_is_kept(hub_folder, tmp_path):
+def test_an_existing_right_result_is_kept(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("llama"), 'layout = "ranks"'))
     assert run(file).ok
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "move.job/checkpoint").iterdir()}
@@ -168,7 +168,7 @@ def test_a_result_that_is_right_already_is_kept(hub_folder, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["hf", "dcp", "ranks"])
-def test_a_result_that_was_tampered_with_is_not_adopted(hub_folder, tmp_path, layout):
+def test_an_existing_changed_result_is_not_kept(hub_folder, tmp_path, layout):
     mesh = "" if layout == "hf" else "tp = 2\n"
     file = job_file(tmp_path, f'[reshard]\nsource = "{hub_folder("llama")}"\nlayout = "{layout}"\n{mesh}')
     assert run(file).ok
@@ -190,7 +190,7 @@ def test_a_result_that_was_tampered_with_is_not_adopted(hub_folder, tmp_path, la
     assert "already exists" in run(file).steps[0].said
 
 
-def test_what_tells_of_a_step_is_made_again_when_it_is_gone(hub_folder, tmp_path):
+def test_a_missing_result_or_report_is_written_again(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("llama")))
     assert run(file).ok
     for name in ("results/reshard.json", "reports/reshard.html"):
@@ -217,7 +217,7 @@ def test_a_destination_may_lie_in_folders_to_be_made(hub_folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["state.json", "events.jsonl", "results"])
 @pytest.mark.parametrize("kind", ["fifo", "endless", "link"])
-def test_only_regular_files_are_a_jobs_own(tmp_path, name, kind):
+def test_a_jobs_own_files_must_be_regular(tmp_path, name, kind):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
     (tmp_path / "move.job").mkdir()
@@ -244,7 +244,7 @@ def test_a_torn_last_event_is_ended(tmp_path):
     assert [json.loads(line)["event"] for line in lines] == ["started", "finished", "done"]
 
 
-def test_a_listener_that_fails_decides_nothing(tmp_path):
+def test_a_listener_that_fails_changes_no_outcome(tmp_path):
     family(tmp_path / "models", MIGRATED)
 
     def listen(event):
@@ -266,7 +266,7 @@ def test_the_converter_is_a_source_of_a_rewrite_that_verifies(tmp_path):
     assert whys(run(file)) == {"rewrite": "files of the tree changed"}
 
 
-def test_a_run_that_was_killed_is_gone_on_with(hub_folder, tmp_path):
+def test_a_killed_run_is_resumed(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("qwen3_moe"), 'layout = "ranks"') + "[verify]\n")
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(file)], check=False, timeout=300)
     assert killed.returncode == -9
@@ -315,13 +315,16 @@ def test_a_mismatch_is_1_and_ends_the_job(hub_folder, rank_folder, tmp_path):
     [
         ("{", "cannot be read as a job's state"),
         ("[" * 100_000, "cannot be read as a job's state"),
-        ("[]", "does not say that it is the state"),
+        ("[]", "it is not the state of a migrator job"),
         ('{"format": "migrator job", "version": 2}', "version 1"),
-        ('{"format": "migrator job", "version": 1, "job": "../move.toml", "steps": {"check": {}}}', "says of check"),
+        (
+            '{"format": "migrator job", "version": 1, "job": "../move.toml", "steps": {"check": {}}}',
+            "its record of check is not one that migrator writes",
+        ),
         ('{"format": "migrator job", "version": 1, "job": "../other.toml", "steps": {}}', "output of another job"),
     ],
 )
-def test_a_state_file_that_is_none_is_refused(tmp_path, content, said):
+def test_an_invalid_state_file_is_refused(tmp_path, content, said):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
     (tmp_path / "move.job").mkdir()
@@ -333,7 +336,7 @@ def test_a_state_file_that_is_none_is_refused(tmp_path, content, said):
     assert (tmp_path / "move.job/state.json").read_text() == content
 
 
-def test_one_run_at_a_time_has_a_job(tmp_path):
+def test_a_job_is_run_by_one_process_at_a_time(tmp_path):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
     with (
@@ -345,7 +348,7 @@ def test_one_run_at_a_time_has_a_job(tmp_path):
     assert not (tmp_path / "move.job.lock").exists()
 
 
-def test_a_fault_of_ours_ends_its_step_alone(tmp_path, monkeypatch):
+def test_an_internal_error_fails_its_step_only(tmp_path, monkeypatch):
     family(tmp_path / "models", MIGRATED)
     monkeypatch.setitem(EXECUTORS, jobs.Check, lambda step, task: 1 // 0)
     result = run(job_file(tmp_path, CHECK))
