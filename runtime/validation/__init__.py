@@ -1,1 +1,1 @@
-"""The parts of a validation: structure, content, forward, backward and generation, in that order."""
+"""Prove a checkpoint on a mesh: structure, content, forward, backward and generation, in that order."""

@@ -1,4 +1,4 @@
-"""The backward check: every parameter's gradient, piece by piece on every rank, and the unsharded model's."""
+"""The backward check: every parameter's gradient, shard by shard on every rank, against the unsharded model's."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["check_backward"]
 
 _TOLERANCE_FACTOR = 10.0
-"""Gradients pass each layer twice, and add up over tokens: their error may be so many times that of outputs."""
+"""How many times the tolerance of outputs gradients get: they pass each layer twice and add up over tokens."""
 _RELATIVE_FLOOR = 1e-2
-"""A gradient this many times smaller than the model's largest is compared as if it were as large as that.
+"""Gradients smaller than this fraction of the model's largest are compared relative to that fraction instead.
 
-Some are zero but for rounding, as that of a bias on keys is; what is left of them has no right value.
+Some gradients, such as that of a bias on keys, are zero up to rounding, so their own size is no scale to compare with.
 """
 
 _GradientError = tuple[str, float, float]
-"""A parameter, the largest error of its gradient on a rank, and the largest value of the gradient."""
+"""A parameter's name, the largest error of its gradient on one rank, and the gradient's largest value."""
 
 
 def check_backward(
@@ -42,23 +42,23 @@ def check_backward(
     reference: ReferenceModel,
     request: ValidationRequest,
 ) -> CheckResult | str:
-    """Compare the gradient of every parameter, on every rank that holds a piece of it or all of it.
+    """Compare the gradient of every parameter on every rank that holds it or a shard of it. Collective.
 
-    The gradients of a parameter that ranks hold whole must be the whole gradient on each: one that is partial, or
-    differs from another rank's, is found on the rank where it is. Every rank calls this.
+    On each rank that replicates a parameter, the gradient must be the whole gradient; a partial sum or a divergent
+    replica is reported for the rank that has it.
 
     Returns:
-        What was found, or why nothing could be compared.
+        The result of the check, or the reason why nothing could be compared.
     """
-    # The reference goes first: where a model has no gradients at all, its plan is not to blame.
+    # The reference runs first: if the model has no gradients even unsharded, its plan is not at fault.
     expected = reference.run(lambda model: compute_gradients(model, tokens, request.seed))
     if isinstance(expected, RankFailure):
-        return f"the unsharded model has no gradients: {expected.reason}"
+        return f"the unsharded model cannot compute gradients: {expected.reason}"
     found = run_on_all_ranks(lambda: compute_gradients(model, tokens, request.seed))
     if isinstance(found, RankFailure):
         if found.out_of_memory:
             model.zero_grad(set_to_none=True)
-            return f"rank {found.rank} has no memory for gradients: {found.reason}"
+            return f"rank {found.rank} ran out of memory for gradients: {found.reason}"
         mismatch = Mismatch("backward", "gradients", found.reason, found.rank)
         return CheckResult(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
     rows: list[list[_GradientError]] = all_gather_json(_measure_errors(model, resolved, reference))
@@ -82,16 +82,16 @@ def _evaluate_errors(by_rank: Sequence[Sequence[_GradientError]], tolerance: flo
     largest = max(value for rows in by_rank for _, _, value in rows)
     if not 0 < largest < inf:
         reason = "the reference's gradients are " + ("not finite" if largest else "all zero")
-        return CheckResult(0, (Mismatch("gradients", "some to compare with", reason),), {"reason": reason})
+        return CheckResult(0, (Mismatch("gradients", "values to compare with", reason),), {"reason": reason})
     wrong: list[Mismatch] = []
     worst = ("", 0.0)
     for rank, rows in enumerate(by_rank):
         for name, error, value in rows:
             scale = max(value, _RELATIVE_FLOOR * largest)
-            worst = max(worst, (name, error / scale), key=lambda one: one[1])
+            worst = max(worst, (name, error / scale), key=lambda pair: pair[1])
             if not error <= tolerance * scale:
-                said = f"a gradient of {value:.3g} at most, give or take {tolerance * scale:.2g}"
-                wrong.append(Mismatch(name, said, f"{error:.2g} off", rank))
+                expected = f"a gradient up to {value:.3g}, within {tolerance * scale:.2g}"
+                wrong.append(Mismatch(name, expected, f"off by {error:.2g}", rank))
     numbers = {
         "worst_parameter": worst[0],
         "worst_relative_diff": worst[1],

@@ -1,4 +1,4 @@
-"""The content check: digests of the tensors that ranks hold in memory, every copy of each, summed on their device."""
+"""The content check: digests of every copy of every tensor in the ranks' memory, computed on the ranks' devices."""
 
 from __future__ import annotations
 
@@ -33,46 +33,42 @@ __all__ = [
 
 
 def list_stored_dtypes(checkpoint: Checkpoint) -> list[str]:
-    """Return the floating point types that a checkpoint's parameters are stored in, by safetensors' names.
-
-    The one of most bytes is the first.
-    """
-    bytes_of = Counter[str]()
-    for held in checkpoint.tensors.values():
-        if held.kind == "parameter" and held.dtype in DTYPES and DTYPES[held.dtype].is_floating_point:
-            bytes_of[held.dtype] += tensor_bytes(held.dtype, held.shape)
-    return [dtype for dtype, _ in bytes_of.most_common()]
+    """Return the floating point dtypes of a checkpoint's parameters, by safetensors' names, most bytes first."""
+    sizes = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        if tensor.kind == "parameter" and tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_floating_point:
+            sizes[tensor.dtype] += tensor_bytes(tensor.dtype, tensor.shape)
+    return [dtype for dtype, _ in sizes.most_common()]
 
 
 def compute_file_digests(checkpoint: Checkpoint, names: Sequence[str]) -> Mapping[str, str]:
-    """Return the digests of some tensors as the files hold them, every byte of theirs read.
+    """Return the digests of some tensors, computed from all of their bytes in the files.
 
     Raises:
-        IncompleteError: a file shrank since its header was read.
+        IncompleteError: a file became shorter since its header was read.
     """
     copies = [TensorCopy(name, checkpoint.tensor_maps[name]) for name in names]
-    found = compute_digests(checkpoint, copies)
-    return {copy.name: digest for copy, digest in found.items()}
+    return {copy.name: digest for copy, digest in compute_digests(checkpoint, copies).items()}
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A copy of a tensor and the ranks that together hold it."""
+    """A copy of a tensor, and the ranks that together hold it."""
 
     name: str
     ranks: tuple[int, ...]
 
 
 def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoint) -> CheckResult:
-    """Hold the digest of every copy of every tensor against the recorded one, or the source's; every rank calls this.
+    """Compare the digest of every copy of every tensor with the recorded one, or with the files'. Collective.
 
     Args:
-        model: loaded with the types that the checkpoint stores.
+        model: the model, loaded with the dtypes that the checkpoint stores.
         resolved: the plan that it is sharded by.
-        checkpoint: of the checkpoint. Carried tensors, which no model holds, are read from its files.
+        checkpoint: the checkpoint. Passthrough tensors, which no model holds, are read from its files.
 
     Raises:
-        CheckpointError: a file of the checkpoint cannot be read any more.
+        CheckpointError: a file of the checkpoint can no longer be read.
     """
     shares: list[dict[str, str]] = all_gather_json(_compute_local_digests(model, resolved))
     expected = _get_expected_digests(checkpoint)
@@ -82,18 +78,18 @@ def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoi
         if row.tied_to is None
         for ranks in group_ranks_by_copy(row.placements, resolved.mesh, row.mesh)
     ]
-    found = {copy: _sum_digests(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
-    carried = gather_file_digests(
+    digests = {copy: _sum_digests(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
+    passthrough = gather_file_digests(
         checkpoint, [name for name in checkpoint.digests if checkpoint.tensors[name].kind == "carried"]
     )
-    found |= {_Copy(name, (0,)): digest for name, digest in carried.items()}
+    digests |= {_Copy(name, (0,)): digest for name, digest in passthrough.items()}
     wrong = tuple(
         _build_digest_mismatch(copy, expected[copy.name], digest)
-        for copy, digest in found.items()
+        for copy, digest in digests.items()
         if digest != expected[copy.name]
     )
     against = "manifest" if checkpoint.digests else "source"
-    return CheckResult(len({copy.name for copy in found}), wrong, {"copies": len(found), "against": against})
+    return CheckResult(len({copy.name for copy in digests}), wrong, {"copies": len(digests), "against": against})
 
 
 def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
@@ -102,9 +98,9 @@ def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str
     with torch.no_grad():
         for row in resolved.parameters:
             if row.tied_to is None:
-                sizes, place = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
-                form = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, place)
-                digests[row.name] = str(compute_local_digest(detach_local(tensors[row.name]), form, row.shape))
+                sizes, coordinates = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
+                shard = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, coordinates)
+                digests[row.name] = str(compute_local_digest(detach_local(tensors[row.name]), shard, row.shape))
     return digests
 
 
@@ -116,16 +112,16 @@ def _sum_digests(shares: Iterator[str]) -> str:
 
 
 def _get_expected_digests(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Return the digests that the checkpoint records, else those of its files, which ranks share the reading of."""
-    loaded = [name for name, held in checkpoint.tensors.items() if held.kind != "carried"]
+    """Return the digests that the checkpoint records, else those of its files, read by all ranks together."""
+    loaded = [name for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried"]
     return checkpoint.digests or gather_file_digests(checkpoint, loaded)
 
 
 def gather_file_digests(checkpoint: Checkpoint, names: list[str]) -> dict[str, str]:
-    """Return the digests of some tensors as the files hold them; ranks share the reading, and every one calls this.
+    """Return the digests of some tensors in the files, with the reading shared among ranks. Collective.
 
     Raises:
-        CheckpointError: a file cannot be read any more.
+        CheckpointError: a file can no longer be read.
     """
     own = names[dist.get_rank() :: dist.get_world_size()]
     digests = raise_on_any_rank(lambda: compute_file_digests(checkpoint, own) if own else {})

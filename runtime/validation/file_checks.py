@@ -1,4 +1,4 @@
-"""Checkpoints whose own files refute them, for which no model has to run, nor torch to be imported."""
+"""Checks of a checkpoint's own files that refute it before any worker starts or any model runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from runtime.validation.results import PARTS, CheckResult, ValidationResult
 
 __all__ = ["INCONSISTENT_FILES", "check_files", "convert_file_error"]
 
-INCONSISTENT_FILES = "the files do not make up a checkpoint of this model"
-"""Why nothing else is looked at."""
+INCONSISTENT_FILES = "the files do not form a checkpoint of this model"
+"""Why the other parts are skipped."""
 
 
 def check_files(request: ValidationRequest) -> ValidationResult | None:
-    """Look at what no worker needs to be started for: a manifest, and rank files' headers.
+    """Check what needs no workers: the manifest, and the headers of rank files.
 
     Returns:
-        The result where these alone refute the checkpoint.
+        The result if these alone refute the checkpoint, else None.
 
     Raises:
-        UsageError: it is laid out for another mesh.
-        IncompleteError, HeaderError: a file is missing or damaged.
+        UsageError: the checkpoint was written for another mesh.
+        IncompleteError: a file is missing.
+        HeaderError: a file is damaged.
     """
     check_mesh(request)
     try:
@@ -37,12 +38,12 @@ def check_files(request: ValidationRequest) -> ValidationResult | None:
 
 
 def convert_file_error(request: ValidationRequest, error: MigratorError) -> CheckResult:
-    """Return what it means that files contradict one another or lack parts of tensors.
+    """Return an error about contradictory or lossy files as a check's result.
 
     Raises:
-        MigratorError: the error itself where it is that the work could not be done.
+        MigratorError: the error itself, if it means that the work could not be done.
     """
     if not isinstance(error, MismatchError) and "lossy" not in error.data:
         raise error
-    found = extract_differences(error, str(request.folder))
-    return CheckResult(0, tuple(Mismatch(one.name, one.expected, one.found) for one in found))
+    differences = extract_differences(error, str(request.folder))
+    return CheckResult(0, tuple(Mismatch(row.name, row.expected, row.found) for row in differences))

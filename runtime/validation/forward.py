@@ -1,4 +1,4 @@
-"""The forward check: a parallel model's outputs and those of the unsharded one, on the same tokens."""
+"""The forward check: a parallel model's outputs against the unsharded model's, on the same tokens."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = [
 ]
 
 _ROUNDING_FACTOR = 3.0
-"""How many times the unsharded model's rounding error a parallel model may have: it adds up rounded parts."""
+"""How many times the unsharded model's rounding error is allowed: a parallel model adds up rounded partial sums."""
 
 
 @dataclass(frozen=True)
 class StoredDtypeOutputs:
-    """Outputs of models with weights of the checkpoint's own type.
+    """Outputs of both models with weights in the checkpoint's own dtype.
 
     Args:
-        dtype: safetensors' name of it.
-        found: by the parallel model.
-        expected: by the unsharded one.
+        dtype: the dtype, by safetensors' name.
+        found: the parallel model's output.
+        expected: the unsharded model's output.
     """
 
     dtype: str
@@ -49,16 +49,16 @@ class StoredDtypeOutputs:
 
 
 def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output | RankFailure[Output]:
-    """Run a parallel model without gradients; every rank calls this.
+    """Run a parallel model without gradients. Collective: every rank must call it.
 
     Raises:
-        UsageError: a rank has too little memory for it.
+        UsageError: a rank ran out of memory.
     """
     with torch.no_grad():
         found = run_on_all_ranks(lambda: compute_output(model, tokens))
     if isinstance(found, RankFailure) and found.out_of_memory:
         raise UsageError(
-            f"rank {found.rank} has too little memory to run the model: {found.reason}",
+            f"rank {found.rank} ran out of memory for the model: {found.reason}",
             hint="use more ranks",
             rank=found.rank,
         )
@@ -66,12 +66,12 @@ def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output |
 
 
 def run_reference_model(reference: ReferenceModel, tokens: torch.Tensor, source: Path) -> Output:
-    """Return what the reference computes, on every rank; every rank calls this.
+    """Return the reference's output on every rank. Collective: every rank must call it.
 
-    It goes before the parallel model: where a model cannot run at all, its plan is not to blame.
+    It runs before the parallel model: if the model cannot run even unsharded, its plan is not at fault.
 
     Raises:
-        UsageError: it cannot run on the tokens.
+        UsageError: the reference cannot run on the tokens.
     """
     with torch.no_grad():
         expected = reference.run(lambda model: compute_output(model, tokens))
@@ -82,24 +82,26 @@ def run_reference_model(reference: ReferenceModel, tokens: torch.Tensor, source:
 
 
 def check_comparable(found: Output, expected: Output, source: Path) -> None:
-    """Refuse a reference that computes something else than the parallel model.
+    """Refuse a reference whose output is of another kind or shape than the parallel model's.
 
     Raises:
-        UsageError: it does.
+        UsageError: the outputs cannot be compared.
     """
     kinds = [(output.name, list(output.tensor.shape)) for output in (expected, found)]
     if kinds[0] != kinds[1]:
         (name, shape), (other, others) = kinds
-        raise _wrong_reference_error(source, f"{name} are {shape}, those of the folder, {other}, {others}")
+        raise _wrong_reference_error(
+            source, f"its {name} have the shape {shape}, but the folder's {other} have {others}"
+        )
 
 
 def run_in_stored_dtype(
     model: PreTrainedModel, reference: ReferenceModel, tokens: torch.Tensor, dtype: str
 ) -> StoredDtypeOutputs | str:
-    """Run both models, loaded in the checkpoint's own type, the reference first; every rank calls this.
+    """Run both models in the checkpoint's own dtype, the reference first. Collective.
 
     Returns:
-        What they computed, or why the unsharded one did not.
+        Both outputs, or the reason why the unsharded model does not run.
     """
     with torch.no_grad():
         expected = reference.run(lambda model: compute_output(model, tokens).tensor)
@@ -116,14 +118,14 @@ def check_forward(
     reference_description: str,
     stored: StoredDtypeOutputs | None = None,
 ) -> CheckResult:
-    """Compare what the parallel model computed in float32 with the reference; every rank calls this.
+    """Compare the parallel model's output in float32 with the reference's. Collective: every rank must call it.
 
     Args:
-        found: by the parallel model.
-        expected: by the reference.
-        tolerance: relative to the largest of the reference's outputs.
+        found: the parallel model's output, or its failure.
+        expected: the reference's output.
+        tolerance: the accepted difference, relative to the largest of the reference's outputs.
         reference_description: what the reference is, in words.
-        stored: outputs in the checkpoint's own type, where that is another.
+        stored: the outputs in the checkpoint's own dtype, if that is not float32.
     """
     if isinstance(found, RankFailure):
         return _failed_check(
@@ -139,12 +141,12 @@ def check_forward(
         "against": reference_description,
     }
     if not 0 < largest < inf:
-        reason = "the reference is " + ("not finite" if largest else "all zero") + ", nothing was compared"
+        reason = f"the reference's output is {'not finite' if largest else 'all zero'}; nothing was compared"
         return _failed_check(Mismatch(found.name, "outputs to compare with", reason), reason, numbers)
     wrong = [
         Mismatch(
             found.name,
-            f"{largest:.3g} at most, give or take {tolerance * largest:.2g}",
+            f"values up to {largest:.3g}, within {tolerance * largest:.2g}",
             _format_difference(difference),
             rank,
         )
@@ -160,9 +162,9 @@ def check_forward(
 def _compare_stored(
     stored: StoredDtypeOutputs, exact: torch.Tensor, tolerance: float, name: str
 ) -> tuple[list[Mismatch], dict[str, object]]:
-    """Compare errors of rounding, parallel and unsharded.
+    """Compare the parallel model's rounding error with the unsharded model's.
 
-    A token that is routed to other experts because of a rounding is far off in either model, hence the median.
+    By the median over tokens, because rounding may route a token to other experts, in either model.
     """
     what, found = f"{name} in {stored.dtype}", stored.found
     if isinstance(found, RankFailure):
@@ -171,7 +173,7 @@ def _compare_stored(
     errors: list[float] = all_gather_json(_compute_median_error(found.tensor - exact))
     allowed = _ROUNDING_FACTOR * rounding + tolerance * _compute_max_abs(exact)
     wrong = [
-        Mismatch(what, f"a typical error of {allowed:.2g} at most", _format_difference(error), rank)
+        Mismatch(what, f"a typical error up to {allowed:.2g}", _format_difference(error), rank)
         for rank, error in enumerate(errors)
         if not error <= allowed
     ]
@@ -192,7 +194,7 @@ def _compute_max_abs(values: torch.Tensor) -> float:
 
 
 def _format_difference(difference: float) -> str:
-    return f"{difference:.2g} off" if isfinite(difference) else "what is no finite number"
+    return f"off by {difference:.2g}" if isfinite(difference) else "values that are not finite"
 
 
 def _get_finite(value: float) -> float | None:
@@ -205,5 +207,5 @@ def _failed_check(mismatch: Mismatch, reason: str, numbers: dict[str, object] | 
 
 def _wrong_reference_error(source: Path, what: str) -> UsageError:
     return UsageError(
-        f"{source}: {what}", hint="give the checkpoint that the folder was resharded from as the reference"
+        f"{source}: {what}", hint="pass the checkpoint that the folder was resharded from as the reference"
     )

@@ -1,4 +1,4 @@
-"""The generation check: greedy tokens of a parallel model, written with a cache, and the unsharded model's."""
+"""The generation check: a parallel model's greedy tokens, generated with a cache, against the unsharded model's."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ __all__ = ["check_generation"]
 def check_generation(
     model: PreTrainedModel, tokens: torch.Tensor, reference: ReferenceModel, request: ValidationRequest
 ) -> CheckResult | str:
-    """Compare the tokens by which models continue a prompt; every rank calls this.
+    """Compare the tokens that both models continue a prompt with. Collective: every rank must call it.
 
     Returns:
-        What was found, or why there was nothing to compare.
+        The result of the check, or the reason why there is nothing to compare.
     """
     if request.mode in ("sp", "sp_ep"):
-        return "sequence parallel ranks cannot write one token at a time: tp must divide every length"
+        return "sequence parallel ranks cannot generate one token at a time: tp must divide every length"
     if not model.can_generate():
-        return f"{type(model).__name__} does not generate"
-    # The reference goes first: where a model cannot be continued at all, its plan is not to blame.
+        return f"{type(model).__name__} cannot generate"
+    # The reference runs first: if the model cannot generate even unsharded, its plan is not at fault.
     expected = reference.run(lambda model: generate_tokens(model, tokens, request.new_tokens))
     if isinstance(expected, RankFailure):
         return f"the unsharded model cannot generate: {expected.reason}"
     found = run_on_all_ranks(lambda: generate_tokens(model, tokens, request.new_tokens))
     if isinstance(found, RankFailure):
         if found.out_of_memory:
-            return f"rank {found.rank} has no memory to generate: {found.reason}"
+            return f"rank {found.rank} ran out of memory for generation: {found.reason}"
         mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
         return CheckResult(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
-    wanted: list[list[int]] = reference.broadcast(expected).tolist()
+    expected_texts: list[list[int]] = reference.broadcast(expected).tolist()
     by_rank: list[list[list[int]]] = all_gather_json(found.tolist())
     wrong = [
         Mismatch(f"text {number}", str(text), str(texts[number]), rank)
         for rank, texts in enumerate(by_rank)
-        for number, text in enumerate(wanted)
+        for number, text in enumerate(expected_texts)
         if texts[number] != text
     ]
-    return CheckResult(sum(map(len, wanted)), tuple(wrong), {"texts": len(wanted), "tokens_each": len(wanted[0])})
+    numbers = {"texts": len(expected_texts), "tokens_each": len(expected_texts[0])}
+    return CheckResult(sum(map(len, expected_texts)), tuple(wrong), numbers)

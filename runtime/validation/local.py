@@ -1,4 +1,4 @@
-"""What ranks hold of a model: their local tensors, the bytes of those, and their pieces of whole tensors."""
+"""A rank's share of a model: its local tensors, their bytes and digests, its shard of whole tensors, free memory."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = ["check_memory", "compute_local_digest", "detach_local", "fits_in_memo
 
 
 def detach_local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's local tensor, without its history."""
+    """Return this rank's local tensor, detached from autograd."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def slice_local_shard(tensor: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> torch.Tensor:
-    """Return what this rank holds of a whole tensor: cut by the plan's entry first, then by FSDP."""
+    """Return this rank's shard of a whole tensor, sharded by the plan's entry first, then by FSDP."""
     axes = zip(row.placements, mesh.sizes(row.mesh), mesh.coordinates(row.mesh, dist.get_rank()), strict=True)
     for placement, size, index in reversed(list(axes)):
         tensor = cut_local_shard(tensor, placement, size, index)
@@ -45,42 +45,42 @@ def slice_local_shard(tensor: torch.Tensor, row: ResolvedParameter, mesh: Mesh) 
 def check_memory(
     model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoint
 ) -> tuple[list[Mismatch], dict[str, object]]:
-    """Compare the bytes that each rank holds with what the plan says; every rank calls this.
+    """Compare the bytes that each rank holds with what the plan predicts. Collective.
 
     Returns:
-        The ranks that hold more or less, and both numbers of all ranks.
+        A mismatch for each rank that holds more or less, and both numbers of all ranks.
 
     Raises:
         MismatchError: the checkpoint's shapes are not the model's.
     """
-    loaded = {name: held for name, held in checkpoint.tensors.items() if held.kind != "carried"}
+    loaded = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried"}
     planned = place_by_plan(resolved).arrange(loaded).rank_bytes
-    found: list[int] = all_gather_json(_count_local_bytes(model))
+    allocated: list[int] = all_gather_json(_count_local_bytes(model))
     wrong = [
-        Mismatch("memory", f"{expected} bytes", f"{held} bytes", rank)
-        for rank, (expected, held) in enumerate(zip(planned, found, strict=True))
-        if expected != held
+        Mismatch("memory", f"{expected} bytes", f"{actual} bytes", rank)
+        for rank, (expected, actual) in enumerate(zip(planned, allocated, strict=True))
+        if expected != actual
     ]
-    return wrong, {"bytes_per_rank": found, "bytes_planned": list(planned)}
+    return wrong, {"bytes_per_rank": allocated, "bytes_planned": list(planned)}
 
 
 def _count_local_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model's tensors, those that share memory counted once."""
+    """Return the bytes of the model's local tensors, counting shared memory once."""
     local = (detach_local(tensor) for tensor in model_tensors(model).values())
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in local if tensor.numel()}.values())
 
 
 _OVERHEAD_FACTOR = 1.2
-"""What activations and the allocator take besides, as a factor."""
+"""Factor for what activations and the allocator need besides weights and gradients."""
 _FLOAT32_BYTES = 4
 
 
 def fits_in_memory(model: nn.Module, device: torch.device) -> bool:
-    """Say whether a model's weights and gradients fit unsharded, in float32, beside what the rank holds of it already.
+    """Return whether an unsharded float32 copy of a model, with gradients, fits beside the rank's own share.
 
     Args:
-        model: on meta or not, whole or sharded; its own gradients are still to come.
-        device: that it would be on.
+        model: the rank's model, sharded or not, on meta or not; memory for its own gradients is counted too.
+        device: the device that the copy would be on.
     """
     whole = sum(parameter.numel() for parameter in model.parameters())
     own = sum(detach_local(parameter).numel() for parameter in model.parameters())
@@ -89,14 +89,14 @@ def fits_in_memory(model: nn.Module, device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back the memory of models that nobody has any more: hooked modules and their hooks hold each other."""
+    """Free the memory of models that are no longer referenced; hooks and modules form cycles, hence the collection."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _read_free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can be allocated, None where that cannot be told."""
+    """Return the bytes that can be allocated, None if that is unknown."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -108,23 +108,23 @@ def _read_free_bytes(device: torch.device) -> int | None:
 
 
 def compute_local_digest(local: torch.Tensor, tensor_map: TensorMap, shape: Sequence[int]) -> Digest:
-    """Return the sums of a local tensor's bytes at their places in the parameter.
+    """Return a local tensor's contribution to its parameter's digest.
 
     Args:
-        local: what the rank holds, on any device.
-        tensor_map: of it over the whole parameter, as `runtime.tensor_map.tensor_map.local_form` gives it.
-        shape: of the whole parameter.
+        local: the rank's local tensor, on any device.
+        tensor_map: the map of the local tensor over the whole parameter, from `shard_for_rank`.
+        shape: the shape of the whole parameter.
     """
     assert tuple(local.shape) == tensor_map.shape
-    sums = Digest()
-    for extent in tensor_map.boxes:
-        box = local[tuple(slice(start, start + size) for start, size in zip(extent.offset, extent.shape, strict=True))]
-        sums.join(_compute_box_digest(box, unravel(extent.base, shape), shape))
-    return sums
+    digest = Digest()
+    for box in tensor_map.boxes:
+        part = local[tuple(slice(start, start + size) for start, size in zip(box.offset, box.shape, strict=True))]
+        digest.join(_compute_box_digest(part, unravel(box.base, shape), shape))
+    return digest
 
 
 def _compute_box_digest(box: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> Digest:
-    """Sum a box of a parameter, in as few calls as rows that lie evenly apart allow."""
+    """Return the contribution of one box of a parameter, in as few calls as evenly spaced rows allow."""
     strides, size = row_major(shape), box.element_size()
     base = sum(index * stride for index, stride in zip(start, strides, strict=True))
     partial = [dim for dim in range(box.ndim) if box.shape[dim] != shape[dim]]
@@ -132,9 +132,9 @@ def _compute_box_digest(box: torch.Tensor, start: Sequence[int], shape: Sequence
     if inner == 0:
         return digest_tensor(box, base * size)
     outer = max((dim for dim in partial if dim < inner), default=0)
-    sums = Digest()
-    for place in product(*(range(length) for length in box.shape[:outer])):
-        offset = base + sum(index * stride for index, stride in zip(place, strides, strict=False))
-        rows = box[place].reshape(prod(box.shape[outer:inner]), -1)
-        sums.join(digest_tensor(rows, offset * size, strides[inner - 1] * size))
-    return sums
+    digest = Digest()
+    for indices in product(*(range(length) for length in box.shape[:outer])):
+        offset = base + sum(index * stride for index, stride in zip(indices, strides, strict=False))
+        rows = box[indices].reshape(prod(box.shape[outer:inner]), -1)
+        digest.join(digest_tensor(rows, offset * size, strides[inner - 1] * size))
+    return digest

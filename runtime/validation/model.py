@@ -1,4 +1,4 @@
-"""The parallel model of a validation: built on meta, cut by its plan, filled by every rank with its own bytes."""
+"""The parallel model of a validation: built on meta, sharded by its plan, loaded by each rank with its own bytes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A parallel model and the plan that made it so."""
+    """A parallel model, and the plan that it was parallelized with."""
 
     model: PreTrainedModel
     resolved: ResolvedPlan
@@ -57,11 +57,11 @@ class ParallelModel:
 def build_parallel_model(
     request: ValidationRequest, dtype: torch.dtype, device: torch.device, styles: StyleRegistry
 ) -> ParallelModel:
-    """Build the folder's model on meta and make it parallel; every rank calls this.
+    """Build the folder's model on meta and parallelize it. Collective: every rank must call it.
 
     Raises:
         PlanError: the plan does not resolve on this model and mesh.
-        UsageError: the model is quantized, or there are not as many ranks as the mesh has.
+        UsageError: the model is quantized, or the number of ranks is not the mesh's.
     """
     model = raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, dtype)))
     resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, styles=styles))
@@ -72,23 +72,23 @@ def build_parallel_model(
 def load_weights(
     parallel: ParallelModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Fill the model; every rank calls this.
+    """Load the checkpoint into the model. Collective: every rank must call it.
 
     Args:
-        parallel: on meta.
-        checkpoint: of the checkpoint.
-        device: where this rank computes.
-        dtype: that floating point tensors are cast to, None for as they are stored.
+        parallel: the parallel model, on meta.
+        checkpoint: the checkpoint.
+        device: the device that this rank computes on.
+        dtype: the dtype that floating point tensors are cast to, None to keep them as stored.
 
     Raises:
-        CheckpointError: it lacks tensors of the model, or cannot be read.
-        MismatchError: it holds others than the model.
+        CheckpointError: tensors of the model are missing, or the checkpoint cannot be read.
+        MismatchError: the checkpoint's tensors are not the model's.
     """
     load(parallel.model, checkpoint, dtype=dtype, device=device, every_copy=True)
 
 
 def check_structure(parallel: ParallelModel, manifest: Manifest | None) -> CheckResult:
-    """Hold the model, still on meta, against its plan, and the plan against the manifest; every rank calls this."""
+    """Compare the model, still on meta, with its plan, and the plan with the manifest. Collective."""
     recorded = compare_manifest(manifest, parallel.resolved) if manifest else []
     wrong = (
         *recorded,
@@ -98,7 +98,7 @@ def check_structure(parallel: ParallelModel, manifest: Manifest | None) -> Check
 
 
 def check_loaded(parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult:
-    """Hold the model against its plan once more now that it is loaded, and its bytes too; every rank calls this.
+    """Compare the loaded model, and the bytes that it takes, with its plan. Collective.
 
     Raises:
         MismatchError: the checkpoint's shapes are not the model's.
@@ -114,24 +114,24 @@ def check_loaded(parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult
 
 
 def convert_plan_error(error: PlanError) -> CheckResult:
-    """Return what it means that a checkpoint which was laid out by a plan has one that does not even resolve."""
+    """Return the result for a checkpoint whose own plan does not even resolve."""
     name = next((str(error.data[key]) for key in ("parameter", "key", "name") if key in error.data), "plan")
-    return CheckResult(0, (Mismatch(name, "a plan that goes with this model and mesh", error.message),))
+    return CheckResult(0, (Mismatch(name, "a plan that resolves on this model and mesh", error.message),))
 
 
 def check_inputs(request: ValidationRequest) -> None:
-    """Refuse a model that does not run on tokens alone, and a reference that by its config is of another model.
+    """Refuse a model that needs more than tokens, and a reference whose config is another model's.
 
     Raises:
-        UsageError: it is one of these.
-        CheckpointError: a config, or what transformers reads beside it, cannot be read.
+        UsageError: the model or the reference is refused.
+        CheckpointError: a config, or a file that transformers reads beside it, cannot be read.
     """
     for folder in filter(None, (request.folder, request.reference)):
         _check_generation_config(folder)
     model = meta_model(read_config_with_dtype(request.folder, torch.float32))
     if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
         raise UsageError(
-            f"{type(model).__name__} does not run on input_ids alone",
+            f"{type(model).__name__} needs more inputs than input_ids",
             hint="validate runs decoder-only language models",
             model=type(model).__name__,
         )
@@ -140,7 +140,7 @@ def check_inputs(request: ValidationRequest) -> None:
 
 
 def _check_generation_config(folder: Path) -> None:
-    """Refuse settings of generation that are a pipe, say: transformers passes over them without a word, or waits."""
+    """Refuse a generation config that is not a regular file: transformers would ignore it, or block on a pipe."""
     path = folder / "generation_config.json"
     if os.path.lexists(path):
         with open_regular(path):

@@ -1,4 +1,4 @@
-"""What models are asked to compute, parallel and unsharded ones alike: outputs, gradients and greedy tokens."""
+"""What both models compute to be compared: outputs, gradients and greedy tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Output", "compute_gradients", "compute_output", "generate_tokens", "
 
 @dataclass(frozen=True)
 class Output:
-    """What a model computed, in float32, and which of its outputs that is."""
+    """One output of a model, in float32, with the output's name."""
 
     name: str
     tensor: torch.Tensor
 
 
 def sample_tokens(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
-    """Return the tokens that models are run on, `[batch, sequence]`, the same on every rank."""
+    """Return random tokens `[batch, sequence]` to run models on, the same on every rank."""
     generator = torch.Generator().manual_seed(request.seed)
     vocabulary: int = model.config.get_text_config().vocab_size
     length = -(-request.sequence // request.mesh.tp) * request.mesh.tp
@@ -34,10 +34,10 @@ def sample_tokens(model: PreTrainedModel, request: ValidationRequest) -> torch.T
 
 
 def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
-    """Run a model on tokens; one without a head is judged by its last hidden state.
+    """Run a model on tokens and return its logits, or its last hidden state if it has no head.
 
     Raises:
-        UsageError: it computes neither.
+        UsageError: the model returns neither.
     """
     output = model(input_ids=tokens.to(_get_device(model)), use_cache=False)
     for name in ("logits", "last_hidden_state"):
@@ -46,14 +46,14 @@ def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             return Output(name, whole.float().contiguous())
     raise UsageError(
-        f"{type(model).__name__} computes neither logits nor a last hidden state",
+        f"{type(model).__name__} returns neither logits nor a last hidden state",
         hint="validate runs decoder-only language models",
         model=type(model).__name__,
     )
 
 
 def compute_gradients(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
-    """Leave gradients on a model: those of its outputs summed with random weights, the same for the same seed."""
+    """Compute a model's gradients of its outputs' mean, weighted by random numbers from the seed."""
     output = compute_output(model, tokens).tensor
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(output.shape, generator=generator).to(output.device)
@@ -61,14 +61,14 @@ def compute_gradients(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -
 
 
 def generate_tokens(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the tokens by which a model continues a prompt greedily, `[batch, count]`, whatever its defaults are."""
+    """Return the tokens `[batch, count]` that a model continues a prompt with greedily, whatever its own defaults."""
     from transformers import GenerationConfig
 
-    writer: Any = model
-    # Without a token that ends a text, and whatever else the checkpoint's own settings say.
-    writer.generation_config = GenerationConfig(pad_token_id=0)
+    generator: Any = model
+    # A fresh config: no token ends a text early, and none of the checkpoint's own settings apply.
+    generator.generation_config = GenerationConfig(pad_token_id=0)
     prompt = prompt.to(_get_device(model))
-    text: torch.Tensor = writer.generate(
+    text: torch.Tensor = generator.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count
     )
     return text[:, prompt.shape[1] :]

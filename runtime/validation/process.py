@@ -1,4 +1,4 @@
-"""The process of a validation's worker: `python -m runtime.validation.process PARENT REQUEST ANSWER`."""
+"""The entry point of a validation worker: `python -m runtime.validation.process PARENT REQUEST ANSWER`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Run as a worker of `runtime.validation.worker`; nothing heavy is imported before the parent is watched.
+    """Run as a worker of `runtime.validation.worker`, watching the parent before anything heavy is imported.
 
     Args:
-        arguments: the parent's process id, a request in JSON, and the descriptor of the file that rank 0 writes
-            the answer to.
+        arguments: the parent's process id, the request in JSON, and the descriptor of the file that rank 0 writes its
+            answer to.
     """
     parent, request, answer = arguments
     die_with_parent(int(parent))

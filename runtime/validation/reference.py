@@ -1,6 +1,6 @@
-"""The model that is right by definition: unsharded on rank 0, or where that does not fit, over pure data parallelism.
+"""The reference model, right by definition: unsharded on rank 0, or if that does not fit, sharded by FSDP alone.
 
-Spread so, every rank still computes whole layers by the model's own code; torch gathers each layer's weights before it.
+Under FSDP every rank still computes whole layers with the model's own code, on weights that torch gathers per layer.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ __all__ = ["ReferenceModel", "convert_reference_errors", "load_reference", "read
 
 Result = TypeVar("Result")
 
-_SOURCE_HINT = "give the checkpoint that the folder was resharded from as the reference"
+_SOURCE_HINT = "pass the checkpoint that the folder was resharded from as the reference"
 
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A reference as one rank has it.
+    """One rank's view of the reference.
 
     Args:
-        model: None on other ranks than 0 where it is not spread.
-        is_sharded: whether every rank has a part of it.
-        device: where this rank computes.
+        model: the model; None on ranks other than 0 if it is not sharded.
+        is_sharded: whether the model is sharded over all ranks.
+        device: the device that this rank computes on.
     """
 
     model: PreTrainedModel | None
@@ -54,16 +54,16 @@ class ReferenceModel:
 
     @property
     def description(self) -> str:
-        """What it is."""
+        """What the reference is, in words."""
         return f"the model over fsdp={dist.get_world_size()}" if self.is_sharded else "the unsharded model"
 
     def run(self, compute: Callable[[PreTrainedModel], Result]) -> Result | RankFailure[Result | None] | None:
-        """Let it compute, and return what it does, None on ranks that have none of it; every rank calls this."""
+        """Run a computation on the reference and return its result, None on ranks without a model. Collective."""
         model = self.model
         return run_on_all_ranks(lambda: compute(model) if model is not None else None)
 
     def broadcast(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return on every rank what only rank 0 may have; every rank calls this."""
+        """Return a tensor that only rank 0 may have on every rank. Collective."""
         if self.is_sharded:
             assert tensor is not None
             return tensor
@@ -76,39 +76,37 @@ class ReferenceModel:
         return shared
 
     def broadcast_gradient(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a parameter's whole gradient, zeros where there is none, on every rank; every rank calls this."""
-        found = None
-        if self.model is not None:
+        """Return a parameter's whole gradient on every rank, zeros if it has none. Collective."""
+        if self.model is None:
+            whole = torch.empty(shape, device=self.device)
+        else:
             gradient = dict(self.model.named_parameters(remove_duplicate=False))[name].grad
-            found = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            found = torch.zeros(shape, device=self.device) if found is None else found.float().contiguous()
-        if self.is_sharded:
-            assert found is not None
-            return found
-        shared = torch.empty(shape, device=self.device) if found is None else found
-        dist.broadcast(shared, src=0)
-        return shared
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            whole = torch.zeros(shape, device=self.device) if gradient is None else gradient.float().contiguous()
+        if not self.is_sharded:
+            dist.broadcast(whole, src=0)
+        return whole
 
 
 def read_config_with_dtype(folder: Path, dtype: torch.dtype) -> PreTrainedConfig:
-    """Read a config to be compared in a type."""
+    """Read a config, with its dtype replaced."""
     config = read_config(folder)
     config.dtype = dtype
     return config
 
 
 def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sharded: bool) -> ReferenceModel:
-    """Load a reference; every rank calls this.
+    """Load a reference. Collective: every rank must call it.
 
     Args:
-        folder: of whatever layout.
-        dtype: that floating point tensors are cast to.
-        device: where this rank computes.
-        sharded: over the ranks, in place of whole on rank 0.
+        folder: the reference's folder, of any layout.
+        dtype: the dtype that floating point tensors are cast to.
+        device: the device that this rank computes on.
+        sharded: whether to shard it over the ranks instead of loading it whole on rank 0.
 
     Raises:
-        CheckpointError: it cannot be loaded, or is incomplete.
-        UsageError: it is quantized.
+        CheckpointError: the reference cannot be loaded, or is incomplete.
+        UsageError: the reference is quantized.
     """
     with convert_reference_errors():
         if sharded:
@@ -120,10 +118,10 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sh
 
 @contextmanager
 def convert_reference_errors() -> Iterator[None]:
-    """Let what is wrong with a reference be no finding of the checkpoint's: nothing can be held against it.
+    """Convert mismatches within a reference into errors, because they say nothing about the checkpoint.
 
     Raises:
-        CheckpointError: its files contradict one another or lack parts of tensors.
+        CheckpointError: the reference's files contradict each other, or lack parts of tensors.
     """
     try:
         yield
@@ -150,7 +148,7 @@ def _load_whole(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load a hub-form checkpoint as transformers does; nothing is unpickled, and nothing may stay at random."""
+    """Load a hub-form checkpoint through transformers, without unpickling, and refuse missing weights."""
     config = read_config_with_dtype(folder, dtype)
     load: Callable[..., Any] = find_model_class(config).from_pretrained
     try:
@@ -162,13 +160,13 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> 
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # What transformers raises as it loads is not ours to list.
+    except Exception as error:  # transformers raises errors of many kinds while loading
         raise IncompleteError(
             f"{folder}: transformers cannot load it: {first_line(error)}", hint=_SOURCE_HINT
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise IncompleteError(
-            f"{folder}: the reference lacks {missing[0]!r}", hint="give a complete checkpoint", tensors=missing
+            f"{folder}: the reference lacks {missing[0]!r}", hint="pass a complete checkpoint", tensors=missing
         )
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

@@ -1,6 +1,6 @@
-"""A checkpoint beside its reference, before either computes: the same model, the same config, the same tensors.
+"""Compare a checkpoint with its reference before either computes: the same model, config and tensors.
 
-The few tokens that models are run on reach neither every row of an embedding nor a window beyond their number.
+The few tokens that models run on reach neither every row of an embedding nor a window longer than they are.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["check_reference", "compare_configs", "compare_recorded_config", "com
 
 
 def check_reference(folder: Path, reference: Path, model: PreTrainedModel) -> None:
-    """Refuse a reference whose config alone says that it is another model, before it meets the folder's tokens.
+    """Refuse a reference that is another model by its config alone, before it runs on the folder's tokens.
 
     Args:
-        folder: of the checkpoint.
-        reference: of the reference.
-        model: of the checkpoint, on meta.
+        folder: the checkpoint's folder.
+        reference: the reference's folder.
+        model: the checkpoint's model, on meta.
 
     Raises:
-        UsageError: it is another model, or quantized.
-        CheckpointError: its config cannot be read.
+        UsageError: the reference is another model, or quantized.
+        CheckpointError: the reference's config cannot be read.
     """
     config = read_config_with_dtype(reference, torch.float32)
     for what, found, expected in (
@@ -49,34 +49,36 @@ def check_reference(folder: Path, reference: Path, model: PreTrainedModel) -> No
         ("vocabulary", _get_vocabulary_size(config), _get_vocabulary_size(model.config)),
     ):
         if found != expected:
-            raise _other_model_error(f"{reference}: the reference's {what} is {found}, that of {folder} is {expected}")
+            raise _other_model_error(
+                f"{reference}: the reference's {what} is {found}, but that of {folder} is {expected}"
+            )
     other = meta_model(config)
     if type(other) is not type(model):
-        return  # which the outputs tell
+        return  # their outputs are compared
     shapes, wanted = _get_shapes(other), _get_shapes(model)
-    if unlike := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
+    if different := sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)):
         raise _other_model_error(
-            f"{reference}: by its config the reference has not the tensors of {folder}: {format_names(unlike)}"
+            f"{reference}: by its config, its tensors differ from those of {folder}: {format_names(different)}"
         )
 
 
 def compare_configs(folder: Path, reference: Path) -> list[Mismatch]:
-    """Return the entries of config.json by which the folder's model would compute something else than the reference's.
+    """Return the entries of config.json that make the folder's model compute something else than the reference's.
 
     Raises:
         CheckpointError: a config cannot be read.
     """
-    found, expected = (read_config_entries(one) or {} for one in (folder, reference))
-    return [_build_config_mismatch(one, "as in the reference") for one in compare_entries(found, expected)]
+    own, expected = (read_config_entries(path) or {} for path in (folder, reference))
+    return [_build_config_mismatch(row, "as in the reference") for row in compare_entries(own, expected)]
 
 
 def compare_recorded_config(checkpoint: Checkpoint) -> list[Mismatch]:
-    """Return the entries of config.json by which the model would compute something else than what was laid out.
+    """Return the entries of config.json that changed, since the checkpoint was written, what the model computes.
 
     Raises:
         CheckpointError: the config cannot be read.
     """
-    return [_build_config_mismatch(one, "as when it was laid out") for one in find_config_changes(checkpoint)]
+    return [_build_config_mismatch(row, "as when it was written") for row in find_config_changes(checkpoint)]
 
 
 def _build_config_mismatch(difference: ConfigDifference, why: str) -> Mismatch:
@@ -84,27 +86,27 @@ def _build_config_mismatch(difference: ConfigDifference, why: str) -> Mismatch:
 
 
 def compare_tensors(check: CheckResult, checkpoint: Checkpoint, reference: Path) -> CheckResult:
-    """Add to a content check in which tensors the checkpoint differs from the reference; every rank calls this.
+    """Add the tensors in which the checkpoint differs from the reference to a content check. Collective.
 
-    Tensors that the reference stores in another type cannot be compared byte by byte, and are not.
+    Tensors that the reference stores in another dtype cannot be compared byte by byte, and are skipped.
 
     Args:
-        check: of the checkpoint's own digests, which ranks hold.
-        checkpoint: of the checkpoint.
-        reference: of whatever layout; all bytes of it are read, which ranks share.
+        check: the content check of the checkpoint itself.
+        checkpoint: the checkpoint.
+        reference: the reference's folder, of any layout; the ranks together read all of its bytes.
 
     Raises:
         CheckpointError: the reference cannot be read.
     """
     with convert_reference_errors():
         other = raise_on_any_rank(lambda: open_checkpoint(reference).read_headers())
-        names = [name for name, held in checkpoint.tensors.items() if other.tensors.get(name) == held]
+        names = [name for name, tensor in checkpoint.tensors.items() if other.tensors.get(name) == tensor]
         expected = gather_file_digests(other, names)
-    found = checkpoint.digests or gather_file_digests(checkpoint, names)
+    digests = checkpoint.digests or gather_file_digests(checkpoint, names)
     wrong = [
-        Mismatch(name, f"digest {expected[name]}, as in the reference", f"digest {found[name]}")
+        Mismatch(name, f"digest {expected[name]}, as in the reference", f"digest {digests[name]}")
         for name in names
-        if found[name] != expected[name]
+        if digests[name] != expected[name]
     ]
     numbers = {"compared": len(names), "different": len(wrong)}
     return replace(check, mismatches=(*check.mismatches, *wrong), numbers={**check.numbers, "with_reference": numbers})
@@ -119,4 +121,4 @@ def _get_vocabulary_size(config: PreTrainedConfig) -> int | None:
 
 
 def _other_model_error(what: str) -> UsageError:
-    return UsageError(what, hint="give the checkpoint that the folder was laid out from as the reference, or none")
+    return UsageError(what, hint="pass the checkpoint that the folder was resharded from as the reference, or none")

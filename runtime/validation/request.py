@@ -1,4 +1,4 @@
-"""What a validation is asked: a plain value with one JSON form, and the mesh that a checkpoint itself speaks of."""
+"""A validation's request, with its JSON form, and the mesh that a checkpoint was written for."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Device = Literal["cpu", "cuda", "auto"]
 
 @dataclass(frozen=True)
 class ValidationRequest:
-    """One validation.
+    """The settings of one validation.
 
     Args:
-        folder: of the checkpoint, of any layout.
-        mesh: to load it onto; the one it was laid out for, where it says so.
+        folder: the checkpoint's folder, of any layout.
+        mesh: the mesh to load it onto; the one it was written for, if it records one.
         mode: which of the model's plans apply.
         reference: a checkpoint of the same model, of any layout; None reassembles the folder itself.
-        device: where ranks compute; `auto` takes GPUs where each rank of a machine can have one.
-        tolerance: accepted difference of outputs in float32, relative to the largest of the reference's; in (0, 1).
+        device: where ranks compute; `auto` uses GPUs if each rank on the machine can have one.
+        tolerance: the accepted difference of outputs in float32, relative to the reference's largest; in (0, 1).
         timeout: seconds that the workers may take.
         batch: rows of tokens.
-        sequence: tokens in a row, rounded up to what the tensor parallel axis divides.
-        new_tokens: that each row is continued by.
-        seed: of the tokens.
+        sequence: tokens in a row, rounded up to a multiple of the tensor parallel axis.
+        new_tokens: tokens generated for each row.
+        seed: the seed of the tokens.
     """
 
     folder: Path
@@ -49,13 +49,13 @@ class ValidationRequest:
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1:
             raise UsageError(
-                f"{self.tolerance} is not a tolerance: it is relative to the largest output",
-                hint="give one between 0 and 1, such as 1e-5",
+                f"tolerance must be between 0 and 1, relative to the largest output, got {self.tolerance}",
+                hint="pass a value such as 1e-5",
                 tolerance=self.tolerance,
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, paths absolute."""
+        """Return the JSON form, with absolute paths."""
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "folder": str(self.folder.absolute()),
@@ -65,7 +65,7 @@ class ValidationRequest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ValidationRequest:
-        """Read the JSON form that our own parent process wrote."""
+        """Read the JSON form that the parent process wrote."""
         reference = value["reference"]
         return cls(
             **{
@@ -78,33 +78,33 @@ class ValidationRequest:
 
 
 def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> tuple[Mesh, Mode]:
-    """Return the mesh and mode to validate on: what the checkpoint was laid out for, else what is asked for.
+    """Return the mesh and mode to validate on: those that the checkpoint was written for, else the requested ones.
 
     Args:
-        folder: of the checkpoint.
-        sizes: those of the mesh axes `tp`, `ep` and `fsdp` that are asked for.
-        mode: asked for, None where it is not.
+        folder: the checkpoint's folder.
+        sizes: the requested sizes of the mesh axes `tp`, `ep` and `fsdp`.
+        mode: the requested mode, None if any will do.
 
     Raises:
-        UsageError: it was laid out for another mesh or mode than is asked for, or the sizes make up no mesh.
+        UsageError: the checkpoint was written for another mesh or mode, or the sizes do not form a mesh.
         HeaderError: its manifest is damaged.
     """
     manifest = find_manifest(folder)
     if manifest is None:
         mesh = Mesh(**sizes)
         return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
-    held = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
-    if any(held[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
-        asked = [f"`{axis}={size}`" for axis, size in sizes.items()] + ([f"`mode={mode}`"] if mode else [])
-        raise _mesh_mismatch_error(folder, manifest, " ".join(asked))
+    recorded = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
+    if any(recorded[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
+        requested = [f"`{axis}={size}`" for axis, size in sizes.items()] + ([f"`mode={mode}`"] if mode else [])
+        raise _mesh_mismatch_error(folder, manifest, " ".join(requested))
     return manifest.mesh, manifest.mode
 
 
 def check_mesh(request: ValidationRequest) -> Manifest | None:
-    """Return the manifest of the checkpoint that a request is about, None where it has none.
+    """Return the manifest of a request's checkpoint, None if it has none.
 
     Raises:
-        UsageError: it was laid out for another mesh or mode than the request's.
+        UsageError: the checkpoint was written for another mesh or mode than the request's.
         HeaderError: its manifest is damaged.
     """
     manifest = find_manifest(request.folder)
@@ -113,11 +113,11 @@ def check_mesh(request: ValidationRequest) -> Manifest | None:
     return manifest
 
 
-def _mesh_mismatch_error(folder: Path, manifest: Manifest, asked: str) -> UsageError:
-    laid_out = _format_mesh(manifest.mesh, manifest.mode)
+def _mesh_mismatch_error(folder: Path, manifest: Manifest, requested: str) -> UsageError:
+    recorded = _format_mesh(manifest.mesh, manifest.mode)
     return UsageError(
-        f"{folder} is laid out for {laid_out}, not {asked}",
-        hint=f"leave the mesh out, say {laid_out}, or reshard",
+        f"{folder} was written for {recorded}, not {requested}",
+        hint=f"leave the mesh out, pass {recorded}, or reshard the checkpoint",
         mesh=manifest.mesh.to_json(),
         mode=manifest.mode,
     )

@@ -1,4 +1,4 @@
-"""What a validation answers: one value for each of its parts, and one JSON form."""
+"""A validation's results: one value for each part, with one JSON form, and the builder that collects them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PARTS", "CheckResult", "ResultBuilder", "ValidationResult"]
 
 
 PARTS = ("structure", "content", "forward", "backward", "generation")
-"""In the order in which they are looked at; what a part says means little where one before it is wrong."""
+"""The parts in the order in which they run; a part says little if an earlier one failed."""
 
 _ESSENTIAL = PARTS[:3]
 _UNCHECKED: Mapping[str, Any] = {"ok": None, "checked": 0, "mismatches": []}
@@ -25,12 +25,12 @@ _UNCHECKED: Mapping[str, Any] = {"ok": None, "checked": 0, "mismatches": []}
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one part of a validation found.
+    """The result of one part of a validation.
 
     Args:
-        checked: how many things were looked at.
-        mismatches: those that are not as they must be.
-        numbers: what was measured, by name.
+        checked: how many things were compared.
+        mismatches: those that differ.
+        numbers: measurements by name.
     """
 
     checked: int
@@ -39,32 +39,32 @@ class CheckResult:
 
     @property
     def ok(self) -> bool:
-        """Whether something was looked at, and all of it is as it must be."""
+        """Whether something was compared, and nothing differs."""
         return self.checked > 0 and not self.mismatches
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form; a number that is not finite is null there."""
+        """Return the JSON form, in which numbers that are not finite are null."""
         rows = [row.to_json() for row in self.mismatches]
         numbers = {name: _replace_non_finite(value) for name, value in self.numbers.items()}
         return {"ok": self.ok, "checked": self.checked, "mismatches": rows, **numbers}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckResult:
-        """Read the JSON form that our own worker wrote."""
-        numbers = {name: one for name, one in value.items() if name not in _UNCHECKED}
+        """Read the JSON form that a worker wrote."""
+        numbers = {name: number for name, number in value.items() if name not in _UNCHECKED}
         return cls(value["checked"], tuple(Mismatch(**row) for row in value["mismatches"]), numbers)
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What a validation found.
+    """The result of a validation.
 
     Args:
-        world_size: ranks that took part.
-        checks: what was looked at, by part.
-        skipped: why the other parts were not.
-        device: where ranks computed.
-        seconds: that each phase took on rank 0.
+        world_size: the number of ranks.
+        checks: the results by part.
+        skipped: the reasons why other parts were skipped, by part.
+        device: the kind of device that ranks computed on.
+        seconds: the time that each phase took on rank 0.
     """
 
     world_size: int
@@ -75,11 +75,11 @@ class ValidationResult:
 
     @property
     def ok(self) -> bool:
-        """Whether structure, content and forward were looked at, and everything that was is as it must be."""
+        """Whether structure, content and forward were checked, and every check that ran passed."""
         return all(part in self.checks for part in _ESSENTIAL) and all(check.ok for check in self.checks.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Return the one JSON form of a validation; it has every part, looked at or not."""
+        """Return the JSON form, which has every part, checked or not."""
         parts = {part: self.checks[part].to_json() if part in self.checks else dict(_UNCHECKED) for part in PARTS}
         return {
             "ok": self.ok,
@@ -92,7 +92,7 @@ class ValidationResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ValidationResult:
-        """Read the JSON form that our own worker wrote."""
+        """Read the JSON form that a worker wrote."""
         checks = {part: CheckResult.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None}
         return cls(value["world_size"], checks, value["skipped"], value["device"], value["seconds"])
 
@@ -103,13 +103,13 @@ def _replace_non_finite(value: object) -> object:
 
 @dataclass(frozen=True)
 class ResultBuilder:
-    """A result in the making.
+    """Collects the results of a validation as it runs.
 
     Args:
-        device: where this rank computes.
-        checks: what was looked at, by part.
-        skipped: why other parts were not.
-        seconds: by phase, on this rank.
+        device: the device that this rank computes on.
+        checks: the results so far, by part.
+        skipped: the reasons why parts were skipped, by part.
+        seconds: the time that each phase took on this rank.
     """
 
     device: torch.device
@@ -117,20 +117,20 @@ class ResultBuilder:
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, part: str, found: CheckResult | str) -> None:
-        """Take what was found of a part, or why it was not looked at."""
-        if isinstance(found, str):
-            self.skip(found, part)
+    def add(self, part: str, result: CheckResult | str) -> None:
+        """Add the result of a part, or the reason why it was skipped."""
+        if isinstance(result, str):
+            self.skip(result, part)
         else:
-            self.checks[part] = found
+            self.checks[part] = result
 
     def skip(self, reason: str, *parts: str) -> None:
-        """Say why parts are not looked at."""
+        """Record why parts are skipped."""
         self.skipped.update(dict.fromkeys(parts, reason))
 
     @contextmanager
     def time_phase(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the body takes to a phase, what the device has still to do included."""
+        """Add the time that the body takes to a phase, including pending work of the device."""
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":

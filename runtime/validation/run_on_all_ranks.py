@@ -1,4 +1,4 @@
-"""Models run on all ranks: one that fails under its plan, on whatever rank, is a finding and no error of ours."""
+"""Run a model on all ranks; if it fails under its plan on any of them, that is a finding, not an error of migrator."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ __all__ = ["RankFailure", "run_on_all_ranks"]
 Result = TypeVar("Result")
 
 _EXIT_TIMEOUT = 30.0
-"""Seconds that a rank whose model failed waits for the others."""
+"""Seconds that a rank whose model failed waits for the other ranks to learn of it."""
 
 
 class RankFailure(Generic[Result]):
-    """A model that failed: the first rank where it did, what it said, and whether memory was all that it lacked."""
+    """A failed model: the first rank where it failed, the reason, and whether that rank ran out of memory."""
 
     def __init__(self, rank: int, reason: str, out_of_memory: bool) -> None:
         self.rank, self.reason, self.out_of_memory = rank, reason, out_of_memory
 
 
 def run_on_all_ranks(run: Callable[[], Result]) -> Result | RankFailure[Result]:
-    """Run a model on every rank and return what it computes, or the first rank's failure; every rank calls this.
+    """Run a model and return its result, or the first rank's failure. Collective: every rank must call it.
 
-    A rank that fails alone leaves the others waiting in one of the plan's collectives. It waits for them only a
-    while, then ends its process with its error, so that whoever started the ranks ends them.
+    A rank that fails alone leaves the others waiting in one of the plan's collectives. It waits for them for a limited
+    time, then ends its process with its error, so that the launcher ends the other ranks.
 
     Raises:
-        MigratorError: on this rank.
+        MigratorError: `run` raised one on this rank.
     """
     failure: Exception | None = None
     try:
         result = run()
         if _is_cuda_initialized():
-            torch.cuda.synchronize()  # What goes wrong on a GPU is heard of late, and is the model's until here only.
+            torch.cuda.synchronize()  # errors on a GPU surface late; from here on they would not be the model's
     except MigratorError:
         raise
-    except Exception as error:  # Whatever a model raises, it did not compute.
+    except Exception as error:  # a model may raise anything; in each case it did not compute
         failure = error
     with _exit_on_timeout(failure):
         failures = all_gather_json(_describe_failure(failure) if failure else None)
-    failure = None  # which holds the frames of the model's run, and so the memory of its tensors
-    for rank, found in enumerate(failures):
-        if found is not None:
-            return RankFailure(rank, *found)
+    failure = None  # its traceback keeps the frames of the run, and with them the tensors, alive
+    for rank, described in enumerate(failures):
+        if described is not None:
+            return RankFailure(rank, *described)
     return result
 
 
 def _is_cuda_initialized() -> bool:
-    found: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return found
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized
 
 
 def _describe_failure(failure: Exception) -> tuple[str, bool]:
-    lacks_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
-    return f"{type(failure).__name__}: {first_line(failure)}", lacks_memory
+    out_of_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
+    return f"{type(failure).__name__}: {first_line(failure)}", out_of_memory
 
 
 @contextmanager
 def _exit_on_timeout(failure: Exception | None) -> Iterator[None]:
-    """End this process with its failure where the other ranks do not come to hear of it."""
+    """End this process with its failure if the other ranks cannot be told within the timeout."""
 
-    def leave() -> None:
+    def exit_with_failure() -> None:
         traceback.print_exception(failure)
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(_EXIT_TIMEOUT, leave)
+    timer = threading.Timer(_EXIT_TIMEOUT, exit_with_failure)
     timer.daemon = True
     if failure is not None:
         timer.start()
@@ -85,7 +85,7 @@ def _exit_on_timeout(failure: Exception | None) -> Iterator[None]:
         yield
     except WorkerError:
         if failure is not None and _is_cuda_initialized():
-            leave()  # NCCL lets the others wait on in their collective, where gloo tells them that this rank is gone.
+            exit_with_failure()  # unlike gloo, NCCL does not tell the others that this rank is gone
         raise
     finally:
         timer.cancel()

@@ -58,17 +58,17 @@ def run_checks(
     checkpoint: Checkpoint,
     builder: ResultBuilder,
 ) -> None:
-    """Look at everything in order; every rank calls this.
+    """Run the checks in order, skipping those that an earlier failure makes meaningless. Collective.
 
     Args:
         request: what to validate.
-        styles: those that may run.
-        manifest: of the checkpoint, where it has one.
-        checkpoint: of the checkpoint.
-        builder: that are added to.
+        styles: the styles that plans may use.
+        manifest: the checkpoint's manifest, if it has one.
+        checkpoint: the checkpoint.
+        builder: collects the results.
 
     Raises:
-        MigratorError: the work could not be done, or the files contradict one another; on every rank alike.
+        MigratorError: the work could not be done, or the files contradict each other; raised on every rank.
     """
     dtypes = list_stored_dtypes(checkpoint)
     own = DTYPES[dtypes[0]] if len(dtypes) == 1 else _EXACT
@@ -87,7 +87,7 @@ def run_checks(
         _run_float32_checks(request, parallel, checkpoint, None, builder)
         return
     stored = _run_stored_dtype_models(request, parallel, dtypes, builder)
-    del parallel  # so that the next one has its memory
+    del parallel  # frees its memory for the float32 model
     free_memory(builder.device)
     with builder.time_phase("loading"):
         exact = build_parallel_model(request, _EXACT, builder.device, styles)
@@ -102,7 +102,7 @@ def _build_checked_model(
     dtype: torch.dtype,
     builder: ResultBuilder,
 ) -> ParallelModel | None:
-    """Make the model parallel; a checkpoint that was laid out by a plan must have one that can be applied."""
+    """Parallelize the model; the plan of a checkpoint that records one must be applicable."""
     try:
         parallel = build_parallel_model(request, dtype, builder.device, styles)
     except PlanError as error:
@@ -115,28 +115,28 @@ def _build_checked_model(
 
 
 def _check_loaded_structure(request: ValidationRequest, parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult:
-    """Hold the loaded model against its plan, and its config against the recorded one and the reference's."""
-    found, reference = check_loaded(parallel, checkpoint), request.reference
+    """Compare the loaded model with its plan, and its config with the recorded one and the reference's."""
+    result, reference = check_loaded(parallel, checkpoint), request.reference
     changed = raise_on_any_rank(lambda: compare_recorded_config(checkpoint))
-    unlike = raise_on_any_rank(lambda: compare_configs(request.folder, reference)) if reference else []
-    return replace(found, mismatches=(*found.mismatches, *changed, *unlike))
+    different = raise_on_any_rank(lambda: compare_configs(request.folder, reference)) if reference else []
+    return replace(result, mismatches=(*result.mismatches, *changed, *different))
 
 
 def _run_stored_dtype_models(
     request: ValidationRequest, parallel: ParallelModel, dtypes: list[str], builder: ResultBuilder
 ) -> StoredDtypeOutputs | None:
-    """Run both models with weights of the checkpoint's own type."""
+    """Run both models with weights in the checkpoint's own dtype."""
     if len(dtypes) != 1:
         builder.skip(f"parameters are stored as {', '.join(dtypes)}", _STORED)
         return None
     with builder.time_phase("loading"):
         reference = _load_fitting_reference(request, parallel, DTYPES[dtypes[0]], builder)
     with builder.time_phase("forward"):
-        found = run_in_stored_dtype(parallel.model, reference, sample_tokens(parallel.model, request), dtypes[0])
-    if isinstance(found, str):
-        builder.skip(found, _STORED)
+        outputs = run_in_stored_dtype(parallel.model, reference, sample_tokens(parallel.model, request), dtypes[0])
+    if isinstance(outputs, str):
+        builder.skip(outputs, _STORED)
         return None
-    return found
+    return outputs
 
 
 def _run_float32_checks(
@@ -146,7 +146,7 @@ def _run_float32_checks(
     stored: StoredDtypeOutputs | None,
     builder: ResultBuilder,
 ) -> None:
-    """Compare what the model computes in float32."""
+    """Run the checks that compare what both models compute in float32."""
     model, source = parallel.model, request.reference or request.folder
     with builder.time_phase("loading"):
         reference = _load_fitting_reference(request, parallel, _EXACT, builder)
@@ -172,35 +172,35 @@ def _run_float32_checks(
 def _load_fitting_reference(
     request: ValidationRequest, parallel: ParallelModel, dtype: torch.dtype, builder: ResultBuilder
 ) -> ReferenceModel:
-    """Load the reference: whole on rank 0 where it has room there, else spread over the ranks."""
+    """Load the reference whole on rank 0 if it fits there, else sharded over the ranks."""
     fits: bool = all_gather_json(fits_in_memory(parallel.model, builder.device))[0]
-    spread = not fits and dist.get_world_size() > 1
-    return load_reference(request.reference or request.folder, dtype, builder.device, sharded=spread)
+    sharded = not fits and dist.get_world_size() > 1
+    return load_reference(request.reference or request.folder, dtype, builder.device, sharded=sharded)
 
 
 def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> ValidationResult:
-    """Validate a checkpoint; every rank of the initialised process group calls this.
+    """Validate a checkpoint. Collective: every rank of the initialized process group must call it.
 
     Args:
-        request: what to validate; the mesh has as many ranks as the process group.
-        styles: those that may run.
+        request: what to validate; its mesh has as many ranks as the process group.
+        styles: the styles that plans may use.
 
     Returns:
         The same result on every rank.
 
     Raises:
-        MigratorError: the work could not be done; on every rank alike.
+        MigratorError: the work could not be done; raised on every rank.
     """
     device = raise_on_any_rank(lambda: select_device(request.device))
-    findings = ResultBuilder(device)
+    builder = ResultBuilder(device)
     try:
-        manifest, content = raise_on_any_rank(lambda: _read_checkpoint(request))
-        run_checks(request, styles, manifest, content, findings)
+        manifest, checkpoint = raise_on_any_rank(lambda: _read_checkpoint(request))
+        run_checks(request, styles, manifest, checkpoint, builder)
     except MigratorError as error:
-        findings.checks["content"] = convert_file_error(request, error)
-        findings.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in findings.checks))
-    seconds: dict[str, float] = all_gather_json(findings.seconds)[0]
-    return ValidationResult(dist.get_world_size(), findings.checks, findings.skipped, device.type, seconds)
+        builder.checks["content"] = convert_file_error(request, error)
+        builder.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in builder.checks))
+    seconds: dict[str, float] = all_gather_json(builder.seconds)[0]
+    return ValidationResult(dist.get_world_size(), builder.checks, builder.skipped, device.type, seconds)
 
 
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:

@@ -1,4 +1,4 @@
-"""Validation in worker processes: the parent starts them and reads the result, a worker takes part and writes it."""
+"""Validation in worker processes: the parent starts them and reads the result that rank 0 writes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from runtime.validation.results import ValidationResult
 __all__ = ["run_validation", "run_worker", "validate_as_rank"]
 
 _RANKS_PER_PROCESSOR = 32
-"""More of them, which import all of torch each, leave a machine no memory and come to no end."""
+"""Each rank imports all of torch; more of them exhaust the machine's memory and never finish."""
 
 
 def run_validation(request: ValidationRequest) -> ValidationResult:
-    """Validate with worker processes of our own on this machine, one for each rank of the mesh.
+    """Validate with worker processes on this machine, one for each rank of the mesh.
 
     Raises:
         UsageError: the mesh has more ranks than this machine can run.
-        WorkerError: a worker died or was too slow.
-        MigratorError: as `validate`.
+        WorkerError: a worker died or took too long.
+        MigratorError: `validate` raises it.
     """
     refuted = check_files(request)
     if refuted is not None:
         return refuted
     _check_ranks(request.mesh.world_size)
-    # It has no name, so that nothing is left of it however this process ends.
+    # The file has no name, so nothing of it is left behind, however this process ends.
     with tempfile.TemporaryFile() as answer:
-        # -P keeps the current folder, where a user may have a `runtime` of their own, off the import path.
+        # -P keeps the current folder off the import path, because users may have a `runtime` package of their own.
         command = [sys.executable, "-P", "-m", "runtime.validation.process", str(os.getpid())]
         command += [json.dumps(request.to_json()), str(answer.fileno())]
         launch(request.mesh.world_size, command, timeout=request.timeout, pass_fds=[answer.fileno()])
@@ -49,29 +49,29 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
 
 
 def _check_ranks(world_size: int) -> None:
-    most = _RANKS_PER_PROCESSOR * len(os.sched_getaffinity(0))
-    if world_size > most:
+    limit = _RANKS_PER_PROCESSOR * len(os.sched_getaffinity(0))
+    if world_size > limit:
         raise UsageError(
-            f"{world_size} ranks are too many for this machine, which can run {most}",
+            f"{world_size} ranks are too many for this machine, which can run {limit}",
             hint="use a smaller mesh, or several machines under torchrun",
             world_size=world_size,
         )
 
 
 def validate_as_rank(request: ValidationRequest) -> ValidationResult:
-    """Validate as one rank among those that torchrun, or `launch`, has started.
+    """Validate as one of the ranks that torchrun or `launch` started.
 
     Returns:
         The same result on every rank.
 
     Raises:
-        MigratorError: as `validate`, on every rank alike.
+        MigratorError: `validate` raises it, on every rank.
     """
-    # Here, for the parent of the workers runs no model, and need not wait for what does.
+    # Imported here, because the parent of the workers runs no model and need not wait for transformers.
     from runtime.validation.validate import validate
 
     _disable_tf32()
-    # A rank that outlives its parent or hangs in a kernel ends itself, with a trace of where it was.
+    # A rank that outlives its parent or hangs in a kernel ends itself and prints where it was.
     faulthandler.dump_traceback_later(request.timeout, exit=True)
     try:
         with process_group(request.timeout, request.device):
@@ -81,17 +81,17 @@ def validate_as_rank(request: ValidationRequest) -> ValidationResult:
 
 
 def _disable_tf32() -> None:
-    """Let GPUs compute float32 as such, with no fewer bits in products, whatever the environment says."""
+    """Make GPUs multiply float32 in full precision, whatever the environment says."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def run_worker(request: str, answer: int) -> None:
-    """Take part as a worker that `run_validation` has started.
+    """Validate as a worker that `run_validation` started.
 
     Args:
-        request: in JSON.
-        answer: descriptor of the file that rank 0 writes the result or the error to.
+        request: the request in JSON.
+        answer: the descriptor of the file that rank 0 writes the result or the error to.
     """
     try:
         content = {"result": validate_as_rank(ValidationRequest.from_json(json.loads(request))).to_json()}

@@ -169,9 +169,11 @@ def test_too_little_memory_is_no_finding(two_ranks: RankPool, rank_folder: RankF
     found = two_ranks.run(validation_cases.with_style, "without memory for gradients", "moe_tp_experts", folder)[0]
     assert found["ok"]
     assert found["skipped"].keys() == {"backward"}
-    assert found["skipped"]["backward"].startswith("rank 0 has no memory for gradients: OutOfMemoryError: CUDA out of")
+    assert found["skipped"]["backward"].startswith(
+        "rank 0 ran out of memory for gradients: OutOfMemoryError: CUDA out of"
+    )
     assert found["generation"]["ok"]
-    with pytest.raises(UsageError, match="rank 0 has too little memory to run the model: OutOfMemoryError"):
+    with pytest.raises(UsageError, match="rank 0 ran out of memory for the model: OutOfMemoryError"):
         two_ranks.run(validation_cases.with_style, "without memory", "moe_tp_experts", folder)
 
 
@@ -181,7 +183,7 @@ def test_a_reference_of_zeros_compares_nothing(two_ranks: RankPool, rank_folder:
         edit_rank(folder, rank, lambda tensors: tensors["model.norm.weight"].zero_())
     forward = two_ranks.run(validation_cases.validate, folder, None)[0]["forward"]
     assert not forward["ok"]
-    assert forward["reason"] == "the reference is all zero, nothing was compared"
+    assert forward["reason"] == "the reference's output is all zero; nothing was compared"
 
 
 def test_not_a_number_is_a_mismatch(
@@ -252,7 +254,7 @@ def test_a_model_that_needs_more_than_tokens_is_refused(
         vocab_size=101,
     )
     config.save_pretrained(folder)
-    with pytest.raises(UsageError, match="T5GemmaForConditionalGeneration does not run on input_ids alone"):
+    with pytest.raises(UsageError, match="T5GemmaForConditionalGeneration needs more inputs than input_ids"):
         two_ranks.run(validation_cases.validate, folder, None)
 
 
@@ -296,7 +298,7 @@ def test_a_reference_with_a_parameter_missing_is_refused(
 def test_a_reference_of_another_model_type_is_refused(
     two_ranks: RankPool, hub_folder: HubFolder, rank_folder: RankFolder
 ) -> None:
-    with pytest.raises(UsageError, match=r"the reference's model type is llama, that of .* is mixtral"):
+    with pytest.raises(UsageError, match=r"the reference's model type is llama, but that of .* is mixtral"):
         two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), hub_folder("llama"))
 
 
@@ -306,7 +308,7 @@ def test_a_reference_with_another_vocabulary_is_refused(
     reference = copied(hub_folder("mixtral"), tmp_path)
     config = json.loads((reference / "config.json").read_text())
     (reference / "config.json").write_text(json.dumps(config | {"vocab_size": 50}))
-    with pytest.raises(UsageError, match=r"the reference's vocabulary is 50, that of .* is 101"):
+    with pytest.raises(UsageError, match=r"the reference's vocabulary is 50, but that of .* is 101"):
         two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), reference)
 
 

@@ -123,7 +123,7 @@ def test_a_reference_with_fewer_layers_is_refused(
 ) -> None:
     reference = copied(hub_folder("mixtral"), tmp_path)
     edit_json(reference / "config.json", num_hidden_layers=2)
-    with pytest.raises(UsageError, match=r"has not the tensors of .*'model\.layers\.2\."):
+    with pytest.raises(UsageError, match=r"its tensors differ from those of .*'model\.layers\.2\."):
         two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), reference)
 
 
@@ -223,7 +223,7 @@ def test_heads_of_keys_that_do_not_divide(two_ranks: RankPool, rank_folder: Rank
     found = two_ranks.run(validation_cases.validate, folder)[0]
     assert wrong_parts(found) == {"structure"}
     [row] = found["structure"]["mismatches"]
-    assert (row["expected"], "heads" in row["found"]) == ("a plan that goes with this model and mesh", True)
+    assert (row["expected"], "heads" in row["found"]) == ("a plan that resolves on this model and mesh", True)
 
 
 def test_memory_that_is_not_as_predicted(two_ranks: RankPool, rank_folder: RankFolder) -> None:
