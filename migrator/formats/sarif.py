@@ -62,6 +62,7 @@ def _rule(rule: Rule) -> _Json:
         "shortDescription": {"text": rule.name.replace("-", " ")},
         "fullDescription": {"text": explanation},
         "help": {"text": f"{explanation}\n\nBefore:\n{rule.before}\nAfter:\n{rule.after}\nNext: {rule.hint}"},
+        "helpUri": f"docs/rules/{rule.code}.md",
         "defaultConfiguration": {"level": rule.severity},
     }
 
