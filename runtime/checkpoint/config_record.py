@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says, beside what it said when the checkpoint was laid out."""
+"""The entries of a checkpoint's config.json, compared with those that its manifest recorded when it was written."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _MAX_BYTES = 2**24
 
 
 def get_config_record(checkpoint: Checkpoint) -> Mapping[str, object] | None:
-    """Return what a manifest is to record of the config: what was recorded before, else what it says now.
+    """Return the config entries for the manifest of a result: those that the source recorded, or else its config's.
 
-    A record goes along with the tensors, as their digests do. One made anew of a config that has been changed would
-    call the change right from then on, and no one would hear of it again; kept, `verify` and `validate` name it in
-    whatever is made of the checkpoint, until the config is restored or a person takes the record out.
+    Like digests, a record is passed on with the tensors. A new record of a config that has been edited would declare
+    the edit right and hide it from then on. With the old one, `verify` and `validate` report the edit in every
+    checkpoint made from this one, until the config is restored or the record is removed by hand.
 
     Raises:
         CheckpointError: the config cannot be read.
     """
     if checkpoint.manifest is not None and checkpoint.manifest.config is not None:
         return checkpoint.manifest.config
-    made = checkpoint.extra_files.get(CONFIG)
-    path = checkpoint.folder / CONFIG
-    return _parse_entries(made, path) if made is not None else read_config_entries(checkpoint.folder)
+    if (text := checkpoint.extra_files.get(CONFIG)) is not None:
+        return _parse_entries(text, checkpoint.folder / CONFIG)
+    return read_config_entries(checkpoint.folder)
 
 
 def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
-    """Return the entries by which a checkpoint's config says to compute something else than the recorded one.
+    """Return the entries that make a checkpoint's config compute something else than the recorded one.
 
-    Nothing is said where nothing is recorded, or no config is there.
+    There are none if no config was recorded or the folder has none.
 
     Raises:
         CheckpointError: the config cannot be read.
@@ -50,19 +50,19 @@ def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
 
 
 def read_config_entries(folder: Path) -> dict[str, object] | None:
-    """Return what a folder's config.json says, None where it has none.
+    """Return the entries of a folder's config.json, None if there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or is no config.
+        CheckpointError: the file cannot be read, or is not a config.
     """
     path = folder / CONFIG
     return _parse_entries(read_at_most(path, _MAX_BYTES), path) if path.exists() else None
 
 
 def _parse_entries(text: bytes, path: Path) -> dict[str, object]:
-    """Parse a config as transformers does, and in such a way that a manifest can say the same."""
+    """Parse a config as transformers does, into values that a manifest can record."""
     try:
-        # Numbers that JSON has not are written in the words of transformers.
+        # NaN and infinity, which JSON lacks, are recorded as transformers writes them.
         entries = json.loads(text, parse_constant=lambda name: {"__float__": name})
         json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What a user declares about another stack's rank files: their names, their ranks, and the plan they were cut by."""
+"""Settings for another stack's rank files, which do not describe themselves: file names, ranks, and how they were sharded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HINT = "write it like 'model{rank}-mp{world}.safetensors' or 'model-rank-{rank}
 
 
 class ParsedFileName(NamedTuple):
-    """What the name of a file says: whose it is, of how many ranks where it says so, and which of that rank's parts."""
+    """The numbers in a file's name: its rank, and the number of ranks and the part of the rank's files if given."""
 
     rank: int
     world: int | None
@@ -45,40 +45,47 @@ class ParsedFileName(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Text that every name has, and the number behind it, None at the end."""
+    """Text that every name contains, and the field after it, None at the end of the pattern."""
 
     text: str
     field: str | None
     format_spec: str
 
+    def format(self, numbers: Mapping[str, int]) -> str:
+        return self.text + (format(numbers[self.field], self.format_spec) if self.field else "")
+
 
 @dataclass(frozen=True)
 class FilePattern:
-    """A pattern with `{rank}` and, if need be, `{world}` and `{part}`, each with a width such as `{rank:05d}`.
+    """A pattern of file names with `{rank}`, optionally `{world}` and `{part}`, each with a width such as `{rank:05d}`.
 
     Args:
-        text: as a user writes it.
+        text: the pattern as the user writes it.
 
     Raises:
-        UsageError: it is no pattern of safetensors files of one folder, or could be read in two ways.
+        UsageError: the pattern does not name safetensors files in one folder, or is ambiguous.
     """
 
     text: str
 
     def __post_init__(self) -> None:
         if "/" in self.text or "\\" in self.text:
-            raise self._error("has a path in it", "name the folder as SOURCE, and files in it by the pattern")
+            raise self._error(
+                "contains a path", "name the folder as the source, and only the files in it by the pattern"
+            )
         if not self.text.endswith(".safetensors"):
-            raise self._error("does not end in .safetensors", "other formats are not read; save them as safetensors")
-        fields = [piece.field for piece in self._segments if piece.field is not None]
+            raise self._error(
+                "does not end in .safetensors", "other formats are not supported; save the files as safetensors"
+            )
+        fields = [segment.field for segment in self._segments if segment.field is not None]
         if "rank" not in fields:
             raise self._error("has no {rank}", _HINT)
         if len(set(fields)) < len(fields):
-            raise self._error("names a number twice", _HINT)
-        for piece, after in pairwise(self._segments):
-            if piece.field and after.field and not re.search(r"\D", after.text):
+            raise self._error("names a field twice", _HINT)
+        for segment, following in pairwise(self._segments):
+            if segment.field and following.field and not re.search(r"\D", following.text):
                 raise self._error(
-                    f"has nothing between {{{piece.field}}} and {{{after.field}}} to tell them apart", _HINT
+                    f"has nothing between {{{segment.field}}} and {{{following.field}}} to tell them apart", _HINT
                 )
 
     def __str__(self) -> str:
@@ -87,16 +94,17 @@ class FilePattern:
     @property
     def has_parts(self) -> bool:
         """Whether a rank may have several files."""
-        return any(piece.field == "part" for piece in self._segments)
+        return any(segment.field == "part" for segment in self._segments)
 
     def parse(self, name: str) -> ParsedFileName | None:
-        """Return what a file's name says, None where the pattern would not have made it."""
-        found = re.fullmatch("".join(map(_to_regex, self._segments)), name)
-        if found is None:
+        """Return the numbers in a file's name, None if the name does not match the pattern exactly."""
+        match = re.fullmatch("".join(map(_to_regex, self._segments)), name)
+        if match is None:
             return None
-        numbers = {field: int(text) for field, text in found.groupdict().items()}
-        written = "".join(p.text + (format(numbers[p.field], p.format_spec) if p.field else "") for p in self._segments)
-        return ParsedFileName(numbers["rank"], numbers.get("world"), numbers.get("part")) if written == name else None
+        numbers = {field: int(text) for field, text in match.groupdict().items()}
+        if "".join(segment.format(numbers) for segment in self._segments) != name:
+            return None
+        return ParsedFileName(numbers["rank"], numbers.get("world"), numbers.get("part"))
 
     @property
     def _segments(self) -> tuple[_Segment, ...]:
@@ -106,7 +114,7 @@ class FilePattern:
         try:
             parsed = list(Formatter().parse(self.text))
         except ValueError as error:
-            raise self._error(f"is no pattern: {error}", _HINT) from error
+            raise self._error(f"is not a pattern: {error}", _HINT) from error
         for text, name, width, conversion in parsed:
             if name is not None and (name not in _FIELDS or conversion or not _FORMAT.fullmatch(width or "")):
                 raise self._error(
@@ -116,7 +124,7 @@ class FilePattern:
             yield _Segment(text, name, width or "")
 
     def _error(self, what: str, hint: str) -> UsageError:
-        return UsageError(f"--from-pattern {shorten(repr(self.text))} {what}", hint=hint, pattern=self.text)
+        return UsageError(f"`from_pattern` {shorten(repr(self.text))} {what}", hint=hint, pattern=self.text)
 
 
 def _to_regex(segment: _Segment) -> str:
@@ -125,14 +133,13 @@ def _to_regex(segment: _Segment) -> str:
 
 @dataclass(frozen=True)
 class UnevenPacked:
-    """Tensors of several sizes lie one after the other along `dim`; rank r holds the r-th chunk of each, in order.
+    """A placement like `Packed`, for groups of different sizes: rank r holds the r-th chunk of each group along `dim`.
 
-    It is `Packed` for groups that are not equal: queries, fewer keys and as few values in one `qkv_proj`. Each group
-    must divide evenly.
+    A `qkv_proj` packs queries and fewer keys and values in this way. Each group must divide evenly.
 
     Args:
-        dim: of the whole tensor, counted from the front.
-        sizes: of the groups along it, in order; together they are the tensor's.
+        dim: the sharded tensor dim, counted from the front.
+        sizes: the sizes of the groups along it, in order; they add up to the size of the dim.
     """
 
     dim: int
@@ -143,29 +150,30 @@ class UnevenPacked:
 
     @property
     def packed(self) -> Packed:
-        """The placement that comes nearest, for showing: as many groups, whatever their sizes."""
+        """The closest standard placement, for display: as many groups, regardless of their sizes."""
         return Packed(self.dim, len(self.sizes))
 
     def local_map(self, tensor_map: TensorMap, ranks: int, index: int) -> TensorMap:
-        """Return the form of what one rank holds.
+        """Return the map of a rank's local tensor.
 
         Args:
-            tensor_map: of the whole tensor.
-            ranks: of the axis that cuts it.
-            index: the rank's place among them.
+            tensor_map: the map of the whole tensor.
+            ranks: the number of ranks on the mesh axis that shards it.
+            index: the rank's index on that axis.
 
         Raises:
-            FormError: the groups are not the tensor's, or do not divide.
+            TensorMapError: the groups do not add up to the tensor dim, or do not divide evenly.
         """
         parts = split(tensor_map, self.sizes, self.dim)
         if any(size % ranks for size in self.sizes):
             raise TensorMapError(f"groups of {list(self.sizes)} along dim {self.dim} do not divide by {ranks}")
         bounds = [chunk_bounds(size, ranks, index) for size in self.sizes]
-        return concatenate([narrow(part, self.dim, *of) for part, of in zip(parts, bounds, strict=True)], self.dim)
+        chunks = [narrow(part, self.dim, *bound) for part, bound in zip(parts, bounds, strict=True)]
+        return concatenate(chunks, self.dim)
 
 
 ExternalPlacement = Placement | UnevenPacked
-"""How the ranks of one axis hold a tensor of another stack's."""
+"""How the ranks of a mesh axis hold a tensor in another stack's rank files."""
 
 
 def external_placement_to_json(placement: ExternalPlacement) -> dict[str, object]:
@@ -180,12 +188,12 @@ _MAX_CONFIG_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class SeparateConfig:
-    """A config.json that does not lie beside the files, read once.
+    """A config.json in another folder than the rank files, read once.
 
     Args:
-        folder: that it lies in.
-        text: what it said.
-        stamp: by which a later change shows.
+        folder: the folder of the config.json.
+        text: its content.
+        stamp: the file's stamp, which reveals later changes.
     """
 
     folder: Path
@@ -194,11 +202,11 @@ class SeparateConfig:
 
     @classmethod
     def read(cls, folder: Path) -> SeparateConfig:
-        """Read it.
+        """Read the config.json in a folder.
 
         Raises:
-            IncompleteError: there is none.
-            CheckpointError: it cannot be read, or is no regular file of a config's size.
+            IncompleteError: the folder has no config.json.
+            CheckpointError: it cannot be read, is not a regular file, or is too large for a config.
         """
         stamp = read_stamp(folder / CONFIG)
         if stamp is None:
@@ -208,17 +216,17 @@ class SeparateConfig:
         return cls(folder, read_at_most(folder / CONFIG, _MAX_CONFIG_BYTES), stamp)
 
     def check_unchanged(self) -> None:
-        """Refuse to go on where the file is no longer what was read, for the model may be of the other one.
+        """Refuse a file that has changed since it was read, because the model may have been built from either version.
 
         Raises:
-            MismatchError: it was changed, replaced or removed.
+            MismatchError: the file was changed, replaced or removed.
         """
         check_unchanged(self.folder, {CONFIG: self.stamp}, ())
 
 
 @dataclass(frozen=True)
 class ExternalSettings:
-    """How a folder's foreign rank files are to be read.
+    """How to read another stack's rank files.
 
     Args:
         from_pattern: the pattern of their names.
@@ -274,9 +282,9 @@ class ExternalSettings:
         return self.from_mode or ("tp_ep" if self.from_ep > 1 else "tp")
 
     def config_folder(self, folder: Path) -> Path:
-        """Return where the config.json lies.
+        """Return the folder of the config.json.
 
         Args:
-            folder: of the files.
+            folder: the folder of the rank files.
         """
         return self.config.folder if self.config else folder

@@ -1,4 +1,4 @@
-"""Stored tensors to parameters: hub names and forms through transformers' own conversion tables."""
+"""Mapping the model's tensors onto stored ones, by the conversions that transformers applies when it loads a model."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 __all__ = ["Conversion", "check_series", "check_tensor_maps", "conflict_error", "convert"]
 
 
-_MAX_MISFITS = 3
-"""How many misfits a message spells out."""
+_MAX_WRONG_SHAPES = 3
+"""How many wrong shapes a message lists."""
 
 
 def check_series(names: Sequence[str], layer: str) -> None:
-    """Refuse a numbered series with gaps: merging it would shift every tensor behind the gap.
+    """Refuse a numbered series of tensors with a gap, because merging it would shift every tensor after the gap.
 
     Args:
-        names: of the stored tensors, in natural order.
+        names: the names of the stored tensors, in natural order.
         layer: the tensor of the model that they make.
 
     Raises:
-        IncompleteError: there is a gap.
-        ConversionError: the names differ in more than a number.
+        IncompleteError: a number is missing.
+        ConversionError: the names differ in more than one number.
     """
     if len(names) < 2:
         return
@@ -62,31 +62,32 @@ def check_series(names: Sequence[str], layer: str) -> None:
 def check_tensor_maps(
     tensor_maps: Mapping[str, TensorMap], origins: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a model that lacks tensors, and tensors that are not the model's size, each by name.
+    """Refuse stored tensors that do not make all of the model's tensors, in the model's shapes.
 
     Args:
-        tensor_maps: what stored tensors make, by name in the model.
-        origins: the stored tensors that make each.
-        shapes: of the model's tensors.
+        tensor_maps: the tensors that the stored ones make, by name in the model.
+        origins: the stored tensors that each is made of.
+        shapes: the shapes of the model's tensors.
 
     Raises:
-        IncompleteError: a tensor is stored nowhere.
-        MismatchError: a tensor has another shape than the model's.
+        IncompleteError: a tensor of the model is not stored.
+        MismatchError: a tensor does not have the model's shape.
     """
     missing = [name for name in shapes if name not in tensor_maps]
     if missing:
         raise IncompleteError(
-            f"{format_names(missing)} of the model are stored nowhere",
-            hint="the checkpoint is incomplete or config.json belongs to another model",
+            f"the model's {format_names(missing)} are not stored",
+            hint="the checkpoint is incomplete, or config.json belongs to another model",
             missing=missing,
         )
     wrong = [name for name, shape in shapes.items() if tensor_maps[name].shape != shape]
     if wrong:
         raise MismatchError(
             "; ".join(
-                _describe_misfit(name, tensor_maps[name], origins[name], shapes[name]) for name in wrong[:_MAX_MISFITS]
+                _describe_wrong_shape(name, tensor_maps[name], origins[name], shapes[name])
+                for name in wrong[:_MAX_WRONG_SHAPES]
             )
-            + (f"; and {len(wrong) - _MAX_MISFITS} more" if len(wrong) > _MAX_MISFITS else ""),
+            + (f"; and {len(wrong) - _MAX_WRONG_SHAPES} more" if len(wrong) > _MAX_WRONG_SHAPES else ""),
             hint="config.json does not belong to these weights, or some are missing",
             names=wrong,
             expected={name: list(shapes[name]) for name in wrong},
@@ -94,15 +95,15 @@ def check_tensor_maps(
         )
 
 
-def _describe_misfit(name: str, tensor_map: TensorMap, sources: Sequence[str], shape: tuple[int, ...]) -> str:
-    return f"{name} is {list(shape)} in the model but {format_names(sources)} give {list(tensor_map.shape)}"
+def _describe_wrong_shape(name: str, tensor_map: TensorMap, sources: Sequence[str], shape: tuple[int, ...]) -> str:
+    return f"{name} is {list(shape)} in the model, but {format_names(sources)} give {list(tensor_map.shape)}"
 
 
 def conflict_error(name: str, tensors: Sequence[str]) -> ConversionError:
-    """Return the error of a tensor of the model that several stored ones claim."""
+    """Return the error for a tensor of the model that the stored tensors make more than once."""
     return ConversionError(
         f"{name} is stored more than once: {format_names(tensors)}",
-        hint="the checkpoint holds one tensor in two forms; save it again with transformers",
+        hint="the checkpoint stores a tensor in two forms; save it again with transformers",
         name=name,
         tensors=list(tensors),
     )
@@ -110,12 +111,12 @@ def conflict_error(name: str, tensors: Sequence[str]) -> ConversionError:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How stored tensors become the model's.
+    """How the model's tensors are made of stored ones.
 
     Args:
-        tensor_maps: of each parameter and persistent buffer, over stored tensors.
-        passthrough: stored tensors that the model has no parameter for.
-        duplicates: forms of tied names that are stored although their target is; they must hold the target's bytes.
+        tensor_maps: the parameters and persistent buffers over the stored tensors.
+        passthrough: the stored tensors that the model has no parameter for.
+        duplicates: the tied names that are stored although their targets are; they must have their targets' bytes.
     """
 
     tensor_maps: Mapping[str, TensorMap]
@@ -125,7 +126,7 @@ class Conversion:
 
 @dataclass
 class _ConversionGroup:
-    """The stored tensors that together make one or several of the model's, by source pattern, in natural order."""
+    """The stored tensors that together make one or more of the model's, by source pattern, in natural order."""
 
     converter: WeightConverter | None
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -140,84 +141,85 @@ def convert(
     shapes: Mapping[str, tuple[int, ...]],
     tied: Mapping[str, str],
 ) -> Conversion:
-    """Find the form of every tensor of the model over the stored tensors.
+    """Map every tensor of the model onto the stored tensors.
 
     Args:
-        model: on the meta device.
-        stored: the shape of each stored tensor by its stored name.
-        shapes: of the model's parameters and persistent buffers by name, tied names left out.
-        tied: other names of the same tensors, each with the name in `shapes`; a tensor may be stored under any.
+        model: the model, on meta.
+        stored: the shapes of the stored tensors by stored name.
+        shapes: the shapes of the model's parameters and persistent buffers by name, without tied names.
+        tied: each tied name with the name that `shapes` has; a tensor may be stored under any of its names.
 
     Raises:
-        ConversionError: an operation is unknown or not defined for these tensors, or two stored tensors claim one name.
-        IncompleteError: a tensor of the model is stored nowhere, or one of a numbered series is missing.
-        MismatchError: a converted tensor has another shape than the model's.
+        ConversionError: an operation is unknown or not defined for these tensors, or a tensor is stored twice.
+        IncompleteError: a tensor of the model or one of a numbered series is not stored.
+        MismatchError: a converted tensor does not have the model's shape.
     """
-    targets, carried = _group_names(model, stored)
-    everything = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
-    forms: dict[str, TensorMap] = {}
+    groups, passthrough = _group_names(model, stored)
+    all_shapes = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
+    tensor_maps: dict[str, TensorMap] = {}
     origins: dict[str, list[str]] = {}
-    for layer, target in targets.items():
-        for name, form in _convert_group(layer, target, stored, everything, model.config).items():
-            if name in forms:
-                raise conflict_error(name, origins[name] + target.list_names())
-            forms[name], origins[name] = form, target.list_names()
-    repeated = _resolve_tied(forms, origins, tied)
-    check_tensor_maps(forms, origins, shapes)
-    result = {name: forms[name] for name in shapes}
-    # A converter may also make tensors that this model lacks; then what it made them of is carried whole.
-    carried += sorted({source for name in forms.keys() - everything.keys() for source in origins[name]})
-    prove(_is_lossless(stored, carried, [*result.values(), *repeated.values()]), "a stored tensor would be lost")
-    return Conversion(result, tuple(carried), repeated)
+    for layer, group in groups.items():
+        for name, tensor_map in _convert_group(layer, group, stored, all_shapes, model.config).items():
+            if name in tensor_maps:
+                raise conflict_error(name, origins[name] + group.list_names())
+            tensor_maps[name], origins[name] = tensor_map, group.list_names()
+    duplicates = _resolve_tied(tensor_maps, origins, tied)
+    check_tensor_maps(tensor_maps, origins, shapes)
+    of_model = {name: tensor_maps[name] for name in shapes}
+    # A converter may also make tensors that this model lacks; the stored tensors behind them are passed through whole.
+    passthrough += sorted({source for name in tensor_maps.keys() - all_shapes.keys() for source in origins[name]})
+    used = [*of_model.values(), *duplicates.values()]
+    prove(_is_lossless(stored, passthrough, used), "a stored tensor would be lost")
+    return Conversion(of_model, tuple(passthrough), duplicates)
 
 
 def _is_lossless(
     stored: Mapping[str, tuple[int, ...]], passthrough: Iterable[str], tensor_maps: Iterable[TensorMap]
 ) -> bool:
-    """Return whether every element of every stored tensor is used, unless the tensor is carried."""
+    """Return whether every element of every stored tensor is used or passed through."""
     used: Counter[str] = Counter()
-    for form in tensor_maps:
-        for extent in form.boxes:
-            used[extent.source] += prod(extent.shape)
+    for tensor_map in tensor_maps:
+        for box in tensor_map.boxes:
+            used[box.source] += prod(box.shape)
     return all(used[name] == prod(stored[name]) for name in stored.keys() - set(passthrough))
 
 
 def _resolve_tied(
     tensor_maps: dict[str, TensorMap], origins: dict[str, list[str]], tied: Mapping[str, str]
 ) -> dict[str, TensorMap]:
-    """Move a form from a tied name to the name that holds the bytes; return those that were already there."""
-    repeated: dict[str, TensorMap] = {}
+    """Move maps of tied names to the names that hold the bytes; return those whose target is stored itself."""
+    duplicates: dict[str, TensorMap] = {}
     for name, target in tied.items():
         if name in tensor_maps and target in tensor_maps:
-            repeated[name] = tensor_maps.pop(name)
+            duplicates[name] = tensor_maps.pop(name)
         elif name in tensor_maps:
             tensor_maps[target], origins[target] = tensor_maps.pop(name), origins[name]
-    return repeated
+    return duplicates
 
 
 def _group_names(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[str, _ConversionGroup], list[str]]:
-    """Group stored names by the tensor of the model that they make, as transformers groups them when it loads."""
+    """Group stored names by the tensor of the model that they make, as transformers does when it loads a model."""
     mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected = model.state_dict()
-    targets: dict[str, _ConversionGroup] = {}
-    carried: list[str] = []
+    groups: dict[str, _ConversionGroup] = {}
+    passthrough: list[str] = []
     for name in _sort_naturally(stored):
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if renamed not in expected and name in expected:
-            # A renaming that leads nowhere was not meant; but a base model's prefix may still be missing.
+            # A renaming to a name that the model lacks does not apply; but a base model's prefix may still be missing.
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)
         if renamed not in expected:
-            carried.append(name)
+            passthrough.append(name)
             continue
         converter = by_pattern[pattern] if pattern is not None else None
-        target = targets.setdefault(renamed, _ConversionGroup(converter))
-        if target.converter is not converter or (converter is None and target.names):
-            raise conflict_error(renamed, [*target.list_names(), name])
-        target.names.setdefault(pattern or name, []).append(name)
-    return targets, carried
+        group = groups.setdefault(renamed, _ConversionGroup(converter))
+        if group.converter is not converter or (converter is None and group.names):
+            raise conflict_error(renamed, [*group.list_names(), name])
+        group.names.setdefault(pattern or name, []).append(name)
+    return groups, passthrough
 
 
 def _sort_naturally(names: Iterable[str]) -> list[str]:
@@ -249,37 +251,37 @@ def _convert_group(
     }
     for operation in converter.operations:
         collected = _apply_operation(operation, collected, context, group)
-    return _expand_names(layer, {pattern: forms[0] for pattern, forms in collected.items()})
+    return _expand_names(layer, {pattern: maps[0] for pattern, maps in collected.items()})
 
 
 def _apply_operation(
     operation: ConversionOps, collected: PatternMaps, context: ConversionContext, group: _ConversionGroup
 ) -> PatternMaps:
     kind = type(operation)
-    known = OPERATIONS.get(kind.__name__)
-    if known is None or kind.__module__ != WeightConverter.__module__:
+    apply = OPERATIONS.get(kind.__name__)
+    if apply is None or kind.__module__ != WeightConverter.__module__:
         raise ConversionError(
-            f"{context.layer}: {format_names(group.list_names())} need the operation {kind.__name__}, which is not known",
+            f"{context.layer}: {format_names(group.list_names())} need the unknown operation {kind.__name__}",
             hint="load the checkpoint with transformers and save it with `save_original_format=False`",
             operation=kind.__name__,
             tensors=group.list_names(),
         )
     try:
-        return known(operation, collected, context)
+        return apply(operation, collected, context)
     except TensorMapError as error:
         raise ConversionError(
             f"{context.layer}: {kind.__name__} is not defined for {format_names(group.list_names())}: {error}",
-            hint="the stored tensors do not fit the config; check that config.json belongs to these weights",
+            hint="check that config.json belongs to these weights",
             operation=kind.__name__,
             tensors=group.list_names(),
         ) from error
 
 
 def _expand_names(layer: str, results: Mapping[str, TensorMap]) -> dict[str, TensorMap]:
-    """Put the layer's own prefix and suffix around the target patterns."""
+    """Add the layer's own prefix and suffix to the target patterns."""
     full = layer.replace("*.", "0.")
-    found = next((pattern for pattern in results if pattern in full), None)
-    if found is None:
+    own = next((pattern for pattern in results if pattern in full), None)
+    if own is None:
         return dict(results)
-    prefix, _, suffix = full.partition(found)
-    return {prefix + pattern + suffix: form for pattern, form in results.items()}
+    prefix, _, suffix = full.partition(own)
+    return {prefix + pattern + suffix: tensor_map for pattern, tensor_map in results.items()}

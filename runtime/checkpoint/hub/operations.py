@@ -1,4 +1,10 @@
-"""x"""
+"""transformers' weight operations, applied to tensor maps instead of tensors.
+
+Each function does to tensor maps what the operation of the same name does to tensors, and names its results as that one
+does. Operations that `OPERATIONS` does not list are refused by name, never approximated.
+
+Source: `transformers.core_model_loading` of transformers 5.23.0.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +36,18 @@ __all__ = [
 
 
 PatternMaps = dict[str, list[TensorMap]]
-"""Forms by the pattern of names that they came from or go to."""
+"""Tensor maps by the name pattern that they came from or go to."""
 
 
 @dataclass(frozen=True)
 class ConversionContext:
-    """What an operation may ask about the converter that runs it.
+    """What an operation can ask about the converter that runs it.
 
     Args:
         sources: the converter's source patterns.
-        targets: its target patterns.
-        layer: the first target's full name in the model.
-        shapes: of the model's tensors by full name.
+        targets: the converter's target patterns.
+        layer: the full name of the first target in the model.
+        shapes: the shapes of the model's tensors by full name.
         config: the model's config.
     """
 
@@ -52,10 +58,10 @@ class ConversionContext:
     config: PreTrainedConfig
 
     def target_shape(self, target: str) -> tuple[int, ...]:
-        """Return the shape of the tensor that a target pattern means in this layer.
+        """Return the shape of the tensor that a target pattern names in this layer.
 
         Raises:
-            FormError: the model has no such tensor.
+            TensorMapError: the model has no such tensor.
         """
         name = self.layer.replace(self.targets[0], target)
         if name not in self.shapes:
@@ -63,12 +69,12 @@ class ConversionContext:
         return self.shapes[name]
 
     def get_single_name(self) -> str:
-        """Return the name that an operation on one tensor gives it.
+        """Return the pattern that names the result of an operation on one tensor.
 
-        First of a chain that ends in several targets, it leaves the source's.
+        It is the target, or the source if the operation begins a chain that ends in several targets.
 
         Raises:
-            FormError: there are several patterns on the side that it takes the name from.
+            TensorMapError: there are several patterns on the side that the name is taken from.
         """
         return get_only_pattern(self.targets if len(self.targets) == 1 else self.sources)
 
@@ -77,84 +83,84 @@ def get_only_pattern(patterns: Sequence[str]) -> str:
     """Return the only pattern.
 
     Raises:
-        FormError: there are several.
+        TensorMapError: there is not exactly one.
     """
     if len(patterns) != 1:
-        raise TensorMapError(f"{len(patterns)} patterns where the operation is defined for one")
+        raise TensorMapError(f"the operation takes one pattern, got {len(patterns)}")
     return patterns[0]
 
 
 def get_only_map(collected: PatternMaps) -> TensorMap:
-    """Return the only form.
+    """Return the only tensor map.
 
     Raises:
-        FormError: there are several.
+        TensorMapError: there is not exactly one.
     """
-    forms = [form for group in collected.values() for form in group]
-    if len(forms) != 1:
-        raise TensorMapError(f"{len(forms)} tensors where the operation is defined for one")
-    return forms[0]
+    tensor_maps = [tensor_map for group in collected.values() for tensor_map in group]
+    if len(tensor_maps) != 1:
+        raise TensorMapError(f"the operation takes one tensor, got {len(tensor_maps)}")
+    return tensor_maps[0]
 
 
 def transpose_dims(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Swap two dims, or leave a tensor that has the model's shape already where the operation says so.
+    """Swap two dims, unless the operation checks dims and the tensor already has the model's shape.
 
     Raises:
-        FormError: there are several tensors.
+        TensorMapError: there are several tensors.
     """
-    form, target = get_only_map(collected), context.get_single_name()
-    if getattr(operation, "check_dims", False) and form.shape == context.shapes.get(context.layer):
-        return {target: [form]}
-    return {target: [transpose(form, operation.dim0, operation.dim1)]}
+    tensor_map, target = get_only_map(collected), context.get_single_name()
+    if getattr(operation, "check_dims", False) and tensor_map.shape == context.shapes.get(context.layer):
+        return {target: [tensor_map]}
+    return {target: [transpose(tensor_map, operation.dim0, operation.dim1)]}
 
 
 def interleave(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Take every second row first and then the others, or put two halves back in turns."""
-    form = _get_first_map(collected)
-    half = form.shape[operation.dim] // 2
+    """Move the rows at even indices before those at odd ones, or interleave two halves again."""
+    tensor_map = next(iter(collected.values()))[0]
+    half = tensor_map.shape[operation.dim] // 2
     halves = (2, half) if operation.inverse else (half, 2)
-    return {context.targets[0]: [_swap_split_dims(form, operation.dim, halves)]}
+    return {context.targets[0]: [_swap_split_dims(tensor_map, operation.dim, halves)]}
 
 
 def permute_for_rope(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Bring each head's rotary pairs from neighbours to halves, or back, in those layers that the operation names.
+    """Move each head's rotary pairs from adjacent rows to the two halves of the head, or back, in the named layers.
 
     Raises:
-        FormError: heads do not divide the rows, or there are several patterns on both sides.
+        TensorMapError: the heads do not divide the rows, or there are several patterns on both sides.
     """
     if len(context.targets) > 1 and len(context.sources) > 1:
-        raise TensorMapError("several patterns on both sides where the operation is defined for one")
+        raise TensorMapError("the operation takes one pattern on one side, got several on both")
     config = getattr(context.config, operation.subconfig_key or "", context.config)
     alone = len(context.targets) == len(context.sources) == 1
     permuted = operation.permute_layer_names
     return {
-        context.targets[0] if alone else pattern: [_permute_heads(get_only_map({pattern: forms}), operation, config)]
+        context.targets[0] if alone else pattern: [_permute_heads(get_only_map({pattern: maps}), operation, config)]
         if permuted is None or any(name in pattern for name in permuted)
-        else forms
-        for pattern, forms in collected.items()
+        else maps
+        for pattern, maps in collected.items()
     }
 
 
 def conv3d_to_linear(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Flatten a convolution's weight to one row per output channel; one that is flat already stays.
+    """Flatten a convolution's weight to one row per output channel; a weight that is already flat stays as it is.
 
     Raises:
-        FormError: it has neither two dims nor five.
+        TensorMapError: the weight has neither 2 dims nor 5.
     """
-    form, target = get_only_map(collected), context.get_single_name()
-    if len(form.shape) not in (2, 5):
-        raise TensorMapError(f"a tensor of {len(form.shape)} dims where the operation is defined for 2 or 5")
-    return {target: [form if len(form.shape) == 2 else reshape(form, (form.shape[0], prod(form.shape[1:])))]}
+    weight, target = get_only_map(collected), context.get_single_name()
+    if len(weight.shape) not in (2, 5):
+        raise TensorMapError(f"the operation takes a tensor of 2 or 5 dims, got {len(weight.shape)}")
+    return {target: [weight if len(weight.shape) == 2 else reshape(weight, (weight.shape[0], prod(weight.shape[1:])))]}
 
 
 def linear_to_conv3d(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Give a flat weight the shape of the convolution that it is.
+    """Restore the shape of a convolution's weight that was flattened.
 
     Raises:
-        FormError: it has another number of elements.
+        TensorMapError: the shape has another number of elements.
     """
-    form, target = get_only_map(collected), context.get_single_name()
-    return {target: [reshape(form, (form.shape[0], operation.in_channels, *operation.kernel_size))]}
+    weight, target = get_only_map(collected), context.get_single_name()
+    return {target: [reshape(weight, (weight.shape[0], operation.in_channels, *operation.kernel_size))]}
 
 
 def _permute_heads(tensor_map: TensorMap, operation: ConversionOps, config: PreTrainedConfig) -> TensorMap:
@@ -163,7 +169,7 @@ def _permute_heads(tensor_map: TensorMap, operation: ConversionOps, config: PreT
     if len(tensor_map.shape) > 2:
         return tensor_map
     if rows % (2 * heads):
-        raise TensorMapError(f"{rows} rows do not hold {heads} heads of rotary pairs")
+        raise TensorMapError(f"{rows} rows do not divide into {heads} heads of rotary pairs")
     half = rows // heads // 2
     pairs = (2, half) if operation.inverse else (half, 2)
     each = reshape(tensor_map, (heads, rows // heads, *tensor_map.shape[1:]))
@@ -171,13 +177,9 @@ def _permute_heads(tensor_map: TensorMap, operation: ConversionOps, config: PreT
 
 
 def _swap_split_dims(tensor_map: TensorMap, dim: int, sizes: tuple[int, int]) -> TensorMap:
-    """Return the form with a dim seen as two and those two swapped."""
+    """Return the tensor map with one dim split into two and these two swapped."""
     split = (*tensor_map.shape[:dim], *sizes, *tensor_map.shape[dim + 1 :])
     return reshape(transpose(reshape(tensor_map, split), dim, dim + 1), tensor_map.shape)
-
-
-def _get_first_map(collected: PatternMaps) -> TensorMap:
-    return next(iter(collected.values()))[0]
 
 
 Operation = Callable[["ConversionOps", PatternMaps, ConversionContext], PatternMaps]
@@ -186,21 +188,21 @@ Operation = Callable[["ConversionOps", PatternMaps, ConversionContext], PatternM
 def _merge_modulelist(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
     alone = len(collected) == 1
     return {
-        get_only_pattern(context.targets) if alone else source: [stack(forms, operation.dim)]
-        for source, forms in collected.items()
+        get_only_pattern(context.targets) if alone else source: [stack(maps, operation.dim)]
+        for source, maps in collected.items()
     }
 
 
 def _split_modulelist(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
     result: PatternMaps = {}
-    for source, forms in collected.items():
+    for source, maps in collected.items():
         pattern = get_only_pattern(context.targets) if len(collected) == 1 else source
-        result |= _number_maps(pattern, unbind(forms[0], operation.dim))
+        result |= _number_maps(pattern, unbind(maps[0], operation.dim))
     return result
 
 
 def _concatenate(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    ordered = [form for source in context.sources for form in collected.get(source, [])]
+    ordered = [tensor_map for source in context.sources for tensor_map in collected.get(source, [])]
     return {get_only_pattern(context.targets): [concatenate(ordered, operation.dim)]}
 
 
@@ -209,16 +211,16 @@ def _chunk(operation: ConversionOps, collected: PatternMaps, context: Conversion
     if operation.num_shards_attribute is not None:
         count = getattr(context.config.get_text_config(), operation.num_shards_attribute)
         targets = [get_only_pattern(targets).replace("*", str(index)) for index in range(count)]
-    pieces = chunk(get_only_map(collected), len(targets), operation.dim)
-    if len(pieces) != len(targets):
-        raise TensorMapError(f"{len(pieces)} chunks for {len(targets)} targets")
-    return {target: [piece] for target, piece in zip(targets, pieces, strict=True)}
+    chunks = chunk(get_only_map(collected), len(targets), operation.dim)
+    if len(chunks) != len(targets):
+        raise TensorMapError(f"{len(chunks)} chunks for {len(targets)} targets")
+    return {target: [part] for target, part in zip(targets, chunks, strict=True)}
 
 
 def _split(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
     sizes = [context.target_shape(target)[operation.dim] for target in context.targets]
-    pieces = split(get_only_map(collected), sizes, operation.dim)
-    return {target: [piece] for target, piece in zip(context.targets, pieces, strict=True)}
+    parts = split(get_only_map(collected), sizes, operation.dim)
+    return {target: [part] for target, part in zip(context.targets, parts, strict=True)}
 
 
 def _fuse_for_rope(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
@@ -231,18 +233,18 @@ def _unfuse_for_rope(operation: ConversionOps, collected: PatternMaps, context: 
 
 
 def _fuse_text_and_vision(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Split each list of experts among the targets, and join what each target gets of every list."""
+    """Split each list of experts among the targets, and concatenate what each target gets of every list."""
     fused: PatternMaps = {target: [] for target in context.targets}
     for source in context.sources:
-        forms = _get_maps(source, collected)
-        length = -(-len(forms) // len(context.targets))
+        experts = _get_maps(source, collected)
+        length = -(-len(experts) // len(context.targets))
         for index, target in enumerate(context.targets):
-            fused[target].append(stack(forms[index * length : (index + 1) * length], operation.stack_dim))
-    return {target: [concatenate(forms, operation.concat_dim)] for target, forms in fused.items()}
+            fused[target].append(stack(experts[index * length : (index + 1) * length], operation.stack_dim))
+    return {target: [concatenate(parts, operation.concat_dim)] for target, parts in fused.items()}
 
 
 def _split_text_and_vision(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Cut each fused tensor into its lists' parts, and number those of one list through all fused tensors."""
+    """Split each fused tensor into the parts of its lists, and number the experts of a list across all fused tensors."""
     result: PatternMaps = {}
     parts = [chunk(_get_maps(s, collected)[0], len(context.targets), operation.concat_dim) for s in context.sources]
     for index, target in enumerate(context.targets):
@@ -258,7 +260,7 @@ def _get_maps(source: str, collected: PatternMaps) -> list[TensorMap]:
 
 
 def _number_maps(pattern: str, tensor_maps: Sequence[TensorMap]) -> PatternMaps:
-    return {pattern.replace("*", str(index)): [form] for index, form in enumerate(tensor_maps)}
+    return {pattern.replace("*", str(index)): [tensor_map] for index, tensor_map in enumerate(tensor_maps)}
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -277,4 +279,4 @@ OPERATIONS: Mapping[str, Operation] = {
     "VisionFuseAndPermuteForRope": _fuse_for_rope,
     "VisionUnfuseAndPermuteForRope": _unfuse_for_rope,
 }
-"""By class name; the classes of `transformers.core_model_loading` only."""
+"""The operations by class name, for classes of `transformers.core_model_loading` only."""

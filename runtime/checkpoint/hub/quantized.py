@@ -1,4 +1,4 @@
-"""Refusing quantized weights that the config does not speak of: bytes would be moved without their scales."""
+"""Refusing weights that are quantized where the config says otherwise: they would be separated from their scales."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ __all__ = ["check_dtypes", "check_quantized", "check_scales", "check_unquantized
 _FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
 _QUANTIZED = frozenset(("F8_E4M3", "F8_E5M2", "I8", "U8"))
 _PACKED = frozenset(("qweight", "qzeros", "g_idx", "weight_packed", "absmax", "quant_map", "nested_absmax"))
-"""Last parts of names that only quantizers give."""
+"""Last parts of names that only quantizers use."""
 _SCALE = re.compile(r"(?P<scaled>.+?)(?:_scale\w*|_zero_point|\.(?:absmax|quant_state|SCB)\b.*)")
 _HINT = "use the checkpoint's unquantized form"
 
 
 def check_unquantized(stored: Collection[str], of_model: Collection[str]) -> None:
-    """Refuse stored tensors that are quantized weights, or scales of others.
+    """Refuse quantized weights and their scales in the checkpoint of an unquantized model.
 
     Args:
-        stored: names in the checkpoint.
-        of_model: names of the model's own tensors, which may be called anything.
+        stored: the names of the stored tensors.
+        of_model: the names of the model's own tensors, which are never taken for scales.
 
     Raises:
-        UsageError: there is one.
+        UsageError: a stored tensor is a quantized weight or a scale.
     """
     tensors = frozenset((*stored, *of_model))
     for name in stored:
         scale = _SCALE.fullmatch(name)
         if name not in of_model and (name.rpartition(".")[2] in _PACKED or (scale and scale["scaled"] in tensors)):
             raise UsageError(
-                f"{name!r} belongs to a quantized weight; config.json speaks of no quantization",
+                f"{name!r} belongs to a quantized weight, but config.json has no quantization_config",
                 hint=_HINT,
                 tensor=name,
             )
 
 
 def check_quantized(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a checkpoint that the config says is quantized and nothing of which is.
+    """Refuse a checkpoint that is quantized according to its config but stores no quantized tensor.
 
     Args:
-        tensors: the stored ones.
+        tensors: the stored tensors by name.
 
     Raises:
-        UsageError: none is of a dtype that quantizers store.
+        UsageError: no tensor has a dtype of quantized weights.
     """
     if not any(tensor.dtype in _QUANTIZED for tensor in tensors.values()):
         raise UsageError(
@@ -57,19 +57,19 @@ def check_quantized(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def check_scales(passthrough: Collection[str], stored: Collection[str]) -> None:
-    """Refuse scales that the model has no place for although it has one for their weights.
+    """Refuse scales that the model has no parameter for although it has one for their weights.
 
     Args:
-        passthrough: names of stored tensors that the model has no parameter for.
-        stored: names in the checkpoint.
+        passthrough: the names of the stored tensors that the model has no parameter for.
+        stored: the names of all stored tensors.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a scale.
     """
-    alone = set(passthrough)
+    unknown = set(passthrough)
     for name in passthrough:
         scale = _SCALE.fullmatch(name)
-        if scale and scale["scaled"] in stored and scale["scaled"] not in alone:
+        if scale and scale["scaled"] in stored and scale["scaled"] not in unknown:
             raise UsageError(
                 f"{name!r} scales {scale['scaled']!r}, which config.json's quantization_config leaves unquantized",
                 hint=_HINT,
@@ -80,22 +80,22 @@ def check_scales(passthrough: Collection[str], stored: Collection[str]) -> None:
 def check_dtypes(
     tensor_maps: Mapping[str, TensorMap], wanted: Mapping[str, str], tensors: Mapping[str, StoredTensor]
 ) -> None:
-    """Refuse stored tensors that are quantized where the model's parameter is not, and the other way round.
+    """Refuse stored tensors that are quantized where the model's parameters are not, or the other way round.
 
     Args:
-        tensor_maps: of the model's tensors over the stored ones.
-        wanted: the dtypes that the model has, by name.
-        tensors: the stored ones.
+        tensor_maps: the model's tensors over the stored ones.
+        wanted: the model's dtypes by name.
+        tensors: the stored tensors by name.
 
     Raises:
-        UsageError: there is one.
+        UsageError: there is such a tensor.
     """
-    for name, form in tensor_maps.items():
-        for source in form.sources:
+    for name, tensor_map in tensor_maps.items():
+        for source in tensor_map.sources:
             dtype = tensors[source].dtype
             if not _is_compatible(dtype, wanted[name]):
                 raise UsageError(
-                    f"{source!r} is stored as {dtype} where the model that config.json describes has {wanted[name]}",
+                    f"{source!r} is stored as {dtype}, but {wanted[name]} in the model that config.json describes",
                     hint=_HINT,
                     tensor=source,
                     dtype=dtype,

@@ -1,4 +1,4 @@
-"""x"""
+"""Reading hub form: safetensors files as `save_pretrained` writes them, one file or several with an index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from runtime.tensor_map.tensor_map import TensorMap, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["HubCheckpoint", "check_duplicates", "read_hub", "read_hub_checkpoint"]
+__all__ = ["HubCheckpoint", "read_hub", "read_hub_checkpoint"]
 
 
 _MAX_INDEX = 100_000_000
@@ -36,17 +36,15 @@ _MAX_DEPTH = 16
 
 @dataclass(frozen=True)
 class HubCheckpoint:
-    """A folder in hub form, headers read and checked, no tensor touched.
+    """A folder in hub form, its headers read and checked; no tensor has been read.
 
     Args:
-        folder: where it lies.
-        headers: of the weight files, in the order of their names.
-        tensors: every stored tensor by its stored name.
-        index: the index file's content without its map of tensors, None when there is no index.
-        side_files: the other files: config, tokenizer, licence.
+        headers: the headers of the weight files, in the order of their names.
+        tensors: all stored tensors by stored name.
+        index: the index file's content without its weight map, None if there is no index.
+        side_files: the other files, such as config, tokenizer and licence.
     """
 
-    folder: Path
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor]
     index: Mapping[str, object] | None
@@ -54,20 +52,20 @@ class HubCheckpoint:
 
 
 def read_hub(folder: Path) -> HubCheckpoint:
-    """Read what a folder in hub form holds.
+    """Read the index and the headers of a folder in hub form.
 
-    As transformers does, `model.safetensors` is taken before an index. Weights in other formats and weight files that
-    the index does not name are not part of the checkpoint.
+    Like transformers, it prefers `model.safetensors` to an index. Weights in other formats and weight files that the
+    index does not name are not part of the checkpoint.
 
     Raises:
-        IncompleteError: weights are missing or cut short.
-        HeaderError: an index or header does not tell the truth about the files.
-        CheckpointError: the folder is none, or a link leads out of it.
+        IncompleteError: a weight file is missing or truncated.
+        HeaderError: an index or header is damaged or contradicts the files.
+        CheckpointError: the folder does not exist, or a link leads out of it.
     """
     with convert_read_errors(folder):
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: not a folder", hint="name the folder that holds config.json and weights", folder=str(folder)
+                f"{folder}: not a folder", hint="name the folder with config.json and the weights", folder=str(folder)
             )
         if (folder / WEIGHTS).exists():
             return _read_files(folder, [WEIGHTS], None)
@@ -82,14 +80,14 @@ def read_hub(folder: Path) -> HubCheckpoint:
 def _read_files(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
     headers = tuple(read_header(_resolve_path(folder, name)) for name in files)
     used = frozenset(files) if index is None else frozenset((*files, INDEX))
-    return HubCheckpoint(folder, headers, _merge_headers(headers), index, find_side_files(folder, used))
+    return HubCheckpoint(headers, _merge_headers(headers), index, find_side_files(folder, used))
 
 
 def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
     path = _resolve_path(folder, INDEX)
     if path.stat().st_size > _MAX_INDEX:
         raise HeaderError(
-            f"{path}: an index of over {_MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
+            f"{path}: larger than {_MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
         )
     content = parse_strict_json(path.read_bytes(), path)
     match content.pop("weight_map", None):
@@ -97,13 +95,13 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
             pass
         case _:
             raise HeaderError(
-                f"{path}: no weight_map of tensors to files", hint="download the index again", file=str(path)
+                f"{path}: no weight_map from tensors to files", hint="download the index again", file=str(path)
             )
     for tensor, name in weight_map.items():
         if not is_weight_file(name):
             raise HeaderError(
-                f"{path}: tensor {tensor!r} is said to be in {name!r}, not a safetensors file of this folder",
-                hint="an index names files beside itself; do not trust this checkpoint",
+                f"{path}: maps tensor {tensor!r} to {name!r}, which is not a safetensors file of this folder",
+                hint="an index may only name files in its own folder; do not trust this checkpoint",
                 tensor=tensor,
                 file=name,
             )
@@ -117,7 +115,7 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
 
 
 def _resolve_path(folder: Path, name: str) -> Path:
-    """Return the file's path; a link may lead only to the folder itself or to the hub cache's blobs beside it."""
+    """Return the file's path. A link may lead only into the folder itself or to the hub cache's blobs."""
     path = folder / name
     if not path.is_file():
         raise IncompleteError(
@@ -149,39 +147,39 @@ def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[st
             )
         if tensors[name].file.name != file:
             raise HeaderError(
-                f"{index}: tensor {name!r} is said to be in {file} but is in {tensors[name].file.name}",
+                f"{index}: maps tensor {name!r} to {file}, but it is in {tensors[name].file.name}",
                 hint="the index belongs to another version of the checkpoint; download both again",
                 tensor=name,
             )
     for name, tensor in tensors.items():
         if name not in weight_map:
             raise HeaderError(
-                f"{index}: does not name tensor {name!r} of {tensor.file.name}",
+                f"{index}: does not name tensor {name!r} in {tensor.file.name}",
                 hint="the index belongs to another version of the checkpoint; download both again",
                 tensor=name,
             )
 
 
 def _no_weights_error(folder: Path) -> CheckpointError:
-    """Return the error for a folder whose files no layout knows, by the first of them that looks like weights."""
+    """Return the error for a folder of no known layout, with a hint for the first file that looks like weights."""
     files = sorted(path.name for path in folder.iterdir())
-    for is_one, missing, hint in _NEAR_MISSES:
-        if found := [name for name in files if is_one(name)]:
-            return IncompleteError(f"{folder}: {found[0]} is there, but no {missing}", hint=hint, files=found)
+    for matches, missing, hint in _NEAR_MISSES:
+        if weights := [name for name in files if matches(name)]:
+            return IncompleteError(f"{folder}: has {weights[0]}, but no {missing}", hint=hint, files=weights)
     return IncompleteError(
-        f"{folder}: no {WEIGHTS} or {INDEX}", hint="name the folder that holds the weights", folder=str(folder)
+        f"{folder}: no {WEIGHTS} or {INDEX}", hint="name the folder with the weights", folder=str(folder)
     )
 
 
 _NEAR_MISSES: Sequence[tuple[Callable[[str], bool], str, str]] = (
     (
         lambda name: name.endswith(".distcp"),
-        ".metadata, which says what it holds",
-        "copy .metadata of the distributed checkpoint too, or save it again",
+        ".metadata, which lists its tensors",
+        "copy the distributed checkpoint's .metadata too, or save it again",
     ),
     (
         lambda name: name.startswith("rank-") and name.endswith(".safetensors"),
-        f"{MANIFEST}, which says how rank files were cut",
+        f"{MANIFEST}, which describes how rank files were sharded",
         f"copy {MANIFEST} too, or reshard again",
     ),
     (
@@ -195,40 +193,11 @@ _NEAR_MISSES: Sequence[tuple[Callable[[str], bool], str, str]] = (
         "load it with transformers and save it with save_pretrained, which writes safetensors",
     ),
 )
-"""What looks like weights but lacks what makes them readable, and the next step."""
-
-
-def check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
-    """Refuse a tied name that is stored besides its target, unless it holds the same bytes.
-
-    Args:
-        hub: the checkpoint.
-        conversion: of its tensors to the model's.
-        tied: each tied name with the name that holds the bytes.
-
-    Raises:
-        ConversionError: the two differ.
-    """
-    for name, form in conversion.duplicates.items():
-        own, other = _get_whole_tensor(form, hub), _get_whole_tensor(conversion.tensor_maps[tied[name]], hub)
-        if own is not None and other is not None and has_same_bytes(own, other):
-            continue
-        raise ConversionError(
-            f"{name} is tied to {tied[name]} but stored with other values",
-            hint="set tie_word_embeddings to false in config.json, or remove one of the two",
-            name=name,
-            tied_to=tied[name],
-        )
-
-
-def _get_whole_tensor(tensor_map: TensorMap, hub: HubCheckpoint) -> StoredTensor | None:
-    """Return the stored tensor that a form is, if it is one and all of it."""
-    tensors = [hub.tensors[source] for source in tensor_map.sources]
-    return tensors[0] if len(tensors) == 1 and tensor_map == whole(tensor_map.sources[0], tensors[0].shape) else None
+"""Files that look like weights but cannot be read without another file: how to recognize them, and the next step."""
 
 
 def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
-    """Read a checkpoint in hub form up to its headers.
+    """Read a checkpoint in hub form up to its headers, its tensors converted as transformers converts them on loading.
 
     Args:
         folder: the checkpoint's folder.
@@ -237,10 +206,11 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     Raises:
         HeaderError: an index or header is damaged.
         CheckpointError: the folder cannot be read, or a link leads out of it.
-        ConversionError: stored tensors do not make the model's by operations that are known, or mix dtypes.
-        IncompleteError: a tensor of the model is stored nowhere.
-        MismatchError: stored shapes are not the model's.
-        UsageError: stored tensors are quantized otherwise than the model's.
+        ConversionError: known operations do not make the model's tensors from the stored ones, a tensor would mix
+            dtypes, or a tied name is stored with other values than its target.
+        IncompleteError: a tensor of the model is not stored.
+        MismatchError: the stored shapes are not the model's.
+        UsageError: stored tensors are quantized where the model's are not, or the other way round.
     """
     hub = read_hub(folder)
     tied = find_tied_names(model)
@@ -253,25 +223,45 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
     check_dtypes(conversion.tensor_maps, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)
     check_scales(conversion.passthrough, hub.tensors.keys())
-    check_duplicates(hub, conversion, tied)
+    _check_duplicates(hub, conversion, tied)
     tensors = {
-        name: _build_tensor_info(name, form, of_model[name], hub) for name, form in conversion.tensor_maps.items()
+        name: _build_tensor_info(name, tensor_map, of_model[name], hub)
+        for name, tensor_map in conversion.tensor_maps.items()
     }
-    carried = _build_passthrough(hub, conversion)
+    passthrough = _build_passthrough(hub, conversion)
     return Checkpoint(
-        folder=hub.folder,
+        folder=folder,
         layout="hf",
-        tensors={**tensors, **carried},
+        tensors={**tensors, **passthrough},
         tied=tied,
-        tensor_maps={**conversion.tensor_maps, **{name: whole(name, held.shape) for name, held in carried.items()}},
+        tensor_maps={**conversion.tensor_maps, **{name: whole(name, info.shape) for name, info in passthrough.items()}},
         chunks=hub.tensors,
         side_files=hub.side_files,
         stored_form=_build_stored_form(hub),
     )
 
 
+def _check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
+    """Refuse a tied name that is stored although its target is, unless both have the same bytes."""
+    for name, tensor_map in conversion.duplicates.items():
+        own, target = (_get_whole_tensor(form, hub) for form in (tensor_map, conversion.tensor_maps[tied[name]]))
+        if own is None or target is None or not has_same_bytes(own, target):
+            raise ConversionError(
+                f"{name} is tied to {tied[name]} but stored with other values",
+                hint="set tie_word_embeddings to false in config.json, or remove one of the two",
+                name=name,
+                tied_to=tied[name],
+            )
+
+
+def _get_whole_tensor(tensor_map: TensorMap, hub: HubCheckpoint) -> StoredTensor | None:
+    """Return the stored tensor that the map covers, None unless it is a single one, whole and in order."""
+    tensors = [hub.tensors[source] for source in tensor_map.sources]
+    return tensors[0] if len(tensors) == 1 and tensor_map == whole(tensor_map.sources[0], tensors[0].shape) else None
+
+
 def _build_tensor_info(name: str, tensor_map: TensorMap, tensor: torch.Tensor, hub: HubCheckpoint) -> TensorInfo:
-    """Return a tensor of the model in the dtype that it is stored in; bytes are moved, never cast."""
+    """Return the info of a model's tensor with the dtype that it is stored in; bytes are copied, never cast."""
     dtypes = {hub.tensors[source].dtype: source for source in tensor_map.sources}
     if len(dtypes) > 1:
         listed = " and ".join(f"{source} ({dtype})" for dtype, source in sorted(dtypes.items()))
@@ -283,8 +273,11 @@ def _build_tensor_info(name: str, tensor_map: TensorMap, tensor: torch.Tensor, h
 def _build_passthrough(hub: HubCheckpoint, conversion: Conversion) -> Mapping[str, TensorInfo]:
     for name in conversion.passthrough:
         if name in conversion.tensor_maps:
-            what = f"{name} is both stored for itself and made from others"
-            raise ConversionError(what, hint="save it again", name=name)
+            raise ConversionError(
+                f"{name} is stored under its own name and also made from other tensors",
+                hint="save the checkpoint again with transformers",
+                name=name,
+            )
     return {
         name: TensorInfo("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.passthrough
     }

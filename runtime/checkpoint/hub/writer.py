@@ -1,4 +1,4 @@
-"""Writing hub form: each stored tensor looked up, backwards through the conversion, in what the source holds."""
+"""Writing hub form: the stored tensors mapped back through transformers' conversion onto what the source stores."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = ["Experts", "build_default_form", "build_index", "plan_hub_files"]
 
 
 def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> tuple[OutputFile, ...]:
-    """Lay out the weight files of a checkpoint in hub form.
+    """Plan the weight files of a checkpoint in hub form.
 
     Args:
-        checkpoint: what there is.
-        model: that it is of, on meta.
-        form: the hub form to bring it to: files, names, shapes, metadata.
+        checkpoint: the source.
+        model: the source's model, on meta.
+        form: the hub form to write: files, names, shapes and metadata.
 
     Raises:
-        HeaderError: the form is not one of these tensors.
-        ConversionError, IncompleteError, MismatchError: as `convert`.
+        HeaderError: the form does not fit the source's tensors.
+        ConversionError, IncompleteError, MismatchError: as `convert` raises them.
     """
     stored = _build_stored_maps(checkpoint, model, form)
     rows: defaultdict[str, list[OutputTensor]] = defaultdict(list)
@@ -46,7 +46,7 @@ def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredF
 
 
 def build_index(form: StoredForm) -> bytes | None:
-    """Return the index file as `save_pretrained` writes it, None where the form has none."""
+    """Return the index file as `save_pretrained` writes it, None if the form has none."""
     if form.index is None:
         return None
     index = {**form.index, "weight_map": {name: row["file"] for name, row in form.tensors.items()}}
@@ -54,35 +54,33 @@ def build_index(form: StoredForm) -> bytes | None:
 
 
 def _build_stored_maps(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> dict[str, TensorMap]:
-    """Return the form of every stored tensor over the pieces of the source."""
+    """Return the map of every stored tensor over the stored chunks of the source."""
     shapes = {name: _parse_shape(name, row) for name, row in form.tensors.items()}
-    wanted = {name: held.shape for name, held in checkpoint.tensors.items() if held.kind != "carried"}
-    conversion = convert(model, shapes, wanted, checkpoint.tied)
-    lacking = set(conversion.passthrough) - checkpoint.tensors.keys()
-    unsaid = {name for name, held in checkpoint.tensors.items() if held.kind == "carried"} - set(conversion.passthrough)
-    if lacking or unsaid:
-        name = min(lacking or unsaid)
+    of_model = {name: info.shape for name, info in checkpoint.tensors.items() if info.kind != "carried"}
+    conversion = convert(model, shapes, of_model, checkpoint.tied)
+    missing = set(conversion.passthrough) - checkpoint.tensors.keys()
+    unrecorded = checkpoint.tensors.keys() - of_model.keys() - set(conversion.passthrough)
+    if missing or unrecorded:
+        name = min(missing or unrecorded)
         raise HeaderError(
-            f"{checkpoint.folder}: the hub form that it records and its tensors differ in {name!r}",
+            f"{checkpoint.folder}: the recorded hub form and the tensors differ in {name!r}",
             hint="the manifest is damaged; reshard again from the original",
             tensor=name,
         )
     used = {name: shape for name, shape in shapes.items() if name not in conversion.passthrough}
-    back = invert({**conversion.tensor_maps, **conversion.duplicates}, used)
-    forms = {
-        **checkpoint.tensor_maps,
-        **{name: checkpoint.tensor_maps[target] for name, target in checkpoint.tied.items()},
-    }
-    seen = compose(forms)
-    return {name: seen(back[name]) if name in back else forms[name] for name in shapes}
+    inverse = invert({**conversion.tensor_maps, **conversion.duplicates}, used)
+    tied = {name: checkpoint.tensor_maps[target] for name, target in checkpoint.tied.items()}
+    tensor_maps = {**checkpoint.tensor_maps, **tied}
+    over_source = compose(tensor_maps)
+    return {name: over_source(inverse[name]) if name in inverse else tensor_maps[name] for name in shapes}
 
 
 def _resolve_dtype(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, row: Mapping[str, object]) -> str:
-    """Return a stored tensor's dtype, which its bytes must have where they lie now."""
+    """Return the dtype of a tensor to store, which its bytes must already have in the source."""
     dtypes = {checkpoint.chunks[source].dtype for source in tensor_map.sources} or {str(row["dtype"])}
     if dtypes != {row["dtype"]}:
         raise HeaderError(
-            f"{checkpoint.folder}: {name!r} was stored as {row['dtype']}, but its bytes here are {' and '.join(dtypes)}",
+            f"{checkpoint.folder}: {name!r} was stored as {row['dtype']}, but is {' and '.join(dtypes)} here",
             hint="the manifest is damaged; reshard again from the original",
             tensor=name,
         )
@@ -99,42 +97,43 @@ def _parse_shape(name: str, row: Mapping[str, object]) -> tuple[int, ...]:
 
 
 Experts = Literal["fused", "separate"]
-"""Whether experts are stored stacked as the model holds them, or each by itself where its hub form has them so."""
+"""Whether experts are stored stacked, as in the model, or one by one, if the model's hub form has them so."""
 
 _FILE_PATTERN = "model{suffix}.safetensors"
 _MAX_FILE_SIZE = "50GB"
-"""What `save_pretrained` puts into one file, transformers 5.23."""
+"""The maximum file size of `save_pretrained` in transformers 5.23."""
 
 
 def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: Experts = "separate") -> StoredForm:
     """Return the form in which `save_pretrained` would store a checkpoint's tensors.
 
     Args:
-        checkpoint: of a checkpoint of the model.
-        model: on meta.
-        experts: `fused` leaves every tensor as the model holds it.
+        checkpoint: the checkpoint.
+        model: its model, on meta.
+        experts: `fused` to store every tensor as in the model, `separate` to convert tensors to the model's hub form.
 
     Raises:
-        ConversionError: transformers cannot bring the model's tensors to their hub form, or torch lacks a dtype.
+        ConversionError: transformers cannot convert the model's tensors to hub form, or torch lacks a dtype.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    state = {name: _make_meta_tensor(name, held) for name, held in checkpoint.tensors.items() if held.kind != "carried"}
+    of_model = {name: info for name, info in checkpoint.tensors.items() if info.kind != "carried"}
+    passthrough = {name: info for name, info in checkpoint.tensors.items() if info.kind == "carried"}
+    state = {name: _make_meta_tensor(name, info) for name, info in of_model.items()}
     reverted = _revert_conversion(model, state) if experts == "separate" else state
-    carried = {name: held for name, held in checkpoint.tensors.items() if held.kind == "carried"}
     split = split_torch_state_dict_into_shards(
-        {**reverted, **{name: _make_bytes_tensor(held) for name, held in carried.items()}},
+        {**reverted, **{name: _make_bytes_tensor(info) for name, info in passthrough.items()}},
         filename_pattern=_FILE_PATTERN,
         max_shard_size=_MAX_FILE_SIZE,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     index = {"metadata": {"total_parameters": parameters, **split.metadata}} if split.is_sharded else None
     stored = {name: (DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in reverted.items()}
-    stored |= {name: (held.dtype, list(held.shape)) for name, held in carried.items()}
+    stored |= {name: (info.dtype, list(info.shape)) for name, info in passthrough.items()}
     tensors = {
         name: {"file": file, "dtype": stored[name][0], "shape": stored[name][1]}
         for file, names in split.filename_to_tensors.items()
-        for name in sorted(names, key=lambda one: (-BITS[stored[one][0]], one))
+        for name in sorted(names, key=lambda name: (-BITS[stored[name][0]], name))
     }
     return StoredForm(tuple(split.filename_to_tensors), {"format": "pt"}, {}, index, tensors)
 
@@ -146,19 +145,19 @@ def _make_meta_tensor(name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _make_bytes_tensor(info: TensorInfo) -> torch.Tensor:
-    """Return something of as many bytes as a tensor that is carried, which may be one that torch cannot have."""
+    """Return a tensor of as many bytes as a carried one, which may have a dtype or shape that torch does not support."""
     return torch.empty(tensor_bytes(info.dtype, info.shape), dtype=torch.uint8, device="meta")
 
 
 def _revert_conversion(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Return the tensors as transformers' own reverse conversion leaves them, on meta."""
+    """Return the tensors as transformers' own reverse conversion makes them, on meta."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
     except Exception as error:  # What transformers' conversions raise is not ours to list.
         raise ConversionError(
-            f"transformers cannot bring {type(model).__name__} to its hub form: {first_line(error)}",
+            f"transformers cannot convert {type(model).__name__} to its hub form: {first_line(error)}",
             hint="set `experts=fused` to store its tensors as the model holds them",
             model=type(model).__name__,
         ) from error

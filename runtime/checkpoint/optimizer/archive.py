@@ -1,7 +1,9 @@
-"""Archives as `torch.save` writes them, laid out ahead: all but the tensor's bytes, which copying puts in their place.
+"""Archives as `torch.save` writes them, but without the tensor's bytes, which are copied into their place later.
 
-A tensor's checksum is left zero, for it would have to be known before its bytes are. torch does not look at it, and
-`torch.serialization.set_crc32_options` leaves it out too; what guards the bytes is the digest in the manifest.
+`torch.save` itself would need the whole tensor in memory.
+
+A tensor's checksum is left zero, because its bytes are not known yet. torch does not check it, and its own
+`torch.serialization.set_crc32_options` omits it too. The digest in the manifest protects the bytes instead.
 
 Source: PKWARE's APPNOTE.TXT, sections 4.3.7 to 4.3.16 and 4.5.3; `torch.serialization` of torch 2.13.
 """
@@ -37,7 +39,7 @@ from runtime.tensor_map.tensor_map import row_major
 __all__ = ["ALIGNMENT", "TensorArchive", "build_tensor_archive", "build_value_archive"]
 
 ALIGNMENT = 64
-"""Bytes that a tensor is aligned to in its archive, as torch does it."""
+"""The alignment of a tensor in its archive, in bytes, as in torch."""
 
 _FORMAT_MEMBERS: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
 _VERSION, _VERSION_64 = 20, 45
@@ -50,9 +52,9 @@ class TensorArchive:
     """An archive around the bytes of one tensor.
 
     Args:
-        head: the bytes before the tensor's.
-        size: of the tensor in bytes.
-        tail: the bytes after it.
+        head: the bytes before the tensor.
+        size: the size of the tensor in bytes.
+        tail: the bytes after the tensor.
     """
 
     head: bytes
@@ -61,7 +63,7 @@ class TensorArchive:
 
     @property
     def length(self) -> int:
-        """Bytes of the whole archive."""
+        """The size of the whole archive in bytes."""
         return len(self.head) + self.size + len(self.tail)
 
 
@@ -69,8 +71,8 @@ def build_tensor_archive(dtype: str, shape: Sequence[int]) -> TensorArchive:
     """Return the archive of a tensor in row-major order.
 
     Args:
-        dtype: safetensors' name of one that torch has.
-        shape: of the tensor.
+        dtype: a dtype that torch has, by its name in safetensors.
+        shape: the tensor's shape.
     """
     head, members = _write_members({"data.pkl": _pickle_tensor(dtype, shape), **_FORMAT_MEMBERS})
     storage = _Member("data/0", 0, tensor_bytes(dtype, shape), len(head))
@@ -79,13 +81,13 @@ def build_tensor_archive(dtype: str, shape: Sequence[int]) -> TensorArchive:
 
 
 def build_value_archive(pickled: bytes) -> bytes:
-    """Return the archive of a value that is no tensor, given its pickle."""
+    """Return the archive of a value that is not a tensor, given its pickle."""
     head, members = _write_members({"data.pkl": pickled, **_FORMAT_MEMBERS})
     return head + _write_directory(members, len(head))
 
 
 class _Member(NamedTuple):
-    """A member of an archive: its name, checksum, size, and where its own header begins."""
+    """A member of an archive: its name, checksum and size, and where its header begins."""
 
     name: str
     checksum: int
@@ -94,11 +96,11 @@ class _Member(NamedTuple):
 
     @property
     def path(self) -> bytes:
-        """The name as it stands in the archive: torch puts all members in one folder."""
+        """The member's path in the archive; torch puts all members in one folder."""
         return f"archive/{self.name}".encode()
 
     def local_header(self, *, aligned: bool = False) -> bytes:
-        """Return what stands before the member's bytes, padded so that they are aligned where that is asked for."""
+        """Return the header before the member's bytes, padded to align them if asked to."""
         extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
         if aligned:
             gap = -(self.start + LOCAL_HEADER.size + len(self.path) + len(extra) + EXTRA_HEADER.size) % ALIGNMENT
@@ -109,7 +111,7 @@ class _Member(NamedTuple):
         return fixed + self.path + extra
 
     def directory_entry(self) -> bytes:
-        """Return what the directory says of the member, whose archive begins before it reaches 4 GiB."""
+        """Return the member's entry in the directory; its header must begin below 4 GiB."""
         extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
         sizes = min(self.size, ZIP64_MARKER), min(self.size, ZIP64_MARKER)
         version = _VERSION_64 if extra else _VERSION
@@ -121,16 +123,16 @@ class _Member(NamedTuple):
 
 
 def _write_members(members: Mapping[str, bytes]) -> tuple[bytes, list[_Member]]:
-    """Return the first bytes of an archive, and the members that they hold."""
-    content, rows = b"", list[_Member]()
+    """Return the beginning of an archive with these members, and the members."""
+    content, written = b"", list[_Member]()
     for name, text in members.items():
-        rows.append(_Member(name, zlib.crc32(text), len(text), len(content)))
-        content += rows[-1].local_header() + text
-    return content, rows
+        written.append(_Member(name, zlib.crc32(text), len(text), len(content)))
+        content += written[-1].local_header() + text
+    return content, written
 
 
 def _write_directory(members: Sequence[_Member], start: int) -> bytes:
-    """Return the end of an archive: its directory, and where that begins."""
+    """Return the end of an archive: its directory, and the records that locate it."""
     entries = b"".join(member.directory_entry() for member in members)
     count, size = len(members), len(entries)
     end = END_RECORD.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, ZIP64_MARKER), 0)
@@ -148,7 +150,7 @@ def _pack_extra_64(*numbers: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What pickles as a call."""
+    """An object that is pickled as a call of a function."""
 
     function: Callable[..., object]
     arguments: tuple[object, ...]
@@ -159,7 +161,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """What pickles as the name of a storage that lies beside the pickle."""
+    """An object that is pickled as a reference to a storage outside of the pickle."""
 
     kind: type
     elements: int
@@ -171,7 +173,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickle_tensor(dtype: str, shape: Sequence[int]) -> bytes:
-    """Return the pickle of a tensor: a view of a storage, whose type says the dtype or leaves that to an argument."""
+    """Return the pickle of a tensor: a view of a storage, whose dtype is given by the storage's type or an argument."""
     hooks: OrderedDict[str, object] = OrderedDict()
     view = (0, tuple(shape), row_major(shape), False, hooks)
     size = tensor_bytes(dtype, shape)

@@ -1,4 +1,4 @@
-"""The names that an optimizer's state is saved under: `optimizer.state.PARAMETER.exp_avg`."""
+"""The names that an optimizer's state is saved under, such as `optimizer.state.PARAMETER.exp_avg`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SECTIONS = ("state", "param_groups")
 
 @dataclass(frozen=True, slots=True)
 class SavedName:
-    """A saved name in its parts.
+    """A saved name, split into its parts.
 
     Args:
         section: `state`, or `param_groups` for hyperparameters.
-        parameter: that it is of; None for the hyperparameters of a numbered group.
-        entry: what it is of that, `exp_avg`.
+        parameter: the parameter's name, None for the hyperparameters of a numbered group.
+        entry: the name of the state or hyperparameter, such as `exp_avg`.
     """
 
     section: str
@@ -27,7 +27,7 @@ class SavedName:
 
 
 def find_prefix(names: Collection[str]) -> str | None:
-    """Return what stands before the names of an optimizer's state, None where none of the names is one's."""
+    """Return the prefix of the names of an optimizer's state, None if the names include no such state."""
     for prefix in _PREFIXES:
         starts = tuple(f"{prefix}{section}." for section in _SECTIONS)
         if any(name.startswith(starts) for name in names):
@@ -36,14 +36,14 @@ def find_prefix(names: Collection[str]) -> str | None:
 
 
 def split_name(name: str, parameters: Mapping[str, object]) -> SavedName | None:
-    """Return the parts of a saved name.
+    """Split a saved name into its parts.
 
     Args:
-        name: without what stands before all of them.
-        parameters: of the model by name.
+        name: the saved name, without the prefix of all names.
+        parameters: the model's parameters by name.
 
     Returns:
-        None where the name is of no parameter of the model.
+        The parts, None if the name belongs to no parameter of the model.
     """
     section, _, rest = name.partition(".")
     if section not in _SECTIONS:

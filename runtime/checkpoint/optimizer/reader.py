@@ -1,4 +1,4 @@
-"""Reading an optimizer's checkpoint beside a model's: `.distcp` files with fully qualified names.
+"""Reading the state of an optimizer saved beside its model: `.distcp` files with fully qualified names.
 
 Source: `save_optimizer_distributed` of transformers 5.23; `get_optimizer_state_dict` of torch 2.13.
 """
@@ -6,7 +6,7 @@ Source: `save_optimizer_distributed` of transformers 5.23; `get_optimizer_state_
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -28,70 +28,48 @@ from runtime.checkpoint.optimizer.names import SavedName, find_prefix, split_nam
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "OptimizerCheckpoint",
-    "check_listed_keys",
-    "check_states_complete",
-    "find_optimizer",
-    "read_optimizer",
-    "read_values",
-]
-
+__all__ = ["OptimizerCheckpoint", "find_optimizer", "read_optimizer"]
 
 _Settings = tuple[int, tuple[tuple[str, bytes], ...]]
-"""What decides about a parameter's states: how many dims it has, and its hyperparameters, each with its pickle."""
+"""What decides which states a parameter has: its number of dims, and its hyperparameters with their pickles."""
 
 
-def check_listed_keys(listed_names: Collection[str], names: Mapping[str, SavedName], folder: Path) -> None:
-    """Refuse metadata that list keys which they say nothing of.
-
-    Args:
-        listed_names: the keys.
-        names: that the metadata describe.
-        folder: of the optimizer's checkpoint.
-
-    Raises:
-        IncompleteError: there are such keys.
-    """
-    _refuse_missing([name for name in listed_names if name not in names], folder)
-
-
-def check_states_complete(
+def _check_states_complete(
     names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape], folder: Path
 ) -> None:
-    """Refuse parameters that lack a state which others with as many dims and the very same hyperparameters have.
+    """Refuse a parameter without a state that other parameters of as many dims and equal hyperparameters have.
 
-    Parameters without any state are frozen ones, and hyperparameters of numbered groups say nothing of parameters.
+    Parameters without any state are frozen, and hyperparameters of numbered groups are not tied to parameters.
 
     Args:
-        names: all that are saved, with their parts.
-        values: pickles of those that are no tensors.
-        parameters: shapes of the model's parameters.
-        folder: of the optimizer's checkpoint.
+        names: all saved names, split.
+        values: the pickles of everything that is not a tensor, by saved name.
+        parameters: the shapes of the model's parameters.
+        folder: the folder of the optimizer's state.
 
     Raises:
-        IncompleteError: there are such parameters.
+        IncompleteError: there is such a parameter.
     """
     settings = _read_settings(names, values, parameters)
-    states: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for name, row in names.items():
+    states: defaultdict[str, set[str]] = defaultdict(set)
+    for row in names.values():
         if row.section == "state" and row.parameter in settings:
-            states[row.parameter][row.entry] = name
-    wanted: defaultdict[_Settings, set[str]] = defaultdict(set)
+            states[row.parameter].add(row.entry)
+    expected: defaultdict[_Settings, set[str]] = defaultdict(set)
     for parameter, entries in states.items():
-        wanted[settings[parameter]] |= entries.keys()
+        expected[settings[parameter]] |= entries
     missing = [
         f"{entry} of {parameter}"
         for parameter, entries in states.items()
-        for entry in sorted(wanted[settings[parameter]] - entries.keys())
+        for entry in sorted(expected[settings[parameter]] - entries)
     ]
-    _refuse_missing(missing, folder)
+    _check_none_missing(missing, folder)
 
 
 def _read_settings(
     names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape]
 ) -> dict[str, _Settings]:
-    """Return what decides about the states of each parameter that has hyperparameters of its own."""
+    """Return the settings of each parameter that has hyperparameters of its own."""
     settings: defaultdict[str, list[tuple[str, bytes]]] = defaultdict(list)
     for name, row in names.items():
         if row.section == "param_groups" and row.parameter is not None:
@@ -99,42 +77,42 @@ def _read_settings(
     return {name: (len(parameters[name]), tuple(sorted(pairs))) for name, pairs in settings.items()}
 
 
-def _refuse_missing(missing: Sequence[str], folder: Path) -> None:
+def _check_none_missing(missing: Sequence[str], folder: Path) -> None:
     if missing:
         raise IncompleteError(
             f"{folder}: the optimizer's state is incomplete, {format_names(missing)} missing",
-            hint="the files are damaged or of several checkpoints; save the optimizer again into an empty folder",
+            hint="the files are damaged or belong to several checkpoints; save the optimizer again into an empty folder",
             missing=list(missing),
         )
 
 
-def read_values(folder: Path, locations: Mapping[str, StorageLocation | None]) -> dict[str, bytes]:
-    """Return the pickles of values that are numbers, text, and tables of those.
+def _read_values(folder: Path, locations: Mapping[str, StorageLocation | None]) -> dict[str, bytes]:
+    """Return the pickles of the values that are not tensors, each checked to be numbers, text or containers of these.
 
-    torch loads such values with a full unpickler, so that one which could do more must not be handed on.
+    torch loads these values with an unrestricted unpickler, so a pickle that could do more must not be passed on.
 
     Args:
-        folder: of the optimizer's checkpoint.
-        locations: where each value is saved, by its name.
+        folder: the folder of the optimizer's state.
+        locations: where each value is saved, by saved name.
 
     Raises:
-        HeaderError: a value is anything else, or is saved nowhere.
-        IncompleteError: a file is missing or cut short.
+        HeaderError: a value is not plain data, or is not saved.
+        IncompleteError: a file is missing or truncated.
         CheckpointError: a link leads out of the folder.
     """
-    known = {name: _require_location(folder, name, place) for name, place in locations.items()}
+    known = {name: _require_location(folder, name, location) for name, location in locations.items()}
     ordered = sorted(known.items(), key=lambda row: (row[1].file, row[1].offset))
-    found: dict[str, bytes] = {}
-    for file, rows in groupby(ordered, key=lambda row: row[1].file):
-        with open_distcp_file(folder, file) as region:
-            found |= {name: _read_plain_value(locate_archive(place, region), name) for name, place in rows}
-    return {name: found[name] for name in locations}
+    pickles: dict[str, bytes] = {}
+    for file_name, rows in groupby(ordered, key=lambda row: row[1].file):
+        with open_distcp_file(folder, file_name) as file:
+            pickles |= {name: _read_plain_value(locate_archive(location, file), name) for name, location in rows}
+    return {name: pickles[name] for name in locations}
 
 
 def _require_location(folder: Path, name: str, location: StorageLocation | None) -> StorageLocation:
     if location is None:
         raise HeaderError(
-            f"{folder / METADATA}: {name!r} is saved nowhere",
+            f"{folder / METADATA}: {name!r} is not saved",
             hint="the file is damaged; copy or save it again",
             file=str(folder / METADATA),
             name=name,
@@ -143,16 +121,16 @@ def _require_location(folder: Path, name: str, location: StorageLocation | None)
 
 
 def _read_plain_value(archive: BoundedFile, name: str) -> bytes:
-    """Return the pickle in an archive, if nothing but plain values come of it."""
+    """Return the pickle in an archive, after checking that it contains plain data only."""
     pickled = read_data_pickle(archive)
     where = f"{archive.file}, the value {name!r} saved at byte {archive.start}"
     if not _is_plain(read_pickle(pickled, (), where)):
-        raise archive.error("is not a plain value")
+        raise archive.error("is not plain data")
     return pickled
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a value is made of plain ones; lists may hold themselves, so each is looked at once."""
+    """Return whether a value contains plain data only; each container is visited once, as lists may contain themselves."""
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()
@@ -169,14 +147,14 @@ _SUFFIX = ".distcp"
 
 @dataclass(frozen=True)
 class OptimizerCheckpoint:
-    """The metadata of an optimizer's checkpoint.
+    """The metadata of an optimizer's state.
 
     Args:
-        folder: where it lies in the model's folder, `.` for the folder itself.
-        metadata: what the metadata list.
-        prefix: what stands before all names.
-        files: all of this kind in the folder, relative to the model's; those of an earlier save, which the metadata do
-            not name, would be in the way of those that are written.
+        folder: the state's folder relative to the model's, `.` if they are the same.
+        metadata: the content of `.metadata`.
+        prefix: the prefix of all saved names.
+        files: all `.distcp` and `.metadata` files of that folder, relative to the model's. They include those of an
+            earlier save, which the metadata do not name; copied, these would collide with the files that are written.
     """
 
     folder: str
@@ -186,71 +164,68 @@ class OptimizerCheckpoint:
 
     @property
     def current_files(self) -> frozenset[str]:
-        """The files that the metadata name, and their own."""
+        """The files that the metadata name, and `.metadata` itself."""
         return frozenset(str(PurePosixPath(self.folder) / name) for name in (METADATA, *self.metadata.files))
 
 
 def find_optimizer(checkpoint: Checkpoint) -> OptimizerCheckpoint | None:
-    """Return where an optimizer's state lies among a checkpoint's side files, None where there is none.
+    """Find an optimizer's state among a checkpoint's side files; return None if there is none.
 
     Raises:
-        HeaderError: metadata lie.
-        CheckpointError: there are several.
+        HeaderError: the metadata are damaged.
+        CheckpointError: there are several optimizers.
     """
-    places = [
-        PurePosixPath(name).parent for name in checkpoint.side_files.copied if PurePosixPath(name).name == METADATA
-    ]
-    found = [one for place in places if (one := _find_in_folder(checkpoint, place)) is not None]
-    if len(found) > 1:
+    paths = [PurePosixPath(name) for name in checkpoint.side_files.copied]
+    candidates = [_find_in_folder(checkpoint, path.parent) for path in paths if path.name == METADATA]
+    optimizers = [optimizer for optimizer in candidates if optimizer is not None]
+    if len(optimizers) > 1:
+        folders = [optimizer.folder for optimizer in optimizers]
         raise CheckpointError(
-            f"{checkpoint.folder}: holds the state of several optimizers, in {format_names([one.folder for one in found])}",
-            hint="keep the one that goes with the weights, and move the others away",
-            folders=[one.folder for one in found],
+            f"{checkpoint.folder}: contains the state of several optimizers, in {format_names(folders)}",
+            hint="keep the one that belongs to the weights, and move the others away",
+            folders=folders,
         )
-    return found[0] if found else None
+    return optimizers[0] if optimizers else None
 
 
 def read_optimizer(checkpoint: Checkpoint, optimizer: OptimizerCheckpoint, model: PreTrainedModel) -> OptimizerState:
-    """Read an optimizer's state, no tensor.
+    """Read an optimizer's state up to its headers.
 
     Args:
-        checkpoint: of the model's checkpoint.
+        checkpoint: the model's checkpoint.
         optimizer: the optimizer's metadata.
-        model: that both are of, on meta.
+        model: the model, on any device.
 
     Raises:
-        MismatchError: it is of another model.
-        ConversionError: a tensor has neither its parameter's shape nor one element.
+        MismatchError: the state belongs to another model.
+        ConversionError: a tensor has neither its parameter's shape nor a single element.
         IncompleteError: a file, a state or part of one is missing.
-        HeaderError: metadata or archives lie, or a hyperparameter is no plain value.
+        HeaderError: metadata or archives are damaged, or a hyperparameter is not plain data.
         CheckpointError: a link leads out of the folder.
     """
     folder = checkpoint.folder / optimizer.folder
     shapes = {name: tuple(row.shape) for name, row in model.named_parameters(remove_duplicate=False)}
     names = _split_names(optimizer, shapes, folder)
-    check_listed_keys(
-        [name for name in optimizer.metadata.key_paths if name.startswith(optimizer.prefix)], names, folder
-    )
+    listed = (name for name in optimizer.metadata.key_paths if name.startswith(optimizer.prefix))
+    _check_none_missing([name for name in listed if name not in names], folder)
     parameters = dict(_match_shapes(names, optimizer.metadata.shapes, shapes, folder))
-    values = read_values(folder, optimizer.metadata.non_tensors)
-    check_states_complete(names, values, shapes, folder)
+    values = _read_values(folder, optimizer.metadata.non_tensors)
+    _check_states_complete(names, values, shapes, folder)
     chunks = [
         replace(chunk, stored_name=f"optimizer/{chunk.stored_name}")
         for chunk in read_chunks(folder, optimizer.metadata.chunks)
     ]
-    forms, dtypes = (
-        join_chunks(chunks, optimizer.metadata.shapes),
-        find_dtypes((chunk.name, chunk.stored) for chunk in chunks),
-    )
+    tensor_maps = join_chunks(chunks, optimizer.metadata.shapes)
+    dtypes = find_dtypes((chunk.name, chunk.stored) for chunk in chunks)
     with_state = {row.parameter for row in names.values() if row.section == "state"}
     return OptimizerState(
         folder=optimizer.folder,
         tensors={
-            name: TensorInfo("parameter" if name in parameters else "carried", dtypes[name], form.shape)
-            for name, form in forms.items()
+            name: TensorInfo("parameter" if name in parameters else "carried", dtypes[name], tensor_map.shape)
+            for name, tensor_map in tensor_maps.items()
         },
         parameters=parameters,
-        tensor_maps=forms,
+        tensor_maps=tensor_maps,
         chunks={chunk.stored_name: chunk.stored for chunk in chunks},
         values=values,
         paths={name: path for name, path in optimizer.metadata.key_paths.items() if name in names},
@@ -263,21 +238,20 @@ def _find_in_folder(checkpoint: Checkpoint, folder: PurePosixPath) -> OptimizerC
     prefix = find_prefix([*saved.shapes, *saved.non_tensors])
     if prefix is None:
         return None
-    beside = (name for name in checkpoint.side_files.copied if PurePosixPath(name).parent == folder)
-    files = (name for name in beside if name.endswith((METADATA, _SUFFIX)))
-    return OptimizerCheckpoint(str(folder), saved, prefix, frozenset(files))
+    siblings = (name for name in checkpoint.side_files.copied if PurePosixPath(name).parent == folder)
+    files = frozenset(name for name in siblings if name.endswith((METADATA, _SUFFIX)))
+    return OptimizerCheckpoint(str(folder), saved, prefix, files)
 
 
 def _split_names(optimizer: OptimizerCheckpoint, parameters: Mapping[str, Shape], folder: Path) -> dict[str, SavedName]:
-    """Return the parts of every saved name."""
+    """Split every saved name."""
     names = [*optimizer.metadata.shapes, *optimizer.metadata.non_tensors]
     parts = {name: _split_prefixed_name(name, optimizer.prefix, parameters) for name in names}
-    strange = [name for name, row in parts.items() if row is None]
-    if strange:
+    if unknown := [name for name, row in parts.items() if row is None]:
         raise MismatchError(
-            f"{folder / METADATA}: {format_names(strange)} belong to no parameter of the model",
-            hint="the optimizer's state is of another model; save it beside the weights it was trained with",
-            names=strange,
+            f"{folder / METADATA}: {format_names(unknown)} belong to no parameter of the model",
+            hint="the optimizer's state belongs to another model; save it beside the weights it was trained with",
+            names=unknown,
         )
     return {name: row for name, row in parts.items() if row is not None}
 
@@ -289,7 +263,7 @@ def _split_prefixed_name(name: str, prefix: str, parameters: Mapping[str, Shape]
 def _match_shapes(
     names: Mapping[str, SavedName], stored: Mapping[str, Shape], parameters: Mapping[str, Shape], folder: Path
 ) -> Iterator[tuple[str, str]]:
-    """Yield each state that has its parameter's shape, with that parameter; others must be single elements."""
+    """Yield each state of its parameter's shape, with that parameter; all others must have a single element."""
     for name, shape in stored.items():
         parameter = names[name].parameter if names[name].section == "state" else None
         if parameter is not None and shape == parameters[parameter]:

@@ -1,6 +1,6 @@
-"""Writing an optimizer's state: each rank's boxes as archives of a `.distcp` file, laid out like their parameters.
+"""Writing an optimizer's state, sharded like its parameters: each rank's boxes as archives in a `.distcp` file.
 
-Hyperparameters, step counters and other single elements lie in rank 0's file.
+Hyperparameters, step counters and other single elements are in rank 0's file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["SavedChunk", "encode_metadata", "plan_optimizer_files"]
 
 @dataclass(frozen=True, slots=True)
 class SavedChunk:
-    """A part of a tensor and where it is saved.
+    """A box of a tensor and where it is saved.
 
     Args:
-        offset: where it begins in the tensor, per tensor dim.
-        shape: of the part.
-        location: its archive.
+        offset: the offset of the box in the tensor, per tensor dim.
+        shape: the shape of the box.
+        location: the location of its archive.
     """
 
     offset: tuple[int, ...]
@@ -52,23 +52,24 @@ def encode_metadata(
     """Return the content of a `.metadata` file.
 
     Args:
-        tensors: dtype and shape of each by its name.
-        saved_chunks: of each tensor.
-        values: where that is which is no tensor, by name.
-        paths: keys of the nested tables that lead to what is saved, by its name.
+        tensors: the tensors by saved name.
+        saved_chunks: the saved boxes of each tensor.
+        values: the locations of the values that are not tensors, by saved name.
+        paths: the keys that lead to each saved value in the nested state dict, by saved name.
     """
-    # Here, for importing torch's checkpointing takes long and is of no use where nothing of it is written.
+    # Imported here because torch's checkpointing takes long to import and is needed only to write an optimizer's state.
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
     storage = {
-        MetadataIndex(name): _StorageInfo(place.file, place.offset, place.size) for name, place in values.items()
+        MetadataIndex(name): _StorageInfo(location.file, location.offset, location.size)
+        for name, location in values.items()
     }
-    for name, parts in saved_chunks.items():
-        for number, box in enumerate(parts):
-            index = MetadataIndex(name, torch.Size(box.offset), number)
-            storage[index] = _StorageInfo(box.location.file, box.location.offset, box.location.size)
-    entries: dict[str, object] = {name: _encode_tensor(held, saved_chunks[name]) for name, held in tensors.items()}
+    for name, chunks in saved_chunks.items():
+        for number, chunk in enumerate(chunks):
+            index = MetadataIndex(name, torch.Size(chunk.offset), number)
+            storage[index] = _StorageInfo(chunk.location.file, chunk.location.offset, chunk.location.size)
+    entries: dict[str, object] = {name: _encode_tensor(info, saved_chunks[name]) for name, info in tensors.items()}
     entries |= {name: BytesStorageMetadata() for name in values}
     metadata = Metadata(
         state_dict_metadata=entries,  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def encode_metadata(
 def _encode_tensor(info: TensorInfo, saved_chunks: Iterable[SavedChunk]) -> object:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in saved_chunks]
+    chunks = [ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape)) for chunk in saved_chunks]
     return TensorStorageMetadata(TensorProperties(dtype=DTYPES[info.dtype]), torch.Size(info.shape), chunks)
 
 
@@ -91,26 +92,26 @@ _WHOLE = (Replicate(), Replicate())
 def plan_optimizer_files(
     state: OptimizerState, resolved_plan: ResolvedPlan | None
 ) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
-    """Lay out an optimizer's state.
+    """Plan the files of an optimizer's state.
 
     Args:
-        state: over the pieces of its source.
-        resolved_plan: the plan of its parameters; None where every tensor stays whole, in one file.
+        state: the state, over the stored chunks of its source.
+        resolved_plan: the plan of its parameters, None to keep every tensor whole, in one file.
 
     Returns:
-        The files with tensors, and the content of the others by name.
+        The files with tensors, and the content of the other files by name.
     """
     mesh = resolved_plan.mesh if resolved_plan else Mesh()
     entries = {
-        name: _build_entry(held, state.parameters.get(name), resolved_plan) for name, held in state.tensors.items()
+        name: _build_entry(info, state.parameters.get(name), resolved_plan) for name, info in state.tensors.items()
     }
     writers = [_FileWriter(state.folder, rank) for rank in range(mesh.world_size)]
     saved: defaultdict[str, list[SavedChunk]] = defaultdict(list)
     for writer in writers:
         for name, entry in entries.items():
             for offset, shape in iter_rank_chunks(entry, mesh, writer.rank):
-                place = writer.add_tensor(name, entry.dtype, narrow_to_box(state.tensor_maps[name], offset, shape))
-                saved[name].append(SavedChunk(offset, shape, place))
+                location = writer.add_tensor(name, entry.dtype, narrow_to_box(state.tensor_maps[name], offset, shape))
+                saved[name].append(SavedChunk(offset, shape, location))
     values = {name: writers[0].add_value(pickled) for name, pickled in state.values.items()}
     metadata = encode_metadata(state.tensors, saved, values, state.paths)
     return tuple(writer.build_file() for writer in writers if writer.size), {
@@ -131,7 +132,7 @@ def _join_path(folder: str, name: str) -> str:
 
 @dataclass
 class _FileWriter:
-    """A rank's file as it grows, one archive behind the other."""
+    """A rank's file while archives are added to it, one after the other."""
 
     folder: str
     rank: int
@@ -144,23 +145,23 @@ class _FileWriter:
         return f"__{self.rank}_0.distcp"
 
     def add_tensor(self, name: str, dtype: str, tensor_map: TensorMap) -> StorageLocation:
-        """Add the archive of a tensor, and return its place."""
+        """Add the archive of a tensor, and return its location."""
         archive = build_tensor_archive(dtype, tensor_map.shape)
-        place = self._reserve(archive.length)
-        begin = place.offset + len(archive.head)
-        self.fixed |= {place.offset: archive.head, begin + archive.size: archive.tail}
+        location = self._reserve(archive.length)
+        begin = location.offset + len(archive.head)
+        self.fixed |= {location.offset: archive.head, begin + archive.size: archive.tail}
         self.tensors.append((Destination(name, archive.size, _join_path(self.folder, self.name), begin), tensor_map))
-        return place
+        return location
 
     def add_value(self, pickled: bytes) -> StorageLocation:
-        """Add the archive of a value, and return its place."""
+        """Add the archive of a value, and return its location."""
         archive = build_value_archive(pickled)
-        place = self._reserve(len(archive))
-        self.fixed[place.offset] = archive
-        return place
+        location = self._reserve(len(archive))
+        self.fixed[location.offset] = archive
+        return location
 
     def build_file(self) -> OutputFile:
-        """Return the file."""
+        """Return the finished file."""
         rest: Mapping[int, bytes] = {offset: text for offset, text in self.fixed.items() if offset}
         return OutputFile(_join_path(self.folder, self.name), self.fixed[0], self.tensors, self.size, rest)
 

@@ -95,13 +95,13 @@ def repeat(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
     "no weights": (remove_weights, IncompleteError, "no model.safetensors"),
-    "only pickles": (only_pickles, IncompleteError, "pytorch_model.bin is there, but no model"),
+    "only pickles": (only_pickles, IncompleteError, "has pytorch_model.bin, but no model"),
     "rank files": (become("rank-00000-of-00001.safetensors"), IncompleteError, "no migrator.json"),
     "distcp": (become("__0_0.distcp"), IncompleteError, "no .metadata"),
     "dcp safetensors": (
         become("shard-00001-model-00001-of-00001.safetensors"),
         IncompleteError,
-        "is there, but no model.safetensors",
+        ", but no model.safetensors",
     ),
     "a file is missing": (lambda folder: (folder / SECOND).unlink(), IncompleteError, SECOND),
     "a file is a folder": (
@@ -110,7 +110,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
         SECOND,
     ),
     "a tensor is missing": (break_index({"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND}), IncompleteError, "'d'"),
-    "a tensor is elsewhere": (break_index({"a": FIRST, "b": SECOND, "c": SECOND}), HeaderError, "'b' is said"),
+    "a tensor is elsewhere": (break_index({"a": FIRST, "b": SECOND, "c": SECOND}), HeaderError, "maps tensor 'b' to"),
     "a tensor is not named": (break_index({"a": FIRST, "c": SECOND}), HeaderError, "does not name tensor 'b'"),
     "a tensor is in two files": (repeat, HeaderError, "'a' is both in"),
     "a path up": (break_index({"a": "../" + FIRST}), HeaderError, "not a safetensors file of this folder"),

@@ -249,7 +249,7 @@ def test_what_the_config_and_the_tensors_say_must_agree(fp8: Path, tmp_path: Pat
     weight = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(fp8 / WEIGHTS)
     changed = {
-        f"{weight}' is stored as BF16 where the model that config.json describes has F8_E4M3": tensors
+        f"{weight}' is stored as BF16, but F8_E4M3 in the model that config.json describes": tensors
         | {weight: tensors[weight].to(torch.bfloat16)},
         "none of the stored tensors is quantized": {
             name: tensor.to(torch.bfloat16) for name, tensor in tensors.items() if not name.endswith("_scale_inv")

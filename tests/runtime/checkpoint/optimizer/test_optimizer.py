@@ -369,7 +369,7 @@ def test_nothing_in_a_hyperparameter_is_run_or_handed_on(folder: Path, tmp_path:
 def test_a_hyperparameter_that_is_saved_nowhere_is_named(folder: Path) -> None:
     name = f"{GROUPS}{Q}.eps"
     edit(folder, lambda metadata: metadata.storage_data.pop(MetadataIndex(name)))
-    with pytest.raises(HeaderError, match=rf"'{name}' is saved nowhere"):
+    with pytest.raises(HeaderError, match=rf"'{name}' is not saved"):
         plan_reshard(folder, target=DENSE[0])
 
 
