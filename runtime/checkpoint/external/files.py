@@ -1,4 +1,4 @@
-"""The files of foreign ranks: every rank there, none over, each read up to its headers."""
+"""Finding another stack's rank files by their names, and reading their headers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ RankParts = Mapping[int, Path]
 
 @dataclass(frozen=True)
 class ExternalFiles:
-    """What the files of all ranks hold.
+    """The files of all ranks.
 
     Args:
-        names: of the files.
-        tensors: by name, for each rank.
+        names: the names of the files.
+        tensors: the stored tensors by name, for each rank.
     """
 
     names: frozenset[str]
@@ -35,83 +35,83 @@ class ExternalFiles:
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """The names of tensors in any of the files."""
+        """The names of all tensors in the files."""
         return tuple(dict.fromkeys(name for tensors in self.tensors for name in tensors))
 
 
 def read_external_files(folder: Path, external: ExternalSettings) -> ExternalFiles:
-    """Find the files of every rank and read their headers, no tensor.
+    """Find the files of every rank and read their headers.
 
     Args:
-        folder: where they lie.
-        external: how they are named, and of how many ranks they are.
+        folder: the folder of the files.
+        external: the pattern of their names, and the number of ranks.
 
     Raises:
-        UsageError: no file has such a name, there are more ranks, or the folder has a manifest.
+        UsageError: no file matches the pattern, there are too many ranks, or the folder has a manifest.
         IncompleteError: a rank, a part or the end of a file is missing.
-        HeaderError: a header lies, or two parts hold one tensor.
+        HeaderError: a header is damaged, or two parts contain the same tensor.
         CheckpointError: the folder cannot be read, or a link leads out of it.
     """
     with convert_read_errors(folder):
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: not a folder", hint="name the folder that holds the rank files", folder=str(folder)
+                f"{folder}: not a folder", hint="name the folder with the rank files", folder=str(folder)
             )
         present = sorted(path.name for path in folder.iterdir())
     if MANIFEST in present:
         raise UsageError(
-            f"{folder}: has a {MANIFEST}, which says what `from_pattern` would",
+            f"{folder}: has a {MANIFEST}, which already describes its rank files",
             hint="leave `from_pattern` and the settings that belong to it out",
             folder=str(folder),
         )
-    found = _group_by_rank(folder, external, present)
-    _check_ranks(folder, external, found)
-    for rank, parts in found.items():
+    by_rank = _group_by_rank(folder, external, present)
+    _check_ranks(folder, external, by_rank)
+    for rank, parts in by_rank.items():
         _check_parts(folder, external, rank, parts)
-    names = frozenset(path.name for parts in found.values() for path in parts.values())
-    return ExternalFiles(names, tuple(_read_tensors(folder, found[rank]) for rank in range(external.mesh.world_size)))
+    names = frozenset(path.name for parts in by_rank.values() for path in parts.values())
+    return ExternalFiles(names, tuple(_read_tensors(folder, by_rank[rank]) for rank in range(external.mesh.world_size)))
 
 
 def _group_by_rank(folder: Path, external: ExternalSettings, file_names: Sequence[str]) -> Mapping[int, RankParts]:
-    """Return the files of each rank; where names tell the number of ranks, those of another one are no part of it."""
-    read = {name: said for name in file_names if (said := external.from_pattern.parse(name)) is not None}
+    """Return the files of each rank. Files whose names give another number of ranks are left out."""
+    matching = {name: parsed for name in file_names if (parsed := external.from_pattern.parse(name)) is not None}
     world = external.mesh.world_size
-    found: defaultdict[int, dict[int, Path]] = defaultdict(dict)
-    for name, said in read.items():
-        if said.world in (None, world):
-            found[said.rank][said.part or 0] = folder / name
-    if not found and read:
-        worlds = sorted({str(said.world) for said in read.values()})
+    by_rank: defaultdict[int, dict[int, Path]] = defaultdict(dict)
+    for name, parsed in matching.items():
+        if parsed.world in (None, world):
+            by_rank[parsed.rank][parsed.part or 0] = folder / name
+    if not by_rank and matching:
+        worlds = sorted({str(parsed.world) for parsed in matching.values()})
         raise UsageError(
             f"{folder}: has files of {' and '.join(worlds)} ranks, not of {world}",
             hint="correct `from_tp` and `from_ep`",
-            files=list(read),
+            files=list(matching),
         )
-    if not found:
-        held = [name for name in file_names if name.endswith(".safetensors")] or file_names
+    if not by_rank:
+        others = [name for name in file_names if name.endswith(".safetensors")] or file_names
         raise UsageError(
-            f"{folder}: no file is named like {shorten(str(external.from_pattern))}, "
-            f"it has {format_names(held) if held else 'nothing'}",
+            f"{folder}: no file matches {shorten(str(external.from_pattern))}, "
+            f"the folder has {format_names(others) if others else 'no files'}",
             hint="correct `from_pattern`",
-            files=held,
+            files=others,
         )
-    return found
+    return by_rank
 
 
 def _check_ranks(folder: Path, external: ExternalSettings, files_by_rank: Mapping[int, RankParts]) -> None:
     world = external.mesh.world_size
-    over = sorted(rank for rank in files_by_rank if rank >= world)
-    if over:
-        names = [path.name for rank in over for path in files_by_rank[rank].values()]
+    surplus = sorted(rank for rank in files_by_rank if rank >= world)
+    if surplus:
+        names = [path.name for rank in surplus for path in files_by_rank[rank].values()]
         raise UsageError(
-            f"{folder}: {format_names(names)} would be of rank {over[0]}, but {world} ranks are numbered 0 to {world - 1}",
+            f"{folder}: {format_names(names)} would belong to rank {surplus[0]}, but the ranks are 0 to {world - 1}",
             hint="correct `from_tp` and `from_ep`, or move files of another checkpoint away",
             files=names,
         )
     if len(files_by_rank) < world:
         absent = next(rank for rank in range(world) if rank not in files_by_rank)
         raise IncompleteError(
-            f"{folder}: {world - len(files_by_rank)} of {world} ranks have no file, rank {absent} is the first",
+            f"{folder}: {world - len(files_by_rank)} of {world} ranks have no file, the first is rank {absent}",
             hint="copy the missing files, or correct `from_tp` and `from_ep`",
             rank=absent,
         )
@@ -137,7 +137,7 @@ def _read_tensors(folder: Path, parts: RankParts) -> Mapping[str, StoredTensor]:
             if name in tensors:
                 raise HeaderError(
                     f"{path}: tensor {name!r} is also in {tensors[name].file.name}",
-                    hint="the files belong to several checkpoints; move those of another one away",
+                    hint="the files belong to several checkpoints; move those of the others away",
                     tensor=name,
                 )
             tensors[name] = tensor

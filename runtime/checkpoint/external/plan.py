@@ -1,4 +1,4 @@
-"""Where the ranks of a foreign stack hold a model's tensors: by the model's plan, or by what the user says instead."""
+"""Where another stack's ranks hold a model's tensors: by the model's plan and the user's entries."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["find_declared_keys", "resolve_external_plan"]
 
 
 def resolve_external_plan(model: PreTrainedModel, external: ExternalSettings) -> ResolvedPlan:
-    """Return where each tensor of a model lies on the ranks, under each of its names.
+    """Return the placement of each tensor of a model, under each of its names.
 
     Args:
-        model: on meta.
-        external: whose own entries win over those of the model's plan, a parameter's over its module's.
+        model: the model, on meta.
+        external: the settings. Their entries override those of the model's plan, a parameter's those of its module.
 
     Raises:
-        PlanError: the model has no plan and the user gave none, an entry names nothing or puts a tensor where it cannot
-            be, or names of one tensor are put in different places.
-        IndivisibleError: a quantized weight would be cut within a block that has one scale.
+        PlanError: there is no plan, an entry matches nothing or gives a tensor an impossible placement, or two names
+            of one tensor get different placements.
+        IndivisibleError: a quantized weight would be split within a block that shares one scale.
     """
     scales = find_scales(model)
     keys = find_declared_keys(model, external)
@@ -42,9 +42,9 @@ def resolve_external_plan(model: PreTrainedModel, external: ExternalSettings) ->
     entries = {**base.entries, **styles}
     rows = {row.name: row for row in place_tensors(model, Plan(base.mode, entries))}
     for name, key in keys.items():
-        said = external.plan[key]
-        if not isinstance(said, str):
-            rows[name] = _apply_placement(rows[name], said, key, scales.get(name))
+        declared = external.plan[key]
+        if not isinstance(declared, str):
+            rows[name] = _apply_placement(rows[name], declared, key, scales.get(name))
     _check_tied(rows)
     parameters = tuple(rows.values())
     check_scale_blocks(external.mesh, parameters, scales)
@@ -53,33 +53,34 @@ def resolve_external_plan(model: PreTrainedModel, external: ExternalSettings) ->
 
 
 def _read_model_plan(model: PreTrainedModel, external: ExternalSettings) -> Plan:
-    """Return the model's plan; a model without one may do where the user gives one, or nothing is cut."""
+    """Return the model's plan; a model needs none if the user gives one or there is a single rank."""
     needs_none = not model.tp_plan and (external.plan or external.mesh.world_size == 1)
     return Plan(external.effective_mode, {}) if needs_none else Plan.from_model(model, external.effective_mode)
 
 
 def find_declared_keys(model: PreTrainedModel, external: ExternalSettings) -> dict[str, str]:
-    """Return the user's key for each tensor that they speak of; scales go with their weights.
+    """Return the user's key for each tensor that one matches. Scales follow their weights.
 
     Args:
-        model: on meta.
-        external: with the user's entries.
+        model: the model, on meta.
+        external: the settings with the user's entries.
 
     Raises:
-        UnmatchedKeyError: an entry names nothing.
+        UnmatchedKeyError: an entry matches nothing.
     """
     scales = find_scales(model)
     names = list(model_tensors(model))
     owners = {name.rpartition(".")[0] for name in names}
     if unmatched := find_unmatched_keys(external.plan, [*names, *owners]):
         raise UnmatchedKeyError(
-            f"`plan`: {format_names(unmatched)} match no parameter of {type(model).__name__}, nor a module that holds one",
+            f"`plan`: {format_names(unmatched)} match no parameter of {type(model).__name__}, "
+            "nor a module that has one",
             hint="correct or remove the entries",
             keys=unmatched,
         )
-    decided = {name: scales[name].weight if name in scales else name for name in names}
-    found = {name: find_key(external.plan, decided[name], is_parameter=True) for name in names}
-    return {name: key for name, key in found.items() if key is not None}
+    weights = {name: scales[name].weight if name in scales else name for name in names}
+    keys = {name: find_key(external.plan, weights[name], is_parameter=True) for name in names}
+    return {name: key for name, key in keys.items() if key is not None}
 
 
 def _apply_placement(
@@ -87,13 +88,14 @@ def _apply_placement(
 ) -> ResolvedParameter:
     if not isinstance(declared, Replicate) and declared.dim >= len(row.shape):
         raise PlanError(
-            f"`plan`: {key!r} makes {row.name} {declared}, but it is {list(row.shape)}",
+            f"`plan`: {key!r} places {row.name} as {declared}, but it is {list(row.shape)}",
             hint="give each parameter of the module an entry of its own",
             key=key,
         )
     if isinstance(declared, UnevenPacked) and scale:
         raise PlanError(
-            f"`plan`: {key!r} cuts {row.name} in groups of several sizes, which is not read of quantized weights",
+            f"`plan`: {key!r} splits {row.name} into groups of different sizes, "
+            "which is not supported for quantized weights",
             hint="save the whole model in hub form instead",
             key=key,
         )
@@ -106,8 +108,8 @@ def _check_tied(rows: Mapping[str, ResolvedParameter]) -> None:
     for row in rows.values():
         if row.tied_to is not None and row.placements != rows[row.tied_to].placements:
             raise PlanError(
-                f"{row.name} and {row.tied_to} are one tensor, but are put at {row.placements[-1]} and at "
+                f"{row.name} and {row.tied_to} are one tensor, but are placed as {row.placements[-1]} and as "
                 f"{rows[row.tied_to].placements[-1]}",
-                hint="give both an entry with one placement in `plan`",
+                hint="give both the same placement in `plan`",
                 names=[row.name, row.tied_to],
             )

@@ -1,4 +1,4 @@
-"""A plan file: where a stack cut parameters otherwise than the model's plan, in JSON or TOML."""
+"""Reading a plan file: the parameters that another stack sharded differently from the model's plan, in JSON or TOML."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _HINT = (
 
 
 def read_plan_file(path: Path) -> dict[str, str | ExternalPlacement]:
-    """Read key → style, or key → placement as manifests have it.
+    """Read a plan file: the style of each key, or its placement as in manifests.
 
-    `replicate` stands for `{"replicate": true}`, and `{"packed": [dim, [size, …]]}` for groups of several sizes.
+    `replicate` stands for `{"replicate": true}`, and `{"packed": [dim, [size, …]]}` for groups of different sizes.
 
     Args:
-        path: ends in `.json` or `.toml`.
+        path: a file whose name ends in `.json` or `.toml`.
 
     Raises:
-        UsageError: it is neither, or says something else.
-        CheckpointError: it cannot be read, or is no regular file of a plan's size.
+        UsageError: the file has another name, or is not a plan.
+        CheckpointError: the file cannot be read, is not a regular file, or is too large for a plan.
     """
     parse = _PARSERS.get(path.suffix)
     if parse is None:
         raise UsageError(f"{path}: a plan is a .json or a .toml file", hint=_HINT, file=str(path))
     text = read_at_most(path, _MAX_BYTES)
     try:
-        table = parse(text, path)
+        entries = parse(text, path)
     except HeaderError as error:
         raise UsageError(error.message, hint=_HINT, file=str(path)) from error
-    return {key: _parse_entry(path, key, value) for key, value in table.items()}
+    return {key: _parse_entry(path, key, value) for key, value in entries.items()}
 
 
 def _parse_entry(path: Path, key: str, value: object) -> str | ExternalPlacement:
@@ -55,7 +55,7 @@ def _parse_entry(path: Path, key: str, value: object) -> str | ExternalPlacement
     try:
         return _parse_placement(value)
     except (HeaderError, RecursionError, ValueError) as error:
-        quotes = "; in TOML a key with dots needs quotes" if path.suffix == ".toml" else ""
+        quotes = "; in TOML, a key with dots needs quotes" if path.suffix == ".toml" else ""
         raise UsageError(
             f"{path}: {shorten(repr(key))}: {_shorten_value(value)} is not a placement",
             hint=_HINT + quotes,
@@ -65,10 +65,10 @@ def _parse_entry(path: Path, key: str, value: object) -> str | ExternalPlacement
 
 
 def _parse_placement(value: object) -> ExternalPlacement:
-    """Return what an entry says, no number in it larger than a tensor can have.
+    """Parse a placement, with no number larger than a tensor's size can be.
 
     Raises:
-        HeaderError, RecursionError, ValueError: it is no placement.
+        HeaderError, RecursionError, ValueError: the value is not a placement.
     """
     match value:
         case "replicate":
@@ -76,25 +76,25 @@ def _parse_placement(value: object) -> ExternalPlacement:
         case {"packed": [dim, [_, *_] as sizes], **rest} if not rest and len(sizes) <= _MAX_GROUPS:
             if all(map(is_size, [dim, *sizes])):
                 return UnevenPacked(dim, tuple(sizes))
-    found = placement_from_json(value)
-    match found:
+    placement = placement_from_json(value)
+    match placement:
         case Shard(dim) if not is_size(dim):
             raise ValueError(dim)
         case Packed(dim, groups) if not (is_size(dim) and is_size(groups)):
             raise ValueError(groups)
-    return found
+    return placement
 
 
 def _shorten_value(value: object) -> str:
-    """Return a value in so many characters as a line has, however deep or long it is."""
+    """Return a value as text that fits on a line, no matter how deep or long the value is."""
     try:
         return shorten(reprlib.repr(value))
-    except ValueError:  # Python spells no number of thousands of digits.
+    except ValueError:  # Python does not print integers of thousands of digits.
         return "a number of thousands of digits"
 
 
 def _parse_toml(text: bytes, path: Path) -> Mapping[str, object]:
-    # Python's parser takes the square of a dotted key's parts; keys of plans stand in quotes.
+    # Python's parser takes quadratic time in the parts of a dotted key; keys of plans are quoted instead.
     if any(line.count(b".") > _MAX_DOTS for line in text.split(b"\n")):
         raise HeaderError(f"{path}: a line with more than {_MAX_DOTS} dots, which no plan has", hint=_HINT)
     try:

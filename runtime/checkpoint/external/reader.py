@@ -1,8 +1,8 @@
-"""x"""
+"""Reading another stack's rank files, sharded by a declared plan that all stored shapes are checked against."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,49 +37,39 @@ from runtime.tensor_map.tensor_map import TensorMap, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["build_external_conversion", "find_tied_pairs", "read_external", "resolve_shapes"]
+__all__ = ["read_external"]
 
 
-def resolve_shapes(folder: Path, stored: Collection[str], model: PreTrainedModel) -> dict[str, Shape]:
-    """Return the whole shape of every stored tensor, which its name tells.
-
-    Args:
-        folder: of the files.
-        stored: names in the files of all ranks.
-        model: on meta.
+def _resolve_shapes(folder: Path, stored: Collection[str], model: PreTrainedModel) -> dict[str, Shape]:
+    """Return the whole shape of every stored tensor, by its name in the model or in the model's hub form.
 
     Raises:
-        ConversionError: a name is neither one of the model's tensors nor one of its hub form.
+        ConversionError: a name is neither of them.
     """
     known = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     if any(name not in known for name in stored):
         known = {**_compute_hub_shapes(folder, model), **known}
     if unknown := [name for name in stored if name not in known]:
-        held, tied = set(stored), find_tied_names(model)
-        expected = [name for name in known if name not in held and name not in tied]
+        present, tied = set(stored), find_tied_names(model)
+        expected = [name for name in known if name not in present and name not in tied]
         raise ConversionError(
             f"{folder}: {format_names(unknown)} name no tensor of {type(model).__name__}, nor of its hub form",
-            hint=f"rename them, and take apart what is fused; expected are {format_names(expected)}"
+            hint=f"rename them, and split fused tensors; expected are {format_names(expected)}"
             if expected
-            else "remove them from the files: nothing says how they were cut",
+            else "remove them from the files, because nothing tells how they were sharded",
             tensors=unknown,
             expected=expected,
         )
     return {name: known[name] for name in stored}
 
 
-def build_external_conversion(folder: Path, shapes: Mapping[str, Shape], model: PreTrainedModel) -> Conversion:
+def _build_conversion(folder: Path, shapes: Mapping[str, Shape], model: PreTrainedModel) -> Conversion:
     """Return how the whole stored tensors make the model's.
 
-    Args:
-        folder: of the files.
-        shapes: of the stored tensors.
-        model: on meta.
-
     Raises:
-        ConversionError: one name would mean two things, or tensors do not make the model's by known operations.
-        IncompleteError: a tensor of the model is stored nowhere.
-        MismatchError: stored shapes are not the model's.
+        ConversionError: a name is ambiguous, or known operations do not make the model's tensors.
+        IncompleteError: a tensor of the model is not stored.
+        MismatchError: the stored shapes are not the model's.
     """
     tied, of_model = find_tied_names(model), model_tensors(model)
     wanted = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
@@ -87,84 +77,85 @@ def build_external_conversion(folder: Path, shapes: Mapping[str, Shape], model: 
         conversion = convert(model, shapes, wanted, tied)
     except IncompleteError as error:
         raise IncompleteError(f"{folder}: {error.message}", hint=error.hint, **error.data) from error
-    both = [name for name in shapes if name in of_model and not _is_identity(name, conversion, tied)]
-    if both or conversion.passthrough:
+    converted = [name for name in shapes if name in of_model and not _is_identity(name, conversion, tied)]
+    if ambiguous := list(converted or conversion.passthrough):
         raise ConversionError(
-            f"{folder}: {format_names(both or conversion.passthrough)} may be stored as the model holds them or in hub form",
+            f"{folder}: {format_names(ambiguous)} may be stored as in the model or in hub form",
             hint="nothing in the files tells which; save the whole model in hub form instead",
-            tensors=list(both or conversion.passthrough),
+            tensors=ambiguous,
         )
     return conversion
 
 
-def find_tied_pairs(conversion: Conversion, tied: Mapping[str, str]) -> dict[str, str]:
-    """Return the stored name of each tied tensor that is stored besides its target, with the target's.
+def _find_tied_pairs(conversion: Conversion, tied: Mapping[str, str]) -> dict[str, str]:
+    """Return the stored name of each tied tensor whose target is stored too, with the target's stored name.
 
     Raises:
-        ConversionError: one is stored in several pieces, which nothing compares.
+        ConversionError: such a tensor is made of several stored ones, which cannot be compared.
     """
     pairs: dict[str, str] = {}
-    for name, form in conversion.duplicates.items():
-        sources = form.sources, conversion.tensor_maps[tied[name]].sources
-        if [len(one) for one in sources] != [1, 1]:
+    for name, tensor_map in conversion.duplicates.items():
+        sources = tensor_map.sources, conversion.tensor_maps[tied[name]].sources
+        if any(len(names) != 1 for names in sources):
             raise ConversionError(f"{name} is tied, but stored twice", hint="remove one from the files", name=name)
         pairs[sources[0][0]] = sources[1][0]
     return pairs
 
 
 def _is_identity(name: str, conversion: Conversion, tied: Mapping[str, str]) -> bool:
-    form = conversion.duplicates.get(name) or conversion.tensor_maps[tied.get(name, name)]
-    return form == whole(name, form.shape)
+    tensor_map = conversion.duplicates.get(name) or conversion.tensor_maps[tied.get(name, name)]
+    return tensor_map == whole(name, tensor_map.shape)
 
 
 def _compute_hub_shapes(folder: Path, model: PreTrainedModel) -> Mapping[str, Shape]:
     """Return the shapes of the tensors that `save_pretrained` would store."""
     tied = find_tied_names(model)
-    of_model: Iterable[tuple[str, TensorInfo]] = (
-        (name, TensorInfo("parameter", dtype_name(tensor.dtype), tuple(tensor.shape)))
+    of_model = {
+        name: TensorInfo("parameter", dtype_name(tensor.dtype), tuple(tensor.shape))
         for name, tensor in model_tensors(model).items()
         if name not in tied
-    )
-    content = Checkpoint(folder, "foreign", dict(of_model), tied, tensor_maps={}, chunks={}, side_files=SideFiles())
-    rows = build_default_form(content, model).tensors
+    }
+    checkpoint = Checkpoint(folder, "foreign", of_model, tied, tensor_maps={}, chunks={}, side_files=SideFiles())
+    rows = build_default_form(checkpoint, model).tensors
     return {name: tuple(row["shape"]) for name, row in rows.items() if isinstance(row["shape"], list)}
 
 
 def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettings) -> Checkpoint:
-    """Return what foreign rank files hold of a model; what the plan repeats is compared byte for byte.
+    """Read another stack's rank files up to their headers. Tensors that the plan replicates are compared byte for byte.
 
     Args:
-        folder: where they lie.
-        model: that the config describes, on meta.
-        external: how they are to be read.
+        folder: the folder of the files.
+        model: the model that the config describes, on meta.
+        external: how to read the files.
 
     Raises:
-        UsageError: the pattern or the sizes do not go with the folder, or tensors are quantized otherwise than the
-            model's.
-        PlanError: the plan does not go with the model, or tensors may be cut in two ways of one local shape.
-        CheckpointError: files are damaged, incomplete or name their tensors otherwise than the model.
-        MismatchError: a local shape is not what the plan leaves its rank, or copies differ.
+        UsageError: the pattern or the sizes do not fit the folder, or tensors are quantized where the model's are not,
+            or the other way round.
+        PlanError: the plan does not fit the model, or tensors may be sharded in two ways with the same local shape.
+        CheckpointError: files are damaged or incomplete, or their tensors have other names than the model's.
+        MismatchError: a local shape is not the one that the plan gives the rank, or copies differ.
     """
     if external.config is not None:
         external.config.check_unchanged()
-    cuts = resolve_shardings(model, external, resolve_external_plan(model, external))
+    tied = find_tied_names(model)
+    shardings = resolve_shardings(model, external, resolve_external_plan(model, external))
     files = read_external_files(folder, external)
-    shapes = resolve_shapes(folder, files.tensor_names, model)
-    conversion = build_external_conversion(folder, shapes, model)
-    pieces = _collect_chunks(folder, files, external, conversion, cuts, shapes)
-    check_groups(folder, model, cuts)
-    check_evidence(folder, model, cuts, {**conversion.tensor_maps, **conversion.duplicates})
-    held = _build_tensor_infos(pieces, conversion, model)
-    check_tied_chunks(pieces, find_tied_pairs(conversion, find_tied_names(model)))
-    kept = drop_duplicates(pieces)
-    of_stored = compose(reassemble_tensors(kept, shapes))
+    shapes = _resolve_shapes(folder, files.tensor_names, model)
+    conversion = _build_conversion(folder, shapes, model)
+    chunks = _collect_chunks(folder, files, external, conversion, shardings, shapes)
+    check_groups(folder, model, shardings)
+    check_evidence(folder, model, shardings, {**conversion.tensor_maps, **conversion.duplicates})
+    tensors = _build_tensor_infos(chunks, conversion, model)
+    check_tied_chunks(chunks, _find_tied_pairs(conversion, tied))
+    chunks = drop_duplicates(chunks)
+    over_chunks = compose(reassemble_tensors(chunks, shapes))
     return Checkpoint(
         folder=folder,
         layout="foreign",
-        tensors=held,
-        tied=find_tied_names(model),
-        tensor_maps={name: of_stored(form) for name, form in conversion.tensor_maps.items()},
-        chunks={piece.key: piece.stored for piece in kept},
+        tensors=tensors,
+        tied=tied,
+        tensor_maps={name: over_chunks(tensor_map) for name, tensor_map in conversion.tensor_maps.items()},
+        chunks={chunk.key: chunk.stored for chunk in chunks},
         side_files=find_side_files(folder, files.names if external.config is None else files.names | {CONFIG}),
         config_folder=external.config_folder(folder),
         extra_files={} if external.config is None else {CONFIG: external.config.text},
@@ -179,33 +170,35 @@ def _collect_chunks(
     shardings: Mapping[str, TensorSharding],
     shapes: Mapping[str, Shape],
 ) -> list[RankChunk]:
-    """Return what all ranks hold, every shape held against the plan; tensors without elements are left out."""
-    forms: Mapping[str, TensorMap] = {**conversion.tensor_maps, **conversion.duplicates}
-    pieces: list[RankChunk] = []
+    """Return the stored chunks of all ranks, their shapes checked against the plan; empty tensors are left out."""
+    tensor_maps: Mapping[str, TensorMap] = {**conversion.tensor_maps, **conversion.duplicates}
+    chunks: list[RankChunk] = []
     for rank, tensors in enumerate(files.tensors):
-        locals_ = compute_shards(rank, external.mesh, forms, shardings, shapes)
-        check_shapes(folder, rank, external.mesh, tensors, locals_, shapes, shardings)
-        pieces += [RankChunk(rank, name, local.tensor_map, tensors[name]) for name, local in locals_.items()]
-    return pieces
+        shards = compute_shards(rank, external.mesh, tensor_maps, shardings, shapes)
+        check_shapes(folder, rank, external.mesh, tensors, shards, shapes, shardings)
+        chunks += [RankChunk(rank, name, shard.tensor_map, tensors[name]) for name, shard in shards.items()]
+    return chunks
 
 
 def _build_tensor_infos(
     chunks: Sequence[RankChunk], conversion: Conversion, model: PreTrainedModel
 ) -> dict[str, TensorInfo]:
-    """Return the model's tensors in the dtypes that they are stored in, which must go with the model's."""
-    dtypes = find_dtypes(((piece.name, piece.stored) for piece in chunks), "on other ranks")
-    stored: Mapping[str, StoredTensor] = {piece.name: piece.stored for piece in chunks}
+    """Return the model's tensors with the dtypes that they are stored in, which must be compatible with the model's."""
+    dtypes = find_dtypes(((chunk.name, chunk.stored) for chunk in chunks), "on other ranks")
+    stored: Mapping[str, StoredTensor] = {chunk.name: chunk.stored for chunk in chunks}
     of_model = {name: tensor for name, tensor in model_tensors(model).items() if name in conversion.tensor_maps}
     if is_quantized(model):
         check_quantized(stored)
     check_dtypes(conversion.tensor_maps, {name: dtype_name(tensor.dtype) for name, tensor in of_model.items()}, stored)
-    held: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, tensor in of_model.items():
-        form = conversion.tensor_maps[name]
-        found = {dtypes[source] for source in form.sources} or {dtype_name(tensor.dtype)}
-        if len(found) > 1:
+        tensor_map = conversion.tensor_maps[name]
+        of_sources = {dtypes[source] for source in tensor_map.sources} or {dtype_name(tensor.dtype)}
+        if len(of_sources) > 1:
             raise ConversionError(
-                f"{name} would mix {' and '.join(sorted(found))}", hint="save the rank files in one dtype", name=name
+                f"{name} would mix {' and '.join(sorted(of_sources))}",
+                hint="save the rank files in one dtype",
+                name=name,
             )
-        held[name] = TensorInfo(tensor_kind(tensor), found.pop(), form.shape)
-    return held
+        tensors[name] = TensorInfo(tensor_kind(tensor), of_sources.pop(), tensor_map.shape)
+    return tensors

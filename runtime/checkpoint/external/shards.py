@@ -1,4 +1,4 @@
-"""What a rank must hold of each stored tensor, so that its local parameters are made of what it holds."""
+"""The part of each stored tensor that a rank's files must contain to make up its local parameters, and checks of it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class LocalShard:
     """A rank's part of a stored tensor.
 
     Args:
-        tensor_map: over the whole stored tensor.
-        sharding: of the parameter that the rank needs it for.
+        tensor_map: the part, over the whole stored tensor.
+        sharding: the sharding of the parameter that it is part of.
     """
 
     tensor_map: TensorMap
@@ -54,29 +54,35 @@ def compute_shards(
     shardings: Mapping[str, TensorSharding],
     shapes: Mapping[str, Shape],
 ) -> dict[str, LocalShard]:
-    """Return what a rank holds of the stored tensors; those of which it holds nothing are left out.
+    """Return a rank's part of each stored tensor; tensors that it has no part of are left out.
 
-    A tensor that is stored as the model has it is cut as the parameter is. Of one in hub form a rank holds the box that
-    its local parameter is made of: of an expert's own `gate_proj` the rows that it has in `gate_up_proj`.
+    A tensor that is stored as in the model is sharded like its parameter. Of a tensor in hub form, the rank has the box
+    that its local parameter is made of: of an expert's own `gate_proj`, its rows of the local `gate_up_proj`.
 
     Args:
-        rank: whose.
-        mesh: of the files.
-        tensor_maps: of the model's tensors over the whole stored ones.
-        shardings: how the ranks hold them.
-        shapes: of the whole stored tensors.
+        rank: the rank.
+        mesh: the mesh of the files.
+        tensor_maps: the model's tensors over the whole stored ones.
+        shardings: how the model's tensors are sharded.
+        shapes: the shapes of the whole stored tensors.
 
     Raises:
-        MismatchError: a packed parameter does not divide.
-        ConversionError: a rank would hold a part of a stored tensor that is no box.
+        MismatchError: the groups of a packed parameter do not divide evenly.
+        ConversionError: the rank's part of a stored tensor would not be a box.
     """
-    local = {name: _compute_local_map(form, shardings[name], mesh, rank) for name, form in tensor_maps.items()}
-    plain = {name: form.sources[0] for name, form in tensor_maps.items() if _is_identity(form, shapes)}
-    held = {source: LocalShard(local[name], shardings[name]) for name, source in plain.items() if local[name].boxes}
-    converted = {name: form for name, form in local.items() if name not in plain}
-    users = {source: shardings[name] for name, form in converted.items() for source in form.sources}
+    local = {
+        name: _compute_local_map(whole_map, shardings[name], mesh, rank) for name, whole_map in tensor_maps.items()
+    }
+    unconverted = {name: m.sources[0] for name, m in tensor_maps.items() if _is_identity(m, shapes)}
+    shards = {
+        source: LocalShard(local[name], shardings[name]) for name, source in unconverted.items() if local[name].boxes
+    }
+    converted = {name: local_map for name, local_map in local.items() if name not in unconverted}
+    users = {source: shardings[name] for name, local_map in converted.items() for source in local_map.sources}
     used = invert(converted, {source: shapes[source] for source in users})
-    return held | {source: LocalShard(_find_box(source, used[source], cut), cut) for source, cut in users.items()}
+    return shards | {
+        source: LocalShard(_find_box(source, used[source], sharding), sharding) for source, sharding in users.items()
+    }
 
 
 def _is_identity(tensor_map: TensorMap, shapes: Mapping[str, Shape]) -> bool:
@@ -90,19 +96,19 @@ def _compute_local_map(tensor_map: TensorMap, sharding: TensorSharding, mesh: Me
     except TensorMapError as error:
         raise MismatchError(
             f"{sharding.parameter.name}: {error}",
-            hint="correct `from_tp` and `from_ep`, or say in `plan` how it was sharded",
+            hint="correct `from_tp` and `from_ep`, or give its placement in `plan`",
             name=sharding.parameter.name,
         ) from error
 
 
 def _find_box(source: str, used: TensorMap, sharding: TensorSharding) -> TensorMap:
-    """Return the box of a stored tensor that holds all that is used of it, and nothing else."""
+    """Return the box of a stored tensor that contains exactly the elements that are used."""
     box = whole(source, used.shape)
     for dim in range(len(used.shape)):
-        start = min(extent.offset[dim] for extent in used.boxes)
-        stop = max(e.offset[dim] + (e.shape[dim] - 1) * e.steps[dim] + 1 for e in used.boxes)
+        start = min(part.offset[dim] for part in used.boxes)
+        stop = max(part.offset[dim] + (part.shape[dim] - 1) * part.steps[dim] + 1 for part in used.boxes)
         box = narrow(box, dim, start, stop - start)
-    if prod(box.shape) != sum(prod(extent.shape) for extent in used.boxes):
+    if prod(box.shape) != sum(prod(part.shape) for part in used.boxes):
         raise ConversionError(
             f"{sharding.parameter.name} at {sharding.placement} leaves a rank scattered parts of {source!r}",
             hint="save the rank files under the model's own names, which need no conversion",
@@ -112,7 +118,7 @@ def _find_box(source: str, used: TensorMap, sharding: TensorSharding) -> TensorM
     return box
 
 
-_SETTINGS_HINT = "check `from_tp`, `from_ep` and `from_mode`, and that config.json is of this model"
+_SETTINGS_HINT = "check `from_tp`, `from_ep` and `from_mode`, and that config.json belongs to this model"
 
 
 def check_shapes(
@@ -124,34 +130,34 @@ def check_shapes(
     shapes: Mapping[str, Shape],
     shardings: Mapping[str, TensorSharding],
 ) -> None:
-    """Refuse a rank's files that hold other shapes than the plan leaves them, and say which placements would fit.
+    """Refuse a rank's files with other shapes than the plan gives the rank, and name the placements that would fit.
 
     Args:
-        folder: of the files.
-        rank: whose files.
-        mesh: of the files.
-        tensors: that they hold.
-        shards: that they must hold.
-        shapes: of the whole stored tensors.
-        shardings: how the ranks hold the model's tensors.
+        folder: the folder of the files.
+        rank: the rank.
+        mesh: the mesh of the files.
+        tensors: the tensors in the rank's files.
+        shards: the parts that the files must contain.
+        shapes: the shapes of the whole stored tensors.
+        shardings: how the model's tensors are sharded.
 
     Raises:
-        IncompleteError: a tensor is not there.
-        MismatchError: one has another shape, or is there although the rank holds nothing of it.
+        IncompleteError: a tensor is missing.
+        MismatchError: a tensor has another shape, or is not empty although the rank has no part of it.
     """
     if missing := [name for name in shards if name not in tensors]:
         first = shards[missing[0]]
         raise IncompleteError(
-            f"{folder}: rank {rank} has no {format_names(missing)}, of which {first.sharding.describe(mesh)} leaves it "
+            f"{folder}: rank {rank} has no {format_names(missing)}, of which {first.sharding.describe(mesh)} gives it "
             f"{list(first.tensor_map.shape)}",
             hint=_SETTINGS_HINT,
             rank=rank,
             missing=missing,
         )
     for name, tensor in tensors.items():
-        local = shards.get(name)
-        if tensor.size if local is None else tensor.shape != local.tensor_map.shape:
-            raise _shape_error(rank, mesh, name, tensor, shapes[name], local, shardings)
+        shard = shards.get(name)
+        if tensor.size if shard is None else tensor.shape != shard.tensor_map.shape:
+            raise _shape_error(rank, mesh, name, tensor, shapes[name], shard, shardings)
 
 
 def _shape_error(
@@ -163,15 +169,14 @@ def _shape_error(
     shard: LocalShard | None,
     shardings: Mapping[str, TensorSharding],
 ) -> MismatchError:
-    """Return the error of a shape that is not the plan's, with those placements that would give it."""
-    cut = shard.sharding if shard else shardings.get(name)
-    by = cut.describe(mesh) if cut else "the plan"
-    fitting = _find_fitting_placements(tensor.shape, whole, mesh, rank, cut) if cut else []
-    looks = f"; it looks like {' or '.join(map(str, fitting))}" if fitting else ""
-    leaves = list(shard.tensor_map.shape) if shard else "nothing"
+    """Return the error for a shape that the plan does not give, with the placements that would give it."""
+    sharding = shard.sharding if shard else shardings.get(name)
+    fitting = _find_fitting_placements(tensor.shape, whole, mesh, rank, sharding) if sharding else []
+    by = sharding.describe(mesh) if sharding else "the plan"
+    expected = list(shard.tensor_map.shape) if shard else "nothing"
+    guess = f"; it looks like {' or '.join(map(str, fitting))}" if fitting else ""
     return MismatchError(
-        f"{tensor.file}: {name!r} is {list(tensor.shape)}, where {by} leaves rank {rank} {leaves} of {list(whole)}"
-        f"{looks}",
+        f"{tensor.file}: {name!r} is {list(tensor.shape)}, but {by} gives rank {rank} {expected} of {list(whole)}{guess}",
         hint=_format_hint(name, fitting[0]) if len(fitting) == 1 and name in shardings else _SETTINGS_HINT,
         name=name,
         file=str(tensor.file),
@@ -182,31 +187,33 @@ def _shape_error(
 def _find_fitting_placements(
     shape: Shape, whole: Shape, mesh: Mesh, rank: int, sharding: TensorSharding
 ) -> list[Placement]:
-    """Return the placements that would leave the rank this shape."""
+    """Return the placements that would give the rank this shape."""
     if shape == whole:
         return [Replicate()]
     size, index = mesh.sizes(sharding.parameter.mesh)[1], mesh.coordinates(sharding.parameter.mesh, rank)[1]
-    locals_ = [(*whole[:d], chunk_bounds(whole[d], size, index)[1], *whole[d + 1 :]) for d in range(len(whole))]
-    return [Shard(dim) for dim, local in enumerate(locals_) if local == shape]
+    local_shapes = [(*whole[:d], chunk_bounds(whole[d], size, index)[1], *whole[d + 1 :]) for d in range(len(whole))]
+    return [Shard(dim) for dim, local_shape in enumerate(local_shapes) if local_shape == shape]
 
 
 def _format_hint(name: str, placement: Placement) -> str:
-    said = json.dumps({to_wildcard(name): placement_to_json(placement)})
-    each = ""
+    entry = json.dumps({to_wildcard(name): placement_to_json(placement)})
+    packed = ""
     if isinstance(placement, Shard) and is_fused(name):
-        each = f'; if each matrix in it was cut, {{"packed": [{placement.dim}, [SIZE, …]]}} with their sizes'
-    return f"if it is so, give `plan` a JSON file that says {said}{each}"
+        packed = (
+            f'; if each matrix in it was sharded by itself, {{"packed": [{placement.dim}, [SIZE, …]]}} with their sizes'
+        )
+    return f"if it is, give `plan` a JSON file that says {entry}{packed}"
 
 
 @dataclass(frozen=True, slots=True)
 class RankChunk:
-    """What one rank's files hold of a stored tensor.
+    """A rank's part of a stored tensor, and where its files store it.
 
     Args:
-        rank: whose.
-        name: of the stored tensor.
-        tensor_map: of the piece over the whole tensor.
-        stored: where its bytes are.
+        rank: the rank.
+        name: the name of the stored tensor.
+        tensor_map: the part, over the whole tensor.
+        stored: the stored bytes.
     """
 
     rank: int
@@ -216,59 +223,59 @@ class RankChunk:
 
     @property
     def key(self) -> str:
-        """The name of the piece, unique in the checkpoint."""
+        """The chunk's name, unique in the checkpoint."""
         return f"{self.rank}/{self.name}"
 
 
 def drop_duplicates(chunks: Iterable[RankChunk]) -> list[RankChunk]:
-    """Return one of the pieces that hold the same part of a tensor; all others are read and must have its bytes.
+    """Keep one chunk of each part of a tensor. All others are read, and must have the same bytes.
 
     Raises:
-        MismatchError: they do not.
+        MismatchError: two chunks of the same part differ.
     """
     first: dict[TensorMap, RankChunk] = {}
-    for piece in chunks:
-        kept = first.setdefault(piece.tensor_map, piece)
-        if kept is not piece and not has_same_bytes(kept.stored, piece.stored):
+    for chunk in chunks:
+        kept = first.setdefault(chunk.tensor_map, chunk)
+        if kept is not chunk and not has_same_bytes(kept.stored, chunk.stored):
             raise MismatchError(
-                f"{piece.name!r} should be the same in {kept.stored.file} and in {piece.stored.file}, but is not",
-                hint="if the plan is wrong, say in `plan` how it was sharded; or the files belong to several checkpoints",
-                name=piece.name,
-                files=[str(kept.stored.file), str(piece.stored.file)],
+                f"{chunk.name!r} should be the same in {kept.stored.file} and in {chunk.stored.file}, but is not",
+                hint="give its placement in `plan` if the plan is wrong; or the files belong to several checkpoints",
+                name=chunk.name,
+                files=[str(kept.stored.file), str(chunk.stored.file)],
             )
     return list(first.values())
 
 
 def check_tied_chunks(chunks: Sequence[RankChunk], tied_pairs: Mapping[str, str]) -> None:
-    """Refuse names of one tensor that hold different bytes.
+    """Refuse tied names that are stored with different bytes.
 
     Args:
-        chunks: of all ranks.
-        tied_pairs: each tied name with the name of its target, both stored.
+        chunks: the chunks of all ranks.
+        tied_pairs: each tied name with the name of its target, if both are stored.
 
     Raises:
-        ConversionError: on some rank they do.
+        ConversionError: a tied name differs from its target on some rank.
     """
-    held = {(piece.rank, piece.name): piece.stored for piece in chunks}
-    for piece in chunks:
-        target = tied_pairs.get(piece.name)
-        if target is not None and not has_same_bytes(piece.stored, held[piece.rank, target]):
+    stored = {(chunk.rank, chunk.name): chunk.stored for chunk in chunks}
+    for chunk in chunks:
+        target = tied_pairs.get(chunk.name)
+        if target is not None and not has_same_bytes(chunk.stored, stored[chunk.rank, target]):
             raise ConversionError(
-                f"{piece.name} is tied to {target} but stored with other values in {piece.stored.file}",
+                f"{chunk.name} is tied to {target} but stored with other values in {chunk.stored.file}",
                 hint="set tie_word_embeddings to false in config.json, or remove one of the two from the files",
-                name=piece.name,
+                name=chunk.name,
                 tied_to=target,
             )
 
 
 def reassemble_tensors(chunks: Iterable[RankChunk], shapes: Mapping[str, Shape]) -> dict[str, TensorMap]:
-    """Return the forms of the whole stored tensors over the keys of the pieces.
+    """Return the maps of the whole stored tensors over the chunks, by the chunks' keys.
 
     Args:
-        chunks: which hold every part of every tensor once.
-        shapes: of the stored tensors.
+        chunks: one chunk for each part of each tensor.
+        shapes: the shapes of the stored tensors.
     """
     by_name: defaultdict[str, list[tuple[str, TensorMap]]] = defaultdict(list)
-    for piece in chunks:
-        by_name[piece.name].append((piece.key, piece.tensor_map))
+    for chunk in chunks:
+        by_name[chunk.name].append((chunk.key, chunk.tensor_map))
     return {name: reassemble(shape, by_name[name]) for name, shape in shapes.items()}

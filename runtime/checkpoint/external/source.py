@@ -1,4 +1,4 @@
-"""Settings for another stack's rank files, which do not describe themselves: file names, ranks, and how they were sharded."""
+"""Settings for another stack's rank files, which do not describe themselves: names, ranks and placements."""
 
 from __future__ import annotations
 
@@ -70,13 +70,9 @@ class FilePattern:
 
     def __post_init__(self) -> None:
         if "/" in self.text or "\\" in self.text:
-            raise self._error(
-                "contains a path", "name the folder as the source, and only the files in it by the pattern"
-            )
+            raise self._error("contains a path", "name the folder as the source, and its files by the pattern")
         if not self.text.endswith(".safetensors"):
-            raise self._error(
-                "does not end in .safetensors", "other formats are not supported; save the files as safetensors"
-            )
+            raise self._error("does not end in .safetensors", "save files of other formats as safetensors")
         fields = [segment.field for segment in self._segments if segment.field is not None]
         if "rank" not in fields:
             raise self._error("has no {rank}", _HINT)

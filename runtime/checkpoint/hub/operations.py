@@ -244,7 +244,7 @@ def _fuse_text_and_vision(operation: ConversionOps, collected: PatternMaps, cont
 
 
 def _split_text_and_vision(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Split each fused tensor into the parts of its lists, and number the experts of a list across all fused tensors."""
+    """Split each fused tensor into the parts of its lists, and number a list's experts across all fused tensors."""
     result: PatternMaps = {}
     parts = [chunk(_get_maps(s, collected)[0], len(context.targets), operation.concat_dim) for s in context.sources]
     for index, target in enumerate(context.targets):

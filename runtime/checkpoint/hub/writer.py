@@ -145,7 +145,7 @@ def _make_meta_tensor(name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _make_bytes_tensor(info: TensorInfo) -> torch.Tensor:
-    """Return a tensor of as many bytes as a carried one, which may have a dtype or shape that torch does not support."""
+    """Return a tensor of as many bytes as a carried one, whose dtype or shape torch may not support."""
     return torch.empty(tensor_bytes(info.dtype, info.shape), dtype=torch.uint8, device="meta")
 
 

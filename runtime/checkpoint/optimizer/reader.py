@@ -81,7 +81,7 @@ def _check_none_missing(missing: Sequence[str], folder: Path) -> None:
     if missing:
         raise IncompleteError(
             f"{folder}: the optimizer's state is incomplete, {format_names(missing)} missing",
-            hint="the files are damaged or belong to several checkpoints; save the optimizer again into an empty folder",
+            hint="the files are damaged or of several checkpoints; save the optimizer again into an empty folder",
             missing=list(missing),
         )
 
@@ -130,7 +130,7 @@ def _read_plain_value(archive: BoundedFile, name: str) -> bytes:
 
 
 def _is_plain(value: object) -> bool:
-    """Return whether a value contains plain data only; each container is visited once, as lists may contain themselves."""
+    """Return whether a value contains plain data only. Lists may contain themselves, so each is visited once."""
     waiting, seen = [value], set[int]()
     while waiting:
         value = waiting.pop()

@@ -75,7 +75,7 @@ class CheckpointDifference:
 
 
 def compare_tensors(reference: Checkpoint, candidate: Checkpoint) -> Iterator[CheckpointDifference]:
-    """Yield the differences between two checkpoints that show before any byte is read: names, kinds, dtypes, shapes, ties.
+    """Yield the differences between two checkpoints' headers: names, kinds, dtypes, shapes and ties.
 
     An optimizer's state that only one of them has is one difference.
 
@@ -205,7 +205,7 @@ class Verification:
 
     @property
     def against(self) -> Literal["checkpoint", "manifest", "headers"]:
-        """What the source was verified against: another checkpoint, its manifest's digests, or else only its headers."""
+        """What the source was verified against: another checkpoint, its manifest's digests, or only its headers."""
         if self.other is not None:
             return "checkpoint"
         return "manifest" if self.source.manifest_digests else "headers"

@@ -50,7 +50,7 @@ def verify(
         source: the folder of a checkpoint of any layout.
         other: the folder of another checkpoint of the same model, of any layout and mesh, that the source should equal.
         max_memory: the bytes that reading may allocate.
-        progress: called with the bytes done, the bytes in all and the current tensor, for one checkpoint after the other.
+        progress: called with the bytes done, the bytes in all and the current tensor, for each checkpoint in turn.
         external: how to read the source if it consists of another stack's rank files.
 
     Raises:

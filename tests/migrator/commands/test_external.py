@@ -239,13 +239,13 @@ def pipe_for_config(folder: Path) -> None:
 
 
 DAMAGES = {
-    absent_rank: "1 of 2 ranks have no file, rank 1 is the first",
-    rank_over: "'model2-mp2.safetensors' would be of rank 2, but 2 ranks are numbered 0 to 1",
+    absent_rank: "1 of 2 ranks have no file, the first is rank 1",
+    rank_over: "'model2-mp2.safetensors' would belong to rank 2, but the ranks are 0 to 1",
     manifest: "has a migrator.json",
     no_config: "no config.json",
     other_names: "'model.layers.1.self_attn.qkv_proj.weight' name no tensor of LlamaForCausalLM",
     extra: "'model.rotary.table' name no tensor of LlamaForCausalLM",
-    absent_tensor: f"foreign: rank 1 has no {NORM!r}, of which Replicate over tp=2 leaves it [32]",
+    absent_tensor: f"foreign: rank 1 has no {NORM!r}, of which Replicate over tp=2 gives it [32]",
     flipped_copy: f"{NORM!r} should be the same in ",
     one_dtype_more: f"{O_PROJ!r} is BF16, on other ranks F32",
     truncated: "truncated",
@@ -278,11 +278,11 @@ def test_names_that_are_expected_are_said(llama: Path, migrator: Run, tmp_path: 
 
 WRONG = {
     "no rank": (("--from-pattern", "model.safetensors", "--from-tp", 2), "has no {rank}"),
-    "a path": (("--from-pattern", "../model{rank}.safetensors", "--from-tp", 2), "has a path in it"),
+    "a path": (("--from-pattern", "../model{rank}.safetensors", "--from-tp", 2), "contains a path"),
     "another format": (("--from-pattern", "model{rank}.pt", "--from-tp", 2), "does not end in .safetensors"),
     "unlike all": (
         ("--from-pattern", "rank{rank}.safetensors", "--from-tp", 2),
-        "it has 'model0-mp2.safetensors', 'model1-mp2.safetensors'",
+        "the folder has 'model0-mp2.safetensors', 'model1-mp2.safetensors'",
     ),
     "more ranks": (("--from-pattern", DEEPSEEK, "--from-tp", 4), "has files of 2 ranks, not of 4"),
     "no size": (("--from-pattern", DEEPSEEK), "--from-pattern needs --from-tp"),
@@ -299,7 +299,7 @@ WRONG = {
     "a long pattern": (("--from-pattern", "a" * 9999, "--from-tp", 2), "--from-pattern 'aaaa"),
     "a long pattern that fits nothing": (
         ("--from-pattern", "{rank}" + "a" * 9999 + ".safetensors", "--from-tp", 2),
-        "no file is named like {rank}aaaa",
+        "no file matches {rank}aaaa",
     ),
     "another file for a config": ((*TWO, "--config", "my.json"), "--config my.json: not a config.json"),
 }
@@ -365,11 +365,11 @@ def test_a_repository_is_not_read_by_a_pattern(migrator: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("cut", "says", "hint"),
     [
-        (whole, "is [32, 32], where Shard(1) over tp=2 leaves rank 0 [32, 16] of [32, 32]; it looks like Replicate",
+        (whole, "is [32, 32], but Shard(1) over tp=2 gives rank 0 [32, 16] of [32, 32]; it looks like Replicate",
          '{"model.layers.*.self_attn.o_proj.weight": {"replicate": true}}'),
-        (shard(0), "is [16, 32], where Shard(1) over tp=2 leaves rank 0 [32, 16] of [32, 32]; it looks like Shard(0)",
+        (shard(0), "is [16, 32], but Shard(1) over tp=2 gives rank 0 [32, 16] of [32, 32]; it looks like Shard(0)",
          '{"model.layers.*.self_attn.o_proj.weight": {"shard": 0}}'),
-        (lambda tensor, world, rank: tensor[:5, :5], "is [5, 5], where Shard(1) over tp=2 leaves rank 0", "--from-tp"),
+        (lambda tensor, world, rank: tensor[:5, :5], "is [5, 5], but Shard(1) over tp=2 gives rank 0", "--from-tp"),
     ],
 )  # fmt: skip
 def test_a_shape_that_the_plan_does_not_leave_is_refused_with_what_fits(

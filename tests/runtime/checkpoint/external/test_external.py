@@ -69,16 +69,16 @@ def test_a_pattern_reads_the_names_that_it_would_make(pattern: str, name: str, s
     [
         ("", "does not end in .safetensors"),
         ("model.safetensors", "has no {rank}"),
-        ("{rank}/model.safetensors", "has a path in it"),
-        ("..\\{rank}.safetensors", "has a path in it"),
-        ("{rank}-{rank}.safetensors", "names a number twice"),
+        ("{rank}/model.safetensors", "contains a path"),
+        ("..\\{rank}.safetensors", "contains a path"),
+        ("{rank}-{rank}.safetensors", "names a field twice"),
         ("{rank}{world}.safetensors", "has nothing between {rank} and {world} to tell them apart"),
         ("{rank}0{part}.safetensors", "has nothing between {rank} and {part} to tell them apart"),
         ("{rank:>5}.safetensors", "has a field 'rank'"),
         ("{rank!r}.safetensors", "has a field 'rank'"),
         ("{rank.real}.safetensors", "has a field 'rank.real'"),
         ("{0}-{rank}.safetensors", "has a field '0'"),
-        ("{rank.safetensors", "is no pattern"),
+        ("{rank.safetensors", "is not a pattern"),
     ],
 )
 def test_a_pattern_that_could_mean_two_things_or_none_is_refused(pattern: str, what: str) -> None:
@@ -176,10 +176,10 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
     ("plan", "error", "what"),
     [
         ({"model.layers.*.self_attn.qkv_proj": "colwise"}, UnmatchedKeyError, "qkv_proj"),
-        ({"model.layers.*.mlp": Shard(0)}, UnmatchedKeyError, "nor a module that holds one"),
-        ({"model.norm": Shard(1)}, PlanError, "makes model.norm.weight Shard(1), but it is [32]"),
+        ({"model.layers.*.mlp": Shard(0)}, UnmatchedKeyError, "nor a module that has one"),
+        ({"model.norm": Shard(1)}, PlanError, "places model.norm.weight as Shard(1), but it is [32]"),
         ({"model.norm": "sideways"}, PlanError, "sideways"),
-        ({"model.embed_tokens": Replicate()}, PlanError, "are one tensor, but are put at Shard(0) and at Replicate"),
+        ({"model.embed_tokens": Replicate()}, PlanError, "are one tensor, but are placed as Shard(0) and as Replicate"),
     ],
 )
 def test_entries_that_cannot_be_are_refused(plan: dict[str, Any], error: type, what: str, checkpoint: Saved) -> None:
@@ -247,7 +247,7 @@ def test_a_cut_of_experts_that_leaves_scattered_rows_of_hub_tensors_is_refused(
             {r"0\.mlp\.experts\.gate_up_proj": packed(1)},
             {GATE_UP: Shard(0)},
             MismatchError,
-            "leaves rank 0 [4, 32, 32]",
+            "gives rank 0 [4, 32, 32]",
         ),
         ({r"model\.norm\.weight": lambda tensor, world, rank: None}, {}, IncompleteError, "model.norm.weight"),
     ],
