@@ -176,7 +176,8 @@ def _shape_error(
     expected = list(shard.tensor_map.shape) if shard else "nothing"
     guess = f"; it looks like {' or '.join(map(str, fitting))}" if fitting else ""
     return MismatchError(
-        f"{tensor.file}: {name!r} is {list(tensor.shape)}, but {by} gives rank {rank} {expected} of {list(whole)}{guess}",
+        f"{tensor.file}: {name!r} is {list(tensor.shape)}, but {by} gives rank {rank} {expected} of {list(whole)}"
+        f"{guess}",
         hint=_format_hint(name, fitting[0]) if len(fitting) == 1 and name in shardings else _SETTINGS_HINT,
         name=name,
         file=str(tensor.file),
