@@ -66,7 +66,9 @@ def rewrite(settings: Rewrite, *, changed_only: bool = False, base_ref: str | No
             for request in requests
         ]
     )
-    problems = verify_outcome(outcome, [path for one in requests for path in one.paths]) if settings.verify else ()
+    problems = (
+        verify_outcome(outcome, [path for request in requests for path in request.paths]) if settings.verify else ()
+    )
     outcome = replace(outcome, errors=(*outcome.errors, *problems))
     if problems or not settings.in_place:
         return build_pending_report(outcome)

@@ -24,7 +24,7 @@ def command(
     target: str | None,
     changed_only: bool,
     base_ref: str | None,
-    form: str,
+    output_format: str,
     quiet: bool,
 ) -> int:
     """Report pending rewrites and plan defects; write nothing.
@@ -33,8 +33,8 @@ def command(
     for notes, and 2 if a file could not be checked.
     """
     report = check(Check(paths, source, target), changed_only=changed_only, base_ref=base_ref)
-    if form != "human":
-        emit_machine_format(report, form)
+    if output_format != "human":
+        emit_machine_format(report, output_format)
     elif not quiet:
         from migrator.formats.human import check_lines
 

@@ -25,7 +25,7 @@ __all__ = ["command"]
 @click.option("--allow", multiple=True, metavar="MODEL", help="Accept all changes to this model; repeatable.")
 @format_option("human", "json", "github")
 @gc_paused()
-def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> int:
+def command(base: str, head: str | None, allow: tuple[str, ...], output_format: str) -> int:
     """Show what plan edits between two revisions change on the mesh.
 
     Compares the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them. Each
@@ -49,9 +49,9 @@ def command(base: str, head: str | None, allow: tuple[str, ...], form: str) -> i
     after = repository.read_revision(head) if head is not None else repository.read_working_tree()
     _check_allowed(allow, before, after)
     report = DiffReport(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
-    if form == "json":
+    if output_format == "json":
         console.emit_json(diff_as_json(report))
-    elif form == "github":
+    elif output_format == "github":
         for line in diff_github_lines(report):
             console.emit(line)
     else:

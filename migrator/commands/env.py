@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "transformers", "libcst", "safetensors", "huggingface_hub"
 
 @click.command("env")
 @format_option("human", "json")
-def command(form: str) -> None:
+def command(output_format: str) -> None:
     """Show versions and platform, for bug reports."""
     versions = {
         "migrator": __version__,
@@ -26,7 +26,7 @@ def command(form: str) -> None:
         "platform": platform.platform(),
         **{package: _find_version(package) for package in _PACKAGES},
     }
-    if form == "json":
+    if output_format == "json":
         console.emit_json(versions)
         return
     for name, text in versions.items():

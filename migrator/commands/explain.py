@@ -18,13 +18,13 @@ __all__ = ["command"]
 @click.command("explain")
 @click.argument("code", required=False)
 @format_option("human", "json")
-def command(code: str | None, form: str) -> None:
+def command(code: str | None, output_format: str) -> None:
     """Explain the rule CODE, or list all rules.
 
     An explanation says what the rule does and why, and shows an example before and after.
     """
     rules = [_find_rule(code)] if code else list(load_rules().values())
-    if form == "json":
+    if output_format == "json":
         values = [asdict(rule) for rule in rules]
         console.emit_json(values[0] if code else values)
     elif code:

@@ -34,7 +34,7 @@ def command(
     fsdp: int,
     mode: Mode | None,
     external: ExternalOptions,
-    form: str,
+    output_format: str,
     report: Path | None,
 ) -> int:
     """Show what a checkpoint contains, and what is wrong with it.
@@ -54,7 +54,7 @@ def command(
     mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
     has_target = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
     inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)
-    if form == "json":
+    if output_format == "json":
         console.emit_json(inspection.to_json())
     else:
         show_inspection(inspection)
@@ -146,7 +146,7 @@ def _summary_lines(inspection: Inspection) -> Iterator[str]:
 
 
 _NO_DIGESTS = "digests: none recorded"
-_CONFIG_CHANGED = "note config.json does not say what it said when this was laid out"
+_CONFIG_CHANGED = "note config.json differs from the one that this was laid out with"
 
 
 def _format_size_range(sizes: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ __all__ = ["command"]
 @click.argument("source")
 @mesh_options
 @format_option("human", "json")
-def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: str) -> None:
+def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, output_format: str) -> None:
     """Show how a model's plan places each parameter.
 
     SOURCE is a checkpoint folder, a config.json, a model type, or hf://owner/name[@revision], of which only the config
@@ -44,7 +44,7 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, form: s
     mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
     after = resolve(model, mesh, effective_mode)
     before = resolve(model, mesh, plan=get_released_plan(model)) if effective_mode == "tp" else after
-    if form == "json":
+    if output_format == "json":
         console.emit_json(after.to_json())
     else:
         _show_plan(source, before, after)

@@ -103,7 +103,7 @@ def command(
     dry_run: bool,
     events: Path | None,
     report: Path | None,
-    form: str,
+    output_format: str,
     quiet: bool,
 ) -> None:
     """Write a checkpoint in another layout or for another mesh.
@@ -126,7 +126,7 @@ def command(
     check_destination(settings.destination, overwrite=overwrite)
     external_settings = read_external_settings(settings, source)
     reports = not is_worker_process() or os.environ["RANK"] == "0"
-    output = _Output(timeout, report, form, quiet or not reports)
+    output = _Output(timeout, report, output_format, quiet or not reports)
     with record_events(events if reports else None) as log:
         plan = plan_reshard(settings, external_settings, quiet=output.quiet)
         log.emit(
@@ -154,20 +154,20 @@ class _Output:
     Args:
         timeout: how long ranks wait for each other, in seconds.
         report: the file to write a report to.
-        form: the format of the output.
+        output_format: `human` or `json`.
         quiet: print errors only.
     """
 
     timeout: float
     report: Path | None
-    form: str
+    output_format: str
     quiet: bool
 
 
 def _show_estimate(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> None:
     estimate = estimate_reshard(plan, settings)
     log.emit("estimated", **estimate.to_json())
-    if output.form == "json":
+    if output.output_format == "json":
         console.emit_json(estimate_as_json(plan, estimate))
     elif not output.quiet:
         print_estimate(plan, estimate)
@@ -182,12 +182,12 @@ def _reshard(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLo
         return
     data = result_as_json(plan, result)
     log.emit("finished", **data)
-    if output.form == "human" and not output.quiet:
+    if output.output_format == "human" and not output.quiet:
         print_summary(plan, result)
     _save_report(plan, result, output)
     if settings.push_to is not None:
         data["pushed"] = _push(settings.destination, settings.push_to, output, log)
-    if output.form == "json":
+    if output.output_format == "json":
         console.emit_json(data)
 
 
@@ -222,7 +222,7 @@ def _push(folder: Path, repository: str, output: _Output, log: EventLog) -> str:
 
     address = push(folder, repository, quiet=output.quiet)
     log.emit("pushed", address=address)
-    if output.form == "human" and not output.quiet:
+    if output.output_format == "human" and not output.quiet:
         console.emit_line(f"pushed to {address}")
     return address
 

@@ -35,7 +35,7 @@ def command(
     verify: bool,
     changed_only: bool,
     base_ref: str | None,
-    form: str,
+    output_format: str,
     quiet: bool,
 ) -> int:
     """Rewrite plan literals to the param-level form or another target.
@@ -44,11 +44,11 @@ def command(
     copy, and nothing else. Expert layouts that the param-level styles cannot describe are left alone, with a note that
     says why.
     """
-    _refuse_contradictions(check=check, diff=diff, form=form)
+    _refuse_contradictions(check=check, diff=diff, output_format=output_format)
     settings = Rewrite(paths, source, target, verify=verify, in_place=not (check or diff))
     report = rewrite(settings, changed_only=changed_only, base_ref=base_ref)
-    if form != "human":
-        emit_machine_format(report, form)
+    if output_format != "human":
+        emit_machine_format(report, output_format)
     else:
         _show_report(report, diff=diff, quiet=quiet)
     print_errors(report.errors)
@@ -70,14 +70,16 @@ def _show_report(report: SourceReport, *, diff: bool, quiet: bool) -> None:
         (console.say if diff else console.emit)(line)
 
 
-def _refuse_contradictions(*, check: bool, diff: bool, form: str) -> None:
-    if diff and form != "human":
+def _refuse_contradictions(*, check: bool, diff: bool, output_format: str) -> None:
+    if diff and output_format != "human":
         raise UsageError(
-            f"--diff prints a patch, which is not --format {form}", hint="leave one of them out", format=form
+            f"--diff prints a patch, which is not --format {output_format}",
+            hint="leave one of them out",
+            format=output_format,
         )
-    if form in ("github", "sarif") and not check:
+    if output_format in ("github", "sarif") and not check:
         raise UsageError(
-            f"--format {form} lists pending edits, but without --check they are made",
+            f"--format {output_format} lists pending edits, but without --check they are made",
             hint="add --check, or use `migrator check`",
-            format=form,
+            format=output_format,
         )

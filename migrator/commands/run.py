@@ -36,7 +36,9 @@ __all__ = ["command", "make_listener", "show_forecasts", "show_results"]
 )
 @format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print errors only.")
-def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float, form: str, quiet: bool) -> int:
+def command(
+    paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float, output_format: str, quiet: bool
+) -> int:
     """Run the migrations that job files declare.
 
     A job file, JOB.toml, declares steps: rewrite, check, reshard, verify, validate. FOLDER stands for all job files in
@@ -53,7 +55,7 @@ def command(paths: tuple[Path, ...], dry_run: bool, watch: bool, interval: float
     else:
         outcomes = results = _run_jobs(paths, watch, interval, make_listener(quiet=quiet))
     code = max((outcome.code for outcome in outcomes), default=0)
-    if form == "json":
+    if output_format == "json":
         console.emit_json({"code": code, "jobs": [outcome.to_json() for outcome in outcomes]})
     elif dry_run:
         show_forecasts(forecasts)
@@ -101,8 +103,8 @@ def make_listener(*, quiet: bool) -> Listener:
         elif quiet or event.name == "done":
             return
         elif event.name != "progress":
-            form = _NOT_RUN_FORMAT if event.data.get("outcome") == "not run" else _EVENT_FORMATS[event.name]
-            console.say(sanitize(f"{where} {form.format(**event.data)}", _MAX_LENGTH))
+            template = _NOT_RUN_FORMAT if event.data.get("outcome") == "not run" else _EVENT_FORMATS[event.name]
+            console.say(sanitize(f"{where} {template.format(**event.data)}", _MAX_LENGTH))
         elif time.monotonic() - last > _PROGRESS_INTERVAL:
             last = time.monotonic()
             done, total = (int(str(event.data[name])) for name in ("bytes_done", "bytes_total"))

@@ -69,7 +69,7 @@ def command(
     reference: str | None,
     tolerance: float,
     timeout: float,
-    form: str,
+    output_format: str,
     report: Path | None,
 ) -> int:
     """Prove a checkpoint by running its model on a real mesh.
@@ -92,7 +92,7 @@ def command(
     )
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":
-        _show_and_save(validation.request, validation.result, form, report)
+        _show_and_save(validation.request, validation.result, output_format, report)
     code = 0 if validation.result.ok else 1
     if is_worker:
         exit_now(code)
@@ -106,8 +106,10 @@ def _read_explicit_sizes(sizes: dict[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if context.get_parameter_source(axis) != default}
 
 
-def _show_and_save(request: ValidationRequest, result: ValidationResult, form: str, report: Path | None) -> None:
-    if form == "json":
+def _show_and_save(
+    request: ValidationRequest, result: ValidationResult, output_format: str, report: Path | None
+) -> None:
+    if output_format == "json":
         console.emit_json(result.to_json())
     else:
         show_result(request.folder, result)

@@ -26,7 +26,9 @@ __all__ = ["command"]
 @max_memory_option(Verify.max_memory, "Limit on the memory that reading allocates, in MiB.")
 @format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
-def command(source: str, other: str | None, external: ExternalOptions, max_memory: int, form: str, quiet: bool) -> int:
+def command(
+    source: str, other: str | None, external: ExternalOptions, max_memory: int, output_format: str, quiet: bool
+) -> int:
     """Verify a checkpoint against its digests or another checkpoint.
 
     Reads every copy of every tensor of SOURCE and compares it with SOURCE's own manifest, or with the checkpoint OTHER,
@@ -36,7 +38,7 @@ def command(source: str, other: str | None, external: ExternalOptions, max_memor
     require_runtime(show_downloads=not quiet)
     settings = Verify(source, other, max_memory, **vars(external))
     result = verify(settings, console.progress("verifying", quiet=quiet), quiet=quiet)
-    if form == "json":
+    if output_format == "json":
         console.emit_json(result.to_json())
     else:
         _show_verification(result, quiet)

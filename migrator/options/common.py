@@ -52,8 +52,10 @@ def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mo
 
 
 def format_option(*formats: str) -> Callable[[_Command], _Command]:
-    """Return an option `--format` that a command receives as `form`; the first format is the default."""
-    return click.option("--format", "form", type=click.Choice(formats), default=formats[0], help="Output format.")
+    """Return an option `--format` that a command receives as `output_format`; the first format is the default."""
+    return click.option(
+        "--format", "output_format", type=click.Choice(formats), default=formats[0], help="Output format."
+    )
 
 
 def max_memory_option(default: int, help_text: str) -> Callable[[_Command], _Command]:

@@ -20,21 +20,21 @@ __all__ = ["ExternalOptions", "check_external_options", "external_options", "rea
 
 
 def _describe(kind: type | tuple[str, ...], help_text: str, metavar: str | None = None) -> dict[str, object]:
-    """Return what is known of a setting: its type or its choices, and its help."""
+    """Return a setting's metadata: its type or its choices, and the help and metavar of its option."""
     return {"kind": kind, "help": help_text, "metavar": metavar}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalOptions:
-    """What a user says about another stack's rank files, which do not describe themselves; None for what is not said.
+    """A user's description of another stack's rank files, which do not describe themselves; None for unset fields.
 
     Each field is an option of the command line (`from_tp` is `--from-tp`) and a setting of job files, and
     `ExternalSettings` has an argument of the same name.
 
     Args:
         from_pattern: the files' names, such as `model{rank}-mp{world}.safetensors`.
-        from_tp: the tensor parallel ranks that the files belong to.
-        from_ep: the ranks that share one set of experts.
+        from_tp: the number of tensor parallel ranks.
+        from_ep: the number of ranks that share one set of experts.
         from_mode: which of the model's plans the files were sharded by.
         plan: a file with placements that differ from the model's plan.
         config: the files' config.json or its folder, if it is not in their folder.
@@ -107,7 +107,7 @@ def check_external_options(options: ExternalOptions, source: str) -> None:
         UsageError: the options contradict each other or are incomplete, or the source is on the hub.
     """
     if options.from_pattern is None:
-        _check_nothing_said(options)
+        _check_nothing_set(options)
         return
     from runtime.hub import parse_hub_name
 
@@ -132,7 +132,7 @@ def _build_settings(options: ExternalOptions, **contents: Any) -> ExternalSettin
     return ExternalSettings(pattern, from_tp=tp, from_ep=ep, from_mode=options.from_mode, **contents)
 
 
-def _check_nothing_said(options: ExternalOptions) -> None:
+def _check_nothing_set(options: ExternalOptions) -> None:
     for setting in fields(ExternalOptions):
         if getattr(options, setting.name) is not None:
             raise UsageError(

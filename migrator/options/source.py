@@ -137,13 +137,13 @@ def _has_python(folder: Path) -> bool:
     return bool(unreadable)
 
 
-def emit_machine_format(report: SourceReport, form: str) -> None:
+def emit_machine_format(report: SourceReport, output_format: str) -> None:
     """Print a report as json, github or sarif."""
-    if form == "json":
+    if output_format == "json":
         from migrator.formats.json import report_as_json
 
         console.emit_json(report_as_json(report))
-    elif form == "github":
+    elif output_format == "github":
         from migrator.formats.github import github_lines
 
         for line in github_lines(report):
