@@ -1,4 +1,4 @@
-"""Configs of checkpoints, changed by tests."""
+"""Changes to the config.json of a checkpoint."""
 
 from __future__ import annotations
 

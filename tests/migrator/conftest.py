@@ -1,4 +1,4 @@
-"""What tests of commands share."""
+"""Fixtures that tests of commands share."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def migrator(monkeypatch, capsys):
 
 @pytest.fixture
 def hub(tmp_path, hub_folder):
-    """A checkpoint of this test's own to damage."""
+    """A checkpoint that the test may damage."""
     return Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))

@@ -35,7 +35,7 @@ class ToyModel(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([ToyLayer(config) for _ in range(2)])
 """
-"""All that the plans of these trees name."""
+"""The modules that the plans of these trees name."""
 OWNER, COPY = "toy/configuration_toy.py", "heir/configuration_heir.py"
 
 

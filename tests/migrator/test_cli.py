@@ -25,7 +25,7 @@ def run(*arguments, code=CALL + "pass"):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["env"], ["reshard", "--help"], ["run", "--help"]])
-def test_what_needs_no_torch_imports_none(arguments):
+def test_help_and_env_import_nothing_heavy(arguments):
     heavy = ("torch", "libcst", "transformers", "numpy", "rich")
     done = run(*arguments, code=CALL + f"print(sorted(set({heavy}) & set(sys.modules)), file=sys.stderr)")
     assert (done.returncode, done.stderr) == (0, "[]\n")
@@ -36,7 +36,7 @@ def test_the_help_starts_at_once():
 
 
 def cpu_seconds(code, *arguments):
-    """Return the CPU time of a child, which other processes of the machine lengthen less than they do its wait."""
+    """Return the CPU time of a child process, which depends less on a busy machine than its elapsed time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

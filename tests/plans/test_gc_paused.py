@@ -1,4 +1,4 @@
-"""Work without the collector, which is as it was before when the work is done or has failed."""
+"""The collector is paused in the body and restored after it, even if the body fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from plans.gc_paused import gc_paused
 
 
-def test_the_collector_rests_and_comes_back() -> None:
+def test_the_collector_is_paused_and_restored() -> None:
     assert gc.isenabled()
     with gc_paused(), gc_paused():
         assert not gc.isenabled()

@@ -40,7 +40,7 @@ def test_notes_never_fail(tmp_path):
     assert done.stdout.decode().startswith("note toy/configuration_toy.py:3 MIG101")
 
 
-def test_a_defect_fails_where_rewrite_says_it_and_goes_on(tmp_path):
+def test_a_defect_fails_check_but_not_rewrite(tmp_path):
     write_tree(tmp_path, {OWNER: PACKED})
     assert migrator("check", ".", cwd=tmp_path).returncode == 1
     assert migrator("rewrite", ".", cwd=tmp_path).returncode == 0
@@ -78,7 +78,7 @@ def test_a_bare_ignore_is_an_error(tmp_path):
     assert b"error toy/configuration_toy.py:7 MIG902" in done.stdout
 
 
-def test_the_configuration_names_what_to_look_at(tmp_path):
+def test_the_configuration_selects_paths_and_rules(tmp_path):
     family(tmp_path / "src")
     family(tmp_path / "legacy")
     (tmp_path / "pyproject.toml").write_text("[tool.migrator]\npaths = ['src']\nexclude = ['heir/configuration_*']\n")
@@ -89,7 +89,7 @@ def test_the_configuration_names_what_to_look_at(tmp_path):
     assert migrator("rewrite", "--check", cwd=tmp_path).returncode == 0
 
 
-def test_the_dialect_is_found_out_or_given(tmp_path):
+def test_the_dialect_is_detected_or_given(tmp_path):
     style = MIGRATED.replace('"layers.*.mlp.experts": "moe_tp_experts"', '"layers.*.self_attn.q_proj": "local_colwise"')
     family(tmp_path, style)
     (tmp_path / "__init__.py").write_text('__version__ = "5.23.0"\n')
@@ -121,7 +121,7 @@ def test_the_target_is_configured_or_given(tmp_path):
     assert migrator("check", "--target", "klingon", cwd=tmp_path).returncode == 2
 
 
-def test_pending_is_what_the_target_wants(tmp_path):
+def test_the_target_decides_what_is_pending(tmp_path):
     family(tmp_path)
     flags = ("--source", "transformers-5.23")
     printed = migrator("check", "--target", "dtensor", *flags, cwd=tmp_path).stdout.decode().splitlines()
@@ -135,7 +135,7 @@ def test_pending_is_what_the_target_wants(tmp_path):
 
 @pytest.mark.parametrize("command", ["check", "rewrite"])
 @pytest.mark.parametrize("configured", [True, False])
-def test_an_overlay_is_no_source(tmp_path, command, configured):
+def test_an_overlay_is_not_a_source(tmp_path, command, configured):
     before = texts(family(tmp_path))
     if configured:
         (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nsource = 'param-level'\n")
@@ -154,14 +154,14 @@ def test_a_mistake_in_the_configuration_is_2(tmp_path, command):
     (tmp_path / "pyproject.toml").write_text("[tool.migrator]\nignroe = ['MIG001']\n")
     done = migrator(command, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
-    said = (
+    message = (
         "error: pyproject.toml: tool.migrator.ignroe is not a setting\nhint: did you mean ignore? settings are paths, "
     )
-    assert done.stderr.decode().startswith(said)
+    assert done.stderr.decode().startswith(message)
     assert texts(tmp_path) == before
 
 
-def test_changed_only_speaks_of_changed_models(tmp_path):
+def test_changed_only_reports_changed_models(tmp_path):
     family(tmp_path)
     git(tmp_path, "init", "-q", "-b", "main")
     commit_all(tmp_path)
@@ -182,7 +182,7 @@ def test_changed_only_speaks_of_changed_models(tmp_path):
         (["--base-ref", "main"], "--base-ref needs --changed-only"),
     ],
 )
-def test_changed_only_that_cannot_be_is_2(tmp_path, flags, message):
+def test_changed_only_that_cannot_work_is_2(tmp_path, flags, message):
     done = migrator("check", ".", *flags, cwd=family(tmp_path))
     assert done.returncode == 2
     assert message in done.stderr.decode()

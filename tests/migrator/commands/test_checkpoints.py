@@ -1,4 +1,4 @@
-"""Commands of checkpoints as a user runs them, wrong input first of all."""
+"""The checkpoint commands as a user runs them, mostly on wrong input."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def test_an_existing_destination_is_never_touched(migrator, hub):
     assert everything_below(out) == {"mine": b"mine"}
 
 
-def test_a_file_is_no_checkpoint(migrator, hub):
+def test_a_file_is_not_a_checkpoint(migrator, hub):
     code, _, errors = migrator("reshard", hub / "config.json", hub.parent / "out", "--layout", "ranks")
     assert code == 2
     assert "config.json" in errors[0]
 
 
-def test_reshard_tells_what_it_wrote(migrator, hub):
+def test_reshard_reports_what_it_wrote(migrator, hub):
     out = hub.parent / "out"
     code, output, errors = migrator("reshard", hub, out, "--tp", 2, "--layout", "ranks", "--format", "json")
     assert (code, errors) == (0, []), "no progress where standard error is no terminal"
@@ -140,7 +140,7 @@ def test_reshard_tells_what_it_wrote(migrator, hub):
     assert manifest["plan"]["model.layers.*.mlp.experts.gate_up_proj"] == "moe_tp_gate_up_colwise"
 
 
-def test_reshard_notes_what_a_person_should_know(migrator, hub):
+def test_reshard_prints_notes(migrator, hub):
     config_with(mlp_only_layers=[])(hub)
     config_with(num_hidden_layers=1)(hub)
     (hub / "training_args.bin").write_bytes(b"pickled")
@@ -191,7 +191,7 @@ def test_the_help_of_the_group_shows_commands_that_run(migrator):
 
 @pytest.fixture
 def unprivileged():
-    """Do without root's rights, for which nothing is unreadable."""
+    """Drop root's rights, to which every file is readable."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -201,7 +201,7 @@ def unprivileged():
 
 @pytest.mark.parametrize("command", ["plan", "reshard"])
 @pytest.mark.parametrize("closed", ["hub", "hub/config.json"])
-def test_what_may_not_be_read_is_one_clear_error(migrator, hub, request, command, closed):
+def test_an_unreadable_file_is_one_clear_error(migrator, hub, request, command, closed):
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401  while everything may be read
 
     (hub.parent / closed).chmod(0)
@@ -231,7 +231,7 @@ console.print_table("a plan", ["parameters", "shape", "style", "by"], [row], dro
     [(120, ["parameters", "shape", "style", "by"]), (80, ["parameters", "shape", "style"])]
     + [(columns, ["parameters", "style"]) for columns in (65, 40)],
 )
-def test_a_narrow_terminal_does_without_some_columns(columns, shown):
+def test_a_narrow_terminal_drops_columns(columns, shown):
     title, _, heading, _, *rows = on_a_terminal(columns, [sys.executable, "-c", DRAWN]).splitlines()
     assert title.strip() == "a plan"
     assert heading.split() == shown
@@ -240,7 +240,7 @@ def test_a_narrow_terminal_does_without_some_columns(columns, shown):
 
 
 def on_a_terminal(columns, command):
-    """Run a command with its output on a terminal, and return what it shows there."""
+    """Run a command with its output on a terminal, and return that output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}

@@ -96,7 +96,7 @@ def test_a_model_that_no_tree_has_cannot_be_allowed(moved, allowed):
     assert "--allow typo: neither HEAD nor the working tree has a model of this name" in done.stderr
 
 
-def test_two_revisions_from_a_folder_below(moved):
+def test_two_revisions_from_a_subfolder(moved):
     git(moved, "commit", "-qam", "moved")
     done = diff(moved / MODELS, "HEAD~1", "HEAD", "--format", "json")
     assert done.returncode == 1
@@ -127,7 +127,7 @@ class MadeConfig:
 """
 
 
-def test_unread_plans_and_other_conditions_in_words(root):
+def test_unread_plans_and_changed_conditions_are_described(root):
     made = root / MODELS / "made/configuration_made.py"
     made.parent.mkdir()
     made.write_text(MADE)
@@ -149,7 +149,7 @@ def test_unread_plans_and_other_conditions_in_words(root):
     assert condition["plan"] == "base_model_tp_plan in narrow if self.wide"
 
 
-def test_github_annotations_stand_at_the_entry(moved):
+def test_github_annotations_point_to_the_entry(moved):
     done = diff(moved, "HEAD", "--format", "github")
     assert done.returncode == 1
     line = next(n for n, text in enumerate((moved / MIXTRAL).read_text().splitlines(), 1) if '"rowwise"' in text)

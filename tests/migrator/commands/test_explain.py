@@ -18,7 +18,7 @@ def test_every_rule_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize("code", load_rules())
-def test_every_rule_is_explained_whole(tmp_path, code):
+def test_every_rule_is_fully_explained(tmp_path, code):
     rule = load_rules()[code]
     done = migrator("explain", code, cwd=tmp_path)
     printed = done.stdout.decode()
@@ -30,7 +30,7 @@ def test_every_rule_is_explained_whole(tmp_path, code):
     assert {line[2:] for line in printed.splitlines() if line.startswith("+ ")} == changed
 
 
-def test_names_will_do_and_case_does_not_count(tmp_path):
+def test_names_work_and_case_does_not_matter(tmp_path):
     wanted = migrator("explain", "MIG001", cwd=tmp_path).stdout
     assert migrator("explain", "mig001", cwd=tmp_path).stdout == wanted
     assert migrator("explain", "expert-gate-up", cwd=tmp_path).stdout == wanted
@@ -39,13 +39,13 @@ def test_names_will_do_and_case_does_not_count(tmp_path):
 def test_json(tmp_path):
     rows = json.loads(migrator("explain", "--format", "json", cwd=tmp_path).stdout)
     assert [row["code"] for row in rows] == list(load_rules())
-    one = json.loads(migrator("explain", "MIG003", "--format", "json", cwd=tmp_path).stdout)
-    assert one == next(row for row in rows if row["code"] == "MIG003")
-    assert one["before"] != one["after"]
+    rule = json.loads(migrator("explain", "MIG003", "--format", "json", cwd=tmp_path).stdout)
+    assert rule == next(row for row in rows if row["code"] == "MIG003")
+    assert rule["before"] != rule["after"]
 
 
 @pytest.mark.parametrize(("code", "near"), [("MIG0001", "MIG001"), ("expert-gateup", "expert-gate-up")])
-def test_an_unknown_code_names_near_ones(tmp_path, code, near):
+def test_an_unknown_code_names_similar_ones(tmp_path, code, near):
     done = migrator("explain", code, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
     assert near in done.stderr.decode().splitlines()[1]

@@ -1,4 +1,4 @@
-"""Other people's rank files through `reshard`, `verify` and `inspect`, as a user runs them."""
+"""`reshard`, `verify` and `inspect` on other stacks' rank files, as a user runs them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
-    """Return a function from a family's name to what save_pretrained wrote of a tiny model, in one file."""
+    """Return a function from a family's name to a tiny model's folder, written by save_pretrained as one file."""
     folders: dict[str, Path] = {}
 
     def saved(family: str) -> Path:
@@ -78,7 +78,7 @@ ATTENTION = {
         ("deepseek_v3", stored_in, MLA, 2, 2, ATTENTION),
     ],
 )
-def test_what_torch_cut_becomes_what_save_pretrained_wrote(
+def test_files_sharded_by_torch_become_what_save_pretrained_wrote(
     family: str,
     names: Callable[[Path], Tensors],
     cuts: dict[str, Cut],
@@ -123,8 +123,8 @@ def test_parts_and_a_config_from_elsewhere(hub: Hub, migrator: Run, tmp_path: Pa
     (source / "config.json").unlink()
     (source / "config.json").symlink_to("/etc/hostname")  # Another one stands in for it, wherever it leads.
     (tmp_path / "plan.json").write_text(json.dumps(EXPERTS))
-    said = ("--config", hub("qwen3_moe") / "config.json", "--plan", tmp_path / "plan.json")
-    options = ("--from-pattern", pattern, "--from-tp", 2, *said, "--quiet")
+    files = ("--config", hub("qwen3_moe") / "config.json", "--plan", tmp_path / "plan.json")
+    options = ("--from-pattern", pattern, "--from-tp", 2, *files, "--quiet")
     assert migrator("reshard", source, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("qwen3_moe"))
     (source / "model-rank-1-part-00001.safetensors").unlink()
@@ -136,10 +136,10 @@ def test_tied_names_may_be_stored_twice_if_they_are_the_same(
     llama: Path, hub: Hub, migrator: Run, tmp_path: Path
 ) -> None:
     for file in llama.glob("*.safetensors"):
-        changed(file, lambda held: {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()})
+        changed(file, lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     assert migrator("reshard", llama, tmp_path / "out", *TWO, "--quiet") == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("llama"))
-    changed(file, lambda held: {**held, "lm_head.weight": held["lm_head.weight"] + 1})
+    changed(file, lambda tensors: {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1})
     code, _, errors = migrator("reshard", llama, tmp_path / "again", *TWO)
     assert code == 2
     assert "lm_head.weight is tied to model.embed_tokens.weight but stored with other values" in errors[0]
@@ -148,10 +148,10 @@ def test_tied_names_may_be_stored_twice_if_they_are_the_same(
 def test_verify_compares_and_reads_every_copy(llama: Path, hub: Hub, migrator: Run) -> None:
     code, out, _ = migrator("verify", llama, hub("llama"), *TWO)
     assert (code, "the same content" in out, "foreign, 38 tensors" in out) == (0, True, True)
-    changed(llama / "model1-mp2.safetensors", lambda held: {**held, O_PROJ: held[O_PROJ] + 1})
+    changed(llama / "model1-mp2.safetensors", lambda tensors: {**tensors, O_PROJ: tensors[O_PROJ] + 1})
     code, out, _ = migrator("verify", llama, hub("llama"), *TWO)
     assert (code, O_PROJ in out) == (1, True)
-    changed(llama / "model1-mp2.safetensors", lambda held: {**held, NORM: held[NORM] + 1})
+    changed(llama / "model1-mp2.safetensors", lambda tensors: {**tensors, NORM: tensors[NORM] + 1})
     code, out, _ = migrator("verify", llama, *TWO)
     assert (code, f"{NORM!r} should be the same in" in out) == (1, True)
 
@@ -186,18 +186,18 @@ def other_names(folder: Path) -> None:
         changed(file, fused)
 
 
-def fused(held: Tensors) -> Tensors:
+def fused(tensors: Tensors) -> Tensors:
     layer = "model.layers.1.self_attn."
-    qkv = torch.cat([held.pop(f"{layer}{one}_proj.weight") for one in "qkv"])
-    return {**held, f"{layer}qkv_proj.weight": qkv}
+    qkv = torch.cat([tensors.pop(f"{layer}{one}_proj.weight") for one in "qkv"])
+    return {**tensors, f"{layer}qkv_proj.weight": qkv}
 
 
 def extra(folder: Path) -> None:
-    changed(folder / "model0-mp2.safetensors", lambda held: {**held, "model.rotary.table": torch.zeros(2)})
+    changed(folder / "model0-mp2.safetensors", lambda tensors: {**tensors, "model.rotary.table": torch.zeros(2)})
 
 
 def absent_tensor(folder: Path) -> None:
-    changed(folder / "model1-mp2.safetensors", lambda held: {n: t for n, t in held.items() if n != NORM})
+    changed(folder / "model1-mp2.safetensors", lambda tensors: {n: t for n, t in tensors.items() if n != NORM})
 
 
 def flipped_copy(folder: Path) -> None:
@@ -209,7 +209,7 @@ def flipped_copy(folder: Path) -> None:
 
 
 def one_dtype_more(folder: Path) -> None:
-    changed(folder / "model1-mp2.safetensors", lambda held: {**held, O_PROJ: held[O_PROJ].bfloat16()})
+    changed(folder / "model1-mp2.safetensors", lambda tensors: {**tensors, O_PROJ: tensors[O_PROJ].bfloat16()})
 
 
 def truncated(folder: Path) -> None:
@@ -269,7 +269,7 @@ def test_files_that_do_not_fit_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_are_expected_are_said(llama: Path, migrator: Run, tmp_path: Path) -> None:
+def test_expected_names_are_listed(llama: Path, migrator: Run, tmp_path: Path) -> None:
     other_names(llama)
     _, _, errors = migrator("reshard", llama, tmp_path / "out", *TWO)
     expected = ", ".join(f"'model.layers.1.self_attn.{one}_proj.weight'" for one in "kqv")
@@ -306,7 +306,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, migrator: Run, tmp_path: Path) -> None:
+def test_options_that_make_no_sense_are_refused(case: str, llama: Path, migrator: Run, tmp_path: Path) -> None:
     options, what = WRONG[case]
     code, out, errors = migrator("reshard", llama, tmp_path / "out", *options)
     assert (code, out, len(errors)) == (2, "", 2), errors
@@ -316,7 +316,7 @@ def test_options_that_say_nothing_sensible_are_refused(case: str, llama: Path, m
 
 @pytest.mark.parametrize("option", ["--plan", "--config"])
 @pytest.mark.parametrize("leads_to", ["a device", "a pipe"])
-def test_what_is_no_regular_file_is_neither_read_nor_waited_for(
+def test_a_file_that_is_not_regular_is_neither_read_nor_waited_for(
     option: str, leads_to: str, llama: Path, migrator: Run, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
@@ -330,12 +330,12 @@ def test_what_is_no_regular_file_is_neither_read_nor_waited_for(
 def test_a_config_from_elsewhere_is_read_once(
     llama: Path, hub: Hub, migrator: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = json.loads((llama / "config.json").read_text())
+    config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").rename(tmp_path / "config.json")
 
     def then_changed(function: Callable[..., object]) -> Callable[..., object]:
         def called(*arguments: object, **named: object) -> object:
-            (tmp_path / "config.json").write_text(json.dumps({**said, "rms_norm_eps": 0.5}))
+            (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
             return function(*arguments, **named)
 
         return called
@@ -372,7 +372,7 @@ def test_a_repository_is_not_read_by_a_pattern(migrator: Run, tmp_path: Path) ->
         (lambda tensor, world, rank: tensor[:5, :5], "is [5, 5], but Shard(1) over tp=2 gives rank 0", "--from-tp"),
     ],
 )  # fmt: skip
-def test_a_shape_that_the_plan_does_not_leave_is_refused_with_what_fits(
+def test_a_shape_that_the_plan_does_not_produce_is_refused_with_a_plan_that_fits(
     cut: Cut, says: str, hint: str, hub: Hub, migrator: Run, tmp_path: Path
 ) -> None:
     cuts = {r"self_attn\.o_proj\.weight": cut, **TP}
@@ -391,10 +391,10 @@ def test_experts_counted_from_zero_on_every_rank_are_refused(hub: Hub, migrator:
     source = write(tmp_path / "foreign", hub("qwen3_moe"), stored_in(hub("qwen3_moe")), TP, tp=2, ep=2)
     changed(
         source / "model1-mp2.safetensors",
-        lambda held: {
+        lambda tensors: {
             ".".join(str(int(part) - 4) if before == "experts" else part
                      for before, part in zip(["", *name.split(".")], name.split("."), strict=False)): tensor
-            for name, tensor in held.items()
+            for name, tensor in tensors.items()
         },
     )  # fmt: skip
     code, _, errors = migrator("reshard", source, tmp_path / "out", *TWO, "--from-ep", 2)

@@ -1,4 +1,4 @@
-"""Commands whose source or sink is a hub: the real client against a local server."""
+"""Commands that read from or push to the hub: the real client against a local server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 class Said(NamedTuple):
-    """How a command ended and what it printed."""
+    """The exit code of a command and what it printed."""
 
     code: int
     out: str
@@ -125,10 +125,10 @@ def test_the_result_is_pushed_once_it_is_committed(hub: Hub, migrator: Migrator,
 
 def test_a_push_that_fails_leaves_the_result(hub: Hub, migrator: Migrator, tmp_path: Path) -> None:
     hub.refuses_commits = True
-    [said] = migrator("reshard hf://owner/toy out --push-to owner/new --format json")
-    assert said.code == 2
-    assert said.out == ""
-    assert "hf upload owner/new out" in said.err
+    [result] = migrator("reshard hf://owner/toy out --push-to owner/new --format json")
+    assert result.code == 2
+    assert result.out == ""
+    assert "hf upload owner/new out" in result.err
     assert files(tmp_path / "out") == hub.files["owner/toy"]
 
 

@@ -52,20 +52,25 @@ def test_rank_files_are_shown_with_their_mesh_and_another(migrator, rank_folder)
     assert "digests: 36 recorded, which `migrator verify` checks" in output
 
 
-def test_json_is_all_that_is_printed(migrator, rank_folder):
+def test_only_json_is_printed(migrator, rank_folder):
     code, output, errors = migrator("inspect", rank_folder("qwen3_moe", 2), "--format", "json")
-    said = json.loads(output)
+    inspection = json.loads(output)
     assert (code, errors) == (0, [])
-    assert (said["ok"], said["layout"], said["planned"], said["held"]["mode"]) == (True, "ranks", None, "tp")
-    assert len(said["held"]["bytes_per_rank"]) == 2
-    groups = {group["name"]: group for group in said["groups"]}
+    assert (inspection["ok"], inspection["layout"], inspection["planned"], inspection["held"]["mode"]) == (
+        True,
+        "ranks",
+        None,
+        "tp",
+    )
+    assert len(inspection["held"]["bytes_per_rank"]) == 2
+    groups = {group["name"]: group for group in inspection["groups"]}
     experts = groups["model.layers.*.mlp.experts.gate_up_proj"]["held"]
     assert experts["placements"] == [{"replicate": True}, {"packed": [1, 2]}]
     assert experts["bytes_per_rank"] == {"least": 16384, "most": 16384}
-    assert len(said["digests"]) == said["tensors"] == 36
+    assert len(inspection["digests"]) == inspection["tensors"] == 36
 
 
-def test_a_report_is_written_beside_what_is_printed(migrator, rank_folder, tmp_path):
+def test_a_report_is_written_besides_the_output(migrator, rank_folder, tmp_path):
     file = tmp_path / "report.html"
     code, output, errors = migrator("inspect", rank_folder("qwen3_moe", 2), "--report", file, "--format", "json")
     assert (code, errors) == (0, [f"wrote {file}"])
@@ -88,10 +93,10 @@ def test_lossy_tensors_are_named_one_by_one(migrator, hub_folder, tmp_path):
     assert len(wrong) > 1
     assert all(line.startswith("WRONG  ") and ": lossy, only " in line for line in wrong)
     assert last.endswith(f"{len(wrong)} findings")
-    said = json.loads(migrator("inspect", tmp_path / "dcp", "--format", "json")[1])
-    assert (said["ok"], len(said["findings"])) == (False, len(wrong))
+    inspection = json.loads(migrator("inspect", tmp_path / "dcp", "--format", "json")[1])
+    assert (inspection["ok"], len(inspection["findings"])) == (False, len(wrong))
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert all(finding["name"] in page for finding in said["findings"])
+    assert all(finding["name"] in page for finding in inspection["findings"])
 
 
 def no_folder(folder):
@@ -112,7 +117,7 @@ def a_lying_manifest(folder):
 
 
 @pytest.mark.parametrize("damage", [no_folder, no_file, a_cut_file, a_lying_manifest])
-def test_what_cannot_be_read_is_one_clear_error(migrator, rank_folder, tmp_path, damage):
+def test_an_unreadable_checkpoint_is_one_clear_error(migrator, rank_folder, tmp_path, damage):
     folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
     damage(folder)
     code, output, errors = migrator("inspect", folder)
@@ -137,7 +142,7 @@ def test_a_checkpoint_on_the_hub_is_inspected(hub_folder, tmp_path):
     assert json.loads(done.stdout)["tensors"] == 36
 
 
-def test_hostile_names_neither_steer_the_terminal_nor_fill_it(migrator, hub_folder, tmp_path):
+def test_hostile_names_are_escaped_and_shortened(migrator, hub_folder, tmp_path):
     hub = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
     names = ("\x1b[2Jgone", "<script>alert(1)</script>", "[bold]x[/bold]", "long" * 2500)
     path = sorted(hub.glob("*.safetensors"))[0]
@@ -154,11 +159,11 @@ def test_hostile_names_neither_steer_the_terminal_nor_fill_it(migrator, hub_fold
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    said = json.loads(migrator("inspect", hub, "--format", "json")[1])
-    assert set(said["carried"]) == set(names)
+    inspection = json.loads(migrator("inspect", hub, "--format", "json")[1])
+    assert set(inspection["carried"]) == set(names)
 
 
-def test_many_tensors_take_bounded_room_and_time(migrator, hub_folder, tmp_path):
+def test_many_tensors_take_bounded_space_and_time(migrator, hub_folder, tmp_path):
     hub = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
     many = {f"extra.tensor_{number}": torch.ones(1) for number in range(50_000)}
     save_file({**joined(hub), **many}, hub / "model.safetensors", {"format": "pt"})

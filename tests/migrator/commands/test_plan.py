@@ -10,7 +10,7 @@ from migrator.terminal.text import describe_unmatched
 from tests.migrator.configs import config_with
 
 
-def test_plan_and_inspect_tell_in_one_line_what_matches_nothing(migrator, hub):
+def test_plan_and_inspect_print_unmatched_entries_in_one_line(migrator, hub):
     config_with(mlp_only_layers=[])(hub)
     config_with(num_hidden_layers=1)(hub)
     keys = [f"model.layers.*.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -21,13 +21,13 @@ def test_plan_and_inspect_tell_in_one_line_what_matches_nothing(migrator, hub):
     assert json.loads(migrator("plan", hub, "--tp", 2, "--format", "json")[1])["unmatched"] == keys
 
 
-def test_of_many_entries_that_match_nothing_the_first_are_named():
+def test_the_first_of_many_unmatched_entries_are_named():
     assert describe_unmatched(["a"]) == "1 plan entry matches nothing in this configuration: 'a'"
-    said = "5 plan entries match nothing in this configuration: 'a', 'b', 'c' and 2 more"
-    assert describe_unmatched(list("abcde")) == said
+    expected = "5 plan entries match nothing in this configuration: 'a', 'b', 'c' and 2 more"
+    assert describe_unmatched(list("abcde")) == expected
 
 
-def test_plan_says_where_and_why(migrator, hub):
+def test_plan_shows_placements_and_reasons(migrator, hub):
     code, output, _ = migrator("plan", hub, "--tp", 2)
     assert code == 0
     row = next(line for line in output.splitlines() if "experts.gate_up_proj" in line)
@@ -52,7 +52,7 @@ def test_plan_of_other_modes_and_meshes(migrator, hub, options, expected):
     code, output, _ = migrator("plan", hub, *options, "--format", "json")
     assert code == 0
     plan = json.loads(output)
-    row = next(one for one in plan["parameters"] if one["name"].endswith("0.mlp.experts.gate_up_proj"))
+    row = next(row for row in plan["parameters"] if row["name"].endswith("0.mlp.experts.gate_up_proj"))
     assert (plan["mode"], row["mesh"], row["placements"]) == expected
 
 
@@ -90,5 +90,5 @@ def test_plan_of_nothing(migrator, source):
     assert [line.split(":")[0] for line in errors] == ["error", "hint"]
 
 
-def test_plan_knows_what_a_mistyped_model_type_may_mean(migrator):
+def test_plan_suggests_a_model_type(migrator):
     assert migrator("plan", "qwen3moe", "--tp", 2)[2][1] == "hint: did you mean qwen3_moe?"

@@ -1,4 +1,4 @@
-"""`migrator reshard` beside the copying itself: dry run, events, replacing, and being stopped."""
+"""`migrator reshard` apart from the copying: dry run, reports, events, replacing, and being stopped."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def events(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_report_tells_what_would_be_and_what_was_written(migrator, hub_folder, tmp_path):
+def test_a_report_shows_what_would_be_and_what_was_written(migrator, hub_folder, tmp_path):
     hub, out, page = hub_folder("qwen3_moe"), tmp_path / "out", tmp_path / "report.html"
     code, _, errors = migrator("reshard", hub, out, *RANKS, "--dry-run", "--report", page)
     assert (code, errors[-1]) == (0, f"wrote {page}")
     assert "nothing is written" in page.read_text("utf-8")
     code, output, _ = migrator("reshard", hub, out, *RANKS, "--report", page, "--format", "json")
     assert code == 0
-    said, told = json.loads(output), page.read_text("utf-8")
-    assert all(file in told for file in ("rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"))
-    assert json.loads((out / "migrator.json").read_text())["tensors"]["model.norm.weight"]["digest"] in told
-    assert said["bytes_written"] > 0
+    result, page_text = json.loads(output), page.read_text("utf-8")
+    assert all(file in page_text for file in ("rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"))
+    assert json.loads((out / "migrator.json").read_text())["tensors"]["model.norm.weight"]["digest"] in page_text
+    assert result["bytes_written"] > 0
 
 
 def test_a_report_that_could_not_be_written_is_refused_before_the_work(migrator, hub_folder, tmp_path):
@@ -52,58 +52,58 @@ def test_a_dry_run_shows_what_moves_and_writes_nothing(migrator, hub_folder, tmp
     code, output, errors = migrator("reshard", hub, out, *RANKS, "--dry-run", "--format", "json")
     assert (code, list(tmp_path.iterdir())) == (0, [])
     assert not [line for line in errors if not line.startswith("note:")]
-    said = json.loads(output)
-    groups = {group["name"]: group for group in said["groups"]}
+    result = json.loads(output)
+    groups = {group["name"]: group for group in result["groups"]}
     experts = groups["model.layers.*.mlp.experts.gate_up_proj"]
     assert (experts["tensors"], experts["old"], experts["new"]) == (2, "whole", "tp: Packed(1, 2)")
     assert groups["model.norm.weight"]["new"] == "replicated"
-    assert said["tensors"] == sum(group["tensors"] for group in groups.values())
+    assert result["tensors"] == sum(group["tensors"] for group in groups.values())
     _, output, _ = migrator("reshard", hub, out, *RANKS, "--format", "json")
     done = json.loads(output)
-    assert said["bytes_read"] == done["bytes_read"]
-    assert said["bytes_written"] == done["bytes_written"] == sum(group["bytes_written"] for group in groups.values())
+    assert result["bytes_read"] == done["bytes_read"]
+    assert result["bytes_written"] == done["bytes_written"] == sum(group["bytes_written"] for group in groups.values())
     taken = sum(path.stat().st_size for path in out.iterdir())
     # Digests are not known before; a manifest without them is shorter by as much.
-    assert said["disk_needed"] == taken - 32 * len(json.loads((out / "migrator.json").read_text())["tensors"])
-    assert 0 < said["seconds"] < 60
-    assert said["peak_memory"] > 2**26
-    assert 0 <= said["reflinkable"] <= 1
+    assert result["disk_needed"] == taken - 32 * len(json.loads((out / "migrator.json").read_text())["tensors"])
+    assert 0 < result["seconds"] < 60
+    assert result["peak_memory"] > 2**26
+    assert 0 <= result["reflinkable"] <= 1
 
 
-def test_a_dry_run_of_rank_files_knows_where_tensors_were(migrator, rank_folder, tmp_path):
+def test_a_dry_run_of_rank_files_shows_old_placements(migrator, rank_folder, tmp_path):
     code, output, _ = migrator("reshard", rank_folder("qwen3_moe", 2), tmp_path / "out", "--layout", "hf", "--dry-run")
     assert code == 0
     row = next(line for line in output.splitlines() if "experts.down_proj" in line)
     assert row.split()[1:6] == ["×2", "tp:", "Shard(2)", "whole", "32"]
 
 
-def test_a_dry_run_is_said_in_words_and_units_that_a_person_knows(migrator, hub_folder, tmp_path):
+def test_a_dry_run_is_printed_in_words_and_units_for_people(migrator, hub_folder, tmp_path):
     arguments = ("reshard", hub_folder("qwen3_moe"), tmp_path / "out", *RANKS, "--dry-run")
     lines = migrator(*arguments)[1].splitlines()
-    said = json.loads(migrator(*arguments, "--format", "json")[1])
+    result = json.loads(migrator(*arguments, "--format", "json")[1])
     assert lines[0] == "what would move: hub (hf) → ranks, tp=2, ep=1, fsdp=1"
     assert lines[2].split() == ["tensors", "from", "to", "written", "runs"]
-    rows = [line.split() for line in lines[4 : 4 + len(said["groups"])]]
+    rows = [line.split() for line in lines[4 : 4 + len(result["groups"])]]
     assert {row[-2] for row in rows} == {"B", "KiB"}
     assert lines[-4:] == [
         "written: bytes in the files of all ranks; runs: contiguous ranges of bytes, each copied at once",
         "would read 192 KiB and write 195 KiB of tensors",
-        f"would need {said['disk_needed'] / 1024:.0f} KiB of disk, {lines[-2].split()[6]} MiB of memory for the whole "
-        "process, and less than 0.1 s to copy",
+        f"would need {result['disk_needed'] / 1024:.0f} KiB of disk, {lines[-2].split()[6]} MiB of memory for "
+        "the whole process, and less than 0.1 s to copy",
         "nothing was written",
     ]
 
 
-def test_a_dry_run_puts_what_no_plan_places_where_it_goes(migrator, hub_folder, tmp_path):
+def test_a_dry_run_shows_unplanned_and_passthrough_tensors(migrator, hub_folder, tmp_path):
     hub = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "hub"))
     config = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     groups = json.loads(migrator("reshard", hub, tmp_path / "o", *RANKS, "--dry-run", "--format", "json")[1])["groups"]
-    assert {one["new"] for one in groups if one["name"] == "model.norm.weight"} == {"replicated"}
-    assert {one["new"] for one in groups if "experts.*" in one["name"]} == {"rank 0 only"}
+    assert {group["new"] for group in groups if group["name"] == "model.norm.weight"} == {"replicated"}
+    assert {group["new"] for group in groups if "experts.*" in group["name"]} == {"rank 0 only"}
 
 
-def test_an_estimated_time_is_said_in_the_unit_that_suits_it():
+def test_an_estimated_time_has_a_suitable_unit():
     times = {
         0.04: "less than 0.1 s",
         0.1: "about 0.1 s",
@@ -114,7 +114,7 @@ def test_an_estimated_time_is_said_in_the_unit_that_suits_it():
     assert {seconds: format_duration(seconds) for seconds in times} == times
 
 
-def test_events_tell_what_happens(migrator, hub_folder, tmp_path):
+def test_events_record_what_happens(migrator, hub_folder, tmp_path):
     log = tmp_path / "events.jsonl"
     code, _, _ = migrator("reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", log, "--quiet")
     assert code == 0
@@ -124,7 +124,7 @@ def test_events_tell_what_happens(migrator, hub_folder, tmp_path):
     assert all(one["time"] <= other["time"] for one, other in pairwise(found))
 
 
-def test_events_tell_what_failed(migrator, hub_folder, tmp_path):
+def test_events_record_a_failure(migrator, hub_folder, tmp_path):
     hub, log = Path(shutil.copytree(hub_folder("llama"), tmp_path / "hub")), tmp_path / "events.jsonl"
     next(hub.glob("*.safetensors")).unlink()
     code, _, errors = migrator("reshard", hub, tmp_path / "out", *RANKS, "--events", log)
@@ -135,7 +135,7 @@ def test_events_tell_what_failed(migrator, hub_folder, tmp_path):
     assert failed["data"]
 
 
-def test_events_need_a_place(migrator, hub_folder, tmp_path):
+def test_events_need_a_writable_file(migrator, hub_folder, tmp_path):
     code, _, errors = migrator(
         "reshard", hub_folder("llama"), tmp_path / "out", *RANKS, "--events", tmp_path / "no" / "x"
     )
@@ -175,7 +175,7 @@ def test_a_source_is_never_replaced(migrator, hub_folder, tmp_path, inside):
     assert content(hub) == before
 
 
-def test_what_is_no_checkpoint_is_never_replaced(migrator, hub_folder, tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_never_replaced(migrator, hub_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").touch()
@@ -198,7 +198,7 @@ migrator.cli.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(migrator, hub_folder, tmp_path, number):
+def test_a_stopped_run_says_how_to_resume(migrator, hub_folder, tmp_path, number):
     hub, out, log = hub_folder("qwen3_moe"), tmp_path / "out", tmp_path / "events.jsonl"
     arguments = ["reshard", str(hub), str(out), *map(str, RANKS), "--max-memory", "1"]
     command = [sys.executable, "-c", SLOW, *arguments, "--events", str(log)]
@@ -216,9 +216,9 @@ def test_a_stopped_run_says_how_to_go_on(migrator, hub_folder, tmp_path, number)
     assert "Traceback" not in errors
     assert events(log)[-1]["event"] == "failed"
     assert not out.exists()
-    code, _, said = migrator(*arguments)
+    code, _, result = migrator(*arguments)
     assert code == 0
-    assert any("continuing an earlier run" in line for line in said)
+    assert any("continuing an earlier run" in line for line in result)
     assert migrator("reshard", hub, tmp_path / "undisturbed", *RANKS)[0] == 0
     assert content(out) == content(tmp_path / "undisturbed")
 
@@ -232,7 +232,7 @@ def test_events_that_cannot_be_written_do_not_end_the_work(migrator, hub_folder,
     assert (tmp_path / "out" / "migrator.json").exists()
 
 
-def test_output_that_cannot_be_written_is_said_so(hub_folder, tmp_path):
+def test_output_that_cannot_be_written_is_an_error(hub_folder, tmp_path):
     command = [MIGRATOR, "reshard", str(hub_folder("llama")), str(tmp_path / "out"), "--dry-run", "--format", "json"]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -250,7 +250,7 @@ def test_a_dry_run_ends_with_an_event(migrator, hub_folder, tmp_path):
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan", "soon"])
-def test_a_timeout_is_a_time(migrator, hub_folder, tmp_path, seconds):
+def test_a_timeout_is_a_number_of_seconds(migrator, hub_folder, tmp_path, seconds):
     code, _, errors = migrator("reshard", hub_folder("llama"), tmp_path / "out", "--timeout", seconds)
     assert code == 2
     assert any("--timeout" in line for line in errors)

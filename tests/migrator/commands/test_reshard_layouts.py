@@ -1,4 +1,4 @@
-"""`migrator reshard` to each layout, and which one it takes where none is named."""
+"""`migrator reshard` to each layout, and the default layout."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def reshard(*arguments: object) -> dict[str, object]:
 def test_the_layout_is_dcp_with_a_mesh_and_hub_form_without(
     options: tuple[object, ...], file: str, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
-    said = reshard(hub_folder("qwen3_moe"), tmp_path / "out", *options)
-    assert file in list(said["files"])  # type: ignore[call-overload]
+    result = reshard(hub_folder("qwen3_moe"), tmp_path / "out", *options)
+    assert file in list(result["files"])  # type: ignore[call-overload]
     assert (tmp_path / "out" / file).is_file()
 
 

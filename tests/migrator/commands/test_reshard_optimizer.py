@@ -1,4 +1,4 @@
-"""`migrator reshard` of a checkpoint with an optimizer's state: taken along, left behind, or demanded in vain."""
+"""`migrator reshard` of a checkpoint with an optimizer's state: resharded, left behind, or missing."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def migrator(monkeypatch, capsys):
     return run
 
 
-def test_the_state_goes_along_and_is_spoken_of(migrator, source, tmp_path):
+def test_the_state_is_resharded_and_reported(migrator, source, tmp_path):
     code, output, errors = migrator(source, tmp_path / "out", "--fsdp", 2)
     assert code == 0
     assert "with the optimizer's state: 1 tensor in 2 files" in output
     assert "the optimizer has no state for 37 parameters" in errors
     code, output, _ = migrator(tmp_path / "out", tmp_path / "again", "--tp", 2, "--format", "json")
-    said = json.loads(output)
-    about = said["optimizer"]
-    assert (about["tensors"], about["values"], len(about["stateless"])) == (1, 1, 37)
-    assert {"__0_0.distcp", ".metadata"} <= set(said["files"])
+    result = json.loads(output)
+    optimizer = result["optimizer"]
+    assert (optimizer["tensors"], optimizer["values"], len(optimizer["stateless"])) == (1, 1, 37)
+    assert {"__0_0.distcp", ".metadata"} <= set(result["files"])
 
 
 def test_a_dry_run_shows_the_state(migrator, source, tmp_path):
@@ -63,14 +63,14 @@ def test_a_dry_run_shows_the_state(migrator, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "goes"), [((), False), (("--optimizer",), True), (("--tp", 2, "--no-optimizer"), False)]
 )
-def test_the_state_stays_behind_where_it_is_not_wanted(arguments, goes, migrator, source, tmp_path):
+def test_the_state_can_be_left_behind(arguments, goes, migrator, source, tmp_path):
     code, _, errors = migrator(source, tmp_path / "out", *arguments)
     assert code == 0
     assert (tmp_path / "out" / ".metadata").exists() == goes
     assert ("left behind the optimizer's state" in errors) != goes
 
 
-def test_demanding_what_is_not_there_is_an_error(migrator, hub_folder, tmp_path):
+def test_requiring_a_missing_state_is_an_error(migrator, hub_folder, tmp_path):
     code, _, errors = migrator(hub_folder("llama"), tmp_path / "out", "--tp", 2, "--optimizer")
     assert code == 2
     assert "contains no optimizer's state" in errors

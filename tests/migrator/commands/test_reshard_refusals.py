@@ -1,4 +1,4 @@
-"""Sizes that would be silently wrong never get past `migrator reshard`, and what it says names the sizes that work."""
+"""`migrator reshard` refuses sizes that would be silently wrong, and names sizes that work."""
 
 from __future__ import annotations
 
@@ -76,20 +76,20 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(case: str, resh
         ("LlamaConfig", DENSE | {"vocab_size": 3}, ("--tp", 4)),
     ],
 )
-def test_sizes_that_work_are_taken(
+def test_sizes_that_work_are_accepted(
     config: str, sizes: dict[str, Any], options: tuple[object, ...], reshard: Run
 ) -> None:
     assert reshard(config, sizes, *options) == (0, [])
 
 
-def test_biases_of_experts_go_with_them(reshard: Run, tmp_path: Path) -> None:
+def test_biases_of_experts_are_sharded_with_them(reshard: Run, tmp_path: Path) -> None:
     code, errors = reshard(*ODD_MODELS["gpt_oss"], "--tp", 2, "--ep", 2, "--mode", "ep")
     assert (code, errors) == (0, [])
-    held = load_file(tmp_path / "out" / "rank-00001-of-00002.safetensors")
+    local = load_file(tmp_path / "out" / "rank-00001-of-00002.safetensors")
     whole = load_file(tmp_path / "hub" / "model.safetensors")
     bias = "model.layers.0.mlp.experts.gate_up_proj_bias"
     assert whole[bias].shape == (8, 104)
-    assert held[bias].equal(whole[bias][4:])
+    assert local[bias].equal(whole[bias][4:])
 
 
 @pytest.mark.parametrize(("mode", "placed"), [("ep", {"replicate": True}), ("tp_ep", {"shard": 0})])

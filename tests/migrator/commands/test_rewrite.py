@@ -27,7 +27,7 @@ def text_of(toy):
     return (toy / "toy/configuration_toy.py").read_text()
 
 
-def test_rewrites_and_says_what(toy):
+def test_rewrites_and_reports_it(toy):
     done = migrator("rewrite", ".", cwd=toy)
     assert done.returncode == 0
     assert done.stderr == b""
@@ -45,7 +45,7 @@ def test_rewrites_and_says_what(toy):
         ("hidden", "no Python file below this folder"),
     ],
 )
-def test_where_there_is_no_python_there_is_nothing_to_do_and_that_is_said(toy, command, path, why):
+def test_a_path_without_python_is_refused(toy, command, path, why):
     write_tree(toy, {"notes.txt": "plan", "hidden/.venv/configuration_x.py": PACKED, "empty/notes.txt": ""})
     done = migrator(command, "toy", path, cwd=toy)
     assert (done.returncode, done.stdout) == (2, b"")
@@ -83,7 +83,7 @@ def test_json_is_nothing_but_json(toy):
     assert result["changes"][0]["path"] == "toy/configuration_toy.py"
 
 
-def test_no_plans_is_no_error(tmp_path):
+def test_a_tree_without_plans_is_not_an_error(tmp_path):
     (tmp_path / "x.py").write_text("x = 1\n")
     done = migrator("rewrite", ".", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, b"no plans found in 1 file\n")

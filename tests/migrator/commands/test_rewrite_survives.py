@@ -56,7 +56,7 @@ def finish(running):
 
 
 def states(tree):
-    """Which files are new; each is one of the two, byte for byte."""
+    """Return which files are new; each must be the old or the new one, byte for byte."""
     new = []
     for number in range(MODELS):
         text = (tree / f"m{number}/configuration_m{number}.py").read_text()

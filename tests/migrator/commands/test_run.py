@@ -47,13 +47,13 @@ def test_a_folder_of_jobs_ends_with_the_worst_code_and_one_table(migrator, tmp_p
     assert "b-found: check begins: it was not run yet" in errors
     job_file(tmp_path, "[[[", "c-bad")
     code, output, errors = migrator("run", tmp_path, "--format", "json", "--quiet")
-    said = json.loads(output)
-    assert (code, said["code"], [one["code"] for one in said["jobs"]]) == (2, 2, [0, 1, 2])
+    result = json.loads(output)
+    assert (code, result["code"], [job["code"] for job in result["jobs"]]) == (2, 2, [0, 1, 2])
     assert "c-bad.toml: is not TOML" in errors
     assert "already" not in errors
 
 
-def test_a_dry_run_says_what_would_be_done_and_writes_nothing(migrator, hub_folder, tmp_path):
+def test_a_dry_run_shows_what_would_be_done_and_writes_nothing(migrator, hub_folder, tmp_path):
     family(tmp_path / "models", MIGRATED)
     job_file(tmp_path, CHECK + reshard(hub_folder("llama")) + "[verify]\n")
     before = contents(tmp_path)
@@ -72,7 +72,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(migrator, hub_fold
     assert "fail" in output
 
 
-def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrator, tmp_path):
+def test_a_dry_run_shows_earlier_findings_and_steps_that_would_not_run(migrator, tmp_path):
     family(tmp_path / "models")
     file = job_file(tmp_path, CHECK + reshard(tmp_path / "none") + "[verify]\n")
     done = json.loads(migrator("run", file, "--format", "json")[1])["jobs"][0]["steps"]
@@ -83,19 +83,19 @@ def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrato
     assert rows[0][2].split(maxsplit=2) == ["be", "skipped", f"it is done: 4 findings; see {see}"]
     assert rows[1][2].startswith("fail ")
     assert rows[2][2].split(maxsplit=3) == ["not", "be", "run", "reshard would fail"]
-    said = json.loads(migrator("run", file, "--dry-run", "--format", "json")[1])["jobs"][0]["steps"]
-    assert [(one["runs"], one["outcome"]) for one in said] == [
+    steps = json.loads(migrator("run", file, "--dry-run", "--format", "json")[1])["jobs"][0]["steps"]
+    assert [(step["runs"], step["outcome"]) for step in steps] == [
         (False, "findings"),
         (True, "failed"),
         (False, "not run"),
     ]
-    assert [one["said"] for one in said[:2]] == [one["said"] for one in done[:2]]
+    assert [step["said"] for step in steps[:2]] == [step["said"] for step in done[:2]]
     job_file(tmp_path, CHECK)
     assert migrator("run", file, "--dry-run")[0] == migrator("run", file)[0] == 1, "what is found stays found"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "Missing argument"),
         (("empty",), "contains no job file"),
@@ -106,16 +106,16 @@ def test_a_dry_run_tells_what_was_found_before_and_what_would_not_be_run(migrato
         (("empty", "--watch", "--interval", "0"), "--interval"),
     ],
 )
-def test_wrong_use_is_refused(migrator, tmp_path, monkeypatch, arguments, said):
+def test_wrong_use_is_refused(migrator, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     code, _, errors = migrator("run", *arguments)
-    assert (code, said in errors) == (2, True), errors
+    assert (code, message in errors) == (2, True), errors
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("closed", "code"), [("1>&- 2>&-", 0), ("2>/dev/full", 0), ("1>/dev/full", 2)])
-def test_closed_streams_decide_nothing(tmp_path, closed, code, unbuffered):
+def test_closed_streams_do_not_change_the_exit_code(tmp_path, closed, code, unbuffered):
     family(tmp_path / "models", MIGRATED)
     file = job_file(tmp_path, CHECK)
     command = f"exec {MIGRATOR} run {file} {closed}"

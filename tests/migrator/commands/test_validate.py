@@ -61,7 +61,7 @@ def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hu
     [("nothing", signal.SIGTERM), ("workers", signal.SIGTERM), ("workers", signal.SIGKILL)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_folder, waited_for, sent):
+def test_a_stopped_validation_leaves_nothing_behind(tmp_path, rank_folder, waited_for, sent):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     folder = shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "ranks")
@@ -76,11 +76,11 @@ def test_validate_that_is_told_to_stop_leaves_nothing_behind(tmp_path, rank_fold
             time.sleep(0.01)
         time.sleep(0.5)
         process.send_signal(sent)
-        told = process.communicate(timeout=60)[1]
+        messages = process.communicate(timeout=60)[1]
     if sent == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     elif waited_for == "workers":
-        assert (process.returncode, told.strip()) == (2, b"interrupted")
+        assert (process.returncode, messages.strip()) == (2, b"interrupted")
     assert process.returncode in (2, -sent)
     while processes_naming(folder) and sent == signal.SIGKILL:
         assert time.monotonic() < deadline
@@ -100,7 +100,7 @@ def processes_naming(folder):
 
 
 @pytest.mark.parametrize("tolerance", ["0", "1", "-1e-5", "nan", "inf"])
-def test_validate_refuses_what_is_no_tolerance(migrator, rank_folder, tolerance):
+def test_validate_refuses_a_tolerance_out_of_range(migrator, rank_folder, tolerance):
     code, output, errors = migrator("validate", rank_folder("qwen3_moe", 2), "--tp", 2, "--tolerance", tolerance)
     assert (code, output) == (2, "")
     assert tolerance.removeprefix("-").split("e-")[0] in errors[-2] + errors[-1]
@@ -119,7 +119,7 @@ def test_validate_of_files_that_do_not_belong_prints_the_same_keys(migrator, tmp
     assert errors == []
 
 
-def test_under_torchrun_one_rank_speaks_for_all(tmp_path, rank_folder):
+def test_under_torchrun_one_rank_prints(tmp_path, rank_folder):
     folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
     shutil.copy(rank_folder("mixtral", 2) / "rank-00001-of-00002.safetensors", folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
@@ -137,7 +137,7 @@ def test_validate_on_another_mesh_says_which_it_is(migrator, rank_folder):
 
 
 @pytest.mark.parametrize(
-    ("damage", "code", "said"),
+    ("damage", "code", "texts"),
     [
         pytest.param(None, 0, ["out: proven"], marks=pytest.mark.full),
         ("bit", 1, ["content", "expected digest", "not proven"]),
@@ -145,7 +145,7 @@ def test_validate_on_another_mesh_says_which_it_is(migrator, rank_folder):
         pytest.param("config", 1, ["model_type", "skipped"], marks=pytest.mark.full),
     ],
 )
-def test_validate_writes_a_report_whatever_it_finds(migrator, tmp_path, rank_folder, damage, code, said):
+def test_validate_writes_a_report_whatever_it_finds(migrator, tmp_path, rank_folder, damage, code, texts):
     folder = Path(shutil.copytree(rank_folder("olmoe", 2), tmp_path / "out"))
     last = folder / "rank-00001-of-00002.safetensors"
     if damage == "bit":
@@ -157,4 +157,4 @@ def test_validate_writes_a_report_whatever_it_finds(migrator, tmp_path, rank_fol
     found, _, errors = migrator("validate", folder, "--report", tmp_path / "page.html")
     assert (found, errors) == (code, [f"wrote {tmp_path / 'page.html'}"])
     page = (tmp_path / "page.html").read_text()
-    assert all(text in page for text in said)
+    assert all(text in page for text in texts)

@@ -45,7 +45,7 @@ def test_the_same_content(verify: Verify, rank_folder: RankFolder, hub_folder: H
     assert verify(ranks, hub, "--quiet") == (0, "", [])
 
 
-def test_a_difference_is_named_to_the_element(verify: Verify, damaged: Path, hub_folder: HubFolder) -> None:
+def test_a_difference_names_its_element(verify: Verify, damaged: Path, hub_folder: HubFolder) -> None:
     code, out, _ = verify(damaged, "--quiet")
     assert code == 1
     [line] = out.splitlines()
@@ -54,17 +54,17 @@ def test_a_difference_is_named_to_the_element(verify: Verify, damaged: Path, hub
     assert line.endswith(f"in rank 0 of {damaged}")
     code, out, _ = verify(damaged, hub_folder("qwen3_moe"), "--format", "json")
     assert code == 1
-    said = json.loads(out)
-    assert said["ok"] is False
-    assert said["source"]["copies"] == said["source"]["digests_read"] == 51
-    [difference] = said["differences"]  # the other copy is intact, and that is the one that is compared
+    result = json.loads(out)
+    assert result["ok"] is False
+    assert result["source"]["copies"] == result["source"]["digests_read"] == 51
+    [difference] = result["differences"]  # the other copy is intact, and that is the one that is compared
     element = difference["element"]
     assert (difference["name"], element["index"]) == (NORM, [9])
     assert element["expected"]["number"] == -element["found"]["number"]
     assert int(element["expected"]["bits"], 16) ^ int(element["found"]["bits"], 16) == 0x80000000
 
 
-def test_what_cannot_be_done_is_an_error(verify: Verify, rank_folder: RankFolder, tmp_path: Path) -> None:
+def test_an_impossible_comparison_is_an_error(verify: Verify, rank_folder: RankFolder, tmp_path: Path) -> None:
     code, out, err = verify(tmp_path / "nothing")
     assert (code, out) == (2, "")
     assert err[0].startswith("error: ")

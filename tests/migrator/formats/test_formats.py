@@ -1,4 +1,4 @@
-"""What other tools read: workflow commands by their rules, SARIF by its schema, its fixes by making them."""
+"""Formats for other tools: workflow commands by their rules, SARIF by its schema, its fixes by applying them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sarif(root: Path, *arguments: str) -> dict:
 
 
 def apply_fixes(root: Path, run: dict) -> None:
-    """Make every fix once, from the last place in a file to the first, by the text regions of the standard."""
+    """Apply every fix once, from the last region in a file to the first, as the standard defines regions."""
     wanted: dict[str, list[dict]] = {}
     for result in run["results"]:
         for fix in result.get("fixes", ()):
@@ -105,12 +105,12 @@ def test_replacements_turn_any_text_into_any_other(before, after, newline, ends)
 
 
 def offset(text: str, position: tuple[int, int]) -> int:
-    """Return the place of a line and column, both from 1, in a text."""
+    """Return the offset of a line and column, both counted from 1, in a text."""
     starts = [0, *(match.end() for match in re.finditer(r"\r\n|\n|\r", text))]
     return starts[position[0] - 1] + position[1] - 1
 
 
-def test_sarif_names_every_rule_and_places_every_result(root):
+def test_sarif_names_every_rule_and_locates_every_result(root):
     run = sarif(write_tree(family(root), {"a b/configuration_\u00e9.py": PACKED}))
     driver = run["tool"]["driver"]
     assert [rule["id"] for rule in driver["rules"]] == list(load_rules())
@@ -128,13 +128,15 @@ def test_sarif_names_every_rule_and_places_every_result(root):
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_a_familys_fix_is_one_and_whole(root):
+def test_a_family_has_one_complete_fix(root):
     run = assert_fixes_are_the_rewrite(family(root))
     fixes = [fix for result in run["results"] for fix in result.get("fixes", ())]
     assert len(fixes) == 1
     assert [len(change["replacements"]) for change in fixes[0]["artifactChanges"]] == [2, 2]
-    pieces = {one["insertedContent"]["text"] for one in fixes[0]["artifactChanges"][0]["replacements"]}
-    assert all(len(piece) < 30 for piece in pieces), "values are replaced, not lines"
+    inserted = {
+        replacement["insertedContent"]["text"] for replacement in fixes[0]["artifactChanges"][0]["replacements"]
+    }
+    assert all(len(text) < 30 for text in inserted), "values are replaced, not lines"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def environment(workspace: Path | None) -> dict[str, str]:
     return kept if workspace is None else {**kept, "GITHUB_WORKSPACE": str(workspace)}
 
 
-def test_workflow_commands_count_paths_from_the_workspace(root):
+def test_workflow_command_paths_are_relative_to_the_workspace(root):
     family(root)
     done = migrator("check", ".", "--format", "github", cwd=root / "toy", env=environment(root))
     assert b"file=toy/configuration_toy.py," in done.stdout
@@ -205,7 +207,7 @@ def test_workflow_commands_count_paths_from_the_workspace(root):
     assert b"file=toy/configuration_toy.py," in done.stdout
 
 
-def test_workflow_commands_escape_what_would_end_them(root):
+def test_workflow_commands_escape_their_delimiters(root):
     odd = "a,b:c%d"
     write_tree(root, {f"{odd}/configuration_x.py": PACKED.replace("layers", "50%: a, b")})
     line = migrator("check", ".", "--format", "github", cwd=root, env=environment(root)).stdout.decode().strip()
@@ -237,7 +239,7 @@ def test_rewrite_check_has_the_same_formats(root, form):
 
 
 @pytest.mark.parametrize("arguments", [["--diff", "--format", "json"], ["--format", "sarif"], ["--format", "github"]])
-def test_formats_that_cannot_be_are_refused_before_anything_is_written(root, arguments):
+def test_contradicting_formats_are_refused_before_anything_is_written(root, arguments):
     before = texts(family(root))
     done = migrator("rewrite", ".", *arguments, cwd=root)
     assert (done.returncode, done.stdout) == (2, b"")

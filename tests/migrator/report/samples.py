@@ -1,4 +1,4 @@
-"""Reports to draw: a real checkpoint's, and one that somebody wants to do harm with."""
+"""Sample reports, among them one of a hostile checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOSTILE = (
 
 
 def a_report(names: tuple[str, ...], mesh: Mesh | None = None) -> Report:
-    """Return a report of an invented checkpoint whose tensors have these names, each in every way of lying."""
+    """Return a report of an invented checkpoint whose tensors have these names and three placements."""
     mesh = mesh or Mesh(tp=2, fsdp=2)
     ways = (
         MeshPlacement("dense", (Replicate(), Packed(1, 2)), "packed_colwise", 512, 512),
@@ -54,7 +54,7 @@ def a_report(names: tuple[str, ...], mesh: Mesh | None = None) -> Report:
 
 
 def lossy(names: tuple[str, ...]) -> Inspection:
-    """Return what inspecting a checkpoint finds that lacks parts of these tensors."""
+    """Return the inspection of a checkpoint that lacks parts of these tensors."""
     findings = (
         CheckpointDifference(name, "lossy", "2 elements", "only 1 of 2 elements are stored", "x") for name in names
     )

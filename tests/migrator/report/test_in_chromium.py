@@ -1,4 +1,4 @@
-"""The report in a real browser: Chromium without a window."""
+"""The report in a real browser, headless Chromium."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, rank_folder):
-    """The report of rank files for four ranks, and of what another mesh would make of them."""
+    """The report of rank files for four ranks, with their placement on another mesh."""
     file = tmp_path_factory.mktemp("report") / "real.html"
     write_report(build_inspection_report(inspect_checkpoint(rank_folder("qwen3_moe", 4), Mesh(2, 4, 2), "tp_ep")), file)
     return file
@@ -46,7 +46,7 @@ def hostile(tmp_path_factory):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("which", ["real", "hostile"])
-def test_it_fits_says_nothing_to_the_console_and_fetches_nothing(page, request, which, scheme, width):
+def test_it_fits_logs_nothing_and_fetches_nothing(page, request, which, scheme, width):
     file = request.getfixturevalue(which)
     page.open(file, width, scheme=scheme)
     page.value("document.querySelectorAll('details').forEach(one => one.open = true)")
@@ -85,7 +85,7 @@ def test_every_rank_and_gate_and_up_are_seen(page, real, width):
     assert hidden == 0
 
 
-def test_ranks_are_told_apart_without_colour(page, real):
+def test_ranks_are_distinguishable_without_colour(page, real):
     page.open(real, 1600)
     patterns = page.value(
         "[0, 1, 2, 3].map(rank => getComputedStyle(document.querySelector('.slice.p' + rank)).backgroundImage)"
@@ -96,7 +96,7 @@ def test_ranks_are_told_apart_without_colour(page, real):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_in_either_scheme(page, real, scheme):
+def test_text_has_contrast_in_either_scheme(page, real, scheme):
     page.open(real, 1600, scheme=scheme)
     ink, paper = (
         [int(part) for part in page.value(f"getComputedStyle(document.body).{what}").strip("rgb()").split(",")]
@@ -146,7 +146,7 @@ def test_the_keyboard_opens_details_and_follows_links(page, real):
     assert page.value("document.querySelector('#digests').getBoundingClientRect().top < innerHeight")
 
 
-def test_a_table_stays_one_for_those_who_hear_it(page, real):
+def test_a_table_stays_a_table_for_screen_readers(page, real):
     page.open(real, 360)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     roles = [node["role"]["value"] for node in nodes if not node["ignored"]]
@@ -156,7 +156,7 @@ def test_a_table_stays_one_for_those_who_hear_it(page, real):
     assert "meter" in roles
 
 
-def test_it_can_be_pictured(page, real, tmp_path):
+def test_a_screenshot_shows_it(page, real, tmp_path):
     page.open(real, 1600)
     page.screenshot(tmp_path / "report.png")
     picture = (tmp_path / "report.png").read_bytes()

@@ -1,4 +1,4 @@
-"""The page as text: well-formed whatever tensors are called, bounded however many there are."""
+"""The page as text: well-formed for any tensor names, bounded for any number of tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALLOWED = frozenset(
 
 
 class Reader(HTMLParser):
-    """Takes a page apart, and minds that every element is closed."""
+    """Parses a page, and checks that every element is closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def check_harmless(reader: Reader) -> None:
         assert (attributes.get("style") or "flex-grow:1").startswith("flex-grow:")
 
 
-def test_hostile_names_are_text_and_nothing_else():
+def test_hostile_names_stay_text():
     page = render_report(a_report(HOSTILE))
     reader = read(page)
     check_harmless(reader)
@@ -129,7 +129,7 @@ def test_sizes_in_words(number, words):
     assert format_bytes(number) == words
 
 
-def test_what_does_not_print_is_escaped_and_what_is_long_is_cut():
+def test_non_printable_text_is_escaped_and_long_text_is_shortened():
     assert sanitize("a\n\x1b[0m\u202e") == "a\\n\\x1b[0m\\u202e"
     assert len(sanitize("x" * 10_000)) < 200
 
@@ -138,7 +138,7 @@ def test_attributes_are_escaped():
     assert element("a", "<b>", title='"><x>').text == '<a title="&quot;&gt;&lt;x&gt;">&lt;b&gt;</a>'
 
 
-def test_a_report_that_says_nothing_is_a_page():
+def test_an_empty_report_is_a_page():
     reader = read(render_report(Report("empty", "nothing to say")))
     assert [tag for tag, _ in reader.elements].count("section") == 0
 

@@ -1,4 +1,4 @@
-"""Names and paths that others chose, in what commands print: nothing in them steers a terminal."""
+"""Untrusted names and paths in what commands print: their control characters are escaped."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_no_escape_of_a_folders_name_reaches_the_terminal(migrator, folder, comm
     elif state == "incomplete":
         (folder / "rank-00001-of-00002.safetensors").unlink()
     code, output, errors = migrator(*commands[command])
-    said = "\n".join([output, *errors])
+    printed = "\n".join([output, *errors])
     assert code == CODES[state].get(command, 0 if state in ("whole", "changed") else 2)
-    assert SAFE in said
-    assert is_clean(said), said
+    assert SAFE in printed
+    assert is_clean(printed), printed
     if state == "changed":
-        assert "rms_norm_eps" in said
+        assert "rms_norm_eps" in printed
 
 
 def test_validate_shows_its_folder(migrator, folder):
