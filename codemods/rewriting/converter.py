@@ -1,6 +1,6 @@
-"""The tree's own modular converter, run on a copy of the tree.
+"""Runs of the tree's own modular converter on a copy of the tree.
 
-This is the one place where code of the tree is run, and only because the user asked for it.
+Only here is code of the tree executed, and only if the user asks for it by `--verify`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def find_converter_root(path: Path) -> Path:
 
 
 def copy_tree(root: Path, copy: Path, modulars: Iterable[Path]) -> None:
-    """Copy what a conversion reads: the sources, the converter, and the settings in the repository's own folder.
+    """Copy what a conversion reads: the sources, the converter, and the files in the repository's root folder.
 
     Args:
         root: the repository.
@@ -69,36 +69,36 @@ def copy_tree(root: Path, copy: Path, modulars: Iterable[Path]) -> None:
 
 
 def convert(root: Path, copy: Path, modulars: Sequence[Path], timeout: float) -> list[SourceError]:
-    """Convert modular files that do not need each other, and say which of them fail.
+    """Convert modular files that do not import from each other, and return an error for each that fails.
 
     Args:
         root: the repository.
         copy: its copy, which the converter reads and writes.
         modulars: files below the root.
-        timeout: seconds that one run may take.
+        timeout: the seconds that one run of the converter may take.
 
     Raises:
-        WorkerError: a run did not end in time.
+        WorkerError: a run exceeded the timeout.
     """
     names = [str(path.relative_to(root)) for path in modulars]
-    complaint = _run(copy, names, timeout)
-    if complaint is None:
+    failure = _run(copy, names, timeout)
+    if failure is None:
         return []
     if len(modulars) > 1:
-        alone = [failure for path in modulars for failure in convert(root, copy, [path], timeout)]
-        if alone:
-            return alone
+        errors = [error for path in modulars for error in convert(root, copy, [path], timeout)]
+        if errors:
+            return errors
     return [
         SourceError(
-            f"{', '.join(names)}: the modular converter fails: {complaint}",
-            hint=f"run python {_CONVERTER} {' '.join(names)} and mend what it reports",
+            f"{', '.join(names)}: the modular converter fails: {failure}",
+            hint=f"run python {_CONVERTER} {' '.join(names)} and fix what it reports",
             paths=names,
         )
     ]
 
 
 def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
-    """Run the converter in the copy; return what went wrong, or None."""
+    """Run the converter in the copy; return its error, or None if it succeeds."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, str(_CONVERTER), *names],
@@ -113,7 +113,7 @@ def _run(copy: Path, names: Sequence[str], timeout: float) -> str | None:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired as error:
             raise WorkerError(
-                f"{names[0]}: the modular converter did not end within {timeout:g} s",
+                f"{names[0]}: the modular converter did not finish within {timeout:g} s",
                 hint="run it by hand on this file",
                 paths=list(names),
             ) from error
@@ -145,7 +145,7 @@ def _build_environment(copy: Path) -> dict[str, str]:
 
 
 def _extract_error(output: IO[bytes], code: int) -> str | None:
-    """Return the exception that the output tells of, or its last line where only the exit code tells of one."""
+    """Return the exception in the output, or its last line if only the exit code reports a failure."""
     exception = last = b""
     in_traceback = False
     for line in output:
@@ -162,7 +162,7 @@ def _extract_error(output: IO[bytes], code: int) -> str | None:
 
 
 def _list_excluded(folder: str, names: list[str]) -> set[str]:
-    """Name what a copy leaves out: caches, links to folders, links to nothing, devices."""
+    """Return the names that a copy leaves out: caches, links to folders, broken links and devices."""
     paths = [Path(folder, name) for name in names]
     return {
         path.name

@@ -1,4 +1,4 @@
-"""The rewrite in LibCST's own runner."""
+"""The LibCST command, in LibCST's own runner and alone."""
 
 from __future__ import annotations
 

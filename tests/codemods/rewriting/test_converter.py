@@ -205,7 +205,7 @@ def test_a_converter_that_does_not_end_is_stopped(repository):
     converter = repository / "utils/modular_model_converter.py"
     converter.write_text("import time\ntime.sleep(60)\n")
     start = time.perf_counter()
-    with pytest.raises(WorkerError, match=r"modular_alpha\.py: the modular converter did not end within 0\.5 s"):
+    with pytest.raises(WorkerError, match=r"modular_alpha\.py: the modular converter did not finish within 0\.5 s"):
         verify(repository, timeout=0.5)
     assert time.perf_counter() - start < 20
 
