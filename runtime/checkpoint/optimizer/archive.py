@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,18 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.checkpoint.dcp.archive import (
-    DIRECTORY_ENTRY,
-    END_RECORD,
-    EXTRA_HEADER,
-    LOCAL_HEADER,
-    STORAGES,
-    ZIP64_END_RECORD,
-    ZIP64_EXTRA_ID,
-    ZIP64_LOCATOR,
-    ZIP64_MARKER,
-    ZIP64_SIZE,
-)
+from runtime.checkpoint.dcp.archive import LOCAL_HEADER, STORAGES
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.models.dtypes import DTYPES
 from runtime.tensor_map.tensor_map import row_major
@@ -40,6 +30,15 @@ __all__ = ["ALIGNMENT", "TensorArchive", "build_tensor_archive", "build_value_ar
 
 ALIGNMENT = 64
 """The alignment of a tensor in its archive, in bytes, as in torch."""
+
+_END_RECORD = struct.Struct("<4s4H2LH")
+_ZIP64_LOCATOR = struct.Struct("<4sLQL")
+_ZIP64_END_RECORD = struct.Struct("<4sQ2H2L4Q")
+_DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+_EXTRA_HEADER = struct.Struct("<2H")
+_ZIP64_SIZE = struct.Struct("<Q")
+_ZIP64_MARKER = 0xFFFFFFFF
+_ZIP64_EXTRA_ID = 1
 
 _FORMAT_MEMBERS: Mapping[str, bytes] = {"byteorder": b"little", "version": b"3\n"}
 _VERSION, _VERSION_64 = 20, 45
@@ -101,22 +100,22 @@ class _Member(NamedTuple):
 
     def local_header(self, *, aligned: bool = False) -> bytes:
         """Return the header before the member's bytes, padded to align them if asked to."""
-        extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
+        extra = _pack_extra_64(self.size, self.size) if self.size >= _ZIP64_MARKER else b""
         if aligned:
-            gap = -(self.start + LOCAL_HEADER.size + len(self.path) + len(extra) + EXTRA_HEADER.size) % ALIGNMENT
-            extra += EXTRA_HEADER.pack(_PADDING, gap) + b"Z" * gap
-        sizes = min(self.size, ZIP64_MARKER), min(self.size, ZIP64_MARKER)
-        version = _VERSION_64 if self.size >= ZIP64_MARKER else _VERSION
+            gap = -(self.start + LOCAL_HEADER.size + len(self.path) + len(extra) + _EXTRA_HEADER.size) % ALIGNMENT
+            extra += _EXTRA_HEADER.pack(_PADDING, gap) + b"Z" * gap
+        sizes = min(self.size, _ZIP64_MARKER), min(self.size, _ZIP64_MARKER)
+        version = _VERSION_64 if self.size >= _ZIP64_MARKER else _VERSION
         fixed = LOCAL_HEADER.pack(b"PK\x03\x04", version, 0, 0, 0, 0, self.checksum, *sizes, len(self.path), len(extra))
         return fixed + self.path + extra
 
     def directory_entry(self) -> bytes:
         """Return the member's entry in the directory; its header must begin below 4 GiB."""
-        extra = _pack_extra_64(self.size, self.size) if self.size >= ZIP64_MARKER else b""
-        sizes = min(self.size, ZIP64_MARKER), min(self.size, ZIP64_MARKER)
+        extra = _pack_extra_64(self.size, self.size) if self.size >= _ZIP64_MARKER else b""
+        sizes = min(self.size, _ZIP64_MARKER), min(self.size, _ZIP64_MARKER)
         version = _VERSION_64 if extra else _VERSION
         lengths = len(self.path), len(extra), 0
-        fixed = DIRECTORY_ENTRY.pack(
+        fixed = _DIRECTORY_ENTRY.pack(
             b"PK\x01\x02", version, version, 0, 0, 0, 0, self.checksum, *sizes, *lengths, 0, 0, 0, self.start
         )
         return fixed + self.path + extra
@@ -135,17 +134,19 @@ def _write_directory(members: Sequence[_Member], start: int) -> bytes:
     """Return the end of an archive: its directory, and the records that locate it."""
     entries = b"".join(member.directory_entry() for member in members)
     count, size = len(members), len(entries)
-    end = END_RECORD.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, ZIP64_MARKER), 0)
-    if start < ZIP64_MARKER:
+    end = _END_RECORD.pack(b"PK\x05\x06", 0, 0, count, count, size, min(start, _ZIP64_MARKER), 0)
+    if start < _ZIP64_MARKER:
         return entries + end
-    wide = ZIP64_END_RECORD.pack(
-        b"PK\x06\x06", ZIP64_END_RECORD.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start
+    wide = _ZIP64_END_RECORD.pack(
+        b"PK\x06\x06", _ZIP64_END_RECORD.size - 12, _VERSION_64, _VERSION_64, 0, 0, count, count, size, start
     )
-    return entries + wide + ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
+    return entries + wide + _ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
 
 
 def _pack_extra_64(*numbers: int) -> bytes:
-    return EXTRA_HEADER.pack(ZIP64_EXTRA_ID, len(numbers) * ZIP64_SIZE.size) + b"".join(map(ZIP64_SIZE.pack, numbers))
+    return _EXTRA_HEADER.pack(_ZIP64_EXTRA_ID, len(numbers) * _ZIP64_SIZE.size) + b"".join(
+        map(_ZIP64_SIZE.pack, numbers)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,11 +221,14 @@ def unzipped(archive: bytes) -> dict[str, bytes]:
 GOOD = torch.arange(32.0)
 PARTS = unzipped(saved_as(GOOD))
 ARCHIVES: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "cut short"),
-    "no archive": (b"x" * 1000, "no archive"),
-    "half an archive": (saved_as(GOOD)[:700], "no archive"),
+    "nothing": (b"", "is not a zip archive"),
+    "no archive": (b"x" * 1000, "is not a zip archive"),
+    "half an archive": (saved_as(GOOD)[:700], "is not a zip archive"),
+    "a damaged directory": (saved_as(GOOD).replace(b"PK\x01\x02", b"PK\x01\x03"), "its directory is damaged"),
+    "a directory that leads elsewhere": (saved_as(GOOD).replace(b"PK\x03\x04", b"PK\x03\x05"), "leads to no member"),
+    "a long directory": (zipped({f"{n}-{'x' * 60_000}": b"" for n in range(20)}), r"has a directory of 12\d{5} bytes"),
     "compressed": (zipped(PARTS, zipfile.ZIP_DEFLATED), "compressed"),
-    "no description": (zipped({"data/0": PARTS["data/0"]}), "no archive of torch.save"),
+    "no description": (zipped({"data/0": PARTS["data/0"]}), "not an archive of torch.save"),
     "no storage": (zipped({"data.pkl": PARTS["data.pkl"]}), "not a plain tensor"),
     "a short storage": (zipped({**PARTS, "data/0": b"x" * 124}), "within its storage"),
     "a cut storage": (zipped({**PARTS, "data/0": b"x" * 127}), "within its storage"),
