@@ -139,6 +139,7 @@ def _code(text: str) -> Iterator[str]:
 
 
 def main() -> None:
+    """Write every page, and remove the pages of rules that no longer exist."""
     for path, text in pages().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, "utf-8")
