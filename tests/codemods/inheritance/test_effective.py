@@ -69,6 +69,7 @@ def test_an_own_plan_replaces_the_inherited_one_whole():
         "class Child(transformers.models.a.configuration_a.Parent): pass\n",
         "try:\n    from ..a.configuration_a import Parent\nexcept ImportError: pass\nclass Child(Parent): pass\n",
         "from ..a.configuration_a import *\nclass Child(Parent): pass\n",
+        "from ..a.configuration_a import Parent\nBase = Parent\nclass Child(Base): pass\n",
     ],
     ids=[
         "from the package",
@@ -83,6 +84,7 @@ def test_an_own_plan_replaces_the_inherited_one_whole():
         "absolute name",
         "in try",
         "everything",
+        "another name",
     ],
 )
 def test_ways_to_a_parent(text):
@@ -140,6 +142,14 @@ def test_inheritance_too_deep_to_follow_is_an_error():
     files = {A: "from ..b.configuration_b import C1500\nclass Child(C1500): pass\n", B: text}
     with pytest.raises(SourceError, match="inherit too deeply"):
         plan_of(files, A, "Child")
+
+
+def test_a_parent_that_cannot_be_parsed_is_an_error_each_time():
+    parent = "from ..a.configuration_a import Parent\nclass Child(Parent): pass\n"
+    plans = EffectivePlans(sources({A: "class Parent(\n", B: parent, C: parent.replace("Child", "Other")}))
+    for path in (B, B, C):
+        with pytest.raises(SourceError, match="does not parse"):
+            plans.compute_file_plans(path)
 
 
 def test_what_code_adds_is_a_plan_of_its_own():

@@ -299,8 +299,9 @@ def test_a_class_that_two_configurations_define_is_not_looked_for_by_its_name(tm
     assert sorted(codes(outcome)) == ["MIG302", "MIG306"]
 
 
-def test_a_name_that_stands_for_itself_leads_nowhere(tmp_path):
-    outcome = rewrite(tree(tmp_path, "A = B\nB = A\n\n\nclass BarConfig(A):\n    pass\n"))
+@pytest.mark.parametrize("before", ["", "import os\n"], ids=["first line", "below"])
+def test_a_name_that_stands_for_itself_leads_nowhere(tmp_path, before):
+    outcome = rewrite(tree(tmp_path, f"{before}A = B\nB = A\n\n\nclass BarConfig(A):\n    pass\n"))
     assert codes(outcome) == ["MIG302"]
 
 
