@@ -47,5 +47,5 @@ def differences(root, base="HEAD", head=None):
     return found.differences
 
 
-def told(found):
+def summarize(found):
     return [(one.model, one.key, one.kind, one.explained) for one in found]

@@ -102,12 +102,12 @@ def test_each_defect_is_found_and_nothing_else(tmp_path, code, text, source):
 
 
 def test_an_unknown_style_is_told_from_a_mistyped_one(tmp_path):
-    for style, told in {
+    for style, ending in {
         "colwize": "no style colwize; did you mean colwise?",
         "local_colwise": "no style local_colwise",
     }.items():
         outcome = check(tmp_path / style, plan(f'"layers.*.self_attn.q_proj": "{style}"'), "transformers-5.23")
-        assert outcome.findings[0].finding.message.endswith(told)
+        assert outcome.findings[0].finding.message.endswith(ending)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.codemods.repositories import (
     commit,
     differences,
     edit,
-    told,
+    summarize,
 )
 
 
@@ -42,7 +42,7 @@ def test_a_rewrite_only_renames(root):
 def test_a_placement_that_a_class_inherits_is_not_explained(root):
     edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": "rowwise"')
     found = differences(root)
-    assert told(found) == [
+    assert summarize(found) == [
         ("mixtral", "layers.*.self_attn.q_proj", "placement", True),
         ("offspring", "layers.*.self_attn.q_proj", "placement", False),
     ]
@@ -56,7 +56,7 @@ def test_other_communication_is_no_rename(root):
     edit(
         root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise"', '"layers.*.self_attn.q_proj": "colwise_gather_output"'
     )
-    assert told(differences(root)) == [
+    assert summarize(differences(root)) == [
         ("mixtral", "layers.*.self_attn.q_proj", "meaning", True),
         ("offspring", "layers.*.self_attn.q_proj", "meaning", False),
     ]
@@ -64,7 +64,7 @@ def test_other_communication_is_no_rename(root):
 
 def test_entries_added_and_removed(root):
     edit(root, MIXTRAL, '"layers.*.self_attn.q_proj": "colwise",', '"layers.*.self_attn.new": "colwise",')
-    assert told(differences(root)) == [
+    assert summarize(differences(root)) == [
         ("mixtral", "layers.*.self_attn.q_proj", "removed", True),
         ("mixtral", "layers.*.self_attn.new", "added", True),
         ("offspring", "layers.*.self_attn.q_proj", "removed", False),
@@ -114,7 +114,7 @@ def test_a_new_release_changes_what_the_same_lines_mean(root):
     repository = find_repository(root)
     found = compare(repository.read_revision("HEAD"), repository.read_working_tree())
     assert found.dialects == ("transformers-5.19", "transformers-5.23")
-    assert told(found.differences) == [("toy", "embed", "placement", False)]
+    assert summarize(found.differences) == [("toy", "embed", "placement", False)]
     (embed,) = found.differences
     assert (embed.before.effect.placement, embed.after.effect.placement) == ("Shard(1)", "Shard(0)")
 
@@ -129,7 +129,7 @@ def test_the_same_entry_on_another_parameter_is_not_explained(root):
         "        self.other = nn.Parameter(torch.empty(",
     )
     edit(root, name, "        self.other", "        self.down_proj = nn.Linear(1, 1)\n        self.other")
-    assert [(one.variant.plan, one.side.style, *told([one])[0][1:]) for one in differences(root)] == [
+    assert [(one.variant.plan, one.side.style, *summarize([one])[0][1:]) for one in differences(root)] == [
         ("base_model_ep_plan", "grouped_gemm", "layers.*.mlp.experts.down_proj", "meaning", False),
         ("base_model_tp_plan", "rowwise", "layers.*.mlp.experts.down_proj", "placement", False),
     ]
@@ -155,18 +155,18 @@ def test_entries_that_code_takes_out(root, line, key):
     """Whoever inherits the code loses the entry too, and no line of theirs says so."""
     edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
     found = differences(root)
-    assert told(found) == [("mixtral", key, "removed", True), ("offspring", key, "removed", False)]
+    assert summarize(found) == [("mixtral", key, "removed", True), ("offspring", key, "removed", False)]
     assert {one.variant.plan for one in found} == {"base_model_tp_plan in __post_init__"}
     assert {one.after.effect.placement for one in found} == {"whole"}
     commit(root, "taken out")
     edit(root, MIXTRAL, line, "pass")
-    assert told(differences(root)) == [("mixtral", key, "added", True), ("offspring", key, "added", False)]
+    assert summarize(differences(root)) == [("mixtral", key, "added", True), ("offspring", key, "added", False)]
 
 
 def test_a_plan_that_code_replaces(root):
     line = f'self.base_model_tp_plan = {{"{Q_PROJ}": "rowwise"}}'
     edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
-    assert told(differences(root)) == [
+    assert summarize(differences(root)) == [
         ("mixtral", "*", "removed", True),
         ("mixtral", Q_PROJ, "added", True),
         ("offspring", "*", "removed", False),
@@ -180,7 +180,7 @@ def test_one_arm_of_a_conditional_expression(root):
     commit(root, "two arms")
     edit(root, MIXTRAL, f'else {{"{Q_PROJ}": "rowwise"}}', f'else {{"{Q_PROJ}": "colwise"}}')
     found = differences(root)
-    assert told(found) == [("mixtral", Q_PROJ, "placement", True), ("offspring", Q_PROJ, "placement", False)]
+    assert summarize(found) == [("mixtral", Q_PROJ, "placement", True), ("offspring", Q_PROJ, "placement", False)]
     assert {one.variant.plan for one in found} == {"base_model_tp_plan in __post_init__ if not (self.fused)"}
 
 
@@ -195,7 +195,7 @@ def test_a_plan_kept_in_a_constant(root):
     commit(root, "a constant")
     assert differences(root, "HEAD~1", "HEAD") == (), "the same entries, elsewhere in the file"
     edit(root, MIXTRAL, f'"{Q_PROJ}": "colwise"', f'"{Q_PROJ}": "rowwise"')
-    assert told(differences(root)) == [
+    assert summarize(differences(root)) == [
         ("mixtral", Q_PROJ, "placement", True),
         ("offspring", Q_PROJ, "placement", False),
     ]
@@ -237,7 +237,7 @@ def test_modeling_source_rewritten_to_the_same_is_no_change(root):
 def test_modeling_classes_have_plans_too(root):
     name = f"{PACKAGE}/models/mixtral/modeling_mixtral.py"
     edit(root, name, '_tp_plan = {"lm_head": "colwise_gather_output"}', '_tp_plan = {"lm_head": "colwise"}')
-    assert told(differences(root)) == [("mixtral", "lm_head", "meaning", True)]
+    assert summarize(differences(root)) == [("mixtral", "lm_head", "meaning", True)]
 
 
 def test_a_file_that_does_not_parse_stops_no_other(root):

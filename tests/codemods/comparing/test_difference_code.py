@@ -6,7 +6,7 @@ import pytest
 
 from codemods.inheritance.effective import UNRESOLVED
 from tests.codemods.helpers import write_tree
-from tests.codemods.repositories import ADDED, MIXTRAL, PACKAGE, Q_PROJ, commit, differences, edit, told
+from tests.codemods.repositories import ADDED, MIXTRAL, PACKAGE, Q_PROJ, commit, differences, edit, summarize
 
 KID = f"{PACKAGE}/models/kid/configuration_kid.py"
 PLANS = f"{PACKAGE}/models/plans.py"
@@ -23,7 +23,7 @@ def test_a_constant_of_two_classes(root):
     kid(root, f"{NORM}class A:\n    base_model_tp_plan = BASE\nclass B:\n    base_model_tp_plan = BASE\n")
     edit(root, KID, "colwise", "rowwise")
     found = differences(root)
-    assert [(one.variant.class_name, *told([one])[0]) for one in found] == [
+    assert [(one.variant.class_name, *summarize([one])[0]) for one in found] == [
         ("A", "kid", "norm", "placement", True),
         ("B", "kid", "norm", "placement", True),
     ]
@@ -36,14 +36,14 @@ def test_an_imported_constant_is_not_explained(root, imports):
     name = "plans.BASE" if imports.endswith("plans") else "BASE"
     kid(root, f"{imports}\nclass A:\n    base_model_tp_plan = {{**{name}}}\n", plans=f"{NORM}OTHER = BASE\n")
     edit(root, PLANS, "colwise", "rowwise")
-    assert told(differences(root)) == [("kid", "norm", "placement", False)]
+    assert summarize(differences(root)) == [("kid", "norm", "placement", False)]
 
 
 def test_a_constant_that_one_helper_passes_on(root):
     text = "from ..plans import BASE\nclass A:\n    base_model_tp_plan = BASE\n"
     kid(root, text, plans="from .more import BASE\n", more=NORM)
     edit(root, f"{PACKAGE}/models/more.py", "colwise", "rowwise")
-    assert told(differences(root)) == [("kid", "norm", "placement", False)]
+    assert summarize(differences(root)) == [("kid", "norm", "placement", False)]
 
 
 def test_another_class_s_plan_taken_over_without_inheriting(root):
@@ -53,7 +53,7 @@ def test_another_class_s_plan_taken_over_without_inheriting(root):
     )
     kid(root, text)
     edit(root, MIXTRAL, f'"{Q_PROJ}": "colwise"', f'"{Q_PROJ}": "rowwise"')
-    assert ("kid", Q_PROJ, "placement", False) in told(differences(root))
+    assert ("kid", Q_PROJ, "placement", False) in summarize(differences(root))
 
 
 UNREADABLE = {
@@ -89,26 +89,26 @@ def test_what_cannot_be_read_may_have_changed(root, text, before, after):
     (root / KID).write_text((root / KID).read_text() + "\n# no more than a comment\n")
     assert differences(root) == ()
     edit(root, KID, before, after)
-    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
+    assert summarize(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 def test_what_a_helper_in_another_file_makes_may_have_changed(root):
     text = "from ..plans import make\nclass A:\n    base_model_tp_plan = make(1)\n"
     kid(root, text, plans='def make(n):\n    return {f"layers.{n}": "colwise"}\n')
     edit(root, PLANS, "colwise", "rowwise")
-    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
+    assert summarize(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 def test_a_computed_style_may_have_changed(root):
     kid(root, 'class A:\n    base_model_tp_plan = {"norm": pick(1), "other": pick(3)}\n')
     edit(root, KID, "pick(1)", "pick(2)")
-    assert told(differences(root)) == [("kid", "norm", "unread", False)]
+    assert summarize(differences(root)) == [("kid", "norm", "unread", False)]
 
 
 def test_a_plan_that_cannot_be_read_any_more_has_lost_nothing_for_sure(root):
     kid(root, 'class A:\n    base_model_tp_plan = {"norm": "colwise"}\n')
     edit(root, KID, '{"norm": "colwise"}', "make()")
-    assert told(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
+    assert summarize(differences(root)) == [("kid", UNRESOLVED, "unread", False)]
 
 
 UPDATE = '        self.base_model_tp_plan["norm"] = "rowwise"\n'
@@ -129,7 +129,7 @@ def test_another_function_or_condition_is_one_change_that_its_own_line_explains(
     kid(root, text)
     edit(root, KID, before, after)
     (found,) = differences(root)
-    assert told([found]) == [("kid", "norm", "condition", True)]
+    assert summarize([found]) == [("kid", "norm", "condition", True)]
     assert found.moved_from is not None
     assert found.moved_from.plan != found.variant.plan
 
@@ -139,7 +139,7 @@ def test_another_condition_that_a_class_inherits_is_not_explained(root):
     edit(root, MIXTRAL, '__all__ = ["MixtralConfig"]', ADDED.format(line) + '\n\n__all__ = ["MixtralConfig"]')
     commit(root, "condition")
     edit(root, MIXTRAL, "self.x > 1", "self.x > 2")
-    assert told(differences(root)) == [
+    assert summarize(differences(root)) == [
         ("mixtral", Q_PROJ, "condition", True),
         ("offspring", Q_PROJ, "condition", False),
     ]
@@ -149,4 +149,4 @@ def test_another_style_under_another_condition_is_two_changes(root):
     kid(root, GUARDS["if"][0])
     edit(root, KID, "x > 1", "x > 2")
     edit(root, KID, "rowwise", "colwise")
-    assert told(differences(root)) == [("kid", "norm", "removed", True), ("kid", "norm", "added", True)]
+    assert summarize(differences(root)) == [("kid", "norm", "removed", True), ("kid", "norm", "added", True)]

@@ -145,10 +145,10 @@ LOST = {
 def test_an_owner_never_changes_while_a_copy_may_stay_behind(tmp_path, modular):
     outcome = rewrite(tree(tmp_path, modular))
     assert outcome.changes == ()
-    told = {found.path.name: found.finding for found in outcome.findings}
-    assert told["configuration_bar.py"].code in {"MIG302", "MIG303"}
-    assert told["configuration_toy.py"].code == "MIG306"
-    assert "bar/configuration_bar.py" in told["configuration_toy.py"].message
+    findings = {found.path.name: found.finding for found in outcome.findings}
+    assert findings["configuration_bar.py"].code in {"MIG302", "MIG303"}
+    assert findings["configuration_toy.py"].code == "MIG306"
+    assert "bar/configuration_bar.py" in findings["configuration_toy.py"].message
 
 
 def test_only_owners_that_say_the_same_are_held_back(tmp_path):
@@ -355,8 +355,8 @@ def test_a_model_that_takes_in_a_constant_must_have_the_layout_too(tmp_path):
     user = inheriting("from ..toy.configuration_toy import PLAN", "Config").replace("pass", "base_model_tp_plan = PLAN")
     outcome = rewrite(used(tmp_path, user, INTERLEAVED, owner))
     assert outcome.changes == ()
-    told = {found.path.name: found.finding.code for found in outcome.findings}
-    assert told["configuration_toy.py"] == "MIG102"
+    findings = {found.path.name: found.finding.code for found in outcome.findings}
+    assert findings["configuration_toy.py"] == "MIG102"
 
 
 OTHERS = {

@@ -1,4 +1,4 @@
-"""Which dialect a tree speaks, from its version file or from its styles."""
+"""The dialect of a tree, detected from its version file or from its styles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ignore comments: which lines they speak of, what they keep from happening, and when they are of no use."""
+"""Ignore comments: the lines they apply to, what they prevent, and when they are unused."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def test_comments_of_no_use_are_found():
 
 
 def rewritten(root, configuration=None):
-    silencer = Suppressions(Selection(configuration or Configuration()))
-    outcome = plan_rewrites([root], silencer)
+    suppressions = Suppressions(Selection(configuration or Configuration()))
+    outcome = plan_rewrites([root], suppressions)
     assert write_changes(outcome.changes).errors == ()
-    return outcome, list(find_unused_comments(silencer))
+    return outcome, list(find_unused_comments(suppressions))
 
 
 @pytest.mark.parametrize("entry", [GATE_UP, DOWN])
@@ -205,9 +205,9 @@ def test_what_is_ignored_is_no_other_finding_instead(tmp_path):
     hook = '"layers.*.mlp.experts": "moe_experts_allreduce",  # migrator: ignore[MIG003]'
     write_tree(tmp_path, {OWNER: f"class ToyConfig:\n    base_model_tp_plan = {{\n        {hook}\n    }}\n"})
     write_tree(tmp_path, {"toy/modeling_toy.py": MODELING})
-    silencer = Suppressions()
-    outcome = check_paths([tmp_path], silencer, source="transformers-5.23")
-    assert (outcome.changes, codes(outcome), list(find_unused_comments(silencer))) == ((), [], [])
+    suppressions = Suppressions()
+    outcome = check_paths([tmp_path], suppressions, source="transformers-5.23")
+    assert (outcome.changes, codes(outcome), list(find_unused_comments(suppressions))) == ((), [], [])
 
 
 def test_the_other_modules_of_the_plan_are_still_rewritten(tmp_path):
