@@ -1,12 +1,14 @@
-"""The digest of a parameter: two 64-bit sums over its bytes that do not care how the bytes are cut or ordered.
+"""The digest of a parameter: two 64-bit sums over its bytes, the same however the bytes are split and ordered.
+
+A general hash would depend on the order in which ranks, threads and layouts split a parameter. This one adds up: the
+digests of disjoint parts sum to the digest of the whole.
 
 The parameter's bytes in logical row-major order are little-endian 64-bit words u_i. Lane one is the sum of W1_i * u_i,
-lane two that of W2_i * (u_i >> 32), both modulo 2^64; a piece that cuts a word contributes its bytes at their place
-in the word and zeros elsewhere. Sums over disjoint pieces add up to the sum over the whole, so ranks, threads and
-layouts may cut as they like.
+lane two the sum of W2_i * (u_i >> 32), both modulo 2^64. A part that begins or ends within a word contributes its bytes
+at their position in the word, and zeros elsewhere.
 
 Weights are odd, so lane one sees any error in a single word. Errors that are multiples of 2^63, such as two flipped
-signs, cancel in lane one whatever the weights; lane two sees the same bits as multiples of 2^31, which cancel only
+signs, cancel in lane one with any weights; lane two sees the same bits as multiples of 2^31, which cancel only
 if the weights agree modulo 2^33. W_i = T[i mod 2048] * S[i div 2048] keeps weights cheap: a block's sum is one dot
 product and one multiplication.
 """
@@ -33,10 +35,10 @@ _WORD: Final = 8
 _MASK: Final = 2**64 - 1
 _BATCH: Final = 16
 _MIN_ROWS_PER_CALL: Final = 4
-"""Rows at each place of their blocks below which one call for each place costs more than it saves."""
+"""With fewer rows at each position in a block, one call per position costs more than it saves."""
 
 SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
-"""Where the sequences of inner and outer weights begin, by lane."""
+"""The seeds of the inner and outer weights, by lane."""
 
 STEP: Final = 0x9E3779B97F4A7C15
 MULTIPLIERS: Final = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -57,12 +59,12 @@ def _generate_weights(seed: int, start: int, count: int) -> Words:
 
 @lru_cache
 def word_weights(lane: int) -> Words:
-    """Return T, the factors by place in a block, of lane 0 or 1."""
+    """Return T, the inner weights of lane 0 or 1: one for each word of a block."""
     return _generate_weights(SEEDS[lane][0], 0, BLOCK)
 
 
 def block_weights(lane: int, start: int, count: int) -> Words:
-    """Return S for `count` blocks from block `start`, of lane 0 or 1."""
+    """Return S, the outer weights of lane 0 or 1, for `count` blocks from block `start`."""
     return _generate_weights(SEEDS[lane][1], start, count)
 
 
@@ -73,22 +75,22 @@ def _block_weight(lane: int, block: int) -> int:
 
 @dataclass(slots=True)
 class Digest:
-    """Two running sums; `add` takes pieces in any order, `str` gives the manifest's form."""
+    """Two running sums. `add` takes parts of the parameter in any order; `str` returns the form in manifests."""
 
     lane1: int = 0
     lane2: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Digest:
-        """Return the sums that `str` wrote, to go on with."""
+        """Return the digest that `str` wrote, so that more parts can be added."""
         return cls(int(text[:16], 16), int(text[16:], 16))
 
     def add(self, offset: int, data: NDArray[np.uint8]) -> None:
         """Add bytes of the parameter.
 
         Args:
-            offset: of the piece's first byte in the parameter's logical row-major bytes.
-            data: one-dimensional and contiguous.
+            offset: the offset of the first byte in the parameter's logical row-major bytes.
+            data: the bytes, one-dimensional and contiguous.
         """
         lead = min(-offset % _WORD, len(data))
         if lead:
@@ -100,14 +102,14 @@ class Digest:
             self._add_bytes(offset + whole, data[whole:])
 
     def add_rows(self, offset: int, rows: NDArray[Any], stride: int) -> bool:
-        """Add rows of words that lie regularly apart, if there are enough of them to be quicker than one by one.
+        """Add rows of words at a fixed stride, if there are enough of them to be faster than adding each by itself.
 
-        Rows that begin at the same place of their blocks are multiplied by the same weights.
+        Rows that begin at the same position in their blocks are multiplied by the same weights.
 
         Args:
-            offset: of the first row in the parameter's bytes.
-            rows: two-dimensional.
-            stride: bytes from the beginning of one row to that of the next, in the parameter.
+            offset: the offset of the first row in the parameter's bytes.
+            rows: the rows, two-dimensional.
+            stride: the bytes in the parameter from the beginning of one row to the beginning of the next.
 
         Returns:
             Whether the rows were added.
@@ -129,12 +131,12 @@ class Digest:
         return True
 
     def join(self, other: Digest) -> None:
-        """Add the sums of other pieces."""
+        """Add the digest of other parts."""
         self._accumulate(0, other.lane1)
         self._accumulate(1, other.lane2)
 
     def _add_aligned_rows(self, start: int, rows: NDArray[Any], blocks: int, outer: Sequence[Words]) -> None:
-        """Add rows that lie whole blocks apart, `start` words behind the block that `outer` begins with."""
+        """Add rows at a stride of whole blocks, `start` words after the block that `outer` begins with."""
         column = 0
         while column < rows.shape[1]:
             block, place = divmod(start + column, BLOCK)
@@ -170,7 +172,7 @@ class Digest:
 
     def _add_blocks(self, block: int, rows: NDArray[Any]) -> None:
         sums = np.empty((2, len(rows)), np.uint64)
-        # Batches stay in the processor's cache between the two lanes.
+        # A batch stays in the processor's cache for the second lane.
         for first in range(0, len(rows), _BATCH):
             batch = rows[first : first + _BATCH]
             part = sums[:, first : first + _BATCH]

@@ -10,8 +10,7 @@ from plans.errors import IncompleteError, MismatchError
 from plans.mesh import Mesh, Mode
 from plans.plan import to_wildcard
 from plans.resolved_plan import ResolvedPlan
-from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo
-from runtime.checkpoint.config_record import find_config_changes
+from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo, find_config_changes
 from runtime.checkpoint.external.plan import resolve_external_plan
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes

@@ -15,7 +15,7 @@ from runtime.checkpoint.checkpoint import Checkpoint, TensorCopy
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.ranks.files import group_ranks_by_copy
-from runtime.checkpoint.verifying.replicas import compute_digests
+from runtime.checkpoint.verifying.verify import compute_digests
 from runtime.models.dtypes import DTYPES
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch

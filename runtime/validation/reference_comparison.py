@@ -13,8 +13,7 @@ import torch
 
 from plans.errors import UsageError
 from plans.text import format_names
-from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.config_record import find_config_changes, read_config_entries
+from runtime.checkpoint.checkpoint import Checkpoint, find_config_changes, read_config_entries
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.open import open_checkpoint
 from runtime.models.config_entries import ConfigDifference, compare_entries

@@ -1,12 +1,14 @@
 """Reading the state of an optimizer saved beside its model: `.distcp` files with fully qualified names.
 
+A saved name is like `optimizer.state.PARAMETER.exp_avg`.
+
 Source: `save_optimizer_distributed` of transformers 5.23; `get_optimizer_state_dict` of torch 2.13.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import prod
@@ -23,19 +25,69 @@ from runtime.checkpoint.dcp.pickle import PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.dcp.storage import locate_archive, open_distcp_file, read_chunks
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.safetensors import find_dtypes
-from runtime.checkpoint.optimizer.names import SavedName, find_prefix, split_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["OptimizerCheckpoint", "find_optimizer", "read_optimizer"]
 
+_PREFIXES = ("optimizer.", "")
+_SECTIONS = ("state", "param_groups")
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedName:
+    """A saved name, split into its parts.
+
+    Args:
+        section: `state`, or `param_groups` for hyperparameters.
+        parameter: the parameter's name, None for the hyperparameters of a numbered group.
+        entry: the name of the state or hyperparameter, such as `exp_avg`.
+    """
+
+    section: str
+    parameter: str | None
+    entry: str
+
+
+def _find_prefix(names: Collection[str]) -> str | None:
+    """Return the prefix of the names of an optimizer's state, None if the names include no such state."""
+    for prefix in _PREFIXES:
+        starts = tuple(f"{prefix}{section}." for section in _SECTIONS)
+        if any(name.startswith(starts) for name in names):
+            return prefix
+    return None
+
+
+def _split_name(name: str, parameters: Mapping[str, object]) -> _SavedName | None:
+    """Split a saved name into its parts.
+
+    Args:
+        name: the saved name, without the prefix of all names.
+        parameters: the model's parameters by name.
+
+    Returns:
+        The parts, None if the name belongs to no parameter of the model.
+    """
+    section, _, rest = name.partition(".")
+    if section not in _SECTIONS:
+        return None
+    parts = rest.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        parameter = ".".join(parts[:count])
+        if parameter in parameters:
+            return _SavedName(section, parameter, ".".join(parts[count:]))
+    if section == "param_groups" and parts[0].isdecimal():
+        return _SavedName(section, None, rest)
+    return None
+
+
 _Settings = tuple[int, tuple[tuple[str, bytes], ...]]
 """What decides which states a parameter has: its number of dims, and its hyperparameters with their pickles."""
 
 
 def _check_states_complete(
-    names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape], folder: Path
+    names: Mapping[str, _SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape], folder: Path
 ) -> None:
     """Refuse a parameter without a state that other parameters of as many dims and equal hyperparameters have.
 
@@ -67,7 +119,7 @@ def _check_states_complete(
 
 
 def _read_settings(
-    names: Mapping[str, SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape]
+    names: Mapping[str, _SavedName], values: Mapping[str, bytes], parameters: Mapping[str, Shape]
 ) -> dict[str, _Settings]:
     """Return the settings of each parameter that has hyperparameters of its own."""
     settings: defaultdict[str, list[tuple[str, bytes]]] = defaultdict(list)
@@ -235,7 +287,7 @@ def read_optimizer(checkpoint: Checkpoint, optimizer: OptimizerCheckpoint, model
 
 def _find_in_folder(checkpoint: Checkpoint, folder: PurePosixPath) -> OptimizerCheckpoint | None:
     saved = read_metadata(checkpoint.folder / folder)
-    prefix = find_prefix([*saved.shapes, *saved.non_tensors])
+    prefix = _find_prefix([*saved.shapes, *saved.non_tensors])
     if prefix is None:
         return None
     siblings = (name for name in checkpoint.side_files.copied if PurePosixPath(name).parent == folder)
@@ -243,7 +295,9 @@ def _find_in_folder(checkpoint: Checkpoint, folder: PurePosixPath) -> OptimizerC
     return OptimizerCheckpoint(str(folder), saved, prefix, files)
 
 
-def _split_names(optimizer: OptimizerCheckpoint, parameters: Mapping[str, Shape], folder: Path) -> dict[str, SavedName]:
+def _split_names(
+    optimizer: OptimizerCheckpoint, parameters: Mapping[str, Shape], folder: Path
+) -> dict[str, _SavedName]:
     """Split every saved name."""
     names = [*optimizer.metadata.shapes, *optimizer.metadata.non_tensors]
     parts = {name: _split_prefixed_name(name, optimizer.prefix, parameters) for name in names}
@@ -256,12 +310,12 @@ def _split_names(optimizer: OptimizerCheckpoint, parameters: Mapping[str, Shape]
     return {name: row for name, row in parts.items() if row is not None}
 
 
-def _split_prefixed_name(name: str, prefix: str, parameters: Mapping[str, Shape]) -> SavedName | None:
-    return split_name(name.removeprefix(prefix), parameters) if name.startswith(prefix) else None
+def _split_prefixed_name(name: str, prefix: str, parameters: Mapping[str, Shape]) -> _SavedName | None:
+    return _split_name(name.removeprefix(prefix), parameters) if name.startswith(prefix) else None
 
 
 def _match_shapes(
-    names: Mapping[str, SavedName], stored: Mapping[str, Shape], parameters: Mapping[str, Shape], folder: Path
+    names: Mapping[str, _SavedName], stored: Mapping[str, Shape], parameters: Mapping[str, Shape], folder: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield each state of its parameter's shape, with that parameter; all others must have a single element."""
     for name, shape in stored.items():

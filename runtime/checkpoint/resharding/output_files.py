@@ -11,8 +11,7 @@ from plans.errors import MismatchError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
-from runtime.checkpoint.checkpoint import Checkpoint, Layout, OptimizerState, TensorInfo
-from runtime.checkpoint.config_record import get_config_record
+from runtime.checkpoint.checkpoint import Checkpoint, Layout, OptimizerState, TensorInfo, get_config_record
 from runtime.checkpoint.copying.copy_plan import OutputFile
 from runtime.checkpoint.dcp.writer import plan_dcp_files
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, check_distinct_names

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, ConversionError, UsageError
 from plans.mesh import Mesh
-from runtime.checkpoint.checkpoint import Checkpoint
-from runtime.checkpoint.config_record import find_config_changes
+from runtime.checkpoint.checkpoint import Checkpoint, find_config_changes
 from runtime.checkpoint.copying.clones import align_to_blocks, find_clones, probe_block_size
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.external.source import ExternalSettings

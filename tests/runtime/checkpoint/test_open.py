@@ -1,4 +1,4 @@
-"""A checkpoint is held against the model that its config describes, rank files like any other."""
+"""Opening a checkpoint checks its tensors against the model that its config describes, for every layout."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_rank_files_of_another_model_are_refused(
 
 
 def test_a_tensor_that_a_layout_forgets_is_not_lost(rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(content: Checkpoint, *arguments: Any) -> Any:
-        laid = whole(content, *arguments)
-        first = laid.files[0]
+    def plan_without_first(checkpoint: Checkpoint, *arguments: Any) -> Any:
+        output = plan_all(checkpoint, *arguments)
+        first = output.files[0]
         object.__setattr__(first, "tensors", first.tensors[1:])
-        return laid
+        return output
 
-    whole = output_files._PLANNERS["hf"]
-    monkeypatch.setitem(output_files._PLANNERS, "hf", forgetful)  # type: ignore[misc, arg-type]
+    plan_all = output_files._PLANNERS["hf"]
+    monkeypatch.setitem(output_files._PLANNERS, "hf", plan_without_first)  # type: ignore[misc, arg-type]
     with pytest.raises(AssertionError, match="left out"):
         plan_reshard(rank_folder("qwen2", 2), target=ReshardTarget("hf"))
 

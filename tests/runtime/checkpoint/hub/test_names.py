@@ -12,7 +12,7 @@ from transformers import core_model_loading
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.hub import conversion as names
+from runtime.checkpoint.hub import conversion
 from runtime.checkpoint.hub.conversion import convert
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
@@ -91,7 +91,7 @@ def test_an_unknown_operation_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         pass
 
     converter = core_model_loading.WeightConverter(["experts.*.down_proj.weight"], ["experts.down_proj"], [Scramble(0)])
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model, **named: [converter])
     stored = {name: shape for name, shape in qwen3_moe_hub(model).items() if "down_proj" in name}
     with pytest.raises(ConversionError, match="Scramble") as caught:
         convert(model, stored, {}, {})
@@ -102,7 +102,7 @@ def test_a_class_of_another_module_is_not_the_known_operation(monkeypatch: pytes
     model = qwen3_moe()
     impostor = type("Concatenate", (core_model_loading.Concatenate,), {"__module__": "elsewhere"})
     converter = core_model_loading.WeightConverter(["experts.*.down_proj.weight"], ["experts.down_proj"], [impostor(0)])
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model, **named: [converter])
     stored = {name: shape for name, shape in qwen3_moe_hub(model).items() if "down_proj" in name}
     with pytest.raises(ConversionError, match="need the unknown operation"):
         convert(model, stored, {}, {})
@@ -113,7 +113,7 @@ def test_what_is_no_permutation_of_elements_is_refused_by_name(monkeypatch: pyte
 
     model = qwen3_moe()
     converter = core_model_loading.WeightConverter(["weight$", "weight_scale_inv"], ["weight"], [Fp8Dequantize(None)])
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [converter])
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model, **named: [converter])
     with pytest.raises(ConversionError, match="need the unknown operation Fp8Dequantize"):
         convert(model, {"model.layers.0.self_attn.q_proj.weight": (64, 64)}, {}, {})
 
@@ -198,8 +198,8 @@ def test_what_a_converter_makes_for_nobody_is_carried_whole(monkeypatch: pytest.
         [f"self_attn.{name}_proj.weight" for name in ("q", "nobody", "nothing")],
         [core_model_loading.Chunk(0)],
     )
-    known = names.get_model_conversion_mapping(model)
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda model, **named: [*known, converter])
+    known = conversion.get_model_conversion_mapping(model)
+    monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model, **named: [*known, converter])
     stored["model.layers.0.self_attn.k_proj.weight"] = key
     conversion = convert(model, stored, shapes_of(model), {})
     assert conversion.passthrough == (fused,)

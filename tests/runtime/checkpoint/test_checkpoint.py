@@ -1,4 +1,4 @@
-"""What a manifest records of config.json: named where the config says to compute something else than it did."""
+"""The config that a manifest records: edits of config.json that change what the model computes are reported."""
 
 from __future__ import annotations
 
