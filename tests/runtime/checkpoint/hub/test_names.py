@@ -139,9 +139,9 @@ def test_every_tensor_that_is_too_short_is_named() -> None:
 def test_the_base_models_names_are_taken_too() -> None:
     model = qwen3_moe()
     stored = {name.removeprefix("model."): shape for name, shape in qwen3_moe_hub(model).items()}
-    conversion = convert(model, stored, shapes_of(model), {})
-    assert conversion.passthrough == ()
-    sources = conversion.tensor_maps["model.layers.0.mlp.experts.down_proj"].sources
+    converted = convert(model, stored, shapes_of(model), {})
+    assert converted.passthrough == ()
+    sources = converted.tensor_maps["model.layers.0.mlp.experts.down_proj"].sources
     assert sources == tuple(f"layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(4))
 
 
@@ -201,9 +201,9 @@ def test_what_a_converter_makes_for_nobody_is_carried_whole(monkeypatch: pytest.
     known = conversion.get_model_conversion_mapping(model)
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda model, **named: [*known, converter])
     stored["model.layers.0.self_attn.k_proj.weight"] = key
-    conversion = convert(model, stored, shapes_of(model), {})
-    assert conversion.passthrough == (fused,)
-    assert conversion.tensor_maps["model.layers.0.self_attn.q_proj.weight"].sources == (fused,)
+    converted = convert(model, stored, shapes_of(model), {})
+    assert converted.passthrough == (fused,)
+    assert converted.tensor_maps["model.layers.0.self_attn.q_proj.weight"].sources == (fused,)
 
 
 def test_layers_beyond_the_model_are_carried() -> None:
@@ -213,5 +213,5 @@ def test_layers_beyond_the_model_are_carried() -> None:
         for name, shape in qwen3_moe_hub(model).items()
         if "layers.0" in name
     }
-    conversion = convert(model, qwen3_moe_hub(model) | extra, shapes_of(model), {})
-    assert set(conversion.passthrough) == set(extra)
+    converted = convert(model, qwen3_moe_hub(model) | extra, shapes_of(model), {})
+    assert set(converted.passthrough) == set(extra)
