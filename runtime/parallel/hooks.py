@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError, UsageError
-from plans.expert_axis import find_expert_keys
-from plans.plan import find_key
+from plans.plan import find_expert_keys, find_key
 from plans.resolved_plan import ResolvedPlan
 from runtime.checks.hooks import check_hooks
 from runtime.checks.plan_view import PlanView

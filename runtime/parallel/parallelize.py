@@ -12,10 +12,9 @@ from torch.distributed.fsdp import fully_shard
 
 from plans.dialect import Dialect
 from plans.errors import PlanError, UsageError
-from plans.expert_axis import find_expert_keys
 from plans.mesh import Mesh, Mode
 from plans.placement import Placement, Replicate
-from plans.plan import to_wildcard
+from plans.plan import find_expert_keys, to_wildcard
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from runtime.checks.plan import check_before_sharding
 from runtime.checks.plan_view import PlanView

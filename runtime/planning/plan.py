@@ -13,10 +13,9 @@ from torch import nn
 from plans.decompose import apply_edits, decompose
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialect
 from plans.errors import PlanError, UsageError
-from plans.expert_axis import find_expert_keys, merge_expert_plan
 from plans.mesh import MODES, Mode
 from plans.placement import Shard
-from plans.plan import find_key, to_wildcard
+from plans.plan import find_expert_keys, find_key, merge_expert_plan, to_wildcard
 from runtime.checks.experts import read_expert_layout
 from runtime.checks.head_parameters import add_head_norm_entries
 from runtime.checks.plan import check_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from plans.dialect import PARAM_LEVEL, dialect_for_release, load_dialect
-from plans.expert_axis import find_expert_keys, find_expert_modules, merge_expert_plan
+from plans.plan import find_expert_keys, find_expert_modules, merge_expert_plan
 
 DIALECT = dialect_for_release("5.23.0").with_overrides(load_dialect(PARAM_LEVEL)).with_defaults(load_dialect("dtensor"))
 

@@ -14,8 +14,7 @@ from plans.text import format_names
 from runtime.checkpoint.external.source import ExternalPlacement, ExternalSettings, UnevenPacked
 from runtime.models.model import model_tensors
 from runtime.planning.plan import Plan, runtime_dialect
-from runtime.planning.resolve import place_tensors
-from runtime.planning.scales import Scale, check_scale_blocks, find_scales
+from runtime.planning.resolve import Scale, check_scale_blocks, find_scales, place_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

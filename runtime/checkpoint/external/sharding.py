@@ -25,7 +25,7 @@ from runtime.checkpoint.external.source import (
     external_placement_to_json,
 )
 from runtime.planning.plan import runtime_dialect
-from runtime.planning.scales import find_scales
+from runtime.planning.resolve import find_scales
 from runtime.styles.registry import STYLES
 from runtime.tensor_map.tensor_map import TensorMap, shard_for_rank
 
