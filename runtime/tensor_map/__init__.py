@@ -1,1 +1,1 @@
-"""Integers alone: which bytes of which stored tensor become which bytes of another, composed, sharded, turned into copies."""
+"""Integers: where the elements of a tensor lie in other tensors, and which bytes to copy. No torch, no files."""

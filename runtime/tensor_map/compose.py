@@ -1,8 +1,8 @@
-"""Forms seen from elsewhere: reshaped, turned round to say what their sources are made of, and one through another.
+"""Reshape, invert and compose tensor maps.
 
-An extent is a nest of loops: so many steps, each so far apart in the tensor and in its source, both counted flat. Laid
-over a tensor of some shape, the loops become boxes of that shape again. Reshaping lays them over another shape of the
-same tensor, turning round over the shape of the source.
+A box is a nest of loops, each with a number of steps and their flat distances in the tensor and in its source. Over a
+tensor of a given shape, the loops become boxes again: reshaping places them over another shape of the same tensor,
+inverting over the shape of the source.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["compose", "invert", "reshape"]
 
 
 class _Loop(NamedTuple):
-    """So many steps, each so many elements apart in the tensor that is laid out and in the other one."""
+    """A loop of `steps`, with their distances in elements in the tensor that is described and in the other one."""
 
     steps: int
     outer_stride: int
@@ -29,58 +29,56 @@ class _Loop(NamedTuple):
 
 
 def reshape(tensor_map: TensorMap, shape: Sequence[int]) -> TensorMap:
-    """Return the form with its elements in the same flat order under another shape, as `torch.reshape`.
+    """Return the tensor map with its elements in the same flat order under another shape, as `torch.reshape`.
 
     Raises:
-        FormError: the shape has another number of elements.
+        TensorMapError: the shape has another number of elements.
     """
     shape = tuple(shape)
     if prod(shape) != prod(tensor_map.shape):
         raise TensorMapError(f"{list(tensor_map.shape)} has no view of shape {list(shape)}")
     strides = row_major(tensor_map.shape)
     boxes = (
-        box
-        for extent in tensor_map.boxes
-        for box in _build_boxes(
-            _build_loops(extent, strides), _compute_flat_offset(extent, strides), extent.base, shape, extent.source
+        reshaped
+        for box in tensor_map.boxes
+        for reshaped in _build_boxes(
+            _build_loops(box, strides), _compute_flat_offset(box, strides), box.base, shape, box.source
         )
     )
     return TensorMap(shape, tuple(boxes))
 
 
 def invert(tensor_maps: Mapping[str, TensorMap], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorMap]:
-    """Return the forms of the sources over the tensors that are made of them.
+    """Return the tensor maps of the sources over the tensors that are made of them.
 
     Args:
-        tensor_maps: of tensors by name; together they use every element of the sources once.
-        shapes: of the sources by name.
+        tensor_maps: the tensor maps by name; together they use every element of the sources once.
+        shapes: the shapes of the sources by name.
     """
-    found: defaultdict[str, list[StridedBox]] = defaultdict(list)
-    for name, form in tensor_maps.items():
-        strides = row_major(form.shape)
-        for extent in form.boxes:
-            loops = [_Loop(loop.steps, loop.inner_stride, loop.outer_stride) for loop in _build_loops(extent, strides)]
-            base = _compute_flat_offset(extent, strides)
-            found[extent.source] += _build_boxes(loops, extent.base, base, shapes[extent.source], name)
-    return {source: TensorMap(shape, tuple(found[source])) for source, shape in shapes.items()}
+    boxes: defaultdict[str, list[StridedBox]] = defaultdict(list)
+    for name, tensor_map in tensor_maps.items():
+        strides = row_major(tensor_map.shape)
+        for box in tensor_map.boxes:
+            boxes[box.source] += _invert_box(box, strides, shapes[box.source], name)
+    return {source: TensorMap(shape, tuple(boxes[source])) for source, shape in shapes.items()}
 
 
 def compose(sources: Mapping[str, TensorMap]) -> Callable[[TensorMap], TensorMap]:
-    """Return a function from a form over sources to the form over what the sources are made of themselves.
+    """Return a function that replaces the sources of a tensor map by what they are made of themselves.
 
     Args:
-        sources: their own forms by name.
+        sources: the tensor maps of the sources by name.
     """
-    near = {name: cache(partial(_sort_by_first_dim, form)) for name, form in sources.items()}
+    sorted_boxes = {name: cache(partial(_sort_by_first_dim, source)) for name, source in sources.items()}
 
     def compose_map(tensor_map: TensorMap) -> TensorMap:
         strides = row_major(tensor_map.shape)
         boxes = (
-            box
-            for extent in tensor_map.boxes
-            for grid in _invert_box(extent, strides, sources[extent.source].shape)
-            for part in near[extent.source]().find_overlapping(grid)
-            for box in _intersect(grid, part, tensor_map.shape)
+            composed
+            for box in tensor_map.boxes
+            for grid in _invert_box(box, strides, sources[box.source].shape)
+            for part in sorted_boxes[box.source]().find_overlapping(grid)
+            for composed in _intersect(grid, part, tensor_map.shape)
         )
         return TensorMap(tensor_map.shape, tuple(boxes))
 
@@ -89,12 +87,12 @@ def compose(sources: Mapping[str, TensorMap]) -> Callable[[TensorMap], TensorMap
 
 @dataclass(frozen=True)
 class _SortedBoxes:
-    """The extents of a source, sorted by where they begin along its first dim.
+    """The boxes of a source, sorted by where they begin along its first dim.
 
     Args:
-        boxes: of the source.
-        starts: of each along the first dim.
-        widest: how far one reaches along it at most.
+        boxes: the boxes of the source.
+        starts: where each box begins along the first dim.
+        widest: the largest extent of a box along that dim.
     """
 
     boxes: Sequence[StridedBox]
@@ -102,7 +100,7 @@ class _SortedBoxes:
     widest: int
 
     def find_overlapping(self, grid: StridedBox) -> Sequence[StridedBox]:
-        """Return those that may share elements with a grid."""
+        """Return the boxes that may share elements with a grid."""
         if not grid.shape:
             return self.boxes
         begin = bisect_right(self.starts, grid.offset[0] - self.widest)
@@ -113,19 +111,19 @@ class _SortedBoxes:
 def _sort_by_first_dim(source: TensorMap) -> _SortedBoxes:
     if not source.shape:
         return _SortedBoxes(source.boxes, (), 0)
-    extents = sorted(source.boxes, key=lambda part: part.offset[0])
-    widest = max(((part.shape[0] - 1) * part.steps[0] + 1 for part in extents), default=0)
-    return _SortedBoxes(extents, [part.offset[0] for part in extents], widest)
+    boxes = sorted(source.boxes, key=lambda box: box.offset[0])
+    widest = max(((box.shape[0] - 1) * box.steps[0] + 1 for box in boxes), default=0)
+    return _SortedBoxes(boxes, [box.offset[0] for box in boxes], widest)
 
 
-def _invert_box(box: StridedBox, strides: Sequence[int], shape: Sequence[int]) -> Iterator[StridedBox]:
-    """Yield the grids of an extent's source that it uses, each over the tensor that uses them."""
+def _invert_box(box: StridedBox, strides: Sequence[int], shape: Sequence[int], name: str = "") -> Iterator[StridedBox]:
+    """Yield the grids of a box's source that it uses, as boxes over the tensor of that name."""
     loops = [_Loop(loop.steps, loop.inner_stride, loop.outer_stride) for loop in _build_loops(box, strides)]
-    yield from _build_boxes(loops, box.base, _compute_flat_offset(box, strides), shape, "")
+    yield from _build_boxes(loops, box.base, _compute_flat_offset(box, strides), shape, name)
 
 
 def _intersect(grid: StridedBox, part: StridedBox, shape: Sequence[int]) -> Iterator[StridedBox]:
-    """Yield the boxes of a tensor of this shape that come through a grid of its source from one part of that source."""
+    """Yield the boxes of a tensor of this shape whose elements lie both in a grid and in one part of its source."""
     outer, inner, loops = grid.base, part.base, list[_Loop]()
     for dim, size in enumerate(grid.shape):
         one = range(grid.offset[dim], grid.offset[dim] + size * grid.steps[dim], grid.steps[dim])
@@ -154,7 +152,7 @@ def _intersect_ranges(left: range, right: range) -> range:
 
 
 def _build_loops(box: StridedBox, strides: Sequence[int]) -> list[_Loop]:
-    """Return an extent's loops, those that only go on in a wider one joined to it."""
+    """Return a box's loops, where a loop that merely continues a wider one is joined to it."""
     loops: list[_Loop] = []
     dims = zip(box.shape, box.steps, strides, box.strides, strict=True)
     for count, step, stride, inward in dims:
@@ -167,7 +165,7 @@ def _build_loops(box: StridedBox, strides: Sequence[int]) -> list[_Loop]:
 
 
 def _compute_flat_offset(box: StridedBox, strides: Sequence[int]) -> int:
-    return sum(place * stride for place, stride in zip(box.offset, strides, strict=True))
+    return sum(index * stride for index, stride in zip(box.offset, strides, strict=True))
 
 
 def _build_boxes(
@@ -176,11 +174,11 @@ def _build_boxes(
     """Yield the boxes of a tensor that a nest of loops visits.
 
     Args:
-        loops: in any order.
-        outer: the flat place in the tensor where they begin.
-        inner: the flat place in the other one.
-        shape: of the tensor.
-        source: the name of the other one.
+        loops: the loops, in any order.
+        outer: the flat index in the tensor where they begin.
+        inner: the flat index in the other tensor where they begin.
+        shape: the shape of the tensor.
+        source: the name of the other tensor.
     """
     strides = row_major(shape)
     offset = unravel(outer, shape)
@@ -196,7 +194,7 @@ def _build_boxes(
             continue
         others = [*rest, *placed.values()]
         if stays and placed[dim].steps < loop.steps:
-            others = [*(one for one in others if one is not placed[dim]), loop]
+            others = [*(other for other in others if other is not placed[dim]), loop]
             loop = placed[dim]
         for part, skipped in _split_loop(loop, offset[dim], shape[dim], strides[dim]):
             begin = outer + skipped * loop.outer_stride, inner + skipped * loop.inner_stride
@@ -209,15 +207,15 @@ def _build_boxes(
 
 
 def _find_dim(loop: _Loop, shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the dim that a loop's steps go along: the widest whose stride is no wider than one."""
+    """Return the dim along which a loop steps: the widest whose stride is no wider than a step."""
     return next(dim for dim, stride in enumerate(strides) if shape[dim] > 1 and stride <= loop.outer_stride)
 
 
 def _split_loop(loop: _Loop, offset: int, size: int, stride: int) -> Iterator[tuple[list[_Loop], int]]:
-    """Yield loops that together are one, each with the steps before it, that do not run over the end of a dim.
+    """Yield parts of a loop that stay within a dim, each with the number of steps before it.
 
-    A loop that begins at a place of a dim and goes on in the next row becomes the rest of its first row, whole rows
-    and the beginning of the last one; one that does not meet the same places in every row comes step by step.
+    A loop that continues in the next row is split into the rest of its first row, whole rows and the beginning of its
+    last row; one that does not meet the same indices in every row is split into its steps.
     """
     step, odd = divmod(loop.outer_stride, stride)
     if odd or size % step or offset + (loop.steps - 1) * step < size:

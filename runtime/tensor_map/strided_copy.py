@@ -1,7 +1,7 @@
-"""Runs: the byte table that a reshard is, and the proof that it writes every byte exactly once.
+"""Strided copies: what a tensor map means in bytes, and the proof that copies write every byte exactly once.
 
-A run moves one strided block of bytes from a source region to a destination region. Regions are byte ranges such as
-a stored tensor in a file, a local tensor in a rank's file, or a parameter's logical bytes that a digest reads.
+A strided copy moves a strided block of bytes from a source region to a destination region. Regions are byte ranges such
+as a stored tensor in a file, a local tensor in a rank's file, or a parameter's logical bytes that a digest reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Stride", "StridedCopy", "covers", "plan_copies", "reverse", "split_a
 
 
 class Stride(NamedTuple):
-    """A block that comes `steps` times, so many bytes apart in the source and in the destination."""
+    """A block that is repeated `steps` times, at these distances in bytes in the source and in the destination."""
 
     steps: int
     source_stride: int
@@ -24,7 +24,7 @@ class Stride(NamedTuple):
 
     @property
     def outer_strides(self) -> tuple[int, int]:
-        """The strides that a further repeat around this one would have if it only went on."""
+        """The strides of an outer repetition that would merely continue this one."""
         return self.steps * self.source_stride, self.steps * self.destination_stride
 
 
@@ -43,20 +43,20 @@ class StridedCopy(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The bytes that the run moves."""
+        """The number of bytes copied."""
         size = self.length
-        for repeat in self.strides:
-            size *= repeat.steps
+        for stride in self.strides:
+            size *= stride.steps
         return size
 
     @property
     def source_stop(self) -> int:
-        """The end of the source bytes that the run spans."""
-        return self.source_offset + self.length + sum((r.steps - 1) * r.source_stride for r in self.strides)
+        """The end of the source bytes that the copy spans."""
+        return self.source_offset + self.length + sum((s.steps - 1) * s.source_stride for s in self.strides)
 
 
 class _WritePattern(NamedTuple):
-    """The destination side of a run: `length` bytes at `start`, repeated by (count, stride), outermost first."""
+    """The destination side of a copy: `length` bytes at `start`, repeated by (count, stride), outermost first."""
 
     start: int
     strides: tuple[tuple[int, int], ...]
@@ -70,20 +70,20 @@ class _WritePattern(NamedTuple):
 def plan_copies(
     tensor_map: TensorMap, bits: int, sources: Mapping[str, int], destination: int
 ) -> Iterator[StridedCopy]:
-    """Yield the runs that build a tensor, one for each extent.
+    """Yield the copies that build a tensor, one for each box.
 
     Args:
-        tensor_map: of the tensor.
-        bits: of one element; elements smaller than a byte may not be cut within one.
-        sources: the region of each source by name.
-        destination: the region the tensor is written to, row-major from its first byte.
+        tensor_map: the tensor map of the tensor.
+        bits: the bits of one element; a byte that holds several elements may not be cut.
+        sources: the number of each source's region by name.
+        destination: the number of the region that the tensor is written to, row-major from its first byte.
 
     Raises:
-        FormError: an extent begins or ends inside a byte.
+        TensorMapError: a box begins or ends inside a byte.
     """
     strides = row_major(tensor_map.shape)
-    for extent in tensor_map.boxes:
-        yield _plan_copy(extent, strides, bits, sources[extent.source], destination)
+    for box in tensor_map.boxes:
+        yield _plan_copy(box, strides, bits, sources[box.source], destination)
 
 
 def _plan_copy(box: StridedBox, strides: Sequence[int], bits: int, source: int, destination: int) -> StridedCopy:
@@ -156,21 +156,21 @@ def _split_steps(copy: StridedCopy, block: int) -> Iterator[tuple[int, StridedCo
 
 
 def reverse(copy: StridedCopy) -> StridedCopy:
-    """Return the run that moves the same bytes back."""
-    repeats = tuple(Stride(r.steps, r.destination_stride, r.source_stride) for r in copy.strides)
-    return StridedCopy(copy.destination, copy.destination_offset, copy.source, copy.source_offset, copy.length, repeats)
+    """Return the copy that moves the same bytes back."""
+    strides = tuple(Stride(r.steps, r.destination_stride, r.source_stride) for r in copy.strides)
+    return StridedCopy(copy.destination, copy.destination_offset, copy.source, copy.source_offset, copy.length, strides)
 
 
 def covers(copies: Iterable[StridedCopy], sizes: Mapping[int, int]) -> bool:
-    """Return whether the runs write every byte of every destination region exactly once.
+    """Return whether copies write every byte of every destination region exactly once.
 
     Args:
-        copies: the whole table.
-        sizes: bytes of each destination region.
+        copies: all copies.
+        sizes: the bytes of each destination region.
     """
     patterns: defaultdict[int, list[_WritePattern]] = defaultdict(list)
-    for run in copies:
-        patterns[run.destination].append(_build_write_pattern(run))
+    for copy in copies:
+        patterns[copy.destination].append(_build_write_pattern(copy))
     return patterns.keys() <= sizes.keys() and all(_tiles(patterns[d], size) for d, size in sizes.items())
 
 
@@ -189,8 +189,8 @@ def _build_write_pattern(copy: StridedCopy) -> _WritePattern:
 def _tiles(patterns: Sequence[_WritePattern], size: int) -> bool:
     """Return whether the patterns cover `[0, size)` exactly once.
 
-    Dense patterns must follow one another. Otherwise the widest stride folds the range into rows: between two
-    places where a pattern begins or ends, all rows look alike, so one of them is looked at.
+    Dense patterns must follow one another. Otherwise the widest stride folds the range into rows. Between two rows
+    in which a pattern begins or ends, all rows are alike, so that checking one of them suffices.
     """
     period = max((pattern.strides[0][1] for pattern in patterns if pattern.strides), default=0)
     if not period:
@@ -226,7 +226,7 @@ def _is_contiguous(patterns: Sequence[_WritePattern], size: int) -> bool:
 
 
 def _fold_rows(pattern: _WritePattern, period: int) -> Iterator[tuple[int, int, _WritePattern]]:
-    """Yield (first row, row after the last, what the pattern is within each of these rows)."""
+    """Yield (first row, row after the last, the pattern within each of these rows)."""
     row, start = divmod(pattern.start, period)
     if pattern.strides and pattern.strides[0][1] == period:
         yield row, row + pattern.strides[0][0], _WritePattern(start, pattern.strides[1:], pattern.length)

@@ -1,8 +1,8 @@
-"""Extents: where the elements of a tensor lie in other tensors, in integers alone.
+"""Tensor maps: where the elements of a tensor lie in other tensors, in integers alone.
 
-A *form* says how one tensor is made of others: its boxes, each an affine view of a source. Every way from stored
-tensors to a rank's local tensors (merging experts, concatenating gate and up, sharding) is an operation on forms,
-so that chaining operations composes the maps and nothing is copied until bytes are.
+A tensor map describes how a tensor is made of others: its boxes are affine views of source tensors. Every step from
+stored tensors to a rank's local tensors (merging experts, concatenating gate and up, sharding) is an operation on
+tensor maps, so that steps compose and no byte is copied before all of them are known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from math import prod
 from plans.placement import Packed, Placement, Replicate, Shard
 
 __all__ = [
+    "Shape",
     "StridedBox",
     "TensorMap",
     "TensorMapError",
@@ -34,10 +35,14 @@ __all__ = [
 ]
 
 
-class TensorMapError(ValueError):
-    """An operation is not defined for tensors of these shapes; callers know the names and say them.
+Shape = tuple[int, ...]
+"""The sizes of a tensor, or an offset in one, per tensor dim."""
 
-    Every function below that takes a dim, a range, sizes or an order raises it where they are not the form's.
+
+class TensorMapError(ValueError):
+    """An operation is not defined for tensors of these shapes; callers add the tensors' names.
+
+    Every function below that takes a dim, a range, sizes or an order raises it if they do not fit the tensor map.
     """
 
 
@@ -47,11 +52,11 @@ class StridedBox:
 
     Args:
         offset: where the box begins in the tensor, per tensor dim.
-        shape: the elements it has per tensor dim, nowhere zero.
-        steps: how far apart they are along each tensor dim; 1 where the box has no gaps.
-        source: the name of the tensor that holds its elements.
-        base: the element of the source, counted flat in row-major order, at the box's first corner.
-        strides: source elements per step along each tensor dim.
+        shape: the number of elements per tensor dim, never zero.
+        steps: the distance of the elements along each tensor dim, 1 if the box has no gaps.
+        source: the name of the tensor that stores the elements.
+        base: the flat row-major index of the source element at the box's first corner.
+        strides: the source elements per step along each tensor dim.
     """
 
     offset: tuple[int, ...]
@@ -64,7 +69,7 @@ class StridedBox:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """A tensor's shape and the extents that make it up; together they cover it exactly once."""
+    """A tensor's shape and the boxes that make it up; together they cover it exactly once."""
 
     shape: tuple[int, ...]
     boxes: tuple[StridedBox, ...]
@@ -72,7 +77,7 @@ class TensorMap:
     @property
     def sources(self) -> tuple[str, ...]:
         """The names of the sources, each once, in order of first use."""
-        return tuple(dict.fromkeys(extent.source for extent in self.boxes))
+        return tuple(dict.fromkeys(box.source for box in self.boxes))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -84,12 +89,11 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def whole(source: str, shape: Sequence[int]) -> TensorMap:
-    """Return the form of a tensor that is the source itself."""
+    """Return the tensor map of a tensor that is the source itself."""
     shape = tuple(shape)
     origin = (0,) * len(shape)
-    return TensorMap(
-        shape, (StridedBox(origin, shape, (1,) * len(shape), source, 0, row_major(shape)),) if prod(shape) else ()
-    )
+    box = StridedBox(origin, shape, (1,) * len(shape), source, 0, row_major(shape))
+    return TensorMap(shape, (box,) if prod(shape) else ())
 
 
 def narrow(tensor_map: TensorMap, dim: int, start: int, length: int) -> TensorMap:
@@ -99,49 +103,49 @@ def narrow(tensor_map: TensorMap, dim: int, start: int, length: int) -> TensorMa
         raise TensorMapError(f"[{start}, {start + length}) is outside dim {dim} of {list(tensor_map.shape)}")
     if length == tensor_map.shape[dim]:
         return tensor_map
-    extents = (_clip(extent, dim, start, start + length) for extent in tensor_map.boxes)
-    return TensorMap(_replace_at(tensor_map.shape, dim, length), tuple(extent for extent in extents if extent))
+    clipped = (_clip(box, dim, start, start + length) for box in tensor_map.boxes)
+    return TensorMap(_replace_at(tensor_map.shape, dim, length), tuple(box for box in clipped if box))
 
 
 def concatenate(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
-    """Return the forms joined along `dim`, as `torch.cat` joins tensors of equal dims."""
+    """Return the tensor maps joined along `dim`, as `torch.cat` joins tensors."""
     if not tensor_maps:
         raise TensorMapError("there is nothing to concatenate")
     first = tensor_maps[0].shape
     dim = _normalize_dim(dim, len(first))
-    for form in tensor_maps:
-        if len(form.shape) != len(first) or _replace_at(form.shape, dim, 0) != _replace_at(first, dim, 0):
-            raise TensorMapError(f"{list(first)} and {list(form.shape)} do not join along dim {dim}")
-    extents: list[StridedBox] = []
+    for other in tensor_maps:
+        if len(other.shape) != len(first) or _replace_at(other.shape, dim, 0) != _replace_at(first, dim, 0):
+            raise TensorMapError(f"{list(first)} and {list(other.shape)} do not join along dim {dim}")
+    boxes: list[StridedBox] = []
     length = 0
-    for form in tensor_maps:
-        extents += [_shift(extent, dim, length) for extent in form.boxes]
-        length += form.shape[dim]
-    return TensorMap(_replace_at(first, dim, length), tuple(extents))
+    for tensor_map in tensor_maps:
+        boxes += [_shift(box, dim, length) for box in tensor_map.boxes]
+        length += tensor_map.shape[dim]
+    return TensorMap(_replace_at(first, dim, length), tuple(boxes))
 
 
 def stack(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
-    """Return the forms joined along a new dim, as `torch.stack` joins tensors."""
-    return concatenate([_unsqueeze(form, dim) for form in tensor_maps], dim)
+    """Return the tensor maps joined along a new dim, as `torch.stack` joins tensors."""
+    return concatenate([_unsqueeze(tensor_map, dim) for tensor_map in tensor_maps], dim)
 
 
 def unbind(tensor_map: TensorMap, dim: int) -> tuple[TensorMap, ...]:
     """Return the slices along `dim`, each without that dim, as `torch.unbind`."""
     dim = _normalize_dim(dim, len(tensor_map.shape))
     slices = (narrow(tensor_map, dim, index, 1) for index in range(tensor_map.shape[dim]))
-    return tuple(_squeeze(piece, dim) for piece in slices)
+    return tuple(_squeeze(part, dim) for part in slices)
 
 
 def split(tensor_map: TensorMap, sizes: Iterable[int], dim: int) -> tuple[TensorMap, ...]:
     """Return consecutive slices of the given sizes along `dim`, which they must fill."""
-    pieces: list[TensorMap] = []
+    parts: list[TensorMap] = []
     start = 0
     for size in sizes:
-        pieces.append(narrow(tensor_map, dim, start, size))
+        parts.append(narrow(tensor_map, dim, start, size))
         start += size
     if start != tensor_map.shape[_normalize_dim(dim, len(tensor_map.shape))]:
         raise TensorMapError(f"sizes that sum to {start} do not split dim {dim} of {list(tensor_map.shape)}")
-    return tuple(pieces)
+    return tuple(parts)
 
 
 def chunk(tensor_map: TensorMap, count: int, dim: int) -> tuple[TensorMap, ...]:
@@ -153,7 +157,7 @@ def chunk(tensor_map: TensorMap, count: int, dim: int) -> tuple[TensorMap, ...]:
 
 
 def transpose(tensor_map: TensorMap, dim0: int, dim1: int) -> TensorMap:
-    """Return the form with two dims swapped."""
+    """Return the tensor map with two dims swapped, as `torch.transpose`."""
     order = list(range(len(tensor_map.shape)))
     dim0, dim1 = _normalize_dim(dim0, len(order)), _normalize_dim(dim1, len(order))
     order[dim0], order[dim1] = order[dim1], order[dim0]
@@ -161,14 +165,14 @@ def transpose(tensor_map: TensorMap, dim0: int, dim1: int) -> TensorMap:
 
 
 def permute(tensor_map: TensorMap, order: Sequence[int]) -> TensorMap:
-    """Return the form with its dims in another order, as `torch.permute`."""
+    """Return the tensor map with its dims in another order, as `torch.permute`."""
     if sorted(order) != list(range(len(tensor_map.shape))):
-        raise TensorMapError(f"{list(order)} is no order of {len(tensor_map.shape)} dims")
+        raise TensorMapError(f"{list(order)} is not an order of {len(tensor_map.shape)} dims")
 
     def reorder(values: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(values[dim] for dim in order)
 
-    return TensorMap(reorder(tensor_map.shape), tuple(_apply_to_dims(extent, reorder) for extent in tensor_map.boxes))
+    return TensorMap(reorder(tensor_map.shape), tuple(_apply_to_dims(box, reorder) for box in tensor_map.boxes))
 
 
 def chunk_bounds(size: int, count: int, index: int) -> tuple[int, int]:
@@ -179,12 +183,12 @@ def chunk_bounds(size: int, count: int, index: int) -> tuple[int, int]:
 
 
 def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the place, per dim, of an element of a contiguous tensor that is counted flat."""
-    place: list[int] = []
+    """Return the index per dim of an element of a contiguous tensor, given its flat index."""
+    indices: list[int] = []
     for stride in row_major(shape):
-        place.append(index // stride)
+        indices.append(index // stride)
         index %= stride
-    return tuple(place)
+    return tuple(indices)
 
 
 def _clip(box: StridedBox, dim: int, start: int, stop: int) -> StridedBox | None:
@@ -204,7 +208,7 @@ def _clip(box: StridedBox, dim: int, start: int, stop: int) -> StridedBox | None
 
 
 def _shift(box: StridedBox, dim: int, distance: int) -> StridedBox:
-    # Spelled out: `dataclasses.replace` takes several times as long, and a large model has a million extents.
+    # Spelled out: `dataclasses.replace` takes several times as long, and a large model has a million boxes.
     offset = _replace_at(box.offset, dim, box.offset[dim] + distance)
     return StridedBox(offset, box.shape, box.steps, box.source, box.base, box.strides)
 
@@ -215,27 +219,26 @@ def _unsqueeze(tensor_map: TensorMap, dim: int) -> TensorMap:
     def insert_value(values: tuple[int, ...], value: int) -> tuple[int, ...]:
         return (*values[:dim], value, *values[dim:])
 
-    extents = (
+    boxes = (
         StridedBox(
-            insert_value(e.offset, 0),
-            insert_value(e.shape, 1),
-            insert_value(e.steps, 1),
-            e.source,
-            e.base,
-            insert_value(e.strides, 0),
+            insert_value(box.offset, 0),
+            insert_value(box.shape, 1),
+            insert_value(box.steps, 1),
+            box.source,
+            box.base,
+            insert_value(box.strides, 0),
         )
-        for e in tensor_map.boxes
+        for box in tensor_map.boxes
     )
-    return TensorMap(insert_value(tensor_map.shape, 1), tuple(extents))
+    return TensorMap(insert_value(tensor_map.shape, 1), tuple(boxes))
 
 
 def _squeeze(tensor_map: TensorMap, dim: int) -> TensorMap:
     def remove_dim(values: tuple[int, ...]) -> tuple[int, ...]:
         return values[:dim] + values[dim + 1 :]
 
-    return TensorMap(
-        remove_dim(tensor_map.shape), tuple(_apply_to_dims(extent, remove_dim) for extent in tensor_map.boxes)
-    )
+    boxes = tuple(_apply_to_dims(box, remove_dim) for box in tensor_map.boxes)
+    return TensorMap(remove_dim(tensor_map.shape), boxes)
 
 
 def _apply_to_dims(box: StridedBox, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> StridedBox:
@@ -262,17 +265,17 @@ def _normalize_dim(dim: int, ndim: int) -> int:
 def shard_for_rank(
     tensor_map: TensorMap, placements: Sequence[Placement], sizes: Sequence[int], coordinates: Sequence[int]
 ) -> TensorMap:
-    """Return the form of the local tensor that a rank holds.
+    """Return the tensor map of a rank's local tensor.
 
     Args:
-        tensor_map: of the whole tensor.
-        placements: one per mesh axis, outermost first. The innermost is applied first: FSDP, the outer one, cuts what
-            tensor and expert parallelism leave.
-        sizes: of the mesh axes.
+        tensor_map: the tensor map of the whole tensor.
+        placements: one per mesh axis, outermost first. The innermost is applied first: FSDP, the outer axis, shards
+            what tensor and expert parallelism leave.
+        sizes: the sizes of the mesh axes.
         coordinates: the rank's index on each mesh axis.
 
     Raises:
-        FormError: packed groups do not divide by their axis.
+        TensorMapError: packed groups do not divide by the size of their mesh axis.
     """
     for placement, size, coordinate in reversed(list(zip(placements, sizes, coordinates, strict=True))):
         tensor_map = _apply_placement(tensor_map, placement, size, coordinate)
@@ -280,21 +283,21 @@ def shard_for_rank(
 
 
 def reassemble(shape: Sequence[int], local_maps: Iterable[tuple[str, TensorMap]]) -> TensorMap:
-    """Return the form of a whole tensor over the local tensors that ranks hold.
+    """Return the tensor map of a whole tensor over the ranks' local tensors.
 
     Args:
-        shape: of the whole tensor.
-        local_maps: each local tensor's name and its form over the whole tensor; together they cover it once.
+        shape: the shape of the whole tensor.
+        local_maps: each local tensor's name and its tensor map over the whole tensor; together they cover it once.
     """
     strides = row_major(shape)
-    extents: list[StridedBox] = []
-    for name, form in local_maps:
-        own = row_major(form.shape)
-        for extent in form.boxes:
-            assert all(a == b or n == 1 for a, b, n in zip(extent.strides, strides, extent.shape, strict=True))
-            base = sum(index * stride for index, stride in zip(extent.offset, own, strict=True))
-            extents.append(StridedBox(unravel(extent.base, shape), extent.shape, extent.steps, name, base, own))
-    return TensorMap(tuple(shape), tuple(extents))
+    boxes: list[StridedBox] = []
+    for name, local_map in local_maps:
+        local_strides = row_major(local_map.shape)
+        for box in local_map.boxes:
+            assert all(a == b or n == 1 for a, b, n in zip(box.strides, strides, box.shape, strict=True))
+            base = sum(index * stride for index, stride in zip(box.offset, local_strides, strict=True))
+            boxes.append(StridedBox(unravel(box.base, shape), box.shape, box.steps, name, base, local_strides))
+    return TensorMap(tuple(shape), tuple(boxes))
 
 
 def _apply_placement(tensor_map: TensorMap, placement: Placement, size: int, coordinate: int) -> TensorMap:

@@ -1,1 +1,1 @@
-"""Copying: the run table of a reshard, carried out at the speed of the disk, resumable, committed by one rename."""
+"""Copy plans: proven before a byte moves, executed at the speed of the disk, resumable, committed by one rename."""

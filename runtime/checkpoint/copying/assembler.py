@@ -1,4 +1,4 @@
-"""Destinations that come in small pieces: put together in memory, and handed on in whole blocks."""
+"""Assemble destinations that are filled in short ranges: in memory, and written as whole blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BlockId = tuple[int, int]
 
 @dataclass(slots=True)
 class _Block:
-    """Bytes of a destination; `missing` of them are still to come."""
+    """A block of a destination, of which `missing` bytes are still to come."""
 
     content: Bytes
     missing: int
@@ -30,16 +30,16 @@ class _Block:
 
 
 class Assembler:
-    """Blocks of destinations that are being filled.
+    """Assembles blocks of destinations.
 
-    A block goes to its region when it is complete, or when memory is needed for others; then it is read back once
-    more of it comes.
+    A block is written to its region when it is complete, or earlier when its memory is needed for others. In that case
+    it is read back as soon as more of its bytes arrive.
 
     Args:
-        regions: by destination.
-        sizes: of the destinations in bytes.
-        memory: bytes that blocks may take together.
-        block: bytes of a block.
+        regions: the regions of the destinations.
+        sizes: the sizes of the destinations in bytes.
+        memory: the bytes that all blocks together may take.
+        block: the size of a block in bytes.
         is_new: whether nothing has been written to the regions before.
     """
 
@@ -52,18 +52,18 @@ class Assembler:
         self._lock = Lock()
 
     def add(self, copy: StridedCopy, slab: Bytes, start: int) -> None:
-        """Take a run's bytes.
+        """Add the bytes of a copy.
 
         Args:
-            copy: to an assembled destination.
-            slab: of the source.
+            copy: a copy to an assembled destination.
+            slab: the bytes of the source that it reads.
             start: the source offset of the slab's first byte.
         """
         for number, part in split_at_blocks(reverse(copy), self._block):
             self._fill_block((copy.destination, number), reverse(part), slab, start)
 
     def flush(self) -> None:
-        """Hand on what there is, complete or not."""
+        """Write all blocks to their regions, complete or not."""
         self._evict_oldest(0)
 
     def _fill_block(self, key: _BlockId, part: StridedCopy, slab: Bytes, start: int) -> None:
@@ -71,7 +71,7 @@ class Assembler:
             block = self._get_block(key)
             with block.lock:
                 if block.closed:
-                    continue  # put off between our finding and our locking it
+                    continue  # evicted after we found it and before we locked it
                 scatter(part, slab, start, block.content, key[1] * self._block)
                 block.missing -= part.size
                 if block.missing:
@@ -105,7 +105,7 @@ class Assembler:
         return _Block(content, self._evicted.pop(key, size))
 
     def _evict_oldest(self, max_open: int) -> None:
-        """Hand on blocks until no more than `max_open` are open; nobody can open them again before they are written."""
+        """Write the oldest blocks until at most `max_open` are open; no block reopens before it is written."""
         with self._lock:
             while len(self._open) > max_open:
                 key, block = self._open.popitem(last=False)

@@ -1,8 +1,8 @@
-"""Executing a run table: each source byte is read once, in slabs, and goes from there to all that need it.
+"""Execute a copy plan: each source byte is read once, in slabs, and copied from there to all of its destinations.
 
-Contiguous runs are written from the slab that the digest has just read. To let the system copy them from file to file
-(`copy_file_range`) reads them twice: on ext4, warm, it came to 0.65, 0.78 and 0.60 of the speed with slabs of 1, 2 and
-8 MiB, and took more of the processors (`benchmarks/copy_calls.py`).
+Contiguous ranges are written from the slab that the digest has just read. Letting the system copy them from file to
+file with `copy_file_range` would read them twice: on ext4 with a warm cache, it reached 0.65, 0.78 and 0.60 of the
+speed with slabs of 1, 2 and 8 MiB, and used more processor time (`benchmarks/copy_calls.py`).
 """
 
 from __future__ import annotations
@@ -40,28 +40,30 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int, str], None]
-"""Told bytes done, bytes in all, and the tensor at hand."""
+"""Called with the bytes done, the bytes in all and the current tensor's name."""
 
 DEFAULT_MEMORY = 256 * 2**20
+
 _SLAB = 2 * 2**20
 """Slabs of this size stay in the processor's cache from reading to writing; larger ones are slower."""
+
 BLOCK = 2**20
 _MIN_MEMORY = 2**20
 _MAX_WORKERS = 4
 
 
 class Recorder(Protocol):
-    """Makes what is done safe against the death of the process."""
+    """Makes work that is done survive the death of the process."""
 
     @property
     def units(self) -> int:
-        """How many units are safe already, and need not be copied again."""
+        """The number of units that are safe already and need not be copied again."""
 
     def is_due(self) -> bool:
-        """Return whether it is time to stop and keep what is done."""
+        """Return whether copying should pause so that the work can be recorded."""
 
     def record(self, units: int, bytes_done: int) -> None:
-        """Keep everything up to a number of units, all of whose bytes are with their regions."""
+        """Record that so many units are done, all of whose bytes have been written to their regions."""
 
 
 class _NullRecorder:
@@ -82,26 +84,26 @@ def execute_copy_plan(
     progress: Progress | None = None,
     recorder: Recorder | None = None,
 ) -> int:
-    """Read every source once and feed each destination's region.
+    """Read every source once and write to the region of each destination.
 
     Args:
-        copy_plan: what to move.
-        regions: one for each destination of the table; they are written to from several threads.
-        max_memory: bytes that buffers may take.
-        progress: told after every unit of work.
-        recorder: of what is done, if anything is to survive a failure.
+        copy_plan: what to copy.
+        regions: one region for each destination of the plan, written to from several threads.
+        max_memory: the bytes that buffers may take.
+        progress: called after every unit of work.
+        recorder: records what is done, so that it survives a failure.
 
     Returns:
-        The bytes read.
+        The number of bytes read.
 
     Raises:
-        UsageError: the memory is too small to work with.
+        UsageError: `max_memory` is below 1 MiB.
         IncompleteError: a source file ends before its tensors do.
         CheckpointError: a source file cannot be read.
     """
     if max_memory < _MIN_MEMORY:
         raise UsageError(
-            f"{max_memory} bytes are too little memory to copy with",
+            f"max_memory must be at least 1 MiB, got {max_memory} bytes",
             hint="allow 1 MiB or more",
             max_memory=max_memory,
         )
@@ -127,18 +129,18 @@ def execute_copy_plan(
 
 
 def plan_units(copy_plan: CopyPlan, max_memory: int) -> Iterator[tuple[Slab, ...]]:
-    """Yield the units of work of a copy, always the same for the same table and memory."""
+    """Yield the units of work of a copy, always the same for the same plan and memory."""
     limit = slab_size(max_memory)
     return group_slabs(plan_slabs(copy_plan.sources, copy_plan.copies, copy_plan.narrow_destinations, limit), limit)
 
 
 def slab_size(max_memory: int) -> int:
-    """Return the bytes of a slab: each worker has one, a gathered copy of it and a digest's scratch."""
+    """Return the size of a slab: each worker holds one, a gathered copy of it, and scratch space for a digest."""
     return min(_SLAB, max_memory // (6 * _MAX_WORKERS))
 
 
 def estimate_buffer_bytes(copy_plan: CopyPlan, max_memory: int) -> int:
-    """Return what copying allocates at most: every worker's slab twice and its scratch, and what is assembled."""
+    """Return what copying allocates at most: each worker's slab, its copy and scratch space, and the assembler."""
     slabs_and_scratch = 3 * _count_workers() * slab_size(max_memory)
     return slabs_and_scratch + (max_memory // 2 if copy_plan.narrow_destinations else 0)
 
@@ -153,7 +155,7 @@ def _count_progress_bytes(unit: Sequence[Slab], copy_plan: CopyPlan) -> int:
 
 
 class _CopyPool:
-    """Threads that each bring one unit at a time to where it belongs."""
+    """Threads that each copy one unit at a time."""
 
     def __init__(self, copy_plan: CopyPlan, regions: Sequence[Region], assembler: Assembler, limit: int) -> None:
         self._copy_plan, self._regions, self._assembler = copy_plan, regions, assembler
@@ -165,7 +167,7 @@ class _CopyPool:
     def copy_units(
         self, work: Iterator[tuple[Slab, ...]], is_due: Callable[[], bool]
     ) -> Iterator[tuple[tuple[Slab, ...], bool]]:
-        """Yield each unit that is done, in order, and whether nothing else is under way; wait for that when due."""
+        """Yield each unit that is done, in order, and whether no other is in progress; wait for that if `is_due`."""
         waiting: deque[tuple[tuple[Slab, ...], Future[None]]] = deque()
         with ThreadPoolExecutor(self._workers) as pool:
             for unit in work:
@@ -196,15 +198,15 @@ class _CopyPool:
 def write_part(
     part: StridedCopy, content: Bytes, start: int, copy_plan: CopyPlan, regions: Sequence[Region], assembler: Assembler
 ) -> None:
-    """Bring a run's bytes to its region: as they are, as rows, or through blocks that are assembled.
+    """Write the bytes of a copy to its region: directly, as rows, or through the assembler's blocks.
 
     Args:
-        part: of a run.
-        content: the slab that the part reads from.
+        part: the part of a copy that reads from one slab.
+        content: the slab.
         start: the source offset of the slab's first byte.
-        copy_plan: of the copy.
-        regions: of the destinations.
-        assembler: of the blocks.
+        copy_plan: the plan of the whole copy.
+        regions: the regions of its destinations.
+        assembler: the assembler of its narrow destinations.
     """
     region = regions[part.destination]
     if part.destination in copy_plan.narrow_destinations:
@@ -212,8 +214,8 @@ def write_part(
             if not region.write_rows(group.destination_offset, *view_rows(group, content, start)):
                 assembler.add(group, content, start)
     else:
-        for offset, piece in gather_contiguous(part, content, start):
-            region.write(offset, piece)
+        for offset, contiguous in gather_contiguous(part, content, start):
+            region.write(offset, contiguous)
 
 
 def _read_slab(tensor: StoredTensor, start: int, content: Bytes) -> None:

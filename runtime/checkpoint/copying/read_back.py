@@ -1,4 +1,4 @@
-"""Whether what an earlier run wrote is still there: units are read back from the destination and summed again."""
+"""Check that what an earlier run wrote is still intact: read units back from the destination and digest them again."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["is_intact"]
 def is_intact(
     copy_plan: CopyPlan, regions: Sequence[Region], work: Iterable[Sequence[Slab]], expected: Mapping[str, str]
 ) -> bool:
-    """Return whether the destinations hold what the units of work brought there.
+    """Return whether the destinations contain what the units of work wrote.
 
-    A slab's bytes are put together again from where its runs took them. Every copy must be the same, and the digests
-    of all slabs must be those that the journal has.
+    Each slab is put together again from its destinations. All copies of a byte must be equal, and the digests of all
+    slabs must equal the recorded ones.
 
     Args:
-        copy_plan: of the copy.
-        regions: of the destinations.
-        work: the units that are said to be done.
-        expected: the digest of each tensor after these units.
+        copy_plan: the plan of the copy.
+        regions: the regions of its destinations.
+        work: the units that are recorded as done.
+        expected: the recorded digest of each tensor after these units.
     """
-    sums = {number: Digest() for number, at in enumerate(copy_plan.destinations) if at.file is None}
+    sums = {number: Digest() for number, to in enumerate(copy_plan.destinations) if to.file is None}
     summing = [DigestRegion(sums[n]) if n in sums else region for n, region in enumerate(regions)]
     sizes = [destination.size for destination in copy_plan.destinations]
     assembler = Assembler(summing, sizes, 64 * BLOCK, BLOCK, is_new=True)
@@ -45,28 +45,28 @@ def is_intact(
                 if part.destination in sums:
                     write_part(part, content, slab.start, copy_plan, summing, assembler)
     assembler.flush()
-    found = {copy_plan.destinations[number].name: str(digest) for number, digest in sums.items()}
+    actual = {copy_plan.destinations[number].name: str(digest) for number, digest in sums.items()}
     empty = str(Digest())
-    return all(expected.get(name, empty) == digest for name, digest in found.items())
+    return all(expected.get(name, empty) == digest for name, digest in actual.items())
 
 
 def _is_slab_intact(slab: Slab, content: Bytes, copy_plan: CopyPlan, regions: Sequence[Region]) -> bool:
-    """Fill the slab from its destinations, and return whether all of them agree."""
-    for piece, span in _read_destinations(slab, copy_plan, regions):
-        scatter(piece, span, piece.source_offset, content, slab.start)
+    """Fill the slab from its destinations, and return whether all of them are equal."""
+    for part, span in _read_destinations(slab, copy_plan, regions):
+        scatter(part, span, part.source_offset, content, slab.start)
     return all(
-        is_equal(piece, span, piece.source_offset, content, slab.start)
-        for piece, span in _read_destinations(slab, copy_plan, regions)
+        is_equal(part, span, part.source_offset, content, slab.start)
+        for part, span in _read_destinations(slab, copy_plan, regions)
     )
 
 
 def _read_destinations(
     slab: Slab, copy_plan: CopyPlan, regions: Sequence[Region]
 ) -> Iterator[tuple[StridedCopy, Bytes]]:
-    """Yield the runs that lead back from the files to a slab, block by block, each with the bytes that it spans."""
+    """Yield the copies that lead back from the files to a slab, block by block, each with the bytes it spans."""
     for part in slab.parts:
         if copy_plan.destinations[part.destination].file is not None:
-            for _, piece in split_at_blocks(reverse(part), BLOCK):
-                span = np.empty(piece.source_stop - piece.source_offset, np.uint8)
-                regions[part.destination].read(piece.source_offset, span)
-                yield piece, span
+            for _, back in split_at_blocks(reverse(part), BLOCK):
+                span = np.empty(back.source_stop - back.source_offset, np.uint8)
+                regions[part.destination].read(back.source_offset, span)
+                yield back, span

@@ -1,4 +1,4 @@
-"""Being told to stop: the first signal asks for it, so that work ends where it can go on; a second one insists."""
+"""Stop on signals: the first one asks the work to end where the next run can continue; a second one forces it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plans.errors import CheckpointError
 __all__ = ["Stop", "catch_stop_signals", "check_not_stopped", "handle_signals"]
 
 Stop = Callable[[], str | None]
-"""Returns the name of the signal that asked to stop, None as long as there was none."""
+"""Returns the name of the signal that asked to stop, or None."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -23,7 +23,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _StopRequest:
-    """The handler that takes the first signal for a request; a second one does what it did before."""
+    """A handler that notes the first signal; a second one goes to the handler that was there before."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -39,30 +39,32 @@ class _StopRequest:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[Stop]:
-    """Give a function that returns the name of the signal that asked to stop, None as long as there was none.
+    """Catch SIGINT and SIGTERM, and give a function that returns the name of the one that asked to stop, or None.
 
-    Within another such body it is the same function, so that a signal that came before is not lost. Only the main
-    thread can be asked; elsewhere signals do what they did before.
+    A nested call gives a function with the same answer, so that an earlier signal is not lost. Only the main thread
+    can catch signals; in other threads this does nothing.
     """
-    around = signal.getsignal(signal.SIGTERM)
-    if isinstance(around, _StopRequest):
-        yield lambda: around.name
+    outer = signal.getsignal(signal.SIGTERM)
+    if isinstance(outer, _StopRequest):
+        yield lambda: outer.name
         return
-    asked = _StopRequest()
-    with handle_signals(asked) as asked.previous:
-        yield lambda: asked.name
+    request = _StopRequest()
+    with handle_signals(request) as request.previous:
+        yield lambda: request.name
 
 
 @contextmanager
 def handle_signals(handler: Handler) -> Iterator[Mapping[int, Any]]:
-    """Let a handler take SIGINT and SIGTERM during the body, and give those that were there before.
+    """Install a handler for SIGINT and SIGTERM during the body, and give the previous handlers.
 
-    Only the main thread's; elsewhere signals do what they did before.
+    Only the main thread can handle signals; in other threads this does nothing.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # A handler that was not set from Python cannot be put back.
-        before = {number: known for number in _SIGNALS if (known := signal.getsignal(number)) is not None}
+        # A handler that was not installed from Python cannot be restored.
+        before = {
+            number: handler_before for number in _SIGNALS if (handler_before := signal.getsignal(number)) is not None
+        }
     try:
         for number in before:
             signal.signal(number, handler)
@@ -77,18 +79,18 @@ def _restore_handlers(handlers: Mapping[int, Any]) -> None:
 
 
 def check_not_stopped(stop: Stop, folder: Path) -> None:
-    """End here if a signal asked to, where all tensors are safe but nothing is committed yet.
+    """Stop if a signal asked to, at a point where all tensors are safe but nothing is committed.
 
     Args:
-        stop: whether one did.
-        folder: that they are in.
+        stop: returns the name of the signal that asked to stop, or None.
+        folder: the folder of the tensors.
 
     Raises:
-        CheckpointError: one did.
+        CheckpointError: a signal asked to stop.
     """
-    if (asked_by := stop()) is not None:
+    if (name := stop()) is not None:
         raise CheckpointError(
-            f"stopped by {asked_by}; all tensors are safe in {folder}",
-            hint="run the same command again, and it goes on from there",
-            signal=asked_by,
+            f"stopped by {name}; all tensors are safe in {folder}",
+            hint="run the same command again to continue from there",
+            signal=name,
         )

@@ -1,4 +1,4 @@
-"""The order of work: slabs of source bytes, and units of slabs that are one step of a copy."""
+"""The order of work: slabs of source bytes, units of slabs, and the share of each rank."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Slab", "group_by_source", "group_connected_sources", "group_slabs", 
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Source bytes that are read at once.
+    """A range of source bytes that are read at once.
 
     Args:
-        source: its number.
-        start: of the first byte in the source.
-        stop: behind the last one.
-        parts: of the runs that read here.
+        source: the number of the source.
+        start: the offset of the first byte in the source.
+        stop: the offset after the last byte.
+        parts: the parts of copies that read from this range.
     """
 
     source: int
@@ -31,12 +31,12 @@ class Slab:
 
     @property
     def size(self) -> int:
-        """The bytes to read."""
+        """The number of bytes to read."""
         return self.stop - self.start
 
 
 def group_slabs(slabs: Iterable[Slab], limit: int) -> Iterator[tuple[Slab, ...]]:
-    """Yield the slabs in groups of up to `limit` bytes: many small tensors are one step."""
+    """Yield the slabs in groups of up to `limit` bytes, so that many small tensors are one unit of work."""
     group: list[Slab] = []
     size = 0
     for slab in slabs:
@@ -52,44 +52,43 @@ def group_slabs(slabs: Iterable[Slab], limit: int) -> Iterator[tuple[Slab, ...]]
 def plan_slabs(
     sources: Sequence[StoredTensor], copies: Iterable[StridedCopy], narrow_destinations: Collection[int], limit: int
 ) -> Iterator[Slab]:
-    """Yield slabs of at most `limit` bytes that together hold all runs.
+    """Yield slabs of at most `limit` bytes that together cover all copies.
 
-    Sources follow one another as they lie in their files, except that those which meet in an assembled destination
-    come together, in its order, so that it is soon complete.
+    Sources come in the order of their files, except that those with a common narrow destination come together, in its
+    order, so that it is soon complete.
 
     Args:
-        sources: by number.
-        copies: the whole table.
-        narrow_destinations: destinations that come in small pieces from several slabs.
-        limit: bytes of a slab.
+        sources: the sources by number.
+        copies: all copies of the plan.
+        narrow_destinations: the destinations that are filled in short ranges from several slabs.
+        limit: the size of a slab in bytes.
     """
-    found_runs = group_by_source(copies)
-    for group in group_connected_sources(sources, found_runs, narrow_destinations):
-        found = (slab for number in group for slab in _cut_source(number, sources[number], found_runs[number], limit))
-        yield from (
-            found
-            if len(group) == 1
-            else sorted(found, key=lambda slab: _find_first_destination(slab, narrow_destinations))
-        )
+    by_source = group_by_source(copies)
+    for group in group_connected_sources(sources, by_source, narrow_destinations):
+        slabs = (slab for number in group for slab in _cut_source(number, sources[number], by_source[number], limit))
+        if len(group) == 1:
+            yield from slabs
+        else:
+            yield from sorted(slabs, key=lambda slab: _find_first_destination(slab, narrow_destinations))
 
 
 def group_by_source(copies: Iterable[StridedCopy]) -> Mapping[int, Sequence[StridedCopy]]:
-    """Return the runs that read each source."""
-    found: defaultdict[int, list[StridedCopy]] = defaultdict(list)
-    for run in copies:
-        found[run.source].append(run)
-    return found
+    """Return the copies that read from each source."""
+    by_source: defaultdict[int, list[StridedCopy]] = defaultdict(list)
+    for copy in copies:
+        by_source[copy.source].append(copy)
+    return by_source
 
 
 def group_connected_sources(
     sources: Sequence[StoredTensor], copies: Mapping[int, Sequence[StridedCopy]], narrow_destinations: Collection[int]
 ) -> list[list[int]]:
-    """Return groups of sources that share assembled destinations, and all others each alone, in order of their files.
+    """Return groups of sources with common narrow destinations, and each other source alone, in the order of files.
 
     Args:
-        sources: by number.
-        copies: by source.
-        narrow_destinations: destinations that come in small pieces.
+        sources: the sources by number.
+        copies: the copies by source.
+        narrow_destinations: the destinations that are filled in short ranges.
     """
     ordered = sorted(copies, key=lambda number: (sources[number].file, sources[number].offset))
     leader = {number: number for number in ordered}
@@ -101,7 +100,7 @@ def group_connected_sources(
         return number
 
     for number in ordered:
-        for destination in {run.destination for run in copies[number]}.intersection(narrow_destinations):
+        for destination in {copy.destination for copy in copies[number]}.intersection(narrow_destinations):
             leader[find_leader(number)] = find_leader(first_in.setdefault(destination, number))
     groups: defaultdict[int, list[int]] = defaultdict(list)
     for number in ordered:
@@ -110,7 +109,7 @@ def group_connected_sources(
 
 
 def _find_first_destination(slab: Slab, narrow_destinations: Collection[int]) -> tuple[int, int]:
-    """Return where in the assembled destinations the slab first has a part."""
+    """Return the first place in a narrow destination that a slab writes to."""
     places = (
         (part.destination, part.destination_offset) for part in slab.parts if part.destination in narrow_destinations
     )
@@ -120,17 +119,17 @@ def _find_first_destination(slab: Slab, narrow_destinations: Collection[int]) ->
 def _cut_source(number: int, tensor: StoredTensor, copies: Sequence[StridedCopy], limit: int) -> Iterator[Slab]:
     block = _choose_slab_size(tensor, limit)
     parts: defaultdict[int, list[StridedCopy]] = defaultdict(list)
-    for run in copies:
-        for index, part in split_at_blocks(run, block):
+    for copy in copies:
+        for index, part in split_at_blocks(copy, block):
             parts[index].append(part)
     for index in sorted(parts):
-        found = parts[index]
-        start = min(part.source_offset for part in found)
-        yield Slab(number, start, max(part.source_stop for part in found), tuple(found))
+        start = min(part.source_offset for part in parts[index])
+        stop = max(part.source_stop for part in parts[index])
+        yield Slab(number, start, stop, tuple(parts[index]))
 
 
 def _choose_slab_size(tensor: StoredTensor, limit: int) -> int:
-    """Return a slab size that ends between rows of the tensor where rows are small enough."""
+    """Return a slab size that is a multiple of a row of the tensor, if a row is small enough."""
     unit = tensor.size
     for count in tensor.shape:
         if unit <= limit:
@@ -140,32 +139,32 @@ def _choose_slab_size(tensor: StoredTensor, limit: int) -> int:
 
 
 def select_rank_share(copy_plan: CopyPlan, rank: int, world_size: int) -> CopyPlan:
-    """Return the part of a table that one process moves, about as many bytes as any other's.
+    """Return the part of a copy plan that one rank executes, with about as many bytes as any other's.
 
-    Each has sources that follow one another in their files. Those that meet in an assembled destination stay together,
-    since blocks of it are read back and written whole.
+    A rank's sources follow one another in their files. Sources with a common narrow destination stay together, because
+    its blocks are read back and written whole.
 
     Args:
-        copy_plan: of the whole copy.
-        rank: of the process.
-        world_size: of processes.
+        copy_plan: the plan of the whole copy.
+        rank: the rank.
+        world_size: the number of ranks.
     """
-    runs = group_by_source(copy_plan.copies)
-    groups = group_connected_sources(copy_plan.sources, runs, copy_plan.narrow_destinations)
+    by_source = group_by_source(copy_plan.copies)
+    groups = group_connected_sources(copy_plan.sources, by_source, copy_plan.narrow_destinations)
     owned = {
         number
-        for group, owner in zip(groups, _assign_owners(groups, runs, world_size), strict=True)
+        for group, owner in zip(groups, _assign_owners(groups, by_source, world_size), strict=True)
         for number in group
         if owner == rank
     }
-    return replace(copy_plan, copies=tuple(run for run in copy_plan.copies if run.source in owned))
+    return replace(copy_plan, copies=tuple(copy for copy in copy_plan.copies if copy.source in owned))
 
 
 def _assign_owners(
     groups: Sequence[Sequence[int]], copies: Mapping[int, Sequence[StridedCopy]], world_size: int
 ) -> list[int]:
-    """Return whose each group is: that of the process in whose part of all bytes its middle falls."""
-    sizes = [sum(run.size for number in group for run in copies[number]) for group in groups]
+    """Return the rank that owns each group: the one in whose share of all bytes the group's middle lies."""
+    sizes = [sum(copy.size for number in group for copy in copies[number]) for group in groups]
     total, before, owners = sum(sizes), 0, list[int]()
     for size in sizes:
         owners.append((2 * before + size) * world_size // (2 * total))

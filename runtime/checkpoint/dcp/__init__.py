@@ -1,1 +1,1 @@
-"""Torch distributed checkpoints, in safetensors form and as `.distcp` files."""
+"""Torch distributed checkpoints, as shard files in safetensors form and as `.distcp` files."""

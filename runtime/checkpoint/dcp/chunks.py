@@ -1,4 +1,4 @@
-"""Chunks: the boxes of tensors that the files of a distributed checkpoint store, and the tensors that they make."""
+"""Chunks: the boxes of tensors that a distributed checkpoint stores, and how they make up whole tensors."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from plans.errors import HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.files.safetensors import StoredTensor, has_same_bytes
 from runtime.tensor_map.strided_copy import covers, plan_copies
-from runtime.tensor_map.tensor_map import StridedBox, TensorMap, row_major
+from runtime.tensor_map.tensor_map import Shape, StridedBox, TensorMap, row_major
 
-__all__ = ["Chunk", "Shape", "infer_shapes", "join_chunks"]
-
-Shape = tuple[int, ...]
+__all__ = ["Chunk", "infer_shapes", "join_chunks"]
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One box of a tensor, and where its elements are.
+    """One box of a tensor, and where its elements are stored.
 
     Args:
-        name: of the tensor, as saved.
+        name: the tensor's name, as saved.
         offset: where the box begins in the tensor, per tensor dim.
-        shape: of the box; nothing of it is stored where a size is zero.
-        stored_name: the name of what stores it, unique in the checkpoint.
-        stored: where that is.
-        base: the stored element at the box's first corner.
-        strides: stored elements per step along each tensor dim.
+        shape: the box's shape; if a size is zero, nothing is stored.
+        stored_name: the name of the stored tensor that holds it, unique in the checkpoint.
+        stored: that stored tensor.
+        base: the index of the stored element at the box's first corner.
+        strides: the stored elements per step along each tensor dim.
     """
 
     name: str
@@ -41,17 +39,17 @@ class Chunk:
 
     @classmethod
     def contiguous(cls, name: str, offset: Shape, stored_name: str, stored: StoredTensor) -> Chunk:
-        """Return the chunk that a stored tensor is, whole and in row-major order."""
+        """Return the chunk that consists of a whole stored tensor in row-major order."""
         return cls(name, offset, stored.shape, stored_name, stored, 0, row_major(stored.shape))
 
     @property
     def box(self) -> StridedBox:
-        """The chunk as a part of its tensor's form."""
+        """The chunk as a box of its tensor's tensor map."""
         return StridedBox(self.offset, self.shape, (1,) * len(self.shape), self.stored_name, self.base, self.strides)
 
 
 def infer_shapes(chunks: Iterable[Chunk]) -> dict[str, Shape]:
-    """Return the least shape of each tensor that holds all of its chunks, which is what torch takes its shape to be.
+    """Return the smallest shape of each tensor that contains all of its chunks, as torch infers it.
 
     Raises:
         HeaderError: chunks of one tensor have different numbers of dims.
@@ -71,16 +69,16 @@ def infer_shapes(chunks: Iterable[Chunk]) -> dict[str, Shape]:
 
 
 def join_chunks(chunks: Iterable[Chunk], shapes: Mapping[str, Shape]) -> dict[str, TensorMap]:
-    """Return the forms of the tensors over what stores their chunks, each box counted once.
+    """Return the tensor maps of the tensors over their stored chunks, each box used once.
 
     Args:
-        chunks: of all tensors.
-        shapes: of the tensors by name.
+        chunks: the chunks of all tensors.
+        shapes: the shapes of the tensors by name.
 
     Raises:
-        IncompleteError: chunks leave parts of tensors out.
+        IncompleteError: the chunks do not cover a tensor.
         HeaderError: chunks overlap.
-        MismatchError: a chunk lies outside of its tensor, or two copies of one differ.
+        MismatchError: a chunk reaches out of its tensor, or two copies of a chunk differ.
     """
     by_name: dict[str, list[Chunk]] = {name: [] for name in shapes}
     for chunk in chunks:
@@ -88,12 +86,13 @@ def join_chunks(chunks: Iterable[Chunk], shapes: Mapping[str, Shape]) -> dict[st
         by_name[chunk.name].append(chunk)
     _check_stored(by_name)
     boxes = {name: _drop_replicas([chunk for chunk in by_name[name] if prod(chunk.shape)]) for name in shapes}
-    forms = {name: TensorMap(shape, tuple(chunk.box for chunk in boxes[name])) for name, shape in shapes.items()}
-    _check_complete(forms)
-    for name, form in forms.items():
-        if not covers(plan_copies(form, 8, dict.fromkeys(form.sources, 0), 0), {0: prod(form.shape)}):
+    tensor_maps = {name: TensorMap(shape, tuple(chunk.box for chunk in boxes[name])) for name, shape in shapes.items()}
+    _check_complete(tensor_maps)
+    for name, tensor_map in tensor_maps.items():
+        copies = plan_copies(tensor_map, 8, dict.fromkeys(tensor_map.sources, 0), 0)
+        if not covers(copies, {0: prod(tensor_map.shape)}):
             raise _overlap_error(boxes[name])
-    return forms
+    return tensor_maps
 
 
 def _check_bounds(chunk: Chunk, shape: Shape) -> None:
@@ -108,7 +107,7 @@ def _check_bounds(chunk: Chunk, shape: Shape) -> None:
 
 
 def _drop_replicas(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Return one chunk of each box; others of the same box must hold the same bytes."""
+    """Return one chunk of each box; other chunks of the same box must hold the same bytes."""
     first: dict[tuple[Shape, Shape], Chunk] = {}
     for chunk in chunks:
         kept = first.setdefault((chunk.offset, chunk.shape), chunk)
@@ -123,13 +122,14 @@ def _drop_replicas(chunks: Sequence[Chunk]) -> list[Chunk]:
     return list(first.values())
 
 
-def _is_replica(one: Chunk, other: Chunk) -> bool:
-    return (one.base, one.strides) == (other.base, other.strides) and has_same_bytes(one.stored, other.stored)
+def _is_replica(first: Chunk, second: Chunk) -> bool:
+    has_same_view = (first.base, first.strides) == (second.base, second.strides)
+    return has_same_view and has_same_bytes(first.stored, second.stored)
 
 
 def _check_stored(chunks: Mapping[str, Sequence[Chunk]]) -> None:
-    """Refuse tensors that metadata list and nothing stores, empty ones too: their dtype is known from chunks alone."""
-    absent = [name for name, found in chunks.items() if not found]
+    """Refuse tensors that the metadata lists without any chunk, empty ones too: only a chunk tells their dtype."""
+    absent = [name for name, of_tensor in chunks.items() if not of_tensor]
     if absent:
         raise IncompleteError(
             f"the checkpoint is lossy: {format_names(absent)} stored nowhere",
@@ -139,15 +139,17 @@ def _check_stored(chunks: Mapping[str, Sequence[Chunk]]) -> None:
 
 
 def _check_complete(tensor_maps: Mapping[str, TensorMap]) -> None:
-    """Refuse a lossy checkpoint, tensor by tensor: what it lacks cannot be had from it."""
-    held = {name: sum(prod(extent.shape) for extent in form.boxes) for name, form in tensor_maps.items()}
-    lossy = {
-        name: [held[name], prod(form.shape)] for name, form in tensor_maps.items() if held[name] < prod(form.shape)
+    """Refuse a lossy checkpoint, naming the tensors whose elements are not all stored."""
+    sizes = {
+        name: [sum(prod(box.shape) for box in tensor_map.boxes), prod(tensor_map.shape)]
+        for name, tensor_map in tensor_maps.items()
     }
+    lossy = {name: [stored, expected] for name, (stored, expected) in sizes.items() if stored < expected}
     if lossy:
-        name, (found, expected) = next(iter(lossy.items()))
+        name, (stored, expected) = next(iter(lossy.items()))
         raise IncompleteError(
-            f"the checkpoint is lossy: {format_names(list(lossy))} not whole, {name!r} has {found} of {expected} elements",
+            f"the checkpoint is lossy: {format_names(list(lossy))} not whole, {name!r} has {stored} of {expected} "
+            "elements",
             hint="files of some ranks are missing, or torch before 2.13 saved strided shards and lost rows; save again",
             lossy=lossy,
         )

@@ -1,10 +1,11 @@
-"""The `.metadata` file of a torch distributed checkpoint: what it says of the chunks that `.distcp` files store.
+"""The `.metadata` file of a torch distributed checkpoint: which chunks its `.distcp` files store, and where.
 
 Source: `torch.distributed.checkpoint.metadata` and `.filesystem` of torch 2.13.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from runtime.checkpoint.checkpoint import KeyPath
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
 from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.reading import open_regular
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.checkpoint.files.strict_json import is_size
+from runtime.tensor_map.tensor_map import Shape
 
 __all__ = ["ChunkMetadata", "DcpMetadata", "StorageLocation", "read_metadata"]
 
@@ -33,12 +36,10 @@ _ALLOWED = frozenset((*TORCH_DTYPES, *_ENUMERATIONS, *_OTHERS, *_PATHS, *(f"{_MO
 _MAX_BYTES = 2**26
 _MAX_DIMS = 64
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class StorageLocation:
-    """Where a chunk is saved: a file's name, and the archive's first byte and size in it."""
+    """Where a chunk is saved: the file's name, and the offset and size of its archive in the file."""
 
     file: str
     offset: int
@@ -61,11 +62,11 @@ class DcpMetadata:
     """What a `.metadata` file lists.
 
     Args:
-        chunks: of all tensors.
-        shapes: of the tensors by name.
-        non_tensors: what is saved besides tensors by name, and where; None where that is not said.
-        files: names of all files that hold any of this.
-        key_paths: keys of the nested tables that led to what is saved, by its name, where the metadata have them.
+        chunks: the chunks of all tensors.
+        shapes: the shapes of the tensors by name.
+        non_tensors: where other values are saved, by name; None if the file does not tell.
+        files: the names of all files that store any of this.
+        key_paths: the keys of the nested dicts that lead to a value, by its name, if the file lists them.
     """
 
     chunks: tuple[ChunkMetadata, ...]
@@ -76,19 +77,21 @@ class DcpMetadata:
 
 
 def read_metadata(folder: Path) -> DcpMetadata:
-    """Read what a folder's `.metadata` lists; nothing that it names is imported or called.
+    """Read a folder's `.metadata` file without importing or calling anything that it names.
 
     Raises:
-        HeaderError: it is no metadata of torch, names anything that tensors have no need of, or contradicts itself.
+        HeaderError: the file is not metadata of torch, names something that tensors do not need, or contradicts
+            itself.
+        CheckpointError: it is not a regular file, or cannot be read.
     """
     path = folder / METADATA
     check_contained(folder, path)
-    with convert_read_errors(path):
-        if path.stat().st_size > _MAX_BYTES:
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size > _MAX_BYTES:
             raise HeaderError(
                 f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form", file=str(path)
             )
-        content = path.read_bytes()
+        content = stream.read()
     return _MetadataParser(path).parse(read_pickle(content, _ALLOWED, str(path), _ENUMERATIONS))
 
 
@@ -98,21 +101,21 @@ class _MetadataParser:
 
     def parse(self, value: object) -> DcpMetadata:
         metadata = self.parse_fields(value, f"{_MODULE}.Metadata")
-        places = dict(self.parse_locations(metadata.get("storage_data")))
-        boxes: list[ChunkMetadata] = []
+        locations = dict(self.parse_locations(metadata.get("storage_data")))
+        chunks: list[ChunkMetadata] = []
         shapes: dict[str, Shape] = {}
         others: dict[str, StorageLocation | None] = {}
         for name, entry in self.parse_pairs(metadata.get("state_dict_metadata")):
             if not isinstance(name, str) or name in shapes or name in others:
-                raise self.error("a tensor has no name of its own")
+                raise self.error("a tensor has no name, or the name of another one")
             if isinstance(entry, PickledCall) and entry.callee == f"{_MODULE}.BytesStorageMetadata":
-                others[name] = places.get((name, None))
+                others[name] = locations.get((name, None))
                 continue
             fields = self.parse_fields(entry, f"{_MODULE}.TensorStorageMetadata")
             shapes[name] = self.parse_shape(fields.get("size"))
-            boxes += self.parse_chunks(name, fields, places)
-        files = frozenset(place.file for place in places.values())
-        return DcpMetadata(tuple(boxes), shapes, others, files, dict(_parse_key_paths(metadata.get("planner_data"))))
+            chunks += self.parse_chunks(name, fields, locations)
+        files = frozenset(location.file for location in locations.values())
+        return DcpMetadata(tuple(chunks), shapes, others, files, dict(_parse_key_paths(metadata.get("planner_data"))))
 
     def parse_chunks(
         self, name: str, fields: Mapping[str, object], locations: Mapping[object, StorageLocation]
@@ -127,12 +130,12 @@ class _MetadataParser:
             yield ChunkMetadata(name, dtype, offset, shape, locations[name, offset])
 
     def parse_locations(self, value: object) -> Iterator[tuple[object, StorageLocation]]:
-        """Yield where each chunk is saved, by tensor and offset; what is no tensor has none."""
+        """Yield where each chunk is saved, by tensor and offset; other values have no offset."""
         for index, entry in self.parse_pairs(value):
             key = self.parse_fields(index, f"{_MODULE}.MetadataIndex")
             name, offset = key.get("fqn"), key.get("offset")
             if not isinstance(name, str):
-                raise self.error("a chunk is of no tensor")
+                raise self.error("a chunk belongs to no tensor")
             yield (
                 (name, None if offset is None else self.parse_shape(offset)),
                 self.parse_location(self.parse_fields(entry, _INFO)),
@@ -147,7 +150,7 @@ class _MetadataParser:
                         hint="save the checkpoint without extensions",
                         file=str(self.path),
                     )
-                if "\0" not in file and Path(file).name == file and _is_size(offset) and _is_size(size):
+                if "\0" not in file and Path(file).name == file and is_size(offset) and is_size(size):
                     return StorageLocation(file, offset, size)
         raise self.error("a chunk is not in a file of this folder")
 
@@ -157,23 +160,23 @@ class _MetadataParser:
                 kind == f"{_MODULE}.TensorProperties" and dtype in TORCH_DTYPES
             ):
                 return TORCH_DTYPES[dtype]
-        raise self.error("a tensor has no dtype that is known")
+        raise self.error("a tensor has no known dtype")
 
     def parse_shape(self, value: object) -> Shape:
         match value:
-            case PickledCall("torch.Size", (tuple(sizes),)) if len(sizes) <= _MAX_DIMS and all(map(_is_size, sizes)):
+            case PickledCall("torch.Size", (tuple(sizes),)) if len(sizes) <= _MAX_DIMS and all(map(is_size, sizes)):
                 return sizes
         raise self.error("sizes are not integers in range")
 
     def parse_fields(self, value: object, kind: str) -> dict[str, object]:
         if not isinstance(value, PickledCall) or value.callee != kind:
-            raise self.error(f"no {kind.rpartition('.')[2]} where one belongs")
+            raise self.error(f"something other than {kind.rpartition('.')[2]} where one is expected")
         return {name: field for name, field in self.parse_pairs(value.state) if isinstance(name, str)}
 
     def parse_pairs(self, value: object) -> list[tuple[object, object]]:
         if isinstance(value, PickledDict):
             return value.pairs
-        raise self.error("no table where one belongs")
+        raise self.error("something other than a dict where one is expected")
 
     def error(self, what: str) -> HeaderError:
         hint = "the file is damaged; copy or save it again"
@@ -181,11 +184,7 @@ class _MetadataParser:
 
 
 def _parse_key_paths(value: object) -> Iterator[tuple[str, KeyPath]]:
-    """Yield the paths of a planner's data; other planners than torch's own have others, or none."""
+    """Yield the key paths in a planner's data; planners other than torch's own may have different data, or none."""
     for name, path in value.pairs if isinstance(value, PickledDict) else ():
         if isinstance(name, str) and isinstance(path, tuple) and all(type(key) in (str, int) for key in path):
             yield name, path
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63

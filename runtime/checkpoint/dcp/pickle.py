@@ -1,7 +1,11 @@
-"""Pickles read as data: what one would build is described, and nothing that it names is imported or called.
+"""Read pickles as data: describe what one would build, without importing or calling anything that it names.
 
-A pickle is a program for a stack machine. This one has the few instructions that data need, and where the real machine
-would call a class it notes the class and the arguments. What a pickle costs is bounded by its own length.
+A pickle is a program for a stack machine. This machine has only the instructions that data needs, and where the real
+one would call a class, it records the class and the arguments. Time and memory are bounded by the pickle's length.
+
+This is written by hand because every alternative runs code: `pickle.load` may call anything, an `Unpickler` with a
+`find_class` of its own still calls what it allows, and `torch.load(weights_only=True)` builds tensors and rejects the
+classes of `.metadata` files.
 """
 
 from __future__ import annotations
@@ -16,19 +20,19 @@ from plans.errors import HeaderError
 __all__ = ["Global", "PickledCall", "PickledDict", "read_pickle"]
 
 _GETATTR_NAMES = ("builtins.getattr", "__builtin__.getattr")
-"""By which early releases of Python 3.11, Debian 12's among them, pickle a member of an enumeration."""
+"""How early releases of Python 3.11, such as Debian 12's, pickle a member of an enumeration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """Something that a pickle names, `torch.float32`."""
+    """Something that a pickle names, such as `torch.float32`."""
 
     name: str
 
 
 @dataclass(slots=True, eq=False)
 class PickledCall:
-    """What a call would return: the name that is called, its arguments, and the state set afterwards."""
+    """A call that a pickle would make: the name that is called, its arguments, and the state set afterwards."""
 
     callee: str
     arguments: object
@@ -37,7 +41,7 @@ class PickledCall:
 
 @dataclass(slots=True, eq=False)
 class PickledDict:
-    """A dict as its pairs, so that no key is ever hashed."""
+    """A dict as its pairs, so that no key needs to be hashed."""
 
     pairs: list[tuple[object, object]] = field(default_factory=list)
 
@@ -47,16 +51,16 @@ def read_pickle(content: bytes, allowed: Collection[str], where: str, enumeratio
 
     Args:
         content: the pickle.
-        allowed: full names that it may mention.
-        where: what to call it in messages.
-        enumerations: those of the names that are enumerations, of which a member may be named.
+        allowed: the full names that it may contain.
+        where: what to call it in error messages.
+        enumerations: the allowed names that are enumerations, whose members may be named.
 
     Raises:
-        HeaderError: it mentions another name, uses an instruction that data do not need, or is no pickle.
+        HeaderError: the pickle contains another name, uses an instruction that data does not need, or is malformed.
     """
     machine = _Machine(allowed, where, enumerations)
     try:
-        # Python warns of odd escapes in text of a kind that is refused here anyway.
+        # Python warns of invalid escapes in a kind of text that is refused here anyway.
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             for opcode, argument, _ in pickletools.genops(content):
                 if opcode.name not in _INSTRUCTIONS:
@@ -84,14 +88,14 @@ class _Machine:
         self.stack.append(value)
 
     def pop_to_mark(self) -> list[object]:
-        """Take what lies above the last mark."""
+        """Pop everything above the last mark."""
         mark = self.marks.pop()
         values = self.stack[mark:]
         del self.stack[mark:]
         return values
 
     def pop_last(self, count: int) -> list[object]:
-        """Take the last few values."""
+        """Pop the last few values."""
         values = self.stack[-count:]
         del self.stack[-count:]
         if len(values) < count:
@@ -114,7 +118,7 @@ class _Machine:
         )
 
     def resolve_member(self, arguments: object) -> PickledCall:
-        """Return what an enumeration's member is by its name, as if it had been made of it."""
+        """Return the call that creates an enumeration's member from its name."""
         match arguments:
             case (Global(owner), str(name)) if owner in self.enumerations:
                 return PickledCall(owner, (name,))
@@ -150,7 +154,7 @@ _Instruction = Callable[[_Machine, object], None]
 
 def _unsafe_pickle_error(where: str, what: str) -> HeaderError:
     return HeaderError(
-        f"{where}: {what}, which the metadata of tensors has no need of",
+        f"{where}: {what}, which the metadata of tensors does not need",
         hint="do not load this file with torch either: it may run code; ask for the weights as safetensors",
         file=where,
     )
@@ -161,7 +165,7 @@ def _push(machine: _Machine, argument: object) -> None:
 
 
 def _push_text(machine: _Machine, argument: object) -> None:
-    # Half a surrogate pair, which pickles may hold, fails here and not where the name is written.
+    # Half a surrogate pair, which a pickle may contain, must fail here and not when the name is written.
     machine.push(str(argument).encode().decode())
 
 
@@ -208,4 +212,4 @@ _INSTRUCTIONS: Mapping[str, _Instruction] = {
     "BUILD": lambda machine, _: machine.build(),
     "BINPERSID": lambda machine, _: machine.push_persistent_id(),
 }
-"""What each instruction does, by the name that `pickletools` gives it."""
+"""What each instruction does, by its name in `pickletools`."""

@@ -1,4 +1,4 @@
-"""What a torch distributed checkpoint holds of a model, in safetensors form or as `.distcp` files."""
+"""Read a torch distributed checkpoint of a model, as shard files or as `.distcp` files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
-from runtime.checkpoint.dcp.chunks import Chunk, Shape, infer_shapes, join_chunks
+from runtime.checkpoint.dcp.chunks import Chunk, infer_shapes, join_chunks
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
 from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
 from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
@@ -24,7 +24,7 @@ from runtime.checkpoint.manifest import Manifest, TensorKind
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
-from runtime.tensor_map.tensor_map import TensorMap
+from runtime.tensor_map.tensor_map import Shape, TensorMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,10 +40,10 @@ class SavedTensors:
     """The tensors that a folder stores.
 
     Args:
-        chunks: of all tensors.
-        declared_shapes: shapes that metadata state by name; in safetensors form only the chunks tell.
-        files: that were read.
-        left_behind: what is saved besides the model, in words.
+        chunks: the chunks of all tensors.
+        declared_shapes: the shapes that `.metadata` lists by name; shard files do not list any.
+        files: the names of the files that were read.
+        left_behind: descriptions of what is saved besides the model.
     """
 
     chunks: Sequence[Chunk]
@@ -53,19 +53,19 @@ class SavedTensors:
 
 
 def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
-    """Read which chunks a folder stores, headers only.
+    """Read which chunks a folder stores, from headers only.
 
-    Training jobs save a model inside other state, `{"model": …, "optimizer": …}`: then its names have a prefix, and
-    what has another one is left behind.
+    Training jobs save a model inside other state, such as `{"model": …, "optimizer": …}`. Its names then have a prefix,
+    and tensors without that prefix are left behind.
 
     Args:
-        folder: of the checkpoint, in safetensors form or with `.distcp` files.
-        model: names of the model's tensors.
+        folder: the checkpoint's folder, with shard files or `.distcp` files.
+        model: the names of the model's tensors.
 
     Raises:
-        IncompleteError: a file is missing or cut short.
-        HeaderError: headers or metadata lie.
-        CheckpointError: it holds more than one model.
+        IncompleteError: a file is missing or truncated.
+        HeaderError: headers or metadata are wrong.
+        CheckpointError: the folder contains more than one model.
     """
     files = find_shard_files(folder)
     if files:
@@ -76,16 +76,16 @@ def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
     saved = read_metadata(folder)
     prefix = _find_prefix(saved.shapes, model, folder)
     chunks = read_chunks(folder, _strip_prefix(prefix, saved.chunks))
-    stated = {name.removeprefix(prefix): shape for name, shape in saved.shapes.items() if name.startswith(prefix)}
+    shapes = {name.removeprefix(prefix): shape for name, shape in saved.shapes.items() if name.startswith(prefix)}
     left_behind = (
         *_describe_unprefixed(prefix, saved.shapes),
         *(f"{name!r} of {METADATA}, no tensor" for name in saved.non_tensors),
     )
-    return SavedTensors(chunks, stated, {METADATA, *saved.files}, left_behind)
+    return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind)
 
 
 def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:
-    """Return what stands before the names of all the model's tensors, mostly nothing."""
+    """Return the prefix of the names of all the model's tensors, which is mostly empty."""
     first = next(iter(model))
     if first in names:
         return ""
@@ -94,19 +94,19 @@ def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -
     complete = [prefix for prefix in candidates if all(prefix + name in names for name in model)]
     if len(complete) > 1:
         raise CheckpointError(
-            f"{folder}: holds several models, under {format_names(complete)}",
-            hint="save the one that is wanted by itself",
+            f"{folder}: contains several models, under {format_names(complete)}",
+            hint="save the model that you want alone",
             prefixes=complete,
         )
     return complete[0] if complete else ""
 
 
 def _strip_prefix(prefix: str, parts: Iterable[_Part]) -> list[_Part]:
-    return [replace(one, name=one.name.removeprefix(prefix)) for one in parts if one.name.startswith(prefix)]
+    return [replace(part, name=part.name.removeprefix(prefix)) for part in parts if part.name.startswith(prefix)]
 
 
 def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return in words what has not the prefix, tensors of one first word together."""
+    """Describe the tensors without the prefix, counted by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in names if not name.startswith(prefix))
     return tuple(f"{word!r} beside the model, {count} in number" for word, count in counts.items())
 
@@ -124,58 +124,59 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
 
     Raises:
         IncompleteError: a file or tensor is missing, or the checkpoint is lossy.
-        HeaderError: headers or metadata lie, or chunks overlap.
-        MismatchError: shapes are not the model's, copies differ, or the manifest is of other tensors.
+        HeaderError: headers or metadata are wrong, or chunks overlap.
+        MismatchError: shapes are not the model's, replicas differ, or the manifest lists other tensors.
         ConversionError: a tied name holds other values than its target.
-        UsageError: stored tensors are quantized otherwise than the model's.
+        UsageError: stored tensors are quantized differently from the model's.
     """
     tied = find_tied_names(model)
     of_model = model_tensors(model)
     saved = read_saved_tensors(folder, [name for name in of_model if name not in tied])
     dtypes = find_dtypes((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
-    forms = _build_tensor_maps(saved, of_model, tied, folder)
-    pieces = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
-    _check_quantization(forms, pieces, model)
+    tensor_maps = _build_tensor_maps(saved, of_model, tied, folder)
+    stored_chunks = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
+    _check_quantization(tensor_maps, stored_chunks, model)
     tensors = {
-        name: TensorInfo(_get_kind(of_model.get(name)), dtypes[name], form.shape) for name, form in forms.items()
+        name: TensorInfo(_get_kind(of_model.get(name)), dtypes[name], tensor_map.shape)
+        for name, tensor_map in tensor_maps.items()
     }
     side = find_side_files(folder, {MANIFEST, *saved.files})
-    content = Checkpoint(
+    checkpoint = Checkpoint(
         folder=folder,
         layout="dcp",
         tensors=tensors,
         tied=tied,
-        tensor_maps=forms,
-        chunks=pieces,
+        tensor_maps=tensor_maps,
+        chunks=stored_chunks,
         side_files=SideFiles(side.copied, (*side.left_behind, *saved.left_behind)),
     )
-    return _apply_manifest(content, manifest) if manifest is not None else content
+    return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint
 
 
 def _build_tensor_maps(
     saved: SavedTensors, expected: Mapping[str, torch.Tensor], tied: Mapping[str, str], folder: Path
 ) -> dict[str, TensorMap]:
-    """Return the forms of the model's tensors, in its order, then of those that are carried."""
+    """Return the tensor_maps of the model's tensors, in its order, then of those that are carried."""
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     stored = {**infer_shapes(saved.chunks), **saved.declared_shapes}
     for name in saved.declared_shapes.keys() & shapes.keys():
         _check_shape(name, saved.declared_shapes[name], shapes[name], folder)
-    forms = join_chunks(saved.chunks, {name: shapes.get(name, shape) for name, shape in stored.items()})
-    for name in tied.keys() & forms.keys():
-        forms[tied[name]] = _map_tied_tensor(name, tied[name], saved.chunks, forms.pop(name).shape)
-    missing = [name for name in shapes if name not in forms and name not in tied]
+    tensor_maps = join_chunks(saved.chunks, {name: shapes.get(name, shape) for name, shape in stored.items()})
+    for name in tied.keys() & tensor_maps.keys():
+        tensor_maps[tied[name]] = _map_tied_tensor(name, tied[name], saved.chunks, tensor_maps.pop(name).shape)
+    missing = [name for name in shapes if name not in tensor_maps and name not in tied]
     if missing:
         raise IncompleteError(
             f"{folder}: {format_names(missing)} of the model are stored nowhere",
             hint="the checkpoint is incomplete, names its tensors otherwise, or config.json belongs to another model",
             missing=missing,
         )
-    order = (*(name for name in shapes if name not in tied), *(name for name in forms if name not in shapes))
-    return {name: forms[name] for name in order}
+    order = (*(name for name in shapes if name not in tied), *(name for name in tensor_maps if name not in shapes))
+    return {name: tensor_maps[name] for name in order}
 
 
 def _map_tied_tensor(name: str, target: str, chunks: Sequence[Chunk], shape: Shape) -> TensorMap:
-    """Return the form of a tensor that is also, or only, saved under another name: copies of one another."""
+    """Return the tensor map of a tensor that is also, or only, saved under a tied name; replicas must be equal."""
     both = [replace(chunk, name=target) for chunk in chunks if chunk.name in (name, target)]
     try:
         return join_chunks(both, {target: shape})[target]
@@ -202,7 +203,7 @@ def _check_shape(name: str, declared: Shape, expected: Shape, folder: Path) -> N
 def _check_quantization(
     tensor_maps: Mapping[str, TensorMap], stored_chunks: Mapping[str, StoredTensor], model: PreTrainedModel
 ) -> None:
-    """Refuse tensors that are quantized otherwise than the model's."""
+    """Refuse tensors that are quantized differently from the model's."""
     of_model = model_tensors(model)
     if is_quantized(model):
         check_quantized(stored_chunks)
@@ -230,6 +231,6 @@ def _apply_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
     return replace(checkpoint, manifest=manifest, stored_form=manifest.stored_form)
 
 
-def _find_differing(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
-    names: Collection[str] = one.keys() | other.keys()
-    return sorted(name for name in names if one.get(name) != other.get(name))
+def _find_differing(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
+    names: Collection[str] = first.keys() | second.keys()
+    return sorted(name for name in names if first.get(name) != second.get(name))

@@ -1,4 +1,4 @@
-"""Writing the `dcp` layout: each rank's boxes as chunks of shard files that torch and transformers load."""
+"""Plan the `dcp` layout: each rank's boxes as chunks of shard files that torch and transformers load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["iter_rank_chunks", "narrow_to_box", "plan_dcp_files"]
 
 
 class _PlannedChunk(NamedTuple):
-    """A chunk that a file will store: the tensor's name and dtype, where the chunk begins in it, its form."""
+    """A chunk to store: the tensor's name and dtype, where the chunk begins in the tensor, and its tensor map."""
 
     name: str
     dtype: str
@@ -30,16 +30,16 @@ class _PlannedChunk(NamedTuple):
 def plan_dcp_files(
     mesh: Mesh, entries: Mapping[str, ManifestEntry], tensor_maps: Mapping[str, TensorMap], tied: Mapping[str, str]
 ) -> tuple[OutputFile, ...]:
-    """Lay out all shard files of a checkpoint.
+    """Plan all shard files of a checkpoint.
 
-    A file names a tensor once, so a rank has as many files as a tensor of its own has boxes: two where gate and up are
-    packed. What several ranks hold is written by the first of them, and a rank that holds nothing has no file.
+    A file can contain a tensor's name only once, so a rank has as many files as its tensors have boxes: two if gate and
+    up are packed. Replicas are written by the first rank that has them, and a rank without chunks has no file.
 
     Args:
-        mesh: of the result.
-        entries: of all tensors by name.
-        tensor_maps: of the whole tensors.
-        tied: other names of tensors; readers look for the bytes under every name.
+        mesh: the mesh of the result.
+        entries: the manifest entries of all tensors by name.
+        tensor_maps: the tensor maps of the whole tensors.
+        tied: other names of tensors; their bytes are written again, because readers look under every name.
     """
     names = {name: [name] for name in entries}
     for name, target in tied.items():
@@ -71,29 +71,29 @@ def _plan_rank_files(
         for number, (offset, shape) in enumerate(iter_rank_chunks(entry, mesh, rank)):
             if number == len(files):
                 files.append([])
-            form = narrow_to_box(tensor_maps[target], offset, shape)
-            files[number] += (_PlannedChunk(name, entry.dtype, offset, form) for name in names[target])
+            tensor_map = narrow_to_box(tensor_maps[target], offset, shape)
+            files[number] += (_PlannedChunk(name, entry.dtype, offset, tensor_map) for name in names[target])
     return files
 
 
 def iter_rank_chunks(entry: ManifestEntry, mesh: Mesh, rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yield offset and shape of the boxes of a tensor that a rank's files store."""
+    """Yield the offset and shape of each box of a tensor that a rank's files store."""
     logical = whole("", entry.shape)
     if not logical.boxes:
         yield from [((0,) * len(entry.shape), entry.shape)] if rank == 0 else []
     elif is_in_rank_file(entry, rank) and _is_first_copy(entry, mesh, rank):
-        for extent in map_local_tensor(logical, entry, mesh, rank).boxes:
-            yield unravel(extent.base, entry.shape), extent.shape
+        for box in map_local_tensor(logical, entry, mesh, rank).boxes:
+            yield unravel(box.base, entry.shape), box.shape
 
 
 def _is_first_copy(entry: ManifestEntry, mesh: Mesh, rank: int) -> bool:
-    """Return whether the rank comes first on every axis that replicates the tensor."""
+    """Return whether the rank is the first on every mesh axis that replicates the tensor."""
     pairs = zip(entry.placements, mesh.coordinates(entry.mesh, rank), strict=True)
     return not any(index for placement, index in pairs if isinstance(placement, Replicate))
 
 
 def narrow_to_box(tensor_map: TensorMap, offset: Sequence[int], shape: Sequence[int]) -> TensorMap:
-    """Return the form of one box of a tensor."""
+    """Return the tensor map of one box of a tensor."""
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         tensor_map = narrow(tensor_map, dim, start, length)
     return tensor_map

@@ -1,1 +1,1 @@
-"""Files as they lie on a disk: safetensors headers, names, locks, stamps and shared blocks."""
+"""Files on a disk: safetensors headers, names, locks, stamps, and what the operating system offers."""

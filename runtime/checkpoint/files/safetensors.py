@@ -1,4 +1,4 @@
-"""Safetensors headers, read without trust and written: an eight-byte length, JSON, then the tensors' bytes."""
+"""Safetensors files: headers of untrusted files read and checked, and headers written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plans.errors import HeaderError
 from runtime.checkpoint.files.reading import open_descriptor, open_regular, read_exactly, truncation_error
-from runtime.checkpoint.files.strict_json import parse_strict_json
+from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
 
 __all__ = [
     "BITS",
@@ -38,7 +38,6 @@ BITS: Mapping[str, int] = {
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
-_MAX_SIZE = 2**63 - 1
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
 
@@ -48,10 +47,10 @@ class StoredTensor:
 
     Args:
         file: the file's path.
-        dtype: safetensors' name.
-        shape: sizes per tensor dim.
-        offset: of its first byte in the file.
-        size: in bytes.
+        dtype: the safetensors name of its dtype.
+        shape: its sizes per tensor dim.
+        offset: the offset of its first byte in the file.
+        size: its size in bytes.
     """
 
     file: Path
@@ -63,7 +62,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says about itself: metadata, and tensors in the order of their bytes."""
+    """The header of a safetensors file: its metadata, and its tensors in the order of their bytes."""
 
     file: Path
     metadata: Mapping[str, str]
@@ -71,21 +70,21 @@ class Header:
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor whose elements fill whole bytes."""
+    """Return the size in bytes of a tensor, whose elements must fill whole bytes."""
     bits = BITS[dtype] * prod(shape)
     assert bits % 8 == 0
     return bits // 8
 
 
 def find_dtypes(parts: Iterable[tuple[str, StoredTensor]], where: str = "elsewhere") -> dict[str, str]:
-    """Return the dtype of each tensor that files hold in parts.
+    """Return the dtype of each tensor that files store in parts.
 
     Args:
-        parts: a tensor's name with what is stored of it.
-        where: the other parts are, in words.
+        parts: each part's tensor name and stored tensor.
+        where: where the other parts of a tensor are, for the error message.
 
     Raises:
-        HeaderError: parts of one tensor have several.
+        HeaderError: parts of one tensor have different dtypes.
     """
     dtypes: dict[str, str] = {}
     for name, stored in parts:
@@ -99,12 +98,12 @@ def find_dtypes(parts: Iterable[tuple[str, StoredTensor]], where: str = "elsewhe
 
 
 def read_header(file: Path) -> Header:
-    """Read and check a file's header; what it says and the file's size must agree to the byte.
+    """Read and check a file's header, which must agree with the file's size to the byte.
 
     Raises:
         IncompleteError: the file ends before its header or its tensors do.
-        HeaderError: the header is malformed, overlaps, leaves holes or names unknown dtypes.
-        CheckpointError: it is no regular file, or cannot be read.
+        HeaderError: the header is malformed, its tensors overlap or leave holes, or a dtype is unknown.
+        CheckpointError: the file is not a regular file, or cannot be read.
 
     Source: the safetensors format, https://github.com/huggingface/safetensors#format
     """
@@ -115,8 +114,9 @@ def read_header(file: Path) -> Header:
             raise truncation_error(file, size, _LENGTH.size)
         (length,) = _LENGTH.unpack(prefix)
         if length > _MAX_HEADER:
-            what = f"a header of {length} bytes is over the format's limit"
-            raise HeaderError(f"{file}: {what}", hint=_HINT, file=str(file))
+            raise HeaderError(
+                f"{file}: a header of {length} bytes exceeds the format's limit", hint=_HINT, file=str(file)
+            )
         if size < _LENGTH.size + length:
             raise truncation_error(file, size, _LENGTH.size + length)
         entries = parse_strict_json(stream.read(length), file)
@@ -129,11 +129,11 @@ def read_header(file: Path) -> Header:
 
 
 def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """Return the header of a file that holds the tensors one after the other, padded to eight bytes.
+    """Return the header of a file that contains the tensors one after the other, padded to eight bytes.
 
     Args:
-        tensors: name, dtype and shape of each, in the order of their bytes.
-        metadata: kept as given; left out when empty.
+        tensors: the name, dtype and shape of each, in the order of their bytes.
+        metadata: written as given, and omitted if empty.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -147,7 +147,7 @@ def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: M
 
 
 def pad_header(header: bytes, count: int) -> bytes:
-    """Return a header with so many more spaces behind its JSON, which readers skip."""
+    """Return a header with so many more spaces after its JSON, which readers skip."""
     text = header[_LENGTH.size :] + b" " * count
     return _LENGTH.pack(len(text)) + text
 
@@ -160,7 +160,7 @@ def _parse_tensor(file: Path, name: str, entry: object, begin: int) -> StoredTen
             raise _tensor_error(file, name, "has no well-formed dtype, shape and data_offsets")
     if dtype not in BITS:
         raise _tensor_error(file, name, f"has the unknown dtype {dtype!r}")
-    if len(shape) > _MAX_DIMS or not all(_is_size(number) for number in (*shape, start, stop)):
+    if len(shape) > _MAX_DIMS or not all(map(is_size, (*shape, start, stop))):
         raise _tensor_error(file, name, "has sizes or offsets that are not integers in range")
     bits = BITS[dtype] * prod(shape)
     if bits % 8 or start > stop or bits // 8 != stop - start:
@@ -184,11 +184,7 @@ def _check_contiguous(file: Path, tensors: Mapping[str, StoredTensor], begin: in
 def _parse_metadata(file: Path, value: object) -> Mapping[str, str]:
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
-    raise HeaderError(f"{file}: __metadata__ is not a table of strings", hint=_HINT, file=str(file))
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_SIZE
+    raise HeaderError(f"{file}: __metadata__ is not an object of strings", hint=_HINT, file=str(file))
 
 
 def _tensor_error(file: Path, name: str, what: str) -> HeaderError:
@@ -199,7 +195,7 @@ _PART = 2**20
 
 
 def has_same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return whether two stored tensors are equal bit for bit, dtype and shape included.
+    """Return whether two stored tensors are equal bit for bit, dtype and shape included; memory stays bounded.
 
     Raises:
         IncompleteError: a file ends before its tensor does.
@@ -208,12 +204,12 @@ def has_same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     parts = bytearray(min(_PART, first.size)), bytearray(min(_PART, first.size))
-    with open_descriptor(first.file) as one, open_descriptor(second.file) as other:
+    with open_descriptor(first.file) as first_file, open_descriptor(second.file) as second_file:
         for start in range(0, first.size, _PART):
-            for descriptor, tensor, part in ((one, first, parts[0]), (other, second, parts[1])):
+            for descriptor, tensor, part in ((first_file, first, parts[0]), (second_file, second, parts[1])):
                 wanted = memoryview(part)[: tensor.size - start]
                 read_exactly(descriptor, wanted, tensor.offset + start, tensor.file)
-            # Behind a last part that is short lies what was read before, and was the same.
+            # After a last part that is short, the buffers still hold equal bytes of the part before.
             if parts[0] != parts[1]:
                 return False
     return True

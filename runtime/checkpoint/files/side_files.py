@@ -1,4 +1,4 @@
-"""A checkpoint's other files: what goes along as it is, and what is left behind, by name."""
+"""A checkpoint's other files: which are copied unchanged, and which are left behind."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["WEIGHT_SUFFIXES", "SideFiles", "check_contained", "find_side_files",
 WEIGHT_SUFFIXES = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
 )
-"""How the names of weight files end, in any format."""
+"""The suffixes of weight files in any format."""
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Names of files relative to the checkpoint's folder, `/` between their parts.
+    """The names of files relative to the checkpoint's folder, with `/` between their parts.
 
     Args:
-        copied: regular files that go along unchanged.
-        left_behind: weights that are not the checkpoint's, hidden folders, and what is no regular file.
+        copied: regular files that are copied unchanged.
+        left_behind: weights that are not the checkpoint's, hidden folders, and anything that is not a regular file.
     """
 
     copied: tuple[str, ...] = ()
@@ -32,14 +32,14 @@ class SideFiles:
 
 
 def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
-    """Sort a folder's files, those of its subfolders included.
+    """Find a folder's side files, those of its subfolders included.
 
     Args:
-        folder: of the checkpoint.
-        used: names of its weight files and index, which are no side files.
+        folder: the checkpoint's folder.
+        used: the names of its weight files and index, which are not side files.
 
     Raises:
-        IncompleteError: a link leads nowhere.
+        IncompleteError: a link is broken.
         CheckpointError: a link leads out of the folder.
     """
     copied: list[str] = []
@@ -52,28 +52,26 @@ def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
 
 
 def check_contained(folder: Path, path: Path) -> None:
-    """Refuse a link that leads elsewhere than to the folder itself or to the hub cache's blobs beside it.
+    """Refuse a link that leads to anywhere but the folder itself or the hub cache's blobs beside it.
 
     Raises:
-        IncompleteError: it leads nowhere.
-        CheckpointError: it leads out.
+        IncompleteError: the link is broken.
+        CheckpointError: the link leads out of the folder.
     """
     root, target = folder.resolve(), Path(os.path.realpath(path))
     if not target.exists():
-        raise IncompleteError(
-            f"{path}: a link that leads nowhere", hint="restore what it leads to, or remove it", file=str(path)
-        )
+        raise IncompleteError(f"{path}: a broken link", hint="restore its target, or remove it", file=str(path))
     is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
     if not (is_blob or target.is_relative_to(root)):
         raise CheckpointError(
             f"{path}: a link that leads out of the checkpoint",
-            hint="replace the link by the file, or remove it",
+            hint="replace the link with the file, or remove it",
             file=str(path),
         )
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
-    """Yield files, links and hidden folders in the order of their names; links to folders are not followed."""
+    """Yield files, links and hidden folders in the order of their names, without following links to folders."""
     waiting = sorted(folder.iterdir(), reverse=True)
     while waiting:
         path = waiting.pop()
@@ -86,10 +84,10 @@ def walk_files(folder: Path) -> Iterator[Path]:
 def _is_copied(folder: Path, path: Path) -> bool:
     if path.is_symlink():
         check_contained(folder, path)
-    foreign = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json") or _is_migrator_file(path.name)
-    return path.is_file() and not foreign
+    is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+    return path.is_file() and not is_weights and not _is_migrator_file(path.name)
 
 
 def _is_migrator_file(name: str) -> bool:
-    """Return whether a file is our manifest or a journal; each rank has a journal of its own."""
+    """Return whether a file is our manifest, or the journal of a rank."""
     return name == MANIFEST or name.startswith(MARKER)

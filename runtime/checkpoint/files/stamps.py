@@ -1,4 +1,4 @@
-"""Stamps of a source's files: by them a run notices before it commits that one was changed while it was read."""
+"""Stamps of a source's files, by which a run notices before it commits that a file changed while it was read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Stamp", "check_unchanged", "read_stamp", "read_stamps"]
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What changes whenever a file is written or replaced: its size in bytes, its time in nanoseconds, its inode."""
+    """What changes when a file is written or replaced: its size in bytes, its time in nanoseconds, its inode."""
 
     size: int
     mtime_ns: int
@@ -31,17 +31,17 @@ def read_stamps(folder: Path) -> dict[str, Stamp]:
     """
     with convert_read_errors(folder):
         paths = [path for path in walk_files(folder) if path.is_file()] if folder.is_dir() else []
-    found = {path.relative_to(folder).as_posix(): read_stamp(path) for path in paths}
-    return {name: stamp for name, stamp in found.items() if stamp is not None}
+    stamps = {path.relative_to(folder).as_posix(): read_stamp(path) for path in paths}
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
 def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collection[str]) -> None:
-    """Refuse to go on where one of a folder's files is no longer the one that was read.
+    """Refuse to continue if one of a folder's files is no longer the one that was read.
 
     Args:
-        folder: of the source.
-        stamps: taken before it was read.
-        ignored: names of files that were not.
+        folder: the source's folder.
+        stamps: the stamps of its files, taken before they were read.
+        ignored: the names of files that were not read.
 
     Raises:
         MismatchError: a file was changed, replaced or removed.
@@ -50,15 +50,15 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collecti
     if changed:
         raise MismatchError(
             f"{folder}: {format_names(sorted(changed))} changed while it was read",
-            hint="wait until nothing writes there any more, then run the same command again",
+            hint="wait until nothing writes to this folder, then run the same command again",
             files=sorted(changed),
         )
 
 
 def read_stamp(path: Path) -> Stamp | None:
-    """Return the stamp of one file, None where there is none."""
+    """Return the stamp of a file, or None if it does not exist."""
     try:
-        found = path.stat()
-    except OSError:  # It is gone, which is a change too.
+        status = path.stat()
+    except OSError:  # a file that is gone has changed too
         return None
-    return Stamp(found.st_size, found.st_mtime_ns, found.st_ino)
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)

@@ -19,12 +19,13 @@ from plans.errors import CheckpointError, ConversionError, HeaderError, Incomple
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo
 from runtime.checkpoint.dcp.archive import BoundedFile, read_data_pickle
-from runtime.checkpoint.dcp.chunks import Shape, join_chunks
+from runtime.checkpoint.dcp.chunks import join_chunks
 from runtime.checkpoint.dcp.metadata import DcpMetadata, StorageLocation, read_metadata
 from runtime.checkpoint.dcp.pickle import PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.dcp.storage import locate_archive, open_distcp_file, read_chunks
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.safetensors import find_dtypes
+from runtime.tensor_map.tensor_map import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

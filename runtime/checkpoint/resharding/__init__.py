@@ -1,1 +1,1 @@
-"""Resharding: any layout in, any layout out; planned and proven first, then executed, on one process or several."""
+"""Resharding from any layout to any layout: planned and proven, then executed by one process or several."""

@@ -86,7 +86,7 @@ def an_index_that_leads_out(hub):
         (config_with(transformers_weights="other.safetensors"), "other.safetensors"),
         (config_with(quantization_config={"quant_method": "fp8"}), "quantization_config"),
         (a_config_that_is_no_object, "config.json"),
-        (a_link_to_nowhere, "tokenizer.json: a link that leads nowhere"),
+        (a_link_to_nowhere, "tokenizer.json: a broken link"),
         (a_link_out_of_a_subfolder, "hosts: a link that leads out"),
     ],
 )

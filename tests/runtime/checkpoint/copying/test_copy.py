@@ -185,5 +185,5 @@ def test_a_failing_digest_stops_the_copy(stored: tuple[Path, dict[str, torch.Ten
 
 def test_too_little_memory_is_refused(stored: tuple[Path, dict[str, torch.Tensor]]) -> None:
     table = build_copy_plan(read_header(stored[0]).tensors, [(Destination("a", 240), whole("a", (12, 10)))])
-    with pytest.raises(UsageError, match="too little memory"):
+    with pytest.raises(UsageError, match="max_memory must be at least 1 MiB, got"):
         execute_copy_plan(table, [DigestRegion(Digest())], max_memory=1000)

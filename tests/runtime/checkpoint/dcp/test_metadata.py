@@ -315,7 +315,7 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "a chunk of another kind": (
         lambda m: setattr(m.state_dict_metadata[NORM], "chunks", [None]),
         HeaderError,
-        "no ChunkStorageMetadata",
+        "something other than ChunkStorageMetadata where one",
     ),
     "a bigger chunk": (
         lambda m: setattr(m.state_dict_metadata[NORM].chunks[0], "sizes", torch.Size((33,))),
@@ -329,7 +329,7 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "a missing file": (lambda m: set_info(m, relative_path="a.distcp"), IncompleteError, "missing"),
     "a name that is none": (lambda m: set_info(m, relative_path="\0"), HeaderError, "not in a file of this folder"),
     "compressed": (lambda m: set_info(m, transform_descriptors=["zstd"]), CheckpointError, "transformed"),
-    "two models": (second_model, CheckpointError, "holds several models, under 'model.', 'average.'"),
+    "two models": (second_model, CheckpointError, "contains several models, under 'model.', 'average.'"),
     "not metadata": (lambda m: m.__dict__.clear(), HeaderError, ""),
 }
 

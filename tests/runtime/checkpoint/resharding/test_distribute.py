@@ -238,7 +238,8 @@ def test_a_worker_of_torchrun_is_killed(
     out = tmp_path / "out"
     victim = (
         f"from pathlib import Path; from tests.runtime.checkpoint.resharding import distribute_cases; "
-        f"distribute_cases.take_part(Path({str(sources['hub'])!r}), distribute_cases.ReshardTarget('hf'), Path({str(out)!r}), {{1: 'killed'}})"
+        f"distribute_cases.take_part(Path({str(sources['hub'])!r}), distribute_cases.ReshardTarget('hf'), "
+        f"Path({str(out)!r}), {{1: 'killed'}})"
     )
     lost = torchrun(sys.executable, "-c", victim)
     assert lost.returncode == 1
