@@ -10,9 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.tensor_map import tensor_map as extents
 from runtime.tensor_map.compose import compose, invert, reshape
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
+from runtime.tensor_map.tensor_map import (
+    TensorMap,
+    TensorMapError,
+    chunk,
+    concatenate,
+    narrow,
+    permute,
+    stack,
+    transpose,
+    whole,
+)
 
 Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
 Step = tuple[TensorMap, torch.Tensor]
@@ -51,7 +60,7 @@ def made(draw: st.DrawFn, name: str, start: int = 0) -> tuple[TensorMap, torch.T
 
 def permuted(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     order = draw(st.permutations(range(tensor.ndim)))
-    return extents.permute(form, order), tensor.permute(order)
+    return permute(form, order), tensor.permute(order)
 
 
 def viewed(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
@@ -64,9 +73,9 @@ def rejoined(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
         return form, tensor
     dim = draw(st.integers(0, tensor.ndim - 1))
     count = draw(st.integers(1, 3))
-    forms, tensors = extents.chunk(form, count, dim), torch.chunk(tensor, count, dim)
+    forms, tensors = chunk(form, count, dim), torch.chunk(tensor, count, dim)
     order = draw(st.permutations(range(len(tensors))))
-    return extents.concatenate([forms[i] for i in order], dim), torch.cat([tensors[i] for i in order], dim)
+    return concatenate([forms[i] for i in order], dim), torch.cat([tensors[i] for i in order], dim)
 
 
 @given(case=made("t"))
@@ -108,11 +117,11 @@ def sliced(draw: st.DrawFn, form: TensorMap, tensor: torch.Tensor) -> Step:
     dim = draw(st.integers(0, tensor.ndim - 1))
     start = draw(st.integers(0, tensor.shape[dim] - 1))
     length = draw(st.integers(1, tensor.shape[dim] - start))
-    return extents.narrow(form, dim, start, length), tensor.narrow(dim, start, length)
+    return narrow(form, dim, start, length), tensor.narrow(dim, start, length)
 
 
 def test_interleaved_halves_are_two_grids() -> None:
-    pair = extents.stack([whole("gate", (3, 4)), whole("up", (3, 4))], 2)
+    pair = stack([whole("gate", (3, 4)), whole("up", (3, 4))], 2)
     form = reshape(pair, (3, 8))
     assert [(one.source, one.offset, one.shape, one.steps) for one in form.boxes] == [
         ("gate", (0, 0), (3, 4), (1, 2)),
@@ -131,9 +140,9 @@ def test_another_number_of_elements_is_refused() -> None:
 
 def test_many_parts_are_found_by_where_they_lie(gather: Gather) -> None:
     pieces = {f"p{index}": coordinates((index % 3 + 1, 4), 100 * index) for index in range(20)}
-    inner = extents.concatenate([whole(name, tuple(piece.shape)) for name, piece in pieces.items()], 0)
+    inner = concatenate([whole(name, tuple(piece.shape)) for name, piece in pieces.items()], 0)
     tensor = torch.cat(list(pieces.values()))
     for start in range(tensor.shape[0]):
         for length in range(1, tensor.shape[0] - start + 1):
-            outer = extents.transpose(extents.narrow(whole("x", inner.shape), 0, start, length), 0, 1)
+            outer = transpose(narrow(whole("x", inner.shape), 0, start, length), 0, 1)
             assert torch.equal(gather(compose({"x": inner})(outer), pieces), tensor[start : start + length].T)

@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.tensor_map import tensor_map as extents
 from runtime.tensor_map.strided_copy import Stride, StridedCopy, covers, plan_copies, split_at_blocks
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
+from runtime.tensor_map.tensor_map import (
+    TensorMap,
+    TensorMapError,
+    concatenate,
+    narrow,
+    row_major,
+    stack,
+    transpose,
+    whole,
+)
 
 
 def moved(run: StridedCopy) -> list[tuple[int, int]]:
@@ -34,18 +42,18 @@ def forms(draw: st.DrawFn) -> TensorMap:
         kind = draw(st.sampled_from(["narrow", "concatenate", "stack", "transpose"]))
         if kind == "narrow" and form.shape[dim] > 1:
             start = draw(st.integers(0, form.shape[dim] - 1))
-            form = extents.narrow(form, dim, start, draw(st.integers(1, form.shape[dim] - start)))
+            form = narrow(form, dim, start, draw(st.integers(1, form.shape[dim] - start)))
         elif kind == "concatenate":
-            form = extents.concatenate([form, form], dim)
+            form = concatenate([form, form], dim)
         elif kind == "stack" and len(form.shape) < 4:
-            form = extents.stack([form, form], dim)
+            form = stack([form, form], dim)
         elif kind == "transpose":
-            form = extents.transpose(form, dim, draw(st.integers(0, len(form.shape) - 1)))
+            form = transpose(form, dim, draw(st.integers(0, len(form.shape) - 1)))
     return form
 
 
 def expected_moves(form: TensorMap, size: int) -> set[tuple[int, int]]:
-    strides = extents.row_major(form.shape)
+    strides = row_major(form.shape)
     moves = set()
     for extent in form.boxes:
         for index in product(*(range(n) for n in extent.shape)):
@@ -94,14 +102,14 @@ def test_the_proof_agrees_with_counting_bytes(form: TensorMap, data: st.DataObje
 
 
 def test_a_block_of_columns_is_one_run() -> None:
-    half = extents.narrow(whole("s", (1000, 64)), 1, 32, 32)
+    half = narrow(whole("s", (1000, 64)), 1, 32, 32)
     assert list(plan_copies(half, 16, {"s": 7}, 3)) == [StridedCopy(7, 64, 3, 0, 64, (Stride(1000, 128, 64),))]
     assert list(plan_copies(whole("s", (5, 6, 7)), 8, {"s": 0}, 0)) == [StridedCopy(0, 0, 0, 0, 210)]
 
 
 def test_the_proof_scales() -> None:
-    stacked = extents.stack([whole(f"{e}", (4, 6)) for e in range(20_000)], 0)
-    both = extents.concatenate([stacked, stacked], 2)
+    stacked = stack([whole(f"{e}", (4, 6)) for e in range(20_000)], 0)
+    both = concatenate([stacked, stacked], 2)
     runs = list(plan_copies(both, 16, {f"{e}": e for e in range(20_000)}, 0))
     assert len(runs) == 40_000
     assert covers(runs, {0: 20_000 * 4 * 12 * 2})
@@ -116,10 +124,8 @@ def test_unwritten_and_unknown_regions_are_found() -> None:
 
 def test_four_bit_elements_are_moved_whole_bytes_only() -> None:
     form = whole("s", (4, 6))
-    assert list(plan_copies(extents.narrow(form, 1, 2, 4), 4, {"s": 0}, 0)) == [
-        StridedCopy(0, 1, 0, 0, 2, (Stride(4, 3, 2),))
-    ]
+    assert list(plan_copies(narrow(form, 1, 2, 4), 4, {"s": 0}, 0)) == [StridedCopy(0, 1, 0, 0, 2, (Stride(4, 3, 2),))]
     with pytest.raises(TensorMapError, match="within a byte"):
-        list(plan_copies(extents.narrow(form, 1, 1, 4), 4, {"s": 0}, 0))
+        list(plan_copies(narrow(form, 1, 1, 4), 4, {"s": 0}, 0))
     with pytest.raises(TensorMapError, match="within a byte"):
-        list(plan_copies(extents.transpose(form, 0, 1), 4, {"s": 0}, 0))
+        list(plan_copies(transpose(form, 0, 1), 4, {"s": 0}, 0))

@@ -11,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime.tensor_map import tensor_map as extents
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, reassemble, shard_for_rank, whole
+from runtime.tensor_map.tensor_map import (
+    TensorMap,
+    TensorMapError,
+    chunk,
+    concatenate,
+    narrow,
+    reassemble,
+    shard_for_rank,
+    split,
+    stack,
+    transpose,
+    unbind,
+    whole,
+)
 
 Gather = Callable[[TensorMap, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -32,10 +44,10 @@ def test_chunk_split_unbind_and_transpose(gather: Gather, shape: tuple[int, ...]
     cuts = sorted(data.draw(st.lists(st.integers(0, shape[dim]), max_size=3)))
     sizes = [b - a for a, b in zip([0, *cuts], [*cuts, shape[dim]], strict=True)]
     pairs = [
-        (extents.chunk(form, count, dim), torch.chunk(tensor, count, dim) if shape[dim] else (tensor,)),
-        (extents.split(form, sizes, dim), torch.split(tensor, sizes, dim)),
-        (extents.unbind(form, dim), torch.unbind(tensor, dim)),
-        ((extents.transpose(form, dim, other),), (tensor.transpose(dim, other),)),
+        (chunk(form, count, dim), torch.chunk(tensor, count, dim) if shape[dim] else (tensor,)),
+        (split(form, sizes, dim), torch.split(tensor, sizes, dim)),
+        (unbind(form, dim), torch.unbind(tensor, dim)),
+        ((transpose(form, dim, other),), (tensor.transpose(dim, other),)),
     ]
     for forms, tensors in pairs:
         assert [piece.shape for piece in forms] == [tuple(piece.shape) for piece in tensors]
@@ -53,9 +65,9 @@ def test_concatenate_and_stack(gather: Gather, shape: tuple[int, ...], lengths: 
         sized[dim] = length
         parts[f"p{index}"] = coordinates(tuple(sized), 10_000 * index)
         equals[f"p{index}"] = coordinates(shape, 10_000 * index)
-    joined = extents.concatenate([whole(name, tensor.shape) for name, tensor in parts.items()], dim)
+    joined = concatenate([whole(name, tensor.shape) for name, tensor in parts.items()], dim)
     assert torch.equal(gather(joined, parts), torch.cat(list(parts.values()), dim))
-    stacked = extents.stack([whole(name, tensor.shape) for name, tensor in equals.items()], new)
+    stacked = stack([whole(name, tensor.shape) for name, tensor in equals.items()], new)
     assert torch.equal(gather(stacked, equals), torch.stack(list(equals.values()), new))
 
 
@@ -63,24 +75,24 @@ def test_operations_compose(gather: Gather) -> None:
     tensors = {
         f"{kind}{e}": coordinates((6, 5), 100 * e + 1000 * (kind == "up")) for e in range(4) for kind in ("gate", "up")
     }
-    stacks = [extents.stack([whole(f"{kind}{e}", (6, 5)) for e in range(4)], 0) for kind in ("gate", "up")]
-    fused = extents.concatenate(stacks, 1)
+    stacks = [stack([whole(f"{kind}{e}", (6, 5)) for e in range(4)], 0) for kind in ("gate", "up")]
+    fused = concatenate(stacks, 1)
     expected = torch.cat([torch.stack([tensors[f"{kind}{e}"] for e in range(4)]) for kind in ("gate", "up")], 1)
-    turned = extents.narrow(extents.transpose(fused, 1, 2), 2, 4, 5)
+    turned = narrow(transpose(fused, 1, 2), 2, 4, 5)
     assert torch.equal(gather(turned, tensors), expected.transpose(1, 2)[:, :, 4:9])
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(TensorMapError, match="do not join"):
-        extents.concatenate([whole("a", (2, 3)), whole("b", (2, 4))], 0)
+        concatenate([whole("a", (2, 3)), whole("b", (2, 4))], 0)
     with pytest.raises(TensorMapError, match="nothing"):
-        extents.concatenate([], 0)
+        concatenate([], 0)
     with pytest.raises(TensorMapError, match="no dim"):
-        extents.transpose(whole("a", (2, 3)), 0, 2)
+        transpose(whole("a", (2, 3)), 0, 2)
     with pytest.raises(TensorMapError, match="outside"):
-        extents.split(whole("a", (4,)), [3, 2], 0)
+        split(whole("a", (4,)), [3, 2], 0)
     with pytest.raises(TensorMapError, match="do not split"):
-        extents.split(whole("a", (4,)), [3], 0)
+        split(whole("a", (4,)), [3], 0)
     with pytest.raises(TensorMapError, match="do not divide"):
         shard_for_rank(whole("a", (6,)), [Packed(0, 2)], [2], [0])
 

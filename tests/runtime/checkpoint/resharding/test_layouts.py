@@ -157,7 +157,7 @@ def test_a_manifest_that_names_other_stored_tensors_is_refused(checkpoint: Check
     ("arguments", "message"),
     [
         ({"layout": "hf", "mesh": Mesh(tp=2)}, "whole tensors"),
-        ({"layout": "ranks", "experts": "fused"}, "how hub form stores experts"),
+        ({"layout": "ranks", "experts": "fused"}, "applies to hub form only"),
     ],
 )
 def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -166,5 +166,5 @@ def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, obj
 
 
 def test_a_mesh_beside_a_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a target has a mesh of its own"):
+    with pytest.raises(UsageError, match="a target has its own mesh"):
         plan_reshard(tmp_path, Mesh(tp=2), ReshardTarget("ranks"))
