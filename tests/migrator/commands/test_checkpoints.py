@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(migrator, hub, damage, named):
 
 @pytest.mark.parametrize(
     ("tp", "named", "hint"),
-    [(8, "heads", "1, 2, 4"), (3, "intermediate size", "1, 2, 4"), (0, "not a mesh size", "1 or more")],
+    [(8, "heads", "1, 2, 4"), (3, "intermediate size", "1, 2, 4"), (0, "--tp must be at least 1, got 0", "1 or more")],
 )
 def test_a_size_that_cannot_work_names_those_that_do(migrator, hub, tp, named, hint):
     code, output, errors = migrator("reshard", hub, hub.parent / "out", "--tp", tp, "--layout", "ranks")

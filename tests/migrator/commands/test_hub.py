@@ -89,7 +89,7 @@ def test_sources_on_the_hub(hub: Hub, migrator: Migrator, hub_folder: HubFolder,
         "reshard owner/toy@v7 never",
     )
     assert (verified.code, written.code, written.out, again.code) == (0, 0, "", 0)
-    assert "nothing records digests" in verified.out
+    assert "no digests are recorded" in verified.out
     assert "the same content" in again.out
     assert compared.code == 0
     assert json.loads(compared.out)["ok"] is True

@@ -117,5 +117,5 @@ def test_a_lossy_source_is_named_tensor_by_tensor(
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save_half)
     code, errors = reshard("LlamaConfig", DENSE, "--tp", 2)
     assert code == 2
-    assert all(f"{name} is [52, 32] in the model but '{name}' give [26, 32]" in errors[0] for name in short)
+    assert all(f"{name} is [52, 32] in the model, but '{name}' give [26, 32]" in errors[0] for name in short)
     assert not (tmp_path / "out").exists()
