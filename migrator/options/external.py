@@ -86,7 +86,7 @@ def read_external_settings(options: ExternalOptions, source: str) -> ExternalSet
     check_external_options(options, source)
     if options.from_pattern is None:
         return None
-    from runtime.checkpoint.external.plan_file import read_plan_file
+    from runtime.checkpoint.external.plan import read_plan_file
     from runtime.checkpoint.external.source import SeparateConfig
 
     return _build_settings(

@@ -16,7 +16,7 @@ from plans.placement import Packed, Placement, placement_to_json
 from plans.text import shorten
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.reading import read_at_most
-from runtime.checkpoint.files.stamps import Stamp, check_unchanged, read_stamp
+from runtime.checkpoint.files.side_files import Stamp, check_unchanged, read_stamp
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, chunk_bounds, concatenate, narrow, split
 
 __all__ = [

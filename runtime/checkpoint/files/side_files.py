@@ -1,16 +1,29 @@
-"""A checkpoint's other files: which are copied unchanged, and which are left behind."""
+"""A checkpoint folder's other files, which go along or stay, and the stamps that tell whether any file changed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from plans.errors import CheckpointError, IncompleteError
+from plans.errors import CheckpointError, IncompleteError, MismatchError
+from plans.text import format_names
 from runtime.checkpoint.files.file_names import MANIFEST, MARKER
+from runtime.checkpoint.files.reading import convert_read_errors
 
-__all__ = ["WEIGHT_SUFFIXES", "SideFiles", "check_contained", "find_side_files", "walk_files"]
+__all__ = [
+    "WEIGHT_SUFFIXES",
+    "SideFiles",
+    "Stamp",
+    "check_contained",
+    "check_unchanged",
+    "find_side_files",
+    "read_stamp",
+    "read_stamps",
+    "walk_files",
+]
+
 
 WEIGHT_SUFFIXES = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
@@ -91,3 +104,53 @@ def _is_copied(folder: Path, path: Path) -> bool:
 def _is_migrator_file(name: str) -> bool:
     """Return whether a file is our manifest, or the journal of a rank."""
     return name == MANIFEST or name.startswith(MARKER)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What changes when a file is written or replaced: its size in bytes, its time in nanoseconds, its inode."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def read_stamps(folder: Path) -> dict[str, Stamp]:
+    """Return the stamps of a folder's files by name, taken before any of them is read.
+
+    Raises:
+        CheckpointError: the folder cannot be listed.
+    """
+    with convert_read_errors(folder):
+        paths = [path for path in walk_files(folder) if path.is_file()] if folder.is_dir() else []
+    stamps = {path.relative_to(folder).as_posix(): read_stamp(path) for path in paths}
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+
+
+def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collection[str]) -> None:
+    """Refuse to continue if one of a folder's files is no longer the one that was read.
+
+    Args:
+        folder: the source's folder.
+        stamps: the stamps of its files, taken before they were read.
+        ignored: the names of files that were not read.
+
+    Raises:
+        MismatchError: a file was changed, replaced or removed.
+    """
+    changed = [name for name in stamps.keys() - set(ignored) if read_stamp(folder / name) != stamps[name]]
+    if changed:
+        raise MismatchError(
+            f"{folder}: {format_names(sorted(changed))} changed while it was read",
+            hint="wait until nothing writes to this folder, then run the same command again",
+            files=sorted(changed),
+        )
+
+
+def read_stamp(path: Path) -> Stamp | None:
+    """Return the stamp of a file, or None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:  # a file that is gone has changed too
+        return None
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)

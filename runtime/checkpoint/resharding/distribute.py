@@ -23,7 +23,7 @@ from runtime.checkpoint.copying.slabs import select_rank_share
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.file_names import MARKER
 from runtime.checkpoint.files.lock import hold_lock
-from runtime.checkpoint.files.stamps import check_unchanged
+from runtime.checkpoint.files.side_files import check_unchanged
 from runtime.checkpoint.resharding.execute import (
     CopyResult,
     PhaseSeconds,

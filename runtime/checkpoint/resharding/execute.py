@@ -29,7 +29,7 @@ from runtime.checkpoint.copying.regions import OpenFiles, Region, allocate_files
 from runtime.checkpoint.copying.signals import Stop, catch_stop_signals, check_not_stopped
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.file_names import MANIFEST, MARKER
-from runtime.checkpoint.files.stamps import check_unchanged
+from runtime.checkpoint.files.side_files import check_unchanged
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.resharding.fingerprint import compute_fingerprint
 from runtime.checkpoint.resharding.plan import ReshardPlan, find_block_size, plan_block_sharing

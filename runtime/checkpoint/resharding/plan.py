@@ -16,7 +16,7 @@ from runtime.checkpoint.copying.clones import align_to_blocks, find_clones, prob
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.files.stamps import Stamp, read_stamps
+from runtime.checkpoint.files.side_files import Stamp, read_stamps
 from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.resharding.output_files import OutputFiles, ReshardTarget, plan_files
 from runtime.models.config_entries import ConfigDifference

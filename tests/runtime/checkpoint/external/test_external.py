@@ -23,8 +23,7 @@ from plans.errors import (
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
 from plans.plan import to_wildcard
-from runtime.checkpoint.external.plan import resolve_external_plan
-from runtime.checkpoint.external.plan_file import read_plan_file
+from runtime.checkpoint.external.plan import read_plan_file, resolve_external_plan
 from runtime.checkpoint.external.source import ExternalSettings, FilePattern, ParsedFileName, UnevenPacked
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget

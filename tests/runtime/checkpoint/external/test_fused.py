@@ -12,8 +12,7 @@ from transformers import Phi3Config, Qwen3NextConfig
 
 from plans.errors import MismatchError, PlanError
 from plans.placement import Packed, Shard
-from runtime.checkpoint.external.plan import resolve_external_plan
-from runtime.checkpoint.external.plan_file import read_plan_file
+from runtime.checkpoint.external.plan import read_plan_file, resolve_external_plan
 from runtime.checkpoint.external.sharding import resolve_shardings
 from runtime.checkpoint.external.source import ExternalPlacement, ExternalSettings, FilePattern, UnevenPacked
 from runtime.checkpoint.resharding.execute import execute_reshard
