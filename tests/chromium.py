@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import HANG_TIMEOUT
+
 __all__ = ["Page", "chromium", "find_chromium"]
 
-_SECONDS = 30.0
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 
@@ -52,7 +53,7 @@ class Page:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._writer, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + HANG_TIMEOUT
         while True:
             answer = self._next(deadline)
             if answer.get("id") == self._number:
@@ -67,7 +68,7 @@ class Page:
         self.call("Emulation.setEmulatedMedia", features=features)
         self.said.clear()
         self.call("Page.navigate", url=file.as_uri())
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + HANG_TIMEOUT
         while not any(one.get("method") == "Page.loadEventFired" for one in self.said):
             self.said.append(self._next(deadline))
 
@@ -131,7 +132,7 @@ def chromium(program: str, profile: Path) -> Iterator[Page]:
     finally:
         process.terminate()
         try:
-            process.wait(_SECONDS)
+            process.wait(HANG_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

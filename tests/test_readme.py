@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,11 @@ LEFT_OUT = "[...]"
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def workspace(tmp_path_factory, installed_transformers):
     """A folder with a copy of the installed models and a tiny checkpoint, which the shown commands work on."""
     folder = tmp_path_factory.mktemp("readme")
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(spec.origin).parent / "models", folder / "src/models", ignore=ignored)
+    shutil.copytree(installed_transformers / "models", folder / "src/models", ignore=ignored)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256}

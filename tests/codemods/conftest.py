@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,16 @@ from tests.codemods.repositories import CHILD, MODELS, OFFSPRING, PACKAGE, commi
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory):
+def template(tmp_path_factory, installed_transformers):
     """A repository with a few of transformers' model folders and a class that only inherits from one of them."""
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    installed = Path(spec.origin).parent
     root = tmp_path_factory.mktemp("repository")
     for name in MODELS:
         shutil.copytree(
-            installed / "models" / name, root / PACKAGE / "models" / name, ignore=shutil.ignore_patterns("__pycache__")
+            installed_transformers / "models" / name,
+            root / PACKAGE / "models" / name,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
-    shutil.copy(installed / "configuration_utils.py", root / PACKAGE)
+    shutil.copy(installed_transformers / "configuration_utils.py", root / PACKAGE)
     (root / PACKAGE / "__init__.py").write_text('__version__ = "5.23.0"\n')
     (root / CHILD).parent.mkdir()
     (root / CHILD).write_text(OFFSPRING)

@@ -16,6 +16,7 @@ import torch
 from runtime.checkpoint.files.safetensors import read_header
 from tests.conftest import HubFolder, RankFolder
 from tests.tiny_models import tiny_config, tiny_model
+from tests.waiting import HANG_TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 # A machine with GPUs may have torch and transformers of its own, and no `migrator` installed.
@@ -46,7 +47,7 @@ def validate(*arguments: str | Path) -> tuple[int, dict[str, Any], str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_TIMEOUT,
         check=False,
     )
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr

@@ -14,6 +14,7 @@ import yaml
 
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.source_trees import COPY, OWNER, commit_all, family, git
+from tests.waiting import HANG_TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ("pyproject.toml", "README.md", ".pre-commit-hooks.yaml", "migrator", "codemods", "plans", "runtime")
@@ -24,7 +25,7 @@ def index(tmp_path_factory):
     """Skip what installs packages where there is no index to install them from."""
     folder = tmp_path_factory.mktemp("index")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), "setuptools"]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=HANG_TIMEOUT)
     if done.returncode:
         pytest.skip("offline: the package index cannot be reached")
 

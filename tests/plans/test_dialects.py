@@ -108,7 +108,7 @@ def test_the_vocabularies_have_the_sizes_they_were_released_with():
     assert {name: len(load_dialect(name).styles) for name in dialect_names() if name != PARAM_LEVEL} == STYLES
 
 
-def test_the_installed_transformers_registers_these_names():
+def test_the_installed_transformers_registers_these_names(installed_transformers):
     from transformers import __version__
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import settings
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
@@ -19,10 +18,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.tensor_map.tensor_map import TensorMap
-
-# Timings mean nothing on a machine that runs other things too.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
 
 
 def torch_placement(placement: Placement) -> TorchPlacement:

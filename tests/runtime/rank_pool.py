@@ -8,14 +8,14 @@ import os
 import traceback
 from collections.abc import Callable
 from functools import cache
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from plans.errors import MigratorError
-
-TIMEOUT = 120
+from tests.waiting import HANG_TIMEOUT
 
 # The server imports these once; forked ranks start with them in memory.
 PRELOAD = ["torch.distributed.tensor", "transformers.modeling_utils", "runtime.validation.validate"]
@@ -47,7 +47,8 @@ class RankPool:
             pipe.send((function, args))
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(TIMEOUT), f"rank {rank} does not answer"
+            ready = wait([pipe, *(process.sentinel for process in self.processes)], HANG_TIMEOUT)
+            assert pipe in ready, f"rank {rank} has not answered, but {'a rank has ended' if ready else 'all hang'}"
             answers.append(pipe.recv())
         for rank, (kind, value) in enumerate(answers):
             if kind == "refused":
@@ -56,10 +57,8 @@ class RankPool:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
+        """Kill the ranks, which hold nothing that needs an orderly end and may be waiting for each other."""
         for process in self.processes:
-            process.join(10)
             process.kill()
             process.join()
             process.close()
@@ -68,19 +67,18 @@ class RankPool:
 def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=TIMEOUT)
+    timeout = datetime.timedelta(seconds=HANG_TIMEOUT)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     # from_pretrained makes a mesh for each model, whose threads wake a hundred times a second and outlive it.
     dist.init_device_mesh = cache(dist.init_device_mesh)
-    while (call := pipe.recv()) is not None:
-        function, args = call
+    while True:
+        function, args = pipe.recv()
         try:
             pipe.send(("done", function(*args)))
         except MigratorError as error:
             pipe.send(("refused", error.to_json()))
         except BaseException:  # which torch's CheckpointException is, and no Exception
             pipe.send(("broken", traceback.format_exc()))
-    dist.destroy_process_group()

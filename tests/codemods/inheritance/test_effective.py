@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -306,17 +305,15 @@ def test_modular_files_are_no_models():
     ]
 
 
-def test_every_configuration_class_of_transformers_has_the_plans_that_python_gives_it():
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
+def test_every_configuration_class_of_transformers_has_the_plans_that_python_gives_it(installed_transformers):
     plans = EffectivePlans(lambda path: SourceFile(path, path.read_bytes()) if path.is_file() else None)
     compared = 0
-    for path in sorted((package / "models").glob("*/configuration_*.py")):
+    for path in sorted((installed_transformers / "models").glob("*/configuration_*.py")):
         if b"_plan" not in path.read_bytes():
             continue
-        module = importlib.import_module(".".join(path.relative_to(package.parent).with_suffix("").parts))
+        module = importlib.import_module(
+            ".".join(path.relative_to(installed_transformers.parent).with_suffix("").parts)
+        )
         for place, entries in plans.compute_file_plans(path).items():
             if place.class_name == "HrmTextConfig":  # a comprehension: its keys are known with a wildcard only
                 continue

@@ -248,12 +248,12 @@ def check_against_model(model_type):
 @pytest.mark.parametrize(
     ("model_type", "least"), [("qwen3_moe", 9), ("gpt_oss", 4), ("jamba", 3), ("llama4_text", 8), ("nemotron_h", 3)]
 )
-def test_real_models_agree(model_type, least):
+def test_real_models_agree(model_type, least, installed_transformers):
     assert check_against_model(model_type) >= least
 
 
 @pytest.mark.full
-def test_every_real_model_agrees():
+def test_every_real_model_agrees(installed_transformers):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     with warnings.catch_warnings():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager
-
 import pytest
 
 from codemods.checking.check import check_paths
@@ -12,6 +9,7 @@ from codemods.reading.alternatives import find_alternatives
 from codemods.reading.entries import PlanEntry
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral
 from codemods.rewriting.migrate import plan_rewrites
+from tests.calls import count_calls
 from tests.codemods.helpers import check_noop, check_transformed, codes, generated, rewrite, write_tree
 from tests.migrator.source_trees import MODELING
 
@@ -90,22 +88,6 @@ def test_too_many_combinations_give_a_partial_alternative():
     (found,) = find_alternatives(ClassPlans("C", code_literals=(this, *arms)), this)
     assert found.is_partial
     assert len(found.plan) == 20
-
-
-@contextmanager
-def count_calls():
-    """Count the calls of functions, a measure of work that does not depend on the machine."""
-    calls = 0
-
-    def count(_frame, event, _argument):
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        yield lambda: calls
-    finally:
-        sys.setprofile(None)
 
 
 def test_a_thousand_branches_take_little_work():

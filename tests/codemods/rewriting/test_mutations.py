@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import random
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -19,11 +17,9 @@ from tests.codemods.reading.test_code_built import PER_LAYER, PER_LAYER_AFTER
 BATCH = 100
 
 
-def seeds():
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    models = Path(spec.origin).parent / "models"
+@pytest.fixture(scope="module")
+def seeds(installed_transformers):
+    models = installed_transformers / "models"
     names = ("mixtral", "qwen3_moe", "deepseek_v3", "llama4", "aria", "gpt_oss")
     real = [(models / name / f"configuration_{name}.py").read_bytes() for name in names]
     return [*real, PACKED.encode(), PER_LAYER.encode(), PER_LAYER_AFTER.encode()]
@@ -79,16 +75,15 @@ def run_batch(folder, chance, texts):
     return len(changed)
 
 
-def run(folder, count):
+def run(folder, seeds, count):
     chance = random.Random(20_240_607)
-    texts = seeds()
-    return sum(run_batch(folder, chance, texts) for _ in range(count // BATCH))
+    return sum(run_batch(folder, chance, seeds) for _ in range(count // BATCH))
 
 
-def test_mutated_inputs_do_no_harm(tmp_path):
-    assert run(tmp_path / "tree", 300) > 15, "some of them still hold a whole plan"
+def test_mutated_inputs_do_no_harm(tmp_path, seeds):
+    assert run(tmp_path / "tree", seeds, 300) > 15, "some of them still hold a whole plan"
 
 
 @pytest.mark.full
-def test_ten_thousand_mutated_inputs_do_no_harm(tmp_path):
-    assert run(tmp_path / "tree", 10_000) > 500
+def test_ten_thousand_mutated_inputs_do_no_harm(tmp_path, seeds):
+    assert run(tmp_path / "tree", seeds, 10_000) > 500

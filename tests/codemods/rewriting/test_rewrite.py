@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from codemods.files.sources import SourceFile
@@ -54,7 +54,6 @@ def files(draw):
     return wrap(before), wrap(after), edits
 
 
-@settings(deadline=None)
 @given(files())
 def test_only_the_named_values_change(case):
     before, after, edits = case

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +16,9 @@ MODELS = ("mixtral", "qwen2_moe", "qwen3_moe", "mellum", "deepseek_v3", "youtu",
 
 
 @pytest.fixture
-def models(tmp_path):
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
+def models(tmp_path, installed_transformers):
     for name in MODELS:
-        source = Path(spec.origin).parent / "models" / name
+        source = installed_transformers / "models" / name
         shutil.copytree(source, tmp_path / "models" / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path / "models"
 

@@ -6,7 +6,6 @@ import ast
 import re
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,9 @@ EXPERTS = re.compile(r"(?:.*\.)?experts\.(gate_up_proj|down_proj|up_proj)")
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
+def tree(tmp_path_factory, installed_transformers):
     copy = tmp_path_factory.mktemp("transformers") / "models"
-    shutil.copytree(Path(spec.origin).parent / "models", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(installed_transformers / "models", copy, ignore=shutil.ignore_patterns("__pycache__"))
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as installed"]):
         git(copy, *arguments)
     before = all_plans(copy)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
 from codemods.tree.detect import detect_dialect
@@ -28,11 +25,8 @@ def test_the_version_file_says(tmp_path, below):
     assert found.alternatives == ()
 
 
-def test_the_installed_tree_speaks_its_release():
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
-    assert detect_dialect(Path(spec.origin).parent / "models", {"colwise"}).dialect == "transformers-5.23"
+def test_the_installed_tree_speaks_its_release(installed_transformers):
+    assert detect_dialect(installed_transformers / "models", {"colwise"}).dialect == "transformers-5.23"
 
 
 def test_a_version_file_that_the_styles_belie(tmp_path):

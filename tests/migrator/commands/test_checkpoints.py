@@ -19,6 +19,7 @@ import pytest
 
 from migrator.cli import group
 from tests.migrator.configs import config_with
+from tests.waiting import HANG_TIMEOUT
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
@@ -251,5 +252,5 @@ def on_a_terminal(columns, command):
         while piece := os.read(ours, 4096):
             shown += piece
     os.close(ours)
-    assert process.wait(60) == 0
+    assert process.wait(HANG_TIMEOUT) == 0
     return re.sub(r"\x1b\[[\d;]*m", "", shown.decode())

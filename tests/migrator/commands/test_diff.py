@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,10 @@ def git(root, *arguments):
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path, installed_transformers):
     """Two real models and a class that inherits its plans from one of them."""
-    spec = find_spec("transformers")
-    assert spec is not None
-    assert spec.origin is not None
     for name in ("mixtral", "mellum", "qwen3_moe"):
-        source = Path(spec.origin).parent / "models" / name
+        source = installed_transformers / "models" / name
         shutil.copytree(source, tmp_path / MODELS / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / MODELS / "offspring").mkdir()
     (tmp_path / MODELS / "offspring/configuration_offspring.py").write_text(OFFSPRING)

@@ -18,6 +18,7 @@ from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.hub_server import serving
+from tests.waiting import HANG_TIMEOUT
 
 
 def row(output, name):
@@ -137,7 +138,9 @@ def test_a_checkpoint_on_the_hub_is_inspected(hub_folder, tmp_path):
         settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
         program = str(Path(sys.executable).with_name("migrator"))
         command = [program, "inspect", "hf://owner/toy", "--format", "json"]
-        done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, check=False, timeout=120)
+        done = subprocess.run(
+            command, env={**os.environ, **settings}, capture_output=True, check=False, timeout=HANG_TIMEOUT
+        )
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout)["tensors"] == 36
 

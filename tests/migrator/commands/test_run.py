@@ -13,6 +13,7 @@ from migrator.cli import main
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, contents, job_file, reshard
 from tests.migrator.source_trees import MIGRATOR, family
+from tests.waiting import HANG_TIMEOUT
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_closed_streams_do_not_change_the_exit_code(tmp_path, closed, code, unbu
     command = f"exec {MIGRATOR} run {file} {closed}"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
-        command, shell=True, check=False, timeout=120, capture_output=True, text=True, env=environment
+        command, shell=True, check=False, timeout=HANG_TIMEOUT, capture_output=True, text=True, env=environment
     )
     assert done.returncode == code
     assert "internal error" not in done.stderr

@@ -10,11 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from tests.waiting import HANG_TIMEOUT, wait_until
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
@@ -56,35 +57,53 @@ def test_validate_says_when_the_reference_may_be_another_checkpoint(migrator, hu
     assert errors == [f"hint: {hub} may not be the checkpoint that {source} was made from"]
 
 
+# Sends itself a signal at a step: when it imports torch, starts its second worker, or waits for busy workers.
+STOPPED = """
+import os, sys
+from pathlib import Path
+from migrator.cli import main
+
+step, number = sys.argv.pop(1), int(sys.argv.pop(1))
+started = []
+
+def stop_at_events(event, arguments):
+    if event == "subprocess.Popen" and "runtime.validation.process" in arguments[1]:
+        started.append(event)
+    reached = {"import": event == "import" and arguments[0] == "torch", "start": len(started) == 2}
+    if reached.get(step):
+        started.clear()
+        os.kill(os.getpid(), number)
+
+def stop_when_busy(workers):
+    if all("libtorch" in Path(f"/proc/{worker.process.pid}/maps").read_text() for worker in workers):
+        os.kill(os.getpid(), number)
+
+if step == "busy":
+    from runtime.processes import launch
+    launch._raise_failure = stop_when_busy
+else:
+    sys.addaudithook(stop_at_events)
+main()
+"""
+
+
 @pytest.mark.parametrize(
-    ("waited_for", "sent"),
-    [("nothing", signal.SIGTERM), ("workers", signal.SIGTERM), ("workers", signal.SIGKILL)],
+    ("step", "sent"),
+    [("import", signal.SIGTERM), ("start", signal.SIGTERM), ("busy", signal.SIGTERM), ("busy", signal.SIGKILL)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_a_stopped_validation_leaves_nothing_behind(tmp_path, rank_folder, waited_for, sent):
+def test_a_stopped_validation_leaves_nothing_behind(tmp_path, rank_folder, step, sent):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     folder = shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "ranks")
-    command = [MIGRATOR, "validate", str(folder), "--tp", "2"]
-    with subprocess.Popen(
-        command, env=os.environ | {"TMPDIR": str(temporary)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        deadline = time.monotonic() + 60
-        while waited_for == "workers" and len(processes_naming(folder)) < 3:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.5)
-        process.send_signal(sent)
-        messages = process.communicate(timeout=60)[1]
+    command = [sys.executable, "-c", STOPPED, step, str(sent.value), "validate", str(folder), "--tp", "2"]
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=HANG_TIMEOUT)
     if sent == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
-    elif waited_for == "workers":
-        assert (process.returncode, messages.strip()) == (2, b"interrupted")
-    assert process.returncode in (2, -sent)
-    while processes_naming(folder) and sent == signal.SIGKILL:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        assert done.returncode == -signal.SIGKILL
+        wait_until(lambda: processes_naming(folder) == [])
+    else:
+        assert (done.returncode, done.stderr.strip()) == (2, b"interrupted")
     assert processes_naming(folder) == []
     assert list(temporary.iterdir()) == []
 
@@ -124,7 +143,7 @@ def test_under_torchrun_one_rank_prints(tmp_path, rank_folder):
     shutil.copy(rank_folder("mixtral", 2) / "rank-00001-of-00002.safetensors", folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command = [*torchrun, MIGRATOR, "validate", folder, "--tp", "2", "--format", "json"]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=HANG_TIMEOUT)
     assert done.returncode == 1
     assert json.loads(done.stdout)["ok"] is False
     assert b"error:" not in done.stderr

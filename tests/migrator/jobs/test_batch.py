@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from migrator.jobs import read
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, job_file, outcomes, reshard, run
 from tests.migrator.source_trees import MIGRATOR, family
+from tests.waiting import HANG_TIMEOUT, wait_until
 
 PLACES = {"a": "out", "b": "c/../out", "c": "out/in"}
 
@@ -122,30 +122,26 @@ def test_one_bad_job_stops_no_other(tmp_path):
     ]
 
 
-def until(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+def has_ended(job):
+    """Return whether a job's last event is in its log."""
+    log = job / "events.jsonl"
+    return log.exists() and '"event": "done"' in log.read_text()
 
 
 def test_a_watched_folder_takes_what_appears_until_a_signal(tmp_path):
     folder = tmp_path / "jobs"
     family(folder / "models", MIGRATED)
+    family(folder / "packed")
     job_file(folder, CHECK, "first")
     job_file(folder, "[", "unreadable")
     command = [MIGRATOR, "run", folder, "--watch", "--interval", "0.2", "--format", "json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(list(map(str, command)), text=True, **pipes) as process:
-        until((folder / "first.job/state.json").exists, process)
-        family(folder / "packed")
-        half, later = CHECK.replace("models", "packed")[:8], folder / "later.toml"
-        later.write_text(half + "\n")
-        later.write_text(CHECK.replace("models", "packed"))
-        until((folder / "later.job/results/check.json").exists, process)
+        wait_until(lambda: has_ended(folder / "first.job"), process)
+        job_file(folder, CHECK.replace("models", "packed"), "later")
+        wait_until(lambda: has_ended(folder / "later.job"), process)
         process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=HANG_TIMEOUT)
     assert process.returncode == 2, errors
     said = {one["job"]: one for one in json.loads(output)["jobs"]}
     assert {name: one["code"] for name, one in said.items()} == {"first": 0, "later": 1, "unreadable": 2}
@@ -153,3 +149,21 @@ def test_a_watched_folder_takes_what_appears_until_a_signal(tmp_path):
     assert "Traceback" not in errors
     assert not list(folder.glob("*.lock"))
     assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_job_file_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
+    family(tmp_path / "models", MIGRATED)
+    file, whole, polls = tmp_path / "move.toml", "# A job.\n" + CHECK, []
+
+    def write(stop, interval):
+        """Change the file after each of the first polls, then leave it, and stop once it must have run."""
+        polls.append((tmp_path / "move.job").exists())
+        if len(polls) <= 3:
+            file.write_text(whole[: len(whole) * len(polls) // 3])
+        elif len(polls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("migrator.jobs.batch._wait", write)
+    [result] = jobs.watch(tmp_path)
+    assert outcomes(result) == {"check": "ok"}
+    assert polls == [False] * 4 + [True] * 2, "it runs once two polls in a row have seen it whole"

@@ -18,6 +18,7 @@ from runtime.checkpoint.files.lock import hold_temporary_lock
 from tests.codemods.helpers import MIGRATED
 from tests.migrator.jobs.helpers import CHECK, contents, job_file, outcomes, reshard, run, whys
 from tests.migrator.source_trees import OWNER, family, git, texts
+from tests.waiting import HANG_TIMEOUT
 
 ALL = '[rewrite]\npaths = ["models"]\nin_place = true\n[check]\n{reshard}layout = "ranks"\n[verify]\n[validate]\n'
 KILLED = """
@@ -268,7 +269,8 @@ def test_the_converter_is_a_source_of_a_rewrite_that_verifies(tmp_path):
 
 def test_a_killed_run_is_resumed(hub_folder, tmp_path):
     file = job_file(tmp_path, reshard(hub_folder("qwen3_moe"), 'layout = "ranks"') + "[verify]\n")
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(file)], check=False, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(file)]
+    killed = subprocess.run(command, check=False, timeout=HANG_TIMEOUT)
     assert killed.returncode == -9
     assert not (tmp_path / "move.job/checkpoint").exists()
     heard = []

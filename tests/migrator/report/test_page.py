@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from html.parser import HTMLParser
 
 import pytest
@@ -20,6 +19,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.inspecting.inspection import inspect_checkpoint
+from tests.calls import count_calls
 from tests.migrator.report.samples import HOSTILE, a_report, lossy
 
 ALLOWED = frozenset(
@@ -85,9 +85,10 @@ def test_the_check_for_harm_can_fail():
 
 
 def test_fifty_thousand_tensors_fit_on_a_page():
-    began = time.process_time()
-    page = render_report(a_report(tuple(f"a.tensor_{number}" for number in range(50_000))))
-    assert time.process_time() - began < 10
+    report = a_report(tuple(f"a.tensor_{number}" for number in range(50_000)))
+    with count_calls() as calls:
+        page = render_report(report)
+    assert calls() < 100 * 50_000
     assert len(page) < 1_000_000
     assert "and 49,750 more, by group" in page
 

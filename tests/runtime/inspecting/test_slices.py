@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from plans.mesh import Mesh
@@ -32,7 +32,6 @@ def cases(draw):
     return mesh, tuple(shape), (draw(st.sampled_from([Replicate(), Shard(0)])), inner)
 
 
-@settings(deadline=None)
 @given(cases())
 def test_each_rank_holds_the_elements_of_its_slices(case):
     mesh, shape, placements = case

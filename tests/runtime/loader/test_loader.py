@@ -88,7 +88,7 @@ def test_groups_fit_into_their_buffer() -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_reads_cover_all_copies(data: st.DataObject) -> None:
     """Random tensor maps, read through small buffers with small gaps, give what torch's own operations give."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import shutil
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,15 +62,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def rewrite(tmp_path_factory: pytest.TempPathFactory) -> Rewritten:
+def rewrite(tmp_path_factory: pytest.TempPathFactory, installed_transformers: Path) -> Rewritten:
     """Return a function from a model's name and a target dialect to its plans after our rewrite of its source."""
 
     def plans(name: str, target: str) -> dict[str, dict[str, str]]:
-        spec = find_spec("transformers")
-        assert spec is not None
-        assert spec.origin is not None
         models = tmp_path_factory.mktemp("tree") / "models"
-        shutil.copytree(Path(spec.origin).parent / "models" / name, models / name)
+        shutil.copytree(installed_transformers / "models" / name, models / name)
         outcome = plan_rewrites([models], target=target, source=RELEASE.name)
         assert outcome.errors == ()
         assert write_changes(outcome.changes).errors == ()

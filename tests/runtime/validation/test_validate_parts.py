@@ -46,7 +46,7 @@ def placed(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[Placement, Placement
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(placed())
 def test_shares_of_a_digest_add_up_to_the_whole_tensors(
     case: tuple[tuple[int, ...], tuple[Placement, Placement], tuple[int, int], torch.dtype],

@@ -12,6 +12,7 @@ import pytest
 from plans.errors import DestinationError
 from runtime.checkpoint.copying.commit import stage_folder
 from runtime.checkpoint.files.file_names import MARKER
+from tests.waiting import HANG_TIMEOUT
 
 
 def test_the_destination_appears_at_the_end(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_run_between_its_last_two_steps_is_not_taken_for_a_leftover(tmp_path: 
         with pytest.raises(DestinationError, match="another run"), stage_folder(tmp_path / "out", 1):
             pytest.fail("the body must not run")
         first.stdin.close()  # which lets it continue
-        assert first.wait() == 0
+        assert first.wait(HANG_TIMEOUT) == 0
     assert (tmp_path / "out" / "migrator.json").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -242,7 +243,7 @@ def test_processes_that_contend_never_hold_the_lock_together(tmp_path: Path) -> 
     command = [sys.executable, "-c", CONTENDING, str(tmp_path)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
-        _, errors = process.communicate()
+        _, errors = process.communicate(timeout=HANG_TIMEOUT)
         assert process.returncode == 0, errors
     assert list(tmp_path.iterdir()) == []
 

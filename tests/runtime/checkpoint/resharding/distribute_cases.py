@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.processes.group import process_group
 from tests.runtime.checkpoint.resharding.killed_runs import SMALL, record_synchronously
+from tests.waiting import HANG_TIMEOUT, wait_until
 
 STOPPED, KILLED = "stopped", "killed"
 
@@ -53,13 +53,12 @@ def take_part(source: Path, target: ReshardTarget, destination: Path, fates: Map
         if rank in fates:
             os.kill(os.getpid(), {STOPPED: signal.SIGSTOP, KILLED: signal.SIGKILL}[fates[rank]])
         elif STOPPED in fates.values():
-            while not stopped_file(destination).exists():
-                time.sleep(0.01)
+            wait_until(stopped_file(destination).exists)
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
 
     Journal.record = record_synchronously  # type: ignore[method-assign]
     options = ReshardOptions(end, print, SMALL, journal_interval=0)
-    with process_group(600):
+    with process_group(HANG_TIMEOUT):
         execute_distributed_reshard(plan_reshard(source, target=target), destination, options)
 
 

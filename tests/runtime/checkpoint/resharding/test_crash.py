@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshar
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import ReshardPlan, plan_reshard
 from runtime.tensor_map.strided_copy import StridedCopy
+from tests.calls import observe_steps
 from tests.runtime.checkpoint.resharding.killed_runs import (
     SMALL,
     fork,
@@ -31,6 +32,7 @@ from tests.runtime.checkpoint.resharding.killed_runs import (
     record_synchronously,
     wait_for_exit,
 )
+from tests.waiting import HANG_TIMEOUT
 
 Checkpoint = Callable[[str], Path]
 
@@ -57,12 +59,28 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def killed_after(seconds: float, plan: ReshardPlan, destination: Path) -> None:
-    """Kill a run at whatever point of its work it has reached by then; any point will do."""
-    child = fork(lambda: execute_reshard(plan, destination, ReshardOptions(max_memory=SMALL, journal_interval=0)))
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    assert wait_for_exit(child) in (0, -signal.SIGKILL)
+def run_and_count(plan: ReshardPlan, destination: Path, last: int = 0) -> int:
+    """Execute a plan and return how many steps it takes: calls of functions, ours and others', and returns from them.
+
+    Args:
+        last: the step at which the process kills itself, 0 for none.
+    """
+    numbers, steps = count(1), 0
+
+    def observe(step: str) -> None:
+        nonlocal steps
+        steps = next(numbers)
+        if steps == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with observe_steps(observe):
+        execute_reshard(plan, destination, ReshardOptions(max_memory=SMALL, journal_interval=0))
+    return steps
+
+
+def kill_at(step: int, plan: ReshardPlan, destination: Path) -> None:
+    """Execute a plan in a process that kills itself at a step; threads may take fewer steps than they did before."""
+    assert wait_for_exit(fork(lambda: run_and_count(plan, destination, step))) in (0, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.full)])
@@ -70,15 +88,12 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(
     kills: int, planned: dict[str, ReshardPlan], tmp_path: Path
 ) -> None:
     moments = random.Random(kills)
-    undisturbed, lasting = {}, {}
-    for name, plan in planned.items():
-        began = time.perf_counter()
-        execute_reshard(plan, tmp_path / name, ReshardOptions(max_memory=SMALL, journal_interval=0))
-        lasting[name], undisturbed[name] = time.perf_counter() - began, files(tmp_path / name)
+    steps = {name: run_and_count(plan, tmp_path / name) for name, plan in planned.items()}
+    undisturbed = {name: files(tmp_path / name) for name in planned}
     while kills:
         name = moments.choice(list(planned))
         for _ in range(min(kills, moments.randint(1, 5))):
-            killed_after(moments.random() * lasting[name], planned[name], tmp_path / "out")
+            kill_at(moments.randint(1, steps[name]), planned[name], tmp_path / "out")
             kills -= 1
             if (tmp_path / "out").exists():
                 break
@@ -253,7 +268,7 @@ def test_copying_does_not_wait_for_the_journal(
     fdatasync, copied, in_time = os.fdatasync, threading.Event(), list[bool]()
 
     def waiting(descriptor: int) -> None:
-        in_time.append(copied.wait(600))  # ends early unless copying waits for this very sync
+        in_time.append(copied.wait(HANG_TIMEOUT))  # ends early unless copying waits for this very sync
         fdatasync(descriptor)
 
     def progress(done: int, total: int, name: str) -> None:

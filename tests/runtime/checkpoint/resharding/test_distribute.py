@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from tests.runtime.checkpoint.optimizer.test_optimizer import adamw, with_state
 from tests.runtime.checkpoint.resharding import distribute_cases
 from tests.runtime.rank_pool import RankPool
 from tests.tiny_models import MODELS, tiny_model
+from tests.waiting import HANG_TIMEOUT, wait_until
 
 TARGETS = {
     "ranks": ReshardTarget("ranks", Mesh(tp=2)),
@@ -154,14 +154,17 @@ def watched() -> Iterator[Watched]:
     def wait(children: list[int], count: int = 4) -> dict[int, int]:
         codes: dict[int, int] = {}
         running.update(children)
-        while len(codes) < count:
+
+        def have_ended() -> bool:
             for rank, child in enumerate(children):
                 if child in running:
                     found, status = os.waitpid(child, os.WNOHANG)
                     if found:
                         running.discard(child)
                         codes[rank] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.01)
+            return len(codes) >= count
+
+        wait_until(have_ended)
         return codes
 
     yield wait
@@ -210,6 +213,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=HANG_TIMEOUT,
     )
 
 
