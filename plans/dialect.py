@@ -3,14 +3,15 @@
 A style's name has no meaning without its dialect: `packed_colwise` shards expert parameters in releases but refuses
 them on the DTensor branch, and `replicate` wraps modules in 4.57 but does nothing in 5.21. A dialect file holds its
 `name`; `releases`, the minor versions of transformers that use it (none for a stage of the branch, which has a `stage`
-instead); optionally `extends`, the name of another dialect, with `removed`, the styles it dropped; and one table per
-style.
+instead); optionally `extends`, the name of another dialect from which it takes what it does not say itself, with
+`removed`, the styles it dropped; and one table per style. `plans.dialect_file` reads such files that users write.
 """
 
 from __future__ import annotations
 
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,21 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.style import PlacementRule, Style
 from plans.text import suggest_name
 
-__all__ = ["PARAM_LEVEL", "Dialect", "dialect_for_release", "dialect_names", "load_dialect", "suggest_style"]
+__all__ = [
+    "PARAM_LEVEL",
+    "Dialect",
+    "build_dialect",
+    "dialect_for_release",
+    "dialect_names",
+    "is_older_than_all",
+    "load_dialect",
+    "suggest_style",
+]
 
 PARAM_LEVEL = "param-level"
 
 _FOLDER = Path(__file__).with_name("dialects")
+_BEFORE_MINOR = re.compile(r"\d+\.\d+(?:\.0)*[._-]?dev")
 
 
 @dataclass(frozen=True)
@@ -103,39 +114,62 @@ def load_dialect(name: str) -> Dialect:
     if name not in dialect_names():
         hint = suggest_name(name, dialect_names(), "choose among " + ", ".join(dialect_names()))
         raise UsageError(f"there is no dialect {name!r}", hint=hint, name=name)
-    document = tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8"))
-    base = load_dialect(document["extends"]).styles if "extends" in document else {}
-    kept = {style: base[style] for style in base if style not in document.get("removed", ())}
-    added = {style: _read_style(style, row) for style, row in document.get("styles", {}).items()}
-    styles = MappingProxyType({**kept, **added})
+    return build_dialect(tomllib.loads((_FOLDER / f"{name}.toml").read_text("utf-8")), load_dialect)
+
+
+def build_dialect(document: Mapping[str, Any], load_base: Callable[[str], Dialect]) -> Dialect:
+    """Return the dialect that a file's content describes.
+
+    Args:
+        document: the content, which follows the schema.
+        load_base: returns the dialect that `extends` names.
+    """
+    base = load_base(document["extends"]) if "extends" in document else Dialect("", (), {})
+    kept = {name: style for name, style in base.styles.items() if name not in document.get("removed", ())}
+    added = {name: _read_style(name, row) for name, row in document.get("styles", {}).items()}
     return Dialect(
         name=document["name"],
-        releases=tuple(document["releases"]),
-        styles=styles,
+        releases=tuple(document.get("releases", ())),
+        styles=MappingProxyType({**kept, **added}),
         stage=document.get("stage", 0),
-        numbered_keys=document.get("numbered_keys", False),
-        expert_plan_needs=tuple(map(tuple, document.get("expert_plan_needs", ()))),
-        expert_plan_refuses=tuple(document.get("expert_plan_refuses", ())),
+        numbered_keys=document.get("numbered_keys", base.numbered_keys),
+        expert_plan_needs=tuple(map(tuple, document.get("expert_plan_needs", base.expert_plan_needs))),
+        expert_plan_refuses=tuple(document.get("expert_plan_refuses", base.expert_plan_refuses)),
     )
 
 
 def dialect_for_release(version: str) -> Dialect:
     """Return the dialect of a transformers release; a release newer than all known ones has the newest dialect.
 
+    `5.17.0.dev0` was written before 5.17.0 and has the dialect of the release before it.
+
     Raises:
         UsageError: the release is older than every known dialect.
     """
     wanted = _parse_minor(version)
-    known = sorted((_parse_minor(release), name) for name in dialect_names() for release in load_dialect(name).releases)
-    older = [name for release, name in known if release <= wanted]
+    if _BEFORE_MINOR.match(version):
+        wanted = (wanted[0], wanted[1] - 1)
+    older = [name for release, name in _list_releases() if release <= wanted]
     if not older:
-        oldest = ".".join(str(part) for part in known[0][0])
+        oldest = ".".join(map(str, _list_releases()[0][0]))
         raise UsageError(
             f"transformers {version} is older than every known dialect",
             hint=f"install transformers {oldest} or newer",
             version=version,
         )
     return load_dialect(older[-1])
+
+
+def is_older_than_all(version: str) -> bool:
+    """Return whether a release, or the one that a development version leads to, is older than every known dialect."""
+    return _parse_minor(version) < _list_releases()[0][0]
+
+
+@cache
+def _list_releases() -> tuple[tuple[tuple[int, int], str], ...]:
+    """Return the minor versions of every dialect with its name, oldest first."""
+    names = dialect_names()
+    return tuple(sorted((_parse_minor(release), name) for name in names for release in load_dialect(name).releases))
 
 
 def suggest_style(name: str, known: Iterable[str], hint: str = "") -> str:

@@ -27,16 +27,18 @@ class DefectContext:
     """What a literal's defects depend on besides the literal.
 
     Args:
-        dialect: the tree's dialect, with the param-level names added.
+        dialect: the tree's dialect, with the param-level names added; None if it is not known.
         siblings: the alternatives for what else the same plan can hold, at least one.
         pending: the keys that a rewrite adds or changes, or would if it were not ignored.
         can_exist: returns whether a class of the model could create what a key names; None if the model is unknown.
+        unread: the places where the tree registers styles under names that cannot be read.
     """
 
-    dialect: Dialect
+    dialect: Dialect | None
     siblings: tuple[Alternative, ...]
     pending: frozenset[str]
     can_exist: Callable[[str], bool] | None
+    unread: tuple[str, ...] = ()
 
 
 def find_defects(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
@@ -54,23 +56,29 @@ def find_defects(literal: PlanLiteral, context: DefectContext) -> Iterator[Findi
 
 
 def _find_unknown_styles(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
+    if context.dialect is None:
+        return
     for key, style in literal.plan.items():
-        if style not in context.dialect.styles:
+        if style in context.dialect.styles:
+            continue
+        words = {"style": style, "dialect": context.dialect.name}
+        if context.unread:
+            yield _build_finding("MIG508", key, where=context.unread[0], **words)
+        else:
             meant = suggest_style(style, context.dialect.styles)
-            yield _build_finding("MIG501", key, style=style, dialect=context.dialect.name, meant=meant and f"; {meant}")
+            yield _build_finding("MIG501", key, meant=meant and f"; {meant}", **words)
 
 
 def _find_half_migrated(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
     """Find hooks that sum the outputs of experts which no entry shards; EP plans have their own rule."""
-    if plan_kind(literal.attribute) == "ep" or literal.is_partial:
+    dialect = context.dialect
+    if dialect is None or plan_kind(literal.attribute) == "ep" or literal.is_partial:
         return
     for key, style in literal.plan.items():
         if style not in _EXPERTS_HOOKS or not _EXPERTS_MODULE.fullmatch(key):
             continue
         is_pending = any(name.startswith(f"{key}.") for name in context.pending)
-        if not is_pending and not all(
-            _has_shards(key, literal, sibling, context.dialect) for sibling in context.siblings
-        ):
+        if not is_pending and not all(_has_shards(key, literal, sibling, dialect) for sibling in context.siblings):
             yield _build_finding("MIG502", key, style=style)
 
 
@@ -84,15 +92,16 @@ def _has_shards(experts: str, literal: PlanLiteral, other: Alternative, dialect:
 
 
 def _is_sharding(style: str, dialect: Dialect) -> bool:
+    """Return whether a style may shard a parameter; one that no dialect describes may."""
     known = dialect.styles.get(style)
-    return known is None or any(not isinstance(rule.place, Replicate) for rule in known.rules)
+    return known is None or not known.means or any(not isinstance(rule.place, Replicate) for rule in known.rules)
 
 
 def _find_unapplied_expert_plan(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
     experts = [key for key in literal.plan if "experts" in key]
-    if plan_kind(literal.attribute) != "ep" or not experts or literal.is_partial:
-        return
     dialect = context.dialect
+    if dialect is None or plan_kind(literal.attribute) != "ep" or not experts or literal.is_partial:
+        return
     refused = [(key, style) for key, style in literal.plan.items() if style in dialect.expert_plan_refuses]
     for key, style in refused:
         yield _build_finding("MIG503", key, dialect=dialect.name, reason=f"it refuses {style}")
@@ -108,7 +117,7 @@ def _has_required_styles(needs: Iterable[Iterable[str]], literal: PlanLiteral, o
 
 
 def _find_numbered_keys(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
-    if context.dialect.numbered_keys:
+    if context.dialect is None or context.dialect.numbered_keys:
         return
     for entry in literal.entries:
         if entry.numbered:

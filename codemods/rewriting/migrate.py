@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,15 +26,23 @@ from codemods.rewriting.families import (
 )
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_dialect, to_param_level
-from codemods.tree.detect import DetectedDialect, detect_dialect, find_version_file, load_source_dialect
+from codemods.tree.detect import (
+    DetectedDialect,
+    TreeDialect,
+    check_release,
+    detect_tree_dialect,
+    find_version_file,
+    load_source_dialect,
+)
 from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, Outcome
 from codemods.tree.selection import Suppressions
 from codemods.tree.survey import PlanFilter, Survey, every_plan, expert_plans, find_unresolved, survey_tree
-from plans.dialect import PARAM_LEVEL, load_dialect
+from plans.dialect import PARAM_LEVEL
+from plans.dialect_file import load_named_dialect
 from plans.errors import MigratorError
 from plans.rule import Finding, load_rule
 
-__all__ = ["build_outcome", "plan_rewrites", "resolve_dialect", "resolve_survey"]
+__all__ = ["TreeReading", "build_outcome", "plan_rewrites", "read_tree", "resolve_survey"]
 
 
 def plan_rewrites(
@@ -46,43 +54,106 @@ def plan_rewrites(
         paths: files and folders.
         suppressions: decides which findings are in scope and which are suppressed; by default all are reported.
         target: the dialect to write; `param-level` decomposes expert entries and leaves all others as they are.
-        source: the dialect that the tree uses, `auto` to detect it.
+        source: the dialect that the tree uses, `auto` to detect it. Both may be files with a dialect of the user's own.
 
     Raises:
         UsageError: a path or a dialect does not exist.
     """
-    if source != "auto":
-        load_source_dialect(source)  # raises for an unknown name even if the target needs no source
-    if target == PARAM_LEVEL:
-        survey = survey_tree(paths, expert_plans, suppressions, skims=True)
-        result = build_outcome(survey, resolve_survey(survey))
-        return replace(result, errors=tuple(_collect_parse_errors(survey, result)))
-    survey = survey_tree(paths, every_plan, suppressions)
-    detected = resolve_dialect(paths, survey, source)
-    transform = partial(to_dialect, load_dialect(detected.dialect), load_dialect(target))
-    resolution = resolve_survey(survey, transform, every_plan)
-    return replace(build_outcome(survey, resolution), dialects=(detected,))
+    reading = read_tree(paths, suppressions, target, source, detects=target != PARAM_LEVEL)
+    group_families(reading.survey.tree, reading.other_plans, reading.survey.errors)  # what `check` reads of them
+    return reading.build_outcome(reading.resolution)
 
 
-def _collect_parse_errors(survey: Survey, result: Outcome) -> list[MigratorError]:
-    """Return the errors of a run, with those of skimmed files that do not parse; changed files are parsed already."""
-    errors = list(result.errors)
-    for path in sorted({location.path for location in survey.locations} - {change.path for change in result.changes}):
-        try:
-            if path in survey.scope:
-                read_module(survey.tree.source(path))
-        except MigratorError as error:
-            add_error_once(errors, error)
-    return errors
+@dataclass(frozen=True)
+class TreeReading:
+    """A tree as `rewrite` and `check` both read it, so that they report the same errors.
+
+    Args:
+        survey: the tree's plans.
+        resolution: the edits and findings of the plans that the target concerns; none if the dialect is not known.
+        dialect: the tree's dialect, None if it was not asked for or cannot be known, which is then an error.
+        plan_filter: selects the plans that the target concerns.
+    """
+
+    survey: Survey
+    resolution: Resolution
+    dialect: TreeDialect | None
+    plan_filter: PlanFilter
+
+    @property
+    def other_plans(self) -> list[PlanLocation]:
+        """The plans that the target does not concern."""
+        literal = self.survey.tree.literal
+        return [each for each in self.survey.locations if not self.plan_filter.matches_literal(literal(each))]
+
+    def build_outcome(self, resolution: Resolution, *, every_unresolved: bool = False) -> Outcome:
+        """Return the outcome of a run that resolved the tree's plans, as `build_outcome` does."""
+        result = build_outcome(self.survey, resolution, every_unresolved=every_unresolved)
+        dialects = (self.dialect.detected,) if self.dialect else ()
+        return replace(result, errors=tuple(self._collect_parse_errors(result)), dialects=dialects)
+
+    def _collect_parse_errors(self, result: Outcome) -> list[MigratorError]:
+        """Return the errors of a run, with those of skimmed files that do not parse; changed files are parsed already.
+
+        Files without a plan that the target concerns may stay skimmed: parsing them all would double the time of a run.
+        """
+        errors, tree = list(result.errors), self.survey.tree
+        concerned = {
+            each.path for each in self.survey.locations if self.plan_filter.matches_literal(tree.literal(each))
+        }
+        for path in sorted(concerned - {change.path for change in result.changes}) if tree.skims else ():
+            try:
+                if path in self.survey.scope:
+                    read_module(tree.source(path))
+            except MigratorError as error:
+                add_error_once(errors, error)
+        return errors
 
 
-def resolve_dialect(paths: Sequence[Path], survey: Survey, source: str = "auto") -> DetectedDialect:
-    """Return the dialect that a tree uses, as asked for or detected, with the reason."""
-    if source != "auto":
-        return DetectedDialect(load_source_dialect(source).name, "asked for")
+def read_tree(
+    paths: Sequence[Path], suppressions: Suppressions | None, target: str, source: str, *, detects: bool
+) -> TreeReading:
+    """Read a tree, and resolve the plans that the target concerns.
+
+    Args:
+        paths: files and folders.
+        suppressions: decides which findings are in scope and which are suppressed.
+        target: the dialect to write, by its name or file.
+        source: the dialect that the tree uses, by its name or file, `auto` to detect it.
+        detects: whether the dialect is needed. Without it a tree is still refused whose release is too old.
+
+    Raises:
+        UsageError: a path or a dialect does not exist.
+    """
+    target_dialect = load_named_dialect(target)
+    asked = load_source_dialect(source) if source != "auto" else None
+    plan_filter = expert_plans if target == PARAM_LEVEL else every_plan
+    survey = survey_tree(paths, every_plan, suppressions, skims=target == PARAM_LEVEL)
+    dialect = TreeDialect(DetectedDialect(asked.name, "asked for"), asked) if asked else None
+    try:
+        if dialect is None and detects:
+            dialect = _detect(paths, survey)
+        elif dialect is None:
+            check_release(_find_start(paths), survey.registering)
+    except MigratorError as error:
+        add_error_once(survey.errors, error)
+        return TreeReading(survey, Resolution({}, (), {}), None, plan_filter)
+    transform: Transform = to_param_level
+    if target != PARAM_LEVEL:
+        assert dialect is not None
+        transform = partial(to_dialect, dialect.vocabulary, target_dialect)
+    resolution = resolve_survey(survey, transform, plan_filter)
+    return TreeReading(survey, resolution, dialect if detects else None, plan_filter)
+
+
+def _detect(paths: Sequence[Path], survey: Survey) -> TreeDialect:
     styles = {style for location in survey.locations for style in survey.tree.literal(location).plan.values()}
-    versioned = next(filter(find_version_file, paths), None)
-    return detect_dialect(versioned or next(iter(paths), Path()), styles)
+    return detect_tree_dialect(_find_start(paths), styles, survey.registering)
+
+
+def _find_start(paths: Sequence[Path]) -> Path:
+    """Return the path to look for the tree's release and registry from: the first that a version file belongs to."""
+    return next(filter(find_version_file, paths), None) or next(iter(paths), Path())
 
 
 def build_outcome(survey: Survey, resolution: Resolution, *, every_unresolved: bool = False) -> Outcome:

@@ -1,23 +1,46 @@
-"""Which dialect a tree's plans use: that of its version file's release, else the newest one that has all their styles.
+"""Which dialect a tree's plans use.
 
-The names in one file cannot tell dialects apart, so the styles of the whole tree are considered together.
+The tree's own registry of styles decides, then its version file. Only where a tree has neither is its dialect the
+newest one that has all styles of its plans: one misspelled name there must not change what every other name means.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
-from codemods.files.sources import format_path, read_source
-from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, dialect_names, load_dialect
+from codemods.files.sources import SourceFile, format_path, read_source
+from codemods.tree.registry import Registry, find_registry_files, read_registry
+from plans.dialect import (
+    PARAM_LEVEL,
+    Dialect,
+    dialect_for_release,
+    dialect_names,
+    is_older_than_all,
+    load_dialect,
+)
+from plans.dialect_file import load_named_dialect
 from plans.errors import UsageError
+from plans.style import Style
 
-__all__ = ["DetectedDialect", "detect_dialect", "find_version_file", "load_source_dialect"]
+__all__ = [
+    "DetectedDialect",
+    "TreeDialect",
+    "check_release",
+    "detect_dialect",
+    "detect_tree_dialect",
+    "find_version_file",
+    "load_source_dialect",
+]
 
 _VERSION = re.compile(rb"^__version__\s*=\s*[\"'](\d+\.\d+[\w.+-]*)[\"']", re.MULTILINE)
 _PACKAGE = "transformers"
+
+_Versioned = tuple[Path, str]
+"""A version file and the version that it gives."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +58,65 @@ class DetectedDialect:
     alternatives: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TreeDialect:
+    """What a tree's plans may say, and how that was detected.
+
+    Args:
+        detected: the dialect by its name.
+        vocabulary: the dialect, with exactly the styles that the tree registers if it has a registry of its own.
+        unread: the places of registrations whose names cannot be read, as text; they may register any name.
+    """
+
+    detected: DetectedDialect
+    vocabulary: Dialect
+    unread: tuple[str, ...] = ()
+
+
 def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
+    """Detect the dialect of a tree; see `detect_tree_dialect`."""
+    return detect_tree_dialect(root, styles).detected
+
+
+def detect_tree_dialect(root: Path, styles: Iterable[str], registering: Iterable[SourceFile] = ()) -> TreeDialect:
     """Detect the dialect of a tree.
 
     Args:
         root: the tree's folder, or a file or folder in it.
-        styles: the styles that the tree's plans use.
+        styles: the styles that the tree's plans use; they matter only without a registry and a version file.
+        registering: files of the tree that mention the registry of styles, besides those of the package around `root`.
 
     Raises:
-        UsageError: the version file names a release older than every known dialect.
+        UsageError: the tree's release is older than every known dialect.
         SourceError: the version file cannot be read.
     """
-    used = _filter_distinctive(styles)
     versioned = _find_version(root)
-    if versioned is None:
-        return _detect_by_styles(used, "no version file found; ")
-    file, version = versioned
-    try:
-        released = dialect_for_release(version)
-    except UsageError as error:
-        hint = "set `source` to the dialect of its plans"
-        raise UsageError(f"{format_path(file)}: {error.message}", hint=hint, path=str(file), version=version) from error
-    says = f"{format_path(file)} says {version}"
-    missing = used - released.styles.keys()
-    best = _detect_by_styles(used, f"{says}, which has no {_join_names(missing)}; ")
-    # One style that the release lacks is a mistake in a plan, which must not change the dialect of the whole tree.
-    if len(missing) <= max(1, len(used - load_dialect(best.dialect).styles.keys())):
-        return DetectedDialect(released.name, says)
-    return best
+    registry = _read_registry(root, versioned, registering)
+    if registry is None or registry.where is None:
+        return _add_styles(_detect_without_registry(versioned, styles), registry)
+    return _detect_by_registry(registry, versioned)
+
+
+def check_release(root: Path, registering: Iterable[SourceFile] = ()) -> None:
+    """Refuse a tree that `detect_tree_dialect` refuses; what it reads otherwise is not read.
+
+    Raises:
+        UsageError: the tree's release is older than every known dialect.
+        SourceError: the version file cannot be read.
+    """
+    versioned = _find_version(root)
+    if versioned and _find_dialect_of_version(versioned) is None:
+        detect_tree_dialect(root, (), registering)
 
 
 def load_source_dialect(name: str) -> Dialect:
     """Return the dialect that a user has named for a tree.
 
+    Args:
+        name: its name, or the path of a file with a dialect of the user's own.
+
     Raises:
-        UsageError: the dialect does not exist, or no tree can use it alone.
+        UsageError: the dialect does not exist, no tree can use it alone, or its file breaks the schema.
     """
     names = [known for known in dialect_names() if known != PARAM_LEVEL]
     if name == PARAM_LEVEL:
@@ -78,7 +125,7 @@ def load_source_dialect(name: str) -> Dialect:
             hint=f"use auto, or the tree's own dialect: {', '.join(names)}",
             name=name,
         )
-    return load_dialect(name)
+    return load_named_dialect(name)
 
 
 def find_version_file(path: Path) -> Path | None:
@@ -91,6 +138,125 @@ def _filter_distinctive(styles: Iterable[str]) -> frozenset[str]:
     """Return the styles that tell dialects apart: neither valid in every dialect nor unknown to all of them."""
     known = {name for dialect in _load_dialects() for name in dialect.styles}
     return frozenset(styles) & (known - load_dialect(PARAM_LEVEL).styles.keys())
+
+
+def _read_registry(root: Path, versioned: _Versioned | None, registering: Iterable[SourceFile]) -> Registry | None:
+    """Return the registry of the package around a path, with what other files of the tree add to it."""
+    package = versioned[0].parent if versioned else _find_package(root)
+    sources = {source.path: source for source in registering}
+    for source in find_registry_files(package) if package else ():
+        sources.setdefault(source.path.resolve(), source)
+    return read_registry(sources.values())
+
+
+def _find_package(root: Path) -> Path | None:
+    """Return the outermost package around a path, None if it lies in none; a model's folder need not be a package."""
+    folders = (root.absolute(), *root.absolute().parents)
+    inner = next((folder for folder in folders if (folder / "__init__.py").is_file()), None)
+    while inner and (inner.parent / "__init__.py").is_file():
+        inner = inner.parent
+    return inner
+
+
+def _detect_by_registry(registry: Registry, versioned: _Versioned | None) -> TreeDialect:
+    """Return the dialect whose styles are closest to the registered ones; of several, the version's or the newest."""
+    assert registry.where is not None
+    registered = registry.names - load_dialect(PARAM_LEVEL).styles.keys()
+    by_version = _find_dialect_of_version(versioned)
+    distances = {dialect.name: _compute_distance(dialect, registered, registry) for dialect in _load_dialects()}
+    closest = [dialect for dialect in _load_dialects() if distances[dialect.name] == min(distances.values())]
+    chosen = next((dialect for dialect in closest if by_version and dialect.name == by_version.name), closest[-1])
+    if versioned and is_older_than_all(versioned[1]) and chosen == _load_oldest_release():
+        # The oldest names are older than the oldest dialect, and what they meant before it is not known.
+        _refuse_version(versioned)
+    reason = f"{format_path(registry.where)} registers its styles{_describe_differences(chosen, registered, registry)}"
+    if versioned and by_version != chosen:
+        of_version = f"would be {by_version.name}" if by_version else "is older than every known dialect"
+        reason += f" (note: {format_path(versioned[0])} says {versioned[1]}, which {of_version}; the registry decides)"
+    others = [dialect.name for dialect in reversed(closest) if dialect != chosen]
+    alternatives = tuple(
+        name for name in others if not by_version and _has_different_meaning(load_dialect(name), chosen, registered)
+    )
+    if alternatives:
+        reason += f"; {_join_names(alternatives)} would fit too"
+    return TreeDialect(
+        DetectedDialect(chosen.name, reason, alternatives), _restrict_to_registry(chosen, registry), registry.unread
+    )
+
+
+def _compute_distance(dialect: Dialect, registered: frozenset[str], registry: Registry) -> tuple[int, int]:
+    """Return how many names differ; names that were not read may be any that the dialect has."""
+    own = dialect.styles.keys() - load_dialect(PARAM_LEVEL).styles.keys()
+    names = registered - load_dialect(PARAM_LEVEL).styles.keys()
+    more, fewer = len(names - own), len(own - names)
+    return (more, fewer) if registry.unread else (more + fewer, more)
+
+
+def _describe_differences(dialect: Dialect, registered: frozenset[str], registry: Registry) -> str:
+    more, fewer = registered - dialect.styles.keys(), dialect.styles.keys() - registry.names
+    if not more and (not fewer or registry.unread):
+        return ""
+    parts = [f"also {_join_names(more)}"] if more else []
+    parts += [f"not {_join_names(fewer)}"] if fewer and not registry.unread else []
+    return f", which are those of {dialect.name}, but {' and '.join(parts)}"
+
+
+def _restrict_to_registry(dialect: Dialect, registry: Registry) -> Dialect:
+    """Return a dialect with the registered styles only; what an unknown one means is not known."""
+    kept = {name: style for name, style in dialect.styles.items() if registry.unread or name in registry.names}
+    own = {name: _build_unknown_style(name) for name in sorted(registry.names - dialect.styles.keys())}
+    if not own and len(kept) == len(dialect.styles):
+        return dialect
+    name = dialect.name if len(kept) == len(dialect.styles) else f"the tree's registry, closest to {dialect.name},"
+    return replace(dialect, name=name, styles={**kept, **own})
+
+
+def _build_unknown_style(name: str) -> Style:
+    """Return a style that the tree registers and no dialect describes."""
+    known = load_dialect(PARAM_LEVEL).styles.get(name)
+    return known or Style(name, "both", "what its class in the tree does")
+
+
+def _add_styles(tree: TreeDialect, registry: Registry | None) -> TreeDialect:
+    """Add the styles that files register in a registry which lies elsewhere."""
+    if registry is None:
+        return tree
+    more = {name: _build_unknown_style(name) for name in sorted(registry.names - tree.vocabulary.styles.keys())}
+    vocabulary = replace(tree.vocabulary, styles={**tree.vocabulary.styles, **more})
+    return replace(tree, vocabulary=vocabulary, unread=registry.unread)
+
+
+def _detect_without_registry(versioned: _Versioned | None, styles: Iterable[str]) -> TreeDialect:
+    if versioned is None:
+        detected = _detect_by_styles(_filter_distinctive(styles), "no registry of styles and no version file found; ")
+        return TreeDialect(detected, load_dialect(detected.dialect))
+    dialect = _find_dialect_of_version(versioned)
+    if dialect is None:
+        _refuse_version(versioned)
+    reason = f"{format_path(versioned[0])} says {versioned[1]}"
+    return TreeDialect(DetectedDialect(dialect.name, reason), dialect)
+
+
+def _find_dialect_of_version(versioned: _Versioned | None) -> Dialect | None:
+    """Return the dialect of a version file's release, None without one or if the release is older than all."""
+    try:
+        return dialect_for_release(versioned[1]) if versioned else None
+    except UsageError:
+        return None
+
+
+def _refuse_version(versioned: _Versioned) -> NoReturn:
+    file, version = versioned
+    raise UsageError(
+        f"{format_path(file)}: transformers {version} is older than every known dialect",
+        hint="set `source` to the dialect of its plans",
+        path=str(file),
+        version=version,
+    )
+
+
+def _load_oldest_release() -> Dialect:
+    return next(dialect for dialect in _load_dialects() if dialect.releases)
 
 
 def _detect_by_styles(used: frozenset[str], why: str) -> DetectedDialect:
@@ -119,7 +285,7 @@ def _load_dialects() -> list[Dialect]:
     return sorted(loaded, key=lambda dialect: dialect.sort_key)
 
 
-def _find_version(root: Path) -> tuple[Path, str] | None:
+def _find_version(root: Path) -> _Versioned | None:
     for file in _list_version_files(root.absolute()):
         if file.is_file() and (match := _VERSION.search(read_source(file).data)):
             return file, match[1].decode()

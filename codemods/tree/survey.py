@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
-from codemods.files.sources import find_sources, format_path, read_source
+from codemods.files.sources import SourceFile, find_sources, format_path, read_source
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral, Unresolved
+from codemods.tree.registry import REGISTRY
 from codemods.tree.selection import Suppressions
 from plans.decompose import is_decomposable_plan
 from plans.errors import MigratorError
@@ -29,6 +30,9 @@ __all__ = [
 
 
 _PLAN = b"_plan"
+_TEST_FOLDERS = frozenset({"test", "tests"})
+_ROOT_FILES = (".git", "pyproject.toml", "setup.py")
+_MODEL_FILES = ("configuration_", "modular_", "modeling_")
 # A string that may be, or begin, the key of experts that are not expert-parallel already. Far fewer files contain one
 # than mention a plan.
 _EXPERTS_ENTRY = re.compile(rb"experts(?:\.[\w{}]*)?[\"'](?!\s*+(?:#[^\n]*+\s*+)*+:\s*[\"'](?:grouped_gemm|ep_))")
@@ -67,6 +71,8 @@ class Survey:
         locations: where plans were found, in and beside the given paths.
         errors: the errors of files that could not be read or parsed.
         plan_files: how many files mention a plan.
+        registering: the files below the given paths, tests aside, that mention the registry of styles.
+        roots: the folders that were given, and those of the given files.
     """
 
     tree: Tree
@@ -76,11 +82,19 @@ class Survey:
     locations: list[PlanLocation] = field(default_factory=list)
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
+    registering: list[SourceFile] = field(default_factory=list)
+    roots: frozenset[Path] = frozenset()
 
     @cached_property
     def scope(self) -> frozenset[Path]:
         """The files that may be reported on and written, as a set."""
         return frozenset(self.files_in_scope)
+
+    def is_test(self, path: Path) -> bool:
+        """Return whether a file belongs to a test suite, going by its name and the folders of the project it is in."""
+        name = path.stem
+        is_named_so = name == "conftest" or name.startswith("test_") or name.endswith("_test")
+        return (is_named_so and not is_model_file(path)) or _is_in_tests(path.parent, self.roots)
 
     def explain_out_of_scope(self, path: Path) -> str | None:
         """Return in words why a file may not be written, None if it may."""
@@ -111,7 +125,8 @@ def survey_tree(
     given = find_sources(paths, errors, links)
     below = tuple(filter(suppressions.selection.includes, given))
     named = frozenset(path.resolve() for path in paths)
-    result = Survey(Tree(skims), below, suppressions, links, errors=errors)
+    roots = frozenset(path if path.is_dir() else path.parent for path in named)
+    result = Survey(Tree(skims), below, suppressions, links, errors=errors, roots=roots)
     files = frozenset(path for path in named if path.is_file())
     for path in below:  # hashing thousands of paths costs more than asking whether any file was named
         _survey_file(path, result, plan_filter, is_named=bool(files) and path in files, is_below=True)
@@ -126,6 +141,8 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
         source = read_source(path)
         if path.name.startswith(("modular_", "configuration_")):
             survey.tree.add(source)
+        if is_below and REGISTRY in source.data and not survey.is_test(path):
+            survey.registering.append(source)
         if _PLAN not in source.data:
             return
         survey.plan_files += 1
@@ -152,6 +169,20 @@ def is_model_path(path: Path) -> bool:
     """Return whether a path is a model's folder, or a file in one."""
     folder = path.parent if path.is_file() else path
     return any(folder.glob("configuration_*.py")) or any(folder.glob("modular_*.py"))
+
+
+def is_model_file(path: Path) -> bool:
+    """Return whether a file is one of those that make up a model."""
+    return path.name.startswith(_MODEL_FILES)
+
+
+@cache
+def _is_in_tests(folder: Path, roots: frozenset[Path]) -> bool:
+    """Return whether a folder is below one for tests; folders outside of the project do not count."""
+    folders = (folder, *folder.parents)
+    project = next((each for each in folders if any((each / name).exists() for name in _ROOT_FILES)), None)
+    root = project or next((each for each in folders if each in roots), folder)
+    return not _TEST_FOLDERS.isdisjoint(folder.relative_to(root).parts)
 
 
 def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[PlanLocation]:

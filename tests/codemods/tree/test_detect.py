@@ -29,12 +29,27 @@ def test_the_installed_tree_speaks_its_release(installed_transformers):
     assert detect_dialect(installed_transformers / "models", {"colwise"}).dialect == "transformers-5.23"
 
 
-def test_a_version_file_that_the_styles_belie(tmp_path):
-    root = tree(tmp_path, "5.3.0")
-    found = detect_dialect(root / "src/transformers/models", {"colwise", "vocab_allreduce", "module_allgather"})
-    assert found.dialect == "dtensor"
-    assert "5.3.0" in found.reason
-    assert "module_allgather, vocab_allreduce" in found.reason
+@pytest.mark.parametrize("styles", [{"colwise", "vocab_allreduce", "module_allgather"}, {"rowwise_rep"}, {"gather"}])
+def test_styles_that_a_release_lacks_do_not_change_its_dialect(tmp_path, styles):
+    found = detect_dialect(tree(tmp_path, "5.3.0") / "src/transformers/models", {"colwise", *styles})
+    assert found.dialect == "transformers-5.3"
+    assert found.reason.endswith("says 5.3.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "dialect"),
+    [
+        ("5.3.0.dev0", "transformers-4.57"),
+        ("5.3.dev0", "transformers-4.57"),
+        ("5.3.1.dev0", "transformers-5.3"),
+        ("5.3.0rc1", "transformers-5.3"),
+        ("5.23.0.dev0", "transformers-5.21"),
+        ("5.24.0.dev0", "transformers-5.23"),
+        ("6.0.0.dev0", "transformers-5.23"),
+    ],
+)
+def test_a_development_version_is_before_its_release(tmp_path, version, dialect):
+    assert detect_dialect(tree(tmp_path, version), ()).dialect == dialect
 
 
 def test_a_style_that_no_dialect_knows_belies_nothing(tmp_path):
