@@ -18,7 +18,7 @@ from plans.errors import UsageError
 from plans.text import suggest_name
 from plans.translate import load_meanings
 
-__all__ = ["is_dialect_file", "load_named_dialect", "read_dialect_file"]
+__all__ = ["is_dialect_file", "list_dialect_files", "load_named_dialect", "read_dialect_file"]
 
 _TOP_LEVEL = ("name", "releases", "stage", "extends", "removed", "numbered_keys")
 _EXPERT_PLANS = ("expert_plan_needs", "expert_plan_refuses")
@@ -56,6 +56,19 @@ def read_dialect_file(path: Path) -> Dialect:
         UsageError: the file cannot be read, is not valid TOML or breaks the schema.
     """
     return _read_file(path, ())
+
+
+def list_dialect_files(name: str) -> list[Path]:
+    """Return the files that a dialect file is made of: itself and those that it extends, if they can be read."""
+    files: list[Path] = []
+    while is_dialect_file(name) and (path := Path(name)) not in files:
+        files.append(path)
+        try:
+            base = _parse_file(path).get("extends")
+        except UsageError:
+            break
+        name = str(path.parent / base) if isinstance(base, str) and is_dialect_file(base) else ""
+    return files
 
 
 def _read_file(path: Path, extending: tuple[Path, ...]) -> Dialect:

@@ -15,7 +15,8 @@ from codemods.inheritance.effective import REMOVED, PlanVariant, file_kind
 from codemods.models.describe import Model
 from codemods.models.layouts import find_layout
 from codemods.models.modeling import find_parent_models
-from codemods.tree.detect import detect_dialect
+from codemods.tree.detect import TreeDialect, detect_tree_dialect
+from codemods.tree.registry import REGISTRY
 from plans.dialect import PARAM_LEVEL, load_dialect
 from plans.errors import PlanError
 from plans.model_facts import ExpertLayout, KeyTarget
@@ -63,13 +64,29 @@ class PlacementReader:
         self._folder = folder
         self._load_model = cache(self._read_model)
 
-    @cached_property
+    @property
     def dialect(self) -> str:
-        """The name of the revision's dialect, by its version file and the styles that it uses."""
-        for path in self._snapshot.blobs:
-            if path.parts[-2:] == _VERSION_FILE:
-                self._write(path)
-        return detect_dialect(self._folder / "src", self._find_styles()).dialect
+        """The name of the revision's dialect."""
+        return self._tree_dialect.detected.dialect
+
+    @cached_property
+    def _tree_dialect(self) -> TreeDialect:
+        """The revision's dialect, by its registry of styles, its version file, or else the styles that it uses."""
+        packages = [path.parent for path in self._snapshot.blobs if path.parts[-2:] == _VERSION_FILE]
+        for package in packages:
+            self._write(package / _VERSION_FILE[1])
+        return detect_tree_dialect(self._folder / "src", self._find_styles(), self._find_registering(packages))
+
+    def _find_registering(self, packages: Sequence[Path]) -> list[SourceFile]:
+        """Return the files of packages, outside of their models, that mention the registry of styles."""
+        paths = [
+            path
+            for path in self._snapshot.blobs
+            for package in packages
+            if path.is_relative_to(package) and path.relative_to(package).parts[0] != "models"
+        ]
+        self._snapshot.prefetch(paths)
+        return [source for path in paths if (source := self._snapshot.source(path)) and REGISTRY in source.data]
 
     def load(self, folders: Container[Path]) -> None:
         """Fetch the files of folders whose entries will be read, all at once."""
@@ -133,7 +150,7 @@ class PlacementReader:
 
     @cached_property
     def _vocabulary(self) -> Mapping[str, Style]:
-        return {**load_dialect(PARAM_LEVEL).styles, **load_dialect(self.dialect).styles}
+        return {**load_dialect(PARAM_LEVEL).styles, **self._tree_dialect.vocabulary.styles}
 
     def _find_styles(self) -> set[str]:
         """Return every word in a configuration file that may name a style."""

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from codemods.files.sources import format_path
+from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
 from plans.rule import load_rules
 from plans.text import suggest_name
@@ -29,8 +30,8 @@ class Configuration:
     Args:
         root: the folder of the pyproject.toml; globs are matched against paths relative to it.
         paths: the files and folders to read if the command line names none.
-        target: the dialect to rewrite to, None for the default.
-        source: the dialect of the tree, None to detect it.
+        target: the dialect to rewrite to, by name or file, None for the default.
+        source: the dialect of the tree, by name or file, None to detect it.
         ignore: the codes that are neither reported nor rewritten.
         per_path_ignores: globs with the codes to ignore in the files that they match.
         exclude: globs of the files that are neither reported on nor written.
@@ -140,6 +141,12 @@ def _read_text(path: Path, key: str, value: object) -> str:
     return value
 
 
+def _read_dialect(path: Path, key: str, value: object) -> str:
+    """Read the name of a dialect, or the path of a file with one, relative to the folder of the configuration."""
+    name = _read_text(path, key, value)
+    return str(path.parent / name) if is_dialect_file(name) else name
+
+
 def _read_texts(path: Path, key: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         _refuse(path, key, f"is {value!r}, not a list of strings", f'write {key} = ["…"]')
@@ -173,8 +180,8 @@ def _read_codes_by_glob(path: Path, key: str, value: object) -> tuple[tuple[str,
 
 _READERS: Mapping[str, Callable[[Path, str, object], object]] = {
     "paths": _read_paths,
-    "target": _read_text,
-    "source": _read_text,
+    "target": _read_dialect,
+    "source": _read_dialect,
     "ignore": _read_codes,
     "per-path-ignores": _read_codes_by_glob,
     "exclude": _read_texts,

@@ -15,6 +15,7 @@ from migrator.jobs.readers import list_external_files
 from migrator.jobs.state import Record, Records
 from migrator.options.common import require_runtime
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from plans.dialect_file import is_dialect_file, list_dialect_files
 
 __all__ = [
     "CacheKey",
@@ -115,6 +116,8 @@ def _build_cache_key(step: Step) -> CacheKey:
         case Rewrite() | Check():
             verifies = isinstance(step, Rewrite) and step.verify
             sources = {"the tree": collect_stamps(_list_tree_files(step.paths, verifies=verifies))}
+            named = filter(None, (step.source, step.target))
+            sources |= {name: collect_stamps(list_dialect_files(name)) for name in named if is_dialect_file(name)}
         case _:
             sources = {
                 text: collect_stamps(list_files(locate_checkpoint(text))) for text in find_source_checkpoints(step)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from migrator.jobs.job import is_on_hub
 from migrator.options.external import ExternalOptions
+from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
 from plans.text import suggest_name
 
@@ -22,6 +23,7 @@ __all__ = [
     "list_external_files",
     "make_choice_reader",
     "read_checkpoint_name",
+    "read_dialect_name",
     "read_flag",
     "read_fraction",
     "read_name",
@@ -154,6 +156,12 @@ def read_checkpoint_name(location: SettingLocation, value: object) -> str:
     """Read the folder of a checkpoint, relative to the job file, or its name on the hub."""
     source = read_text(location, value)
     return source if is_on_hub(source) else str(read_path(location, source))
+
+
+def read_dialect_name(location: SettingLocation, value: object) -> str:
+    """Read the name of a dialect, or the path of a file with one, relative to the job file."""
+    name = read_text(location, value)
+    return str(read_path(location, name)) if is_dialect_file(name) else name
 
 
 def _read_number(location: SettingLocation, value: object, limit: float, expected: str) -> float:

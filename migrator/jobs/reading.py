@@ -34,8 +34,8 @@ _MESH_SETTINGS: Mapping[str, SettingReader] = {
 }
 _TREE_SETTINGS: Mapping[str, SettingReader] = {
     "paths": readers.read_paths,
-    "source": readers.read_text,
-    "target": readers.read_text,
+    "source": readers.read_dialect_name,
+    "target": readers.read_dialect_name,
 }
 _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
     "": {"output": readers.read_path},

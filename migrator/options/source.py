@@ -28,6 +28,7 @@ __all__ = [
 
 _DEFAULT_BASE = "origin/main"
 _ANY_SOURCE = "auto"
+_DIALECT = "NAME|FILE.toml"
 
 _Command = Callable[..., Any]
 
@@ -57,8 +58,8 @@ def source_options(command: _Command) -> _Command:
         click.option(
             "--base-ref", metavar="REF", help=f"The git revision for --changed-only; by default {_DEFAULT_BASE}."
         ),
-        click.option("--target", metavar="NAME", help="The dialect to rewrite to; by default param-level."),
-        click.option("--source", metavar="NAME", help="The dialect of the tree's plans; by default it is detected."),
+        click.option("--target", metavar=_DIALECT, help="The dialect to rewrite to; by default param-level."),
+        click.option("--source", metavar=_DIALECT, help="The dialect of the tree's plans; by default it is detected."),
         click.option("--changed-only", is_flag=True, help="Only models with a file that changed since --base-ref."),
         click.argument("paths", nargs=-1, type=click.Path(path_type=Path)),
     ):
