@@ -67,9 +67,11 @@ class Tree(ClassGraph):
 
     Args:
         skims: whether plain plans may be read without a parser, which leaves the rest of their file unchecked.
+        code_files: the files whose code may do more with plans than assign those that are written out.
     """
 
     skims: bool = False
+    code_files: list[Path] = field(default_factory=list)
     _sources: dict[Path, SourceFile] = field(default_factory=dict)
     _modules: dict[Path, Module] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ __all__ = [
     "OffsetReader",
     "PlanEntry",
     "can_hold_entries",
+    "find_computed_modules",
     "find_unreadable_keys",
     "is_numbered",
     "read_entries",
@@ -78,6 +79,16 @@ def can_hold_entries(node: ast.AST) -> bool:
 def find_unreadable_keys(node: ast.AST) -> list[ast.expr | ast.keyword]:
     """Return the keys of a node that cannot be read as text: names, or strings whose last part is computed."""
     return [pair.key for pair in _iter_pairs(node) if _is_unreadable(pair)]
+
+
+def find_computed_modules(node: ast.AST, parameters: Iterable[str]) -> Iterator[ast.expr]:
+    """Yield the computed part of each key of a node in which it stands for the module of one of some parameters."""
+    endings = tuple(f"{_COMPUTED}.{parameter}" for parameter in parameters)
+    for pair in _iter_pairs(node):
+        text = _read_text(pair.key)
+        if text is not None and text.endswith(endings) and not is_numbered(text):
+            parts = [part for part in ast.walk(pair.key) if isinstance(part, ast.expr) and _read_text(part) is None]
+            yield next((part for part in reversed(parts) if isinstance(part, ast.Name)), pair.style)
 
 
 def read_key(node: ast.expr) -> str | None:
@@ -193,7 +204,7 @@ def _iter_entries(node: ast.AST, offset: OffsetReader) -> Iterator[PlanEntry]:
 
 def _is_unreadable(pair: _Pair) -> bool:
     text = _read_text(pair.key)
-    return text is None or (text.endswith(_COMPUTED) and isinstance(pair.style, ast.Constant))
+    return text is None or text.endswith(_COMPUTED)
 
 
 def _read_text(node: ast.expr | ast.keyword) -> str | None:

@@ -14,7 +14,15 @@ from codemods.reading.entries import can_hold_entries
 from codemods.reading.module import Condition
 from plans.plan import plan_kind
 
-__all__ = ["PlanPart", "has_plan_name", "iter_bindings", "iter_plan_names", "split_expression"]
+__all__ = [
+    "PlanPart",
+    "find_renamed_plan",
+    "has_plan_name",
+    "is_plan_reference",
+    "iter_bindings",
+    "iter_plan_names",
+    "split_expression",
+]
 
 _WRAPPERS = frozenset({"dict", "OrderedDict", "MappingProxyType", "copy", "deepcopy", "field", "update", "__ior__"})
 """Functions whose result contains the entries of their arguments."""
@@ -92,6 +100,41 @@ def has_plan_name(node: ast.AST) -> bool:
     return any(True for part in ast.walk(node) for _ in iter_plan_names(part))
 
 
+def is_plan_reference(node: ast.AST) -> bool:
+    """Return whether an expression is a plan itself: `x.tp_plan`, `getattr(x, "_tp_plan")`, `vars(x)["_tp_plan"]`."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Subscript(slice=ast.Constant(value=str(name))):
+            return plan_kind(name) is not None
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *defaults]):
+            return plan_kind(name) is not None and all(
+                isinstance(default, (ast.Constant, ast.Dict)) or is_plan_reference(default) for default in defaults
+            )
+    return False
+
+
+def find_renamed_plan(node: ast.AST) -> ast.expr | None:
+    """Return the plan whose styles a comprehension copies under other keys, or None.
+
+    Such a comprehension is `{f"{name}.{key}": style for key, style in plan.items()}`; a copy of the plan will do.
+    """
+    match node:
+        case ast.DictComp(
+            value=ast.Name(id=value),
+            generators=[
+                ast.comprehension(
+                    target=ast.Tuple(elts=[ast.Name(), ast.Name(id=style)]),
+                    iter=ast.Call(func=ast.Attribute(value=plan, attr="items"), args=[]),
+                    ifs=[],
+                )
+            ],
+        ) if value == style:
+            match plan:
+                case ast.Call(func=ast.Attribute(value=copied, attr="copy"), args=[]):
+                    return copied
+            return plan
+    return None
+
+
 def iter_plan_names(node: ast.AST) -> Iterator[str]:
     """Yield the plan name in a node itself, without its children."""
     match node:
@@ -124,8 +167,10 @@ def _split_call(call: ast.Call, conditions: tuple[Condition, ...]) -> Iterator[P
 
 def _split_comprehension(node: ast.DictComp, conditions: tuple[Condition, ...]) -> Iterator[PlanPart]:
     copied = _get_copied_plan(node)
+    renamed = find_renamed_plan(node)
     if copied is None:
-        yield PlanPart(node, conditions, can_hold_entries(node))
+        is_renamed = renamed is not None and not any(part.has_entries for part in split_expression(renamed))
+        yield PlanPart(node, conditions, can_hold_entries(node) and not is_renamed)
     else:
         is_filtered = any(generator.ifs for generator in node.generators)
         for part in split_expression(copied, conditions):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 from codemods.reading.entries import PlanEntry
+from plans.plan import to_wildcard
 
 __all__ = [
     "ANY_KEY",
@@ -146,6 +148,10 @@ class Unresolved:
         line: the line of the statement, counted from 1.
         mentions_experts: whether the code that the entries come from contains the word `experts`.
         reason: why the entries cannot be read, as a clause that follows `entries`.
+        function: the enclosing function, empty in a class body.
+        owner: the class that has the plan, if it is neither the enclosing class nor another one of the file: the dotted
+            name of an imported class, or `ANY_CLASS`.
+        is_assigned: whether the entries become the plan, instead of being added to it.
     """
 
     class_name: str
@@ -153,23 +159,42 @@ class Unresolved:
     line: int
     mentions_experts: bool
     reason: str = "that cannot be read"
+    function: str = ""
+    owner: str = ""
+    is_assigned: bool = False
 
 
 @dataclass(frozen=True)
 class Conflict:
-    """A reason why a plan must stay as it is: another statement in its file shares or changes some of its entries.
+    """A reason why a plan must stay as it is: another statement shares or changes some of its entries.
 
     Args:
-        class_name: the qualified name of the class that has the plan.
-        attribute: the plan.
+        class_name: the class that has the plan: the qualified name of one of the file, the dotted name of an imported
+            one, or `ANY_CLASS`.
+        attribute: the plan; a computed part of its name is a wildcard.
         module: the experts module that must stay as it is, None for all of them.
-        reason: what the other statement does, with its line.
+        line: the line of the other statement, counted from 1.
+        reason: what the other statement does, as a clause without its subject, the line.
+        function: the enclosing function, empty in a class body. Code of a function also concerns the plans that other
+            classes inherit from the class, and those that it inherits itself.
     """
 
     class_name: str
     attribute: str
     module: str | None
+    line: int
     reason: str
+    function: str = ""
+
+    def concerns(self, attribute: str, module: str) -> bool:
+        """Return whether an experts module must stay as it is in a plan.
+
+        Args:
+            attribute: the plan.
+            module: the key of the experts module; layer numbers count as wildcards.
+        """
+        is_same_module = self.module is None or to_wildcard(self.module) == module
+        return is_same_module and fnmatchcase(attribute, self.attribute)
 
 
 @dataclass(frozen=True)
@@ -218,12 +243,14 @@ class Module:
         classes: the classes by name.
         read_imports: returns `imports`; called only if they are needed.
         unresolved: the uses that add entries to plans which cannot be read, in order.
+        outward_conflicts: the reasons that its code gives why plans of classes of other files must stay as they are.
         plan_classes: the names of the classes that write plans; None if each class must be examined.
     """
 
     classes: Mapping[str, ClassPlans]
     read_imports: Callable[[], Mapping[str, Import]] = field(repr=False, compare=False)
     unresolved: tuple[Unresolved, ...] = ()
+    outward_conflicts: tuple[Conflict, ...] = ()
     plan_classes: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from codemods.files.sources import SourceFile
-from codemods.reading.expressions import iter_bindings, split_expression
+from codemods.reading.expressions import is_plan_reference, iter_bindings, split_expression
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
 __all__ = [
+    "CHANGING_METHODS",
     "Definitions",
     "Function",
     "NameResolver",
@@ -53,11 +54,47 @@ class Definitions:
         """Return all values that module and class bodies assign to a name."""
         return [value for name in class_names for value in self._constants.get((name, get_identifier(node)), [])]
 
+    def find_all_values(self, name: str) -> list[ast.AST]:
+        """Return all values that assignments and loops of the file give to a name."""
+        return [value for value in self._definers.get(name, ()) if isinstance(value, ast.expr)]
+
     def find_dependencies(self, node: ast.AST) -> Iterator[ast.AST]:
         """Yield an expression, and the nodes that define the names in it or change what they refer to."""
         yield node
         for name in {get_identifier(part) for part in ast.walk(node)} - {""}:
             yield from self._definers.get(name, ())
+
+    def is_defined(self, name: str) -> bool:
+        """Return whether the file binds a name in any other way than by an import."""
+        return self._store_counts[name] > self._import_counts[name]
+
+    def has_entries_in_class(self, node: ast.AST) -> bool:
+        """Return whether an expression is an attribute that is no plan and to which a class body assigns entries."""
+        name = get_identifier(node)
+        return not is_plan_attribute(name) and any(
+            part.has_entries
+            for (class_name, constant), values in self._constants.items()
+            if class_name and constant == name
+            for value in values
+            for part in split_expression(value)
+        )
+
+    def is_plan(self, node: ast.AST) -> bool:
+        """Return whether an expression is a plan, or a name whose values are all plans, those for pipelines included."""
+        if is_plan_reference(node):
+            return True
+        values = self.find_all_values(node.id) if isinstance(node, ast.Name) else []
+        return bool(values) and all(is_plan_reference(value) or _reads_other_plan(value) for value in values)
+
+    @cached_property
+    def imported(self) -> frozenset[str]:
+        """The names that the file imports, at any depth; of dotted ones the first part."""
+        return frozenset(name.partition(".")[0] for name in self._import_counts)
+
+    @cached_property
+    def _import_counts(self) -> Counter[str]:
+        aliases = (node for node in self._iter_nodes() if isinstance(node, ast.alias))
+        return Counter(name for alias in aliases for name in _iter_bound_names(alias))
 
     @cached_property
     def classes(self) -> frozenset[str]:
@@ -103,6 +140,13 @@ class Definitions:
                 if isinstance(target, ast.Subscript):
                     definers[get_identifier(target.value)].append(target)
         return definers
+
+
+def _reads_other_plan(node: ast.AST) -> bool:
+    match node:
+        case ast.Attribute(attr=name) | ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+            return name.endswith("_plan")
+    return False
 
 
 def get_identifier(node: ast.AST) -> str:
@@ -250,9 +294,10 @@ def _iter_bound_names(node: ast.AST) -> Iterator[str]:
             yield name
 
 
-_MUTATING_METHODS = frozenset(
+CHANGING_METHODS = frozenset(
     {"update", "setdefault", "pop", "popitem", "clear", "__setitem__", "__delitem__", "__ior__"}
 )
+"""Methods that change a dict."""
 
 
 @dataclass(frozen=True)
@@ -360,7 +405,7 @@ def _iter_changed_names(node: ast.AST) -> Iterator[str]:
             yield name
         case ast.Subscript(value=holder, ctx=ast.Store() | ast.Del()):
             yield get_identifier(holder)
-        case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _MUTATING_METHODS:
+        case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in CHANGING_METHODS:
             yield get_identifier(holder)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from codemods.files.sources import SourceFile, format_path
+from codemods.reading.accounting import Accountant
 from codemods.reading.conditions import is_exiting, iter_blocks
 from codemods.reading.expressions import iter_bindings
 from codemods.reading.module import (
@@ -25,14 +26,21 @@ from codemods.reading.module import (
     Unresolved,
 )
 from codemods.reading.names import Definitions, Function, find_free_parameters, find_local_plans, get_dotted_name
-from codemods.reading.plan_literals import AssignmentTarget, read_assignment
-from codemods.reading.scope import Scope, find_plan_mentions, is_plan_attribute
+from codemods.reading.plan_literals import AssignmentTarget, find_incomplete_modules, read_assignment
+from codemods.reading.scope import ANY_CLASS, Scope, find_plan_mentions, is_plan_attribute
 from codemods.reading.statements import find_plan_values, find_removals, find_shared_plans, find_unresolved_uses
 from plans.decompose import find_group_key
 from plans.errors import SourceError
-from plans.plan import to_wildcard
+from plans.plan import plan_kind, to_wildcard
 
-__all__ = ["ParsedClass", "PlanParser", "create_parser", "merge_classes", "read_module"]
+__all__ = [
+    "ParsedClass",
+    "PlanParser",
+    "create_parser",
+    "find_change_conflicts",
+    "merge_classes",
+    "read_module",
+]
 
 
 _Use = PlanLiteral | Removal | Reference | Unresolved | Conflict
@@ -88,7 +96,7 @@ class PlanParser:
     def parse_uses(self, statements: Sequence[ast.stmt], scope: Scope) -> Iterator[_Use]:
         """Yield what statements, and the blocks in them except for classes, write into plans or remove from them."""
         for statement in statements:
-            if not (scope.aliases or self._has_mention(statement)):
+            if not (scope.aliases or plan_kind(scope.function) or self._has_mention(statement)):
                 continue
             yield from self._parse_statement(statement, scope)
             if isinstance(statement, ast.ClassDef):
@@ -104,7 +112,7 @@ class PlanParser:
                 scope = replace(scope, conditions=(*scope.conditions, negated))
 
     def _parse_class(self, definition: ast.ClassDef, name: str, bases: tuple[str, ...]) -> ParsedClass:
-        scope = Scope(name, classes=self.definitions.classes)
+        scope = self._create_scope(name)
         plans: dict[str, PlanLiteral | Opaque] = {}
         uses: list[_Use] = []
         others: list[ast.stmt] = []
@@ -123,7 +131,10 @@ class PlanParser:
 
     def parse_outside_classes(self, statements: Sequence[ast.stmt]) -> ParsedClass:
         """Return the code outside of classes as a class without a name."""
-        return _build_parsed_class(ClassPlans(""), self.parse_uses(statements, Scope(classes=self.definitions.classes)))
+        return _build_parsed_class(ClassPlans(""), self.parse_uses(statements, self._create_scope("")))
+
+    def _create_scope(self, class_name: str) -> Scope:
+        return Scope(class_name, classes=self.definitions.classes, imported=self.definitions.imported)
 
     def _has_mention(self, node: ast.stmt) -> bool:
         index = bisect_left(self.lines, _get_first_line(node))
@@ -163,6 +174,7 @@ def _enter_function(function: Function, scope: Scope) -> Scope:
         aliases={**scope.aliases, **find_local_plans(function)},
         free_parameters=find_free_parameters(function),
         classes=scope.classes,
+        imported=scope.imported,
     )
 
 
@@ -196,14 +208,38 @@ def merge_classes(parsed: Iterable[ParsedClass]) -> dict[str, ClassPlans]:
     classes = {definition.class_plans.name: definition.class_plans for definition in parsed}
     if any(owner.code_literals or owner.removals or owner.references for owner in classes.values()):
         classes = {name: _merge_uses(owner, classes.values()) for name, owner in classes.items()}
-    conflicts: dict[str, list[Conflict]] = defaultdict(list)
-    for conflict in [*_collect_conflicts(parsed), *_find_inherited_conflicts(classes)]:
-        conflicts[conflict.class_name].append(conflict)
+    conflicts: dict[str, dict[Conflict, None]] = defaultdict(dict)
+    for conflict in [*_collect_conflicts(parsed, classes), *_find_inherited_conflicts(classes)]:
+        for name in _find_concerned_classes(conflict, classes):
+            conflicts[name][conflict] = None
     return {
         name: replace(owner, conflicts=tuple(conflicts[name])) if name in conflicts else owner
         for name, owner in classes.items()
         if name or owner.code_literals or owner.removals
     }
+
+
+def find_outward_conflicts(parsed: Iterable[ParsedClass]) -> Iterator[Conflict]:
+    """Yield the conflicts of plans of objects that may belong to classes of other files."""
+    parsed = list(parsed)
+    names = {definition.class_plans.name for definition in parsed}
+    conflicts = _collect_conflicts(parsed, names)
+    return (conflict for conflict in dict.fromkeys(conflicts) if conflict.class_name not in names)
+
+
+def _find_concerned_classes(conflict: Conflict, classes: Mapping[str, ClassPlans]) -> Iterator[str]:
+    """Yield the classes of the file whose plans a conflict concerns, those that inherit the code among them."""
+    if conflict.class_name == ANY_CLASS:
+        yield from classes
+    elif owner := classes.get(conflict.class_name):
+        yield owner.name
+        if conflict.function:
+            yield from (base.name for base in _iter_bases(owner, classes))
+            yield from (
+                name
+                for name, subclass in classes.items()
+                if any(base is owner for base in _iter_bases(subclass, classes))
+            )
 
 
 def _merge_uses(owner: ClassPlans, classes: Iterable[ClassPlans]) -> ClassPlans:
@@ -221,13 +257,33 @@ def _is_owned_by(
     return (use.class_name if use.class_name in names else written_in.name) == owner.name
 
 
-def _collect_conflicts(parsed: Iterable[ParsedClass]) -> Iterator[Conflict]:
+def _collect_conflicts(parsed: Iterable[ParsedClass], names: Container[str]) -> Iterator[Conflict]:
+    """Yield the conflicts that the code of a file causes by itself.
+
+    Args:
+        parsed: the classes of the file, and the code outside of classes.
+        names: the names of the classes.
+    """
     for definition in parsed:
         yield from definition.conflicts
         for use in definition.unresolved:
-            if use.mentions_experts:
-                reason = f"line {use.line} gives the plan entries {use.reason}"
-                yield Conflict(use.class_name, use.attribute, None, reason)
+            if use.mentions_experts or not use.is_assigned:
+                reason = f"gives the plan entries {use.reason}"
+                yield Conflict(use.owner or use.class_name, use.attribute, None, use.line, reason, use.function)
+        for literal in definition.class_plans.code_literals:
+            if literal.class_name not in names and not literal.replaces:
+                for module in sorted(find_incomplete_modules([literal])):
+                    yield Conflict(
+                        literal.class_name, literal.attribute, module, literal.line, "writes it too", literal.function
+                    )
+        for removal in definition.class_plans.removals:
+            if removal.class_name not in names and removal.key is not None:
+                yield _build_removal_conflict(removal, removal.class_name, "removes entries from it")
+
+
+def _build_removal_conflict(removal: Removal, class_name: str, reason: str) -> Conflict:
+    module = None if removal.key in (None, ANY_KEY) else find_group_key(to_wildcard(removal.key or ""))
+    return Conflict(class_name, removal.attribute, module, removal.line, reason, removal.function)
 
 
 def _find_inherited_conflicts(classes: Mapping[str, ClassPlans]) -> Iterator[Conflict]:
@@ -236,26 +292,32 @@ def _find_inherited_conflicts(classes: Mapping[str, ClassPlans]) -> Iterator[Con
         for base in _iter_bases(owner, classes):
             for attribute in _get_attributes(base):
                 if attribute not in owner.plans:
-                    yield from _find_change_conflicts(owner, base, attribute)
+                    yield from find_change_conflicts(owner, base, attribute)
             for attribute in _get_attributes(owner):
-                yield from _find_change_conflicts(base, owner, attribute)
+                yield from find_change_conflicts(base, owner, attribute)
 
 
-def _find_change_conflicts(writer: ClassPlans, target: ClassPlans, attribute: str) -> Iterator[Conflict]:
+def find_change_conflicts(writer: ClassPlans, target: ClassPlans, attribute: str) -> Iterator[Conflict]:
+    """Yield the conflicts between a plan of a class and the code of another class that inherits it or that it inherits.
+
+    Args:
+        writer: the class with the code.
+        target: the class with the plan.
+        attribute: the plan.
+    """
     candidates = [target.plans.get(attribute), *target.code_literals]
     literals = [candidate for candidate in candidates if isinstance(candidate, PlanLiteral)]
-    written = {module for literal in literals for module in _get_modules(literal, attribute)}
+    written = {module: literal for literal in literals for module in _get_modules(literal, attribute)}
     for literal in writer.code_literals:
         if not literal.replaces:
-            for module in sorted(written & _get_modules(literal, attribute)):
-                reason = f"line {literal.line} writes it in {writer.name} too"
-                yield Conflict(target.name, attribute, module, reason)
-                yield Conflict(writer.name, attribute, module, f"{target.name} writes it too")
+            for module in sorted(written.keys() & _get_modules(literal, attribute)):
+                yield Conflict(target.name, attribute, module, literal.line, f"writes it in {writer.name} too")
+                yield Conflict(writer.name, attribute, module, written[module].line, f"writes it in {target.name} too")
     for removal in writer.removals:
         if removal.attribute == attribute and removal.key is not None:
-            removed = None if removal.key == ANY_KEY else find_group_key(to_wildcard(removal.key))
-            reason = f"line {removal.line} removes entries from it in {writer.name}"
-            yield Conflict(target.name, attribute, removed, reason)
+            yield replace(
+                _build_removal_conflict(removal, target.name, f"removes entries from it in {writer.name}"), function=""
+            )
 
 
 def _get_attributes(owner: ClassPlans) -> dict[str, None]:
@@ -300,9 +362,53 @@ def read_module(source: SourceFile) -> Module:
 def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Module:
     parser = create_parser(source, statements)
     parsed = [*parser.parse_classes(statements), parser.parse_outside_classes(statements)]
+    if len(parser.lines) > sum(map(_is_plain_plan, _iter_class_bodies(statements))):
+        parsed = _add_unread_uses(parsed, Accountant(source, parser.definitions).find_unread_uses())
     unresolved = sorted((use for definition in parsed for use in definition.unresolved), key=lambda use: use.line)
     imports = dict(_read_imports(statements))
-    return Module(merge_classes(parsed), lambda: imports, tuple(unresolved))
+    return Module(merge_classes(parsed), lambda: imports, tuple(unresolved), tuple(find_outward_conflicts(parsed)))
+
+
+def _iter_class_bodies(statements: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    return (inner for statement in statements if isinstance(statement, ast.ClassDef) for inner in statement.body)
+
+
+def _is_plain_plan(statement: ast.stmt) -> bool:
+    """Return whether a statement of a class body does nothing but assign a plan that is written out, or none."""
+    match statement:
+        case (
+            ast.Assign(targets=[ast.Name(id=name)], value=value)
+            | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value)
+        ) if is_plan_attribute(name):
+            match value:
+                case ast.Dict(keys=keys, values=values):
+                    return all(isinstance(part, ast.Constant) for part in (*keys, *values))
+                case ast.Constant(value=None) | ast.Call(func=ast.Name(id="AttributeError"), args=[], keywords=[]):
+                    return True
+    return False
+
+
+def _add_unread_uses(parsed: Iterable[ParsedClass], uses: Iterable[Unresolved | Conflict]) -> list[ParsedClass]:
+    """Add uses to the classes of a file, each once: a statement that was read may be among them.
+
+    Uses of classes that are not among those parsed belong to the code outside of classes, which is last.
+    """
+    *classes, outside = parsed
+    known = {(use.line, use.attribute) for one in (*classes, outside) for use in one.unresolved}
+    extra: dict[str, list[Unresolved]] = defaultdict(list)
+    conflicts: list[Conflict] = []
+    names = {one.class_plans.name for one in classes}
+    for use in dict.fromkeys(uses):
+        if isinstance(use, Conflict):
+            conflicts.append(use)
+        elif (use.line, use.attribute) in known:
+            reason = f"gives the plan entries {use.reason}"
+            conflicts.append(Conflict(use.owner or use.class_name, use.attribute, None, use.line, reason, use.function))
+        else:
+            extra[use.class_name if use.class_name in names else ""].append(use)
+    classes = [replace(one, unresolved=(*one.unresolved, *extra[one.class_plans.name])) for one in classes]
+    unresolved, conflicting = (*outside.unresolved, *extra[""]), (*outside.conflicts, *conflicts)
+    return [*classes, replace(outside, unresolved=unresolved, conflicts=conflicting)]
 
 
 def _parse(source: SourceFile) -> ast.Module:

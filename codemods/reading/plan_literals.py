@@ -6,18 +6,20 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from codemods.files.sources import SourceFile
-from codemods.reading.entries import PlanEntry, find_unreadable_keys, read_entries, span
-from codemods.reading.expressions import PlanPart, has_plan_name, split_expression
+from codemods.reading.entries import PlanEntry, find_computed_modules, find_unreadable_keys, read_entries, span
+from codemods.reading.expressions import PlanPart, find_renamed_plan, has_plan_name, split_expression
 from codemods.reading.module import Condition, Conflict, PlanLiteral, Reference, Unresolved
 from codemods.reading.names import Definitions
 from codemods.reading.scope import Scope, is_plan_attribute
 from plans.decompose import find_group_key
 from plans.plan import is_expert_parallel
 
-__all__ = ["AssignmentTarget", "read_assignment"]
+__all__ = ["AssignmentTarget", "find_incomplete_modules", "mention_experts", "read_assignment"]
 
+_PARAMETERS = ("gate_up_proj", "down_proj")
 _LOOKBEHIND = 200  # bytes before a key that are searched for an opening parenthesis
 
 
@@ -47,6 +49,7 @@ class _EntrySources:
             empty for the expression itself.
         references: the parts whose entries are written elsewhere.
         unresolved: the nodes whose entries cannot be read.
+        unreadable: the expressions with such a node.
         named_plans: the plans that are copied, by class and attribute, with the part that names them.
         has_own_plan: whether the expression contains the previous value of the plan.
     """
@@ -54,6 +57,7 @@ class _EntrySources:
     nodes: dict[tuple[tuple[Condition, ...], str], list[ast.AST]] = field(default_factory=lambda: defaultdict(list))
     references: list[PlanPart] = field(default_factory=list)
     unresolved: list[ast.AST] = field(default_factory=list)
+    unreadable: list[ast.AST] = field(default_factory=list)
     named_plans: list[tuple[tuple[str, str], PlanPart]] = field(default_factory=list)
     has_own_plan: bool = False
 
@@ -74,16 +78,24 @@ def read_assignment(
     literals = list(_build_literals(node, sources, target, source))
     yield from literals
     yield from _build_references(node, sources, target, source)
-    yield from _find_conflicts(
-        sources, target, sorted({find_group_key(entry.key) for literal in literals for entry in literal.entries})
-    )
+    yield from _find_conflicts(sources, target, literals)
     if sources.unresolved and is_plan_attribute(target.attribute):
-        mentions_experts = any(_has_experts(part, source, definitions) for part in sources.unresolved)
+        mentions_experts = any(mention_experts(part, source, definitions) for part in sources.unresolved)
         is_shared = any(
             definitions.find_values(part, target.scope.find_defining_classes(part)) for part in sources.unresolved
         )
         reason = "from a name that is used or assigned more than once" if is_shared else "that cannot be read"
-        yield Unresolved(target.class_name, target.attribute, getattr(node, "lineno", 1), mentions_experts, reason)
+        is_known_class = target.scope.is_known_class(target.class_name)
+        yield Unresolved(
+            target.class_name if is_known_class else target.scope.class_name,
+            target.attribute,
+            getattr(node, "lineno", 1),
+            mentions_experts,
+            reason,
+            target.scope.function,
+            "" if is_known_class else target.class_name,
+            target.is_assigned,
+        )
 
 
 def _build_literals(
@@ -145,17 +157,50 @@ def _build_references(
         )
 
 
-def _find_conflicts(sources: _EntrySources, target: AssignmentTarget, modules: Iterable[str]) -> Iterator[Conflict]:
-    """Yield the plans that must stay as they are, because they are copied in part or into another plan."""
+def _find_conflicts(
+    sources: _EntrySources, target: AssignmentTarget, literals: Iterable[PlanLiteral]
+) -> Iterator[Conflict]:
+    """Yield the plans that must stay as they are, because they are copied in part or into another plan.
+
+    A copy that replaces both parameters of an experts module does not depend on the plan that it is made from.
+    """
+    modules = sorted(find_incomplete_modules(literals))
+    changes = "copies it and changes the copy"
     for (class_name, attribute), part in sources.named_plans:
         line = getattr(part.node, "lineno", 1)
+        conflict = partial(Conflict, class_name, attribute, line=line, function=target.scope.function)
         if part.is_filtered:
-            yield Conflict(class_name, attribute, None, f"line {line} copies only some of its entries")
+            yield conflict(module=None, reason="copies only some of its entries")
         elif is_expert_parallel(target.attribute) and not is_expert_parallel(attribute):
-            yield Conflict(class_name, attribute, None, f"line {line} makes an expert-parallel plan from it")
+            yield conflict(module=None, reason="makes an expert-parallel plan from it")
+        elif find_renamed_plan(part.node):
+            if any("experts" in module for module in modules):
+                yield conflict(module=None, reason=changes)
         elif (class_name, attribute) != (target.class_name, target.attribute):
-            for module in modules:
-                yield Conflict(class_name, attribute, module, f"line {line} copies it and changes the copy")
+            yield from (conflict(module=module, reason=changes) for module in modules)
+    added = [part for part in sources.references if not (target.is_assigned or _is_parent_plan(part.node, target))]
+    if added and not sources.has_own_plan:
+        yield Conflict(
+            target.class_name,
+            target.attribute,
+            None,
+            getattr(added[0].node, "lineno", 1),
+            "adds entries of another plan to it",
+            target.scope.function,
+        )
+    for expression in sources.unreadable:
+        for node in ast.walk(expression):
+            if plan := target.scope.resolve_named_plan(node):
+                line = getattr(node, "lineno", 1)
+                reason = "makes a plan from it in a way that cannot be read"
+                yield Conflict(*plan, None, line, reason, target.scope.function)
+
+
+def find_incomplete_modules(literals: Iterable[PlanLiteral]) -> set[str]:
+    """Return the modules of a plan's entries, without experts modules whose parameters all have an entry."""
+    keys = {entry.key for literal in literals for entry in literal.entries}
+    modules = {find_group_key(key) for key in keys}
+    return {module for module in modules if not keys.issuperset(f"{module}.{name}" for name in _PARAMETERS)}
 
 
 def _collect_sources(
@@ -169,47 +214,78 @@ def _collect_sources(
     for part in split_expression(node, conditions):
         if part.has_entries and not part.is_filtered:
             sources.nodes[part.conditions, constant].append(part.node)
-            sources.unresolved += find_unreadable_keys(part.node)
+            if unread := [*find_unreadable_keys(part.node), *_find_hidden_experts(part.node, definitions)]:
+                sources.unresolved += unread
+                sources.unreadable.append(part.node)
             continue
-        if plan := target.scope.resolve_named_plan(part.node):
+        renamed = find_renamed_plan(part.node)
+        plan = target.scope.resolve_named_plan(renamed or part.node)
+        if plan:
             sources.named_plans.append((plan, part))
+        is_readable = plan is not None and target.scope.is_known_class(plan[0])
         defining_classes = target.scope.find_defining_classes(part.node)
         value = definitions.resolve_constant(part.node, defining_classes)
         if _is_same_plan(part, target):
             sources.has_own_plan = True
-        elif value is not None and not plan and not part.is_filtered:
+        elif value is not None and not is_readable and not part.is_filtered:
             _collect_sources(value, ast.unparse(part.node), part.conditions, sources, target, definitions)
         else:
             sources.references.append(part)
-            values = definitions.find_values(part.node, defining_classes) if not plan else []
-            sources.unresolved += [] if _is_known(part, node, values, target) else [part.node]
+            values = definitions.find_values(part.node, defining_classes) if not is_readable else []
+            if not _is_known(part, node, values, target, definitions):
+                sources.unresolved.append(part.node)
+                sources.unreadable.append(part.node)
 
 
-def _is_known(part: PlanPart, whole: ast.AST, values: Iterable[ast.expr], target: AssignmentTarget) -> bool:
+def _is_known(
+    part: PlanPart, whole: ast.AST, values: Iterable[ast.expr], target: AssignmentTarget, definitions: Definitions
+) -> bool:
     """Return whether entries are read where they are written: in another plan, or at the callers of the function."""
-    if isinstance(part.node, ast.Name) and part.node.id in target.scope.free_parameters:
-        return has_plan_name(part.node) or (target.is_assigned and part.node is whole)
-    has_entries = part.has_entries or any(
-        value_part.has_entries for value in values for value_part in split_expression(value)
-    )
-    return has_plan_name(part.node) and not has_entries
+    node = part.node
+    if isinstance(node, ast.Name) and node.id in target.scope.free_parameters:
+        return has_plan_name(node) or (target.is_assigned and node is whole)
+    if isinstance(node, ast.Name) and node.id in target.scope.aliases:
+        return True
+    if any(value_part.has_entries for value in values for value_part in split_expression(value)):
+        return False
+    plan = find_renamed_plan(node) or node
+    is_foreign = isinstance(plan, ast.Name) and not definitions.is_defined(plan.id)
+    return definitions.is_plan(plan) and not is_foreign and not definitions.has_entries_in_class(plan)
+
+
+def _find_hidden_experts(node: ast.AST, definitions: Definitions) -> Iterator[ast.expr]:
+    """Yield the computed parts of keys that may name an experts module: before the name of one of its parameters."""
+    for part in find_computed_modules(node, _PARAMETERS):
+        values = list(definitions.find_all_values(part.id)) if isinstance(part, ast.Name) else []
+        strings = [value.value for value in values if isinstance(value, ast.Constant)]
+        if len(strings) != len(values) or not strings or any("experts" in str(string) for string in strings):
+            yield part
 
 
 def _is_same_plan(part: PlanPart, target: AssignmentTarget) -> bool:
     """Return whether a part is a plan of the same object, or a local name for the plan."""
-    match part.node:
-        case ast.Attribute(value=ast.Name(id="self"), attr=name):
-            return is_plan_attribute(name)
-        case ast.Name(id=name):
-            return name in target.scope.aliases
-    return False
+    if isinstance(part.node, ast.Name):
+        is_alias = part.node.id in target.scope.aliases
+        return is_alias or (part.node.id == target.attribute and not target.scope.function)
+    plan = target.scope.resolve_named_plan(part.node)
+    return plan is not None and plan[0] == target.class_name
+
+
+def _is_parent_plan(node: ast.AST, target: AssignmentTarget) -> bool:
+    """Return whether an expression is a plan of another kind of object, as models add the plan of their configuration.
+
+    The keys of such a plan under other names count, too.
+    """
+    plan = target.scope.resolve_named_plan(find_renamed_plan(node) or node)
+    return find_renamed_plan(node) is not None or (plan is not None and plan[1] != target.attribute)
 
 
 def _can_both_apply(one: tuple[Condition, ...], other: tuple[Condition, ...]) -> bool:
     return not any(replace(condition, holds=not condition.holds) in other for condition in one)
 
 
-def _has_experts(node: ast.AST, source: SourceFile, definitions: Definitions) -> bool:
+def mention_experts(node: ast.AST, source: SourceFile, definitions: Definitions) -> bool:
+    """Return whether an expression, or what defines the names in it, contains the word `experts`."""
     return any(
         b"experts" in source.body[slice(*span(part, source.offset))] for part in definitions.find_dependencies(node)
     )

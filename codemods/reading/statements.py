@@ -35,8 +35,8 @@ def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanNa
         case ast.Assign(targets=[ast.Subscript(value=holder, slice=key)], value=value):
             if plan := _resolve_plan(holder, scope):
                 yield plan, _expand_loop(statement, key, value, scope.loops), False
-            elif isinstance(key, ast.Constant) and isinstance(key.value, str) and plan_kind(key.value):
-                yield (scope.class_name, key.value), value, True
+            elif (name := read_key(key)) and plan_kind(name):
+                yield (scope.class_name, name), value, True
         case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _resolve_plan(target, scope):
             yield plan, value, False
         case ast.Return(value=ast.expr() as value) if plan_kind(scope.function):
@@ -59,8 +59,8 @@ def _find_expression_values(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanN
             plan := _resolve_plan(holder, scope)
         ):
             yield plan, node, False
-        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(name)), value]) if plan_kind(name):
-            yield (scope.class_name, name), value, True
+        case ast.Call(func=ast.Name(id="setattr"), args=[owner, key, value]) if plan_kind(name := read_key(key) or ""):
+            yield (scope.resolve_owner(owner), name), value, True
             return
     for label, value in _iter_named_values(node):
         if label and plan_kind(label):
@@ -73,12 +73,10 @@ def _iter_named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
         case ast.Call(args=arguments, keywords=keywords):
             yield from ((keyword.arg, keyword.value) for keyword in keywords)
             for name, value in pairwise(arguments):
-                if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                    yield name.value, value
+                yield read_key(name), value
         case ast.Dict(keys=keys, values=values):
             for key, value in zip(keys, values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    yield key.value, value
+                yield (read_key(key) if key else None), value
         case ast.arguments(posonlyargs=first, args=others, kwonlyargs=named):
             positional = [*first, *others]
             with_default = positional[len(positional) - len(node.defaults) :]
@@ -154,11 +152,21 @@ def find_unresolved_uses(
     ]
     for owner, plan in dict.fromkeys(filled):
         experts = b"experts" in source.body[slice(*span(statement, source.offset))]
-        yield Unresolved(owner, plan, statement.lineno, experts)
+        is_known_class = scope.is_known_class(owner)
+        yield Unresolved(
+            owner if is_known_class else scope.class_name,
+            plan,
+            statement.lineno,
+            experts,
+            function=scope.function,
+            owner="" if is_known_class else owner,
+        )
     for expression in iter_expressions(statement):
         for call in ast.walk(expression):
             if isinstance(call, ast.Call) and (plan := _find_filled_plan(call, scope, source, read_ids)):
-                yield Unresolved(scope.class_name, plan, statement.lineno, mentions_experts=True)
+                yield Unresolved(
+                    scope.class_name, plan, statement.lineno, mentions_experts=True, function=scope.function
+                )
                 return
 
 
@@ -168,10 +176,13 @@ def find_shared_plans(statement: ast.stmt, scope: Scope) -> Iterator[Conflict]:
     for target, value in iter_bindings(statement):
         if plan := scope.resolve_plan(target):
             plans_by_value[id(value)].append((scope.resolve_class(target), plan))
-    reason = f"line {statement.lineno} also makes it an expert-parallel plan"
     for plans in plans_by_value.values():
         if any(is_expert_parallel(plan) for _, plan in plans):
-            yield from (Conflict(owner, plan, None, reason) for owner, plan in plans if not is_expert_parallel(plan))
+            yield from (
+                Conflict(owner, plan, None, statement.lineno, "also makes it an expert-parallel plan", scope.function)
+                for owner, plan in plans
+                if not is_expert_parallel(plan)
+            )
 
 
 def _find_item_holders(statement: ast.stmt) -> Iterator[ast.expr]:

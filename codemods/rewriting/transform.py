@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from codemods.files.sources import format_path
+from codemods.inheritance.conflicts import OutsideConflict, OutsideConflicts
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.inheritance.relations import Consumer, find_consumers
 from codemods.models.describe import describe
@@ -41,15 +42,22 @@ __all__ = ["block_unsafe_edits", "find_siblings", "report_blocked", "to_dialect"
 _UNSAFE = "the code that builds it cannot be rewritten safely"
 
 
-def block_unsafe_edits(literal: PlanLiteral, owner: ClassPlans | None, wanted: Decomposition) -> Decomposition:
+def block_unsafe_edits(
+    literal: PlanLiteral,
+    owner: ClassPlans | None,
+    wanted: Decomposition,
+    outside: Sequence[OutsideConflict] = (),
+) -> Decomposition:
     """Turn edits that are not safe to make into findings, for whole experts modules at a time.
 
     Args:
         literal: the plan literal.
         owner: its class, None to ignore what other statements of the class do.
         wanted: the edits and findings of the literal.
+        outside: what the code of other files does with the plan.
     """
-    unsafe = {edit: why for edit in wanted.edits if (why := next(_find_block_reasons(literal, owner, edit), None))}
+    reasons = ((edit, next(_find_block_reasons(literal, owner, edit, outside), None)) for edit in wanted.edits)
+    unsafe = {edit: why for edit, why in reasons if why}
     if not unsafe:
         return wanted
     blocked = frozenset(find_group_key(edit.key) for edit in unsafe)
@@ -72,15 +80,19 @@ def report_blocked(reasons: Mapping[str, str] | Iterable[str]) -> tuple[Finding,
     return tuple(Finding("MIG204", key, message.format(key=key, where=why)) for key, why in reason_of.items())
 
 
-def _find_block_reasons(literal: PlanLiteral, owner: ClassPlans | None, edit: Edit) -> Iterator[str]:
+def _find_block_reasons(
+    literal: PlanLiteral, owner: ClassPlans | None, edit: Edit, outside: Sequence[OutsideConflict]
+) -> Iterator[str]:
     """Yield the reasons why an edit cannot be made."""
     if not _is_replaceable(literal, edit):
         yield _UNSAFE
     module = find_group_key(to_wildcard(edit.key))
     for conflict in owner.conflicts if owner else ():
-        concerns_module = conflict.module is None or to_wildcard(conflict.module) == module
-        if conflict.attribute == literal.attribute and concerns_module:
-            yield conflict.reason
+        if conflict.concerns(literal.attribute, module):
+            yield f"line {conflict.line} {conflict.reason}"
+    for path, conflict in outside:
+        if conflict.concerns(literal.attribute, module):
+            yield f"{format_path(path)}:{conflict.line} {conflict.reason}"
     for removal in owner.removals if owner else ():
         # Removing the whole plan leaves no half-migrated plan behind.
         removes_entry = removal.key is not None and (
@@ -123,7 +135,9 @@ def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decompos
             else finding
         )
 
-    results = {location: _decompose_plan(tree, location, read) for location in family.locations}
+    conflicts = OutsideConflicts(tree, tree.code_files)
+    outside = list(dict.fromkeys(found for location in family.locations for found in conflicts.find(location)))
+    results = {location: _decompose_plan(tree, location, read, outside) for location in family.locations}
     return {
         location: replace(result, findings=tuple(map(name_consumer, result.findings)))
         for location, result in results.items()
@@ -138,7 +152,9 @@ def to_dialect(source: Dialect, target: Dialect, tree: Tree, family: Family) -> 
     return {location: _translate_plan(source, target, tree, location, describer) for location in family.locations}
 
 
-def _decompose_plan(tree: Tree, location: PlanLocation, read_layout: LayoutReader) -> Decomposition:
+def _decompose_plan(
+    tree: Tree, location: PlanLocation, read_layout: LayoutReader, outside: Sequence[OutsideConflict]
+) -> Decomposition:
     literal = tree.plan(location)
     if not isinstance(literal, PlanLiteral):
         return _NOTHING
@@ -148,7 +164,7 @@ def _decompose_plan(tree: Tree, location: PlanLocation, read_layout: LayoutReade
             for alternative in find_siblings(tree, location)
         ]
     )
-    return block_unsafe_edits(literal, tree.get_class(location), agreed)
+    return block_unsafe_edits(literal, tree.get_class(location), agreed, outside)
 
 
 def _translate_plan(

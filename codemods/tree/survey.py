@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from codemods.files.sources import SourceFile, find_sources, format_path, read_source
+from codemods.inheritance.conflicts import is_framework_file
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral, Unresolved
 from codemods.tree.registry import REGISTRY
@@ -148,8 +149,10 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
         survey.plan_files += 1
         if is_below:
             survey.suppressions.read_comments(source)
+        survey.tree.add(source)
+        if survey.tree.module(path).plan_classes is None and not survey.is_test(path):
+            survey.tree.code_files.append(path)
         if is_named or plan_filter.matches_file(source.data):
-            survey.tree.add(source)
             survey.locations += find_plans(survey.tree, path, plan_filter)
     except MigratorError as error:
         if is_below:
@@ -199,7 +202,7 @@ def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[Plan
 def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Path, Unresolved, Finding]]:
     """Yield a finding for every statement that puts entries into a plan which cannot be read.
 
-    Generated files are left out: their owners decide.
+    Generated files are left out, because their owners decide, and the library around the models.
 
     Args:
         survey: the survey of a tree.
@@ -207,6 +210,8 @@ def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Pat
     """
     for path, module in survey.tree.modules.items():
         if not module.unresolved or path not in survey.scope or survey.tree.source(path).generated_from is not None:
+            continue
+        if is_framework_file(path):
             continue
         for use in module.unresolved if survey.suppressions.selection.is_in_scope([path]) else ():
             silent = survey.suppressions.is_suppressed(path, (use.line,), "MIG204")
