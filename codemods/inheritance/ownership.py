@@ -61,7 +61,7 @@ class MissingOwner:
     lacks_modular: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Tree(ClassGraph):
     """The files of a source tree, each read at most once, and who owns their plans.
 

@@ -80,7 +80,7 @@ class Definitions:
         )
 
     def is_plan(self, node: ast.AST) -> bool:
-        """Return whether an expression is a plan, or a name whose values are all plans, those for pipelines included."""
+        """Return whether an expression is a plan, or a name whose values are all plans, of any kind."""
         if is_plan_reference(node):
             return True
         values = self.find_all_values(node.id) if isinstance(node, ast.Name) else []
@@ -144,7 +144,10 @@ class Definitions:
 
 def _reads_other_plan(node: ast.AST) -> bool:
     match node:
-        case ast.Attribute(attr=name) | ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+        case (
+            ast.Attribute(attr=name)
+            | ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_])
+        ):
             return name.endswith("_plan")
     return False
 

@@ -12,7 +12,7 @@ from codemods.files.sources import SourceFile
 from codemods.reading.entries import PlanEntry, find_computed_modules, find_unreadable_keys, read_entries, span
 from codemods.reading.expressions import PlanPart, find_renamed_plan, has_plan_name, split_expression
 from codemods.reading.module import Condition, Conflict, PlanLiteral, Reference, Unresolved
-from codemods.reading.names import Definitions
+from codemods.reading.names import Definitions, get_dotted_name, get_identifier
 from codemods.reading.scope import Scope, is_plan_attribute
 from plans.decompose import find_group_key
 from plans.plan import is_expert_parallel
@@ -178,6 +178,10 @@ def _find_conflicts(
                 yield conflict(module=None, reason=changes)
         elif (class_name, attribute) != (target.class_name, target.attribute):
             yield from (conflict(module=module, reason=changes) for module in modules)
+    for part in sources.references:
+        if _is_imported(part.node, target.scope) and not target.scope.resolve_named_plan(part.node):
+            conflict = partial(Conflict, ast.unparse(part.node), "*", line=getattr(part.node, "lineno", 1))
+            yield from (conflict(module=module, reason=changes) for module in modules)
     added = [part for part in sources.references if not (target.is_assigned or _is_parent_plan(part.node, target))]
     if added and not sources.has_own_plan:
         yield Conflict(
@@ -250,7 +254,14 @@ def _is_known(
         return False
     plan = find_renamed_plan(node) or node
     is_foreign = isinstance(plan, ast.Name) and not definitions.is_defined(plan.id)
-    return definitions.is_plan(plan) and not is_foreign and not definitions.has_entries_in_class(plan)
+    is_constant = _is_imported(plan, target.scope) and not is_plan_attribute(get_identifier(plan))
+    return definitions.is_plan(plan) and not (is_foreign or is_constant or definitions.has_entries_in_class(plan))
+
+
+def _is_imported(node: ast.AST, scope: Scope) -> bool:
+    """Return whether an expression is a dotted name whose first part the file imports."""
+    first = (get_dotted_name(node) or "").partition(".")[0]
+    return first in scope.imported and first not in scope.free_parameters
 
 
 def _find_hidden_experts(node: ast.AST, definitions: Definitions) -> Iterator[ast.expr]:

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from codemods.files.sources import format_path
-from codemods.inheritance.conflicts import OutsideConflict, OutsideConflicts
+from codemods.inheritance.conflicts import OutsideConflict, find_outside_conflicts
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.inheritance.relations import Consumer, find_consumers
 from codemods.models.describe import describe
@@ -135,8 +135,7 @@ def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decompos
             else finding
         )
 
-    conflicts = OutsideConflicts(tree, tree.code_files)
-    outside = list(dict.fromkeys(found for location in family.locations for found in conflicts.find(location)))
+    outside = find_outside_conflicts(tree, family.locations)
     results = {location: _decompose_plan(tree, location, read, outside) for location in family.locations}
     return {
         location: replace(result, findings=tuple(map(name_consumer, result.findings)))

@@ -1,0 +1,220 @@
+"""Conflicts across files: the code of one file changes or copies the plan of a class in another one.
+
+A class's own file is read together with its plan. Here are all other files of the tree: code that names the class,
+code of its bases and subclasses, and code beside it that changes the plan of an object whose class is unknown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from codemods.inheritance.class_graph import ClassKey
+from codemods.inheritance.lookup import list_module_files
+from codemods.inheritance.ownership import PlanLocation, Tree
+from codemods.reading.conflicts import find_change_conflicts
+from codemods.reading.module import ClassPlans, Conflict
+from codemods.reading.scope import ANY_CLASS
+from plans.errors import MigratorError
+
+__all__ = ["OutsideConflict", "find_outside_conflicts", "is_framework_file"]
+
+_FRAMEWORK_FILES = ("configuration_utils.py", "modeling_utils.py")
+_MODELS = "models"
+
+OutsideConflict = tuple[Path, Conflict]
+"""A conflict with the file of the statement that causes it."""
+
+
+def find_outside_conflicts(tree: Tree, locations: Iterable[PlanLocation]) -> Sequence[OutsideConflict]:
+    """Return the conflicts of an owner's plan and its copies that other files cause.
+
+    Args:
+        tree: the files; they must all have been surveyed.
+        locations: where the plan is written.
+
+    Raises:
+        SourceError: a file that a class inherits from cannot be read or parsed.
+    """
+    if tree not in _INDEXES:
+        _INDEXES[tree] = _Index(tree)
+    return list(dict.fromkeys(found for location in locations for found in _INDEXES[tree].find(location)))
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The conflicts of a tree's plans that other files cause.
+
+    Args:
+        tree: the files.
+    """
+
+    tree: Tree
+
+    def find(self, location: PlanLocation) -> Iterator[OutsideConflict]:
+        """Yield the conflicts of a plan."""
+        if not self._code_files:
+            return
+        name = location.class_name.rpartition(".")[2]
+        found = [*self._by_class.get((location.path, location.class_name), ()), *self._by_name.get(name, ())]
+        found += self._by_class.get((location.path, ANY_CLASS), ())
+        imports = self._list_imported_files(location.path) if self._of_any_class else frozenset()
+        found += [
+            (path, conflict)
+            for path, conflict, imported in self._of_any_class
+            if path.parent == location.path.parent or name in imported or path in imports
+        ]
+        found += self._find_inherited(location)
+        yield from dict.fromkeys((path, conflict) for path, conflict in found if path != location.path)
+
+    def _list_imported_files(self, path: Path) -> frozenset[Path]:
+        """Return the files that a file may import from, whether they exist or not."""
+        return frozenset(
+            file
+            for statement in self.tree.module(path).imports.values()
+            for module in (statement.module, f"{statement.module}.{statement.name}".strip("."))
+            for file in list_module_files(path, statement.level, module)
+        )
+
+    @cached_property
+    def _code_files(self) -> Sequence[Path]:
+        return [path for path in dict.fromkeys(self.tree.code_files) if not is_framework_file(path)]
+
+    @cached_property
+    def _changing_classes(self) -> Mapping[ClassKey, ClassPlans]:
+        """The classes whose own code changes plans."""
+        return {
+            (path, owner.name): owner
+            for path in self._code_files
+            for owner in self.tree.module(path).classes.values()
+            if owner.name and (owner.code_literals or owner.removals or any(one.function for one in owner.conflicts))
+        }
+
+    @cached_property
+    def _by_class(self) -> Mapping[ClassKey, Sequence[OutsideConflict]]:
+        conflicts: dict[ClassKey, list[OutsideConflict]] = defaultdict(list)
+        for path, conflict, _ in self._named:
+            for key in self._resolve(path, conflict.class_name):
+                conflicts[key].append((path, conflict))
+        for (path, name), owner in self._changing_classes.items():
+            for file, base in self._list_ancestors(path, name):
+                if file != path:
+                    for cause, conflict in _find_code_conflicts((path, owner), (file, base), owner.plans):
+                        conflicts[(file if cause == path else path), conflict.class_name].append((cause, conflict))
+        return conflicts
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Sequence[OutsideConflict]]:
+        """The conflicts of classes that no import leads to, by the name of the class."""
+        conflicts: dict[str, list[OutsideConflict]] = defaultdict(list)
+        for path, conflict, _ in self._named:
+            if not self._resolve(path, conflict.class_name):
+                conflicts[conflict.class_name.rpartition(".")[2]].append((path, conflict))
+        return conflicts
+
+    @cached_property
+    def _of_any_class(self) -> Sequence[tuple[Path, Conflict, frozenset[str]]]:
+        return [found for found in self._outward if found[1].class_name == ANY_CLASS]
+
+    @cached_property
+    def _named(self) -> Sequence[tuple[Path, Conflict, frozenset[str]]]:
+        return [found for found in self._outward if found[1].class_name != ANY_CLASS]
+
+    @cached_property
+    def _outward(self) -> Sequence[tuple[Path, Conflict, frozenset[str]]]:
+        """The conflicts about classes of other files, each with its file and the names that the file imports."""
+        found: list[tuple[Path, Conflict, frozenset[str]]] = []
+        for path in self._code_files:
+            module = self.tree.module(path)
+            if module.outward_conflicts:
+                imported = frozenset(statement.name for statement in module.imports.values())
+                found += [(path, conflict, imported) for conflict in module.outward_conflicts]
+        return found
+
+    def _resolve(self, path: Path, name: str) -> list[ClassKey]:
+        """Return the classes of the tree that a dotted name in a file stands for.
+
+        A constant, from which any class of its file may take entries, stands for all classes of the file.
+        """
+        try:
+            keys = list(self.tree.resolve(path, "", name))
+            classes = [self.tree.module(file).classes for file, _ in keys]
+            is_constant = not name.rpartition(".")[2][:1].isupper() or name.rpartition(".")[2].isupper()
+            return [
+                (file, key if key in known else ANY_CLASS)
+                for (file, key), known in zip(keys, classes, strict=True)
+                if key in known or is_constant
+            ]
+        except MigratorError:
+            return []
+
+    def _list_ancestors(self, path: Path, name: str) -> list[tuple[Path, ClassPlans]]:
+        try:
+            return list(self.tree.mro(path, name)[1:])
+        except MigratorError:
+            return []
+
+    def _find_inherited(self, location: PlanLocation) -> Iterator[OutsideConflict]:
+        """Yield the conflicts with code that the class inherits from other files.
+
+        Bases whose import leads nowhere are looked for by their names.
+        """
+        owner = self.tree.get_class(location)
+        ancestors = self.tree.mro(location.path, location.class_name)
+        keys = [(path, base.name) for path, base in ancestors]
+        for path, ancestor in ancestors:
+            for base in ancestor.bases:
+                if not self._resolve(path, base):
+                    keys += self._changing_by_name.get(base.rpartition(".")[2], ())
+        for path, name in dict.fromkeys(keys):
+            base_class = self._changing_classes.get((path, name))
+            if base_class is not None and path != location.path:
+                for cause, conflict in _find_code_conflicts((path, base_class), (location.path, owner), ()):
+                    if conflict.class_name == owner.name:
+                        yield cause, conflict
+
+    @cached_property
+    def _changing_by_name(self) -> Mapping[str, Sequence[ClassKey]]:
+        by_name: dict[str, list[ClassKey]] = defaultdict(list)
+        for path, name in self._changing_classes:
+            by_name[name.rpartition(".")[2]].append((path, name))
+        return by_name
+
+
+def _find_code_conflicts(
+    writer: tuple[Path, ClassPlans], target: tuple[Path, ClassPlans], replaced: Iterable[str]
+) -> Iterator[OutsideConflict]:
+    """Yield the conflicts between the code of a class and the plans of another one, each with the causing file.
+
+    Args:
+        writer: the class with the code.
+        target: the class with the plans.
+        replaced: the plans that the writer's class body replaces, so that its code does not change the target's.
+    """
+    path, owner = writer
+    attributes = dict.fromkeys([*target[1].plans, *(literal.attribute for literal in target[1].code_literals)])
+    for attribute in attributes:
+        if attribute in replaced:
+            continue
+        for conflict in find_change_conflicts(owner, target[1], attribute):
+            yield (path if conflict.class_name == target[1].name else target[0]), conflict
+    for conflict in owner.conflicts:
+        if conflict.function and conflict.attribute not in replaced:
+            yield path, replace(conflict, class_name=target[1].name)
+
+
+@cache
+def _is_framework_folder(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FRAMEWORK_FILES)
+
+
+def is_framework_file(path: Path) -> bool:
+    """Return whether a file is part of the library around the models, whose use of plans is a dialect's affair."""
+    return any(_is_framework_folder(folder) and path.relative_to(folder).parts[0] != _MODELS for folder in path.parents)
+
+
+_INDEXES: WeakKeyDictionary[Tree, _Index] = WeakKeyDictionary()
