@@ -202,7 +202,7 @@ def find_plans(tree: Tree, path: Path, plan_filter: PlanFilter) -> Iterator[Plan
 def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Path, Unresolved, Finding]]:
     """Yield a finding for every statement that puts entries into a plan which cannot be read.
 
-    Generated files are left out, because their owners decide, and the library around the models.
+    Generated files are left out, because their owners decide, and so are tests and the library around the models.
 
     Args:
         survey: the survey of a tree.
@@ -211,7 +211,7 @@ def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Pat
     for path, module in survey.tree.modules.items():
         if not module.unresolved or path not in survey.scope or survey.tree.source(path).generated_from is not None:
             continue
-        if is_framework_file(path):
+        if is_framework_file(path) or survey.is_test(path):
             continue
         for use in module.unresolved if survey.suppressions.selection.is_in_scope([path]) else ():
             silent = survey.suppressions.is_suppressed(path, (use.line,), "MIG204")
