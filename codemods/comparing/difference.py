@@ -7,51 +7,57 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from codemods.comparing.affected import find_affected
+from codemods.comparing.affected import ImportIndex, find_affected, find_framework, is_compared, mentions_plans
 from codemods.comparing.matching import diff_lines, find_guard_lines, is_obscured, is_same_entry, match_moved_entries
 from codemods.comparing.placements import PlacementReader
 from codemods.comparing.results import Comparison, DifferenceKind, PlanDifference, Side
 from codemods.files.revisions import Snapshot, find_changed_paths
+from codemods.files.sources import add_error_once
 from codemods.inheritance.effective import REMOVED, UNRESOLVED, EffectiveEntry, EffectivePlans, PlanVariant, file_kind
+from codemods.inheritance.provenance import is_same_code
+from codemods.reading.parse import read_module
 from plans.errors import MigratorError, UsageError
 
 __all__ = ["compare"]
+
+_MODULAR = "modular_"
 
 
 def compare(before: Snapshot, after: Snapshot) -> Comparison:
     """Compare the effective plans of two revisions, class by class and entry by entry.
 
-    Only changed files and those whose plans depend on them are read; if the dialect changed, all model files are.
+    Only changed files and those whose plans depend on them are read; if the dialect changed, all files are. Of a
+    modular file and the files that are generated from it, those that changed are compared, the generated ones first.
 
     Raises:
-        UsageError: neither revision contains a model.
+        UsageError: neither revision contains a file with a plan.
         SourceError: a revision cannot be read.
     """
-    _check_models(before, after)
+    snapshots = before, after
+    changed = find_changed_paths(before, after)
     with tempfile.TemporaryDirectory(prefix="migrator-") as folder:
         readers = PlacementReader(before, Path(folder, "before")), PlacementReader(after, Path(folder, "after"))
+        comparer = _Comparer(snapshots, changed, readers)
+        _check_plans(before, after, comparer)
         dialects = readers[0].dialect, readers[1].dialect
-        changed = find_changed_paths(before, after)
-        styles = readers[0].styles | readers[1].styles
-        paths = find_affected(before, after, changed, styles, everything=dialects[0] != dialects[1])
+        paths = comparer.find_paths(everything=dialects[0] != dialects[1])
         for reader in readers:
             reader.load({path.parent for path in paths})
-        comparer = _Comparer(before, after, changed, *readers)
         differences: list[PlanDifference] = []
         errors: list[MigratorError] = []
         for path in sorted(paths):
             try:
                 differences += comparer.compare_file(path)
             except MigratorError as error:
-                errors.append(error)
+                add_error_once(errors, error)
     return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
 
 
-def _check_models(before: Snapshot, after: Snapshot) -> None:
-    """Refuse two revisions without a model, whose comparison would report no change."""
-    if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()):
+def _check_plans(before: Snapshot, after: Snapshot, comparer: _Comparer) -> None:
+    """Refuse two revisions without a model or a plan, whose comparison would report no change."""
+    if not any(file_kind(path) for path in before.blobs.keys() | after.blobs.keys()) and not comparer.has_plans():
         raise UsageError(
-            f"neither {before.name} nor {after.name} contains a configuration_*.py or modeling_*.py",
+            f"neither {before.name} nor {after.name} contains a model or a plan",
             hint="run it in a repository of models, and commit or add their files",
             base=before.name,
             head=after.name,
@@ -63,20 +69,69 @@ class _Comparer:
 
     def __init__(
         self,
-        before: Snapshot,
-        after: Snapshot,
+        snapshots: tuple[Snapshot, Snapshot],
         changed: frozenset[Path],
-        old_reader: PlacementReader,
-        new_reader: PlacementReader,
+        readers: tuple[PlacementReader, PlacementReader],
     ) -> None:
-        self._snapshots = before, after
-        self._plans = EffectivePlans(before.source), EffectivePlans(after.source)
-        self._readers = old_reader, new_reader
-        self._same_dialect = old_reader.dialect == new_reader.dialect
+        self._changed = changed
+        self._readers = readers
+        self._snapshots = snapshots
+        self._paths = tuple([path for path in snapshot.blobs if is_compared(path)] for snapshot in snapshots)
+        self._source_of = tuple(cache(snapshot.source) for snapshot in snapshots)
+        frameworks = [cache(find_framework(snapshot.blobs)) for snapshot in snapshots]
+        self._plans = tuple(map(EffectivePlans, self._source_of, frameworks))
         self._changed_models = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
         self._get_touched_lines = cache(self._find_touched_lines)
 
+    def has_plans(self) -> bool:
+        """Return whether any file of the two revisions mentions a plan."""
+        for snapshot, paths in zip(self._snapshots, self._paths, strict=True):
+            snapshot.prefetch(paths)
+        pairs = zip(self._source_of, self._paths, strict=True)
+        return any(mentions_plans(source_of(path)) for source_of, paths in pairs for path in paths)
+
+    def find_paths(self, *, everything: bool) -> frozenset[Path]:
+        """Return the files to compare.
+
+        Args:
+            everything: whether the revisions use different dialects, so that every plan is affected.
+        """
+        significant = [path for path in self._changed if is_compared(path) and self._is_other_code(path)]
+        if everything:
+            affected = frozenset(path for paths in self._paths for path in paths)
+        elif significant or self._changed:
+            for snapshot, paths in zip(self._snapshots, self._paths, strict=True):
+                snapshot.prefetch(paths if significant else ())
+            indexes = map(ImportIndex, self._paths, self._source_of)
+            affected = find_affected(indexes, self._plans, self._changed, significant)
+        else:
+            return frozenset()
+        generated = {modular for path in affected for modular in self._find_modular(path)}
+        return frozenset(
+            path
+            for path in affected
+            if not path.name.startswith(_MODULAR) or (path in self._changed and path not in generated)
+        )
+
+    def _find_modular(self, path: Path) -> Iterator[Path]:
+        """Yield the modular files that a changed file is generated from in either revision."""
+        for source in (source_of(path) for source_of in self._source_of) if path in self._changed else ():
+            if source and source.generated_from:
+                yield path.parent / source.generated_from
+
+    def _is_other_code(self, path: Path) -> bool:
+        before, after = (source_of(path) for source_of in self._source_of)
+        return before is None or after is None or not is_same_code(before.data, after.data)
+
     def compare_file(self, path: Path) -> Iterator[PlanDifference]:
+        """Yield the entries of a file's plans that differ.
+
+        Raises:
+            SourceError: a file cannot be parsed: it, or one that its plans come from.
+        """
+        changed = self._source_of[1](path) if path in self._changed else None
+        if changed is not None and mentions_plans(changed):
+            read_module(changed)  # plain plans are read without a parser, which would not see that others are missing
         old, new = (plans.compute_file_plans(path) for plans in self._plans)
         survivors = frozenset(self._plans[0].list_classes(path)).intersection(self._plans[1].list_classes(path))
         moved = match_moved_entries(old, new)
@@ -123,17 +178,17 @@ class _Comparer:
 
     def _reads_same(self, folder: Path) -> bool:
         """Return whether a model's styles mean the same in both revisions: same dialect, same modeling source."""
-        return self._same_dialect and folder not in self._changed_models
+        return self._readers[0].dialect == self._readers[1].dialect and folder not in self._changed_models
 
     def _is_touched(
         self, variants: tuple[PlanVariant, PlanVariant], before: Side | None, after: Side | None, *, with_guards: bool
     ) -> bool:
         """Return whether the text diff touches the entry's line in the model's own file, or a line of its guards."""
         path = variants[1].path
-        for snapshot, variant, side, touched in zip(
-            self._snapshots, variants, (before, after), self._get_touched_lines(path), strict=True
+        for source_of, variant, side, touched in zip(
+            self._source_of, variants, (before, after), self._get_touched_lines(path), strict=True
         ):
-            source = snapshot.source(path)
+            source = source_of(path)
             if side is None or side.path != path or source is None:
                 continue
             guards = find_guard_lines(source, side.line, variant.branch) if with_guards else frozenset()
@@ -142,7 +197,7 @@ class _Comparer:
         return False
 
     def _find_touched_lines(self, path: Path) -> tuple[frozenset[int], frozenset[int]]:
-        sources = [snapshot.source(path) for snapshot in self._snapshots]
+        sources = [source_of(path) for source_of in self._source_of]
         before, after = (source.body if source else b"" for source in sources)
         return diff_lines(before, after)
 

@@ -137,8 +137,11 @@ class PlacementReader:
         match target.kind:
             case "linear" | "embedding":
                 yield target.kind, 2, "weight"
-            case "experts" | "module":
-                yield "module", _STACKED if target.kind == "experts" else 1, "weight"
+            case "experts":
+                yield "module", _STACKED, "weight"
+            case "module":
+                if weight := self._describe_key(variant, f"{key}.weight"):
+                    yield "module", weight.ndim or 1, "weight"
             case "parameter":
                 module = self._describe_key(variant, owner) if name in _MODULE_PARAMETERS else None
                 kind: OwnerKind = module.kind if module and module.kind in ("linear", "embedding") else "module"

@@ -10,7 +10,7 @@ from codemods.comparing.placements import EntryEffect
 from codemods.inheritance.effective import PlanVariant
 from plans.errors import MigratorError
 
-__all__ = ["Comparison", "DifferenceKind", "PlanDifference", "Side"]
+__all__ = ["Comparison", "DifferenceKind", "PlanDifference", "Side", "name_model"]
 
 DifferenceKind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
 """How an entry changed.
@@ -22,6 +22,11 @@ DifferenceKind = Literal["renamed", "meaning", "placement", "added", "removed", 
 - `condition`: the same entry in another function or under other conditions.
 - `unread`: a plan or a style that cannot be read, of which something that determines it changed.
 """
+
+
+def name_model(path: Path) -> str:
+    """Return the name of the model that a file belongs to."""
+    return path.parent.name or path.stem
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class PlanDifference:
 
     @property
     def model(self) -> str:
-        """The model's folder."""
-        return self.variant.path.parent.name
+        """The name of the model: of its folder, or of a file at the top of the repository."""
+        return name_model(self.variant.path)
 
     @property
     def changes_mesh(self) -> bool:

@@ -139,6 +139,7 @@ def find_changed_paths(before: Snapshot, after: Snapshot) -> frozenset[Path]:
     paths = before.blobs.keys() | after.blobs.keys()
     differing = [path for path in paths if before.blobs.get(path) != after.blobs.get(path)]
     before.prefetch(differing)
+    after.prefetch(differing)
     return frozenset(path for path in differing if _read_content(before, path) != _read_content(after, path))
 
 

@@ -11,15 +11,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from plans.errors import MigratorError, SourceError, UsageError
 
-__all__ = ["SourceFile", "add_error_once", "find_sources", "format_path", "read_source"]
+__all__ = ["SourceFile", "add_error_once", "find_sources", "format_path", "is_skipped", "read_source"]
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
 _HEADER_BYTES = 2048
+_HEADER_LINE = re.compile(rb"[ \t]*#+(?P<comment>.*)|[ \t]*(?P<docstring>\"{3}|'{3})?[ \t]*(?P<text>.*)")
+_MODULAR_NAME = r"modular_\w+\.py\b"
+_SENTENCE_END = re.compile(r"(?<=[.;!])\s+")
+_MADE_FROM = re.compile(
+    r"\b(?:(?:auto|re)?-?generated|converted|produced|created|built|made|derived|compiled)\b"
+    rf".*?(?P<name>{_MODULAR_NAME})",
+    re.IGNORECASE,
+)
+_NOT_EDITED = re.compile(r"\b(?:do not|don't|never) (?:edit|change|modify|touch)\b|\bedits? will be", re.IGNORECASE)
 
 # Without O_NONBLOCK, opening a named pipe waits for a writer; without O_BINARY, Windows translates line ends.
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -95,8 +104,43 @@ class SourceFile:
     @cached_property
     def generated_from(self) -> str | None:
         """The name of the modular file that the header names as the source, None if the file is not generated."""
-        match = _GENERATED.search(self.data, 0, _HEADER_BYTES)
-        return match[1].decode("utf-8", "replace").rpartition("/")[2] if match else None
+        if match := _GENERATED.search(self.data, 0, _HEADER_BYTES):
+            return re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1]
+        head = self.data[:_HEADER_BYTES]
+        name = _find_modular_name(_read_header(head)) if b"modular_" in head else None
+        return name if name != self.path.name else None
+
+
+def _read_header(head: bytes) -> str:
+    """Return the words of the comments and the docstring that a file begins with, on one line."""
+    words: list[str] = []
+    quotes = b""
+    for line in head.removeprefix(b"\xef\xbb\xbf").splitlines():
+        match = _HEADER_LINE.fullmatch(line)
+        assert match is not None
+        if match["comment"] is None and not quotes:
+            if not match["docstring"]:
+                if match["text"]:
+                    break
+                continue
+            quotes = match["docstring"]
+            is_last = quotes in match["text"]
+        else:
+            is_last = bool(quotes) and quotes in line
+        words += (match["comment"] or match["text"] or b"").decode("utf-8", "replace").split()
+        if is_last:
+            break
+    return " ".join(words)
+
+
+def _find_modular_name(header: str) -> str | None:
+    """Return the modular file that a header says its file is made from, in whatever words; None if it does not."""
+    for sentence in _SENTENCE_END.split(header):
+        match = _MADE_FROM.search(sentence)
+        if match and ".py" not in sentence[: match.start()]:  # "modeling_x.py is generated from modular_x.py"
+            return match["name"]
+    names = set(re.findall(_MODULAR_NAME, header))
+    return names.pop() if len(names) == 1 and _NOT_EDITED.search(header) else None
 
 
 def format_path(path: Path) -> str:
@@ -142,6 +186,15 @@ def find_sources(paths: Iterable[Path], unreadable: list[MigratorError], links: 
     if links is not None:
         links += (link for link in map(Path, links_below) if not _is_below(link.resolve(), folders))
     return list(map(Path, sources))
+
+
+def is_skipped(path: PurePath) -> bool:
+    """Return whether `find_sources` leaves a file out below a folder: a hidden one, or one in a folder of no sources.
+
+    Args:
+        path: the file's path from that folder.
+    """
+    return path.suffix != ".py" or any(part.startswith(".") or part in _SKIPPED_FOLDERS for part in path.parts)
 
 
 def _is_below(path: Path, folders: Iterable[Path]) -> bool:

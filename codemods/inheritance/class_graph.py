@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 from codemods.files.headers import scan_aliases, scan_classes, scan_imports
@@ -27,6 +26,7 @@ __all__ = [
     "index_importers",
     "index_subclasses",
     "resolve_import",
+    "split_import",
 ]
 
 ClassKey = tuple[Path, str]
@@ -95,7 +95,7 @@ class ClassGraph(ABC):
         if key not in self._mros:
             self._mros[key] = ()  # a class that inherits from itself ends here
             try:
-                ancestors = list(self._walk_ancestors(path, class_name))
+                ancestors = list(self._walk_ancestors(key))
             except BaseException:
                 del self._mros[key]
                 raise
@@ -107,19 +107,40 @@ class ClassGraph(ABC):
     def _mros(self) -> dict[ClassKey, tuple[Ancestor, ...]]:
         return {}
 
-    def _walk_ancestors(self, path: Path, class_name: str) -> Iterator[Ancestor]:
-        """Yield a class, then the ancestors of each base; those that two bases share come twice."""
+    def find_bases(self, path: Path, class_name: str) -> tuple[tuple[ClassKey, ...], ...]:
+        """Return the direct bases of a class that can be found, each as the classes that its name may stand for.
+
+        The only base of a name that its file imports and passes on is the class that it stands for elsewhere.
+        """
         module = self.module(path)
         if module is None:
-            return
-        parents: Iterable[ClassKey]
+            return ()
         if owner := module.classes.get(class_name):
-            yield path, owner
-            parents = chain.from_iterable(self.resolve(path, class_name, base) for base in owner.bases)
+            bases = [tuple(self.resolve(path, class_name, base)) for base in owner.bases]
         else:
-            parents = self.follow_import(path, class_name)
-        for parent in parents:
-            yield from self.mro(*parent)
+            bases = [tuple(self.follow_import(path, class_name))]
+        return tuple(alternatives for alternatives in bases if alternatives)
+
+    def _walk_ancestors(self, key: ClassKey) -> Iterator[Ancestor]:
+        """Yield a class, then the ancestors of each base; those that two bases share come twice.
+
+        Only where a class has several bases are those of each worked out on their own.
+        """
+        way: set[ClassKey] = set()
+        while key not in way:
+            way.add(key)
+            module = self.module(key[0])
+            if module is not None and (owner := module.classes.get(key[1])):
+                yield key[0], owner
+            bases = [alternatives[0] for alternatives in self.find_bases(*key)]
+            if len(bases) != 1:
+                for base in bases:
+                    yield from self.mro(*base)
+                return
+            (key,) = bases
+            if key in self._mros:
+                yield from self._mros[key]
+                return
 
 
 def resolve_import(module: Module, name: str) -> Iterator[ImportTarget]:
@@ -127,15 +148,15 @@ def resolve_import(module: Module, name: str) -> Iterator[ImportTarget]:
     parts = name.split(".")
     for size in range(len(parts), 0, -1):
         if statement := module.imports.get(".".join(parts[:size])):
-            yield from _split_import(statement, parts[size:])
+            yield from split_import(statement, parts[size:])
             return
     if len(parts) > 1:
-        yield from _split_import(Import(0, "", ""), parts)
+        yield from split_import(Import(0, "", ""), parts)
     elif everything := module.imports.get("*"):
         yield ImportTarget(everything.level, everything.module, name)
 
 
-def _split_import(base: Import, rest: list[str]) -> Iterator[ImportTarget]:
+def split_import(base: Import, rest: Sequence[str]) -> Iterator[ImportTarget]:
     """Yield the ways to split the names below an import into modules and classes, the longest module first."""
     below = [base.name, *rest] if base.name else rest
     for size in range(len(below) - 1, -1, -1):

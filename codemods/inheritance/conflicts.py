@@ -14,17 +14,19 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from codemods.inheritance.class_graph import ClassKey
-from codemods.inheritance.lookup import list_module_files
+from codemods.inheritance.file_graph import list_module_files
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.conflicts import find_change_conflicts
 from codemods.reading.module import ClassPlans, Conflict
 from codemods.reading.scope import ANY_CLASS
 from plans.errors import MigratorError
 
-__all__ = ["OutsideConflict", "find_outside_conflicts", "is_framework_file"]
+__all__ = ["FRAMEWORK_FILES", "OutsideConflict", "find_outside_conflicts", "is_framework_file"]
 
-_FRAMEWORK_FILES = ("configuration_utils.py", "modeling_utils.py")
 _MODELS = "models"
+
+FRAMEWORK_FILES = ("configuration_utils.py", "modeling_utils.py")
+"""The files beside the folder `models` by which the framework's package is known; it has all of them."""
 
 OutsideConflict = tuple[Path, Conflict]
 """A conflict with the file of the statement that causes it."""
@@ -209,7 +211,7 @@ def _find_code_conflicts(
 
 @cache
 def _is_framework_folder(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _FRAMEWORK_FILES)
+    return all((folder / name).is_file() for name in FRAMEWORK_FILES)
 
 
 def is_framework_file(path: Path) -> bool:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path, PurePath
 
-from codemods.inheritance.class_graph import Ancestor
-from codemods.inheritance.lookup import FileGraph, NameLookup, SourceLookup
-from codemods.reading.module import Condition, PlanLiteral, Reference, Removal
+from codemods.inheritance.class_graph import ClassKey
+from codemods.inheritance.file_graph import FileGraph, SourceLookup
+from codemods.inheritance.lookup import NameLookup
+from codemods.reading.module import ClassPlans, Condition, PlanLiteral, Reference, Removal
 from codemods.reading.names import get_dotted_name, parse_expression
 from codemods.reading.scope import is_plan_attribute
 from plans.errors import SourceError
@@ -49,6 +50,8 @@ PlanBranch = tuple[str, str, tuple[Condition, ...]]
 _Change = PlanLiteral | Removal | Reference
 _Write = tuple[PlanBranch, str, "EffectiveEntry"]
 """What is written: the plan variant's branch, the key and the entry."""
+
+_Plans = Mapping[PlanBranch, Mapping[str, "EffectiveEntry"]]
 
 _SELF_NAMES = ("self", "cls", "self.__class__")
 _PARENT = "super()"
@@ -92,17 +95,26 @@ class EffectiveEntry:
 
 @dataclass
 class EffectivePlans:
-    """The effective plans of a set of files, each parsed at most once.
+    """The effective plans of a set of files. Each file is read, and each class's own code worked out, at most once.
 
     Args:
         source_of: returns the files.
+        is_framework: returns whether a file is the framework's own code. What functions there do to plans, they do to
+            every model's; it counts as theirs, and classes do not inherit it.
     """
 
     source_of: SourceLookup
+    is_framework: Callable[[Path], bool] = lambda path: False
     _in_progress: set[tuple[Path, str, str]] = field(default_factory=set)
+    _computed: dict[ClassKey, _Plans] = field(default_factory=dict)
+    _own: dict[ClassKey, list[_Write]] = field(default_factory=dict)
+    _open: set[ClassKey] = field(default_factory=set)
+    _circles: int = 0
 
     def compute_file_plans(self, path: Path) -> dict[PlanVariant, Mapping[str, EffectiveEntry]]:
-        """Return the plans of a file's classes, each from key to entry; none if the file does not exist.
+        """Return the plans of a file's classes and of its code outside of them, each from key to entry.
+
+        There are none if the file does not exist.
 
         Raises:
             SourceError: the file, or one that it inherits from, cannot be parsed or inherits too deeply.
@@ -111,7 +123,7 @@ class EffectivePlans:
             return {
                 PlanVariant(path, name, _format_label(*branch), branch): plan
                 for name in self.list_classes(path)
-                for branch, plan in self._compute_plans(self._graph.mro(path, name)).items()
+                for branch, plan in self._compute_plans((path, name)).items()
             }
         except RecursionError as error:
             raise SourceError(
@@ -119,37 +131,124 @@ class EffectivePlans:
             ) from error
 
     def list_classes(self, path: Path) -> tuple[str, ...]:
-        """Return the names of a file's classes; none if the file does not exist."""
-        module = self._graph.module(path)
-        return tuple(module.classes) if module else ()
+        """Return the names of a file's classes, and an empty one for its other code; none if it does not exist."""
+        module = self.graph.module(path)
+        return tuple(dict.fromkeys([*module.classes, ""])) if module else ()
 
     @cached_property
-    def _graph(self) -> FileGraph:
+    def graph(self) -> FileGraph:
+        """The files and their classes."""
         return FileGraph(self.source_of)
 
     @cached_property
-    def _lookup(self) -> NameLookup:
-        return NameLookup(self._graph)
+    def lookup(self) -> NameLookup:
+        """The names in the files."""
+        return NameLookup(self.graph, self.is_framework)
 
-    def _compute_plans(self, mro: Iterable[Ancestor]) -> dict[PlanBranch, dict[str, EffectiveEntry]]:
-        """Return the plans of a class: those that class bodies assign, and how functions and conditions change them."""
-        plans: dict[PlanBranch, dict[str, EffectiveEntry]] = {}
-        for file, owner in reversed(tuple(mro)):
-            for attribute in owner.plans:
-                plans = {branch: plan for branch, plan in plans.items() if branch[:2] != (attribute, "")}
-                plans[attribute, "", ()] = {}
+    def _compute_plans(self, key: ClassKey) -> _Plans:
+        """Return the plans of a class: those that class bodies assign, and how functions and conditions change them.
+
+        A chain of classes with one base each is followed to its top, and then back: no class is worked out twice.
+        """
+        chain: dict[ClassKey, tuple[tuple[ClassKey, ...], ...]] = {}
+        while key not in self._computed and key not in chain:
+            chain[key] = self.graph.find_bases(*key)
+            if len(chain[key]) != 1 or len(chain[key][0]) != 1:
+                break
+            key = chain[key][0][0]
+        if not chain.keys().isdisjoint(self._open):
+            return {}  # a class among its own bases
+        self._open |= chain.keys()
+        try:
+            plans: _Plans = self._computed.get(key, {})
+            circles = self._circles
+            for one, bases in reversed(chain.items()):
+                plans = self._apply_own(self._inherit(one, bases, plans), one)
+                if circles == self._circles:
+                    self._computed[one] = plans
+        finally:
+            self._open -= chain.keys()
+        return plans
+
+    def _inherit(self, key: ClassKey, bases: tuple[tuple[ClassKey, ...], ...], nearest: _Plans) -> _Plans:
+        """Return the plans that a class inherits.
+
+        Args:
+            key: the class.
+            bases: its bases, each as the classes that its name may stand for.
+            nearest: the plans of its only base, unless they have been computed before.
+        """
+        if len(bases) == 1:
+            first = bases[0][0]
+            is_chained = len(bases[0]) == 1
+            plans = self._computed.get(first, nearest) if is_chained else self._compute_plans(first)
+            plans = self._drop_framework_code(first, plans)
+        else:
+            plans = {}
+            for file, owner in reversed(self.graph.mro(*key)[1:]):
+                plans = self._apply_own(plans, (file, owner.name), bodies_only=self.is_framework(file))
+        others = [other for alternatives in bases for other in alternatives[1:]]
+        return {**plans, **dict(item for other in others for item in self._list_alternative(other))}
+
+    def _list_alternative(self, key: ClassKey) -> Iterator[tuple[PlanBranch, Mapping[str, EffectiveEntry]]]:
+        """Yield the plans of a class that one of several imports of a name leads to, under that condition."""
+        path, name = key
+        condition = Condition(f"{name} is imported from {path.as_posix()}", True)
+        for (attribute, function, conditions), plan in self._drop_framework_code(key, self._compute_plans(key)).items():
+            yield (attribute, function, (condition, *conditions)), plan
+
+    def _drop_framework_code(self, key: ClassKey, plans: _Plans) -> _Plans:
+        """Return plans without what the framework's functions do to them."""
+        if not self.is_framework(key[0]):
+            return plans
+        return {branch: plan for branch, plan in plans.items() if not branch[1]}
+
+    def _apply_own(self, inherited: _Plans, key: ClassKey, *, bodies_only: bool = False) -> _Plans:
+        """Return plans with what a class itself assigns and changes.
+
+        Args:
+            inherited: the plans of its bases.
+            key: the class.
+            bodies_only: whether to leave out what functions do.
+        """
+        path, name = key
+        module = self.graph.module(path)
+        assert module is not None
+        owner = module.classes.get(name)
+        if owner is None and name:
+            return inherited
+        owner = owner or ClassPlans("")
+        plans = {branch: plan for branch, plan in inherited.items() if branch[1] or branch[0] not in owner.plans}
+        plans |= {(attribute, "", ()): {} for attribute in owner.plans}
+        changed: dict[PlanBranch, dict[str, EffectiveEntry]] = {}
+        for branch, entry_key, entry in self._collect_own(path, owner):
+            if bodies_only and branch[1]:
+                continue
+            if branch not in changed:
+                changed[branch] = dict(plans.get(branch, {}))
+            plan = changed[branch]
+            is_merged = entry_key == UNRESOLVED and entry_key in plan
+            plan[entry_key] = _merge_provenance(plan[entry_key], entry) if is_merged else entry
+        return plans | changed
+
+    def _collect_own(self, path: Path, owner: ClassPlans) -> list[_Write]:
+        """Return what a class itself writes into its plans."""
+        key = path, owner.name
+        if key not in self._own:
+            circles = self._circles
             own = (plan for plan in owner.plans.values() if isinstance(plan, PlanLiteral))
             changes: list[_Change] = [
                 *own,
                 *owner.code_literals,
                 *owner.removals,
                 *owner.references,
-                *self._lookup.find_unresolved_references(file, owner),
+                *self.lookup.find_unresolved_references(path, owner),
             ]
-            for branch, key, entry in self._collect_writes(file, owner.name, changes):
-                plan = plans.setdefault(branch, {})
-                plan[key] = _merge_provenance(plan[key], entry) if key == UNRESOLVED and key in plan else entry
-        return plans
+            writes = list(self._collect_writes(path, owner.name, changes)) if changes else []
+            if circles != self._circles:
+                return writes  # complete only where the circle was not entered halfway
+            self._own[key] = writes
+        return self._own[key]
 
     def _collect_writes(self, path: Path, scope: str, changes: Iterable[_Change]) -> Iterator[_Write]:
         """Yield what changes write into which plan, in the order of the text."""
@@ -172,7 +271,7 @@ class EffectivePlans:
                 yield change.start, (*branch[:2], (*branch[2], *conditions)), key, entry
             return
         for written in change.entries:
-            style, provenance = self._lookup.resolve_style(path, scope, written)
+            style, provenance = self.lookup.resolve_style(path, scope, written, change.function)
             yield written.key_span[0], branch, written.key, EffectiveEntry(style, path, written.line, provenance)
 
     def _resolve_reference(
@@ -188,8 +287,11 @@ class EffectivePlans:
                 writes = self._resolve_expression(path, scope, reference.attribute, node)
             finally:
                 self._in_progress.discard(mark)
+        else:
+            self._circles += 1
         if writes is None:
-            provenance = self._lookup.compute_provenance(path, node)
+            line = reference.line if reference.function else None
+            provenance = self.lookup.compute_provenance(path, node, line)
             return [((), UNRESOLVED, EffectiveEntry(None, path, reference.line, provenance))]
         return [(branch[2], key, entry) for branch, key, entry in writes]
 
@@ -199,10 +301,10 @@ class EffectivePlans:
         if class_plan is not None:
             return self._read_class_plan(path, scope, *class_plan)
         name = get_dotted_name(node)
-        constant = self._lookup.find_constant(path, scope, name) if name else None
+        constant = self.lookup.find_constant(path, scope, name) if name else None
         if constant is None:
             return None
-        uses = self._lookup.read_plan_uses(constant, attribute)
+        uses = self.lookup.read_plan_uses(constant, attribute)
         return list(self._collect_writes(constant.path, constant.scope, uses))
 
     def _read_class_plan(self, path: Path, scope: str, class_name: str, attribute: str) -> list[_Write] | None:
@@ -210,12 +312,15 @@ class EffectivePlans:
         if class_name in (*_SELF_NAMES, scope.rpartition(".")[2]):
             return []  # the plan's own entries are compared on their own
         if class_name == _PARENT:
-            ancestors = self._graph.mro(path, scope)[1:]
+            bases = self.graph.find_bases(path, scope)
+            only = self._compute_plans(bases[0][0]) if len(bases) == 1 else {}
+            plans = self._inherit((path, scope), bases, only)
         else:
-            classes = self._graph.resolve(path, scope, class_name)
-            ancestors = tuple(ancestor for key in classes for ancestor in self._graph.mro(*key))
-        plans = self._compute_plans(ancestors).items()
-        assigned = {branch: plan for branch, plan in plans if branch[:2] == (attribute, "")}
+            classes = tuple(self.graph.resolve(path, scope, class_name))
+            if len(classes) != 1:
+                return None
+            plans = self._compute_plans(classes[0])
+        assigned = {branch: plan for branch, plan in plans.items() if branch[:2] == (attribute, "")}
         if not assigned:
             return None
         return [(branch, key, entry) for branch, plan in assigned.items() for key, entry in plan.items()]

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha256
+from functools import cached_property
 from pathlib import Path
 
-from codemods.files.sources import SourceFile
-from codemods.inheritance.class_graph import ClassGraph, ClassKey, resolve_import
+from codemods.inheritance.file_graph import FileGraph
+from codemods.inheritance.provenance import ProvenanceTracer
 from codemods.reading.entries import PlanEntry
-from codemods.reading.module import ClassPlans, Module, PlanLiteral, Reference, iter_literals
+from codemods.reading.module import ClassPlans, PlanLiteral, Reference, iter_literals
 from codemods.reading.names import NameResolver, get_dotted_name, parse_expression
-from codemods.reading.parse import read_module
 from codemods.reading.plan_literals import AssignmentTarget, read_assignment
 from codemods.reading.scope import Scope
 
-__all__ = ["Constant", "FileGraph", "NameLookup", "SourceLookup", "list_module_files"]
-
-SourceLookup = Callable[[Path], SourceFile | None]
-"""From a path to its file, None if there is none."""
-
-
-@dataclass
-class FileGraph(ClassGraph):
-    """The classes of files that need not be on disk, each parsed at most once; an import leads to any of them.
-
-    Args:
-        source_of: returns the files.
-    """
-
-    source_of: SourceLookup
-    _modules: dict[Path, Module | None] = field(default_factory=dict)
-
-    def source(self, path: Path) -> SourceFile | None:
-        """Return a file, None if there is none."""
-        return self.source_of(path)
-
-    def module(self, path: Path) -> Module | None:
-        """Return what a file says about plans, None if there is no such file.
-
-        Raises:
-            SourceError: the file cannot be parsed.
-        """
-        if path not in self._modules:
-            source = self.source(path)
-            self._modules[path] = read_module(source) if source else None
-        return self._modules[path]
-
-    def follow_import(self, path: Path, name: str) -> Iterator[ClassKey]:
-        """Yield the classes that a dotted name may stand for which a file imports, whether they exist or not."""
-        module = self.module(path)
-        for target in resolve_import(module, name) if module else ():
-            for file in list_module_files(path, target.level, target.module):
-                yield file, target.name
+__all__ = ["Constant", "NameLookup"]
 
 
 @dataclass(frozen=True)
@@ -79,14 +40,17 @@ class NameLookup:
 
     Args:
         graph: the files.
+        is_framework: returns whether a file is the framework's own code, whose plans are those of all models.
     """
 
-    graph: ClassGraph
+    graph: FileGraph
+    is_framework: Callable[[Path], bool] = lambda path: False
     _resolvers: dict[Path, NameResolver | None] = field(default_factory=dict)
 
     def find_constant(self, path: Path, scope: str, name: str) -> Constant | None:
         """Return the constant that a dotted name in a class of a file stands for, None if that is not certain."""
-        return next(self._search_constants(path, scope, name, frozenset()), None)
+        constants = list(self._search_constants(path, scope, name, frozenset()))
+        return constants[0] if len(constants) == 1 else None
 
     def read_plan_uses(self, constant: Constant, attribute: str) -> Iterator[PlanLiteral | Reference]:
         """Yield the entries and references that a constant's value contributes to a plan."""
@@ -97,7 +61,7 @@ class NameLookup:
             if isinstance(use, (PlanLiteral, Reference)):
                 yield use
 
-    def resolve_style(self, path: Path, scope: str, entry: PlanEntry) -> tuple[str | None, str]:
+    def resolve_style(self, path: Path, scope: str, entry: PlanEntry, function: str) -> tuple[str | None, str]:
         """Return an entry's style; if it is computed from more than a constant, None and its provenance."""
         if entry.style is not None:
             return entry.style, ""
@@ -109,24 +73,28 @@ class NameLookup:
         match constant:
             case Constant(value=ast.Constant(value=str(style))):
                 return style, ""
-        return None, self.compute_provenance(path, node)
+        return None, self.compute_provenance(path, node, entry.line if function else None)
 
-    def compute_provenance(self, path: Path, node: ast.AST) -> str:
-        """Return what determines an expression's value: its text, its names' definitions, digests of their files."""
-        resolver, module = self._get_resolver(path), self.graph.module(path)
-        assert resolver is not None
-        assert module is not None
-        texts, names = resolver.collect_dependencies(node)
-        sources = filter(None, map(self.graph.source, sorted(_list_imported_files(path, module, names))))
-        return "\n".join([*texts, *(sha256(source.data).hexdigest() for source in sources)])
+    def compute_provenance(self, path: Path, node: ast.AST, line: int | None = None) -> str:
+        """Return what determines an expression's value: the texts of what its names stand for, and digests of files.
+
+        Args:
+            path: the file.
+            node: the expression.
+            line: the expression's line if it stands in a function, where fewer names matter to the framework's code.
+        """
+        return "\n".join(sorted(self._provenances.trace(path, node, line)[0]))
 
     def find_unresolved_references(self, path: Path, owner: ClassPlans) -> Iterator[Reference]:
         """Yield as references the other statements that put entries into a class's plans which cannot be read."""
-        module, resolver = self.graph.module(path), self._get_resolver(path)
+        module = self.graph.module(path)
         assert module is not None
+        if not module.unresolved:
+            return
+        resolver = self._get_resolver(path)
         assert resolver is not None
         for use in module.unresolved:
-            if use.class_name != owner.name:
+            if (use.class_name if use.class_name in module.classes else "") != owner.name:
                 continue
             function, statement = resolver.find_statement(use.line)
             lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
@@ -136,23 +104,31 @@ class NameLookup:
                 yield Reference(owner.name, use.attribute, use.line, start, text, function)
 
     def find_plan_dependencies(self, path: Path) -> frozenset[Path]:
-        """Return the files that a file's plans may take entries or styles from.
+        """Return the other files that a file's plans may take entries or styles from, however indirectly.
 
         Raises:
             SourceError: the file cannot be parsed.
         """
-        resolver, module = self._get_resolver(path), self.graph.module(path)
-        if resolver is None or module is None:
+        module = self.graph.module(path)
+        if module is None or module.plan_classes is not None:  # plain displays depend on nothing
             return frozenset()
+        resolver = self._get_resolver(path)
+        assert resolver is not None
+        owners = [*module.classes.values(), *([] if "" in module.classes else [ClassPlans("")])]
         references = [
-            parse_expression(reference.text)
-            for owner in module.classes.values()
+            (parse_expression(reference.text), reference.line if reference.function else None)
+            for owner in owners
             for reference in (*owner.references, *self.find_unresolved_references(path, owner))
         ]
-        entries = (entry for literal in iter_literals(module) for entry in literal.entries)
-        styles = [resolver.parse_span(entry.style_span) for entry in entries if entry.style is None]
-        names = {name for node in (*references, *styles) for name in resolver.collect_dependencies(node)[1]}
-        return frozenset(_list_imported_files(path, module, names))
+        references += [
+            (resolver.parse_span(entry.style_span), entry.line if literal.function else None)
+            for literal in iter_literals(module)
+            for entry in literal.entries
+            if entry.style is None
+        ]
+        return frozenset(
+            file for node, line in references for file in self._provenances.trace(path, node, line)[1] if file != path
+        )
 
     def _search_constants(self, path: Path, scope: str, name: str, visited: frozenset[Path]) -> Iterator[Constant]:
         """Yield the constants that a name stands for in a file, or in the files that it imports the name from."""
@@ -163,34 +139,16 @@ class NameLookup:
         if value is not None:
             yield Constant(path, scope, value)
             return
-        for target in resolve_import(module, name):
-            for file in list_module_files(path, target.level, target.module):
-                yield from self._search_constants(file, "", target.name, visited | {path})
+        for targets in self.graph.list_import_targets(path, name):
+            found = (self._search_constants(file, "", target, visited | {path}) for file, target in targets)
+            yield from next((constants for one in found if (constants := list(one))), [])
+
+    @cached_property
+    def _provenances(self) -> ProvenanceTracer:
+        return ProvenanceTracer(self.graph, self._get_resolver, self.is_framework)
 
     def _get_resolver(self, path: Path) -> NameResolver | None:
         if path not in self._resolvers:
             source = self.graph.source(path)
             self._resolvers[path] = NameResolver(source) if source else None
         return self._resolvers[path]
-
-
-def _list_imported_files(path: Path, module: Module, names: Iterable[str]) -> set[Path]:
-    """Return the files that names of a file may be imported from, whether they exist or not."""
-    modules = {(target.level, target.module) for name in names for target in resolve_import(module, name)}
-    return {file for level, name in modules for file in list_module_files(path, level, name)}
-
-
-@cache
-def list_module_files(path: Path, level: int, module: str) -> tuple[Path, ...]:
-    """Return the files that an import may load: a module, or a model package's configuration, which it re-exports.
-
-    Args:
-        path: the importing file.
-        level: the number of leading dots; for an absolute import, the package may be in any folder above the file.
-        module: the module after the dots.
-    """
-    bases = path.parents[level - 1 : level] if level else path.parents
-    targets = [target for base in bases if (target := base.joinpath(*module.split("."))).name]
-    return tuple(
-        file for target in targets for file in (target.with_suffix(".py"), target / f"configuration_{target.name}.py")
-    )

@@ -74,6 +74,8 @@ class Tree(ClassGraph):
     code_files: list[Path] = field(default_factory=list)
     _sources: dict[Path, SourceFile] = field(default_factory=dict)
     _modules: dict[Path, Module] = field(default_factory=dict)
+    _origins: dict[PlanLocation, PlanLocation | MissingOwner] = field(default_factory=dict)
+    _definitions: dict[PlanLocation, PlanLocation | None] = field(default_factory=dict)
 
     def source(self, path: Path) -> SourceFile:
         """Return a file, read once.
@@ -167,6 +169,28 @@ class Tree(ClassGraph):
 
     def find_definition(self, location: PlanLocation) -> PlanLocation | None:
         """Return where Python finds the plan of a class, None if no class has it."""
+        way: dict[PlanLocation, None] = {}
+        definition: PlanLocation | None = None
+        one = replace(location, code=None)
+        while one not in way:
+            if one in self._definitions:
+                definition = self._definitions[one]
+                break
+            way[one] = None
+            owner = self.module(one.path).classes.get(one.class_name)
+            if owner is not None and one.attribute in owner.plans:
+                definition = one
+                break
+            bases = self.find_bases(one.path, one.class_name)
+            if len(bases) > 1:
+                definition = self._find_definition_in(one)
+                break
+            if bases:
+                one = replace(one, path=bases[0][0][0], class_name=bases[0][0][1])
+        self._definitions |= dict.fromkeys(way, definition)
+        return definition and replace(definition, code=location.code)
+
+    def _find_definition_in(self, location: PlanLocation) -> PlanLocation | None:
         for path, owner in self.mro(location.path, location.class_name):
             if location.attribute in owner.plans:
                 return replace(location, path=path, class_name=owner.name)
@@ -198,40 +222,63 @@ class Tree(ClassGraph):
     def _search_owner(
         self, location: PlanLocation, wanted: PlanLiteral | Opaque | None, seen: frozenset[PlanLocation]
     ) -> PlanLocation | MissingOwner:
-        """Search a class, then its bases; unlike `mro`, a generated file leads to its modular file."""
-        if location in seen:
-            return MissingOwner("MIG303", f"{location.class_name} inherits its {location.attribute} from itself")
-        seen |= {location}
+        """Search a class, then its bases; unlike `mro`, a generated file leads to its modular file.
+
+        As long as there is only one way to go, it is gone in a loop, and all classes on it get the same answer.
+        """
+        way: dict[PlanLocation, None] = {}
+        while True:
+            if location in way or location in seen:
+                return MissingOwner("MIG303", f"{location.class_name} inherits its {location.attribute} from itself")
+            if location in self._origins:
+                result = self._origins[location]
+                break
+            way[location] = None
+            following = self._search_class(location, wanted)
+            if isinstance(following, (PlanLocation, MissingOwner)):
+                result = following
+                break
+            if len(following) > 1:
+                result = self._search_each(following, wanted, seen.union(way))
+                break
+            (location,) = following
+        if location.code is None and not (isinstance(result, MissingOwner) and result.code == "MIG303"):
+            self._origins |= dict.fromkeys(way, result)
+        return result
+
+    def _search_class(
+        self, location: PlanLocation, wanted: PlanLiteral | Opaque | None
+    ) -> PlanLocation | MissingOwner | list[PlanLocation]:
+        """Return where a class has its plan from: itself, nowhere, or one of the classes to search next, in order."""
         generated_from = self.source(location.path).generated_from
         if generated_from is not None:
             modular = location.path.parent / generated_from
             if not modular.is_file():
                 return MissingOwner("MIG302", f"{generated_from} does not exist", lacks_modular=True)
-            return self._search_owner(replace(location, path=modular), wanted, seen)
+            return [replace(location, path=modular)]
         owner = self.module(location.path).classes.get(location.class_name)
         if owner is None:
             for path, name in self.follow_import(location.path, location.class_name):
-                return self._search_owner(replace(location, path=path, class_name=name), wanted, seen)
+                return [replace(location, path=path, class_name=name)]
             return MissingOwner("MIG302", f"{location.path.name} has no class {location.class_name}")
-        return _find_in_class(location, owner, wanted) or self._search_bases(location, owner, wanted, seen)
+        bases = [
+            replace(location, path=path, class_name=name)
+            for base in owner.bases
+            for path, name in self.resolve(location.path, location.class_name, base)
+        ]
+        reason = f"no base of {location.class_name} in {location.path.name} assigns {location.attribute}"
+        return _find_in_class(location, owner, wanted) or bases or MissingOwner("MIG302", reason)
 
-    def _search_bases(
-        self,
-        location: PlanLocation,
-        owner: ClassPlans,
-        wanted: PlanLiteral | Opaque | None,
-        seen: frozenset[PlanLocation],
+    def _search_each(
+        self, bases: list[PlanLocation], wanted: PlanLiteral | Opaque | None, seen: frozenset[PlanLocation]
     ) -> PlanLocation | MissingOwner:
-        missing: MissingOwner | None = None
-        for base in owner.bases:
-            for path, name in self.resolve(location.path, location.class_name, base):
-                result = self._search_owner(replace(location, path=path, class_name=name), wanted, seen)
-                if isinstance(result, PlanLocation) or result.code == "MIG303":
-                    return result
-                missing = missing or result
-        return missing or MissingOwner(
-            "MIG302", f"no base of {location.class_name} in {location.path.name} assigns {location.attribute}"
-        )
+        missing: list[MissingOwner] = []
+        for base in bases:
+            result = self._search_owner(base, wanted, seen)
+            if isinstance(result, PlanLocation) or result.code == "MIG303":
+                return result
+            missing.append(result)
+        return missing[0]
 
 
 def _find_in_class(

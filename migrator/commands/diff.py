@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,12 @@ __all__ = ["command"]
 def command(base: str, head: str | None, allow: tuple[str, ...], output_format: str) -> int:
     """Show what plan edits between two revisions change on the mesh.
 
-    Compares the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them. Each
-    entry is read in its own release's dialect, so that another name for the same placement is not a change. A change
-    is explained if the text diff touches the entry's line in the model's own file. Exits 1 if a change is unexplained,
-    for example because a class inherits it. A plan that cannot be read is reported as possibly changed if anything
-    that it is built from has changed.
+    Compares the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them, in
+    every Python file. Each entry is read in its own release's dialect, so that another name for the same placement is
+    not a change. A change is explained if the text diff touches the entry's line in the model's own file. Exits 1 if a
+    change is unexplained, for example because a class inherits it. A plan that cannot be read is reported as possibly
+    changed if anything that it is built from has changed. What the framework's own functions do to every model's plan
+    is reported once, for the framework.
     """
     from codemods.comparing.difference import compare
     from codemods.files.revisions import find_repository
@@ -44,6 +46,8 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
         diff_summary_lines,
     )
 
+    # Handled like Ctrl-C, which removes the temporary folder; the default would leave it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     repository = find_repository(Path())
     before = repository.read_revision(base)
     after = repository.read_revision(head) if head is not None else repository.read_working_tree()
@@ -71,7 +75,9 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
 
 def _check_allowed(allow: Sequence[str], before: Snapshot, after: Snapshot) -> None:
     """Refuse an `--allow` of a model that neither tree has."""
-    known = {path.parent.name for snapshot in (before, after) for path in snapshot.blobs}
+    from codemods.comparing.results import name_model
+
+    known = {name_model(path) for snapshot in (before, after) for path in snapshot.blobs}
     unknown = sorted(set(allow) - known)
     if unknown:
         raise UsageError(

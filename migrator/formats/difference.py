@@ -160,12 +160,17 @@ def _describe_difference(difference: PlanDifference) -> str:
     """Return which class's entry changed, and how."""
     if difference.kind == "unread":
         named = "" if difference.key == UNRESOLVED else f" {difference.key}"
-        plan = f"{difference.variant.class_name}.{difference.variant.plan}{named}"
+        plan = f"{_format_owner(difference)}{difference.variant.plan}{named}"
         reason = "something it is built from did, and cannot be read; look there"
         return f"{plan} in {difference.model} may have changed: {reason}"
-    entry = f"{difference.variant.class_name}.{_format_plans(difference)} {difference.key}"
+    entry = f"{_format_owner(difference)}{_format_plans(difference)} {difference.key}"
     inherited = "" if difference.side.path == difference.variant.path else f" in {difference.model}, which inherits it"
     return f"{entry}{inherited}: {_format_styles(difference)}, {_format_placements(difference)}"
+
+
+def _format_owner(difference: PlanDifference) -> str:
+    """Return the class before a plan's name; nothing for a plan outside of classes."""
+    return f"{difference.variant.class_name}." if difference.variant.class_name else ""
 
 
 def _format_plans(difference: PlanDifference) -> str:

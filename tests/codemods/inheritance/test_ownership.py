@@ -8,6 +8,7 @@ import pytest
 
 from codemods.checking.check import check_paths
 from codemods.files.sources import SourceFile
+from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.parse import read_module
 from codemods.reading.skim import skim
 from codemods.rewriting.migrate import plan_rewrites
@@ -402,3 +403,54 @@ def test_code_of_a_child_that_decides_otherwise_is_named_and_nothing_is_at_odds(
     assert {finding.code for finding in findings} == {"MIG204"}
     assert all("models/bar/modular_bar.py" in finding.message for finding in findings)
     assert not {"MIG301", "MIG502"} & set(codes(outcome))
+
+
+LENGTH = 600
+
+
+def test_a_chain_of_copies_is_searched_once_and_at_any_depth(tmp_path, monkeypatch):
+    """Each file is searched once, whatever the number of those that are generated from its heirs."""
+    files = {"models/m0/configuration_m0.py": "class M0(Base):\n" + PLAIN.partition("\n")[2]}
+    for n in range(1, LENGTH):
+        parent = f"from ..m{n - 1}.configuration_m{n - 1} import M{n - 1}\n"
+        files |= {
+            f"models/m{n}/modular_m{n}.py": f"{parent}class M{n}(M{n - 1}):\n    pass\n",
+            f"models/m{n}/configuration_m{n}.py": generated(f"m{n}", files["models/m0/configuration_m0.py"]).replace(
+                "class M0(", f"class M{n}("
+            ),
+        }
+    write_tree(tmp_path, files)
+    searched: list[PlanLocation] = []
+    search_class = Tree._search_class
+
+    def count(self, location, wanted):
+        searched.append(location)
+        return search_class(self, location, wanted)
+
+    monkeypatch.setattr(Tree, "_search_class", count)
+    tree = Tree()
+    for n in reversed(range(LENGTH)):
+        path = tmp_path / f"models/m{n}/configuration_m{n}.py"
+        owner = tree.find_owner(PlanLocation(path, f"M{n}", "base_model_tp_plan"))
+        assert owner == PlanLocation(tmp_path / "models/m0/configuration_m0.py", "M0", "base_model_tp_plan")
+    assert len(searched) == len(set(searched)) == 2 * LENGTH - 1
+
+
+def test_a_chain_of_heirs_is_looked_up_once_and_at_any_depth(tmp_path, monkeypatch):
+    heirs = "".join(f"class C{n}(C{n - 1}): pass\n" for n in range(1, 1500))
+    path = write_tree(tmp_path, {"configuration_toy.py": PLAIN.replace("ToyConfig", "C0") + heirs})
+    path /= "configuration_toy.py"
+    asked: list[str] = []
+    find_bases = Tree.find_bases
+
+    def count(self, path, class_name):
+        asked.append(class_name)
+        return find_bases(self, path, class_name)
+
+    monkeypatch.setattr(Tree, "find_bases", count)
+    tree = Tree()
+    for n in reversed(range(1500)):
+        definition = tree.find_definition(PlanLocation(path, f"C{n}", "base_model_tp_plan"))
+        assert definition == PlanLocation(path, "C0", "base_model_tp_plan")
+    assert len(asked) == len(set(asked)) == 1499
+    assert len(tree.mro(path, "C1499")) == 1500

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import HANG_TIMEOUT, wait_until
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 MODELS = "src/transformers/models"
@@ -180,7 +183,7 @@ def test_a_repository_without_models_has_nothing_to_compare(tmp_path):
     git(tmp_path, "commit", "-qm", "empty", "--allow-empty")
     done = diff(tmp_path, "HEAD")
     assert done.returncode == 2
-    assert "neither HEAD nor the working tree contains a configuration_*.py or modeling_*.py" in done.stderr
+    assert "neither HEAD nor the working tree contains a model or a plan" in done.stderr
 
 
 def test_a_file_that_does_not_parse_is_2_and_named(moved):
@@ -189,6 +192,37 @@ def test_a_file_that_does_not_parse_is_2_and_named(moved):
     assert done.returncode == 2
     assert "mellum/configuration_mellum.py:1: does not parse" in done.stderr
     assert "1 unexplained" in done.stdout, "the others are compared"
+
+
+def test_a_plan_outside_of_classes_at_the_top_of_the_repository(root):
+    (root / "serve.py").write_text('model = load(tp_plan={"norm": "colwise"})\n')
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "serve")
+    (root / "serve.py").write_text('model = load(tp_plan={"norm": "rowwise"})\n')
+    done = diff(root, "HEAD", "--format", "github")
+    assert done.returncode == 0
+    assert done.stdout.startswith("::notice file=serve.py,line=1,title=plan diff::tp_plan norm: colwise → rowwise")
+    assert diff(root, "HEAD", "--allow", "serve").returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
+def test_a_termination_leaves_no_temporary_folder(root, tmp_path):
+    """The process is ended while it compares: a git that is put before the real one waits."""
+    folder, bin_folder, reached = tmp_path / "temporary", tmp_path / "bin", tmp_path / "reached"
+    folder.mkdir()
+    bin_folder.mkdir()
+    git_path = shutil.which("git")
+    slow = f'#!/bin/sh\nif ls "{folder}"/migrator-* >/dev/null 2>&1; then touch "{reached}"; exec sleep 30; fi\n'
+    (bin_folder / "git").write_text(f'{slow}exec "{git_path}" "$@"\n')
+    (bin_folder / "git").chmod(0o755)
+    edited = root / MIXTRAL
+    edited.write_text(edited.read_text().replace(Q_PROJ, Q_PROJ.replace("colwise", "rowwise")))
+    environment = os.environ | {"TMPDIR": str(folder), "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    with subprocess.Popen([MIGRATOR, "diff", "HEAD"], cwd=root, env=environment, stderr=subprocess.PIPE) as process:
+        wait_until(reached.exists, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=HANG_TIMEOUT) == 2
+    assert list(folder.iterdir()) == []
 
 
 def test_without_git(root, tmp_path):

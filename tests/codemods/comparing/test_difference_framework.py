@@ -1,0 +1,117 @@
+"""Framework code that every model inherits is compared once; its comments, and models it did not change, not at all."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import pytest
+
+from codemods.comparing.difference import compare
+from codemods.files.revisions import find_repository
+from tests.codemods.helpers import write_tree
+from tests.codemods.repositories import PACKAGE, commit, differences, edit, summarize
+
+UTILS = f"{PACKAGE}/modeling_utils.py"
+PARALLEL = f"{PACKAGE}/integrations/tensor_parallel.py"
+FRAMEWORK = {
+    UTILS: """
+        from .integrations.tensor_parallel import check_plan, default_plan
+
+        class PreTrainedModel:
+            _tp_plan = None
+
+            def post_init(self):
+                self._tp_plan = self.config.base_model_tp_plan.copy()
+                for name, module in self.named_children():
+                    if plan := getattr(module, "_tp_plan", None):
+                        self._tp_plan.update({f"{name}.{k}": v for k, v in plan.items()})
+                self._tp_plan.update(default_plan())
+                check_plan(self)
+
+            def save(self, folder):
+                return self.write(folder, 1)
+    """,
+    PARALLEL: """
+        def default_plan():
+            return {"norm": "colwise"}
+
+        def check_plan(model):
+            if not model._tp_plan:
+                raise ValueError("no plan")
+    """,
+}
+MODEL = """
+from ...modeling_utils import PreTrainedModel
+class {name}PreTrainedModel(PreTrainedModel):
+    pass
+class {name}Model({name}PreTrainedModel):
+    _tp_plan = {{"lm_head": "colwise"}}
+"""
+NAMES = [f"toy{n}" for n in range(12)]
+
+
+@pytest.fixture
+def tree(root):
+    models = {f"{PACKAGE}/models/{name}/modeling_{name}.py": MODEL.format(name=name.title()) for name in NAMES}
+    write_tree(root, {**FRAMEWORK, **models})
+    commit(root, "a framework")
+    return root
+
+
+def test_a_comment_in_framework_code_is_no_change(tree):
+    for path in (UTILS, PARALLEL):
+        (tree / path).write_text("# a comment\n\n" + (tree / path).read_text() + "\n# another one\n")
+    repository = find_repository(tree)
+    found = compare(repository.read_revision("HEAD"), repository.read_working_tree())
+    assert (found.differences, found.files) == ((), 2)
+
+
+def test_a_change_in_framework_code_is_reported_once(tree):
+    edit(tree, UTILS, '"_tp_plan", None', '"_tp_plan", {}')
+    assert {(one.variant.path.name, one.variant.class_name) for one in differences(tree)} == {
+        ("modeling_utils.py", "PreTrainedModel")
+    }
+
+
+def test_framework_code_that_plans_do_not_depend_on_changes_nothing(tree):
+    edit(tree, UTILS, "self.write(folder, 1)", "self.write(folder, 2)")
+    edit(tree, PARALLEL, "no plan", "the plan is empty")
+    assert differences(tree) == ()
+
+
+def test_a_helper_of_framework_code_in_another_file_is_followed(tree):
+    edit(tree, PARALLEL, '{"norm": "colwise"}', '{"norm": "rowwise"}')
+    (found,) = differences(tree)
+    assert (found.variant.path.name, found.kind) == ("modeling_utils.py", "unread")
+
+
+def test_a_plan_in_the_body_of_a_framework_class_is_inherited(tree):
+    edit(tree, UTILS, "_tp_plan = None", '_tp_plan = {"norm": "colwise"}')
+    write_tree(tree, {f"{PACKAGE}/models/heir/modeling_heir.py": MODEL.format(name="Heir")})
+    found = [one for one in differences(tree) if one.key == "norm"]
+    assert {*NAMES, "heir", "transformers", "llama"} <= {one.model for one in found}
+    assert not any(one.variant.class_name.endswith("Toy1Model") for one in found), "which has a plan of its own"
+    assert {one.explained for one in found if one.model in NAMES} == {False}
+
+
+def test_a_new_model_lists_its_own_entries(tree):
+    write_tree(tree, {f"{PACKAGE}/models/new/modeling_new.py": MODEL.format(name="New")})
+    assert summarize(differences(tree)) == [("new", "lm_head", "added", True)]
+
+
+def test_framework_files_are_parsed_once_for_all_models(tree, monkeypatch):
+    """Twelve models inherit from it: neither its parses nor the texts made of its nodes grow with their number."""
+    parses: Counter[bytes] = Counter()
+    parse = ast.parse
+
+    def count(source, *args, **options):
+        text = source if isinstance(source, bytes) else str(source).encode()
+        parses[text] += b"class PreTrainedModel" in text
+        return parse(source, *args, **options)
+
+    edit(tree, UTILS, '"_tp_plan", None', '"_tp_plan", {}')
+    monkeypatch.setattr(ast, "parse", count)
+    differences(tree)
+    assert len(+parses) == 2
+    assert max(parses.values()) <= 3, "to compare it, to read its plans, and to look its names up"
