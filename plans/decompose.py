@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from plans.model_facts import ExpertLayout
 from plans.plan import plan_kind
+from plans.quantized import find_weight_key, is_whole_style, iter_scale_keys
 from plans.rule import Finding, load_rule
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "apply_edits",
     "decompose",
     "find_group_key",
+    "get_anchor",
     "is_decomposable_plan",
 ]
 
@@ -91,8 +93,11 @@ class EditGroup:
 
 
 def find_group_key(key: str) -> str:
-    """Return the key of the experts module that an entry belongs to, or the entry's own key."""
-    module = key.rpartition(".")[0]
+    """Return the key of the experts module that an entry belongs to, or the entry's own key.
+
+    The scales of an experts' parameter belong to the module, too.
+    """
+    module = (find_weight_key(key) or key).rpartition(".")[0]
     return module if _EXPERTS_MODULE.fullmatch(module) else key
 
 
@@ -116,14 +121,26 @@ def decompose(
     """
     edits: list[Edit] = []
     findings: list[Finding] = []
+    held: set[str] = set()
     whole_plan = {**(other_entries or {}), **plan}
     for experts in _find_experts_modules(plan):
-        for result in _decompose_experts(whole_plan, experts, read_layout):
-            if isinstance(result, Finding):
-                findings.append(result)
-            elif (result.anchor if isinstance(result, InsertEntry) else result.key) in plan:
-                edits.append(result)
-    return Decomposition(tuple(edits), tuple(findings))
+        results = list(_decompose_experts(whole_plan, experts, read_layout))
+        results += _decompose_scales(whole_plan, experts, [each for each in results if not isinstance(each, Finding)])
+        found = [result for result in results if isinstance(result, Finding)]
+        if any(finding.code == "MIG207" for finding in found):
+            held.add(experts)
+        findings += found
+        edits += [
+            result
+            for result in results
+            if not isinstance(result, Finding) and experts not in held and get_anchor(result) in plan
+        ]
+    return Decomposition(tuple(edits), tuple(findings), frozenset(held))
+
+
+def get_anchor(edit: Edit) -> str:
+    """Return the key of the existing entry that an edit changes or inserts before."""
+    return edit.anchor if isinstance(edit, InsertEntry) else edit.key
 
 
 def apply_edits(plan: Mapping[str, str], edits: tuple[Edit, ...]) -> dict[str, str]:
@@ -139,7 +156,7 @@ def apply_edits(plan: Mapping[str, str], edits: tuple[Edit, ...]) -> dict[str, s
 def _find_experts_modules(plan: Mapping[str, str]) -> list[str]:
     modules: dict[str, None] = {}
     for key in plan:
-        if match := _EXPERT_PARAMETER.fullmatch(key):
+        if match := _EXPERT_PARAMETER.fullmatch(find_weight_key(key) or key):
             modules[match["experts"]] = None
         elif _EXPERTS_MODULE.fullmatch(key):
             modules[key] = None
@@ -185,6 +202,25 @@ def _rename_styles(plan: Mapping[str, str], *keys: str) -> Iterator[SetStyle]:
         for code in _RULES_OF_PARAMETER[key.rpartition(".")[2]]:
             if plan.get(key) in load_rule(code).rewrites:
                 yield SetStyle(code, key, plan[key], load_rule(code).to)
+
+
+def _decompose_scales(plan: Mapping[str, str], experts: str, edits: Iterable[Edit]) -> Iterator[Edit | Finding]:
+    """Yield the edits that cut the scales of an experts module's parameters as the other edits cut the parameters.
+
+    Scales of parameters that keep their styles keep theirs. A scale that is cut in another way holds its parameter.
+    """
+    for parameter, codes in _RULES_OF_PARAMETER.items():
+        weight = f"{experts}.{parameter}"
+        final = next((edit.style for edit in edits if edit.key == weight), plan.get(weight))
+        for key in iter_scale_keys(plan, weight):
+            renames = [SetStyle(code, key, plan[key], load_rule(code).to) for code in codes]
+            rename = next((edit for edit in renames if edit.before in load_rule(edit.code).rewrites), None)
+            if final == load_rule(codes[0]).to and rename:
+                yield rename
+            elif final == load_rule(codes[0]).to and plan[key] != final and not is_whole_style(plan[key]):
+                yield _build_finding("MIG207", key, plan[key], weight)
+            elif final is None and rename:
+                yield _build_finding("MIG206", key, plan[key], weight)
 
 
 def _resolve_final_style(plan: Mapping[str, str], key: str) -> str | None:

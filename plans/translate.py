@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
 from plans.decompose import Decomposition, SetStyle
 from plans.dialect import PARAM_LEVEL, Dialect, load_dialect
 from plans.model_facts import KeyTarget, TargetReader
+from plans.quantized import find_weight_key
 from plans.rule import Finding, load_rule
 from plans.style import Style
 
@@ -96,13 +97,23 @@ def translate(
         target.name,
         {name: style for name, style in target.styles.items() if not style.only or style.only in kind.split("_")},
         {name: style for name, style in param_level.items() if name not in target.styles},
-        cache(read_target),
+        cache(partial(_read_scaled_target, read_target)),
     )
-    results = list(translation.translate_entries())
+    results = list(translation.hold_together(translation.translate_entries()))
     return Decomposition(
         tuple(result for result in results if isinstance(result, SetStyle)),
         tuple(result for result in results if isinstance(result, Finding)),
     )
+
+
+def _read_scaled_target(read_target: TargetReader, key: str) -> KeyTarget | None:
+    """Return what a key names; a quantizer's scale is a parameter with as many dims as its weight."""
+    weight = find_weight_key(key)
+    target = read_target(key)
+    if target is None and weight is not None:
+        scaled = read_target(weight)
+        return scaled if scaled and scaled.kind == "parameter" else None
+    return target
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,26 @@ class _Translation:
                 yield self._report_unchanged(key, f"{self.source_dialect} has no such style")
             elif not self._is_shared(style):
                 yield from self._translate_entry(key, style)
+
+    def hold_together(self, results: Iterable[SetStyle | Finding]) -> Iterator[SetStyle | Finding]:
+        """Yield results, but keep the styles of a weight and its scales where one of them cannot be translated."""
+        results = list(results)
+        failed = {result.key for result in results if isinstance(result, Finding)}
+        for result in results:
+            others = [key for key in self._find_cut_together(result.key) if key in failed]
+            if isinstance(result, SetStyle) and others:
+                yield self._report_unchanged(result.key, f"it is cut as {others[0]}, which stays")
+            else:
+                yield result
+
+    def _find_cut_together(self, key: str) -> Iterator[str]:
+        """Yield the other entries of the plan for the same weight, for its module, and for its scales."""
+        weight = find_weight_key(key) or key
+        owner = weight.removesuffix(".weight")
+        for other in self.plan:
+            of_weight = (find_weight_key(other) or other).removesuffix(".weight")
+            if other != key and of_weight == owner:
+                yield other
 
     def _is_shared(self, style: Style) -> bool:
         """Return whether a style means the same in both dialects, no matter what its key names."""

@@ -13,6 +13,7 @@ from codemods.reading.module import PlanLiteral
 from plans.dialect import Dialect, suggest_style
 from plans.placement import Replicate
 from plans.plan import plan_kind
+from plans.quantized import find_weight_key
 from plans.rule import Finding, load_rule
 
 __all__ = ["DefectContext", "find_defects"]
@@ -88,7 +89,8 @@ def _has_shards(experts: str, literal: PlanLiteral, other: Alternative, dialect:
     if other.is_partial or any(key.startswith(f"{experts}.") for key in computed):
         return True
     everything = {**other.plan, **literal.plan}
-    return any(_is_sharding(style, dialect) for key, style in everything.items() if key.startswith(f"{experts}."))
+    parameters = (key for key in everything if key.startswith(f"{experts}.") and find_weight_key(key) is None)
+    return any(_is_sharding(everything[key], dialect) for key in parameters)
 
 
 def _is_sharding(style: str, dialect: Dialect) -> bool:
@@ -138,11 +140,14 @@ def _find_swapped_branches(literal: PlanLiteral, context: DefectContext) -> Iter
 
 
 def _find_impossible_keys(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:
-    if context.can_exist is not None:
-        for key in literal.plan:
-            # A computed part before the first name is left out: the rest is relative to some class of the model.
-            if not context.can_exist(key.lstrip("*.")):
-                yield _build_finding("MIG506", key)
+    if context.can_exist is None:
+        return
+    for key in literal.plan:
+        # A computed part before the first name is left out: the rest is relative to some class of the model.
+        relative = key.lstrip("*.")
+        weight = find_weight_key(relative)  # a quantizer creates the scales of what the model creates
+        if not context.can_exist(relative) and not (weight and context.can_exist(weight)):
+            yield _build_finding("MIG506", key)
 
 
 def _find_duplicate_keys(literal: PlanLiteral, context: DefectContext) -> Iterator[Finding]:

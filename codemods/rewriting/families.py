@@ -13,7 +13,7 @@ from codemods.inheritance.relations import can_derive_from, find_missing_copies
 from codemods.reading.module import Opaque, PlanLiteral
 from codemods.rewriting.rewrite import compute_edited_entries
 from codemods.tree.selection import Suppressions, build_overruled_finding
-from plans.decompose import Decomposition, Edit, EditGroup, InsertEntry, find_group_key
+from plans.decompose import Decomposition, Edit, EditGroup, find_group_key, get_anchor
 from plans.errors import MigratorError
 from plans.rule import Finding, load_rule
 
@@ -28,7 +28,6 @@ __all__ = [
     "evaluate_family",
     "find_line",
     "find_lines",
-    "get_anchor",
     "group_families",
     "resolve_edits",
 ]
@@ -268,11 +267,6 @@ def resolve_edits(
                 edits[location] = (family.owner, kept)
                 findings += _report_overruled(tree, location, family.owner, kept, suppressions)
     return Resolution(edits, findings, suppressed)
-
-
-def get_anchor(edit: Edit) -> str:
-    """Return the key of the existing entry that an edit changes or inserts before."""
-    return edit.anchor if isinstance(edit, InsertEntry) else edit.key
 
 
 def find_line(tree: Tree, location: PlanLocation, key: str) -> int:

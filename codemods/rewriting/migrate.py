@@ -20,7 +20,6 @@ from codemods.rewriting.families import (
     evaluate_family,
     find_line,
     find_lines,
-    get_anchor,
     group_families,
     resolve_edits,
 )
@@ -37,6 +36,7 @@ from codemods.tree.detect import (
 from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, Outcome
 from codemods.tree.selection import Suppressions
 from codemods.tree.survey import PlanFilter, Survey, every_plan, expert_plans, find_unresolved, survey_tree
+from plans.decompose import get_anchor
 from plans.dialect import PARAM_LEVEL
 from plans.dialect_file import load_named_dialect
 from plans.errors import MigratorError

@@ -20,7 +20,7 @@ from codemods.models.describe import describe
 from codemods.models.layouts import find_layout
 from codemods.reading.alternatives import Alternative, find_alternatives, keep_relevant_literals
 from codemods.reading.module import ANY_KEY, ClassPlans, PlanLiteral, are_exclusive
-from codemods.rewriting.families import Family, get_anchor
+from codemods.rewriting.families import Family
 from plans.decompose import (
     Decomposition,
     Edit,
@@ -29,11 +29,13 @@ from plans.decompose import (
     SetStyle,
     decompose,
     find_group_key,
+    get_anchor,
     is_decomposable_plan,
 )
 from plans.dialect import Dialect
 from plans.model_facts import ExpertLayout, KeyTarget, TargetReader
 from plans.plan import plan_kind, to_wildcard
+from plans.quantized import find_weight_key
 from plans.rule import Finding, load_rule
 
 __all__ = ["block_unsafe_edits", "find_siblings", "report_blocked", "to_dialect", "to_param_level"]
@@ -111,6 +113,10 @@ def _is_replaceable(literal: PlanLiteral, edit: Edit) -> bool:
 _NOTHING = Decomposition((), ())
 
 _EXPERT_PARAMETER = re.compile(r"(?<!\w)experts\.(?:gate_up_proj|up_proj|down_proj)$")
+
+
+_ABOUT_MISSING = frozenset({"MIG202", "MIG206"})
+"""The codes of findings that an entry is missing, which a plan with entries from elsewhere may have."""
 
 
 def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
@@ -226,10 +232,10 @@ def _block_unwritable(literal: PlanLiteral, wanted: Decomposition, other: Altern
     position in the text, and edits that depend on entries which the plan takes from elsewhere and which are not read.
     """
     is_partial = literal.is_partial or other.is_partial
-    own = [entry.key for entry in literal.entries if entry.style is None and _EXPERT_PARAMETER.search(entry.key)]
-    computed = {find_group_key(key) for key in (*own, *filter(_EXPERT_PARAMETER.search, other.computed))}
+    own = [entry.key for entry in literal.entries if entry.style is None and _is_of_experts(entry.key)]
+    computed = {find_group_key(key) for key in (*own, *filter(_is_of_experts, other.computed))}
     fixed = {entry.key for entry in literal.entries if is_partial or not entry.can_precede}
-    unread = [finding.key for finding in wanted.findings if is_partial and finding.code == "MIG202"]
+    unread = [finding.key for finding in wanted.findings if is_partial and finding.code in _ABOUT_MISSING]
     duplicates = _find_duplicates(literal, other)
     unwritable = [
         edit
@@ -244,6 +250,11 @@ def _block_unwritable(literal: PlanLiteral, wanted: Decomposition, other: Altern
         (*findings, *report_blocked([*own, *map(get_anchor, unwritable), *unread]), *report_blocked(whys)),
         frozenset(find_group_key(edit.key) for edit in (*unwritable, *overridden)),
     )
+
+
+def _is_of_experts(key: str) -> bool:
+    """Return whether a key names a parameter of experts, or a scale of one."""
+    return _EXPERT_PARAMETER.search(find_weight_key(key) or key) is not None
 
 
 def _find_duplicates(literal: PlanLiteral, other: Alternative) -> Mapping[str, int]:
