@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the source side as quick, except for long ones and those of installed packages."""
     for item in items:
         is_quick = any(item.path.is_relative_to(path) for path in SOURCE_SIDE)
-        is_long = item.get_closest_marker("full") or item.get_closest_marker("network")
+        is_long = any(item.get_closest_marker(name) for name in ("full", "network", "slow"))
         if is_quick and not is_long and NOT_QUICK.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.quick)
 

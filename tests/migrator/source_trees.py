@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from tests.codemods.helpers import PACKED, REGULAR, generated, write_tree
@@ -39,8 +45,42 @@ class ToyModel(nn.Module):
 OWNER, COPY = "toy/configuration_toy.py", "heir/configuration_heir.py"
 
 
-def migrator(*arguments, cwd, **keywords):
-    return subprocess.run([MIGRATOR, *map(str, arguments)], cwd=cwd, capture_output=True, check=False, **keywords)
+# Runs each command in a fork of its own. Every other command would spend most of its time on imports.
+SERVER = """
+import json, os, sys
+import codemods.checking.check, codemods.comparing.difference, codemods.rewriting.transformers
+from migrator.cli import main
+
+for line in sys.stdin:
+    call = json.loads(line)
+    if not (child := os.fork()):
+        os.chdir(call["cwd"])
+        os.environ.clear()
+        os.environ.update(call["env"])
+        for descriptor, name in enumerate([os.devnull, call["stdout"], call["stderr"]]):
+            os.dup2(os.open(name, os.O_RDWR), descriptor)
+        sys.argv = ["migrator", *call["arguments"]]
+        main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def start_server() -> subprocess.Popen[str]:
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # which closes its input, and so ends it
+    return server
+
+
+def migrator(*arguments: object, cwd: Path, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[bytes]:
+    """Run a command as its script does, in a process of its own that has imported what reads source."""
+    server = start_server()
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        call = {"arguments": list(map(str, arguments)), "cwd": str(cwd), "env": dict(env)}
+        server.stdin.write(json.dumps(call | {"stdout": stdout.name, "stderr": stderr.name}) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, stdout.read(), stderr.read())
 
 
 def family(root: Path, packed: str = PACKED) -> Path:

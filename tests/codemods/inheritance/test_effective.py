@@ -136,6 +136,7 @@ def test_many_diamonds_take_no_longer_than_few():
     assert plan_of({A: text}, A, "C60") == {"a": "colwise"}
 
 
+@pytest.mark.slow
 def test_inheritance_too_deep_to_follow_is_an_error():
     text = "class M: pass\nclass C0: pass\n" + "".join(f"class C{n + 1}(C{n}, M): pass\n" for n in range(1500))
     files = {A: "from ..b.configuration_b import C1500\nclass Child(C1500): pass\n", B: text}

@@ -90,6 +90,7 @@ def test_too_many_combinations_give_a_partial_alternative():
     assert len(found.plan) == 20
 
 
+@pytest.mark.slow
 def test_a_thousand_branches_take_little_work():
     conditions = [Condition(f"i == {number}", False) for number in range(1000)]
     arms = [

@@ -12,6 +12,7 @@ import pytest
 
 from tests.codemods.helpers import MIGRATED, PACKED, REGULAR, write_tree
 
+pytestmark = pytest.mark.slow
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 MODELS = 120
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -138,26 +138,31 @@ def test_a_family_has_one_complete_fix(root):
     assert all(len(text) < 30 for text in inserted), "values are replaced, not lines"
 
 
-@pytest.mark.parametrize(
-    ("encoding", "newline"),
-    [
-        ("utf-8", "\n"),
-        ("utf-8", "\r\n"),
-        ("utf-8", "\r"),
-        ("utf-8-sig", "\n"),
-        ("utf-8-sig", "\r"),
-        ("latin-1", "\n"),
-        ("latin-1", "\r\n"),
-    ],
-)
-@pytest.mark.parametrize("text", [PACKED, INSERTED])
-def test_fixes_are_the_rewrite_in_every_encoding(root, encoding, newline, text):
-    write_tree(root, {"toy/modeling_toy.py": MODELING})
-    cookie = f"# -*- coding: {encoding} -*-\n" if encoding == "latin-1" else ""
-    text = text.replace("\U0001f600", "") if encoding == "latin-1" else text
-    (root / OWNER).write_bytes((cookie + "# caf\u00e9" + text.rstrip("\n")).replace("\n", newline).encode(encoding))
+ENCODINGS = {
+    ("utf-8", "\n"): "utf-8",
+    ("utf-8", "\r\n"): "utf-8",
+    ("utf-8", "\r"): "utf-8",
+    ("utf-8-sig", "\n"): "utf-8",
+    ("utf-8-sig", "\r"): "utf-8",
+    ("latin-1", "\n"): "iso-8859-1",
+    ("latin-1", "\r\n"): "iso-8859-1",
+}
+
+
+def test_fixes_are_the_rewrite_in_every_encoding(root):
+    expected = {}
+    for number, ((encoding, newline), text) in enumerate(product(ENCODINGS, (PACKED, INSERTED))):
+        path = f"m{number}/configuration_toy.py"
+        write_tree(root, {f"m{number}/modeling_toy.py": MODELING})
+        text = "# caf\u00e9" + text.rstrip("\n")
+        if encoding == "latin-1":
+            text = f"# -*- coding: {encoding} -*-\n{text}".replace("\U0001f600", "")
+        (root / path).write_bytes(text.replace("\n", newline).encode(encoding))
+        expected[path] = ENCODINGS[encoding, newline]
     run = assert_fixes_are_the_rewrite(root)
-    assert run["artifacts"][0]["encoding"] == {"latin-1": "iso-8859-1"}.get(encoding, "utf-8")
+    assert {artifact["location"]["uri"]: artifact["encoding"] for artifact in run["artifacts"]} == expected
+    for path in expected:
+        assert (root.with_name("fixed") / path).read_bytes() != (root / path).read_bytes(), path
 
 
 def test_fixes_are_the_rewrite_of_the_installed_models(root, installed_transformers):
