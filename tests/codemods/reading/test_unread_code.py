@@ -386,7 +386,8 @@ def test_what_the_library_around_the_models_does_is_its_own_affair(tmp_path):
     code = "class Base:\n    def f(self, key):\n        self._tp_plan[key] = STYLES[key]\n"
     framework = {"configuration_utils.py": code, "modeling_utils.py": code}
     files = {TOY: "from ...modeling_utils import Base\n" + body("_tp_plan = $ENTRIES", "Base"), **framework}
-    write_tree(tmp_path, {name: fill(text) for name, text in files.items()} | {"models/toy/modeling_toy.py": MODELING})
-    outcome = check_paths([tmp_path], source="transformers-5.23")
+    files = {name: fill(text) for name, text in files.items()} | {"models/toy/modeling_toy.py": MODELING}
+    # Not in `tmp_path` itself, whose siblings would be taken for models of the same tree and read.
+    outcome = check_paths([write_tree(tmp_path / "library", files)], source="transformers-5.23")
     assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
     assert "MIG204" not in codes(outcome)

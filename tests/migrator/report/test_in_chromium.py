@@ -14,7 +14,7 @@ from tests.chromium import chromium, find_chromium
 from tests.migrator.report.samples import HOSTILE, a_report
 
 PROGRAM = find_chromium()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed: apt-get install chromium")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed: run `make browser`")
 
 TAB = ("Tab", 9)
 CONTROLS = "document.querySelectorAll('a[href], summary, button, input, [tabindex=\"0\"]').length"

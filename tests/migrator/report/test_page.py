@@ -13,7 +13,6 @@ from migrator.report.from_validation import build_validation_report
 from migrator.report.markup import element
 from migrator.report.page import render_report, write_report
 from migrator.report.shard_map import format_ranks
-from migrator.terminal.text import format_bytes, sanitize
 from plans.errors import DestinationError
 from plans.mesh import Mesh
 from runtime.checkpoint.resharding.execute import execute_reshard
@@ -120,19 +119,6 @@ def test_every_rank_of_a_large_mesh_is_there():
 )
 def test_ranks_in_words(ranks, world, words):
     assert format_ranks(ranks, world) == words
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1000 * 1024, "0.977 MiB"), (5 * 2**60, "5,242,880 TiB")],
-)
-def test_sizes_in_words(number, words):
-    assert format_bytes(number) == words
-
-
-def test_non_printable_text_is_escaped_and_long_text_is_shortened():
-    assert sanitize("a\n\x1b[0m\u202e") == "a\\n\\x1b[0m\\u202e"
-    assert len(sanitize("x" * 10_000)) < 200
 
 
 def test_attributes_are_escaped():
