@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from tests.codemods.helpers import PACKED, REGULAR, generated, write_tree
+from tests.waiting import HANG_TIMEOUT
 
 MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 MODELING = f"""{REGULAR}
@@ -47,13 +48,14 @@ OWNER, COPY = "toy/configuration_toy.py", "heir/configuration_heir.py"
 
 # Runs each command in a fork of its own. Every other command would spend most of its time on imports.
 SERVER = """
-import json, os, sys
+import json, os, signal, sys
 import codemods.checking.check, codemods.comparing.difference, codemods.rewriting.transformers
 from migrator.cli import main
 
 for line in sys.stdin:
     call = json.loads(line)
     if not (child := os.fork()):
+        signal.alarm(call["limit"])
         os.chdir(call["cwd"])
         os.environ.clear()
         os.environ.update(call["env"])
@@ -74,9 +76,11 @@ def start_server() -> subprocess.Popen[str]:
 
 def migrator(*arguments: object, cwd: Path, env: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[bytes]:
     """Run a command as its script does, in a process of its own that has imported what reads source."""
+    if not hasattr(os, "fork"):
+        return subprocess.run([MIGRATOR, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, check=False)
     server = start_server()
     with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        call = {"arguments": list(map(str, arguments)), "cwd": str(cwd), "env": dict(env)}
+        call = {"arguments": list(map(str, arguments)), "cwd": str(cwd), "env": dict(env), "limit": int(HANG_TIMEOUT)}
         server.stdin.write(json.dumps(call | {"stdout": stdout.name, "stderr": stderr.name}) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
