@@ -49,6 +49,9 @@ IRREGULAR = frozenset(
 # fmt: on
 NO_PARTICIPLES = frozenset({"bed", "embed", "exceed", "feed", "need", "proceed", "seed", "shed", "speed", "succeed"})
 
+# A method of this name is taken for that of text, a container or a path, not for one of the project's.
+BUILT_IN = frozenset(name for kind in (str, bytes, dict, list, set, tuple, Path) for name in dir(kind))
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -244,7 +247,7 @@ class Journey:
                     yield from self._named(found, name)
                 elif what and where in self.code.modules:
                     yield from ((one, function, kind) for one, kind, function in self._method(where, what, name))
-            case ast.Attribute(attr=name):
+            case ast.Attribute(attr=name) if name not in BUILT_IN:
                 found_methods = self.code.methods.get(name, [])
                 own = [row for row in found_methods if row[0] is module and row[1] is owner]
                 rows = own or (found_methods if len(found_methods) == 1 else [])

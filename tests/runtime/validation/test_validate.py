@@ -150,7 +150,7 @@ def test_a_reference_with_another_output_is_refused(
     two_ranks: RankPool, hub_folder: HubFolder, headless_hub: Path, tmp_path: Path
 ) -> None:
     execute_reshard(plan_reshard(headless_hub, Mesh(tp=2)), tmp_path / "ranks")
-    with pytest.raises(UsageError, match=r"logits are .* last_hidden_state"):
+    with pytest.raises(UsageError, match=r"its logits have the shape .*, but the folder's last_hidden_state have "):
         two_ranks.run(validation_cases.validate, tmp_path / "ranks", hub_folder("llama"))
 
 
@@ -268,7 +268,7 @@ def test_a_kernel_that_the_config_names_is_not_run(
 
 
 def test_another_mesh_than_the_folders_is_refused(two_ranks: RankPool, rank_folder: RankFolder) -> None:
-    with pytest.raises(UsageError, match=r"laid out for `tp=4`, not `tp=2`"):
+    with pytest.raises(UsageError, match=r"was written for `tp=4`, not `tp=2`"):
         two_ranks.run(validation_cases.validate, rank_folder("llama", 4), None)
 
 

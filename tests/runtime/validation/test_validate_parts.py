@@ -89,7 +89,7 @@ def test_the_recorded_mesh_is_the_default(sizes: dict[str, int], mode: Mode | No
 def test_another_mesh_than_the_recorded_one_is_refused(
     sizes: dict[str, int], mode: Mode | None, expert_ranks: Path
 ) -> None:
-    with pytest.raises(UsageError, match="laid out for `tp=2` `ep=2` `mode=ep`, not `"):
+    with pytest.raises(UsageError, match="was written for `tp=2` `ep=2` `mode=ep`, not `"):
         resolve_mesh(expert_ranks, sizes, mode)
 
 
