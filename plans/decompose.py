@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from plans.model_facts import ExpertLayout
+from plans.model_facts import ExpertLayout, UnreadLayout
 from plans.plan import plan_kind
 from plans.quantized import find_weight_key, is_whole_style, iter_scale_keys
 from plans.rule import Finding, load_rule
@@ -28,8 +28,8 @@ __all__ = [
     "is_decomposable_plan",
 ]
 
-LayoutReader = Callable[[str], ExpertLayout | None]
-"""Maps the key of an experts module, `layers.*.mlp.experts`, to its layout, or to None if that cannot be read."""
+LayoutReader = Callable[[str], ExpertLayout | UnreadLayout | None]
+"""Maps the key of an experts module, `layers.*.mlp.experts`, to its layout, or to why it cannot be read if known."""
 
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<parameter>gate_up_proj|up_proj|down_proj)")
 _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
@@ -188,8 +188,8 @@ def _check_layout(
 ) -> Iterator[Edit | Finding]:
     experts = key.removesuffix(".gate_up_proj")
     layout = read_layout(experts)
-    if layout is None:
-        yield _build_finding("MIG203", key, plan[key])
+    if layout is None or isinstance(layout, UnreadLayout):
+        yield _build_unread_finding(key, plan[key], layout)
     elif layout.irregularity:
         yield _build_finding(layout.irregularity, key, plan[key], layout.where)
     else:
@@ -239,12 +239,17 @@ def _explain_unchanged(plan: Mapping[str, str], experts: str, read_layout: Layou
         yield _build_finding("MIG202", f"{experts}.down_proj", plan[f"{experts}.down_proj"])
         return
     layout = read_layout(experts)
-    if layout is None:
-        yield _build_finding("MIG203", key, plan[key])
+    if layout is None or isinstance(layout, UnreadLayout):
+        yield _build_unread_finding(key, plan[key], layout)
     else:
         # Only a plain colwise is known to shard the interleaved form of a checkpoint; other styles mean nothing here.
         regular = "MIG104" if plan[key] == _INTERLEAVED_STYLE else "MIG205"
         yield _build_finding(layout.irregularity or regular, key, plan[key], layout.where)
+
+
+def _build_unread_finding(key: str, style: str, layout: UnreadLayout | None) -> Finding:
+    where = f"{layout.cause}; {layout.step}" if layout else "the experts' layout is not known"
+    return _build_finding("MIG203", key, style, where)
 
 
 def _build_finding(code: str, key: str, style: str, where: str = "") -> Finding:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ExpertLayout", "KeyTarget", "TargetKind", "TargetReader"]
+__all__ = ["ExpertLayout", "KeyTarget", "TargetKind", "TargetReader", "UnreadLayout"]
 
 
 TargetKind = Literal["linear", "embedding", "experts", "module", "parameter"]
@@ -62,3 +62,16 @@ class ExpertLayout:
         if self.transposed:
             return "MIG101"
         return "MIG105" if self.biased else None
+
+
+@dataclass(frozen=True)
+class UnreadLayout:
+    """Why the layout of an experts module is unknown.
+
+    Args:
+        cause: what prevents reading it, with the line if there is one.
+        step: what a person can do about it.
+    """
+
+    cause: str
+    step: str

@@ -11,7 +11,7 @@ from codemods.checking.defects import DefectContext, find_defects
 from codemods.files.sources import add_error_once
 from codemods.inheritance.ownership import PlanLocation
 from codemods.models.describe import Model
-from codemods.models.modeling import list_modeling_files
+from codemods.models.model_files import find_modeling_files
 from codemods.reading.module import PlanLiteral
 from codemods.rewriting.families import Family, build_plan_finding, group_families
 from codemods.rewriting.migrate import TreeReading, read_tree
@@ -102,7 +102,7 @@ def _find_literal_defects(reading: TreeReading, location: PlanLocation, model: M
 
 def _load_model(survey: Survey, folder: Path) -> Model | None:
     try:
-        return Model(folder) if list_modeling_files(folder) else None
+        return Model(folder) if find_modeling_files(folder) else None
     except MigratorError as error:
         add_error_once(survey.errors, error)
         return None

@@ -14,7 +14,7 @@ from codemods.files.sources import SourceFile
 from codemods.inheritance.effective import REMOVED, PlanVariant, file_kind
 from codemods.models.describe import Model
 from codemods.models.layouts import find_layout
-from codemods.models.modeling import find_parent_models
+from codemods.models.model_files import find_parent_models
 from codemods.tree.detect import TreeDialect, detect_tree_dialect
 from codemods.tree.registry import REGISTRY
 from plans.dialect import PARAM_LEVEL, load_dialect

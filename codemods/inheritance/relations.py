@@ -12,7 +12,7 @@ from codemods.files.headers import scan_imports
 from codemods.files.sources import add_error_once
 from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.ownership import PlanLocation, Tree
-from codemods.models.modeling import list_modeling_files
+from codemods.models.model_files import find_modeling_files
 from codemods.reading.module import PlanLiteral
 from plans.errors import MigratorError
 
@@ -50,7 +50,7 @@ def find_consumers(tree: Tree, locations: Iterable[PlanLocation]) -> tuple[Consu
                 continue
             consumers[path, name] = subclass
             waiting.append(subclass)
-    others = [consumer for consumer in consumers.values() if list_modeling_files(consumer.path.parent)]
+    others = [consumer for consumer in consumers.values() if find_modeling_files(consumer.path.parent)]
     return tuple(dict.fromkeys((location.path.parent, location.class_name) for location in (*locations, *others)))
 
 

@@ -10,78 +10,86 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
-__all__ = ["is_concatenated"]
+from codemods.models.value_kinds import (
+    METADATA_ATTRIBUTES,
+    TRANSPOSED,
+    TRANSPOSED_ATTRIBUTES,
+    WEIGHTS,
+    ValueKind,
+    classify_function_call,
+    classify_method_call,
+    find_sliced_part,
+    format_dotted_path,
+    is_one_item,
+    read_index,
+)
+
+__all__ = ["Concatenation", "find_concatenation"]
 
 _PACKED = "gate_up_proj"
 _MODULES = ("nn.Module", "torch.nn.Module")
 _EVERY_PARAMETER = frozenset({"parameters", "named_parameters", "_parameters", "state_dict", "__dict__"})
 
 
-class _ValueKind(Enum):
-    """What an expression evaluates to, as far as the packed parameter is concerned."""
-
-    SELF = "the module"
-    STACKED = "the parameter of all experts"
-    EXPERT = "the parameter of one expert"
-    PRODUCT = "a product with it, gate and up on the last dim"
-    HALVES = "the two halves of a product"
-    UNKNOWN = "something computed from it that may be in another order"
-
-
-_WEIGHTS = (_ValueKind.STACKED, _ValueKind.EXPERT)
-"""The kinds that are the parameter itself."""
-
 _FUNCTIONAL = frozenset({"F", "functional", "nn.functional", "torch.nn.functional", "torch"})
 """The modules that hold functions of tensors, as models write them."""
-
-_PRODUCTS = {"linear": 1, "matmul": 1, "bmm": 1, "mm": 1, "einsum": 2}
-"""Functions that multiply, with the position of the operand whose rows become the last dim of the result."""
-
-_METADATA_ATTRIBUTES = frozenset(
-    {"shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda", "requires_grad"}
-)
-"""Attributes and methods that describe a tensor and return none."""
-
-_KEEPS_ORDER = frozenset(
-    {"float", "half", "bfloat16", "double", "to", "type", "type_as", "contiguous", "clone", "detach", "clamp"}
-)
-"""Methods that keep the order of the elements."""
-
-_VIEW_ATTRIBUTES = frozenset({"T", "mT", "data"})
-"""Attributes that are the same parameter, transposed for the product or not."""
-
-_INITIALIZERS = frozenset({"normal_", "uniform_", "zero_", "fill_", "trunc_normal_"})
-"""Methods that fill a parameter with values whose order has no meaning."""
 
 _PURE_FUNCTIONS = frozenset({"super", "isinstance", "hasattr", "type", "id", "len"})
 """Functions that leave their arguments as they are."""
 
-_LAST_DIMS = frozenset({("-1", "-2"), ("-2", "-1"), ("1", "2"), ("2", "1")})
-_DIMS_BEFORE_THE_LAST = frozenset({"0", "1", "-2"})
-
-_Bindings = dict[str, _ValueKind]
+_Bindings = dict[str, ValueKind]
 
 
-def is_concatenated(body: Iterable[ast.stmt], flags: Mapping[str, bool], classes: Iterable[str]) -> bool | None:
-    """Return whether gate rows stand before up rows, by how a class takes them apart; None if it does not show.
+@dataclass(frozen=True)
+class Concatenation:
+    """Whether gate rows stand before up rows, by how a class takes them apart.
+
+    Args:
+        shown: the answer, None if the source does not show it.
+        reason: why it does not.
+        line: the line that prevents it, 0 if there is none.
+        statement: the statement of the class's body with that line.
+    """
+
+    shown: bool | None
+    reason: str = ""
+    line: int = 0
+    statement: ast.stmt | None = None
+
+
+def find_concatenation(
+    body: Iterable[ast.stmt], flags: Mapping[str, bool], classes: Iterable[str], half: str
+) -> Concatenation:
+    """Return whether gate rows stand before up rows, by how a class takes them apart.
 
     Args:
         body: the class's statements that take effect, inherited ones included.
         flags: the flags of the class's decorator.
         classes: the names of the class and its bases.
+        half: the text of half the packed dim, empty if the shape does not show it.
     """
     body = list(body)
     methods = {statement.name: statement for statement in body if isinstance(statement, ast.FunctionDef)}
-    if any(isinstance(statement, ast.Assign) and _replaces_method(statement, methods) for statement in body):
-        return None
-    tracker = _WeightTracker(methods, frozenset({*classes, *_MODULES}))
     for statement in body:
-        tracker.follow_statement(statement, {"self": _ValueKind.SELF})
+        if isinstance(statement, ast.Assign) and _replaces_method(statement, methods):
+            return Concatenation(None, "puts another function in the place of a method", statement.lineno, statement)
+    tracker = _WeightTracker(methods, frozenset({*classes, *_MODULES}), half)
+    unclear_statement = None
+    for statement in body:
+        tracker.follow_statement(statement, {"self": ValueKind.SELF})
+        unclear_statement = unclear_statement or (statement if tracker.unclear else None)
     if tracker.alternates or not flags.get("is_concatenated", True):
-        return False
-    return True if tracker.halved and not tracker.unclear else None
+        return Concatenation(False)
+    if tracker.unclear:
+        reason = "uses `gate_up_proj`, or a product with it, in a way that may change the order of its rows"
+        return Concatenation(None, reason, tracker.unclear_line, unclear_statement)
+    if tracker.firsts != tracker.seconds:
+        only = sorted(tracker.firsts ^ tracker.seconds)[0]
+        return Concatenation(None, f"takes only one part of `gate_up_proj` at `{only}`")
+    if not tracker.halved and not tracker.firsts:
+        return Concatenation(None, "does not show where it takes gate from up")
+    return Concatenation(True)
 
 
 def _replaces_method(statement: ast.Assign, methods: Mapping[str, ast.FunctionDef]) -> bool:
@@ -96,20 +104,33 @@ class _WeightTracker:
     Args:
         methods: the class's methods by name.
         classes: the names of the class and its bases, on which it may call methods.
+        half: the text of half the packed dim, empty if the shape does not show it.
+        firsts: where first parts of the parameter or its product end, as text.
+        seconds: where second parts begin.
         halved: whether the parameter's product is halved.
         alternates: whether every second element of something is taken.
         unclear: whether the parameter is used in a way that may change the order of its rows.
+        unclear_line: the line that does, 0 if there is none.
     """
 
     methods: Mapping[str, ast.FunctionDef]
     classes: frozenset[str]
+    half: str = ""
+    firsts: set[str] = field(default_factory=set)
+    seconds: set[str] = field(default_factory=set)
     halved: bool = False
     alternates: bool = False
     unclear: bool = False
+    unclear_line: int = 0
     _active_methods: set[str] = field(default_factory=set)
 
     def follow_statement(self, statement: ast.stmt, names: _Bindings) -> None:
         """Follow one statement, which may read and rebind local names."""
+        self._follow_one(statement, names)
+        if self.unclear and not self.unclear_line:
+            self.unclear_line = statement.lineno
+
+    def _follow_one(self, statement: ast.stmt, names: _Bindings) -> None:
         match statement:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self._follow_block(statement.body, dict(names))
@@ -152,7 +173,7 @@ class _WeightTracker:
         elif isinstance(part, ast.AST):
             self._follow_parts(part, names)
 
-    def _note_escape(self, kind: _ValueKind | None) -> None:
+    def _note_escape(self, kind: ValueKind | None) -> None:
         """Record a use that is not followed any further."""
         self.unclear |= kind is not None
 
@@ -165,7 +186,7 @@ class _WeightTracker:
             case _:
                 self._bind(target, self._classify(value, names), names)
 
-    def _bind(self, target: ast.expr, kind: _ValueKind | None, names: _Bindings) -> None:
+    def _bind(self, target: ast.expr, kind: ValueKind | None, names: _Bindings) -> None:
         match target:
             case ast.Name(id=name):
                 names.pop(name, None)
@@ -173,7 +194,7 @@ class _WeightTracker:
                     names[name] = kind
                 return
             case ast.Tuple(elts=elements) | ast.List(elts=elements):
-                if kind is _ValueKind.HALVES and len(elements) == 2:
+                if kind is ValueKind.HALVES and len(elements) == 2:
                     self.halved, kind = True, None
                 for element in elements:
                     self._bind(element.value if isinstance(element, ast.Starred) else element, None, names)
@@ -183,7 +204,7 @@ class _WeightTracker:
                 self._note_escape(self._classify(target, names))
         self._note_escape(kind)
 
-    def _classify(self, node: ast.expr, names: _Bindings) -> _ValueKind | None:
+    def _classify(self, node: ast.expr, names: _Bindings) -> ValueKind | None:
         """Return what an expression evaluates to, None for anything without the packed parameter."""
         match node:
             case ast.Name(id=name):
@@ -193,8 +214,8 @@ class _WeightTracker:
                 return None
             case ast.Attribute():
                 return self._classify_attribute(node, names)
-            case ast.Subscript(value=value, slice=index):
-                return self._classify_item(self._classify(value, names), index, names)
+            case ast.Subscript(value=value):
+                return self._classify_item(self._classify(value, names), node, names)
             case ast.BinOp(left=left, op=operator, right=right):
                 return self._classify_operation(self._classify(left, names), operator, self._classify(right, names))
             case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot()], comparators=[ast.Constant(value=None)]):
@@ -207,36 +228,50 @@ class _WeightTracker:
         self._follow_parts(node, names)
         return None
 
-    def _classify_attribute(self, node: ast.Attribute, names: _Bindings) -> _ValueKind | None:
+    def _classify_attribute(self, node: ast.Attribute, names: _Bindings) -> ValueKind | None:
         kind = self._classify(node.value, names)
-        if kind is _ValueKind.SELF:
+        if kind is ValueKind.SELF:
             self.unclear |= node.attr in _EVERY_PARAMETER
-            return _ValueKind.STACKED if node.attr == _PACKED else None
-        if kind in _WEIGHTS and node.attr in _VIEW_ATTRIBUTES:
-            return kind
-        self.unclear |= node.attr == _PACKED or (kind is not None and node.attr not in _METADATA_ATTRIBUTES)
+            return ValueKind.STACKED if node.attr == _PACKED else None
+        if kind in WEIGHTS and node.attr in ("data", *TRANSPOSED_ATTRIBUTES):
+            return kind if node.attr == "data" else TRANSPOSED[kind]
+        self.unclear |= node.attr == _PACKED or (kind is not None and node.attr not in METADATA_ATTRIBUTES)
         return None
 
-    def _classify_item(self, kind: _ValueKind | None, index: ast.expr, names: _Bindings) -> _ValueKind | None:
+    def _classify_item(self, kind: ValueKind | None, item: ast.Subscript, names: _Bindings) -> ValueKind | None:
+        """Return what an item or a slice is; a part of gate and up is noted, and followed no further."""
+        index = item.slice
         self._note_escape(self._classify(index, names))
-        if kind is _ValueKind.STACKED and isinstance(index, (ast.Name, ast.Constant, ast.Attribute)):
-            return _ValueKind.EXPERT
+        if kind is ValueKind.HALVES and (number := read_index(index)) in (0, 1):
+            self._note_part(number, ast.unparse(item.value))
+            return None
+        if kind is None:
+            return None
+        if part := find_sliced_part(kind, index):
+            self._note_part(*part)
+            return None
+        if kind in (ValueKind.STACKED, ValueKind.STACKED_TRANSPOSED) and is_one_item(index):
+            return ValueKind.EXPERT if kind is ValueKind.STACKED else ValueKind.EXPERT_TRANSPOSED
         self._note_escape(kind)
         return None
 
+    def _note_part(self, number: int, boundary: str) -> None:
+        """Note the first or second part, with the boundary between the two."""
+        (self.seconds if number else self.firsts).add(boundary)
+
     def _classify_operation(
-        self, left: _ValueKind | None, operator: ast.operator, right: _ValueKind | None
-    ) -> _ValueKind | None:
-        if isinstance(operator, ast.MatMult) and left is None and right in _WEIGHTS:
-            return _ValueKind.PRODUCT
-        if isinstance(operator, (ast.Add, ast.Sub, ast.Mult, ast.Div)) and {left, right} == {None, _ValueKind.PRODUCT}:
-            return _ValueKind.PRODUCT
+        self, left: ValueKind | None, operator: ast.operator, right: ValueKind | None
+    ) -> ValueKind | None:
+        if isinstance(operator, ast.MatMult) and left is None and right in WEIGHTS:
+            return ValueKind.PRODUCT
+        if isinstance(operator, (ast.Add, ast.Sub, ast.Mult, ast.Div)) and {left, right} == {None, ValueKind.PRODUCT}:
+            return ValueKind.PRODUCT
         self._note_escape(left or right)
         return None
 
-    def _classify_call(self, call: ast.Call, names: _Bindings) -> _ValueKind | None:
+    def _classify_call(self, call: ast.Call, names: _Bindings) -> ValueKind | None:
         """Return what a call evaluates to, after classifying each of its arguments."""
-        function = _format_dotted_path(call.func)
+        function = format_dotted_path(call.func)
         if function == "self.register_parameter":  # how the parameter is created shows in the shapes
             return None
         owner = function.rpartition(".")[0]
@@ -244,29 +279,44 @@ class _WeightTracker:
         arguments = [self._classify(value, names) for value in values]
         kinds = [kind for kind in arguments if kind is not None]
         match call.func:
-            case ast.Attribute(value=ast.Name(id="self"), attr=method) if names.get("self") is _ValueKind.SELF:
+            case ast.Attribute(value=ast.Name(id="self"), attr=method) if names.get("self") is ValueKind.SELF:
                 return self._follow_method(method, call, arguments)
-            case ast.Attribute() if kinds == [_ValueKind.SELF] and owner in self.classes:
+            case ast.Attribute() if kinds == [ValueKind.SELF] and owner in self.classes:
                 return None
             case ast.Attribute(value=receiver, attr=name) if owner not in _FUNCTIONAL:
                 kind = self._classify(receiver, names)
                 if kind is not None:
-                    return self._note_unknown(_classify_method_call(kind, name, call, kinds))
-                return self._note_unknown(_classify_function_call(name, call, [None, *arguments]))
+                    if not kinds and name == "narrow" and self._note_narrow(kind, call.args):
+                        return None
+                    return self._note_unknown(classify_method_call(kind, name, call, kinds, self.half))
+                return self._note_unknown(classify_function_call(name, call, [None, *arguments], self.half))
             case ast.Attribute(attr=name):
-                return self._note_unknown(_classify_function_call(name, call, arguments))
+                if name == "narrow" and kinds == [arguments[0]] and self._note_narrow(kinds[0], call.args[1:]):
+                    return None
+                return self._note_unknown(classify_function_call(name, call, arguments, self.half))
             case ast.Name(id=name) if name in _PURE_FUNCTIONS:
                 return None
         self._note_escape(self._classify(call.func, names))
         self.unclear |= bool(kinds)
         return None
 
-    def _note_unknown(self, kind: _ValueKind | None) -> _ValueKind | None:
-        """Return what a call evaluates to; if that is unknown, so is the order."""
-        self.unclear |= kind is _ValueKind.UNKNOWN
-        return None if kind is _ValueKind.UNKNOWN else kind
+    def _note_narrow(self, kind: ValueKind, arguments: Sequence[ast.expr]) -> bool:
+        """Note `narrow(-1, 0, size)` and `narrow(-1, size, size)`; return whether a call is one of them."""
+        match kind, list(map(ast.unparse, arguments)):
+            case ValueKind.PRODUCT, ["-1", "0", size]:
+                self._note_part(0, size)
+            case ValueKind.PRODUCT, ["-1", start, size] if start == size:
+                self._note_part(1, size)
+            case _:
+                return False
+        return True
 
-    def _follow_method(self, name: str, call: ast.Call, arguments: list[_ValueKind | None]) -> _ValueKind | None:
+    def _note_unknown(self, kind: ValueKind | None) -> ValueKind | None:
+        """Return what a call evaluates to; if that is unknown, so is the order."""
+        self.unclear |= kind is ValueKind.UNKNOWN
+        return None if kind is ValueKind.UNKNOWN else kind
+
+    def _follow_method(self, name: str, call: ast.Call, arguments: list[ValueKind | None]) -> ValueKind | None:
         """Follow the product into a method of the class, whose result must not depend on the order any more."""
         if all(kind is None for kind in arguments):
             self.unclear |= name in _EVERY_PARAMETER
@@ -281,86 +331,6 @@ class _WeightTracker:
         assert method is not None
         bound = {str(parameter): kind for parameter, kind in zip(positions, arguments, strict=True) if kind is not None}
         self._active_methods.add(name)
-        self._follow_block(method.body, {"self": _ValueKind.SELF, **bound})
+        self._follow_block(method.body, {"self": ValueKind.SELF, **bound})
         self._active_methods.remove(name)
         return None
-
-
-def _format_dotted_path(node: ast.expr) -> str:
-    """Return a dotted name as written, `nn.functional.linear`; empty for any other expression."""
-    match node:
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(value=value, attr=attribute):
-            owner = _format_dotted_path(value)
-            return f"{owner}.{attribute}" if owner else ""
-    return ""
-
-
-def _classify_method_call(
-    kind: _ValueKind, name: str, call: ast.Call, arguments: Sequence[_ValueKind]
-) -> _ValueKind | None:
-    """Return what a method call on the packed parameter, or on something computed from it, evaluates to.
-
-    Args:
-        kind: what the method is called on.
-        name: the method's name.
-        call: the call.
-        arguments: the kinds of the arguments that involve the packed parameter.
-    """
-    if arguments:
-        return _ValueKind.UNKNOWN
-    if name in _METADATA_ATTRIBUTES or (kind in _WEIGHTS and name in _INITIALIZERS):
-        return None
-    if name in _KEEPS_ORDER or (kind in _WEIGHTS and _transposes_last_dims(name, call)):
-        return kind
-    if kind is _ValueKind.PRODUCT and name == "chunk":
-        return _classify_chunk(call.args, call.keywords)
-    return kind if kind is _ValueKind.PRODUCT and _keeps_last_dim(name, call) else _ValueKind.UNKNOWN
-
-
-def _classify_function_call(name: str, call: ast.Call, operands: Sequence[_ValueKind | None]) -> _ValueKind | None:
-    """Return what a call of a tensor function, or of another object's method, evaluates to.
-
-    Args:
-        name: the function's name.
-        call: the call.
-        operands: what a method is called on, if it is one, then what each argument evaluates to.
-    """
-    kinds = [kind for kind in operands if kind is not None]
-    is_initializer = name.endswith("_") and "init" in _format_dotted_path(call.func).split(".")
-    if not kinds or is_initializer:
-        return None
-    if name == "chunk" and kinds == [operands[0]] == [_ValueKind.PRODUCT]:
-        return _classify_chunk(call.args[1:], call.keywords)
-    position = _PRODUCTS.get(name, len(operands))
-    multiplied = len(kinds) == 1 and kinds[0] in _WEIGHTS and operands[position : position + 1] == kinds
-    return _ValueKind.PRODUCT if multiplied and (name != "einsum" or _keeps_rows_last(call)) else _ValueKind.UNKNOWN
-
-
-def _classify_chunk(positional: Sequence[ast.expr], keywords: Iterable[ast.keyword]) -> _ValueKind:
-    """Return what `chunk` evaluates to: halves, if it cuts the last dim in two."""
-    given = dict(zip(("chunks", "dim"), map(ast.unparse, positional), strict=False))
-    given |= {str(keyword.arg): ast.unparse(keyword.value) for keyword in keywords}
-    return _ValueKind.HALVES if given == {"chunks": "2", "dim": "-1"} else _ValueKind.UNKNOWN
-
-
-def _transposes_last_dims(name: str, call: ast.Call) -> bool:
-    """Return whether a method transposes each expert's matrix."""
-    return name == "t" or (name == "transpose" and tuple(map(ast.unparse, call.args)) in _LAST_DIMS)
-
-
-def _keeps_last_dim(name: str, call: ast.Call) -> bool:
-    """Return whether a method adds or removes a dim before the last."""
-    dims = [ast.unparse(dim) for dim in (*call.args, *(keyword.value for keyword in call.keywords))]
-    return name in ("squeeze", "unsqueeze") and len(dims) == 1 and dims[0] in _DIMS_BEFORE_THE_LAST
-
-
-def _keeps_rows_last(call: ast.Call) -> bool:
-    """Return whether the result of an `einsum` ends with a dim that only its second operand has: `"te,eoi->to"`."""
-    match call.args[:1]:
-        case [ast.Constant(value=str(equation))]:
-            operands, _, result = equation.replace(" ", "").partition("->")
-            first, _, second = operands.partition(",")
-            return bool(result) and result[-1] in second and result[-1] not in first
-    return False

@@ -2,34 +2,32 @@
 
 This is the guard of the param-level rewrite: `moe_tp_gate_up_colwise` is right for one layout only; any other gives
 shape errors at best and silently wrong numbers at worst. So the source must show the layout: the shapes of the
-parameters, the flags of the class's decorator, and a forward that takes gate and up apart with `chunk`. A class is read
-with the statements it inherits and without those it overrides; if it is changed from outside, its layout is unknown.
+parameters, the flags of the class's decorator, and a forward that takes gate and up apart. A class is read with the
+statements it inherits and without those it overrides; if it is changed from outside, its layout is unknown.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
-from codemods.files.headers import scan_classes
-from codemods.models.concatenation import is_concatenated
-from codemods.models.modeling import ClassSource, ModelingSource, list_modeling_files, load_modeling
-from plans.model_facts import ExpertLayout, KeyTarget
+from codemods.models.concatenation import find_concatenation
+from codemods.models.framework import is_framework_name
+from codemods.models.model_files import find_modeling_files
+from codemods.models.modeling import ModelingSource, Outside, load_modeling
+from codemods.models.module_text import ClassSource, ModuleText, parse_class
+from plans.model_facts import ExpertLayout, KeyTarget, UnreadLayout
 
-__all__ = ["find_layout", "read_layouts"]
+__all__ = ["explain_decorators", "find_layout", "list_expert_classes", "read_class_layout", "read_layouts"]
 
 _EXPERT_PARAMETER = re.compile(rb"up_proj\b[^#\n]{0,80}Parameter\(")
-_DECORATOR_WINDOW = 2000  # bytes above a class that are searched for its decorators
-_TOP_LEVEL = re.compile(rb"^(?=[@\w])", re.MULTILINE)
 _PROJECTIONS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
-_PLAIN_BASES = frozenset({"Module", "ABC", "Generic", "object"})
 _SETS_ATTRIBUTE = re.compile(rb"\.\w+[ \t]*(?::[^=\n]+)?=(?!=)")
-_KNOWN_DECORATORS = frozenset({"use_experts_implementation", "use_kernel_forward_from_hub"})
-"""Decorators that keep a class's forward, or replace it with an equivalent one."""
-
+_BY_HAND = "check the layout and rewrite the entry by hand"
 _METHODS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 _Shapes = dict[str, tuple[str, ...]]
@@ -43,119 +41,158 @@ def find_layout(folder: Path, target: KeyTarget | None) -> ExpertLayout | None:
         folder: the model's folder.
         target: what the experts' key names; if None, the folder's only experts class is taken.
     """
-    layouts = read_layouts(folder)
-    if target is not None:
-        return next((layout for layout in layouts if layout is not None and layout.where == target.where), None)
-    return layouts[0] if len(layouts) == 1 else None
+    if target is None:
+        layouts = read_layouts(folder)
+        return layouts[0] if len(layouts) == 1 else None
+    source = load_modeling(folder)
+    named = (one for module in source.read_files for found in module.classes.values() for one in found)
+    definition = next((one for one in named if one.where == target.where), None)
+    layout = read_class_layout(source, definition) if definition else None
+    return layout if isinstance(layout, ExpertLayout) else None
 
 
-def read_layouts(folder: Path) -> tuple[ExpertLayout | None, ...]:
-    """Return the layout of every experts class in a model folder's modeling files, None for one that is unclear.
+def read_layouts(folder: Path, plan_file: Path | None = None) -> tuple[ExpertLayout | None, ...]:
+    """Return the layout of every experts class in a model's own files, None for one that is unclear.
 
     Args:
         folder: the model's folder, `src/transformers/models/mixtral`.
+        plan_file: the file with the plan, which may define the experts itself.
 
     Raises:
         SourceError: a modeling file cannot be read.
     """
-    if not list_modeling_files(folder):
+    if not find_modeling_files(folder, plan_file):
         return ()
-    source = load_modeling(folder)
-    packing = dict.fromkeys(name for data in source.files.values() for name in _find_packing_classes(data))
-    names = _add_subclasses(source.classes, packing) if packing else ()
-    return tuple(layout for name in names for layout in _read_class_layouts(source, name))
+    source = load_modeling(folder, plan_file)
+    layouts = [read_class_layout(source, one) if one else UnreadLayout("", "") for one in list_expert_classes(source)]
+    return tuple(one if isinstance(one, ExpertLayout) else None for one in layouts if one is not None)
 
 
-def _find_packing_classes(data: bytes) -> Iterator[str]:
-    """Yield the names of the classes that create packed parameters, empty for a parameter outside of classes."""
-    offsets = [
-        match.start()
-        for match in _EXPERT_PARAMETER.finditer(data)
-        if b"#" not in data[data.rfind(b"\n", 0, match.start()) + 1 : match.start()]
-    ]
-    headers = list(scan_classes(data)) if offsets else []
-    for offset in offsets:
-        index = bisect_left(headers, offset, key=lambda header: header.start)
-        yield headers[index - 1].name if index else ""
-
-
-def _add_subclasses(classes: Mapping[str, ClassSource], names: Iterable[str]) -> list[str]:
-    """Return classes and those that inherit from them, however indirectly."""
-    family = dict.fromkeys(names)
+def list_expert_classes(source: ModelingSource) -> list[ClassSource | None]:
+    """Return the classes of the model's own files that may pack experts, None for parameters outside of classes."""
+    found = dict.fromkeys(one for module in source.files.values() for one in _find_packing_classes(module))
+    classes = [one for module in source.files.values() for named in module.classes.values() for one in named]
     size = 0
-    while len(family) > size:
-        size = len(family)
-        family |= {name: None for name, source in classes.items() if not family.keys().isdisjoint(source.bases)}
-    return list(family)
+    while size < len(found):
+        size = len(found)
+        names = {one.name for one in found if one}
+        found |= {one: None for one in classes if any(base.rpartition(".")[2] in names for base in one.bases)}
+    return list(found)
 
 
-def _read_class_layouts(source: ModelingSource, name: str) -> Iterator[ExpertLayout | None]:
-    """Yield the layout of a class, nothing if it packs no experts."""
-    mro = source.mro(name)
-    definitions = [definition for ancestor in mro if (definition := _parse_class(ancestor)) is not None]
-    if not mro or len(definitions) < len(mro):
-        yield None
-        return
-    body = _collect_effective_statements(definitions)
+@lru_cache(maxsize=1024)
+def read_class_layout(source: ModelingSource, definition: ClassSource) -> ExpertLayout | UnreadLayout | None:
+    """Return the layout of a class, None if it packs no experts.
+
+    Args:
+        source: the model's source.
+        definition: the class.
+    """
+    ancestry = source.find_ancestry(definition)
+    parsed = [(ancestor, one) for ancestor in ancestry.classes if (one := parse_class(ancestor)) is not None]
+    if len(parsed) < len(ancestry.classes):
+        return UnreadLayout(f"{definition.where} cannot be parsed", "correct its syntax")
+    nodes = [one.node for _, one in parsed]
+    body = _collect_effective_statements(nodes)
     shapes = _read_parameter_shapes(body)
-    if _is_experts(shapes):
-        flags = _read_flags(definitions)
-        if flags is None or not all(_is_self_contained(source, ancestor) for ancestor in mro):
-            yield None
-        else:
-            concatenated = is_concatenated(body, flags, [ancestor.name for ancestor in mro])
-            yield _build_layout(f"{mro[0].path.name}:{name}", shapes, flags, concatenated)
+    if not _is_experts(shapes):
+        return None
+    if shapes.keys().isdisjoint(_PROJECTIONS):
+        return UnreadLayout(
+            f"{definition.where} stacks no experts in `gate_up_proj`", f"correct the key, or {_BY_HAND}"
+        )
+    other_bases = (f"its base `{one}` is no plain module" for one in ancestry.external if not _is_plain_base(one))
+    if unknown := next(chain(ancestry.unknown, other_bases), ""):
+        return UnreadLayout(f"{definition.where}: {unknown}", f"bring the base into the tree, or {_BY_HAND}")
+    outside = (reason for one in ancestry.classes for reason in _explain_outside_changes(source, one))
+    if reason := next(outside, next(explain_decorators(source, ancestry.classes), None)):
+        return UnreadLayout(reason, _BY_HAND)
+    flags = _read_flags(nodes)
+    if flags is None:
+        return UnreadLayout(f"{definition.where} has a decorator with a computed flag", f"write it out, or {_BY_HAND}")
+    found = find_concatenation(body, flags, [ancestor.name for ancestor in ancestry.classes], _find_half(shapes))
+    layout = _build_layout(definition.where, shapes, flags, found.shown)
+    if layout is not None:
+        return layout
+    if cause := _explain_shapes(definition, shapes):
+        return UnreadLayout(cause, _BY_HAND)
+    owner, one = next((each for each in parsed if found.statement in each[1].node.body), parsed[0])
+    line = f"{owner.path.name}:{one.lines_above + found.line}" if found.line else definition.where
+    return UnreadLayout(f"{line} {found.reason}", f"take gate from up by `chunk(2, dim=-1)`, or {_BY_HAND}")
 
 
-def _is_self_contained(source: ModelingSource, definition: ClassSource) -> bool:
-    """Return whether a class is fully described by its statements: no external base, nothing set from outside."""
-    if any(_is_patched(data, definition.name.encode()) for data in source.files.values()):
-        return False
-    external = [base for base in definition.bases if base not in source.classes and base not in _PLAIN_BASES]
-    return all(_is_module_alias(definition.data, base.encode()) for base in external)
+def explain_decorators(source: ModelingSource, classes: Iterable[ClassSource]) -> Iterator[str]:
+    """Yield why decorators of classes may put something else in their place."""
+    for definition in classes:
+        parsed = parse_class(definition)
+        for decorator in parsed.node.decorator_list if parsed else ():
+            name = ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+            for meaning in source.resolve(definition.path, name):
+                known = isinstance(meaning, Outside) and is_framework_name(meaning.dotted, "decorators")
+                if not known or (isinstance(meaning, Outside) and meaning.reason):
+                    line = parsed.lines_above + decorator.lineno if parsed else 0
+                    what = f"decorates {definition.name} with `{name}`, which may replace its code"
+                    yield f"{definition.path.name}:{line} {what}"
 
 
-def _is_module_alias(data: bytes, name: bytes) -> bool:
-    """Return whether a file imports `torch.nn.Module` under a name."""
-    pattern = rb"^from torch\.nn import [^\n]*\bModule as " + re.escape(name) + rb"\b"
-    return re.search(pattern, data, re.MULTILINE) is not None
+def _find_half(shapes: _Shapes) -> str:
+    """Return the text of half the packed dim: `self.width` for `2 * self.width`, empty where it does not show."""
+    halves = [dim[4:] for dim in map(_normalize_factor, shapes.get("gate_up_proj", ())) if dim.startswith("2 * ")]
+    return halves[0] if len(halves) == 1 else ""
 
 
-def _is_patched(data: bytes, name: bytes) -> bool:
-    """Return whether a file changes a class from outside: `ToyExperts.forward = …`."""
-    if b"setattr(" + name in data or b"\n" + name + b" = " in data:
-        return True
+def _explain_shapes(definition: ClassSource, shapes: _Shapes) -> str | None:
+    """Return why shapes fit no layout, None if they fit one."""
+    up = "gate_up_proj" if "gate_up_proj" in shapes else "up_proj"
+    for name in (up, "down_proj"):
+        if len(shapes.get(name, ())) != 3:
+            what = "creates no three-dimensional" if not shapes.get(name) else "does not show three dims for"
+            return f"{definition.where} {what} `{name}`"
+    biases = {name for name in shapes if name.endswith("bias")}
+    if others := sorted(shapes.keys() - _PROJECTIONS - biases):
+        return f"{definition.where} has another parameter, `{others[0]}`"
+    dims = {name: f"[{', '.join(shapes[name])}]" for name in (up, "down_proj")}
+    if _build_layout("", shapes, {}, True) is None:
+        return f"{definition.where} gives `{up}` the dims {dims[up]} and `down_proj` {dims['down_proj']}"
+    return None
+
+
+def _find_packing_classes(module: ModuleText) -> Iterator[ClassSource | None]:
+    """Yield the classes that create packed parameters, None for a parameter outside of classes."""
+    for match in _EXPERT_PARAMETER.finditer(module.data):
+        if b"#" not in module.data[module.data.rfind(b"\n", 0, match.start()) + 1 : match.start()]:
+            classes = (one for named in module.classes.values() for one in named)
+            yield next((one for one in classes if one.start < match.start() < one.end), None)
+
+
+def _explain_outside_changes(source: ModelingSource, definition: ClassSource) -> Iterator[str]:
+    """Yield the lines that change a class from outside: `ToyExperts.forward = …`."""
+    for module in source.read_files:
+        offset = _find_patch(module.data, definition.name.encode())
+        if offset is not None:
+            yield f"{module.top_level.format_line(offset)} changes {definition.name} from outside"
+
+
+def _find_patch(data: bytes, name: bytes) -> int | None:
+    """Return where a file changes a class from outside, None if it does not."""
+    for text in (b"setattr(" + name, b"\n" + name + b" = "):
+        if (start := data.find(text)) >= 0:
+            return start + 1
     start = data.find(name + b".")
     while start >= 0:
         if _SETS_ATTRIBUTE.match(data, start + len(name)):
-            return True
+            return start
         start = data.find(name + b".", start + 1)
-    return False
+    return None
+
+
+def _is_plain_base(dotted: str) -> bool:
+    return is_framework_name(dotted, "bases")
 
 
 def _is_experts(shapes: _Shapes) -> bool:
     """Return whether a class packs experts: three-dimensional parameters, and no gate of its own beside `up_proj`."""
     return "gate_proj" not in shapes and len(shapes.get("gate_up_proj", shapes.get("up_proj", ()))) != 2
-
-
-def _parse_class(source: ClassSource) -> ast.ClassDef | None:
-    """Parse one class alone: modeling files are long and hold few experts classes."""
-    following = _TOP_LEVEL.search(source.data, source.start + 1)
-    end = following.start() if following else len(source.data)
-    try:
-        parsed = ast.parse(source.data[_include_decorators(source.data, source.start) : end]).body
-    except (SyntaxError, ValueError):
-        return None
-    return next((statement for statement in parsed if isinstance(statement, ast.ClassDef)), None)
-
-
-def _include_decorators(data: bytes, start: int) -> int:
-    """Move the start of a class up over its decorators."""
-    while above := list(_TOP_LEVEL.finditer(data, max(0, start - _DECORATOR_WINDOW), start)):
-        if not data.startswith(b"@", above[-1].start()):
-            break
-        start = above[-1].start()
-    return start
 
 
 def _collect_effective_statements(mro: Sequence[ast.ClassDef]) -> list[ast.stmt]:
@@ -231,13 +268,10 @@ def _read_dims(value: ast.expr | None) -> tuple[str, ...]:
 
 
 def _read_flags(mro: Sequence[ast.ClassDef]) -> dict[str, bool] | None:
-    """Return the flags of the classes' decorators, nearest first; None if a decorator or a flag cannot be read."""
+    """Return the flags of the classes' decorators, nearest first; None if a flag cannot be read."""
     flags: dict[str, bool] = {}
     for definition in reversed(mro):
         for decorator in definition.decorator_list:
-            function = decorator.func if isinstance(decorator, ast.Call) else decorator
-            if ast.unparse(function).rpartition(".")[2] not in _KNOWN_DECORATORS:
-                return None
             for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
                 if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
                     return None

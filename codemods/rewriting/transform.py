@@ -17,7 +17,7 @@ from codemods.inheritance.conflicts import OutsideConflict, find_outside_conflic
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.inheritance.relations import Consumer, find_consumers
 from codemods.models.describe import describe
-from codemods.models.layouts import find_layout
+from codemods.models.experts import read_experts
 from codemods.reading.alternatives import Alternative, find_alternatives, keep_relevant_literals
 from codemods.reading.module import ANY_KEY, ClassPlans, PlanLiteral, are_exclusive
 from codemods.rewriting.families import Family
@@ -33,7 +33,7 @@ from plans.decompose import (
     is_decomposable_plan,
 )
 from plans.dialect import Dialect
-from plans.model_facts import ExpertLayout, KeyTarget, TargetReader
+from plans.model_facts import ExpertLayout, KeyTarget, TargetReader, UnreadLayout
 from plans.plan import plan_kind, to_wildcard
 from plans.quantized import find_weight_key
 from plans.rule import Finding, load_rule
@@ -122,24 +122,20 @@ _ABOUT_MISSING = frozenset({"MIG202", "MIG206"})
 def to_param_level(tree: Tree, family: Family) -> Mapping[PlanLocation, Decomposition]:
     """Decompose the expert entries of a family's plans if every model that uses them has the regular layout."""
     layouts = _build_layout_reader(tree, family)
-    own = {location.path.parent for location in family.locations}
 
-    def read(experts: str) -> ExpertLayout | None:
+    def read(experts: str) -> ExpertLayout | UnreadLayout:
         of_models = list(layouts(experts).values())
-        if None in of_models:
-            return None
-        return next((layout for layout in of_models if layout and layout.irregularity), of_models[0])
+        unread = (layout for layout in of_models if isinstance(layout, UnreadLayout))
+        irregular = (layout for layout in of_models if isinstance(layout, ExpertLayout) and layout.irregularity)
+        return next(unread, None) or next(irregular, of_models[0])
 
     def name_consumer(finding: Finding) -> Finding:
-        """Name the other model whose layout cannot be read."""
+        """Name the other model, generated or inheriting, whose layout cannot be read."""
         by_model = layouts(find_group_key(finding.key)) if finding.code == "MIG203" else {}
-        unread = (folder for (folder, _), layout in by_model.items() if layout is None and folder not in own)
-        folder = next(unread, None)
-        return (
-            replace(finding, message=f"{finding.message} of {format_path(folder)}, which uses it")
-            if folder
-            else finding
-        )
+        folder = next((folder for (folder, _), layout in by_model.items() if isinstance(layout, UnreadLayout)), None)
+        if folder is None or folder == family.owner.path.parent:
+            return finding
+        return replace(finding, message=f"{finding.message}, in {format_path(folder)}, which uses it")
 
     outside = find_outside_conflicts(tree, family.locations)
     results = {location: _decompose_plan(tree, location, read, outside) for location in family.locations}
@@ -263,13 +259,15 @@ def _find_duplicates(literal: PlanLiteral, other: Alternative) -> Mapping[str, i
     return {find_group_key(key): line for key, line in other.lines.items() if key in keys}
 
 
-def _build_layout_reader(tree: Tree, family: Family) -> Callable[[str], Mapping[Consumer, ExpertLayout | None]]:
+def _build_layout_reader(tree: Tree, family: Family) -> Callable[[str], Mapping[Consumer, ExpertLayout | UnreadLayout]]:
     """Return a function from the key of an experts module to its layout in every model that uses the family's plan."""
 
+    plan_files = {location.path.parent: location.path for location in reversed(family.locations)}
+
     @cache
-    def read(experts: str) -> Mapping[Consumer, ExpertLayout | None]:
+    def read(experts: str) -> Mapping[Consumer, ExpertLayout | UnreadLayout]:
         return {
-            (folder, owner): find_layout(folder, describe(folder, experts, owner.rpartition(".")[2]))
+            (folder, owner): read_experts(folder, experts, owner.rpartition(".")[2], plan_files.get(folder))
             for folder, owner in find_consumers(tree, family.locations)
         }
 
