@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -58,7 +59,30 @@ class _Index:
     tree: Tree
 
     def find(self, location: PlanLocation) -> Iterator[OutsideConflict]:
-        """Yield the conflicts of a plan."""
+        """Yield the conflicts of a plan, and those of its copies in other files."""
+        seen = [location]
+        for plan in seen:
+            found = list(self._find_conflicts(plan))
+            if plan is not location:
+                found += [(plan.path, conflict) for conflict in self.tree.get_class(plan).conflicts]
+            for path, conflict in found:
+                if fnmatchcase(plan.attribute, conflict.attribute):
+                    yield path, replace(conflict, attribute=location.attribute)
+            seen += [copy for copy in self._copies.get((plan.path, plan.class_name), ()) if copy not in seen]
+
+    @cached_property
+    def _copies(self) -> Mapping[ClassKey, Sequence[PlanLocation]]:
+        """The plans of classes into which other files' plans are copied, by the class of the copied plan."""
+        copies: dict[ClassKey, list[PlanLocation]] = defaultdict(list)
+        for path in self._code_files:
+            module = self.tree.module(path)
+            for copy in module.copies:
+                if copy.source_class not in module.classes and copy.class_name in module.classes:
+                    for key in self._resolve(path, copy.source_class):
+                        copies[key].append(PlanLocation(path, copy.class_name, copy.attribute))
+        return copies
+
+    def _find_conflicts(self, location: PlanLocation) -> Iterator[OutsideConflict]:
         if not self._code_files:
             return
         name = location.class_name.rpartition(".")[2]
@@ -71,7 +95,19 @@ class _Index:
             if path.parent == location.path.parent or name in imported or path in imports
         ]
         found += self._find_inherited(location)
-        yield from dict.fromkeys((path, conflict) for path, conflict in found if path != location.path)
+        found = [(path, conflict) for path, conflict in found if path != location.path]
+        yield from dict.fromkeys([*found, *self._find_of_target(location)])
+
+    def _find_of_target(self, location: PlanLocation) -> Iterator[OutsideConflict]:
+        """Yield the conflicts of the other class's plan that a literal in code replaces."""
+        literal, module = self.tree.plan(location), self.tree.module(location.path)
+        if literal.class_name in module.classes or not literal.class_name:
+            return
+        yield from ((location.path, one) for one in module.outward_conflicts if one.class_name == literal.class_name)
+        for path, name in self._resolve(location.path, literal.class_name):
+            yield from self._by_class.get((path, name), ())
+            target = self.tree.module(path).classes.get(name)
+            yield from ((path, conflict) for conflict in (target.conflicts if target else ()))
 
     def _list_imported_files(self, path: Path) -> frozenset[Path]:
         """Return the files that a file may import from, whether they exist or not."""

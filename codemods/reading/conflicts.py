@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
 
-from codemods.reading.module import ANY_KEY, ClassPlans, Conflict, PlanLiteral, Reference, Removal, Unresolved
+from codemods.reading.module import ANY_KEY, ClassPlans, Conflict, PlanCopy, PlanLiteral, Reference, Removal, Unresolved
 from codemods.reading.plan_literals import find_incomplete_modules
-from codemods.reading.scope import ANY_CLASS, is_plan_attribute
+from codemods.reading.scope import ANY_CLASS
 from plans.decompose import find_group_key
 from plans.plan import to_wildcard
 
@@ -23,11 +25,13 @@ class ParsedClass:
         class_plans: the class with its plans.
         unresolved: the uses that add entries to plans which cannot be read.
         conflicts: the reasons that its code gives why plans must stay as they are.
+        copies: the plans that its code copies into others.
     """
 
     class_plans: ClassPlans
     unresolved: tuple[Unresolved, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
+    copies: tuple[PlanCopy, ...] = ()
 
 
 def merge_classes(parsed: Iterable[ParsedClass]) -> dict[str, ClassPlans]:
@@ -89,46 +93,63 @@ def _is_owned_by(
     return (use.class_name if use.class_name in names else written_in.name) == owner.name
 
 
-def _collect_conflicts(parsed: Iterable[ParsedClass], names: Container[str]) -> Iterator[Conflict]:
-    """Yield the conflicts that the code of a file causes by itself.
+def _collect_conflicts(parsed: Sequence[ParsedClass], names: Container[str]) -> list[Conflict]:
+    """Return the conflicts that the code of a file causes by itself.
 
     Args:
         parsed: the classes of the file, and the code outside of classes.
         names: the names of the classes.
     """
+    conflicts = list(_find_code_conflicts(parsed, names))
+    return [*conflicts, *_find_copying_conflicts(parsed, conflicts)]
+
+
+def _find_code_conflicts(parsed: Iterable[ParsedClass], names: Container[str]) -> Iterator[Conflict]:
     for definition in parsed:
         yield from definition.conflicts
-        yield from _find_copying_conflicts(definition.class_plans)
         for use in definition.unresolved:
             if use.mentions_experts or not use.is_assigned:
                 reason = f"gives the plan entries {use.reason}"
                 yield Conflict(use.owner or use.class_name, use.attribute, None, use.line, reason, use.function)
         for literal in definition.class_plans.code_literals:
             if literal.class_name not in names and not literal.replaces:
-                for module in sorted(find_incomplete_modules([literal])):
-                    yield Conflict(
-                        literal.class_name, literal.attribute, module, literal.line, "writes it too", literal.function
-                    )
+                for module in sorted({find_group_key(entry.key) for entry in literal.entries}):
+                    conflict = partial(Conflict, attribute=literal.attribute, module=module, line=literal.line)
+                    yield conflict(class_name=literal.class_name, reason="writes it too", function=literal.function)
+                    yield conflict(class_name=definition.class_plans.name, reason="adds it to another class's plan")
         for removal in definition.class_plans.removals:
             if removal.class_name not in names and removal.key is not None:
                 yield _build_removal_conflict(removal, removal.class_name, "removes entries from it")
 
 
-def _find_copying_conflicts(owner: ClassPlans) -> Iterator[Conflict]:
-    """Yield the conflicts of other classes' plans that become part of a class's plan, which its code then changes."""
-    for reference in owner.references:
-        name, _, attribute = reference.text.removesuffix(".copy()").rpartition(".")
-        if not is_plan_attribute(attribute) or name in ("", "self", "cls", owner.name):
-            continue
-        literals = [one for one in owner.code_literals if one.attribute == reference.attribute and not one.replaces]
-        modules: set[str | None] = {*find_incomplete_modules(literals)}
+def _find_copying_conflicts(parsed: Sequence[ParsedClass], conflicts: Iterable[Conflict]) -> Iterator[Conflict]:
+    """Yield the conflicts of plans that are copied into other plans which code changes, through copies of copies.
+
+    Args:
+        parsed: the classes of the file, and the code outside of classes.
+        conflicts: the conflicts of the file's plans.
+    """
+    changes = [(one.class_name, one.attribute, one.module) for one in conflicts]
+    for definition in parsed:
+        owner = definition.class_plans
+        for literal in owner.code_literals:
+            if not literal.replaces:
+                names = {literal.class_name, owner.name}
+                modules = find_incomplete_modules([literal])
+                changes += [(name, literal.attribute, module) for name in names for module in modules]
         for removal in owner.removals:
-            if removal.attribute == reference.attribute and removal.key is not None:
-                modules.add(_build_removal_conflict(removal, name, "").module)
-        for module in sorted(modules, key=str):
-            reason = "copies it, and other code changes the copy"
-            class_name = ANY_CLASS if "(" in name else name
-            yield Conflict(class_name, attribute, module, reference.line, reason, reference.function)
+            if removal.key is not None:
+                module = _build_removal_conflict(removal, "", "").module
+                changes += [(name, removal.attribute, module) for name in {removal.class_name, owner.name}]
+    copies = [copy for definition in parsed for copy in definition.copies]
+    for class_name, attribute, module in changes:  # grows while copies of copies are found
+        for copy in copies:
+            if copy.class_name == class_name and fnmatchcase(copy.attribute, attribute):
+                change = (copy.source_class, copy.source_attribute, module)
+                if change not in changes:
+                    changes.append(change)
+                    reason = "copies it, and other code changes the copy"
+                    yield Conflict(*change, copy.line, reason, copy.function)
 
 
 def _build_removal_conflict(removal: Removal, class_name: str, reason: str) -> Conflict:

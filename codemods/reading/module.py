@@ -18,6 +18,7 @@ __all__ = [
     "Import",
     "Module",
     "Opaque",
+    "PlanCopy",
     "PlanLiteral",
     "Reference",
     "Removal",
@@ -198,6 +199,27 @@ class Conflict:
 
 
 @dataclass(frozen=True)
+class PlanCopy:
+    """An expression that copies another plan into a plan: what changes the copy must hold both.
+
+    Args:
+        class_name: the class that has the plan, as in `Conflict`.
+        attribute: the plan.
+        source_class: the class that has the copied plan, as in `Conflict`.
+        source_attribute: the copied plan.
+        line: the line of the copied plan's name, counted from 1.
+        function: the enclosing function, empty in a class body.
+    """
+
+    class_name: str
+    attribute: str
+    source_class: str
+    source_attribute: str
+    line: int
+    function: str = ""
+
+
+@dataclass(frozen=True)
 class ClassPlans:
     """A class with its own plans, without those that it inherits.
 
@@ -244,6 +266,7 @@ class Module:
         read_imports: returns `imports`; called only if they are needed.
         unresolved: the uses that add entries to plans which cannot be read, in order.
         outward_conflicts: the reasons that its code gives why plans of classes of other files must stay as they are.
+        copies: the plans that become parts of other plans.
         plan_classes: the names of the classes that write plans; None if each class must be examined.
     """
 
@@ -251,6 +274,7 @@ class Module:
     read_imports: Callable[[], Mapping[str, Import]] = field(repr=False, compare=False)
     unresolved: tuple[Unresolved, ...] = ()
     outward_conflicts: tuple[Conflict, ...] = ()
+    copies: tuple[PlanCopy, ...] = ()
     plan_classes: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property

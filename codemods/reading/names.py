@@ -93,8 +93,10 @@ class Definitions:
 
     @cached_property
     def _import_counts(self) -> Counter[str]:
-        aliases = (node for node in self._iter_nodes() if isinstance(node, ast.alias))
-        return Counter(name for alias in aliases for name in _iter_bound_names(alias))
+        imports = (
+            one for one in _iter_all_statements(self.statements) if isinstance(one, (ast.Import, ast.ImportFrom))
+        )
+        return Counter(name for one in imports for alias in one.names for name in _iter_bound_names(alias))
 
     @cached_property
     def classes(self) -> frozenset[str]:
@@ -284,6 +286,18 @@ def _iter_outside_functions(statements: Sequence[ast.stmt], class_name: str = ""
             yield from _iter_outside_functions(
                 statement.body, f"{class_name}.{statement.name}" if class_name else statement.name
             )
+
+
+def _iter_all_statements(statements: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements and those in their blocks, without a look at their expressions."""
+    pending: list[ast.AST] = list(statements)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.stmt):
+            yield node
+        for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+            block = getattr(node, name, ())
+            pending += block if isinstance(block, list) else ()
 
 
 def _iter_bound_names(node: ast.AST) -> Iterator[str]:

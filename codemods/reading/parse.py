@@ -20,6 +20,7 @@ from codemods.reading.module import (
     Import,
     Module,
     Opaque,
+    PlanCopy,
     PlanLiteral,
     Reference,
     Removal,
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 
-_Use = PlanLiteral | Removal | Reference | Unresolved | Conflict
+_Use = PlanLiteral | Removal | Reference | Unresolved | Conflict | PlanCopy
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ def _build_parsed_class(owner: ClassPlans, uses: Iterable[_Use]) -> ParsedClass:
         ),
         tuple(use for use in uses if isinstance(use, Unresolved)),
         tuple(use for use in uses if isinstance(use, Conflict)),
+        tuple(use for use in uses if isinstance(use, PlanCopy)),
     )
 
 
@@ -205,7 +207,13 @@ def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Modu
         parsed = _add_unread_uses(parsed, Accountant(source, parser.definitions).find_unread_uses())
     unresolved = sorted((use for definition in parsed for use in definition.unresolved), key=lambda use: use.line)
     imports = dict(_read_imports(statements))
-    return Module(merge_classes(parsed), lambda: imports, tuple(unresolved), tuple(find_outward_conflicts(parsed)))
+    return Module(
+        merge_classes(parsed),
+        lambda: imports,
+        tuple(unresolved),
+        tuple(find_outward_conflicts(parsed)),
+        tuple(copy for definition in parsed for copy in definition.copies),
+    )
 
 
 def _iter_class_bodies(statements: Sequence[ast.stmt]) -> Iterator[ast.stmt]:

@@ -11,7 +11,7 @@ from functools import partial
 from codemods.files.sources import SourceFile
 from codemods.reading.entries import PlanEntry, find_computed_modules, find_unreadable_keys, read_entries, span
 from codemods.reading.expressions import PlanPart, find_renamed_plan, has_plan_name, split_expression
-from codemods.reading.module import Condition, Conflict, PlanLiteral, Reference, Unresolved
+from codemods.reading.module import Condition, Conflict, PlanCopy, PlanLiteral, Reference, Unresolved
 from codemods.reading.names import Definitions, get_dotted_name, get_identifier
 from codemods.reading.scope import Scope, is_plan_attribute
 from plans.decompose import find_group_key
@@ -64,7 +64,7 @@ class _EntrySources:
 
 def read_assignment(
     node: ast.expr | ast.stmt, target: AssignmentTarget, source: SourceFile, definitions: Definitions
-) -> Iterator[PlanLiteral | Reference | Unresolved | Conflict]:
+) -> Iterator[PlanLiteral | Reference | Unresolved | Conflict | PlanCopy]:
     """Yield what an expression or an item assignment writes into a plan, and the conflicts that this causes.
 
     Args:
@@ -79,6 +79,10 @@ def read_assignment(
     yield from literals
     yield from _build_references(node, sources, target, source)
     yield from _find_conflicts(sources, target, literals)
+    for plan, part in sources.named_plans:
+        if plan != (target.class_name, target.attribute):
+            line = getattr(part.node, "lineno", 1)
+            yield PlanCopy(target.class_name, target.attribute, *plan, line, target.scope.function)
     if sources.unresolved and is_plan_attribute(target.attribute):
         mentions_experts = any(mention_experts(part, source, definitions) for part in sources.unresolved)
         is_shared = any(
