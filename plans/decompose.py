@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from plans.dialect import dialect_names, load_dialect
 from plans.model_facts import ExpertLayout, UnreadLayout
+from plans.placement import Placement, Replicate, Shard
 from plans.plan import plan_kind
 from plans.quantized import find_weight_key, is_whole_style, iter_scale_keys
 from plans.rule import Finding, load_rule
@@ -36,6 +38,10 @@ _EXPERTS_MODULE = re.compile(r"(?:.*\.)?experts")
 _RULES_OF_PARAMETER = {"gate_up_proj": ("MIG001", "MIG004"), "down_proj": ("MIG002", "MIG005")}
 _INTERLEAVED_STYLE = "colwise"
 """The style that shards packed experts in the interleaved form in which their checkpoint stores them."""
+
+
+_DIVIDING_NO_EXPERT: frozenset[Placement | None] = frozenset({Shard(0), Replicate()})
+_STACKED_RANK = 3
 
 
 @dataclass(frozen=True)
@@ -242,9 +248,44 @@ def _explain_unchanged(plan: Mapping[str, str], experts: str, read_layout: Layou
     if layout is None or isinstance(layout, UnreadLayout):
         yield _build_unread_finding(key, plan[key], layout)
     else:
-        # Only a plain colwise is known to shard the interleaved form of a checkpoint; other styles mean nothing here.
-        regular = "MIG104" if plan[key] == _INTERLEAVED_STYLE else "MIG205"
-        yield _build_finding(layout.irregularity or regular, key, plan[key], layout.where)
+        down = plan.get(f"{experts}.down_proj")
+        code, where = (
+            _explain_style(plan[key], down) if not layout.irregularity else (layout.irregularity, layout.where)
+        )
+        yield _build_finding(code, key, plan[key], where)
+
+
+def _explain_style(gate_up: str, down: str | None) -> tuple[str, str]:
+    """Return the code and the words for a style that no rule rewrites on gate and up that are concatenated.
+
+    Args:
+        gate_up: the style.
+        down: the style of the counterpart, None without an entry.
+    """
+    if gate_up == _INTERLEAVED_STYLE:  # the only one known to shard the interleaved form of a checkpoint
+        return "MIG104", ""
+    if not (placements := _find_placements(gate_up)):
+        return "MIG205", ""
+    where = f"it is {_describe(placements)}"
+    if not placements <= _DIVIDING_NO_EXPERT:
+        return "MIG208", f"{where} of `[experts, 2 * intermediate, hidden]`"
+    if down is None:
+        return "MIG208", f"{where}, but down_proj has no entry"
+    if (others := _find_placements(down)) != placements:
+        return "MIG208", f"{where}, but {down} on down_proj is {_describe(others)}"
+    return "MIG106", ""
+
+
+def _find_placements(style: str) -> frozenset[Placement | None]:
+    """Return where the dialects that know a style put a parameter of experts; None if it is a style of modules."""
+    known = (load_dialect(name).styles.get(style) for name in dialect_names())
+    return frozenset(each.placement("module", _STACKED_RANK, "gate_up_proj") for each in known if each)
+
+
+def _describe(placements: Iterable[Placement | None]) -> str:
+    return (
+        " or ".join(sorted({"a style of modules" if each is None else str(each) for each in placements})) or "unknown"
+    )
 
 
 def _build_unread_finding(key: str, style: str, layout: UnreadLayout | None) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -203,9 +204,33 @@ class Tree(ClassGraph):
             if file is not None:
                 yield file, target.name
                 return
-            if _is_from_package(target.level, target.module):
-                yield from self._find_re_export(target.name)
+            if _is_from_package(target.level, target.module) and (named := list(self._find_re_export(target.name))):
+                yield from named
                 return
+            if not target.level and (file := self._find_absolute(path, tuple(target.module.split(".")))):
+                yield file, target.name
+                return
+
+    def _find_absolute(self, path: Path, module: tuple[str, ...]) -> Path | None:
+        """Return the file of a module that a file imports by its full name.
+
+        It is looked for in the folders above the file, any of which may be on Python's path, then among the files of
+        the tree, by the end of their paths.
+        """
+        for base in path.parents:
+            if found := _find_existing_file(base.joinpath(*module)) or _find_package_file(base.joinpath(*module)):
+                return found
+        ending = (*module[:-1], f"{module[-1]}.py")
+        files = [file for file in self._files_by_name.get(ending[-1], ()) if file.parts[-len(ending) :] == ending]
+        return files[0] if len(files) == 1 and len(module) > 1 else None
+
+    @cached_property
+    def _files_by_name(self) -> Mapping[str, Sequence[Path]]:
+        """The added files by their names."""
+        files: dict[str, list[Path]] = defaultdict(list)
+        for path in self._sources:
+            files[path.name].append(path)
+        return files
 
     def _find_re_export(self, name: str) -> Iterator[ClassKey]:
         """Yield the only configuration class of a name; the package above the models re-exports them all."""
@@ -309,6 +334,12 @@ def _find_module_file(path: Path, level: int, module: str) -> Path | None:
     if _MODELS in parts:
         return _find_existing_file(path.parents[1].joinpath(*parts[parts.index(_MODELS) + 1 :]))
     return None
+
+
+def _find_package_file(package: Path) -> Path | None:
+    """Return the file in which a package passes on the names of its modules, None if it is no package."""
+    file = package / "__init__.py"
+    return file if file.is_file() else None
 
 
 def _find_existing_file(module: Path) -> Path | None:

@@ -89,8 +89,19 @@ class TreeReading:
     def build_outcome(self, resolution: Resolution, *, every_unresolved: bool = False) -> Outcome:
         """Return the outcome of a run that resolved the tree's plans, as `build_outcome` does."""
         result = build_outcome(self.survey, resolution, every_unresolved=every_unresolved)
+        findings = tuple(map(self._excuse_test, result.findings))
         dialects = (self.dialect.detected,) if self.dialect else ()
-        return replace(result, errors=tuple(self._collect_parse_errors(result)), dialects=dialects)
+        errors = tuple(self._collect_parse_errors(result))
+        return replace(result, findings=findings, errors=errors, dialects=dialects)
+
+    def _excuse_test(self, located: LocatedFinding) -> LocatedFinding:
+        """Turn a finding about a test's plan, which may be made up, into a note."""
+        finding = located.finding
+        if finding.severity == "note" or not self.survey.is_test(located.path):
+            return located
+        where = finding.message.removeprefix(f"{finding.key}: ")
+        message = load_rule("MIG107").message.format(key=finding.key, where=f"{finding.code} elsewhere: {where}")
+        return replace(located, finding=Finding("MIG107", finding.key, message))
 
     def _collect_parse_errors(self, result: Outcome) -> list[MigratorError]:
         """Return the errors of a run, with those of skimmed files that do not parse; changed files are parsed already.

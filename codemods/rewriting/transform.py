@@ -42,6 +42,7 @@ __all__ = ["block_unsafe_edits", "find_siblings", "report_blocked", "to_dialect"
 
 
 _UNSAFE = "the code that builds it cannot be rewritten safely"
+_PARTIAL = "the plan takes in entries from elsewhere, which decide on its counterpart"
 
 
 def block_unsafe_edits(
@@ -165,7 +166,26 @@ def _decompose_plan(
             for alternative in find_siblings(tree, location)
         ]
     )
+    agreed = replace(agreed, findings=tuple(_explain_missing_half(tree, location, each) for each in agreed.findings))
     return block_unsafe_edits(literal, tree.get_class(location), agreed, outside)
+
+
+def _explain_missing_half(tree: Tree, location: PlanLocation, finding: Finding) -> Finding:
+    """Name the plan that code adds half a pair to, if that plan decides what the other half is."""
+    literal = tree.literal(location)
+    if finding.code != "MIG202" or location.code is None or literal.replaces:
+        return finding
+    base = tree.find_definition(replace(location, code=None)) if location.class_name else None
+    plan = tree.plan(base) if base else None
+    if base is None or not isinstance(plan, PlanLiteral):
+        where = f", which {format_path(base.path)}:{plan.line} gives it," if base and plan else ""
+        return report_blocked({finding.key: f"the plan that it is added to{where} is not read"})[0]
+    entries = (entry for entry in plan.entries if find_group_key(entry.key) == find_group_key(finding.key))
+    others = [entry for entry in entries if _EXPERT_PARAMETER.search(entry.key) and entry.key != finding.key]
+    if not others:
+        return finding
+    where = f"{format_path(base.path)}:{others[0].line} writes {others[0].key.rpartition('.')[2]}"
+    return report_blocked({finding.key: f"it is added to a plan whose other half is elsewhere: {where}"})[0]
 
 
 def _translate_plan(
@@ -243,7 +263,12 @@ def _block_unwritable(literal: PlanLiteral, wanted: Decomposition, other: Altern
     findings = [finding for finding in wanted.findings if finding.key not in unread]
     return Decomposition(
         tuple(edit for edit in wanted.edits if edit not in (*unwritable, *overridden)),
-        (*findings, *report_blocked([*own, *map(get_anchor, unwritable), *unread]), *report_blocked(whys)),
+        (
+            *findings,
+            *report_blocked([*own, *map(get_anchor, unwritable)]),
+            *report_blocked(dict.fromkeys(unread, _PARTIAL)),
+            *report_blocked(whys),
+        ),
         frozenset(find_group_key(edit.key) for edit in (*unwritable, *overridden)),
     )
 
