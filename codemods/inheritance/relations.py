@@ -22,6 +22,9 @@ __all__ = ["Consumer", "can_derive_from", "find_consumers", "find_missing_copies
 Consumer = tuple[Path, str]
 """A model folder, and the class with the plan."""
 
+_NAMED_CONFIGURATION = re.compile(
+    r"""(?:'(?P<part>\w+)' in )?(?:[\w.]+\.__class__|type\([\w.]+\))\.__name__(?: == '(?P<whole>\w+)')?"""
+)
 _WORD = re.compile(rb"\w+")
 _PREFIX = re.compile(r"^(?:configuration|modular|modeling)_")
 
@@ -51,7 +54,26 @@ def find_consumers(tree: Tree, locations: Iterable[PlanLocation]) -> tuple[Consu
             consumers[path, name] = subclass
             waiting.append(subclass)
     others = [consumer for consumer in consumers.values() if find_modeling_files(consumer.path.parent)]
-    return tuple(dict.fromkeys((location.path.parent, location.class_name) for location in (*locations, *others)))
+    named = {location: tuple(_find_named_models(tree, location)) for location in locations}
+    own = [location for location in locations if not named[location]]
+    used_by = [(location.path.parent, location.class_name) for location in (*own, *others)]
+    return tuple(dict.fromkeys([*used_by, *(consumer for models in named.values() for consumer in models)]))
+
+
+def _find_named_models(tree: Tree, location: PlanLocation) -> Iterator[Consumer]:
+    """Yield the models that code names by their configurations' classes, as a quantizer does that has plans for some.
+
+    Code beside a model is about that model.
+    """
+    plan = tree.plan(location)
+    conditions = plan.conditions if isinstance(plan, PlanLiteral) else ()
+    matches = [match for each in conditions if each.holds and (match := _NAMED_CONFIGURATION.fullmatch(each.test))]
+    if not matches or find_modeling_files(location.path.parent):
+        return
+    for path, name in dict.fromkeys(key for keys in tree.configuration_subclasses.values() for key in keys):
+        words = [match["part"] in name if match["part"] else match["whole"] == name for match in matches]
+        if all(words) and find_modeling_files(path.parent):
+            yield path.parent, name
 
 
 def _find_subclasses(tree: Tree, base: str) -> Iterator[ClassKey]:

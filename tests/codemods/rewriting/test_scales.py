@@ -79,6 +79,9 @@ def test_scales_of_weights_that_cannot_exist_are_impossible(tmp_path, key):
     assert codes(check_paths([tmp_path], source="transformers-5.23")) == ["MIG506"]
 
 
+TRANSPOSED = REGULAR.replace(
+    "2 * self.intermediate_dim, self.hidden_dim", "self.hidden_dim, 2 * self.intermediate_dim"
+).replace("self.hidden_dim, self.intermediate_dim))", "self.intermediate_dim, self.hidden_dim))")
 QUANTIZER = """
 class {name}HfQuantizer(HfQuantizer):
     def update_tp_plan(self, config):
@@ -86,6 +89,15 @@ class {name}HfQuantizer(HfQuantizer):
 {entries}        }}
         if "Toy" in config.__class__.__name__:
             config.get_text_config().base_model_tp_plan{use}
+        return config
+"""
+NAMING_QUANTIZER = """
+class FineGrainedFP8HfQuantizer(HfQuantizer):
+    def update_tp_plan(self, config):
+        if {condition}:
+            text_plan = {{
+{entries}            }}
+            config.base_model_tp_plan = text_plan
         return config
 """
 WEIGHTS = (
@@ -114,3 +126,20 @@ def test_a_quantizer_beside_its_model_rewrites_both(tmp_path, use):
     (change,) = plan_rewrites([root]).changes
     after = text.replace("packed_colwise", "moe_tp_gate_up_colwise").replace('"rowwise"', '"moe_tp_down_rowwise"')
     assert change.data.decode() == after
+
+
+@pytest.mark.parametrize("condition", ['"Toy" in config.__class__.__name__', 'type(config).__name__ == "ToyConfig"'])
+@pytest.mark.parametrize(("modeling", "code"), [(REGULAR, None), (TRANSPOSED, "MIG101"), ("", "MIG203")])
+def test_a_quantizers_plan_is_for_the_models_that_it_names(tmp_path, condition, modeling, code):
+    text = NAMING_QUANTIZER.format(condition=condition, entries=(WEIGHTS + SCALE).replace("            ", " " * 16))
+    files = {"quantizers/quantizer_x.py": text}
+    files |= {
+        "models/toy/configuration_toy.py": PACKED,
+        "models/other/configuration_other.py": "class OtherConfig:\n    x = 1\n",
+    }
+    files["models/other/modeling_other.py"] = TRANSPOSED.replace("Toy", "Other")
+    files |= {"models/toy/modeling_toy.py": modeling} if modeling else {}
+    outcome = plan_rewrites([write_tree(tmp_path, files)])
+    assert ("quantizer_x.py" in {change.path.name for change in outcome.changes}) is (code is None)
+    found = [found.finding.code for found in outcome.findings if found.path.name == "quantizer_x.py"]
+    assert found == ([code] if code else [])
