@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from codemods.reading.alternatives import Alternative
-from codemods.reading.conditions import find_layer_kind
 from codemods.reading.module import PlanLiteral
+from codemods.reading.scope import find_layer_kind
 from plans.dialect import Dialect, suggest_style
 from plans.placement import Replicate
 from plans.plan import plan_kind

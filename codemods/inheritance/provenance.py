@@ -16,9 +16,9 @@ from pathlib import Path
 
 from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.file_graph import FileGraph
-from codemods.reading.conditions import iter_blocks
 from codemods.reading.expressions import iter_bindings
 from codemods.reading.names import Definitions, Function, NameResolver, get_dotted_name
+from codemods.reading.scope import iter_blocks
 from plans.plan import plan_kind
 
 __all__ = ["ProvenanceTracer", "is_same_code"]

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from codemods.reading.conditions import find_layer_kind
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral, are_exclusive
+from codemods.reading.scope import find_layer_kind
 from plans.decompose import find_group_key
 
 __all__ = ["Alternative", "find_alternatives", "keep_relevant_literals"]

@@ -9,11 +9,10 @@ from itertools import pairwise
 from typing import TypeGuard
 
 from codemods.files.sources import SourceFile
-from codemods.reading.conditions import iter_expressions
 from codemods.reading.entries import can_hold_entries, read_entries, read_key, span
 from codemods.reading.expressions import iter_bindings, iter_plan_names
 from codemods.reading.module import ANY_KEY, Conflict, Removal, Unresolved
-from codemods.reading.scope import Scope, is_plan_attribute
+from codemods.reading.scope import Scope, is_plan_attribute, iter_expressions
 from plans.plan import is_expert_parallel, plan_kind
 
 __all__ = ["PlanName", "find_plan_values", "find_removals", "find_shared_plans", "find_unresolved_uses"]

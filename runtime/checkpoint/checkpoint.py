@@ -11,10 +11,9 @@ from typing import Literal
 
 from plans.errors import CheckpointError
 from runtime.checkpoint.files.file_names import CONFIG
-from runtime.checkpoint.files.reading import read_at_most
+from runtime.checkpoint.files.reading import is_nested_deeper, read_at_most
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.files.strict_json import is_nested_deeper
 from runtime.checkpoint.manifest import MAX_CONFIG_DEPTH, Manifest, StoredForm, TensorKind
 from runtime.models.config_entries import ConfigDifference, compare_entries
 from runtime.tensor_map.tensor_map import TensorMap

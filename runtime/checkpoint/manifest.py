@@ -17,9 +17,8 @@ from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json, placement_to_json
 from runtime.checkpoint.files.file_names import MANIFEST, is_weight_file
-from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, is_size, parse_strict_json
 from runtime.checkpoint.files.safetensors import BITS
-from runtime.checkpoint.files.strict_json import is_nested_deeper, is_size, parse_strict_json
 
 __all__ = [
     "MAX_CONFIG_DEPTH",

@@ -16,9 +16,8 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 from plans.errors import HeaderError
 from runtime.checkpoint.dcp.pickle import Global, PickledCall, read_pickle
-from runtime.checkpoint.files.reading import read_exactly
+from runtime.checkpoint.files.reading import is_size, read_exactly
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor
-from runtime.checkpoint.files.strict_json import is_size
 from runtime.models.dtypes import DTYPE_NAMES
 
 __all__ = [

@@ -15,9 +15,8 @@ from runtime.checkpoint.checkpoint import KeyPath
 from runtime.checkpoint.dcp.archive import TORCH_DTYPES
 from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.reading import open_regular
+from runtime.checkpoint.files.reading import is_size, open_regular
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.files.strict_json import is_size
 from runtime.tensor_map.tensor_map import Shape
 
 __all__ = ["ChunkMetadata", "DcpMetadata", "StorageLocation", "read_metadata"]

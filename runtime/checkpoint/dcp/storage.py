@@ -20,10 +20,9 @@ from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.reading import open_descriptor
+from runtime.checkpoint.files.reading import is_size, open_descriptor, parse_strict_json
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
 
 __all__ = ["build_sharding_metadata", "locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]
 

@@ -15,8 +15,7 @@ from plans.plan import find_key, find_unmatched_keys
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from plans.text import format_names, shorten
 from runtime.checkpoint.external.source import ExternalPlacement, ExternalSettings, UnevenPacked
-from runtime.checkpoint.files.reading import read_at_most
-from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
+from runtime.checkpoint.files.reading import is_size, parse_strict_json, read_at_most
 from runtime.models.model import model_tensors
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import Scale, check_scale_blocks, find_scales, place_tensors

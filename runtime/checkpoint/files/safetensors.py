@@ -11,8 +11,14 @@ from math import prod
 from pathlib import Path
 
 from plans.errors import HeaderError
-from runtime.checkpoint.files.reading import open_descriptor, open_regular, read_exactly, truncation_error
-from runtime.checkpoint.files.strict_json import is_size, parse_strict_json
+from runtime.checkpoint.files.reading import (
+    is_size,
+    open_descriptor,
+    open_regular,
+    parse_strict_json,
+    read_exactly,
+    truncation_error,
+)
 
 __all__ = [
     "BITS",

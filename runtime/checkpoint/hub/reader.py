@@ -12,10 +12,9 @@ import torch
 from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS, is_weight_file
-from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, parse_strict_json
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, has_same_bytes, read_header
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES, SideFiles, check_contained, find_side_files
-from runtime.checkpoint.files.strict_json import is_nested_deeper, parse_strict_json
 from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import StoredForm

@@ -12,7 +12,7 @@ import pytest
 
 from plans.errors import CheckpointError, HeaderError
 from plans.mesh import Mesh
-from runtime.checkpoint.files.strict_json import is_nested_deeper
+from runtime.checkpoint.files.reading import is_nested_deeper
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget

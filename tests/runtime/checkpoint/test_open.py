@@ -16,8 +16,8 @@ from plans.errors import CheckpointError, HeaderError, IncompleteError, Migrator
 from plans.mesh import Mesh
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.file_names import MANIFEST, check_distinct_names, is_weight_file
+from runtime.checkpoint.files.reading import parse_strict_json
 from runtime.checkpoint.files.safetensors import read_header
-from runtime.checkpoint.files.strict_json import parse_strict_json
 from runtime.checkpoint.resharding import output_files
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
