@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import get_args
 
@@ -109,6 +110,7 @@ def test_the_vocabularies_have_the_sizes_they_were_released_with():
 
 
 def test_the_installed_transformers_registers_these_names(installed_transformers):
+    import_module("transformers.modeling_utils")  # registers every style, expert parallel ones too
     from transformers import __version__
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
