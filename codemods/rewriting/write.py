@@ -90,9 +90,10 @@ class WriteResult:
 
 
 def write_changes(changes: Sequence[Change]) -> WriteResult:
-    """Write every file, owners before copies; an owner and its copies are written together or not at all.
+    """Write every file, owners before copies, unless a file with edits of the same owners cannot be written.
 
-    If a file cannot be written, no other file with edits of the same owners is; all other files still are.
+    All files are checked before the first is written. If a write still fails, as on a full disk, no further file of the
+    same owners is written; those that were are in the result, so that the next run can complete them.
     """
     if not changes:
         return WriteResult((), ())
@@ -102,6 +103,7 @@ def write_changes(changes: Sequence[Change]) -> WriteResult:
     failed_owners = {owner for change in changes if change.path in errors for owner in change.owners}
     wanted = [change for change in changes if not failed_owners & change.owners]
     blocked = [_build_blocked_error(change) for change in changes if change not in wanted and change.path not in errors]
+    written: set[Path] = set()
     # Each write waits for the disk; concurrent writes wait together.
     with ThreadPoolExecutor(_WRITERS) as writers:
         for role in ("owner", "copy"):
@@ -109,9 +111,10 @@ def write_changes(changes: Sequence[Change]) -> WriteResult:
             results = writers.map(lambda change: _capture_error(replace_source, change.source, change.data), batch)
             failed = {change.path: error for change, error in zip(batch, results, strict=True) if error}
             errors |= failed
+            written |= {change.path for change in batch if change.path not in failed}
             failed_owners |= {owner for change in batch if change.path in failed for owner in change.owners}
-    written = tuple(change for change in wanted if change.path not in errors and not failed_owners & change.owners)
-    return WriteResult(written, (*errors.values(), *blocked))
+    blocked += [_build_blocked_error(change) for change in wanted if change.path not in written | errors.keys()]
+    return WriteResult(tuple(change for change in wanted if change.path in written), (*errors.values(), *blocked))
 
 
 def _capture_error(action: Callable[..., None], *arguments: object) -> MigratorError | None:
