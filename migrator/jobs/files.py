@@ -32,8 +32,8 @@ Stamp = tuple[int, int, int, int]
 Stamps = Mapping[str, Stamp]
 """Stamps of files by path; a stamp changes whenever its file is written or replaced."""
 
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Links are not followed, and opening a named pipe does not block."""
+_OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Where the system can: links are not followed, and opening a named pipe does not block."""
 
 
 def collect_stamps(files: Iterable[Path]) -> Stamps:

@@ -16,6 +16,7 @@ from plans.errors import UsageError
 from runtime.checkpoint.copying.copy_plan import Destination, build_copy_plan
 from runtime.checkpoint.files.reading import convert_read_errors, read_exactly
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.files.system import count_cpus
 from runtime.loader.reads import (
     LoadTarget,
     Read,
@@ -249,7 +250,7 @@ def transfer(
 def default_threads() -> int:
     """Return the default number of reader threads: this rank's share of the processors."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // local_ranks))
+    return max(1, min(_MAX_THREADS, count_cpus() // local_ranks))
 
 
 def _transfer_to_device(

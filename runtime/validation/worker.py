@@ -11,6 +11,7 @@ import tempfile
 import torch
 
 from plans.errors import MigratorError, UsageError
+from runtime.checkpoint.files.system import count_cpus
 from runtime.processes.group import process_group
 from runtime.processes.launch import launch
 from runtime.validation.file_checks import check_files
@@ -49,7 +50,7 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
 
 
 def _check_ranks(world_size: int) -> None:
-    limit = _RANKS_PER_PROCESSOR * len(os.sched_getaffinity(0))
+    limit = _RANKS_PER_PROCESSOR * count_cpus()
     if world_size > limit:
         raise UsageError(
             f"{world_size} ranks are too many for this machine, which can run {limit}",

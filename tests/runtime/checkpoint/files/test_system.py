@@ -30,6 +30,10 @@ for name in {LINUX_ONLY}:
 from runtime.checkpoint.files import system
 import runtime.checkpoint.resharding.distribute
 import runtime.checkpoint.resharding.estimate
+import migrator.jobs
+from runtime.loader.transfer import default_threads
+from runtime.validation.worker import run_validation
+assert default_threads() >= 1
 assert system.fcntl is None
 """
 
