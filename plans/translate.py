@@ -154,7 +154,7 @@ class _Translation:
         for result in results:
             others = [key for key in self._find_cut_together(result.key) if key in failed]
             if isinstance(result, SetStyle) and others:
-                yield self._report_unchanged(result.key, f"it is cut as {others[0]}, which stays")
+                yield self._report_unchanged(result.key, f"it must be sharded like {others[0]}, which stays")
             else:
                 yield result
 

@@ -37,7 +37,8 @@ def mentions_plans(source: SourceFile | None) -> bool:
 def find_framework(paths: Iterable[Path]) -> Callable[[Path], bool]:
     """Return a predicate of the framework's own files: those of a package of models and their base classes.
 
-    It holds for what lies beside the folder `models` in the folder of `modeling_utils.py` and `configuration_utils.py`.
+    A file belongs to the framework if it lies in the folder of `modeling_utils.py` and `configuration_utils.py`, but
+    outside of its folder `models`.
 
     Args:
         paths: every file of a revision.

@@ -1,7 +1,8 @@
 """The class graph: what a class's name stands for, its ancestors in Python's order, and its possible subclasses.
 
-Everything is worked out from source alone and across files. `ClassGraph` walks the bases; where an import leads is for
-its two implementations to say: `Tree` follows links between model files on disk, `FileGraph` any file of a revision.
+Everything is worked out from source alone and across files. `ClassGraph` walks the bases; its
+two implementations decide where an import leads: `Tree` follows links between model files on disk, `FileGraph` any
+file of a revision.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ClassGraph(ABC):
 
     @abstractmethod
     def follow_import(self, path: Path, name: str) -> Iterator[ClassKey]:
-        """Yield the classes that a dotted name may stand for which a file imports."""
+        """Yield the classes that an imported dotted name may stand for."""
 
     def resolve(self, path: Path, scope: str, name: str) -> Iterable[ClassKey]:
         """Return the classes that a dotted name may stand for: one of the same file, else imported ones.

@@ -271,7 +271,7 @@ def _has_name(value: ast.expr, name: str) -> bool:
 
 
 def _iter_loop_plans(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield the variable of a loop over plans with the first plan; the loop treats all of them alike."""
+    """Yield the variable of a loop over plans with the first plan; the loop changes each of them in the same way."""
     match node:
         case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
             attributes = [plan for element in plans for plan in _iter_plan_reads(element)]

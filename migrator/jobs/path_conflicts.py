@@ -26,7 +26,7 @@ def check_path_conflicts(job: Job) -> None:
     """
     if not job.output.name:
         raise UsageError(
-            f"{job.file}: output is {job.output}, which cannot belong to one job",
+            f"{job.file}: `output` must be a folder of the job's own, got {job.output}",
             hint="set `output` to a folder of its own",
             path=str(job.file),
         )

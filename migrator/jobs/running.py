@@ -231,7 +231,7 @@ class _Execution:
 
 @dataclass
 class _Preview:
-    """Tells what a run would do with each step, and does none of it.
+    """Reports what a run would do with each step, without doing it.
 
     Args:
         job: the job.

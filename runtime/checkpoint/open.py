@@ -214,8 +214,7 @@ def _check_no_optimizer(checkpoint: Checkpoint, optimizer: OptimizerChoice) -> N
     recorded = list(checkpoint.manifest.optimizer) if checkpoint.manifest else []
     if recorded and optimizer != "leave":
         raise IncompleteError(
-            f"{checkpoint.folder}: the optimizer's state is missing, of which {MANIFEST} records "
-            f"{format_names(recorded)}",
+            f"{checkpoint.folder}: the optimizer's state is missing, but {MANIFEST} records {format_names(recorded)}",
             hint="copy its files again, or leave the state out with `optimizer=False`",
             missing=recorded,
         )

@@ -4,9 +4,9 @@ Attention with projections sharded by head may normalize each head, with one wei
 the gradient of its own heads only, and nothing fails: the ranks' weights merely drift apart. Its entry must sum them.
 Before or behind the sharded layers the gradient is whole already, and the same entry would multiply it.
 
-Where such a parameter stands is told by its module's name if it repeats that of the layer it follows, as `q_norm` does
-of `q_proj`, and by its widths otherwise: one that is the width of a layer's whole input stands outside. If a head is as
-wide as that, neither is certain, and a plan may have either entry.
+Where such a parameter stands is inferred from its module's name if it repeats that of the layer it follows, as
+`q_norm` does of `q_proj`, and from its widths otherwise: one that is the width of a layer's whole input stands outside.
+If a head is as wide as that, neither is certain, and a plan may have either entry.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 SlicePosition = Literal["outside", "on slices", "across slices", "between", "either"]
 """Where parameters stand: outside the sharded layers; on each slice, as a norm on heads; across all slices, as a norm
-of all heads together; between sharded layers in some other way; or either inside or outside, for all one can tell."""
+of all heads together; between sharded layers in some other way; or inside or outside, if that cannot be determined."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _suggest_fixes(params: ReplicatedParams) -> str:
         return f"add the entries {entries}"
     hint = (
         f"gather what it works on, with 'colwise_gather_output' for {params.layer.key!r} and the layers beside it and "
-        "'rowwise_split_input' for the one behind them; or shard it by an entry of its own"
+        "'rowwise_split_input' for the layer that takes their output; or shard it by an entry of its own"
     )
     return f"{hint}, if it holds one value for each head with {entries}" if params.has_value_per_head else hint
 

@@ -6,8 +6,8 @@ read from the names and widths of the layers of a group and of the groups right 
 
 What this cannot see is what a forward computes. A layer is assumed to meet sharded outputs if its width is that of one
 of them, of what the layer behind them takes, or of a number of heads; layers of other widths are assumed to be
-something else, such as a router. Query, key and value in one matrix are not told from other layers, and groups further
-apart are never paired.
+something else, such as a router. Query, key and value in one matrix are not distinguished from other layers, and groups
+further apart are never paired.
 
 One thing is read from a forward's source, which is parsed and never run: attention that reshapes its projections by
 `-1` and the width of a head works on whatever heads a rank holds, but `view(batch, length, self.num_heads,
@@ -40,7 +40,7 @@ def check_pairs(view: PlanView) -> None:
     A part without a config is not checked: its caller may pass it slices and take slices.
 
     Raises:
-        PlanError: it does; names the layer and the entry that is missing or wrong.
+        PlanError: a layer would meet a shard it cannot use; names the layer and the entry that is missing or wrong.
     """
     for group in view.linear_groups.values() if view.is_whole_model else ():
         _check_sharded_outputs(group)
@@ -188,7 +188,7 @@ def check_head_counts(view: PlanView) -> None:
                 f"{group.column_parallel_layers[0].name} leaves its output sharded, but {type(group.module).__name__} "
                 f"shapes it by {count}, the number of all heads, while a rank holds only some",
                 hint=f"remove the entries of the layers of {group.name}, or use 'colwise_gather_output' for them and "
-                "'rowwise_split_input' for the one behind them",
+                "'rowwise_split_input' for the layer that takes their output",
                 module=group.name,
             )
 

@@ -47,9 +47,9 @@ class HookMismatch:
     """A module whose forward is not as the plan says.
 
     Args:
-        name: the module's.
+        name: the module's name.
         expected: the style that the plan puts around its forward, None for no style.
-        found: the one that is there.
+        found: the style that is there.
     """
 
     name: str
@@ -58,10 +58,10 @@ class HookMismatch:
 
 
 def hook(site: HookSite, forward_hook: ForwardHook) -> None:
-    """Put a style around a module's forward, in place; the module cannot be copied then.
+    """Wrap a module's forward with a style, in place; the module can no longer be deep-copied.
 
     Raises:
-        PlanError: the module is a container, whose members are called and it never is: its hook would do nothing.
+        PlanError: the module is a container: only its members are called, so its hook would never run.
     """
     if type(site.module).forward is nn.Module.forward:
         raise build_hook_error(site, "which has no forward of its own", hint="name the modules in it instead")
@@ -82,7 +82,7 @@ def wrap_forward(site: HookSite, forward_hook: ForwardHook, forward: Callable[..
 
 
 def record_hooks(model: nn.Module, hooks: Mapping[str, str]) -> None:
-    """Let a model remember which modules were hooked, by name, and with which styles; it saves what is whole only."""
+    """Record a model's hooked modules with their styles, and make `save_pretrained` accept only full state dicts."""
     model.__dict__[_HOOKS] = dict(hooks)
     for module in model.modules():
         save = getattr(module, "save_pretrained", None)
@@ -91,7 +91,7 @@ def record_hooks(model: nn.Module, hooks: Mapping[str, str]) -> None:
 
 
 def is_parallel(model: nn.Module) -> bool:
-    """Say whether a model, or a part of it, was made parallel, by us or by others."""
+    """Return whether a model or any part of it is parallel already, whoever parallelized it."""
     ours = any(_HOOKS in module.__dict__ or _get_style_name(module) is not None for module in model.modules())
     return ours or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -99,10 +99,10 @@ def is_parallel(model: nn.Module) -> bool:
 def find_hook_mismatches(model: nn.Module, plan: Mapping[str, str]) -> Iterator[HookMismatch]:
     """Yield the modules that lost their hook since the model was made parallel, or that the plan hooks otherwise.
 
-    Of a model that others made parallel, transformers say, nothing is known and nothing is yielded.
+    Yields nothing for models that another library, such as transformers, parallelized.
 
     Args:
-        model: after `parallelize`.
+        model: a model that `parallelize` has returned from.
         plan: key to style.
     """
     remembered: Mapping[str, str] | None = model.__dict__.get(_HOOKS)
@@ -123,11 +123,11 @@ def _get_style_name(module: nn.Module) -> str | None:
 
 
 def _save_full_state(save: Callable[..., None], folder: object, *args: object, **kwargs: object) -> None:
-    """Refuse to save a model's own parameters, which are pieces; what is given as `state_dict` is whole."""
+    """Refuse to save a model's own parameters, which are shards, unless a full `state_dict` is passed."""
     state = kwargs.get("state_dict")
     if not isinstance(state, Mapping) or not state:
         raise UsageError(
-            f"{folder}: a parallel model cannot save itself, each rank holds pieces of its parameters",
+            f"{folder}: a parallel model cannot save itself, because each rank holds shards of its parameters",
             hint="gather them on every rank, state = runtime.full_state_dict(model), and on rank 0 call "
             "model.save_pretrained(folder, state_dict=state)",
         )
@@ -147,10 +147,10 @@ def hook_modules(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes,
     """Put each module entry's style around its module's forward, once for each module.
 
     Args:
-        model: its parameters sharded.
-        resolved: its plan.
-        meshes: of the plan's sizes.
-        styles: by name.
+        model: the model, its parameters already sharded.
+        resolved: the model's resolved plan.
+        meshes: device meshes of the plan's sizes.
+        styles: the registry of styles.
 
     Raises:
         PlanError: a style cannot hook the module of its entry, or no entry hooks a module with sharded parameters.
@@ -183,20 +183,20 @@ def _find_hook_sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMes
 
 def _share_inputs(sites: Sequence[HookSite]) -> None:
     """Let modules side by side share inputs while the module that holds them runs."""
-    beside = Counter(site.parent for site in sites)
+    sibling_counts = Counter(site.parent for site in sites)
     for owner, inputs in {site.parent: site.shared_inputs for site in sites}.items():
-        if owner is not None and beside[owner] > 1:
+        if owner is not None and sibling_counts[owner] > 1:
             owner.forward = inputs.wrap_forward(owner.forward)
 
 
 def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:
-    """Refuse sharded parameters whose module nothing hooks: its forward would compute on pieces as if whole."""
+    """Refuse sharded parameters of modules without a hook, whose forward would use a shard as if it were whole."""
     for name, module in model.named_modules():
         sharded = [key for key, value in module._parameters.items() if isinstance(value, DTensor)]
         if sharded and module not in hooked:
             raise PlanError(
-                f"{name}.{sharded[0]} is sharded, but no plan entry hooks {name}, whose forward would use a piece "
-                "as if it were whole",
+                f"{name}.{sharded[0]} is sharded, but no plan entry hooks {name}, whose forward would use a "
+                "shard as if it were whole",
                 hint="add an entry for the module that owns it, such as moe_experts_allreduce or local_params",
                 parameter=f"{name}.{sharded[0]}",
             )

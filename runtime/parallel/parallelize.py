@@ -52,7 +52,7 @@ def parallelize(
         plan: resolved on this model, chosen, or key to style; by default what `Plan.from_model` chooses for `tp`, or
             for `tp_ep` where the mesh has an expert axis. Key to style is taken for `ep` where the mesh is one axis
             `ep`, or where all entries speak of divided experts and the mesh has as many `ep` as `tp` ranks.
-        styles: those that the plan may name.
+        styles: the styles that the plan may name.
 
     Raises:
         UnknownStyleError: a plan entry names a style that cannot run here.
@@ -181,9 +181,9 @@ def _apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) 
     the average of the ranks' on its axis. With one rank on both axes nothing happens.
 
     Args:
-        model: its parameters cut by the plan and its modules hooked.
-        resolved: the plan.
-        meshes: of the plan's sizes.
+        model: the model, its parameters sharded by the plan and its modules hooked.
+        resolved: the resolved plan.
+        meshes: device meshes of the plan's sizes.
     """
     if meshes.sizes.fsdp == 1:
         return

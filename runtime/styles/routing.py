@@ -49,7 +49,7 @@ class Routing:
 
 
 def has_sharded_experts(module: nn.Module) -> bool:
-    """Return whether a module holds stacked experts of which each rank has some, whole."""
+    """Return whether a module's stacked experts are divided over the ranks, each expert whole on one rank."""
     return _count_experts(module) is not None
 
 
@@ -65,7 +65,7 @@ def check_sharded_experts(site: HookSite) -> None:
     """Check that a module's experts are divided over the ranks, in all of its parameters.
 
     Raises:
-        PlanError: they are not.
+        PlanError: its experts are not divided over the ranks.
     """
     count = _count_experts(site.module)
     if count is None:

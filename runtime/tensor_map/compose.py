@@ -92,7 +92,7 @@ class _SortedBoxes:
     Args:
         boxes: the boxes of the source.
         starts: where each box begins along the first dim.
-        widest: the largest extent of a box along that dim.
+        widest: the largest width of a box along that dim.
     """
 
     boxes: Sequence[StridedBox]

@@ -113,10 +113,10 @@ def _plan_copy(box: StridedBox, strides: Sequence[int], bits: int, source: int, 
 
 
 def split_at_blocks(copy: StridedCopy, block: int) -> Iterator[tuple[int, StridedCopy]]:
-    """Yield the run in parts that each read from one block of the source, with that block's number.
+    """Yield the copy in parts that each read from one block of the source, with that block's number.
 
     Args:
-        copy: the run to cut.
+        copy: the strided copy to split.
         block: bytes; block n is `[n * block, (n + 1) * block)` of the source region.
     """
     if copy.strides and copy.source_stop > (copy.source_offset // block + 1) * block:

@@ -156,7 +156,7 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
 def _build_tensor_maps(
     saved: SavedTensors, expected: Mapping[str, torch.Tensor], tied: Mapping[str, str], folder: Path
 ) -> dict[str, TensorMap]:
-    """Return the tensor_maps of the model's tensors, in its order, then of those that are carried."""
+    """Return the tensor maps of the model's tensors, in its order, then of the passthrough tensors."""
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     stored = {**infer_shapes(saved.chunks), **saved.declared_shapes}
     for name in saved.declared_shapes.keys() & shapes.keys():

@@ -56,8 +56,8 @@ def compute_shards(
 ) -> dict[str, LocalShard]:
     """Return a rank's part of each stored tensor; tensors that it has no part of are left out.
 
-    A tensor that is stored as in the model is sharded like its parameter. Of a tensor in hub form, the rank has the box
-    that its local parameter is made of: of an expert's own `gate_proj`, its rows of the local `gate_up_proj`.
+    A tensor that is stored as in the model is sharded like its parameter. For a tensor in hub form, the rank has the
+    box that its local parameter is built from: of an expert's own `gate_proj`, its rows of the local `gate_up_proj`.
 
     Args:
         rank: the rank.
@@ -148,7 +148,7 @@ def check_shapes(
     if missing := [name for name in shards if name not in tensors]:
         first = shards[missing[0]]
         raise IncompleteError(
-            f"{folder}: rank {rank} has no {format_names(missing)}, of which {first.sharding.describe(mesh)} gives it "
+            f"{folder}: rank {rank} has no {format_names(missing)}, but {first.sharding.describe(mesh)} gives it "
             f"{list(first.tensor_map.shape)}",
             hint=_SETTINGS_HINT,
             rank=rank,

@@ -93,9 +93,9 @@ def verify(
     """Verify every copy of every tensor of a checkpoint.
 
     Against the manifest, each copy must have the recorded digest; without recorded digests, only headers, index and
-    completeness are checked. Against another checkpoint, all tensors must also be equal, including carried ones, tied
-    names and the optimizer's state. The entries of config.json that decide what the model computes must equal those
-    that the manifest records, and those of the other checkpoint if both have a config.json.
+    completeness are checked. Against another checkpoint, all tensors must also be equal, including passthrough
+    tensors, tied names and the optimizer's state. The entries of config.json that decide what the model computes must
+    equal those that the manifest records, and those of the other checkpoint if both have a config.json.
 
     Args:
         source: the folder of a checkpoint of any layout.

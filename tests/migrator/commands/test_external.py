@@ -245,7 +245,7 @@ DAMAGES = {
     no_config: "no config.json",
     other_names: "'model.layers.1.self_attn.qkv_proj.weight' name no tensor of LlamaForCausalLM",
     extra: "'model.rotary.table' name no tensor of LlamaForCausalLM",
-    absent_tensor: f"foreign: rank 1 has no {NORM!r}, of which Replicate over tp=2 gives it [32]",
+    absent_tensor: f"foreign: rank 1 has no {NORM!r}, but Replicate over tp=2 gives it [32]",
     flipped_copy: f"{NORM!r} should be the same in ",
     one_dtype_more: f"{O_PROJ!r} is BF16, on other ranks F32",
     truncated: "truncated",

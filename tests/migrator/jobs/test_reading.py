@@ -90,7 +90,7 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("check = 3", "move.toml: check is not a table", "[check]"),
         ("a = " + "[" * 5000, "is not TOML", "correct"),
         ("a = " + "1" * 5000, "is not TOML", "correct"),
-        ("output = '/'\n[check]\npaths = ['m']", "output is /, which cannot belong to one job", "of its own"),
+        ("output = '/'\n[check]\npaths = ['m']", "`output` must be a folder of the job's own, got /", "of its own"),
         ("output = 'a'\n[reshard]\nsource = 'a'", "the destination of reshard, lies in the source of reshard", "own"),
         ("output = 'a/job'\n[verify]\nsource = 'a'", "a/job, the output, lies in the source of verify", "own"),
         ("output = 'a'\n[verify]\nsource = 'a'", "the output, is the source of verify", "own"),
