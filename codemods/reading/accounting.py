@@ -18,8 +18,9 @@ from codemods.files.sources import SourceFile
 from codemods.reading.entries import read_key, span
 from codemods.reading.escapes import Escape, EscapeFinder, index_parents
 from codemods.reading.expressions import iter_bindings
+from codemods.reading.local_names import find_free_parameters
 from codemods.reading.module import Conflict, Unresolved
-from codemods.reading.names import Definitions, Function, find_free_parameters, get_identifier
+from codemods.reading.names import Definitions, Function, get_identifier
 from codemods.reading.plan_literals import mention_experts
 from codemods.reading.scope import ANY_CLASS, Scope, find_plan_mentions, is_plan_attribute
 from plans.plan import plan_kind

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from codemods.reading.expressions import iter_bindings
-from codemods.reading.names import CHANGING_METHODS, Function, find_local_plans, get_identifier
+from codemods.reading.local_names import find_local_plans
+from codemods.reading.names import CHANGING_METHODS, Function, get_identifier
 from codemods.reading.scope import is_plan_attribute
 
 __all__ = ["Escape", "EscapeFinder", "index_parents"]

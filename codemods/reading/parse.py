@@ -12,6 +12,7 @@ from codemods.files.sources import SourceFile, format_path
 from codemods.reading.accounting import Accountant
 from codemods.reading.conflicts import ParsedClass, find_outward_conflicts, merge_classes
 from codemods.reading.expressions import iter_bindings
+from codemods.reading.local_names import find_free_parameters, find_local_plans
 from codemods.reading.module import (
     ClassPlans,
     Condition,
@@ -25,7 +26,7 @@ from codemods.reading.module import (
     Removal,
     Unresolved,
 )
-from codemods.reading.names import Definitions, Function, find_free_parameters, find_local_plans, get_dotted_name
+from codemods.reading.names import Definitions, Function, get_dotted_name
 from codemods.reading.plan_literals import AssignmentTarget, read_assignment
 from codemods.reading.scope import Scope, find_plan_mentions, is_exiting, is_plan_attribute, iter_blocks
 from codemods.reading.statements import find_plan_values, find_removals, find_shared_plans, find_unresolved_uses

@@ -1,0 +1,124 @@
+"""The local names of a function that refer to plans, and the parameters whose plans come from its callers."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from codemods.reading.expressions import iter_bindings, split_expression
+from codemods.reading.names import Function
+from codemods.reading.scope import is_plan_attribute
+from plans.plan import is_expert_parallel, plan_kind
+
+__all__ = ["find_free_parameters", "find_local_plans"]
+
+
+def find_free_parameters(function: Function) -> frozenset[str]:
+    """Return the parameters of a function without a default or with the default None: their callers decide."""
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [*zip(positional, defaults, strict=True), *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+    return frozenset(argument.arg for argument, value in pairs if value is None or ast.unparse(value) == "None")
+
+
+def find_local_plans(function: Function) -> dict[str, str]:
+    """Return the local names of a function that are made from a plan or written into one, with the plan's attribute.
+
+    Names that refer to plans of two kinds are left out, and so are names that are not variables of the function, and
+    names that also have other values and are never written into a plan.
+    """
+    local_names = _read_local_names(function).items()
+    return {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
+
+
+@dataclass
+class _LocalName:
+    """How a function uses a name.
+
+    Args:
+        assigned: whether the function assigns the name.
+        has_other_value: whether one of its values is made from neither a plan nor the name itself.
+        source_plans: the plans that its values are made from.
+        target_plans: the plans that it is written into.
+    """
+
+    assigned: bool = False
+    has_other_value: bool = False
+    source_plans: set[str] = field(default_factory=set)
+    target_plans: set[str] = field(default_factory=set)
+
+    @property
+    def plan(self) -> str | None:
+        """The plan that the name refers to, or None if there is none or there are several kinds."""
+        plans = self.source_plans | self.target_plans
+        is_reused = self.has_other_value and not self.target_plans
+        if not self.assigned or is_reused or len({plan_kind(plan) for plan in plans}) != 1:
+            return None
+        return min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
+
+
+def _read_local_names(function: Function) -> Mapping[str, _LocalName]:
+    names: dict[str, _LocalName] = defaultdict(_LocalName)
+    for node in ast.walk(function):
+        for target, value in iter_bindings(node):
+            if isinstance(target, ast.Name):
+                plans, local = set(_iter_plan_reads(value)), names[target.id]
+                local.assigned = True
+                local.has_other_value |= not (plans or _has_name(value, target.id))
+                local.source_plans |= plans
+        for name, plan in _iter_loop_plans(node):
+            names[name].assigned = True
+            names[name].source_plans.add(plan)
+        for plan, value in _iter_plan_writes(node, function.name):
+            for part in split_expression(value):
+                if isinstance(part.node, ast.Name):
+                    names[part.node.id].target_plans.add(plan)
+    return names
+
+
+def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+    """Yield what a node writes into a plan that it names: the plan's attribute, and the expression.
+
+    Args:
+        node: any node of a function.
+        function: the name of the function.
+    """
+    for target, value in iter_bindings(node):
+        if isinstance(target, ast.Attribute) and is_plan_attribute(target.attr):
+            yield target.attr, value
+    match node:
+        case ast.AugAssign(target=ast.Attribute(attr=plan), op=ast.BitOr(), value=value) if is_plan_attribute(plan):
+            yield plan, value
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(attr=plan), attr="update")) if is_plan_attribute(plan):
+            yield plan, node
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(plan)), value]) if plan_kind(plan):
+            yield plan, value
+        case ast.Call(keywords=keywords):
+            yield from ((keyword.arg, keyword.value) for keyword in keywords if keyword.arg and plan_kind(keyword.arg))
+        case ast.Return(value=ast.expr() as value) if plan_kind(function):
+            yield function, value
+
+
+def _iter_plan_reads(value: ast.expr) -> Iterator[str]:
+    for part in split_expression(value):
+        match part.node:
+            case ast.Attribute(attr=plan) if is_plan_attribute(plan):
+                yield plan
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(plan)), *_]) if plan_kind(plan):
+                yield plan
+
+
+def _has_name(value: ast.expr, name: str) -> bool:
+    return any(isinstance(part.node, ast.Name) and part.node.id == name for part in split_expression(value))
+
+
+def _iter_loop_plans(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the variable of a loop over plans with the first plan; the loop changes each of them in the same way."""
+    match node:
+        case ast.For(target=ast.Name(id=name), iter=ast.Tuple(elts=plans) | ast.List(elts=plans)):
+            attributes = [plan for element in plans for plan in _iter_plan_reads(element)]
+            if len(attributes) == len(plans) > 0 and len({is_expert_parallel(plan) for plan in attributes}) == 1:
+                yield name, attributes[0]
