@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from migrator.options.external import read_external_settings
+from migrator.options.external import ExternalOptions, read_external_settings
 from migrator.options.source import ProjectRequest, read_requests
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.errors import MismatchError
@@ -31,6 +32,7 @@ __all__ = [
     "compute_check_exit_code",
     "compute_rewrite_exit_code",
     "estimate_reshard",
+    "is_finished",
     "plan_reshard",
     "reshard",
     "rewrite",
@@ -193,6 +195,31 @@ def reshard(
 
     with process_group(timeout):
         return execute_distributed_reshard(plan, settings.destination, options)
+
+
+def is_finished(
+    plan: ReshardPlan, settings: Reshard, progress: AbstractContextManager[Progress], notify: Callable[[str], None]
+) -> bool:
+    """Return whether the destination already holds exactly the planned result, as after a kill past the commit.
+
+    Args:
+        plan: the plan, from `plan_reshard`.
+        settings: the settings that it was planned from.
+        progress: see `verify`.
+        notify: called with notes for the user.
+
+    Raises:
+        DestinationError: the destination cannot be read.
+        MigratorError: see `verify`.
+    """
+    from runtime.checkpoint.resharding.finished import has_expected_files
+
+    if not os.path.lexists(settings.destination) or not has_expected_files(plan, settings.destination):
+        return False
+    notify(f"note: {settings.destination} is there already, and is compared with {plan.checkpoint.folder}")
+    external = {setting.name: getattr(settings, setting.name) for setting in fields(ExternalOptions)}
+    comparison = Verify(settings.source, str(settings.destination), settings.max_memory, **external)
+    return verify(comparison, progress).ok
 
 
 def verify(settings: Verify, progress: AbstractContextManager[Progress], *, quiet: bool = True) -> Verification:

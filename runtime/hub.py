@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
 from plans.text import first_line
-from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS, is_checkpoint_file
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, HfApi
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
 
@@ -122,6 +126,9 @@ def fetch_config(name: HubName) -> Path:
 def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
     """Upload a finished checkpoint to a repository, created if it does not exist, and return the repository's address.
 
+    One commit adds all files and removes those of the checkpoint that was there before, so a reader finds either the
+    one or the other. Files that an interrupted push has uploaded are not uploaded again.
+
     Args:
         folder: the folder that a reshard committed.
         repository: `owner/name`.
@@ -136,14 +143,35 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
     try:
         with _control_progress_bars(quiet):
             api.create_repo(repository, exist_ok=True)
-            commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Reshard with migrator")
+            commit = _commit_folder(api, folder, repository)
     except Exception as error:  # the client and the network below it raise errors of many libraries
         raise DestinationError(
             f"{repository}: uploading {folder} failed: {first_line(error)}",
-            hint=f"log in with `hf auth login`, then upload the folder with `hf upload {repository} {folder}`",
+            hint="log in with `hf auth login`, then run the same command again: it uploads only what is missing",
             repository=repository,
         ) from error
     return str(commit.repo_url)
+
+
+def _commit_folder(api: HfApi, folder: Path, repository: str) -> CommitInfo:
+    """Replace a repository's checkpoint by a folder's, in one commit.
+
+    `HfApi.upload_folder` would split a large folder into several commits, and readers would see each of them.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    parent = api.repo_info(repository).sha
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    stale = [name for name in api.list_repo_files(repository, revision=parent) if is_checkpoint_file(name)]
+    additions = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
+    # A .gitignore, in the folder or the repository, would leave files out.
+    api.preupload_lfs_files(repository, additions, gitignore_content="", free_memory=False)
+    return api.create_commit(
+        repository,
+        [*additions, *(CommitOperationDelete(name) for name in stale if name not in names)],
+        commit_message="Reshard with migrator",
+        parent_commit=parent,
+    )
 
 
 def _list_weight_files(folder: Path) -> list[str]:

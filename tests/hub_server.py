@@ -7,9 +7,10 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,14 +21,31 @@ TOKEN = "hf_secret"
 
 @dataclass
 class Hub:
-    """Its repositories' files by name, one commit each, and what was asked of it."""
+    """Its repositories, and what was asked of it.
+
+    Args:
+        address: its URL.
+        files: the files of each repository's last commit, by name.
+        heads: the last commits of those repositories that were pushed to; the others have one, `COMMIT`.
+        private: the repositories that can only be read with the token.
+        objects: the large files that were uploaded, by their digest.
+        fetched: the names of files that were read.
+        uploaded: the digests of large files, in the order in which they were uploaded.
+        commits: the names of all files after each commit that was made.
+        refuses_commits: whether it answers that committing is not allowed.
+        interrupt: called with each request that changes anything, once it was carried out and before it is answered.
+    """
 
     address: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
     objects: dict[str, bytes] = field(default_factory=dict)
     fetched: list[str] = field(default_factory=list)
+    uploaded: list[str] = field(default_factory=list)
+    commits: list[list[str]] = field(default_factory=list)
     refuses_commits: bool = False
+    interrupt: Callable[[str], None] = lambda request: None
 
     def add(self, repository: str, folder: Path) -> None:
         paths = (path for path in folder.rglob("*") if path.is_file())
@@ -82,18 +100,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.hub.objects[self.path.rpartition("/")[2]] = body
+        digest = self.path.rpartition("/")[2]
+        assert hashlib.sha256(body).hexdigest() == digest
+        self.hub.objects[digest] = body
+        self.hub.uploaded.append(digest)
         self._json({})
 
     def _about(self, repository: str, what: str, revision: str) -> None:
         if not self._may_read(repository):
             return
-        if revision not in ("main", COMMIT):
+        head = self.hub.heads.get(repository, COMMIT)
+        if revision not in ("main", head):
             self._error(404, "RevisionNotFound")
             return
         files = self.hub.files[repository]
         if what == "revision":
-            self._json({"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+            self._json({"id": repository, "sha": head, "siblings": [{"rfilename": name} for name in files]})
             return
         rows = [{"type": "file", "path": n, "size": len(b), "oid": _etag(b)} for n, b in files.items()]
         self._json(rows)
@@ -112,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.hub.fetched.append(found[2])
         self.send_response(200)
-        for name, value in (("ETag", f'"{_etag(content)}"'), ("X-Repo-Commit", COMMIT)):
+        head = self.hub.heads.get(found[1], COMMIT)
+        for name, value in (("ETag", f'"{_etag(content)}"'), ("X-Repo-Commit", head)):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -135,15 +158,23 @@ class _Handler(BaseHTTPRequestHandler):
         def mode(path: str) -> str:
             return "lfs" if path.endswith(".safetensors") else "regular"
 
+        request = json.loads(body)
+        ignored = request.get("gitIgnore", self.hub.files[repository].get(".gitignore", b"").decode()).split()
         rows = [
-            {"path": row["path"], "uploadMode": mode(row["path"]), "shouldIgnore": False}
-            for row in json.loads(body)["files"]
+            {
+                "path": row["path"],
+                "uploadMode": mode(row["path"]),
+                "shouldIgnore": any(fnmatchcase(row["path"], pattern) for pattern in ignored),
+            }
+            for row in request["files"]
         ]
         self._json({"files": rows})
 
     def _batch(self, request: dict[str, list[dict[str, object]]]) -> None:
         rows = [
-            {**row, "actions": {"upload": {"href": f"{self.hub.address}/objects/{row['oid']}"}}}
+            row
+            if row["oid"] in self.hub.objects
+            else {**row, "actions": {"upload": {"href": f"{self.hub.address}/objects/{row['oid']}"}}}
             for row in request["objects"]
         ]
         self._json({"transfer": "basic", "objects": rows})
@@ -152,15 +183,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.refuses_commits:
             self._error(403, "Forbidden")
             return
+        head = self.hub.heads.get(repository, COMMIT)
+        files = dict(self.hub.files[repository])
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit", head) != head:
+                self._error(412, "PreconditionFailed")
+                return
             if line["key"] == "file":
-                self.hub.files[repository][value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.hub.files[repository][value["path"]] = self.hub.objects[value["oid"]]
-        self._json({"commitUrl": f"{self.hub.address}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+                files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        self.hub.commits.append(sorted(files))
+        self.hub.files[repository] = files
+        self.hub.heads[repository] = head = f"{len(self.hub.commits):040x}"
+        self._json({"commitUrl": f"{self.hub.address}/{repository}/commit/{head}", "commitOid": head})
 
     def _json(self, value: object) -> None:
+        if self.command != "GET":
+            self.hub.interrupt(f"{self.command} {self.path}")
+        with suppress(ConnectionError):  # The client may have been killed.
+            self._send_json(value)
+
+    def _send_json(self, value: object) -> None:
         content = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.actions import estimate_reshard, plan_reshard, reshard
+from migrator.actions import estimate_reshard, is_finished, plan_reshard, reshard
 from migrator.formats.reshard import (
     estimate_as_json,
     find_passthrough,
@@ -35,6 +35,8 @@ from plans.text import format_names, pluralize
 from runtime.processes.started import exit_now, is_worker_process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from migrator.settings import Experts, Layout
     from plans.mesh import Mode
     from runtime.checkpoint.resharding.estimate import Estimate, EstimateGroup
@@ -110,8 +112,8 @@ def command(
 
     SOURCE is a folder in any layout, or hf://owner/name[@revision]; DESTINATION is a new folder. Every byte is copied
     unchanged, and the manifest records a digest of each parameter. DESTINATION appears complete or not at all: a run
-    that is killed or stopped leaves DESTINATION.partial, and the same command resumes it. Under torchrun, each rank
-    copies its share of the bytes to a DESTINATION that all ranks can access.
+    that is killed or stopped leaves DESTINATION.partial, and the same command resumes it, an upload included. Under
+    torchrun, each rank copies its share of the bytes to a DESTINATION that all ranks can access.
     """
     require_runtime(show_downloads=not quiet)
     from runtime.checkpoint.copying.commit import check_destination
@@ -123,7 +125,10 @@ def command(
     )  # fmt: skip
     if push_to is not None:
         check_repository(push_to)
-    check_destination(settings.destination, overwrite=overwrite)
+    # An earlier run may have been stopped while it pushed what it had written.
+    may_be_finished = push_to is not None and os.path.lexists(destination) and not (overwrite or dry_run)
+    if not may_be_finished:
+        check_destination(settings.destination, overwrite=overwrite)
     external_settings = read_external_settings(settings, source)
     reports = not is_worker_process() or os.environ["RANK"] == "0"
     output = _Output(timeout, report, output_format, quiet or not reports)
@@ -137,7 +142,10 @@ def command(
             bytes_total=plan.copy_plan.bytes_written,
             seconds=plan.planning_seconds,
         )
-        if not dry_run:
+        if may_be_finished:
+            if reports:
+                _push_finished(plan, settings, output, log)
+        elif not dry_run:
             _reshard(plan, settings, output, log)
         elif reports:
             _show_estimate(plan, settings, output, log)
@@ -191,6 +199,31 @@ def _reshard(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLo
         console.emit_json(data)
 
 
+def _push_finished(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> None:
+    """Push the destination, provided that it already holds exactly what was planned."""
+    from runtime.checkpoint.copying.commit import check_destination
+
+    comparing = console.progress(f"{settings.destination.name} = {plan.checkpoint.folder.name}", quiet=output.quiet)
+    if not is_finished(plan, settings, comparing, _build_notifier(output, log)):
+        check_destination(settings.destination)
+    data: dict[str, object] = {"destination": str(settings.destination), "files": sorted(plan.file_names), "kept": True}
+    log.emit("finished", **data)
+    _save_report(plan, None, output)
+    assert settings.push_to is not None
+    data["pushed"] = _push(settings.destination, settings.push_to, output, log)
+    if output.output_format == "json":
+        console.emit_json(data)
+
+
+def _build_notifier(output: _Output, log: EventLog) -> Callable[[str], None]:
+    def notify(text: str) -> None:
+        log.emit("note", text=text)
+        if not output.quiet:
+            console.say(text)
+
+    return notify
+
+
 def _execute(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLog) -> ReshardResult | None:
     with console.progress(f"{plan.checkpoint.folder.name} → {plan.target.layout}", quiet=output.quiet) as advance:
 
@@ -198,12 +231,7 @@ def _execute(plan: ReshardPlan, settings: Reshard, output: _Output, log: EventLo
             advance(done, total, current)
             log.progress(done, total, current)
 
-        def notify(text: str) -> None:
-            log.emit("note", text=text)
-            if not output.quiet:
-                console.say(text)
-
-        return reshard(plan, settings, progress, notify, timeout=output.timeout)
+        return reshard(plan, settings, progress, _build_notifier(output, log), timeout=output.timeout)
 
 
 def _save_report(plan: ReshardPlan, result: ReshardResult | None, output: _Output) -> None:

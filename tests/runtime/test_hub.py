@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from plans.errors import UsageError
+from plans.mesh import Mesh
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.hub import HubName, parse_hub_name
 from tests.hub_server import TOKEN, Hub, serving
 
@@ -29,6 +34,12 @@ except MigratorError as error:
 Ask = Callable[..., object]
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """Return the contents of a folder's files by name."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
 @pytest.fixture
 def hub(tiny_hub: Path) -> Iterator[Hub]:
     with serving() as hub:
@@ -42,24 +53,31 @@ def tiny_hub(hub_folder: Callable[[str], Path]) -> Path:
     return hub_folder("qwen3_moe")
 
 
+def start(hub: Hub, folder: Path, expression: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a process that evaluates an expression and whose hub is the local server."""
+    settings = {
+        "HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK, expression],
+        env={**os.environ, **settings, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+
+
 @pytest.fixture
 def ask(hub: Hub, tmp_path: Path) -> Ask:
     """Return a function that evaluates an expression in a process whose hub is the local server."""
 
     def asked(expression: str, **environment: str) -> object:
-        settings = {
-            "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "",
-        }  # fmt: skip
-        run = subprocess.run(
-            [sys.executable, "-c", ASK, expression],
-            env={**os.environ, **settings, **environment},
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
-        )
-        return json.loads(run.stdout.splitlines()[-1])
+        process = start(hub, tmp_path, expression, **environment)
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return json.loads(output.splitlines()[-1])
 
     return asked
 
@@ -90,8 +108,8 @@ def test_what_no_hub_could_have_is_refused(text: str) -> None:
 
 def test_only_the_files_needed_are_fetched_and_only_once(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
     folder = Path(str(ask("resolve_folder('hf://owner/toy')")))
-    fetched = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert fetched == {path.name: path.read_bytes() for path in tiny_hub.iterdir()}
+    fetched = files(folder)
+    assert fetched == files(tiny_hub)
     assert sorted(hub.fetched) == sorted(fetched)
     assert ask("resolve_folder('owner/toy@main')") == str(folder)
     assert sorted(hub.fetched) == sorted(fetched)
@@ -137,7 +155,7 @@ def test_a_server_that_is_gone_is_named(ask: Ask) -> None:
 def test_a_folder_is_pushed_whole(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
     address = ask(f"push(Path({str(tiny_hub)!r}), 'owner/new')", HF_TOKEN=TOKEN)
     assert address == f"{hub.address}/owner/new"
-    assert hub.files["owner/new"] == {path.name: path.read_bytes() for path in tiny_hub.iterdir()}
+    assert hub.files["owner/new"] == files(tiny_hub)
 
 
 def test_a_push_that_is_refused_says_how_to_go_on(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
@@ -146,4 +164,89 @@ def test_a_push_that_is_refused_says_how_to_go_on(hub: Hub, ask: Ask, tiny_hub: 
         refused = ask(f"push(Path({str(tiny_hub)!r}), 'owner/new')", HF_TOKEN=token)
         assert isinstance(refused, dict)
         assert refused["error"] == "DestinationError"
-        assert "hf upload owner/new" in refused["hint"]
+        assert "run the same command again" in refused["hint"]
+    hub.refuses_commits = False
+    ask(f"push(Path({str(tiny_hub)!r}), 'owner/new')", HF_TOKEN=TOKEN)
+    assert hub.files["owner/new"] == files(tiny_hub)
+    assert len(hub.uploaded) == len(set(hub.uploaded))
+
+
+class Kills:
+    """Kills a pushing process while it waits for the answer to its n-th request that changes anything."""
+
+    def __init__(self, hub: Hub, folder: Path, result: Path, at: int) -> None:
+        self.seen: list[str] = []
+        self._at = at
+        self._lock = threading.Lock()
+        hub.interrupt = self
+        self._process = start(hub, folder, push_of(result), HF_TOKEN=TOKEN)
+        _, self.errors = self._process.communicate()
+        self.happened = self._process.returncode == -signal.SIGKILL
+        assert self.happened or self._process.returncode == 0, self.errors
+        hub.interrupt = lambda request: None
+
+    def __call__(self, request: str) -> None:
+        with self._lock:  # Large files are uploaded by several threads.
+            self.seen.append(request)
+            if len(self.seen) == self._at:
+                self._process.kill()
+                self._process.wait()
+
+
+def push_of(folder: Path) -> str:
+    return f"push(Path({str(folder)!r}), 'owner/new')"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("before", ["nothing", "a checkpoint for more ranks"])
+def test_a_push_killed_anywhere_leaves_the_old_files_or_all_new_ones(
+    before: str, hub: Hub, tiny_hub: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    execute_reshard(plan_reshard(tiny_hub, Mesh(tp=4)), old)
+    execute_reshard(plan_reshard(tiny_hub, Mesh(tp=2)), new)
+    readme = {"README.md": b"# Mine\n", "adapter_model.safetensors": b"mine too"}
+    at, ends = 0, list[str]()
+    while True:
+        at += 1
+        hub.files["owner/new"] = files(old) | readme if before != "nothing" else dict(readme)
+        hub.heads.clear(), hub.objects.clear(), hub.uploaded.clear(), hub.commits.clear()
+        allowed = [dict(hub.files["owner/new"]), files(new) | readme]
+        kills = Kills(hub, tmp_path, new, at)
+        assert hub.files["owner/new"] in allowed, kills.seen
+        if not kills.happened:
+            break
+        ends.append(kills.seen[at - 1].split("/")[-1])
+        finishes = Kills(hub, tmp_path, new, at=0)
+        assert not finishes.happened
+        assert hub.files["owner/new"] == allowed[1]
+        assert all(names == sorted(allowed[1]) for names in hub.commits), "a reader saw something between the two"
+        assert sorted(set(hub.uploaded)) == sorted(hub.uploaded), "something was uploaded twice"
+    assert {"create", "main", "batch"} <= set(ends)
+    assert len(ends) >= 6, ends  # create, upload modes, batch, two rank files, commit
+
+
+def test_a_push_replaces_an_older_checkpoint_and_nothing_else(
+    hub: Hub, ask: Ask, tiny_hub: Path, tmp_path: Path
+) -> None:
+    for name, mesh in (("four", Mesh(tp=4)), ("two", Mesh(tp=2))):
+        execute_reshard(plan_reshard(tiny_hub, mesh), tmp_path / name)
+    mine = {"README.md": b"# Mine\n", ".gitignore": b"*.safetensors\n", "original/consolidated.00.pth": b"others'"}
+    hub.files["owner/new"] = {**mine, "model.safetensors": b"old", "optimizer/__0_0.distcp": b"old"}
+    for name in ("four", "two"):
+        ask(push_of(tmp_path / name), HF_TOKEN=TOKEN)
+        assert hub.files["owner/new"] == files(tmp_path / name) | mine
+    ask(push_of(tmp_path / "two"), HF_TOKEN=TOKEN)
+    assert hub.files["owner/new"] == files(tmp_path / "two") | mine
+
+
+def test_a_push_beside_another_one_is_refused(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
+    def interrupt(request: str) -> None:
+        if "preupload" in request:
+            hub.heads["owner/new"] = "abcdef" * 6 + "abcd"
+
+    hub.interrupt = interrupt
+    refused = ask(push_of(tiny_hub), HF_TOKEN=TOKEN)
+    assert isinstance(refused, dict)
+    assert "run the same command again" in refused["hint"]
+    assert hub.files["owner/new"] == {}

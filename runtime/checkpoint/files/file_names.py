@@ -21,6 +21,7 @@ __all__ = [
     "check_replaceable",
     "find_shard_files",
     "get_shard_file_name",
+    "is_checkpoint_file",
     "is_weight_file",
 ]
 
@@ -43,9 +44,13 @@ _MAX_BYTES = 255
 _OTHER_LAYOUTS = re.compile(r"rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors")
 _SHARD_FILE = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 _SHARD_GLOB = "shard-*-model-*-of-*.safetensors"
-_KNOWN_FILES = re.compile(
+_TENSOR_FILES = (
     r"model(-\d{5}-of-\d{5})?\.safetensors|rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors"
-    r"|__\d+_\d+\.distcp|\.metadata|model\.safetensors\.index\.json|migrator\.json|\.migrator-partial(-\d+)?"
+    r"|__\d+_\d+\.distcp|\.metadata|model\.safetensors\.index\.json|migrator\.json"
+)
+_CHECKPOINT_FILES = re.compile(rf"{_TENSOR_FILES}|(.+/)?(__\d+_\d+\.distcp|\.metadata)")
+_KNOWN_FILES = re.compile(
+    rf"{_TENSOR_FILES}|\.migrator-partial(-\d+)?"
     r"|((generation_|preprocessor_|processor_|video_preprocessor_)?config|tokenizer(_config)?|vocab|added_tokens"
     r"|special_tokens_map|chat_template)\.json"
     r"|tokenizer\.model|merges\.txt|vocab\.txt|.*\.jinja|README\.md|LICENSE(\.\w+)?|\.gitattributes"
@@ -64,6 +69,14 @@ def is_weight_file(name: object) -> bool:
         and len(name.encode(errors="replace")) <= _MAX_BYTES
         and _OTHER_LAYOUTS.fullmatch(name) is None
     )
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Return whether a file holds or lists tensors of a checkpoint, by its name relative to the checkpoint's folder.
+
+    Readers could take such a file for a part of a newer checkpoint beside it, unlike an adapter's weights.
+    """
+    return _CHECKPOINT_FILES.fullmatch(name) is not None
 
 
 def get_shard_file_name(rank: int, number: int, count: int) -> str:

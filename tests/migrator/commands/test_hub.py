@@ -123,13 +123,44 @@ def test_the_result_is_pushed_once_it_is_committed(hub: Hub, migrator: Migrator,
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_push_that_fails_leaves_the_result(hub: Hub, migrator: Migrator, tmp_path: Path) -> None:
+def test_a_push_that_fails_leaves_the_result_and_the_same_command_finishes_it(
+    hub: Hub, migrator: Migrator, tmp_path: Path
+) -> None:
+    command = "reshard hf://owner/toy out --push-to owner/new --format json"
     hub.refuses_commits = True
-    [result] = migrator("reshard hf://owner/toy out --push-to owner/new --format json")
-    assert result.code == 2
-    assert result.out == ""
-    assert "hf upload owner/new out" in result.err
+    [failed] = migrator(command)
+    assert failed.code == 2
+    assert failed.out == ""
+    assert "then run the same command again" in failed.err
     assert files(tmp_path / "out") == hub.files["owner/toy"]
+    hub.refuses_commits = False
+    uploaded = list(hub.uploaded)
+    [again, quiet] = migrator(command, f"{command} --quiet --events log")
+    assert again.code == quiet.code == 0, again.err
+    assert "is there already" in again.err
+    assert quiet.err == ""
+    assert json.loads(again.out) == {
+        "destination": "out", "files": sorted(hub.files["owner/toy"]), "kept": True,
+        "pushed": f"{hub.address}/owner/new",
+    }  # fmt: skip
+    assert hub.files["owner/new"] == files(tmp_path / "out")
+    assert hub.uploaded == uploaded
+
+
+def test_only_the_planned_result_is_pushed_in_place_of_a_new_one(hub: Hub, migrator: Migrator, tmp_path: Path) -> None:
+    [_] = migrator("reshard hf://owner/toy out")
+    damaged = tmp_path / "out" / "model-00001-of-00004.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    for refused in migrator(
+        "reshard hf://owner/toy out --push-to owner/new",
+        "reshard hf://owner/toy out --push-to owner/new --tp 2",
+        "reshard hf://owner/toy out --push-to owner/new --dry-run",
+    ):
+        assert refused.code == 2
+        assert "already exists" in refused.err
+    assert "owner/new" not in hub.files
 
 
 @pytest.mark.full
