@@ -29,6 +29,7 @@ __all__ = [
     "build_dialect",
     "dialect_for_release",
     "dialect_names",
+    "is_newer_than_all",
     "is_older_than_all",
     "load_dialect",
     "suggest_style",
@@ -163,6 +164,11 @@ def dialect_for_release(version: str) -> Dialect:
 def is_older_than_all(version: str) -> bool:
     """Return whether a release, or the one that a development version leads to, is older than every known dialect."""
     return _parse_minor(version) < _list_releases()[0][0]
+
+
+def is_newer_than_all(version: str) -> bool:
+    """Return whether a release, or the one that a development version leads to, is newer than every known dialect."""
+    return _parse_minor(version) > _list_releases()[-1][0]
 
 
 @cache

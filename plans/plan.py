@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plans.mesh import Mode
 
 __all__ = [
+    "OTHER_PLAN_KINDS",
     "choose_key",
     "find_expert_keys",
     "find_expert_modules",
@@ -24,6 +25,12 @@ __all__ = [
     "to_wildcard",
 ]
 
+
+OTHER_PLAN_KINDS = ("pp", "fsdp")
+"""The kinds of plans that have no styles: they say which modules a pipeline stage runs or FSDP groups.
+
+Source: `PreTrainedConfig` of transformers 5.24.0.
+"""
 
 _PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")

@@ -16,6 +16,7 @@ from codemods.reading.module import PlanLiteral
 from codemods.rewriting.families import Family, build_plan_finding, group_families
 from codemods.rewriting.migrate import TreeReading, read_tree
 from codemods.rewriting.transform import find_siblings
+from codemods.rewriting.unknown_styles import find_unknown_styles
 from codemods.tree.outcome import Outcome
 from codemods.tree.selection import Suppressions
 from codemods.tree.survey import Survey
@@ -48,7 +49,10 @@ def check_paths(
     findings = list(resolution.findings)
     findings += [mismatch for mismatch in mismatches if mismatch not in resolution.findings]
     findings += _find_plan_defects(reading)
-    return reading.build_outcome(replace(resolution, findings=findings), every_unresolved=True)
+    outcome = reading.build_outcome(replace(resolution, findings=findings), every_unresolved=True)
+    release = reading.dialect.release if reading.dialect else None
+    unknown = find_unknown_styles(reading.survey, release, reading.unknown_uses) if release else ()
+    return replace(outcome, findings=(*outcome.findings, *unknown))
 
 
 def _find_copy_mismatches(survey: Survey, locations: Iterable[PlanLocation]) -> Iterator[_PlanFinding]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from codemods.files.sources import add_error_once, format_path, read_source
 from codemods.inheritance.ownership import PlanLocation, Tree
@@ -25,15 +26,16 @@ from codemods.rewriting.families import (
 )
 from codemods.rewriting.rewrite import rewrite_source
 from codemods.rewriting.transform import to_dialect, to_param_level
+from codemods.rewriting.unknown_styles import UnknownUses, build_hold_error, find_unknown_uses, hold, is_held
 from codemods.tree.detect import (
     DetectedDialect,
     TreeDialect,
-    check_release,
     detect_tree_dialect,
-    find_version_file,
+    detect_unknown_release,
     load_source_dialect,
 )
 from codemods.tree.outcome import Change, LocatedEdit, LocatedFinding, Outcome
+from codemods.tree.release import find_version_file
 from codemods.tree.selection import Suppressions
 from codemods.tree.survey import PlanFilter, Survey, every_plan, expert_plans, find_unresolved, survey_tree
 from plans.decompose import get_anchor
@@ -61,7 +63,10 @@ def plan_rewrites(
     """
     reading = read_tree(paths, suppressions, target, source, detects=target != PARAM_LEVEL)
     group_families(reading.survey.tree, reading.other_plans, reading.survey.errors)  # what `check` reads of them
-    return reading.build_outcome(reading.resolution)
+    outcome = reading.build_outcome(reading.resolution)
+    release = reading.dialect.release if reading.dialect else None
+    held = build_hold_error(reading.survey, release, reading.unknown_uses) if release else None
+    return replace(outcome, errors=(*outcome.errors, held)) if held else outcome
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,14 @@ class TreeReading:
         resolution: the edits and findings of the plans that the target concerns; none if the dialect is not known.
         dialect: the tree's dialect, None if it was not asked for or cannot be known, which is then an error.
         plan_filter: selects the plans that the target concerns.
+        unknown_uses: the plans that are held, because no dialect describes what they use.
     """
 
     survey: Survey
     resolution: Resolution
     dialect: TreeDialect | None
     plan_filter: PlanFilter
+    unknown_uses: UnknownUses = field(default_factory=dict)
 
     @property
     def other_plans(self) -> list[PlanLocation]:
@@ -140,12 +147,12 @@ def read_tree(
     asked = load_source_dialect(source) if source != "auto" else None
     plan_filter = expert_plans if target == PARAM_LEVEL else every_plan
     survey = survey_tree(paths, every_plan, suppressions, skims=target == PARAM_LEVEL)
-    dialect = TreeDialect(DetectedDialect(asked.name, "asked for"), asked) if asked else None
+    dialect = TreeDialect(DetectedDialect(asked.name, "asked for"), asked) if asked and detects else None
     try:
-        if dialect is None and detects:
+        if asked is None and detects:
             dialect = _detect(paths, survey)
-        elif dialect is None:
-            check_release(_find_start(paths), survey.registering)
+        elif asked is None:
+            dialect = detect_unknown_release(_find_start(paths), survey.registering)
     except MigratorError as error:
         add_error_once(survey.errors, error)
         return TreeReading(survey, Resolution({}, (), {}), None, plan_filter)
@@ -153,8 +160,8 @@ def read_tree(
     if target != PARAM_LEVEL:
         assert dialect is not None
         transform = partial(to_dialect, dialect.vocabulary, target_dialect)
-    resolution = resolve_survey(survey, transform, plan_filter)
-    return TreeReading(survey, resolution, dialect if detects else None, plan_filter)
+    uses = find_unknown_uses(survey, dialect.release if dialect else None)
+    return TreeReading(survey, resolve_survey(survey, transform, plan_filter, uses), dialect, plan_filter, uses)
 
 
 def _detect(paths: Sequence[Path], survey: Survey) -> TreeDialect:
@@ -187,7 +194,12 @@ def build_outcome(survey: Survey, resolution: Resolution, *, every_unresolved: b
         LocatedFinding(path, use.line, use.class_name, use.attribute, finding)
         for path, use, finding in find_unresolved(survey, experts_only=not every_unresolved)
     )
-    findings = [*located, *unread, *(link for link in links if not is_ignored(link.path, link.finding.code))]
+    unknown = (
+        LocatedFinding(path, line, "", name, Finding("MIG510", name, load_rule("MIG510").message.format(key=name)))
+        for name, (path, line) in survey.unknown_plans.items()
+        if not survey.suppressions.is_suppressed(path, (line,), "MIG510")
+    )
+    findings = [*located, *unread, *unknown, *(link for link in links if not is_ignored(link.path, link.finding.code))]
     return Outcome(tuple(changes), tuple(findings), tuple(survey.errors), len(survey.files_in_scope), survey.plan_files)
 
 
@@ -209,7 +221,10 @@ def _build_link_finding(link: Path) -> LocatedFinding | None:
 
 
 def resolve_survey(
-    survey: Survey, transform: Transform = to_param_level, plan_filter: PlanFilter = expert_plans
+    survey: Survey,
+    transform: Transform = to_param_level,
+    plan_filter: PlanFilter = expert_plans,
+    unknown_uses: UnknownUses = MappingProxyType({}),
 ) -> Resolution:
     """Decide the edits and findings of every family of plans.
 
@@ -217,6 +232,7 @@ def resolve_survey(
         survey: the tree.
         transform: computes what changes in the plans of a family.
         plan_filter: selects the plans that the transform is for.
+        unknown_uses: the plans that stay as they are, by the unknown styles that they use.
     """
     locations = [
         location for location in survey.locations if plan_filter.matches_literal(survey.tree.literal(location))
@@ -224,17 +240,24 @@ def resolve_survey(
     is_in_scope = survey.suppressions.selection.is_in_scope
     families, about_ownerless = group_families(survey.tree, locations, survey.errors)
     evaluations: list[tuple[Family, Evaluation]] = []
+    held: dict[PlanLocation, frozenset[str]] = {}
     for family in families:
         if not is_in_scope(location.path for location in family.locations):
             continue
         try:
-            evaluations.append((family, evaluate_family(survey.tree, family, survey.explain_out_of_scope, transform)))
+            evaluation = evaluate_family(survey.tree, family, survey.explain_out_of_scope, transform)
         except MigratorError as error:
             survey.errors.append(error)
+            continue
+        if is_held(family, unknown_uses):
+            evaluation, keys = hold(evaluation)
+            held |= keys
+        evaluations.append((family, evaluation))
     orphans = set(locations).difference(location for family in families for location in family.locations)
     resolution = resolve_edits(survey.tree, evaluations, survey.suppressions, orphans)
     in_scope = [(location, finding) for location, finding in about_ownerless if is_in_scope([location.path])]
-    return replace(resolution, findings=[*in_scope, *resolution.findings])
+    findings = [*in_scope, *resolution.findings]
+    return replace(resolution, findings=findings, ignored={**resolution.ignored, **held})
 
 
 def _locate(tree: Tree, location: PlanLocation, finding: Finding) -> LocatedFinding:

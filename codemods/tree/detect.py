@@ -2,26 +2,29 @@
 
 The tree's own registry of styles decides, then its version file. Only where a tree has neither is its dialect the
 newest one that has all styles of its plans: one misspelled name there must not change what every other name means.
+
+A release that is newer than every known dialect is read as the newest one. What its registry adds is unknown: a plan
+that uses such a name must not be rewritten by what older releases meant.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
-from codemods.files.sources import SourceFile, format_path, read_source
+from codemods.files.sources import SourceFile, format_path
 from codemods.tree.registry import Registry, find_registry_files, read_registry
-from plans.dialect import (
-    PARAM_LEVEL,
-    Dialect,
-    dialect_for_release,
-    dialect_names,
-    is_older_than_all,
-    load_dialect,
+from codemods.tree.release import (
+    NEWER_THAN_ALL,
+    UnknownRelease,
+    VersionFile,
+    find_dialect_of_version,
+    find_version,
+    is_newer,
+    refuse_version,
 )
+from plans.dialect import PARAM_LEVEL, Dialect, dialect_names, is_newer_than_all, is_older_than_all, load_dialect
 from plans.dialect_file import load_named_dialect
 from plans.errors import UsageError
 from plans.style import Style
@@ -29,18 +32,13 @@ from plans.style import Style
 __all__ = [
     "DetectedDialect",
     "TreeDialect",
-    "check_release",
     "detect_dialect",
     "detect_tree_dialect",
-    "find_version_file",
+    "detect_unknown_release",
     "load_source_dialect",
 ]
 
-_VERSION = re.compile(rb"^__version__\s*=\s*[\"'](\d+\.\d+[\w.+-]*)[\"']", re.MULTILINE)
-_PACKAGE = "transformers"
-
-_Versioned = tuple[Path, str]
-"""A version file and the version that it gives."""
+_NOTE = " (note: "
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,11 @@ class DetectedDialect:
     reason: str
     alternatives: tuple[str, ...] = ()
 
+    @property
+    def is_noteworthy(self) -> bool:
+        """Whether the reason is worth a line even where nothing was found."""
+        return _NOTE in self.reason
+
 
 @dataclass(frozen=True)
 class TreeDialect:
@@ -66,11 +69,13 @@ class TreeDialect:
         detected: the dialect by its name.
         vocabulary: the dialect, with exactly the styles that the tree registers if it has a registry of its own.
         unread: the places of registrations whose names cannot be read, as text; they may register any name.
+        release: the tree's release if no dialect is known for it, None otherwise.
     """
 
     detected: DetectedDialect
     vocabulary: Dialect
     unread: tuple[str, ...] = ()
+    release: UnknownRelease | None = None
 
 
 def detect_dialect(root: Path, styles: Iterable[str]) -> DetectedDialect:
@@ -90,23 +95,35 @@ def detect_tree_dialect(root: Path, styles: Iterable[str], registering: Iterable
         UsageError: the tree's release is older than every known dialect.
         SourceError: the version file cannot be read.
     """
-    versioned = _find_version(root)
+    versioned = find_version(root)
     registry = _read_registry(root, versioned, registering)
     if registry is None or registry.where is None:
-        return _add_styles(_detect_without_registry(versioned, styles), registry)
-    return _detect_by_registry(registry, versioned)
+        tree = _add_styles(_detect_without_registry(versioned, styles), registry)
+    else:
+        tree = _detect_by_registry(registry, versioned)
+    return replace(tree, release=_describe_unknown_release(tree.detected.dialect, registry, versioned))
 
 
-def check_release(root: Path, registering: Iterable[SourceFile] = ()) -> None:
-    """Refuse a tree that `detect_tree_dialect` refuses; what it reads otherwise is not read.
+def detect_unknown_release(root: Path, registering: Iterable[SourceFile] = ()) -> TreeDialect | None:
+    """Detect the dialect of a tree only if its release is not known; reading a known one's registry takes longer.
+
+    Args:
+        root: see `detect_tree_dialect`.
+        registering: see `detect_tree_dialect`.
+
+    Returns:
+        The tree's dialect with its release; None if a dialect is known for the release, or if no version file gives one
+        and the tree registers nothing that is not known.
 
     Raises:
         UsageError: the tree's release is older than every known dialect.
         SourceError: the version file cannot be read.
     """
-    versioned = _find_version(root)
-    if versioned and _find_dialect_of_version(versioned) is None:
-        detect_tree_dialect(root, (), registering)
+    versioned = find_version(root)
+    if versioned and find_dialect_of_version(versioned) and not is_newer_than_all(versioned[1]):
+        return None
+    tree = detect_tree_dialect(root, (), registering)
+    return tree if tree.release and (versioned or tree.release.styles or tree.unread) else None
 
 
 def load_source_dialect(name: str) -> Dialect:
@@ -128,19 +145,13 @@ def load_source_dialect(name: str) -> Dialect:
     return load_named_dialect(name)
 
 
-def find_version_file(path: Path) -> Path | None:
-    """Return the file that gives the release of the tree around a path, None if there is none."""
-    versioned = _find_version(path)
-    return versioned[0] if versioned else None
-
-
 def _filter_distinctive(styles: Iterable[str]) -> frozenset[str]:
     """Return the styles that tell dialects apart: neither valid in every dialect nor unknown to all of them."""
     known = {name for dialect in _load_dialects() for name in dialect.styles}
     return frozenset(styles) & (known - load_dialect(PARAM_LEVEL).styles.keys())
 
 
-def _read_registry(root: Path, versioned: _Versioned | None, registering: Iterable[SourceFile]) -> Registry | None:
+def _read_registry(root: Path, versioned: VersionFile | None, registering: Iterable[SourceFile]) -> Registry | None:
     """Return the registry of the package around a path, with what other files of the tree add to it."""
     package = versioned[0].parent if versioned else _find_package(root)
     sources = {source.path: source for source in registering}
@@ -158,21 +169,22 @@ def _find_package(root: Path) -> Path | None:
     return inner
 
 
-def _detect_by_registry(registry: Registry, versioned: _Versioned | None) -> TreeDialect:
+def _detect_by_registry(registry: Registry, versioned: VersionFile | None) -> TreeDialect:
     """Return the dialect whose styles are closest to the registered ones; of several, the version's or the newest."""
     assert registry.where is not None
     registered = registry.names - load_dialect(PARAM_LEVEL).styles.keys()
-    by_version = _find_dialect_of_version(versioned)
-    distances = {dialect.name: _compute_distance(dialect, registered, registry) for dialect in _load_dialects()}
-    closest = [dialect for dialect in _load_dialects() if distances[dialect.name] == min(distances.values())]
+    by_version = find_dialect_of_version(versioned)
+    closest = _find_closest(registry, registered, by_version if is_newer(versioned) else None)
     chosen = next((dialect for dialect in closest if by_version and dialect.name == by_version.name), closest[-1])
     if versioned and is_older_than_all(versioned[1]) and chosen == _load_oldest_release():
         # The oldest names are older than the oldest dialect, and what they meant before it is not known.
-        _refuse_version(versioned)
+        refuse_version(versioned)
     reason = f"{format_path(registry.where)} registers its styles{_describe_differences(chosen, registered, registry)}"
     if versioned and by_version != chosen:
         of_version = f"would be {by_version.name}" if by_version else "is older than every known dialect"
-        reason += f" (note: {format_path(versioned[0])} says {versioned[1]}, which {of_version}; the registry decides)"
+        reason += f"{_NOTE}{format_path(versioned[0])} says {versioned[1]}, which {of_version}; the registry decides)"
+    elif versioned and is_newer(versioned):
+        reason += f"{_NOTE}{format_path(versioned[0])} says {versioned[1]}, {NEWER_THAN_ALL})"
     others = [dialect.name for dialect in reversed(closest) if dialect != chosen]
     alternatives = tuple(
         name for name in others if not by_version and _has_different_meaning(load_dialect(name), chosen, registered)
@@ -182,6 +194,22 @@ def _detect_by_registry(registry: Registry, versioned: _Versioned | None) -> Tre
     return TreeDialect(
         DetectedDialect(chosen.name, reason, alternatives), _restrict_to_registry(chosen, registry), registry.unread
     )
+
+
+def _find_closest(registry: Registry, registered: frozenset[str], newest: Dialect | None) -> list[Dialect]:
+    """Return the dialects whose styles are closest to the registered ones, oldest first.
+
+    Args:
+        registry: the tree's registry.
+        registered: its names without the param-level ones.
+        newest: the newest dialect if the tree's release is newer. Where it only dropped names, those that it kept mean
+            what they meant last, even if an older dialect is closer.
+    """
+    distances = {dialect.name: _compute_distance(dialect, registered, registry) for dialect in _load_dialects()}
+    least = min(distances.values())
+    if newest and least != (0, 0) and registered <= newest.styles.keys():
+        return [newest]
+    return [dialect for dialect in _load_dialects() if distances[dialect.name] == least]
 
 
 def _compute_distance(dialect: Dialect, registered: frozenset[str], registry: Registry) -> tuple[int, int]:
@@ -226,32 +254,37 @@ def _add_styles(tree: TreeDialect, registry: Registry | None) -> TreeDialect:
     return replace(tree, vocabulary=vocabulary, unread=registry.unread)
 
 
-def _detect_without_registry(versioned: _Versioned | None, styles: Iterable[str]) -> TreeDialect:
+def _detect_without_registry(versioned: VersionFile | None, styles: Iterable[str]) -> TreeDialect:
     if versioned is None:
         detected = _detect_by_styles(_filter_distinctive(styles), "no registry of styles and no version file found; ")
         return TreeDialect(detected, load_dialect(detected.dialect))
-    dialect = _find_dialect_of_version(versioned)
+    dialect = find_dialect_of_version(versioned)
     if dialect is None:
-        _refuse_version(versioned)
+        refuse_version(versioned)
     reason = f"{format_path(versioned[0])} says {versioned[1]}"
+    if is_newer(versioned):
+        reason += f"{_NOTE}that is {NEWER_THAN_ALL}, and no registry of styles was found)"
     return TreeDialect(DetectedDialect(dialect.name, reason), dialect)
 
 
-def _find_dialect_of_version(versioned: _Versioned | None) -> Dialect | None:
-    """Return the dialect of a version file's release, None without one or if the release is older than all."""
-    try:
-        return dialect_for_release(versioned[1]) if versioned else None
-    except UsageError:
+def _describe_unknown_release(
+    dialect: str, registry: Registry | None, versioned: VersionFile | None
+) -> UnknownRelease | None:
+    """Return what is not known of a tree's release, None for a known release.
+
+    A fork of a known release may add styles of its own. In a newer release, or one that no version file gives, a new
+    name may come with new meanings of the others. A tree without a registry and a version file has no release.
+    """
+    if not is_newer(versioned) and (versioned or registry is None or registry.where is None):
         return None
-
-
-def _refuse_version(versioned: _Versioned) -> NoReturn:
-    file, version = versioned
-    raise UsageError(
-        f"{format_path(file)}: transformers {version} is older than every known dialect",
-        hint="set `source` to the dialect of its plans",
-        path=str(file),
-        version=version,
+    known = frozenset(load_dialect(dialect).styles.keys() | load_dialect(PARAM_LEVEL).styles.keys())
+    places = registry.places if registry else {}
+    return UnknownRelease(
+        f"transformers {versioned[1]}, {NEWER_THAN_ALL}," if versioned else "the tree, whose release is not known,",
+        dialect,
+        {name: places[name] for name in sorted(places.keys() - known)},
+        known,
+        is_complete=registry is not None and registry.where is not None and not registry.unread,
     )
 
 
@@ -283,19 +316,6 @@ def _load_dialects() -> list[Dialect]:
     """Return every dialect that a tree can use, oldest first; stages of the branch come before releases."""
     loaded = [load_dialect(name) for name in dialect_names() if name != PARAM_LEVEL]
     return sorted(loaded, key=lambda dialect: dialect.sort_key)
-
-
-def _find_version(root: Path) -> _Versioned | None:
-    for file in _list_version_files(root.absolute()):
-        if file.is_file() and (match := _VERSION.search(read_source(file).data)):
-            return file, match[1].decode()
-    return None
-
-
-def _list_version_files(root: Path) -> Iterator[Path]:
-    """Yield the files that may hold the version: above a path in the package, or below a repository's root."""
-    yield from (folder / "__init__.py" for folder in (root, *root.parents) if folder.name == _PACKAGE)
-    yield from (root / below / _PACKAGE / "__init__.py" for below in ("src", "."))
 
 
 def _join_names(names: Iterable[str]) -> str:

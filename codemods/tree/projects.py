@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from codemods.files.config import find_project_file, make_absolute
-from codemods.tree.detect import find_version_file
+from codemods.tree.release import find_version_file
 from codemods.tree.survey import is_model_path
 
 __all__ = ["group_by_project"]

@@ -11,14 +11,14 @@ import ast
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from codemods.files.sources import SourceFile, format_path, read_source
 from plans.errors import SourceError
 
-__all__ = ["REGISTRY", "Registry", "find_registry_files", "read_registry"]
+__all__ = ["REGISTRY", "Place", "Registry", "find_registry_files", "read_registry"]
 
 REGISTRY = b"ALL_PARALLEL_STYLES"
 
@@ -33,6 +33,9 @@ _CHANGES = re.compile(
 _NOT_FRAMEWORK = frozenset({"models", "__pycache__"})
 _MAX_DEPTH = 5  # names that stand for other names
 
+Place = tuple[Path, int]
+"""A file, and a line in it, counted from 1."""
+
 _Names = frozenset[str] | None
 """Names of styles, None where they cannot be read."""
 
@@ -45,11 +48,13 @@ class Registry:
         names: the names.
         where: the file that defines the registry, None if the files only add to one that lies elsewhere.
         unread: the places of registrations whose names cannot be read, as text: `distributed/styles.py:12`.
+        places: the file and the line, counted from 1, that first register each name.
     """
 
     names: frozenset[str]
     where: Path | None
     unread: tuple[str, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 def find_registry_files(package: Path) -> Iterator[SourceFile]:
@@ -80,7 +85,7 @@ def read_registry(sources: Iterable[SourceFile]) -> Registry | None:
             except (SyntaxError, ValueError, RecursionError, MemoryError, SourceError) as error:
                 unread.append(f"{format_path(source.path)}:{getattr(error, 'lineno', None) or 1}")
     mappings = {name: value for file in files for name, value in file.mappings.items()}
-    names: set[str] = set()
+    places: dict[str, Place] = {}
     removed: set[str] = set()
     where: Path | None = None
     for file in files:
@@ -89,11 +94,15 @@ def read_registry(sources: Iterable[SourceFile]) -> Registry | None:
                 where = where or file.source.path
             if change.names is None:
                 unread.append(f"{format_path(file.source.path)}:{change.line}")
+            elif change.removes:
+                removed |= change.names
             else:
-                (removed if change.removes else names).update(change.names)
-    if where is None and not names and not unread:
+                for name in change.names - places.keys():
+                    places[name] = (file.source.path, file.find_line(name, change.line))
+    if where is None and not places and not unread:
         return None
-    return Registry(frozenset(names - removed), where, tuple(dict.fromkeys(unread)))
+    kept = {name: place for name, place in places.items() if name not in removed}
+    return Registry(frozenset(kept), where, tuple(dict.fromkeys(unread)), kept)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,25 @@ class _RegistryFile:
             elif isinstance(node, ast.Assign) and self._is_named(node.value, aliases):
                 aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         return frozenset(aliases)
+
+    def find_line(self, name: str, line: int) -> int:
+        """Return the line of a name that a change registers: where its text stands, or else the change's own line.
+
+        Args:
+            name: the registered name.
+            line: the line of the change. The text may stand before it, in a list that a loop registers.
+        """
+        return min(self._texts.get(name, ()), key=lambda other: (other < line, abs(other - line)), default=line)
+
+    @cached_property
+    def _texts(self) -> Mapping[str, Sequence[int]]:
+        """The lines of each string in the file, and of each keyword."""
+        lines: dict[str, list[int]] = {}
+        for node in ast.walk(self.tree):
+            match node:
+                case ast.Constant(value=str(text)) | ast.keyword(arg=str(text)):
+                    lines.setdefault(text, []).append(node.lineno)
+        return lines
 
     def list_changes(self, mappings: Mapping[str, ast.expr]) -> Iterator[_Change]:
         """Yield what the file does to the registry.

@@ -12,10 +12,11 @@ from codemods.files.sources import SourceFile, find_sources, format_path, read_s
 from codemods.inheritance.conflicts import is_framework_file
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.reading.module import PlanLiteral, Unresolved
-from codemods.tree.registry import REGISTRY
+from codemods.tree.registry import REGISTRY, Place
 from codemods.tree.selection import Suppressions
 from plans.decompose import is_decomposable_plan
 from plans.errors import MigratorError
+from plans.plan import OTHER_PLAN_KINDS
 from plans.rule import Finding
 
 __all__ = [
@@ -34,6 +35,11 @@ _PLAN = b"_plan"
 _TEST_FOLDERS = frozenset({"test", "tests"})
 _ROOT_FILES = (".git", "pyproject.toml", "setup.py")
 _MODEL_FILES = ("configuration_", "modular_", "modeling_")
+# A plan's name on a config class that is assigned or passed, and that no known release has.
+_UNKNOWN_PLAN = re.compile(
+    rb"(?<!\w)(?P<name>base_model_(?!(?:tp|sp|ep|tp_ep|sp_ep|%s)_plan\b)\w+_plan)[ \t]*(?::[^=\n]*)?=(?!=)"
+    % "|".join(OTHER_PLAN_KINDS).encode()
+)
 # A string that may be, or begin, the key of experts that are not expert-parallel already. Far fewer files contain one
 # than mention a plan.
 _EXPERTS_ENTRY = re.compile(rb"experts(?:\.[\w{}]*)?[\"'](?!\s*+(?:#[^\n]*+\s*+)*+:\s*[\"'](?:grouped_gemm|ep_))")
@@ -72,6 +78,7 @@ class Survey:
         locations: where plans were found, in and beside the given paths.
         errors: the errors of files that could not be read or parsed.
         plan_files: how many files mention a plan.
+        unknown_plans: the first place of each plan attribute that no known release has.
         registering: the files below the given paths, tests aside, that mention the registry of styles.
         roots: the folders that were given, and those of the given files.
     """
@@ -83,6 +90,7 @@ class Survey:
     locations: list[PlanLocation] = field(default_factory=list)
     errors: list[MigratorError] = field(default_factory=list)
     plan_files: int = 0
+    unknown_plans: dict[str, Place] = field(default_factory=dict)
     registering: list[SourceFile] = field(default_factory=list)
     roots: frozenset[Path] = frozenset()
 
@@ -144,11 +152,13 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
             survey.tree.add(source)
         if is_below and REGISTRY in source.data and not survey.is_test(path):
             survey.registering.append(source)
+            survey.suppressions.read_comments(source)
         if _PLAN not in source.data:
             return
         survey.plan_files += 1
         if is_below:
             survey.suppressions.read_comments(source)
+            _find_unknown_plans(source, survey)
         survey.tree.add(source)
         if survey.tree.module(path).plan_classes is None and not survey.is_test(path):
             survey.tree.code_files.append(path)
@@ -157,6 +167,15 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
     except MigratorError as error:
         if is_below:
             survey.errors.append(error)
+
+
+def _find_unknown_plans(source: SourceFile, survey: Survey) -> None:
+    """Add a file's plan attributes that no known release has to the survey; tests make names up."""
+    for match in _UNKNOWN_PLAN.finditer(source.data) if not survey.is_test(source.path) else ():
+        start = source.data.rfind(b"\n", 0, match.start()) + 1
+        if b"#" not in source.data[start : match.start()]:
+            line = source.data.count(b"\n", 0, start) + 1
+            survey.unknown_plans.setdefault(match["name"].decode(), (source.path, line))
 
 
 def _find_context_files(named: Iterable[Path], given: Sequence[Path], below: Sequence[Path]) -> list[Path]:

@@ -47,7 +47,7 @@ def check_lines(report: SourceReport) -> Iterator[str]:
     if not report.plan_files:
         yield f"no plans found in {_count_files(report)}"
         return
-    yield from () if report.is_clean else _dialect_lines(report)
+    yield from _dialect_lines(report, notes_only=report.is_clean)
     hints = {located.finding.code: located.finding.hint for located in findings if located.finding.severity != "note"}
     for code, hint in sorted(hints.items()):
         yield f"{code}: {hint}"
@@ -56,9 +56,10 @@ def check_lines(report: SourceReport) -> Iterator[str]:
     yield f"{', '.join(kinds) or 'nothing found'} in {_count_files(report)}"
 
 
-def _dialect_lines(report: SourceReport) -> Iterator[str]:
+def _dialect_lines(report: SourceReport, *, notes_only: bool = False) -> Iterator[str]:
     for detected in report.dialects:
-        yield f"read as {detected.dialect}: {detected.reason}"
+        if detected.is_noteworthy or not notes_only:
+            yield f"read as {detected.dialect}: {detected.reason}"
 
 
 def _choose_verb(report: SourceReport) -> str:

@@ -185,7 +185,7 @@ def _list_tree_files(paths: Sequence[Path], *, verifies: bool) -> Iterator[Path]
     from codemods.files.config import find_project_file
     from codemods.files.sources import find_sources
     from codemods.rewriting.converter import find_converter_root
-    from codemods.tree.detect import find_version_file
+    from codemods.tree.release import find_version_file
     from codemods.tree.survey import is_model_path
 
     models = [path for path in paths if is_model_path(path)]

@@ -186,8 +186,11 @@ def test_every_rules_own_example_is_found(tmp_path, code):
     rule = load_rules()[code]
     indented = "\n".join(f"    {line}" for line in rule.before.splitlines())
     text = f"class ToyConfig:\n    base_model_sp_plan = {{}}\n{indented}\n"
-    source = {"MIG505": "dtensor", "MIG508": "auto"}.get(code, "transformers-5.23")
-    files = {"styles.py": "for name in find():\n    ALL_PARALLEL_STYLES.register(name, Style())\n"}
-    outcome = check(tmp_path, text, source, **(files if code == "MIG508" else {}))
+    source = {"MIG505": "dtensor", "MIG508": "auto", "MIG509": "auto"}.get(code, "transformers-5.23")
+    registries = {
+        "MIG508": "for name in find():\n    ALL_PARALLEL_STYLES.register(name, Style())\n",
+        "MIG509": "ALL_PARALLEL_STYLES = {'colwise': Colwise(), 'colwise_twice': ColwiseTwice()}\n",
+    }
+    outcome = check(tmp_path, text, source, **({"styles.py": registries[code]} if code in registries else {}))
     assert code in codes(outcome)
     assert rule.before == rule.after
