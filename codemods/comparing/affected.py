@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from codemods.files.headers import ImportStatement, scan_aliases, scan_classes, scan_imports
 from codemods.files.sources import SourceFile, is_skipped
 from codemods.inheritance.conflicts import FRAMEWORK_FILES
 from codemods.inheritance.effective import EffectivePlans, file_kind
-from codemods.inheritance.file_graph import SourceLookup, list_module_files
+from codemods.inheritance.file_graph import SourceLookup
 from codemods.reading.module import Module
 from plans.errors import SourceError
 
-__all__ = ["ImportIndex", "find_affected", "find_dependents", "find_framework", "is_compared", "mentions_plans"]
+__all__ = [
+    "ImportIndex",
+    "find_affected",
+    "find_dependents",
+    "find_framework",
+    "is_compared",
+    "mentions_plans",
+    "scan_imported_names",
+]
 
-_DOTS = re.compile(rb"from[ \t]*\.+[ \t]+import\b")
+_TOP = Path()
 _MODELS = "models"
-_WHOLE_FILES = ("configuration_", "__init__")
 
 
 def is_compared(path: Path) -> bool:
@@ -53,6 +61,38 @@ def find_framework(paths: Iterable[Path]) -> Callable[[Path], bool]:
     return is_framework
 
 
+Names = tuple[tuple[str, str], ...]
+"""Imported names, each with the name that it is bound to."""
+
+ImportScan = Callable[[bytes], Sequence[tuple[ImportStatement, Names]]]
+"""From a file's bytes to its import statements, each with the names that it imports."""
+
+
+def scan_imported_names(data: bytes) -> Sequence[tuple[ImportStatement, Names]]:
+    """Return the import statements in a file's bytes, each with the names that it imports."""
+    return [(statement, statement.names) for statement in scan_imports(b"\n" + data)]
+
+
+class _FileImport(NamedTuple):
+    """An import statement of one module.
+
+    Args:
+        path: the importing file.
+        names: each imported name with the name that it is bound to; empty if the module itself is imported.
+        bound: the name that the module is bound to in that case.
+    """
+
+    path: Path
+    names: Names
+    bound: str
+
+
+_WHOLE_MODULE = ""
+_EVERY_NAME = "*"
+_ModuleImport = tuple[Path, str]
+"""A file that imports a name from a module, or the module itself, and the name that it is bound to there."""
+
+
 @dataclass
 class ImportIndex:
     """What the files of a revision import from each other and inherit; nothing is parsed.
@@ -60,65 +100,101 @@ class ImportIndex:
     Args:
         paths: the files.
         source_of: returns them.
+        scan: returns a file's imports; one that remembers them serves two revisions.
     """
 
     paths: Iterable[Path]
     source_of: SourceLookup
-    _importers: dict[Path, list[tuple[Path, ImportStatement]]] = field(default_factory=dict)
+    scan: ImportScan = scan_imported_names
+    _importers: dict[Path, Mapping[str, list[_ModuleImport]]] = field(default_factory=dict)
     _base_words: dict[Path, frozenset[str]] = field(default_factory=dict)
 
-    def find_importers(self, path: Path) -> list[tuple[Path, ImportStatement]]:
-        """Return the imports of other files that may lead to a file."""
+    def find_importers(self, path: Path, name: str | None) -> Iterator[_ModuleImport]:
+        """Yield the files that import a name from a file or the file as a whole, and what that is bound to there.
+
+        Args:
+            path: the file.
+            name: the name; None stands for any.
+        """
         if path not in self._importers:
-            words = {path.stem, path.parent.name} if path.name.startswith(_WHOLE_FILES) else {path.stem}
-            candidates = {id(one[1]): one for word in words for one in self._by_word.get(word, ())}
-            found = [
-                (importer, statement)
-                for importer, statement in candidates.values()
-                if importer != path
-                and any(path in list_module_files(importer, statement.level, module) for module in statement.modules)
-            ]
-            if path.stem == "__init__":
-                found += self._by_package.get(path.parent, ())
-            self._importers[path] = found
-        return self._importers[path]
+            self._importers[path] = self._index_importers(path)
+        importers = self._importers[path]
+        if name is None:
+            for found in importers.values():
+                yield from found
+            return
+        yield from importers.get(name, ())
+        yield from importers.get(_WHOLE_MODULE, ())
+        yield from ((importer, name) for importer, _ in importers.get(_EVERY_NAME, ()))
 
     def find_base_words(self, path: Path) -> frozenset[str]:
         """Return the words that may name the bases of a file's classes, aliases included."""
         if path not in self._base_words:
-            lines = self._read_lines(path)
+            source = self.source_of(path)
+            lines = b"\n" + source.data if source else b"\n"
             words = {word for header in scan_classes(lines, nested=True) for word in header.words}
             words |= {name.partition(".")[0] for alias, name in scan_aliases(lines) if alias in words}
             self._base_words[path] = frozenset(words)
         return self._base_words[path]
 
-    @cached_property
-    def _by_word(self) -> Mapping[str, list[tuple[Path, ImportStatement]]]:
-        """The imports by each word that may be a module's last one."""
-        index: dict[str, list[tuple[Path, ImportStatement]]] = defaultdict(list)
-        known = {name for path in self.paths for name in (path.stem, path.parent.name)}
-        for path in self.paths:
-            for statement in scan_imports(self._read_lines(path)):
-                words = {statement.module.rpartition(".")[2], *(name for name, _ in statement.names)}
-                for word in words & known:
-                    index[word].append((path, statement))
+    def _index_importers(self, path: Path) -> Mapping[str, list[_ModuleImport]]:
+        """Return what imports a file, by the imported name."""
+        index: dict[str, list[_ModuleImport]] = defaultdict(list)
+        for statement in dict.fromkeys(self._find_imports(path)):
+            if statement.path == path:
+                continue
+            for name, bound in statement.names or ((_WHOLE_MODULE, statement.bound),):
+                index[name].append((statement.path, bound))
         return index
 
+    def _find_imports(self, path: Path) -> Iterator[_FileImport]:
+        """Yield the imports of other files that may lead to a file."""
+        module = path.with_suffix("")
+        is_package = path.name in ("__init__.py", f"configuration_{path.parent.name}.py")
+        for target in (module, path.parent) if is_package else (module,):
+            text = _format_folder(target)
+            yield from self._relative.get(text, ())
+            for start in (0, *(match.end() for match in re.finditer("/", text))):
+                prefix = text[:start]
+                for statement in self._absolute.get(text[start:], ()):
+                    if statement.path.as_posix().startswith(prefix):
+                        yield statement
+
+    @property
+    def _relative(self) -> Mapping[str, list[_FileImport]]:
+        """The imports with leading dots, by the module that they lead to as a path from the top folder."""
+        return self._imports[0]
+
+    @property
+    def _absolute(self) -> Mapping[str, list[_FileImport]]:
+        """The other imports, by the module as a path from a folder above the importing file."""
+        return self._imports[1]
+
     @cached_property
-    def _by_package(self) -> Mapping[Path, list[tuple[Path, ImportStatement]]]:
-        """The imports `from . import name` by the folder that their dots stand for."""
-        index: dict[Path, list[tuple[Path, ImportStatement]]] = defaultdict(list)
+    def _imports(self) -> tuple[Mapping[str, list[_FileImport]], Mapping[str, list[_FileImport]]]:
+        relative: dict[str, list[_FileImport]] = defaultdict(list)
+        absolute: dict[str, list[_FileImport]] = defaultdict(list)
+        modules = {name for path in self.paths for name in (path.stem, path.parent.name)}
         for path in self.paths:
             source = self.source_of(path)
-            for statement in scan_imports(self._read_lines(path)) if source and _DOTS.search(source.data) else ():
-                if statement.level and not statement.module:
-                    for folder in path.parents[statement.level - 1 : statement.level]:
-                        index[folder].append((path, statement))
-        return index
+            folders = [_format_folder(folder) for folder in path.parents]
+            for statement, names in self.scan(source.data) if source else ():
+                if statement.level > len(folders):
+                    continue
+                index = relative if statement.level else absolute
+                folder = folders[statement.level - 1] if statement.level else ""
+                parts = [part for part in (folder, statement.module.replace(".", "/")) if part]
+                bound = statement.alias or statement.module.partition(".")[0]
+                index["/".join(parts)].append(_FileImport(path, names, bound))
+                for name, bound in names:
+                    if name in modules:
+                        index["/".join((*parts, name))].append(_FileImport(path, (), bound))
+        return relative, absolute
 
-    def _read_lines(self, path: Path) -> bytes:
-        source = self.source_of(path)
-        return b"\n" + source.data if source else b"\n"
+
+def _format_folder(path: Path) -> str:
+    """Return a path from the top folder as text, empty for the top folder itself."""
+    return "" if path == _TOP else path.as_posix()
 
 
 def find_dependents(changed: Iterable[Path], index: ImportIndex) -> frozenset[Path]:
@@ -131,33 +207,18 @@ def find_dependents(changed: Iterable[Path], index: ImportIndex) -> frozenset[Pa
     waiting: list[tuple[Path, str | None]] = [(path, None) for path in dependents]  # the file, and the name; None: any
     passed: set[tuple[Path, str | None]] = set(waiting)
     while waiting:
-        path, name = waiting.pop()
-        for importer, statement in index.find_importers(path):
+        for importer, bound in index.find_importers(*waiting.pop()):
             if importer in dependents:
                 continue
-            bound = set(_list_bound_names(statement, path, name))
             words = index.find_base_words(importer)
-            new: set[tuple[Path, str | None]]
-            if not words.isdisjoint(bound) or (words and "*" in bound):
+            step: tuple[Path, str | None] = importer, None if bound == _EVERY_NAME else bound
+            if bound in words or (words and bound == _EVERY_NAME):
                 dependents.add(importer)
-                new = {(importer, None)}
-            else:
-                new = {(importer, None if one == "*" else one) for one in bound}
-            waiting += new - passed
-            passed |= new
+                step = importer, None
+            if step not in passed:
+                passed.add(step)
+                waiting.append(step)
     return frozenset(dependents)
-
-
-def _list_bound_names(statement: ImportStatement, path: Path, name: str | None) -> Iterator[str]:
-    """Yield the names that an import of a file binds, all of them or what leads to one name there."""
-    if not statement.listed:
-        yield statement.alias or statement.module.partition(".")[0]
-        return
-    for imported, bound in statement.names:
-        if imported == "*":
-            yield name or "*"
-        elif name is None or imported in (name, path.stem, path.parent.name):
-            yield bound
 
 
 def find_affected(

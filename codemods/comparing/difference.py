@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from codemods.comparing.affected import ImportIndex, find_affected, find_framework, is_compared, mentions_plans
+from codemods.comparing.affected import (
+    ImportIndex,
+    find_affected,
+    find_framework,
+    is_compared,
+    mentions_plans,
+    scan_imported_names,
+)
 from codemods.comparing.matching import diff_lines, find_guard_lines, is_obscured, is_same_entry, match_moved_entries
 from codemods.comparing.placements import PlacementReader
 from codemods.comparing.results import Comparison, DifferenceKind, PlanDifference, Side
@@ -102,7 +109,8 @@ class _Comparer:
         elif significant or self._changed:
             for snapshot, paths in zip(self._snapshots, self._paths, strict=True):
                 snapshot.prefetch(paths if significant else ())
-            indexes = map(ImportIndex, self._paths, self._source_of)
+            scan = cache(scan_imported_names)
+            indexes = [ImportIndex(*pair, scan) for pair in zip(self._paths, self._source_of, strict=True)]
             affected = find_affected(indexes, self._plans, self._changed, significant)
         else:
             return frozenset()
