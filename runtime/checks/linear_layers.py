@@ -6,8 +6,8 @@ read from the names and widths of the layers of a group and of the groups right 
 
 What this cannot see is what a forward computes. A layer is assumed to meet sharded outputs if its width is that of one
 of them, of what the layer behind them takes, or of a number of heads; layers of other widths are assumed to be
-something else, such as a router. Query, key and value in one matrix are not distinguished from other layers, and groups
-further apart are never paired.
+something else, such as a router. Query, key and value in one matrix are checked in `fused_layers`; groups further apart
+are never paired.
 
 One thing is read from a forward's source, which is parsed and never run: attention that reshapes its projections by
 `-1` and the width of a head works on whatever heads a rank holds, but `view(batch, length, self.num_heads,
@@ -17,14 +17,13 @@ self.head_dim)` mixes tokens with heads, often without an error. A forward witho
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from plans.errors import PlanError
 from plans.placement import Packed
+from runtime.checks.forward_source import read_forward
 from runtime.checks.plan_view import LinearGroup, PlanView, Projection
 
 __all__ = ["check_head_counts", "check_pairs"]
@@ -198,33 +197,8 @@ def _find_head_count(module_class: type) -> str | None:
 
     The class's methods that `forward` calls are read too.
     """
-    methods: dict[str, ast.FunctionDef] = {}
-    waiting = ["forward"]
-    while waiting:
-        name = waiting.pop()
-        tree = None if name in methods else _parse_source(getattr(module_class, name, None))
-        if tree is not None:
-            methods[name] = tree
-            waiting += _find_called_methods(tree)
+    methods = read_forward(module_class)
     return next((count for tree in methods.values() for count in _find_shaping_counts(tree)), None)
-
-
-def _parse_source(function: Callable[..., object] | None) -> ast.FunctionDef | None:
-    """Return a function's source as a tree, None for torch's own functions and for those without a source file."""
-    if not inspect.isfunction(function) or function.__module__.startswith("torch."):
-        return None
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except (OSError, SyntaxError):
-        return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
-
-
-def _find_called_methods(tree: ast.FunctionDef) -> Iterator[str]:
-    for node in ast.walk(tree):
-        match node:
-            case ast.Call(func=ast.Attribute(value=ast.Name("self"), attr=method)):
-                yield method
 
 
 def _find_shaping_counts(tree: ast.FunctionDef) -> Iterator[str]:

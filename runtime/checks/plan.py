@@ -15,6 +15,7 @@ from plans.placement import Packed, Shard
 from plans.plan import find_unmatched_keys, to_wildcard
 from plans.resolved_plan import ResolvedParameter
 from runtime.checks.creatable import find_unknown_part
+from runtime.checks.fused_layers import count_blocks
 from runtime.checks.head_parameters import check_head_norms, check_sharded_head_parameters
 from runtime.checks.linear_layers import check_head_counts, check_pairs
 from runtime.checks.plan_view import PlanView
@@ -156,7 +157,7 @@ def _strip_inner_model_name(name: str, key: str) -> str | None:
 
 
 def check_divisible(view: PlanView, mesh: Mesh, parameters: Sequence[ResolvedParameter]) -> None:
-    """Check that each axis divides the packed groups, attention heads or experts that it shards.
+    """Check that each axis divides the packed groups, attention heads, fused blocks or experts that it shards.
 
     Args:
         view: the plan on its model.
@@ -166,7 +167,7 @@ def check_divisible(view: PlanView, mesh: Mesh, parameters: Sequence[ResolvedPar
     Raises:
         IndivisibleError: an axis does not divide one of them; names the sizes that work.
     """
-    counts_over_tp = {**_get_packed_sizes(parameters), **_count_heads(view)}
+    counts_over_tp = {**_get_packed_sizes(parameters), **_count_heads(view), **count_blocks(view)}
     for axis, size, counts in (("tp", mesh.tp, counts_over_tp), ("ep", mesh.ep, _count_experts(parameters))):
         for what, count in counts.items():
             if count % size:
@@ -218,7 +219,7 @@ def _count_projection_heads(attention: nn.Module, projection: str, module: nn.Li
     head_dim: Any = getattr(attention, "head_dim", None)
     if projection in ("q_proj", "k_proj", "v_proj") and isinstance(head_dim, int):
         return module.out_features // head_dim
-    if projection in ("q_proj", "q_b_proj", "kv_b_proj", "query_key_value"):
+    if projection in ("q_proj", "q_b_proj"):
         config: Any = getattr(attention, "config", None)
         count: Any = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
         return count if isinstance(count, int) else None

@@ -17,6 +17,7 @@ from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import find_key, to_wildcard
 from plans.resolved_plan import ParameterKind, ResolvedParameter, ResolvedPlan
 from runtime.checks.experts import check_packed_experts, check_stacked_experts
+from runtime.checks.fused_layers import check_fused_layers
 from runtime.checks.plan import check_divisible, check_entries, check_mode, check_model, check_unmatched_entries
 from runtime.checks.plan_view import PlanView
 from runtime.models.dtypes import dtype_name
@@ -174,7 +175,8 @@ def resolve(
         IndivisibleError: a mesh axis does not divide a packed parameter, the attention heads or the experts, or would
             cut a quantized weight within a block that has one scale.
         PlanError: the model has no plan, entries of tied parameters contradict each other, FSDP would cut a packed
-            parameter, or experts would be sharded across gate and up or only in part.
+            parameter, a rank's slice of a fused layer would mix its matrices, or experts would be sharded across gate
+            and up or only in part.
     """
     check_model(model)
     chosen = plan if isinstance(plan, Plan) else Plan.from_model(model, mode, plan)
@@ -188,6 +190,7 @@ def resolve(
     parameters = tuple(_resolve_tensors(model, mesh, chosen, view.dialect, scales))
     check_scale_blocks(mesh, parameters, scales)
     weights = tuple(parameter for parameter in parameters if parameter.name not in scales)
+    check_fused_layers(view, mesh.tp)
     check_divisible(view, mesh, weights)
     check_stacked_experts(weights)
     check_packed_experts(model, parameters)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from plans.errors import PlanError
+from plans.fused import fused_names, has_fused_name
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import to_wildcard
@@ -37,7 +38,7 @@ __all__ = ["TensorSharding", "check_evidence", "check_groups", "is_fused", "reso
 
 def is_fused(name: str) -> bool:
     """Return whether a tensor's name, or its module's, is one that models use for several matrices in one."""
-    return any(fnmatchcase(part, pattern) for part in _get_last_parts(name) for pattern in _FUSED_NAMES)
+    return any(map(has_fused_name, _get_last_parts(name)))
 
 
 def _is_single_matrix(name: str) -> bool:
@@ -73,10 +74,8 @@ def _infer_matrix_sizes(row: ResolvedParameter, dim: int, config: PreTrainedConf
         config: the language model's config.
     """
     total, parts = row.shape[dim], _get_last_parts(row.name)
-    compute = next(
-        (function for pattern, function in _FUSED_NAMES.items() if any(fnmatchcase(part, pattern) for part in parts)),
-        None,
-    )
+    pattern = next((name for name in fused_names() if any(fnmatchcase(part, name) for part in parts)), "")
+    compute = _MATRIX_SIZES.get(pattern)
     sizes = compute(config, total) if compute else ()
     return sizes if sum(sizes) == total else ()
 
@@ -119,22 +118,13 @@ def _compute_head_sizes(config: PreTrainedConfig, total: int) -> tuple[int, ...]
     return (heads * width, key_heads * width, key_heads * width)
 
 
-_FUSED_NAMES: Mapping[str, Callable[[PreTrainedConfig, int], tuple[int, ...]] | None] = {
-    "in_proj*": None,
-    "*query_key_value*": None,
-    "*qkvz*": None,
+_MATRIX_SIZES: Mapping[str, Callable[[PreTrainedConfig, int], tuple[int, ...]]] = {
     "*qkv*": _compute_head_sizes,
     "c_attn": _compute_head_sizes,
     "*gate_up*": _compute_halves,
     "*up_gate*": _compute_halves,
-    "*qk_proj": None,
-    "kv_proj": None,
-    "key_value*": None,
-    "input_linear": None,
-    "Wi": None,
-    "conv1d": None,
 }
-"""Names of fused tensors, and how to compute the sizes of their matrices if the config tells."""
+"""How to compute the sizes of the matrices in fused tensors of these names; of the others the config does not tell."""
 
 _SINGLE_MATRIX_NAMES = frozenset(
     [

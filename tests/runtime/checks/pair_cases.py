@@ -19,6 +19,13 @@ from tests.tiny_models import DENSE, MODELS, with_noise
 
 _GROUPED = DENSE | {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_attention_heads": 4}
 _FEW = {"num_hidden_layers": 2}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 
 CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "llama": ("Llama", _GROUPED),
@@ -41,6 +48,9 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "gpt_neo": ("GPTNeo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
     "xglm": ("XGLM", {"d_model": 32, "ffn_dim": 52, "num_layers": 2, "attention_heads": 4, "vocab_size": 101}),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "codegen": ("CodeGen", {"n_embd": 64, "n_head": 8, "n_layer": 2, "rotary_dim": 4}),
+    "gpt_neox": ("GPTNeoX", DENSE | _FEW),
+    "qwen3_next": ("Qwen3Next", {**_GROUPED, **_LINEAR, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [0, 1]}),
     "falcon": ("Falcon", DENSE | _FEW | {"multi_query": False}),
 }
 """The prefix of a model's classes and its sizes, by a name for tests."""

@@ -15,6 +15,7 @@ from benchmarks.sweep_cases import VARIANTS
 from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
+from runtime.checks.fused_layers import check_fused_layers
 from runtime.checks.head_parameters import check_head_norms, check_sharded_head_parameters
 from runtime.checks.linear_layers import check_head_counts, check_pairs
 from runtime.checks.plan_view import PlanView
@@ -323,6 +324,7 @@ def check_class(family: str, name: str, variant: str) -> Iterator[str | None]:
             continue  # It has no plan for this mode.
         try:
             check(model, dict(plan))
+            check_fused_layers(PlanView(model, plan, runtime_dialect()), 2)
         except PlanError as error:
             yield error.message
         else:
