@@ -21,8 +21,7 @@ from codemods.comparing.results import Comparison, DifferenceKind, PlanDifferenc
 from codemods.files.revisions import Snapshot, find_changed_paths
 from codemods.files.sources import add_error_once
 from codemods.inheritance.effective import REMOVED, UNRESOLVED, EffectiveEntry, EffectivePlans, PlanVariant, file_kind
-from codemods.inheritance.provenance import is_same_code
-from codemods.reading.parse import read_module
+from codemods.inheritance.parsed_files import ParsedFiles
 from plans.errors import MigratorError, UsageError
 
 __all__ = ["compare"]
@@ -86,7 +85,9 @@ class _Comparer:
         self._paths = tuple([path for path in snapshot.blobs if is_compared(path)] for snapshot in snapshots)
         self._source_of = tuple(cache(snapshot.source) for snapshot in snapshots)
         frameworks = [cache(find_framework(snapshot.blobs)) for snapshot in snapshots]
-        self._plans = tuple(map(EffectivePlans, self._source_of, frameworks))
+        self._files = ParsedFiles()
+        pairs = zip(self._source_of, frameworks, strict=True)
+        self._plans = tuple(EffectivePlans(*pair, self._files) for pair in pairs)
         self._changed_models = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
         self._get_touched_lines = cache(self._find_touched_lines)
 
@@ -129,7 +130,7 @@ class _Comparer:
 
     def _is_other_code(self, path: Path) -> bool:
         before, after = (source_of(path) for source_of in self._source_of)
-        return before is None or after is None or not is_same_code(before.data, after.data)
+        return before is None or after is None or not self._files.is_same_code(before, after)
 
     def compare_file(self, path: Path) -> Iterator[PlanDifference]:
         """Yield the entries of a file's plans that differ.
@@ -139,7 +140,7 @@ class _Comparer:
         """
         changed = self._source_of[1](path) if path in self._changed else None
         if changed is not None and mentions_plans(changed):
-            read_module(changed)  # plain plans are read without a parser, which would not see that others are missing
+            self._files.parse(changed)  # plain plans are read without it, which would not see that others are missing
         old, new = (plans.compute_file_plans(path) for plans in self._plans)
         survivors = frozenset(self._plans[0].list_classes(path)).intersection(self._plans[1].list_classes(path))
         moved = match_moved_entries(old, new)
@@ -199,7 +200,8 @@ class _Comparer:
             source = source_of(path)
             if side is None or side.path != path or source is None:
                 continue
-            guards = find_guard_lines(source, side.line, variant.branch) if with_guards else frozenset()
+            statements = self._files.parse(source) if with_guards else ()
+            guards = find_guard_lines(statements, side.line, variant.branch)
             if not touched.isdisjoint({side.line, *guards}):
                 return True
         return False

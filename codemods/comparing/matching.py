@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import difflib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from codemods.files.sources import SourceFile
 from codemods.inheritance.effective import UNRESOLVED, EffectiveEntry, PlanBranch, PlanVariant
 
 __all__ = ["diff_lines", "find_guard_lines", "is_obscured", "is_same_entry", "match_moved_entries"]
@@ -63,17 +62,17 @@ def is_same_entry(one: EffectiveEntry | None, other: EffectiveEntry | None) -> b
     return one is not None and other is not None and (one.style, one.provenance) == (other.style, other.provenance)
 
 
-def find_guard_lines(source: SourceFile, line: int, branch: PlanBranch) -> frozenset[int]:
+def find_guard_lines(statements: Sequence[ast.stmt], line: int, branch: PlanBranch) -> frozenset[int]:
     """Return the lines of the function header and of the conditions that decide whether an entry applies.
 
     Args:
-        source: the file.
+        statements: the statements of the file.
         line: the entry's line, counted from 1.
         branch: the plan, the function and the conditions.
     """
     _, function, conditions = branch
     lines: set[int] = set()
-    scope: ast.AST = ast.parse(source.body)
+    scope: ast.AST = ast.Module(list(statements), [])
     for node in ast.walk(scope):
         if (
             isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)

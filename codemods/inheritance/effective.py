@@ -19,6 +19,7 @@ from pathlib import Path, PurePath
 from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.file_graph import FileGraph, SourceLookup
 from codemods.inheritance.lookup import NameLookup
+from codemods.inheritance.parsed_files import ParsedFiles
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral, Reference, Removal
 from codemods.reading.names import get_dotted_name, parse_expression
 from codemods.reading.scope import is_plan_attribute
@@ -101,10 +102,12 @@ class EffectivePlans:
         source_of: returns the files.
         is_framework: returns whether a file is the framework's own code. What functions there do to plans, they do to
             every model's; it counts as theirs, and classes do not inherit it.
+        files: what was parsed of the files so far, and of other revisions.
     """
 
     source_of: SourceLookup
     is_framework: Callable[[Path], bool] = lambda path: False
+    files: ParsedFiles = field(default_factory=ParsedFiles)
     _in_progress: set[tuple[Path, str, str]] = field(default_factory=set)
     _computed: dict[ClassKey, _Plans] = field(default_factory=dict)
     _own: dict[ClassKey, list[_Write]] = field(default_factory=dict)
@@ -138,7 +141,7 @@ class EffectivePlans:
     @cached_property
     def graph(self) -> FileGraph:
         """The files and their classes."""
-        return FileGraph(self.source_of)
+        return FileGraph(self.source_of, self.files)
 
     @cached_property
     def lookup(self) -> NameLookup:

@@ -12,9 +12,9 @@ from pathlib import Path
 from codemods.files.headers import scan_imports
 from codemods.files.sources import SourceFile
 from codemods.inheritance.class_graph import ClassGraph, ClassKey, ImportTarget, split_import
+from codemods.inheritance.parsed_files import ParsedFiles
 from codemods.reading.module import Import, Module
-from codemods.reading.parse import read_module
-from codemods.reading.skim import skim
+from plans.errors import SourceError
 
 __all__ = ["FileGraph", "SourceLookup", "list_module_files"]
 
@@ -28,9 +28,11 @@ class FileGraph(ClassGraph):
 
     Args:
         source_of: returns the files.
+        files: what was parsed of them so far, and of other revisions.
     """
 
     source_of: SourceLookup
+    files: ParsedFiles = field(default_factory=ParsedFiles)
     _modules: dict[Path, Module | None] = field(default_factory=dict)
     _imports: dict[Path, Mapping[str, Sequence[Import]]] = field(default_factory=dict)
 
@@ -46,7 +48,7 @@ class FileGraph(ClassGraph):
         """
         if path not in self._modules:
             source = self.source(path)
-            self._modules[path] = (skim(source) or read_module(source)) if source else None
+            self._modules[path] = self.files.read_module(source) if source else None
         return self._modules[path]
 
     def follow_import(self, path: Path, name: str) -> Iterator[ClassKey]:
@@ -100,9 +102,15 @@ class FileGraph(ClassGraph):
             source = self.source(path)
             imports = _scan_names(source.data) if source else {}
             if source and any(len(statements) > 1 for statements in imports.values()):
-                imports = _parse_names(source)  # some may stand in a string
+                imports = self._parse_names(source)  # some may stand in a string
             self._imports[path] = imports
         return self._imports[path]
+
+    def _parse_names(self, source: SourceFile) -> Mapping[str, Sequence[Import]]:
+        try:
+            return _collect_names(self.files.parse(source))
+        except SourceError:
+            return _scan_names(source.data)
 
 
 def _scan_names(data: bytes) -> Mapping[str, Sequence[Import]]:
@@ -116,13 +124,9 @@ def _scan_names(data: bytes) -> Mapping[str, Sequence[Import]]:
     return {name: tuple(statements) for name, statements in names.items()}
 
 
-def _parse_names(source: SourceFile) -> Mapping[str, Sequence[Import]]:
+def _collect_names(statements: Sequence[ast.stmt]) -> Mapping[str, Sequence[Import]]:
     names: dict[str, dict[Import, None]] = defaultdict(dict)
-    try:
-        nodes = ast.walk(ast.parse(source.body))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return _scan_names(source.data)
-    for node in nodes:
+    for node in (node for statement in statements for node in ast.walk(statement)):
         match node:
             case ast.ImportFrom(module=module, names=aliases, level=level):
                 for alias in aliases:

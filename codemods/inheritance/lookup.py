@@ -150,5 +150,5 @@ class NameLookup:
     def _get_resolver(self, path: Path) -> NameResolver | None:
         if path not in self._resolvers:
             source = self.graph.source(path)
-            self._resolvers[path] = NameResolver(source) if source else None
+            self._resolvers[path] = self.graph.files.get_resolver(source) if source else None
         return self._resolvers[path]

@@ -11,7 +11,6 @@ import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from codemods.inheritance.class_graph import ClassKey
@@ -21,7 +20,7 @@ from codemods.reading.names import Definitions, Function, NameResolver, get_dott
 from codemods.reading.scope import iter_blocks
 from plans.plan import plan_kind
 
-__all__ = ["ProvenanceTracer", "is_same_code"]
+__all__ = ["ProvenanceTracer"]
 
 _Trace = tuple[frozenset[str], frozenset[Path]]
 """The texts that determine a value, and the files that they are in."""
@@ -40,7 +39,6 @@ class ProvenanceTracer:
     graph: FileGraph
     get_resolver: Callable[[Path], NameResolver | None]
     is_framework: Callable[[Path], bool]
-    _digests: dict[Path, str] = field(default_factory=dict)
     _definitions: dict[Path, Mapping[str, Sequence[ast.stmt]]] = field(default_factory=dict)
     _texts: dict[int, str] = field(default_factory=dict)
 
@@ -81,7 +79,9 @@ class ProvenanceTracer:
             if file in files:
                 continue
             files.add(file)
-            texts.add(self._compute_digest(file))
+            source = self.graph.source(file)
+            assert source is not None
+            texts.add(self.graph.files.compute_digest(source))
             targets = self._list_targets(file, self.graph.list_imported_names(file))
             waiting += [target for target, _ in targets if not self.is_framework(target)]
 
@@ -125,33 +125,6 @@ class ProvenanceTracer:
         if id(statement) not in self._texts:
             self._texts[id(statement)] = ast.unparse(statement)
         return self._texts[id(statement)]
-
-    def _compute_digest(self, path: Path) -> str:
-        if path not in self._digests:
-            source = self.graph.source(path)
-            assert source is not None
-            self._digests[path] = sha256(_normalize(source.data)).hexdigest()
-        return self._digests[path]
-
-
-def is_same_code(before: bytes, after: bytes) -> bool:
-    """Return whether two texts differ in comments and blank lines at most."""
-    if before == after:
-        return True
-    return _list_code_lines(before) == _list_code_lines(after) and _normalize(before) == _normalize(after)
-
-
-def _list_code_lines(data: bytes) -> list[bytes]:
-    """Return a text's lines up to the first `#`, which may be in a string, without blank ones."""
-    return [code for line in data.splitlines() if (code := line.partition(b"#")[0].strip())]
-
-
-def _normalize(data: bytes) -> bytes:
-    """Return a text that only depends on a file's code; the bytes themselves if it cannot be parsed."""
-    try:
-        return ast.dump(ast.parse(data)).encode("utf-8", "surrogatepass")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return data
 
 
 def _iter_definitions(statements: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:

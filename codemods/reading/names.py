@@ -211,15 +211,17 @@ class NameResolver:
     """Resolves the names in a file.
 
     Args:
-        source: the file, which is known to parse.
+        source: the file.
+        statements: the statements that it consists of.
     """
 
     source: SourceFile
+    statements: Sequence[ast.stmt]
 
     @cached_property
     def definitions(self) -> Definitions:
         """The definitions of the names in the file."""
-        return Definitions(self._statements)
+        return Definitions(self.statements)
 
     def resolve_constant(self, name: str, scope: str = "") -> ast.expr | None:
         """Return the only value of a name, or None if it is assigned twice, is a parameter, or is changed in place.
@@ -261,7 +263,7 @@ class NameResolver:
         """Return the name of the enclosing function, empty if there is none, and the innermost statement on a line."""
         function = ""
         innermost: ast.stmt | None = None
-        pending = list(self._statements)
+        pending = list(self.statements)
         while pending:
             statement = pending.pop()
             if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
@@ -272,17 +274,13 @@ class NameResolver:
         return function, innermost
 
     @cached_property
-    def _statements(self) -> Sequence[ast.stmt]:
-        return ast.parse(self.source.body).body
-
-    @cached_property
     def _constants(self) -> Mapping[str, ast.expr]:
-        return dict(_iter_constants(self._statements, ""))
+        return dict(_iter_constants(self.statements, ""))
 
     @cached_property
     def _unstable_names(self) -> frozenset[str]:
         """The names that are bound more than once or are parameters, or whose values are changed in place."""
-        nodes = [node for statement in self._statements for node in ast.walk(statement)]
+        nodes = [node for statement in self.statements for node in ast.walk(statement)]
         bound = Counter(get_identifier(node) for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store))
         changed = {name for node in nodes for name in _iter_changed_names(node)}
         return frozenset({name for name, times in bound.items() if times > 1} | changed)

@@ -36,7 +36,9 @@ from plans.plan import plan_kind
 __all__ = [
     "PlanParser",
     "create_parser",
+    "parse_statements",
     "read_module",
+    "read_statements",
 ]
 
 
@@ -190,8 +192,21 @@ def read_module(source: SourceFile) -> Module:
     Raises:
         SourceError: the file cannot be parsed.
     """
+    return read_statements(source, parse_statements(source))
+
+
+def read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Module:
+    """Return the classes of a parsed file with their plans, and its imports.
+
+    Args:
+        source: the file.
+        statements: the statements that it consists of.
+
+    Raises:
+        SourceError: the file is nested too deeply.
+    """
     try:
-        return _read_statements(source, _parse(source).body)
+        return _read_statements(source, statements)
     except RecursionError as error:
         raise SourceError(
             f"{format_path(source.path)}: nested too deeply to be read",
@@ -258,9 +273,14 @@ def _add_unread_uses(parsed: Iterable[ParsedClass], uses: Iterable[Unresolved | 
     return [*classes, replace(outside, unresolved=unresolved, conflicts=conflicting)]
 
 
-def _parse(source: SourceFile) -> ast.Module:
+def parse_statements(source: SourceFile) -> Sequence[ast.stmt]:
+    """Return the statements of a file.
+
+    Raises:
+        SourceError: the file cannot be parsed.
+    """
     try:
-        return ast.parse(source.body)
+        return ast.parse(source.body).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         reason = getattr(error, "msg", None) or str(error)
