@@ -47,7 +47,7 @@ class Accountant:
 
     def find_unread_uses(self) -> Iterator[Unresolved | Conflict]:
         """Yield the uses that give plans entries in an unread way, and the conflicts of plans that escape."""
-        for node in (*self.definitions.statements, *self._parents):
+        for node in filter(_can_use_plan, (*self.definitions.statements, *self._parents)):
             yield from self._find_references(node)
             yield from self._find_other_names(node)
             yield from self._find_bindings(node)
@@ -226,6 +226,24 @@ class Accountant:
                 names.append(f"{parent.name}.<locals>")
             parent = self._parents.get(parent)
         return ".".join(reversed(names))
+
+
+_USES = (ast.Call, ast.Subscript, ast.Assign, ast.AnnAssign, ast.ClassDef, ast.alias, ast.ExceptHandler)
+_PATTERNS = (ast.MatchAs, ast.MatchStar, ast.MatchMapping)
+
+
+def _can_use_plan(node: ast.AST) -> bool:
+    """Return whether a node can be among the uses that are looked for; most of a file's nodes cannot."""
+    match node:
+        case (
+            ast.Name(id=name)
+            | ast.Attribute(attr=name)
+            | ast.Constant(value=str(name))
+            | ast.FunctionDef(name=name)
+            | ast.AsyncFunctionDef(name=name)
+        ):
+            return is_plan_attribute(name)
+    return isinstance(node, (*_USES, *_PATTERNS))
 
 
 def _is_namespace(node: ast.expr) -> bool:

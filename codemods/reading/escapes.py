@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from codemods.reading.expressions import iter_bindings
+from codemods.reading.expressions import iter_bindings, iter_children, walk_statements
 from codemods.reading.local_names import find_local_plans
 from codemods.reading.names import CHANGING_METHODS, Function, get_identifier
 from codemods.reading.scope import is_plan_attribute
@@ -81,8 +81,7 @@ class Escape:
 
 def index_parents(statements: Sequence[ast.stmt]) -> Mapping[ast.AST, ast.AST]:
     """Return the parent of each node below some statements."""
-    nodes = [node for statement in statements for node in ast.walk(statement)]
-    return {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    return {child: node for node in walk_statements(statements) for child in iter_children(node)}
 
 
 @dataclass(frozen=True)

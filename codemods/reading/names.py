@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.files.sources import SourceFile
-from codemods.reading.expressions import is_plan_reference, iter_bindings, split_expression
+from codemods.reading.expressions import is_plan_reference, iter_bindings, split_expression, walk_statements
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import plan_kind
 
@@ -112,21 +112,20 @@ class Definitions:
 
     @cached_property
     def _use_counts(self) -> Counter[str]:
-        return Counter(
-            get_identifier(node) for node in self._iter_nodes() if isinstance(getattr(node, "ctx", None), ast.Load)
-        )
+        return Counter(get_identifier(node) for node in self._nodes if isinstance(getattr(node, "ctx", None), ast.Load))
 
     @cached_property
     def _store_counts(self) -> Counter[str]:
-        return Counter(name for node in self._iter_nodes() for name in _iter_bound_names(node))
+        return Counter(name for node in self._nodes for name in _iter_bound_names(node))
 
-    def _iter_nodes(self) -> Iterator[ast.AST]:
-        return (node for statement in self.statements for node in ast.walk(statement))
+    @cached_property
+    def _nodes(self) -> Sequence[ast.AST]:
+        return tuple(walk_statements(self.statements))
 
     @cached_property
     def _definers(self) -> Mapping[str, list[ast.AST]]:
         definers: dict[str, list[ast.AST]] = defaultdict(list)
-        for node in self._iter_nodes():
+        for node in self._nodes:
             match node:
                 case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                     definers[name].append(node)
