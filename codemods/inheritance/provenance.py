@@ -59,7 +59,7 @@ class ProvenanceTracer:
             function = _find_function(resolver.definitions.statements, line)
             parts = _find_local_dependencies(node, [function] if function else [])
             texts |= {ast.unparse(part) for part in parts}
-            for name in {name for part in parts for name in _iter_bare_names(part)}:
+            for name in {name for part in parts for name in _iter_longest_names(part)}:
                 self._trace_definition(path, name, texts, files, visited)
             return frozenset(texts), frozenset(files)
         own_texts, names = resolver.collect_dependencies(node)
@@ -97,11 +97,12 @@ class ProvenanceTracer:
             visited.add(key)
             file, name = key
             statements = self._list_definitions(file).get(name.partition(".")[0], ())
-            for statement in statements:
+            for part in (part for statement in statements for part in _select_attribute(statement, name)):
                 files.add(file)
-                texts.add(self._unparse(statement))
-                if not isinstance(statement, ast.ClassDef):
-                    waiting += [(file, bare) for bare in _iter_bare_names(statement)]
+                if isinstance(part, ast.stmt):
+                    texts.add(self._unparse(part))
+                if not isinstance(part, ast.ClassDef):
+                    waiting += [(file, read) for read in _iter_longest_names(part)]
             if not statements:
                 waiting += self._list_targets(file, [name])
 
@@ -114,10 +115,7 @@ class ProvenanceTracer:
         """Return the statements that bind each name at the top level of a file."""
         if path not in self._definitions:
             resolver = self.get_resolver(path)
-            found: dict[str, list[ast.stmt]] = defaultdict(list)
-            for name, statement in _iter_definitions(resolver.definitions.statements if resolver else ()):
-                found[name].append(statement)
-            self._definitions[path] = found
+            self._definitions[path] = _group_definitions(resolver.definitions.statements if resolver else ())
         return self._definitions[path]
 
     def _unparse(self, statement: ast.stmt) -> str:
@@ -132,18 +130,48 @@ def _iter_definitions(statements: Iterable[ast.stmt]) -> Iterator[tuple[str, ast
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield statement.name, statement
             continue
-        for target, _ in iter_bindings(statement):
-            if isinstance(target, ast.Name):
-                yield target.id, statement
+        targets = [target for target, _ in iter_bindings(statement)]
         match statement:
-            case ast.AugAssign(target=ast.Name(id=name)):
-                yield name, statement
-            case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))]):
-                yield name, statement
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name)))):
-                yield name, statement
+            case ast.AugAssign(target=target) | ast.Expr(value=ast.Call(func=ast.Attribute(value=target))):
+                targets.append(target)
+        yield from ((name, statement) for target in targets if (name := _get_first_name(target)))
         for block, _ in iter_blocks(statement):
             yield from _iter_definitions(block)
+
+
+def _get_first_name(target: ast.expr) -> str | None:
+    """Return the name that an expression begins with: `Experts` of `Experts.styles["norm"]`."""
+    while isinstance(target, ast.Attribute | ast.Subscript):
+        target = target.value
+    return target.id if isinstance(target, ast.Name) else None
+
+
+def _select_attribute(statement: ast.stmt, name: str) -> Iterator[ast.stmt | ast.expr]:
+    """Yield what a name depends on in the statement that binds its first part.
+
+    Of a class whose attribute is read, that is what assigns the attribute in its body. If other names of the body take
+    part or the attribute may be inherited, it is the class as a whole, and the attribute of its bases.
+    """
+    attribute = name.split(".")[1] if "." in name else ""
+    if not isinstance(statement, ast.ClassDef) or not attribute:
+        yield statement
+        return
+    bound = dict(_group_definitions(statement.body))
+    found = bound.get(attribute, [])
+    others = bound.keys() & {read for part in found for read in _iter_bare_names(part)}
+    if found and not others and not any(isinstance(part, (Function, ast.ClassDef)) for part in found):
+        yield from found
+        return
+    yield statement
+    yield from (ast.Attribute(base, attribute, ast.Load()) for base in statement.bases)
+
+
+def _group_definitions(statements: Iterable[ast.stmt]) -> Mapping[str, list[ast.stmt]]:
+    """Return the statements that bind each name among statements and in their blocks."""
+    found: dict[str, list[ast.stmt]] = defaultdict(list)
+    for name, statement in _iter_definitions(statements):
+        found[name].append(statement)
+    return found
 
 
 def _find_function(statements: Iterable[ast.stmt], line: int) -> ast.stmt | None:
@@ -181,9 +209,22 @@ def _find_local_dependencies(node: ast.AST, function: Sequence[ast.stmt]) -> lis
 
 
 def _iter_bare_names(node: ast.AST) -> Iterator[str]:
-    """Yield the names that a node reads without an object before them, dotted ones whole too; plans' names not."""
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and not plan_kind(part.id):
-            yield part.id
-        elif isinstance(part, ast.Attribute) and (name := get_dotted_name(part)) and not plan_kind(part.attr):
-            yield from () if name.startswith("self.") else (name,)
+    """Yield the names that a node reads without an object before them, parts of dotted ones too; plans' names not."""
+    return filter(None, map(_get_bare_name, ast.walk(node)))
+
+
+def _iter_longest_names(node: ast.AST) -> Iterator[str]:
+    """Yield the same names, but not the parts of dotted ones: `Experts.styles` without `Experts`."""
+    parts = list(ast.walk(node))
+    holders = {id(part.value) for part in parts if isinstance(part, ast.Attribute) and _get_bare_name(part)}
+    return filter(None, (_get_bare_name(part) for part in parts if id(part) not in holders))
+
+
+def _get_bare_name(node: ast.AST) -> str | None:
+    match node:
+        case ast.Name(id=name, ctx=ast.Load()) if not plan_kind(name):
+            return name
+        case ast.Attribute(attr=attribute) if not plan_kind(attribute):
+            dotted = get_dotted_name(node)
+            return dotted if dotted and not dotted.startswith("self.") else None
+    return None

@@ -114,4 +114,83 @@ def test_framework_files_are_parsed_once_for_all_models(tree, monkeypatch):
     monkeypatch.setattr(ast, "parse", count)
     differences(tree)
     assert len(+parses) == 2
-    assert max(parses.values()) <= 3, "to compare it, to read its plans, and to look its names up"
+    assert max(parses.values()) == 1
+
+
+QUANTIZER = f"{PACKAGE}/quantizers/quantizer_toy.py"
+EXPERTS = f"{PACKAGE}/integrations/experts.py"
+QUANTIZING = {
+    QUANTIZER: """
+        class Quantizer:
+            def update_tp_plan(self, config):
+                from ..integrations.experts import ToyExperts
+
+                styles = ToyExperts.styles.get(config.kind)
+                config.base_model_tp_plan = {k: styles.get(v, v) for k, v in config.base_model_tp_plan.items()}
+                return config
+    """,
+    EXPERTS: """
+        from .more import MoreExperts
+
+        NAMES = {"rowwise": "colwise"}
+
+        class ToyExperts(MoreExperts):
+            styles = {"toy": NAMES}
+
+            def forward(self, x):
+                return x + 1
+
+        ToyExperts.styles["other"] = {"colwise": "rowwise"}
+    """,
+    f"{PACKAGE}/integrations/more.py": """
+        class MoreExperts:
+            styles = {"toy": {}}
+            limit = 7
+    """,
+}
+
+
+@pytest.fixture
+def quantizing(tree):
+    write_tree(tree, QUANTIZING)
+    commit(tree, "a quantizer")
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        (EXPERTS, "x + 1", "x + 2"),
+        (f"{PACKAGE}/integrations/more.py", "7", "8"),
+        (EXPERTS, "class ToyExperts", "\nclass ToyExperts"),
+    ],
+)
+def test_other_attributes_of_a_class_than_the_one_that_is_read_change_nothing(quantizing, path, before, after):
+    edit(quantizing, path, before, after)
+    assert differences(quantizing) == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"rowwise": "colwise"', '"rowwise": "local_colwise"'),
+        ('{"toy": NAMES}', "{}"),
+        ('{"colwise": "rowwise"}', "{}"),
+        ('ToyExperts.styles["other"] = {"colwise": "rowwise"}', "ToyExperts.styles.update(other={})"),
+    ],
+)
+def test_an_attribute_of_a_class_that_is_read_is_followed(quantizing, before, after):
+    edit(quantizing, EXPERTS, before, after)
+    assert [(one.variant.path.name, one.kind) for one in differences(quantizing)] == [("quantizer_toy.py", "unread")]
+
+
+@pytest.mark.parametrize("attribute", ["", "    @classmethod\n    def styles(cls):\n        return cls.limit\n"])
+def test_an_inherited_or_computed_attribute_of_a_class_is_followed(quantizing, attribute):
+    edit(quantizing, EXPERTS, '    styles = {"toy": NAMES}\n', attribute)
+    commit(quantizing, "an attribute of a base")
+    edit(
+        quantizing,
+        EXPERTS if attribute else f"{PACKAGE}/integrations/more.py",
+        *(("limit", "bound") if attribute else ("{}", "None")),
+    )
+    assert [one.kind for one in differences(quantizing)] == ["unread"]
