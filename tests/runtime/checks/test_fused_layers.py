@@ -39,7 +39,7 @@ IS_NEWEST_KNOWN = RELEASE >= (5, 24)
 ATTENTION, MLP = "model.layers.*.self_attn", "model.layers.*.mlp"
 CODEGEN = {"n_embd": 64, "n_head": 8, "n_layer": 2, "vocab_size": 101, "rotary_dim": 4, "n_positions": 64}
 CODEGEN_PLAN = {"transformer.h.*.attn.qkv_proj": "colwise", "transformer.h.*.attn.out_proj": "rowwise"}
-needs_codegen_plan = pytest.mark.skipif(not IS_NEWEST_KNOWN, reason="CodeGen has a plan since transformers 5.24")
+needs_codegen_plan = pytest.mark.skipif(not IS_NEWEST_KNOWN, reason="CodeGen has its plan since 5.24")
 
 
 def build_codegen(**sizes: object) -> Any:
@@ -265,6 +265,7 @@ def test_the_data_agree_with_the_modeling_source(layer: FusedLayer) -> None:
     assert layer.heads in ("", *inspect.signature(config_class).parameters, *config_class.attribute_map)
 
 
+@needs_codegen_plan
 def test_the_number_of_codegens_blocks_is_what_its_class_says() -> None:
     [layer] = [layer for layer in load_fused_layers().values() if layer.blocks is not None]
     attention = transformers.models.codegen.modeling_codegen.CodeGenAttention(build_codegen(), 0)
