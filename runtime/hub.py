@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
 from plans.text import first_line
-from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS, is_checkpoint_file
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MAX_INDEX, WEIGHTS, is_checkpoint_file
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
+from runtime.formats import check_address, recognize_file
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -23,7 +24,6 @@ __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_na
 
 _PREFIX = "hf://"
 _NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def parse_hub_name(text: str) -> HubName | None:
     """Parse `hf://owner/name[@revision]`, or a plain `owner/name` that is not a local path; None for a local path.
 
     Raises:
-        UsageError: the text begins with `hf://` but does not name a repository.
+        UsageError: the text begins with `hf://` but does not name a repository, or is another address.
     """
     found = _NAME.fullmatch(text.removeprefix(_PREFIX))
     if text.startswith(_PREFIX):
@@ -56,7 +56,10 @@ def parse_hub_name(text: str) -> HubName | None:
             )
         return HubName(found["repository"], found["revision"])
     # Unlike the methods of Path, these functions accept names that no file system allows.
-    if found is None or os.path.exists(text) or os.path.isdir(os.path.dirname(text)):  # noqa: PTH110, PTH112, PTH120
+    exists = os.path.exists(text)  # noqa: PTH110
+    if "://" in text and not exists:
+        check_address(text)
+    if found is None or exists or os.path.isdir(os.path.dirname(text)):  # noqa: PTH112, PTH120
         return None
     return HubName(found["repository"], found["revision"])
 
@@ -83,9 +86,21 @@ def resolve_folder(source: str, *, quiet: bool = False) -> Path:
         return fetch(name, quiet=quiet)
     # Checked before torch is imported. A name that no file system allows is not a folder either.
     if not os.path.isdir(source):  # noqa: PTH112
-        what = "not a folder" if os.path.exists(source) else "no such folder"  # noqa: PTH110
-        raise CheckpointError(f"{source}: {what}", hint="name a checkpoint's folder, or hf://owner/name", source=source)
+        raise _no_folder_error(source)
     return Path(source)
+
+
+def _no_folder_error(source: str) -> CheckpointError:
+    """Return the error for a source that is not a folder, with what a file there is."""
+    hint = "name a checkpoint's folder, or hf://owner/name"
+    if not os.path.exists(source):  # noqa: PTH110
+        return CheckpointError(f"{source}: no such folder", hint=hint, source=source)
+    path = Path(source)
+    row = recognize_file(path.parent, path.name)
+    if row is not None and not row.names:
+        facts = {"folder": str(path.parent), "file": path.name, "count": "1"}
+        return CheckpointError(f"{source}: is {row.name}", hint=row.step.format_map(facts), source=source)
+    return CheckpointError(f"{source}: not a folder", hint=f"name its folder, {path.parent}", source=source)
 
 
 def fetch(name: HubName, *, quiet: bool = False) -> Path:
@@ -180,7 +195,7 @@ def _list_weight_files(folder: Path) -> list[str]:
         return ["rank-*.safetensors", "shard-*.safetensors"]
     if not (folder / INDEX).is_file():
         return [WEIGHTS, "shard-*.safetensors"]
-    if (folder / INDEX).stat().st_size > _MAX_INDEX_BYTES:
+    if (folder / INDEX).stat().st_size > MAX_INDEX:
         return ["*.safetensors"]  # implausibly large; the reader reports it
     try:
         files = json.loads((folder / INDEX).read_bytes())["weight_map"].values()

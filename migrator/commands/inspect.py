@@ -128,7 +128,7 @@ def _summary_lines(inspection: Inspection) -> Iterator[str]:
     yield from _list_names("tied", [f"{name} to {target}" for name, target in inspection.tied.items()])
     yield from _list_names("carried", inspection.passthrough)
     yield from _list_names("side files", inspection.side_files)
-    yield from _list_names("left behind", inspection.left_behind)
+    yield from _list_names("left behind", list(map(str, inspection.left_behind)))
     if inspection.current and inspection.hub_file_count is not None:
         yield f"hub form: known, {pluralize(inspection.hub_file_count, 'file')}, so the way back to it is exact"
     if inspection.optimizer:

@@ -269,8 +269,8 @@ def print_notes(plan: ReshardPlan) -> None:
     if stateless := find_stateless(plan):
         parameters = pluralize(len(stateless), "parameter")
         console.say(f"note: the optimizer has no state for {parameters}, perhaps frozen: {format_names(stateless)}")
-    for name in plan.checkpoint.side_files.left_behind:
-        console.say(f"note: left behind {name}")
+    for left in plan.checkpoint.side_files.left_behind:
+        console.say(f"note: left behind {left}")
 
 
 def print_summary(plan: ReshardPlan, result: ReshardResult) -> None:

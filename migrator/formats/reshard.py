@@ -43,7 +43,8 @@ def _notes_as_json(plan: ReshardPlan) -> dict[str, object]:
         "config_changes": [asdict(change) for change in plan.config_changes],
         "unmatched": find_unmatched(plan),
         "carried": find_passthrough(plan),
-        "left_behind": list(plan.checkpoint.side_files.left_behind),
+        "left_behind": [left.name for left in plan.checkpoint.side_files.left_behind],
+        "left_behind_details": [asdict(left) for left in plan.checkpoint.side_files.left_behind],
         "optimizer": _optimizer_as_json(plan),
     }
 

@@ -82,8 +82,9 @@ def _findings(inspection: Inspection) -> Iterator[ReportFinding]:
         )
     for name in inspection.passthrough:
         yield ReportFinding("note", name, "carried: the model has no parameter of this name")
-    for name in inspection.left_behind:
-        yield ReportFinding("note", name, "not part of the checkpoint, left behind by reshard")
+    for left in inspection.left_behind:
+        reason = f" ({left.reason})" if left.reason else ""
+        yield ReportFinding("note", left.name, f"not part of the checkpoint, left behind by reshard{reason}")
     for name in inspection.optimizer.stateless if inspection.optimizer else ():
         yield ReportFinding("note", name, "the optimizer has no state for it")
 

@@ -5,8 +5,10 @@ It is written by `Manifest.to_bytes`, and read without trust by `read_manifest`.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -16,7 +18,7 @@ from typing import Any, Literal, cast
 from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import MODES, Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json, placement_to_json
-from runtime.checkpoint.files.file_names import MANIFEST, is_weight_file
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, is_weight_file
 from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, is_size, parse_strict_json
 from runtime.checkpoint.files.safetensors import BITS
 
@@ -26,8 +28,11 @@ __all__ = [
     "ManifestEntry",
     "StoredForm",
     "TensorKind",
+    "build_index",
     "find_manifest",
+    "pack_bytes",
     "read_manifest",
+    "unpack_bytes",
 ]
 
 MAX_CONFIG_DEPTH = 32
@@ -85,6 +90,8 @@ class StoredForm:
         file_metadata: the metadata of each file whose metadata differs from the first one's.
         index: the index file's content without its weight map, None if there was no index.
         tensors: file, dtype and shape of each tensor by stored name, in the order of their bytes.
+        verbatim: the packed header of each file, and the packed index by its name, where the rest of the form does not
+            make them byte for byte.
     """
 
     files: tuple[str, ...]
@@ -92,6 +99,7 @@ class StoredForm:
     file_metadata: Mapping[str, Mapping[str, str]]
     index: Mapping[str, object] | None
     tensors: Mapping[str, Mapping[str, object]]
+    verbatim: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Return the JSON form."""
@@ -101,7 +109,31 @@ class StoredForm:
             "file_metadata": {name: dict(metadata) for name, metadata in self.file_metadata.items()},
             "index": self.index,
             "tensors": self.tensors,
+            **({"verbatim": dict(self.verbatim)} if self.verbatim else {}),
         }
+
+
+def build_index(form: StoredForm) -> bytes | None:
+    """Return the index file as `save_pretrained` writes it, None if the form has none."""
+    if form.index is None:
+        return None
+    index = {**form.index, "weight_map": {name: row["file"] for name, row in form.tensors.items()}}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def pack_bytes(content: bytes) -> str:
+    """Return bytes as text for JSON, compressed: names that are similar take an eighth to a tenth of their size."""
+    return base64.b64encode(zlib.compress(content, 9)).decode()
+
+
+def unpack_bytes(text: str, limit: int) -> bytes | None:
+    """Return the bytes that `pack_bytes` packed, None if the text is not such, or of more than `limit` bytes."""
+    try:
+        unpacker = zlib.decompressobj()
+        content = unpacker.decompress(base64.b64decode(text, validate=True), limit)
+    except (ValueError, zlib.error):
+        return None
+    return content if unpacker.eof and not unpacker.unused_data else None
 
 
 @dataclass(frozen=True)
@@ -274,6 +306,7 @@ class _ManifestParser:
                 "file_metadata": dict(file_metadata),
                 "index": (dict() | None) as index,
                 "tensors": dict(tensors),
+                **optional,
             }:
                 pass
             case _:
@@ -291,7 +324,10 @@ class _ManifestParser:
                 raise self.error(f"stored tensor {name!r} has no well-formed entry")
         metadata = self.require_object(metadata, "metadata", str)
         others = {name: self.require_object(other, "file_metadata", str) for name, other in file_metadata.items()}
-        return StoredForm(tuple(files), metadata, others, index, tensors)
+        verbatim = self.require_object(optional.get("verbatim", {}), "verbatim", str)
+        if unknown := sorted(verbatim.keys() - known - {INDEX}):
+            raise self.error(f"stored_form has the content of {unknown[0]!r}, which is none of its files")
+        return StoredForm(tuple(files), metadata, others, index, tensors, verbatim)
 
     def parse_digests(self, value: object) -> dict[str, str]:
         digests: dict[str, str] = self.require_object(value, "optimizer", str)

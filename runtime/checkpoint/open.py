@@ -19,11 +19,12 @@ from runtime.checkpoint.external.reader import read_external
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.reading import convert_read_errors
-from runtime.checkpoint.files.side_files import SideFiles
-from runtime.checkpoint.hub.reader import read_hub_checkpoint
+from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
+from runtime.checkpoint.hub.reader import check_has_weights, read_hub_checkpoint
 from runtime.checkpoint.manifest import Manifest, find_manifest
 from runtime.checkpoint.optimizer.reader import OptimizerCheckpoint, find_optimizer, read_optimizer
 from runtime.checkpoint.ranks.files import read_rank_checkpoint
+from runtime.formats import recognize_folder
 from runtime.models.config import read_config
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import build_stored_model
@@ -61,11 +62,25 @@ def open_checkpoint(folder: Path, external: ExternalSettings | None = None) -> C
 
     Raises:
         HeaderError: the manifest is damaged.
+        IncompleteError: the folder is of another format, or contains no weights.
         CheckpointError: the folder cannot be read.
     """
     if external is not None:
         return CheckpointReader(folder, "foreign", None, external)
-    return CheckpointReader(folder, detect_layout(folder), find_manifest(folder))
+    layout = detect_layout(folder)
+    _check_format(folder, layout)
+    return CheckpointReader(folder, layout, find_manifest(folder))
+
+
+def _check_format(folder: Path, layout: Layout) -> None:
+    """Refuse a folder of another format before its config is asked for, which such a folder may not have."""
+    if layout == "hf":
+        check_has_weights(folder)
+        return
+    has_only_metadata = layout == "dcp" and not (folder / MANIFEST).is_file() and not find_shard_files(folder)
+    recognized = recognize_folder(folder, of_metadata=True) if has_only_metadata else None
+    if recognized is not None:
+        raise recognized.build_error(folder)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,8 @@ class CheckpointReader:
             _check_no_optimizer(checkpoint, optimizer)
             return checkpoint
         if optimizer == "leave":
-            note = f"the optimizer's state in {self.folder / found.folder}, which --optimizer takes along"
+            where = f"the optimizer's state in {self.folder / found.folder}"
+            note = LeftBehind(where, "which --optimizer takes along", is_file=False)
             return replace(checkpoint, side_files=_drop_optimizer_files(checkpoint.side_files, found, note))
         if model is None:
             model = self.model
@@ -237,7 +253,11 @@ def _check_recorded_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor
         )
 
 
-def _drop_optimizer_files(side_files: SideFiles, optimizer: OptimizerCheckpoint, *notes: str) -> SideFiles:
+def _drop_optimizer_files(side_files: SideFiles, optimizer: OptimizerCheckpoint, *notes: LeftBehind) -> SideFiles:
     copied = tuple(name for name in side_files.copied if name not in optimizer.files)
-    stale = tuple(sorted(name for name in optimizer.files if name not in optimizer.current_files))
+    stale = (
+        LeftBehind(name, f"which no {METADATA} lists")
+        for name in sorted(optimizer.files)
+        if name not in optimizer.current_files
+    )
     return SideFiles(copied, (*side_files.left_behind, *stale, *notes))

@@ -9,6 +9,7 @@ from pathlib import Path
 from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Placement, Replicate, placement_to_json
 from runtime.checkpoint.checkpoint import SourceLayout
+from runtime.checkpoint.files.side_files import LeftBehind
 from runtime.checkpoint.manifest import TensorKind
 from runtime.checkpoint.verifying.differences import CheckpointDifference
 from runtime.models.config_entries import ConfigDifference
@@ -152,7 +153,7 @@ class Inspection:
         planned: how a plan would place it on the requested mesh, None if none was requested.
         tied: the tied names, each with the name that is stored.
         side_files: the other files that a reshard copies.
-        left_behind: the other files that a reshard does not copy.
+        left_behind: what else is there that a reshard does not copy.
         hub_file_count: the number of weight files of the hub form that it came from, None if not known.
         digests: the recorded digests by tensor.
         optimizer: the optimizer's state, if there is one.
@@ -170,7 +171,7 @@ class Inspection:
     planned: Arrangement | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     side_files: tuple[str, ...] = ()
-    left_behind: tuple[str, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
     hub_file_count: int | None = None
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     optimizer: OptimizerSummary | None = None
@@ -209,7 +210,8 @@ class Inspection:
             "tied": dict(self.tied),
             "carried": list(self.passthrough),
             "side_files": list(self.side_files),
-            "left_behind": list(self.left_behind),
+            "left_behind": [left.name for left in self.left_behind],
+            "left_behind_details": [asdict(left) for left in self.left_behind],
             "stored_form": {"files": self.hub_file_count} if self.hub_file_count is not None else None,
             "digests": dict(self.digests),
             "optimizer": asdict(self.optimizer) if self.optimizer else None,

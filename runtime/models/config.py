@@ -11,6 +11,7 @@ import torch
 
 from plans.errors import CheckpointError, DependencyError, IncompleteError
 from plans.text import first_line
+from runtime.formats import PREFIX_BYTES, check_not_other_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -69,11 +70,12 @@ def _check_readable(folder: Path) -> None:
         # Opening a pipe would block until someone writes to it.
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("not a regular file")
-        path.open("rb").close()
+        with path.open("rb") as stream:
+            check_not_other_format(path, stream.read(PREFIX_BYTES))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise IncompleteError(
             f"{folder}: no config.json",
-            hint="name a folder that save_pretrained wrote",
+            hint=f"copy the model's config.json there, as `model.config.save_pretrained({str(folder)!r})` writes it",
             folder=str(folder),
         ) from error
     except OSError as error:

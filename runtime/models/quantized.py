@@ -10,6 +10,7 @@ from torch import nn
 
 from plans.errors import CheckpointError, UsageError
 from plans.text import first_line
+from runtime.formats import find_method
 from runtime.models.config import find_quantization
 from runtime.models.model import build_meta_model, meta_model
 
@@ -63,12 +64,23 @@ def build_stored_model(config: PreTrainedConfig) -> PreTrainedModel:
     where, settings = quantization
     method = str(settings.get("quant_method"))
     if method not in _QUANTIZERS:
-        raise UsageError(
-            f"{where}: the quantization method {method!r} is not supported",
-            hint=f"supported methods are {' and '.join(_QUANTIZERS)}; otherwise use the checkpoint's unquantized form",
-            method=method,
-        )
+        raise _unsupported_error(where, settings)
     return build_meta_model(config, lambda model: _QUANTIZERS[method](model, settings, where))
+
+
+def _unsupported_error(where: str, settings: Settings) -> UsageError:
+    """Return the error for a method that is not supported, with the next step that its format has."""
+    method = str(settings.get("quant_method") or "")
+    variant = next((str(settings[key]) for key in ("format", "quant_algo") if settings.get(key)), "")
+    row = find_method(settings)
+    details = ", ".join(filter(None, (row.name if row else "", variant)))
+    described = (repr(method) if method else "that quant_method does not name") + (f" ({details})" if details else "")
+    return UsageError(
+        f"{where}: the quantization method {described} is not supported",
+        hint=(row.step if row else "use the checkpoint that it was quantized from")
+        + f"; {' and '.join(_QUANTIZERS)} are supported",
+        method=method,
+    )
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

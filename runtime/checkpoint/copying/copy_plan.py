@@ -131,16 +131,20 @@ class OutputFile:
         return {0: self.header, **self.between}
 
 
-def plan_output_file(name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str]) -> OutputFile:
+def plan_output_file(
+    name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str], header: bytes | None = None
+) -> OutputFile:
     """Plan a safetensors file.
 
     Args:
         name: the file's name.
         tensors: the tensors in the order of their bytes.
         metadata: the metadata in its header.
+        header: the header's bytes if they are known, which must describe these tensors; by default they are encoded.
     """
     rows = list(tensors)
-    header = encode_header(((tensor, dtype, tensor_map.shape) for tensor, dtype, tensor_map in rows), metadata)
+    if header is None:
+        header = encode_header(((tensor, dtype, tensor_map.shape) for tensor, dtype, tensor_map in rows), metadata)
     placed: list[tuple[Destination, TensorMap]] = []
     offset = len(header)
     for tensor, dtype, tensor_map in rows:

@@ -17,6 +17,7 @@ from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import is_size, open_regular
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.formats import check_not_other_format
 from runtime.tensor_map.tensor_map import Shape
 
 __all__ = ["ChunkMetadata", "DcpMetadata", "StorageLocation", "read_metadata"]
@@ -91,6 +92,8 @@ def read_metadata(folder: Path) -> DcpMetadata:
                 f"{path}: over {_MAX_BYTES} bytes", hint="save the checkpoint in safetensors form", file=str(path)
             )
         content = stream.read()
+    if not content.startswith(b"\x80"):  # the mark of a pickle
+        check_not_other_format(path, content)
     return _MetadataParser(path).parse(read_pickle(content, _ALLOWED, str(path), _ENUMERATIONS))
 
 

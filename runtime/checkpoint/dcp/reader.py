@@ -18,7 +18,7 @@ from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
 from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
 from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
-from runtime.checkpoint.files.side_files import SideFiles, find_side_files
+from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, find_side_files
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import Manifest, TensorKind
 from runtime.models.dtypes import dtype_name
@@ -49,7 +49,7 @@ class SavedTensors:
     chunks: Sequence[Chunk]
     declared_shapes: Mapping[str, Shape]
     files: Collection[str]
-    left_behind: Sequence[str]
+    left_behind: Sequence[LeftBehind]
 
 
 def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
@@ -79,7 +79,7 @@ def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
     shapes = {name.removeprefix(prefix): shape for name, shape in saved.shapes.items() if name.startswith(prefix)}
     left_behind = (
         *_describe_unprefixed(prefix, saved.shapes),
-        *(f"{name!r} of {METADATA}, no tensor" for name in saved.non_tensors),
+        *(LeftBehind(f"{name!r} of {METADATA}", "no tensor", is_file=False) for name in saved.non_tensors),
     )
     return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind)
 
@@ -105,10 +105,12 @@ def _strip_prefix(prefix: str, parts: Iterable[_Part]) -> list[_Part]:
     return [replace(part, name=part.name.removeprefix(prefix)) for part in parts if part.name.startswith(prefix)]
 
 
-def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[str, ...]:
+def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[LeftBehind, ...]:
     """Describe the tensors without the prefix, counted by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in names if not name.startswith(prefix))
-    return tuple(f"{word!r} beside the model, {count} in number" for word, count in counts.items())
+    return tuple(
+        LeftBehind(f"{word!r} beside the model", f"{count} in number", is_file=False) for word, count in counts.items()
+    )
 
 
 _SAVED_AGAIN = "the folder was saved into again; remove migrator.json, or reshard again from the original"

@@ -20,9 +20,10 @@ from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.reading import is_size, open_descriptor, parse_strict_json
+from runtime.checkpoint.files.reading import is_size, open_descriptor, open_regular, parse_strict_json
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.formats import PREFIX_BYTES, check_not_other_format
 
 __all__ = ["build_sharding_metadata", "locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]
 
@@ -120,6 +121,10 @@ def open_distcp_file(folder: Path, name: str) -> Iterator[BoundedFile]:
             f"{path}: missing, though {METADATA} names it", hint="copy the missing file", file=str(path)
         )
     check_contained(folder, path)
+    with open_regular(path) as stream:
+        start = stream.read(PREFIX_BYTES)
+    if not start.startswith(b"PK"):  # the mark of the archives that torch.save writes
+        check_not_other_format(path, start)
     with open_descriptor(path) as descriptor:
         yield BoundedFile(descriptor, path, 0, os.fstat(descriptor).st_size)
 

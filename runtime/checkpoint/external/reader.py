@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized
 from runtime.checkpoint.hub.writer import build_default_form
+from runtime.formats import recognize_name
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
@@ -38,6 +40,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["read_external"]
+
+
+_GATED_EXPERTS = re.compile(r"experts\b.*(gate_up_proj|w13)")
+
+
+def _check_no_exchanged_experts(folder: Path, files: ExternalFiles) -> None:
+    """Refuse gated experts that a serving stack saved after its kernels may have exchanged gate and up.
+
+    Source: `swap_w13_to_w31` in vllm/model_executor/layers/quantization/utils/flashinfer_utils.py.
+    """
+    gated = [name for name in files.tensor_names if _GATED_EXPERTS.search(name)]
+    row = next(filter(None, (recognize_name(name) for name in sorted(files.names))), None)
+    if gated and row is not None and row.name.startswith("sharded_state"):
+        raise ConversionError(
+            f"{folder}: {row.name} may hold gate and up exchanged in the same shape: {format_names(gated)}",
+            hint=row.step.partition(":")[0],
+            tensors=gated,
+        )
 
 
 def _resolve_shapes(folder: Path, stored: Collection[str], model: PreTrainedModel) -> dict[str, Shape]:
@@ -140,6 +160,7 @@ def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettin
     tied = find_tied_names(model)
     shardings = resolve_shardings(model, external, resolve_external_plan(model, external))
     files = read_external_files(folder, external)
+    _check_no_exchanged_experts(folder, files)
     shapes = _resolve_shapes(folder, files.tensor_names, model)
     conversion = _build_conversion(folder, shapes, model)
     chunks = _collect_chunks(folder, files, external, conversion, shardings, shapes)

@@ -15,6 +15,7 @@ __all__ = [
     "INDEX",
     "MANIFEST",
     "MARKER",
+    "MAX_INDEX",
     "METADATA",
     "WEIGHTS",
     "check_distinct_names",
@@ -30,6 +31,8 @@ MANIFEST = "migrator.json"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_INDEX = 100_000_000
+"""The most bytes that an index may have."""
 
 METADATA = ".metadata"
 """Where a distributed checkpoint with `.distcp` files keeps its metadata; shard files keep theirs in their headers.

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
 from runtime.checkpoint.files.system import READ_ONLY, read_at
+from runtime.formats import check_not_other_format
 
 __all__ = [
     "MAX_SIZE",
@@ -149,6 +150,7 @@ def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
 
     Raises:
         HeaderError: the text is anything else.
+        IncompleteError: it stands in the place of the file, as a Git LFS pointer does.
     """
 
     def build_unique_dict(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -167,6 +169,7 @@ def parse_strict_json(text: bytes, file: Path) -> dict[str, object]:
             # Only an escape can produce half a surrogate pair, which no file name or output could be encoded with.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
+        check_not_other_format(file, text)
         raise HeaderError(f"{file}: not valid JSON: {error}", hint=_HINT, file=str(file)) from error
     if not isinstance(value, dict):
         raise HeaderError(f"{file}: JSON is not an object", hint=_HINT, file=str(file))

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -19,15 +19,19 @@ from runtime.checkpoint.files.reading import (
     read_exactly,
     truncation_error,
 )
+from runtime.formats import PREFIX_BYTES, check_not_other_format
 
 __all__ = [
     "BITS",
+    "MAX_HEADER",
     "Header",
     "StoredTensor",
     "encode_header",
     "find_dtypes",
     "has_same_bytes",
+    "is_length_right",
     "pad_header",
+    "parse_header",
     "read_header",
     "tensor_bytes",
 ]
@@ -41,8 +45,10 @@ BITS: Mapping[str, int] = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 """Bits of one element, by safetensors' name of the dtype."""
+MAX_HEADER = 100_000_000
+"""The most bytes that the JSON of a header may have, as the format limits it."""
+
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
 _HINT = "the file is damaged or was not written by safetensors; download or save it again"
 
@@ -68,11 +74,18 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The header of a safetensors file: its metadata, and its tensors in the order of their bytes."""
+    """The header of a safetensors file: its metadata, its tensors in the order of their bytes, and its own bytes."""
 
     file: Path
     metadata: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
+    content: bytes = field(default=b"", repr=False, compare=False)
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether `encode_header` makes the same bytes of the header's tensors and metadata."""
+        rows = ((name, tensor.dtype, tensor.shape) for name, tensor in self.tensors.items())
+        return encode_header(rows, self.metadata) == self.content
 
 
 def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -117,21 +130,41 @@ def read_header(file: Path) -> Header:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
+            check_not_other_format(file, prefix)
             raise truncation_error(file, size, _LENGTH.size)
         (length,) = _LENGTH.unpack(prefix)
-        if length > _MAX_HEADER:
+        if length > MAX_HEADER or size < _LENGTH.size + length:
+            check_not_other_format(file, prefix + stream.read(PREFIX_BYTES))
+        if length > MAX_HEADER:
             raise HeaderError(
                 f"{file}: a header of {length} bytes exceeds the format's limit", hint=_HINT, file=str(file)
             )
         if size < _LENGTH.size + length:
             raise truncation_error(file, size, _LENGTH.size + length)
-        entries = parse_strict_json(stream.read(length), file)
-    metadata = _parse_metadata(file, entries.pop("__metadata__", {}))
-    begin = _LENGTH.size + length
+        content = prefix + stream.read(length)
+    return parse_header(file, content, size)
+
+
+def parse_header(file: Path, content: bytes, size: int) -> Header:
+    """Parse and check the bytes of a header.
+
+    Args:
+        file: the file's path.
+        content: all bytes before the tensors.
+        size: the size of the file in bytes.
+
+    Raises:
+        IncompleteError: the file is too small for its tensors.
+        HeaderError: the header is malformed, its tensors overlap or leave holes, or a dtype is unknown.
+    """
+    entries = parse_strict_json(content[_LENGTH.size :], file)
+    # As in safetensors itself, null says the same as no entry.
+    metadata = _parse_metadata(file, entries.pop("__metadata__", None))
+    begin = len(content)
     tensors = {name: _parse_tensor(file, name, entry, begin) for name, entry in entries.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)))
     _check_contiguous(file, ordered, begin, size)
-    return Header(file, metadata, ordered)
+    return Header(file, metadata, ordered, content)
 
 
 def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
@@ -150,6 +183,11 @@ def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: M
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return _LENGTH.pack(len(text)) + text
+
+
+def is_length_right(header: bytes) -> bool:
+    """Return whether the bytes of a header begin with the length of what follows."""
+    return len(header) >= _LENGTH.size and _LENGTH.unpack_from(header)[0] == len(header) - _LENGTH.size
 
 
 def pad_header(header: bytes, count: int) -> bytes:
@@ -188,6 +226,8 @@ def _check_contiguous(file: Path, tensors: Mapping[str, StoredTensor], begin: in
 
 
 def _parse_metadata(file: Path, value: object) -> Mapping[str, str]:
+    if value is None:
+        return {}
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
     raise HeaderError(f"{file}: __metadata__ is not an object of strings", hint=_HINT, file=str(file))

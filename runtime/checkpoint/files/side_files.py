@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.files.file_names import MANIFEST, MARKER
+from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, METADATA
 from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.formats import recognize_file
 
 __all__ = [
     "WEIGHT_SUFFIXES",
+    "LeftBehind",
     "SideFiles",
     "Stamp",
     "check_contained",
     "check_unchanged",
     "find_side_files",
+    "follow_links",
     "read_stamp",
     "read_stamps",
     "walk_files",
@@ -32,6 +37,28 @@ WEIGHT_SUFFIXES = frozenset(
 
 
 @dataclass(frozen=True)
+class LeftBehind:
+    """Something in a checkpoint's folder that is not part of what is read.
+
+    Args:
+        name: the name of a file relative to the folder, or in words what else it is.
+        reason: why it is left behind, or what it is; empty if the name tells.
+        size: its size in bytes, None if it has none of its own.
+        is_file: whether the name is that of a file.
+    """
+
+    name: str
+    reason: str = ""
+    size: int | None = None
+    is_file: bool = True
+
+    def __str__(self) -> str:
+        size = f"{self.size:,} bytes" if self.size is not None else ""
+        details = ", ".join(filter(None, (size, self.reason)))
+        return f"{self.name} ({details})" if details else self.name
+
+
+@dataclass(frozen=True)
 class SideFiles:
     """The names of files relative to the checkpoint's folder, with `/` between their parts.
 
@@ -41,7 +68,7 @@ class SideFiles:
     """
 
     copied: tuple[str, ...] = ()
-    left_behind: tuple[str, ...] = ()
+    left_behind: tuple[LeftBehind, ...] = ()
 
 
 def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
@@ -56,16 +83,21 @@ def find_side_files(folder: Path, used: Collection[str]) -> SideFiles:
         CheckpointError: a link leads out of the folder.
     """
     copied: list[str] = []
-    left_behind: list[str] = []
+    left_behind: list[LeftBehind] = []
     for path in walk_files(folder):
         name = path.relative_to(folder).as_posix()
-        if name not in used:
-            (copied if _is_copied(folder, path) else left_behind).append(name)
+        if name in used:
+            continue
+        if (reason := _find_reason_to_leave(folder, path, used)) is None:
+            copied.append(name)
+        else:
+            size = path.stat().st_size if path.is_file() else None
+            left_behind.append(LeftBehind(name, reason, size))
     return SideFiles(tuple(copied), tuple(left_behind))
 
 
 def check_contained(folder: Path, path: Path) -> None:
-    """Refuse a link that leads to anywhere but the folder itself or the hub cache's blobs beside it.
+    """Refuse a link that leads to anywhere but the folder itself or the hub cache's blobs beside it, unless allowed.
 
     Raises:
         IncompleteError: the link is broken.
@@ -73,14 +105,31 @@ def check_contained(folder: Path, path: Path) -> None:
     """
     root, target = folder.resolve(), Path(os.path.realpath(path))
     if not target.exists():
-        raise IncompleteError(f"{path}: a broken link", hint="restore its target, or remove it", file=str(path))
+        raise IncompleteError(f"{path}: a broken link", hint="restore its target", file=str(path))
     is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
-    if not (is_blob or target.is_relative_to(root)):
+    if not (_follows_links.get() or is_blob or target.is_relative_to(root)):
         raise CheckpointError(
-            f"{path}: a link that leads out of the checkpoint",
-            hint="replace the link with the file, or remove it",
+            f"{path}: a link that leads out of the checkpoint, to {target}",
+            hint="allow such links with `follow_links` if you trust them, or put a copy of the file in its place",
             file=str(path),
         )
+
+
+_follows_links: ContextVar[bool] = ContextVar("follows_links", default=False)
+
+
+@contextmanager
+def follow_links(allowed: bool = True) -> Iterator[None]:
+    """Allow links that lead out of a checkpoint's folder, because the user named it as one of their own.
+
+    Args:
+        allowed: whether to allow them; False leaves everything as it is.
+    """
+    token = _follows_links.set(allowed or _follows_links.get())
+    try:
+        yield
+    finally:
+        _follows_links.reset(token)
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -94,11 +143,30 @@ def walk_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _is_copied(folder: Path, path: Path) -> bool:
+def _find_reason_to_leave(folder: Path, path: Path, used: Collection[str]) -> str | None:
+    """Return why a file does not go along, None if it does."""
     if path.is_symlink():
         check_contained(folder, path)
-    is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-    return path.is_file() and not is_weights and not _is_migrator_file(path.name)
+    if not path.is_file():
+        return "a folder" if path.is_dir() else "not a regular file"
+    if _is_migrator_file(path.name):
+        return "of an earlier reshard"
+    if path.suffix == ".distcp":
+        return None if _has_metadata(folder, path, used) else f"which no {METADATA} lists"
+    if path.name.endswith(".index.json"):
+        return "the index of other weights"
+    if path.suffix == ".safetensors":
+        return f"which {INDEX} does not name" if INDEX in used else "other weights"
+    if path.suffix in WEIGHT_SUFFIXES:
+        row = recognize_file(folder, path.relative_to(folder).as_posix())
+        return row.name if row else "weights in another format"
+    return None
+
+
+def _has_metadata(folder: Path, path: Path, used: Collection[str]) -> bool:
+    """Return whether a `.distcp` file is of another distributed checkpoint than the one that was read."""
+    metadata = path.with_name(METADATA)
+    return metadata.is_file() and metadata.relative_to(folder).as_posix() not in used
 
 
 def _is_migrator_file(name: str) -> bool:
@@ -127,18 +195,19 @@ def read_stamps(folder: Path) -> dict[str, Stamp]:
     return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
-def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], ignored: Collection[str]) -> None:
+def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], left_behind: Iterable[LeftBehind]) -> None:
     """Refuse to continue if one of a folder's files is no longer the one that was read.
 
     Args:
         folder: the source's folder.
         stamps: the stamps of its files, taken before they were read.
-        ignored: the names of files that were not read.
+        left_behind: the files that were not read.
 
     Raises:
         MismatchError: a file was changed, replaced or removed.
     """
-    changed = [name for name in stamps.keys() - set(ignored) if read_stamp(folder / name) != stamps[name]]
+    ignored = {left.name for left in left_behind if left.is_file}
+    changed = [name for name in stamps.keys() - ignored if read_stamp(folder / name) != stamps[name]]
     if changed:
         raise MismatchError(
             f"{folder}: {format_names(sorted(changed))} changed while it was read",

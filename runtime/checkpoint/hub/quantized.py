@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 
 from plans.errors import UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.formats import find_tensor_format
 from runtime.tensor_map.tensor_map import TensorMap
 
 __all__ = ["check_dtypes", "check_quantized", "check_scales", "check_unquantized"]
@@ -16,7 +17,7 @@ _QUANTIZED = frozenset(("F8_E4M3", "F8_E5M2", "I8", "U8"))
 _PACKED = frozenset(("qweight", "qzeros", "g_idx", "weight_packed", "absmax", "quant_map", "nested_absmax"))
 """Last parts of names that only quantizers use."""
 _SCALE = re.compile(r"(?P<scaled>.+?)(?:_scale\w*|_zero_point|\.(?:absmax|quant_state|SCB)\b.*)")
-_HINT = "use the checkpoint's unquantized form"
+_HINT = "use the checkpoint that it was quantized from, or the config.json that was saved with these weights"
 
 
 def check_unquantized(stored: Collection[str], of_model: Collection[str]) -> None:
@@ -33,9 +34,11 @@ def check_unquantized(stored: Collection[str], of_model: Collection[str]) -> Non
     for name in stored:
         scale = _SCALE.fullmatch(name)
         if name not in of_model and (name.rpartition(".")[2] in _PACKED or (scale and scale["scaled"] in tensors)):
+            row = find_tensor_format(name)
+            what = f"a quantized weight ({row.name})" if row else "a quantized weight"
             raise UsageError(
-                f"{name!r} belongs to a quantized weight, but config.json has no quantization_config",
-                hint=_HINT,
+                f"{name!r} belongs to {what}, but config.json has no quantization_config",
+                hint=row.step if row else _HINT,
                 tensor=name,
             )
 
@@ -52,7 +55,7 @@ def check_quantized(tensors: Mapping[str, StoredTensor]) -> None:
     if not any(tensor.dtype in _QUANTIZED for tensor in tensors.values()):
         raise UsageError(
             "config.json has a quantization_config, but none of the stored tensors is quantized",
-            hint="remove the entry if these are the unquantized weights",
+            hint="take the quantization_config out of config.json if these are the unquantized weights",
         )
 
 

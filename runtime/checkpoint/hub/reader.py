@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError
+from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
-from runtime.checkpoint.files.file_names import INDEX, MANIFEST, WEIGHTS, is_weight_file
+from runtime.checkpoint.files.file_names import INDEX, MAX_INDEX, WEIGHTS, is_weight_file
 from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, parse_strict_json
 from runtime.checkpoint.files.safetensors import Header, StoredTensor, has_same_bytes, read_header
-from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES, SideFiles, check_contained, find_side_files
+from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, check_contained, find_side_files
 from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
-from runtime.checkpoint.manifest import StoredForm
+from runtime.checkpoint.manifest import StoredForm, build_index, pack_bytes
+from runtime.formats import recognize_folder
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
@@ -26,11 +29,25 @@ from runtime.tensor_map.tensor_map import TensorMap, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["HubCheckpoint", "read_hub", "read_hub_checkpoint"]
+__all__ = ["HubCheckpoint", "HubIndex", "check_has_weights", "read_hub", "read_hub_checkpoint"]
 
 
-_MAX_INDEX = 100_000_000
 _MAX_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class HubIndex:
+    """An index file.
+
+    Args:
+        content: its content without the weight map.
+        weight_map: the file of each tensor.
+        text: the bytes of the file.
+    """
+
+    content: Mapping[str, object]
+    weight_map: Mapping[str, str]
+    text: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -38,57 +55,86 @@ class HubCheckpoint:
     """A folder in hub form, its headers read and checked; no tensor has been read.
 
     Args:
-        headers: the headers of the weight files, in the order of their names.
+        headers: the headers of the weight files, in the order of their names, without tensors left behind.
         tensors: all stored tensors by stored name.
-        index: the index file's content without its weight map, None if there is no index.
+        index: the index, None if there is none.
         side_files: the other files, such as config, tokenizer and licence.
     """
 
     headers: tuple[Header, ...]
     tensors: Mapping[str, StoredTensor]
-    index: Mapping[str, object] | None
+    index: HubIndex | None
     side_files: SideFiles
 
 
 def read_hub(folder: Path) -> HubCheckpoint:
     """Read the index and the headers of a folder in hub form.
 
-    Like transformers, it prefers `model.safetensors` to an index. Weights in other formats and weight files that the
-    index does not name are not part of the checkpoint.
+    Like transformers, it prefers `model.safetensors` to an index. The index decides what the checkpoint consists of:
+    files and tensors that it does not name are left behind, and so are weights in other formats.
 
     Raises:
-        IncompleteError: a weight file is missing or truncated.
-        HeaderError: an index or header is damaged or contradicts the files.
+        IncompleteError: a weight file is missing or truncated, the index names a tensor that its file lacks, or the
+            folder is of another format.
+        HeaderError: an index or header is damaged.
         CheckpointError: the folder does not exist, or a link leads out of it.
+    """
+    check_has_weights(folder)
+    with convert_read_errors(folder):
+        if os.path.lexists(folder / WEIGHTS):
+            header = read_header(_resolve_path(folder, WEIGHTS))
+            return HubCheckpoint((header,), header.tensors, None, find_side_files(folder, {WEIGHTS}))
+        index = _read_index(folder)
+        files = sorted(set(index.weight_map.values()))
+        stored = {name: read_header(_resolve_path(folder, name)) for name in files}
+        _check_index(folder / INDEX, index.weight_map, stored)
+        headers = tuple(_select_named(header, index.weight_map) for header in stored.values())
+        tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
+        side = find_side_files(folder, frozenset((*files, INDEX)))
+        unnamed = (left for header in stored.values() for left in _list_unnamed(header, index.weight_map))
+        side = SideFiles(side.copied, (*side.left_behind, *unnamed))
+        return HubCheckpoint(headers, tensors, index, side)
+
+
+def check_has_weights(folder: Path) -> None:
+    """Refuse a folder without the weights of hub form, and say what it contains in their place.
+
+    Raises:
+        IncompleteError: the folder has neither `model.safetensors` nor an index.
+        CheckpointError: it does not exist or cannot be read.
     """
     with convert_read_errors(folder):
         if not folder.is_dir():
             raise CheckpointError(
                 f"{folder}: not a folder", hint="name the folder with config.json and the weights", folder=str(folder)
             )
-        if (folder / WEIGHTS).exists():
-            return _read_files(folder, [WEIGHTS], None)
-        if not (folder / INDEX).exists():
+        # A broken link is weights that are missing, which their reader says.
+        if not any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX)):
             raise _no_weights_error(folder)
-        extra, weight_map = _read_index(folder)
-        checkpoint = _read_files(folder, sorted(set(weight_map.values())), extra)
-        _check_index(folder / INDEX, weight_map, checkpoint.tensors)
-        return checkpoint
 
 
-def _read_files(folder: Path, files: Sequence[str], index: Mapping[str, object] | None) -> HubCheckpoint:
-    headers = tuple(read_header(_resolve_path(folder, name)) for name in files)
-    used = frozenset(files) if index is None else frozenset((*files, INDEX))
-    return HubCheckpoint(headers, _merge_headers(headers), index, find_side_files(folder, used))
+def _select_named(header: Header, weight_map: Mapping[str, str]) -> Header:
+    """Return a header without the tensors that the index does not map to its file."""
+    named = {name: tensor for name, tensor in header.tensors.items() if weight_map.get(name) == header.file.name}
+    return header if len(named) == len(header.tensors) else replace(header, tensors=named, content=b"")
 
 
-def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
+def _list_unnamed(header: Header, weight_map: Mapping[str, str]) -> Iterator[LeftBehind]:
+    for name, tensor in header.tensors.items():
+        mapped = weight_map.get(name)
+        if mapped != header.file.name:
+            reason = f"which {INDEX} maps to {mapped}" if mapped else f"which {INDEX} does not name"
+            yield LeftBehind(f"{name!r} in {header.file.name}", reason, tensor.size, is_file=False)
+
+
+def _read_index(folder: Path) -> HubIndex:
     path = _resolve_path(folder, INDEX)
-    if path.stat().st_size > _MAX_INDEX:
+    if path.stat().st_size > MAX_INDEX:
         raise HeaderError(
-            f"{path}: larger than {_MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
+            f"{path}: larger than {MAX_INDEX} bytes", hint="the index is damaged; save it again", file=str(path)
         )
-    content = parse_strict_json(path.read_bytes(), path)
+    text = path.read_bytes()
+    content = parse_strict_json(text, path)
     match content.pop("weight_map", None):
         case dict(weight_map) if weight_map and all(isinstance(name, str) for name in weight_map.values()):
             pass
@@ -110,89 +156,48 @@ def _read_index(folder: Path) -> tuple[dict[str, object], dict[str, str]]:
             hint="the index is damaged; download it again",
             file=str(path),
         )
-    return content, weight_map
+    return HubIndex(content, weight_map, text)
 
 
 def _resolve_path(folder: Path, name: str) -> Path:
     """Return the file's path. A link may lead only into the folder itself or to the hub cache's blobs."""
     path = folder / name
+    if path.is_symlink():
+        check_contained(folder, path)
     if not path.is_file():
         raise IncompleteError(
             f"{path}: missing, though {INDEX} names it", hint="download or copy the missing file", file=str(path)
         )
-    check_contained(folder, path)
     return path
 
 
-def _merge_headers(headers: tuple[Header, ...]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for header in headers:
-        for name, tensor in header.tensors.items():
-            if name in tensors:
-                raise HeaderError(
-                    f"tensor {name!r} is both in {tensors[name].file} and in {tensor.file}",
-                    hint="remove the file that does not belong to this checkpoint",
-                    tensor=name,
-                )
-            tensors[name] = tensor
-    return tensors
-
-
-def _check_index(index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
+    """Refuse an index that maps a tensor to a file without it."""
     for name, file in weight_map.items():
-        if name not in tensors:
-            raise IncompleteError(
-                f"{index}: tensor {name!r} is not in {file}", hint="download the file again", tensor=name, file=file
-            )
-        if tensors[name].file.name != file:
+        if name in headers[file].tensors:
+            continue
+        if others := [other for other, header in headers.items() if name in header.tensors]:
             raise HeaderError(
-                f"{index}: maps tensor {name!r} to {file}, but it is in {tensors[name].file.name}",
+                f"{index}: maps tensor {name!r} to {file}, but it is in {others[0]}",
                 hint="the index belongs to another version of the checkpoint; download both again",
                 tensor=name,
             )
-    for name, tensor in tensors.items():
-        if name not in weight_map:
-            raise HeaderError(
-                f"{index}: does not name tensor {name!r} in {tensor.file.name}",
-                hint="the index belongs to another version of the checkpoint; download both again",
-                tensor=name,
-            )
+        raise IncompleteError(
+            f"{index}: tensor {name!r} is not in {file}", hint="download the file again", tensor=name, file=file
+        )
 
 
 def _no_weights_error(folder: Path) -> CheckpointError:
-    """Return the error for a folder of no known layout, with a hint for the first file that looks like weights."""
-    files = sorted(path.name for path in folder.iterdir())
-    for matches, missing, hint in _NEAR_MISSES:
-        if weights := [name for name in files if matches(name)]:
-            return IncompleteError(f"{folder}: has {weights[0]}, but no {missing}", hint=hint, files=weights)
+    """Return the error for a folder without weights in hub form, with what it contains in their place."""
+    if (recognized := recognize_folder(folder)) is not None:
+        return recognized.build_error(folder)
+    names = sorted(path.name for path in folder.iterdir())
     return IncompleteError(
-        f"{folder}: no {WEIGHTS} or {INDEX}", hint="name the folder with the weights", folder=str(folder)
+        f"{folder}: no {WEIGHTS} or {INDEX}, " + (f"only {format_names(names)}" if names else "the folder is empty"),
+        hint="name the folder with the weights",
+        folder=str(folder),
+        files=names,
     )
-
-
-_NEAR_MISSES: Sequence[tuple[Callable[[str], bool], str, str]] = (
-    (
-        lambda name: name.endswith(".distcp"),
-        ".metadata, which lists its tensors",
-        "copy the distributed checkpoint's .metadata too, or save it again",
-    ),
-    (
-        lambda name: name.startswith("rank-") and name.endswith(".safetensors"),
-        f"{MANIFEST}, which describes how rank files were sharded",
-        f"copy {MANIFEST} too, or reshard again",
-    ),
-    (
-        lambda name: name.endswith(".safetensors"),
-        f"{WEIGHTS} or {INDEX}",
-        f"copy {INDEX} too, or save the model again with save_pretrained",
-    ),
-    (
-        lambda name: Path(name).suffix in WEIGHT_SUFFIXES,
-        f"{WEIGHTS} or {INDEX}",
-        "load it with transformers and save it with save_pretrained, which writes safetensors",
-    ),
-)
-"""Files that look like weights but cannot be read without another file: how to recognize them, and the next step."""
 
 
 def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
@@ -284,13 +289,18 @@ def _build_passthrough(hub: HubCheckpoint, conversion: Conversion) -> Mapping[st
 
 def _build_stored_form(hub: HubCheckpoint) -> StoredForm:
     common = hub.headers[0].metadata
-    return StoredForm(
+    form = StoredForm(
         files=tuple(header.file.name for header in hub.headers),
         metadata=common,
         file_metadata={h.file.name: h.metadata for h in hub.headers if h.metadata != common},
-        index=hub.index,
+        index=hub.index.content if hub.index else None,
         tensors={
             name: {"file": tensor.file.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
             for name, tensor in hub.tensors.items()
         },
     )
+    # Headers and indexes as safetensors and save_pretrained write them are made again from the rest of the form.
+    verbatim = {h.file.name: pack_bytes(h.content) for h in hub.headers if h.content and not h.is_canonical}
+    if hub.index is not None and hub.index.text != build_index(form):
+        verbatim[INDEX] = pack_bytes(hub.index.text)
+    return replace(form, verbatim=verbatim)

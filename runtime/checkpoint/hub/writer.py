@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from plans.errors import ConversionError, HeaderError
+from plans.errors import ConversionError, HeaderError, IncompleteError
 from plans.text import first_line
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.copying.copy_plan import OutputFile, OutputTensor, plan_output_file
-from runtime.checkpoint.files.safetensors import BITS, tensor_bytes
+from runtime.checkpoint.files.file_names import INDEX, MAX_INDEX
+from runtime.checkpoint.files.reading import parse_strict_json
+from runtime.checkpoint.files.safetensors import BITS, MAX_HEADER, is_length_right, parse_header, tensor_bytes
 from runtime.checkpoint.hub.conversion import convert
-from runtime.checkpoint.manifest import StoredForm
+from runtime.checkpoint.manifest import StoredForm, build_index, unpack_bytes
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.compose import compose, invert
 from runtime.tensor_map.tensor_map import TensorMap
@@ -23,7 +26,7 @@ from runtime.tensor_map.tensor_map import TensorMap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Experts", "build_default_form", "build_index", "plan_hub_files"]
+__all__ = ["Experts", "build_default_form", "plan_hub_files", "restore_index"]
 
 
 def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> tuple[OutputFile, ...]:
@@ -42,15 +45,56 @@ def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredF
     rows: defaultdict[str, list[OutputTensor]] = defaultdict(list)
     for name, row in form.tensors.items():
         rows[str(row["file"])].append((name, _resolve_dtype(checkpoint, stored[name], name, row), stored[name]))
-    return tuple(plan_output_file(file, rows[file], form.file_metadata.get(file, form.metadata)) for file in form.files)
+    return tuple(_plan_file(checkpoint.folder, file, rows[file], form) for file in form.files)
 
 
-def build_index(form: StoredForm) -> bytes | None:
-    """Return the index file as `save_pretrained` writes it, None if the form has none."""
-    if form.index is None:
-        return None
-    index = {**form.index, "weight_map": {name: row["file"] for name, row in form.tensors.items()}}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+def _plan_file(folder: Path, file: str, rows: list[OutputTensor], form: StoredForm) -> OutputFile:
+    """Plan one file, with its recorded header if there is one, which must describe the same tensors."""
+    metadata = form.file_metadata.get(file, form.metadata)
+    if file not in form.verbatim:
+        return plan_output_file(file, rows, metadata)
+    content = unpack_bytes(form.verbatim[file], MAX_HEADER + 8)
+    described = [(name, dtype, tensor_map.shape) for name, dtype, tensor_map in rows]
+    size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
+    try:
+        header = parse_header(Path(file), content or b"", len(content or b"") + size)
+    except (HeaderError, IncompleteError) as error:
+        raise _verbatim_error(folder, file) from error
+    recorded = [(name, tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()]
+    if content is None or not is_length_right(content) or (recorded, header.metadata) != (described, metadata):
+        raise _verbatim_error(folder, file)
+    return plan_output_file(file, rows, metadata, content)
+
+
+def _verbatim_error(folder: Path, file: str) -> HeaderError:
+    return HeaderError(
+        f"{folder}: the recorded bytes of {file} do not describe its tensors",
+        hint="the manifest is damaged; reshard again from the original",
+        file=file,
+    )
+
+
+def restore_index(folder: Path, form: StoredForm) -> bytes | None:
+    """Return the index file of a form, as recorded or else as `save_pretrained` writes it; None if it has none.
+
+    Args:
+        folder: the source's folder, for the error message.
+        form: the hub form.
+
+    Raises:
+        HeaderError: the recorded bytes say something else than the form.
+    """
+    built = build_index(form)
+    if built is None or INDEX not in form.verbatim:
+        return built
+    content = unpack_bytes(form.verbatim[INDEX], MAX_INDEX)
+    try:
+        is_same = parse_strict_json(content or b"", folder / INDEX) == json.loads(built)
+    except (HeaderError, IncompleteError):
+        is_same = False
+    if content is None or not is_same:
+        raise _verbatim_error(folder, INDEX)
+    return content
 
 
 def _build_stored_maps(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> dict[str, TensorMap]:

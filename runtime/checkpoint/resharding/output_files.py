@@ -15,7 +15,7 @@ from runtime.checkpoint.checkpoint import Checkpoint, Layout, OptimizerState, Te
 from runtime.checkpoint.copying.copy_plan import OutputFile
 from runtime.checkpoint.dcp.writer import plan_dcp_files
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, check_distinct_names
-from runtime.checkpoint.hub.writer import Experts, build_default_form, build_index, plan_hub_files
+from runtime.checkpoint.hub.writer import Experts, build_default_form, plan_hub_files, restore_index
 from runtime.checkpoint.manifest import Manifest, ManifestEntry
 from runtime.checkpoint.optimizer.writer import plan_optimizer_files
 from runtime.checkpoint.ranks.files import plan_rank_file
@@ -146,7 +146,7 @@ def _add_optimizer(output: OutputFiles, state: OptimizerState) -> OutputFiles:
 def _plan_hub(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
     original = checkpoint.stored_form if target.experts is None else None
     form = original or build_default_form(checkpoint, model, target.experts or "separate")
-    index = build_index(form)
+    index = restore_index(checkpoint.folder, form)
     files = plan_hub_files(checkpoint, model, form)
     if original is not None:  # its files keep their headers byte for byte
         files = tuple(replace(file, may_grow=False) for file in files)

@@ -112,13 +112,13 @@ def test_the_result_on_another_mesh_has_a_manifest_and_the_same_content(
 
 
 def test_parts_and_a_config_from_elsewhere(hub: Hub, migrator: Run, tmp_path: Path) -> None:
-    pattern = "model-rank-{rank}-part-{part:05d}.safetensors"
+    pattern = "shard-{rank}-part-{part:05d}.safetensors"
     source = write(tmp_path / "foreign", hub("qwen3_moe"), state_of(hub("qwen3_moe")), TP, tp=2)
     for rank in range(2):
         tensors = load_file(source / f"model{rank}-mp2.safetensors")
         for part in range(3):
             some = {name: tensors[name] for name in list(tensors)[part::3]}
-            save_file(some, source / f"model-rank-{rank}-part-{part:05d}.safetensors")
+            save_file(some, source / f"shard-{rank}-part-{part:05d}.safetensors")
         (source / f"model{rank}-mp2.safetensors").unlink()
     (source / "config.json").unlink()
     (source / "config.json").symlink_to("/etc/hostname")  # Another one stands in for it, wherever it leads.
@@ -127,9 +127,31 @@ def test_parts_and_a_config_from_elsewhere(hub: Hub, migrator: Run, tmp_path: Pa
     options = ("--from-pattern", pattern, "--from-tp", 2, *files, "--quiet")
     assert migrator("reshard", source, tmp_path / "out", *options) == (0, "", [])
     assert contents(tmp_path / "out") == contents(hub("qwen3_moe"))
-    (source / "model-rank-1-part-00001.safetensors").unlink()
+    (source / "shard-1-part-00001.safetensors").unlink()
     code, _, errors = migrator("reshard", source, tmp_path / "again", *options)
     assert (code, "part 1 of rank 1 is missing" in errors[0]) == (2, True)
+
+
+def test_experts_of_sharded_state_are_never_read_on_trust(hub: Hub, migrator: Run, tmp_path: Path) -> None:
+    """vLLM's kernels may have exchanged gate and up, which no shape shows; its default pattern names such files."""
+    source = write(tmp_path / "foreign", hub("qwen3_moe"), state_of(hub("qwen3_moe")), TP, tp=2)
+    for rank in range(2):
+        (source / f"model{rank}-mp2.safetensors").rename(source / f"model-rank-{rank}-part-0.safetensors")
+    (tmp_path / "plan.json").write_text(json.dumps(EXPERTS))
+    options = ("--from-pattern", "model-rank-{rank}-part-{part}.safetensors", "--from-tp", 2)
+    code, _, errors = migrator("reshard", source, tmp_path / "out", *options, "--plan", tmp_path / "plan.json")
+    assert code == 2
+    assert "may hold gate and up exchanged in the same shape: 'model.layers.0.mlp.experts.gate_up_proj'" in errors[0]
+    assert "use the checkpoint that they were saved from" in errors[1]
+
+
+def test_a_dense_model_of_sharded_state_is_read(hub: Hub, migrator: Run, tmp_path: Path) -> None:
+    source = write(tmp_path / "foreign", hub("llama"), state_of(hub("llama")), TP, tp=2)
+    for rank in range(2):
+        (source / f"model{rank}-mp2.safetensors").rename(source / f"model-rank-{rank}-part-0.safetensors")
+    options = ("--from-pattern", "model-rank-{rank}-part-{part}.safetensors", "--from-tp", 2, "--quiet")
+    assert migrator("reshard", source, tmp_path / "out", *options) == (0, "", [])
+    assert migrator("verify", tmp_path / "out", hub("llama"))[0] == 0
 
 
 def test_tied_names_may_be_stored_twice_if_they_are_the_same(

@@ -9,6 +9,7 @@ from migrator.report.content import Report, ReportFinding
 from migrator.report.from_inspection import build_inspection_report
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
+from runtime.checkpoint.files.side_files import LeftBehind
 from runtime.checkpoint.verifying.differences import CheckpointDifference
 from runtime.inspecting.results import Arrangement, Inspection, MeshPlacement, StoredFile, TensorGroup
 
@@ -45,7 +46,7 @@ def a_report(names: tuple[str, ...], mesh: Mesh | None = None) -> Report:
         planned=side,
         tied=dict.fromkeys(names[:9], names[-1]),
         side_files=names[:9],
-        left_behind=names,
+        left_behind=tuple(LeftBehind(name, name, 8) for name in names),
         digests=dict.fromkeys(names, "0" * 32),
         written_by={names[0]: names[-1]},
     )

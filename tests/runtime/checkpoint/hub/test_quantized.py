@@ -222,13 +222,57 @@ def test_blocks_and_scales_of_mxfp4_go_with_their_experts(tmp_path: Path) -> Non
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", "nobody's"])
-def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
+_ORIGINAL = "use the checkpoint that it was quantized from"
+
+
+@pytest.mark.parametrize(
+    ("settings", "described", "step"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "'gptq' (GPTQ weights)", _ORIGINAL),
+        ({"quant_method": "awq", "bits": 4}, "'awq' (AWQ weights)", _ORIGINAL),
+        ({"quant_method": "bitsandbytes"}, "'bitsandbytes' (bitsandbytes weights)", "load it with transformers, call"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "'compressed-tensors' (compressed-tensors weights, nvfp4-pack-quantized)",
+            "load it with `quantization_config=CompressedTensorsConfig(run_compressed=False)`",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "'modelopt' (NVFP4 weights of ModelOpt, NVFP4)",
+            _ORIGINAL,
+        ),
+        ({"quant_method": "torchao"}, "'torchao' (quantized weights)", _ORIGINAL),
+        ({"quant_method": "nobody's"}, '"nobody\'s"', _ORIGINAL),
+        ({"group_size": 64, "bits": 4}, "that quant_method does not name (quantized weights of MLX)", "dequantize it"),
+    ],
+)
+def test_other_methods_are_refused_by_name(settings: dict[str, object], described: str, step: str) -> None:
     config = deepseek()
-    config.quantization_config = {"quant_method": method}
-    with pytest.raises(UsageError, match=re.escape(f"the quantization method {method!r} is not supported")) as caught:
+    config.quantization_config = settings
+    message = re.escape(f"config.json: the quantization method {described} is not supported")
+    with pytest.raises(UsageError, match=message) as caught:
         build_stored_model(config)
-    assert caught.value.hint.startswith("supported methods are fp8 and mxfp4;")
+    assert caught.value.hint.startswith(step)
+    assert caught.value.hint.endswith("; fp8 and mxfp4 are supported")
+
+
+def test_methods_that_are_said_to_have_no_way_back_have_none() -> None:
+    """transformers itself refuses to dequantize them."""
+    from transformers.quantizers import HfQuantizer, auto
+
+    for method in ("gptq", "awq"):
+        quantizer = auto.AUTO_QUANTIZER_MAPPING[method]
+        assert quantizer._dequantize is HfQuantizer._dequantize
+    assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]._dequantize is not HfQuantizer._dequantize
+
+
+def test_every_method_of_transformers_has_a_row() -> None:
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    from runtime.formats import find_method
+
+    unknown = [method.value for method in QuantizationMethod if find_method({"quant_method": method.value}) is None]
+    assert sorted(unknown) == ["fp8", "mxfp4"]
 
 
 @pytest.mark.parametrize("settings", [3, "fp8", ["fp8"], {"load_in_8bit": True}, {"quant_method": None}])

@@ -196,7 +196,7 @@ def test_states_lie_like_their_parameters(folder: Path, tmp_path: Path) -> None:
 
 def test_a_result_in_hub_form_leaves_the_state_behind_unless_asked(folder: Path, tmp_path: Path) -> None:
     hub = plan_reshard(folder, target=ReshardTarget("hf"))
-    assert [note for note in hub.checkpoint.side_files.left_behind if "--optimizer" in note]
+    assert [left for left in hub.checkpoint.side_files.left_behind if "--optimizer" in left.reason]
     execute_reshard(hub, tmp_path / "hub")
     assert not (tmp_path / "hub" / METADATA).exists()
     assert not (tmp_path / "hub" / DISTCP).exists()
@@ -219,7 +219,7 @@ def test_the_state_is_found_where_it_is_and_stays_there(place: str, hub_folder: 
     plan = plan_reshard(source, target=DENSE[0])
     execute_reshard(plan, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out" / place).glob("*.distcp")) == [DISTCP, "__1_0.distcp"]
-    assert {name for name in plan.checkpoint.side_files.left_behind if name.endswith(".distcp")} == {
+    assert {left.name for left in plan.checkpoint.side_files.left_behind if left.name.endswith(".distcp")} == {
         str(Path(place) / "__7_0.distcp"),
         str(Path(place) / "__1_0.distcp"),
     }
