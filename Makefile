@@ -8,12 +8,13 @@
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
 # make gpu-test   on a machine with two GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
+# make newest     what differs in newer versions: TRANSFORMERS=, TORCH= and HUB=, by default the newest; ANY_SIZE=1
 PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests stay together, for they share fixtures; each worker has process groups of its own.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep
+.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep newest
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -55,6 +56,10 @@ bench-reshard: .venv/installed
 
 sweep: .venv/installed
 	$(BIN)/python -W ignore -m benchmarks.sweep
+
+newest:
+	$(PYTHON) -m benchmarks.newest --transformers '$(TRANSFORMERS)' --torch '$(TORCH)' --huggingface-hub '$(HUB)' \
+		$(if $(ANY_SIZE),--any-size)
 
 # What `quick` needs; the full installation has it too.
 .venv/source-side: pyproject.toml

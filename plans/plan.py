@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OTHER_PLAN_KINDS",
+    "PLAN_KINDS",
     "choose_key",
     "find_expert_keys",
     "find_expert_modules",
@@ -26,13 +27,16 @@ __all__ = [
 ]
 
 
+PLAN_KINDS = ("tp_ep", "sp_ep", "tp", "sp", "ep")
+"""The kinds of plans that map keys to styles."""
+
 OTHER_PLAN_KINDS = ("pp", "fsdp")
 """The kinds of plans that have no styles: they say which modules a pipeline stage runs or FSDP groups.
 
 Source: `PreTrainedConfig` of transformers 5.24.0.
 """
 
-_PLAN_NAME = re.compile(r"(?:(?:base_model)?_)?(?P<kind>tp_ep|sp_ep|tp|sp|ep)_plan")
+_PLAN_NAME = re.compile(rf"(?:(?:base_model)?_)?(?P<kind>{'|'.join(PLAN_KINDS)})_plan")
 _LAYER_NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 

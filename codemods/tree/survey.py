@@ -16,7 +16,7 @@ from codemods.tree.registry import REGISTRY, Place
 from codemods.tree.selection import Suppressions
 from plans.decompose import is_decomposable_plan
 from plans.errors import MigratorError
-from plans.plan import OTHER_PLAN_KINDS
+from plans.plan import OTHER_PLAN_KINDS, PLAN_KINDS
 from plans.rule import Finding
 
 __all__ = [
@@ -37,8 +37,8 @@ _ROOT_FILES = (".git", "pyproject.toml", "setup.py")
 _MODEL_FILES = ("configuration_", "modular_", "modeling_")
 # A plan's name on a config class that is assigned or passed, and that no known release has.
 _UNKNOWN_PLAN = re.compile(
-    rb"(?<!\w)(?P<name>base_model_(?!(?:tp|sp|ep|tp_ep|sp_ep|%s)_plan\b)\w+_plan)[ \t]*(?::[^=\n]*)?=(?!=)"
-    % "|".join(OTHER_PLAN_KINDS).encode()
+    rb"(?<!\w)(?P<name>base_model_(?!(?:%s)_plan\b)\w+_plan)[ \t]*(?::[^=\n]*)?=(?!=)"
+    % "|".join((*PLAN_KINDS, *OTHER_PLAN_KINDS)).encode()
 )
 # A string that may be, or begin, the key of experts that are not expert-parallel already. Far fewer files contain one
 # than mention a plan.
