@@ -10,7 +10,7 @@ from runtime.checkpoint.copying.strided import get_contiguous_size
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, encode_header, pad_header, tensor_bytes
 from runtime.proof import prove
 from runtime.tensor_map.strided_copy import StridedCopy, covers, plan_copies
-from runtime.tensor_map.tensor_map import TensorMap
+from runtime.tensor_map.tensor_map import Shape, TensorMap
 
 __all__ = [
     "CopyPlan",
@@ -132,7 +132,11 @@ class OutputFile:
 
 
 def plan_output_file(
-    name: str, tensors: Iterable[OutputTensor], metadata: Mapping[str, str], header: bytes | None = None
+    name: str,
+    tensors: Iterable[OutputTensor],
+    metadata: Mapping[str, str],
+    header: bytes | None = None,
+    padding: Mapping[str, int] | None = None,
 ) -> OutputFile:
     """Plan a safetensors file.
 
@@ -141,17 +145,28 @@ def plan_output_file(
         tensors: the tensors in the order of their bytes.
         metadata: the metadata in its header.
         header: the header's bytes if they are known, which must describe these tensors; by default they are encoded.
+        padding: how many rows of zeros follow a tensor's own rows, by its name.
     """
-    rows = list(tensors)
+    rows = [
+        (tensor, dtype, tensor_map, _pad(tensor_map.shape, tensor, padding)) for tensor, dtype, tensor_map in tensors
+    ]
     if header is None:
-        header = encode_header(((tensor, dtype, tensor_map.shape) for tensor, dtype, tensor_map in rows), metadata)
+        header = encode_header(((tensor, dtype, shape) for tensor, dtype, _, shape in rows), metadata)
     placed: list[tuple[Destination, TensorMap]] = []
+    zeros: dict[int, bytes] = {}
     offset = len(header)
-    for tensor, dtype, tensor_map in rows:
+    for tensor, dtype, tensor_map, shape in rows:
         size = tensor_bytes(dtype, tensor_map.shape)
         placed.append((Destination(tensor, size, name, offset), tensor_map))
-        offset += size
-    return OutputFile(name, header, placed, offset, may_grow=True)
+        if rest := tensor_bytes(dtype, shape) - size:
+            zeros[offset + size] = bytes(rest)
+        offset += size + rest
+    return OutputFile(name, header, placed, offset, zeros, may_grow=True)
+
+
+def _pad(shape: Shape, tensor: str, padding: Mapping[str, int] | None) -> Shape:
+    rows = (padding or {}).get(tensor, 0)
+    return (shape[0] + rows, *shape[1:]) if rows else shape
 
 
 def shift_tensors(file: OutputFile, count: int) -> OutputFile:
@@ -164,6 +179,7 @@ def shift_tensors(file: OutputFile, count: int) -> OutputFile:
     if not count:
         return file
     assert file.may_grow
-    assert not file.between
     tensors = [(replace(to, offset=to.offset + count), tensor_map) for to, tensor_map in file.tensors]
-    return replace(file, header=pad_header(file.header, count), tensors=tensors, size=file.size + count)
+    between = {offset + count: content for offset, content in file.between.items()}
+    header = pad_header(file.header, count)
+    return replace(file, header=header, tensors=tensors, size=file.size + count, between=between)

@@ -97,6 +97,12 @@ def _build_conversion(folder: Path, shapes: Mapping[str, Shape], model: PreTrain
         conversion = convert(model, shapes, wanted, tied)
     except IncompleteError as error:
         raise IncompleteError(f"{folder}: {error.message}", hint=error.hint, **error.data) from error
+    if conversion.dropped:
+        raise ConversionError(
+            f"{folder}: the model has no place for the rows {format_names(list(conversion.dropped))}",
+            hint="save the whole model in hub form, where they are kept",
+            tensors=list(conversion.dropped),
+        )
     converted = [name for name in shapes if name in of_model and not _is_identity(name, conversion, tied)]
     if ambiguous := list(converted or conversion.passthrough):
         raise ConversionError(

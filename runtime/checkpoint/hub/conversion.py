@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.hub.operations import OPERATIONS, ConversionContext, PatternMaps
+from runtime.checkpoint.hub.operations import OPERATIONS, ComputedValuesError, ConversionContext, PatternMaps
 from runtime.proof import prove
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 
@@ -117,11 +117,14 @@ class Conversion:
         tensor_maps: the parameters and persistent buffers over the stored tensors.
         passthrough: the stored tensors that the model has no parameter for.
         duplicates: the tied names that are stored although their targets are; they must have their targets' bytes.
+        dropped: the rows of stored tensors that transformers leaves out when it loads the model, such as those that pad
+            a vocabulary, by a name that tells the stored tensor and the first of its rows: `lm_head.weight[200:]`.
     """
 
     tensor_maps: Mapping[str, TensorMap]
     passthrough: tuple[str, ...]
     duplicates: Mapping[str, TensorMap]
+    dropped: Mapping[str, TensorMap]
 
 
 @dataclass
@@ -158,8 +161,11 @@ def convert(
     all_shapes = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
     tensor_maps: dict[str, TensorMap] = {}
     origins: dict[str, list[str]] = {}
+    dropped: dict[str, TensorMap] = {}
     for layer, group in groups.items():
-        for name, tensor_map in _convert_group(layer, group, stored, all_shapes, model.config).items():
+        converted, rest = _convert_group(layer, group, stored, all_shapes, model.config)
+        dropped |= {_name_dropped_rows(tensor_map, stored): tensor_map for tensor_map in rest}
+        for name, tensor_map in converted.items():
             if name in tensor_maps:
                 raise conflict_error(name, origins[name] + group.list_names())
             tensor_maps[name], origins[name] = tensor_map, group.list_names()
@@ -168,9 +174,17 @@ def convert(
     of_model = {name: tensor_maps[name] for name in shapes}
     # A converter may also make tensors that this model lacks; the stored tensors behind them are passed through whole.
     passthrough += sorted({source for name in tensor_maps.keys() - all_shapes.keys() for source in origins[name]})
-    used = [*of_model.values(), *duplicates.values()]
+    if clashing := sorted(dropped.keys() & stored.keys()):
+        raise conflict_error(clashing[0], [*dropped[clashing[0]].sources, clashing[0]])
+    used = [*of_model.values(), *duplicates.values(), *dropped.values()]
     prove(_is_lossless(stored, passthrough, used), "a stored tensor would be lost")
-    return Conversion(of_model, tuple(passthrough), duplicates)
+    return Conversion(of_model, tuple(passthrough), duplicates, dropped)
+
+
+def _name_dropped_rows(tensor_map: TensorMap, stored: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name of the last rows of a stored tensor."""
+    (source,) = tensor_map.sources
+    return f"{source}[{stored[source][0] - tensor_map.shape[0]}:]"
 
 
 def _is_lossless(
@@ -238,10 +252,11 @@ def _convert_group(
     stored: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
     config: PreTrainedConfig,
-) -> dict[str, TensorMap]:
+) -> tuple[dict[str, TensorMap], list[TensorMap]]:
+    """Return the tensors of the model that stored ones make, by name, and what they have besides."""
     if group.converter is None:
         (name,) = group.list_names()
-        return {layer: whole(name, stored[name])}
+        return {layer: whole(name, stored[name])}, []
     for names in group.names.values():
         check_series(names, layer)
     converter = group.converter
@@ -251,7 +266,7 @@ def _convert_group(
     }
     for operation in converter.operations:
         collected = _apply_operation(operation, collected, context, group)
-    return _expand_names(layer, {pattern: maps[0] for pattern, maps in collected.items()})
+    return _expand_names(layer, {pattern: maps[0] for pattern, maps in collected.items()}), context.dropped
 
 
 def _apply_operation(
@@ -269,9 +284,12 @@ def _apply_operation(
     try:
         return apply(operation, collected, context)
     except TensorMapError as error:
+        is_computed = isinstance(error, ComputedValuesError)
         raise ConversionError(
             f"{context.layer}: {kind.__name__} is not defined for {format_names(group.list_names())}: {error}",
-            hint="check that config.json belongs to these weights",
+            hint="load the checkpoint with transformers and save it again, which stores what it computed"
+            if is_computed
+            else "check that config.json belongs to these weights",
             operation=kind.__name__,
             tensors=group.list_names(),
         ) from error

@@ -3,18 +3,28 @@
 Each function does to tensor maps what the operation of the same name does to tensors, and names its results as that one
 does. Operations that `OPERATIONS` does not list are refused by name, never approximated.
 
-Source: `transformers.core_model_loading` of transformers 5.23.0.
+Source: `transformers.core_model_loading` of transformers 5.24.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
 from runtime.tensor_map.compose import reshape
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, chunk, concatenate, split, stack, transpose, unbind
+from runtime.tensor_map.tensor_map import (
+    TensorMap,
+    TensorMapError,
+    chunk,
+    concatenate,
+    narrow,
+    split,
+    stack,
+    transpose,
+    unbind,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPERATIONS",
+    "ComputedValuesError",
     "ConversionContext",
     "Operation",
     "PatternMaps",
@@ -33,6 +44,10 @@ __all__ = [
     "permute_for_rope",
     "transpose_dims",
 ]
+
+
+class ComputedValuesError(TensorMapError):
+    """An operation computes values from stored ones, which no copy of bytes can do."""
 
 
 PatternMaps = dict[str, list[TensorMap]]
@@ -49,6 +64,7 @@ class ConversionContext:
         layer: the full name of the first target in the model.
         shapes: the shapes of the model's tensors by full name.
         config: the model's config.
+        dropped: what operations leave out of the result, which must be kept for the way back; they add to it.
     """
 
     sources: Sequence[str]
@@ -56,6 +72,7 @@ class ConversionContext:
     layer: str
     shapes: Mapping[str, tuple[int, ...]]
     config: PreTrainedConfig
+    dropped: list[TensorMap] = field(default_factory=list)
 
     def target_shape(self, target: str) -> tuple[int, ...]:
         """Return the shape of the tensor that a target pattern names in this layer.
@@ -253,6 +270,58 @@ def _split_text_and_vision(operation: ConversionOps, collected: PatternMaps, con
     return result
 
 
+def _unpad_vocabulary(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
+    """Keep the rows of the vocabulary, and drop those with which checkpoints pad it.
+
+    Raises:
+        TensorMapError: the operation is the inverse, which adds rows that no stored tensor has.
+    """
+    if operation.inverse:
+        raise TensorMapError("the rows that it adds are stored nowhere")
+    tensor_map = get_only_map(collected)
+    rows = tensor_map.shape[0]
+    kept = min(rows, context.config.get_text_config().unpadded_vocab_size)
+    if kept < rows:
+        context.dropped.append(narrow(tensor_map, 0, kept, rows - kept))
+    return {get_only_pattern(context.targets): [narrow(tensor_map, 0, 0, kept)]}
+
+
+def _merge_message_queries(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
+    """Put each layer's queries in the order query, key, value, MLP; they are stored as query, MLP and as key, value."""
+    if operation.inverse:
+        query, key, value, mlp = split(get_only_map(collected), (1, 1, 1, 1), 1)
+        first, second = (_flatten_pairs(concatenate(pair, 1)) for pair in ((query, mlp), (key, value)))
+        return dict(zip(context.targets, ([first], [second]), strict=True))
+    queries, keys_and_values = (_unflatten_pairs(_get_only_map_of(source, collected)) for source in context.sources)
+    query, mlp = split(queries, (1, 1), 1)
+    return {get_only_pattern(context.targets): [concatenate((query, keys_and_values, mlp), 1)]}
+
+
+def _unflatten_pairs(tensor_map: TensorMap) -> TensorMap:
+    rows, *rest = tensor_map.shape
+    return reshape(tensor_map, (rows // 2, 2, *rest))
+
+
+def _flatten_pairs(tensor_map: TensorMap) -> TensorMap:
+    layers, pair, *rest = tensor_map.shape
+    return reshape(tensor_map, (layers * pair, *rest))
+
+
+def _dequantize_experts(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
+    """Pass on a weight that is stored without scales, as it is.
+
+    Raises:
+        ComputedValuesError: there are scales, with which transformers computes other values than the stored ones.
+    """
+    if len(collected) > 1:
+        raise ComputedValuesError("the weight is quantized, and transformers dequantizes it on loading")
+    return {context.targets[0]: [_get_only_map_of(context.sources[0], collected)]}
+
+
+def _get_only_map_of(source: str, collected: PatternMaps) -> TensorMap:
+    return get_only_map({source: _get_maps(source, collected)})
+
+
 def _get_maps(source: str, collected: PatternMaps) -> list[TensorMap]:
     if source not in collected:
         raise TensorMapError(f"there is nothing for {source}")
@@ -269,6 +338,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "Conv3dToLinear": conv3d_to_linear,
     "ErnieFuseAndSplitTextVisionExperts": _fuse_text_and_vision,
     "ErnieSplitAndDecoupleTextVisionExperts": _split_text_and_vision,
+    "Inkling2LoopDequantizeExperts": _dequantize_experts,
+    "Inkling2LoopMergeMessageQueries": _merge_message_queries,
+    "Inkling2UnpadVocab": _unpad_vocabulary,
     "Interleave": interleave,
     "LinearToConv3d": linear_to_conv3d,
     "MergeModulelist": _merge_modulelist,

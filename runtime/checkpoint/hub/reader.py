@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError
+from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.files.file_names import INDEX, MAX_INDEX, WEIGHTS, is_weight_file
@@ -219,12 +219,14 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     hub = read_hub(folder)
     tied = find_tied_names(model)
     of_model = model_tensors(model)
-    if is_quantized(model):
-        check_quantized(hub.tensors)
-    else:
-        check_unquantized(hub.tensors.keys(), of_model.keys())
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
-    conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
+    try:
+        conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
+    except (CheckpointError, MismatchError) as error:
+        if "operation" not in error.data:  # quantized weights explain best why tensors are missing or have other shapes
+            _check_quantization(hub, model, of_model)
+        raise
+    _check_quantization(hub, model, of_model)
     check_dtypes(conversion.tensor_maps, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)
     check_scales(conversion.passthrough, hub.tensors.keys())
     _check_duplicates(hub, conversion, tied)
@@ -238,11 +240,22 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         layout="hf",
         tensors={**tensors, **passthrough},
         tied=tied,
-        tensor_maps={**conversion.tensor_maps, **{name: whole(name, info.shape) for name, info in passthrough.items()}},
+        tensor_maps={
+            **conversion.tensor_maps,
+            **{name: whole(name, hub.tensors[name].shape) for name in conversion.passthrough},
+            **conversion.dropped,
+        },
         chunks=hub.tensors,
         side_files=hub.side_files,
         stored_form=_build_stored_form(hub),
     )
+
+
+def _check_quantization(hub: HubCheckpoint, model: PreTrainedModel, of_model: Mapping[str, torch.Tensor]) -> None:
+    if is_quantized(model):
+        check_quantized(hub.tensors)
+    else:
+        check_unquantized(hub.tensors.keys(), of_model.keys())
 
 
 def _check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
@@ -282,9 +295,14 @@ def _build_passthrough(hub: HubCheckpoint, conversion: Conversion) -> Mapping[st
                 hint="save the checkpoint again with transformers",
                 name=name,
             )
-    return {
+    passthrough = {
         name: TensorInfo("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.passthrough
     }
+    dropped = {
+        name: TensorInfo("carried", hub.tensors[tensor_map.sources[0]].dtype, tensor_map.shape)
+        for name, tensor_map in conversion.dropped.items()
+    }
+    return {**passthrough, **dropped}
 
 
 def _build_stored_form(hub: HubCheckpoint) -> StoredForm:

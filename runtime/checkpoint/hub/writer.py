@@ -21,7 +21,7 @@ from runtime.checkpoint.hub.conversion import convert
 from runtime.checkpoint.manifest import StoredForm, build_index, unpack_bytes
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.compose import compose, invert
-from runtime.tensor_map.tensor_map import TensorMap
+from runtime.tensor_map.tensor_map import Shape, TensorMap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,18 +41,20 @@ def plan_hub_files(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredF
         HeaderError: the form does not fit the source's tensors.
         ConversionError, IncompleteError, MismatchError: as `convert` raises them.
     """
-    stored = _build_stored_maps(checkpoint, model, form)
+    stored, padding = _build_stored_maps(checkpoint, model, form)
     rows: defaultdict[str, list[OutputTensor]] = defaultdict(list)
     for name, row in form.tensors.items():
         rows[str(row["file"])].append((name, _resolve_dtype(checkpoint, stored[name], name, row), stored[name]))
-    return tuple(_plan_file(checkpoint.folder, file, rows[file], form) for file in form.files)
+    return tuple(_plan_file(checkpoint.folder, file, rows[file], form, padding) for file in form.files)
 
 
-def _plan_file(folder: Path, file: str, rows: list[OutputTensor], form: StoredForm) -> OutputFile:
+def _plan_file(
+    folder: Path, file: str, rows: list[OutputTensor], form: StoredForm, padding: Mapping[str, int]
+) -> OutputFile:
     """Plan one file, with its recorded header if there is one, which must describe the same tensors."""
     metadata = form.file_metadata.get(file, form.metadata)
     if file not in form.verbatim:
-        return plan_output_file(file, rows, metadata)
+        return plan_output_file(file, rows, metadata, padding=padding)
     content = unpack_bytes(form.verbatim[file], MAX_HEADER + 8)
     described = [(name, dtype, tensor_map.shape) for name, dtype, tensor_map in rows]
     size = sum(tensor_bytes(dtype, shape) for _, dtype, shape in described)
@@ -97,13 +99,22 @@ def restore_index(folder: Path, form: StoredForm) -> bytes | None:
     return content
 
 
-def _build_stored_maps(checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm) -> dict[str, TensorMap]:
-    """Return the map of every stored tensor over the stored chunks of the source."""
+def _build_stored_maps(
+    checkpoint: Checkpoint, model: PreTrainedModel, form: StoredForm
+) -> tuple[dict[str, TensorMap], dict[str, int]]:
+    """Return the map of every stored tensor over the stored chunks of the source, and how many rows of zeros follow.
+
+    Zeros are what transformers itself writes for rows that it drops when it loads a model. They are written only if the
+    source was saved by transformers, without those rows; a source that this program wrote has them as passthrough.
+    """
     shapes = {name: _parse_shape(name, row) for name, row in form.tensors.items()}
     of_model = {name: info.shape for name, info in checkpoint.tensors.items() if info.kind != "carried"}
     conversion = convert(model, shapes, of_model, checkpoint.tied)
     missing = set(conversion.passthrough) - checkpoint.tensors.keys()
-    unrecorded = checkpoint.tensors.keys() - of_model.keys() - set(conversion.passthrough)
+    if form is checkpoint.stored_form:
+        missing |= conversion.dropped.keys() - checkpoint.tensors.keys()
+    kept = {name: rows for name, rows in conversion.dropped.items() if name in checkpoint.tensors}
+    unrecorded = checkpoint.tensors.keys() - of_model.keys() - {*conversion.passthrough, *kept}
     if missing or unrecorded:
         name = min(missing or unrecorded)
         raise HeaderError(
@@ -112,11 +123,13 @@ def _build_stored_maps(checkpoint: Checkpoint, model: PreTrainedModel, form: Sto
             tensor=name,
         )
     used = {name: shape for name, shape in shapes.items() if name not in conversion.passthrough}
-    inverse = invert({**conversion.tensor_maps, **conversion.duplicates}, used)
+    zeros = {rows.sources[0]: rows.shape[0] for name, rows in conversion.dropped.items() if name not in kept}
+    used |= {name: (used[name][0] - rows, *used[name][1:]) for name, rows in zeros.items()}
+    inverse = invert({**conversion.tensor_maps, **conversion.duplicates, **kept}, used)
     tied = {name: checkpoint.tensor_maps[target] for name, target in checkpoint.tied.items()}
     tensor_maps = {**checkpoint.tensor_maps, **tied}
     over_source = compose(tensor_maps)
-    return {name: over_source(inverse[name]) if name in inverse else tensor_maps[name] for name in shapes}
+    return {name: over_source(inverse[name]) if name in inverse else tensor_maps[name] for name in shapes}, zeros
 
 
 def _resolve_dtype(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, row: Mapping[str, object]) -> str:
@@ -145,7 +158,7 @@ Experts = Literal["fused", "separate"]
 
 _FILE_PATTERN = "model{suffix}.safetensors"
 _MAX_FILE_SIZE = "50GB"
-"""The maximum file size of `save_pretrained` in transformers 5.23."""
+"""The maximum file size of `save_pretrained` in transformers 5.24."""
 
 
 def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: Experts = "separate") -> StoredForm:
@@ -165,6 +178,7 @@ def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: 
     passthrough = {name: info for name, info in checkpoint.tensors.items() if info.kind == "carried"}
     state = {name: _make_meta_tensor(name, info) for name, info in of_model.items()}
     reverted = _revert_conversion(model, state) if experts == "separate" else state
+    passthrough = {name: info for name, info in passthrough.items() if not _is_part_of(name, info.shape, reverted)}
     split = split_torch_state_dict_into_shards(
         {**reverted, **{name: _make_bytes_tensor(info) for name, info in passthrough.items()}},
         filename_pattern=_FILE_PATTERN,
@@ -180,6 +194,14 @@ def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: 
         for name in sorted(names, key=lambda name: (-BITS[stored[name][0]], name))
     }
     return StoredForm(tuple(split.filename_to_tensors), {"format": "pt"}, {}, index, tensors)
+
+
+def _is_part_of(name: str, shape: Shape, stored: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a passthrough tensor is the last rows of a stored tensor, which `convert` names so."""
+    whole_name, bracket, start = name.removesuffix(":]").rpartition("[")
+    if not bracket or whole_name not in stored or not start.isdecimal():
+        return False
+    return stored[whole_name].shape == (int(start) + shape[0], *shape[1:])
 
 
 def _make_meta_tensor(name: str, info: TensorInfo) -> torch.Tensor:
