@@ -15,7 +15,6 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from plans.dialect import dialect_for_release, is_newer_than_all
 from plans.plan import OTHER_PLAN_KINDS, PLAN_KINDS
@@ -170,8 +169,13 @@ def run_sweep() -> dict[tuple[str, str], str]:
 
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
         cases = rewritten_cases(Path(folder) / "models")
-    rows: Iterable[Any] = swept(cases)
-    return {(row.case.name, mode): result.outcome for row in rows for mode, result in row.results.items()}
+    outcomes: dict[tuple[str, str], str] = {}
+    for row in swept(cases):
+        for mode, result in row.results.items():
+            outcomes[row.case.name, mode] = result.outcome
+            if result.outcome != "passed":
+                print(f"  {mode}: {result.why}", flush=True)
+    return outcomes
 
 
 def main() -> int:
