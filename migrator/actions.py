@@ -145,7 +145,10 @@ def plan_reshard(settings: Reshard, external: ExternalSettings | None, *, quiet:
     layout = settings.layout or ("dcp" if mesh.world_size > 1 else "hf")
     target = ReshardTarget(layout, mesh, mode, settings.experts, settings.optimizer)
     folder = resolve_folder(settings.source, quiet=quiet)
-    with gc_paused():  # The import takes seconds, so it waits until the source is known to exist.
+    from runtime.checkpoint.files.side_files import follow_links
+
+    with gc_paused(), follow_links(settings.follow_links):
+        # The import takes seconds, so it waits until the source is known to exist.
         from runtime.checkpoint.resharding.plan import plan_reshard
 
         return plan_reshard(folder, target=target, external=external)
@@ -218,7 +221,9 @@ def is_finished(
         return False
     notify(f"note: {settings.destination} is there already, and is compared with {plan.checkpoint.folder}")
     external = {setting.name: getattr(settings, setting.name) for setting in fields(ExternalOptions)}
-    comparison = Verify(settings.source, str(settings.destination), settings.max_memory, **external)
+    comparison = Verify(
+        settings.source, str(settings.destination), settings.max_memory, settings.follow_links, **external
+    )
     return verify(comparison, progress).ok
 
 
@@ -238,9 +243,10 @@ def verify(settings: Verify, progress: AbstractContextManager[Progress], *, quie
 
     external = read_external_settings(settings, settings.source)
     folders = [resolve_folder(name, quiet=quiet) for name in (settings.source, settings.other) if name is not None]
+    from runtime.checkpoint.files.side_files import follow_links
     from runtime.checkpoint.verifying.verify import verify
 
-    with progress as advance:
+    with progress as advance, follow_links(settings.follow_links):
         return verify(*folders, max_memory=settings.max_memory * _MIB, progress=advance, external=external)
 
 

@@ -59,6 +59,7 @@ class Reshard(ExternalOptions):
         max_memory: the memory that copying may allocate, in MiB.
         overwrite: replace a checkpoint at the destination; a job replaces its own earlier result in any case.
         push_to: a repository of the hub to upload the result to.
+        follow_links: read links that lead out of the source's folder.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Reshard(ExternalOptions):
     max_memory: int = 256
     overwrite: bool = False
     push_to: str | None = None
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class Verify(ExternalOptions):
         source: the checkpoint.
         other: the checkpoint to compare it with, None to compare it with its own manifest.
         max_memory: the memory that reading may allocate, in MiB.
+        follow_links: read links that lead out of the checkpoints' folders.
     """
 
     source: str
     other: str | None = None
     max_memory: int = Reshard.max_memory
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Mesh:
         if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",
-                hint=f"choose `ep` among {', '.join(map(str, self._expert_sizes()))}, or increase `tp` or `fsdp`",
+                hint=f"{self._describe_expert_sizes()}, or increase `tp` or `fsdp`",
                 tp=self.tp,
                 ep=self.ep,
                 fsdp=self.fsdp,
@@ -84,6 +84,9 @@ class Mesh:
         sizes: dict[str, object] = {"tp": self.tp, "ep": self.ep, "fsdp": self.fsdp}
         return sizes | {name: list(axes) for name, axes in _AXES.items()}
 
-    def _expert_sizes(self) -> list[int]:
+    def _describe_expert_sizes(self) -> str:
         world = self.world_size
-        return [size for size in range(self.tp, world + 1, self.tp) if world % size == 0]
+        *others, last = (size for size in range(self.tp, world + 1, self.tp) if world % size == 0)
+        if not others:
+            return f"choose `ep={last}`"
+        return f"choose `ep` as {', '.join(map(str, others))} or {last}"

@@ -194,7 +194,7 @@ def _check_size(path: Path, size: str) -> None:
     if int(size) > _MAX_BYTES:
         raise SourceError(
             f"{path}: too large for a source file, {int(size):,} bytes",
-            hint=f"remove it or make it smaller than {_MAX_BYTES:,} bytes, the most that is read",
+            hint=f"split it, or leave its folder out of the comparison; {_MAX_BYTES:,} bytes are the most that is read",
             path=str(path),
         )
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import build_mesh, format_option, mesh_options, report_option, require_runtime
+from migrator.options.common import (
+    build_mesh,
+    follow_links_option,
+    format_option,
+    mesh_options,
+    report_option,
+    require_runtime,
+)
 from migrator.options.external import ExternalOptions, external_options, read_external_settings
 from migrator.terminal import console
 from migrator.terminal.text import describe_tensor_placement, describe_unmatched, format_bytes, format_shape, sanitize
@@ -25,6 +32,7 @@ __all__ = ["command", "show_inspection"]
 @click.argument("source")
 @mesh_options
 @external_options
+@follow_links_option
 @format_option("human", "json")
 @report_option
 def command(
@@ -34,6 +42,7 @@ def command(
     fsdp: int,
     mode: Mode | None,
     external: ExternalOptions,
+    follow_links: bool,
     output_format: str,
     report: Path | None,
 ) -> int:
@@ -49,11 +58,13 @@ def command(
 
     settings = read_external_settings(external, source)
     folder = resolve_folder(source)
+    from runtime.checkpoint.files import side_files
     from runtime.inspecting.inspection import inspect_checkpoint
 
     mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
     has_target = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
-    inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)
+    with side_files.follow_links(follow_links):
+        inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)
     if output_format == "json":
         console.emit_json(inspection.to_json())
     else:

@@ -19,6 +19,7 @@ from migrator.formats.reshard import (
 )
 from migrator.options.common import (
     SECONDS,
+    follow_links_option,
     format_option,
     max_memory_option,
     mesh_options,
@@ -66,6 +67,7 @@ __all__ = ["command", "print_estimate", "print_notes", "print_summary"]
     default=None,
     help="Also reshard the optimizer's state, like its parameters; by default if there is one, but not to hf.",
 )
+@follow_links_option
 @max_memory_option(Reshard.max_memory, "Limit on the memory that copying allocates, in MiB.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint at DESTINATION once the new one is complete.")
 @click.option("--push-to", metavar="OWNER/NAME", help="Also upload the result to this repository on the hub.")
@@ -95,6 +97,7 @@ def command(
     fsdp: int,
     mode: Mode | None,
     external: ExternalOptions,
+    follow_links: bool,
     layout: Layout | None,
     experts: Experts | None,
     optimizer: bool | None,
@@ -116,17 +119,21 @@ def command(
     torchrun, each rank copies its share of the bytes to a DESTINATION that all ranks can access.
     """
     require_runtime(show_downloads=not quiet)
-    from runtime.checkpoint.copying.commit import check_destination
+    from runtime.checkpoint.copying.commit import check_destination, check_not_nested
+    from runtime.formats import check_address
     from runtime.hub import check_repository
 
+    check_address(destination)
     settings = Reshard(
         source, Path(destination), tp, ep, fsdp, mode, layout, experts, optimizer, max_memory, overwrite, push_to,
-        **vars(external),
+        follow_links, **vars(external),
     )  # fmt: skip
     if push_to is not None:
         check_repository(push_to)
     # An earlier run may have been stopped while it pushed what it had written.
     may_be_finished = push_to is not None and os.path.lexists(destination) and not (overwrite or dry_run)
+    if os.path.isdir(source):  # noqa: PTH112  # unlike Path, it accepts names that no file system allows
+        check_not_nested(Path(source), settings.destination)
     if not may_be_finished:
         check_destination(settings.destination, overwrite=overwrite)
     external_settings = read_external_settings(settings, source)

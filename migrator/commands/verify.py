@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.actions import verify
-from migrator.options.common import format_option, max_memory_option, reject_empty, require_runtime
+from migrator.options.common import (
+    follow_links_option,
+    format_option,
+    max_memory_option,
+    reject_empty,
+    require_runtime,
+)
 from migrator.options.external import ExternalOptions, external_options
 from migrator.settings import Verify
 from migrator.terminal import console
@@ -23,11 +29,18 @@ __all__ = ["command"]
 @click.argument("source", callback=reject_empty)
 @click.argument("other", required=False, callback=reject_empty)
 @external_options
+@follow_links_option
 @max_memory_option(Verify.max_memory, "Limit on the memory that reading allocates, in MiB.")
 @format_option("human", "json")
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
 def command(
-    source: str, other: str | None, external: ExternalOptions, max_memory: int, output_format: str, quiet: bool
+    source: str,
+    other: str | None,
+    external: ExternalOptions,
+    follow_links: bool,
+    max_memory: int,
+    output_format: str,
+    quiet: bool,
 ) -> int:
     """Verify a checkpoint against its digests or another checkpoint.
 
@@ -36,7 +49,7 @@ def command(
     listed with its first differing element.
     """
     require_runtime(show_downloads=not quiet)
-    settings = Verify(source, other, max_memory, **vars(external))
+    settings = Verify(source, other, max_memory, follow_links, **vars(external))
     result = verify(settings, console.progress("verifying", quiet=quiet), quiet=quiet)
     if output_format == "json":
         console.emit_json(result.to_json())

@@ -52,12 +52,14 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "max_memory": readers.read_size,
         "overwrite": readers.read_flag,
         "push_to": readers.read_text,
+        "follow_links": readers.read_flag,
         **EXTERNAL_SETTINGS,
     },
     "verify": {
         "source": readers.read_checkpoint_name,
         "other": readers.read_checkpoint_name,
         "max_memory": readers.read_size,
+        "follow_links": readers.read_flag,
         **EXTERNAL_SETTINGS,
     },
     "validate": {

@@ -125,6 +125,6 @@ def _relative_job_file(job: Job) -> str:
 def _build_state_error(job: Job, reason: str) -> UsageError:
     return UsageError(
         f"{job.state}: cannot be read as a job's state: {reason}",
-        hint="remove it: every step is then checked anew, and checkpoints that are already right are kept",
+        hint="move it away: every step is then checked anew, and checkpoints that are already right are kept",
         path=str(job.state),
     )

@@ -18,6 +18,7 @@ from plans.mesh import MODES, Mesh, Mode
 __all__ = [
     "SECONDS",
     "build_mesh",
+    "follow_links_option",
     "format_option",
     "max_memory_option",
     "mesh_options",
@@ -27,6 +28,12 @@ __all__ = [
 ]
 
 _Command = Callable[..., object]
+
+
+def follow_links_option(function: _Command) -> _Command:
+    """Add `--follow-links` to a command."""
+    text = "Also read links that lead to files outside of the checkpoint's folder."
+    return click.option("--follow-links", is_flag=True, help=text)(function)
 
 
 def mesh_options(function: _Command) -> _Command:

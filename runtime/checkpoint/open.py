@@ -248,7 +248,7 @@ def _check_recorded_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor
     if differing := sorted(recorded.keys() ^ tensors.keys()) if recorded else []:
         raise MismatchError(
             f"{checkpoint.folder}: the manifest and the optimizer's files differ in {format_names(differing)}",
-            hint=f"the optimizer was saved into the folder again; remove {MANIFEST}",
+            hint=f"the optimizer was saved again; move {MANIFEST} out of the folder to read it without its record",
             tensors=differing,
         )
 

@@ -130,10 +130,10 @@ def check_unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[
         unknown = find_unknown_part(model, key)
         if unknown is not None:
             part, parent = unknown
-            where = f"{parent!r}" if parent else "the model"
+            where = repr(parent) if parent else "the model"
             raise UnmatchedKeyError(
-                f"the plan entry {key!r} matches nothing in {type(model).__name__}: no class that {where} may be "
-                f"creates {part!r}",
+                f"the plan entry {key!r} matches nothing in {type(model).__name__}: "
+                f"{where} has no {part!r} in any configuration",
                 hint="correct or remove the entry",
                 key=key,
             )

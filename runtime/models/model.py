@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "assume_architectures",
     "build_meta_model",
     "default_architectures",
+    "describe_assumed_class",
     "find_model_class",
     "find_tied_names",
     "init_on_meta",
@@ -37,14 +39,14 @@ _LARGE = 2**24
 
 
 def find_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the transformers class that a config's `architectures` names.
+    """Return the transformers class that a config's `architectures` names, or if it has none, its model type's.
 
     Raises:
-        CheckpointError: it names none, or one that the installed transformers does not have.
+        CheckpointError: it names a class that the installed transformers does not have.
     """
     import transformers
 
-    names: Any = config.architectures
+    names: Any = config.architectures or assume_architectures(config.model_type)
     model_class = None
     if isinstance(names, list) and names and isinstance(names[0], str):
         model_class = getattr(transformers, names[0], None)
@@ -80,7 +82,7 @@ def build_meta_model(
     """Build a config's model on meta, whatever its quantization settings.
 
     Args:
-        config: the config, whose `architectures` name the class.
+        config: the config, whose `architectures` or model type name the class.
         prepare: changes the model before its weights are tied.
 
     Raises:
@@ -199,6 +201,30 @@ def find_tied_names(model: nn.Module) -> dict[str, str]:
         if holder != name:
             tied[name] = holder
     return tied
+
+
+def assume_architectures(model_type: str) -> list[str]:
+    """Return the class of a checkpoint whose config names none, as a config has it that was saved without its model.
+
+    It is the class that generates: of text, of text from images, or of a sequence from another; or the base model.
+    """
+    from transformers.models.auto import modeling_auto
+
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_MAPPING_NAMES,
+    )
+    names = next(filter(None, (mapping.get(model_type) for mapping in mappings)), None)
+    return [name for name in (names if isinstance(names, tuple) else (names,)) if name]
+
+
+def describe_assumed_class(model: PreTrainedModel) -> str:
+    """Return a note on which class was assumed, for errors; empty if the config names one."""
+    if model.config.architectures:
+        return ""
+    return f"config.json names no `architectures`, so {type(model).__name__} was assumed"
 
 
 def default_architectures(model_type: str) -> list[str]:

@@ -61,7 +61,7 @@ def test_the_two_meshes_of_one_job():
 def test_invalid_meshes_suggest_valid_sizes():
     with pytest.raises(UsageError) as caught:
         Mesh(tp=2, ep=3, fsdp=2)
-    assert "2, 4" in caught.value.hint
+    assert "2 or 4" in caught.value.hint
     with pytest.raises(UsageError):
         Mesh(tp=0)
 

@@ -19,6 +19,7 @@ from runtime.checkpoint.files.system import READ_ONLY
 __all__ = [
     "Say",
     "check_destination",
+    "check_not_nested",
     "convert_write_errors",
     "copy_files",
     "partial_folder",
@@ -98,7 +99,7 @@ def check_destination(destination: Path, *, overwrite: bool = False, names: Coll
         if not overwrite:
             raise DestinationError(
                 f"{destination}: already exists",
-                hint="name a new folder, remove this one, or replace it with `overwrite`",
+                hint="name a new folder, or replace this one with `overwrite`",
                 path=str(destination),
             )
         check_replaceable(destination, names)
@@ -106,6 +107,24 @@ def check_destination(destination: Path, *, overwrite: bool = False, names: Coll
         raise DestinationError(
             f"{destination.parent}: not a folder", hint="create it first", path=str(destination.parent)
         )
+
+
+def check_not_nested(source: Path, destination: Path) -> None:
+    """Refuse to replace the source or a folder that contains it, and to write into the source.
+
+    Raises:
+        DestinationError: the destination is such a folder.
+    """
+    source_path, destination_path = source.resolve(), destination.resolve()
+    if source_path == destination_path:
+        problem = "is the source itself, which stays as it is"
+    elif source_path.is_relative_to(destination_path):
+        problem = "contains the source"
+    elif destination_path.is_relative_to(source_path):
+        problem = "lies in the source"
+    else:
+        return
+    raise DestinationError(f"{destination}: {problem}", hint="name another folder", path=str(destination))
 
 
 def partial_folder(destination: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError
+from plans.errors import CheckpointError, ConversionError, HeaderError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.dcp.chunks import Chunk, infer_shapes, join_chunks
@@ -19,10 +19,12 @@ from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
 from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, find_side_files
+from runtime.checkpoint.hub.conversion import find_model_names
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import Manifest, TensorKind
+from runtime.checkpoint.near_names import build_missing_error
 from runtime.models.dtypes import dtype_name
-from runtime.models.model import find_tied_names, model_tensors, tensor_kind
+from runtime.models.model import describe_assumed_class, find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
 from runtime.tensor_map.tensor_map import Shape, TensorMap
 
@@ -44,12 +46,14 @@ class SavedTensors:
         declared_shapes: the shapes that `.metadata` lists by name; shard files do not list any.
         files: the names of the files that were read.
         left_behind: descriptions of what is saved besides the model.
+        names: all saved names, with their prefix.
     """
 
     chunks: Sequence[Chunk]
     declared_shapes: Mapping[str, Shape]
     files: Collection[str]
     left_behind: Sequence[LeftBehind]
+    names: Collection[str]
 
 
 def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
@@ -72,7 +76,7 @@ def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
         chunks = read_shard_files(folder, files)
         names = dict.fromkeys(chunk.name for chunk in chunks)
         prefix = _find_prefix(names, model, folder)
-        return SavedTensors(_strip_prefix(prefix, chunks), {}, files, _describe_unprefixed(prefix, names))
+        return SavedTensors(_strip_prefix(prefix, chunks), {}, files, _describe_unprefixed(prefix, names), names)
     saved = read_metadata(folder)
     prefix = _find_prefix(saved.shapes, model, folder)
     chunks = read_chunks(folder, _strip_prefix(prefix, saved.chunks))
@@ -81,7 +85,7 @@ def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
         *_describe_unprefixed(prefix, saved.shapes),
         *(LeftBehind(f"{name!r} of {METADATA}", "no tensor", is_file=False) for name in saved.non_tensors),
     )
-    return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind)
+    return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind, saved.shapes.keys())
 
 
 def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:
@@ -113,7 +117,10 @@ def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[LeftBehind,
     )
 
 
-_SAVED_AGAIN = "the folder was saved into again; remove migrator.json, or reshard again from the original"
+_SAVED_AGAIN = (
+    "the folder was saved into again; move migrator.json out of it to read it without its record, "
+    "or reshard again from the original"
+)
 
 
 def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest | None = None) -> Checkpoint:
@@ -135,7 +142,7 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
     of_model = model_tensors(model)
     saved = read_saved_tensors(folder, [name for name in of_model if name not in tied])
     dtypes = find_dtypes((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
-    tensor_maps = _build_tensor_maps(saved, of_model, tied, folder)
+    tensor_maps = _build_tensor_maps(saved, model, tied, folder)
     stored_chunks = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
     _check_quantization(tensor_maps, stored_chunks, model)
     tensors = {
@@ -156,10 +163,10 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
 
 
 def _build_tensor_maps(
-    saved: SavedTensors, expected: Mapping[str, torch.Tensor], tied: Mapping[str, str], folder: Path
+    saved: SavedTensors, model: PreTrainedModel, tied: Mapping[str, str], folder: Path
 ) -> dict[str, TensorMap]:
     """Return the tensor maps of the model's tensors, in its order, then of the passthrough tensors."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     stored = {**infer_shapes(saved.chunks), **saved.declared_shapes}
     for name in saved.declared_shapes.keys() & shapes.keys():
         _check_shape(name, saved.declared_shapes[name], shapes[name], folder)
@@ -168,10 +175,13 @@ def _build_tensor_maps(
         tensor_maps[tied[name]] = _map_tied_tensor(name, tied[name], saved.chunks, tensor_maps.pop(name).shape)
     missing = [name for name in shapes if name not in tensor_maps and name not in tied]
     if missing:
-        raise IncompleteError(
-            f"{folder}: {format_names(missing)} of the model are stored nowhere",
-            hint="the checkpoint is incomplete, names its tensors otherwise, or config.json belongs to another model",
-            missing=missing,
+        raise build_missing_error(
+            folder,
+            missing,
+            [name for name in shapes if name not in tied],
+            saved.names,
+            lambda: find_model_names(model, saved.names),
+            describe_assumed_class(model),
         )
     order = (*(name for name in shapes if name not in tied), *(name for name in tensor_maps if name not in shapes))
     return {name: tensor_maps[name] for name in order}

@@ -76,7 +76,7 @@ def _resolve_shapes(folder: Path, stored: Collection[str], model: PreTrainedMode
             f"{folder}: {format_names(unknown)} name no tensor of {type(model).__name__}, nor of its hub form",
             hint=f"rename them, and split fused tensors; expected are {format_names(expected)}"
             if expected
-            else "remove them from the files, because nothing tells how they were sharded",
+            else "save the files without them, because nothing tells how they were sharded",
             tensors=unknown,
             expected=expected,
         )
@@ -123,7 +123,9 @@ def _find_tied_pairs(conversion: Conversion, tied: Mapping[str, str]) -> dict[st
     for name, tensor_map in conversion.duplicates.items():
         sources = tensor_map.sources, conversion.tensor_maps[tied[name]].sources
         if any(len(names) != 1 for names in sources):
-            raise ConversionError(f"{name} is tied, but stored twice", hint="remove one from the files", name=name)
+            raise ConversionError(
+                f"{name} is tied, but stored twice", hint="save the files with one of them", name=name
+            )
         pairs[sources[0][0]] = sources[1][0]
     return pairs
 

@@ -263,7 +263,7 @@ def check_tied_chunks(chunks: Sequence[RankChunk], tied_pairs: Mapping[str, str]
         if target is not None and not has_same_bytes(chunk.stored, stored[chunk.rank, target]):
             raise ConversionError(
                 f"{chunk.name} is tied to {target} but stored with other values in {chunk.stored.file}",
-                hint="set tie_word_embeddings to false in config.json, or remove one of the two from the files",
+                hint="set tie_word_embeddings to false in config.json, or save the files with one of the two",
                 name=chunk.name,
                 tied_to=target,
             )

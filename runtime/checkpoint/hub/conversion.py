@@ -18,13 +18,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from plans.errors import ConversionError, HeaderError, IncompleteError, MismatchError
+from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.hub.operations import OPERATIONS, ComputedValuesError, ConversionContext, PatternMaps
 from runtime.proof import prove
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 
-__all__ = ["Conversion", "check_series", "check_tensor_maps", "conflict_error", "convert"]
+__all__ = ["Conversion", "check_series", "check_tensor_maps", "conflict_error", "convert", "find_model_names"]
 
 
 _MAX_WRONG_SHAPES = 3
@@ -185,6 +185,15 @@ def _name_dropped_rows(tensor_map: TensorMap, stored: Mapping[str, tuple[int, ..
     """Return the name of the last rows of a stored tensor."""
     (source,) = tensor_map.sources
     return f"{source}[{stored[source][0] - tensor_map.shape[0]}:]"
+
+
+def find_model_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]:
+    """Return the model's tensors that are made, at least in part, of tensors under these names in its hub form."""
+    try:
+        groups, _ = _group_names(model, stored)
+    except MigratorError:  # names that contradict one another are no reading
+        return []
+    return [name for name in groups if name in model.state_dict()]
 
 
 def _is_lossless(

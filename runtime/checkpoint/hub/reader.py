@@ -20,11 +20,12 @@ from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, check_con
 from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import StoredForm, build_index, pack_bytes
+from runtime.checkpoint.near_names import build_missing_error
 from runtime.formats import recognize_folder
 from runtime.models.dtypes import dtype_name
-from runtime.models.model import find_tied_names, model_tensors, tensor_kind
+from runtime.models.model import describe_assumed_class, find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
-from runtime.tensor_map.tensor_map import TensorMap, whole
+from runtime.tensor_map.tensor_map import Shape, TensorMap, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -221,7 +222,7 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     of_model = model_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
     try:
-        conversion = convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
+        conversion = _convert(folder, model, hub, shapes, tied)
     except (CheckpointError, MismatchError) as error:
         if "operation" not in error.data:  # quantized weights explain best why tensors are missing or have other shapes
             _check_quantization(hub, model, of_model)
@@ -258,6 +259,23 @@ def _check_quantization(hub: HubCheckpoint, model: PreTrainedModel, of_model: Ma
         check_unquantized(hub.tensors.keys(), of_model.keys())
 
 
+def _convert(
+    folder: Path, model: PreTrainedModel, hub: HubCheckpoint, shapes: Mapping[str, Shape], tied: Mapping[str, str]
+) -> Conversion:
+    """Convert the stored tensors, and where some of the model's are missing, say what is stored in their place."""
+    try:
+        return convert(model, {name: tensor.shape for name, tensor in hub.tensors.items()}, shapes, tied)
+    except IncompleteError as error:
+        missing = error.data.get("missing")
+        if not isinstance(missing, list) or not shapes.keys() >= set(missing):
+            raise
+        unnamed = [
+            str(left) for left in hub.side_files.left_behind if any(f"{name!r} in" in left.name for name in missing)
+        ]
+        note = "; ".join(filter(None, (*unnamed, describe_assumed_class(model))))
+        raise build_missing_error(folder, missing, shapes, hub.tensors, note=note) from error
+
+
 def _check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[str, str]) -> None:
     """Refuse a tied name that is stored although its target is, unless both have the same bytes."""
     for name, tensor_map in conversion.duplicates.items():
@@ -265,7 +283,7 @@ def _check_duplicates(hub: HubCheckpoint, conversion: Conversion, tied: Mapping[
         if own is None or target is None or not has_same_bytes(own, target):
             raise ConversionError(
                 f"{name} is tied to {tied[name]} but stored with other values",
-                hint="set tie_word_embeddings to false in config.json, or remove one of the two",
+                hint="set tie_word_embeddings to false in config.json, or save the model again with its weights tied",
                 name=name,
                 tied_to=tied[name],
             )

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from plans.errors import UsageError
-from runtime.checkpoint.copying.commit import check_destination, convert_write_errors, partial_folder
+from runtime.checkpoint.copying.commit import check_destination, check_not_nested, convert_write_errors, partial_folder
 from runtime.checkpoint.copying.journal import begin_journal, read_journal
 from runtime.checkpoint.copying.signals import Stop, catch_stop_signals, check_not_stopped
 from runtime.checkpoint.copying.slabs import select_rank_share
@@ -29,7 +29,6 @@ from runtime.checkpoint.resharding.execute import (
     PhaseSeconds,
     ReshardOptions,
     ReshardResult,
-    check_not_nested,
     complete_folder,
     create_files,
     drop_empty_digests,

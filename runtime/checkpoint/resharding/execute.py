@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from plans.errors import DestinationError, MismatchError
+from plans.errors import MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.copying.clones import clone_shared_blocks
 from runtime.checkpoint.copying.commit import (
     Say,
     check_destination,
+    check_not_nested,
     convert_write_errors,
     copy_files,
     stage_folder,
@@ -39,7 +40,6 @@ __all__ = [
     "PhaseSeconds",
     "ReshardOptions",
     "ReshardResult",
-    "check_not_nested",
     "complete_folder",
     "create_files",
     "drop_empty_digests",
@@ -155,22 +155,6 @@ def execute_reshard(plan: ReshardPlan, destination: Path, options: ReshardOption
         copied.digests,
         manifest,
     )
-
-
-def check_not_nested(source: Path, destination: Path) -> None:
-    """Refuse to replace the source or a folder that contains it, and to write into the source.
-
-    Raises:
-        DestinationError: the destination is such a folder.
-    """
-    source_path, destination_path = source.resolve(), destination.resolve()
-    if source_path.is_relative_to(destination_path):
-        problem = "contains the source"
-    elif destination_path.is_relative_to(source_path):
-        problem = "lies in the source"
-    else:
-        return
-    raise DestinationError(f"{destination}: {problem}", hint="name another folder", path=str(destination))
 
 
 def stage_plan(

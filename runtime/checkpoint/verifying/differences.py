@@ -55,6 +55,11 @@ class CheckpointDifference:
         if self.aspect in ("files", "lossy"):
             return self.found if self.aspect == "files" else f"{self.name}: lossy, {self.found}"
         where = f" in {self.where}" if self.where else ""
+        if self.aspect == "missing":
+            has, lacks = (
+                ("the second", "the first") if self.found == _describe_presence(False) else ("the first", "the second")
+            )
+            return f"{self.name}: only {has} checkpoint has it, {lacks} does not"
         text = f"{self.name}{where}: {self.aspect} {self.found} instead of {self.expected}"
         if self.element is None:
             return text

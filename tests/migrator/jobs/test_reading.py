@@ -77,7 +77,7 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("[verify]", "verify needs `source`", "below [verify]"),
         ("[reshard]\nsource = 'a'\ntp = true", "move.toml:3: reshard.tp is True, not a whole number above 0", "tp = 2"),
         ("[reshard]\nsource = 'a'\ntp = 0", "reshard.tp is 0", "tp = 2"),
-        ("[reshard]\nsource = 'a'\ntp = 2\nep = 3", "reshard is not a valid mesh: ep=3 must be", "choose `ep`"),
+        ("[reshard]\nsource = 'a'\ntp = 2\nep = 3", "reshard is not a valid mesh: ep=3 must be", "choose `ep=2`, or"),
         ("[reshard]\nsource = 'a'\nmode = 'pp'", "reshard.mode is 'pp'", "tp, ep, tp_ep, sp, sp_ep"),
         ("[reshard]\nsource = 'a'\nlayout = ['hf']", "reshard.layout is ['hf']", "hf, dcp, ranks"),
         ("[reshard]\nsource = 'a'\nname = '../x'", "reshard.name is '../x', not a name", "letters"),

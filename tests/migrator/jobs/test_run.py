@@ -334,7 +334,7 @@ def test_an_invalid_state_file_is_refused(tmp_path, content, said):
     with pytest.raises(UsageError) as refused:
         run(file)
     assert said in refused.value.message
-    assert "remove it" in refused.value.hint or "of its own" in refused.value.hint
+    assert "move it away" in refused.value.hint or "of its own" in refused.value.hint
     assert (tmp_path / "move.job/state.json").read_text() == content
 
 

@@ -226,7 +226,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
     "a tensor is missing": (
         lambda folder: edit(folder, FIRST, lambda t, o: t.pop("model.norm.weight")),
         IncompleteError,
-        "'model.norm.weight' of the model",
+        "'model.norm.weight' is not stored; stored are ",
     ),
     "chunks overlap": (
         lambda folder: edit(folder, SECOND, lambda t, o: o.update({EMBEDDING: [50, 0]})),

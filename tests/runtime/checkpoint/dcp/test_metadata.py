@@ -274,7 +274,7 @@ def second_model(metadata: Any) -> None:
 
 LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "no place": (lambda m: m.storage_data.pop(index_of(m, NORM)), HeaderError, "saved nowhere"),
-    "no tensor": (lambda m: m.state_dict_metadata.pop(NORM), IncompleteError, "stored nowhere"),
+    "no tensor": (lambda m: m.state_dict_metadata.pop(NORM), IncompleteError, "is not stored; stored are "),
     "no chunks": (
         lambda m: m.state_dict_metadata[NORM].chunks.clear(),
         IncompleteError,

@@ -1,0 +1,222 @@
+"""Tensors that are there under other names: the error says what is stored, and how most of them could be read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+
+from plans.errors import IncompleteError
+from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
+from runtime.checkpoint.open import open_checkpoint
+from runtime.checkpoint.resharding.plan import plan_reshard
+from tests.conftest import HubFolder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
+
+State = dict[str, torch.Tensor]
+Write = Callable[[Mapping[str, object], Path, Path], Path]
+NORM = "model.norm.weight"
+
+
+def write_dcp(state: Mapping[str, object], hub: Path, folder: Path) -> Path:
+    dcp.save(dict(state), checkpoint_id=folder, no_dist=True)
+    shutil.copy(hub / "config.json", folder)
+    return folder
+
+
+def write_hub(state: Mapping[str, object], hub: Path, folder: Path) -> Path:
+    folder.mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, torch.Tensor)},
+        folder / WEIGHTS,
+    )
+    shutil.copy(hub / "config.json", folder)
+    return folder
+
+
+@pytest.fixture
+def model(hub_folder: HubFolder) -> nn.Module:
+    loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(hub_folder("qwen2"))
+    return loaded
+
+
+def refuse(folder: Path) -> IncompleteError:
+    with pytest.raises(IncompleteError) as caught:
+        plan_reshard(folder)
+    assert caught.value.message.startswith(f"{folder}: the model's ")
+    return caught.value
+
+
+class Lightning(nn.Module):
+    """The shape of a LightningModule: the model is one of its attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.net = model
+
+
+def compile_all(model: nn.Module) -> nn.Module:
+    """Compile the whole model, and one layer in place, as regional compilation does."""
+    model.model.layers[1] = torch.compile(model.model.layers[1])  # type: ignore[union-attr,index,operator]
+    return cast("nn.Module", torch.compile(model))
+
+
+def compiled(model: nn.Module) -> State:
+    return compile_all(model).state_dict()
+
+
+def checkpointed(model: nn.Module) -> State:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])  # type: ignore[union-attr,index,operator]
+    # The wrapper strips its own prefix in state dicts; its parameters' names keep it, as some trainers save them.
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def in_parallel(model: nn.Module) -> State:
+    return nn.DataParallel(model).state_dict()
+
+
+def both(model: nn.Module) -> State:
+    return nn.DataParallel(compile_all(model)).state_dict()
+
+
+def below_an_attribute(model: nn.Module) -> State:
+    return Lightning(compile_all(model)).state_dict()
+
+
+WRAPPED: dict[str, tuple[Callable[[nn.Module], State], str]] = {
+    "compiled": (compiled, "without '_orig_mod.' in the stored names"),
+    "checkpointed": (checkpointed, "without '_checkpoint_wrapped_module.' in the stored names"),
+    "DataParallel": (in_parallel, "without 'module.' in the stored names"),
+    "compiled in DataParallel": (both, "without '_orig_mod.', 'module.' in the stored names"),
+    "below an attribute": (below_an_attribute, "under the prefix 'net.', and without '_orig_mod.'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "write"),
+    # In a distributed checkpoint, a prefix that all names have is read.
+    [
+        (name, write)
+        for name in WRAPPED
+        for write in (write_dcp, write_hub)
+        if (name, write) != ("DataParallel", write_dcp)
+    ],
+)
+def test_wrappers_in_names_are_seen(
+    wrapper: str, write: Write, model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    wrap, what = WRAPPED[wrapper]
+    total = len(model.state_dict())
+    state = {name: tensor for name, tensor in wrap(model).items() if "rotary" not in name}
+    error = refuse(write(state, hub_folder("qwen2"), tmp_path / "saved"))
+    assert what in error.message
+    assert f"{total} of {total} are there" in error.message
+    assert "; stored are '" in error.message
+    assert error.hint.startswith("save it without its wrappers: `get_model_state_dict`")
+
+
+@pytest.mark.parametrize("wrap", [compile_all, nn.DataParallel, lambda model: nn.DataParallel(compile_all(model))])
+def test_the_step_for_wrappers_works(
+    wrap: Callable[[nn.Module], nn.Module], model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    """torch's own function leaves their names out."""
+    names = set(model.state_dict())
+    folder = write_dcp(get_model_state_dict(wrap(model)), hub_folder("qwen2"), tmp_path / "saved")
+    assert open_checkpoint(folder).read_headers().tensors.keys() == names
+
+
+def test_a_prefix_with_one_tensor_missing_names_the_one(
+    model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    state = dict(model.state_dict())
+    total = len(state)
+    del state[NORM]
+    error = refuse(write_dcp({"policy": {"net": state}}, hub_folder("qwen2"), tmp_path / "saved"))
+    assert f"under the prefix 'policy.net.', {total - 1} of {total} are there, all but '{NORM}'" in error.message
+    assert error.hint == "save the tensors that are missing too, or correct config.json"
+
+
+def test_without_a_prefix_the_missing_one_is_named(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:
+    state = dict(model.state_dict())
+    del state[NORM]
+    for write in (write_dcp, write_hub):
+        error = refuse(write(state, hub_folder("qwen2"), tmp_path / write.__name__))
+        assert f"the model's '{NORM}' is not stored; stored are " in error.message
+        assert "are there" not in error.message
+        assert error.hint == "the checkpoint is incomplete, or config.json belongs to another model"
+
+
+def test_hub_names_in_a_distributed_checkpoint_are_seen(hub_folder: HubFolder, tmp_path: Path) -> None:
+    state: State = {}
+    for path in sorted(hub_folder("qwen3_moe").glob("*.safetensors")):
+        state |= load_file(path)
+    error = refuse(write_dcp(state, hub_folder("qwen3_moe"), tmp_path / "saved"))
+    assert "as names of the hub form, " in error.message
+    assert "experts.gate_up_proj' " in error.message
+    assert error.hint.startswith("a distributed checkpoint has the names of the model's parameters")
+
+
+def test_an_optimizer_is_not_a_model(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    _, state = get_state_dict(model, optimizer)
+    folder = write_dcp({"optimizer": state["state"]}, hub_folder("qwen2"), tmp_path / "saved")
+    error = refuse(folder)
+    assert "this is the state of an optimizer" in error.message or "exp_avg" in error.message
+
+
+def test_a_base_model_alone_is_seen(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:
+    base = model.model
+    assert isinstance(base, nn.Module)
+    error = refuse(write_dcp(base.state_dict(), hub_folder("qwen2"), tmp_path / "saved"))
+    assert "with 'model.' before the stored names" in error.message
+    assert "all but 'lm_head.weight'" in error.message
+
+
+def test_a_tensor_that_the_index_leaves_out_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hub_folder("qwen2"), tmp_path / "hub"))
+    (folder / INDEX).write_text((folder / INDEX).read_text().replace(f'"{NORM}"', '"model.mron.weight"'))
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if NORM in tensors:
+            file = path.name
+            save_file(tensors | {"model.mron.weight": tensors[NORM].clone()}, path, metadata={"format": "pt"})
+    error = refuse(folder)
+    assert f"'{NORM}' in {file} (128 bytes, which {INDEX} does not name)" in error.message
+
+
+def test_a_config_without_architectures_has_those_of_its_model_type(
+    model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    """`config.save_pretrained` writes such a config beside a distributed checkpoint."""
+    folder = write_dcp(model.state_dict(), hub_folder("qwen2"), tmp_path / "saved")
+    transformers.AutoConfig.from_pretrained(folder, architectures=None).save_pretrained(folder)
+    assert not json.loads((folder / "config.json").read_text()).get("architectures")
+    assert plan_reshard(folder).checkpoint.tensors.keys() == model.state_dict().keys()
+
+
+def test_the_class_that_was_assumed_is_named(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:
+    base = model.model
+    assert isinstance(base, nn.Module)
+    folder = write_dcp({f"model.{k}": v for k, v in base.state_dict().items()}, hub_folder("qwen2"), tmp_path / "saved")
+    transformers.AutoConfig.from_pretrained(folder, architectures=None).save_pretrained(folder)
+    error = refuse(folder)
+    assert "config.json names no `architectures`, so Qwen2ForCausalLM was assumed" in error.message
