@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +132,17 @@ def test_parts_and_a_config_from_elsewhere(hub: Hub, migrator: Run, tmp_path: Pa
     (source / "shard-1-part-00001.safetensors").unlink()
     code, _, errors = migrator("reshard", source, tmp_path / "again", *options)
     assert (code, "part 1 of rank 1 is missing" in errors[0]) == (2, True)
+
+
+def test_the_step_for_rank_files_of_deepseek_works(llama: Path, hub: Hub, migrator: Run, tmp_path: Path) -> None:
+    """The options of the hint are taken as they stand."""
+    code, _, errors = migrator("reshard", llama, tmp_path / "out")
+    assert code == 2
+    assert "contains rank files as DeepSeek's convert.py writes them" in errors[0]
+    match = re.search(r"`(--from-pattern .*?)`", " ".join(errors[1:]))
+    assert match is not None
+    assert migrator("reshard", llama, tmp_path / "out", *shlex.split(match[1]), "--quiet") == (0, "", [])
+    assert migrator("verify", tmp_path / "out", hub("llama"))[0] == 0
 
 
 def test_experts_of_sharded_state_are_never_read_on_trust(hub: Hub, migrator: Run, tmp_path: Path) -> None:
