@@ -8,13 +8,14 @@
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
 # make gpu-test   on a machine with two GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
+# make test-torch  distributed checkpoints exchanged with other torch releases: PYTHONS="a/bin/python b/bin/python"
 # make newest     what differs in newer versions: TRANSFORMERS=, TORCH= and HUB=, by default the newest; ANY_SIZE=1
 PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests stay together, for they share fixtures; each worker has process groups of its own.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep newest
+.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep newest test-torch
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -27,6 +28,10 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest $(WORKERS)
+
+# PYTHONS need torch, safetensors and numpy, each with a torch of its own.
+test-torch: .venv/installed
+	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full tests/runtime/checkpoint/dcp/test_torch_versions.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from math import prod
 from plans.errors import HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.files.safetensors import StoredTensor, has_same_bytes
+from runtime.checkpoint.files.sharding_info import build_lossy_error
 from runtime.tensor_map.strided_copy import covers, plan_copies
 from runtime.tensor_map.tensor_map import Shape, StridedBox, TensorMap, row_major
 
@@ -146,13 +147,7 @@ def _check_complete(tensor_maps: Mapping[str, TensorMap]) -> None:
     }
     lossy = {name: [stored, expected] for name, (stored, expected) in sizes.items() if stored < expected}
     if lossy:
-        name, (stored, expected) = next(iter(lossy.items()))
-        raise IncompleteError(
-            f"the checkpoint is lossy: {format_names(list(lossy))} not whole, {name!r} has {stored} of {expected} "
-            "elements",
-            hint="files of some ranks are missing, or torch before 2.13 saved strided shards and lost rows; save again",
-            lossy=lossy,
-        )
+        raise build_lossy_error(lossy)
 
 
 def _overlap_error(chunks: Sequence[Chunk]) -> HeaderError:

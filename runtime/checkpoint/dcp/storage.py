@@ -8,36 +8,24 @@ Source: `torch.distributed.checkpoint.hf_storage` and `.filesystem` of torch 2.1
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
-from plans.errors import HeaderError, IncompleteError
+from plans.errors import IncompleteError
 from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.reading import is_size, open_descriptor, open_regular, parse_strict_json
-from runtime.checkpoint.files.safetensors import Header, StoredTensor, read_header
+from runtime.checkpoint.files.reading import open_descriptor, open_regular
+from runtime.checkpoint.files.safetensors import read_header
+from runtime.checkpoint.files.sharding_info import read_offsets
 from runtime.checkpoint.files.side_files import check_contained
 from runtime.formats import PREFIX_BYTES, check_not_other_format
 
-__all__ = ["build_sharding_metadata", "locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]
-
-_SHARDING_INFO = "DCP_SHARDING_INFO"
-
-
-def build_sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Return the metadata of a shard file.
-
-    Args:
-        offsets: where the file's chunk begins in its tensor, by the tensor's name.
-    """
-    info = {name: {"saved_offsets": list(offset)} for name, offset in offsets.items()}
-    return {_SHARDING_INFO: json.dumps(info, ensure_ascii=False), "DCP_VERSION": "1.0", "format": "pt"}
+__all__ = ["locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]
 
 
 def read_shard_files(folder: Path, names: Sequence[str]) -> list[Chunk]:
@@ -60,31 +48,11 @@ def _read_shard_file(folder: Path, path: Path) -> list[Chunk]:
     if not path.is_file():
         raise IncompleteError(f"{path}: not a file", hint="copy the file again", file=str(path))
     header = read_header(path)
-    info = _read_sharding_info(header)
+    offsets = read_offsets(header)
     return [
-        Chunk.contiguous(name, _get_offset(path, name, info, stored), f"{path.name}/{name}", stored)
+        Chunk.contiguous(name, offsets[name] if offsets else (0,) * len(stored.shape), f"{path.name}/{name}", stored)
         for name, stored in header.tensors.items()
     ]
-
-
-def _read_sharding_info(header: Header) -> Mapping[str, object] | None:
-    """Return the sharding metadata of each tensor, or None if every tensor is stored whole."""
-    text = header.metadata.get(_SHARDING_INFO)
-    return parse_strict_json(text.encode(), header.file) if text else None
-
-
-def _get_offset(path: Path, name: str, info: Mapping[str, object] | None, stored: StoredTensor) -> tuple[int, ...]:
-    if info is None:
-        return (0,) * len(stored.shape)
-    match info.get(name):
-        case {"saved_offsets": list(offset)} if len(offset) == len(stored.shape) and all(map(is_size, offset)):
-            return tuple(offset)
-    raise HeaderError(
-        f"{path}: {_SHARDING_INFO} does not give the offset of {name!r}",
-        hint="the file is damaged; copy or save it again",
-        file=str(path),
-        tensor=name,
-    )
 
 
 def read_chunks(folder: Path, metadata: Sequence[ChunkMetadata]) -> list[Chunk]:

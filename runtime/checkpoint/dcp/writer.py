@@ -8,9 +8,9 @@ from typing import NamedTuple
 from plans.mesh import Mesh
 from plans.placement import Replicate
 from runtime.checkpoint.copying.copy_plan import OutputFile, plan_output_file
-from runtime.checkpoint.dcp.storage import build_sharding_metadata
 from runtime.checkpoint.files.file_names import get_shard_file_name
 from runtime.checkpoint.files.safetensors import BITS
+from runtime.checkpoint.files.sharding_info import build_sharding_metadata
 from runtime.checkpoint.manifest import ManifestEntry
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor
 from runtime.tensor_map.tensor_map import TensorMap, narrow, unravel, whole

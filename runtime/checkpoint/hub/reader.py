@@ -19,6 +19,7 @@ from runtime.checkpoint.files.safetensors import Header, StoredTensor, has_same_
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, check_contained, find_side_files
 from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
+from runtime.checkpoint.hub.torch_saved import check_saved_whole, explain_mismatch
 from runtime.checkpoint.manifest import StoredForm, build_index, pack_bytes
 from runtime.checkpoint.near_names import build_missing_error
 from runtime.formats import recognize_folder
@@ -213,11 +214,12 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         CheckpointError: the folder cannot be read, or a link leads out of it.
         ConversionError: known operations do not make the model's tensors from the stored ones, a tensor would mix
             dtypes, or a tied name is stored with other values than its target.
-        IncompleteError: a tensor of the model is not stored.
+        IncompleteError: a tensor of the model is not stored, or torch lost rows when it saved the checkpoint.
         MismatchError: the stored shapes are not the model's.
         UsageError: stored tensors are quantized where the model's are not, or the other way round.
     """
     hub = read_hub(folder)
+    check_saved_whole(folder, hub.headers, hub.index.content if hub.index else None)
     tied = find_tied_names(model)
     of_model = model_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
@@ -226,6 +228,8 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     except (CheckpointError, MismatchError) as error:
         if "operation" not in error.data:  # quantized weights explain best why tensors are missing or have other shapes
             _check_quantization(hub, model, of_model)
+        if isinstance(error, MismatchError) and (lossy := explain_mismatch(folder, error)) is not None:
+            raise lossy from error
         raise
     _check_quantization(hub, model, of_model)
     check_dtypes(conversion.tensor_maps, {name: dtype_name(of_model[name].dtype) for name in shapes}, hub.tensors)

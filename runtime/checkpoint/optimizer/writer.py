@@ -5,9 +5,11 @@ Hyperparameters, step counters and other single elements are in rank 0's file.
 
 from __future__ import annotations
 
+import copyreg
+import io
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +78,27 @@ def encode_metadata(
         planner_data={name: paths.get(name, (name,)) for name in entries},
         storage_data=storage,
     )
-    return pickle.dumps(metadata, protocol=4)
+    stream = io.BytesIO()
+    _MetadataPickler(stream, protocol=4).dump(metadata)
+    return stream.getvalue()
+
+
+_PROPERTIES = 5
+"""How many fields every torch reads of `TensorProperties`; torch 2.15 appends the strides, on which others fail."""
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Pickles metadata as torch 2.8 to 2.14 do, which torch 2.15 reads too.
+
+    Source: `TensorProperties.__getstate__` and `__setstate__` of torch 2.8 to 2.15.
+    """
+
+    def reducer_override(self, obj: object) -> tuple[Callable[..., object], tuple[object, ...], object]:
+        from torch.distributed.checkpoint.metadata import TensorProperties
+
+        if type(obj) is not TensorProperties:
+            return NotImplemented  # type: ignore[no-any-return]
+        return copyreg.__newobj__, (TensorProperties,), obj.__getstate__()[:_PROPERTIES]  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _encode_tensor(info: TensorInfo, saved_chunks: Iterable[SavedChunk]) -> object:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from runtime.checkpoint.dcp.storage import build_sharding_metadata
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, find_shard_files, get_shard_file_name
+from runtime.checkpoint.files.sharding_info import build_sharding_metadata
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorProperties
 
+from runtime.checkpoint.checkpoint import TensorInfo
 from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor, read_data_pickle
+from runtime.checkpoint.dcp.metadata import StorageLocation, read_metadata
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, build_tensor_archive, build_value_archive
+from runtime.checkpoint.optimizer.writer import SavedChunk, encode_metadata
 from runtime.models.dtypes import DTYPES
 
 ONE = b"\x00\x00\x80\x3f"
@@ -68,3 +73,30 @@ def test_values_come_back(value: object, tmp_path: Path) -> None:
     (tmp_path / "archive").write_bytes(archive)
     with (tmp_path / "archive").open("rb") as stream:
         assert read_data_pickle(BoundedFile(stream.fileno(), tmp_path, 0, len(archive))) == pickled
+
+
+def test_metadata_has_the_fields_that_every_torch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.15 pickles the strides too, and older releases fail on a sixth field."""
+    tensors = {"a": TensorInfo("parameter", "BF16", (4, 2))}
+    chunks = {"a": [SavedChunk((0, 0), (4, 2), StorageLocation("__0_0.distcp", 0, 100))]}
+    expected = encode_metadata(tensors, chunks, {}, {})
+    assert pickle.loads(expected).state_dict_metadata["a"].properties.dtype == torch.bfloat16
+    five = TensorProperties.__getstate__
+
+    def six(self: TensorProperties) -> tuple[object, ...]:
+        return (*five(self)[:5], (2, 1))
+
+    monkeypatch.setattr(TensorProperties, "__getstate__", six)
+    assert encode_metadata(tensors, chunks, {}, {}) == expected
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("strides", [None, (2, 1), (1, 4)])
+def test_metadata_with_strides_is_read(
+    strides: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    five = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*five(self)[:5], strides))
+    dcp.save({"a": torch.ones(4, 2, dtype=torch.bfloat16)}, checkpoint_id=tmp_path, no_dist=True)
+    (chunk,) = read_metadata(tmp_path).chunks
+    assert (chunk.name, chunk.dtype, chunk.shape) == ("a", "BF16", (4, 2))
