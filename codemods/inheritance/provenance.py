@@ -8,6 +8,7 @@ another; there, only what plain names stand for counts.
 from __future__ import annotations
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class ProvenanceTracer:
         visited: set[ClassKey] = set()
         if line is not None and self.is_framework(path):
             function = _find_function(resolver.definitions.statements, line)
-            parts = _find_local_dependencies(node, [function] if function else [])
+            parts = _find_local_dependencies(node, function, line)
             texts |= {ast.unparse(part) for part in parts}
             for name in {name for part in parts for name in _iter_longest_names(part)}:
                 self._trace_definition(path, name, texts, files, visited)
@@ -174,7 +175,7 @@ def _group_definitions(statements: Iterable[ast.stmt]) -> Mapping[str, list[ast.
     return found
 
 
-def _find_function(statements: Iterable[ast.stmt], line: int) -> ast.stmt | None:
+def _find_function(statements: Iterable[ast.stmt], line: int) -> Function | None:
     """Return the outermost function around a line."""
     for statement in statements:
         if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
@@ -191,15 +192,41 @@ def _get_block(pair: tuple[Sequence[ast.stmt], object]) -> Sequence[ast.stmt]:
     return pair[0]
 
 
-def _find_local_dependencies(node: ast.AST, function: Sequence[ast.stmt]) -> list[ast.AST]:
-    """Return an expression and what its function makes the names in it from."""
-    definitions = Definitions(function)
+def _find_last_line(statements: Iterable[ast.stmt], line: int) -> int:
+    """Return the last line whose code can run before that on a line: the end of its statement, or of a loop around it.
+
+    An inner function may be called at any time, so that all of the code around it can run before.
+    """
+    for statement in statements:
+        end = statement.end_lineno or statement.lineno
+        if not statement.lineno <= line <= end:
+            continue
+        if isinstance(statement, (ast.For, ast.AsyncFor, ast.While)):
+            return end
+        if isinstance(statement, (Function, ast.ClassDef)):
+            return sys.maxsize
+        blocks = [block for block, _ in iter_blocks(statement)]
+        inner = [_find_last_line(block, line) for block in blocks if block and _is_around(block, line)]
+        return inner[0] if inner else end
+    return line
+
+
+def _is_around(block: Sequence[ast.stmt], line: int) -> bool:
+    return block[0].lineno <= line <= (block[-1].end_lineno or block[-1].lineno)
+
+
+def _find_local_dependencies(node: ast.AST, function: Function | None, line: int) -> list[ast.AST]:
+    """Return an expression and what its function makes the names in it from, up to the expression's line."""
+    definitions = Definitions([function] if function else [])
+    last = _find_last_line(function.body, line) if function else line
     parts = {id(node): node}
     waiting = list(_iter_bare_names(node))
     seen = set(waiting)
     while waiting:
         for part in definitions.find_dependencies(ast.Name(id=waiting.pop())):
-            if isinstance(part, ast.Name) or id(part) in parts or part in function:
+            if isinstance(part, ast.Name) or id(part) in parts or part is function:
+                continue
+            if getattr(part, "lineno", 0) > last:
                 continue
             parts[id(part)] = part
             new = set(_iter_bare_names(part)) - seen

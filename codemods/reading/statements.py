@@ -46,7 +46,10 @@ def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanNa
 
 
 def _resolve_plan(node: ast.expr, scope: Scope) -> PlanName | None:
+    """Return the plan that an expression refers to: `self._tp_plan`, or `model.tp_plan`, a property that sets it."""
     plan = scope.resolve_plan(node)
+    if plan is None and isinstance(node, ast.Attribute) and plan_kind(node.attr):
+        plan = node.attr
     return (scope.resolve_class(node), plan) if plan else None
 
 

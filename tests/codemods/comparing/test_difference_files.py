@@ -30,6 +30,8 @@ def write(root, files):
         ("tests/test_toy.py", 'def test_toy():\n    load(tp_plan={"norm": "colwise"})\n'),
         ("examples/serve.py", 'model = load(tp_plan={"norm": "colwise"})\n'),
         ("examples/serve.py", 'model._tp_plan = {"norm": "colwise"}\n'),
+        ("examples/serve.py", 'model.tp_plan = {"norm": "colwise"}\n'),
+        ("examples/serve.py", 'load().tp_plan["norm"] = "colwise"\n'),
         (
             f"{PACKAGE}/quantizers/quantizer_toy.py",
             "class Quantizer:\n    def update_tp_plan(self, config):\n"

@@ -194,3 +194,49 @@ def test_an_inherited_or_computed_attribute_of_a_class_is_followed(quantizing, a
         *(("limit", "bound") if attribute else ("{}", "None")),
     )
     assert [one.kind for one in differences(quantizing)] == ["unread"]
+
+
+LOADER = f"{PACKAGE}/loader.py"
+LOADING = """
+from .more import make_more, make_other
+
+class Loader:
+    def load(self, model, x):
+        more = make_more(model)
+        {before}
+            active_tp_plan = getattr(model, "_tp_plan", None) if more else None
+            {inside}
+        config = Config(tp_plan=active_tp_plan)
+        {after}
+        return config
+"""
+MORE = "def make_more(model):\n    return 1\n\ndef make_other(model):\n    return 2\n"
+LATER = "model = run(model, config, make_other(model))"
+
+
+def write_loader(root, *, before="if x:", inside="pass", after="pass"):
+    write_tree(root, {LOADER: LOADING.format(before=before, inside=inside, after=after), f"{PACKAGE}/more.py": MORE})
+    commit(root, "a loader")
+
+
+@pytest.mark.parametrize("parts", [{"after": LATER}, {"inside": LATER}, {"after": f"for x in x:\n            {LATER}"}])
+def test_what_runs_later_in_a_function_of_the_framework_decides_nothing(tree, parts):
+    write_loader(tree, **parts)
+    edit(tree, f"{PACKAGE}/more.py", "return 2", "return 3")
+    assert differences(tree) == ()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"before": f"{LATER}\n        if x:"},
+        {"before": f"try:\n            {LATER}\n        except KeyError:"},
+        {"before": "for x in x:", "inside": LATER},
+        {"before": "while x:", "inside": f"if x:\n                {LATER}"},
+        {"before": "def inner(x=x):", "after": LATER},
+    ],
+)
+def test_what_may_run_earlier_in_a_function_of_the_framework_counts(tree, parts):
+    write_loader(tree, **parts)
+    edit(tree, f"{PACKAGE}/more.py", "return 2", "return 3")
+    assert {one.variant.path.name for one in differences(tree)} == {"loader.py"}

@@ -84,6 +84,31 @@ def test_every_form_of_code(tmp_path, body):
 
 
 @pytest.mark.parametrize(
+    "statement",
+    [
+        f"model.tp_plan = {{{PAIR}}}",
+        f"load().tp_plan: dict = {{{PAIR}}}",
+        f"PLAN = {{{PAIR}}}\nmodel.tp_plan = PLAN",
+    ],
+)
+def test_plans_given_to_properties(tmp_path, statement):
+    check_transformed(tmp_path, statement + "\n", migrated(statement) + "\n")
+
+
+@pytest.mark.parametrize(
+    "added", [f" |= {{{PAIR}}}", f".update({{{PAIR}}})", '["layers.*.mlp.experts.gate_up_proj"] = "packed_colwise"']
+)
+def test_entries_that_are_added_to_a_property_are_named(tmp_path, added):
+    outcome = check_noop(tmp_path, f"model.tp_plan{added}\n")
+    assert codes(outcome) == codes(check_noop(tmp_path, f"model._tp_plan{added}\n")) != []
+
+
+@pytest.mark.parametrize("value", ["tp_plan", "tp_plan if tp_plan else {}", "None", "dict(model.tp_plan)", '"auto"'])
+def test_attributes_that_only_pass_a_plan_on_are_not_reported(tmp_path, value):
+    check_noop(tmp_path, function(f"self.tp_plan = {value}"))
+
+
+@pytest.mark.parametrize(
     "call",
     [
         f'model = AutoModel.from_pretrained("x", tp_plan={{{PAIR}}})',
