@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +29,16 @@ __all__ = ["compare"]
 _MODULAR = "modular_"
 
 
-def compare(before: Snapshot, after: Snapshot) -> Comparison:
+def compare(before: Snapshot, after: Snapshot, is_included: Callable[[Path], bool] = lambda path: True) -> Comparison:
     """Compare the effective plans of two revisions, class by class and entry by entry.
 
     Only changed files and those whose plans depend on them are read; if the dialect changed, all files are. Of a
     modular file and the files that are generated from it, those that changed are compared, the generated ones first.
+
+    Args:
+        before: the first revision.
+        after: the second revision.
+        is_included: returns whether a file's plans are to be compared; classes inherit those of all files.
 
     Raises:
         UsageError: neither revision contains a file with a plan.
@@ -47,6 +52,8 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
         _check_plans(before, after, comparer)
         dialects = readers[0].dialect, readers[1].dialect
         paths = comparer.find_paths(everything=dialects[0] != dialects[1])
+        excluded = frozenset(path for path in paths if not is_included(path))
+        paths -= excluded
         for reader in readers:
             reader.load({path.parent for path in paths})
         differences: list[PlanDifference] = []
@@ -56,7 +63,8 @@ def compare(before: Snapshot, after: Snapshot) -> Comparison:
                 differences += comparer.compare_file(path)
             except MigratorError as error:
                 add_error_once(errors, error)
-    return Comparison(tuple(differences), tuple(errors), dialects, len(paths))
+    unchecked = sorted(path for path in excluded if path in changed and comparer.mentions_plans(path))
+    return Comparison(tuple(differences), tuple(errors), dialects, len(paths), tuple(unchecked))
 
 
 def _check_plans(before: Snapshot, after: Snapshot, comparer: _Comparer) -> None:
@@ -97,6 +105,10 @@ class _Comparer:
             snapshot.prefetch(paths)
         pairs = zip(self._source_of, self._paths, strict=True)
         return any(mentions_plans(source_of(path)) for source_of, paths in pairs for path in paths)
+
+    def mentions_plans(self, path: Path) -> bool:
+        """Return whether a file mentions a plan in either revision."""
+        return any(mentions_plans(source_of(path)) for source_of in self._source_of)
 
     def find_paths(self, *, everything: bool) -> frozenset[Path]:
         """Return the files to compare.

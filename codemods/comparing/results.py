@@ -96,9 +96,11 @@ class Comparison:
         errors: the errors of files that could not be read; all others were still compared.
         dialects: the dialects of the two revisions.
         files: how many files were compared.
+        excluded: the changed files with plans that were not compared, because the project excludes them.
     """
 
     differences: tuple[PlanDifference, ...]
     errors: tuple[MigratorError, ...]
     dialects: tuple[str, str]
     files: int
+    excluded: tuple[Path, ...] = ()

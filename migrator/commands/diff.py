@@ -13,6 +13,7 @@ from migrator.options.common import format_option
 from migrator.terminal import console
 from plans.errors import UsageError
 from plans.gc_paused import gc_paused
+from plans.text import format_count
 
 if TYPE_CHECKING:
     from codemods.files.revisions import Snapshot
@@ -30,14 +31,16 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
     """Show what plan edits between two revisions change on the mesh.
 
     Compares the plans of revision BASE with those of HEAD, by default the working tree, as models inherit them, in
-    every Python file. Each entry is read in its own release's dialect, so that another name for the same placement is
-    not a change. A change is explained if the text diff touches the entry's line in the model's own file. Exits 1 if a
-    change is unexplained, for example because a class inherits it. A plan that cannot be read is reported as possibly
-    changed if anything that it is built from has changed. What the framework's own functions do to every model's plan
-    is reported once, for the framework.
+    every Python file that pyproject.toml does not exclude. Each entry is read in its own release's dialect, so that
+    another name for the same placement is not a change. A change is explained if the text diff touches the entry's line
+    in the model's own file. Exits 1 if a change is unexplained, for example because a class inherits it. A plan that
+    cannot be read is reported as possibly changed if anything that it is built from has changed. What the framework's
+    own functions do to every model's plan is reported once, for the framework.
     """
     from codemods.comparing.difference import compare
+    from codemods.files.config import find_configuration
     from codemods.files.revisions import find_repository
+    from codemods.files.sources import format_path
     from migrator.formats.difference import (
         DiffReport,
         build_diff_table,
@@ -52,7 +55,10 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
     before = repository.read_revision(base)
     after = repository.read_revision(head) if head is not None else repository.read_working_tree()
     _check_allowed(allow, before, after)
-    report = DiffReport(compare(before, after), before.name, after.name, repository.root, frozenset(allow))
+    configuration = find_configuration(Path())
+    root = repository.root.resolve()
+    comparison = compare(before, after, lambda path: configuration.is_included(root / path))
+    report = DiffReport(comparison, before.name, after.name, repository.root, frozenset(allow))
     if output_format == "json":
         console.emit_json(diff_as_json(report))
     elif output_format == "github":
@@ -66,6 +72,9 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
     for name in sorted(allow):
         if name not in {difference.model for difference in report.comparison.differences}:
             console.say(f"--allow {name}: no plan of this model changed")
+    if excluded := report.comparison.excluded:
+        files = format_count(len(excluded), "changed file")
+        console.say(f"pyproject.toml excludes {files} with plans, such as {format_path(excluded[0])}: not compared")
     for error in report.comparison.errors:
         console.error(error)
     if report.comparison.errors:

@@ -111,6 +111,7 @@ def diff_as_json(report: DiffReport) -> dict[str, object]:
         "head": report.head,
         "dialects": list(comparison.dialects),
         "files": comparison.files,
+        "excluded": [path.as_posix() for path in comparison.excluded],
         "unexplained": len(report.failing),
         "differences": [_difference_as_json(report, difference) for difference in comparison.differences],
         "errors": [error.to_json() for error in comparison.errors],

@@ -229,3 +229,33 @@ def test_without_git(root, tmp_path):
     done = run(root, MIGRATOR, "diff", "HEAD", PATH=str(tmp_path))
     assert done.returncode == 2
     assert "needs git, which is not installed" in done.stderr
+
+
+def exclude(root, pattern):
+    (root / "pyproject.toml").write_text(f'[tool.migrator]\nexclude = ["{pattern}"]\n')
+
+
+@pytest.mark.parametrize("pattern", [MIXTRAL, "mixtral", "src/**/mixtral"])
+def test_an_excluded_file_is_named_but_not_compared(moved, pattern):
+    exclude(moved, pattern)
+    done = diff(moved, "HEAD", "--format", "json")
+    report = json.loads(done.stdout)
+    assert {one["model"] for one in report["differences"]} == {"offspring"}, "which inherits the plan"
+    assert report["excluded"] == [MIXTRAL]
+    assert MIXTRAL in diff(moved, "HEAD").stderr
+
+
+@pytest.mark.parametrize("pattern", ["offspring", "qwen3_moe", "*.txt"])
+def test_only_changed_files_with_plans_are_named_as_excluded(moved, pattern):
+    exclude(moved, pattern)
+    (moved / "notes.txt").write_text("none")
+    report = json.loads(diff(moved, "HEAD", "--format", "json").stdout)
+    assert report["excluded"] == []
+    assert "mixtral" in {one["model"] for one in report["differences"]}
+
+
+def test_an_excluded_template_is_no_error(root):
+    exclude(root, "templates")
+    (root / "templates").mkdir()
+    (root / "templates/configuration_x.py").write_text("class {{ name }}:\n    base_model_tp_plan = {}\n")
+    assert diff(root, "HEAD").returncode == 0
