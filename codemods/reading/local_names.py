@@ -41,20 +41,20 @@ class _LocalName:
     Args:
         assigned: whether the function assigns the name.
         has_other_value: whether one of its values is made from neither a plan nor the name itself.
-        source_plans: the plans that its values are made from.
+        values: the plans that each of its values is made from.
         target_plans: the plans that it is written into.
     """
 
     assigned: bool = False
     has_other_value: bool = False
-    source_plans: set[str] = field(default_factory=set)
+    values: set[frozenset[str]] = field(default_factory=set)
     target_plans: set[str] = field(default_factory=set)
 
     @property
     def plan(self) -> str | None:
-        """The plan that the name refers to, or None if there is none or there are several kinds."""
-        plans = self.source_plans | self.target_plans
-        is_reused = self.has_other_value and not self.target_plans
+        """The plan that the name refers to, or None if there is none, there are several kinds, or one after another."""
+        plans = self.target_plans.union(*self.values)
+        is_reused = (self.has_other_value and not self.target_plans) or len(self.values) > 1
         if not self.assigned or is_reused or len({plan_kind(plan) for plan in plans}) != 1:
             return None
         return min(plans, key=lambda plan: (not is_plan_attribute(plan), plan))
@@ -68,10 +68,10 @@ def _read_local_names(function: Function) -> Mapping[str, _LocalName]:
                 plans, local = set(_iter_plan_reads(value)), names[target.id]
                 local.assigned = True
                 local.has_other_value |= not (plans or _has_name(value, target.id))
-                local.source_plans |= plans
+                local.values |= {frozenset(plans)} if plans else set()
         for name, plan in _iter_loop_plans(node):
             names[name].assigned = True
-            names[name].source_plans.add(plan)
+            names[name].values.add(frozenset([plan]))
         for plan, value in _iter_plan_writes(node, function.name):
             for part in split_expression(value):
                 if isinstance(part.node, ast.Name):

@@ -94,6 +94,16 @@ SAME_FILE = {
     "a walrus in the body": body('$PLAN = (plan := $ENTRIES)\nplan[$KEY] = "rowwise"'),
     "an attribute": method('self.plan = self.$PLAN\nself.plan[$KEY] = "rowwise"'),
     "another plan": method('self._tp_plan = self.$PLAN\nself._tp_plan[$KEY] = "rowwise"'),
+    "one plan after another": method(
+        "plan = self.$PLAN\nplan.update({$DOWN})\nplan = self._tp_plan\nplan.update({$GATE_UP})"
+    ),
+    "the other plan first": method(
+        "plan = self._tp_plan\nplan.update({$GATE_UP})\nplan = self.$PLAN\nplan.update({$DOWN})"
+    ),
+    "a plan or another": method(
+        "if self._tp_plan:\n    plan = self._tp_plan\n    plan.update({$GATE_UP})\n"
+        "else:\n    plan = self.$PLAN\n    plan.update({$DOWN})"
+    ),
     "a list": method('plans = [self.$PLAN]\nplans[0][$KEY] = "rowwise"'),
     "a dict of plans": method('for name, plan in {"tp": self.$PLAN}.items():\n    plan[$KEY] = "rowwise"'),
     "a closure": method('plan = self.$PLAN\ndef inner():\n    plan[$KEY] = "rowwise"\ninner()'),
