@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from migrator.exit_codes import ExitCode, of_findings
 from migrator.options.external import ExternalOptions, read_external_settings
 from migrator.options.source import ProjectRequest, read_requests
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
-from plans.errors import MismatchError
+from plans.errors import UsageError
 from plans.gc_paused import gc_paused
 
 if TYPE_CHECKING:
@@ -77,11 +79,9 @@ def rewrite(settings: Rewrite, *, changed_only: bool = False, base_ref: str | No
     return build_written_report(outcome, write_changes(outcome.changes))
 
 
-def compute_rewrite_exit_code(report: SourceReport) -> int:
-    """Return 0, 1 if the only errors are differences from the converter's output, or 2 for any other error."""
-    if not report.errors:
-        return 0
-    return 1 if all(isinstance(error, MismatchError) for error in report.errors) else 2
+def compute_rewrite_exit_code(report: SourceReport) -> ExitCode:
+    """Return the exit code of a rewrite; differences from the converter's output are found, other errors failures."""
+    return of_findings(False, report.errors)
 
 
 def check(settings: Check, *, changed_only: bool = False, base_ref: str | None = None) -> SourceReport:
@@ -102,11 +102,9 @@ def check(settings: Check, *, changed_only: bool = False, base_ref: str | None =
     return build_pending_report(merge_outcomes([_check_project(request) for request in requests]))
 
 
-def compute_check_exit_code(report: SourceReport) -> int:
-    """Return 0, 1 if a finding is a warning or an error, or 2 if a file could not be checked."""
-    if report.errors:
-        return 2
-    return 0 if report.is_clean else 1
+def compute_check_exit_code(report: SourceReport) -> ExitCode:
+    """Return the exit code of a check; notes are no findings, a file that could not be checked is a failure."""
+    return of_findings(not report.is_clean, report.errors)
 
 
 def _read_requests(settings: Rewrite | Check, changed_only: bool, base_ref: str | None) -> list[ProjectRequest]:
@@ -283,5 +281,36 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
     reference = resolve_folder(settings.reference, quiet=quiet) if settings.reference else None
     sizes = {axis: size for axis in ("tp", "ep", "fsdp") if (size := getattr(settings, axis)) is not None}
     mesh, mode = resolve_mesh(folder, sizes, settings.mode)
-    request = ValidationRequest(folder, mesh, mode, reference, settings.device, settings.tolerance, settings.timeout)
+    request = ValidationRequest(
+        folder,
+        mesh,
+        mode,
+        reference,
+        settings.device,
+        settings.tolerance,
+        settings.timeout,
+        plan=_read_plan(settings.plan) if settings.plan else None,
+        allow_unexercised=settings.allow_unexercised,
+    )
     return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))
+
+
+def _read_plan(file: Path) -> dict[str, str]:
+    """Return the styles of a plan file.
+
+    Raises:
+        UsageError: the file is not a plan, or has a placement, which says nothing about what is computed.
+        CheckpointError: the file cannot be read.
+    """
+    from plans.placement import Replicate
+    from runtime.checkpoint.external.plan import read_plan_file
+
+    entries = {key: "replicate" if value == Replicate() else value for key, value in read_plan_file(file).items()}
+    for key, value in entries.items():
+        if not isinstance(value, str):
+            raise UsageError(
+                f"{file}: {key!r} has a placement, but a model runs by styles",
+                hint="give the key a style, such as colwise",
+                key=key,
+            )
+    return {key: value for key, value in entries.items() if isinstance(value, str)}

@@ -1,6 +1,6 @@
 """The command group and the one place where errors become messages and exit codes.
 
-Exit codes: 0 clean; 1 found something; 2 could not do its work. An error is never 0.
+`migrator.exit_codes` says what the exit codes mean. An error is never 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from migrator import __version__
+from migrator.exit_codes import ExitCode
 from migrator.terminal import console
 from plans.errors import MigratorError
 
@@ -57,7 +58,7 @@ class _CommandGroup(click.Group):
                 raise
             # Reported here, where the context still knows the command whose options the message may name.
             console.error(error)
-            return 2
+            return ExitCode.FAILED
 
 
 @click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,19 +89,19 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        sys.exit(ExitCode.FAILED)
     except (KeyboardInterrupt, click.Abort):
         console.say("interrupted")
-        sys.exit(2)
+        sys.exit(ExitCode.FAILED)
     except BrokenPipeError:
         # The reader is gone. The interpreter flushes standard output at exit, which must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(2)
+        sys.exit(ExitCode.FAILED)
     except Exception as error:
         if _is_debugging():
             raise
         console.internal_error(error)
-        sys.exit(2)
+        sys.exit(ExitCode.FAILED)
 
 
 def _is_debugging() -> bool:

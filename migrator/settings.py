@@ -104,8 +104,11 @@ class Validate:
         tp, ep, fsdp: the sizes of the mesh's axes, None for those that the checkpoint was laid out for.
         mode: which of the model's plans apply, None for the mode that the checkpoint was laid out for.
         device: where the ranks compute.
-        tolerance: the accepted difference of outputs in float32, relative to the largest.
+        tolerance: the accepted difference of outputs, relative to the largest; None for 1e-10, or 1e-5 where the models
+            are compared in float32.
         timeout: how long the workers may take, in seconds.
+        plan: a file with the styles to use instead of the model's plan, None for the model's own.
+        allow_unexercised: names or patterns of what need not be exercised for a proof.
     """
 
     source: str
@@ -115,5 +118,7 @@ class Validate:
     fsdp: int | None = None
     mode: Mode | None = None
     device: Device = "auto"
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     timeout: float = 1800.0
+    plan: Path | None = None
+    allow_unexercised: tuple[str, ...] = ()

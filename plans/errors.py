@@ -5,6 +5,7 @@
     │   └── DependencyError      a package the command needs is not installed
     ├── SourceError              a source file cannot be read, parsed or written
     ├── PlanError                a plan cannot be resolved on a model and a mesh
+    │   ├── MissingPlanError     the model has no plan for the mode
     │   ├── UnknownStyleError    the dialect has no such style
     │   ├── UnmatchedKeyError    a plan entry matches nothing in the model
     │   └── IndivisibleError     a size is not divisible by a mesh axis
@@ -36,6 +37,7 @@ __all__ = [
     "IndivisibleError",
     "MigratorError",
     "MismatchError",
+    "MissingPlanError",
     "PlanError",
     "SourceError",
     "UnknownStyleError",
@@ -95,6 +97,10 @@ class SourceError(MigratorError):
 
 class PlanError(MigratorError):
     """A plan cannot be resolved on a model and a mesh."""
+
+
+class MissingPlanError(PlanError):
+    """The model has no plan for the mode, and none can be derived."""
 
 
 class UnknownStyleError(PlanError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
@@ -13,7 +14,9 @@ __all__ = [
     "first_line",
     "format_count",
     "format_names",
+    "format_numbers",
     "format_placements",
+    "matches",
     "pluralize",
     "shorten",
     "suggest_name",
@@ -23,6 +26,7 @@ RANK_0 = "rank 0 only"
 """Where tensors lie that no plan places."""
 
 _MAX_NAMES = 3
+_MAX_NUMBERS = 12
 _MAX_LENGTH = 120
 
 
@@ -72,6 +76,17 @@ def format_names(names: Sequence[str]) -> str:
     """Return the first few names, quoted, and the number of the others."""
     listed = ", ".join(repr(name) for name in names[:_MAX_NAMES])
     return listed if len(names) <= _MAX_NAMES else f"{listed} and {len(names) - _MAX_NAMES} more"
+
+
+def format_numbers(numbers: Sequence[int]) -> str:
+    """Return the first few numbers, and the number of the others."""
+    listed = ", ".join(map(str, numbers[:_MAX_NUMBERS]))
+    return listed if len(numbers) <= _MAX_NUMBERS else f"{listed} and {len(numbers) - _MAX_NUMBERS} more"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether a pattern matches a whole name; `*` matches anything, all else itself."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
 def shorten(text: str) -> str:

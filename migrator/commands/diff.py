@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrator.exit_codes import of_findings
 from migrator.options.common import format_option
 from migrator.terminal import console
 from plans.errors import UsageError
@@ -77,9 +78,7 @@ def command(base: str, head: str | None, allow: tuple[str, ...], output_format: 
         console.say(f"pyproject.toml excludes {files} with plans, such as {format_path(excluded[0])}: not compared")
     for error in report.comparison.errors:
         console.error(error)
-    if report.comparison.errors:
-        return 2
-    return 1 if report.failing else 0
+    return of_findings(report.failing, report.comparison.errors)
 
 
 def _check_allowed(allow: Sequence[str], before: Snapshot, after: Snapshot) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrator.exit_codes import of_findings
 from migrator.options.common import (
     build_mesh,
     follow_links_option,
@@ -71,7 +72,7 @@ def command(
         show_inspection(inspection)
     if report is not None:
         _save_report(inspection, report)
-    return 1 if inspection.findings else 0
+    return of_findings(inspection.findings)
 
 
 def _save_report(inspection: Inspection, file: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.actions import compute_rewrite_exit_code, rewrite
+from migrator.exit_codes import of_findings
 from migrator.options.source import emit_machine_format, print_errors, source_options
 from migrator.settings import Rewrite
 from migrator.terminal import console
@@ -52,7 +53,7 @@ def command(
     else:
         _show_report(report, diff=diff, quiet=quiet)
     print_errors(report.errors)
-    return compute_rewrite_exit_code(report) or (1 if check and report.changes else 0)
+    return compute_rewrite_exit_code(report) or of_findings(check and report.changes)
 
 
 def _show_report(report: SourceReport, *, diff: bool, quiet: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from migrator.exit_codes import combine
 from migrator.options.common import SECONDS, format_option
 from migrator.terminal import console
 from migrator.terminal.text import format_bytes, format_duration, sanitize
@@ -54,7 +55,7 @@ def command(
         outcomes = forecasts = foresee_files([file for path in paths for file in job_files(path)])
     else:
         outcomes = results = _run_jobs(paths, watch, interval, make_listener(quiet=quiet))
-    code = max((outcome.code for outcome in outcomes), default=0)
+    code = combine(outcome.code for outcome in outcomes)
     if output_format == "json":
         console.emit_json({"code": code, "jobs": [outcome.to_json() for outcome in outcomes]})
     elif dry_run:

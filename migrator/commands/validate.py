@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from migrator.actions import validate
-from migrator.options.common import SECONDS, format_option, mesh_options, reject_empty, report_option, require_runtime
+from migrator.exit_codes import of_validation
+from migrator.options.common import (
+    SECONDS,
+    format_option,
+    mesh_options,
+    reject_empty,
+    reject_empty_patterns,
+    report_option,
+    require_runtime,
+)
 from migrator.settings import Validate
 from migrator.terminal import console
-from plans.text import pluralize
+from plans.plan import to_wildcard
+from plans.text import format_numbers, matches, pluralize
 from runtime.processes.started import exit_now, is_worker_process
 
 if TYPE_CHECKING:
@@ -46,8 +57,22 @@ __all__ = ["command", "explain_failure", "show_result"]
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=Validate.tolerance,
-    show_default=True,
-    help="Accepted difference of float32 outputs, relative to the largest; ten times that for gradients.",
+    help="Accepted difference of outputs and gradients, relative to the largest; by default 1e-10. Models that do not "
+    "fit in memory in float64 are compared in float32, by default at 1e-5, their gradients at ten times that.",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSON or TOML file, key to style, to use instead of the model's own plan.",
+)
+@click.option(
+    "--allow-unexercised",
+    "allow_unexercised",
+    multiple=True,
+    metavar="PATTERN",
+    callback=reject_empty_patterns,
+    help="Call SOURCE proven although tensors with this name were not exercised; * matches anything. Repeatable.",
 )
 @click.option(
     "--timeout",
@@ -67,7 +92,9 @@ def command(
     mode: Mode | None,
     device: Device,
     reference: str | None,
-    tolerance: float,
+    tolerance: float | None,
+    plan: Path | None,
+    allow_unexercised: tuple[str, ...],
     timeout: float,
     output_format: str,
     report: Path | None,
@@ -77,8 +104,10 @@ def command(
     One process for each rank loads its part of SOURCE and runs the model. Every planned parameter must be sharded as
     planned, and every other one must be whole. The ranks' bytes must equal those that were written and those of the
     reference, config.json must describe the same computation as the reference's, and outputs, gradients and greedily
-    generated tokens must equal the unsharded model's. The mesh is the one that SOURCE was laid out for, if it records
-    one. Also runs under torchrun, on several machines that can all access SOURCE. SOURCE and the reference are folders
+    generated tokens must equal the unsharded model's; each data parallel rank has a batch of its own. What no gradient
+    reached is listed, and SOURCE is then not fully proven. The mesh is the one that SOURCE was laid out for, if it
+    records one. Exit code 1 means that something differs or was not exercised, 2 that the model or the runtime failed.
+    Also runs under torchrun, on several machines that can all access SOURCE. SOURCE and the reference are folders
     in any layout, or hf://owner/name[@revision].
     """
     require_runtime()
@@ -88,12 +117,13 @@ def command(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
     settings = Validate(
-        source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout
-    )
+        source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout,
+        plan, allow_unexercised,
+    )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":
         _show_and_save(validation.request, validation.result, output_format, report)
-    code = 0 if validation.result.ok else 1
+    code = of_validation(validation.result)
     if is_worker:
         exit_now(code)
     return code
@@ -115,6 +145,9 @@ def _show_and_save(
         show_result(request.folder, result)
     if (text := explain_failure(request, result)) is not None:
         console.say(f"hint: {text}")
+    for pattern in request.allow_unexercised:
+        if not any(matches(pattern, row.name) for row in result.unexercised):
+            console.say(f"--allow-unexercised {pattern}: nothing with this name was left unexercised")
     if report is not None:
         from migrator.report.from_validation import report_validation
         from migrator.report.page import write_report
@@ -136,9 +169,33 @@ def show_result(source: Path, result: ValidationResult) -> None:
             _show_mismatch(mismatch)
         if len(check.mismatches) > _MAX_MISMATCHES:
             console.emit_line(f"{'':<10} and {len(check.mismatches) - _MAX_MISMATCHES} more")
+    for part, reason in result.failed.items():
+        console.emit_line(f"{part:<10} FAILED   {reason}")
     for part, reason in result.skipped.items():
         console.emit_line(f"{part:<10} skipped  {reason}")
-    console.emit_line(f"{source}: {'proven' if result.ok else 'not proven'}")
+    _show_unexercised(result)
+    console.emit_line(f"{source}: {result.verdict}")
+
+
+def _show_unexercised(result: ValidationResult) -> None:
+    """Print what was not exercised, a line for each group of tensors of the same name in different layers."""
+    groups = Counter((to_wildcard(row.name), row.reason, row.ranks, row.allowed) for row in result.unexercised)
+    lines = [
+        f"{name}{f' ×{count}' if count > 1 else ''}{_format_ranks(ranks)}: {reason}{' (allowed)' if allowed else ''}"
+        for (name, reason, ranks, allowed), count in groups.items()
+    ]
+    if lines:
+        is_allowed = all(row.allowed for row in result.unexercised)
+        total = pluralize(len(result.unexercised), "name")
+        console.emit_line(f"{'exercise':<10} {'allowed' if is_allowed else 'PARTLY':<8} {total} not exercised")
+    for line in lines[:_MAX_MISMATCHES]:
+        console.emit_line(f"{'':<10} {line}")
+    if len(lines) > _MAX_MISMATCHES:
+        console.emit_line(f"{'':<10} and {len(lines) - _MAX_MISMATCHES} more")
+
+
+def _format_ranks(ranks: Sequence[int]) -> str:
+    return f" on rank {format_numbers(ranks)}" if ranks else ""
 
 
 def explain_failure(request: ValidationRequest, result: ValidationResult) -> str | None:
@@ -153,6 +210,10 @@ def explain_failure(request: ValidationRequest, result: ValidationResult) -> str
         and _differs_only_from_reference(content)
     ):
         return f"{request.reference} may not be the checkpoint that {request.folder} was made from"
+    if result.failed:
+        return "the model did not run under its plan, which says nothing about the checkpoint's content"
+    if result.verdict == "not fully proven":
+        return "--allow-unexercised PATTERN accepts by name what need not be exercised"
     return None
 
 
@@ -189,7 +250,7 @@ def _describe_forward(check: CheckResult, world_size: int) -> str:
     numbers = check.numbers
     if "reason" in numbers:
         return str(numbers["reason"])
-    text = f"largest difference of {numbers['compared']} {_format_difference(numbers)}"
+    text = f"largest difference of {numbers['compared']} in {numbers['precision']} {_format_difference(numbers)}"
     return f"{text}; {_describe_stored_dtype(numbers['as_stored'])}" if "as_stored" in numbers else text
 
 
@@ -205,7 +266,11 @@ def _describe_backward(check: CheckResult, world_size: int) -> str:
     if "reason" in numbers:
         return str(numbers["reason"])
     worst = _format_number(numbers["worst_relative_diff"])
-    return f"{pluralize(check.checked, 'gradient')}, largest difference {worst} of one"
+    text = f"{pluralize(check.checked, 'gradient')} in {numbers['precision']}, largest difference {worst} of one"
+    batches = f" over {numbers['batches']} batches" if numbers["batches"] > 1 else ""
+    inputs = f", {pluralize(numbers['inputs'], 'input')}" if numbers["inputs"] > 1 else ""
+    forced = ", the last with routing forced alike on both sides" if numbers["forced_routing"] else ""
+    return f"{text}{batches}{inputs}{forced}"
 
 
 def _describe_generation(check: CheckResult, world_size: int) -> str:

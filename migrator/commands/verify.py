@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrator.actions import verify
+from migrator.exit_codes import of_findings
 from migrator.options.common import (
     follow_links_option,
     format_option,
@@ -55,7 +56,7 @@ def command(
         console.emit_json(result.to_json())
     else:
         _show_verification(result, quiet)
-    return 0 if result.ok else 1
+    return of_findings(not result.ok)
 
 
 def _show_verification(result: Verification, quiet: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from migrator import actions
+from migrator.exit_codes import of_findings, of_validation
 from migrator.jobs.interruption import interruptible
 from migrator.jobs.results import ActionOutcome, StepContext
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
@@ -64,7 +65,7 @@ def _verify(step: Verify, context: StepContext) -> ActionOutcome:
         verification = actions.verify(step, nullcontext(context.progress))
     differences = len(verification.differences)
     summary = _VERDICTS[verification.against] if verification.ok else format_count(differences, "difference")
-    return ActionOutcome(0 if verification.ok else 1, summary, verification.to_json())
+    return ActionOutcome(of_findings(differences), summary, verification.to_json())
 
 
 def _validate(step: Validate, context: StepContext) -> ActionOutcome:
@@ -76,9 +77,12 @@ def _validate(step: Validate, context: StepContext) -> ActionOutcome:
         page = render_report(report_validation(validation.request, validation.result))
     result = validation.result
     wrong = [part for part, check in result.checks.items() if not check.ok]
-    verdict = "proven" if result.ok else f"wrong: {', '.join(wrong)}" if wrong else "not proven"
+    failed = [f"{part} failed, {reason}" for part, reason in result.failed.items()]
+    unexercised = sum(not row.allowed for row in result.unexercised)
+    gaps = f": {unexercised} not exercised" if result.verdict == "not fully proven" else ""
+    verdict = "; ".join(failed) or (f"wrong: {', '.join(wrong)}" if wrong else f"{result.verdict}{gaps}")
     summary = f"{verdict} on {format_count(result.world_size, 'rank')}"
-    return ActionOutcome(0 if result.ok else 1, summary, result.to_json(), page)
+    return ActionOutcome(of_validation(result), summary, result.to_json(), page)
 
 
 EXECUTORS: Mapping[type, Callable[[Any, StepContext], ActionOutcome]] = {

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from migrator.jobs.job import is_on_hub
 from migrator.options.external import ExternalOptions
+from migrator.settings import Validate
 from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
 from plans.text import suggest_name
@@ -32,6 +33,7 @@ __all__ = [
     "read_seconds",
     "read_size",
     "read_text",
+    "read_texts",
 ]
 
 
@@ -92,6 +94,13 @@ def read_text(location: SettingLocation, value: object) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         location.refuse(f"is {value!r}, not a non-blank string without NUL", f'write {location.key} = "…"')
     return value
+
+
+def read_texts(location: SettingLocation, value: object) -> tuple[str, ...]:
+    """Read a list of texts."""
+    if not isinstance(value, list) or not value:
+        location.refuse(f"is {value!r}, not a list of texts", f'write {location.key} = ["…"]')
+    return tuple(read_text(location, text) for text in value)
 
 
 def read_name(location: SettingLocation, value: object) -> str:
@@ -186,6 +195,8 @@ _CONFIG = "config.json"
 
 def list_external_files(step: object) -> tuple[Path, ...]:
     """Return the plan file and the config.json that a step reads besides its checkpoints."""
+    if isinstance(step, Validate):
+        return (step.plan,) if step.plan is not None else ()
     if not isinstance(step, ExternalOptions):
         return ()
     config = step.config / _CONFIG if step.config is not None and step.config.is_dir() else step.config

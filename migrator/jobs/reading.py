@@ -69,6 +69,8 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "device": readers.make_choice_reader("cpu", "cuda", "auto"),
         "tolerance": readers.read_fraction,
         "timeout": readers.read_seconds,
+        "plan": readers.read_path,
+        "allow_unexercised": readers.read_texts,
     },
 }
 """The settings of each table, and of the top level under the empty name."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, TextIO, TypeVar
 
+from migrator.exit_codes import ExitCode
 from migrator.jobs.cache_key import (
     CacheKey,
     StepState,
@@ -221,8 +222,10 @@ class _Execution:
         """Record that a step did not complete; one that did not even begin keeps its record."""
         record = self.records.get(name)
         if record is not None and record.status == "started":
-            self._save_record(name, replace(record, status=status, code=2, said=summary, time=time.time()))
-        return StepResult(name, status, 2, summary)
+            self._save_record(
+                name, replace(record, status=status, code=ExitCode.FAILED, said=summary, time=time.time())
+            )
+        return StepResult(name, status, ExitCode.FAILED, summary)
 
     def _save_record(self, name: str, record: Record) -> None:
         self.records[name] = record
@@ -248,7 +251,7 @@ class _Preview:
         try:
             forecast = self._preview_step(name, step)
         except MigratorError as error:
-            forecast = StepForecast(name, "it was not done", "failed", 2, error.message, error=error)
+            forecast = StepForecast(name, "it was not done", "failed", ExitCode.FAILED, error.message, error=error)
         if forecast.why is not None:
             self.pending |= dict.fromkeys(_find_outputs(step), name)
         return forecast

@@ -23,6 +23,7 @@ __all__ = [
     "max_memory_option",
     "mesh_options",
     "reject_empty",
+    "reject_empty_patterns",
     "report_option",
     "require_runtime",
 ]
@@ -142,3 +143,10 @@ def reject_empty(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None and not value.strip():
         raise click.BadParameter("is empty", ctx, param)
     return value
+
+
+def reject_empty_patterns(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse an empty pattern among several, such as an unset shell variable, which would match nothing."""
+    for value in values:
+        reject_empty(ctx, param, value)
+    return values

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from migrator.report.content import Report, ReportFinding
+from migrator.report.content import Report, ReportFinding, Severity
 from migrator.report.from_inspection import build_inspection_report
 from plans.errors import MigratorError
+from plans.text import format_numbers
 from runtime.inspecting.results import Inspection
 
 if TYPE_CHECKING:
@@ -48,13 +49,13 @@ def build_validation_report(inspection: Inspection, result_json: Mapping[str, An
         result_json: the validation's JSON form, as `--format json` prints it.
     """
     report = build_inspection_report(inspection)
-    ok = bool(result_json["ok"])
-    checked = [part for part in _PARTS if result_json.get(part) and part not in result_json["skipped"]]
+    not_run = {*result_json["skipped"], *result_json["failed"]}
+    checked = [part for part in _PARTS if result_json.get(part) and part not in not_run]
     return replace(
         report,
-        title=f"{inspection.folder.name}: {'proven' if ok else 'not proven'}",
+        title=f"{inspection.folder.name}: {result_json['verdict']}",
         summary=f"Checked {', '.join(checked) or 'nothing'} on {result_json['world_size']} ranks.",
-        ok=ok,
+        ok=bool(result_json["ok"]),
         facts={**{part: _describe_numbers(result_json[part]) for part in checked}, **report.facts},
         findings=(*_findings(result_json), *report.findings),
         timings=result_json.get("seconds", {}),
@@ -68,6 +69,12 @@ def _findings(result_json: Mapping[str, Any]) -> Iterator[ReportFinding]:
             yield ReportFinding(
                 "error", row["name"], f"{part}{where}: expected {row['expected']}, found {row['found']}"
             )
+    for part, reason in result_json["failed"].items():
+        yield ReportFinding("error", part, f"the model did not run: {reason}")
+    for row in result_json["unexercised"]:
+        where = f" on rank {format_numbers(row['ranks'])}" if row["ranks"] else ""
+        severity: Severity = "note" if row["allowed"] else "warning"
+        yield ReportFinding(severity, row["name"], f"not exercised{where}: {row['reason']}")
     for part, reason in result_json["skipped"].items():
         yield ReportFinding("note", part, f"skipped: {reason}")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from plans.decompose import apply_edits, decompose
 from plans.dialect import PARAM_LEVEL, Dialect, dialect_for_release, load_dialect
-from plans.errors import PlanError, UsageError
+from plans.errors import MissingPlanError, UsageError
 from plans.mesh import MODES, Mode
 from plans.placement import Shard
 from plans.plan import find_expert_keys, find_key, merge_expert_plan, to_wildcard
@@ -72,7 +72,7 @@ class Plan:
 
         Raises:
             UsageError: there is no such mode, or `model` is neither a model nor a config.
-            PlanError: the model has no plan for the mode, and none can be derived.
+            MissingPlanError: the model has no plan for the mode, and none can be derived.
         """
         if mode not in MODES:
             raise UsageError(f"there is no mode {mode!r}", hint="choose one of " + ", ".join(MODES), mode=mode)
@@ -173,9 +173,9 @@ def _find_model_plans(module: nn.Module, kind: str, prefix: str) -> Iterator[tup
 
 def _require_plan(model: PreTrainedModel, plan: dict[str, str], kind: str, description: str) -> dict[str, str]:
     if not plan:
-        raise PlanError(
+        raise MissingPlanError(
             f"{type(model).__name__} has no {description} plan",
-            hint=f"add a `base_model_{kind}_plan` to its config, or pass a plan of your own",
+            hint=f"add a base_model_{kind}_plan to its config.json; validate --plan and the library also take your own",
             model=type(model).__name__,
         )
     return plan

@@ -165,7 +165,8 @@ def resolve(
         model: the model, on meta or not; none of its data is read.
         mesh: the sizes of the mesh axes.
         mode: the mode to choose a plan for; a `Plan` brings its own.
-        plan: the plan; by default the one that `Plan.from_model` chooses for the mode.
+        plan: the plan; by default the one that `Plan.from_model` chooses for the mode, or none where the model has none
+            and the mesh has no axis that a plan shards over.
         styles: the styles that the plan may name.
 
     Raises:
@@ -179,7 +180,7 @@ def resolve(
             and up or only in part.
     """
     check_model(model)
-    chosen = plan if isinstance(plan, Plan) else Plan.from_model(model, mode, plan)
+    chosen = plan if isinstance(plan, Plan) else _choose_plan(model, mesh, mode, plan)
     check_mode(chosen.mode, mesh)
     view = PlanView(model, chosen.entries, styles.dialect(runtime_dialect()), styles)
     check_entries(view)
@@ -197,6 +198,11 @@ def resolve(
     return ResolvedPlan(
         str(model.config.model_type), chosen.mode, view.dialect.name, mesh, chosen.entries, parameters, unmatched
     )
+
+
+def _choose_plan(model: PreTrainedModel, mesh: Mesh, mode: Mode, plan: Mapping[str, str] | None) -> Plan:
+    needs_none = plan is None and mesh.tp == mesh.ep == 1 and not model.tp_plan
+    return Plan(mode, {}) if needs_none else Plan.from_model(model, mode, plan)
 
 
 def place_tensors(model: PreTrainedModel, plan: Plan) -> tuple[ResolvedParameter, ...]:
@@ -299,12 +305,12 @@ class _TensorResolver:
         """Return the placement on the data parallel axis: dim 0 of what the inner axis left, as `fully_shard` cuts.
 
         Raises:
-            PlanError: dim 0 holds packed groups, which FSDP would cut across.
+            IndivisibleError: dim 0 holds packed groups, which FSDP would cut across.
         """
         if self.mesh.sizes(over)[0] == 1 or not self.tensors[name].ndim:
             return Replicate()
         if isinstance(inner, Packed) and inner.dim == 0:
-            raise PlanError(
+            raise IndivisibleError(
                 f"{name} is {inner}, whose groups FSDP would cut across",
                 hint="set `fsdp=1`, or use a plan that does not pack dim 0",
                 parameter=name,

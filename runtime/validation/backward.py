@@ -1,101 +1,230 @@
-"""The backward check: every parameter's gradient, shard by shard on every rank, against the unsharded model's."""
+"""The backward check: every parameter's gradient, shard by shard on every rank, against the unsharded model's.
+
+Each group of ranks that computes together has a batch of its own, as in training. The reference runs all batches, and
+its gradient is their mean: a reduction that is missing, or that divides by another number of ranks, shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from plans.resolved_plan import ResolvedPlan
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
+from runtime.validation.exercise import Unexercised, find_idle_experts, find_unexercised, record_reads, stacks_experts
+from runtime.validation.forced_routing import can_force_routing, count_experts, force_routing
+from runtime.validation.inputs import count_batches, find_batch, sample_batches
 from runtime.validation.local import detach_local, slice_local_shard
-from runtime.validation.outputs import compute_gradients
+from runtime.validation.outputs import accumulate_gradients
+from runtime.validation.precision import Precision
 from runtime.validation.reference import ReferenceModel
 from runtime.validation.request import ValidationRequest
-from runtime.validation.results import CheckResult
+from runtime.validation.results import CheckResult, PartFailure, PartSkip
 from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_backward"]
+__all__ = ["BackwardCheck", "check_backward"]
 
-_TOLERANCE_FACTOR = 10.0
-"""How many times the tolerance of outputs gradients get: they pass each layer twice and add up over tokens."""
-_RELATIVE_FLOOR = 1e-2
-"""Gradients smaller than this fraction of the model's largest are compared relative to that fraction instead.
+_MOST_INPUTS = 4
+"""How many inputs are tried, each longer than the one before, until every parameter and every expert has a gradient."""
 
-Some gradients, such as that of a bias on keys, are zero up to rounding, so their own size is no scale to compare with.
-"""
 
-_GradientError = tuple[str, float, float]
-"""A parameter's name, the largest error of its gradient on one rank, and the gradient's largest value."""
+@dataclass(frozen=True)
+class BackwardCheck:
+    """What the backward check found.
+
+    Args:
+        result: the comparison.
+        unexercised: the parameters and experts without a gradient in the reference.
+    """
+
+    result: CheckResult
+    unexercised: tuple[Unexercised, ...]
+
+
+@dataclass(frozen=True)
+class _GradientRow:
+    """One parameter's gradient on one rank.
+
+    Args:
+        error: the largest error.
+        value: the largest value of the whole gradient.
+        exercised: whether the rank's shard of the reference's gradient is nonzero; None for an empty shard.
+        idle: the experts that the whole gradient is zero for, if the parameter stacks experts.
+    """
+
+    error: float
+    value: float
+    exercised: bool | None
+    idle: tuple[int, ...] = ()
+
+
+_RankRows = Mapping[str, _GradientRow]
 
 
 def check_backward(
     model: PreTrainedModel,
     resolved: ResolvedPlan,
-    tokens: torch.Tensor,
     reference: ReferenceModel,
     request: ValidationRequest,
-) -> CheckResult | str:
+    precision: Precision,
+) -> BackwardCheck | PartSkip | PartFailure:
     """Compare the gradient of every parameter on every rank that holds it or a shard of it. Collective.
 
     On each rank that replicates a parameter, the gradient must be the whole gradient; a partial sum or a divergent
-    replica is reported for the rank that has it.
+    replica is reported for the rank that has it. Both models run more inputs, up to a limit, while some parameter or
+    expert has no gradient; experts that no input reaches are chosen by force, in both models.
 
     Returns:
-        The result of the check, or the reason why nothing could be compared.
+        What was found, the reason why nothing could be compared, or the failure of the parallel model.
     """
-    # The reference runs first: if the model has no gradients even unsharded, its plan is not at fault.
-    expected = reference.run(lambda model: compute_gradients(model, tokens, request.seed))
-    if isinstance(expected, RankFailure):
-        return f"the unsharded model cannot compute gradients: {expected.reason}"
-    found = run_on_all_ranks(lambda: compute_gradients(model, tokens, request.seed))
-    if isinstance(found, RankFailure):
+    pair = _Pair(model, reference, resolved, request, precision)
+    rows: list[_RankRows] = []
+    reached = inputs = 0
+    for inputs in range(1, _MOST_INPUTS + 1):
+        if (ended := pair.run(inputs - 1)) is not None:
+            return ended
+        rows = pair.measure()
+        before, reached = reached, _count_exercised(rows)
+        if pair.is_exercised(rows) or (inputs > 1 and reached == before):
+            break
+    forced = any(row.idle for row in rows[0].values()) and can_force_routing(resolved)
+    if forced:
+        if (ended := pair.run(inputs - 1, forced=True)) is not None:
+            return ended
+        rows = pair.measure()
+    unexercised = find_unexercised(
+        [{name: row.exercised for name, row in by_name.items()} for by_name in rows],
+        {name: row.idle for name, row in rows[0].items()},
+        pair.read,
+    )
+    numbers = {
+        **precision.describe_gradients(request.tolerance),
+        "batches": count_batches(resolved.mesh),
+        "inputs": inputs + forced,
+        "forced_routing": forced,
+        "exercised": len(rows[0]) - len(unexercised),
+    }
+    return BackwardCheck(_evaluate_errors(rows, numbers), tuple(unexercised))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Both models, whose gradients add up from input to input.
+
+    Args:
+        model: the parallel model.
+        reference: the reference.
+        resolved: the plan of the parallel model.
+        request: what to validate.
+        precision: the precision that both models compute in.
+        read: the parameters that take no gradient and that the reference's forward read.
+    """
+
+    model: PreTrainedModel
+    reference: ReferenceModel
+    resolved: ResolvedPlan
+    request: ValidationRequest
+    precision: Precision
+    read: set[str] = field(default_factory=set)
+
+    def run(self, number: int, *, forced: bool = False) -> PartSkip | PartFailure | None:
+        """Add the gradients on one input to both models' gradients; return why that is impossible, if it is.
+
+        Args:
+            number: the number of the input.
+            forced: whether the experts are chosen in turn, in both models.
+        """
+        batches = sample_batches(self.model, self.request, number)
+        own = find_batch(self.resolved.mesh, dist.get_rank())
+        experts = count_experts(self.model) if forced else {}
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+
+        def run_all_batches(model: PreTrainedModel) -> None:
+            with record_reads(model, frozen, self.read):
+                for number, batch in enumerate(batches):
+                    with force_routing(model, experts, number):
+                        accumulate_gradients(model, batch, 1 / len(batches))
+
+        def run_own_batch() -> None:
+            with force_routing(self.model, experts, own):
+                accumulate_gradients(self.model, batches[own])
+
+        # The reference runs first: if the model has no gradients even unsharded, its plan is not at fault.
+        expected = self.reference.run(run_all_batches)
+        if isinstance(expected, RankFailure):
+            return PartSkip(f"the unsharded model cannot compute gradients: {expected.reason}")
+        found = run_on_all_ranks(run_own_batch)
+        if not isinstance(found, RankFailure):
+            self.read.update(all_gather_json(sorted(self.read))[0])
+            return None
         if found.out_of_memory:
-            model.zero_grad(set_to_none=True)
-            return f"rank {found.rank} ran out of memory for gradients: {found.reason}"
-        mismatch = Mismatch("backward", "gradients", found.reason, found.rank)
-        return CheckResult(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
-    rows: list[list[_GradientError]] = all_gather_json(_measure_errors(model, resolved, reference))
-    return _evaluate_errors(rows, _TOLERANCE_FACTOR * request.tolerance)
+            self.model.zero_grad(set_to_none=True)
+            return PartSkip(f"rank {found.rank} ran out of memory for gradients: {found.reason}")
+        return PartFailure(f"rank {found.rank}: {found.reason}")
 
+    def measure(self) -> list[_RankRows]:
+        """Return every parameter's gradient on every rank, by rank and name."""
+        rows = {name: self._measure_parameter(name, value) for name, value in self.model.named_parameters()}
+        gathered: list[dict[str, list[Any]]] = all_gather_json(
+            {name: [row.error, row.value, row.exercised, row.idle] for name, row in rows.items()}
+        )
+        return [
+            {
+                name: _GradientRow(error, value, exercised, tuple(idle))
+                for name, (error, value, exercised, idle) in by_name.items()
+            }
+            for by_name in gathered
+        ]
 
-def _measure_errors(model: PreTrainedModel, resolved: ResolvedPlan, reference: ReferenceModel) -> list[_GradientError]:
-    rows: list[_GradientError] = []
-    for name, parameter in model.named_parameters():
-        row = resolved.by_name[name]
-        whole = reference.broadcast_gradient(name, row.shape)
-        wanted = slice_local_shard(whole, row, resolved.mesh)
+    def _measure_parameter(self, name: str, parameter: torch.Tensor) -> _GradientRow:
+        row = self.resolved.by_name[name]
+        whole = self.reference.broadcast_gradient(name, row.shape, self.precision.dtype)
+        wanted = slice_local_shard(whole, row, self.resolved.mesh)
         gradient = torch.zeros_like(wanted) if parameter.grad is None else detach_local(parameter.grad)
         assert gradient.shape == wanted.shape, name
         error = float((gradient - wanted).abs().max().nan_to_num(nan=inf)) if wanted.numel() else 0.0
-        rows.append((name, error, float(whole.abs().max())))
-    return rows
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        idle = find_idle_experts(whole) if dist.get_rank() == 0 and stacks_experts(owner, parameter) else ()
+        exercised = bool(wanted.any()) if wanted.numel() else None
+        return _GradientRow(error, float(whole.abs().max()) if whole.numel() else 0.0, exercised, tuple(idle))
+
+    def is_exercised(self, rows: Sequence[_RankRows]) -> bool:
+        """Return whether every shard of every parameter, and every expert, has a gradient."""
+        return all(
+            name in self.read or (row.exercised is not False and not row.idle)
+            for by_name in rows
+            for name, row in by_name.items()
+        )
 
 
-def _evaluate_errors(by_rank: Sequence[Sequence[_GradientError]], tolerance: float) -> CheckResult:
-    largest = max(value for rows in by_rank for _, _, value in rows)
+def _count_exercised(rows: Sequence[_RankRows]) -> int:
+    """Return a number that grows with every shard and every expert that gets a gradient."""
+    return sum((row.exercised is True) - len(row.idle) for by_name in rows for row in by_name.values())
+
+
+def _evaluate_errors(by_rank: Sequence[_RankRows], numbers: dict[str, Any]) -> CheckResult:
+    largest = max(row.value for rows in by_rank for row in rows.values())
     if not 0 < largest < inf:
         reason = "the reference's gradients are " + ("not finite" if largest else "all zero")
         return CheckResult(0, (Mismatch("gradients", "values to compare with", reason),), {"reason": reason})
+    tolerance, floor = numbers["tolerance"], numbers["floor"]
     wrong: list[Mismatch] = []
     worst = ("", 0.0)
     for rank, rows in enumerate(by_rank):
-        for name, error, value in rows:
-            scale = max(value, _RELATIVE_FLOOR * largest)
-            worst = max(worst, (name, error / scale), key=lambda pair: pair[1])
-            if not error <= tolerance * scale:
-                expected = f"a gradient up to {value:.3g}, within {tolerance * scale:.2g}"
-                wrong.append(Mismatch(name, expected, f"off by {error:.2g}", rank))
-    numbers = {
-        "worst_parameter": worst[0],
-        "worst_relative_diff": worst[1],
-        "max_abs_reference": largest,
-        "tolerance": tolerance,
-    }
-    return CheckResult(len(by_rank[0]), tuple(wrong), numbers)
+        for name, row in rows.items():
+            scale = max(row.value, floor * largest)
+            worst = max(worst, (name, row.error / scale), key=lambda pair: pair[1])
+            if not row.error <= tolerance * scale:
+                expected = f"a gradient up to {row.value:.3g}, within {tolerance * scale:.2g}"
+                wrong.append(Mismatch(name, expected, f"off by {row.error:.2g}", rank))
+    worst_numbers = {"worst_parameter": worst[0], "worst_relative_diff": worst[1], "max_abs_reference": largest}
+    return CheckResult(len(by_rank[0]), tuple(wrong), {**worst_numbers, **numbers})

@@ -1,8 +1,10 @@
-"""The forward check: a parallel model's outputs against the unsharded model's, on the same tokens."""
+"""The forward check: a parallel model's outputs against the unsharded model's, each batch on its own ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +14,19 @@ import torch
 from plans.errors import UsageError
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
+from runtime.validation.inputs import InputBatch
 from runtime.validation.outputs import Output, compute_output
 from runtime.validation.reference import ReferenceModel
-from runtime.validation.results import CheckResult
+from runtime.validation.results import CheckResult, PartFailure, PartSkip
 from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "ExpectedOutputs",
     "StoredDtypeOutputs",
+    "build_reference_error",
     "check_comparable",
     "check_forward",
     "run_in_stored_dtype",
@@ -31,11 +36,26 @@ __all__ = [
 
 _ROUNDING_FACTOR = 3.0
 """How many times the unsharded model's rounding error is allowed: a parallel model adds up rounded partial sums."""
+_ROUNDING_FLOOR = 1e-5
+"""The error that is allowed in any case, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class ExpectedOutputs:
+    """The reference's outputs.
+
+    Args:
+        own: its output on this rank's batch.
+        largest: the largest value of its outputs on all batches.
+    """
+
+    own: Output
+    largest: float
 
 
 @dataclass(frozen=True)
 class StoredDtypeOutputs:
-    """Outputs of both models with weights in the checkpoint's own dtype.
+    """Outputs of both models on this rank's batch, with weights in the checkpoint's own dtype.
 
     Args:
         dtype: the dtype, by safetensors' name.
@@ -44,11 +64,11 @@ class StoredDtypeOutputs:
     """
 
     dtype: str
-    found: Output | RankFailure[Output]
+    found: Output
     expected: torch.Tensor
 
 
-def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output | RankFailure[Output]:
+def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output | PartFailure:
     """Run a parallel model without gradients. Collective: every rank must call it.
 
     Raises:
@@ -56,29 +76,51 @@ def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output |
     """
     with torch.no_grad():
         found = run_on_all_ranks(lambda: compute_output(model, tokens))
-    if isinstance(found, RankFailure) and found.out_of_memory:
+    if not isinstance(found, RankFailure):
+        return found
+    if found.out_of_memory:
         raise UsageError(
             f"rank {found.rank} ran out of memory for the model: {found.reason}",
             hint="use more ranks",
             rank=found.rank,
         )
-    return found
+    return PartFailure(f"rank {found.rank}: {found.reason}")
 
 
-def run_reference_model(reference: ReferenceModel, tokens: torch.Tensor, source: Path) -> Output:
-    """Return the reference's output on every rank. Collective: every rank must call it.
+def run_reference_model(
+    reference: ReferenceModel, batches: Sequence[InputBatch], own: int
+) -> ExpectedOutputs | RankFailure[Output | None]:
+    """Run the reference on all batches. Collective: every rank must call it.
 
     It runs before the parallel model: if the model cannot run even unsharded, its plan is not at fault.
 
-    Raises:
-        UsageError: the reference cannot run on the tokens.
+    Args:
+        reference: the reference.
+        batches: the batches of all ranks.
+        own: the number of this rank's batch.
+
+    Returns:
+        The outputs, or the failure of the reference.
     """
-    with torch.no_grad():
-        expected = reference.run(lambda model: compute_output(model, tokens))
-    if isinstance(expected, RankFailure):
-        raise _wrong_reference_error(source, f"the unsharded model cannot run on these tokens: {expected.reason}")
-    name: str = all_gather_json(expected.name if expected else None)[0]
-    return Output(name, reference.broadcast(expected.tensor if expected else None))
+    kept: Output | None = None
+    largest = 0.0
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            expected = reference.run(partial(compute_output, tokens=batch.tokens))
+        if isinstance(expected, RankFailure):
+            return expected
+        name: str = all_gather_json(expected.name if expected else None)[0]
+        output = Output(name, reference.broadcast(expected.tensor if expected else None))
+        value = _compute_max_abs(output.tensor)
+        largest = max(largest, value if isfinite(value) else inf)
+        kept = output if number == own else kept
+    assert kept is not None
+    return ExpectedOutputs(kept, largest)
+
+
+def build_reference_error(source: Path, failure: RankFailure[Output | None]) -> UsageError:
+    """Return the error for a reference that cannot run on the tokens."""
+    return _wrong_reference_error(source, f"the unsharded model cannot run on these tokens: {failure.reason}")
 
 
 def check_comparable(found: Output, expected: Output, source: Path) -> None:
@@ -96,53 +138,49 @@ def check_comparable(found: Output, expected: Output, source: Path) -> None:
 
 
 def run_in_stored_dtype(
-    model: PreTrainedModel, reference: ReferenceModel, tokens: torch.Tensor, dtype: str
-) -> StoredDtypeOutputs | str:
+    model: PreTrainedModel, reference: ReferenceModel, batches: Sequence[InputBatch], own: int, dtype: str
+) -> StoredDtypeOutputs | PartSkip | PartFailure:
     """Run both models in the checkpoint's own dtype, the reference first. Collective.
 
     Returns:
-        Both outputs, or the reason why the unsharded model does not run.
+        Both outputs, the reason why the unsharded model does not run, or the failure of the parallel model.
     """
-    with torch.no_grad():
-        expected = reference.run(lambda model: compute_output(model, tokens).tensor)
+    expected = run_reference_model(reference, batches, own)
     if isinstance(expected, RankFailure):
-        return f"the unsharded model does not run in {dtype}: {expected.reason}"
-    shared = reference.broadcast(expected)
-    return StoredDtypeOutputs(dtype, run_parallel_model(model, tokens), shared)
+        return PartSkip(f"the unsharded model does not run in {dtype}: {expected.reason}")
+    found = run_parallel_model(model, batches[own].tokens)
+    return found if isinstance(found, PartFailure) else StoredDtypeOutputs(dtype, found, expected.own.tensor)
 
 
 def check_forward(
-    found: Output | RankFailure[Output],
-    expected: torch.Tensor,
+    found: Output,
+    expected: ExpectedOutputs,
     tolerance: float,
-    reference_description: str,
+    facts: Mapping[str, object],
     stored: StoredDtypeOutputs | None = None,
 ) -> CheckResult:
-    """Compare the parallel model's output in float32 with the reference's. Collective: every rank must call it.
+    """Compare the parallel model's output with the reference's. Collective: every rank must call it.
 
     Args:
-        found: the parallel model's output, or its failure.
-        expected: the reference's output.
+        found: the parallel model's output on this rank's batch.
+        expected: the reference's outputs.
         tolerance: the accepted difference, relative to the largest of the reference's outputs.
-        reference_description: what the reference is, in words.
-        stored: the outputs in the checkpoint's own dtype, if that is not float32.
+        facts: what else the result tells, such as the precision.
+        stored: the outputs in the checkpoint's own dtype, if the models also ran in that.
     """
-    if isinstance(found, RankFailure):
-        return _failed_check(
-            Mismatch("forward", "an output", found.reason, found.rank), f"rank {found.rank}: {found.reason}"
-        )
-    differences: list[float] = all_gather_json(_compute_max_abs(found.tensor - expected))
-    largest = _compute_max_abs(expected)
+    differences: list[float] = all_gather_json(_compute_max_abs(found.tensor - expected.own.tensor))
+    largest = expected.largest
     numbers = {
         "max_abs_diff": max(differences),
         "max_abs_reference": largest,
         "tolerance": tolerance,
         "compared": found.name,
-        "against": reference_description,
+        **facts,
     }
     if not 0 < largest < inf:
         reason = f"the reference's output is {'not finite' if largest else 'all zero'}; nothing was compared"
-        return _failed_check(Mismatch(found.name, "outputs to compare with", reason), reason, numbers)
+        mismatch = Mismatch(found.name, "outputs to compare with", reason)
+        return CheckResult(0, (mismatch,), {**numbers, "max_abs_diff": None, "reason": reason})
     wrong = [
         Mismatch(
             found.name,
@@ -154,33 +192,38 @@ def check_forward(
         if not difference <= tolerance * largest
     ]
     if stored is not None:
-        also_wrong, numbers["as_stored"] = _compare_stored(stored, expected, tolerance, found.name)
+        also_wrong, numbers["as_stored"] = _compare_stored(
+            stored, expected.own.tensor, found.name, max(tolerance, _ROUNDING_FLOOR)
+        )
         wrong += also_wrong
     return CheckResult(found.tensor.numel(), tuple(wrong), numbers)
 
 
 def _compare_stored(
-    stored: StoredDtypeOutputs, exact: torch.Tensor, tolerance: float, name: str
+    stored: StoredDtypeOutputs, exact: torch.Tensor, name: str, floor: float
 ) -> tuple[list[Mismatch], dict[str, object]]:
     """Compare the parallel model's rounding error with the unsharded model's.
 
     By the median over tokens, because rounding may route a token to other experts, in either model.
     """
-    what, found = f"{name} in {stored.dtype}", stored.found
-    if isinstance(found, RankFailure):
-        return [Mismatch(what, "an output", found.reason, found.rank)], {"dtype": stored.dtype}
-    rounding = _compute_median_error(stored.expected - exact)
-    errors: list[float] = all_gather_json(_compute_median_error(found.tensor - exact))
-    allowed = _ROUNDING_FACTOR * rounding + tolerance * _compute_max_abs(exact)
+    what = f"{name} in {stored.dtype}"
+    rows: list[list[float]] = all_gather_json(
+        [
+            _compute_median_error(stored.found.tensor - exact),
+            _compute_median_error(stored.expected - exact),
+            _compute_max_abs(exact),
+        ]
+    )
+    limits = [_ROUNDING_FACTOR * rounding + floor * largest for _, rounding, largest in rows]
     wrong = [
         Mismatch(what, f"a typical error up to {allowed:.2g}", _format_difference(error), rank)
-        for rank, error in enumerate(errors)
+        for rank, ((error, _, _), allowed) in enumerate(zip(rows, limits, strict=True))
         if not error <= allowed
     ]
     return wrong, {
         "dtype": stored.dtype,
-        "typical_error": _get_finite(max(errors)),
-        "unsharded_error": _get_finite(rounding),
+        "typical_error": _get_finite(max(error for error, _, _ in rows)),
+        "unsharded_error": _get_finite(max(rounding for _, rounding, _ in rows)),
     }
 
 
@@ -199,10 +242,6 @@ def _format_difference(difference: float) -> str:
 
 def _get_finite(value: float) -> float | None:
     return value if isfinite(value) else None
-
-
-def _failed_check(mismatch: Mismatch, reason: str, numbers: dict[str, object] | None = None) -> CheckResult:
-    return CheckResult(0, (mismatch,), {"max_abs_diff": None, **(numbers or {}), "reason": reason})
 
 
 def _wrong_reference_error(source: Path, what: str) -> UsageError:

@@ -11,7 +11,7 @@ from runtime.processes.agreement import all_gather_json
 from runtime.validation.outputs import generate_tokens
 from runtime.validation.reference import ReferenceModel
 from runtime.validation.request import ValidationRequest
-from runtime.validation.results import CheckResult
+from runtime.validation.results import CheckResult, PartFailure, PartSkip
 from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
@@ -22,26 +22,25 @@ __all__ = ["check_generation"]
 
 def check_generation(
     model: PreTrainedModel, tokens: torch.Tensor, reference: ReferenceModel, request: ValidationRequest
-) -> CheckResult | str:
+) -> CheckResult | PartSkip | PartFailure:
     """Compare the tokens that both models continue a prompt with. Collective: every rank must call it.
 
     Returns:
-        The result of the check, or the reason why there is nothing to compare.
+        The result of the check, the reason why there is nothing to compare, or the failure of the parallel model.
     """
     if request.mode in ("sp", "sp_ep"):
-        return "sequence parallel ranks cannot generate one token at a time: tp must divide every length"
+        return PartSkip("sequence parallel ranks cannot generate one token at a time: tp must divide every length")
     if not model.can_generate():
-        return f"{type(model).__name__} cannot generate"
+        return PartSkip(f"{type(model).__name__} cannot generate")
     # The reference runs first: if the model cannot generate even unsharded, its plan is not at fault.
     expected = reference.run(lambda model: generate_tokens(model, tokens, request.new_tokens))
     if isinstance(expected, RankFailure):
-        return f"the unsharded model cannot generate: {expected.reason}"
+        return PartSkip(f"the unsharded model cannot generate: {expected.reason}")
     found = run_on_all_ranks(lambda: generate_tokens(model, tokens, request.new_tokens))
     if isinstance(found, RankFailure):
         if found.out_of_memory:
-            return f"rank {found.rank} ran out of memory for generation: {found.reason}"
-        mismatch = Mismatch("generation", "tokens", found.reason, found.rank)
-        return CheckResult(0, (mismatch,), {"reason": f"rank {found.rank}: {found.reason}"})
+            return PartSkip(f"rank {found.rank} ran out of memory for generation: {found.reason}")
+        return PartFailure(f"rank {found.rank}: {found.reason}")
     expected_texts: list[list[int]] = reference.broadcast(expected).tolist()
     by_rank: list[list[list[int]]] = all_gather_json(found.tolist())
     wrong = [

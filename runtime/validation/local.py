@@ -72,20 +72,20 @@ def _count_local_bytes(model: nn.Module) -> int:
 
 _OVERHEAD_FACTOR = 1.2
 """Factor for what activations and the allocator need besides weights and gradients."""
-_FLOAT32_BYTES = 4
 
 
-def fits_in_memory(model: nn.Module, device: torch.device) -> bool:
-    """Return whether an unsharded float32 copy of a model, with gradients, fits beside the rank's own share.
+def fits_in_memory(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Return whether an unsharded copy of a model in a dtype, with gradients, fits beside the rank's own share.
 
     Args:
         model: the rank's model, sharded or not, on meta or not; memory for its own gradients is counted too.
         device: the device that the copy would be on.
+        dtype: the dtype of the copy, and of the rank's gradients.
     """
     whole = sum(parameter.numel() for parameter in model.parameters())
     own = sum(detach_local(parameter).numel() for parameter in model.parameters())
     free = _read_free_bytes(device)
-    return free is None or _FLOAT32_BYTES * (2 * whole + own) * _OVERHEAD_FACTOR <= free
+    return free is None or dtype.itemsize * (2 * whole + own) * _OVERHEAD_FACTOR <= free
 
 
 def free_memory(device: torch.device) -> None:

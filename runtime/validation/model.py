@@ -64,7 +64,7 @@ def build_parallel_model(
         UsageError: the model is quantized, or the number of ranks is not the mesh's.
     """
     model = raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, dtype)))
-    resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, styles=styles))
+    resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, request.plan, styles))
     parallelize(model, device_meshes(request.mesh, device.type), resolved, styles)
     return ParallelModel(model, resolved)
 

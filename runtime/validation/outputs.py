@@ -9,28 +9,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
-from runtime.validation.request import ValidationRequest
+from runtime.validation.inputs import InputBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Output", "compute_gradients", "compute_output", "generate_tokens", "sample_tokens"]
+__all__ = ["Output", "accumulate_gradients", "compute_output", "generate_tokens"]
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a model, in float32, with the output's name."""
+    """One output of a model, in float32 or float64, with the output's name."""
 
     name: str
     tensor: torch.Tensor
-
-
-def sample_tokens(model: PreTrainedModel, request: ValidationRequest) -> torch.Tensor:
-    """Return random tokens `[batch, sequence]` to run models on, the same on every rank."""
-    generator = torch.Generator().manual_seed(request.seed)
-    vocabulary: int = model.config.get_text_config().vocab_size
-    length = -(-request.sequence // request.mesh.tp) * request.mesh.tp
-    return torch.randint(0, vocabulary, (request.batch, length), generator=generator).to(_get_device(model))
 
 
 def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
@@ -44,7 +36,7 @@ def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
         tensor = getattr(output, name, None)
         if isinstance(tensor, torch.Tensor):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return Output(name, whole.float().contiguous())
+            return Output(name, (whole if whole.dtype == torch.float64 else whole.float()).contiguous())
     raise UsageError(
         f"{type(model).__name__} returns neither logits nor a last hidden state",
         hint="validate runs decoder-only language models",
@@ -52,12 +44,18 @@ def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
     )
 
 
-def compute_gradients(model: PreTrainedModel, tokens: torch.Tensor, seed: int) -> None:
-    """Compute a model's gradients of its outputs' mean, weighted by random numbers from the seed."""
-    output = compute_output(model, tokens).tensor
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(output.shape, generator=generator).to(output.device)
-    torch.autograd.backward((output * weights).mean())
+def accumulate_gradients(model: PreTrainedModel, batch: InputBatch, share: float = 1.0) -> None:
+    """Add a model's gradients on one batch to those it has: of its outputs' mean, weighted by random numbers.
+
+    Args:
+        model: the model, parallel or not.
+        batch: the tokens, and the seed of the random numbers.
+        share: the batch's share of the mean over all batches, for a model that runs them one after another.
+    """
+    output = compute_output(model, batch.tokens).tensor
+    generator = torch.Generator().manual_seed(batch.seed)
+    weights = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
+    torch.autograd.backward((output * weights).mean() * share)
 
 
 def generate_tokens(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:

@@ -75,14 +75,15 @@ class ReferenceModel:
         dist.broadcast(shared, src=0)
         return shared
 
-    def broadcast_gradient(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def broadcast_gradient(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a parameter's whole gradient on every rank, zeros if it has none. Collective."""
         if self.model is None:
-            whole = torch.empty(shape, device=self.device)
+            whole = torch.empty(shape, device=self.device, dtype=dtype)
         else:
             gradient = dict(self.model.named_parameters(remove_duplicate=False))[name].grad
             gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            whole = torch.zeros(shape, device=self.device) if gradient is None else gradient.float().contiguous()
+            zeros = torch.zeros(shape, device=self.device, dtype=dtype)
+            whole = zeros if gradient is None else gradient.to(dtype).contiguous()
         if not self.is_sharded:
             dist.broadcast(whole, src=0)
         return whole
@@ -168,5 +169,6 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> 
         raise IncompleteError(
             f"{folder}: the reference lacks {missing[0]!r}", hint="pass a complete checkpoint", tensors=missing
         )
-    loaded: PreTrainedModel = model.to(device).eval()
+    # Some classes keep parameters in float32 whatever dtype is asked for, and with them their gradients.
+    loaded: PreTrainedModel = model.to(device, dtype if dtype == torch.float64 else None).eval()
     return loaded

@@ -26,12 +26,15 @@ class ValidationRequest:
         mode: which of the model's plans apply.
         reference: a checkpoint of the same model, of any layout; None reassembles the folder itself.
         device: where ranks compute; `auto` uses GPUs if each rank on the machine can have one.
-        tolerance: the accepted difference of outputs in float32, relative to the reference's largest; in (0, 1).
+        tolerance: the accepted difference of outputs, relative to the reference's largest, in (0, 1); None for that of
+            the precision in which the models are compared.
         timeout: seconds that the workers may take.
         batch: rows of tokens.
         sequence: tokens in a row, rounded up to a multiple of the tensor parallel axis.
         new_tokens: tokens generated for each row.
         seed: the seed of the tokens.
+        plan: key to style, to use instead of the model's plans; None for these.
+        allow_unexercised: names or patterns (`*` matches anything) of what need not be exercised for a proof.
     """
 
     folder: Path
@@ -39,15 +42,17 @@ class ValidationRequest:
     mode: Mode = "tp"
     reference: Path | None = None
     device: Device = "cpu"
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     timeout: float = 1800.0
     batch: int = 2
     sequence: int = 16
     new_tokens: int = 8
     seed: int = 0
+    plan: Mapping[str, str] | None = None
+    allow_unexercised: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < 1:
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise UsageError(
                 f"tolerance must be between 0 and 1, relative to the largest output, got {self.tolerance}",
                 hint="pass a value such as 1e-5",
@@ -61,6 +66,7 @@ class ValidationRequest:
             "folder": str(self.folder.absolute()),
             "mesh": {"tp": self.mesh.tp, "ep": self.mesh.ep, "fsdp": self.mesh.fsdp},
             "reference": str(self.reference.absolute()) if self.reference else None,
+            "plan": None if self.plan is None else dict(self.plan),
         }
 
     @classmethod
@@ -73,6 +79,7 @@ class ValidationRequest:
                 "folder": Path(value["folder"]),
                 "mesh": Mesh(**value["mesh"]),
                 "reference": Path(reference) if reference else None,
+                "allow_unexercised": tuple(value["allow_unexercised"]),
             }
         )
 

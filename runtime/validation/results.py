@@ -1,19 +1,22 @@
-"""A validation's results: one value for each part, with one JSON form, and the builder that collects them."""
+"""A validation's results: its parts, what was not exercised and the verdict, in one JSON form, and their builder."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from runtime.parallel.mismatch import Mismatch
+from runtime.validation.exercise import Unexercised, allow
 
-__all__ = ["PARTS", "CheckResult", "ResultBuilder", "ValidationResult"]
+__all__ = ["PARTS", "CheckResult", "PartFailure", "PartSkip", "ResultBuilder", "ValidationResult", "Verdict"]
+
+Verdict = Literal["proven", "not fully proven", "not proven"]
 
 
 PARTS = ("structure", "content", "forward", "backward", "generation")
@@ -56,6 +59,20 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
+class PartSkip:
+    """The reason why there was nothing to compare in a part."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class PartFailure:
+    """The reason why the parallel model did not run: its class or the runtime failed, and says nothing about bytes."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class ValidationResult:
     """The result of a validation.
 
@@ -63,6 +80,8 @@ class ValidationResult:
         world_size: the number of ranks.
         checks: the results by part.
         skipped: the reasons why other parts were skipped, by part.
+        failed: the reasons why the parallel model did not run, by part.
+        unexercised: what no check reached, allowed or not.
         device: the kind of device that ranks computed on.
         seconds: the time that each phase took on rank 0.
     """
@@ -70,31 +89,56 @@ class ValidationResult:
     world_size: int
     checks: Mapping[str, CheckResult]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    unexercised: tuple[Unexercised, ...] = ()
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def verdict(self) -> Verdict:
+        """What the validation shows: a proof, one with gaps, or none."""
+        is_checked = all(part in self.checks for part in _ESSENTIAL)
+        if not is_checked or self.failed or self.is_wrong:
+            return "not proven"
+        return "proven" if all(row.allowed for row in self.unexercised) else "not fully proven"
+
+    @property
     def ok(self) -> bool:
-        """Whether structure, content and forward were checked, and every check that ran passed."""
-        return all(part in self.checks for part in _ESSENTIAL) and all(check.ok for check in self.checks.values())
+        """Whether structure, content and forward were checked, no check failed, and what matters was exercised."""
+        return self.verdict == "proven"
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a check found something wrong."""
+        return not all(check.ok for check in self.checks.values())
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which has every part, checked or not."""
         parts = {part: self.checks[part].to_json() if part in self.checks else dict(_UNCHECKED) for part in PARTS}
         return {
             "ok": self.ok,
+            "verdict": self.verdict,
             "world_size": self.world_size,
             "device": self.device,
             **parts,
             "skipped": dict(self.skipped),
+            "failed": dict(self.failed),
+            "unexercised": [row.to_json() for row in self.unexercised],
             "seconds": dict(self.seconds),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ValidationResult:
         """Read the JSON form that a worker wrote."""
-        checks = {part: CheckResult.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None}
-        return cls(value["world_size"], checks, value["skipped"], value["device"], value["seconds"])
+        return cls(
+            value["world_size"],
+            {part: CheckResult.from_json(value[part]) for part in PARTS if value[part]["ok"] is not None},
+            value["skipped"],
+            value["failed"],
+            tuple(map(Unexercised.from_json, value["unexercised"])),
+            value["device"],
+            value["seconds"],
+        )
 
 
 def _replace_non_finite(value: object) -> object:
@@ -109,24 +153,43 @@ class ResultBuilder:
         device: the device that this rank computes on.
         checks: the results so far, by part.
         skipped: the reasons why parts were skipped, by part.
+        failed: the reasons why the parallel model did not run, by part.
+        unexercised: what no check reached.
         seconds: the time that each phase took on this rank.
     """
 
     device: torch.device
     checks: dict[str, CheckResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    unexercised: list[Unexercised] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, part: str, result: CheckResult | str) -> None:
-        """Add the result of a part, or the reason why it was skipped."""
-        if isinstance(result, str):
-            self.skip(result, part)
+    def add(self, part: str, result: CheckResult | PartSkip | PartFailure) -> None:
+        """Add the result of a part, or the reason why there is none."""
+        if isinstance(result, PartSkip):
+            self.skip(result.reason, part)
+        elif isinstance(result, PartFailure):
+            self.failed[part] = result.reason
         else:
             self.checks[part] = result
 
     def skip(self, reason: str, *parts: str) -> None:
         """Record why parts are skipped."""
         self.skipped.update(dict.fromkeys(parts, reason))
+
+    def build(self, world_size: int, seconds: Mapping[str, float], allowed: Iterable[str]) -> ValidationResult:
+        """Return the result.
+
+        Args:
+            world_size: the number of ranks.
+            seconds: the time that each phase took on rank 0.
+            allowed: the patterns of what need not be exercised.
+        """
+        unexercised = allow(self.unexercised, tuple(allowed))
+        return ValidationResult(
+            world_size, self.checks, self.skipped, self.failed, unexercised, self.device.type, seconds
+        )
 
     @contextmanager
     def time_phase(self, phase: str) -> Iterator[None]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from plans.errors import MigratorError, PlanError
+from plans.errors import IndivisibleError, MigratorError, MissingPlanError, PlanError
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.open import open_checkpoint
-from runtime.models.dtypes import DTYPES
+from runtime.models.dtypes import DTYPES, dtype_name
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.processes.group import select_device
 from runtime.styles import STYLES, StyleRegistry
-from runtime.validation.backward import check_backward
+from runtime.validation.backward import BackwardCheck, check_backward
 from runtime.validation.content import check_content, list_stored_dtypes
+from runtime.validation.exercise import Unexercised, find_unplaced
 from runtime.validation.file_checks import INCONSISTENT_FILES, convert_file_error
 from runtime.validation.forward import (
     StoredDtypeOutputs,
+    build_reference_error,
     check_comparable,
     check_forward,
     run_in_stored_dtype,
@@ -27,6 +29,7 @@ from runtime.validation.forward import (
     run_reference_model,
 )
 from runtime.validation.generation import check_generation
+from runtime.validation.inputs import find_batch, sample_batches
 from runtime.validation.local import fits_in_memory, free_memory
 from runtime.validation.model import (
     ParallelModel,
@@ -37,17 +40,16 @@ from runtime.validation.model import (
     convert_plan_error,
     load_weights,
 )
-from runtime.validation.outputs import sample_tokens
+from runtime.validation.precision import Precision, choose_precision
 from runtime.validation.reference import ReferenceModel, load_reference
 from runtime.validation.reference_comparison import compare_configs, compare_recorded_config, compare_tensors
 from runtime.validation.request import ValidationRequest, check_mesh
-from runtime.validation.results import PARTS, CheckResult, ResultBuilder, ValidationResult
+from runtime.validation.results import PARTS, CheckResult, PartFailure, PartSkip, ResultBuilder, ValidationResult
 from runtime.validation.run_on_all_ranks import RankFailure
 
 __all__ = ["run_checks", "validate"]
 
 
-_EXACT = torch.float32
 _STORED = "forward as stored"
 
 
@@ -71,7 +73,8 @@ def run_checks(
         MigratorError: the work could not be done, or the files contradict each other; raised on every rank.
     """
     dtypes = list_stored_dtypes(checkpoint)
-    own = DTYPES[dtypes[0]] if len(dtypes) == 1 else _EXACT
+    own = DTYPES[dtypes[0]] if len(dtypes) == 1 else torch.float32
+    builder.unexercised.extend(find_unplaced(checkpoint))
     with builder.time_phase("structure"):
         parallel = _build_checked_model(request, styles, manifest, own, builder)
     if parallel is None or not builder.checks["structure"].ok:
@@ -83,16 +86,18 @@ def run_checks(
         builder.add("structure", _check_loaded_structure(request, parallel, checkpoint))
     with builder.time_phase("content"):
         builder.add("content", check_content(parallel.model, parallel.resolved, checkpoint))
-    if dtypes == ["F32"]:
-        _run_float32_checks(request, parallel, checkpoint, None, builder)
+    precision = choose_precision(parallel.model, builder.device)
+    comparison = _Comparison(request, checkpoint, precision, builder)
+    if dtypes == [dtype_name(precision.dtype)]:
+        comparison.run(parallel, None)
         return
     stored = _run_stored_dtype_models(request, parallel, dtypes, builder)
-    del parallel  # frees its memory for the float32 model
+    del parallel  # frees its memory for the exact model
     free_memory(builder.device)
     with builder.time_phase("loading"):
-        exact = build_parallel_model(request, _EXACT, builder.device, styles)
-        load_weights(exact, checkpoint, builder.device, _EXACT)
-    _run_float32_checks(request, exact, checkpoint, stored, builder)
+        exact = build_parallel_model(request, precision.dtype, builder.device, styles)
+        load_weights(exact, checkpoint, builder.device, precision.dtype)
+    comparison.run(exact, stored)
 
 
 def _build_checked_model(
@@ -102,11 +107,14 @@ def _build_checked_model(
     dtype: torch.dtype,
     builder: ResultBuilder,
 ) -> ParallelModel | None:
-    """Parallelize the model; the plan of a checkpoint that records one must be applicable."""
+    """Parallelize the model; a plan that is refused on it is a finding, a mesh that does not fit it is none.
+
+    A checkpoint that records its plan and mesh must fit them.
+    """
     try:
         parallel = build_parallel_model(request, dtype, builder.device, styles)
     except PlanError as error:
-        if manifest is None:
+        if manifest is None and isinstance(error, MissingPlanError | IndivisibleError):
             raise
         builder.add("structure", convert_plan_error(error))
         return None
@@ -132,48 +140,94 @@ def _run_stored_dtype_models(
     with builder.time_phase("loading"):
         reference = _load_fitting_reference(request, parallel, DTYPES[dtypes[0]], builder)
     with builder.time_phase("forward"):
-        outputs = run_in_stored_dtype(parallel.model, reference, sample_tokens(parallel.model, request), dtypes[0])
-    if isinstance(outputs, str):
-        builder.skip(outputs, _STORED)
-        return None
-    return outputs
+        batches, own = sample_batches(parallel.model, request), find_batch(request.mesh, dist.get_rank())
+        outputs = run_in_stored_dtype(parallel.model, reference, batches, own, dtypes[0])
+    if isinstance(outputs, StoredDtypeOutputs):
+        return outputs
+    builder.add(_STORED, outputs)
+    return None
 
 
-def _run_float32_checks(
-    request: ValidationRequest,
-    parallel: ParallelModel,
-    checkpoint: Checkpoint,
-    stored: StoredDtypeOutputs | None,
-    builder: ResultBuilder,
-) -> None:
-    """Run the checks that compare what both models compute in float32."""
-    model, source = parallel.model, request.reference or request.folder
-    with builder.time_phase("loading"):
-        reference = _load_fitting_reference(request, parallel, _EXACT, builder)
-    if request.reference is not None:
-        with builder.time_phase("content"):
-            builder.add("content", compare_tensors(builder.checks["content"], checkpoint, request.reference))
-    tokens = sample_tokens(model, request)
-    with builder.time_phase("forward"):
-        expected = run_reference_model(reference, tokens, source)
-        found = run_parallel_model(model, tokens)
-        if not isinstance(found, RankFailure):
-            check_comparable(found, expected, source)
-        builder.add("forward", check_forward(found, expected.tensor, request.tolerance, reference.description, stored))
-    if isinstance(found, RankFailure):
-        builder.skip("the forward failed", *PARTS[3:])
-        return
-    with builder.time_phase("backward"):
-        builder.add("backward", check_backward(model, parallel.resolved, tokens, reference, request))
-    with builder.time_phase("generation"):
-        builder.add("generation", check_generation(model, tokens, reference, request))
+@dataclass(frozen=True)
+class _Comparison:
+    """The checks that compare what both models compute.
+
+    Args:
+        request: what to validate.
+        checkpoint: the checkpoint.
+        precision: the precision that both models compute in.
+        builder: collects the results.
+    """
+
+    request: ValidationRequest
+    checkpoint: Checkpoint
+    precision: Precision
+    builder: ResultBuilder
+
+    def run(self, parallel: ParallelModel, stored: StoredDtypeOutputs | None) -> None:
+        """Run the checks. Collective.
+
+        Args:
+            parallel: the parallel model, its weights loaded in the precision.
+            stored: the outputs in the checkpoint's own dtype, if the models also ran in that.
+        """
+        with self.builder.time_phase("loading"):
+            reference = _load_fitting_reference(self.request, parallel, self.precision.dtype, self.builder)
+        if self.request.reference is not None:
+            with self.builder.time_phase("content"):
+                content = compare_tensors(self.builder.checks["content"], self.checkpoint, self.request.reference)
+                self.builder.add("content", content)
+        with self.precision.computing():
+            self._compare(parallel, reference, stored)
+
+    def _compare(self, parallel: ParallelModel, reference: ReferenceModel, stored: StoredDtypeOutputs | None) -> None:
+        builder, request = self.builder, self.request
+        with builder.time_phase("forward"):
+            runs = self._compare_outputs(parallel, reference, stored)
+        if not runs:
+            builder.skip("the forward failed", *PARTS[3:])
+            return
+        with builder.time_phase("backward"):
+            self._compare_gradients(parallel, reference)
+        with builder.time_phase("generation"):
+            tokens = sample_batches(parallel.model, request)[0].tokens
+            builder.add("generation", check_generation(parallel.model, tokens, reference, request))
+
+    def _compare_outputs(
+        self, parallel: ParallelModel, reference: ReferenceModel, stored: StoredDtypeOutputs | None
+    ) -> bool:
+        """Compare outputs; return whether the parallel model runs."""
+        request, source = self.request, self.request.reference or self.request.folder
+        batches, own = sample_batches(parallel.model, request), find_batch(request.mesh, dist.get_rank())
+        expected = run_reference_model(reference, batches, own)
+        if isinstance(expected, RankFailure):
+            raise build_reference_error(source, expected)
+        found = run_parallel_model(parallel.model, batches[own].tokens)
+        if isinstance(found, PartFailure):
+            self.builder.add("forward", found)
+            return False
+        check_comparable(found, expected.own, source)
+        facts = {"precision": self.precision.name, "against": reference.description, "batches": len(batches)}
+        tolerance = self.precision.tolerance(request.tolerance)
+        self.builder.add("forward", check_forward(found, expected, tolerance, facts, stored))
+        return True
+
+    def _compare_gradients(self, parallel: ParallelModel, reference: ReferenceModel) -> None:
+        checked = check_backward(parallel.model, parallel.resolved, reference, self.request, self.precision)
+        if isinstance(checked, BackwardCheck):
+            self.builder.add("backward", checked.result)
+            self.builder.unexercised.extend(checked.unexercised)
+            return
+        self.builder.add("backward", checked)
+        if isinstance(checked, PartSkip):
+            self.builder.unexercised.append(Unexercised("backward", checked.reason))
 
 
 def _load_fitting_reference(
     request: ValidationRequest, parallel: ParallelModel, dtype: torch.dtype, builder: ResultBuilder
 ) -> ReferenceModel:
     """Load the reference whole on rank 0 if it fits there, else sharded over the ranks."""
-    fits: bool = all_gather_json(fits_in_memory(parallel.model, builder.device))[0]
+    fits: bool = all_gather_json(fits_in_memory(parallel.model, builder.device, dtype))[0]
     sharded = not fits and dist.get_world_size() > 1
     return load_reference(request.reference or request.folder, dtype, builder.device, sharded=sharded)
 
@@ -200,7 +254,7 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
         builder.checks["content"] = convert_file_error(request, error)
         builder.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in builder.checks))
     seconds: dict[str, float] = all_gather_json(builder.seconds)[0]
-    return ValidationResult(dist.get_world_size(), builder.checks, builder.skipped, device.type, seconds)
+    return builder.build(dist.get_world_size(), seconds, request.allow_unexercised)
 
 
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:

@@ -19,7 +19,6 @@ from runtime.checkpoint.hub.writer import Experts, build_default_form, plan_hub_
 from runtime.checkpoint.manifest import Manifest, ManifestEntry
 from runtime.checkpoint.optimizer.writer import plan_optimizer_files
 from runtime.checkpoint.ranks.files import plan_rank_file
-from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
 from runtime.proof import prove
 
@@ -154,7 +153,7 @@ def _plan_hub(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTar
 
 
 def _plan_ranks(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
-    resolved = _resolve_plan(model, target)
+    resolved = resolve(model, target.mesh, target.mode)
     manifest = _build_manifest(checkpoint, resolved)
     ranks = range(resolved.mesh.world_size)
     files = (plan_rank_file(rank, resolved.mesh, manifest.tensors, checkpoint.tensor_maps) for rank in ranks)
@@ -162,17 +161,11 @@ def _plan_ranks(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardT
 
 
 def _plan_dcp(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
-    resolved = _resolve_plan(model, target)
+    resolved = resolve(model, target.mesh, target.mode)
     manifest = _build_manifest(checkpoint, resolved)
     return OutputFiles(
         plan_dcp_files(resolved.mesh, manifest.tensors, checkpoint.tensor_maps, checkpoint.tied), resolved, manifest
     )
-
-
-def _resolve_plan(model: PreTrainedModel, target: ReshardTarget) -> ResolvedPlan:
-    """Resolve the model's plan; on a mesh without tensor or expert parallelism, a model needs none."""
-    needs_none = target.mesh.tp == target.mesh.ep == 1 and not model.tp_plan
-    return resolve(model, target.mesh, target.mode, Plan(target.mode, {}) if needs_none else None)
 
 
 def _build_manifest(checkpoint: Checkpoint, resolved_plan: ResolvedPlan) -> Manifest:

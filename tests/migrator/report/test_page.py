@@ -152,7 +152,8 @@ def test_the_report_of_a_reshard(rank_folder, hub_folder, tmp_path):
 def test_the_report_of_a_validation(rank_folder):
     part = {"checked": 36, "mismatches": []}
     wrong = {"name": "model.norm.weight", "rank": 1, "expected": "digest 1", "found": "digest 2"}
-    answer = {"ok": True, "world_size": 2, "structure": part, "content": part, "skipped": {"backward": "not asked for"}}
+    checks = {"structure": part, "content": part, "skipped": {"backward": "not asked for"}, "failed": {}}
+    answer = {"ok": True, "verdict": "proven", "world_size": 2, **checks, "unexercised": []}
     found = inspect_checkpoint(rank_folder("qwen3_moe", 2))
     good = build_validation_report(found, answer)
     assert (good.ok, good.facts["structure"]) == (True, "checked 36")
@@ -160,3 +161,12 @@ def test_the_report_of_a_validation(rank_folder):
     bad = build_validation_report(found, {**answer, "ok": False, "content": {"checked": 36, "mismatches": [wrong]}})
     assert bad.findings[0].text == "content on rank 1: expected digest 1, found digest 2"
     assert "✗ not ok" in render_report(bad)
+    gap = {"name": "model.vision.weight", "reason": "no gradient", "ranks": [1], "allowed": False}
+    partly = build_validation_report(
+        found, {**answer, "ok": False, "verdict": "not fully proven", "unexercised": [gap]}
+    )
+    assert partly.title.endswith(": not fully proven")
+    assert (partly.findings[0].severity, partly.findings[0].subject) == ("warning", gap["name"])
+    assert "not exercised on rank 1: no gradient" in render_report(partly)
+    failed = build_validation_report(found, {**answer, "ok": False, "failed": {"forward": "rank 0: IndexError"}})
+    assert "the model did not run: rank 0: IndexError" in render_report(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from plans.errors import UsageError
 from plans.mesh import Mesh
 from runtime.parallel.mismatch import Mismatch as Row
+from runtime.validation.exercise import Unexercised, allow
 from runtime.validation.request import ValidationRequest
 from runtime.validation.results import PARTS, CheckResult, ValidationResult
 
@@ -18,9 +20,11 @@ WRONG = (Row("a", "b", "c", 1),)
 
 def test_results_and_requests_survive_json() -> None:
     checks = {"structure": CheckResult(3, WRONG), "content": CheckResult(3, numbers={"copies": 4})}
-    result = ValidationResult(2, checks, {"forward": "no"}, "cuda", {"loading": 1.5})
+    gaps = (Unexercised("a", "b", (1,)), Unexercised("c", "d", allowed=True))
+    result = ValidationResult(2, checks, {"forward": "no"}, {"backward": "e"}, gaps, "cuda", {"loading": 1.5})
     assert ValidationResult.from_json(json.loads(json.dumps(result.to_json()))) == result
-    request = ValidationRequest(Path("/one"), Mesh(tp=2, ep=2), "ep", Path("/two"), "cuda", seed=5)
+    request = ValidationRequest(Path("/one"), Mesh(tp=2, ep=2), "ep", Path("/two"), "cuda", seed=5, plan={"a": "b"})
+    request = replace(request, allow_unexercised=("a", "b*"))
     assert ValidationRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
 
 
@@ -49,3 +53,19 @@ def test_a_result_is_ok_only_when_all_was_looked_at_and_is_right() -> None:
         without = {name: check for name, check in right.items() if name != part}
         # A model may have no text to write, but there is no proof without its outputs.
         assert ValidationResult(2, without).ok == (part in ("backward", "generation"))
+
+
+def test_a_proof_with_gaps_is_none_unless_they_are_allowed() -> None:
+    right = {part: CheckResult(3) for part in PARTS}
+    gaps = [Unexercised("model.layers.1.a", "why"), Unexercised("model.b[0]", "why", (1,))]
+    for patterns, verdict in (
+        ([], "not fully proven"),
+        (["model.layers.*"], "not fully proven"),
+        (["model.layers.*", "model.b[0]"], "proven"),
+        (["*"], "proven"),
+        (["model.layers.1.?", "model.b[0]"], "not fully proven"),
+    ):
+        assert ValidationResult(2, right, unexercised=allow(gaps, patterns)).verdict == verdict
+    wrong = right | {"content": CheckResult(3, WRONG)}
+    assert ValidationResult(2, wrong, unexercised=allow(gaps, ["*"])).verdict == "not proven"
+    assert ValidationResult(2, right, failed={"generation": "why"}).verdict == "not proven"

@@ -18,7 +18,8 @@ from plans.mesh import Mesh
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.validation.outputs import generate_tokens, sample_tokens
+from runtime.validation.inputs import sample_batches
+from runtime.validation.outputs import generate_tokens
 from runtime.validation.request import ValidationRequest
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
@@ -45,7 +46,7 @@ def test_a_rank_file_of_another_run(
     assert ("model.norm.weight", 0) not in named
     assert (f"{EXPERTS}.gate_up_proj", None) in named
     assert len(named) == found["content"]["checked"]
-    assert {row["name"] for row in found["forward"]["mismatches"]} == {"logits"}
+    assert {row["name"] for row in found["forward"]["mismatches"]} == {"logits", "logits in F32"}
     assert not found["ok"]
 
 
@@ -102,9 +103,11 @@ def test_a_config_that_few_tokens_do_not_tell_from_the_references(
     folder = copied(rank_folder("qwen2", 2), tmp_path)
     edit_json(folder / "config.json", **entries)
     found = two_ranks.run(validation_cases.validate, folder, hub_folder("qwen2"))[0]
-    assert wrong_parts(found) == {"structure"}
+    # An epsilon shows in float64, and only there; the others change nothing that so few tokens reach.
+    seen = {"forward", "backward"} if key == "rms_norm_eps" else set()
+    assert wrong_parts(found) == {"structure", *seen}
     assert f"config.json: {key}" in {row["name"] for row in found["structure"]["mismatches"]}
-    assert found["forward"]["ok"]
+    assert found["forward"]["max_abs_diff"] < 1e-5 * found["forward"]["max_abs_reference"]
 
 
 def test_a_config_that_says_the_same_in_other_words(
@@ -250,7 +253,7 @@ def unread(folder: Path) -> int:
     """Return a token that models neither read nor write."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     request = ValidationRequest(folder, Mesh(tp=2))
-    tokens = sample_tokens(model, request)
+    tokens = sample_batches(model, request)[0].tokens
     read = set(torch.cat([tokens, generate_tokens(model, tokens, request.new_tokens)], 1).flatten().tolist())
     return next(token for token in range(model.config.vocab_size) if token not in read)
 

@@ -26,6 +26,8 @@ __all__ = [
     "PARTS",
     "forgets_before_it_widens",
     "validate",
+    "validate_allowing",
+    "with_defect",
     "with_style",
     "with_wide_weights",
     "without_gradients",
@@ -44,6 +46,12 @@ def validate(
     return validate_checkpoint(request, styles).to_json()
 
 
+def validate_allowing(folder: Path, patterns: tuple[str, ...]) -> dict[str, Any]:
+    """Validate, with patterns of what need not be exercised."""
+    mesh = Mesh(tp=dist.get_world_size())
+    return validate_checkpoint(ValidationRequest(folder, mesh, allow_unexercised=patterns)).to_json()
+
+
 def with_style(change: str, style: str, folder: Path, mesh: Mesh | None = None, mode: Mode = "tp") -> dict[str, Any]:
     """Validate with a style that is changed for the worse."""
     return validate(folder, None, mesh, mode, STYLES.register(CHANGES[change](STYLES.styles[style])))
@@ -52,7 +60,7 @@ def with_style(change: str, style: str, folder: Path, mesh: Mesh | None = None, 
 def without_room(folder: Path, mesh: Mesh, mode: Mode) -> dict[str, Any]:
     """Validate where the unsharded model has no room on one rank."""
     has_room = looking.fits_in_memory
-    looking.fits_in_memory = lambda model, device: False
+    looking.fits_in_memory = lambda model, device, dtype: False
     try:
         return validate(folder, None, mesh, mode)
     finally:
@@ -84,16 +92,16 @@ def forgets_before_it_widens(folder: Path) -> bool:
 
 def without_gradients(folder: Path) -> dict[str, Any]:
     """Validate a model through which no gradient comes, parallel or not."""
-    compute = backward.compute_gradients
+    compute = backward.accumulate_gradients
 
     def fail(*args: Any) -> None:
         raise RuntimeError("no derivative")
 
-    backward.compute_gradients = fail
+    backward.accumulate_gradients = fail
     try:
         return validate(folder)
     finally:
-        backward.compute_gradients = compute
+        backward.accumulate_gradients = compute
 
 
 def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
@@ -110,6 +118,83 @@ def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
         return validate(folder)
     finally:
         looking.load_weights = loaded
+
+
+def with_defect(defect: str, name: str, folder: Path, mesh: Mesh, mode: Mode = "tp") -> dict[str, Any]:
+    """Validate with gradients that a defect in training makes wrong, in the module or parameter of a name."""
+    build = looking.build_parallel_model
+
+    def build_with_defect(*args: Any) -> Any:
+        parallel = build(*args)
+        DEFECTS[defect](parallel.model, name, mesh)
+        return parallel
+
+    looking.build_parallel_model = build_with_defect
+    try:
+        return validate(folder, None, mesh, mode)
+    finally:
+        looking.build_parallel_model = build
+
+
+class _OwnChunk:
+    """A reduce-scatter that leaves each rank its own gradient."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        # The sum over ranks is divided by their number afterwards.
+        chunk = input_tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+        output_tensor.copy_(chunk * dist.get_world_size(group))
+
+
+def _leave_unreduced(model: Any, name: str, mesh: Mesh) -> None:
+    model.get_submodule(name).set_custom_reduce_scatter(_OwnChunk())
+
+
+def _sum_instead_of_averaging(model: Any, name: str, mesh: Mesh) -> None:
+    model.get_submodule(name).set_gradient_divide_factor(1.0)
+
+
+def _divide_by_world_size(model: Any, name: str, mesh: Mesh) -> None:
+    model.get_submodule(name).set_gradient_divide_factor(float(mesh.world_size))
+
+
+def _double(model: Any, name: str, mesh: Mesh) -> None:
+    _replace_gradient(model, name, lambda gradient: 2 * gradient)
+
+
+def _turn(model: Any, name: str, mesh: Mesh) -> None:
+    _replace_gradient(model, name, lambda gradient: gradient.roll(1, 0))
+
+
+def _replace_gradient(model: Any, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change a parameter's gradient whenever its owner runs, since loading replaces the parameter itself."""
+    owner, _, key = name.rpartition(".")
+
+    def watch(module: Any, *_: object) -> None:
+        parameter = module._parameters[key]
+        if torch.is_grad_enabled() and not hasattr(parameter, "is_watched"):
+            parameter.register_hook(change)
+            parameter.is_watched = True
+
+    model.get_submodule(owner).register_forward_pre_hook(watch)
+
+
+DEFECTS: dict[str, Callable[[Any, str, Mesh], None]] = {
+    "not reduced": _leave_unreduced,
+    "summed": _sum_instead_of_averaging,
+    "divided by the world size": _divide_by_world_size,
+    "doubled": _double,
+    "turned": _turn,
+}
 
 
 def fail(site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
