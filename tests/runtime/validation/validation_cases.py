@@ -219,9 +219,9 @@ def doubled(style: ParallelStyle, site: HookSite, run: Any, *args: object, **kwa
 
 
 def coarse(style: ParallelStyle, site: HookSite, run: Any, *args: object, **kwargs: object) -> object:
-    """Be right in float32 only."""
+    """Be right in float32 and float64 only."""
     output = style.around(site, run, *args, **kwargs)
-    return output if output.dtype == torch.float32 else 0.5 * output
+    return output if output.dtype in (torch.float32, torch.float64) else 0.5 * output
 
 
 CHANGES: dict[str, Callable[[ParallelStyle], ParallelStyle]] = {
