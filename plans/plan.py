@@ -71,7 +71,7 @@ def find_key(plan: Mapping[str, object], name: str, *, is_parameter: bool) -> st
         name: the concrete name, such as `model.layers.0.mlp.experts.down_proj`.
         is_parameter: whether the name is a parameter's, to which the entry of its module applies too.
 
-    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.23.0, which matches wildcards only; literal layer numbers
+    Source: `_get_parameter_plan` of transformers 5.17.0 to 5.24.0, which matches wildcards only; literal layer numbers
     come from the branch after pull request 46290.
     """
     names = [name, name.rpartition(".")[0]] if is_parameter else [name]

@@ -62,7 +62,7 @@ def register_styles() -> Support:
 
 @dataclass(frozen=True)
 class ReleasedStyle:
-    """One of this runtime's styles, with the interface that transformers 5.17 to 5.23 expect of theirs.
+    """One of this runtime's styles, with the interface that transformers 5.17 to 5.24 expect of theirs.
 
     Args:
         style: what the style does around a module's forward.
@@ -145,7 +145,7 @@ def _find_registry(release: str) -> _Registry:
         raise UsageError(
             f"styles cannot be registered with transformers {release}: "
             + ("it skips unknown styles or calls styles differently" if older else "it calls styles in an unknown way"),
-            hint=f"install transformers 5.17 to 5.23, or {PARALLELIZE_HINT}",
+            hint=f"install transformers 5.17 to 5.24, or {PARALLELIZE_HINT}",
             version=release,
         )
     registry: _Registry = vars(module)["ALL_PARALLEL_STYLES"]
@@ -162,7 +162,7 @@ def _import_if_installed(name: str) -> ModuleType | None:
 def _check_torch() -> None:
     """Refuse a torch whose packed placements claim to be plain shards, which transformers would load them as.
 
-    Source: `DtensorShardOperation` of transformers 5.17.0 to 5.23.0; torch 2.8.0 and 2.9.1, whose `_StridedShard` is a
+    Source: `DtensorShardOperation` of transformers 5.17.0 to 5.24.0; torch 2.8.0 and 2.9.1, whose `_StridedShard` is a
     `Shard`.
     """
     if _StridedShard(0, split_factor=2).is_shard():

@@ -21,7 +21,7 @@ from plans.translate import load_meanings
 FOLDER = Path(plans.dialect.__file__).with_name("dialects")
 RELEASES = [
     *["4.57", "5.0", "5.3", "5.6", "5.8", "5.9", "5.10", "5.12", "5.14", "5.15"],
-    *["5.16", "5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23"],
+    *["5.16", "5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24"],
 ]
 STYLES = {  # how many each vocabulary registers
     "transformers-4.57": 13,

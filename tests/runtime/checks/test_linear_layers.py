@@ -127,7 +127,6 @@ REFUSED: list[tuple[str, dict[str, str | None], str, str]] = [
 
 HAND_WRITTEN: dict[str, tuple[str, str]] = {
     "opt": ("model.decoder.layers.*.self_attn", "out_proj"),
-    "gptj": ("transformer.h.*.attn", "out_proj"),
     "gpt_neo": ("transformer.h.*.attn.attention", "out_proj"),
     "xglm": ("model.layers.*.self_attn", "out_proj"),
 }
@@ -263,6 +262,9 @@ WRONG_AS_RELEASED = {
 NOT_BUILT = frozenset(
     {
         "CohereCompassTextConfig",
+        "DiffLlamaConfig",
+        "HunYuanDenseV1Config",
+        "HunYuanVLTextConfig",
         "Llama4Config",
         "MinistralConfig",
         "NemotronConfig",
@@ -279,7 +281,9 @@ NOT_BUILT = frozenset(
 def test_the_classes_without_a_model_are_known() -> None:
     named = [(family, name) for family in FAMILIES for name in find_classes_with_plans(family)]
     assert len(named) > 140
-    assert {name for family, name in named if build_tiny_model(family, name, "") is None} == NOT_BUILT
+    not_built = {name for family, name in named if build_tiny_model(family, name, "") is None}
+    # Some of them have a plan only since transformers 5.24.
+    assert not_built == NOT_BUILT & {name for _, name in named}
 
 
 @pytest.mark.parametrize("family", SAMPLE)

@@ -9,7 +9,7 @@ import pytest
 from plans.mesh import Mesh, Mode
 from tests.runtime.checks import wrong_entry_cases
 from tests.runtime.parallel import parity_cases
-from tests.runtime.parallel.parity_cases import Parity
+from tests.runtime.parallel.parity_cases import Parity, token_ids
 from tests.runtime.rank_pool import RankPool
 
 ACCURACY = 1e-5
@@ -85,8 +85,22 @@ def test_a_shared_rope_key_has_the_gradient_of_all_heads(
     check(pool(request, mesh).run(parity_cases.parity, "deepseek_v2", mode, mesh))
 
 
+def skip_if_broken_unsharded(name: str) -> None:
+    """Skip a model whose forward fails without any parallelism, as Llama 4's does in transformers 5.24.0.
+
+    Only that one error is taken for a reason: the output of its text model lacks `image_outputs`.
+    """
+    try:
+        wrong_entry_cases.composite(name)(input_ids=token_ids((2, 16)), use_cache=False)
+    except AttributeError as error:
+        if name != "llama4" or "has no attribute 'image_outputs'" not in str(error):
+            raise
+        pytest.skip(f"the unsharded model fails in transformers itself: {error}")
+
+
 @pytest.mark.parametrize("name", ["llama4", "lfm2_vl"])
 def test_a_model_inside_a_model_computes_the_same(name: str, two_ranks: RankPool) -> None:
+    skip_if_broken_unsharded(name)
     for errors in two_ranks.run(wrong_entry_cases.composite_errors, name):
         worst = max(errors, key=errors.__getitem__)
         assert len(errors) > 25

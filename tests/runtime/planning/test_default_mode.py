@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import transformers
 
 from plans.errors import UsageError
 from plans.mesh import Mesh
@@ -45,10 +48,19 @@ def test_a_sharded_vocabulary_is_not_counted_as_experts() -> None:
 
 
 def test_an_embedding_tied_to_a_sharded_head_gets_its_entry() -> None:
-    model = wrong_entry_cases.composite("lfm2_vl")
+    """Up to transformers 5.23 LFM2's config has no plan, so that the only entry is the head's."""
+    config = wrong_entry_cases.composite_config("lfm2_vl")
+    config.text_config.base_model_tp_plan = {}
+    model = transformers.AutoModelForImageTextToText.from_config(config)
     name = "model.language_model.embed_tokens"
     assert name not in get_released_plan(model)
     assert Plan.from_model(model, "tp").entries[name] == "embedding_rowwise"
+
+
+def test_an_embedding_with_an_entry_in_its_text_model_is_tied_to_a_sharded_head() -> None:
+    """Since transformers 5.24 LFM2's config has a plan that consists of this entry."""
+    entries = Plan.from_model(wrong_entry_cases.composite("lfm2_vl"), "tp").entries
+    assert entries == {"lm_head": "colwise_gather_output", "model.language_model.embed_tokens": "embedding_rowwise"}
 
 
 def test_an_embedding_that_has_an_entry_keeps_it() -> None:
@@ -68,7 +80,9 @@ def test_keys_that_lack_a_part_in_the_middle_are_duplicates() -> None:
 def test_a_plan_that_shards_no_layer_raises_a_warning(two_ranks: RankPool) -> None:
     for messages in two_ranks.run(wrong_entry_cases.warned, "gpt_oss"):
         assert len(messages) == 1
-        assert "the plan cuts lm_head.weight only, every rank holds and computes all layers whole" in messages[0]
+        # The plan has had the embedding since transformers 5.24, and only the head before.
+        cut = r"the plan cuts (model\.embed_tokens\.weight, )?lm_head\.weight only"
+        assert re.search(f"{cut}, every rank holds and computes all layers whole", messages[0])
     assert two_ranks.run(wrong_entry_cases.warned, "qwen3_moe") == [[], []]
 
 

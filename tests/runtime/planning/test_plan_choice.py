@@ -183,9 +183,9 @@ def test_a_model_without_a_plan_for_the_mode_is_refused(name: str, mode: Any, me
 
 
 def test_a_base_model_without_a_plan_is_refused() -> None:
-    config = tiny_config("gpt_oss")
-    config.architectures = ["GptOssModel"]
-    with pytest.raises(PlanError, match="GptOssModel has no tensor parallel plan"):
+    config = find_config("opt")
+    config.architectures = ["OPTModel"]
+    with pytest.raises(PlanError, match="OPTModel has no tensor parallel plan"):
         Plan.from_model(config, "tp")
 
 
