@@ -55,8 +55,9 @@ def load(
         model: the model, parallel or not, on meta or in memory.
         checkpoint: a folder in any layout, `hf://owner/name`, or a checkpoint that was already read.
         dtype: the dtype to cast floating-point tensors to, on their device. Tensors that transformers'
-            `from_pretrained` keeps in a wider dtype are kept in it here too, unless FSDP shards them, which supports
-            one dtype only. By default a model on meta takes the stored dtypes, and a model in memory keeps its own.
+            `from_pretrained` keeps in a wider dtype are kept in it here too, unless FSDP gathers them together with
+            others, which supports one dtype only. By default a model on meta takes the stored dtypes, and a model in
+            memory keeps its own.
         device: the device for a model on meta; by default the device of its mesh.
         threads: the number of reader threads, at least 1; by default this rank's share of the processors.
         every_copy: whether each rank reads replicated tensors itself, even where one rank could broadcast them.

@@ -19,6 +19,7 @@ from runtime.loader.non_persistent import (
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.loader.sources import LoadSource
 from runtime.models.dtypes import DTYPES
+from runtime.parallel.fsdp import find_fsdp_groups
 
 __all__ = ["ModelMemory", "check_cast", "check_dtype", "prepare_memory"]
 
@@ -106,8 +107,8 @@ def prepare_memory(
         non_persistent: the values that no checkpoint stores, and the dtypes of tensors that are exempt from the cast.
 
     Raises:
-        UsageError: the device has too little memory, a buffer that no checkpoint stores is on meta, or tensors in
-            memory overlap.
+        UsageError: the device has too little memory, a buffer that no checkpoint stores is on meta, tensors in
+            memory overlap, or FSDP would gather new tensors of two dtypes together.
     """
     check_buffers(model, non_persistent)
     if not _is_on_meta(refs):
@@ -117,6 +118,7 @@ def prepare_memory(
     dtypes = {
         name: _resolve_dtype(DTYPES[source.dtypes[name]], non_persistent.kept_dtypes.get(name, dtype)) for name in refs
     }
+    _check_fsdp_groups(model, refs, dtypes)
     try:
         allocated = {
             name: torch.empty(ref.get_local().shape, dtype=dtypes[name], device=device) for name, ref in refs.items()
@@ -128,6 +130,26 @@ def prepare_memory(
             device=str(device),
         ) from error
     return ModelMemory(refs, allocated, device, non_persistent)
+
+
+def _check_fsdp_groups(model: nn.Module, refs: Mapping[str, ParameterRef], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse two dtypes in one FSDP group, which would fail in the first forward."""
+    first: dict[int, str] = {}
+    for name, group in find_fsdp_groups(model).items():
+        if name not in refs:
+            continue
+        other = first.setdefault(group, name)
+        if dtypes[other] != dtypes[name]:
+            raise UsageError(
+                f"FSDP gathers {other} and {name} together and needs one dtype for both, but the checkpoint stores "
+                f"them as {dtypes[other]} and {dtypes[name]}",
+                hint=f"cast both while loading, with dtype={min(dtypes[other], dtypes[name], key=_get_size)}",
+                parameter=name,
+            )
+
+
+def _get_size(dtype: torch.dtype) -> int:
+    return dtype.itemsize
 
 
 def _check_no_shared_memory(refs: Mapping[str, ParameterRef]) -> None:

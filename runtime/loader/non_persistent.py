@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.text import first_line, format_names
 from runtime.loader.parameter_refs import ParameterRef, find_module_entries
+from runtime.models.kept_dtypes import HALF_DTYPES, compile_kept_names
 from runtime.models.model import init_on_meta, model_tensors
+from runtime.parallel.fsdp import find_fsdp_groups
 
 __all__ = [
     "CASTABLE_DTYPES",
@@ -29,7 +28,6 @@ __all__ = [
 
 CASTABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes that tensors can be cast to."""
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def rebuild_non_persistent(
         dtype: the dtype that floating-point tensors are cast to, None for no cast.
     """
     buffers = list(_find_non_persistent_buffers(model))
-    if not buffers and dtype not in _HALF_DTYPES:
+    if not buffers and dtype not in HALF_DTYPES:
         return NonPersistentState()
     own_dtype = dtype or next((ref.tensor.dtype for ref in refs.values() if ref.tensor.dtype in CASTABLE_DTYPES), None)
     config = getattr(model, "config", None)
@@ -83,33 +81,24 @@ def _find_kept_dtypes(
     """Yield the tensors that transformers' `from_pretrained` keeps in a wider dtype when it casts to 16 bits.
 
     Names that match a pattern declared by the class stay in float32; others keep the dtype that its constructor gives
-    them. Parameters that FSDP shards are never exempt, because FSDP gathers those of a module together and fails on
-    two dtypes.
+    them. FSDP gathers one dtype at a time, so among parameters that it gathers together none is exempt unless all are.
 
     Source: `_get_dtype_plan` in transformers/modeling_utils.py, and its use in core_model_loading.py.
     """
-    if dtype not in _HALF_DTYPES:
+    if dtype not in HALF_DTYPES:
         return
-    # `_keep_in_fp32_modules` guards against the small range of float16, so it does not apply to bfloat16.
-    declared = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if dtype == torch.float16 else [])]
-    patterns: set[str] = {pattern for names in declared for pattern in _get_declared_patterns(model, names)}
-    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns)) if patterns else None
-    for name, ref in refs.items():
-        if _is_fsdp_sharded(ref.tensor):
-            continue
-        if kept is not None and kept.search(name):
-            yield name, torch.float32
+    kept_names = compile_kept_names(model, dtype)
+    kept: dict[str, torch.dtype] = {}
+    for name in refs:
+        if kept_names is not None and kept_names.search(name):
+            kept[name] = torch.float32
         elif name in built and built[name].dtype != dtype and built[name].is_floating_point():
-            yield name, built[name].dtype
-
-
-def _is_fsdp_sharded(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor) and any("fsdp" in name for name in tensor.device_mesh.mesh_dim_names or ())
-
-
-def _get_declared_patterns(model: nn.Module, attribute: str) -> Iterable[str]:
-    declared: Any = getattr(model, attribute, None)
-    return declared or ()
+            kept[name] = built[name].dtype
+    groups = find_fsdp_groups(model)
+    cast = {groups.get(name) for name in refs.keys() - kept.keys()}
+    for name, kept_dtype in kept.items():
+        if name not in groups or groups[name] not in cast:
+            yield name, kept_dtype
 
 
 def check_buffers(model: nn.Module, non_persistent: NonPersistentState) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from plans.dialect import Dialect
 from plans.errors import PlanError, UsageError
@@ -18,13 +17,13 @@ from plans.plan import find_expert_keys, to_wildcard
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from runtime.checks.plan import check_before_sharding
 from runtime.checks.plan_view import PlanView
+from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.hooks import hook_input_embeddings, hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
 from runtime.parallel.rank_consistency import check_same_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import raise_on_any_rank
-from runtime.processes.group import uses_nccl
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import HookSite
 
@@ -74,7 +73,7 @@ def parallelize(
     _shard_parameters(model, resolved, meshes, styles)
     hook_modules(model, resolved, meshes, styles)
     hook_input_embeddings(model, resolved, meshes, styles)
-    _apply_fsdp(model, resolved, meshes)
+    apply_fsdp(model, resolved, meshes)
     return resolved
 
 
@@ -172,40 +171,3 @@ def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMe
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")
             model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)
-
-
-def _apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
-    """Shard every parameter on dim 0 over its data parallel axis, one group for each layer and one for the rest.
-
-    Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
-    the average of the ranks' on its axis. With one rank on both axes nothing happens.
-
-    Args:
-        model: the model, its parameters sharded by the plan and its modules hooked.
-        resolved: the resolved plan.
-        meshes: device meshes of the plan's sizes.
-    """
-    if meshes.sizes.fsdp == 1:
-        return
-    experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
-    if meshes.sizes.efsdp > 1:
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
-            _fully_shard_module(model.get_submodule(owner), meshes.axis("efsdp"))
-    apart = {model.get_parameter(name) for name in experts}
-    for module in (*_find_layers(model), model):
-        _fully_shard_module(module, meshes.axis("fsdp"), apart)
-
-
-def _fully_shard_module(module: nn.Module, axis: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
-    sharded = fully_shard(module, mesh=axis, ignored_params=ignored)
-    # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
-    averages = axis.device_type == "cuda" and uses_nccl(axis.get_group())
-    sharded.set_force_sum_reduction_for_comms(not averages)
-
-
-def _find_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model's repeated blocks, as transformers names them."""
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    for module in model.modules():
-        if type(module).__name__ in blocks:
-            yield module
