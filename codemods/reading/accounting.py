@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from codemods.files.sources import SourceFile
 from codemods.reading.entries import read_key, span
 from codemods.reading.escapes import Escape, EscapeFinder, index_parents
 from codemods.reading.expressions import iter_bindings
-from codemods.reading.local_names import find_free_parameters
+from codemods.reading.local_names import find_free_parameters, find_object_plans
 from codemods.reading.module import Conflict, Unresolved
 from codemods.reading.names import Definitions, Function, get_identifier
 from codemods.reading.plan_literals import mention_experts
@@ -44,6 +44,7 @@ class Accountant:
 
     source: SourceFile
     definitions: Definitions
+    _object_plans: dict[Function, frozenset[str]] = field(default_factory=dict)
 
     def find_unread_uses(self) -> Iterator[Unresolved | Conflict]:
         """Yield the uses that give plans entries in an unread way, and the conflicts of plans that escape."""
@@ -67,7 +68,7 @@ class Accountant:
         match node:
             case ast.Name(id=name, ctx=ast.Load()) if is_plan_attribute(name):
                 scope = self._get_scope(node)
-                is_given = name in scope.free_parameters or name in self.definitions.imported
+                is_given = name in scope.free_parameters | scope.object_plans or name in self.definitions.imported
                 plans = [] if is_given else [(scope.class_name, name)]
             case ast.Attribute(value=owner, attr=name, ctx=ast.Load()) if is_plan_attribute(name):
                 scope = self._get_scope(node)
@@ -211,9 +212,15 @@ class Accountant:
             self._get_class_name(node),
             function.name if function else "",
             free_parameters=find_free_parameters(function) if function else frozenset(),
+            object_plans=self._find_object_plans(function) if function else frozenset(),
             classes=self.definitions.classes,
             imported=self.definitions.imported,
         )
+
+    def _find_object_plans(self, function: Function) -> frozenset[str]:
+        if function not in self._object_plans:
+            self._object_plans[function] = find_object_plans(function)
+        return self._object_plans[function]
 
     def _get_class_name(self, node: ast.AST, *, own: bool = False) -> str:
         """Return the qualified name of the class around a node, empty outside of classes."""

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from codemods.reading.expressions import iter_bindings, split_expression
-from codemods.reading.names import Function
+from codemods.reading.names import Function, get_identifier
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
-__all__ = ["find_free_parameters", "find_local_plans"]
+__all__ = ["find_free_parameters", "find_local_plans", "find_object_plans"]
 
 
 def find_free_parameters(function: Function) -> frozenset[str]:
@@ -32,6 +32,48 @@ def find_local_plans(function: Function) -> dict[str, str]:
     """
     local_names = _read_local_names(function).items()
     return {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
+
+
+def find_object_plans(function: Function) -> frozenset[str]:
+    """Return the variables with a plan's name that only hold objects instead of names of styles.
+
+    Training stacks name torch's plans so: `base_model_tp_plan = {"norm": SequenceParallel()}`.
+    """
+    values: dict[str, list[ast.expr]] = defaultdict(list)
+    styled: set[str] = set()
+    for node in ast.walk(function):
+        for target, value in iter_bindings(node):
+            if isinstance(target, ast.Name) and is_plan_attribute(target.id):
+                values[target.id].append(value)
+        match node:
+            case (
+                ast.Call(func=ast.Attribute(value=ast.Name(id=name)))
+                | ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name))])
+                | ast.AugAssign(target=ast.Name(id=name))
+            ) if any(map(_is_style, ast.walk(node))):
+                styled.add(name)
+    names = (name for name, displays in values.items() if all(map(_holds_objects, displays)))
+    return frozenset(names) - styled
+
+
+def _is_style(node: ast.AST) -> bool:
+    """Return whether a node writes the name of a style: into a display, or as the value of an item."""
+    match node:
+        case ast.Assign(value=ast.Constant(value=str())) | ast.keyword(value=ast.Constant(value=str())):
+            return True
+        case ast.Dict(values=values):
+            return any(isinstance(value, ast.Constant) for value in values)
+    return False
+
+
+def _holds_objects(value: ast.expr) -> bool:
+    """Return whether an expression is a display whose values are all calls of classes, by the case of their names."""
+    return isinstance(value, ast.Dict) and bool(value.values) and all(map(_is_object, value.values))
+
+
+def _is_object(value: ast.expr) -> bool:
+    name = get_identifier(value.func) if isinstance(value, ast.Call) else ""
+    return name[:1].isupper() and not name.isupper()
 
 
 @dataclass

@@ -12,7 +12,7 @@ from codemods.files.sources import SourceFile, format_path
 from codemods.reading.accounting import Accountant
 from codemods.reading.conflicts import ParsedClass, find_outward_conflicts, merge_classes
 from codemods.reading.expressions import iter_bindings
-from codemods.reading.local_names import find_free_parameters, find_local_plans
+from codemods.reading.local_names import find_free_parameters, find_local_plans, find_object_plans
 from codemods.reading.module import (
     ClassPlans,
     Condition,
@@ -158,6 +158,7 @@ def _enter_function(function: Function, scope: Scope) -> Scope:
         function.name,
         aliases={**scope.aliases, **find_local_plans(function)},
         free_parameters=find_free_parameters(function),
+        object_plans=find_object_plans(function),
         classes=scope.classes,
         imported=scope.imported,
     )

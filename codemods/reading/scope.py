@@ -196,6 +196,7 @@ class Scope:
         loops: the enclosing `for` statements in that function, innermost first.
         aliases: the local names that refer to a plan, with the plan's attribute.
         free_parameters: the parameters of that function without a default, whose values only its callers know.
+        object_plans: the variables of that function with a plan's name that hold objects instead of styles.
         classes: the names of the file's classes.
         imported: the names that the file imports.
     """
@@ -206,6 +207,7 @@ class Scope:
     loops: tuple[ast.For, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     free_parameters: frozenset[str] = frozenset()
+    object_plans: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()
     imported: frozenset[str] = frozenset()
 
@@ -213,7 +215,7 @@ class Scope:
         """Return the attribute of the plan that an expression refers to, or None."""
         if isinstance(node, ast.Attribute):
             return node.attr if is_plan_attribute(node.attr) else None
-        if isinstance(node, ast.Name):
+        if isinstance(node, ast.Name) and node.id not in self.object_plans:
             return self.aliases.get(node.id) or (node.id if is_plan_attribute(node.id) else None)
         return None
 

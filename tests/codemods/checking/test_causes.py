@@ -188,3 +188,30 @@ def test_plans_of_tests_are_rewritten(tmp_path, name):
 def test_other_files_are_judged(tmp_path, name):
     root = write_tree(tmp_path / "tests/checkout", {name: MADE_UP, "pyproject.toml": ""})
     assert {"MIG501", "MIG203"} <= set(codes(check_paths([root], source="transformers-5.23")))
+
+
+LISTED = """
+class GroupedExperts(nn.Module):
+    def __init__(self, config):
+        self.w1 = nn.Parameter(torch.empty(config.n, config.i, config.h))
+        self.w2 = nn.Parameter(torch.empty(config.n, config.h, config.i))
+class ToyMLP(nn.Module):
+    def __init__(self, config):
+        self.experts = GroupedExperts(config)
+class ToyLayer(nn.Module):
+    def __init__(self, config):
+        self.mlp = ToyMLP(config)
+class ToyModel(nn.Module):
+    def __init__(self, config):
+        self.layers = nn.ModuleList([ToyLayer(config) for _ in range(config.n)])
+"""
+
+
+@pytest.mark.parametrize("name", ["experts", "expert"])
+def test_a_key_that_nothing_creates_is_said_once(tmp_path, name):
+    """That its experts have no such parameter, and therefore no layout either, is one cause."""
+    files = {"toy/configuration_toy.py": PACKED, "toy/modeling_toy.py": LISTED.replace("self.experts", f"self.{name}")}
+    outcome = check_paths([write_tree(tmp_path, files)], source="transformers-5.23")
+    found = [(one.finding.code, one.finding.key) for one in outcome.findings]
+    assert len({key for _, key in found}) == len(found) > 1
+    assert {code for code, _ in found} == {"MIG506"}

@@ -139,6 +139,33 @@ def test_reading_a_plan_is_no_use_to_name(body):
     assert not any(literal.entries for literal in module.classes["ToyConfig"].code_literals)
 
 
+OBJECTS = '{"norm": SequenceParallel(), "layers.*.mlp.experts": tensor.ColwiseParallel(dim=1)}'
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        "base_model_tp_plan.update(more)",
+        "base_model_tp_plan.update(cast(dict, more))",
+        "base_model_tp_plan['layers.*.mlp.experts.down_proj'] = RowwiseParallel()",
+        "base_model_tp_plan |= more",
+        "parallelize(model, base_model_tp_plan)",
+    ],
+)
+def test_plans_of_objects_are_none_of_styles(tmp_path, added):
+    """As torch's `parallelize_module` takes them, under a name that training stacks give them."""
+    text = f"def parallelize(model, more):\n    base_model_tp_plan = {OBJECTS}\n    {added}\n    return 1\n"
+    assert codes(check_noop(tmp_path, text)) == []
+    assert check_paths([tmp_path], source="transformers-5.23").findings == ()
+    for style in (f".update({{{PAIR}}})", f" |= {{{PAIR}}}"):
+        write_tree(tmp_path, {"toy/configuration_toy.py": text.replace(added, f"base_model_tp_plan{style}")})
+        assert check_paths([tmp_path], source="transformers-5.23").changes != ()
+    for value in (f"{OBJECTS} if more else more", "{}", "{**more}", '{"norm": style()}', '{"norm": STYLE}'):
+        write_tree(tmp_path, {"toy/configuration_toy.py": text.replace(OBJECTS, value)})
+        found = check_paths([tmp_path], source="transformers-5.23").findings
+        assert ("update" in added) <= ("MIG204" in [one.finding.code for one in found]), value
+
+
 def test_a_name_made_anew_is_no_plan_any_more():
     body = f"other = self.base_model_ep_plan\nother = {{{PAIR}}}\nself.x = other"
     assert read_module(SourceFile(Path("x.py"), function(body).encode())).classes["ToyConfig"].code_literals == ()
