@@ -17,6 +17,7 @@ from plans.plan import find_expert_keys, to_wildcard
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from runtime.checks.plan import check_before_sharding
 from runtime.checks.plan_view import PlanView
+from runtime.parallel.embedding_reads import let_others_read_embeddings
 from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.hooks import hook_input_embeddings, hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
@@ -73,6 +74,8 @@ def parallelize(
     _shard_parameters(model, resolved, meshes, styles)
     hook_modules(model, resolved, meshes, styles)
     hook_input_embeddings(model, resolved, meshes, styles)
+    if resolved.mode not in ("sp", "sp_ep"):  # where a gradient would be that of the rank's slice of the sequence
+        let_others_read_embeddings(model)
     apply_fsdp(model, resolved, meshes)
     return resolved
 

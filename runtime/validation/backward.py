@@ -96,9 +96,9 @@ def check_backward(
         before, reached = reached, _count_exercised(rows)
         if pair.is_exercised(rows) or (inputs > 1 and reached == before):
             break
-    forced = any(row.idle for row in rows[0].values()) and can_force_routing(resolved)
-    if forced:
-        if (ended := pair.run(inputs - 1, forced=True)) is not None:
+    idle = count_experts(resolved, {name: row.idle for name, row in rows[0].items()})
+    if idle and can_force_routing(resolved):
+        if (ended := pair.run(inputs - 1, idle)) is not None:
             return ended
         rows = pair.measure()
     unexercised = find_unexercised(
@@ -109,8 +109,8 @@ def check_backward(
     numbers = {
         **precision.describe_gradients(request.tolerance),
         "batches": count_batches(resolved.mesh),
-        "inputs": inputs + forced,
-        "forced_routing": forced,
+        "inputs": inputs + bool(pair.forced),
+        "forced_routing": bool(pair.forced),
         "exercised": len(rows[0]) - len(unexercised),
     }
     return BackwardCheck(_evaluate_errors(rows, numbers), tuple(unexercised))
@@ -127,6 +127,7 @@ class _Pair:
         request: what to validate.
         precision: the precision that both models compute in.
         read: the parameters that take no gradient and that the reference's forward read.
+        forced: the modules whose routing was forced in the parallel model.
     """
 
     model: PreTrainedModel
@@ -135,27 +136,28 @@ class _Pair:
     request: ValidationRequest
     precision: Precision
     read: set[str] = field(default_factory=set)
+    forced: set[str] = field(default_factory=set)
 
-    def run(self, number: int, *, forced: bool = False) -> PartSkip | PartFailure | None:
+    def run(self, number: int, experts: Mapping[str, int] | None = None) -> PartSkip | PartFailure | None:
         """Add the gradients on one input to both models' gradients; return why that is impossible, if it is.
 
         Args:
             number: the number of the input.
-            forced: whether the experts are chosen in turn, in both models.
+            experts: the number of experts of each module whose experts are chosen in turn, in both models.
         """
         batches = sample_batches(self.model, self.request, number)
         own = find_batch(self.resolved.mesh, dist.get_rank())
-        experts = count_experts(self.model) if forced else {}
+        forcing = experts or {}
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
 
         def run_all_batches(model: PreTrainedModel) -> None:
             with record_reads(model, frozen, self.read):
                 for number, batch in enumerate(batches):
-                    with force_routing(model, experts, number):
+                    with force_routing(model, forcing, number, set()):
                         accumulate_gradients(model, batch, 1 / len(batches))
 
         def run_own_batch() -> None:
-            with force_routing(self.model, experts, own):
+            with force_routing(self.model, forcing, own, self.forced):
                 accumulate_gradients(self.model, batches[own])
 
         # The reference runs first: if the model has no gradients even unsharded, its plan is not at fault.

@@ -5,7 +5,7 @@ The routers still run, and their scores still weigh the experts' outputs; only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from plans.errors import PlanError
 from plans.resolved_plan import ResolvedPlan
 from runtime.styles.call import index_arguments, split_arguments
 from runtime.styles.routing import ROUTER_STYLE, find_routing
-from runtime.validation.exercise import stacks_experts
 
 __all__ = ["can_force_routing", "count_experts", "force_routing"]
 
@@ -27,28 +26,30 @@ def can_force_routing(resolved: ResolvedPlan) -> bool:
     return ROUTER_STYLE not in resolved.plan.values() and resolved.mode not in ("sp", "sp_ep")
 
 
-def count_experts(model: nn.Module) -> dict[str, int]:
-    """Return the number of experts of each module that stacks some, on all ranks together."""
-    return {
-        name: parameter.shape[0]
-        for name, module in model.named_modules()
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.ndim == 3 and stacks_experts(module, parameter)
-    }
+def count_experts(resolved: ResolvedPlan, idle: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Return the number of experts, on all ranks together, of each module with some idle ones and some that run.
+
+    Args:
+        resolved: the plan of the model.
+        idle: the idle experts by the parameter that stacks them.
+    """
+    counts = {name: resolved.by_name[name].shape[0] for name, experts in idle.items() if experts}
+    return {name.rpartition(".")[0]: count for name, count in counts.items() if len(idle[name]) < count}
 
 
 @contextmanager
-def force_routing(model: nn.Module, experts: Mapping[str, int], first: int) -> Iterator[None]:
+def force_routing(model: nn.Module, experts: Mapping[str, int], first: int, forced: set[str]) -> Iterator[None]:
     """Let the tokens of each call choose the experts in turn.
 
     Args:
         model: the model, parallel or not.
         experts: the number of experts on all ranks, by module.
         first: the expert that the first token chooses.
+        forced: the modules whose routing was forced, to be extended.
     """
     with ExitStack() as stack:
         for name, count in experts.items():
-            replace_choices = partial(_replace_choices, count, first)
+            replace_choices = partial(_replace_choices, name, count, first, forced)
             handle = model.get_submodule(name).register_forward_pre_hook(
                 replace_choices, with_kwargs=True, prepend=True
             )
@@ -57,12 +58,19 @@ def force_routing(model: nn.Module, experts: Mapping[str, int], first: int) -> I
 
 
 def _replace_choices(
-    count: int, first: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    name: str,
+    count: int,
+    first: int,
+    forced: set[str],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     try:
         routing = find_routing(args, kwargs)
     except PlanError:  # a stack that is not chosen from by numbers
         return args, kwargs
+    forced.add(name)
     values = index_arguments(args, kwargs)
     chosen = values[routing.index]
     assert isinstance(chosen, torch.Tensor)

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
+from plans.errors import MissingPlanError
 from plans.mesh import Mesh, Mode
 from runtime.validation.inputs import count_batches, find_batch, sample_batches
 from runtime.validation.request import ValidationRequest
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
-from tests.tiny_models import DENSE, ODD_MODELS, tiny_config, tiny_model
+from tests.tiny_models import DENSE, ODD_MODELS, tiny_config, tiny_model, with_noise
 
 HubFolder = Callable[[str], Path]
 
@@ -117,3 +118,78 @@ def test_a_second_input_reaches_experts_that_few_tokens_do_not(two_ranks: RankPo
     found = two_ranks.run(validation_cases.validate, tmp_path / "hub")[0]
     assert found["verdict"] == "proven", found["unexercised"]
     assert found["backward"]["inputs"] > 1
+
+
+@pytest.mark.parametrize("mode", ["tp", "ep"])
+def test_an_expert_that_its_router_never_chooses_is_reached_by_force(
+    mode: Mode, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    mesh = Mesh(tp=2, ep=2 if mode == "ep" else 1)
+    model = tiny_model(tiny_config("deepseek_v3"))
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias[5] = -1e4
+    model.save_pretrained(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "hub", None, mesh, mode)[0]
+    assert (found["verdict"], found["backward"]["forced_routing"]) == ("proven", True), found
+
+
+def test_an_expert_that_cannot_be_reached_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
+    model = tiny_model(tiny_config("deepseek_v3"))
+    model.model.layers[2].mlp.gate.e_score_correction_bias[5] = -1e4
+    model.save_pretrained(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "hub", None, Mesh(tp=2), "sp")[0]
+    assert (found["verdict"], found["backward"]["forced_routing"]) == ("not fully proven", False)
+    assert {(row["name"], row["reason"]) for row in found["unexercised"]} == {
+        (f"model.layers.2.mlp.experts.{part}", "no gradient for expert 5") for part in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_positions_that_no_token_has_are_named_with_their_rank(two_ranks: RankPool, tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 101, "n_positions": 4096}
+    tiny_model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "hub", None, Mesh(fsdp=2))[0]
+    assert found["verdict"] == "not fully proven"
+    assert [(row["name"], row["ranks"]) for row in found["unexercised"]] == [("transformer.wpe.weight", [1])]
+
+
+def test_a_model_without_a_plan_is_proven_over_data_ranks(two_ranks: RankPool, tmp_path: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 101, "n_positions": 64}
+    tiny_model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, tmp_path / "hub", None, Mesh(fsdp=2))[0]
+    assert found["verdict"] == "proven", found
+    assert found["backward"]["batches"] == 2
+    with pytest.raises(MissingPlanError, match="GPT2LMHeadModel has no tensor parallel plan"):
+        two_ranks.run(validation_cases.validate, tmp_path / "hub", None, Mesh(tp=2))
+
+
+def test_gemma_4_runs_and_its_towers_are_named(two_ranks: RankPool, tmp_path: Path) -> None:
+    hub = save_gemma_4(tmp_path / "hub")
+    found = two_ranks.run(validation_cases.validate, hub)[0]
+    assert (found["verdict"], found["failed"]) == ("not fully proven", {})
+    assert {row["name"].split(".")[1] for row in found["unexercised"]} == {"vision_tower", "embed_vision"}
+
+
+def test_models_that_do_not_fit_in_float64_are_compared_in_float32(two_ranks: RankPool, hub_folder: HubFolder) -> None:
+    found = two_ranks.run(validation_cases.without_room_for_float64, hub_folder("qwen3_moe"))[0]
+    assert found["verdict"] == "proven", found
+    assert (found["forward"]["precision"], found["backward"]["precision"]) == ("float32", "float32")
+    assert (found["backward"]["tolerance"], found["backward"]["floor"]) == (1e-4, 1e-2)
+
+
+def save_gemma_4(folder: Path) -> Path:
+    """Save a tiny Gemma 4 with a vision tower, and the embedding tied to the head, which its plan shards."""
+    text = {
+        **{key: value for key, value in DENSE.items() if key != "num_key_value_heads"},
+        **{"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2},
+        **{"vocab_size_per_layer_input": 101, "hidden_size_per_layer_input": 4, "sliding_window": 8},
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "position_embedding_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    tokens = {"image_token_id": 95, "boi_token_id": 96, "eoi_token_id": 97, "boa_token_id": 98, "audio_token_id": 94}
+    config = transformers.Gemma4Config(
+        text_config=text, vision_config=vision | heads, eoa_token_index=99, video_token_id=93, **tokens
+    )
+    model = transformers.Gemma4ForConditionalGeneration(config)
+    with_noise(model).save_pretrained(folder)
+    return folder

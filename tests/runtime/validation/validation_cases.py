@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from plans.mesh import Mesh, Mode
 from runtime.styles import STYLES, HookSite, ParallelStyle, StyleRegistry
-from runtime.validation import backward
+from runtime.validation import backward, precision
 from runtime.validation import validate as looking
 from runtime.validation.request import ValidationRequest
 from runtime.validation.results import PARTS
@@ -32,6 +32,7 @@ __all__ = [
     "with_wide_weights",
     "without_gradients",
     "without_room",
+    "without_room_for_float64",
 ]
 
 
@@ -65,6 +66,16 @@ def without_room(folder: Path, mesh: Mesh, mode: Mode) -> dict[str, Any]:
         return validate(folder, None, mesh, mode)
     finally:
         looking.fits_in_memory = has_room
+
+
+def without_room_for_float64(folder: Path) -> dict[str, Any]:
+    """Validate where float64 has no room."""
+    has_room = precision.fits_in_memory
+    precision.fits_in_memory = lambda model, device, dtype: dtype != torch.float64
+    try:
+        return validate(folder)
+    finally:
+        precision.fits_in_memory = has_room
 
 
 def forgets_before_it_widens(folder: Path) -> bool:
