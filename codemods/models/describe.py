@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from codemods.models.attributes import AttributeResolver, Node
+from codemods.models.hidden import find_hidden_assignments
 from codemods.models.modeling import ModelingSource, load_modeling
 from codemods.models.module_text import ELEMENT
 from plans.model_facts import KeyTarget, TargetKind
@@ -53,8 +54,15 @@ class Model:
         return targets.pop() if len(targets) == 1 else None
 
     def can_exist(self, key: str) -> bool:
-        """Return whether any class of the model could create what a key names; True if no class could be read."""
-        return not self.source.classes or bool(self.find_nodes(key, ""))
+        """Return whether any class of the model could create what a key names.
+
+        It could if no class can be read, or if a module on the key's way is assigned in a form that is not.
+        """
+        if not self.source.classes or self.find_nodes(key, ""):
+            return True
+        parts = [part for part in key.split(".") if part.isidentifier()]
+        files = self.source.files.values()
+        return any(next(find_hidden_assignments(file, part), None) is not None for part in parts for file in files)
 
     def _walk_key(self, key: str, class_name: str) -> frozenset[Node]:
         """Return what a key leads to, starting from the classes that it may be relative to."""

@@ -6,16 +6,14 @@ for. If one of them is unknown, so is the layout, and the line that makes it unk
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from codemods.models.attributes import Node
 from codemods.models.describe import Model, load_model
+from codemods.models.hidden import SETS_ANY_NAME, find_hidden_assignments
 from codemods.models.layouts import explain_decorators, list_expert_classes, read_class_layout
 from codemods.models.model_files import find_modeling_files
-from codemods.models.module_text import ModuleText
 from plans.model_facts import ExpertLayout, UnreadLayout
 
 __all__ = ["read_experts"]
@@ -30,9 +28,6 @@ _NO_SOURCE = UnreadLayout(
 _NO_EXPERTS = UnreadLayout(
     "no class of the modeling source assigns them, and none packs experts", "correct the key, or " + _BY_HAND
 )
-_PLAIN = rb"[ \t]*self\.(?:%b(?:[ \t]*:[^=\n]+)?[ \t]*=(?!=)|(?:add_module|register_module)\()"
-_SETTERS = re.compile(r"setattr|_modules|__dict__|set_submodule|add_module|register_module")
-_SETS_ANY_NAME = re.compile(rb"\bsetattr\(\s*self\s*,\s*(?![\"'f])")
 
 
 def read_experts(folder: Path, key: str, class_name: str = "", plan_file: Path | None = None) -> _Layout:
@@ -65,7 +60,7 @@ def read_experts(folder: Path, key: str, class_name: str = "", plan_file: Path |
 def _read_only_class(model: Model) -> _Layout:
     """Return the layout of the only class that packs experts, for source that shows no way to it."""
     for module in model.source.files.values():
-        if found := _SETS_ANY_NAME.search(module.data):
+        if found := SETS_ANY_NAME.search(module.data):
             where = module.top_level.format_line(found.start())
             return UnreadLayout(f"{where} sets attributes under computed names", _BY_HAND)
     classes = [one for one in list_expert_classes(model.source) if one]
@@ -106,47 +101,10 @@ def _explain_hidden_assignments(model: Model, key: str) -> Iterator[str]:
     *_, attribute = parts = [part for part in key.split(".") if part.isidentifier()]
     for module in model.source.files.values():
         for part in parts:
-            for offset in _find_hidden_assignments(module, part):
+            for offset in find_hidden_assignments(module, part):
                 yield f"{module.top_level.format_line(offset)} sets `{part}` in a way that is not read"
     for definition in model.source.classes.values():
         if definition.has_attribute(attribute):
-            if found := _SETS_ANY_NAME.search(definition.data, definition.start, definition.end):
+            if found := SETS_ANY_NAME.search(definition.data, definition.start, definition.end):
                 yield f"{definition.format_line(found.start())} sets attributes under computed names"
             yield from explain_decorators(model.source, model.source.find_ancestry(definition).classes)
-
-
-def _find_hidden_assignments(module: ModuleText, attribute: str) -> Iterator[int]:
-    """Yield where statements assign an attribute by name, by a tuple, after `if` on one line or on another object."""
-    plain = re.compile(_PLAIN % re.escape(attribute.encode()))
-    for match in re.compile(rb"[.\"']%b\b(?!\()" % re.escape(attribute.encode())).finditer(module.data):
-        start = module.data.rfind(b"\n", 0, match.start()) + 1
-        end = module.data.find(b"\n", match.end())
-        line = module.data[start : end if end >= 0 else len(module.data)]
-        if plain.match(line) or line.lstrip().startswith(b"#") or not (b"=" in line or b"(" in line):
-            continue
-        if _is_store(line.decode("utf-8", "replace"), attribute):
-            yield start
-
-
-def _is_store(line: str, attribute: str) -> bool:
-    """Return whether a line may assign an attribute; one that is no statement by itself may."""
-    if _SETTERS.search(line):
-        return re.search(rf"[\"'](?:[\w.*]*\.)?{re.escape(attribute)}[\"']", line) is not None
-    try:
-        parsed = ast.parse(f"{line.strip()} pass" if line.rstrip().endswith(":") else line.strip())
-    except SyntaxError:
-        return re.search(rf"\.{re.escape(attribute)}\b[\w.,() ]* = ", line) is not None
-    extended = {id(node.target) for node in ast.walk(parsed) if isinstance(node, ast.AugAssign)}
-    return any(
-        isinstance(node, ast.Attribute)
-        and isinstance(node.ctx, ast.Store)
-        and _names_attribute(node, attribute)
-        and (id(node) not in extended or ast.unparse(node.value) == "self")  # `cache.layers += […]` makes no module
-        for node in ast.walk(parsed)
-    )
-
-
-def _names_attribute(node: ast.Attribute, attribute: str) -> bool:
-    """Return whether an assignment's target is an attribute, or its forward: `layer.experts.forward`."""
-    inner = node.value
-    return node.attr == attribute or (isinstance(inner, ast.Attribute) and inner.attr == attribute)

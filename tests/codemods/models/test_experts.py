@@ -233,6 +233,7 @@ HIDDEN = {
 @pytest.mark.parametrize("made", HIDDEN.values(), ids=HIDDEN)
 def test_an_assignment_that_is_not_read_is_named(tmp_path, made):
     check_held(tmp_path, {"toy/modeling_toy.py": model(*made)}, "modeling_toy.py:")
+    assert codes(check_paths([tmp_path])) == ["MIG203"]
 
 
 BASES = {
