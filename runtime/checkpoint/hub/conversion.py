@@ -21,6 +21,8 @@ from transformers.core_model_loading import (
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.hub.operations import OPERATIONS, ComputedValuesError, ConversionContext, PatternMaps
+from runtime.checkpoint.hub.scale_blocks import check_whole_blocks
+from runtime.planning.resolve import find_scales
 from runtime.proof import prove
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 
@@ -153,7 +155,8 @@ def convert(
         tied: each tied name with the name that `shapes` has; a tensor may be stored under any of its names.
 
     Raises:
-        ConversionError: an operation is unknown or not defined for these tensors, or a tensor is stored twice.
+        ConversionError: an operation is unknown or not defined for these tensors, a tensor is stored twice, or a
+            quantized weight would be cut within a block that has one scale.
         IncompleteError: a tensor of the model or one of a numbered series is not stored.
         MismatchError: a converted tensor does not have the model's shape.
     """
@@ -170,6 +173,7 @@ def convert(
                 raise conflict_error(name, origins[name] + group.list_names())
             tensor_maps[name], origins[name] = tensor_map, group.list_names()
     duplicates = _resolve_tied(tensor_maps, origins, tied)
+    check_whole_blocks(tensor_maps, find_scales(model), stored, shapes)
     check_tensor_maps(tensor_maps, origins, shapes)
     of_model = {name: tensor_maps[name] for name in shapes}
     # A converter may also make tensors that this model lacks; the stored tensors behind them are passed through whole.

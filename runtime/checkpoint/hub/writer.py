@@ -17,7 +17,7 @@ from runtime.checkpoint.copying.copy_plan import OutputFile, OutputTensor, plan_
 from runtime.checkpoint.files.file_names import INDEX, MAX_INDEX
 from runtime.checkpoint.files.reading import parse_strict_json
 from runtime.checkpoint.files.safetensors import BITS, MAX_HEADER, is_length_right, parse_header, tensor_bytes
-from runtime.checkpoint.hub.conversion import convert
+from runtime.checkpoint.hub.conversion import Conversion, convert
 from runtime.checkpoint.manifest import StoredForm, build_index, unpack_bytes
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.compose import compose, invert
@@ -109,7 +109,7 @@ def _build_stored_maps(
     """
     shapes = {name: _parse_shape(name, row) for name, row in form.tensors.items()}
     of_model = {name: info.shape for name, info in checkpoint.tensors.items() if info.kind != "carried"}
-    conversion = convert(model, shapes, of_model, checkpoint.tied)
+    conversion = _convert(model, shapes, of_model, checkpoint)
     missing = set(conversion.passthrough) - checkpoint.tensors.keys()
     if form is checkpoint.stored_form:
         missing |= conversion.dropped.keys() - checkpoint.tensors.keys()
@@ -130,6 +130,20 @@ def _build_stored_maps(
     tensor_maps = {**checkpoint.tensor_maps, **tied}
     over_source = compose(tensor_maps)
     return {name: over_source(inverse[name]) if name in inverse else tensor_maps[name] for name in shapes}, zeros
+
+
+def _convert(
+    model: PreTrainedModel, shapes: Mapping[str, Shape], of_model: Mapping[str, Shape], checkpoint: Checkpoint
+) -> Conversion:
+    """Convert the form to write; one that would cut blocks of scales can be written as the model holds its experts."""
+    try:
+        return convert(model, shapes, of_model, checkpoint.tied)
+    except ConversionError as error:
+        if "block" not in error.data:
+            raise
+        raise ConversionError(
+            error.message, hint="set `experts=fused` to store the experts as the model holds them", **error.data
+        ) from error
 
 
 def _resolve_dtype(checkpoint: Checkpoint, tensor_map: TensorMap, name: str, row: Mapping[str, object]) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from plans.errors import IndivisibleError, MigratorError, UsageError
+from plans.errors import ConversionError, IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.files.file_names import WEIGHTS
@@ -25,6 +27,8 @@ from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.models.config import read_config
 from runtime.models.quantized import build_stored_model
+from runtime.planning.plan import Plan
+from runtime.planning.resolve import check_scale_blocks, find_scales, place_tensors
 from tests.rank_files import assembled
 from tests.tiny_models import DENSE, ODD_MODELS
 
@@ -323,3 +327,114 @@ def test_layers_that_are_carried_keep_their_scales(fp8: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "ranks" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
     execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "back")
     assert (tmp_path / "back" / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()
+
+
+def fused_fp8(folder: Path, intermediate: int, block: int, scale_format: str) -> dict[str, torch.Tensor]:
+    """Write the config of a tiny fp8 model with experts of this size; return its tensors, with random values."""
+    config = deepseek(weight_block_size=[block, block], scale_fmt=scale_format)
+    config.moe_intermediate_size, config.n_routed_experts, config.num_hidden_layers = intermediate, 4, 2
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    state = build_stored_model(read_config(folder)).state_dict()
+    return {name: random_like(tensor) for name, tensor in state.items()}
+
+
+def separate_with_own_scales(tensors: dict[str, torch.Tensor], block: int) -> dict[str, torch.Tensor]:
+    """Return experts quantized one by one: gate and up each have scales for all of their blocks."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale_inv"))
+        if name.endswith("gate_up_proj_scale_inv") and weight is not None:
+            rows = -(-weight.shape[1] // 2 // block)
+            tensor = random_like(tensor.new_empty((len(tensor), 2 * rows, tensor.shape[2])))
+        stored |= hub_names(name, tensor)
+    return {name: tensor.contiguous().clone() for name, tensor in stored.items()}
+
+
+SCALE_FORMATS = {"float": torch.float32, "ue8m0": torch.float8_e8m0fnu}
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize(
+    ("intermediate", "block", "rows"),
+    [(6, 4, 3), (192, 128, 3), (7, 4, 4), (96, 128, 2)],  # of the last two, the fused form has as many scales
+    ids=str,
+)
+def test_fused_experts_are_not_separated_within_a_block(
+    intermediate: int, block: int, rows: int, scale_format: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "dcp"
+    tensors = fused_fp8(source, intermediate, block, scale_format)
+    assert tensors[f"{GATE_UP}_scale_inv"].shape[1] == rows
+    assert tensors[f"{GATE_UP}_scale_inv"].dtype == SCALE_FORMATS[scale_format]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in a single process", category=UserWarning)
+        dcp.save(dict(tensors), checkpoint_id=source, no_dist=True)
+    message = (
+        f"{GATE_UP}, [4, {2 * intermediate}, 32], has one scale for every {block} along dim 1 but is made of parts, "
+        f"and one begins at {intermediate}, within such a block: {GATE_UP}_scale_inv is "
+        f"{list(tensors[f'{GATE_UP}_scale_inv'].shape)}, "
+    )
+    for experts in (None, "separate"):
+        with pytest.raises(ConversionError, match=re.escape(message)) as caught:
+            plan_reshard(source, target=ReshardTarget("hf", experts=experts))
+        assert caught.value.hint.startswith("set `experts=fused`")
+    # What the hint says works, and so does expert parallelism, which cuts no block.
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf", experts="fused")), tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / WEIGHTS)
+    by_expert = ReshardTarget("ranks", Mesh(tp=2, ep=2), mode="ep")
+    execute_reshard(plan_reshard(tmp_path / "fused", target=by_expert), tmp_path / "ranks")
+    held = [load_file(tmp_path / "ranks" / rank_file_name(rank, 2)) for rank in range(2)]
+    for name in (GATE_UP, f"{GATE_UP}_scale_inv"):
+        assert torch.equal(bits(fused[name]), bits(tensors[name]))
+        assert torch.equal(bits(torch.cat([rank[name] for rank in held])), bits(tensors[name]))
+    execute_reshard(plan_reshard(tmp_path / "ranks", target=HUB), tmp_path / "back")
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (tmp_path / "fused" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize(("intermediate", "block"), [(6, 4), (192, 128), (7, 4), (96, 128)])
+def test_separate_experts_are_not_joined_within_a_block(
+    intermediate: int, block: int, scale_format: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "hub"
+    tensors = separate_with_own_scales(fused_fp8(source, intermediate, block, scale_format), block)
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    for target in (HUB, ReshardTarget("dcp", Mesh(tp=2, ep=2), mode="ep")):
+        with pytest.raises(ConversionError, match=f"one begins at {intermediate}, within such a block") as caught:
+            plan_reshard(source, target=target)
+        assert caught.value.hint.startswith("use a checkpoint that stores the experts fused")
+        assert caught.value.data["cut"] == intermediate
+
+
+@pytest.mark.parametrize(("intermediate", "block"), [(64, 128), (8, 4)])
+def test_experts_whose_halves_have_scales_of_their_own_are_converted(
+    intermediate: int, block: int, tmp_path: Path
+) -> None:
+    """A matrix of fewer rows than a block still has a scale for each half."""
+    source = tmp_path / "hub"
+    tensors = separate_with_own_scales(fused_fp8(source, intermediate, block, "float"), block)
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    execute_reshard(plan_reshard(source, target=ReshardTarget("hf", experts="fused")), tmp_path / "fused")
+    fused = load_file(tmp_path / "fused" / WEIGHTS)
+    dequantize = Fp8Dequantize(None)._dequantize_one
+    prefix = "model.layers.1.mlp.experts"
+    found = dequantize(fused[GATE_UP], fused[f"{GATE_UP}_scale_inv"])
+    for expert in range(4):
+        halves = [f"{prefix}.{expert}.{part}_proj.weight" for part in ("gate", "up")]
+        expected = torch.cat([dequantize(tensors[name], tensors[f"{name}_scale_inv"]) for name in halves])
+        assert torch.equal(found[expert], expected)
+
+
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_tensor_parallelism_cuts_no_block_of_the_intermediate_dim(projection: str, tmp_path: Path) -> None:
+    """Of 12 elements in blocks of 8, two ranks would get 6 each; the other projection is left unsharded."""
+    source = tmp_path / "hub"
+    save_file(fused_fp8(source, 12, 8, "float"), source / WEIGHTS, metadata={"format": "pt"})
+    model = build_stored_model(read_config(source))
+    style = {"gate_up_proj": "moe_tp_gate_up_colwise", "down_proj": "moe_tp_down_rowwise"}[projection]
+    parameters = place_tensors(model, Plan("tp", {f"model.layers.*.mlp.experts.{projection}": style}))
+    with pytest.raises(IndivisibleError, match=rf"tp=2 would cut .*{projection}, .* within blocks of") as caught:
+        check_scale_blocks(Mesh(tp=2), parameters, find_scales(model))
+    assert caught.value.hint == "sizes that work: 1"
