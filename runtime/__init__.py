@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.parallel.rank_consistency import verify_batch
     from runtime.parallel.verify import verify_plan, verify_sharding
     from runtime.planning.plan import Plan
+    from runtime.processes.thread_ranks import run_on_ranks
     from runtime.released.bridge import register_styles
     from runtime.styles import STYLES, ParallelStyle, StyleRegistry
 
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "parallelize",
     "register_styles",
+    "run_on_ranks",
     "verify_batch",
     "verify_plan",
     "verify_sharding",
@@ -50,6 +52,7 @@ _LAZY_IMPORTS = {
     "load": "runtime.loader.loading",
     "parallelize": "runtime.parallel.parallelize",
     "register_styles": "runtime.released.bridge",
+    "run_on_ranks": "runtime.processes.thread_ranks",
     "verify_batch": "runtime.parallel.rank_consistency",
     "verify_plan": "runtime.parallel.verify",
     "verify_sharding": "runtime.parallel.verify",
