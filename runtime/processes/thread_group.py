@@ -18,7 +18,7 @@ from torch.futures import Future
 
 from runtime.processes.rendezvous import Call, Rendezvous
 
-__all__ = ["ThreadGroup"]
+__all__ = ["build_thread_group"]
 
 _IN_PLACE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     ReduceOp.SUM: Tensor.add_,
@@ -35,10 +35,8 @@ _Brought = tuple[Any, set[torch.device], list[torch.cuda.Event]]
 """One rank's tensors, the GPUs that they are on, and the events after which they are ready."""
 
 
-class ThreadGroup(dist.ProcessGroup):
-    """One rank's view of a process group of threads.
-
-    The methods have the names and arguments that torch calls: those of torch 2.13, and the older ones before them.
+def build_thread_group(rendezvous: Rendezvous, place: int, ranks: tuple[int, ...], name: str) -> dist.ProcessGroup:
+    """Return one rank's view of a process group of threads.
 
     Args:
         rendezvous: where the ranks of the run meet.
@@ -46,6 +44,11 @@ class ThreadGroup(dist.ProcessGroup):
         ranks: the group's ranks in the world.
         name: the group's name, the same on all of its ranks.
     """
+    return _ThreadGroup(rendezvous, place, ranks, name)
+
+
+class _ThreadGroup(dist.ProcessGroup):
+    """The methods have the names and arguments that torch calls: those of torch 2.13, and those of older ones."""
 
     def __init__(self, rendezvous: Rendezvous, place: int, ranks: tuple[int, ...], name: str) -> None:
         super().__init__(place, len(ranks))

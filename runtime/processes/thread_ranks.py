@@ -26,7 +26,7 @@ from plans.errors import MigratorError, UsageError, WorkerError
 from plans.mesh import Mesh
 from plans.text import first_line
 from runtime.processes.rendezvous import EndedRun, Rendezvous, format_ranks
-from runtime.processes.thread_group import ThreadGroup
+from runtime.processes.thread_group import build_thread_group
 
 __all__ = ["run_on_ranks"]
 
@@ -293,7 +293,7 @@ def _build_world() -> SimpleNamespace:
     )
 
 
-def _create_group(options: _DistributedBackendOptions, backend_options: object) -> ThreadGroup:
+def _create_group(options: _DistributedBackendOptions, backend_options: object) -> dist.ProcessGroup:
     """Make a process group of the calling rank; torch calls it for the world and for each group in it."""
     ranks = tuple(options.global_ranks_in_group) or tuple(range(options.group_size))
-    return ThreadGroup(_this_thread.run, options.group_rank, ranks, options.group_id)
+    return build_thread_group(_this_thread.run, options.group_rank, ranks, options.group_id)
