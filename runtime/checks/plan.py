@@ -1,20 +1,19 @@
-"""Checks of a plan on a model and a mesh: well-formed entries, keys that can match, sizes that divide, all in order."""
+"""Checks of a plan on a model and a mesh: well-formed entries, modes that fit, sizes that divide, all in order."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from plans.dialect import suggest_style
-from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
+from plans.errors import IndivisibleError, PlanError, UnknownStyleError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Shard
-from plans.plan import find_unmatched_keys, to_wildcard
+from plans.plan import to_wildcard
 from plans.resolved_plan import ResolvedParameter
-from runtime.checks.creatable import find_unknown_part
 from runtime.checks.fused_layers import count_blocks
 from runtime.checks.head_parameters import check_head_norms, check_sharded_head_parameters
 from runtime.checks.linear_layers import check_head_counts, check_pairs
@@ -27,7 +26,6 @@ __all__ = [
     "check_entries",
     "check_mode",
     "check_model",
-    "check_unmatched_entries",
 ]
 
 _NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
@@ -109,51 +107,6 @@ def _check_entry_form(key: object, style: object) -> None:
             hint=f"write wildcards for all numbers, {to_wildcard(key)!r}, or a number for each",
             key=key,
         )
-
-
-def check_unmatched_entries(model: nn.Module, plan: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the keys that match nothing, and refuse those that no class of the model's modules could create.
-
-    An entry may rightly match nothing in this configuration, as dense-layer entries do in a model whose layers are all
-    sparse. Another configuration of the same classes would then have what its key names.
-
-    Args:
-        model: the model.
-        plan: key to style.
-
-    Raises:
-        UnmatchedKeyError: no configuration would.
-    """
-    names = [name for name, _ in (*model.named_modules(), *model.named_parameters(remove_duplicate=False))]
-    unmatched = tuple(key for key in find_unmatched_keys(plan, names) if not _is_duplicate_key(model, plan, key))
-    for key in unmatched:
-        unknown = find_unknown_part(model, key)
-        if unknown is not None:
-            part, parent = unknown
-            where = repr(parent) if parent else "the model"
-            raise UnmatchedKeyError(
-                f"the plan entry {key!r} matches nothing in {type(model).__name__}: "
-                f"{where} has no {part!r} in any configuration",
-                hint="correct or remove the entry",
-                key=key,
-            )
-    return unmatched
-
-
-def _is_duplicate_key(model: nn.Module, plan: Mapping[str, str], key: str) -> bool:
-    """Return whether a key is another key of the plan without its prefix.
-
-    If a model, or one inside it, holds its base model under another name than its class says, transformers takes it for
-    a base model itself and adds the config's entries a second time, without the prefix.
-    """
-    inner_models = (name for name, module in model.named_modules() if name and hasattr(module, "base_model"))
-    return any(_strip_inner_model_name(name, other) == key for name in inner_models for other in plan)
-
-
-def _strip_inner_model_name(name: str, key: str) -> str | None:
-    """Return a key below an inner model without that model's own name, None for other keys."""
-    owner, _, _ = name.rpartition(".")
-    return f"{owner}.{key.removeprefix(f'{name}.')}".lstrip(".") if key.startswith(f"{name}.") else None
 
 
 def check_divisible(view: PlanView, mesh: Mesh, parameters: Sequence[ResolvedParameter]) -> None:

@@ -128,6 +128,11 @@ class PlanView:
         return dict(self.model.named_modules())
 
     @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of the model's parameters, tied ones under each of their names."""
+        return tuple(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+
+    @cached_property
     def module_keys(self) -> Mapping[str, str]:
         """The key of the entry that applies to a module, by module name; modules without an entry are left out."""
         keys = {name: find_key(self.plan, name, is_parameter=False) for name in self.modules}

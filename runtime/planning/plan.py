@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from runtime.checks.head_parameters import add_head_norm_entries
 from runtime.checks.plan import check_model
 from runtime.checks.plan_view import PlanView
 from runtime.models.config import transformers_version
+from runtime.models.declared_plans import read_declared_plan, read_tp_plan
 from runtime.models.model import default_architectures, find_tied_names, meta_model
 from runtime.planning.sequence_plan import derive_sequence_plan
 from runtime.styles.style import get_owner_kind
@@ -93,7 +94,7 @@ def get_released_plan(model: PreTrainedModel) -> dict[str, str]:
     Raises:
         PlanError: the model has none.
     """
-    return _require_plan(model, dict(model.tp_plan or {}), "tp", "tensor parallel")
+    return _require_plan(model, read_tp_plan(model), "tp", "tensor parallel")
 
 
 def convert_to_param_level(model: PreTrainedModel, plan: Mapping[str, str]) -> dict[str, str]:
@@ -121,21 +122,21 @@ def _add_tied_embedding_entries(view: PlanView) -> dict[str, str]:
 
 
 def _build_ep_plan(model: PreTrainedModel) -> dict[str, str]:
-    return _require_plan(model, _read_model_plan(model, "ep"), "ep", "expert parallel")
+    return _require_plan(model, read_declared_plan(model, "ep"), "ep", "expert parallel")
 
 
 def _build_sp_plan(model: PreTrainedModel) -> dict[str, str]:
-    return _read_model_plan(model, "sp") or derive_sequence_plan(model, _build_tp_plan(model), runtime_dialect())
+    return read_declared_plan(model, "sp") or derive_sequence_plan(model, _build_tp_plan(model), runtime_dialect())
 
 
 def _build_tp_ep_plan(model: PreTrainedModel) -> dict[str, str]:
-    return _read_model_plan(model, "tp_ep") or merge_expert_plan(
+    return read_declared_plan(model, "tp_ep") or merge_expert_plan(
         _build_tp_plan(model), _build_ep_plan(model), runtime_dialect()
     )
 
 
 def _build_sp_ep_plan(model: PreTrainedModel) -> dict[str, str]:
-    return _read_model_plan(model, "sp_ep") or merge_expert_plan(
+    return read_declared_plan(model, "sp_ep") or merge_expert_plan(
         _build_sp_plan(model), _build_ep_plan(model), runtime_dialect()
     )
 
@@ -147,28 +148,6 @@ _PLAN_BUILDERS: Mapping[Mode, Callable[[PreTrainedModel], dict[str, str]]] = {
     "tp_ep": _build_tp_ep_plan,
     "sp_ep": _build_sp_ep_plan,
 }
-
-
-def _read_model_plan(model: PreTrainedModel, kind: str) -> dict[str, str]:
-    """Return the plan of a kind that a model's classes and configs declare, with keys prefixed like its names."""
-    entries: dict[str, str] = {}
-    for prefix, plan in _find_model_plans(model, kind, ""):
-        entries |= {f"{prefix}{key}": style for key, style in plan.items()}
-    return entries
-
-
-def _find_model_plans(module: nn.Module, kind: str, prefix: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yield the plans of a model and of those inside it with their prefixes, in the order of transformers' TP plans."""
-    class_plan: Any = getattr(type(module), f"_{kind}_plan", None)
-    if isinstance(class_plan, Mapping):
-        yield prefix, class_plan
-    if getattr(module, "base_model", None) is module:
-        config_plan: Any = getattr(getattr(module, "config", None), f"base_model_{kind}_plan", None)
-        if isinstance(config_plan, Mapping):
-            yield prefix, config_plan
-    for name, child in module.named_children():
-        if hasattr(child, "base_model"):
-            yield from _find_model_plans(child, kind, f"{prefix}{name}.")
 
 
 def _require_plan(model: PreTrainedModel, plan: dict[str, str], kind: str, description: str) -> dict[str, str]:

@@ -16,9 +16,10 @@ from plans.mesh import Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import find_key, to_wildcard
 from plans.resolved_plan import ParameterKind, ResolvedParameter, ResolvedPlan
+from runtime.checks.entry_effects import check_entry_effects, check_unmatched_entries
 from runtime.checks.experts import check_packed_experts, check_stacked_experts
 from runtime.checks.fused_layers import check_fused_layers
-from runtime.checks.plan import check_divisible, check_entries, check_mode, check_model, check_unmatched_entries
+from runtime.checks.plan import check_divisible, check_entries, check_mode, check_model
 from runtime.checks.plan_view import PlanView
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
@@ -172,12 +173,12 @@ def resolve(
     Raises:
         UsageError: the mode does not fit the mesh, or the model is not a transformers model.
         UnknownStyleError: an entry names a style that neither the release nor the param-level dialect has.
-        UnmatchedKeyError: an entry names nothing that the model's classes could create.
+        UnmatchedKeyError: an entry matches nothing, and is none of those that the model's classes declare.
         IndivisibleError: a mesh axis does not divide a packed parameter, the attention heads or the experts, or would
             cut a quantized weight within a block that has one scale.
-        PlanError: the model has no plan, entries of tied parameters contradict each other, FSDP would cut a packed
-            parameter, a rank's slice of a fused layer would mix its matrices, or experts would be sharded across gate
-            and up or only in part.
+        PlanError: the model has no plan, an entry has no effect, entries of tied parameters contradict each other, FSDP
+            would cut a packed parameter, a rank's slice of a fused layer would mix its matrices, or experts would be
+            sharded across gate and up or only in part.
     """
     check_model(model)
     chosen = plan if isinstance(plan, Plan) else _choose_plan(model, mesh, mode, plan)
@@ -189,6 +190,7 @@ def resolve(
     unquantized = {key: style for key, style in chosen.entries.items() if key not in quantized_keys}
     unmatched = check_unmatched_entries(model, unquantized)
     parameters = tuple(_resolve_tensors(model, mesh, chosen, view.dialect, scales))
+    check_entry_effects(view, parameters, scales.keys())
     check_scale_blocks(mesh, parameters, scales)
     weights = tuple(parameter for parameter in parameters if parameter.name not in scales)
     check_fused_layers(view, mesh.tp)

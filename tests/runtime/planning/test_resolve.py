@@ -19,7 +19,6 @@ from transformers import (
 from plans.errors import IndivisibleError, MigratorError, PlanError, UnknownStyleError, UnmatchedKeyError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Replicate, Shard
-from runtime.checks.plan import check_unmatched_entries
 from runtime.find_config import find_config
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
@@ -120,7 +119,7 @@ RELEASED = ["doge", "gemma4", "minicpm3", "mistral4", "qwen2_moe", "qwen3_next",
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_released_plans_are_not_refused(model_type):
     model = meta_model(find_config(model_type))
-    check_unmatched_entries(model, get_released_plan(model))
+    resolve(model, Mesh(), plan=get_released_plan(model))
 
 
 @pytest.mark.full
@@ -135,7 +134,11 @@ def test_no_released_plan_of_any_default_config_is_refused():
             plan = get_released_plan(model)
         except MigratorError:
             continue  # Not every default config is one of a model.
-        check_unmatched_entries(model, plan)
+        if model_type.startswith("inkling"):  # Their known defect; entries without effect are found before it.
+            with pytest.raises(PlanError, match="no rank's slice would hold gates together with their ups"):
+                resolve(model, Mesh(), plan=plan)
+        else:
+            resolve(model, Mesh(), plan=plan)
         checked += 1
     assert checked > 120
 
