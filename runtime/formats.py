@@ -63,6 +63,7 @@ class Format:
     settings: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()
     taken_by: str = ""
+    read: bool = False
     state: bool = False
 
     def has_magic(self, prefix: bytes) -> bool:

@@ -20,7 +20,8 @@ from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
-from runtime.checkpoint.hub.reader import check_has_weights, read_hub_checkpoint
+from runtime.checkpoint.hub.files import check_has_weights
+from runtime.checkpoint.hub.reader import read_hub_checkpoint
 from runtime.checkpoint.manifest import Manifest, find_manifest
 from runtime.checkpoint.optimizer.reader import OptimizerCheckpoint, find_optimizer, read_optimizer
 from runtime.checkpoint.ranks.files import read_rank_checkpoint

@@ -193,10 +193,18 @@ CASES: dict[str, tuple[Build, str, str]] = {
     "a random state": (pickled("rng_state_0.pth"), "the state of random number generators", "that has the weights too"),
     "an optimizer": (pickled("optimizer.pt"), "the state of an optimizer", "name a folder that has the weights too"),
     "arguments": (pickled("training_args.bin"), "Trainer's arguments", "name a folder that has the weights too"),
-    "pickles": (pickled("pytorch_model.bin"), "pickled weights", "load them with transformers"),
-    "pickles of old": (pickled("pytorch_model.bin", legacy=True), "pickled weights", "load them with transformers"),
-    "pickles under another suffix": (pickled("weights.dat"), "pickled weights", "load them with transformers"),
-    "pickles that say they are safetensors": (pickled("model-1.safetensors"), "pickled weights", "load them with"),
+    "pickles without an index": (
+        every(pickled("pytorch_model-00001-of-00002.bin"), pickled("pytorch_model-00002-of-00002.bin")),
+        "pickled weights",
+        "copy pytorch_model.bin.index.json too",
+    ),
+    "pickles of old": (
+        pickled("pytorch_model.bin", legacy=True),
+        "pickled weights, as torch before 1.6",
+        "save them again with `torch.save`",
+    ),
+    "pickles under another suffix": (pickled("weights.dat"), "pickled weights", "else name a folder with one of them"),
+    "pickles that say they are safetensors": (pickled("model-1.safetensors"), "pickled weights", "copy pytorch_model"),
     "GGUF": (write("llama.Q4_K_M.gguf", b"GGUF\x03\0\0\0"), "a GGUF file", "gguf_file='llama.Q4_K_M.gguf'"),
     "HDF5": (write("tf_model.h5", b"\x89HDF\r\n\x1a\n"), "an HDF5 file of Keras", "from_tf=True"),
     "Flax": (write("flax_model.msgpack", b"\x81"), "weights of Flax", "from_flax=True"),
@@ -363,18 +371,16 @@ def test_the_steps_for_fsdp_folders_of_accelerate_work(hub_folder: HubFolder, tm
         assert open_checkpoint(named).read_headers().tensors.keys() == state.keys()
 
 
-def test_the_step_for_pickles_works(hub_folder: HubFolder, tmp_path: Path) -> None:
-    import transformers
-
+def test_the_step_for_old_pickles_works(hub_folder: HubFolder, tmp_path: Path) -> None:
     state = {}
     for path in sorted(hub_folder("qwen2").glob("*.safetensors")):
         state |= load_file(path)
-    folder = tmp_path / "saved"
-    folder.mkdir()
-    torch.save(state, folder / "pytorch_model.bin")
-    shutil.copy(hub_folder("qwen2") / "config.json", folder)
-    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "out")
-    assert open_checkpoint(tmp_path / "out").read_headers().tensors.keys() == state.keys()
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    shutil.copy(hub_folder("qwen2") / "config.json", tmp_path)
+    with pytest.raises(MigratorError, match=r"torch before 1\.6"):
+        open_checkpoint(tmp_path)
+    torch.save(torch.load(tmp_path / "old.bin", weights_only=True), tmp_path / "pytorch_model.bin")
+    assert open_checkpoint(tmp_path).read_headers().tensors.keys() == state.keys()
 
 
 def test_the_step_for_a_missing_config_works(hub_folder: HubFolder, tmp_path: Path) -> None:

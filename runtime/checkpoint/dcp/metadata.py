@@ -12,11 +12,11 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, HeaderError
 from runtime.checkpoint.checkpoint import KeyPath
-from runtime.checkpoint.dcp.archive import TORCH_DTYPES
-from runtime.checkpoint.dcp.pickle import Global, PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import is_size, open_regular
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.checkpoint.pickled.pickle import Global, PickledCall, PickledDict, read_pickle
+from runtime.checkpoint.pickled.tensors import TORCH_DTYPES
 from runtime.formats import check_not_other_format
 from runtime.tensor_map.tensor_map import Shape
 

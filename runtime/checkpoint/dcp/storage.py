@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 
 from plans.errors import IncompleteError
-from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, StorageLocation
 from runtime.checkpoint.files.file_names import METADATA
@@ -23,6 +22,8 @@ from runtime.checkpoint.files.reading import open_descriptor, open_regular
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.files.sharding_info import read_offsets
 from runtime.checkpoint.files.side_files import check_contained
+from runtime.checkpoint.pickled.archive import BoundedFile
+from runtime.checkpoint.pickled.tensors import read_archived_tensor
 from runtime.formats import PREFIX_BYTES, check_not_other_format
 
 __all__ = ["locate_archive", "open_distcp_file", "read_chunks", "read_shard_files"]

@@ -17,12 +17,15 @@ __all__ = [
     "MARKER",
     "MAX_INDEX",
     "METADATA",
+    "PICKLED_INDEX",
+    "PICKLED_WEIGHTS",
     "WEIGHTS",
     "check_distinct_names",
     "check_replaceable",
     "find_shard_files",
     "get_shard_file_name",
     "is_checkpoint_file",
+    "is_pickled_file",
     "is_weight_file",
 ]
 
@@ -31,6 +34,13 @@ MANIFEST = "migrator.json"
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+"""The names of hub form from before safetensors.
+
+Source: `transformers.utils.WEIGHTS_NAME` and `WEIGHTS_INDEX_NAME`.
+"""
+
 MAX_INDEX = 100_000_000
 """The most bytes that an index may have."""
 
@@ -42,6 +52,8 @@ Source: `torch.distributed.checkpoint.filesystem` of torch 2.13.
 
 MARKER = ".migrator-partial"
 """The journal in a folder that is being written, by which a later run recognizes the folder."""
+
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 
 _MAX_BYTES = 255
 _OTHER_LAYOUTS = re.compile(r"rank-\d+-of-\d+\.safetensors|shard-\d+-model-\d+-of-\d+\.safetensors")
@@ -63,14 +75,22 @@ _KNOWN_FILES = re.compile(
 
 def is_weight_file(name: object) -> bool:
     """Return whether a name can be that of a weight file in hub form: plain, valid on any disk, of no other layout."""
+    return _is_plain_name(name, (".safetensors",)) and _OTHER_LAYOUTS.fullmatch(str(name)) is None
+
+
+def is_pickled_file(name: object) -> bool:
+    """Return whether a name can be that of a weight file that torch.save wrote, in the folder itself."""
+    return _is_plain_name(name, _PICKLED_SUFFIXES)
+
+
+def _is_plain_name(name: object, suffixes: tuple[str, ...]) -> bool:
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
+        and name.endswith(suffixes)
         and Path(name).name == name
         and "\\" not in name
         and name.isprintable()
         and len(name.encode(errors="replace")) <= _MAX_BYTES
-        and _OTHER_LAYOUTS.fullmatch(name) is None
     )
 
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 
-from runtime.checkpoint.dcp.archive import LOCAL_HEADER, STORAGES
 from runtime.checkpoint.files.safetensors import tensor_bytes
+from runtime.checkpoint.pickled.archive import LOCAL_HEADER
+from runtime.checkpoint.pickled.tensors import STORAGES
 from runtime.models.dtypes import DTYPES
 from runtime.tensor_map.tensor_map import row_major
 

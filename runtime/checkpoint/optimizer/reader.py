@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo
-from runtime.checkpoint.dcp.archive import BoundedFile, read_data_pickle
 from runtime.checkpoint.dcp.chunks import join_chunks
 from runtime.checkpoint.dcp.metadata import DcpMetadata, StorageLocation, read_metadata
-from runtime.checkpoint.dcp.pickle import PickledCall, PickledDict, read_pickle
 from runtime.checkpoint.dcp.storage import locate_archive, open_distcp_file, read_chunks
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.safetensors import find_dtypes
+from runtime.checkpoint.pickled.archive import BoundedFile, read_archive
+from runtime.checkpoint.pickled.pickle import PickledCall, PickledDict, read_pickle
 from runtime.tensor_map.tensor_map import Shape
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _require_location(folder: Path, name: str, location: StorageLocation | None)
 
 def _read_plain_value(archive: BoundedFile, name: str) -> bytes:
     """Return the pickle in an archive, after checking that it contains plain data only."""
-    pickled = read_data_pickle(archive)
+    pickled = read_archive(archive).read_description()
     where = f"{archive.file}, the value {name!r} saved at byte {archive.start}"
     if not _is_plain(read_pickle(pickled, (), where)):
         raise archive.error("is not plain data")

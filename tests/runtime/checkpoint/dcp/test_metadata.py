@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
-from runtime.checkpoint.dcp.pickle import read_pickle
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.files.file_names import METADATA
+from runtime.checkpoint.pickled.pickle import read_pickle
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.files.safetensors import has_same_bytes
-from runtime.checkpoint.hub.reader import read_hub
+from runtime.checkpoint.hub.files import read_hub
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -64,7 +64,8 @@ def link_out(folder: Path) -> None:
 
 def only_pickles(folder: Path) -> None:
     remove_weights(folder)
-    torch.save({"a": torch.zeros(2)}, folder / "pytorch_model.bin")
+    for name in ("one.bin", "other.bin"):
+        torch.save({"a": torch.zeros(2)}, folder / name)
 
 
 def remove_weights(folder: Path) -> None:
@@ -111,7 +112,7 @@ def become_folder(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
     "no weights": (remove_weights, IncompleteError, "no model.safetensors"),
-    "only pickles": (only_pickles, IncompleteError, "contains pickled weights.*'pytorch_model.bin'"),
+    "only pickles": (only_pickles, IncompleteError, "contains pickled weights.*'one.bin', 'other.bin'"),
     "rank files": (become("rank-00000-of-00001.safetensors"), IncompleteError, "without the migrator.json"),
     "distcp": (become_archive, IncompleteError, "without the .metadata"),
     "an empty file": (only_an_empty_file, IncompleteError, f"contains an empty file: '{FIRST}'"),

@@ -15,10 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from runtime.checkpoint.checkpoint import TensorInfo
-from runtime.checkpoint.dcp.archive import BoundedFile, read_archived_tensor, read_data_pickle
 from runtime.checkpoint.dcp.metadata import StorageLocation, read_metadata
 from runtime.checkpoint.optimizer.archive import ALIGNMENT, build_tensor_archive, build_value_archive
 from runtime.checkpoint.optimizer.writer import SavedChunk, encode_metadata
+from runtime.checkpoint.pickled.archive import BoundedFile, read_archive
+from runtime.checkpoint.pickled.tensors import read_archived_tensor
 from runtime.models.dtypes import DTYPES
 
 ONE = b"\x00\x00\x80\x3f"
@@ -72,7 +73,7 @@ def test_values_come_back(value: object, tmp_path: Path) -> None:
     assert zipfile.ZipFile(io.BytesIO(archive)).testzip() is None
     (tmp_path / "archive").write_bytes(archive)
     with (tmp_path / "archive").open("rb") as stream:
-        assert read_data_pickle(BoundedFile(stream.fileno(), tmp_path, 0, len(archive))) == pickled
+        assert read_archive(BoundedFile(stream.fileno(), tmp_path, 0, len(archive))).read_description() == pickled
 
 
 def test_metadata_has_the_fields_that_every_torch_reads(monkeypatch: pytest.MonkeyPatch) -> None:

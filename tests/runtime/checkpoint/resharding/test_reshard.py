@@ -20,7 +20,7 @@ from plans.errors import ConversionError, DestinationError, IncompleteError, Ind
 from plans.mesh import Mesh
 from plans.placement import Packed, Shard
 from runtime.checkpoint.hub import conversion
-from runtime.checkpoint.hub.reader import read_hub
+from runtime.checkpoint.hub.files import read_hub
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.resharding.execute import ReshardOptions, execute_reshard
