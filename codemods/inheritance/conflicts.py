@@ -92,7 +92,10 @@ class _Index:
         found += [
             (path, conflict)
             for path, conflict, imported in self._of_any_class
-            if path.parent == location.path.parent or name in imported or path in imports
+            if path.parent == location.path.parent
+            or name in imported
+            or path in imports
+            or (conflict.reading and conflict.reading.reaches_tree)
         ]
         found += self._find_inherited(location)
         found = [(path, conflict) for path, conflict in found if path != location.path]

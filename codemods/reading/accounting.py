@@ -23,6 +23,8 @@ from codemods.reading.module import Conflict, Unresolved
 from codemods.reading.names import Definitions, Function, get_identifier
 from codemods.reading.plan_literals import mention_experts
 from codemods.reading.scope import ANY_CLASS, Scope, find_plan_mentions, is_plan_attribute
+from codemods.reading.style_flow import StyleFlow
+from codemods.reading.style_reads import StyleReader
 from plans.plan import plan_kind
 
 __all__ = ["Accountant"]
@@ -54,6 +56,7 @@ class Accountant:
             yield from self._find_bindings(node)
             yield from self._find_computed_names(node)
             yield from self._find_hidden_code(node)
+        yield from self._find_style_reads()
 
     @cached_property
     def _parents(self) -> Mapping[ast.AST, ast.AST]:
@@ -62,6 +65,35 @@ class Accountant:
     @cached_property
     def _finder(self) -> EscapeFinder:
         return EscapeFinder(self.definitions.statements, self._parents)
+
+    def _find_style_reads(self) -> Iterator[Conflict]:
+        """Yield the code that tells the styles of plans apart by their names."""
+        nodes = (*self.definitions.statements, *self._parents)
+        can_refer = (ast.Name, ast.Attribute, ast.Call, ast.Subscript)
+        references: dict[ast.AST, frozenset[tuple[str, str]]] = {
+            node: plans for node in nodes if isinstance(node, can_refer) and (plans := self._read_reference(node))
+        }
+        if not references:
+            return
+        flow = StyleFlow(nodes, self._parents, lambda node: references.get(node, frozenset()))
+        yield from StyleReader(flow, self.definitions, self._get_function_name).find_conflicts()
+
+    def _read_reference(self, node: ast.AST) -> frozenset[tuple[str, str]]:
+        """Return the plans that an expression may be whose styles can be read, plans that functions are given too."""
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()) if plan_kind(name):
+                scope = self._get_scope(node)
+                if name in scope.object_plans or (scope.function and name not in scope.free_parameters):
+                    return frozenset()
+                is_given = name in scope.free_parameters or name in self.definitions.imported
+                return frozenset([(ANY_CLASS if is_given else scope.class_name, name)])
+            case ast.Attribute(value=owner, attr=name, ctx=ast.Load()) if plan_kind(name):
+                return frozenset([(self._get_scope(node).resolve_owner(owner), name)])
+            case ast.Call(func=ast.Name(id="getattr"), args=[owner, key, *_]):
+                return frozenset(self._resolve_computed(node, owner, key)[1])
+            case ast.Subscript(value=owner, slice=key, ctx=ast.Load()) if _is_namespace(owner) or read_key(key):
+                return frozenset(self._resolve_computed(node, owner, key)[1])
+        return frozenset()
 
     def _find_references(self, node: ast.AST) -> Iterator[Unresolved | Conflict]:
         """Yield the escapes of the plans that an expression may be; they are several if its name is computed."""
@@ -158,7 +190,8 @@ class Accountant:
 
     def _resolve_computed(self, node: ast.AST, owner: ast.expr, key: ast.expr) -> tuple[Scope, list[tuple[str, str]]]:
         """Return the scope of a node, and the plans that an attribute may be whose name is an expression."""
-        scope, names = self._get_scope(node), self._read_plan_names(key)
+        names = self._read_plan_names(key)
+        scope = self._get_scope(node) if names else Scope()
         return scope, [(scope.resolve_owner(owner), name) for name in names]
 
     def _read_plan_names(self, key: ast.expr) -> list[str]:
@@ -216,6 +249,10 @@ class Accountant:
             classes=self.definitions.classes,
             imported=self.definitions.imported,
         )
+
+    def _get_function_name(self, node: ast.AST) -> str:
+        function = self._finder.find_function(node)
+        return function.name if function else ""
 
     def _find_object_plans(self, function: Function) -> frozenset[str]:
         if function not in self._object_plans:

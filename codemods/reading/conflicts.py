@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 
-from codemods.reading.module import ANY_KEY, ClassPlans, Conflict, PlanCopy, PlanLiteral, Reference, Removal, Unresolved
+from codemods.reading.module import (
+    ANY_KEY,
+    ClassPlans,
+    Conflict,
+    PlanCopy,
+    PlanLiteral,
+    Reference,
+    Removal,
+    StyleReading,
+    Unresolved,
+)
 from codemods.reading.plan_literals import find_incomplete_modules
 from codemods.reading.scope import ANY_CLASS
 from plans.decompose import find_group_key
@@ -129,27 +139,29 @@ def _find_copying_conflicts(parsed: Sequence[ParsedClass], conflicts: Iterable[C
         parsed: the classes of the file, and the code outside of classes.
         conflicts: the conflicts of the file's plans.
     """
-    changes = [(one.class_name, one.attribute, one.module) for one in conflicts]
+    changes: list[tuple[str, str, str | None, StyleReading | None]] = [
+        (one.class_name, one.attribute, one.module, one.reading) for one in conflicts
+    ]
     for definition in parsed:
         owner = definition.class_plans
         for literal in owner.code_literals:
             if not literal.replaces:
                 names = {literal.class_name, owner.name}
                 modules = find_incomplete_modules([literal])
-                changes += [(name, literal.attribute, module) for name in names for module in modules]
+                changes += [(name, literal.attribute, module, None) for name in names for module in modules]
         for removal in owner.removals:
             if removal.key is not None:
                 module = _build_removal_conflict(removal, "", "").module
-                changes += [(name, removal.attribute, module) for name in {removal.class_name, owner.name}]
+                changes += [(name, removal.attribute, module, None) for name in {removal.class_name, owner.name}]
     copies = [copy for definition in parsed for copy in definition.copies]
-    for class_name, attribute, module in changes:  # grows while copies of copies are found
+    for class_name, attribute, module, reading in changes:  # grows while copies of copies are found
         for copy in copies:
             if copy.class_name == class_name and fnmatchcase(copy.attribute, attribute):
-                change = (copy.source_class, copy.source_attribute, module)
+                change = (copy.source_class, copy.source_attribute, module, reading)
                 if change not in changes:
                     changes.append(change)
-                    reason = "copies it, and other code changes the copy"
-                    yield Conflict(*change, copy.line, reason, copy.function)
+                    does = "tells styles of the copy apart by name" if reading else "changes the copy"
+                    yield Conflict(*change[:3], copy.line, f"copies it, and other code {does}", copy.function, reading)
 
 
 def _build_removal_conflict(removal: Removal, class_name: str, reason: str) -> Conflict:

@@ -19,7 +19,7 @@ from codemods.reading.local_names import find_local_plans
 from codemods.reading.names import CHANGING_METHODS, Function, get_identifier
 from codemods.reading.scope import is_plan_attribute
 
-__all__ = ["Escape", "EscapeFinder", "index_parents"]
+__all__ = ["Escape", "EscapeFinder", "index_parents", "is_reading_function"]
 
 _READING_METHODS = frozenset({"items", "keys", "values", "get", "copy", "__contains__", "__getitem__", "__len__"})
 _ACCESSORS = frozenset({"getter", "setter", "deleter"})
@@ -240,7 +240,7 @@ class EscapeFinder:
             is_changed = isinstance(call.func, ast.Attribute) and get_identifier(call.func.value) == "dict"
             if is_changed or name in ("setdefault", "__setitem__"):
                 yield Escape(node, is_write=is_changed)
-        elif not (name in _READING_FUNCTIONS or name.startswith(_READING_PREFIXES) or _is_logger(call.func)):
+        elif not is_reading_function(call.func):
             yield Escape(node)
 
     def _find_parameter(self, function: Function, call: ast.Call, node: ast.AST, keyword: str | None) -> str | None:
@@ -305,6 +305,12 @@ class EscapeFinder:
             if isinstance(node, Function):
                 functions[node.name].append(node)
         return functions
+
+
+def is_reading_function(function: ast.expr) -> bool:
+    """Return whether a function is known to read or copy its arguments only."""
+    name = get_identifier(function)
+    return name in _READING_FUNCTIONS or name.startswith(_READING_PREFIXES) or _is_logger(function)
 
 
 def _is_logger(function: ast.expr) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "PlanLiteral",
     "Reference",
     "Removal",
+    "StyleReading",
     "Unresolved",
     "are_exclusive",
     "iter_literals",
@@ -166,6 +167,42 @@ class Unresolved:
 
 
 @dataclass(frozen=True)
+class StyleReading:
+    """How code tells styles apart by their names.
+
+    Args:
+        outcomes: each name that it mentions with what follows from it; names with one outcome are not told apart.
+        tests: methods of strings that it calls on a style, each with its argument.
+        is_known: whether it is known which names it tells apart.
+        needs_outcome: whether it fails for names that it does not mention.
+        reaches_tree: whether it may read any plan of the tree, not only those of files near by.
+    """
+
+    outcomes: tuple[tuple[str, str], ...] = ()
+    tests: tuple[tuple[str, str], ...] = ()
+    is_known: bool = True
+    needs_outcome: bool = False
+    reaches_tree: bool = False
+
+    def distinguishes(self, before: str | None, after: str) -> bool:
+        """Return whether the code does something else when a style is renamed.
+
+        Args:
+            before: the name that the style has, None for a new entry.
+            after: the name that it gets.
+        """
+        if not self.is_known:
+            return True
+        if before is None:
+            return self.needs_outcome and after not in dict(self.outcomes)
+        return self._get_outcome(before) != self._get_outcome(after)
+
+    def _get_outcome(self, name: str) -> tuple[object, ...]:
+        outcomes = {mentioned.casefold(): outcome for mentioned, outcome in reversed(self.outcomes)}
+        return outcomes.get(name.casefold()), *(getattr(name, method)(part) for method, part in self.tests)
+
+
+@dataclass(frozen=True)
 class Conflict:
     """A reason why a plan must stay as it is: another statement shares or changes some of its entries.
 
@@ -178,6 +215,7 @@ class Conflict:
         reason: what the other statement does, as a clause without its subject, the line.
         function: the enclosing function, empty in a class body. Code of a function also concerns the plans that other
             classes inherit from the class, and those that it inherits itself.
+        reading: how the statement tells styles apart, if that is all that it does; only renamed styles concern it.
     """
 
     class_name: str
@@ -186,6 +224,7 @@ class Conflict:
     line: int
     reason: str
     function: str = ""
+    reading: StyleReading | None = None
 
     def concerns(self, attribute: str, module: str) -> bool:
         """Return whether an experts module must stay as it is in a plan.

@@ -66,6 +66,10 @@ class Definitions:
         """Return whether the file binds a name in any other way than by an import."""
         return self._store_counts[name] > self._import_counts[name]
 
+    def imports_from(self, name: str, package: str) -> bool:
+        """Return whether a name is imported from a package that the file names absolutely."""
+        return package in {module.partition(".")[0] for module in self._imported_modules.get(name, ())}
+
     def has_entries_in_class(self, node: ast.AST) -> bool:
         """Return whether an expression is an attribute that is no plan and to which a class body assigns entries."""
         name = get_identifier(node)
@@ -95,6 +99,18 @@ class Definitions:
             one for one in _iter_all_statements(self.statements) if isinstance(one, (ast.Import, ast.ImportFrom))
         )
         return Counter(name for one in imports for alias in one.names for name in _iter_bound_names(alias))
+
+    @cached_property
+    def _imported_modules(self) -> Mapping[str, Sequence[str]]:
+        """The modules that each imported name comes from, those of relative imports empty."""
+        modules: dict[str, list[str]] = defaultdict(list)
+        for one in _iter_all_statements(self.statements):
+            if isinstance(one, (ast.Import, ast.ImportFrom)):
+                for alias in one.names:
+                    source = alias.name if isinstance(one, ast.Import) else "" if one.level else one.module or ""
+                    for name in _iter_bound_names(alias):
+                        modules[name.partition(".")[0]].append(source)
+        return modules
 
     @cached_property
     def classes(self) -> frozenset[str]:

@@ -19,7 +19,7 @@ from codemods.inheritance.relations import Consumer, find_consumers
 from codemods.models.describe import describe
 from codemods.models.experts import read_experts
 from codemods.reading.alternatives import Alternative, find_alternatives, keep_relevant_literals
-from codemods.reading.module import ANY_KEY, ClassPlans, PlanLiteral, are_exclusive
+from codemods.reading.module import ANY_KEY, ClassPlans, Conflict, PlanLiteral, are_exclusive
 from codemods.rewriting.families import Family
 from plans.decompose import (
     Decomposition,
@@ -91,11 +91,11 @@ def _find_block_reasons(
         yield _UNSAFE
     module = find_group_key(to_wildcard(edit.key))
     for conflict in owner.conflicts if owner else ():
-        if conflict.concerns(literal.attribute, module):
-            yield f"line {conflict.line} {conflict.reason}"
+        if conflict.concerns(literal.attribute, module) and _is_renamed(edit, conflict):
+            yield f"line {conflict.line} {_describe_conflict(edit, conflict)}"
     for path, conflict in outside:
-        if conflict.concerns(literal.attribute, module):
-            yield f"{format_path(path)}:{conflict.line} {conflict.reason}"
+        if conflict.concerns(literal.attribute, module) and _is_renamed(edit, conflict):
+            yield f"{format_path(path)}:{conflict.line} {_describe_conflict(edit, conflict)}"
     for removal in owner.removals if owner else ():
         # Removing the whole plan leaves no half-migrated plan behind.
         removes_entry = removal.key is not None and (
@@ -103,6 +103,18 @@ def _find_block_reasons(
         )
         if removes_entry and removal.attribute == literal.attribute and not are_exclusive(removal, literal):
             yield f"line {removal.line} takes entries out of it again"
+
+
+def _is_renamed(edit: Edit, conflict: Conflict) -> bool:
+    """Return whether a conflict concerns an edit: code that only reads styles concerns those that it would mistake."""
+    before = edit.before if isinstance(edit, SetStyle) else None
+    return conflict.reading is None or conflict.reading.distinguishes(before, edit.style)
+
+
+def _describe_conflict(edit: Edit, conflict: Conflict) -> str:
+    if conflict.reading is not None and conflict.reading.is_known and isinstance(edit, SetStyle):
+        return f"{conflict.reason}, {edit.before} from {edit.style}"
+    return conflict.reason
 
 
 def _is_replaceable(literal: PlanLiteral, edit: Edit) -> bool:
@@ -151,7 +163,10 @@ def to_dialect(source: Dialect, target: Dialect, tree: Tree, family: Family) -> 
     describer = partial(
         _describe_for_all, frozenset((location.path.parent, location.class_name) for location in family.locations)
     )
-    return {location: _translate_plan(source, target, tree, location, describer) for location in family.locations}
+    outside = [found for found in find_outside_conflicts(tree, family.locations) if found[1].reading]
+    return {
+        location: _translate_plan(source, target, tree, location, describer, outside) for location in family.locations
+    }
 
 
 def _decompose_plan(
@@ -189,8 +204,14 @@ def _explain_missing_half(tree: Tree, location: PlanLocation, finding: Finding) 
 
 
 def _translate_plan(
-    source: Dialect, target: Dialect, tree: Tree, location: PlanLocation, describer: TargetReader
+    source: Dialect,
+    target: Dialect,
+    tree: Tree,
+    location: PlanLocation,
+    describer: TargetReader,
+    outside: Sequence[OutsideConflict],
 ) -> Decomposition:
+    """Translate one literal; every statement is translated by itself, so that only code that reads names can differ."""
     from plans.translate import translate
 
     literal = tree.plan(location)
@@ -198,10 +219,15 @@ def _translate_plan(
     if not isinstance(literal, PlanLiteral) or kind is None:
         return _NOTHING
     computed = report_blocked([entry.key for entry in literal.entries if entry.style is None])
-    alternatives = find_alternatives(tree.get_class(location), literal)
+    owner = tree.get_class(location)
+    alternatives = find_alternatives(owner, literal)
+    reading = replace(owner, conflicts=tuple(filter(lambda one: one.reading, owner.conflicts)), removals=())
     results = [translate({**other.plan, **literal.plan}, source, target, describer, kind) for other in alternatives]
     return block_unsafe_edits(
-        literal, None, _merge_alternatives([_restrict_to_literal(literal, result, computed) for result in results])
+        literal,
+        reading,
+        _merge_alternatives([_restrict_to_literal(literal, result, computed) for result in results]),
+        outside,
     )
 
 
