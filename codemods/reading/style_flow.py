@@ -170,22 +170,25 @@ class StyleFlow:
                 if subject is not None and names:
                     yield lambda: any(self._add(pattern, name, self.read(subject)) for name in names)
             case ast.Return(value=ast.expr() as value) | ast.Yield(value=ast.expr() as value):
-                if (function := self._find_function(node)) is not None:
-                    yield (
-                        lambda: (
-                            self._merge((None, f"{function.name}()"), self.read(value))
-                            | self._merge((None, f".{function.name}"), self.read(value))
-                        )
-                    )
+                yield partial(self._bind_result, node, value)
             case ast.YieldFrom(value=value):
-                if (function := self._find_function(node)) is not None:
-                    yield lambda: self._merge((None, f"{function.name}()"), Carried(styles=self.read(value).styles))
+                yield partial(self._bind_result, node, value)
             case ast.Call(func=ast.Attribute(value=holder, attr=method), args=[*_, value]) if method in _ADDING_METHODS:
                 yield lambda: self._bind(holder, self.read(value).values)
             case ast.Call(func=ast.Attribute(value=holder, attr=method), args=[*_, value]) if method in _ENTRY_METHODS:
                 yield lambda: self._bind(holder, self._hold(self.read(value)))
         if isinstance(node, ast.Call):
             yield lambda: self._bind_arguments(node)
+
+    def _bind_result(self, node: ast.AST, value: ast.AST) -> bool:
+        """Add what a function returns or yields, or a property is; return whether it is news."""
+        function = self._find_function(node)
+        if function is None:
+            return False
+        carried = self.read(value)
+        if isinstance(node, ast.YieldFrom):
+            carried = Carried(styles=carried.styles)
+        return self._merge((None, f"{function.name}()"), carried) | self._merge((None, f".{function.name}"), carried)
 
     def _bind_value(self, target: ast.AST, value: ast.AST) -> bool:
         return self._bind(target, self.read(value))

@@ -88,9 +88,9 @@ SOURCES = {
     "a keyword": "def read(*, style):\n    return $READ\nself.x = [read(style=one) for one in self.$PLAN.values()]",
     "map": "def read(style):\n    return $READ\nself.x = list(map(read, self.$PLAN.values()))",
     "a lambda": "read = lambda style: $READ\nfor style in self.$PLAN.values():\n    self.x.append(read(style))",
-    "a list": "styles = []\nfor one in self.$PLAN.values():\n    styles.append(one)\nself.x = [$READ for style in styles]",
+    "a list": "found = []\nfor x in self.$PLAN.values():\n    found.append(x)\nself.x = [$READ for style in found]",
     "pairs": "for pair in self.$PLAN.items():\n    style = pair[1]\n    self.x.append($READ)",
-    "unpacked": "style, *rest = self.$PLAN.values()\nself.x.append($READ)",
+    "unpacked": "one, two, *_ = self.$PLAN.values()\nfor style in (one, two):\n    self.x.append($READ)",
     "a walrus": "for key in self.$PLAN:\n    if style := self.$PLAN.get(key):\n        self.x.append($READ)",
     "getattr": 'for key, style in getattr(self, "$PLAN").items():\n    self.x.append($READ)',
     "a generator": "def read():\n    yield from self.$PLAN.values()\nself.x = [$READ for style in read()]",
@@ -141,7 +141,7 @@ FORMS = {
     "the whole plan": "self.x = self.$PLAN == $OLD",
     "another plan": 'self.x = self.$PLAN == {"norm": "colwise"}',
     "an inverse": "by_style = {style: key for key, style in self.$PLAN.items()}\nself.x = by_style.get('rowwise')",
-    "an inverse of another": "by_style = {style: key for key, style in self.$PLAN.items()}\nself.x = by_style.get('norm')",
+    "an inverse of another": "keys = {style: key for key, style in self.$PLAN.items()}\nself.x = keys.get('norm')",
     "a set": 'styles = set(self.$PLAN.values())\nself.x = "rowwise" in styles',
     "keys": 'self.x = [key == "rowwise" for key in self.$PLAN]',
     "a key": 'self.x = "norm" in self.$PLAN',
@@ -211,8 +211,8 @@ READERS = {
     "of any configuration": PLACE + "def f(config):\n    return {k: _MAP[v] for k, v in config.$PLAN.items()}\n",
     "of a property": 'def f(model):\n    return [key for key, style in model.tp_plan.items() if style == "rowwise"]\n',
     "of an argument": 'def f(tp_plan):\n    return [key for key, style in tp_plan.items() if style == "rowwise"]\n',
-    "by an imported table": "from .table import MAP\ndef f(config):\n    return [MAP[v] for v in config.$PLAN.values()]\n",
-    "by an imported name": "from .table import OLD\ndef f(config):\n    return [v == OLD for v in config.$PLAN.values()]\n",
+    "by an imported table": "from .table import MAP\ndef f(c):\n    return [MAP[v] for v in c.$PLAN.values()]\n",
+    "by an imported name": "from .table import OLD\ndef f(c):\n    return [v == OLD for v in c.$PLAN.values()]\n",
     "by an imported function": "from .table import place\ndef f(config):\n"
     "    return [place(style) for style in config.$PLAN.values()]\n",
     "by an imported module": "from . import table\ndef f(config):\n"
@@ -241,7 +241,7 @@ HARMLESS = {
     "the framework": "from transformers.integrations import tensor_parallel\n"
     "def f(model):\n    return [tensor_parallel.check_it(style) for style in model._tp_plan.values()]\n",
     "a log": 'def f(model, logger):\n    for key, style in model._tp_plan.items():\n        logger.info("%s", style)\n',
-    "a page": 'def f(model, file):\n    for key, style in model._tp_plan.items():\n        file.write(f"{key} {style}")\n',
+    "a page": "def f(model, file):\n    for key, style in model._tp_plan.items():\n        file.write(key + style)\n",
     "another class": body(f"$PLAN = {{}}\n{OWN}", "PreTrainedConfig", "OtherConfig"),
     "a word": 'def f(model, recipe):\n    return recipe == "rowwise" and len(model._tp_plan)\n',
     "torch's plans": "from torch.distributed.tensor.parallel import ColwiseParallel\n"
