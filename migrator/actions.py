@@ -262,7 +262,7 @@ class Validation:
 
 
 def validate(settings: Validate, *, quiet: bool = True) -> Validation:
-    """Prove a checkpoint on real processes; under torchrun this process is one of them.
+    """Prove a checkpoint on a real mesh; under torchrun this process is one of them.
 
     Args:
         settings: what to validate.
@@ -291,6 +291,7 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
         settings.timeout,
         plan=_read_plan(settings.plan) if settings.plan else None,
         allow_unexercised=settings.allow_unexercised,
+        ranks=settings.ranks,
     )
     return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))
 

@@ -9,11 +9,12 @@ from typing import Literal
 from migrator.options.external import ExternalOptions
 from plans.mesh import Mode
 
-__all__ = ["Check", "Device", "Experts", "Layout", "Reshard", "Rewrite", "Validate", "Verify"]
+__all__ = ["Check", "Device", "Experts", "Layout", "Ranks", "Reshard", "Rewrite", "Validate", "Verify"]
 
 Layout = Literal["hf", "dcp", "ranks"]
 Experts = Literal["fused", "separate"]
 Device = Literal["cpu", "cuda", "auto"]
+Ranks = Literal["auto", "processes", "threads"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Verify(ExternalOptions):
 
 @dataclass(frozen=True)
 class Validate:
-    """Prove a checkpoint on real processes.
+    """Prove a checkpoint on a real mesh.
 
     Args:
         source: the checkpoint.
@@ -109,6 +110,7 @@ class Validate:
         timeout: how long the workers may take, in seconds.
         plan: a file with the styles to use instead of the model's plan, None for the model's own.
         allow_unexercised: names or patterns of what need not be exercised for a proof.
+        ranks: what the ranks are; `auto` takes processes where each can have a processor or a GPU, else threads.
     """
 
     source: str
@@ -122,3 +124,4 @@ class Validate:
     timeout: float = 1800.0
     plan: Path | None = None
     allow_unexercised: tuple[str, ...] = ()
+    ranks: Ranks = "auto"

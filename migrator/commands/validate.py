@@ -1,4 +1,4 @@
-"""`migrator validate`: a checkpoint in any layout, proven on real processes."""
+"""`migrator validate`: a checkpoint in any layout, proven on a real mesh."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from plans.text import format_numbers, matches, pluralize
 from runtime.processes.started import exit_now, is_worker_process
 
 if TYPE_CHECKING:
-    from migrator.settings import Device
+    from migrator.settings import Device, Ranks
     from plans.mesh import Mode
     from runtime.parallel.mismatch import Mismatch
     from runtime.validation.request import ValidationRequest
@@ -47,6 +47,13 @@ __all__ = ["command", "explain_failure", "show_result"]
     default=Validate.device,
     show_default=True,
     help="Where ranks compute; auto takes GPUs if each rank can have one.",
+)
+@click.option(
+    "--ranks",
+    type=click.Choice(["auto", "processes", "threads"]),
+    default=Validate.ranks,
+    show_default=True,
+    help="What ranks are; auto takes processes where each can have a processor, or a GPU, and threads elsewhere.",
 )
 @click.option(
     "--reference",
@@ -91,6 +98,7 @@ def command(
     fsdp: int,
     mode: Mode | None,
     device: Device,
+    ranks: Ranks,
     reference: str | None,
     tolerance: float | None,
     plan: Path | None,
@@ -101,14 +109,14 @@ def command(
 ) -> int:
     """Prove a checkpoint by running its model on a real mesh.
 
-    One process for each rank loads its part of SOURCE and runs the model. Every planned parameter must be sharded as
-    planned, and every other one must be whole. The ranks' bytes must equal those that were written and those of the
-    reference, config.json must describe the same computation as the reference's, and outputs, gradients and greedily
-    generated tokens must equal the unsharded model's; each data parallel rank has a batch of its own. What no gradient
-    reached is listed, and SOURCE is then not fully proven. The mesh is the one that SOURCE was laid out for, if it
-    records one. Exit code 1 means that something differs or was not exercised, 2 that the model or the runtime failed.
-    Also runs under torchrun, on several machines that can all access SOURCE. SOURCE and the reference are folders
-    in any layout, or hf://owner/name[@revision].
+    Each rank, a process or a thread, loads its part of SOURCE and runs the model. Every planned parameter must be
+    sharded as planned, and every other one must be whole. The ranks' bytes must equal those that were written and
+    those of the reference, config.json must describe the same computation as the reference's, and outputs,
+    gradients and greedily generated tokens must equal the unsharded model's; each data parallel rank has a batch of
+    its own. What no gradient reached is listed, and SOURCE is then not fully proven. The mesh is the one that
+    SOURCE was laid out for, if it records one. Exit code 1 means that something differs or was not exercised, 2
+    that the model or the runtime failed. Also runs under torchrun, on several machines that can all access SOURCE.
+    SOURCE and the reference are folders in any layout, or hf://owner/name[@revision].
     """
     require_runtime()
     is_worker = is_worker_process()
@@ -118,7 +126,7 @@ def command(
     sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
     settings = Validate(
         source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout,
-        plan, allow_unexercised,
+        plan, allow_unexercised, ranks,
     )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":
@@ -163,7 +171,7 @@ _MAX_MISMATCHES = 20
 def show_result(source: Path, result: ValidationResult) -> None:
     """Print each check with its numbers and mismatches, and the checks that were skipped."""
     for part, check in result.checks.items():
-        description = _DESCRIPTIONS[part](check, result.world_size)
+        description = _DESCRIPTIONS[part](check, result)
         console.emit_line(f"{part:<10} {'ok' if check.ok else 'WRONG':<8} {description}".rstrip())
         for mismatch in check.mismatches[:_MAX_MISMATCHES]:
             _show_mismatch(mismatch)
@@ -222,15 +230,16 @@ def _show_mismatch(mismatch: Mismatch) -> None:
     console.emit_line(f"{'':<10} {mismatch.name}{where}: expected {mismatch.expected}, found {mismatch.found}")
 
 
-def _describe_structure(check: CheckResult, world_size: int) -> str:
-    ranks = "1 rank" if world_size == 1 else f"each of {world_size} ranks"
+def _describe_structure(check: CheckResult, result: ValidationResult) -> str:
+    ranks = "1 rank" if result.world_size == 1 else f"each of {result.world_size} ranks"
+    ranks += " (threads)" if result.ranks == "threads" else ""
     text, numbers = f"{pluralize(check.checked, 'tensor')} on {ranks}", check.numbers
     if "sharded" not in numbers:
         return text
     return f"{text}, {numbers['sharded']} of them sharded, {max(numbers['bytes_per_rank']):,} bytes at most"
 
 
-def _describe_content(check: CheckResult, world_size: int) -> str:
+def _describe_content(check: CheckResult, result: ValidationResult) -> str:
     numbers = check.numbers
     if "copies" not in numbers:
         return ""
@@ -246,7 +255,7 @@ def _differs_only_from_reference(content: CheckResult) -> bool:
     return len(content.mismatches) == different
 
 
-def _describe_forward(check: CheckResult, world_size: int) -> str:
+def _describe_forward(check: CheckResult, result: ValidationResult) -> str:
     numbers = check.numbers
     if "reason" in numbers:
         return str(numbers["reason"])
@@ -261,7 +270,7 @@ def _describe_stored_dtype(numbers: Mapping[str, Any]) -> str:
     return "in {} {} off, the unsharded {}".format(numbers["dtype"], *errors)
 
 
-def _describe_backward(check: CheckResult, world_size: int) -> str:
+def _describe_backward(check: CheckResult, result: ValidationResult) -> str:
     numbers = check.numbers
     if "reason" in numbers:
         return str(numbers["reason"])
@@ -273,14 +282,14 @@ def _describe_backward(check: CheckResult, world_size: int) -> str:
     return f"{text}{batches}{inputs}{forced}"
 
 
-def _describe_generation(check: CheckResult, world_size: int) -> str:
+def _describe_generation(check: CheckResult, result: ValidationResult) -> str:
     numbers = check.numbers
     if "reason" in numbers:
         return str(numbers["reason"])
     return f"{pluralize(numbers['texts'], 'text')} of {pluralize(numbers['tokens_each'], 'token')}"
 
 
-_DESCRIPTIONS: Mapping[str, Callable[[CheckResult, int], str]] = {
+_DESCRIPTIONS: Mapping[str, Callable[[CheckResult, ValidationResult], str]] = {
     "structure": _describe_structure,
     "content": _describe_content,
     "forward": _describe_forward,

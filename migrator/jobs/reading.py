@@ -71,6 +71,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "timeout": readers.read_seconds,
         "plan": readers.read_path,
         "allow_unexercised": readers.read_texts,
+        "ranks": readers.make_choice_reader("auto", "processes", "threads"),
     },
 }
 """The settings of each table, and of the top level under the empty name."""

@@ -9,7 +9,6 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.models.model import find_tied_names, model_tensors
-from runtime.processes.group import uses_nccl
+from runtime.processes.group import find_device_type
 from runtime.styles.placements import get_plan_placements
 from runtime.tensor_map.tensor_map import TensorMap, shard_for_rank
 
@@ -115,7 +114,7 @@ def mesh_axes(refs: Iterable[ParameterRef]) -> tuple[DeviceMesh, ...]:
 def default_device(refs: Iterable[ParameterRef]) -> torch.device:
     """Return the default device of a model on meta: that of its mesh, or of the process group if it has no mesh."""
     axes = mesh_axes(refs)
-    kind = axes[0].device_type if axes else "cuda" if dist.is_initialized() and uses_nccl() else "cpu"
+    kind = axes[0].device_type if axes else find_device_type()
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 

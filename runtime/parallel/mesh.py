@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from plans.errors import UsageError
 from plans.mesh import Mesh, MeshName
 from plans.text import first_line
-from runtime.processes.group import uses_nccl
+from runtime.processes.group import find_device_type
 
 __all__ = ["DeviceMeshes", "as_device_meshes", "device_meshes"]
 
@@ -110,7 +110,7 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
     if isinstance(mesh, DeviceMeshes):
         return mesh
     if isinstance(mesh, Mesh):
-        return device_meshes(mesh, "cuda" if dist.is_initialized() and uses_nccl() else "cpu")
+        return device_meshes(mesh, find_device_type())
     if not isinstance(mesh, DeviceMesh):
         raise UsageError(
             f"{mesh!r} is not a mesh", hint="pass the sizes, plans.mesh.Mesh(tp=2), or a device mesh", mesh=repr(mesh)

@@ -14,19 +14,23 @@ import torch.distributed as dist
 
 from plans.errors import UsageError, WorkerError
 from plans.text import first_line, pluralize
+from runtime.processes.thread_ranks import find_thread_device
 
-__all__ = ["process_group", "select_device", "supports_cpu_tensors", "uses_nccl"]
+__all__ = ["find_device_type", "process_group", "select_device", "supports_cpu_tensors", "uses_nccl"]
 
 
 def select_device(kind: str) -> torch.device:
     """Return the device that this rank computes on.
 
     Args:
-        kind: `cpu`; `cuda` for a GPU of its own; or `auto` for a GPU if each rank on this machine can have one.
+        kind: `cpu`; `cuda` for a GPU of its own; or `auto` for a GPU if each rank on this machine can have one. A rank
+            that is a thread has its device already.
 
     Raises:
         UsageError: there are fewer GPUs than ranks on this machine.
     """
+    if (own := find_thread_device()) is not None:
+        return own
     ranks, number = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     # GPUs that no program can use, because their driver is too old for this torch, are counted all the same.
     gpus = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
@@ -87,6 +91,13 @@ def _redirect_stdout() -> Iterator[None]:
         ctypes.CDLL(None).fflush(None)
         os.dup2(output, 1)
         os.close(output)
+
+
+def find_device_type() -> str:
+    """Return the kind of device that the ranks of the process group compute on, `cpu` without a group."""
+    if (own := find_thread_device()) is not None:
+        return own.type
+    return "cuda" if dist.is_initialized() and uses_nccl() else "cpu"
 
 
 def supports_cpu_tensors(group: dist.ProcessGroup | None = None) -> bool:

@@ -68,6 +68,7 @@ class Rendezvous:
     def __init__(self, world_size: int, save: Callable[[], Any], restore: Callable[[Any], None]) -> None:
         self.world_size = world_size
         self.failure: BaseException | None = None
+        self._is_symptom = False
         self._save, self._restore = save, restore
         self._start = save()
         self._lock = threading.Lock()
@@ -124,7 +125,11 @@ class Rendezvous:
         else:
             del self._meetings[key]
             if differing := _describe_difference(meeting, ranks):
-                self.fail(WorkerError(differing, hint="make the same calls in the same order on every rank"))
+                with self._lock:
+                    self._fail(
+                        WorkerError(differing, hint="make the same calls in the same order on every rank"),
+                        is_symptom=True,
+                    )
                 raise EndedRun
             meeting.result = run([meeting.calls[index].values for index in range(len(ranks))])
             self._wake(one for one in ranks if one != rank)
@@ -152,9 +157,12 @@ class Rendezvous:
         return self._messages[key].popleft()
 
     def fail(self, failure: BaseException) -> None:
-        """End the run with a failure, unless it has one already."""
+        """End the run with a failure, unless it has one already.
+
+        A rank's own error explains why ranks wait for each other or disagree, and takes the place of that failure.
+        """
         with self._lock:
-            self._fail(failure)
+            self._fail(failure, is_symptom=False)
 
     def list_waits(self) -> dict[int, str]:
         """Return what each rank that does not run waits for."""
@@ -192,12 +200,13 @@ class Rendezvous:
                     f"the ranks wait for each other: {_describe_waits(self._waits, self._left)}",
                     hint="make the same calls in the same order on every rank",
                     waits={str(rank): text for rank, text in sorted(self._waits.items())},
-                )
+                ),
+                is_symptom=True,
             )
 
-    def _fail(self, failure: BaseException) -> None:
-        if self.failure is None:
-            self.failure = failure
+    def _fail(self, failure: BaseException, *, is_symptom: bool) -> None:
+        if self.failure is None or (self._is_symptom and not is_symptom):
+            self.failure, self._is_symptom = failure, is_symptom
         for turn in self._turns:
             turn.set()
 

@@ -28,11 +28,12 @@ from plans.text import first_line
 from runtime.processes.rendezvous import EndedRun, Rendezvous, format_ranks
 from runtime.processes.thread_group import build_thread_group
 
-__all__ = ["run_on_ranks"]
+__all__ = ["check_thread_ranks", "find_thread_device", "run_on_ranks", "supports_thread_ranks"]
 
 Result = TypeVar("Result")
 
 _BACKEND = "threads"
+_SET_ISOLATION = "_set_thread_isolation_mode"
 _LOOK = 0.2
 """Seconds between two looks at whether a run has failed."""
 _NOTICE_TIMEOUT = 0.5
@@ -110,6 +111,31 @@ def run_on_ranks(
     return results
 
 
+def find_thread_device() -> torch.device | None:
+    """Return where the calling rank computes if it is a thread, else None."""
+    device: torch.device | None = getattr(_this_thread, "device", None)
+    return device
+
+
+def supports_thread_ranks() -> bool:
+    """Return whether this torch can tell the process groups of threads apart."""
+    return hasattr(torch._C._distributed_c10d, _SET_ISOLATION)
+
+
+def check_thread_ranks() -> None:
+    """Raise unless ranks can be threads.
+
+    Raises:
+        UsageError: this torch cannot tell the process groups of threads apart.
+    """
+    if not supports_thread_ranks():
+        raise UsageError(
+            f"torch {torch.__version__} cannot run ranks as threads",
+            hint="use processes, or torch 2.8 or newer",
+            torch=torch.__version__,
+        )
+
+
 def _run_rank(
     run: Rendezvous,
     rank: int,
@@ -120,7 +146,7 @@ def _run_rank(
     timeout: float,
 ) -> None:
     """Run the function as one rank; this is the whole life of its thread."""
-    _this_thread.run, _this_thread.world = run, _build_world()
+    _this_thread.run, _this_thread.world, _this_thread.device = run, _build_world(), device
     try:
         run.begin(rank)
         if device.type == "cuda":
@@ -144,7 +170,7 @@ def _leave_world() -> None:
     # A run that has failed may have left a group half made, which goes with its thread.
     with suppress(EndedRun, RuntimeError, ValueError, AssertionError):
         dist.destroy_process_group()
-    del _this_thread.world, _this_thread.run
+    del _this_thread.world, _this_thread.run, _this_thread.device
 
 
 def _describe_failure(rank: int, error: BaseException) -> MigratorError:
@@ -223,11 +249,7 @@ def _thread_worlds() -> Iterator[None]:
     Raises:
         UsageError: torch.distributed is in use in this process, or this torch cannot tell threads apart.
     """
-    isolate = getattr(torch._C._distributed_c10d, "_set_thread_isolation_mode", None)
-    if isolate is None:
-        raise UsageError(
-            f"torch {torch.__version__} cannot run ranks as threads", hint="use processes, or torch 2.8 or newer"
-        )
+    check_thread_ranks()
     if dist.is_initialized():
         raise UsageError(
             "this process has a process group already",
@@ -239,11 +261,12 @@ def _thread_worlds() -> Iterator[None]:
     if _BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(_BACKEND, _create_group, extended_api=True, devices=["cpu", "cuda"])
     distributed_c10d._world = cast(Any, _Worlds(original))
-    isolate(True)
+    set_isolation = getattr(torch._C._distributed_c10d, _SET_ISOLATION)
+    set_isolation(True)
     try:
         yield
     finally:
-        isolate(False)
+        set_isolation(False)
         distributed_c10d._world = original
         _one_run.release()
 

@@ -22,6 +22,7 @@ from runtime.inspecting.placement import place_by_plan
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
+from runtime.processes.thread_ranks import find_thread_device
 from runtime.styles.placements import cut_local_shard
 from runtime.tensor_map.tensor_map import TensorMap, row_major, unravel
 
@@ -84,6 +85,8 @@ def fits_in_memory(model: nn.Module, device: torch.device, dtype: torch.dtype = 
     """
     whole = sum(parameter.numel() for parameter in model.parameters())
     own = sum(detach_local(parameter).numel() for parameter in model.parameters())
+    if find_thread_device() is not None:
+        own *= dist.get_world_size()  # the shares of all ranks lie in the same memory
     free = _read_free_bytes(device)
     return free is None or dtype.itemsize * (2 * whole + own) * _OVERHEAD_FACTOR <= free
 

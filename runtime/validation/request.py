@@ -11,9 +11,10 @@ from plans.errors import UsageError
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.manifest import Manifest, find_manifest
 
-__all__ = ["Device", "ValidationRequest", "check_mesh", "resolve_mesh"]
+__all__ = ["Device", "Ranks", "ValidationRequest", "check_mesh", "resolve_mesh"]
 
 Device = Literal["cpu", "cuda", "auto"]
+Ranks = Literal["auto", "processes", "threads"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ValidationRequest:
         seed: the seed of the tokens.
         plan: key to style, to use instead of the model's plans; None for these.
         allow_unexercised: names or patterns (`*` matches anything) of what need not be exercised for a proof.
+        ranks: what ranks are; `auto` takes processes where each can have a processor, or a GPU, and threads elsewhere.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class ValidationRequest:
     seed: int = 0
     plan: Mapping[str, str] | None = None
     allow_unexercised: tuple[str, ...] = ()
+    ranks: Ranks = "auto"
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < 1:

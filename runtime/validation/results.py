@@ -84,6 +84,7 @@ class ValidationResult:
         unexercised: what no check reached, allowed or not.
         device: the kind of device that ranks computed on.
         seconds: the time that each phase took on rank 0.
+        ranks: what the ranks were, `processes` or `threads`.
     """
 
     world_size: int
@@ -93,6 +94,7 @@ class ValidationResult:
     unexercised: tuple[Unexercised, ...] = ()
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
+    ranks: str = "processes"
 
     @property
     def verdict(self) -> Verdict:
@@ -120,6 +122,7 @@ class ValidationResult:
             "verdict": self.verdict,
             "world_size": self.world_size,
             "device": self.device,
+            "ranks": self.ranks,
             **parts,
             "skipped": dict(self.skipped),
             "failed": dict(self.failed),
@@ -138,6 +141,7 @@ class ValidationResult:
             tuple(map(Unexercised.from_json, value["unexercised"])),
             value["device"],
             value["seconds"],
+            value["ranks"],
         )
 
 
@@ -178,17 +182,20 @@ class ResultBuilder:
         """Record why parts are skipped."""
         self.skipped.update(dict.fromkeys(parts, reason))
 
-    def build(self, world_size: int, seconds: Mapping[str, float], allowed: Iterable[str]) -> ValidationResult:
+    def build(
+        self, world_size: int, ranks: str, seconds: Mapping[str, float], allowed: Iterable[str]
+    ) -> ValidationResult:
         """Return the result.
 
         Args:
             world_size: the number of ranks.
+            ranks: what the ranks are, `processes` or `threads`.
             seconds: the time that each phase took on rank 0.
             allowed: the patterns of what need not be exercised.
         """
         unexercised = allow(self.unexercised, tuple(allowed))
         return ValidationResult(
-            world_size, self.checks, self.skipped, self.failed, unexercised, self.device.type, seconds
+            world_size, self.checks, self.skipped, self.failed, unexercised, self.device.type, seconds, ranks
         )
 
     @contextmanager

@@ -15,6 +15,8 @@ import torch
 from plans.errors import MigratorError, WorkerError
 from plans.text import first_line
 from runtime.processes.agreement import all_gather_json
+from runtime.processes.rendezvous import EndedRun
+from runtime.processes.thread_ranks import find_thread_device
 
 __all__ = ["RankFailure", "run_on_all_ranks"]
 
@@ -35,7 +37,8 @@ def run_on_all_ranks(run: Callable[[], Result]) -> Result | RankFailure[Result]:
     """Run a model and return its result, or the first rank's failure. Collective: every rank must call it.
 
     A rank that fails alone leaves the others waiting in one of the plan's collectives. It waits for them for a limited
-    time, then ends its process with its error, so that the launcher ends the other ranks.
+    time, then ends its process with its error, so that the launcher ends the other ranks. If it is a thread, its error
+    ends the run of all ranks at once.
 
     Raises:
         MigratorError: `run` raised one on this rank.
@@ -50,7 +53,10 @@ def run_on_all_ranks(run: Callable[[], Result]) -> Result | RankFailure[Result]:
     except Exception as error:  # a model may raise anything; in each case it did not compute
         failure = error
     with _exit_on_timeout(failure):
-        failures = all_gather_json(_describe_failure(failure) if failure else None)
+        try:
+            failures = all_gather_json(_describe_failure(failure) if failure else None)
+        except EndedRun:
+            raise (failure or EndedRun()) from None
     failure = None  # its traceback keeps the frames of the run, and with them the tensors, alive
     for rank, described in enumerate(failures):
         if described is not None:
@@ -79,7 +85,7 @@ def _exit_on_timeout(failure: Exception | None) -> Iterator[None]:
 
     timer = threading.Timer(_EXIT_TIMEOUT, exit_with_failure)
     timer.daemon = True
-    if failure is not None:
+    if failure is not None and find_thread_device() is None:
         timer.start()
     try:
         yield

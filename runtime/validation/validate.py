@@ -14,6 +14,7 @@ from runtime.checkpoint.open import open_checkpoint
 from runtime.models.dtypes import DTYPES, dtype_name
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.processes.group import select_device
+from runtime.processes.thread_ranks import find_thread_device
 from runtime.styles import STYLES, StyleRegistry
 from runtime.validation.backward import BackwardCheck, check_backward
 from runtime.validation.content import check_content, list_stored_dtypes
@@ -254,7 +255,8 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
         builder.checks["content"] = convert_file_error(request, error)
         builder.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in builder.checks))
     seconds: dict[str, float] = all_gather_json(builder.seconds)[0]
-    return builder.build(dist.get_world_size(), seconds, request.allow_unexercised)
+    ranks = "processes" if find_thread_device() is None else "threads"
+    return builder.build(dist.get_world_size(), ranks, seconds, request.allow_unexercised)
 
 
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from plans.errors import IncompleteError, UsageError, WorkerError
+from plans.errors import IncompleteError, IndivisibleError, UsageError, WorkerError
 from plans.mesh import Mesh
+from runtime import run_on_ranks
 from runtime.processes.launch import launch
+from runtime.styles import STYLES
+from runtime.validation import worker
 from runtime.validation.request import ValidationRequest
 from runtime.validation.results import PARTS
+from runtime.validation.validate import validate
 from runtime.validation.worker import run_validation
 from tests.waiting import HANG_TIMEOUT
 
@@ -60,7 +69,54 @@ def test_no_worker_is_started_for_more_ranks_than_a_machine_can_run(
 ) -> None:
     monkeypatch.setattr("runtime.validation.worker.launch", None)
     with pytest.raises(UsageError, match="100000 ranks are too many for this machine"):
-        run_validation(ValidationRequest(hub_folder("llama"), Mesh(tp=100_000)))
+        run_validation(ValidationRequest(hub_folder("llama"), Mesh(tp=100_000), ranks="processes"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "world_size", "gpus", "chosen"),
+    [
+        ("auto", "cpu", 2, 0, "processes"),
+        ("auto", "cpu", 4, 8, "threads"),
+        ("auto", "auto", 4, 0, "threads"),
+        ("auto", "auto", 8, 8, "processes"),
+        ("auto", "cuda", 16, 8, "threads"),
+        ("auto", "cuda", 2, 1, "threads"),
+        ("processes", "cpu", 16, 0, "processes"),
+        ("threads", "cuda", 2, 8, "threads"),
+    ],
+)
+def test_ranks_are_processes_where_each_has_a_place(
+    ranks: Any, device: Any, world_size: int, gpus: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "count_cpus", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    request = ValidationRequest(Path("anything"), Mesh(tp=world_size), device=device, ranks=ranks)
+    assert worker.choose_ranks(request) == chosen
+
+
+def test_a_torch_that_mixes_threads_up_is_not_asked_to_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._distributed_c10d, "_set_thread_isolation_mode")
+    monkeypatch.setattr(worker, "count_cpus", lambda: 2)
+    assert worker.choose_ranks(ValidationRequest(Path("anything"), Mesh(tp=64))) == "processes"
+    with pytest.raises(UsageError, match=f"torch {re.escape(torch.__version__)} cannot run ranks as threads"):
+        worker.choose_ranks(ValidationRequest(Path("anything"), Mesh(tp=2), ranks="threads"))
+
+
+def test_ranks_of_torchrun_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="torchrun starts ranks as processes"):
+        worker.validate_as_rank(ValidationRequest(Path("anything"), Mesh(tp=2), ranks="threads"))
+
+
+def test_ranks_as_threads_find_what_processes_do(hub_folder: HubFolder) -> None:
+    """Twice as many ranks as processors, in every part, with the errors of ranks that all fail alike."""
+    mesh = Mesh(tp=2, ep=4, fsdp=2)
+    request = ValidationRequest(hub_folder("qwen3_moe"), mesh, "tp_ep", timeout=HANG_TIMEOUT, ranks="threads")
+    result = run_validation(request)
+    assert (result.verdict, result.ranks, result.world_size) == ("proven", "threads", 4)
+    assert tuple(result.checks) == PARTS
+    with pytest.raises(IndivisibleError, match=r"^tp=3 does not divide the intermediate size of"):
+        run_validation(replace(request, mesh=Mesh(tp=3), mode="tp"))
 
 
 ONE_FAILS = """
@@ -98,6 +154,19 @@ def test_a_rank_whose_forward_fails_alone_does_not_leave_the_others_waiting(rank
     command = [sys.executable, "-P", "-c", ONE_FAILS, str(rank_folder("qwen3_moe", 2))]
     with pytest.raises(WorkerError, match=r"rank 1 exited with 1: IndexError: no such expert"):
         launch(2, command, timeout=HANG_TIMEOUT)
+
+
+def fail_alone(site: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
+    if dist.get_rank() == 1:
+        raise IndexError("no such expert")
+    return STYLES.styles["moe_tp_experts"].around(site, run, *args, **kwargs)
+
+
+def test_a_thread_whose_forward_fails_alone_ends_the_run_at_once(rank_folder: RankFolder) -> None:
+    styles = STYLES.register(replace(STYLES.styles["moe_tp_experts"], around=fail_alone))
+    request = ValidationRequest(rank_folder("qwen3_moe", 2), Mesh(tp=2))
+    with pytest.raises(WorkerError, match=r"^rank 1: IndexError: no such expert"):
+        run_on_ranks(lambda: validate(request, styles), 2, timeout=HANG_TIMEOUT)
 
 
 def test_a_worker_whose_parent_is_gone_before_it_looks_does_nothing(tmp_path: Path) -> None:

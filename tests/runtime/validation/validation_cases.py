@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -117,34 +119,52 @@ def without_gradients(folder: Path) -> dict[str, Any]:
 
 def with_wide_weights(name: str, folder: Path) -> dict[str, Any]:
     """Validate where loading leaves a tensor in a wider type than the checkpoint's."""
-    loaded = looking.load_weights
+    loaded = find_original("load_weights")
 
     def widened(parallel: Any, *args: Any) -> None:
         loaded(parallel, *args)
         parameter = parallel.model.get_parameter(name)
         parameter.data = parameter.data.double()
 
-    looking.load_weights = widened
-    try:
+    with patched("load_weights", widened):
         return validate(folder)
-    finally:
-        looking.load_weights = loaded
 
 
 def with_defect(defect: str, name: str, folder: Path, mesh: Mesh, mode: Mode = "tp") -> dict[str, Any]:
     """Validate with gradients that a defect in training makes wrong, in the module or parameter of a name."""
-    build = looking.build_parallel_model
+    build = find_original("build_parallel_model")
 
     def build_with_defect(*args: Any) -> Any:
         parallel = build(*args)
         DEFECTS[defect](parallel.model, name, mesh)
         return parallel
 
-    looking.build_parallel_model = build_with_defect
-    try:
+    with patched("build_parallel_model", build_with_defect):
         return validate(folder, None, mesh, mode)
+
+
+_patching: Counter[str] = Counter()
+_patching_originals: dict[str, Any] = {}
+
+
+def find_original(name: str) -> Any:
+    """Return a function of the validation as it is without `patched`."""
+    return _patching_originals.setdefault(name, getattr(looking, name))
+
+
+@contextmanager
+def patched(name: str, value: object) -> Iterator[None]:
+    """Replace a function of the validation, once for all ranks if they are threads of one process."""
+    original = find_original(name)
+    if not _patching[name]:
+        setattr(looking, name, value)
+    _patching[name] += 1
+    try:
+        yield
     finally:
-        looking.build_parallel_model = build
+        _patching[name] -= 1
+        if not _patching[name]:
+            setattr(looking, name, original)
 
 
 class _OwnChunk:
