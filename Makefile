@@ -6,7 +6,7 @@
 # make structure  how the code is built: circles, ways through the files, names, sizes
 # make bench      the figures of rewriting in docs/performance.md
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
-# make gpu-test   on a machine with two GPUs: loading, parity and validation with NCCL, and their figures
+# make gpu-test   on a machine with GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 # make test-torch  distributed checkpoints exchanged with other torch releases: PYTHONS="a/bin/python b/bin/python"
 # make newest     what differs in newer versions: TRANSFORMERS=, TORCH= and HUB=, by default the newest; ANY_SIZE=1
@@ -46,7 +46,7 @@ browser:
 GPU_PYTHON ?= $(BIN)/python
 gpu-test: export PYTHONPATH := $(CURDIR)
 gpu-test:
-	$(GPU_PYTHON) -m pytest tests/gpu
+	$(GPU_PYTHON) -m pytest -rs tests/gpu
 	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_load.py
 	$(GPU_PYTHON) -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/gpu_step.py
 

@@ -19,7 +19,8 @@ from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.loader import replicated
 from runtime.loader.reads import build_target, group_reads, plan_reads
-from runtime.loader.transfer import BUFFER_BYTES, CudaWorker, HostWorker, run_workers
+from runtime.loader.transfer import choose_block_size
+from runtime.loader.workers import CudaWorker, HostWorker, ReadOnlyFiles, run_workers
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from runtime.tensor_map.strided_copy import StridedCopy
@@ -96,11 +97,11 @@ def read_plain(file: Path, memory: torch.Tensor, threads: int) -> None:
     """Read a file from end to end, whatever it holds, as the loader reads."""
     size, targets = len(memory), {0: build_target(memory, torch.uint8)}
     stored, run = StoredTensor(file, "U8", (size,), 0, size), StridedCopy(0, 0, 0, 0, size)
-    work = group_reads(
-        plan_reads([stored], [run], BUFFER_BYTES, lambda part: memory.device.type == "cpu"), BUFFER_BYTES
-    )
-    if memory.device.type == "cpu":
-        run_workers(work, threads, lambda: HostWorker(targets))
-    else:
-        before = torch.cuda.current_stream(memory.device)
-        run_workers(work, threads, lambda: CudaWorker(targets, memory.device, before))
+    block = choose_block_size(size, threads, memory.device)
+    work = group_reads(plan_reads([stored], [run], block, lambda part: memory.device.type == "cpu"), block)
+    with ReadOnlyFiles() as files:
+        if memory.device.type == "cpu":
+            run_workers(work, threads, lambda: HostWorker(targets, files, block))
+        else:
+            before = torch.cuda.current_stream(memory.device)
+            run_workers(work, threads, lambda: CudaWorker(targets, files, block, memory.device, before))

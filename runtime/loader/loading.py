@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,20 +13,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from plans.errors import UsageError
 from plans.gc_paused import gc_paused
+from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.hub import resolve_folder
 from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
 from runtime.loader.non_persistent import rebuild_non_persistent
-from runtime.loader.parameter_refs import default_device, find_parameter_refs, mesh_axes
+from runtime.loader.parameter_refs import ParameterRef, default_device, find_parameter_refs, mesh_axes
 from runtime.loader.replicated import assign_readers, broadcast_tensors
-from runtime.loader.sources import find_source
-from runtime.loader.transfer import default_threads, transfer
+from runtime.loader.sources import LoadSource, find_source
+from runtime.loader.transfer import TransferResult, default_threads, transfer
+from runtime.loader.verification import LoadResult, check_digests
 from runtime.processes.agreement import raise_on_any_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load"]
+__all__ = ["LoadResult", "load"]
 
 _Result = TypeVar("_Result")
 
@@ -38,7 +41,9 @@ def load(
     device: torch.device | str | None = None,
     threads: int | None = None,
     every_copy: bool = False,
-) -> None:
+    verify: bool = True,
+    digests: Mapping[str, str] | None = None,
+) -> LoadResult:
     """Load a checkpoint into a model, in place. All ranks of a parallel model must call this.
 
     Each rank reads only the byte ranges that hold its own tensors: its own file if the checkpoint consists of rank
@@ -49,7 +54,9 @@ def load(
     from the same config. A buffer that the new model lacks, or has in another shape, keeps its value. Stored tensors
     for which the model has no parameter are ignored.
 
-    Digests are not checked; `migrator verify` and `migrator validate` do that.
+    If digests are known, the bytes are digested on their device while they are loaded, and the model gets its weights
+    only if all of them are right. A model in memory is filled in place: after an error its tensors are neither the old
+    ones nor the checkpoint's, so load again or discard it. A model on meta is left on meta.
 
     Args:
         model: the model, parallel or not, on meta or in memory.
@@ -61,33 +68,74 @@ def load(
         device: the device for a model on meta; by default the device of its mesh.
         threads: the number of reader threads, at least 1; by default this rank's share of the processors.
         every_copy: whether each rank reads replicated tensors itself, even where one rank could broadcast them.
+        verify: whether to compare what is read with the digests, if any are known.
+        digests: the digest of each tensor by its name in the model, as a manifest records them; by default those of the
+            checkpoint's manifest, without which the load is not verified.
+
+    Returns:
+        How many bytes this rank read, and whether they were verified, or why not.
 
     Raises:
         IncompleteError: a file or a tensor of the model is missing.
-        MismatchError: the checkpoint holds tensors that the model lacks, or tensors of other shapes or kinds.
+        MismatchError: the checkpoint holds tensors that the model lacks, or tensors of other shapes or kinds, or a
+            tensor's content is not what was recorded.
         CheckpointError: the checkpoint is damaged, or no known operation converts its tensors to the model's.
         UsageError: the checkpoint is quantized, a tensor cannot be given memory, or an argument is not valid.
         WorkerError: another rank died.
     """
     refs = find_parameter_refs(model)
+    axes = mesh_axes(refs.values())
 
-    def transfer_own_tensors() -> tuple[ModelMemory, dict[str, int]]:
+    def transfer_own_tensors() -> _Transferred:
         _check_threads(threads)
         check_dtype(dtype)
         non_persistent = rebuild_non_persistent(model, refs, dtype)
         check_cast(dtype, refs, non_persistent.kept_dtypes)
         target_device = torch.device(device) if device is not None else default_device(refs.values())
         source = find_source(_resolve_checkpoint(checkpoint), model, refs)
+        if digests is not None:
+            source = replace(source, digests=_select_digests(digests, refs))
         memory = prepare_memory(model, refs, source, target_device, dtype, non_persistent)
         readers = {} if every_copy else assign_readers(refs, memory.local_tensors)
         own = [name for name in refs if name not in readers or readers[name] == dist.get_rank()]
-        transfer(source, memory.local_tensors, own, threads or default_threads())
-        return memory, readers
+        read = transfer(
+            source,
+            memory.local_tensors,
+            own,
+            threads or default_threads(),
+            with_digests=verify and bool(source.digests),
+        )
+        return _Transferred(source, memory, readers, read)
 
     with gc_paused():
-        memory, readers = _run_on_all_ranks(transfer_own_tensors, mesh_axes(refs.values()))
-    broadcast_tensors(readers, memory.local_tensors)
-    memory.install(model)
+        done = _run_on_all_ranks(transfer_own_tensors, axes)
+    is_verified = verify and bool(done.source.digests)
+    if is_verified:
+        check_digests(done.source, done.read.digests, axes)
+    broadcast_tensors(done.readers, done.memory.local_tensors)
+    done.memory.install(model)
+    reason = "" if is_verified else "no digests are recorded" if verify else "not asked for"
+    return LoadResult(done.read.bytes_read, is_verified, reason)
+
+
+@dataclass(frozen=True)
+class _Transferred:
+    """What a rank has read, and from where and to where."""
+
+    source: LoadSource
+    memory: ModelMemory
+    readers: Mapping[str, int]
+    read: TransferResult
+
+
+def _select_digests(digests: Mapping[str, str], refs: Mapping[str, ParameterRef]) -> dict[str, str]:
+    if missing := sorted(refs.keys() - digests.keys()):
+        raise UsageError(
+            f"digests lacks those of {format_names(missing)}",
+            hint="pass the digests of all tensors of the model, or leave digests out",
+            tensors=missing,
+        )
+    return {name: digests[name] for name in refs}
 
 
 def _run_on_all_ranks(action: Callable[[], _Result], axes: Sequence[DeviceMesh]) -> _Result:

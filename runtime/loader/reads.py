@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.loader.local_boxes import LocalBox
 from runtime.tensor_map.strided_copy import StridedCopy, split_at_blocks
 
 __all__ = ["LoadTarget", "Read", "build_target", "compute_buffer_offsets", "copy_elements", "group_reads", "plan_reads"]
@@ -30,7 +31,8 @@ class Read:
         file: the file to read.
         start: the offset of the first byte.
         stop: the offset after the last byte.
-        parts: the strided copies from this range; their source offsets count from the beginning of the file.
+        parts: the strided copies from this range; their source offsets count from the beginning of the file, their
+            destination offsets from the beginning of the whole tensor.
     """
 
     file: Path
@@ -130,13 +132,16 @@ def _merge_reads(
     stop = 0
     for part in parts:
         if is_alone(part):
+            if group and part.source_offset >= stop:  # or a read that goes on behind it would read it again
+                yield Read(file, group[0].source_offset, stop, tuple(group))
+                group = []
             yield Read(file, part.source_offset, part.source_stop, (part,))
             continue
         if group and not _can_join(part, group, stop, limit):
             yield Read(file, group[0].source_offset, stop, tuple(group))
-            group, stop = [], 0
+            group = []
+        stop = max(stop, part.source_stop) if group else part.source_stop
         group.append(part)
-        stop = max(stop, part.source_stop)
     if group:
         yield Read(file, group[0].source_offset, stop, tuple(group))
 
@@ -147,6 +152,8 @@ def _can_join(part: StridedCopy, group: Sequence[StridedCopy], stop: int, limit:
     is_aligned = (part.source_offset - start) % _ALIGNMENT == 0 or part.source == group[-1].source
     return is_aligned and part.source_offset - stop < _MAX_GAP and max(stop, part.source_stop) - start <= limit
 
+
+_WHOLE = LocalBox()
 
 _WORD_DTYPES: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer dtype to copy elements as, by their size: torch copies these for every stored dtype."""
@@ -159,32 +166,37 @@ class LoadTarget:
     Args:
         memory: the flat tensor, viewed as integers of its element size unless its elements are cast.
         stored: the dtype of the bytes that are read; the same integer dtype unless elements are cast.
+        box: where this rank's part of the tensor is in the whole tensor.
+        number: the tensor's number among those that are loaded.
     """
 
     memory: torch.Tensor
     stored: torch.dtype
+    box: LocalBox = _WHOLE
+    number: int = 0
 
-    def can_copy_bytes(self, part: StridedCopy) -> bool:
-        """Return whether a part's bytes are contiguous in file and tensor, and not cast."""
-        return not part.strides and self.memory.dtype == self.stored
+    def view_bytes(self, part: StridedCopy) -> torch.Tensor | None:
+        """Return the bytes of the tensor that a part fills, None unless they are contiguous here and in the file."""
+        local = self.box.to_local(part)
+        if local.strides or self.memory.dtype != self.stored:
+            return None
+        return self.memory.view(torch.uint8)[local.destination_offset : local.destination_offset + local.length]
 
-    def view_bytes(self, part: StridedCopy) -> torch.Tensor:
-        """Return the bytes of the tensor that such a part fills."""
-        return self.memory.view(torch.uint8)[part.destination_offset : part.destination_offset + part.length]
 
-
-def build_target(local: torch.Tensor, stored: torch.dtype) -> LoadTarget:
+def build_target(local: torch.Tensor, stored: torch.dtype, box: LocalBox = _WHOLE, number: int = 0) -> LoadTarget:
     """Return a target for a tensor.
 
     Args:
         local: the tensor, which must be contiguous.
         stored: its dtype in the checkpoint.
+        box: where this rank's part of the tensor is in the whole tensor.
+        number: the tensor's number among those that are loaded.
     """
     memory = local.view(-1)
     if local.dtype != stored:
-        return LoadTarget(memory, stored)
+        return LoadTarget(memory, stored, box, number)
     word = _WORD_DTYPES[stored.itemsize]
-    return LoadTarget(memory.view(word), word)
+    return LoadTarget(memory.view(word), word, box, number)
 
 
 def copy_elements(part: StridedCopy, buffer: torch.Tensor, start: int, target: LoadTarget) -> None:
@@ -196,7 +208,7 @@ def copy_elements(part: StridedCopy, buffer: torch.Tensor, start: int, target: L
         start: the file offset that the buffer's first byte corresponds to.
         target: the tensor to fill.
     """
-    size = target.stored.itemsize
+    size, part = target.stored.itemsize, target.box.to_local(part)
     shape = (*(stride.steps for stride in part.strides), part.length // size)
     source_strides = (*(stride.source_stride // size for stride in part.strides), 1)
     target_strides = (*(stride.destination_stride // size for stride in part.strides), 1)

@@ -19,7 +19,7 @@ from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor, read_rank_header
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
-from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
+from runtime.tensor_map.tensor_map import Shape, TensorMap, TensorMapError, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,14 +34,22 @@ class LoadSource:
     """What a rank reads from.
 
     Args:
+        folder: the checkpoint's folder.
         dtypes: the stored dtype of each tensor, by safetensors' names.
+        shapes: the shape of each whole tensor.
         tensor_maps: the map of each of this rank's local tensors to the stored chunks.
+        local_maps: the map of each of this rank's local tensors to the whole one.
         chunks: the stored chunks by name.
+        digests: the digest that is recorded for each whole tensor, empty if none are.
     """
 
+    folder: Path
     dtypes: Mapping[str, str]
+    shapes: Mapping[str, Shape]
     tensor_maps: Mapping[str, TensorMap] = field(repr=False)
+    local_maps: Mapping[str, TensorMap] = field(repr=False)
     chunks: Mapping[str, StoredTensor] = field(repr=False)
+    digests: Mapping[str, str] = field(repr=False)
 
 
 def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Mapping[str, ParameterRef]) -> LoadSource:
@@ -76,9 +84,16 @@ def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, Par
     if world_size != manifest.mesh.world_size or not _has_same_shards(manifest, refs, rank):
         return None
     stored = read_rank_header(folder, manifest, rank).tensors
-    tensor_maps = {name: whole(name, stored[name].shape) for name in refs}
     assert all(is_in_rank_file(entries[name], rank) for name in refs)
-    return LoadSource({name: entries[name].dtype for name in refs}, tensor_maps, stored)
+    return LoadSource(
+        folder=folder,
+        dtypes={name: entries[name].dtype for name in refs},
+        shapes={name: ref.shape for name, ref in refs.items()},
+        tensor_maps={name: whole(name, stored[name].shape) for name in refs},
+        local_maps=_map_local(refs),
+        chunks=stored,
+        digests={name: entries[name].digest for name in refs},
+    )
 
 
 def _has_same_shards(manifest: Manifest, refs: Mapping[str, ParameterRef], rank: int) -> bool:
@@ -97,7 +112,19 @@ def _map_slices(checkpoint: Checkpoint, refs: Mapping[str, ParameterRef]) -> Loa
         tensor_maps = {name: ref.map_local(checkpoint.tensor_maps[name]) for name, ref in refs.items()}
     except TensorMapError as error:
         raise ConversionError(f"{checkpoint.folder}: {error}", hint="choose another mesh size") from error
-    return LoadSource({name: tensors[name].dtype for name in refs}, tensor_maps, checkpoint.chunks)
+    return LoadSource(
+        folder=checkpoint.folder,
+        dtypes={name: tensors[name].dtype for name in refs},
+        shapes={name: ref.shape for name, ref in refs.items()},
+        tensor_maps=tensor_maps,
+        local_maps=_map_local(refs),
+        chunks=checkpoint.chunks,
+        digests={name: checkpoint.digests[name] for name in refs} if checkpoint.digests else {},
+    )
+
+
+def _map_local(refs: Mapping[str, ParameterRef]) -> dict[str, TensorMap]:
+    return {name: ref.map_local(whole(name, ref.shape)) for name, ref in refs.items()}
 
 
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], refs: Mapping[str, ParameterRef], folder: Path) -> None:

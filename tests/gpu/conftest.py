@@ -1,4 +1,4 @@
-"""Two ranks with a GPU each, joined by NCCL; without two GPUs every test here is skipped, and says so."""
+"""Two ranks with a GPU each, joined by NCCL. Tests that need more GPUs than there are are skipped, and say so."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import torch
 from tests.runtime.rank_pool import RankPool
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_gpus() -> None:
+@pytest.fixture(scope="session")
+def one_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU, here is none")
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="session")
+def two_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, here are {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")
-def gpu_ranks(_two_gpus: None) -> Iterator[RankPool]:
+def gpu_ranks(two_gpus: None) -> Iterator[RankPool]:
     pool = RankPool(2, backend="nccl")
     yield pool
     pool.close()

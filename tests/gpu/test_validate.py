@@ -18,6 +18,8 @@ from tests.conftest import HubFolder, RankFolder
 from tests.tiny_models import tiny_config, tiny_model
 from tests.waiting import HANG_TIMEOUT
 
+pytestmark = pytest.mark.usefixtures("two_gpus")
+
 ROOT = Path(__file__).parents[2]
 # A machine with GPUs may have torch and transformers of its own, and no `migrator` installed.
 MIGRATOR = [sys.executable, "-P", "-c", "from migrator.cli import main; main()"]

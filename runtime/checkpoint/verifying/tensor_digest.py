@@ -1,19 +1,23 @@
 """The digest of a tensor on its own device: the same sums as `runtime.checkpoint.digest`, in torch's wrapping integers.
 
-A GPU digests its local shards without copying them to the host.
+A GPU digests its local shards without copying them to the host, in one kernel where there is Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import gcd
+from threading import Lock, get_ident
 from typing import Final
 
 import torch
 
+from runtime.checkpoint.copying.strided import get_contiguous_size, split_row_groups
 from runtime.checkpoint.digest import BLOCK, MULTIPLIERS, SEEDS, STEP, Digest
+from runtime.checkpoint.verifying.fused_sums import SumRange, find_fused_sums
+from runtime.tensor_map.strided_copy import Stride, StridedCopy
 
-__all__ = ["digest_tensor"]
+__all__ = ["DeviceSums", "digest_tensor"]
 
 _WORD: Final = 8
 _BATCH: Final = 2**22
@@ -31,18 +35,77 @@ def digest_tensor(tensor: torch.Tensor, offset: int = 0, stride: int | None = No
     """
     if not tensor.numel():
         return Digest()
-    rows = tensor.detach().contiguous()
-    rows = rows.reshape(1, -1) if stride is None else rows.reshape(len(rows), -1)
-    rows, stride = rows.view(torch.uint8), stride or _WORD
-    total = torch.zeros(2, dtype=torch.int64, device=rows.device)
+    content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    rows = 1 if stride is None else len(tensor)
+    width = len(content) // rows
+    strides = (Stride(rows, width, stride),) if stride is not None and rows > 1 else ()
+    sums = DeviceSums(1, content.device)
+    sums.add([(content, StridedCopy(0, 0, 0, offset, width, strides))])
+    return sums.read()[0]
+
+
+class DeviceSums:
+    """Running sums over the bytes of several parameters on one device, from any threads and streams at once."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        """Begin with sums of zero.
+
+        Args:
+            count: the number of parameters.
+            device: the device.
+        """
+        self._count, self._device = count, device
+        self._fused = find_fused_sums(device)
+        self._lock = Lock()
+        # Streams may not add to one tensor at once, except within the kernel, which adds atomically.
+        self._totals: dict[int, torch.Tensor] = {}
+        if self._fused is not None:
+            self._totals[0] = self._make_totals()
+
+    def add(self, ranges: Sequence[SumRange]) -> None:
+        """Add ranges of bytes to their parameters' sums, without waiting for the device.
+
+        Args:
+            ranges: contents, which are bytes, one-dimensional and contiguous, each with a copy whose source offsets
+                count from the content's first byte, and whose destination is the parameter's number.
+        """
+        if self._fused is not None:
+            self._fused(ranges, self._totals[0])
+            return
+        with self._lock:
+            totals = self._totals.setdefault(get_ident(), self._make_totals())
+        for content, copy in ranges:
+            _add_range(totals[copy.destination], content, copy)
+
+    def read(self) -> list[Digest]:
+        """Wait for the device, and return the digest of each parameter. Other streams must be done."""
+        # One transfer at the end lets the device work without waiting for the host.
+        total = sum(self._totals.values(), self._make_totals())
+        return [Digest(*(lane % 2**64 for lane in lanes)) for lanes in total.tolist()]
+
+    def _make_totals(self) -> torch.Tensor:
+        return torch.zeros(self._count, 2, dtype=torch.int64, device=self._device)
+
+
+def _add_range(total: torch.Tensor, content: torch.Tensor, copy: StridedCopy) -> None:
+    for group in split_row_groups(copy):
+        sizes = (*(stride.steps for stride in group.strides), group.length)
+        strides = (*(stride.source_stride for stride in group.strides), 1)
+        view = content.as_strided(sizes, strides, content.storage_offset() + group.source_offset)
+        width = get_contiguous_size(group)
+        rows = view.reshape(-1, width)
+        _add_bytes(total, rows, group.destination_offset, group.strides[0].destination_stride if len(rows) > 1 else 0)
+
+
+def _add_bytes(total: torch.Tensor, rows: torch.Tensor, offset: int, stride: int) -> None:
+    """Add rows of bytes; the first begins at byte `offset`, each other one `stride` bytes after the one before."""
+    stride = stride or _WORD
     # Rows that begin at the same byte of a word are padded alike.
     period = _WORD // gcd(_WORD, stride)
     for row in range(min(period, len(rows))):
         aligned, start = rows[row::period], offset + row * stride
         lead = start % _WORD
         _add_rows(total, _pad_to_words(aligned, lead), (start - lead) // _WORD, stride * period // _WORD)
-    # One transfer at the end lets the device work without waiting for the host.
-    return Digest(*(lane % 2**64 for lane in total.tolist()))
 
 
 def _pad_to_words(rows: torch.Tensor, lead: int) -> torch.Tensor:

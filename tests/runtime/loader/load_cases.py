@@ -15,10 +15,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import runtime
+from plans.errors import MismatchError
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize
-from runtime.loader import reads, replicated, transfer
+from runtime.loader import reads, replicated, workers
 from runtime.loader.reads import Read
+from runtime.loader.workers import ReadOnlyFiles
 from runtime.models.model import find_model_class, meta_model, model_tensors
 from tests.runtime.rank_cases import eager_config, unsharded
 
@@ -139,18 +141,18 @@ def bytes_read(hub: Path, folder: Path, mode: Mode, mesh: Mesh, gap: int) -> tup
 def counted(gap: int) -> Iterator[list[Read]]:
     """Collect the reads of the body, which skip gaps of `gap` bytes and more."""
     ranges: list[Read] = []
-    original, least = transfer.read_range, reads._MAX_GAP
+    original, least = workers.read_range, reads._MAX_GAP
 
-    def counting(read: Read, memory: memoryview) -> None:
+    def counting(read: Read, memory: memoryview, files: ReadOnlyFiles) -> None:
         assert len(memory) == read.size
         ranges.append(read)
-        original(read, memory)
+        original(read, memory, files)
 
-    transfer.read_range, reads._MAX_GAP = counting, gap
+    workers.read_range, reads._MAX_GAP = counting, gap
     try:
         yield ranges
     finally:
-        transfer.read_range, reads._MAX_GAP = original, least
+        workers.read_range, reads._MAX_GAP = original, least
 
 
 def overlap(ranges: list[Read]) -> int:
@@ -187,3 +189,18 @@ def loads_alone(hub: Path, folder: Path) -> bool | None:
     config = eager_config(hub)
     whole = find_model_class(config).from_pretrained(hub, config=config, dtype=torch.float32)
     return not differing(local_tensors(model), local_tensors(whole))
+
+
+def verified(hub: Path, folder: Path, mode: Mode, mesh: Mesh, digests: dict[str, str] | None) -> bool:
+    return runtime.load(on_meta(hub, mode, mesh), folder, digests=digests).verified
+
+
+def wrong_tensors(hub: Path, folder: Path, mode: Mode, mesh: Mesh) -> list[str]:
+    """Return the tensors that a load into a model on meta, which must stay there, finds to be wrong."""
+    model = on_meta(hub, mode, mesh)
+    try:
+        runtime.load(model, folder)
+    except MismatchError as error:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return list(error.data["tensors"])  # type: ignore[call-overload]
+    return []

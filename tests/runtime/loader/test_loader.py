@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 import runtime.loader.reads
 from plans.errors import IncompleteError, UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
-from runtime.loader import transfer
-from runtime.loader.reads import Read, compute_buffer_offsets, group_reads, plan_reads
-from runtime.loader.transfer import CudaWorker
+from runtime.checkpoint.verifying.tensor_digest import DeviceSums
+from runtime.loader import transfer, workers
+from runtime.loader.reads import Read, build_target, compute_buffer_offsets, copy_elements, group_reads, plan_reads
+from runtime.loader.workers import CudaWorker, ReadOnlyFiles, Targets, run_workers
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from runtime.tensor_map.strided_copy import Stride, StridedCopy, plan_copies
@@ -56,7 +57,8 @@ def test_a_part_that_must_be_alone_is_alone() -> None:
     sources = [stored(KIB, 0), stored(KIB, KIB), stored(KIB, 2 * KIB)]
     copies = [StridedCopy(number, 0, number, 0, KIB) for number in range(3)]
     planned = list(plan_reads(sources, copies, 2**20, lambda part: part.source == 1))
-    assert [[part.source for part in read.parts] for read in planned] == [[1], [0, 2]]
+    assert [[part.source for part in read.parts] for read in planned] == [[0], [1], [2]]
+    assert ranges(planned) == [(0, KIB), (KIB, 2 * KIB), (2 * KIB, 3 * KIB)]  # none reads the middle again
 
 
 def test_rows_far_apart_are_read_one_by_one_and_rows_nearby_with_their_gaps() -> None:
@@ -106,7 +108,7 @@ def test_reads_cover_all_copies(data: st.DataObject) -> None:
             tensor_map, expected = concatenate([tensor_map, tensor_map], dim), torch.cat([expected, expected], dim)
     limit = data.draw(st.integers(16, 64)) * 2
     file = b"header" + content.numpy().tobytes()
-    target = transfer.build_target(torch.zeros(tensor_map.shape, dtype=torch.float32), torch.int16)
+    target = build_target(torch.zeros(tensor_map.shape, dtype=torch.float32), torch.int16)
     sources = [StoredTensor(FILE, "I16", shape, 6, content.nbytes)]
     with patch.object(runtime.loader.reads, "_MAX_GAP", data.draw(st.integers(1, 64))):
         planned = list(plan_reads(sources, plan_copies(tensor_map, 16, {"t": 0}, 0), limit, never_alone))
@@ -115,7 +117,7 @@ def test_reads_cover_all_copies(data: st.DataObject) -> None:
         buffer = torch.zeros(limit, dtype=torch.uint8)
         buffer[: read.size] = torch.frombuffer(bytearray(file[read.start : read.stop]), dtype=torch.uint8)
         for part in read.parts:
-            transfer.copy_elements(part, buffer, read.start, target)
+            copy_elements(part, buffer, read.start, target)
     assert torch.equal(target.memory.reshape(tensor_map.shape), expected.float())
 
 
@@ -126,9 +128,9 @@ def test_pinned_buffers_give_the_same_as_direct_reads(
 ) -> None:
     one, other = (meta_model(read_config(hub_folder(name))) for _ in range(2))
     runtime.load(one, hub_folder(name), dtype=dtype)
-    with as_if_on_a_gpu(monkeypatch) as workers:
+    with as_if_on_a_gpu(monkeypatch) as made:
         runtime.load(other, hub_folder(name), dtype=dtype, threads=3)
-    assert len(workers) == 3
+    assert len(made) == 3
     assert not differing(local_tensors(other), local_tensors(one))
 
 
@@ -136,20 +138,20 @@ def test_no_copy_is_pending_after_a_failed_read(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "short"
     file.write_bytes(bytes(64))
     work = [(Read(file, start, start + 64, (StridedCopy(0, start, 0, start, 64),)),) for start in (0, 64)]
-    targets = {0: transfer.build_target(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
+    targets = {0: build_target(torch.zeros(128, dtype=torch.uint8), torch.uint8)}
     with as_if_on_a_gpu(monkeypatch):
         waited: list[bool] = []
         stream = torch.cuda.Stream(torch.device("cpu"))
         stream.synchronize = lambda: waited.append(True)
-        with pytest.raises(IncompleteError, match="short"):
-            transfer.run_workers(work, 1, lambda: CudaWorker(targets, torch.device("cpu"), stream))
+        with pytest.raises(IncompleteError, match="short"), ReadOnlyFiles() as files:
+            run_workers(work, 1, lambda: CudaWorker(targets, files, 64, torch.device("cpu"), stream))
     assert waited == [True]
 
 
 @contextmanager
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]]:
     """Let the GPU worker fill tensors in host memory, through small buffers."""
-    workers: list[CudaWorker] = []
+    made: list[CudaWorker] = []
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     event = SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
     with monkeypatch.context() as patched:
@@ -157,19 +159,22 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]
         patched.setattr(torch.cuda, "Stream", lambda device: stream)
         patched.setattr(torch.cuda, "Event", lambda: event)
         patched.setattr(torch.cuda, "stream", lambda stream: torch.no_grad())
-        patched.setattr(transfer, "_allocate_pinned", lambda size: torch.full((size,), 77, dtype=torch.uint8))
-        patched.setattr(transfer, "BUFFER_BYTES", 4 * KIB)
+        patched.setattr(workers, "_allocate_pinned", lambda size: torch.full((size,), 77, dtype=torch.uint8))
+        patched.setattr(transfer, "choose_block_size", lambda size, threads, device: 4 * KIB)
         patched.setattr(transfer, "_make_alone_predicate", lambda targets, device: never_alone)
 
-        def make_factory(targets: transfer.Targets, device: torch.device) -> Callable[[], CudaWorker]:
+        def make_factory(
+            targets: Targets, files: ReadOnlyFiles, block: int, device: torch.device, sums: DeviceSums | None
+        ) -> Callable[[], CudaWorker]:
             def make_worker() -> CudaWorker:
-                workers.append(CudaWorker(targets, device, stream))
-                return workers[-1]
+                made.append(CudaWorker(targets, files, block, device, stream, sums))
+                return made[-1]
 
             return make_worker
 
         patched.setattr(transfer, "_make_worker_factory", make_factory)
-        yield workers
+        patched.setattr(transfer, "_make_sums", DeviceSums)
+        yield made
 
 
 def test_unsupported_devices_are_refused(hub_folder: HubFolder) -> None:
