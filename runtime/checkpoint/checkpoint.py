@@ -113,6 +113,8 @@ class Checkpoint:
         optimizer: the state of the optimizer, if it is part of what was read.
         config_folder: the folder of config.json if that is not the checkpoint's own.
         extra_files: the content of files outside the folder that belong to the checkpoint, by name.
+        reoriented: the tensors that transformers would read otherwise: square ones that are stored transposed, as those
+            beside them are.
     """
 
     folder: Path
@@ -127,6 +129,7 @@ class Checkpoint:
     optimizer: OptimizerState | None = None
     config_folder: Path | None = None
     extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    reoriented: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -20,7 +20,13 @@ from transformers.core_model_loading import (
 
 from plans.errors import ConversionError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.hub.operations import OPERATIONS, ComputedValuesError, ConversionContext, PatternMaps
+from runtime.checkpoint.hub.operations import (
+    OPERATIONS,
+    AmbiguousOrientationError,
+    ComputedValuesError,
+    ConversionContext,
+    PatternMaps,
+)
 from runtime.checkpoint.hub.scale_blocks import check_whole_blocks
 from runtime.planning.resolve import find_scales
 from runtime.proof import prove
@@ -121,12 +127,22 @@ class Conversion:
         duplicates: the tied names that are stored although their targets are; they must have their targets' bytes.
         dropped: the rows of stored tensors that transformers leaves out when it loads the model, such as those that pad
             a vocabulary, by a name that tells the stored tensor and the first of its rows: `lm_head.weight[200:]`.
+        reoriented: the model's tensors that are square and transposed, because those beside them are. transformers goes
+            by their shape alone and leaves them as they are stored.
     """
 
     tensor_maps: Mapping[str, TensorMap]
     passthrough: tuple[str, ...]
     duplicates: Mapping[str, TensorMap]
     dropped: Mapping[str, TensorMap]
+    reoriented: tuple[str, ...] = ()
+
+
+_HINTS: Mapping[type[TensorMapError], str] = {
+    ComputedValuesError: "load the checkpoint with transformers and save it again, which stores what it computed",
+    AmbiguousOrientationError: "save the model as a torch distributed checkpoint, with tensors as they are in it",
+}
+"""The next steps where an operation is not defined, by the reason."""
 
 
 @dataclass
@@ -164,14 +180,14 @@ def convert(
     all_shapes = {**shapes, **{name: shapes[target] for name, target in tied.items()}}
     tensor_maps: dict[str, TensorMap] = {}
     origins: dict[str, list[str]] = {}
-    dropped: dict[str, TensorMap] = {}
-    for layer, group in groups.items():
-        converted, rest = _convert_group(layer, group, stored, all_shapes, model.config)
-        dropped |= {_name_dropped_rows(tensor_map, stored): tensor_map for tensor_map in rest}
+    converter = _Converter(stored, all_shapes, model.config)
+    for layer, converted in converter.convert_all(groups):
+        group = groups[layer]
         for name, tensor_map in converted.items():
             if name in tensor_maps:
                 raise conflict_error(name, origins[name] + group.list_names())
             tensor_maps[name], origins[name] = tensor_map, group.list_names()
+    dropped = {_name_dropped_rows(tensor_map, stored): tensor_map for tensor_map in converter.dropped}
     duplicates = _resolve_tied(tensor_maps, origins, tied)
     check_whole_blocks(tensor_maps, find_scales(model), stored, shapes)
     check_tensor_maps(tensor_maps, origins, shapes)
@@ -182,7 +198,7 @@ def convert(
         raise conflict_error(clashing[0], [*dropped[clashing[0]].sources, clashing[0]])
     used = [*of_model.values(), *duplicates.values(), *dropped.values()]
     prove(_is_lossless(stored, passthrough, used), "a stored tensor would be lost")
-    return Conversion(of_model, tuple(passthrough), duplicates, dropped)
+    return Conversion(of_model, tuple(passthrough), duplicates, dropped, tuple(converter.reoriented))
 
 
 def _name_dropped_rows(tensor_map: TensorMap, stored: Mapping[str, tuple[int, ...]]) -> str:
@@ -259,27 +275,61 @@ def _sort_naturally(names: Iterable[str]) -> list[str]:
         ) from error
 
 
-def _convert_group(
-    layer: str,
-    group: _ConversionGroup,
-    stored: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
-    config: PreTrainedConfig,
-) -> tuple[dict[str, TensorMap], list[TensorMap]]:
-    """Return the tensors of the model that stored ones make, by name, and what they have besides."""
-    if group.converter is None:
-        (name,) = group.list_names()
-        return {layer: whole(name, stored[name])}, []
-    for names in group.names.values():
-        check_series(names, layer)
-    converter = group.converter
-    context = ConversionContext(converter.source_patterns, converter.target_patterns, layer, shapes, config)
-    collected: PatternMaps = {
-        pattern: [whole(name, stored[name]) for name in names] for pattern, names in group.names.items()
-    }
-    for operation in converter.operations:
-        collected = _apply_operation(operation, collected, context, group)
-    return _expand_names(layer, {pattern: maps[0] for pattern, maps in collected.items()}), context.dropped
+@dataclass
+class _Converter:
+    """Converts groups of stored tensors of one model.
+
+    Args:
+        stored: the shapes of the stored tensors by stored name.
+        shapes: the shapes of the model's tensors by name.
+        config: the model's config.
+        dropped: the parts of stored tensors that no tensor of the model has.
+        reoriented: the tensors of the model that are transposed because those beside them are.
+    """
+
+    stored: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: PreTrainedConfig
+    dropped: list[TensorMap] = field(default_factory=list)
+    reoriented: list[str] = field(default_factory=list)
+    _orientations: defaultdict[str, set[bool]] = field(default_factory=lambda: defaultdict(set))
+
+    def convert_all(self, groups: Mapping[str, _ConversionGroup]) -> Iterator[tuple[str, dict[str, TensorMap]]]:
+        """Convert groups; those whose shapes do not tell whether they are transposed go after those beside them."""
+        pending: list[str] = []
+        for layer, group in groups.items():
+            try:
+                yield layer, self._convert(layer, group)
+            except ConversionError as error:
+                if not isinstance(error.__cause__, AmbiguousOrientationError):
+                    raise
+                pending.append(layer)
+        for layer in pending:
+            yield layer, self._convert(layer, groups[layer])
+
+    def _convert(self, layer: str, group: _ConversionGroup) -> dict[str, TensorMap]:
+        """Return the tensors of the model that stored ones make, by name."""
+        if group.converter is None:
+            (name,) = group.list_names()
+            return {layer: whole(name, self.stored[name])}
+        for names in group.names.values():
+            check_series(names, layer)
+        context = ConversionContext(
+            group.converter.source_patterns,
+            group.converter.target_patterns,
+            layer,
+            self.shapes,
+            self.config,
+            self.dropped,
+            self._orientations[layer.rpartition(".")[0]],
+            self.reoriented,
+        )
+        collected: PatternMaps = {
+            pattern: [whole(name, self.stored[name]) for name in names] for pattern, names in group.names.items()
+        }
+        for operation in group.converter.operations:
+            collected = _apply_operation(operation, collected, context, group)
+        return _expand_names(layer, {pattern: maps[0] for pattern, maps in collected.items()})
 
 
 def _apply_operation(
@@ -297,12 +347,9 @@ def _apply_operation(
     try:
         return apply(operation, collected, context)
     except TensorMapError as error:
-        is_computed = isinstance(error, ComputedValuesError)
         raise ConversionError(
             f"{context.layer}: {kind.__name__} is not defined for {format_names(group.list_names())}: {error}",
-            hint="load the checkpoint with transformers and save it again, which stores what it computed"
-            if is_computed
-            else "check that config.json belongs to these weights",
+            hint=_HINTS.get(type(error), "check that config.json belongs to these weights"),
             operation=kind.__name__,
             tensors=group.list_names(),
         ) from error

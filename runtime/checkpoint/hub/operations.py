@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPERATIONS",
+    "AmbiguousOrientationError",
     "ComputedValuesError",
     "ConversionContext",
     "Operation",
@@ -50,6 +51,10 @@ class ComputedValuesError(TensorMapError):
     """An operation computes values from stored ones, which no copy of bytes can do."""
 
 
+class AmbiguousOrientationError(TensorMapError):
+    """A tensor has the model's shape as it is and transposed, and no tensor beside it tells which of them is stored."""
+
+
 PatternMaps = dict[str, list[TensorMap]]
 """Tensor maps by the name pattern that they came from or go to."""
 
@@ -65,6 +70,9 @@ class ConversionContext:
         shapes: the shapes of the model's tensors by full name.
         config: the model's config.
         dropped: what operations leave out of the result, which must be kept for the way back; they add to it.
+        orientations: whether tensors of the same module are stored transposed, as far as their shapes tell; operations
+            add to it, and take from it what the shape of their own tensor does not tell.
+        reoriented: the tensors that were transposed because those beside them are; operations add to it.
     """
 
     sources: Sequence[str]
@@ -73,6 +81,8 @@ class ConversionContext:
     shapes: Mapping[str, tuple[int, ...]]
     config: PreTrainedConfig
     dropped: list[TensorMap] = field(default_factory=list)
+    orientations: set[bool] = field(default_factory=set)
+    reoriented: list[str] = field(default_factory=list)
 
     def target_shape(self, target: str) -> tuple[int, ...]:
         """Return the shape of the tensor that a target pattern names in this layer.
@@ -120,15 +130,36 @@ def get_only_map(collected: PatternMaps) -> TensorMap:
 
 
 def transpose_dims(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:
-    """Swap two dims, unless the operation checks dims and the tensor already has the model's shape.
+    """Swap two dims, unless the operation checks dims and the tensor is already stored as the model has it.
+
+    transformers goes by the tensor's shape alone, and leaves a square one as it is. A module stores its tensors in one
+    orientation, so that one that is not square tells for all: of gate and up [2 * intermediate, hidden] and down
+    [hidden, intermediate], only one can be square.
 
     Raises:
         TensorMapError: there are several tensors.
+        AmbiguousOrientationError: the tensor is square, and so are those beside it, or they contradict each other.
     """
     tensor_map, target = get_only_map(collected), context.get_single_name()
-    if getattr(operation, "check_dims", False) and tensor_map.shape == context.shapes.get(context.layer):
-        return {target: [tensor_map]}
-    return {target: [transpose(tensor_map, operation.dim0, operation.dim1)]}
+    turned = transpose(tensor_map, operation.dim0, operation.dim1)
+    if not getattr(operation, "check_dims", False):
+        return {target: [turned]}
+    expected = context.shapes.get(context.layer)
+    if tensor_map.shape == turned.shape == expected:
+        if turned == tensor_map:  # one row in one column
+            return {target: [tensor_map]}
+        if len(context.orientations) != 1:
+            raise AmbiguousOrientationError(
+                f"{list(expected)} is the model's shape both as stored and transposed, and "
+                + ("tensors beside it contradict each other" if context.orientations else "no tensor beside it tells")
+            )
+        (is_turned,) = context.orientations
+        context.reoriented.extend([context.layer] if is_turned else [])
+        return {target: [turned if is_turned else tensor_map]}
+    is_turned = tensor_map.shape != expected
+    if expected in (tensor_map.shape, turned.shape):
+        context.orientations.add(is_turned)
+    return {target: [turned if is_turned else tensor_map]}
 
 
 def interleave(operation: ConversionOps, collected: PatternMaps, context: ConversionContext) -> PatternMaps:

@@ -85,6 +85,7 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         chunks={**{name: tensor for name, tensor in hub.tensors.items() if name not in hub.views}, **hub.storages},
         side_files=hub.side_files,
         stored_form=_build_stored_form(hub) if hub.headers else None,
+        reoriented=conversion.reoriented,
     )
 
 

@@ -1,7 +1,8 @@
-"""Refusing conversions that split or join quantized weights within a block that has one scale.
+"""Refusing conversions that part quantized weights from their scales.
 
 Where gate and up have 6 rows each and blocks have 4, two halves have two scales each, but the fused matrix has three
-for its 12 rows: the one in the middle is for rows of both. No copy of bytes makes one form of the other.
+for its 12 rows: the one in the middle is for rows of both. No copy of bytes makes one form of the other. Nor do scales
+fit a weight that is transposed without them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def check_whole_blocks(
     stored: Mapping[str, Shape],
     shapes: Mapping[str, Shape],
 ) -> None:
-    """Refuse conversions that cut a weight, or the stored tensors that it is made of, within a block.
+    """Refuse conversions that cut a weight, or the stored tensors that it is made of, within a block of one scale.
 
     Args:
         tensor_maps: the model's tensors over the stored ones.
@@ -51,16 +52,39 @@ def check_whole_blocks(
         shapes: the shapes of the model's tensors.
 
     Raises:
-        ConversionError: a block of a weight would be split, or joined from parts of several.
+        ConversionError: a block of a weight would be split, or joined from parts of several, or a weight would be
+            transposed without its scales.
     """
     for name, scale in scales.items():
         if scale.block is None or scale.weight not in tensor_maps or name not in tensor_maps:
             continue
         weight = tensor_maps[scale.weight]
+        if _is_transposed(weight) and (
+            _is_transposed(tensor_maps[name]) is False or tensor_maps[name].shape != shapes[name]
+        ):
+            raise _orientation_error(name, scale.weight, tensor_maps[name].shape, shapes[name])
         block = _find_block(weight.shape, shapes[name], scale.block)
         cut = next(_find_cuts(scale.weight, weight, block, stored), None)
         if cut is not None:
             raise _cut_error(name, scale, cut, tensor_maps[name], stored, shapes)
+
+
+def _is_transposed(tensor_map: TensorMap) -> bool | None:
+    """Return whether the last two dims are stored the other way round, None if the shape does not tell."""
+    box = tensor_map.boxes[0] if tensor_map.boxes else None
+    if box is None or len(box.strides) < 2 or box.strides[-2] == box.strides[-1]:
+        return None
+    return box.strides[-2] < box.strides[-1]
+
+
+def _orientation_error(name: str, weight: str, found: Shape, shape: Shape) -> ConversionError:
+    return ConversionError(
+        f"{weight} is stored transposed, but its scales {name} are not converted with it: they are {list(shape)} in "
+        f"the model and {list(found)} as stored",
+        hint="use the checkpoint that it was quantized from",
+        tensor=weight,
+        scale=name,
+    )
 
 
 def _find_block(weight: Shape, scale: Shape, block: Shape) -> Shape:

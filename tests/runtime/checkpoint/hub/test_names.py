@@ -65,7 +65,8 @@ def qwen3_moe_hub(model: transformers.PreTrainedModel) -> dict[str, tuple[int, .
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_converter_that_transposes_by_shape(transposed: bool, tmp_path: Path) -> None:
-    config = transformers.Qwen3VLMoeConfig(text_config=_TEXT, vision_config=_VISION)
+    # Not square, which transformers would leave as it is, whatever lies beside it.
+    config = transformers.Qwen3VLMoeConfig(text_config=_TEXT | {"moe_intermediate_size": 24}, vision_config=_VISION)
     model = transformers.Qwen3VLMoeForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "hub")
     file = tmp_path / "hub" / "model.safetensors"

@@ -67,10 +67,13 @@ def cases(a: int, b: int, c: int) -> dict[str, Case]:
         ),
         "split into a list": Case([real.SplitModulelist(0)], {"w": [(a, b, 1)]}, ["experts.*.w"]),
         "transpose": Case([real.Transpose(0, 1)], {"w": [(a, b)]}, ["t"]),
+        # Never square: the real operation leaves a square tensor as it is, whatever lies beside it.
         "transpose where needed": Case(
-            [real.Transpose(0, 1, check_dims=True)], {"w": [(a, b)]}, ["t"], {"layer.t": (b, a)}
+            [real.Transpose(0, 1, check_dims=True)], {"w": [(a, b + 5)]}, ["t"], {"layer.t": (b + 5, a)}
         ),
-        "leave as it is": Case([real.Transpose(0, 1, check_dims=True)], {"w": [(b, a)]}, ["t"], {"layer.t": (b, a)}),
+        "leave as it is": Case(
+            [real.Transpose(0, 1, check_dims=True)], {"w": [(b + 5, a)]}, ["t"], {"layer.t": (b + 5, a)}
+        ),
         "transpose and chunk": Case([real.Transpose(0, 1), real.Chunk(0)], {"w": [(a, 3 * b)]}, QKV),
         "interleave": Case([real.Interleave(1)], {"w13": [(a, 2 * b, c)]}, ["gate_up"]),
         "interleave back": Case([real.Interleave(1, inverse=True)], {"gate_up": [(a, 2 * b, c)]}, ["w13"]),
