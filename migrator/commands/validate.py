@@ -260,7 +260,9 @@ def _describe_forward(check: CheckResult, result: ValidationResult) -> str:
     if "reason" in numbers:
         return str(numbers["reason"])
     text = f"largest difference of {numbers['compared']} in {numbers['precision']} {_format_difference(numbers)}"
-    return f"{text}; {_describe_stored_dtype(numbers['as_stored'])}" if "as_stored" in numbers else text
+    text = f"{text}; {_describe_stored_dtype(numbers['as_stored'])}" if "as_stored" in numbers else text
+    reading = str(numbers.get("reference_read_by", "transformers"))
+    return text if reading == "transformers" else f"{text}; the reference was read by {reading}"
 
 
 def _describe_stored_dtype(numbers: Mapping[str, Any]) -> str:

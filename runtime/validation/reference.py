@@ -5,7 +5,7 @@ Under FSDP every rank still computes whole layers with the model's own code, on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
-from plans.text import first_line
-from runtime.checkpoint.open import detect_layout
+from plans.text import first_line, format_names
+from runtime.checkpoint.open import detect_layout, open_checkpoint
 from runtime.loader.loading import load
 from runtime.models.config import read_config
 from runtime.models.model import find_model_class, meta_model
@@ -46,11 +46,13 @@ class ReferenceModel:
         model: the model; None on ranks other than 0 if it is not sharded.
         is_sharded: whether the model is sharded over all ranks.
         device: the device that this rank computes on.
+        reading: who read its weights, in words: a reading of our own shares its mistakes with what it is compared to.
     """
 
     model: PreTrainedModel | None
     is_sharded: bool
     device: torch.device
+    reading: str
 
     @property
     def description(self) -> str:
@@ -110,11 +112,20 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sh
         UsageError: the reference is quantized.
     """
     with convert_reference_errors():
+        layout = raise_on_any_rank(lambda: detect_layout(folder))
         if sharded:
-            return ReferenceModel(_load_sharded(folder, dtype, device), True, device)
+            reading = "migrator alone, because the model does not fit on one rank"
+            return ReferenceModel(_load_sharded(folder, dtype, device), True, device, reading)
         is_first = dist.get_rank() == 0
-        model = raise_on_any_rank(lambda: _load_whole(folder, dtype, device) if is_first else None)
-        return ReferenceModel(model, False, device)
+        if layout != "hf":
+            reading = f"migrator alone, because transformers does not read the layout {layout}"
+            whole = raise_on_any_rank(lambda: _load_whole(folder, dtype, device) if is_first else None)
+            return ReferenceModel(whole, False, device, reading)
+        turned = raise_on_any_rank(lambda: open_checkpoint(folder).read_headers().reoriented)
+        model = raise_on_any_rank(lambda: _load_pretrained(folder, dtype, device) if is_first else None)
+        if model is not None:
+            _transpose(model, turned)
+        return ReferenceModel(model, False, device, _describe_reading(turned))
 
 
 @contextmanager
@@ -141,11 +152,21 @@ def _load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def _load_whole(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    if detect_layout(folder) == "hf":
-        return _load_pretrained(folder, dtype, device)
     model = meta_model(read_config_with_dtype(folder, dtype))
     load(model, folder, dtype=dtype, device=device, verify=False)  # the content check does that
     return model
+
+
+@torch.no_grad()
+def _transpose(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Transpose square tensors that transformers leaves as they are stored, whatever lies beside them."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.copy_(parameter.transpose(-2, -1).clone())
+
+
+def _describe_reading(turned: Sequence[str]) -> str:
+    return "transformers" + (f"; {format_names(turned)} transposed, as those beside them are" if turned else "")
 
 
 def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

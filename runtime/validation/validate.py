@@ -208,7 +208,12 @@ class _Comparison:
             self.builder.add("forward", found)
             return False
         check_comparable(found, expected.own, source)
-        facts = {"precision": self.precision.name, "against": reference.description, "batches": len(batches)}
+        facts = {
+            "precision": self.precision.name,
+            "against": reference.description,
+            "reference_read_by": reference.reading,
+            "batches": len(batches),
+        }
         tolerance = self.precision.tolerance(request.tolerance)
         self.builder.add("forward", check_forward(found, expected, tolerance, facts, stored))
         return True

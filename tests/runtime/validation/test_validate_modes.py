@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.checkpoint import Layout
@@ -15,9 +16,10 @@ from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.validation.results import PARTS
+from tests.runtime.checkpoint.hub.test_orientation import EXPERTS, qwen3_vl_moe, save_experts
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
-from tests.tiny_models import MODELS, tiny_config, tiny_model
+from tests.tiny_models import MODELS, tiny_config, tiny_model, with_noise
 
 HubFolder = Callable[[str], Path]
 LaidOut = Callable[[Path, Layout, Mesh, Mode], Path]
@@ -65,9 +67,29 @@ def test_all_parts_of_a_sound_checkpoint_are_right(
     assert all(found[part]["ok"] for part in PARTS if part not in skipped)
     assert min(found[part]["checked"] for part in PARTS if part not in skipped) > 10
     assert found["content"]["against"] == ("source" if layout == "hf" else "manifest")
+    reading = (
+        "transformers" if layout == "hf" else f"migrator alone, because transformers does not read the layout {layout}"
+    )
+    assert found["forward"]["reference_read_by"] == reading
     assert found["content"]["copies"] > found["content"]["checked"] or mesh.tp == 1
     assert found["structure"]["bytes_per_rank"] == found["structure"]["bytes_planned"]
     assert found["backward"]["max_abs_reference"] > 1e-3
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "square"), [(32, 16, "gate_up_proj"), (32, 32, "down_proj")])
+def test_square_experts_that_transformers_misreads_are_no_fault_of_the_checkpoint(
+    hidden: int, intermediate: int, square: str, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = qwen3_vl_moe(hidden, intermediate)
+    state = with_noise(transformers.Qwen3VLMoeForConditionalGeneration(config)).state_dict()
+    source = save_experts(config, state, tmp_path / "hub", transposed=True)
+    misread = transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(source).state_dict()
+    assert [name for name in state if not torch.equal(state[name], misread[name])] == [f"{EXPERTS}.{square}"]
+    found = two_ranks.run(validation_cases.validate, source, None, Mesh(tp=2), "tp")[0]
+    assert found["forward"]["ok"], found
+    assert found["content"]["ok"], found
+    reading = f"transformers; '{EXPERTS}.{square}' transposed, as those beside them are"
+    assert found["forward"]["reference_read_by"] == reading
 
 
 @pytest.mark.parametrize(("mode", "mesh"), [("tp", Mesh(tp=2)), ("tp_ep", Mesh(tp=2, ep=2))], ids=str)
