@@ -112,20 +112,29 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sh
         UsageError: the reference is quantized.
     """
     with convert_reference_errors():
-        layout = raise_on_any_rank(lambda: detect_layout(folder))
         if sharded:
             reading = "migrator alone, because the model does not fit on one rank"
             return ReferenceModel(_load_sharded(folder, dtype, device), True, device, reading)
         is_first = dist.get_rank() == 0
-        if layout != "hf":
-            reading = f"migrator alone, because transformers does not read the layout {layout}"
-            whole = raise_on_any_rank(lambda: _load_whole(folder, dtype, device) if is_first else None)
-            return ReferenceModel(whole, False, device, reading)
-        turned = raise_on_any_rank(lambda: open_checkpoint(folder).read_headers().reoriented)
-        model = raise_on_any_rank(lambda: _load_pretrained(folder, dtype, device) if is_first else None)
+        obstacle, turned = raise_on_any_rank(lambda: _inspect_source(folder))
+        load_model = _load_whole if obstacle else _load_pretrained
+        model = raise_on_any_rank(lambda: load_model(folder, dtype, device) if is_first else None)
+        if obstacle:
+            return ReferenceModel(model, False, device, f"migrator alone, because {obstacle}")
         if model is not None:
             _transpose(model, turned)
         return ReferenceModel(model, False, device, _describe_reading(turned))
+
+
+def _inspect_source(folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Return why transformers cannot load a checkpoint, or else the tensors that it loads in the wrong orientation."""
+    layout = detect_layout(folder)
+    if layout != "hf":
+        return f"transformers does not read the layout {layout}", ()
+    checkpoint = open_checkpoint(folder).read_headers()
+    if any(chunk.file.suffix != ".safetensors" for chunk in checkpoint.chunks.values()):
+        return "transformers would unpickle the weights", ()
+    return "", checkpoint.reoriented
 
 
 @contextmanager
