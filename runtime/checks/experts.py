@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from plans.errors import PlanError
@@ -12,32 +11,9 @@ from plans.model_facts import ExpertLayout
 from plans.placement import Packed, Placement, Replicate, Shard
 from plans.plan import to_wildcard
 from plans.resolved_plan import ResolvedParameter
+from runtime.models.expert_layout import read_expert_layout
 
-__all__ = ["check_packed_experts", "check_stacked_experts", "read_expert_layout"]
-
-
-def read_expert_layout(name: str, module: nn.Module) -> ExpertLayout | None:
-    """Return an experts module's layout by its parameters' shapes and its class's flags, None for other modules.
-
-    Args:
-        name: the module's name in the model.
-        module: the module.
-    """
-    down = getattr(module, "down_proj", None)
-    gate_up = getattr(module, "gate_up_proj", None)
-    if not (isinstance(down, torch.Tensor) and down.ndim == 3):
-        return None
-    where = f"{type(module).__name__} at {name}"
-    if not isinstance(gate_up, torch.Tensor):
-        return ExpertLayout(where, gated=False)
-    is_regular = gate_up.ndim == 3 and gate_up.shape[1] == 2 * down.shape[2] and gate_up.shape[2] == down.shape[1]
-    return ExpertLayout(
-        where,
-        gated=bool(getattr(module, "has_gate", True)),
-        transposed=bool(getattr(module, "is_transposed", False)) or not is_regular,
-        concatenated=bool(getattr(module, "is_concatenated", True)),
-        biased=bool(getattr(module, "has_bias", False)),
-    )
+__all__ = ["check_packed_experts", "check_stacked_experts"]
 
 
 def check_stacked_experts(parameters: Sequence[ResolvedParameter]) -> None:

@@ -25,7 +25,7 @@ from plans.plan import choose_key, to_wildcard
 from runtime.checks.plan_view import LinearGroup, PlanView, Projection
 from runtime.styles.style import HEAD_PARAMETERS, get_owner_kind
 
-__all__ = ["add_head_norm_entries", "check_head_norms", "check_sharded_head_parameters"]
+__all__ = ["add_head_norm_entries", "check_head_norms", "check_sharded_head_parameters", "fits_sharded_heads"]
 
 _SUM_STYLE = "replicated_with_grad_allreduce"
 _LOCAL_STYLE = "local_params"
@@ -146,9 +146,9 @@ def _suggest_fixes(params: ReplicatedParams) -> str:
         return f"add the entries {entries}"
     hint = (
         f"gather what it works on, with 'colwise_gather_output' for {params.layer.key!r} and the layers beside it and "
-        "'rowwise_split_input' for the layer that takes their output; or shard it by an entry of its own"
+        "'rowwise_split_input' for the layer that takes their output"
     )
-    return f"{hint}, if it holds one value for each head with {entries}" if params.has_value_per_head else hint
+    return f"{hint}; or, if it holds one value for each head, add {entries}" if params.has_value_per_head else hint
 
 
 def _find_replicated_params(view: PlanView) -> Iterator[ReplicatedParams]:
@@ -234,16 +234,39 @@ def check_sharded_head_parameters(view: PlanView) -> None:
         style, module = view.find_module_style(name), view.modules[name]
         if style is None or HEAD_PARAMETERS not in style.own or get_owner_kind(module) != "module":
             continue
-        group = view.linear_groups.get(name) or view.linear_groups.get(name.rpartition(".")[0])
-        for own, shape in _get_parameter_shapes(module).items():
-            placement = view.find_placement(f"{name}.{own}", "module", len(shape))
-            is_sharded = placement not in (None, Replicate()) and len(shape) < 3
-            if is_sharded and (group is None or not _is_sharded_with_heads(group, shape)):
-                raise PlanError(
-                    f"{name}.{own} is sharded, but {name} works on what is whole on every rank: a shard would not fit",
-                    hint=f"remove the entry {key!r} and that of {own!r}",
-                    module=name,
-                )
+        for own in _find_unfit_parameters(view, name):
+            reason = (
+                "normalizes over all of it: a rank would divide by the size of its own slice"
+                if _is_joint_norm(module)
+                else "works on what is whole on every rank: a shard would not fit"
+            )
+            raise PlanError(
+                f"{name}.{own} is sharded, but {name} {reason}",
+                hint=f"remove the entry {key!r} and that of {own!r}",
+                module=name,
+            )
+
+
+def fits_sharded_heads(view: PlanView, name: str) -> bool:
+    """Return whether the sharded parameters of a module are those of the heads that its rank works on."""
+    return next(_find_unfit_parameters(view, name), None) is None
+
+
+def _find_unfit_parameters(view: PlanView, name: str) -> Iterator[str]:
+    """Yield a module's own sharded parameters that cannot be those of the heads on each rank."""
+    module = view.modules[name]
+    group = view.linear_groups.get(name) or view.linear_groups.get(name.rpartition(".")[0])
+    for own, shape in _get_parameter_shapes(module).items():
+        placement = view.find_placement(f"{name}.{own}", "module", len(shape))
+        is_sharded = placement not in (None, Replicate()) and len(shape) < 3
+        if is_sharded and (group is None or _is_joint_norm(module) or not _is_sharded_with_heads(group, shape)):
+            yield own
+
+
+def _is_joint_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm whose weights, one for each feature, cannot be divided among the ranks."""
+    shapes = _get_parameter_shapes(module).values()
+    return "norm" in type(module).__name__.lower() and bool(shapes) and all(len(shape) == 1 for shape in shapes)
 
 
 def _is_sharded_with_heads(group: LinearGroup, shape: tuple[int, ...]) -> bool:

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
+from plans.plan import to_wildcard
 from runtime.styles.placements import get_placement
 from runtime.styles.routing import DISPATCH_STYLE, ROUTER_STYLE, has_sharded_experts
 from runtime.styles.style import HookSite, ParallelStyle, build_hook_error, get_owner_kind, has_sharded_parameters
 
 __all__ = ["check_hooks"]
 
-_SUMMING_STYLES = frozenset({DISPATCH_STYLE, "moe_experts_allreduce", "moe_tp_experts"})
-_REPLACEMENT_HINTS = {
-    "linear": "give the layer and its weight one style, such as 'colwise' or 'rowwise', or shard neither",
-    "embedding": "give the embedding and its weight one style, such as 'embedding_rowwise', or shard neither",
-}
+_SUM_STYLE = "moe_experts_allreduce"
+_SUMMING_STYLES = frozenset({DISPATCH_STYLE, _SUM_STYLE, "moe_tp_experts"})
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,23 @@ def _check_routing_masks(sites: Sequence[HookSite]) -> None:
     routed = {site.parent for site in sites if site.style == ROUTER_STYLE}
     for site in (site for site in sites if has_sharded_experts(site.module)):
         if site.style not in _SUMMING_STYLES:
+            style = _SUM_STYLE if site.parent in routed else DISPATCH_STYLE
             raise build_hook_error(
                 site,
                 "which holds the experts of this rank only: nothing would sum their outputs",
-                hint=f"use {DISPATCH_STYLE}",
+                hint=f"use {style!r} for {to_wildcard(site.name)!r}",
             )
         if site.style == DISPATCH_STYLE and site.parent in routed:
             raise build_hook_error(
                 site,
                 f"whose routing {ROUTER_STYLE} already masks",
-                hint=f"remove the {ROUTER_STYLE} entry of its router",
+                hint=f"use {_SUM_STYLE!r} for {to_wildcard(site.name)!r}, or remove the entry of its router",
             )
         if site.style != DISPATCH_STYLE and site.parent not in routed:
             raise build_hook_error(
                 site,
                 "whose routing nothing masks: each rank would take other ranks' choices for its own",
-                hint=f"add an {ROUTER_STYLE} entry for its router, or use {DISPATCH_STYLE} for the experts",
+                hint=f"use {DISPATCH_STYLE!r} for {to_wildcard(site.name)!r}",
             )
 
 
@@ -96,11 +95,13 @@ def _is_summed_above(module: _HookedModule, hooked: Sequence[_HookedModule]) -> 
 def _build_local_parameter_error(site: HookSite, name: str, parameter: DTensor) -> PlanError:
     if parameter.ndim > 2:
         reason = f"whose {name} is sharded: its output would be partial, and nothing would sum it"
-        hint = "use moe_experts_allreduce for stacked experts, all_reduce for other modules"
+        hint = f"use {_SUM_STYLE!r} for {to_wildcard(site.name)!r}"
     else:
         kind = type(site.module).__name__
         reason = f"whose own {name} is {get_placement(parameter)}: it would use a shard as if it were the whole {kind}"
-        hint = _REPLACEMENT_HINTS.get(get_owner_kind(site.module), f"remove the entry of {site.name}.{name}")
+        hint = f"remove the entry {to_wildcard(f'{site.name}.{name}')!r}"
+        if get_owner_kind(site.module) != "module":
+            hint = f"give {to_wildcard(site.name)!r} and its weight one style, or {hint}"
     return build_hook_error(site, reason, hint)
 
 

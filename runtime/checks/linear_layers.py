@@ -143,7 +143,7 @@ def _check_shared_rope(group: LinearGroup) -> None:
             raise PlanError(
                 f"{layer.name} shares no rope key among sharded heads: its gradient is whole on every rank, and "
                 "'mla_kv_a_proj' would multiply it by the number of ranks",
-                hint=f"remove the entry of {layer.key!r}",
+                hint=f"remove the entry {layer.key!r}",
                 module=layer.name,
             )
 

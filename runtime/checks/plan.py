@@ -17,6 +17,7 @@ from plans.resolved_plan import ResolvedParameter
 from runtime.checks.fused_layers import count_blocks
 from runtime.checks.head_parameters import check_head_norms, check_sharded_head_parameters
 from runtime.checks.linear_layers import check_head_counts, check_pairs
+from runtime.checks.module_kinds import check_module_kinds, check_sharded_modules
 from runtime.checks.plan_view import PlanView
 from runtime.checks.sequence import check_sequence_plan
 
@@ -188,9 +189,11 @@ def check_before_sharding(view: PlanView, mesh: Mesh) -> None:
     """
     for key, style in view.plan.items():
         view.styles.style(style, key)
+    check_sequence_plan(view)
+    check_module_kinds(view)
     if mesh.tp > 1:
         check_pairs(view)
         check_head_counts(view)
         check_head_norms(view)
         check_sharded_head_parameters(view)
-    check_sequence_plan(view)
+    check_sharded_modules(view)

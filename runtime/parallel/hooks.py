@@ -197,7 +197,7 @@ def _check_all_hooked(model: nn.Module, hooked: set[nn.Module]) -> None:
             raise PlanError(
                 f"{name}.{sharded[0]} is sharded, but no plan entry hooks {name}, whose forward would use a "
                 "shard as if it were whole",
-                hint="add an entry for the module that owns it, such as moe_experts_allreduce or local_params",
+                hint="register a style with a hook for it, or remove the entry",
                 parameter=f"{name}.{sharded[0]}",
             )
 

@@ -16,12 +16,12 @@ from plans.errors import MissingPlanError, UsageError
 from plans.mesh import MODES, Mode
 from plans.placement import Shard
 from plans.plan import find_expert_keys, find_key, merge_expert_plan, to_wildcard
-from runtime.checks.experts import read_expert_layout
 from runtime.checks.head_parameters import add_head_norm_entries
 from runtime.checks.plan import check_model
 from runtime.checks.plan_view import PlanView
 from runtime.models.config import transformers_version
 from runtime.models.declared_plans import read_declared_plan, read_tp_plan
+from runtime.models.expert_layout import read_expert_layout
 from runtime.models.model import default_architectures, find_tied_names, meta_model
 from runtime.planning.sequence_plan import derive_sequence_plan
 from runtime.styles.style import get_owner_kind

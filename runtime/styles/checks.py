@@ -8,7 +8,7 @@ from torch import nn
 
 from plans.placement import Packed, Replicate, Shard
 from runtime.styles.placements import get_placement
-from runtime.styles.style import HookSite, build_hook_error, expect_weight, has_sharded_parameters
+from runtime.styles.style import HookSite, build_hook_error, expect_weight, has_sharded_parameters, suggest_removal
 
 __all__ = [
     "build_embedding_check",
@@ -45,9 +45,7 @@ def check_rope(site: HookSite) -> None:
         PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
-        raise build_hook_error(
-            site, "which has no out_features", hint="use this style for attention's first latent projection"
-        )
+        raise build_hook_error(site, "which has no out_features", hint=suggest_removal(site))
     require_rope_width(site)
 
 
@@ -58,10 +56,14 @@ def check_colwise(site: HookSite) -> None:
         PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
-        raise build_hook_error(site, "which has no out_features", hint="use this style for Linear layers only")
+        raise build_hook_error(site, "which has no out_features", hint=suggest_removal(site))
     expect_weight(site, Shard(0))
     if get_placement(site.parameter("bias")) not in (None, Shard(0)):
-        raise build_hook_error(site, "whose bias is not sharded like its weight", hint="remove the bias's own entry")
+        raise build_hook_error(
+            site,
+            "whose bias is not sharded like its weight",
+            hint=suggest_removal(site, ".bias"),
+        )
 
 
 def check_packed_colwise(site: HookSite) -> None:
@@ -71,12 +73,18 @@ def check_packed_colwise(site: HookSite) -> None:
         PlanError: it is not.
     """
     if not hasattr(site.module, "out_features"):
-        raise build_hook_error(site, "which has no out_features", hint="name the parameter itself in the plan")
+        raise build_hook_error(
+            site,
+            "which has no out_features",
+            hint=suggest_removal(site),
+        )
     expect_weight(site, Packed(0, 2))
     if get_placement(site.parameter("bias")) not in (None, Packed(0, 2)):
         # The releases shard a packed layer's bias in plain chunks, which are other features than the weight's.
         raise build_hook_error(
-            site, "whose bias is not packed like its weight", hint="use packed_colwise only for layers without bias"
+            site,
+            "whose bias is not packed like its weight",
+            hint="remove the entry and those of the layers that go with it",
         )
 
 
@@ -87,11 +95,13 @@ def check_rowwise(site: HookSite) -> None:
         PlanError: it is not.
     """
     if not hasattr(site.module, "in_features"):
-        raise build_hook_error(site, "which has no in_features", hint="use this style for Linear layers only")
+        raise build_hook_error(site, "which has no in_features", hint=suggest_removal(site))
     expect_weight(site, Shard(1))
     if get_placement(site.parameter("bias")) not in (None, Replicate()):
         raise build_hook_error(
-            site, "whose bias is sharded and would be added only in part", hint="remove the bias's own entry"
+            site,
+            "whose bias is sharded and would be added only in part",
+            hint=suggest_removal(site, ".bias"),
         )
 
 
@@ -104,11 +114,13 @@ def build_embedding_check(placement: Shard) -> Callable[[HookSite], None]:
 
     def check(site: HookSite) -> None:
         if not isinstance(site.module, nn.Embedding):
-            raise build_hook_error(
-                site, "which is not an embedding", hint="use colwise or rowwise styles for Linear layers"
-            )
+            raise build_hook_error(site, "which is not an embedding", hint=suggest_removal(site))
         if site.module.max_norm is not None:
-            raise build_hook_error(site, "whose max_norm would rescale shards of vectors", hint="remove the entry")
+            raise build_hook_error(
+                site,
+                "whose max_norm would rescale shards of vectors",
+                hint=suggest_removal(site),
+            )
         expect_weight(site, placement)
 
     return check

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from plans.placement import Replicate
+from plans.plan import to_wildcard
+from runtime.models.expert_layout import read_expert_layout
 from runtime.styles.call import index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import all_reduce
 from runtime.styles.placements import get_placement
@@ -49,15 +51,24 @@ def _check_expert_shards(site: HookSite) -> None:
         raise build_hook_error(
             site,
             f"whose parameters are whole: its output would be multiplied by {site.axis.size()}",
-            hint="add moe_tp_gate_up_colwise and moe_tp_down_rowwise entries for its parameters",
+            hint=_suggest_shards(site),
         )
     for name, parameter in site.module._parameters.items():
         if name.endswith("bias") and get_placement(parameter) == Replicate():
             raise build_hook_error(
                 site,
                 f"whose whole {name} would be added {site.axis.size()} times",
-                hint="these experts cannot be tensor parallel; use expert parallelism",
+                hint="these experts cannot be tensor parallel; choose expert parallelism, `mode=ep`",
             )
+
+
+def _suggest_shards(site: HookSite) -> str:
+    """Return the hint for whole experts: the entries of their parameters, if their layout is the one these fit."""
+    layout, key = read_expert_layout(site.name, site.module), to_wildcard(site.name)
+    if layout is None or layout.irregularity is not None:
+        return f"remove the entry {key!r}, or choose expert parallelism, `mode=ep`"
+    gate_up, down = f"{key}.gate_up_proj", f"{key}.down_proj"
+    return f"add the entries {gate_up!r}: 'moe_tp_gate_up_colwise', {down!r}: 'moe_tp_down_rowwise'"
 
 
 def _check_identity(site: HookSite) -> None:

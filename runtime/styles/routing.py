@@ -6,7 +6,7 @@ one past the last local expert, which experts forwards skip.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,19 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement, Shard
+from plans.plan import to_wildcard
 from runtime.styles.call import ArgumentKey, index_arguments, split_arguments, sum_argument_gradients
 from runtime.styles.collectives import add_dependency, all_reduce, all_reduce_gradient
 from runtime.styles.placements import get_placement, local_tensor
-from runtime.styles.style import Forward, HookSite, LocalParameters, ParallelStyle, build_hook_error, shard_parameter
+from runtime.styles.style import (
+    Forward,
+    HookSite,
+    LocalParameters,
+    ParallelStyle,
+    build_hook_error,
+    shard_parameter,
+    suggest_removal,
+)
 
 __all__ = [
     "DISPATCH_STYLE",
@@ -72,7 +81,7 @@ def check_sharded_experts(site: HookSite) -> None:
         raise build_hook_error(
             site,
             f"whose experts are not divided over the ranks: its output would be multiplied by {site.axis.size()}",
-            hint="add grouped_gemm entries for its parameters",
+            hint=_suggest_entries(site, site.module._parameters),
         )
     for name, parameter in site.module._parameters.items():
         is_stacked = parameter is not None and parameter.ndim > 0 and parameter.shape[0] == count
@@ -80,8 +89,13 @@ def check_sharded_experts(site: HookSite) -> None:
             raise build_hook_error(
                 site,
                 f"whose {name} is {get_placement(parameter)}, while its other parameters are sharded by expert",
-                hint=f"add the entry {f'{site.name}.{name}'!r}: 'grouped_gemm'",
+                hint=_suggest_entries(site, [name]),
             )
+
+
+def _suggest_entries(site: HookSite, names: Iterable[str]) -> str:
+    entries = ", ".join(f"{to_wildcard(f'{site.name}.{name}')!r}: 'grouped_gemm'" for name in names)
+    return f"add {'the entries' if ', ' in entries else 'the entry'} {entries}"
 
 
 def shard_experts(site: HookSite, name: str, placement: Placement) -> None:
@@ -140,7 +154,7 @@ def mask_router_output(site: HookSite, run: Forward, *args: object, **kwargs: ob
         raise build_hook_error(
             site,
             "which does not return scores and indices",
-            hint="remove the entry and use ep_dispatch_experts for the experts",
+            hint=f"remove the entry, and use {DISPATCH_STYLE!r} for the experts beside it",
         )
     routing = find_routing(outputs, {})
     assert isinstance(routing.index, int)
@@ -210,7 +224,7 @@ def _check_router(site: HookSite) -> None:
         raise build_hook_error(
             site,
             "beside which no experts are divided over the ranks",
-            hint="add grouped_gemm entries for the experts' parameters",
+            hint=suggest_removal(site),
         )
 
 

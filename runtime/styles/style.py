@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import PlanError
 from plans.placement import Placement
+from plans.plan import to_wildcard
 from plans.style import OwnerKind, PlacementRule
 from runtime.styles.call import SharedInputs
 from runtime.styles.placements import as_parameter, cut_local_shard, get_placement, local_tensor
@@ -34,6 +35,7 @@ __all__ = [
     "get_owner_kind",
     "has_sharded_parameters",
     "shard_parameter",
+    "suggest_removal",
     "use_local_parameters",
 ]
 
@@ -204,6 +206,16 @@ def build_hook_error(site: HookSite, reason: str, hint: str) -> PlanError:
         module=site.name,
         style=site.style,
     )
+
+
+def suggest_removal(site: HookSite, parameter: str = "") -> str:
+    """Return the hint to remove a module's entry.
+
+    Args:
+        site: the module.
+        parameter: the name of one of its parameters, with its dot, to remove the entry of that instead.
+    """
+    return f"remove the entry {to_wildcard(site.name + parameter)!r}"
 
 
 def expect_tensor(site: HookSite, output: object) -> torch.Tensor:

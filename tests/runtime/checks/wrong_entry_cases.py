@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -44,6 +45,51 @@ def read_refusal(name: str, mode: Mode, changes: Mapping[str, str | None], run: 
     except MigratorError as error:
         return f"{error.message} | {error.hint}"
     return "accepted"
+
+
+_SET = re.compile(r"'(?P<key>[^']+)': '(?P<style>[a-z_0-9]+)'|'(?P<used>[a-z_0-9]+)' for '(?P<layer>[^']+)'")
+_REMOVE = re.compile(r"remove the entry '([^']+)'(?: and that of '([^']+)')?")
+
+
+def follow_hints(
+    name: str, mode: Mode, changes: Mapping[str, str | None], alternative: int = 0
+) -> tuple[list[str], float, float]:
+    """Do what the hints of refusals say until a changed plan is accepted; return the hints and the errors then.
+
+    Args:
+        name: the model's name among the tiny models.
+        mode: the mode of the plan that the changes apply to.
+        changes: entries to replace or add, None to remove.
+        alternative: which of the first hint's alternatives to take; of later ones the first is taken.
+    """
+    mesh = Mesh(tp=dist.get_world_size(), ep=dist.get_world_size() if mode.endswith("ep") else 1)
+    entries = {**Plan.from_model(eager_config(name), mode).entries, **changes}
+    plan = {key: style for key, style in entries.items() if style is not None}
+    hints: list[str] = []
+    for _ in range(8):
+        try:
+            errors = compared(name, Plan(mode, plan), mesh)
+        except MigratorError as error:
+            hints.append(error.hint)
+            changed = [_follow(plan, part) for part in re.split(r",? or |; ", error.hint)]
+            options = [option for option in changed if option != plan]
+            if not options:
+                raise AssertionError(f"{error.message} | {error.hint} says nothing that can be done") from error
+            plan = options[min(alternative if len(hints) == 1 else 0, len(options) - 1)]
+        else:
+            return hints, errors.logits, errors.worst[1]
+    raise AssertionError(f"no end of hints: {hints}")
+
+
+def _follow(plan: Mapping[str, str], hint: str) -> dict[str, str]:
+    """Return a plan changed as one alternative of a hint says."""
+    followed = dict(plan)
+    for found in _SET.finditer(hint):
+        followed[found["key"] or found["layer"]] = found["style"] or found["used"]
+    for key, parameter in _REMOVE.findall(hint):
+        followed.pop(key, None)
+        followed.pop(f"{key}.{parameter}", None)
+    return followed
 
 
 def gather_output(site: HookSite, run: Any, inputs: torch.Tensor) -> torch.Tensor:
