@@ -105,7 +105,8 @@ def check_head_norms(view: PlanView) -> None:
         if params.position == "on slices" and params.style != _SUM_STYLE:
             raise _build_missing_entry_error(params, f"add the entry {params.key!r}: {_SUM_STYLE!r}")
         if params.position == "across slices" or (params.position == "between" and params.style != _SUM_STYLE):
-            raise _build_missing_entry_error(params, _suggest_fixes(params))
+            can_cut = not _is_joint_norm(view.modules[params.name])
+            raise _build_missing_entry_error(params, _suggest_fixes(params, can_cut))
     if view.is_whole_model:
         _check_gradient_sums(view, {params.name for params in replicated if params.position != "outside"})
 
@@ -140,7 +141,13 @@ def _build_missing_entry_error(params: ReplicatedParams, hint: str) -> PlanError
     )
 
 
-def _suggest_fixes(params: ReplicatedParams) -> str:
+def _suggest_fixes(params: ReplicatedParams, can_cut: bool) -> str:
+    """Return the hint for parameters that do not fit slices.
+
+    Args:
+        params: the parameters.
+        can_cut: whether a rank can compute with its own part of them.
+    """
     entries = ", ".join(f"{key!r}: {style!r}" for key, style in params.head_entries.items())
     if params.has_row_per_head:
         return f"add the entries {entries}"
@@ -148,7 +155,10 @@ def _suggest_fixes(params: ReplicatedParams) -> str:
         f"gather what it works on, with 'colwise_gather_output' for {params.layer.key!r} and the layers beside it and "
         "'rowwise_split_input' for the layer that takes their output"
     )
-    return f"{hint}; or, if it holds one value for each head, add {entries}" if params.has_value_per_head else hint
+    if not can_cut:
+        return hint
+    hint += "; or shard it by an entry of its own"
+    return f"{hint}, if it holds one value for each head with {entries}" if params.has_value_per_head else hint
 
 
 def _find_replicated_params(view: PlanView) -> Iterator[ReplicatedParams]:

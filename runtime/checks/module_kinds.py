@@ -35,9 +35,18 @@ _MADE_FOR: dict[str, frozenset[ModuleKind]] = {
     **dict.fromkeys(
         ("embedding_rowwise", "embedding_colwise", "vocab_allreduce", "vocab_reduce_scatter"), frozenset({"embedding"})
     ),
-    "all_reduce": frozenset({"experts", "module"}),
 }
 """The kinds that styles were made for; styles of Linear layers check their modules themselves."""
+
+
+_PLURALS: dict[ModuleKind, str] = {
+    "experts": "experts",
+    "router": "routers",
+    "Linear layer": "Linear layers",
+    "embedding": "embeddings",
+    "norm": "norms",
+    "module": "other modules",
+}
 
 
 def get_module_kind(view: PlanView, name: str) -> ModuleKind:
@@ -71,10 +80,14 @@ def _is_router(view: PlanView, name: str) -> bool:
 def check_module_kinds(view: PlanView) -> None:
     """Check that no entry puts a style on a kind of module, or on its parameters, that the style was not made for.
 
+    Parts without a config are not checked: experts may be any module there.
+
     Raises:
         PlanError: one does; names the module, its kind and the kinds that the style was made for.
     """
-    own_styles = {name for name in view.styles.registered if name in _MADE_FOR}
+    if not view.is_whole_model:
+        return
+    own_styles = view.styles.registered
     for name, key in view.module_keys.items():
         if view.plan[key] not in own_styles:
             _check_kind(view, name, key, name)
@@ -91,7 +104,7 @@ def _check_kind(view: PlanView, name: str, key: str, label: str) -> None:
         return
     kind = get_module_kind(view, name)
     if kind not in made_for and not (kind == "module" and _is_without_parameters(view, name)):
-        kinds = " and ".join({"module": "modules of other kinds"}.get(each, f"{each}") for each in sorted(made_for))
+        kinds = " and ".join(_PLURALS[each] for each in sorted(made_for))
         raise PlanError(
             f"{label}: {style!r} was made for {kinds}, but {name} is {_describe_kind(view, name, kind)}",
             hint=f"remove the entry {key!r}",
@@ -108,8 +121,8 @@ def _is_without_parameters(view: PlanView, name: str) -> bool:
 
 def _describe_kind(view: PlanView, name: str, kind: ModuleKind) -> str:
     class_name = type(view.modules[name]).__name__
-    article = "an" if kind in ("embedding", "experts") else "a"
-    return f"a module, {class_name}" if kind == "module" else f"{article} {kind}, {class_name}"
+    article = {"embedding": "an ", "experts": ""}.get(kind, "a ")
+    return f"{article}{kind}, {class_name}"
 
 
 def check_sharded_modules(view: PlanView) -> None:

@@ -136,5 +136,5 @@ def check_partial_output(site: HookSite) -> None:
         raise build_hook_error(
             site,
             f"none of whose parameters is sharded: its output would be multiplied by {site.axis.size()}",
-            hint="remove the entry, or add entries that shard its parameters",
+            hint=f"{suggest_removal(site)}, or add entries that shard its parameters",
         )

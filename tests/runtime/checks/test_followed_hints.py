@@ -12,6 +12,7 @@ from tests.runtime.rank_pool import RankPool
 
 ATTENTION, MLP, EXPERTS = (f"model.layers.*.{name}" for name in ("self_attn", "mlp", "mlp.experts"))
 CUT_NORMS = {f"{ATTENTION}.{name}_norm.weight": "colwise" for name in "qk"}
+CUT_NORM = f"{ATTENTION}.q_norm.weight"
 SUMMED_BELOW = {f"{MLP}.down_proj": "local_params", f"{MLP}.down_proj.weight": "rowwise"}
 WHOLE_EXPERTS = {f"{EXPERTS}.{name}_proj": None for name in ("gate_up", "down")}
 
@@ -21,8 +22,8 @@ MADE_FOR: list[tuple[str, str, Changes, str]] = [
     (
         "olmoe",
         "tp",
-        {**CUT_NORMS, f"{ATTENTION}.q_norm": "all_reduce"},
-        "modules of other kinds, but .*q_norm is a norm",
+        {CUT_NORM: "colwise", f"{ATTENTION}.q_norm": "all_reduce"},
+        "it would use a shard as if it were the whole",
     ),
     ("llama", "tp", {**SUMMED_BELOW, MLP: "moe_experts_allreduce"}, "experts, but .*mlp is a module, LlamaMLP"),
     ("llama", "tp", {MLP: "moe_tp_experts"}, "experts, but .*mlp is a module, LlamaMLP"),
@@ -34,10 +35,10 @@ MADE_FOR: list[tuple[str, str, Changes, str]] = [
         {"model.embed_tokens": "moe_experts_allreduce"},
         "experts, but model.embed_tokens is an embedding",
     ),
-    ("qwen3_moe", "tp", {f"{ATTENTION}.q_proj": "ep_router"}, "router, but .*q_proj is a Linear layer"),
-    ("qwen3_moe", "tp", {"model.norm": "ep_router"}, "router, but model.norm is a norm"),
-    ("qwen2", "sp", {f"{ATTENTION}.q_proj": "sequence_parallel"}, "norm, but .*q_proj is a Linear layer"),
-    ("qwen2", "tp", {f"{ATTENTION}.q_proj": "embedding_rowwise"}, "embedding, but .*q_proj is a Linear layer"),
+    ("qwen3_moe", "tp", {f"{ATTENTION}.q_proj": "ep_router"}, "routers, but .*q_proj is a Linear layer"),
+    ("qwen3_moe", "tp", {"model.norm": "ep_router"}, "routers, but model.norm is a norm"),
+    ("qwen2", "sp", {f"{ATTENTION}.q_proj": "sequence_parallel"}, "norms, but .*q_proj is a Linear layer"),
+    ("qwen2", "tp", {f"{ATTENTION}.q_proj": "embedding_rowwise"}, "embeddings, but .*q_proj is a Linear layer"),
     ("qwen2", "tp", {"model.norm": "rowwise"}, "which has no in_features"),
 ]
 
