@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from plans.errors import UsageError
 from plans.text import first_line, suggest_name
+from runtime.checkpoint.fsdp.reader import find_config_folder
 from runtime.hub import fetch_config, parse_hub_name
 from runtime.models.config import build_unreadable_error, read_config, transformers_version
 from runtime.models.model import default_architectures
@@ -48,7 +49,7 @@ def _find_config_folder(path: Path) -> Path | None:
     """Return the folder of a config.json that a path names, None if it is neither a folder nor such a file."""
     try:
         if path.is_dir():
-            return path
+            return find_config_folder(path)
     except OSError as error:
         raise build_unreadable_error(path, error) from error
     return path.parent if path.name == "config.json" else None

@@ -35,7 +35,7 @@ __all__ = [
 Layout = Literal["hf", "dcp", "ranks"]
 """The layouts that can be written."""
 
-SourceLayout = Layout | Literal["foreign"]
+SourceLayout = Layout | Literal["fsdp", "foreign"]
 """The layouts that can be read."""
 
 KeyPath = tuple[str | int, ...]

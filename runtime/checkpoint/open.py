@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from plans.errors import IncompleteError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.checkpoint import Checkpoint, Layout, SourceLayout, TensorInfo
+from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.external.reader import read_external
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
+from runtime.checkpoint.fsdp.reader import find_config_folder, has_rank_files, read_fsdp_checkpoint
 from runtime.checkpoint.hub.files import check_has_weights
 from runtime.checkpoint.hub.reader import read_hub_checkpoint
 from runtime.checkpoint.manifest import Manifest, find_manifest
@@ -43,7 +44,7 @@ state if there is one, or fail if there is none.
 _CONFIG_HINT = "config.json does not belong to these weights; restore the one that they were saved with"
 
 
-def detect_layout(folder: Path) -> Layout:
+def detect_layout(folder: Path) -> SourceLayout:
     """Return the layout of a checkpoint by the names of its files; hub form if they do not tell."""
     with convert_read_errors(folder):
         if folder.is_dir() and find_shard_files(folder):
@@ -51,6 +52,8 @@ def detect_layout(folder: Path) -> Layout:
     if (folder / MANIFEST).is_file():
         return "ranks"
     is_hub = any((folder / name).exists() for name in (WEIGHTS, INDEX))
+    if not is_hub and has_rank_files(folder):
+        return "fsdp"
     return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
 
 
@@ -73,7 +76,7 @@ def open_checkpoint(folder: Path, external: ExternalSettings | None = None) -> C
     return CheckpointReader(folder, layout, find_manifest(folder))
 
 
-def _check_format(folder: Path, layout: Layout) -> None:
+def _check_format(folder: Path, layout: SourceLayout) -> None:
     """Refuse a folder of another format before its config is asked for, which such a folder may not have."""
     if layout == "hf":
         check_has_weights(folder)
@@ -108,7 +111,9 @@ class CheckpointReader:
     @property
     def config_folder(self) -> Path:
         """The folder of config.json."""
-        return self.external.config_folder(self.folder) if self.external else self.folder
+        if self.external is not None:
+            return self.external.config_folder(self.folder)
+        return find_config_folder(self.folder) if self.layout == "fsdp" else self.folder
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -180,6 +185,8 @@ class CheckpointReader:
         assert model is not None
         if self.external is not None:
             return read_external(self.folder, model, self.external)
+        if self.layout == "fsdp":
+            return read_fsdp_checkpoint(self.folder, model)
         if self.layout == "dcp":
             return read_dcp_checkpoint(self.folder, model, self.manifest)
         return read_hub_checkpoint(self.folder, model)

@@ -122,7 +122,7 @@ CASES: dict[str, tuple[Build, str, str]] = {
     "verl": (
         every(pickled("actor/model_world_size_2_rank_0.pt"), pickled("actor/model_world_size_2_rank_1.pt")),
         "pickled FSDP rank files",
-        "--backend fsdp --local_dir {folder}/actor/ --target_dir OUTPUT",
+        "name their folder, {folder}/actor/",
     ),
     "FSDP of accelerate": (
         every(write("pytorch_model_fsdp_0/.metadata", b"\x80\x04."), pickled("pytorch_model_fsdp_0/__0_0.distcp")),

@@ -12,7 +12,7 @@ import torch
 
 from plans.errors import CheckpointError, ConversionError, HeaderError, MismatchError
 from plans.text import format_names
-from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
+from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.chunks import Chunk, infer_shapes, join_chunks
 from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
 from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
@@ -31,7 +31,7 @@ from runtime.tensor_map.tensor_map import Shape, TensorMap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SavedTensors", "read_dcp_checkpoint", "read_saved_tensors"]
+__all__ = ["SavedTensors", "build_model_checkpoint", "read_dcp_checkpoint", "read_saved_tensors", "select_model"]
 
 
 _Part = TypeVar("_Part", ChunkMetadata, Chunk)
@@ -88,6 +88,33 @@ def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
     return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind, saved.shapes.keys())
 
 
+def select_model(
+    folder: Path,
+    chunks: Sequence[Chunk],
+    shapes: Mapping[str, Shape],
+    files: Collection[str],
+    left_behind: Sequence[LeftBehind],
+    model: Collection[str],
+) -> SavedTensors:
+    """Return the tensors of a model among those that files store, under the names that they have in the model.
+
+    Args:
+        folder: the folder of the files.
+        chunks: the chunks of all tensors.
+        shapes: their shapes by name.
+        files: the names of the files.
+        left_behind: what else the files contain.
+        model: the names of the model's tensors.
+
+    Raises:
+        CheckpointError: the files contain more than one model.
+    """
+    prefix = _find_prefix(shapes, model, folder)
+    selected = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    others = (*_describe_unprefixed(prefix, shapes), *left_behind)
+    return SavedTensors(_strip_prefix(prefix, chunks), selected, files, others, shapes.keys())
+
+
 def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:
     """Return the prefix of the names of all the model's tensors, which is mostly empty."""
     first = next(iter(model))
@@ -139,8 +166,41 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
         UsageError: stored tensors are quantized differently from the model's.
     """
     tied = find_tied_names(model)
-    of_model = model_tensors(model)
-    saved = read_saved_tensors(folder, [name for name in of_model if name not in tied])
+    saved = read_saved_tensors(folder, [name for name in model_tensors(model) if name not in tied])
+    side_files = find_side_files(folder, {MANIFEST, *saved.files})
+    checkpoint = build_model_checkpoint(folder, saved, model, layout="dcp", side_files=side_files)
+    return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint
+
+
+def build_model_checkpoint(
+    folder: Path,
+    saved: SavedTensors,
+    model: PreTrainedModel,
+    *,
+    layout: SourceLayout,
+    side_files: SideFiles,
+    config_folder: Path | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint of a model whose tensors are stored in chunks, under the names that they have in it.
+
+    Args:
+        folder: the checkpoint's folder.
+        saved: the tensors that its files store.
+        model: the model that its config describes, on meta.
+        layout: the layout of the files.
+        side_files: the other files of the folder.
+        config_folder: the folder of config.json if that is not the checkpoint's own.
+        extra_files: the content of files that belong to the checkpoint under other names than they have, by name.
+
+    Raises:
+        IncompleteError: a tensor is missing, or the checkpoint is lossy.
+        HeaderError: chunks overlap, or differ in their dtype.
+        MismatchError: shapes are not the model's, or replicas differ.
+        ConversionError: a tied name holds other values than its target.
+        UsageError: stored tensors are quantized differently from the model's.
+    """
+    tied, of_model = find_tied_names(model), model_tensors(model)
     dtypes = find_dtypes((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
     tensor_maps = _build_tensor_maps(saved, model, tied, folder)
     stored_chunks = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
@@ -149,17 +209,17 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
         name: TensorInfo(_get_kind(of_model.get(name)), dtypes[name], tensor_map.shape)
         for name, tensor_map in tensor_maps.items()
     }
-    side = find_side_files(folder, {MANIFEST, *saved.files})
-    checkpoint = Checkpoint(
+    return Checkpoint(
         folder=folder,
-        layout="dcp",
+        layout=layout,
         tensors=tensors,
         tied=tied,
         tensor_maps=tensor_maps,
         chunks=stored_chunks,
-        side_files=SideFiles(side.copied, (*side.left_behind, *saved.left_behind)),
+        side_files=SideFiles(side_files.copied, (*side_files.left_behind, *saved.left_behind)),
+        config_folder=config_folder,
+        extra_files=extra_files or {},
     )
-    return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint
 
 
 def _build_tensor_maps(

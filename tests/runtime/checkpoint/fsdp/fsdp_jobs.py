@@ -1,0 +1,44 @@
+"""What an FSDP job does on each of its ranks: shard a model, and pickle the rank's part of its state dict."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+
+def save_ranks(hub: Path, folder: Path, sizes: dict[str, int], how: str) -> None:
+    """Save a model's rank files, as verl's checkpoint manager does; `how` names what differs between jobs."""
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    model = transformers.AutoModelForCausalLM.from_pretrained(hub, dtype="auto", tie_word_embeddings=False)
+    shard(model, mesh, how)
+    with warnings.catch_warnings(action="ignore"):
+        state = get_model_state_dict(model) if how == "with torch's getter" else model.state_dict()
+    if how == "with a prefix":
+        state = {f"model.{name}": tensor for name, tensor in state.items()}
+    torch.save(state, folder / f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+def shard(model: torch.nn.Module, mesh: DeviceMesh, how: str) -> None:
+    if how == "over tensor parallelism":
+        columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        for name, module in list(model.named_modules()):
+            if name.endswith(columns):
+                parallelize_module(model, mesh["tp"], {name: ColwiseParallel()})
+            elif name.endswith(("o_proj", "down_proj")) and isinstance(module, torch.nn.Linear):
+                parallelize_module(model, mesh["tp"], {name: RowwiseParallel()})
+        mesh = mesh["fsdp"]
+    elif how == "replicas apart":
+        mesh = mesh["fsdp"]
+    if how != "as one group":
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
