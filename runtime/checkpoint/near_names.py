@@ -11,13 +11,18 @@ from pathlib import Path
 from plans.errors import IncompleteError
 from plans.text import format_names
 
-__all__ = ["build_missing_error"]
+__all__ = ["build_missing_error", "strip_wrappers"]
 
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module"
     r"|base_model\.model|base_layer)\."
 )
 """What torch.compile, FSDP, activation checkpointing, DDP, DeepSpeed, Lightning and PEFT put into names."""
+
+_BARE_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
+)
+"""Those around a module that changes nothing: without the ones of PEFT, beside which an adapter is stored."""
 
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|param_groups)(?:\..*)?")
 _COMPLETE = "the checkpoint is incomplete, or config.json belongs to another model"
@@ -36,6 +41,11 @@ class _Reading:
     found: frozenset[str]
     what: str
     hint: str
+
+
+def strip_wrappers(name: str) -> str:
+    """Return a stored name without what compilation and parallel wrappers put into it, wherever that stands."""
+    return _BARE_WRAPPERS.sub("", name)
 
 
 def build_missing_error(

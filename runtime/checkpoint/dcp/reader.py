@@ -22,7 +22,7 @@ from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, find_side
 from runtime.checkpoint.hub.conversion import find_model_names
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import Manifest, TensorKind
-from runtime.checkpoint.near_names import build_missing_error
+from runtime.checkpoint.near_names import build_missing_error, strip_wrappers
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import describe_assumed_class, find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
@@ -98,6 +98,8 @@ def select_model(
 ) -> SavedTensors:
     """Return the tensors of a model among those that files store, under the names that they have in the model.
 
+    If the model is not complete under the stored names, they are read without what wrappers put into them.
+
     Args:
         folder: the folder of the files.
         chunks: the chunks of all tensors.
@@ -107,12 +109,29 @@ def select_model(
         model: the names of the model's tensors.
 
     Raises:
-        CheckpointError: the files contain more than one model.
+        CheckpointError: the files contain more than one model, or two names are equal without their wrappers.
     """
     prefix = _find_prefix(shapes, model, folder)
+    if not all(prefix + name in shapes for name in model):
+        _check_distinct(folder, shapes)
+        chunks = [replace(chunk, name=strip_wrappers(chunk.name)) for chunk in chunks]
+        shapes = {strip_wrappers(name): shape for name, shape in shapes.items()}
+        prefix = _find_prefix(shapes, model, folder)
     selected = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     others = (*_describe_unprefixed(prefix, shapes), *left_behind)
     return SavedTensors(_strip_prefix(prefix, chunks), selected, files, others, shapes.keys())
+
+
+def _check_distinct(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names that wrappers alone distinguish."""
+    known: dict[str, str] = {}
+    for name in names:
+        if (other := known.setdefault(strip_wrappers(name), name)) != name:
+            raise CheckpointError(
+                f"{folder}: {other!r} and {name!r} are one tensor's names without their wrappers",
+                hint="save the model that you want alone",
+                names=[other, name],
+            )
 
 
 def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plans.errors import HeaderError, IncompleteError, MigratorError, MismatchError
+from plans.errors import CheckpointError, HeaderError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
 from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.resharding.execute import execute_reshard
@@ -33,6 +33,7 @@ JOBS: dict[str, tuple[str, dict[str, int], str]] = {
     "with torch's getter": ("qwen3_moe", {"fsdp": 2}, "with torch's getter"),
     "as one group": ("qwen2", {"fsdp": 2}, "as one group"),
     "under a prefix": ("qwen2", {"fsdp": 2}, "with a prefix"),
+    "with a compiled layer": ("qwen2", {"fsdp": 2}, "compiled"),
     "uneven and empty shards": ("olmoe", {"fsdp": 4}, ""),
     "replicas": ("qwen2", {"ddp": 2, "fsdp": 2}, ""),
     "replicas, each with a mesh of its own": ("qwen2", {"ddp": 2, "fsdp": 2}, "replicas apart"),
@@ -82,6 +83,16 @@ def test_a_job_becomes_what_it_was_loaded_from(name: str, job: Saved, hub: Saved
     written = {path.name for path in (tmp_path / "hub").iterdir() if path.suffix != ".safetensors"}
     assert written >= {"config.json", "generation_config.json", "fsdp_config.json"}
     assert "huggingface" not in written
+
+
+def test_names_that_only_wrappers_distinguish_are_refused(job: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(job("with a compiled layer"), tmp_path / "saved"))
+    wrapped = "model.layers.1._orig_mod.mlp.up_proj.weight"
+    bare = wrapped.replace("_orig_mod.", "")
+    for rank in range(2):
+        edit(folder, rank, lambda state: state.update({bare: state[wrapped]}))
+    with pytest.raises(CheckpointError, match="one tensor's names without their wrappers"):
+        plan_reshard(folder, target=ReshardTarget("hf"))
 
 
 def test_it_goes_to_another_mesh_without_a_plan(job: Saved, hub: Saved, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_thousands_of_mutated_pickles_of_ranks(mutations: Mutations, ranks: Muta
 
 
 @pytest.mark.full
-@settings(max_examples=4000)
+@settings(max_examples=5000)
 @given(mutations=MUTATIONS)
 def test_thousands_of_mutated_archives(mutations: Mutations, weights: Mutant, model: Any) -> None:
     weights.is_refused(mutate_end(weights.original, mutations), model)
