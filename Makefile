@@ -15,7 +15,7 @@ BIN := .venv/bin
 # A file's tests stay together, for they share fixtures; each worker has process groups of its own.
 WORKERS ?= --numprocesses 2 --dist loadfile
 
-.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep newest test-torch
+.PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep families newest test-torch
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -61,6 +61,9 @@ bench-reshard: .venv/installed
 
 sweep: .venv/installed
 	$(BIN)/python -W ignore -m benchmarks.sweep
+
+families: .venv/installed
+	$(BIN)/python -W ignore -m benchmarks.families
 
 newest:
 	$(PYTHON) -m benchmarks.newest --transformers '$(TRANSFORMERS)' --torch '$(TORCH)' --huggingface-hub '$(HUB)' \
