@@ -292,6 +292,7 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
         plan=_read_plan(settings.plan) if settings.plan else None,
         allow_unexercised=settings.allow_unexercised,
         ranks=settings.ranks,
+        follow_links=settings.follow_links,
     )
     return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))
 

@@ -111,6 +111,7 @@ class Validate:
         plan: a file with the styles to use instead of the model's plan, None for the model's own.
         allow_unexercised: names or patterns of what need not be exercised for a proof.
         ranks: what the ranks are; `auto` takes processes where each can have a processor or a GPU, else threads.
+        follow_links: read links that lead out of the checkpoints' folders.
     """
 
     source: str
@@ -125,3 +126,4 @@ class Validate:
     plan: Path | None = None
     allow_unexercised: tuple[str, ...] = ()
     ranks: Ranks = "auto"
+    follow_links: bool = False

@@ -15,6 +15,7 @@ from migrator.actions import validate
 from migrator.exit_codes import of_validation
 from migrator.options.common import (
     SECONDS,
+    follow_links_option,
     format_option,
     mesh_options,
     reject_empty,
@@ -89,6 +90,7 @@ __all__ = ["command", "explain_failure", "show_result"]
     metavar="SECONDS",
     help="How long the workers may take.",
 )
+@follow_links_option
 @format_option("human", "json")
 @report_option
 def command(
@@ -104,6 +106,7 @@ def command(
     plan: Path | None,
     allow_unexercised: tuple[str, ...],
     timeout: float,
+    follow_links: bool,
     output_format: str,
     report: Path | None,
 ) -> int:
@@ -126,7 +129,7 @@ def command(
     sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
     settings = Validate(
         source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout,
-        plan, allow_unexercised, ranks,
+        plan, allow_unexercised, ranks, follow_links,
     )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":

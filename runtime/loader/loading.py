@@ -15,6 +15,7 @@ from plans.errors import UsageError
 from plans.gc_paused import gc_paused
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.files import side_files
 from runtime.hub import resolve_folder
 from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
 from runtime.loader.non_persistent import rebuild_non_persistent
@@ -41,6 +42,7 @@ def load(
     device: torch.device | str | None = None,
     threads: int | None = None,
     every_copy: bool = False,
+    follow_links: bool = False,
     verify: bool = True,
     digests: Mapping[str, str] | None = None,
 ) -> LoadResult:
@@ -68,6 +70,7 @@ def load(
         device: the device for a model on meta; by default the device of its mesh.
         threads: the number of reader threads, at least 1; by default this rank's share of the processors.
         every_copy: whether each rank reads replicated tensors itself, even where one rank could broadcast them.
+        follow_links: whether to read links that lead out of the checkpoint's folder.
         verify: whether to compare what is read with the digests, if any are known.
         digests: the digest of each tensor by its name in the model, as a manifest records them; by default those of the
             checkpoint's manifest, without which the load is not verified.
@@ -107,7 +110,7 @@ def load(
         )
         return _Transferred(source, memory, readers, read)
 
-    with gc_paused():
+    with gc_paused(), side_files.follow_links(follow_links):
         done = _run_on_all_ranks(transfer_own_tensors, axes)
     is_verified = verify and bool(done.source.digests)
     if is_verified:

@@ -37,6 +37,7 @@ class ValidationRequest:
         plan: key to style, to use instead of the model's plans; None for these.
         allow_unexercised: names or patterns (`*` matches anything) of what need not be exercised for a proof.
         ranks: what ranks are; `auto` takes processes where each can have a processor, or a GPU, and threads elsewhere.
+        follow_links: read links that lead out of the folders.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class ValidationRequest:
     plan: Mapping[str, str] | None = None
     allow_unexercised: tuple[str, ...] = ()
     ranks: Ranks = "auto"
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < 1:

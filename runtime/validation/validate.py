@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from plans.errors import IndivisibleError, MigratorError, MissingPlanError, PlanError
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.files.side_files import follow_links
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.open import open_checkpoint
 from runtime.models.dtypes import DTYPES, dtype_name
@@ -254,8 +255,9 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
     device = raise_on_any_rank(lambda: select_device(request.device))
     builder = ResultBuilder(device)
     try:
-        manifest, checkpoint = raise_on_any_rank(lambda: _read_checkpoint(request))
-        run_checks(request, styles, manifest, checkpoint, builder)
+        with follow_links(request.follow_links):
+            manifest, checkpoint = raise_on_any_rank(lambda: _read_checkpoint(request))
+            run_checks(request, styles, manifest, checkpoint, builder)
     except MigratorError as error:
         builder.checks["content"] = convert_file_error(request, error)
         builder.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in builder.checks))

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from plans.errors import MigratorError, UsageError
+from runtime.checkpoint.files.side_files import follow_links
 from runtime.checkpoint.files.system import count_cpus
 from runtime.processes.group import process_group
 from runtime.processes.launch import launch
@@ -39,7 +40,8 @@ def run_validation(request: ValidationRequest) -> ValidationResult:
         WorkerError: a worker died or took too long.
         MigratorError: `validate` raises it.
     """
-    refuted = check_files(request)
+    with follow_links(request.follow_links):
+        refuted = check_files(request)
     if refuted is not None:
         return refuted
     request = replace(request, ranks=choose_ranks(request))

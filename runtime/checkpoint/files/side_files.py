@@ -110,7 +110,7 @@ def check_contained(folder: Path, path: Path) -> None:
     if not (_follows_links.get() or is_blob or target.is_relative_to(root)):
         raise CheckpointError(
             f"{path}: a link that leads out of the checkpoint, to {target}",
-            hint="if the target is yours, let reshard, inspect and verify follow such links with `follow_links`; "
+            hint="if the target is yours, let migrator follow such links with `follow_links`; "
             "or put a copy of the file in its place",
             file=str(path),
         )

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from plans.errors import CheckpointError
+from runtime import load
 from runtime.checkpoint.files.side_files import check_contained, follow_links
 
 
@@ -32,13 +35,27 @@ def test_links_to_another_folder_are_followed_if_allowed(linked, migrator, tmp_p
     code, _, errors = migrator("reshard", linked, tmp_path / "out", "--tp", 2)
     assert code == 2
     assert f"a link that leads out of the checkpoint, to {tmp_path / 'store'}" in errors[0]
-    assert "let reshard, inspect and verify follow such links with --follow-links" in errors[1]
+    assert "let migrator follow such links with --follow-links" in errors[1]
     assert migrator("reshard", linked, tmp_path / "out", "--tp", 2, "--follow-links", "--quiet")[0] == 0
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert migrator("inspect", linked)[0] == 2
     assert migrator("inspect", linked, "--follow-links")[0] == 0
     assert migrator("verify", tmp_path / "out", linked)[0] == 2
     assert migrator("verify", tmp_path / "out", linked, "--follow-links")[0] == 0
+
+
+def test_a_proof_and_a_load_follow_links_if_allowed(linked, migrator):
+    for arguments in (("validate", linked, "--tp", 1), ("validate", linked, "--tp", 1, "--reference", linked)):
+        code, _, errors = migrator(*arguments)
+        assert (code, "a link that leads out of the checkpoint" in errors[0]) == (2, True)
+        assert migrator(*arguments, "--follow-links", "--format", "json")[0] == 0
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(linked))
+    with pytest.raises(CheckpointError, match="a link that leads out of the checkpoint") as caught:
+        load(model, linked)
+    assert "follow such links with `follow_links`" in caught.value.hint
+    load(model, linked, follow_links=True)
+    stored = {name: tensor for path in linked.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
 
 
 def test_a_job_follows_links_if_allowed(linked, migrator, tmp_path):
