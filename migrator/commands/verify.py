@@ -79,7 +79,20 @@ def _summarize(verified: VerifiedCheckpoint) -> str:
     tensors = pluralize(len(checkpoint.tensors), "tensor")
     copies = f" in {len(verified.copies) - optimizer} copies" if verified.layout == "ranks" else ""
     states = f", {optimizer} of the optimizer" if optimizer else ""
-    return f"{verified.folder}: {verified.layout}, {tensors}{copies}{states}"
+    return f"{verified.folder}: {verified.layout}, {tensors}{copies}{states}{_describe_reading(verified)}"
+
+
+def _describe_reading(verified: VerifiedCheckpoint) -> str:
+    """Return who read the tensors besides migrator, and why nobody read the others; empty if nobody was asked."""
+    reading = verified.independent
+    if reading is None:
+        return ""
+    count, others = len(reading.digests), len(reading.unread)
+    own = f"read by migrator alone: {reading.reasons[0]}" if others else ""
+    if not count:
+        return f"; {own}" if own else ""
+    alike = f"; {'all' if not others else count} also read by {reading.reader}"
+    return f"{alike}, {others} {own}" if own else alike
 
 
 def _describe_verdict(result: Verification) -> str:

@@ -32,7 +32,15 @@ from runtime.planning.resolve import find_scales
 from runtime.proof import prove
 from runtime.tensor_map.tensor_map import TensorMap, TensorMapError, whole
 
-__all__ = ["Conversion", "check_series", "check_tensor_maps", "conflict_error", "convert", "find_model_names"]
+__all__ = [
+    "Conversion",
+    "check_series",
+    "check_tensor_maps",
+    "conflict_error",
+    "convert",
+    "find_model_names",
+    "group_stored_names",
+]
 
 
 _MAX_WRONG_SHAPES = 3
@@ -214,6 +222,12 @@ def find_model_names(model: PreTrainedModel, stored: Iterable[str]) -> list[str]
     except MigratorError:  # names that contradict one another are no reading
         return []
     return [name for name in groups if name in model.state_dict()]
+
+
+def group_stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Return the stored names that are converted together, by the first of the model's tensors that they make."""
+    groups, _ = _group_names(model, stored)
+    return {layer: group.list_names() for layer, group in groups.items()}
 
 
 def _is_lossless(

@@ -12,6 +12,7 @@ from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorCopy, 
 
 if TYPE_CHECKING:
     from runtime.checkpoint.verifying.elements import ElementDifference
+    from runtime.checkpoint.verifying.independent import IndependentReading
 
 __all__ = [
     "Aspect",
@@ -156,12 +157,14 @@ class VerifiedCheckpoint:
         checkpoint: the checkpoint, None if its files contradict one another.
         copies: all copies of its tensors.
         digests: the digest of each copy, empty if no tensor was read.
+        independent: what another program reads of it, None if none was asked.
     """
 
     folder: Path
     checkpoint: Checkpoint | None = field(default=None, repr=False)
     copies: Sequence[TensorCopy] = field(default=(), repr=False)
     digests: Mapping[TensorCopy, str] = field(default_factory=dict, repr=False)
+    independent: IndependentReading | None = field(default=None, repr=False)
 
     @property
     def layout(self) -> SourceLayout | None:
@@ -189,6 +192,7 @@ class VerifiedCheckpoint:
             "copies": len(self.copies),
             "digests_read": len(self.digests),
             "digests_recorded": len(self.manifest_digests),
+            "independent": self.independent.to_json() if self.independent else None,
         }
 
 

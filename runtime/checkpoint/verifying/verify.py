@@ -26,6 +26,7 @@ from runtime.checkpoint.verifying.differences import (
     extract_differences,
 )
 from runtime.checkpoint.verifying.elements import MappedTensor, find_first_difference
+from runtime.checkpoint.verifying.independent import read_independently
 from runtime.models.config_entries import ConfigDifference, compare_entries
 
 __all__ = ["compute_digests", "list_copies", "plan_reading", "verify"]
@@ -97,6 +98,9 @@ def verify(
     tensors, tied names and the optimizer's state. The entries of config.json that decide what the model computes must
     equal those that the manifest records, and those of the other checkpoint if both have a config.json.
 
+    Where the layouts differ, each tensor is also read by another program, transformers or torch, if that can read it: a
+    conversion that is wrong would otherwise hide itself.
+
     Args:
         source: the folder of a checkpoint of any layout.
         other: the folder of another checkpoint of the same model, of any layout and mesh, that the source should equal.
@@ -115,6 +119,9 @@ def verify(
     verified = [result.verified for result in results]
     if other is not None:
         pending += _compare_checkpoints(verified[0], verified[1])
+        if verified[0].layout != verified[1].layout:  # one layout's bytes are compared without a conversion
+            verified = [_add_independent_reading(side, max_memory) for side in verified]
+            pending += [difference for side in verified for difference in _compare_readings(side)]
     differences = [
         one.locate(max_memory) if number < _MAX_LOCATED else one.difference for number, one in enumerate(pending)
     ]
@@ -217,6 +224,24 @@ def _compare_checkpoints(source: VerifiedCheckpoint, reference: VerifiedCheckpoi
         difference = CheckpointDifference(name, "content", *digests, _describe_files(source, copy))
         yield _PendingDifference(difference, (reference, expected[name]), (source, copy))
     yield from _compare_configs(source.checkpoint, reference.checkpoint)
+
+
+def _add_independent_reading(side: VerifiedCheckpoint, max_memory: int) -> VerifiedCheckpoint:
+    if side.checkpoint is None:
+        return side
+    return replace(side, independent=read_independently(side.checkpoint, max_memory))
+
+
+def _compare_readings(side: VerifiedCheckpoint) -> Iterator[_PendingDifference]:
+    """Yield the tensors that another program reads otherwise than this one does."""
+    if side.independent is None:
+        return
+    for name, copy in side.intact_copies().items():
+        expected, found = side.independent.digests.get(name), side.digests[copy]
+        if expected is not None and expected != found:
+            expected = f"digest {expected}, as {side.independent.reader} reads it"
+            found = f"digest {found}, as migrator reads it"
+            yield _PendingDifference(CheckpointDifference(name, "content", expected, found, str(side.folder)))
 
 
 def _get_mapped_tensor(verified: VerifiedCheckpoint, copy: TensorCopy) -> MappedTensor:
