@@ -109,7 +109,10 @@ def read_class_layout(source: ModelingSource, definition: ClassSource) -> Expert
         return UnreadLayout(reason, _BY_HAND)
     flags = _read_flags(nodes)
     if flags is None:
-        return UnreadLayout(f"{definition.where} has a decorator with a computed flag", f"write it out, or {_BY_HAND}")
+        return UnreadLayout(
+            f"{definition.where} has a decorator with a computed or a positional flag",
+            f"write it as `name=True`, or {_BY_HAND}",
+        )
     found = find_concatenation(body, flags, [ancestor.name for ancestor in ancestry.classes], _find_half(shapes))
     layout = _build_layout(definition.where, shapes, flags, found.shown)
     if layout is not None:
@@ -268,16 +271,23 @@ def _read_dims(value: ast.expr | None) -> tuple[str, ...]:
 
 
 def _read_flags(mro: Sequence[ast.ClassDef]) -> dict[str, bool] | None:
-    """Return the flags of the classes' decorators, nearest first; None if a flag cannot be read."""
+    """Return the flags of the classes' decorators, nearest first; None if a flag is computed or positional."""
     flags: dict[str, bool] = {}
     for definition in reversed(mro):
         for decorator in definition.decorator_list:
+            if isinstance(decorator, ast.Call) and not all(map(_is_no_flag, decorator.args)):
+                return None
             for keyword in decorator.keywords if isinstance(decorator, ast.Call) else ():
                 if keyword.arg is None or not isinstance(keyword.value, ast.Constant):
                     return None
                 if isinstance(keyword.value.value, bool):
                     flags[keyword.arg] = keyword.value.value
     return flags
+
+
+def _is_no_flag(argument: ast.expr) -> bool:
+    """Return whether a positional argument, whose parameter is not known here, cannot be a flag."""
+    return isinstance(argument, ast.Constant) and not isinstance(argument.value, (bool, int))
 
 
 def _walk_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:

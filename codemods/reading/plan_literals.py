@@ -220,6 +220,8 @@ def _collect_sources(
     definitions: Definitions,
 ) -> None:
     for part in split_expression(node, conditions):
+        if isinstance(part.node, ast.Constant) and not is_plan_attribute(target.attribute):
+            continue  # `from_pretrained(tp_plan="auto")`, which asks for the model's own plan
         if part.has_entries and not part.is_filtered:
             sources.nodes[part.conditions, constant].append(part.node)
             if unread := [*find_unreadable_keys(part.node), *_find_hidden_experts(part.node, definitions)]:

@@ -48,6 +48,13 @@ def test_a_plan_in_any_file_is_compared(root, path, text):
     assert str(found.variant.path) == path
 
 
+@pytest.mark.parametrize("asked", ['"auto"', "None"])
+def test_asking_for_the_plan_of_the_model_is_no_plan(root, asked):
+    write(root, {"tests/test_toy.py": f"def test_toy():\n    load(tp_plan={asked})\n"})
+    edit(root, "tests/test_toy.py", "load(", "load(1, ")
+    assert differences(root) == ()
+
+
 @pytest.mark.parametrize("path", [".hidden/configs.py", "node_modules/configs.py", "configs.txt"])
 def test_what_check_does_not_read_is_not_compared(root, path):
     write(root, {path: CLASS})

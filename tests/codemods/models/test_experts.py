@@ -399,7 +399,11 @@ CAUSES = {
     ),
     "a computed flag": (
         {"toy/modeling_toy.py": REGULAR.replace("_implementation\n", "_implementation(has_gate=FLAG)\n")},
-        "has a decorator with a computed flag",
+        "has a decorator with a computed",
+    ),
+    "a positional flag": (
+        {"toy/modeling_toy.py": REGULAR.replace("_implementation\n", "_implementation(None, False)\n")},
+        "or a positional flag",
     ),
 }
 
