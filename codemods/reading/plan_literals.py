@@ -84,7 +84,9 @@ def read_assignment(
             line = getattr(part.node, "lineno", 1)
             yield PlanCopy(target.class_name, target.attribute, *plan, line, target.scope.function)
     if sources.unresolved and is_plan_attribute(target.attribute):
-        mentions_experts = any(mention_experts(part, source, definitions) for part in sources.unresolved)
+        mentions_experts = any(
+            _is_template(part) or mention_experts(part, source, definitions) for part in sources.unresolved
+        )
         is_shared = any(
             definitions.find_values(part, target.scope.find_defining_classes(part)) for part in sources.unresolved
         )
@@ -100,6 +102,11 @@ def read_assignment(
             "" if is_known_class else target.class_name,
             target.is_assigned,
         )
+
+
+def _is_template(node: ast.AST) -> bool:
+    """Return whether a plan's value is no dict but text that something else replaces, as in `plan = {{ tp_plan }}`."""
+    return isinstance(node, (ast.Set, ast.List)) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def _build_literals(

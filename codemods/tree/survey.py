@@ -225,7 +225,7 @@ def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Pat
 
     Args:
         survey: the survey of a tree.
-        experts_only: whether to report only statements near a mention of experts, and those that make a whole plan.
+        experts_only: whether to report only statements near a mention of experts.
     """
     for path, module in survey.tree.modules.items():
         if not module.unresolved or path not in survey.scope or survey.tree.source(path).generated_from is not None:
@@ -234,6 +234,6 @@ def find_unresolved(survey: Survey, *, experts_only: bool) -> Iterator[tuple[Pat
             continue
         for use in module.unresolved if survey.suppressions.selection.is_in_scope([path]) else ():
             silent = survey.suppressions.is_suppressed(path, (use.line,), "MIG204")
-            if not silent and (use.mentions_experts or use.is_assigned or not experts_only):
+            if not silent and (use.mentions_experts or not experts_only):
                 message = f"{use.attribute}: gets entries here {use.reason}"
                 yield path, use, Finding("MIG204", use.attribute, message)
