@@ -31,7 +31,8 @@ test-full: lint
 
 # PYTHONS need torch, safetensors and numpy, each with a torch of its own.
 test-torch: .venv/installed
-	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full tests/runtime/checkpoint/dcp/test_torch_versions.py
+	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full \
+		tests/runtime/checkpoint/dcp/test_torch_versions.py tests/runtime/checkpoint/fsdp/test_torch_versions.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
