@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from plans.placement import Packed, Placement, Replicate, Shard
 
@@ -46,8 +47,7 @@ class TensorMapError(ValueError):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class StridedBox:
+class StridedBox(NamedTuple):
     """One box of a tensor, or a regular grid in one, as an affine view of a source.
 
     Args:

@@ -27,6 +27,7 @@ from runtime.checkpoint.hub.operations import (
     ConversionContext,
     PatternMaps,
 )
+from runtime.checkpoint.hub.renaming import NameRenamer
 from runtime.checkpoint.hub.scale_blocks import check_whole_blocks
 from runtime.planning.resolve import find_scales
 from runtime.proof import prove
@@ -261,10 +262,11 @@ def _group_names(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[st
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected = model.state_dict()
+    renamer = NameRenamer(renamings, converters, model.base_model_prefix, expected)
     groups: dict[str, _ConversionGroup] = {}
     passthrough: list[str] = []
     for name in _sort_naturally(stored):
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        renamed, pattern = renamer.rename(name)
         if renamed not in expected and name in expected:
             # A renaming to a name that the model lacks does not apply; but a base model's prefix may still be missing.
             renamed, pattern = rename_source_key(name, [], [], model.base_model_prefix, expected)

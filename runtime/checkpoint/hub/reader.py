@@ -148,7 +148,7 @@ def _has_same_values(first: str, second: str, hub: HubCheckpoint) -> bool:
         case (None, None):
             return has_same_bytes(hub.tensors[first], hub.tensors[second])
         case (TensorMap() as one, TensorMap() as other):
-            alike = [[replace(box, source="") for box in view.boxes] for view in (one, other)]
+            alike = [[box._replace(source="") for box in view.boxes] for view in (one, other)]
             return alike[0] == alike[1] and has_same_bytes(*(hub.storages[view.sources[0]] for view in (one, other)))
     return False
 
