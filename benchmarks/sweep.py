@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.sweep_cases import Case
 from benchmarks.sweep_plans import rewritten_cases
 from benchmarks.sweep_ranks import Ranks
-from benchmarks.sweep_rows import TOLERANCE, Result
+from benchmarks.sweep_rows import TOLERANCES, Result
 from plans.mesh import Mode
 
 REPORT = Path(__file__).parent.parent / "docs" / "sweep.md"
@@ -30,9 +30,10 @@ INTRODUCTION = """\
 `make sweep` wrote this page. It rewrites a copy of the installed models folder, takes every config class whose plans
 speak of routed experts (JetMoe and Dbrx, for example, have no such plan), makes a tiny model of it with the plans that
 its rewritten source gives it, and runs it on two gloo ranks: once tensor parallel, once expert parallel. The parallel
-model has passed where its logits and every parameter's gradient are within {tolerance:.0e} of the unsharded model's in
-float32, relative to the largest; where they are not, both run once more in float64 with the same tolerance, which tells
-rounding from a mistake, and the row says so. "Adds" names entries that the plan forgets and `Plan.from_model` adds.
+model has passed where its logits and every parameter's gradient are within {float32:.0e} of the unsharded model's in
+float32, relative to the largest. Where they are not, both run once more, in float64 throughout, also where the model's
+code asks for float32, and must be within {float64:.0e}, which tells rounding from a mistake; the row says so. "Adds"
+names entries that the plan forgets and `Plan.from_model` adds.
 
 {rewritten} of the {classes} classes have a TP plan that the rewrite changed.
 """
@@ -79,7 +80,10 @@ def swept(cases: list[Case]) -> Iterator[Row]:
 def report(rows: list[Row]) -> Iterator[str]:
     """Yield the page's lines."""
     classes = {row.case.class_name: row.case.rewritten for row in rows}
-    facts = {"version": version("transformers"), "tolerance": TOLERANCE}
+    facts = {
+        "version": version("transformers"),
+        **{str(dtype).removeprefix("torch."): tolerance for dtype, tolerance in TOLERANCES.items()},
+    }
     yield INTRODUCTION.format(**facts, classes=len(classes), rewritten=sum(classes.values()))
     yield from (*counts(rows), "", "What did not pass:", "", *exceptions(rows), "", "All of it:", "")
     yield from ("| config class | plan rewritten | tp=2 | ep=2 |", "|---|---|---|---|")

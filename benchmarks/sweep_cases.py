@@ -139,6 +139,10 @@ SIZES: Mapping[str, Mapping[str, object]] = {
         }
     },
     "Glm5NextTextConfig": {"index_kpool": 4},
+    "HYV4VLTextConfig": {
+        "qk_rope_head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    },
     "HunYuanMoEV1Config": {
         "num_experts": 8,
         "moe_topk": 2,

@@ -21,10 +21,11 @@ from runtime.parallel.verify import verify_sharding
 from runtime.planning.plan import Plan
 from runtime.planning.resolve import resolve
 from runtime.styles.placements import cut_local_shard, get_placement
+from runtime.validation.precision import FLOAT32, FLOAT64
 
-__all__ = ["TOLERANCE", "Result", "one_line", "run_case"]
+__all__ = ["TOLERANCES", "Result", "one_line", "run_case"]
 
-TOLERANCE = 1e-5
+TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1e-10}
 _FLOOR = 1e-3
 """Of the largest gradient: a parameter with smaller ones is measured by this, lest their rounding count as wrong. What
 is off by its own size still shows unless it is smaller than this floor times the tolerance."""
@@ -69,8 +70,8 @@ class Errors:
 def run_case(case: Case, mode: Mode) -> Result:
     """Run a class in a mode on all ranks of the process group.
 
-    In float32; where that is off by more than the tolerance, once more in float64 with the same tolerance: there
-    rounding is gone, and what is wrong is as wrong as before.
+    In float32; where that is off by more than the tolerance, once more in float64, and in that throughout, whatever
+    the model's code casts to. Rounding is then gone, and what is wrong is as wrong as before.
     """
     if mode not in case.plans:
         return Result("no plan", f"the class has no {mode} plan")
@@ -82,7 +83,7 @@ def run_case(case: Case, mode: Mode) -> Result:
 
 def _judged(case: Case, mode: Mode) -> Result:
     said = ""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in TOLERANCES:
         try:
             reference = _built(case, dtype)
             expected = _output_and_gradients(reference, dtype)
@@ -98,7 +99,7 @@ def _judged(case: Case, mode: Mode) -> Result:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if not errors.sharded:
             return Result("wrong", "nothing was sharded")
-        if worst < TOLERANCE:
+        if worst < TOLERANCES[dtype]:
             return Result("passed", f"{errors}{said}{_added(plan, model)}")
         said = f" in float64; float32: {errors}"
     name = max(errors.gradients, key=lambda name: errors.gradients[name])
@@ -128,11 +129,13 @@ def _added(plan: Plan, model: Any) -> str:
 
 def _output_and_gradients(model: Any, dtype: torch.dtype) -> torch.Tensor:
     """Run a model and a loss that weighs every logit differently; return the logits."""
-    outputs = model(**tiny_inputs(model, dtype))
-    found = [getattr(outputs, name, None) for name in ("logits", "last_hidden_state")]
-    output: torch.Tensor = next(tensor for tensor in found if isinstance(tensor, torch.Tensor))
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
-    (output * weights).mean().backward()
+    inputs = tiny_inputs(model, dtype)
+    with (FLOAT64 if dtype == torch.float64 else FLOAT32).computing():
+        outputs = model(**inputs)
+        found = [getattr(outputs, name, None) for name in ("logits", "last_hidden_state")]
+        output: torch.Tensor = next(tensor for tensor in found if isinstance(tensor, torch.Tensor))
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+        (output * weights).mean().backward()
     return output.detach()
 
 

@@ -36,6 +36,8 @@ def test_every_class_that_the_rewrite_changes_is_among_the_cases(cases: dict[str
         ("Glm5NextTextConfig", "tp", "refused", "o_proj takes a sharded input, but nothing beside it"),
         ("Glm5NextTextConfig, no linear attention", "tp", "passed", "sharded"),
         ("ZayaConfig", "tp", "no plan", "no tp plan"),
+        ("HYV4Config", "tp", "passed", "in float64; float32: "),  # its hyper-connections are computed in float32
+        ("HYV4VLTextConfig", "ep", "passed", "sharded"),
     ],
 )
 def test_a_row(name: str, mode: Mode, outcome: str, why: str, cases: dict[str, Case], two_ranks: RankPool) -> None:
