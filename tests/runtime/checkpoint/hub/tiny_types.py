@@ -67,10 +67,6 @@ _SIZES: Mapping[str, Mapping[str, object]] = {
     "EsmConfig": {"vocab_size": 33},
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
     "GradiumPhononTTSFlowHeadConfig": {"condition_dim": 32},
-    "HYV4VLTextConfig": {
-        "qk_rope_head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-    },
     "HunYuanVLTextConfig": TEXT_SIZES["HunYuanMoEV1Config"],
     "LwDetrViTConfig": {"image_size": 64},
     "MaskFormerSwinConfig": {"num_heads": [2, 4, 4, 8]},
