@@ -30,6 +30,10 @@ test-full: lint
 	$(BIN)/python -m pytest $(WORKERS)
 
 # PYTHONS need torch, safetensors and numpy, each with a torch of its own.
+# FOLDERS hold another transformers each: pip install --no-deps --target FOLDER transformers==5.23.0
+test-releases: .venv/installed
+	MIGRATOR_TRANSFORMERS_FOLDERS='$(FOLDERS)' $(BIN)/python -m pytest -m full tests/runtime/checkpoint/test_renamed.py
+
 test-torch: .venv/installed
 	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full \
 		tests/runtime/checkpoint/dcp/test_torch_versions.py tests/runtime/checkpoint/fsdp/test_torch_versions.py

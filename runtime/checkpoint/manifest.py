@@ -32,6 +32,7 @@ __all__ = [
     "find_manifest",
     "pack_bytes",
     "read_manifest",
+    "rename_tensors",
     "unpack_bytes",
 ]
 
@@ -152,6 +153,7 @@ class Manifest:
         stored_form: the hub form that the tensors came from, None if unknown.
         optimizer: the digests of the optimizer's tensors by saved name; empty if its state was not written.
         config: the content of config.json when the checkpoint was written, None if not recorded.
+        stored_names: the name in the files of each tensor that has another one here; it is not written.
     """
 
     written_by: Mapping[str, str]
@@ -165,6 +167,7 @@ class Manifest:
     stored_form: StoredForm | None
     optimizer: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, object] | None = None
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
     def with_digests(self, digests: Mapping[str, str]) -> Manifest:
         """Return the manifest with a digest for each tensor, the optimizer's included."""
@@ -190,6 +193,18 @@ class Manifest:
             **({"config": self.config} if self.config is not None else {}),
         }
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def rename_tensors(manifest: Manifest, names: Mapping[str, str]) -> Manifest:
+    """Return a manifest with other names for some of its tensors, which keep their names in the files.
+
+    Args:
+        manifest: a manifest as it was read.
+        names: the new names by recorded name.
+    """
+    tied = {names.get(name, name): names.get(target, target) for name, target in manifest.tied.items()}
+    tensors = {names.get(name, name): entry for name, entry in manifest.tensors.items()}
+    return replace(manifest, tensors=tensors, tied=tied, stored_names={new: old for old, new in names.items()})
 
 
 _MAX_BYTES = 200_000_000

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from plans.errors import IncompleteError, MismatchError
+from plans.errors import ConversionError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.external.reader import read_external
 from runtime.checkpoint.external.source import ExternalSettings
-from runtime.checkpoint.files.file_names import INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
+from runtime.checkpoint.files.file_names import CONFIG, INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
 from runtime.checkpoint.fsdp.reader import find_config_folder, has_rank_files, read_fsdp_checkpoint
@@ -26,6 +26,7 @@ from runtime.checkpoint.hub.reader import read_hub_checkpoint
 from runtime.checkpoint.manifest import Manifest, find_manifest
 from runtime.checkpoint.optimizer.reader import OptimizerCheckpoint, find_optimizer, read_optimizer
 from runtime.checkpoint.ranks.files import read_rank_checkpoint
+from runtime.checkpoint.renamed import find_other_release, use_model_names
 from runtime.formats import recognize_folder
 from runtime.models.config import read_config
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
@@ -135,6 +136,18 @@ class CheckpointReader:
         return build_stored_model(self.config)
 
     @property
+    def naming_model(self) -> PreTrainedModel | None:
+        """The model, if another release of transformers wrote the checkpoint, which may have other names; else None.
+
+        It is also None without a config.json, which only a check of the recorded digests can do without.
+
+        Raises:
+            CheckpointError: the config does not describe a model.
+        """
+        is_needed = find_other_release(self.manifest) is not None and (self.config_folder / CONFIG).is_file()
+        return self.model if is_needed else None
+
+    @property
     def model_type(self) -> str:
         """The model's type as the manifest records it, or else as the config names it."""
         return self.manifest.model_type if self.manifest else str(self.config.model_type)
@@ -152,7 +165,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint is damaged, incomplete or of another model, or has several optimizers.
             MismatchError: the tensors are not the model's, or files contradict the manifest or one another.
-            ConversionError: a tensor of the optimizer is not sharded like its parameter.
+            ConversionError: a tensor of the optimizer is not sharded like its parameter, or has the parameter's name of
+                another release of transformers.
             UsageError: the checkpoint is quantized in an unsupported way.
             PlanError: the plan of another stack's rank files does not fit the model.
         """
@@ -164,6 +178,8 @@ class CheckpointReader:
         if optimizer == "ignore":
             return checkpoint
         found = find_optimizer(checkpoint)
+        if found is not None and optimizer != "leave":
+            _check_not_renamed(checkpoint)
         if found is None:
             _check_no_optimizer(checkpoint, optimizer)
             return checkpoint
@@ -179,17 +195,31 @@ class CheckpointReader:
         return replace(checkpoint, side_files=_drop_optimizer_files(checkpoint.side_files, found), optimizer=state)
 
     def _read_tensors(self, model: PreTrainedModel | None) -> Checkpoint:
+        manifest = self.manifest
+        if manifest is not None and model is not None:
+            manifest = use_model_names(manifest, model, self.folder)
         if self.layout == "ranks":
-            assert self.manifest is not None
-            return read_rank_checkpoint(self.folder, self.manifest)
+            assert manifest is not None
+            return read_rank_checkpoint(self.folder, manifest)
         assert model is not None
         if self.external is not None:
             return read_external(self.folder, model, self.external)
         if self.layout == "fsdp":
             return read_fsdp_checkpoint(self.folder, model)
         if self.layout == "dcp":
-            return read_dcp_checkpoint(self.folder, model, self.manifest)
+            return read_dcp_checkpoint(self.folder, model, manifest)
         return read_hub_checkpoint(self.folder, model)
+
+
+def _check_not_renamed(checkpoint: Checkpoint) -> None:
+    """Refuse an optimizer's state whose parameters have other names in the installed transformers."""
+    if checkpoint.manifest is not None and checkpoint.manifest.stored_names:
+        release = checkpoint.manifest.written_by["transformers"]
+        raise ConversionError(
+            f"{checkpoint.folder}: the optimizer's state has the names that transformers {release} has for parameters",
+            hint=f"reshard it with transformers {release}, or leave the state out with `optimizer=False`",
+            written_by=release,
+        )
 
 
 def _check_matches_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from runtime.checkpoint.hub.quantized import check_dtypes
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor, read_rank_header
+from runtime.checkpoint.renamed import use_model_names
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
 from runtime.tensor_map.tensor_map import Shape, TensorMap, TensorMapError, whole
@@ -69,7 +70,8 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     source = None
     if opened.layout == "ranks" and opened.manifest is not None:
-        source = _read_own_rank_file(opened.folder, opened.manifest, refs)
+        manifest = use_model_names(opened.manifest, model, opened.folder)
+        source = _read_own_rank_file(opened.folder, manifest, refs)
     if source is None:
         source = _map_slices(opened if isinstance(opened, Checkpoint) else opened.read_headers(model), refs)
     _check_dtype_kinds(source, refs, opened.folder)

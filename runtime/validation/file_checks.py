@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from plans.errors import MigratorError, MismatchError
-from runtime.checkpoint.open import open_checkpoint
+from plans.errors import MigratorError, MismatchError, UsageError
+from runtime.checkpoint.open import CheckpointReader, open_checkpoint
 from runtime.checkpoint.verifying.differences import extract_differences
 from runtime.parallel.mismatch import Mismatch
 from runtime.validation.request import ValidationRequest, check_mesh
@@ -22,19 +22,37 @@ def check_files(request: ValidationRequest) -> ValidationResult | None:
         The result if these alone refute the checkpoint, else None.
 
     Raises:
-        UsageError: the checkpoint was written for another mesh.
+        UsageError: the checkpoint was written for another mesh, or by a release of transformers with other names.
         IncompleteError: a file is missing.
         HeaderError: a file is damaged.
     """
     check_mesh(request)
     try:
         reader = open_checkpoint(request.folder)
+        _check_names(reader)
         if reader.is_self_describing:
             reader.read_headers()
     except MismatchError as error:
         skipped = {part: INCONSISTENT_FILES for part in PARTS if part != "content"}
         return ValidationResult(request.mesh.world_size, {"content": convert_file_error(request, error)}, skipped)
     return None
+
+
+def _check_names(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint whose plan has other names than the model has in the installed transformers."""
+    model = reader.naming_model
+    if model is None:
+        return
+    manifest = reader.read_headers(model).manifest
+    if manifest is not None and manifest.stored_names:
+        name, stored = next(iter(manifest.stored_names.items()))
+        release = manifest.written_by["transformers"]
+        raise UsageError(
+            f"{reader.folder}: transformers {release} wrote the folder, and {name} was {stored} there; its plan has "
+            "such names too",
+            hint="reshard it, which gives the result today's names, and validate that",
+            written_by=release,
+        )
 
 
 def convert_file_error(request: ValidationRequest, error: MigratorError) -> CheckResult:

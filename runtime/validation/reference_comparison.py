@@ -98,7 +98,7 @@ def compare_tensors(check: CheckResult, checkpoint: Checkpoint, reference: Path)
         CheckpointError: the reference cannot be read.
     """
     with convert_reference_errors():
-        other = raise_on_any_rank(lambda: open_checkpoint(reference).read_headers())
+        other = raise_on_any_rank(lambda: _read_reference(reference))
         names = [name for name, tensor in checkpoint.tensors.items() if other.tensors.get(name) == tensor]
         expected = gather_file_digests(other, names)
     digests = checkpoint.digests or gather_file_digests(checkpoint, names)
@@ -109,6 +109,11 @@ def compare_tensors(check: CheckResult, checkpoint: Checkpoint, reference: Path)
     ]
     numbers = {"compared": len(names), "different": len(wrong)}
     return replace(check, mismatches=(*check.mismatches, *wrong), numbers={**check.numbers, "with_reference": numbers})
+
+
+def _read_reference(reference: Path) -> Checkpoint:
+    reader = open_checkpoint(reference)
+    return reader.read_headers(reader.naming_model)
 
 
 def _get_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -155,6 +155,15 @@ def _strip_prefix(prefix: str, parts: Iterable[_Part]) -> list[_Part]:
     return [replace(part, name=part.name.removeprefix(prefix)) for part in parts if part.name.startswith(prefix)]
 
 
+def _rename_tensors(saved: SavedTensors, names: Mapping[str, str]) -> SavedTensors:
+    return replace(
+        saved,
+        chunks=[replace(chunk, name=names.get(chunk.name, chunk.name)) for chunk in saved.chunks],
+        declared_shapes={names.get(name, name): shape for name, shape in saved.declared_shapes.items()},
+        names=[names.get(name, name) for name in saved.names],
+    )
+
+
 def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[LeftBehind, ...]:
     """Describe the tensors without the prefix, counted by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in names if not name.startswith(prefix))
@@ -175,7 +184,7 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
     Args:
         folder: the checkpoint's folder.
         model: the model that its config describes, on meta.
-        manifest: the checkpoint's manifest, None if it has none; the files must agree with it.
+        manifest: the checkpoint's manifest, None if it has none; the files must agree with it, and its names are used.
 
     Raises:
         IncompleteError: a file or tensor is missing, or the checkpoint is lossy.
@@ -185,7 +194,9 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
         UsageError: stored tensors are quantized differently from the model's.
     """
     tied = find_tied_names(model)
-    saved = read_saved_tensors(folder, [name for name in model_tensors(model) if name not in tied])
+    stored_names = manifest.stored_names if manifest is not None else {}
+    wanted = [stored_names.get(name, name) for name in model_tensors(model) if name not in tied]
+    saved = _rename_tensors(read_saved_tensors(folder, wanted), {stored: name for name, stored in stored_names.items()})
     side_files = find_side_files(folder, {MANIFEST, *saved.files})
     checkpoint = build_model_checkpoint(folder, saved, model, layout="dcp", side_files=side_files)
     return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint

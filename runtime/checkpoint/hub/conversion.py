@@ -41,6 +41,7 @@ __all__ = [
     "convert",
     "find_model_names",
     "group_stored_names",
+    "rename",
 ]
 
 
@@ -229,6 +230,15 @@ def group_stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[st
     """Return the stored names that are converted together, by the first of the model's tensors that they make."""
     groups, _ = _group_names(model, stored)
     return {layer: group.list_names() for layer, group in groups.items()}
+
+
+def rename(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return the model's name of each name that transformers' mapping leads to one, where it changes nothing else."""
+    try:
+        groups, _ = _group_names(model, names)
+    except MigratorError:  # several of them would become one
+        return {}
+    return {group.list_names()[0]: layer for layer, group in groups.items() if group.converter is None}
 
 
 def _is_lossless(

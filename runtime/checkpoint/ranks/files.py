@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from plans.errors import IncompleteError, MismatchError
@@ -121,7 +122,7 @@ def read_rank_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
 
 
 def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
-    """Read the header of a rank's file and check it against the manifest.
+    """Read the header of a rank's file and check it against the manifest; its tensors get the manifest's names.
 
     Raises:
         IncompleteError: the file is missing or truncated.
@@ -132,7 +133,7 @@ def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
     if not path.is_file():
         raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
     check_contained(folder, path)
-    header = read_header(path)
+    header = _rename_tensors(read_header(path), manifest.stored_names)
     expected = {name: entry for name, entry in manifest.tensors.items() if is_in_rank_file(entry, rank)}
     for name in sorted(expected.keys() ^ header.tensors.keys()):
         where = "missing from" if name in expected else "not in the manifest but in"
@@ -146,6 +147,11 @@ def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
                 f"{name!r} is {tensor.dtype} {list(tensor.shape)}, but {entry.dtype} {list(shape)} by the manifest",
             )
     return header
+
+
+def _rename_tensors(header: Header, stored_names: Mapping[str, str]) -> Header:
+    names = {stored: name for name, stored in stored_names.items()}
+    return replace(header, tensors={names.get(name, name): tensor for name, tensor in header.tensors.items()})
 
 
 def _mismatch_error(path: Path, what: str) -> MismatchError:

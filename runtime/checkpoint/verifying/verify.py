@@ -16,8 +16,9 @@ from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.external.source import ExternalSettings
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.safetensors import tensor_bytes
-from runtime.checkpoint.open import open_checkpoint
+from runtime.checkpoint.open import CheckpointReader, open_checkpoint
 from runtime.checkpoint.ranks.files import find_copies
+from runtime.checkpoint.renamed import find_other_release
 from runtime.checkpoint.verifying.differences import (
     CheckpointDifference,
     Verification,
@@ -114,7 +115,9 @@ def verify(
     """
     began = time.perf_counter()
     sides = [(source, external), *([(other, None)] if other is not None else [])]
-    results = [_verify_folder(folder, stack, other is not None, max_memory, progress) for folder, stack in sides]
+    readers = [open_checkpoint(folder, stack) for folder, stack in sides]
+    renames = len({(reader.is_self_describing, find_other_release(reader.manifest)) for reader in readers}) > 1
+    results = [_verify_folder(reader, other is not None, renames, max_memory, progress) for reader in readers]
     pending = [difference for result in results for difference in result.differences]
     verified = [result.verified for result in results]
     if other is not None:
@@ -159,11 +162,20 @@ class _VerifiedSide:
 
 
 def _verify_folder(
-    folder: Path, external: ExternalSettings | None, reads_all: bool, max_memory: int, progress: Progress | None
+    reader: CheckpointReader, reads_all: bool, renames: bool, max_memory: int, progress: Progress | None
 ) -> _VerifiedSide:
-    """Read a checkpoint and compare it with its manifest."""
+    """Read a checkpoint and compare it with its manifest.
+
+    Args:
+        reader: the opened checkpoint.
+        reads_all: whether every tensor is read, even one without a recorded digest.
+        renames: whether the other side may have other names, so that both need the model's.
+        max_memory: the bytes that reading may allocate.
+        progress: called with the bytes done, the bytes in all and the current tensor.
+    """
+    folder = reader.folder
     try:
-        checkpoint = open_checkpoint(folder, external).read_headers(optimizer="include")
+        checkpoint = reader.read_headers(reader.naming_model if renames else None, "include")
     except (MismatchError, IncompleteError) as error:
         differences = extract_differences(error, str(folder))
         return _VerifiedSide(VerifiedCheckpoint(folder), [_PendingDifference(one) for one in differences])
