@@ -9,6 +9,7 @@
 # make gpu-test   on a machine with GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers on two ranks, docs/sweep.md
 # make test-torch  distributed checkpoints exchanged with other torch releases: PYTHONS="a/bin/python b/bin/python"
+# make test-releases  checkpoints that other releases of transformers wrote: FOLDERS="a b"
 # make newest     what differs in newer versions: TRANSFORMERS=, TORCH= and HUB=, by default the newest; ANY_SIZE=1
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +17,7 @@ BIN := .venv/bin
 WORKERS ?= --numprocesses 2 --dist loadfile
 
 .PHONY: demo quick test test-full gpu-test lint browser structure bench bench-reshard sweep families newest test-torch
+.PHONY: test-releases
 
 demo: .venv/installed
 	$(BIN)/python benchmarks/demo.py $(KEEP)
@@ -30,13 +32,13 @@ test-full: lint
 	$(BIN)/python -m pytest $(WORKERS)
 
 # PYTHONS need torch, safetensors and numpy, each with a torch of its own.
-# FOLDERS hold another transformers each: pip install --no-deps --target FOLDER transformers==5.23.0
-test-releases: .venv/installed
-	MIGRATOR_TRANSFORMERS_FOLDERS='$(FOLDERS)' $(BIN)/python -m pytest -m full tests/runtime/checkpoint/test_renamed.py
-
 test-torch: .venv/installed
 	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full \
 		tests/runtime/checkpoint/dcp/test_torch_versions.py tests/runtime/checkpoint/fsdp/test_torch_versions.py
+
+# FOLDERS hold another transformers each: pip install --no-deps --target FOLDER transformers==5.23.0
+test-releases: .venv/installed
+	MIGRATOR_TRANSFORMERS_FOLDERS='$(FOLDERS)' $(BIN)/python -m pytest -m full tests/runtime/checkpoint/test_renamed.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from plans.dialect import dialect_for_release, is_newer_than_all
@@ -69,11 +70,17 @@ def collect_facts() -> Facts:
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     folder = Path(transformers.__file__).parent
-    plans = {name for path in folder.rglob("*.py") for name in _PLAN_ATTRIBUTE.findall(path.read_text("utf-8"))}
+    plans = set(_find_attributes(folder))
     bases = {*PreTrainedConfig.__mro__, *PreTrainedModel.__mro__}
     plans |= {name for base in bases for name in _iter_plans(base)}
     fields = {field.name for field in dataclasses.fields(DistributedConfig)}
     return Facts(frozenset(ALL_PARALLEL_STYLES), _collect_operations(), frozenset(plans), frozenset(fields))
+
+
+@cache
+def _find_attributes(folder: Path) -> frozenset[str]:
+    """Return the attributes that hold plans in the source below a folder."""
+    return frozenset(name for path in folder.rglob("*.py") for name in _PLAN_ATTRIBUTE.findall(path.read_text("utf-8")))
 
 
 def _iter_plans(base: type) -> Iterator[str]:
