@@ -21,8 +21,8 @@ from plans.mesh import Mode
 __all__ = ["Ranks"]
 
 _WORLD_SIZE = 2
-_PATIENCE = 90.0
-"""Seconds that a row may take."""
+_PATIENCE = 600.0
+"""Seconds that a row may take, on a machine that does other things too."""
 
 
 class Ranks:
