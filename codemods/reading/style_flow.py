@@ -73,6 +73,7 @@ class StyleFlow:
     parents: Mapping[ast.AST, ast.AST]
     resolve: Callable[[ast.AST], PlanNames]
     _carried: dict[_Variable, Carried] = field(default_factory=lambda: defaultdict(Carried))
+    _active: set[ast.Lambda] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # Steps are repeated until none brings news, so that none of them need do all of its work at once.
@@ -149,9 +150,15 @@ class StyleFlow:
         return Carried(styles=arguments.styles) if name in _KEY_FUNCTIONS else arguments
 
     def _read_result(self, function: _Callable) -> Carried:
-        if isinstance(function, ast.Lambda):
+        if not isinstance(function, ast.Lambda):
+            return self._carried[None, f"{function.name}()"]
+        if function in self._active:  # its name is that of a method which it calls, or it calls itself
+            return _NOTHING
+        self._active.add(function)
+        try:
             return self.read(function.body)
-        return self._carried[None, f"{function.name}()"]
+        finally:
+            self._active.discard(function)
 
     def _find_steps(self, node: ast.AST) -> Iterator[Callable[[], bool]]:
         """Yield what a node does with styles: functions that bind names, and return whether that is news."""

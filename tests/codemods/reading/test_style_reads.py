@@ -149,6 +149,8 @@ FORMS = {
     "an assertion": 'self.x = 0\nassert self.$PLAN["layers.*.mlp.experts.down_proj"] == "rowwise"',
     "any": 'self.x = any(style == "rowwise" for style in self.$PLAN.values())',
     "filter": 'self.x = len(list(filter(lambda style: style == "rowwise", self.$PLAN.values())))',
+    "a lambda that calls itself": "read = lambda style: read('') if style is None else style == 'rowwise'\n"
+    "self.x = [read(style) for style in self.$PLAN.values()]",
     "a conditional": 'self.x = [1 if style == "rowwise" else 2 for style in self.$PLAN.values()]',
 }
 
