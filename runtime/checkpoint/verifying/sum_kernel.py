@@ -5,8 +5,6 @@ Importing this module needs Triton, which torch's builds for GPUs bring; `device
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,7 @@ FIELDS = 5 + 3 * MAX_DIMS
 that are contiguous; then steps, stride in memory and stride in the parameter of each stride, innermost first.
 """
 
+# The kernel's arguments have no types: Triton before 3.7 takes a type's name for a variable that it cannot read.
 _TILE = 2048
 _PROGRAMS = 128
 """Programs for each range; those that a small range has no use for end at once."""
@@ -37,16 +36,14 @@ _FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 
 
 @triton.jit
-def _mix(values: Any) -> Any:
+def _mix(values):
     values = (values ^ (values >> 30)) * _FIRST
     values = (values ^ (values >> 27)) * _SECOND
     return (values ^ (values >> 31)) | 1
 
 
 @triton.jit
-def _sum_ranges(
-    ranges: Any, inner_weights: Any, totals: Any, UNIT: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr
-) -> None:
+def _sum_ranges(ranges, inner_weights, totals, UNIT: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr):
     row = ranges + tl.program_id(0) * _FIELDS
     address = tl.load(row)
     offset = tl.load(row + 1)
