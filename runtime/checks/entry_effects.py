@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from torch import nn
 
 from plans.errors import PlanError, UnmatchedKeyError
+from plans.placement import Replicate
 from plans.plan import find_key, find_unmatched_keys, to_wildcard
 from plans.resolved_plan import ResolvedParameter
 from plans.text import format_names
@@ -127,7 +128,8 @@ def check_entry_effects(
     Args:
         view: the plan on its model.
         parameters: the model's tensors as the plan resolves them.
-        scales: the names of tensors that go with their weights.
+        scales: the names of tensors that go with their weights. An entry of their own has its effect if it says the
+            same.
 
     Raises:
         PlanError: an entry does neither; names the entries that do instead, or the keys to use.
@@ -136,10 +138,22 @@ def check_entry_effects(
     for parameter in parameters:
         if parameter.key is not None and (parameter.name in scales or _has_placement(view, parameter)):
             effective.add(parameter.key)
+        if parameter.name in scales:
+            effective |= _find_agreeing_keys(view, parameter)
     matched = {key for name in _list_names(view.model) for key in (name, to_wildcard(name))}
     for key in view.plan:
         if key not in effective and key in matched:
             raise _build_ineffective_error(view, key)
+
+
+def _find_agreeing_keys(view: PlanView, scale: ResolvedParameter) -> set[str]:
+    """Return the key of a scale's own entry if it says what the weight's does, or where the scale goes."""
+    key = find_key(view.plan, scale.name, is_parameter=True)
+    if key is None:
+        return set()
+    own = view.find_placement(scale.name, get_owner_kind(view.modules[scale.name.rpartition(".")[0]]), len(scale.shape))
+    agrees = view.plan[key] == scale.style or (own or Replicate()) == scale.placements[-1]
+    return {key} if agrees else set()
 
 
 def _is_hook(view: PlanView, key: str) -> bool:

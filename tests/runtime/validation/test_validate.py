@@ -284,7 +284,7 @@ def test_a_reference_without_weights_is_refused(
     reference = copied(hub_folder("mixtral"), tmp_path)
     for file in reference.glob("*.safetensors*"):
         file.unlink()
-    with pytest.raises(IncompleteError, match="transformers cannot load it"):
+    with pytest.raises(IncompleteError, match=r"no model\.safetensors or model\.safetensors\.index\.json, only"):
         two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), reference)
 
 
@@ -297,7 +297,7 @@ def test_a_reference_with_a_parameter_missing_is_refused(
     tensors = load_file(path)
     del tensors["model.norm.weight"]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(IncompleteError, match=r"lacks 'model\.norm\.weight'"):
+    with pytest.raises(IncompleteError, match=r"tensor 'model\.norm\.weight' is not in model-"):
         two_ranks.run(validation_cases.validate, rank_folder("mixtral", 2), reference)
 
 
