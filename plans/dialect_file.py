@@ -31,6 +31,7 @@ _KINDS_OF_PLANS = ("tp", "sp", "ep")
 _PLACE = re.compile(r"replicate|shard -?\d|packed -?\d [1-9]\d*")
 _RELEASE = re.compile(r"\d+\.\d+")
 _NAME = re.compile(r"[\w.+-]+")
+_MAX_BASES = 32  # files that extend each other
 _PARAMETER = re.compile(r"parameter(?: \d|, a bias)")
 _MODULES = ("linear", "embedding", "module", "experts", "expert-parallel", "unsharded experts")
 
@@ -81,22 +82,29 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> Dialect:
         if not is_dialect_file(name):
             return load_dialect(name)
         base = path.parent / name
+        if len(extending) >= _MAX_BASES:
+            _refuse(path, "extends", f"is the base of more than {_MAX_BASES} files", "put their styles into fewer files")
         if base.resolve() in (path.resolve(), *extending):
             _refuse(path, "extends", f"leads back to {base}", "let it name a dialect that does not extend this one")
         return _read_file(base, (*extending, path.resolve()))
 
-    dialect = build_dialect(document, load_base)
-    _check_references(path, document, dialect, load_base)
+    # Read once: read for every question, each file of a chain would double the work of those before it.
+    base = load_base(document["extends"]) if "extends" in document else None
+    dialect = build_dialect(document, lambda name: base or load_base(name))
+    _check_references(path, document, dialect, base)
+    if dialect.name in dialect_names() and dialect != load_dialect(dialect.name):
+        problem = f"is {dialect.name!r}, the name of a dialect that ships with migrator and differs from this one"
+        _refuse(path, "name", problem, 'give it another: name = "…"')
     return dialect
 
 
 def _parse_file(path: Path) -> Mapping[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         hint = "name a TOML file, or one of the dialects " + ", ".join(dialect_names())
         raise UsageError(f"{path}: cannot be read: {error.strerror}", hint=hint, path=str(path)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise UsageError(
             f"{path}: is not valid TOML: {error}", hint="correct the syntax of the file", path=str(path)
         ) from error
@@ -256,10 +264,10 @@ class _Checker:
 
 
 def _check_references(
-    path: Path, document: Mapping[str, Any], dialect: Dialect, load_base: Callable[[str], Dialect]
+    path: Path, document: Mapping[str, Any], dialect: Dialect, extended: Dialect | None
 ) -> None:
     """Check that the file's lists name styles that exist, and that it has any."""
-    base = load_base(document["extends"]).styles if "extends" in document else {}
+    base = extended.styles if extended else {}
     needed = [name for need in document.get("expert_plan_needs", ()) for name in need]
     _check_known(path, "removed", document.get("removed", ()), base)
     _check_known(path, "expert_plan_needs", needed, dialect.styles)

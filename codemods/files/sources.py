@@ -19,9 +19,10 @@ __all__ = ["SourceFile", "add_error_once", "find_sources", "format_path", "is_sk
 
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 _GENERATED = re.compile(rb"automatically generated from (\S+?)\.?[ \r]*$", re.MULTILINE)
+_PUNCTUATION = "`'\"*<>()[],;:."  # what may stand around a name in a sentence
 _HEADER_BYTES = 2048
 _HEADER_LINE = re.compile(rb"[ \t]*#+(?P<comment>.*)|[ \t]*(?P<docstring>\"{3}|'{3})?[ \t]*(?P<text>.*)")
-_MODULAR_NAME = r"modular_\w+\.py\b"
+_MODULAR_NAME = r"modular_(?!model_converter\.py)\w+\.py\b"  # the converter may be named beside what it converts
 _SENTENCE_END = re.compile(r"(?<=[.;!])\s+")
 _MADE_FROM = re.compile(
     r"\b(?:(?:auto|re)?-?generated|converted|produced|created|built|made|derived|compiled)\b"
@@ -105,7 +106,7 @@ class SourceFile:
     def generated_from(self) -> str | None:
         """The name of the modular file that the header names as the source, None if the file is not generated."""
         if match := _GENERATED.search(self.data, 0, _HEADER_BYTES):
-            return re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1]
+            return re.split(r"[/\\]", match[1].decode("utf-8", "replace"))[-1].strip(_PUNCTUATION)
         head = self.data[:_HEADER_BYTES]
         name = _find_modular_name(_read_header(head)) if b"modular_" in head else None
         return name if name != self.path.name else None

@@ -85,6 +85,8 @@ STYLE = '[styles.x]\njob = "both"\ndoes = "nothing"\n[styles.x.means]\n'
         ('extends = "./absent.toml"', None, "cannot be read: No such file", "transformers-5.23"),
         ('extends = "./fork.toml"', "extends", "leads back to", "does not extend this one"),
         ('extends = "transformers-5.23"\nremoved = ["colwize"]', "removed", "'colwize', which is no style", "colwise?"),
+        ("stage = " + "9" * 5000, None, "is not valid TOML", "correct the syntax"),
+        ('name = "param-level"\nextends = "transformers-5.23"', "name", "ships with migrator", "another"),
         ('removed = "colwise"', "removed", "not a list of strings", "removed = ["),
         ("numbered_keys = 1", "numbered_keys", "not true or false", "true"),
         ('releases = ["5.23.0"]', "releases", "not a minor version", '"5.23"'),
@@ -143,3 +145,34 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, monkeypatch, name):
     with pytest.raises(UsageError, match=r"no dialect|cannot be read") as caught:
         load_named_dialect(name)
     assert "transformers-5.23" in caught.value.hint
+
+
+def test_each_file_of_a_chain_is_read_once(tmp_path, monkeypatch):
+    for number in range(20):
+        write(tmp_path, f'extends = "./m{number + 1}.toml"\n', f"m{number}.toml")
+    write(tmp_path, FORK, "m20.toml")
+    reads: list[Path] = []
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read(path))[1])
+    assert "our_colwise" in read_dialect_file(tmp_path / "m0.toml").styles
+    assert len([path for path in reads if path.parent == tmp_path]) == 21
+
+
+def test_a_chain_without_end_is_refused(tmp_path):
+    for number in range(40):
+        write(tmp_path, f'extends = "./m{number + 1}.toml"\n', f"m{number}.toml")
+    with pytest.raises(UsageError, match="more than 32 files"):
+        read_dialect_file(tmp_path / "m0.toml")
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
+    path = tmp_path / "fork.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + FORK.replace("\n", "\r\n").encode())
+    assert read_dialect_file(path) == read_dialect_file(write(tmp_path, FORK, "same.toml"))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "folder.toml").mkdir()
+    for text in ("./folder.toml", "./"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_dialect_file(write(tmp_path, f'extends = "{text}"\n'))
