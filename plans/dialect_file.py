@@ -83,7 +83,9 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> Dialect:
             return load_dialect(name)
         base = path.parent / name
         if len(extending) >= _MAX_BASES:
-            _refuse(path, "extends", f"is the base of more than {_MAX_BASES} files", "put their styles into fewer files")
+            _refuse(
+                path, "extends", f"is the base of more than {_MAX_BASES} files", "put their styles into fewer files"
+            )
         if base.resolve() in (path.resolve(), *extending):
             _refuse(path, "extends", f"leads back to {base}", "let it name a dialect that does not extend this one")
         return _read_file(base, (*extending, path.resolve()))
@@ -263,9 +265,7 @@ class _Checker:
             _refuse(self.path, key, f"is {value!r}, which is no dialect", hint)
 
 
-def _check_references(
-    path: Path, document: Mapping[str, Any], dialect: Dialect, extended: Dialect | None
-) -> None:
+def _check_references(path: Path, document: Mapping[str, Any], dialect: Dialect, extended: Dialect | None) -> None:
     """Check that the file's lists name styles that exist, and that it has any."""
     base = extended.styles if extended else {}
     needed = [name for need in document.get("expert_plan_needs", ()) for name in need]

@@ -13,6 +13,7 @@ __all__ = [
     "PlanEntry",
     "can_hold_entries",
     "find_computed_modules",
+    "find_placeholder",
     "find_unreadable_keys",
     "is_numbered",
     "read_entries",
@@ -25,6 +26,7 @@ OffsetReader = Callable[[int, int], int]
 
 _COMPUTED = "\0"
 _LAYER_NUMBER = re.compile(r"(?:^|\.)\d+(?:\.|$)|(?:layers?|blocks?|h)\.\0(?:\.|$)")
+_PLACEHOLDER = re.compile(r"[{}%$]")  # in no key and in no style
 _REPLACEMENT_FIELD = re.compile(r"\{[^{}]*\}")
 
 
@@ -74,6 +76,12 @@ def read_entries(nodes: Iterable[ast.AST], offset: OffsetReader) -> tuple[PlanEn
 def can_hold_entries(node: ast.AST) -> bool:
     """Return whether a node is of a kind that writes entries itself."""
     return isinstance(node, ast.Dict) or next(_iter_pairs(node), None) is not None
+
+
+def find_placeholder(node: ast.AST) -> str | None:
+    """Return the first key or style of a node that is text which something else fills in, as `experts.{{ name }}`."""
+    texts = (part.value for pair in _iter_pairs(node) for part in (pair.key, pair.style) if _is_constant(part))
+    return next((text for text in texts if isinstance(text, str) and _PLACEHOLDER.search(text)), None)
 
 
 def find_unreadable_keys(node: ast.AST) -> list[ast.expr | ast.keyword]:
@@ -169,6 +177,10 @@ def _iter_comprehension(node: ast.DictComp) -> Iterator[_Pair]:
             yield from _iter_pairs(pairs)
         case _:
             yield _Pair(node.key, node.value, node.value)
+
+
+def _is_constant(node: ast.expr | ast.keyword) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant)
 
 
 def _get_elements(node: ast.expr) -> list[ast.expr]:

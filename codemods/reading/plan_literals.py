@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from codemods.files.sources import SourceFile
-from codemods.reading.entries import PlanEntry, find_computed_modules, find_unreadable_keys, read_entries, span
+from codemods.reading.entries import (
+    PlanEntry,
+    find_computed_modules,
+    find_placeholder,
+    find_unreadable_keys,
+    read_entries,
+    span,
+)
 from codemods.reading.expressions import PlanPart, find_renamed_plan, has_plan_name, split_expression
 from codemods.reading.module import Condition, Conflict, PlanCopy, PlanLiteral, Reference, Unresolved
 from codemods.reading.names import Definitions, get_dotted_name, get_identifier
@@ -52,6 +59,7 @@ class _EntrySources:
         unreadable: the expressions with such a node.
         named_plans: the plans that are copied, by class and attribute, with the part that names them.
         has_own_plan: whether the expression contains the previous value of the plan.
+        template: a key or a style that something else fills in, empty if there is none.
     """
 
     nodes: dict[tuple[tuple[Condition, ...], str], list[ast.AST]] = field(default_factory=lambda: defaultdict(list))
@@ -60,6 +68,7 @@ class _EntrySources:
     unreadable: list[ast.AST] = field(default_factory=list)
     named_plans: list[tuple[tuple[str, str], PlanPart]] = field(default_factory=list)
     has_own_plan: bool = False
+    template: str = ""
 
 
 def read_assignment(
@@ -84,13 +93,15 @@ def read_assignment(
             line = getattr(part.node, "lineno", 1)
             yield PlanCopy(target.class_name, target.attribute, *plan, line, target.scope.function)
     if sources.unresolved and is_plan_attribute(target.attribute):
-        mentions_experts = any(
+        mentions_experts = bool(sources.template) or any(
             _is_template(part) or mention_experts(part, source, definitions) for part in sources.unresolved
         )
         is_shared = any(
             definitions.find_values(part, target.scope.find_defining_classes(part)) for part in sources.unresolved
         )
         reason = "from a name that is used or assigned more than once" if is_shared else "that cannot be read"
+        if sources.template:
+            reason = f"that something else fills in: {sources.template}"
         is_known_class = target.scope.is_known_class(target.class_name)
         yield Unresolved(
             target.class_name if is_known_class else target.scope.class_name,
@@ -229,6 +240,12 @@ def _collect_sources(
     for part in split_expression(node, conditions):
         if isinstance(part.node, ast.Constant) and not is_plan_attribute(target.attribute):
             continue  # `from_pretrained(tp_plan="auto")`, which asks for the model's own plan
+        if template := find_placeholder(part.node):
+            sources.template = sources.template or template
+            sources.references.append(part)
+            sources.unresolved.append(part.node)
+            sources.unreadable.append(part.node)
+            continue
         if part.has_entries and not part.is_filtered:
             sources.nodes[part.conditions, constant].append(part.node)
             if unread := [*find_unreadable_keys(part.node), *_find_hidden_experts(part.node, definitions)]:

@@ -34,6 +34,7 @@ _OTHER_IMPORT = re.compile(
 )
 _COMMENT = re.compile(rb"#[^\n]*")
 _IMPORTED = re.compile(rb"(\w+)(?:\s+as\s+(\w+))?")
+_PLACEHOLDER = re.compile(rb"[{}%$]")  # text that something else replaces
 _COMMENT_LINE = re.compile(rb"\n[ \t]*#")  # or such a line inside a string
 _TOP_LEVEL = re.compile(rb"\n[^\s#)\]}]")
 _BLANK = rb"(?:\s|#[^\n]*\n)*+"
@@ -110,6 +111,8 @@ def _read_plans(body: bytes, headers: list[re.Match[bytes]]) -> dict[str, dict[s
         if index < 0 or plan is None or plan.span("name") != (start, end) or not is_plan_attribute(name):
             return None
         if _TOP_LEVEL.search(body, headers[index].end(), start) or not _is_code(body, headers[index], plan):
+            return None
+        if plan["display"] and _PLACEHOLDER.search(body, plan.start("display") + 1, plan.end("display") - 1):
             return None
         owner = _get_name(headers[index])
         plans.setdefault(owner, {})[name] = _read_literal(owner, name, plan)

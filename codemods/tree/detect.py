@@ -20,6 +20,7 @@ from codemods.tree.release import (
     UnknownRelease,
     VersionFile,
     find_dialect_of_version,
+    find_unread_version,
     find_version,
     is_newer,
     refuse_version,
@@ -97,8 +98,8 @@ def detect_tree_dialect(root: Path, styles: Iterable[str], registering: Iterable
     """
     versioned = find_version(root)
     registry = _read_registry(root, versioned, registering)
-    if registry is None or registry.where is None:
-        tree = _add_styles(_detect_without_registry(versioned, styles), registry)
+    if registry is None or registry.where is None or not registry.names:
+        tree = _add_styles(_detect_without_registry(versioned, styles, _describe_absence(root, registry)), registry)
     else:
         tree = _detect_by_registry(registry, versioned)
     return replace(tree, release=_describe_unknown_release(tree.detected.dialect, registry, versioned))
@@ -175,6 +176,10 @@ def _detect_by_registry(registry: Registry, versioned: VersionFile | None) -> Tr
     registered = registry.names - load_dialect(PARAM_LEVEL).styles.keys()
     by_version = find_dialect_of_version(versioned)
     closest = _find_closest(registry, registered, by_version if is_newer(versioned) else None)
+    if by_version and registry.unread:
+        # A name that was not read may be any of the version's.
+        least, own = (_compute_distance(one, registered, registry)[0] for one in (closest[0], by_version))
+        closest = [by_version] if own == least else closest
     chosen = next((dialect for dialect in closest if by_version and dialect.name == by_version.name), closest[-1])
     if versioned and is_older_than_all(versioned[1]) and chosen == _load_oldest_release():
         # The oldest names are older than the oldest dialect, and what they meant before it is not known.
@@ -254,9 +259,18 @@ def _add_styles(tree: TreeDialect, registry: Registry | None) -> TreeDialect:
     return replace(tree, vocabulary=vocabulary, unread=registry.unread)
 
 
-def _detect_without_registry(versioned: VersionFile | None, styles: Iterable[str]) -> TreeDialect:
+def _describe_absence(root: Path, registry: Registry | None) -> str:
+    """Return why neither a registry nor a version file decides, as words before what does."""
+    has_registry = registry is not None and registry.where is not None
+    registry_words = "the registry of styles cannot be read" if has_registry else "no registry of styles"
+    if file := find_unread_version(root):
+        return f"{registry_words}, and {format_path(file)} gives no version that can be read; "
+    return f"{registry_words} and no version file found; "
+
+
+def _detect_without_registry(versioned: VersionFile | None, styles: Iterable[str], why: str) -> TreeDialect:
     if versioned is None:
-        detected = _detect_by_styles(_filter_distinctive(styles), "no registry of styles and no version file found; ")
+        detected = _detect_by_styles(_filter_distinctive(styles), why)
         return TreeDialect(detected, load_dialect(detected.dialect))
     dialect = find_dialect_of_version(versioned)
     if dialect is None:

@@ -28,6 +28,7 @@ _MAPPING = "_global_mapping"
 _CHANGES = re.compile(
     rb"ALL_PARALLEL_STYLES\s*(?::[^=\n]+)?\|?=(?!=)|ALL_PARALLEL_STYLES\s*\.\s*(?:register|update|pop|setdefault|_\w+)\b"
     rb"|ALL_PARALLEL_STYLES\s+as\s|=\s*(?:[\w.]+\.)?ALL_PARALLEL_STYLES\s*(?:#|\n|$)|ALL_PARALLEL_STYLES\[[^\]\n]*\]\s*=(?!=)"
+    rb"|(?:ParallelInterface|ALL_PARALLEL_STYLES)\s*\.\s*_\w+\s*\|?="
     rb"|del\s+ALL_PARALLEL_STYLES|\w*ParallelInterface\s*\.\s*(?:register|_global_mapping)"
 )
 _NOT_FRAMEWORK = frozenset({"models", "__pycache__"})
@@ -127,15 +128,16 @@ class _RegistryFile:
 
     @cached_property
     def mappings(self) -> Mapping[str, ast.expr]:
-        """The value of `_global_mapping` in each class that assigns it."""
-        return {
-            owner.name: value
-            for owner in ast.walk(self.tree)
-            if isinstance(owner, ast.ClassDef)
-            for statement in owner.body
-            for name, value in _iter_assignments(statement)
-            if name == _MAPPING
-        }
+        """The value of `_global_mapping` in each class that assigns it or inherits it from another of the file."""
+        mappings: dict[str, ast.expr] = {}
+        for owner in ast.walk(self.tree):
+            if isinstance(owner, ast.ClassDef):
+                bases = [base.id for base in owner.bases if isinstance(base, ast.Name)]
+                inherited = [mappings[base] for base in bases if base in mappings]
+                assigned = [v for body in owner.body for name, v in _iter_assignments(body) if name == _MAPPING]
+                if values := (assigned[-1:] or inherited[:1]):
+                    mappings[owner.name] = values[0]
+        return mappings
 
     @cached_property
     def _parents(self) -> Mapping[ast.AST, ast.AST]:
@@ -210,6 +212,8 @@ class _RegistryFile:
                     yield _Change(node.lineno, self._read_definition(node.value, mappings), defines=True)
             elif isinstance(target, ast.Subscript) and self._is_registry(target.value):
                 yield _Change(node.lineno, self._read_name(target.slice))
+            elif isinstance(target, ast.Attribute) and self._is_registry(target) and node.value is not None:
+                yield _Change(node.lineno, self._read_keys(node.value))
 
     def _read_definition(self, value: ast.expr, mappings: Mapping[str, ast.expr]) -> _Names:
         """Return the names that the registry begins with: those of its class, and of the display it is made from."""
@@ -266,6 +270,9 @@ class _RegistryFile:
                 return _join([*given, *named])
             case ast.DictComp(key=key):
                 return self._read_name(key, depth)
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if attribute == _MAPPING:
+                known = name in self.mappings and depth < _MAX_DEPTH
+                return self._read_keys(self.mappings[name], depth + 1) if known else None
             case ast.Name(id=name) if depth < _MAX_DEPTH and name in self._constants:
                 return _join([self._read_keys(constant, depth + 1) for constant in self._constants[name]])
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NoReturn
 
 from codemods.files.sources import format_path, read_source
 from codemods.tree.registry import Place
+from codemods.tree.version_file import VERSION_NAME, read_version
 from plans.dialect import Dialect, dialect_for_release, is_newer_than_all
 from plans.errors import UsageError
 
@@ -18,6 +18,7 @@ __all__ = [
     "UnknownRelease",
     "VersionFile",
     "find_dialect_of_version",
+    "find_unread_version",
     "find_version",
     "find_version_file",
     "is_newer",
@@ -26,7 +27,6 @@ __all__ = [
 
 NEWER_THAN_ALL = "newer than every known dialect"
 
-_VERSION = re.compile(rb"^__version__\s*(?::\s*\w+\s*)?=\s*[\"'](\d+\.\d+[\w.+-]*)[\"']", re.MULTILINE)
 _PACKAGE = "transformers"
 
 VersionFile = tuple[Path, str]
@@ -91,11 +91,15 @@ def refuse_version(versioned: VersionFile) -> NoReturn:
 
 
 def find_version(root: Path) -> VersionFile | None:
-    """Return the version file of the tree around a path with its version, None if there is none."""
-    for file in _list_version_files(root.absolute()):
-        if file.is_file() and (match := _VERSION.search(read_source(file).data)):
-            return file, match[1].decode()
-    return None
+    """Return the version file of the tree around a path with its version, None if there is none that can be read."""
+    versions = ((file, read_version(file)) for file in _list_version_files(root.absolute()) if file.is_file())
+    return next(((file, version) for file, version in versions if version), None)
+
+
+def find_unread_version(root: Path) -> Path | None:
+    """Return a file that sets the version of the tree around a path in a way that cannot be read, None without one."""
+    files = (file for file in _list_version_files(root.absolute()) if file.is_file())
+    return next((file for file in files if VERSION_NAME in read_source(file).data and not read_version(file)), None)
 
 
 def _list_version_files(root: Path) -> Iterator[Path]:

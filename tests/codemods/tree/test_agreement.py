@@ -58,6 +58,34 @@ def test_both_commands_exit_with_2(tree, name):
     assert (tree / "toy/configuration_toy.py").read_text() == MIGRATED.lstrip()
 
 
+FILLED_IN = {
+    "a name in a key": ("layers.*.mlp.experts.{{ name }}", "rowwise"),
+    "the beginning of a key": ("{{ prefix }}.mlp.experts.down_proj", "rowwise"),
+    "another module": ("layers.*.self_attn.{% if x %}q{% else %}k{% endif %}", "colwise"),
+    "a style": ("layers.*.mlp.experts.down_proj", "{{ cookiecutter.style }}"),
+    "a key that is formatted": ("layers.*.mlp.experts.%(name)s", "rowwise"),
+    "a key with a field": ("layers.*.mlp.experts.{name}", "rowwise"),
+}
+
+
+@pytest.mark.parametrize("form", ["{{{}}}", "{{**{{{}}}}}", "dict([({})])"])
+@pytest.mark.parametrize("entry", FILLED_IN.values(), ids=FILLED_IN)
+def test_text_that_something_else_fills_in_is_one_cause(tree, entry, form):
+    """Half of a pair, a dead key, an unknown style: none of it is known before the template is filled in."""
+    rows = [("layers.*.mlp.experts.gate_up_proj", "packed_colwise"), entry, ("layers.*.mlp.experts", "moe_tp_experts")]
+    if form.startswith("dict"):
+        value = f"dict([{', '.join(f'({key!r}, {style!r})' for key, style in rows)}])"
+    else:
+        value = form.format(", ".join(f"{key!r}: {style!r}" for key, style in rows))
+    write_tree(tree, {"other/configuration_other.py": f"class OtherConfig:\n    base_model_tp_plan = {value}\n"})
+    for outcome in (plan_rewrites([tree]), check_paths([tree])):
+        (found,) = [found for found in outcome.findings if found.path.parent.name == "other"]
+        assert (found.line, found.finding.code) == (2, "MIG204")
+        filled_in = next(text for text in entry if set(text) & set("{%"))
+        assert found.finding.message.endswith(f"something else fills in: {filled_in}")
+        assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+
+
 @pytest.mark.parametrize("value", ["{{ tp_plan }}", "{{ cookiecutter.tp_plan }}", "[[ tp_plan ]]", "'{{ tp_plan }}'"])
 def test_both_name_a_template_that_parses(tree, value):
     write_tree(tree, {"other/configuration_other.py": f"class OtherConfig:\n    base_model_tp_plan = {value}\n"})

@@ -111,3 +111,40 @@ def test_a_whole_vocabulary_is_recognised(tmp_path, name):
     assert styles - load_dialect(PARAM_LEVEL).styles.keys() <= load_dialect(found.dialect).styles.keys()
     if name == "transformers-5.19":
         assert found.dialect == "transformers-5.21", "which only added names"
+
+
+VERSION_FORMS = {
+    "a local part": ('__version__ = "5.17.0.dev1+gabc"\n', "transformers-5.16"),
+    "two names": ('version = __version__ = "5.3.0"\n', "transformers-5.3"),
+    "an annotation": ('__version__: "str" = "5.3.0"\n', "transformers-5.3"),
+    "a sum": ('__version__ = "5.3.0" + ".dev0"\n', "transformers-4.57"),
+    "parts": ('MINOR = "5.3"\n__version__ = f"{MINOR}.1"\n', "transformers-5.3"),
+    "another file": ("from ._version import version as __version__\n", "transformers-5.6"),
+    "a shim": (
+        'try:\n    from ._version import version as __version__\nexcept ImportError:\n    __version__ = "unknown"\n',
+        "transformers-5.6",
+    ),
+    "a docstring": ('"""\n__version__ = "4.57.6"\n"""\n__version__ = "5.3.0"\n', "transformers-5.3"),
+    "a file that does not parse": ('__version__ = "5.3.0"\ndef (\n', "transformers-5.3"),
+}
+NO_VERSIONS = {
+    "installed": 'from importlib.metadata import version\n__version__ = version("transformers")\n',
+    "computed": '__version__ = ".".join(map(str, (5, 3, 0)))\n',
+    "two arms": 'if NEW:\n    __version__ = "5.24.0"\nelse:\n    __version__ = "5.3.0"\n',
+    "an absent file": "from ._built import __version__\n",
+    "itself": "from . import x\nfrom .__init__ import __version__\n",
+}
+
+
+@pytest.mark.parametrize(("text", "dialect"), VERSION_FORMS.values(), ids=VERSION_FORMS)
+def test_a_version_is_read_in_every_form_that_shows_it(tmp_path, text, dialect):
+    write_tree(tmp_path, {"src/transformers/_version.py": 'version = "5.6.2"\n'})
+    (tmp_path / "src/transformers/__init__.py").write_text(text)
+    assert detect_dialect(tmp_path, ()).dialect == dialect
+
+
+@pytest.mark.parametrize("text", NO_VERSIONS.values(), ids=NO_VERSIONS)
+def test_a_version_that_its_text_does_not_show_is_said(tmp_path, text):
+    write_tree(tmp_path, {"src/transformers/__init__.py": text})
+    reason = detect_dialect(tmp_path, ()).reason
+    assert f"{tmp_path / 'src/transformers/__init__.py'} gives no version that can be read" in reason

@@ -17,6 +17,8 @@ from tests.codemods.helpers import codes, write_tree
 
 FACTORY = "ALL_PARALLEL_STYLES: ParallelInterface = ParallelInterface()\n"
 EMPTY = "class ParallelInterface(GeneralInterface):\n    _global_mapping = {}\n\n\n" + FACTORY
+FORK, OF_FORK = "class Fork(ParallelInterface):\n", "\n\nALL_PARALLEL_STYLES = Fork()\n"
+OWN = "ParallelInterface._global_mapping"
 
 
 def mapping(names):
@@ -53,6 +55,12 @@ def tree(root, registry, version=None, plan='"layers.*.q_proj": "colwise"', plac
         ([mapping(["a", "b"])], "a b"),
         ([registering(["a", "b"])], "a b"),
         (["ALL_PARALLEL_STYLES = {'a': A(), 'b': B()}\n"], "a b"),
+        ([EMPTY + "ALL_PARALLEL_STYLES |= {'a': A()}\nALL_PARALLEL_STYLES._global_mapping |= {'b': B()}\n"], "a b"),
+        ([EMPTY, "ParallelInterface._global_mapping |= {'a': A()}\n"], "a"),
+        ([EMPTY, "ParallelInterface._global_mapping = {**{'a': A()}, 'b': B()}\n"], "a b"),
+        ([mapping(["a"]).replace(FACTORY, FORK + "    pass\n" + OF_FORK)], "a"),
+        ([mapping(["a"]).replace(FACTORY, FORK + f"    _global_mapping = {{**{OWN}, 'b': B()}}\n" + OF_FORK)], "a b"),
+        ([mapping(["a"]).replace(FACTORY, FORK + f"    _global_mapping = {OWN} | {{'b': B()}}\n" + OF_FORK)], "a b"),
         (["ALL_PARALLEL_STYLES = dict(a=A(), **{'b': B()})\n"], "a b"),
         (["STYLES = {'a': A()}\nALL_PARALLEL_STYLES = Styles = STYLES | {'b': B()}\n"], "a b"),
         ([EMPTY, "from .x import ALL_PARALLEL_STYLES as STYLES\nSTYLES.register('a', A())\n"], "a"),
@@ -230,3 +238,27 @@ def test_a_tree_that_is_too_old_is_refused_by_both_commands(tmp_path, version, r
         assert f"{version} is older than every known dialect" in error.message
         assert outcome.changes == ()
     assert [run([tmp_path], source="transformers-4.57").errors for run in (check_paths, plan_rewrites)] == [(), ()]
+
+
+@pytest.mark.parametrize("name", ["transformers-5.3", "transformers-5.16", "transformers-5.23"])
+@pytest.mark.parametrize("registry", ["ALL_PARALLEL_STYLES = make_styles()\n", EMPTY + "load_styles()\n"])
+def test_a_registry_that_cannot_be_read_leaves_the_choice_to_the_version(tmp_path, registry, name):
+    version = f"{load_dialect(name).releases[0]}.0"
+    found = detect_dialect(tree(tmp_path, registry, version), {"rowwise_rep"})
+    assert found.dialect == name
+
+
+def test_a_registry_that_is_read_in_part_has_the_names_of_the_version(tmp_path):
+    text = "NAMES = find_names()\nALL_PARALLEL_STYLES = {'colwise': A(), 'rowwise': B(), **make_styles()}\n"
+    for release in ("5.3.0", "5.16.0"):
+        found = detect_dialect(tree(tmp_path / release, text, release), ())
+        assert found.dialect == f"transformers-{release[:-2]}"
+
+
+def test_a_registry_and_a_version_that_cannot_be_read_are_said(tmp_path):
+    package = tree(tmp_path, "ALL_PARALLEL_STYLES = make_styles()\n")
+    (package / "__init__.py").write_text("__version__ = find_version()\n")
+    found = detect_dialect(package, {"sequence_parallel", "ep_router"})
+    assert "the registry of styles cannot be read" in found.reason
+    assert f"{package / '__init__.py'} gives no version that can be read" in found.reason
+    assert found.alternatives
