@@ -125,16 +125,16 @@ def test_offline_the_cache_must_be_complete(hub: Hub, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("name", "message", "hint"),
     [
-        ("owner/none", "CheckpointError", "no such repository"),
-        ("owner/toy@none", "CheckpointError", "no such revision"),
+        ("owner/none", "no such repository", "check the name, or run `hf auth login` if it is private"),
+        ("owner/toy@none", "no such revision", "name a branch, tag or commit"),
     ],
 )
-def test_what_is_not_there_is_named(ask: Ask, name: str, error: str, message: str) -> None:
+def test_what_is_not_there_is_named(ask: Ask, name: str, message: str, hint: str) -> None:
     refused = ask(f"fetch(parse_hub_name({name!r}))")
     assert isinstance(refused, dict)
-    assert refused["error"] == error
+    assert (refused["error"], refused["hint"]) == ("CheckpointError", hint)
     assert message in refused["message"]
 
 
@@ -150,6 +150,8 @@ def test_a_server_that_is_gone_is_named(ask: Ask) -> None:
     refused = ask("fetch(parse_hub_name('owner/toy'))", HF_ENDPOINT="http://127.0.0.1:9")
     assert isinstance(refused, dict)
     assert refused["error"] == "IncompleteError"
+    assert refused["hint"] == "check the network, or unset HF_HUB_OFFLINE"
+    assert isinstance(ask("fetch(parse_hub_name('owner/toy'))"), str)
 
 
 def test_a_folder_is_pushed_whole(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
@@ -164,7 +166,9 @@ def test_a_push_that_is_refused_says_how_to_go_on(hub: Hub, ask: Ask, tiny_hub: 
         refused = ask(f"push(Path({str(tiny_hub)!r}), 'owner/new')", HF_TOKEN=token)
         assert isinstance(refused, dict)
         assert refused["error"] == "DestinationError"
-        assert "run the same command again" in refused["hint"]
+        assert refused["hint"] == (
+            "log in with `hf auth login`, then run the same command again: it uploads only what is missing"
+        )
     hub.refuses_commits = False
     ask(f"push(Path({str(tiny_hub)!r}), 'owner/new')", HF_TOKEN=TOKEN)
     assert hub.files["owner/new"] == files(tiny_hub)

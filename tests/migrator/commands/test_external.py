@@ -274,16 +274,19 @@ def pipe_for_config(folder: Path) -> None:
 
 
 DAMAGES = {
-    absent_rank: "1 of 2 ranks have no file, the first is rank 1",
-    rank_over: "'model2-mp2.safetensors' would belong to rank 2, but the ranks are 0 to 1",
-    manifest: "has a migrator.json",
-    no_config: "no config.json",
-    other_names: "'model.layers.1.self_attn.qkv_proj.weight' name no tensor of LlamaForCausalLM",
-    extra: "'model.rotary.table' name no tensor of LlamaForCausalLM",
-    absent_tensor: f"foreign: rank 1 has no {NORM!r}, but Replicate over tp=2 gives it [32]",
-    flipped_copy: f"{NORM!r} should be the same in ",
-    one_dtype_more: f"{O_PROJ!r} is BF16, on other ranks F32",
-    truncated: "truncated",
+    absent_rank: "1 of 2 ranks have no file, the first is rank 1 | copy the missing files, or correct --from-tp and",
+    rank_over: (
+        "'model2-mp2.safetensors' would belong to rank 2, but the ranks are 0 to 1 | "
+        "correct --from-tp and --from-ep, or move files of another checkpoint away"
+    ),
+    manifest: "has a migrator.json | leave --from-pattern and the settings that belong to it out",
+    no_config: "no config.json | copy the model's config.json there, as ",
+    other_names: "qkv_proj.weight' name no tensor of LlamaForCausalLM | rename them, and split fused",
+    extra: "'model.rotary.table' name no tensor of LlamaForCausalLM | save the files without them",
+    absent_tensor: f"rank 1 has no {NORM!r}, but Replicate over tp=2 gives it [32] | check --from-tp, --from-ep and",
+    flipped_copy: f"{NORM!r} should be the same in  | give its placement in --plan if the plan is wrong",
+    one_dtype_more: f"{O_PROJ!r} is BF16, on other ranks F32 | the files belong to several checkpoints; save the model",
+    truncated: "truncated | download or save the file again",
     hostile: "tensor 'a' is F32 [99999999999, 99999999999] but spans 8 bytes",
     pipe: "model1-mp2.safetensors: not a regular file",
     pipe_for_config: "config.json: cannot be read: not a regular file",
@@ -299,8 +302,9 @@ def test_files_that_do_not_fit_are_refused_by_name(
     code, out, errors = migrator("reshard", llama, tmp_path / "out", *TWO)
     assert (code, out) == (2, "")
     assert len(errors) == 2, errors
-    assert DAMAGES[damage] in errors[0]
-    assert errors[1].startswith("hint: ")
+    message, _, hint = DAMAGES[damage].partition(" | ")
+    assert message in errors[0]
+    assert errors[1].startswith(f"hint: {hint}")
     assert not (tmp_path / "out").exists()
 
 
@@ -312,24 +316,36 @@ def test_expected_names_are_listed(llama: Path, migrator: Run, tmp_path: Path) -
 
 
 WRONG = {
-    "no rank": (("--from-pattern", "model.safetensors", "--from-tp", 2), "has no {rank}"),
-    "a path": (("--from-pattern", "../model{rank}.safetensors", "--from-tp", 2), "contains a path"),
-    "another format": (("--from-pattern", "model{rank}.pt", "--from-tp", 2), "does not end in .safetensors"),
+    "no rank": (
+        ("--from-pattern", "model.safetensors", "--from-tp", 2),
+        "has no {rank} | write it like 'model{rank}-mp{world}.safetensors' or",
+    ),
+    "a path": (
+        ("--from-pattern", "../model{rank}.safetensors", "--from-tp", 2),
+        "contains a path | name the folder as the source, and its files by the pattern",
+    ),
+    "another format": (
+        ("--from-pattern", "model{rank}.pt", "--from-tp", 2),
+        "does not end in .safetensors | save files of other formats as safetensors",
+    ),
     "unlike all": (
         ("--from-pattern", "rank{rank}.safetensors", "--from-tp", 2),
-        "the folder has 'model0-mp2.safetensors', 'model1-mp2.safetensors'",
+        "the folder has 'model0-mp2.safetensors', 'model1-mp2.safetensors' | correct --from-pattern",
     ),
-    "more ranks": (("--from-pattern", DEEPSEEK, "--from-tp", 4), "has files of 2 ranks, not of 4"),
+    "more ranks": (
+        ("--from-pattern", DEEPSEEK, "--from-tp", 4),
+        "has files of 2 ranks, not of 4 | correct --from-tp and --from-ep",
+    ),
     "no size": (("--from-pattern", DEEPSEEK), "--from-pattern needs --from-tp"),
     "no pattern": (("--from-tp", 2), "--from-tp describes another stack's rank files"),
     "no pattern for a plan": (("--plan", "plan.json"), "--plan describes another stack's rank files"),
     "uneven groups": (
         ("--from-pattern", DEEPSEEK, "--from-tp", 4, "--from-ep", 6),
-        "--from-ep 6 is not a multiple of --from-tp 4",
+        "--from-ep 6 is not a multiple of --from-tp 4 | an expert group holds whole tensor parallel groups",
     ),
     "a mode without experts": (
         ("--from-pattern", DEEPSEEK, "--from-tp", 2, "--from-mode", "tp_ep"),
-        "--from-mode tp_ep does not go with --from-ep 1",
+        "--from-mode tp_ep does not go with --from-ep 1 | give --from-ep with the modes ep and tp_ep",
     ),
     "a long pattern": (("--from-pattern", "a" * 9999, "--from-tp", 2), "--from-pattern 'aaaa"),
     "a long pattern that fits nothing": (
@@ -345,7 +361,9 @@ def test_options_that_make_no_sense_are_refused(case: str, llama: Path, migrator
     options, what = WRONG[case]
     code, out, errors = migrator("reshard", llama, tmp_path / "out", *options)
     assert (code, out, len(errors)) == (2, "", 2), errors
-    assert what in errors[0]
+    message, _, hint = what.partition(" | ")
+    assert message in errors[0]
+    assert errors[1].startswith(f"hint: {hint}")
     assert len(errors[0]) < 500
 
 

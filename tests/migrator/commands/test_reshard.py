@@ -147,6 +147,7 @@ def test_only_overwrite_replaces(migrator, hub_folder, tmp_path):
     code, _, errors = migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")
     assert (code, (out / "mine").exists()) == (2, True)
     assert "contains 'mine', which would be lost" in errors[-2]
+    assert errors[-1] == "hint: move these files away, or name a new folder"
     (out / "mine").unlink()
     assert migrator("reshard", hub, out, "--layout", "ranks", "--tp", 4, "--overwrite")[0] == 0
     assert sorted(path.name for path in out.glob("*.safetensors"))[-1] == "rank-00003-of-00004.safetensors"

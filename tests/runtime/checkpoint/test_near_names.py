@@ -188,6 +188,9 @@ def test_a_base_model_alone_is_seen(model: nn.Module, hub_folder: HubFolder, tmp
     assert isinstance(base, nn.Module)
     error = refuse(write_dcp(base.state_dict(), hub_folder("qwen2"), tmp_path / "saved"))
     assert "with 'model.' before the stored names" in error.message
+    assert error.hint.startswith(
+        "the model seems to be saved without what is around its 'model.'; save the whole model"
+    )
     assert "all but 'lm_head.weight'" in error.message
 
 

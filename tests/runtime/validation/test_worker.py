@@ -68,7 +68,10 @@ def test_no_worker_is_started_for_more_ranks_than_a_machine_can_run(
     hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.validation.worker.launch", None)
-    with pytest.raises(UsageError, match="100000 ranks are too many for this machine"):
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)100000 ranks are too many for this machine.*hint: use `ranks=threads`, a smaller mesh",
+    ):
         run_validation(ValidationRequest(hub_folder("llama"), Mesh(tp=100_000), ranks="processes"))
 
 
@@ -104,8 +107,17 @@ def test_a_torch_that_mixes_threads_up_is_not_asked_to_run_them(monkeypatch: pyt
 
 
 def test_ranks_of_torchrun_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="torchrun starts ranks as processes"):
+    with pytest.raises(
+        UsageError, match=r"(?s)torchrun starts ranks as processes.*hint: leave `ranks` out, or run without torchrun"
+    ):
         worker.validate_as_rank(ValidationRequest(Path("anything"), Mesh(tp=2), ranks="threads"))
+
+
+def test_ranks_on_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(worker.faulthandler, "dump_traceback_later", lambda *arguments, **named: None)
+    with pytest.raises(UsageError, match=r"(?s)there is no GPU for the ranks.*hint: use `device=cpu`"):
+        worker._validate_on_threads(ValidationRequest(Path("anything"), Mesh(tp=2), device="cuda", ranks="threads"))
 
 
 def test_ranks_as_threads_find_what_processes_do(hub_folder: HubFolder) -> None:

@@ -285,12 +285,12 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
             {"more": replace(m.state_dict_metadata[NORM], size=torch.Size((0, 3)), chunks=[])}
         ),
         IncompleteError,
-        "lossy: 'more' stored nowhere",
+        r"(?s)lossy: 'more' stored nowhere.*hint: the metadata lists more than was saved; save again",
     ),
     "another size": (
         lambda m: setattr(m.state_dict_metadata[NORM], "size", torch.Size((33,))),
         MismatchError,
-        r"\[32\] in the model but \[33\]",
+        r"(?s)\[32\] in the model but \[33\].*hint: config\.json does not belong to these weights",
     ),
     "another dtype": (
         lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.float16),
@@ -300,7 +300,7 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     "an unknown dtype": (
         lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.quint8),
         HeaderError,
-        "names 'torch.quint8'",
+        r"(?s)names 'torch.quint8'.*hint: do not load this file with torch either",
     ),
     "a size below zero": (
         lambda m: setattr(m.state_dict_metadata[NORM], "size", torch.Size((-1,))),
@@ -322,14 +322,30 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
         HeaderError,
         r"is F32 \[32\], but",
     ),
-    "past the end": (lambda m: set_info(m, offset=2**40), IncompleteError, "truncated"),
+    "past the end": (
+        lambda m: set_info(m, offset=2**40),
+        IncompleteError,
+        r"(?s)truncated.*hint: copy or save the file again",
+    ),
     "before the beginning": (lambda m: set_info(m, offset=-1), HeaderError, "not in a file of this folder"),
     "a file elsewhere": (lambda m: set_info(m, relative_path="../a"), HeaderError, "not in a file of this folder"),
     "an absolute path": (lambda m: set_info(m, relative_path="/etc/passwd"), HeaderError, "not in a file"),
-    "a missing file": (lambda m: set_info(m, relative_path="a.distcp"), IncompleteError, "missing"),
+    "a missing file": (
+        lambda m: set_info(m, relative_path="a.distcp"),
+        IncompleteError,
+        r"(?s)missing.*hint: copy the missing file",
+    ),
     "a name that is none": (lambda m: set_info(m, relative_path="\0"), HeaderError, "not in a file of this folder"),
-    "compressed": (lambda m: set_info(m, transform_descriptors=["zstd"]), CheckpointError, "transformed"),
-    "two models": (second_model, CheckpointError, "contains several models, under 'model.', 'average.'"),
+    "compressed": (
+        lambda m: set_info(m, transform_descriptors=["zstd"]),
+        CheckpointError,
+        r"(?s)transformed.*hint: save the checkpoint without extensions",
+    ),
+    "two models": (
+        second_model,
+        CheckpointError,
+        r"(?s)several models, under 'model.', 'average.'.*hint: save the model that you want",
+    ),
     "not metadata": (lambda m: m.__dict__.clear(), HeaderError, ""),
 }
 

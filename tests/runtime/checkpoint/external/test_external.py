@@ -126,6 +126,7 @@ def test_a_plan_file_that_says_something_else_is_refused(name: str, text: str, w
     with pytest.raises(UsageError) as error:
         read_plan_file(tmp_path / name)
     assert what in error.value.message
+    assert error.value.hint.startswith('write key to style or placement: {"model.layers.*')
     assert str(tmp_path / name) in error.value.message
     assert len(error.value.message) < 500
 
@@ -178,7 +179,7 @@ def test_entries_of_the_user_win_over_those_of_the_model(checkpoint: Saved) -> N
         ({"model.layers.*.mlp": Shard(0)}, UnmatchedKeyError, "nor a module that has one"),
         ({"model.norm": Shard(1)}, PlanError, "places model.norm.weight as Shard(1), but it is [32]"),
         ({"model.norm": "sideways"}, PlanError, "sideways"),
-        ({"model.embed_tokens": Replicate()}, PlanError, "are one tensor, but are placed as Shard(0) and as Replicate"),
+        ({"model.embed_tokens": Replicate()}, PlanError, "one tensor, but are placed as Shard(0) and as Replicate"),
     ],
 )
 def test_entries_that_cannot_be_are_refused(plan: dict[str, Any], error: type, what: str, checkpoint: Saved) -> None:
@@ -186,6 +187,10 @@ def test_entries_that_cannot_be_are_refused(plan: dict[str, Any], error: type, w
     with pytest.raises(error) as refused:
         resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan))
     assert what in refused.value.message
+    if "are placed as" in what:
+        assert refused.value.hint == "give both the same placement in `plan`"
+        both = {name: Replicate() for name in ("model.embed_tokens", "lm_head")}
+        assert resolve_external_plan(model, ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=both))
 
 
 def test_a_model_without_a_plan_is_read_by_the_users_alone(tmp_path: Path) -> None:
@@ -232,7 +237,9 @@ def test_a_cut_of_experts_that_leaves_scattered_rows_of_hub_tensors_is_refused(
     hub = hub_folder("qwen3_moe")
     source = write(tmp_path / "foreign", hub, stored_in(hub), TP, tp=2)
     plan = {"model.layers.*.mlp.experts.gate_up_proj": Packed(1, 4)}
-    with pytest.raises(ConversionError, match="leaves a rank scattered parts of"):
+    with pytest.raises(
+        ConversionError, match=r"(?s)scattered parts of.*hint: save the rank files under the model's own names"
+    ):
         plan_reshard(
             source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )

@@ -111,7 +111,11 @@ def become_folder(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], type[MigratorError], str]] = {
-    "no weights": (remove_weights, IncompleteError, "no model.safetensors"),
+    "no weights": (
+        remove_weights,
+        IncompleteError,
+        r"(?s)no model.safetensors.*hint: name the folder with the weights",
+    ),
     "only pickles": (only_pickles, IncompleteError, "contains pickled weights.*'one.bin', 'other.bin'"),
     "rank files": (become("rank-00000-of-00001.safetensors"), IncompleteError, "without the migrator.json"),
     "distcp": (become_archive, IncompleteError, "without the .metadata"),
@@ -195,7 +199,9 @@ def test_a_file_that_is_not_named_is_not_even_opened(hub: Path) -> None:
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)not a folder.*hint: name the folder with config.json and the weights"
+    ):
         read_hub(tmp_path / "nothing")
 
 

@@ -310,8 +310,11 @@ def test_what_the_config_and_the_tensors_say_must_agree(fp8: Path, tmp_path: Pat
         folder.mkdir()
         (folder / "config.json").write_text((fp8 / "config.json").read_text())
         save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-        with pytest.raises(UsageError, match=re.escape(message)):
+        with pytest.raises(UsageError, match=re.escape(message)) as caught:
             plan_reshard(folder, Mesh(tp=2))
+        unquantized = "take the quantization_config out of config.json if these are the unquantized weights"
+        other = "use the checkpoint that it was quantized from, or the config.json that was saved with these weights"
+        assert caught.value.hint == (unquantized if message.startswith("none of") else other)
 
 
 def test_layers_that_are_carried_keep_their_scales(fp8: Path, tmp_path: Path) -> None:
@@ -379,7 +382,7 @@ def test_fused_experts_are_not_separated_within_a_block(
     for experts in (None, "separate"):
         with pytest.raises(ConversionError, match=re.escape(message)) as caught:
             plan_reshard(source, target=ReshardTarget("hf", experts=experts))
-        assert caught.value.hint.startswith("set `experts=fused`")
+        assert caught.value.hint.startswith("set `experts=fused` to store the")
     # What the hint says works, and so does expert parallelism, which cuts no block.
     execute_reshard(plan_reshard(source, target=ReshardTarget("hf", experts="fused")), tmp_path / "fused")
     fused = load_file(tmp_path / "fused" / WEIGHTS)

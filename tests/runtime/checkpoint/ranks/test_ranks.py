@@ -132,13 +132,17 @@ def resaved(folder: Path, rank: int, change: Callable[[dict[str, torch.Tensor]],
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], type[MigratorError], str]] = {
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), IncompleteError, "no migrator.json"),
+    "no manifest": (
+        lambda folder: (folder / MANIFEST).unlink(),
+        IncompleteError,
+        r"(?s)no migrator.json.*hint: name a folder written by `migrator reshard",
+    ),
     "a rank is missing": (lambda folder: (folder / rank_file_name(1, 2)).unlink(), IncompleteError, "rank-00001"),
     "a tensor is missing": (lambda folder: resaved(folder, 1, lambda t: t.pop(NORM)), MismatchError, NORM),
     "a tensor too many": (
         lambda folder: resaved(folder, 0, lambda t: t.update(more=torch.zeros(1))),
         MismatchError,
-        "'more' is not in",
+        r"(?s)'more' is not in.*hint: the file belongs to another checkpoint; reshard again",
     ),
     "another dtype": (
         lambda folder: resaved(folder, 0, lambda t: t.update({NORM: t[NORM].half()})),

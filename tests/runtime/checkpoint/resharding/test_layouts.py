@@ -137,7 +137,10 @@ def test_a_source_that_no_longer_holds_its_bytes_is_refused(checkpoint: Checkpoi
     damaged[-1000] ^= 1
     file.write_bytes(damaged)
     plan = plan_reshard(ranks, target=HUB)
-    with pytest.raises(MismatchError, match="match the digests in the manifest") as caught:
+    with pytest.raises(
+        MismatchError,
+        match=r"(?s)match the digests in the manifest.*hint: the files were damaged after they were written; reshard",
+    ) as caught:
         execute_reshard(plan, tmp_path / "hub")
     assert len(caught.value.data["tensors"]) == 1
     assert not (tmp_path / "hub").exists()
@@ -156,8 +159,14 @@ def test_a_manifest_that_names_other_stored_tensors_is_refused(checkpoint: Check
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layout": "hf", "mesh": Mesh(tp=2)}, "whole tensors"),
-        ({"layout": "ranks", "experts": "fused"}, "applies to hub form only"),
+        (
+            {"layout": "hf", "mesh": Mesh(tp=2)},
+            r"(?s)whole tensors.*hint: omit `tp`, `ep` and `fsdp`, or choose `layout=dcp`",
+        ),
+        (
+            {"layout": "ranks", "experts": "fused"},
+            r"(?s)applies to hub form only.*hint: omit it, or choose `layout=hf`",
+        ),
     ],
 )
 def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -166,5 +175,5 @@ def test_targets_that_contradict_themselves_are_refused(arguments: dict[str, obj
 
 
 def test_a_mesh_beside_a_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a target has its own mesh"):
+    with pytest.raises(UsageError, match=r"(?s)a target has its own mesh.*hint: pass the target alone: ReshardTarget"):
         plan_reshard(tmp_path, Mesh(tp=2), ReshardTarget("ranks"))
