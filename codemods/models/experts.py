@@ -22,7 +22,7 @@ _Layout = ExpertLayout | UnreadLayout
 
 _BY_HAND = "check the layout and rewrite the entry by hand"
 _NO_SOURCE = UnreadLayout(
-    "no modeling file is beside it, and auto/modeling_auto.py maps its model type to none",
+    "no modeling file is beside it, and auto/modeling_auto.py maps its model type to no class that is found in one",
     "put the modeling file beside the configuration, or " + _BY_HAND,
 )
 _NO_EXPERTS = UnreadLayout(

@@ -36,6 +36,7 @@ _MODULE = re.compile(rb"\bParameter\(|\bnn\.Module\b")
 _MODEL_TYPE = re.compile(rb"\n[ \t]+model_type(?:[ \t]*:[^=\n]+)?[ \t]*=[ \t]*[\"']([\w.-]+)[\"']")
 _MAPPED = re.compile(rb"[\"']([\w.-]+)[\"'][ \t]*[,:]\s*(\(\s*[\"'][^()]*\)|[\"']\w+[\"'])")
 _WORD = re.compile(rb"\w+")
+_COMMENT = re.compile(rb"#[^\n]*")
 
 
 class _AutoClasses(NamedTuple):
@@ -131,7 +132,7 @@ def _find_mapped_files(
 def _read_auto_classes(auto: Path, _state: FileState) -> _AutoClasses:
     of_type: dict[bytes, list[bytes]] = defaultdict(list)
     types_of: dict[bytes, list[bytes]] = defaultdict(list)
-    for model_type, listed in _MAPPED.findall(read_lines(auto)):
+    for model_type, listed in _MAPPED.findall(_COMMENT.sub(b"", read_lines(auto))):
         for name in _WORD.findall(listed):
             of_type[model_type].append(name)
             types_of[name].append(model_type)

@@ -84,6 +84,8 @@ UNMAPPED = {
     "no mapping": "NAMES = OrderedDict([])\n",
     "a class that no file defines": 'NAMES = OrderedDict([("new", "LostModel")])\n',
     "one of two that none defines": 'NAMES = OrderedDict([("new", "ToyModel"), ("new", "LostModel")])\n',
+    "a comment": '# ("new", "ToyModel"),\nNAMES = OrderedDict([("toy", "ToyModel")])  # "new": "ToyModel"\n',
+    "a name for the type": 'NEW = "new"\nNAMES = OrderedDict([("toy", "ToyModel"), (NEW, "ToyModel")])\n',
     "another type": 'NAMES = OrderedDict([("new_text", "ToyModel")])\n',
 }
 
