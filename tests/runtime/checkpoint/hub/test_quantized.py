@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from plans.errors import ConversionError, IndivisibleError, MigratorError, UsageError
+from plans.errors import ConversionError, IncompleteError, IndivisibleError, MigratorError, UsageError
 from plans.mesh import Mesh
 from plans.placement import Packed, Placement, Replicate, Shard
 from runtime.checkpoint.files.file_names import WEIGHTS
@@ -441,3 +441,20 @@ def test_tensor_parallelism_cuts_no_block_of_the_intermediate_dim(projection: st
     with pytest.raises(IndivisibleError, match=rf"tp=2 would cut .*{projection}, .* within blocks of") as caught:
         check_scale_blocks(Mesh(tp=2), parameters, find_scales(model))
     assert caught.value.hint == "sizes that work: 1"
+
+
+@pytest.mark.parametrize("intermediate", [6, 8])
+def test_scales_of_blocks_under_another_name_are_never_left_apart(intermediate: int, tmp_path: Path) -> None:
+    """Names in `_scale` are those of whole tensors; with blocks, the model's own scales count as missing."""
+    source = tmp_path / "hub"
+    tensors = fused_fp8(source, intermediate, 4, "float")
+    renamed = {name.replace("_scale_inv", "_scale"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, source / WEIGHTS, metadata={"format": "pt"})
+    for target in (ReshardTarget("hf", experts="separate"), ReshardTarget("hf", experts="fused"), MODES["ep"]):
+        with pytest.raises(
+            IncompleteError, match=r"q_a_proj\.weight_scale_inv'.* are not stored; stored are '"
+        ) as caught:
+            plan_reshard(source, target=target)
+        assert caught.value.hint == "the checkpoint is incomplete, or config.json belongs to another model"
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    assert plan_reshard(source, target=MODES["ep"])
