@@ -27,11 +27,58 @@ def find_free_parameters(function: Function) -> frozenset[str]:
 def find_local_plans(function: Function) -> dict[str, str]:
     """Return the local names of a function that are made from a plan or written into one, with the plan's attribute.
 
-    Names that refer to plans of two kinds are left out, and so are names that are not variables of the function, and
-    names that also have other values and are never written into a plan.
+    Names that refer to plans of two kinds are left out, and so are names that are not variables of the function, names
+    that also have other values and are never written into a plan, and names of which only keys are read.
     """
     local_names = _read_local_names(function).items()
-    return {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
+    plans = {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
+    return {name: plan for name, plan in plans.items() if not _gives_keys_only(function, name)}
+
+
+def _gives_keys_only(function: Function, name: str) -> bool:
+    """Return whether a variable holds a plan or nothing, and only the plan's keys are read through it.
+
+    Whatever could change the plan or hand its styles on makes it another name of the plan:
+    `tp_plan = model._tp_plan if shards else []` before `for key in tp_plan` does not.
+    """
+    bindings = 0
+    keyed: set[int] = set()
+    uses: list[ast.Name] = []
+    for node in ast.walk(function):
+        for target, value in iter_bindings(node):
+            if isinstance(target, ast.Name) and target.id == name:
+                bindings += 1
+                if not _holds_plan_or_nothing(value):
+                    return False
+        keyed.update(id(operand) for operand in _iter_key_reads(node))
+        if isinstance(node, ast.Name) and node.id == name:
+            uses.append(node)
+    stores = sum(isinstance(use.ctx, ast.Store) for use in uses)
+    return stores == bindings and all(isinstance(use.ctx, ast.Store) or id(use) in keyed for use in uses)
+
+
+def _holds_plan_or_nothing(value: ast.expr) -> bool:
+    for part in split_expression(value):
+        match part.node:
+            case ast.Constant(value=None) | ast.Dict(keys=[]) | ast.List(elts=[]) | ast.Tuple(elts=[]):
+                continue
+            case ast.expr() if any(True for _ in _iter_plan_reads(part.node)):
+                continue
+        return False
+    return True
+
+
+def _iter_key_reads(node: ast.AST) -> Iterator[ast.expr]:
+    """Yield the operands of a node that take at most the keys of a dict."""
+    match node:
+        case ast.For(iter=value) | ast.comprehension(iter=value):
+            yield value
+        case ast.If(test=value) | ast.While(test=value) | ast.IfExp(test=value) | ast.UnaryOp(ast.Not(), value):
+            yield value
+        case ast.Compare(left=left, comparators=comparators):
+            yield from (left, *comparators)
+        case ast.Call(func=ast.Name(id="len" | "bool" | "sorted" | "isinstance"), args=arguments):
+            yield from arguments[:1]
 
 
 def find_object_plans(function: Function) -> frozenset[str]:

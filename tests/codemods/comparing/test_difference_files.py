@@ -202,3 +202,33 @@ def test_a_module_with_a_bare_weight_is_placed_by_the_weight(root, key, placemen
     (found,) = differences(root)
     assert (found.before.effect.placement, found.after.effect.placement) == placements
     assert found.kind == ("placement" if len(set(placements)) > 1 else "meaning")
+
+
+COUNTING = """
+class Model:
+    _tp_plan = {{"lm_head": "colwise"}}
+
+
+def count(model, on):
+    plan = {value}
+    {use}
+"""
+
+
+@pytest.mark.parametrize(
+    "value", ["model._tp_plan if on else []", "model._tp_plan if on else None", "() or model._tp_plan"]
+)
+@pytest.mark.parametrize(
+    "use", ["return len(plan)", "return [key for key in plan]", "return plan is not None and 'lm_head' in plan"]
+)
+def test_code_that_reads_the_keys_of_a_plan_is_no_plan(root, value, use):
+    write(root, {"toy.py": COUNTING.format(value="model._tp_plan", use=use)})
+    edit(root, "toy.py", "plan = model._tp_plan", f"plan = {value}")
+    assert differences(root) == ()
+
+
+@pytest.mark.parametrize("use", ["plan['lm_head'] = 'rowwise'", "return register(plan)", "model.head_plan = plan"])
+def test_code_that_may_change_a_plan_is_one(root, use):
+    write(root, {"toy.py": COUNTING.format(value="model._tp_plan", use=use)})
+    edit(root, "toy.py", "plan = model._tp_plan", "plan = other(model)._tp_plan if on else []")
+    assert differences(root) != ()
