@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ __all__ = [
     "HubCheckpoint",
     "HubIndex",
     "check_has_weights",
+    "check_index",
     "find_pickled_weights",
     "read_hub",
     "read_index",
@@ -94,7 +95,7 @@ def read_hub(folder: Path) -> HubCheckpoint:
         index = read_index(folder)
         files = sorted(set(index.weight_map.values()))
         stored = {name: read_header(resolve_path(folder, name)) for name in files}
-        _check_index(folder / INDEX, index.weight_map, stored)
+        check_index(folder / INDEX, index.weight_map, {file: header.tensors for file, header in stored.items()})
         headers = tuple(_select_named(header, index.weight_map) for header in stored.values())
         tensors = {name: tensor for header in headers for name, tensor in header.tensors.items()}
         side = find_side_files(folder, frozenset((*files, INDEX)))
@@ -225,12 +226,22 @@ def resolve_path(folder: Path, name: str, index: str = INDEX) -> Path:
     return path
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
-    """Refuse an index that maps a tensor to a file without it."""
+def check_index(index: Path, weight_map: Mapping[str, str], names: Mapping[str, Container[str]]) -> None:
+    """Check that every tensor of an index is in the file that it names.
+
+    Args:
+        index: the index.
+        weight_map: the files by the tensors' names.
+        names: the names of the tensors in each file.
+
+    Raises:
+        HeaderError: a tensor is in another file.
+        IncompleteError: a tensor is in no file.
+    """
     for name, file in weight_map.items():
-        if name in headers[file].tensors:
+        if name in names[file]:
             continue
-        if others := [other for other, header in headers.items() if name in header.tensors]:
+        if others := [other for other, present in names.items() if name in present]:
             raise HeaderError(
                 f"{index}: maps tensor {name!r} to {file}, but it is in {others[0]}",
                 hint="the index belongs to another version of the checkpoint; download both again",

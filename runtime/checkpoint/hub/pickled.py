@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from plans.errors import HeaderError, IncompleteError
 from runtime.checkpoint.files.file_names import PICKLED_INDEX, is_pickled_file
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, find_side_files
-from runtime.checkpoint.hub.files import HubCheckpoint, read_index, resolve_path
+from runtime.checkpoint.hub.files import HubCheckpoint, check_index, read_index, resolve_path
 from runtime.checkpoint.pickled.state_dict import StateDict, read_state_dict
 from runtime.checkpoint.pickled.tensors import ArchivedTensor, parse_tensor
 from runtime.tensor_map.tensor_map import TensorMap
@@ -40,7 +39,9 @@ def read_pickled_hub(folder: Path, name: str) -> HubCheckpoint:
         names = sorted(set(index.weight_map.values())) if index else [name]
         files = {name: read_state_dict(resolve_path(folder, name, PICKLED_INDEX), parse_tensor) for name in names}
         if index:
-            _check_index(folder, index.weight_map, files)
+            check_index(
+                folder / PICKLED_INDEX, index.weight_map, {name: state.tensors for name, state in files.items()}
+            )
         side = find_side_files(folder, {name, *names})
     archived: dict[str, ArchivedTensor] = {}
     left_behind = list(side.left_behind)
@@ -53,25 +54,6 @@ def read_pickled_hub(folder: Path, name: str) -> HubCheckpoint:
                 reason = f"which {PICKLED_INDEX} does not map to it"
                 left_behind.append(LeftBehind(f"{tensor!r} in {file}", reason, is_file=False))
     return _build_checkpoint(archived, SideFiles(side.copied, tuple(left_behind)))
-
-
-def _check_index(folder: Path, weight_map: Mapping[str, str], files: _PickledFiles) -> None:
-    """Refuse an index that maps a tensor to a file without it."""
-    for tensor, file in weight_map.items():
-        if tensor in files[file].tensors:
-            continue
-        if others := [other for other, state in files.items() if tensor in state.tensors]:
-            raise HeaderError(
-                f"{folder / PICKLED_INDEX}: maps tensor {tensor!r} to {file}, but it is in {others[0]}",
-                hint="the index belongs to another version of the checkpoint; download both again",
-                tensor=tensor,
-            )
-        raise IncompleteError(
-            f"{folder / PICKLED_INDEX}: tensor {tensor!r} is not in {file}",
-            hint="download the file again",
-            tensor=tensor,
-            file=file,
-        )
 
 
 def _build_checkpoint(archived: Mapping[str, ArchivedTensor], side_files: SideFiles) -> HubCheckpoint:
