@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from plans.errors import IncompleteError
+from plans.errors import CheckpointError, IncompleteError
 from plans.text import format_names
 
-__all__ = ["build_missing_error", "strip_wrappers"]
+__all__ = ["build_missing_error", "check_distinct", "strip_wrappers"]
 
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module"
@@ -46,6 +46,26 @@ class _Reading:
 def strip_wrappers(name: str) -> str:
     """Return a stored name without what compilation and parallel wrappers put into it, wherever that stands."""
     return _BARE_WRAPPERS.sub("", name)
+
+
+def check_distinct(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names that wrappers alone distinguish, because nothing tells which of the tensors is meant.
+
+    Args:
+        folder: the checkpoint's folder.
+        names: the stored names.
+
+    Raises:
+        CheckpointError: two names are equal without their wrappers.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        if (other := known.setdefault(strip_wrappers(name), name)) != name:
+            raise CheckpointError(
+                f"{folder}: {other!r} and {name!r} are one tensor's names without their wrappers",
+                hint="save the model that you want alone",
+                names=[other, name],
+            )
 
 
 def build_missing_error(

@@ -2,174 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from plans.errors import CheckpointError, ConversionError, HeaderError, MismatchError
+from plans.errors import ConversionError, HeaderError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.chunks import Chunk, infer_shapes, join_chunks
-from runtime.checkpoint.dcp.metadata import ChunkMetadata, read_metadata
-from runtime.checkpoint.dcp.storage import read_chunks, read_shard_files
-from runtime.checkpoint.files.file_names import MANIFEST, METADATA, find_shard_files
+from runtime.checkpoint.dcp.experts import check_experts_numbered
+from runtime.checkpoint.dcp.saved import SavedTensors, read_saved_tensors
+from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
-from runtime.checkpoint.files.side_files import LeftBehind, SideFiles, find_side_files
-from runtime.checkpoint.hub.conversion import find_model_names
+from runtime.checkpoint.files.side_files import SideFiles, find_side_files
+from runtime.checkpoint.hub.conversion import convert, find_model_names
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.manifest import Manifest, TensorKind
-from runtime.checkpoint.near_names import build_missing_error, strip_wrappers
+from runtime.checkpoint.near_names import build_missing_error
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import describe_assumed_class, find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
-from runtime.tensor_map.tensor_map import Shape, TensorMap
+from runtime.tensor_map.compose import compose
+from runtime.tensor_map.tensor_map import Shape, TensorMap, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["SavedTensors", "build_model_checkpoint", "read_dcp_checkpoint", "read_saved_tensors", "select_model"]
-
-
-_Part = TypeVar("_Part", ChunkMetadata, Chunk)
-
-
-@dataclass(frozen=True)
-class SavedTensors:
-    """The tensors that a folder stores.
-
-    Args:
-        chunks: the chunks of all tensors.
-        declared_shapes: the shapes that `.metadata` lists by name; shard files do not list any.
-        files: the names of the files that were read.
-        left_behind: descriptions of what is saved besides the model.
-        names: all saved names, with their prefix.
-    """
-
-    chunks: Sequence[Chunk]
-    declared_shapes: Mapping[str, Shape]
-    files: Collection[str]
-    left_behind: Sequence[LeftBehind]
-    names: Collection[str]
-
-
-def read_saved_tensors(folder: Path, model: Collection[str]) -> SavedTensors:
-    """Read which chunks a folder stores, from headers only.
-
-    Training jobs save a model inside other state, such as `{"model": …, "optimizer": …}`. Its names then have a prefix,
-    and tensors without that prefix are left behind.
-
-    Args:
-        folder: the checkpoint's folder, with shard files or `.distcp` files.
-        model: the names of the model's tensors.
-
-    Raises:
-        IncompleteError: a file is missing or truncated.
-        HeaderError: headers or metadata are wrong.
-        CheckpointError: the folder contains more than one model.
-    """
-    files = find_shard_files(folder)
-    if files:
-        chunks = read_shard_files(folder, files)
-        names = dict.fromkeys(chunk.name for chunk in chunks)
-        prefix = _find_prefix(names, model, folder)
-        return SavedTensors(_strip_prefix(prefix, chunks), {}, files, _describe_unprefixed(prefix, names), names)
-    saved = read_metadata(folder)
-    prefix = _find_prefix(saved.shapes, model, folder)
-    chunks = read_chunks(folder, _strip_prefix(prefix, saved.chunks))
-    shapes = {name.removeprefix(prefix): shape for name, shape in saved.shapes.items() if name.startswith(prefix)}
-    left_behind = (
-        *_describe_unprefixed(prefix, saved.shapes),
-        *(LeftBehind(f"{name!r} of {METADATA}", "no tensor", is_file=False) for name in saved.non_tensors),
-    )
-    return SavedTensors(chunks, shapes, {METADATA, *saved.files}, left_behind, saved.shapes.keys())
-
-
-def select_model(
-    folder: Path,
-    chunks: Sequence[Chunk],
-    shapes: Mapping[str, Shape],
-    files: Collection[str],
-    left_behind: Sequence[LeftBehind],
-    model: Collection[str],
-) -> SavedTensors:
-    """Return the tensors of a model among those that files store, under the names that they have in the model.
-
-    If the model is not complete under the stored names, they are read without what wrappers put into them.
-
-    Args:
-        folder: the folder of the files.
-        chunks: the chunks of all tensors.
-        shapes: their shapes by name.
-        files: the names of the files.
-        left_behind: what else the files contain.
-        model: the names of the model's tensors.
-
-    Raises:
-        CheckpointError: the files contain more than one model, or two names are equal without their wrappers.
-    """
-    prefix = _find_prefix(shapes, model, folder)
-    if not all(prefix + name in shapes for name in model):
-        _check_distinct(folder, shapes)
-        chunks = [replace(chunk, name=strip_wrappers(chunk.name)) for chunk in chunks]
-        shapes = {strip_wrappers(name): shape for name, shape in shapes.items()}
-        prefix = _find_prefix(shapes, model, folder)
-    selected = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    others = (*_describe_unprefixed(prefix, shapes), *left_behind)
-    return SavedTensors(_strip_prefix(prefix, chunks), selected, files, others, shapes.keys())
-
-
-def _check_distinct(folder: Path, names: Iterable[str]) -> None:
-    """Refuse names that wrappers alone distinguish."""
-    known: dict[str, str] = {}
-    for name in names:
-        if (other := known.setdefault(strip_wrappers(name), name)) != name:
-            raise CheckpointError(
-                f"{folder}: {other!r} and {name!r} are one tensor's names without their wrappers",
-                hint="save the model that you want alone",
-                names=[other, name],
-            )
-
-
-def _find_prefix(names: Collection[str], model: Collection[str], folder: Path) -> str:
-    """Return the prefix of the names of all the model's tensors, which is mostly empty."""
-    first = next(iter(model))
-    if first in names:
-        return ""
-    ending = f".{first}"
-    candidates = [name.removesuffix(first) for name in names if name.endswith(ending)]
-    complete = [prefix for prefix in candidates if all(prefix + name in names for name in model)]
-    if len(complete) > 1:
-        raise CheckpointError(
-            f"{folder}: contains several models, under {format_names(complete)}",
-            hint="save the model that you want alone",
-            prefixes=complete,
-        )
-    return complete[0] if complete else ""
-
-
-def _strip_prefix(prefix: str, parts: Iterable[_Part]) -> list[_Part]:
-    return [replace(part, name=part.name.removeprefix(prefix)) for part in parts if part.name.startswith(prefix)]
-
-
-def _rename_tensors(saved: SavedTensors, names: Mapping[str, str]) -> SavedTensors:
-    return replace(
-        saved,
-        chunks=[replace(chunk, name=names.get(chunk.name, chunk.name)) for chunk in saved.chunks],
-        declared_shapes={names.get(name, name): shape for name, shape in saved.declared_shapes.items()},
-        names=[names.get(name, name) for name in saved.names],
-    )
-
-
-def _describe_unprefixed(prefix: str, names: Iterable[str]) -> tuple[LeftBehind, ...]:
-    """Describe the tensors without the prefix, counted by the first part of their names."""
-    counts = Counter(name.partition(".")[0] for name in names if not name.startswith(prefix))
-    return tuple(
-        LeftBehind(f"{word!r} beside the model", f"{count} in number", is_file=False) for word, count in counts.items()
-    )
+__all__ = ["build_model_checkpoint", "read_dcp_checkpoint"]
 
 
 _SAVED_AGAIN = (
@@ -196,10 +58,21 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
     tied = find_tied_names(model)
     stored_names = manifest.stored_names if manifest is not None else {}
     wanted = [stored_names.get(name, name) for name in model_tensors(model) if name not in tied]
-    saved = _rename_tensors(read_saved_tensors(folder, wanted), {stored: name for name, stored in stored_names.items()})
+    saved = _rename_tensors(
+        read_saved_tensors(folder, wanted, model), {stored: name for name, stored in stored_names.items()}
+    )
     side_files = find_side_files(folder, {MANIFEST, *saved.files})
     checkpoint = build_model_checkpoint(folder, saved, model, layout="dcp", side_files=side_files)
     return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint
+
+
+def _rename_tensors(saved: SavedTensors, names: Mapping[str, str]) -> SavedTensors:
+    return replace(
+        saved,
+        chunks=[replace(chunk, name=names.get(chunk.name, chunk.name)) for chunk in saved.chunks],
+        declared_shapes={names.get(name, name): shape for name, shape in saved.declared_shapes.items()},
+        names=[names.get(name, name) for name in saved.names],
+    )
 
 
 def build_model_checkpoint(
@@ -230,39 +103,60 @@ def build_model_checkpoint(
         ConversionError: a tied name holds other values than its target.
         UsageError: stored tensors are quantized differently from the model's.
     """
-    tied, of_model = find_tied_names(model), model_tensors(model)
-    dtypes = find_dtypes((tied.get(chunk.name, chunk.name), chunk.stored) for chunk in saved.chunks)
-    tensor_maps = _build_tensor_maps(saved, model, tied, folder)
+    of_model = model_tensors(model)
+    dtypes = find_dtypes((chunk.name, chunk.stored) for chunk in saved.chunks)
+    check_experts_numbered(folder, {**infer_shapes(saved.chunks), **saved.declared_shapes}, model)
+    tensors = _convert_hub_names(folder, saved, model) if saved.has_hub_names else _map_names(folder, saved, model)
     stored_chunks = {chunk.stored_name: chunk.stored for chunk in saved.chunks}
-    _check_quantization(tensor_maps, stored_chunks, model)
-    tensors = {
-        name: TensorInfo(_get_kind(of_model.get(name)), dtypes[name], tensor_map.shape)
-        for name, tensor_map in tensor_maps.items()
-    }
+    _check_quantization(tensors.maps, stored_chunks, model)
     return Checkpoint(
         folder=folder,
         layout=layout,
-        tensors=tensors,
-        tied=tied,
-        tensor_maps=tensor_maps,
+        tensors={
+            name: TensorInfo(
+                _get_kind(of_model.get(name)),
+                _find_dtype(name, [dtypes[source] for source in tensors.sources[name]], of_model.get(name)),
+                tensor_map.shape,
+            )
+            for name, tensor_map in tensors.maps.items()
+        },
+        tied=find_tied_names(model),
+        tensor_maps=tensors.maps,
         chunks=stored_chunks,
         side_files=SideFiles(side_files.copied, (*side_files.left_behind, *saved.left_behind)),
         config_folder=config_folder,
         extra_files=extra_files or {},
+        reoriented=tensors.reoriented,
     )
 
 
-def _build_tensor_maps(
-    saved: SavedTensors, model: PreTrainedModel, tied: Mapping[str, str], folder: Path
-) -> dict[str, TensorMap]:
-    """Return the tensor maps of the model's tensors, in its order, then of the passthrough tensors."""
+@dataclass(frozen=True)
+class _MappedTensors:
+    """The model's tensors, in its order, then the passthrough tensors.
+
+    Args:
+        maps: the tensors over the stored chunks.
+        sources: the saved tensors that each is made of.
+        reoriented: those that transformers would read otherwise.
+    """
+
+    maps: Mapping[str, TensorMap]
+    sources: Mapping[str, Sequence[str]]
+    reoriented: tuple[str, ...] = field(default=())
+
+
+def _map_names(folder: Path, saved: SavedTensors, model: PreTrainedModel) -> _MappedTensors:
+    """Return tensors that are saved under the names that they have in the model."""
+    tied = find_tied_names(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
     stored = {**infer_shapes(saved.chunks), **saved.declared_shapes}
     for name in saved.declared_shapes.keys() & shapes.keys():
         _check_shape(name, saved.declared_shapes[name], shapes[name], folder)
     tensor_maps = join_chunks(saved.chunks, {name: shapes.get(name, shape) for name, shape in stored.items()})
+    sources = {name: [name] for name in tensor_maps}
     for name in tied.keys() & tensor_maps.keys():
         tensor_maps[tied[name]] = _map_tied_tensor(name, tied[name], saved.chunks, tensor_maps.pop(name).shape)
+        sources.setdefault(tied[name], []).append(name)
     missing = [name for name in shapes if name not in tensor_maps and name not in tied]
     if missing:
         raise build_missing_error(
@@ -274,7 +168,41 @@ def _build_tensor_maps(
             describe_assumed_class(model),
         )
     order = (*(name for name in shapes if name not in tied), *(name for name in tensor_maps if name not in shapes))
-    return {name: tensor_maps[name] for name in order}
+    return _MappedTensors({name: tensor_maps[name] for name in order}, sources)
+
+
+def _convert_hub_names(folder: Path, saved: SavedTensors, model: PreTrainedModel) -> _MappedTensors:
+    """Return tensors that are saved under the names of the hub form, converted as transformers converts that."""
+    tied = find_tied_names(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items() if name not in tied}
+    stored = join_chunks(saved.chunks, {**infer_shapes(saved.chunks), **saved.declared_shapes})
+    conversion = convert(model, {name: tensor_map.shape for name, tensor_map in stored.items()}, shapes, tied)
+    over_chunks = compose(stored)
+    for name, tensor_map in conversion.duplicates.items():
+        target = conversion.tensor_maps[tied[name]]
+        if any(len(one.sources) != 1 or one != whole(one.sources[0], one.shape) for one in (tensor_map, target)):
+            raise _tied_error(name, tied[name])
+        _map_tied_tensor(tensor_map.sources[0], target.sources[0], saved.chunks, target.shape)
+    maps = {
+        **conversion.tensor_maps,
+        **{name: whole(name, stored[name].shape) for name in conversion.passthrough},
+        **conversion.dropped,
+    }
+    return _MappedTensors(
+        {name: over_chunks(tensor_map) for name, tensor_map in maps.items()},
+        {name: tensor_map.sources for name, tensor_map in maps.items()},
+        conversion.reoriented,
+    )
+
+
+def _find_dtype(name: str, dtypes: Collection[str], tensor: torch.Tensor | None) -> str:
+    """Return the dtype that a tensor is stored in; bytes are copied, never cast."""
+    distinct = sorted(set(dtypes)) or [dtype_name(tensor.dtype)] if tensor is not None else sorted(set(dtypes))
+    if len(distinct) > 1:
+        raise ConversionError(
+            f"{name} would mix dtypes: {' and '.join(distinct)}", hint="save the checkpoint in one dtype", name=name
+        )
+    return distinct[0]
 
 
 def _map_tied_tensor(name: str, target: str, chunks: Sequence[Chunk], shape: Shape) -> TensorMap:
@@ -283,12 +211,16 @@ def _map_tied_tensor(name: str, target: str, chunks: Sequence[Chunk], shape: Sha
     try:
         return join_chunks(both, {target: shape})[target]
     except (MismatchError, HeaderError) as error:
-        raise ConversionError(
-            f"{name} is tied to {target} but stored with other values",
-            hint="set tie_word_embeddings to false in config.json, or save the model again with its weights tied",
-            name=name,
-            tied_to=target,
-        ) from error
+        raise _tied_error(name, target) from error
+
+
+def _tied_error(name: str, target: str) -> ConversionError:
+    return ConversionError(
+        f"{name} is tied to {target} but stored with other values",
+        hint="set tie_word_embeddings to false in config.json, or save the model again with its weights tied",
+        name=name,
+        tied_to=target,
+    )
 
 
 def _check_shape(name: str, declared: Shape, expected: Shape, folder: Path) -> None:

@@ -16,7 +16,8 @@ from plans.errors import ConversionError, IncompleteError, MismatchError
 from plans.text import format_names, shorten
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.dcp.chunks import Chunk
-from runtime.checkpoint.dcp.reader import build_model_checkpoint, select_model
+from runtime.checkpoint.dcp.reader import build_model_checkpoint
+from runtime.checkpoint.dcp.saved import name_chunks
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.reading import convert_read_errors, read_at_most
 from runtime.checkpoint.files.side_files import SideFiles, check_contained, find_side_files
@@ -85,7 +86,7 @@ def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     left_behind = tuple(left for state in ranks.values() for left in state.left_behind)
     names = {file.name for file in files.values()}
     expected = [name for name in model_tensors(model) if name not in tied]
-    saved = select_model(folder, chunks, shapes, names, left_behind, expected)
+    saved = name_chunks(folder, chunks, shapes, names, left_behind, expected, model)
     side, extra = _find_side_files(folder, names)
     config_folder = find_config_folder(folder)
     return build_model_checkpoint(

@@ -13,13 +13,13 @@ from plans.errors import CheckpointError, ConversionError, IncompleteError, Mism
 from runtime.checkpoint.checkpoint import Checkpoint, TensorInfo
 from runtime.checkpoint.files.file_names import INDEX
 from runtime.checkpoint.files.safetensors import has_same_bytes
-from runtime.checkpoint.hub.conversion import Conversion, convert
+from runtime.checkpoint.hub.conversion import Conversion, convert, find_model_names
 from runtime.checkpoint.hub.files import HubCheckpoint, find_pickled_weights, read_hub
 from runtime.checkpoint.hub.pickled import read_pickled_hub
 from runtime.checkpoint.hub.quantized import check_dtypes, check_quantized, check_scales, check_unquantized
 from runtime.checkpoint.hub.torch_saved import check_saved_whole, explain_mismatch
 from runtime.checkpoint.manifest import StoredForm, build_index, pack_bytes
-from runtime.checkpoint.near_names import build_missing_error
+from runtime.checkpoint.near_names import build_missing_error, check_distinct, strip_wrappers
 from runtime.models.dtypes import dtype_name
 from runtime.models.model import describe_assumed_class, find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import is_quantized
@@ -51,6 +51,7 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     pickled = find_pickled_weights(folder)
     hub = read_hub(folder) if pickled is None else read_pickled_hub(folder, pickled)
     check_saved_whole(folder, hub.headers, hub.index.content if hub.index else None)
+    hub = _strip_wrappers(folder, hub, model)
     tied = find_tied_names(model)
     of_model = model_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in of_model.items() if name not in tied}
@@ -87,6 +88,22 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         stored_form=_build_stored_form(hub) if hub.headers else None,
         reoriented=conversion.reoriented,
     )
+
+
+def _strip_wrappers(folder: Path, hub: HubCheckpoint, model: PreTrainedModel) -> HubCheckpoint:
+    """Return the tensors without what wrappers put into their names, if that makes more of the model's of them.
+
+    Nothing of their form is kept then: the way back to hub form gives the names without wrappers.
+    """
+    bare = {name: strip_wrappers(name) for name in hub.tensors}
+    if all(bare[name] == name for name in bare):
+        return hub
+    if len(find_model_names(model, bare.values())) > len(find_model_names(model, bare)):
+        check_distinct(folder, bare)
+        tensors = {bare[name]: tensor for name, tensor in hub.tensors.items()}
+        views = {bare[name]: view for name, view in hub.views.items()}
+        return replace(hub, headers=(), tensors=tensors, views=views)
+    return hub
 
 
 def _map_to_storages(tensor_maps: Mapping[str, TensorMap], hub: HubCheckpoint) -> dict[str, TensorMap]:
