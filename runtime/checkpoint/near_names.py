@@ -25,6 +25,7 @@ _BARE_WRAPPERS = re.compile(
 """Those around a module that changes nothing: without the ones of PEFT, beside which an adapter is stored."""
 
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|param_groups)(?:\..*)?")
+_MISSING = "save the tensors that are missing too, or correct config.json"
 _COMPLETE = "the checkpoint is incomplete, or config.json belongs to another model"
 
 
@@ -134,7 +135,8 @@ def _read_names(expected: Collection[str], stored: Collection[str]) -> list[_Rea
     save = "save it without its wrappers: `get_model_state_dict` of torch.distributed.checkpoint.state_dict does so"
     if wrapped:
         found = frozenset(name for name in bare if name in known)
-        readings.append(_Reading(found, f"without {infix} in the stored names", save))
+        hint = save if len(found) == len(known) else _MISSING
+        readings.append(_Reading(found, f"without {infix} in the stored names", hint))
     longer = Counter(prefix for name in bare for prefix in _iter_prefixes(name, known))
     if longer:
         prefix = max(longer, key=lambda text: longer[text])
@@ -142,7 +144,7 @@ def _read_names(expected: Collection[str], stored: Collection[str]) -> list[_Rea
         also = (
             f", and without {infix}" if infixes and any(bare[prefix + name] != prefix + name for name in found) else ""
         )
-        hint = save if also else "save the tensors that are missing too, or correct config.json"
+        hint = save if also and len(found) == len(known) else _MISSING
         readings.append(_Reading(found, f"under the prefix {prefix!r}{also}", hint))
     shorter = Counter(prefix for name in known for prefix in _iter_prefixes(name, frozenset(bare)))
     if shorter:

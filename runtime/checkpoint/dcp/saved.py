@@ -156,9 +156,7 @@ def _apply_prefix(folder: Path, names: Mapping[str, str], prefix: str, *, is_hub
 def _find_prefix(names: Collection[str], wanted: Collection[str], folder: Path) -> str | None:
     """Return the prefix of the names of all the model's tensors, which is mostly empty; None if some are missing."""
     known = frozenset(names)
-    complete = [
-        prefix for prefix in _list_prefixes(names, wanted) if all(prefix + name in known for name in wanted)
-    ]
+    complete = [prefix for prefix in _list_prefixes(names, wanted) if all(prefix + name in known for name in wanted)]
     if "" in complete:
         return ""
     if len(complete) > 1:

@@ -98,8 +98,8 @@ def _strip_wrappers(folder: Path, hub: HubCheckpoint, model: PreTrainedModel) ->
     bare = {name: strip_wrappers(name) for name in hub.tensors}
     if all(bare[name] == name for name in bare):
         return hub
+    check_distinct(folder, bare)
     if len(find_model_names(model, bare.values())) > len(find_model_names(model, bare)):
-        check_distinct(folder, bare)
         tensors = {bare[name]: tensor for name, tensor in hub.tensors.items()}
         views = {bare[name]: view for name, view in hub.views.items()}
         return replace(hub, headers=(), tensors=tensors, views=views)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 
-from plans.errors import IncompleteError
+from plans.errors import CheckpointError, IncompleteError, MismatchError
 from runtime.checkpoint.files.file_names import INDEX, WEIGHTS
 from runtime.checkpoint.open import open_checkpoint
+from runtime.checkpoint.resharding.execute import execute_reshard
+from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.verifying.verify import verify
 from tests.conftest import HubFolder
 
 pytestmark = [
@@ -99,36 +103,85 @@ def below_an_attribute(model: nn.Module) -> State:
     return Lightning(compile_all(model)).state_dict()
 
 
+def write_pickle(state: Mapping[str, object], hub: Path, folder: Path) -> Path:
+    folder.mkdir()
+    torch.save(dict(state), folder / "pytorch_model.bin")
+    shutil.copy(hub / "config.json", folder)
+    return folder
+
+
 WRAPPED: dict[str, tuple[Callable[[nn.Module], State], str]] = {
     "compiled": (compiled, "without '_orig_mod.' in the stored names"),
     "checkpointed": (checkpointed, "without '_checkpoint_wrapped_module.' in the stored names"),
     "DataParallel": (in_parallel, "without 'module.' in the stored names"),
     "compiled in DataParallel": (both, "without '_orig_mod.', 'module.' in the stored names"),
-    "below an attribute": (below_an_attribute, "under the prefix 'net.', and without '_orig_mod.'"),
 }
+WRITERS: list[Write] = [write_dcp, write_hub, write_pickle]
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "write"),
-    # In a distributed checkpoint, a prefix that all names have is read.
-    [
-        (name, write)
-        for name in WRAPPED
-        for write in (write_dcp, write_hub)
-        if (name, write) != ("DataParallel", write_dcp)
-    ],
-)
-def test_wrappers_in_names_are_seen(
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("write", WRITERS)
+def test_wrappers_in_names_are_taken_out(
+    wrapper: str, write: Write, model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in WRAPPED[wrapper][0](model).items() if "rotary" not in name}
+    assert state.keys() != expected.keys()
+    folder = write(state, hub_folder("qwen2"), tmp_path / "saved")
+    execute_reshard(plan_reshard(folder, target=ReshardTarget("hf")), tmp_path / "hub")
+    found = load_file(tmp_path / "hub" / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_two_names_of_one_tensor_are_refused_by_both(
+    write: Write, model: nn.Module, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    """Nothing tells which of them is the model's, even where one of them is complete without the other."""
+    wrapped = "model._orig_mod.norm.weight"
+    whole, in_part = dict(model.state_dict()), compiled(model)
+    for state in (whole, {name.removeprefix("_orig_mod."): t for name, t in in_part.items() if "rotary" not in name}):
+        state[wrapped] = torch.zeros(32)
+        folder = write(state, hub_folder("qwen2"), tmp_path / f"saved {len(state)} {state is whole}")
+        with pytest.raises(CheckpointError, match="names without their wrappers") as caught:
+            plan_reshard(folder)
+        assert wrapped in caught.value.message
+        assert NORM in caught.value.message
+        assert caught.value.hint == "save the model that you want alone"
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("write", [write_dcp, write_hub])
+def test_a_tensor_that_is_missing_in_a_wrapped_model_is_named(
     wrapper: str, write: Write, model: nn.Module, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
     wrap, what = WRAPPED[wrapper]
     total = len(model.state_dict())
-    state = {name: tensor for name, tensor in wrap(model).items() if "rotary" not in name}
+    state = {name: tensor for name, tensor in wrap(model).items() if not name.endswith(("rotary", "norm.weight"))}
+    missing = sum(name.endswith("norm.weight") for name in model.state_dict())
     error = refuse(write(state, hub_folder("qwen2"), tmp_path / "saved"))
-    assert what in error.message
+    if write is write_dcp:
+        assert what in error.message
+    assert f"{total - missing} of {total} are there" in error.message or write is write_hub
+    assert error.hint in (
+        "save the tensors that are missing too, or correct config.json",
+        "the checkpoint is incomplete, or config.json belongs to another model",
+    )
+
+
+def test_a_prefix_in_hub_form_is_seen(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:
+    """In a distributed checkpoint, a prefix that all names have is read, wrappers or not."""
+    total = len(model.state_dict())
+    expected = set(model.state_dict())
+    state = {name: tensor for name, tensor in below_an_attribute(model).items() if "rotary" not in name}
+    error = refuse(write_hub(state, hub_folder("qwen2"), tmp_path / "saved"))
+    assert "under the prefix 'net.', and without '_orig_mod.'" in error.message
     assert f"{total} of {total} are there" in error.message
     assert "; stored are '" in error.message
     assert error.hint.startswith("save it without its wrappers: `get_model_state_dict`")
+    folder = write_dcp(state, hub_folder("qwen2"), tmp_path / "distributed")
+    assert open_checkpoint(folder).read_headers().tensors.keys() == expected
 
 
 @pytest.mark.parametrize("wrap", [compile_all, nn.DataParallel, lambda model: nn.DataParallel(compile_all(model))])
@@ -162,14 +215,52 @@ def test_without_a_prefix_the_missing_one_is_named(model: nn.Module, hub_folder:
         assert error.hint == "the checkpoint is incomplete, or config.json belongs to another model"
 
 
-def test_hub_names_in_a_distributed_checkpoint_are_seen(hub_folder: HubFolder, tmp_path: Path) -> None:
+def read_hub_form(folder: Path) -> State:
     state: State = {}
-    for path in sorted(hub_folder("qwen3_moe").glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
-    error = refuse(write_dcp(state, hub_folder("qwen3_moe"), tmp_path / "saved"))
-    assert "as names of the hub form, " in error.message
-    assert "experts.gate_up_proj' " in error.message
-    assert error.hint.startswith("a distributed checkpoint has the names of the model's parameters")
+    return state
+
+
+def test_hub_names_in_a_distributed_checkpoint_are_converted(hub_folder: HubFolder, tmp_path: Path) -> None:
+    hub = hub_folder("qwen3_moe")
+    state = read_hub_form(hub)
+    for name, saved in (("alone", state), ("nested", {"model": state, "step": 3})):
+        folder = write_dcp(saved, hub, tmp_path / name)
+        execute_reshard(plan_reshard(folder, target=ReshardTarget("hf")), tmp_path / f"{name} hub")
+        found = read_hub_form(tmp_path / f"{name} hub")
+        assert found.keys() == state.keys()
+        assert [name for name in found if not torch.equal(found[name], state[name])] == []
+        assert verify(folder, hub).ok
+
+
+def test_an_expert_that_is_missing_in_a_distributed_checkpoint_is_named(hub_folder: HubFolder, tmp_path: Path) -> None:
+    state = read_hub_form(hub_folder("qwen3_moe"))
+    del state["model.layers.0.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(IncompleteError, match=r"experts\.3\.up_proj\.weight is missing from the series"):
+        plan_reshard(write_dcp(state, hub_folder("qwen3_moe"), tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(("family", "what"), [("qwen3_moe", "mlp.experts"), ("mixtral", "experts"), ("", "gate_up")])
+def test_experts_renumbered_on_each_rank_are_refused_with_their_number(
+    family: str, what: str, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    """The experts of the first rank of two: under its own numbers, as torch's writer keeps them, or as one tensor."""
+    hub = hub_folder(family or "qwen3_moe")
+    total = 4 if family == "mixtral" else 8
+    state = read_hub_form(hub)
+    if not family:
+        model = transformers.AutoModelForCausalLM.from_pretrained(hub)
+        state = {name: t[:4].clone() if "mlp.experts." in name else t for name, t in model.state_dict().items()}
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if not (found := re.search(r"experts\.(\d+)\.", name)) or int(found[1]) < total // 2
+    }
+    with pytest.raises(MismatchError, match=what) as caught:
+        plan_reshard(write_dcp(kept, hub, tmp_path / "saved"))
+    assert f"are {total // 2} experts, but the model has {total}" in caught.value.message
+    assert caught.value.hint.startswith("give every expert its number in the whole model when the ranks save")
 
 
 def test_an_optimizer_is_not_a_model(model: nn.Module, hub_folder: HubFolder, tmp_path: Path) -> None:

@@ -7,23 +7,53 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.runtime.checkpoint.fsdp.rank_writer import build
+
 
 def save_ranks(hub: Path, folder: Path, sizes: dict[str, int], how: str) -> None:
     """Save a model's rank files, as verl's checkpoint manager does; `how` names what differs between jobs."""
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    if how == "under hub names":
+        torch.save(shard_hub_form(hub, mesh), folder / name_file())
+        dist.barrier()
+        return
     model = transformers.AutoModelForCausalLM.from_pretrained(hub, dtype="auto", tie_word_embeddings=False)
     shard(model, mesh, how)
     with warnings.catch_warnings(action="ignore"):
         state = get_model_state_dict(model) if how == "with torch's getter" else model.state_dict()
     if how == "with a prefix":
         state = {f"model.{name}": tensor for name, tensor in state.items()}
-    torch.save(state, folder / f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt")
+    torch.save(state, folder / name_file())
+    dist.barrier()
+
+
+def name_file() -> str:
+    return f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt"
+
+
+def shard_hub_form(hub: Path, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
+    """Return the shards of a model whose parameters have the names of the hub form, as those of transformers 4 had."""
+    state: dict[str, torch.Tensor] = {}
+    for path in sorted(hub.glob("*.safetensors")):
+        state |= load_file(path)
+    module = build(state)
+    fully_shard(module, mesh=mesh)
+    return dict(module.state_dict())
+
+
+def save_hub_names(hub: Path, folder: Path) -> None:
+    """Save such a model as torch's distributed checkpoint in safetensors."""
+    state = shard_hub_form(hub, init_device_mesh("cpu", (dist.get_world_size(),)))
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     dist.barrier()
 
 

@@ -34,6 +34,7 @@ JOBS: dict[str, tuple[str, dict[str, int], str]] = {
     "as one group": ("qwen2", {"fsdp": 2}, "as one group"),
     "under a prefix": ("qwen2", {"fsdp": 2}, "with a prefix"),
     "with a compiled layer": ("qwen2", {"fsdp": 2}, "compiled"),
+    "under hub names": ("qwen3_moe", {"fsdp": 2}, "under hub names"),
     "uneven and empty shards": ("olmoe", {"fsdp": 4}, ""),
     "replicas": ("qwen2", {"ddp": 2, "fsdp": 2}, ""),
     "replicas, each with a mesh of its own": ("qwen2", {"ddp": 2, "fsdp": 2}, "replicas apart"),
@@ -83,6 +84,15 @@ def test_a_job_becomes_what_it_was_loaded_from(name: str, job: Saved, hub: Saved
     written = {path.name for path in (tmp_path / "hub").iterdir() if path.suffix != ".safetensors"}
     assert written >= {"config.json", "generation_config.json", "fsdp_config.json"}
     assert "huggingface" not in written
+
+
+def test_hub_names_in_safetensors_are_converted(two_ranks: RankPool, hub: Saved, tmp_path: Path) -> None:
+    original = hub("mixtral")
+    two_ranks.run(fsdp_jobs.save_hub_names, original, tmp_path / "saved")
+    shutil.copy(original / "config.json", tmp_path / "saved")
+    execute_reshard(plan_reshard(tmp_path / "saved", target=ReshardTarget("hf")), tmp_path / "hub")
+    expect_equal(tmp_path / "hub", original)
+    assert verify(tmp_path / "saved", original).ok
 
 
 def test_names_that_only_wrappers_distinguish_are_refused(job: Saved, tmp_path: Path) -> None:
