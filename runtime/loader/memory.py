@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from plans.errors import UsageError
-from runtime.loader.non_persistent import (
-    CASTABLE_DTYPES,
-    NonPersistentState,
-    check_buffers,
-    has_shared_elements,
-    set_buffers,
-)
+from runtime.loader.non_persistent import CASTABLE_DTYPES, has_shared_elements, set_buffers
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.loader.sources import LoadSource
 from runtime.models.dtypes import DTYPES
@@ -32,26 +26,25 @@ class ModelMemory:
         refs: the model's tensors by name.
         local_tensors: the contiguous tensors by the same names; the model's own memory where that is contiguous.
         device: the device that a model on meta is moved to, None if the model is in memory already.
-        non_persistent: the values that no checkpoint stores.
     """
 
     refs: Mapping[str, ParameterRef]
     local_tensors: Mapping[str, torch.Tensor]
     device: torch.device | None
-    non_persistent: NonPersistentState
 
-    def install(self, model: nn.Module) -> None:
+    def install(self, model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
         """Put the filled tensors into the model.
 
         Args:
             model: the model that the tensors were prepared for.
+            buffers: the values of those buffers that no checkpoint stores.
         """
         for name, ref in self.refs.items():
             if self.device is not None:
                 ref.replace(self.local_tensors[name])
             elif self.local_tensors[name].data_ptr() != ref.get_local().data_ptr():
                 ref.get_local().copy_(self.local_tensors[name])
-        set_buffers(model, self.non_persistent, self.device)
+        set_buffers(model, buffers, self.device)
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -94,7 +87,7 @@ def prepare_memory(
     source: LoadSource,
     device: torch.device,
     dtype: torch.dtype | None,
-    non_persistent: NonPersistentState,
+    kept_dtypes: Mapping[str, torch.dtype],
 ) -> ModelMemory:
     """Return the memory to read into, newly allocated for all tensors if any tensor of the model is on meta.
 
@@ -104,20 +97,17 @@ def prepare_memory(
         source: what they are read from.
         device: the device of new memory.
         dtype: the dtype of new floating-point tensors, None for the stored dtype.
-        non_persistent: the values that no checkpoint stores, and the dtypes of tensors that are exempt from the cast.
+        kept_dtypes: the dtypes of tensors that are exempt from the cast.
 
     Raises:
-        UsageError: the device has too little memory, a buffer that no checkpoint stores is on meta, tensors in
-            memory overlap, or FSDP would gather new tensors of two dtypes together.
+        UsageError: the device has too little memory, tensors in memory overlap, or FSDP would gather new tensors of two
+            dtypes together.
     """
-    check_buffers(model, non_persistent)
     if not _is_on_meta(refs):
         _check_no_shared_memory(refs)
         own = {name: _get_contiguous_memory(ref.get_local()) for name, ref in refs.items()}
-        return ModelMemory(refs, own, None, non_persistent)
-    dtypes = {
-        name: _resolve_dtype(DTYPES[source.dtypes[name]], non_persistent.kept_dtypes.get(name, dtype)) for name in refs
-    }
+        return ModelMemory(refs, own, None)
+    dtypes = {name: _resolve_dtype(DTYPES[source.dtypes[name]], kept_dtypes.get(name, dtype)) for name in refs}
     _check_fsdp_groups(model, refs, dtypes)
     try:
         allocated = {
@@ -129,7 +119,7 @@ def prepare_memory(
             hint="use more ranks, or a smaller dtype",
             device=str(device),
         ) from error
-    return ModelMemory(refs, allocated, device, non_persistent)
+    return ModelMemory(refs, allocated, device)
 
 
 def _check_fsdp_groups(model: nn.Module, refs: Mapping[str, ParameterRef], dtypes: Mapping[str, torch.dtype]) -> None:

@@ -20,7 +20,6 @@ from runtime.parallel.fsdp import find_fsdp_groups
 __all__ = [
     "CASTABLE_DTYPES",
     "NonPersistentState",
-    "check_buffers",
     "has_shared_elements",
     "rebuild_non_persistent",
     "set_buffers",
@@ -54,8 +53,11 @@ def rebuild_non_persistent(
         model: the model, on meta or in memory, parallel or not.
         refs: its tensors by name.
         dtype: the dtype that floating-point tensors are cast to, None for no cast.
+
+    Raises:
+        UsageError: a buffer is on meta, and the newly built model has no value for it.
     """
-    buffers = list(_find_non_persistent_buffers(model))
+    buffers = _find_non_persistent_buffers(model)
     if not buffers and dtype not in HALF_DTYPES:
         return NonPersistentState()
     own_dtype = dtype or next((ref.tensor.dtype for ref in refs.values() if ref.tensor.dtype in CASTABLE_DTYPES), None)
@@ -63,16 +65,17 @@ def rebuild_non_persistent(
     try:
         built = init_on_meta(lambda: type(model)(copy.deepcopy(config)), own_dtype)
     except Exception as error:  # Model classes may raise anything.
+        _check_buffers(buffers, {})
         if buffers:
             warnings.warn(
-                f"{type(model).__name__} cannot be built again, so the buffers {format_names(buffers)}, which no "
+                f"{type(model).__name__} cannot be built again, so the buffers {format_names(list(buffers))}, which no "
                 f"checkpoint stores, keep their values: {type(error).__name__}: {first_line(error)}",
                 stacklevel=2,
             )
         return NonPersistentState(kept_dtypes=dict(_find_kept_dtypes(model, {}, refs, dtype)))
-    return NonPersistentState(
-        _find_non_persistent_buffers(built), dict(_find_kept_dtypes(model, model_tensors(built), refs, dtype))
-    )
+    values = _find_non_persistent_buffers(built)
+    _check_buffers(buffers, values)
+    return NonPersistentState(values, dict(_find_kept_dtypes(model, model_tensors(built), refs, dtype)))
 
 
 def _find_kept_dtypes(
@@ -101,16 +104,10 @@ def _find_kept_dtypes(
             yield name, kept_dtype
 
 
-def check_buffers(model: nn.Module, non_persistent: NonPersistentState) -> None:
-    """Refuse buffers on meta whose values neither a checkpoint nor a newly built model can provide.
-
-    Raises:
-        UsageError: the model has such buffers.
-    """
+def _check_buffers(buffers: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Refuse buffers on meta whose values neither a checkpoint nor a newly built model can provide."""
     lost = [
-        name
-        for name, buffer in _find_non_persistent_buffers(model).items()
-        if buffer.is_meta and not _has_matching_buffer(non_persistent, name, buffer)
+        name for name, buffer in buffers.items() if buffer.is_meta and not _has_matching_buffer(values, name, buffer)
     ]
     if lost:
         raise UsageError(
@@ -121,17 +118,17 @@ def check_buffers(model: nn.Module, non_persistent: NonPersistentState) -> None:
         )
 
 
-def set_buffers(model: nn.Module, non_persistent: NonPersistentState, device: torch.device | None) -> None:
+def set_buffers(model: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device | None) -> None:
     """Set the buffers that no checkpoint stores to the values of a newly built model, where it has matching ones.
 
     Args:
         model: the model, in memory except for these buffers.
-        non_persistent: the values that the newly built model provides.
+        values: the values that the newly built model provides.
         device: the device to put the buffers on, None to keep the device of each.
     """
     entries = find_module_entries(model)
     for name, buffer in _find_non_persistent_buffers(model).items():
-        value = non_persistent.buffers[name] if _has_matching_buffer(non_persistent, name, buffer) else buffer
+        value = values[name] if _has_matching_buffer(values, name, buffer) else buffer
         target_device = device or (next(model.parameters()).device if buffer.is_meta else buffer.device)
         if (buffer.dtype, buffer.device) == (value.dtype, target_device) and not has_shared_elements(buffer):
             buffer.copy_(value)
@@ -146,12 +143,8 @@ def has_shared_elements(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _has_matching_buffer(non_persistent: NonPersistentState, name: str, buffer: torch.Tensor) -> bool:
-    return (
-        name in non_persistent.buffers
-        and non_persistent.buffers[name].shape == buffer.shape
-        and not non_persistent.buffers[name].is_meta
-    )
+def _has_matching_buffer(values: Mapping[str, torch.Tensor], name: str, buffer: torch.Tensor) -> bool:
+    return name in values and values[name].shape == buffer.shape and not values[name].is_meta
 
 
 def _find_non_persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -86,13 +86,19 @@ class TransferWorker(Protocol):
         """Wait until all copies are complete, and let go of all buffers."""
 
 
-def run_workers(groups: Iterable[ReadGroup], threads: int, make_worker: Callable[[], TransferWorker]) -> None:
+def run_workers(
+    groups: Iterable[ReadGroup],
+    threads: int,
+    make_worker: Callable[[], TransferWorker],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
     """Read all groups into their targets. When it returns or raises, no thread is left and no copy is pending.
 
     Args:
         groups: the groups of reads.
         threads: the number of threads.
         make_worker: makes a worker; called once on each thread.
+        meanwhile: what this thread does while the others read; if it raises, they stop.
 
     Raises:
         IncompleteError: a file is shorter than its header says.
@@ -118,8 +124,9 @@ def run_workers(groups: Iterable[ReadGroup], threads: int, make_worker: Callable
     with ThreadPoolExecutor(threads) as pool:
         try:
             futures = [pool.submit(run_worker) for _ in range(threads)]
+            meanwhile()
             wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # an interrupt of this thread, after which the others must not go on to the last group
+        except BaseException:  # also an interrupt of this thread: the others must not go on to the last group
             shared.stop()
             raise
     for future in futures:
