@@ -22,7 +22,7 @@ from codemods.inheritance.lookup import NameLookup
 from codemods.inheritance.parsed_files import ParsedFiles
 from codemods.reading.module import ClassPlans, Condition, PlanLiteral, Reference, Removal
 from codemods.reading.names import get_dotted_name, parse_expression
-from codemods.reading.scope import is_plan_attribute
+from codemods.reading.scope import denies_plan, is_plan_attribute
 from plans.errors import SourceError
 
 __all__ = [
@@ -264,10 +264,12 @@ class EffectivePlans:
         """Yield what one change writes: the offset to sort by, the branch, the key and the entry."""
         branch = change.attribute, change.function, change.conditions
         start = self._find_offset(path, change.line)
+        is_missing = any(denies_plan(condition, change.attribute) for condition in change.conditions)
         if isinstance(change, Removal):
-            yield start, branch, change.key or EVERY_KEY, EffectiveEntry(REMOVED, path, change.line)
+            if change.key or not is_missing:
+                yield start, branch, change.key or EVERY_KEY, EffectiveEntry(REMOVED, path, change.line)
             return
-        if change.replaces and change.function:
+        if change.replaces and change.function and not is_missing:
             yield start, branch, EVERY_KEY, EffectiveEntry(REMOVED, path, change.line)
         if isinstance(change, Reference):
             for conditions, key, entry in self._resolve_reference(path, scope, change):

@@ -56,7 +56,7 @@ class NameLookup:
         """Yield the entries and references that a constant's value contributes to a plan."""
         resolver = self._get_resolver(constant.path)
         assert resolver is not None
-        target = AssignmentTarget(constant.scope, attribute, Scope(constant.scope), is_assigned=True)
+        target = AssignmentTarget(constant.scope, attribute, Scope(constant.scope), "assigned")
         for use in read_assignment(constant.value, target, resolver.source, resolver.definitions):
             if isinstance(use, (PlanLiteral, Reference)):
                 yield use

@@ -18,6 +18,7 @@ __all__ = [
     "PlanPart",
     "find_renamed_plan",
     "has_plan_name",
+    "is_empty",
     "is_plan_reference",
     "iter_bindings",
     "iter_children",
@@ -109,8 +110,19 @@ def is_plan_reference(node: ast.AST) -> bool:
             return plan_kind(name) is not None
         case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *defaults]):
             return plan_kind(name) is not None and all(
-                isinstance(default, (ast.Constant, ast.Dict)) or is_plan_reference(default) for default in defaults
+                isinstance(default, (ast.Constant, ast.Dict)) or is_empty(default) or is_plan_reference(default)
+                for default in defaults
             )
+    return False
+
+
+def is_empty(node: ast.AST) -> bool:
+    """Return whether an expression is `None` or an empty container."""
+    match node:
+        case ast.Constant(value=None) | ast.Dict(keys=[]) | ast.List(elts=[]) | ast.Tuple(elts=[]):
+            return True
+        case ast.Call(func=ast.Name(id="dict" | "OrderedDict"), args=[], keywords=[]):
+            return True
     return False
 
 

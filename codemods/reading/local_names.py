@@ -7,12 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from codemods.reading.expressions import iter_bindings, split_expression
+from codemods.reading.expressions import is_empty, iter_bindings, split_expression
 from codemods.reading.names import Function, get_identifier
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import is_expert_parallel, plan_kind
 
-__all__ = ["find_free_parameters", "find_local_plans", "find_object_plans"]
+__all__ = ["find_free_parameters", "find_local_plans", "find_object_plans", "find_written_names"]
 
 
 def find_free_parameters(function: Function) -> frozenset[str]:
@@ -33,6 +33,11 @@ def find_local_plans(function: Function) -> dict[str, str]:
     local_names = _read_local_names(function).items()
     plans = {name: plan for name, local in local_names if not is_plan_attribute(name) and (plan := local.plan)}
     return {name: plan for name, plan in plans.items() if not _gives_keys_only(function, name)}
+
+
+def find_written_names(function: Function) -> frozenset[str]:
+    """Return the names of a function that it writes into plans; any other name of a plan only reads it."""
+    return frozenset(name for node in ast.walk(function) for name, _ in _iter_written_names(node, function.name))
 
 
 def _gives_keys_only(function: Function, name: str) -> bool:
@@ -59,12 +64,8 @@ def _gives_keys_only(function: Function, name: str) -> bool:
 
 def _holds_plan_or_nothing(value: ast.expr) -> bool:
     for part in split_expression(value):
-        match part.node:
-            case ast.Constant(value=None) | ast.Dict(keys=[]) | ast.List(elts=[]) | ast.Tuple(elts=[]):
-                continue
-            case ast.expr() if any(True for _ in _iter_plan_reads(part.node)):
-                continue
-        return False
+        if not (is_empty(part.node) or any(True for _ in _iter_plan_reads(part.node))):
+            return False
     return True
 
 
@@ -161,11 +162,17 @@ def _read_local_names(function: Function) -> Mapping[str, _LocalName]:
         for name, plan in _iter_loop_plans(node):
             names[name].assigned = True
             names[name].values.add(frozenset([plan]))
-        for plan, value in _iter_plan_writes(node, function.name):
-            for part in split_expression(value):
-                if isinstance(part.node, ast.Name):
-                    names[part.node.id].target_plans.add(plan)
+        for name, plan in _iter_written_names(node, function.name):
+            names[name].target_plans.add(plan)
     return names
+
+
+def _iter_written_names(node: ast.AST, function: str) -> Iterator[tuple[str, str]]:
+    """Yield the names that a node writes into plans, each with the plan's attribute."""
+    for plan, value in _iter_plan_writes(node, function):
+        for part in split_expression(value):
+            if isinstance(part.node, ast.Name):
+                yield part.node.id, plan
 
 
 def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
@@ -191,7 +198,7 @@ def _iter_plan_writes(node: ast.AST, function: str) -> Iterator[tuple[str, ast.e
             yield function, value
 
 
-def _iter_plan_reads(value: ast.expr) -> Iterator[str]:
+def _iter_plan_reads(value: ast.AST) -> Iterator[str]:
     for part in split_expression(value):
         match part.node:
             case ast.Attribute(attr=plan) if is_plan_attribute(plan):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.files.sources import SourceFile
-from codemods.reading.expressions import is_plan_reference, iter_bindings, split_expression, walk_statements
+from codemods.reading.expressions import is_empty, is_plan_reference, iter_bindings, split_expression, walk_statements
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import plan_kind
 
@@ -83,6 +83,10 @@ class Definitions:
 
     def is_plan(self, node: ast.AST) -> bool:
         """Return whether an expression is a plan, or a name whose values are all plans, of any kind."""
+        match node:
+            case ast.Call(func=ast.Name(id="getattr") as function, args=[owner, name, ast.Name(id=default)]):
+                values = self.find_all_values(default)
+                node = ast.Call(function, [owner, name], []) if values and all(map(is_empty, values)) else node
         if is_plan_reference(node):
             return True
         values = self.find_all_values(node.id) if isinstance(node, ast.Name) else []

@@ -12,7 +12,12 @@ from codemods.files.sources import SourceFile, format_path
 from codemods.reading.accounting import Accountant
 from codemods.reading.conflicts import ParsedClass, find_outward_conflicts, merge_classes
 from codemods.reading.expressions import iter_bindings
-from codemods.reading.local_names import find_free_parameters, find_local_plans, find_object_plans
+from codemods.reading.local_names import (
+    find_free_parameters,
+    find_local_plans,
+    find_object_plans,
+    find_written_names,
+)
 from codemods.reading.module import (
     ClassPlans,
     Condition,
@@ -105,7 +110,7 @@ class PlanParser:
             others += [] if assigned else [statement]
             uses += find_shared_plans(statement, scope)
             for attribute, value in assigned:
-                target = AssignmentTarget(name, attribute, scope, is_assigned=True)
+                target = AssignmentTarget(name, attribute, scope, "assigned")
                 written = list(read_assignment(value, target, self.source, self.definitions))
                 plan = next((use for use in written if isinstance(use, PlanLiteral) and not use.conditions), None)
                 plans[attribute] = replace(plan, replaces=False) if plan else Opaque(name, attribute, statement.lineno)
@@ -129,10 +134,10 @@ class PlanParser:
         yield from find_removals(statement, scope)
         yield from find_shared_plans(statement, scope)
         read_ids: set[int] = set()
-        for (class_name, attribute), node, is_assigned in find_plan_values(statement, scope):
+        for (class_name, attribute), node, kind in find_plan_values(statement, scope):
             if id(node) not in read_ids:
                 read_ids.update(map(id, ast.walk(node)))
-                target = AssignmentTarget(class_name, attribute, scope, is_assigned)
+                target = AssignmentTarget(class_name, attribute, scope, kind)
                 yield from read_assignment(node, target, self.source, self.definitions)
         yield from find_unresolved_uses(statement, scope, self.source, read_ids)
 
@@ -157,6 +162,7 @@ def _enter_function(function: Function, scope: Scope) -> Scope:
         scope.class_name,
         function.name,
         aliases={**scope.aliases, **find_local_plans(function)},
+        written_names=scope.written_names | find_written_names(function),
         free_parameters=find_free_parameters(function),
         object_plans=find_object_plans(function),
         classes=scope.classes,

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from codemods.files.sources import SourceFile
 from codemods.reading.entries import (
@@ -24,10 +25,19 @@ from codemods.reading.scope import Scope, is_plan_attribute
 from plans.decompose import find_group_key
 from plans.plan import is_expert_parallel
 
-__all__ = ["AssignmentTarget", "find_incomplete_modules", "mention_experts", "read_assignment"]
+__all__ = ["AssignmentTarget", "WriteKind", "find_incomplete_modules", "mention_experts", "read_assignment"]
 
 _PARAMETERS = ("gate_up_proj", "down_proj")
 _LOOKBEHIND = 200  # bytes before a key that are searched for an opening parenthesis
+
+WriteKind = Literal["added", "assigned", "default", "read"]
+"""What becomes of an expression.
+
+- `added`: its entries are added to the plan.
+- `assigned`: it becomes the plan.
+- `default`: it stands in for a plan that is missing, as in `getattr(model, "_tp_plan", {})`, and takes no entries away.
+- `read`: it becomes a local name that is not written into a plan; other plans in it are only read.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,18 @@ class AssignmentTarget:
         class_name: the class that has the plan, empty outside of classes.
         attribute: the plan.
         scope: the scope of the expression.
-        is_assigned: whether the expression becomes the plan, instead of being added to it.
+        kind: what becomes of the expression.
     """
 
     class_name: str
     attribute: str
     scope: Scope = field(default_factory=Scope)
-    is_assigned: bool = False
+    kind: WriteKind = "added"
+
+    @property
+    def is_assigned(self) -> bool:
+        """Whether the expression becomes the plan, instead of being added to it."""
+        return self.kind in ("assigned", "default")
 
 
 @dataclass
@@ -130,7 +145,7 @@ def _build_literals(
         last = max((span(part.node, source.offset)[0] for part in references if not constant), default=0)
         entries = tuple(_restrict_entry(entry, source, last) for entry in read_entries(nodes, source.offset))
         replaces = (
-            target.is_assigned
+            target.kind == "assigned"
             and not sources.has_own_plan
             and not any(_can_both_apply(conditions, earlier) for earlier in previous)
         )
@@ -155,9 +170,12 @@ def _build_references(
 
     For a plan that is copied in part this is the whole expression. It replaces the plan unless a display does.
     """
-    filtered = [part for _, part in sources.named_plans if part.is_filtered and part not in sources.references]
+    named = [part for _, part in sources.named_plans]
+    filtered = [part for part in named if part.is_filtered and part not in sources.references]
     referring = [
-        (part.conditions, node if part.is_filtered else part.node) for part in (*sources.references, *filtered)
+        (part.conditions, node if part.is_filtered else part.node)
+        for part in (*sources.references, *filtered)
+        if not (target.kind == "read" and part in named)
     ]
     unreadable = [
         (conditions, writer)
@@ -175,7 +193,7 @@ def _build_references(
             ast.unparse(expression),
             target.scope.function,
             (*target.scope.conditions, *conditions),
-            replaces=target.is_assigned and not sources.has_own_plan and not sources.nodes,
+            replaces=target.kind == "assigned" and not sources.has_own_plan and not sources.nodes,
         )
 
 
@@ -204,7 +222,8 @@ def _find_conflicts(
         if _is_imported(part.node, target.scope) and not target.scope.resolve_named_plan(part.node):
             conflict = partial(Conflict, ast.unparse(part.node), "*", line=getattr(part.node, "lineno", 1))
             yield from (conflict(module=module, reason=changes) for module in modules)
-    added = [part for part in sources.references if not (target.is_assigned or _is_parent_plan(part.node, target))]
+    is_added = target.kind == "added"
+    added = [part for part in sources.references if is_added and not _is_parent_plan(part.node, target)]
     if added and not sources.has_own_plan:
         yield Conflict(
             target.class_name,

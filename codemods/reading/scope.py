@@ -16,6 +16,7 @@ __all__ = [
     "ANY_CLASS",
     "LayerKind",
     "Scope",
+    "denies_plan",
     "find_layer_kind",
     "find_plan_mentions",
     "is_exiting",
@@ -101,6 +102,24 @@ def _classify_name(text: str) -> LayerKind | None:
     if any(word in words for word in _SPARSE_WORDS):
         return "sparse"
     return "dense" if any(word in words for word in _DENSE_WORDS) else None
+
+
+@cache
+def denies_plan(condition: Condition, attribute: str) -> bool:
+    """Return whether a condition holds only where a plan is missing or empty, as `if not self._tp_plan`."""
+    test, holds = ast.parse(condition.test, mode="eval").body, condition.holds
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, holds = test.operand, not holds
+    match test:
+        case ast.Compare(left=plan, ops=[ast.Is() | ast.IsNot() as operator], comparators=[ast.Constant(value=None)]):
+            test, holds = plan, holds != isinstance(operator, ast.Is)
+    match test:
+        case (
+            ast.Attribute(attr=name)
+            | ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_])
+        ):
+            return not holds and plan_kind(name) is not None and name.strip("_") == attribute.strip("_")
+    return False
 
 
 def iter_blocks(statement: ast.stmt) -> Iterator[tuple[Sequence[ast.stmt], tuple[Condition, ...]]]:
@@ -195,6 +214,7 @@ class Scope:
         conditions: the enclosing conditions in that function, outermost first.
         loops: the enclosing `for` statements in that function, innermost first.
         aliases: the local names that refer to a plan, with the plan's attribute.
+        written_names: the local names that are written into plans.
         free_parameters: the parameters of that function without a default, whose values only its callers know.
         object_plans: the variables of that function with a plan's name that hold objects instead of styles.
         classes: the names of the file's classes.
@@ -206,6 +226,7 @@ class Scope:
     conditions: tuple[Condition, ...] = ()
     loops: tuple[ast.For, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    written_names: frozenset[str] = frozenset()
     free_parameters: frozenset[str] = frozenset()
     object_plans: frozenset[str] = frozenset()
     classes: frozenset[str] = frozenset()

@@ -12,6 +12,7 @@ from codemods.files.sources import SourceFile
 from codemods.reading.entries import can_hold_entries, read_entries, read_key, span
 from codemods.reading.expressions import iter_bindings, iter_plan_names
 from codemods.reading.module import ANY_KEY, Conflict, Removal, Unresolved
+from codemods.reading.plan_literals import WriteKind
 from codemods.reading.scope import Scope, is_plan_attribute, iter_expressions
 from plans.plan import is_expert_parallel, plan_kind
 
@@ -25,24 +26,35 @@ PlanName = tuple[str, str]
 """The name of a class and the attribute of its plan."""
 
 
-def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanName, ast.expr | ast.stmt, bool]]:
-    """Yield the expressions that a statement writes into plans: plan, expression, and whether it replaces the plan."""
+def find_plan_values(statement: ast.stmt, scope: Scope) -> Iterator[tuple[PlanName, ast.expr | ast.stmt, WriteKind]]:
+    """Yield the expressions that a statement writes into plans: the plan, the expression, and what becomes of it."""
     for target, value in iter_bindings(statement):
         if not isinstance(target, ast.Subscript) and (plan := _resolve_plan(target, scope)):
-            yield plan, value, not isinstance(target, ast.Name) or not scope.function
+            yield plan, value, _classify_binding(target, scope)
     match statement:
         case ast.Assign(targets=[ast.Subscript(value=holder, slice=key)], value=value):
             if plan := _resolve_plan(holder, scope):
-                yield plan, _expand_loop(statement, key, value, scope.loops), False
+                yield plan, _expand_loop(statement, key, value, scope.loops), "added"
             elif (name := read_key(key)) and plan_kind(name):
-                yield (scope.class_name, name), value, True
+                yield (scope.class_name, name), value, "assigned"
         case ast.AugAssign(target=target, op=ast.BitOr(), value=value) if plan := _resolve_plan(target, scope):
-            yield plan, value, False
+            yield plan, value, "added"
         case ast.Return(value=ast.expr() as value) if plan_kind(scope.function):
-            yield (scope.class_name, scope.function), value, True
+            yield (scope.class_name, scope.function), value, "assigned"
     for expression in iter_expressions(statement):
         for node in ast.walk(expression):
             yield from _find_expression_values(node, scope)
+
+
+def _classify_binding(target: ast.expr, scope: Scope) -> WriteKind:
+    if _is_only_read(target, scope):
+        return "read"
+    return "added" if isinstance(target, ast.Name) and scope.function else "assigned"
+
+
+def _is_only_read(target: ast.expr, scope: Scope) -> bool:
+    """Return whether a target is a local name that the function does not write into a plan."""
+    return isinstance(target, ast.Name) and bool(scope.function) and target.id not in scope.written_names
 
 
 def _resolve_plan(node: ast.expr, scope: Scope) -> PlanName | None:
@@ -53,20 +65,31 @@ def _resolve_plan(node: ast.expr, scope: Scope) -> PlanName | None:
     return (scope.resolve_class(node), plan) if plan else None
 
 
-def _find_expression_values(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanName, ast.expr, bool]]:
+def _find_expression_values(node: ast.AST, scope: Scope) -> Iterator[tuple[PlanName, ast.expr, WriteKind]]:
     match node:
         case ast.NamedExpr(target=target, value=value) if plan := _resolve_plan(target, scope):
-            yield plan, value, False
+            yield plan, value, "read" if _is_only_read(target, scope) else "added"
         case ast.Call(func=ast.Attribute(value=holder, attr=method)) if method in _ADDING_METHODS and (
             plan := _resolve_plan(holder, scope)
         ):
-            yield plan, node, False
+            yield plan, node, "added"
         case ast.Call(func=ast.Name(id="setattr"), args=[owner, key, value]) if plan_kind(name := read_key(key) or ""):
-            yield (scope.resolve_owner(owner), name), value, True
+            yield (scope.resolve_owner(owner), name), value, "assigned"
             return
+    kind: WriteKind = "default" if _takes_default(node) else "assigned"
     for label, value in _iter_named_values(node):
         if label and plan_kind(label):
-            yield (scope.class_name, label), value, True
+            yield (scope.class_name, label), value, kind
+
+
+def _takes_default(node: ast.AST) -> bool:
+    """Return whether the named values of a node only stand in for values that are missing elsewhere."""
+    match node:
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name in ("getattr", "getattr_static", "get", "pop", "setdefault")
+        case ast.arguments():
+            return True
+    return False
 
 
 def _iter_named_values(node: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:

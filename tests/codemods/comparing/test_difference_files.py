@@ -232,3 +232,75 @@ def test_code_that_may_change_a_plan_is_one(root, use):
     write(root, {"toy.py": COUNTING.format(value="model._tp_plan", use=use)})
     edit(root, "toy.py", "plan = model._tp_plan", "plan = other(model)._tp_plan if on else []")
     assert differences(root) != ()
+
+
+READS = [
+    'plan = getattr(model, "_tp_plan", {})',
+    'plan = getattr(model, "_tp_plan", None) or {}',
+    'plan = inspect.getattr_static(model, "_tp_plan", dict())',
+    'plan = getattr(model, "_tp_plan", EMPTY)',
+    'plan = getattr(model, "_tp_plan", getattr(model, "tp_plan", {}))',
+    'plan = vars(model).get("_tp_plan", {})',
+    'plan = model.__dict__.setdefault("_tp_plan", {})',
+    "plan = {**(model._tp_plan or {})}",
+    "plan = model.config.base_model_tp_plan or {}",
+    'plan = model.config.to_dict().get("base_model_tp_plan", {})',
+    'show(plan := getattr(model, "_tp_plan", {}))',
+    'plan = {}\n{indent}if hasattr(model, "_tp_plan"):\n{indent}    plan = model._tp_plan',
+    "plan = {k: v for k, v in model._tp_plan.items() if k}",
+]
+USES = ["return plan", "return [show(style) for style in plan.values()]", 'return show(plan.get("lm_head"))']
+
+
+@pytest.mark.parametrize("folder", [f"{PACKAGE}/models/toy", PACKAGE])
+@pytest.mark.parametrize("local", ["tp_plan", "found"])
+def test_another_way_to_read_a_plan_is_no_change(root, folder, local):
+    """Each in a function and a method, of a model and of the framework, under a plan's name and another."""
+
+    def build(reads):
+        functions = (
+            "".join(
+                f"{indent}def read_{number}_{use}(model, tp_plan={{}}):\n"
+                f"{indent}    {read.replace('{indent}', f'{indent}    ')}\n{indent}    {USES[use]}\n"
+                for indent in ("    ", "")
+                for number, read in enumerate(reads)
+                for use in range(len(USES))
+            )
+            .replace("plan =", f"{local} =")
+            .replace("plan :=", f"{local} :=")
+        )
+        functions = functions.replace("return plan", f"return {local}").replace("plan.", f"{local}.")
+        return f'EMPTY = {{}}\nclass Model:\n    _tp_plan = {{"lm_head": "colwise"}}\n{functions}'
+
+    write_tree(root, {f"{folder}/modeling_utils.py": build(["plan = model._tp_plan"] * len(READS))})
+    commit(root, "reads")
+    write_tree(root, {f"{folder}/modeling_utils.py": build(READS)})
+    assert differences(root) == ()
+
+
+def test_an_empty_plan_for_none_is_no_removal(root):
+    """A default that has entries gives them to the plan, and takes none away."""
+    before = """
+    class Model:
+        _tp_plan = {"lm_head": "colwise"}
+
+        @property
+        def tp_plan(self):
+            return self._tp_plan
+
+        def fill(self):
+            self.use(self._tp_plan)
+    """
+    write(root, {"toy.py": before})
+    edit(
+        root,
+        "toy.py",
+        "return self._tp_plan",
+        "if not self._tp_plan:\n            return {}\n        return self._tp_plan",
+    )
+    edit(root, "toy.py", "self.use", "if self._tp_plan is None:\n            self._tp_plan = {}\n        self.use")
+    assert differences(root) == ()
+    edit(root, "toy.py", "self.use(self._tp_plan)", 'self.use(getattr(self, "_tp_plan", {"norm": "colwise"}))')
+    assert [(one.key, one.kind) for one in differences(root)] == [("norm", "added")]
+    edit(root, "toy.py", "if self._tp_plan is None", "if self.config.base_model_tp_plan is None")
+    assert {(one.key, one.kind) for one in differences(root)} == {("*", "removed"), ("norm", "added")}
