@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
     from migrator.formats.report import SourceReport
     from runtime.checkpoint.copying.copy import Progress
-    from runtime.checkpoint.external.source import ExternalSettings
+    from runtime.checkpoint.external.source import SourceSettings
     from runtime.checkpoint.resharding.estimate import Estimate
     from runtime.checkpoint.resharding.execute import ReshardResult
     from runtime.checkpoint.resharding.plan import ReshardPlan
@@ -123,7 +123,7 @@ def _check_project(request: ProjectRequest) -> Outcome:
     return replace(outcome, findings=(*outcome.findings, *find_unused_comments(suppressions)))
 
 
-def plan_reshard(settings: Reshard, external: ExternalSettings | None, *, quiet: bool = True) -> ReshardPlan:
+def plan_reshard(settings: Reshard, external: SourceSettings | None, *, quiet: bool = True) -> ReshardPlan:
     """Fetch the source if it is on the hub, and plan how to reshard it.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from plans.errors import UsageError
 from plans.text import first_line, suggest_name
-from runtime.checkpoint.fsdp.reader import find_config_folder
+from runtime.checkpoint.files.job_folders import find_config_folder
 from runtime.hub import fetch_config, parse_hub_name
 from runtime.models.config import build_unreadable_error, read_config, transformers_version
 from runtime.models.model import default_architectures

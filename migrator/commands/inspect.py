@@ -146,6 +146,7 @@ def _summary_lines(inspection: Inspection) -> Iterator[str]:
     if inspection.optimizer:
         state = inspection.optimizer
         yield f"optimizer: {pluralize(state.tensors, 'tensor')}, {format_bytes(state.bytes)}"
+    yield from (f"note {sanitize(note)}" for note in inspection.notes)
     yield from _list_names(_CONFIG_CHANGED, list(map(str, inspection.config_changes)))
     yield (
         f"digests: {len(inspection.digests):,} recorded, which `migrator verify` checks"

@@ -264,6 +264,8 @@ def _push(folder: Path, repository: str, output: _Output, log: EventLog) -> str:
 
 def print_notes(plan: ReshardPlan) -> None:
     """Print what a user should know about a plan."""
+    for note in plan.checkpoint.notes:
+        console.say(f"note: {note}")
     if plan.config_changes:
         entries = "; ".join(map(str, plan.config_changes))
         console.say(f"note: config.json differs from the one that the source was laid out with: {entries}")

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrator.options.external import HUB_PREFIX
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 
 __all__ = ["Job", "Step", "is_on_hub"]
-
-_HUB_PREFIX = "hf://"
 
 Step = Rewrite | Check | Reshard | Verify | Validate
 
@@ -69,4 +68,4 @@ class Job:
 
 def is_on_hub(source: str) -> bool:
     """Return whether a checkpoint is named by its place on the hub."""
-    return source.startswith(_HUB_PREFIX)
+    return source.startswith(HUB_PREFIX)

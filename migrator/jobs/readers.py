@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from migrator.jobs.job import is_on_hub
-from migrator.options.external import ExternalOptions
+from migrator.options.external import ConfigName, ExternalOptions
 from migrator.settings import Validate
 from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
@@ -185,7 +185,12 @@ def _make_reader(kind: type | tuple[str, ...]) -> SettingReader:
     return make_choice_reader(*kind) if isinstance(kind, tuple) else _READERS[kind]
 
 
-_READERS: Mapping[type, SettingReader] = {str: read_text, int: read_size, Path: read_path}
+_READERS: Mapping[type, SettingReader] = {
+    str: read_text,
+    int: read_size,
+    Path: read_path,
+    ConfigName: read_checkpoint_name,
+}
 EXTERNAL_SETTINGS: Mapping[str, SettingReader] = {
     setting.name: _make_reader(setting.metadata["kind"]) for setting in fields(ExternalOptions)
 }
@@ -199,5 +204,6 @@ def list_external_files(step: object) -> tuple[Path, ...]:
         return (step.plan,) if step.plan is not None else ()
     if not isinstance(step, ExternalOptions):
         return ()
-    config = step.config / _CONFIG if step.config is not None and step.config.is_dir() else step.config
+    config = Path(step.config) if step.config is not None and not is_on_hub(step.config) else None
+    config = config / _CONFIG if config is not None and config.is_dir() else config
     return tuple(path for path in (step.plan, config) if path is not None)

@@ -14,14 +14,30 @@ from plans.errors import UsageError
 
 if TYPE_CHECKING:
     from plans.mesh import Mode
-    from runtime.checkpoint.external.source import ExternalSettings
+    from runtime.checkpoint.external.source import ExternalSettings, SourceSettings
 
-__all__ = ["ExternalOptions", "check_external_options", "external_options", "read_external_settings"]
+__all__ = [
+    "HUB_PREFIX",
+    "ConfigName",
+    "ExternalOptions",
+    "check_external_options",
+    "external_options",
+    "read_external_settings",
+]
+
+
+HUB_PREFIX = "hf://"
 
 
 def _describe(kind: type | tuple[str, ...], help_text: str, metavar: str | None = None) -> dict[str, object]:
     """Return a setting's metadata: its type or its choices, and the help and metavar of its option."""
     return {"kind": kind, "help": help_text, "metavar": metavar}
+
+
+class ConfigName(str):
+    """A config.json or its folder, or `hf://owner/name[@revision]`."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +53,7 @@ class ExternalOptions:
         from_ep: the number of ranks that share one set of experts.
         from_mode: which of the model's plans the files were sharded by.
         plan: a file with placements that differ from the model's plan.
-        config: the files' config.json or its folder, if it is not in their folder.
+        config: the checkpoint's config.json, its folder or its repository on the hub; also without a pattern.
     """
 
     from_pattern: str | None = field(
@@ -67,13 +83,16 @@ class ExternalOptions:
             Path, "JSON or TOML file, key to style or placement, for parameters sharded differently.", "FILE"
         ),
     )
-    config: Path | None = field(
-        default=None, metadata=_describe(Path, "The config.json of these files, if it is not in their folder.", "FILE")
+    config: str | None = field(
+        default=None,
+        metadata=_describe(
+            ConfigName, "The config.json of SOURCE, if it has none of its own; or hf://owner/name.", "FILE|hf://…"
+        ),
     )
 
 
-def read_external_settings(options: ExternalOptions, source: str) -> ExternalSettings | None:
-    """Return how to read a source's files, with the plan and config that the options name; None without a pattern.
+def read_external_settings(options: ExternalOptions, source: str) -> SourceSettings | None:
+    """Return how to read a source's files, with the plan and config that the options name; None without options.
 
     Args:
         options: the user's settings.
@@ -84,16 +103,15 @@ def read_external_settings(options: ExternalOptions, source: str) -> ExternalSet
         CheckpointError: the plan or the config cannot be read.
     """
     check_external_options(options, source)
-    if options.from_pattern is None:
+    if options.from_pattern is None and options.config is None:
         return None
     from runtime.checkpoint.external.plan import read_plan_file
     from runtime.checkpoint.external.source import SeparateConfig
 
-    return _build_settings(
-        options,
-        plan=read_plan_file(options.plan) if options.plan else {},
-        config=SeparateConfig.read(_find_config_folder(options.config)) if options.config else None,
-    )
+    config = SeparateConfig.read(_find_config_folder(options.config)) if options.config else None
+    if options.from_pattern is None:
+        return config
+    return _build_settings(options, plan=read_plan_file(options.plan) if options.plan else {}, config=config)
 
 
 def check_external_options(options: ExternalOptions, source: str) -> None:
@@ -134,25 +152,31 @@ def _build_settings(options: ExternalOptions, **contents: Any) -> ExternalSettin
 
 def _check_nothing_set(options: ExternalOptions) -> None:
     for setting in fields(ExternalOptions):
-        if getattr(options, setting.name) is not None:
+        if setting.name != "config" and getattr(options, setting.name) is not None:
             raise UsageError(
                 f"`{setting.name}` describes another stack's rank files, but `from_pattern` does not name them",
                 hint="give `from_pattern` the files' names, such as 'model{rank}-mp{world}.safetensors'",
             )
 
 
-def _find_config_folder(config: Path) -> Path:
-    if config.is_dir():
-        return config
-    if config.name != "config.json":
-        raise UsageError(
-            f"`config={config}`: not a config.json", hint="name a config.json or its folder", path=str(config)
-        )
-    return config.parent
+def _find_config_folder(config: str) -> Path:
+    if config.startswith(HUB_PREFIX):
+        from runtime.hub import fetch_config, parse_hub_name
+
+        name = parse_hub_name(config)
+        assert name is not None
+        return fetch_config(name)
+    path = Path(config)
+    if path.is_dir():
+        return path
+    if path.name != "config.json":
+        raise UsageError(f"`config={config}`: not a config.json", hint="name a config.json or its folder", path=config)
+    return path.parent
 
 
 _CLICK_TYPES: Mapping[type, click.ParamType[Any]] = {
     str: click.STRING,
+    ConfigName: click.STRING,
     int: click.IntRange(min=1),
     Path: click.Path(path_type=Path),
 }

@@ -115,6 +115,7 @@ class Checkpoint:
         extra_files: the content of files outside the folder that belong to the checkpoint, by name.
         reoriented: the tensors that transformers would read otherwise: square ones that are stored transposed, as those
             beside them are.
+        notes: what was found elsewhere than in the folder itself.
     """
 
     folder: Path
@@ -130,6 +131,7 @@ class Checkpoint:
     config_folder: Path | None = None
     extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     reoriented: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
@@ -172,7 +174,7 @@ def get_config_record(checkpoint: Checkpoint) -> Mapping[str, object] | None:
         return checkpoint.manifest.config
     if (text := checkpoint.extra_files.get(CONFIG)) is not None:
         return _parse_entries(text, checkpoint.folder / CONFIG)
-    return read_config_entries(checkpoint.folder)
+    return read_config_entries(checkpoint.config_folder or checkpoint.folder)
 
 
 def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
@@ -184,7 +186,7 @@ def find_config_changes(checkpoint: Checkpoint) -> tuple[ConfigDifference, ...]:
         CheckpointError: the config cannot be read.
     """
     recorded = checkpoint.manifest.config if checkpoint.manifest else None
-    entries = read_config_entries(checkpoint.folder) if recorded is not None else None
+    entries = read_config_entries(checkpoint.config_folder or checkpoint.folder) if recorded is not None else None
     return compare_entries(entries, recorded) if entries is not None and recorded is not None else ()
 
 

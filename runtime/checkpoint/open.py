@@ -5,7 +5,7 @@ Nothing outside of this module decides by the layout how a checkpoint is read, o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint, SourceLayout, TensorInfo
 from runtime.checkpoint.dcp.reader import read_dcp_checkpoint
 from runtime.checkpoint.external.reader import read_external
-from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.external.source import ExternalSettings, SeparateConfig, SourceSettings
 from runtime.checkpoint.files.file_names import CONFIG, INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
+from runtime.checkpoint.files.job_folders import find_config_folder, find_weights_folder
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
-from runtime.checkpoint.fsdp.reader import find_config_folder, has_rank_files, read_fsdp_checkpoint
+from runtime.checkpoint.fsdp.reader import has_rank_files, read_fsdp_checkpoint
 from runtime.checkpoint.hub.files import check_has_weights
 from runtime.checkpoint.hub.reader import read_hub_checkpoint
 from runtime.checkpoint.manifest import Manifest, find_manifest
@@ -55,26 +56,29 @@ def detect_layout(folder: Path) -> SourceLayout:
     is_hub = any((folder / name).exists() for name in (WEIGHTS, INDEX))
     if not is_hub and has_rank_files(folder):
         return "fsdp"
-    return "dcp" if (folder / METADATA).is_file() and not is_hub else "hf"
+    if is_hub:
+        return "hf"
+    return "dcp" if (folder / METADATA).is_file() or find_weights_folder(folder) != folder else "hf"
 
 
-def open_checkpoint(folder: Path, external: ExternalSettings | None = None) -> CheckpointReader:
+def open_checkpoint(folder: Path, external: SourceSettings | None = None) -> CheckpointReader:
     """Open a checkpoint of any layout. Only its manifest is read, if it has one.
 
     Args:
         folder: the checkpoint's folder.
-        external: how to read the folder if it contains another stack's rank files.
+        external: how to read the folder if it contains another stack's rank files, or a config to read it with.
 
     Raises:
         HeaderError: the manifest is damaged.
         IncompleteError: the folder is of another format, or contains no weights.
         CheckpointError: the folder cannot be read.
     """
-    if external is not None:
-        return CheckpointReader(folder, "foreign", None, external)
+    if isinstance(external, ExternalSettings):
+        return CheckpointReader(folder, "foreign", None, external, external.config)
     layout = detect_layout(folder)
-    _check_format(folder, layout)
-    return CheckpointReader(folder, layout, find_manifest(folder))
+    weights = find_weights_folder(folder) if layout == "dcp" else folder
+    _check_format(weights, layout)
+    return CheckpointReader(folder, layout, find_manifest(folder), config_file=external, weights=weights)
 
 
 def _check_format(folder: Path, layout: SourceLayout) -> None:
@@ -97,12 +101,16 @@ class CheckpointReader:
         layout: the layout of its files.
         manifest: its manifest, None if it has none.
         external: how to read another stack's rank files, None for all other layouts.
+        config_file: the config.json that the user named, None for the checkpoint's own.
+        weights: the folder of the weights if they are in a folder below.
     """
 
     folder: Path
     layout: SourceLayout
     manifest: Manifest | None
     external: ExternalSettings | None = None
+    config_file: SeparateConfig | None = None
+    weights: Path | None = None
 
     @property
     def is_self_describing(self) -> bool:
@@ -112,9 +120,26 @@ class CheckpointReader:
     @property
     def config_folder(self) -> Path:
         """The folder of config.json."""
-        if self.external is not None:
-            return self.external.config_folder(self.folder)
-        return find_config_folder(self.folder) if self.layout == "fsdp" else self.folder
+        return self.separate_config.folder if self.separate_config else find_config_folder(self.folder)
+
+    @cached_property
+    def separate_config(self) -> SeparateConfig | None:
+        """The config.json that goes along with the checkpoint although it is not in its folder, None if there is none.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        if self.config_file is not None:
+            return self.config_file
+        found = find_config_folder(self.folder)
+        return None if found.is_relative_to(self.folder) or self.is_self_describing else SeparateConfig.read(found)
+
+    def list_notes(self) -> Iterator[str]:
+        """Yield what was found elsewhere than in the folder itself."""
+        if self.weights is not None and self.weights != self.folder:
+            yield f"the weights are those of {self.weights.relative_to(self.folder)}"
+        if self.separate_config is not None:
+            yield f"{CONFIG} is that of {self.separate_config.folder}"
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -172,7 +197,7 @@ class CheckpointReader:
         """
         if model is None and not self.is_self_describing:
             model = self.model
-        checkpoint = self._read_tensors(model)
+        checkpoint = self._add_separate_config(self._read_tensors(model))
         if model is not None:
             _check_matches_model(checkpoint, model)
         if optimizer == "ignore":
@@ -194,6 +219,20 @@ class CheckpointReader:
         _check_recorded_tensors(checkpoint, state.tensors)
         return replace(checkpoint, side_files=_drop_optimizer_files(checkpoint.side_files, found), optimizer=state)
 
+    def _add_separate_config(self, checkpoint: Checkpoint) -> Checkpoint:
+        checkpoint = replace(checkpoint, config_folder=self.config_folder, notes=tuple(self.list_notes()))
+        config = self.separate_config
+        if config is None:
+            return checkpoint
+        config.check_unchanged()
+        side_files = checkpoint.side_files
+        copied = tuple(name for name in side_files.copied if name != CONFIG)
+        return replace(
+            checkpoint,
+            side_files=SideFiles(copied, side_files.left_behind),
+            extra_files={**checkpoint.extra_files, CONFIG: config.text},
+        )
+
     def _read_tensors(self, model: PreTrainedModel | None) -> Checkpoint:
         manifest = self.manifest
         if manifest is not None and model is not None:
@@ -207,7 +246,7 @@ class CheckpointReader:
         if self.layout == "fsdp":
             return read_fsdp_checkpoint(self.folder, model)
         if self.layout == "dcp":
-            return read_dcp_checkpoint(self.folder, model, manifest)
+            return read_dcp_checkpoint(self.folder, model, manifest, self.weights)
         return read_hub_checkpoint(self.folder, model)
 
 

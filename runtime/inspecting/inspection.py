@@ -12,7 +12,7 @@ from plans.plan import to_wildcard
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint, OptimizerState, TensorInfo, find_config_changes
 from runtime.checkpoint.external.plan import resolve_external_plan
-from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.external.source import SourceSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.verifying.differences import extract_differences
@@ -24,7 +24,7 @@ __all__ = ["describe_checkpoint", "inspect_checkpoint"]
 
 
 def inspect_checkpoint(
-    folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", external: ExternalSettings | None = None
+    folder: Path, mesh: Mesh | None = None, mode: Mode = "tp", external: SourceSettings | None = None
 ) -> Inspection:
     """Return what a checkpoint contains, and how a plan would place it. Reads headers, and data only to compare copies.
 
@@ -45,7 +45,7 @@ def inspect_checkpoint(
     """
     reader = open_checkpoint(folder, external)
     planned = resolve(reader.model, mesh, mode) if mesh is not None else None
-    sharded_by = resolve_external_plan(reader.model, external) if external is not None else None
+    sharded_by = resolve_external_plan(reader.model, reader.external) if reader.external is not None else None
     try:
         checkpoint = reader.read_headers(reader.model if mesh is not None else None, optimizer="include")
     except (MismatchError, IncompleteError) as error:
@@ -87,6 +87,7 @@ def describe_checkpoint(
         optimizer=_summarize_optimizer(checkpoint.optimizer) if checkpoint.optimizer else None,
         written_by=manifest.written_by if manifest else {},
         config_changes=find_config_changes(checkpoint),
+        notes=checkpoint.notes,
     )
 
 

@@ -159,6 +159,7 @@ class Inspection:
         optimizer: the optimizer's state, if there is one.
         written_by: the recorded versions of the packages that wrote it.
         config_changes: the entries of config.json that changed the computation since the checkpoint was written.
+        notes: what was found elsewhere than in the folder itself.
     """
 
     folder: Path
@@ -177,6 +178,7 @@ class Inspection:
     optimizer: OptimizerSummary | None = None
     written_by: Mapping[str, str] = field(default_factory=dict)
     config_changes: tuple[ConfigDifference, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> int:
@@ -210,6 +212,7 @@ class Inspection:
             "tied": dict(self.tied),
             "carried": list(self.passthrough),
             "side_files": list(self.side_files),
+            "notes": list(self.notes),
             "left_behind": [left.name for left in self.left_behind],
             "left_behind_details": [asdict(left) for left in self.left_behind],
             "stored_form": {"files": self.hub_file_count} if self.hub_file_count is not None else None,

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError
 from plans.mesh import Mesh
 from plans.text import first_line, format_names
+from runtime.checkpoint.files.job_folders import find_config_folder
 from runtime.checkpoint.open import detect_layout, open_checkpoint
 from runtime.loader.loading import load
 from runtime.models.config import read_config
@@ -93,7 +94,7 @@ class ReferenceModel:
 
 def read_config_with_dtype(folder: Path, dtype: torch.dtype) -> PreTrainedConfig:
     """Read a config, with its dtype replaced."""
-    config = read_config(folder)
+    config = read_config(find_config_folder(folder))
     config.dtype = dtype
     return config
 

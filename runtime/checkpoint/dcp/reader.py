@@ -40,13 +40,16 @@ _SAVED_AGAIN = (
 )
 
 
-def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest | None = None) -> Checkpoint:
+def read_dcp_checkpoint(
+    folder: Path, model: PreTrainedModel, manifest: Manifest | None = None, weights: Path | None = None
+) -> Checkpoint:
     """Return what a distributed checkpoint holds of a model.
 
     Args:
         folder: the checkpoint's folder.
         model: the model that its config describes, on meta.
         manifest: the checkpoint's manifest, None if it has none; the files must agree with it, and its names are used.
+        weights: the folder of the weights, below the checkpoint's own or the same.
 
     Raises:
         IncompleteError: a file or tensor is missing, or the checkpoint is lossy.
@@ -55,13 +58,15 @@ def read_dcp_checkpoint(folder: Path, model: PreTrainedModel, manifest: Manifest
         ConversionError: a tied name holds other values than its target.
         UsageError: stored tensors are quantized differently from the model's.
     """
+    weights = weights or folder
     tied = find_tied_names(model)
     stored_names = manifest.stored_names if manifest is not None else {}
     wanted = [stored_names.get(name, name) for name in model_tensors(model) if name not in tied]
     saved = _rename_tensors(
-        read_saved_tensors(folder, wanted, model), {stored: name for name, stored in stored_names.items()}
+        read_saved_tensors(weights, wanted, model), {stored: name for name, stored in stored_names.items()}
     )
-    side_files = find_side_files(folder, {MANIFEST, *saved.files})
+    used = {(weights / name).relative_to(folder).as_posix() for name in saved.files}
+    side_files = find_side_files(folder, {MANIFEST, *used})
     checkpoint = build_model_checkpoint(folder, saved, model, layout="dcp", side_files=side_files)
     return _apply_manifest(checkpoint, manifest) if manifest is not None else checkpoint
 
@@ -82,7 +87,6 @@ def build_model_checkpoint(
     *,
     layout: SourceLayout,
     side_files: SideFiles,
-    config_folder: Path | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint of a model whose tensors are stored in chunks, under the names that they have in it.
@@ -93,7 +97,6 @@ def build_model_checkpoint(
         model: the model that its config describes, on meta.
         layout: the layout of the files.
         side_files: the other files of the folder.
-        config_folder: the folder of config.json if that is not the checkpoint's own.
         extra_files: the content of files that belong to the checkpoint under other names than they have, by name.
 
     Raises:
@@ -124,7 +127,6 @@ def build_model_checkpoint(
         tensor_maps=tensors.maps,
         chunks=stored_chunks,
         side_files=SideFiles(side_files.copied, (*side_files.left_behind, *saved.left_behind)),
-        config_folder=config_folder,
         extra_files=extra_files or {},
         reoriented=tensors.reoriented,
     )

@@ -23,7 +23,6 @@ from runtime.checkpoint.external.shards import (
     reassemble_tensors,
 )
 from runtime.checkpoint.external.source import ExternalSettings
-from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.conversion import Conversion, convert
@@ -163,8 +162,6 @@ def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettin
         CheckpointError: files are damaged or incomplete, or their tensors have other names than the model's.
         MismatchError: a local shape is not the one that the plan gives the rank, or copies differ.
     """
-    if external.config is not None:
-        external.config.check_unchanged()
     tied = find_tied_names(model)
     shardings = resolve_shardings(model, external, resolve_external_plan(model, external))
     files = read_external_files(folder, external)
@@ -185,9 +182,7 @@ def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettin
         tied=tied,
         tensor_maps={name: over_chunks(tensor_map) for name, tensor_map in conversion.tensor_maps.items()},
         chunks={chunk.key: chunk.stored for chunk in chunks},
-        side_files=find_side_files(folder, files.names if external.config is None else files.names | {CONFIG}),
-        config_folder=external.config_folder(folder),
-        extra_files={} if external.config is None else {CONFIG: external.config.text},
+        side_files=find_side_files(folder, files.names),
     )
 
 

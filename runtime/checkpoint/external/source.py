@@ -25,6 +25,7 @@ __all__ = [
     "FilePattern",
     "ParsedFileName",
     "SeparateConfig",
+    "SourceSettings",
     "UnevenPacked",
     "external_placement_to_json",
 ]
@@ -184,7 +185,7 @@ _MAX_CONFIG_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class SeparateConfig:
-    """A config.json in another folder than the rank files, read once.
+    """A config.json in another folder than the weights, read once.
 
     Args:
         folder: the folder of the config.json.
@@ -277,10 +278,6 @@ class ExternalSettings:
         """The mode, or the default one if none was given."""
         return self.from_mode or ("tp_ep" if self.from_ep > 1 else "tp")
 
-    def config_folder(self, folder: Path) -> Path:
-        """Return the folder of the config.json.
 
-        Args:
-            folder: the folder of the rank files.
-        """
-        return self.config.folder if self.config else folder
+SourceSettings = ExternalSettings | SeparateConfig
+"""What a user says of a checkpoint that it does not say itself: how rank files are sharded, or where its config is."""

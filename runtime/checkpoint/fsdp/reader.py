@@ -18,7 +18,7 @@ from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.dcp.chunks import Chunk
 from runtime.checkpoint.dcp.reader import build_model_checkpoint
 from runtime.checkpoint.dcp.saved import name_chunks
-from runtime.checkpoint.files.file_names import CONFIG
+from runtime.checkpoint.files.job_folders import HUGGINGFACE_FOLDER, find_config_folder
 from runtime.checkpoint.files.reading import convert_read_errors, read_at_most
 from runtime.checkpoint.files.side_files import SideFiles, check_contained, find_side_files
 from runtime.checkpoint.fsdp.dtensor import RankTensor, RankTensorParser
@@ -29,15 +29,9 @@ from runtime.tensor_map.tensor_map import Shape, chunk_bounds
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["find_config_folder", "has_rank_files", "read_fsdp_checkpoint"]
+__all__ = ["has_rank_files", "read_fsdp_checkpoint"]
 
 _RANK_FILE = re.compile(r"model_world_size_([1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
-_CONFIG_FOLDER = "huggingface"
-"""Where verl keeps config and tokenizer.
-
-Source: `verl.utils.checkpoint.fsdp_checkpoint_manager` of verl 0.5.
-"""
-
 _MAX_FILE = 2**26
 _SEVERAL = "the files belong to several checkpoints; name a folder with those of one"
 
@@ -48,12 +42,6 @@ def has_rank_files(folder: Path) -> bool:
     """Return whether a folder contains rank files of an FSDP job."""
     with convert_read_errors(folder):
         return folder.is_dir() and any(_RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
-
-
-def find_config_folder(folder: Path) -> Path:
-    """Return where the config of rank files is: beside them, or where verl puts it."""
-    is_apart = not (folder / CONFIG).exists() and (folder / _CONFIG_FOLDER / CONFIG).exists()
-    return folder / _CONFIG_FOLDER if is_apart else folder
 
 
 def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
@@ -88,10 +76,7 @@ def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     expected = [name for name in model_tensors(model) if name not in tied]
     saved = name_chunks(folder, chunks, shapes, names, left_behind, expected, model)
     side, extra = _find_side_files(folder, names)
-    config_folder = find_config_folder(folder)
-    return build_model_checkpoint(
-        folder, saved, model, layout="fsdp", side_files=side, config_folder=config_folder, extra_files=extra
-    )
+    return build_model_checkpoint(folder, saved, model, layout="fsdp", side_files=side, extra_files=extra)
 
 
 def _find_files(folder: Path) -> dict[int, Path]:
@@ -204,10 +189,9 @@ def _order_axes(file: Path, name: str, tensor: RankTensor, sizes: Shape) -> Iter
 def _find_side_files(folder: Path, used: set[str]) -> tuple[SideFiles, dict[str, bytes]]:
     """Return the other files, and by their names in a checkpoint those that verl keeps in a folder of their own."""
     side = find_side_files(folder, used)
-    apart = find_config_folder(folder)
-    if apart == folder:
+    if find_config_folder(folder) != folder / HUGGINGFACE_FOLDER:
         return side, {}
-    prefix = f"{_CONFIG_FOLDER}/"
+    prefix = f"{HUGGINGFACE_FOLDER}/"
     moved = [name for name in side.copied if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
     taken = {name.removeprefix(prefix) for name in moved} & {*side.copied}
     moved = [name for name in moved if name.removeprefix(prefix) not in taken]

@@ -14,7 +14,7 @@ from plans.mesh import Mesh
 from runtime.checkpoint.checkpoint import Checkpoint, find_config_changes
 from runtime.checkpoint.copying.clones import align_to_blocks, find_clones, probe_block_size
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
-from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.external.source import SourceSettings
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.side_files import Stamp, read_stamps
 from runtime.checkpoint.open import open_checkpoint
@@ -80,7 +80,7 @@ def plan_reshard(
     source: Path,
     mesh: Mesh | None = None,
     target: ReshardTarget | None = None,
-    external: ExternalSettings | None = None,
+    external: SourceSettings | None = None,
 ) -> ReshardPlan:
     """Plan how a checkpoint becomes another one.
 

@@ -13,7 +13,7 @@ from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute_co
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.copying.regions import DigestRegion
 from runtime.checkpoint.digest import Digest
-from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.external.source import SourceSettings
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.open import CheckpointReader, open_checkpoint
@@ -90,7 +90,7 @@ def verify(
     *,
     max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
-    external: ExternalSettings | None = None,
+    external: SourceSettings | None = None,
 ) -> Verification:
     """Verify every copy of every tensor of a checkpoint.
 
