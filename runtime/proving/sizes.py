@@ -1,0 +1,95 @@
+"""The sizes of tiny models, from the data file beside this module and from files of the user's own."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from plans.errors import UsageError
+from plans.text import suggest_name
+
+__all__ = ["Sizes", "load_sizes", "read_sizes"]
+
+_FILE = Path(__file__).with_name("sizes.toml")
+_INPUTS = ("tokens", "embeddings")
+_TABLES = ("largest", "classes", "variants", "inputs")
+
+_Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a tiny model of a config class is made with.
+
+    Args:
+        largest: by field, the value that a class gets whose default is larger.
+        classes: by class, the fields that it needs besides.
+        variants: by class and by what is different about it, the fields of another shape of the class.
+        inputs: by class, what its model takes; a class that is not named takes tokens.
+    """
+
+    largest: Mapping[str, int]
+    classes: Mapping[str, _Values]
+    variants: Mapping[str, Mapping[str, _Values]]
+    inputs: Mapping[str, str]
+
+    def extend(self, other: Sizes) -> Sizes:
+        """Return these sizes with another file's in their place, field by field."""
+        names = self.classes.keys() | other.classes.keys()
+        classes = {name: {**self.classes.get(name, {}), **other.classes.get(name, {})} for name in names}
+        names = self.variants.keys() | other.variants.keys()
+        variants = {name: {**self.variants.get(name, {}), **other.variants.get(name, {})} for name in names}
+        return Sizes({**self.largest, **other.largest}, classes, variants, {**self.inputs, **other.inputs})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return asdict(self)
+
+
+@cache
+def load_sizes() -> Sizes:
+    """Return the sizes that come with migrator."""
+    return read_sizes(_FILE)
+
+
+def read_sizes(path: Path) -> Sizes:
+    """Read a file of sizes.
+
+    Raises:
+        UsageError: the file cannot be read, is not TOML, or has a table or a value of another form.
+    """
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="name a file of sizes in TOML", path=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is not TOML: {error}", hint="correct the file", path=str(path)) from error
+    for name in document.keys() - set(_TABLES):
+        _refuse(path, name, "is not a table of sizes", suggest_name(name, _TABLES, f"tables are {', '.join(_TABLES)}"))
+    tables = {name: _check_table(path, name, document.get(name, {})) for name in _TABLES}
+    for name, size in tables["largest"].items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            _refuse(path, f"largest.{name}", "is not a size", "write a number of 1 or more")
+    for name, values in tables["classes"].items():
+        _check_table(path, f"classes.{name}", values)
+    for name, variants in tables["variants"].items():
+        for difference, values in _check_table(path, f"variants.{name}", variants).items():
+            _check_table(path, f"variants.{name}.{difference}", values)
+    for name, taken in tables["inputs"].items():
+        if taken not in _INPUTS:
+            _refuse(path, f"inputs.{name}", f"is {taken!r}", f"write one of {', '.join(_INPUTS)}")
+    return Sizes(**tables)
+
+
+def _check_table(path: Path, key: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(path, key, "is not a table", f"write [{key}]")
+    return value
+
+
+def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:
+    raise UsageError(f"{path}: {key} {problem}", hint=hint, path=str(path), key=key)

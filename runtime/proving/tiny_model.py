@@ -1,0 +1,134 @@
+"""A tiny model of a config class, the same each time, and what it is run on."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plans.errors import UsageError
+from runtime.proving.sizes import Sizes, load_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["tiny_config", "tiny_inputs", "tiny_model"]
+
+# Special tokens inside the tiny vocabulary.
+_FORCED: Mapping[str, object] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+
+_BATCH = 2
+_FIRST_TOKEN = 3
+_IMAGE = (1, 4, 4)
+"""One image of 4 by 4 patches."""
+
+
+def tiny_config(module: str, class_name: str, variant: str = "", sizes: Sizes | None = None) -> PreTrainedConfig:
+    """Build a config class with every size cut down that is larger than the table of sizes says.
+
+    Args:
+        module: the dotted name of the class's module.
+        class_name: the class.
+        variant: another shape of the class, as the sizes name it.
+        sizes: the table, None for migrator's own.
+
+    Raises:
+        UsageError: the sizes have no such variant.
+    """
+    sizes = sizes or load_sizes()
+    config_class = getattr(import_module(module), class_name)
+    variants = sizes.variants.get(class_name, {})
+    if variant and variant not in variants:
+        raise UsageError(
+            f"{class_name} has no variant {variant!r}",
+            hint=f"known are {', '.join(variants) or 'none'}; --sizes adds others",
+            variant=variant,
+        )
+    defaults = _read_defaults(config_class)
+    forced = {name: value for name, value in _FORCED.items() if name in defaults}
+    shrunk = {name: size for name, size in sizes.largest.items() if _is_larger(defaults.get(name), size)}
+    if "kv_lora_rank" in defaults and "num_key_value_heads" in shrunk:
+        # Latent attention has no groups of heads.
+        shrunk["num_key_value_heads"] = sizes.largest["num_attention_heads"]
+    own = {**sizes.classes.get(class_name, {}), **variants.get(variant, {})}
+    config: PreTrainedConfig = config_class(**{**forced, **shrunk, **own})
+    return config
+
+
+def tiny_model(config: PreTrainedConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """Build a config's causal language model, or else the model of that config, with the same weights each time.
+
+    Biases and norms begin as zeros and ones, with which many a mistake would not show, and some classes leave matrices
+    uninitialised; so all of them are drawn anew.
+    """
+    for part in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, part, "eager")
+    torch.manual_seed(seed)
+    model: PreTrainedModel = _find_model_class(type(config))(config).eval()
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, dtype=torch.float32)
+        parameter.data = 0.2 * noise if parameter.ndim > 1 else parameter.data.float() + 0.1 * noise
+    return model.to(dtype)
+
+
+def tiny_inputs(
+    model: PreTrainedModel, dtype: torch.dtype, seed: int = 1, length: int = 16, sizes: Sizes | None = None
+) -> dict[str, torch.Tensor]:
+    """Return what a model is run on: tokens, or what stands for them where a part of a larger model takes none.
+
+    Args:
+        model: the unsharded model.
+        dtype: the dtype of inputs that are no tokens.
+        seed: their seed.
+        length: the length of sequences.
+        sizes: the table that says what classes take, None for migrator's own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    taken = (sizes or load_sizes()).inputs.get(type(config).__name__)
+    if taken == "embeddings":
+        return {"inputs_embeds": torch.randn(_BATCH, length, config.hidden_size, generator=generator).to(dtype)}
+    if not hasattr(config, "vocab_size"):
+        grid = torch.tensor([_IMAGE])
+        patches = torch.randn(int(grid.prod()), config.num_channels * config.patch_size**2, generator=generator)
+        return {"pixel_values": patches.to(dtype), "grid_thw": grid}
+    return {"input_ids": torch.randint(_FIRST_TOKEN, config.vocab_size, (_BATCH, length), generator=generator)}
+
+
+def _read_defaults(config_class: type) -> dict[str, object]:
+    """Return the fields of a config class with their defaults, the class being a dataclass or one with a signature."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name: field.default for field in dataclasses.fields(config_class)}
+    return {name: parameter.default for name, parameter in inspect.signature(config_class).parameters.items()}
+
+
+def _is_larger(default: object, size: int) -> bool:
+    return isinstance(default, int) and not isinstance(default, bool) and default > size
+
+
+def _find_model_class(config_class: type[PreTrainedConfig]) -> Any:
+    """Return the causal language model of a config class or of the class it renames, else its base model."""
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+    for auto in (AutoModelForCausalLM, AutoModel):
+        for known in config_class.__mro__:
+            if known in auto._model_mapping:
+                return auto._model_mapping[known]
+    modeling = import_module(config_class.__module__.replace("configuration_", "modeling_"))
+    models = [
+        model
+        for name, model in inspect.getmembers(modeling, inspect.isclass)
+        if issubclass(model, PreTrainedModel)
+        and model.config_class in config_class.__mro__
+        and not name.endswith("PreTrainedModel")
+    ]
+    if not models:
+        raise UsageError(
+            f"{config_class.__name__}: {modeling.__name__} has no model of this config",
+            hint="set `config_class` on the model's class",
+        )
+    return next((model for model in models if model.__name__.endswith("ForCausalLM")), models[0])
