@@ -22,7 +22,7 @@ from plans.errors import MigratorError
 __all__ = ["main"]
 
 _SECTIONS: Mapping[str, Sequence[str]] = {
-    "Source": ("rewrite", "check", "diff", "explain"),
+    "Source": ("rewrite", "check", "diff", "prove", "explain"),
     "Checkpoints": ("plan", "reshard", "inspect", "verify", "validate"),
     "Jobs": ("run",),
     "Other": ("env",),
@@ -70,6 +70,7 @@ def group() -> None:
     migrator rewrite src/models                            rewrite the plans in model source
     migrator check src/models                              list what is left to do, for CI
     migrator diff main                                     show what the branch changes on the mesh
+    migrator prove src/models                              run its plans on tiny models, beside the unsharded ones
     migrator explain MIG001                                explain a rule
     migrator plan CHECKPOINT --tp 2                        show where each parameter goes, and why
     migrator reshard CHECKPOINT OUT --tp 2 --layout ranks  write the checkpoint for another plan and mesh

@@ -9,7 +9,7 @@ from typing import Literal
 from migrator.options.external import ExternalOptions
 from plans.mesh import Mode
 
-__all__ = ["Check", "Device", "Experts", "Layout", "Ranks", "Reshard", "Rewrite", "Validate", "Verify"]
+__all__ = ["Check", "Device", "Experts", "Layout", "Prove", "Ranks", "Reshard", "Rewrite", "Validate", "Verify"]
 
 Layout = Literal["hf", "dcp", "ranks"]
 Experts = Literal["fused", "separate"]
@@ -43,6 +43,41 @@ class Check:
     paths: tuple[Path, ...]
     source: str | None = None
     target: str | None = None
+
+
+@dataclass(frozen=True)
+class Prove:
+    """Run the plans of a tree's config classes on tiny models, beside the same models unsharded.
+
+    Args:
+        paths: files and folders; none for the project's own.
+        installed: take the installed transformers instead.
+        experts_only: take only classes whose plans speak of routed experts.
+        tp, ep, fsdp: the sizes of the mesh's axes, each mode having those that it uses; `ep` is by default `tp`.
+        mode: the modes, none for all that the mesh has ranks for.
+        config: a config.json to prove instead of tiny sizes.
+        sizes: a file of tiny sizes, which extends migrator's own.
+        seed: the seed of weights and inputs.
+        timeout: seconds that a mode of a class may take.
+        max_memory: the memory that the process of a class may allocate, in MiB.
+        save_failures: a folder for a file of each failure, from which it can be repeated.
+        replay: such a file, to repeat instead of anything else.
+    """
+
+    paths: tuple[Path, ...] = ()
+    installed: bool = False
+    experts_only: bool = False
+    tp: int = 2
+    ep: int | None = None
+    fsdp: int = 1
+    mode: tuple[Mode, ...] = ()
+    config: Path | None = None
+    sizes: Path | None = None
+    seed: int = 0
+    timeout: float = 300.0
+    max_memory: int = 8192
+    save_failures: Path | None = None
+    replay: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Advance(Protocol):
     """A callback for the progress of a task."""
 
     def __call__(self, done: int, total: int, current: str) -> None:
-        """Report the bytes done, the bytes in all, and the name of the current item."""
+        """Report how much is done, how much there is in all, and the name of the current item."""
 
 
 def emit(text: str = "") -> None:
@@ -193,18 +193,39 @@ def _build_table(
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool) -> Iterator[Advance]:
-    """Show bytes, rate and remaining time on standard error, if that is a terminal."""
+def progress(label: str, *, quiet: bool, unit: str = "") -> Iterator[Advance]:
+    """Show what is done, rate and remaining time on standard error, if that is a terminal.
+
+    Args:
+        label: the text before the bar.
+        quiet: show nothing.
+        unit: what is counted, bytes if it is empty.
+    """
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.text import Text
+
+    class CountSpeedColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.1f} {unit}/s" if speed else "", style="progress.data.speed")
 
     terminal = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *((MofNCompleteColumn(), CountSpeedColumn()) if unit else (DownloadColumn(), TransferSpeedColumn())),
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[current]}"),
     )

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,8 @@ class Reference:
 
     def _is_idle(self, name: str, gradient: torch.Tensor | None) -> bool:
         if gradient is None or not gradient.any():
-            return self.model.get_parameter(name).requires_grad
+            trained: bool = self.model.get_parameter(name).requires_grad
+            return trained
         owner = self.model.get_submodule(name.rpartition(".")[0])
         return stacks_experts(owner, gradient) and bool(find_idle_experts(gradient))
 
@@ -165,7 +166,7 @@ def _measure(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float
     return float((found - expected).abs().nan_to_num(nan=inf).max()) / scale if scale else inf
 
 
-def _run(model: Any, inputs: Inputs, number: int, share: float = 1.0) -> torch.Tensor:
+def _run(model: PreTrainedModel, inputs: Inputs, number: int, share: float = 1.0) -> torch.Tensor:
     """Run a model and a loss that weighs every output differently; return the outputs.
 
     Args:

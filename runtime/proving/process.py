@@ -15,6 +15,9 @@ from runtime.processes.started import die_with_parent, exit_now
 
 __all__ = ["main"]
 
+_RANKS_SHARE = 0.8
+"""The share of a mode's time after which its ranks end themselves, saying what they wait for."""
+
 
 def main(arguments: list[str]) -> NoReturn:
     """Answer the parent's tasks until it closes the pipe.
@@ -27,6 +30,8 @@ def main(arguments: list[str]) -> NoReturn:
     die_with_parent(parent)
     pipe = Connection(descriptor)
     start = _receive(pipe)
+    if start is None:
+        exit_now(1)
     if start["memory"]:
         resource.setrlimit(resource.RLIMIT_DATA, (start["memory"], resource.RLIM_INFINITY))
     if start["root"]:
@@ -55,21 +60,25 @@ def _import_runtime() -> str:
 
 
 def _answer_tasks(pipe: Connection, start: dict[str, Any]) -> None:
-    from runtime.proving.prove import prove_task
+    from runtime.proving.prove import ClassProof
     from runtime.proving.sizes import Sizes
     from runtime.proving.task import ProofTask
 
     sizes = Sizes(**start["sizes"])
     while (message := _receive(pipe)) is not None:
-        for result in prove_task(ProofTask.from_json(message), sizes, start["timeout"]):
-            _send(pipe, result.to_json())
+        task = ProofTask.from_json(message)
+        proof = ClassProof(task, sizes, _RANKS_SHARE * start["timeout"])
+        _send(pipe, {"built": True})
+        for mode in task.modes:
+            _send(pipe, proof.prove(mode).to_json())
 
 
-def _receive(pipe: Connection) -> Any:
+def _receive(pipe: Connection) -> dict[str, Any] | None:
     try:
-        return json.loads(pipe.recv_bytes())
+        message: dict[str, Any] = json.loads(pipe.recv_bytes())
     except EOFError:
         return None
+    return message
 
 
 def _send(pipe: Connection, value: dict[str, Any]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plans.errors import IndivisibleError, MigratorError, MismatchError, PlanError, UsageError
 from plans.mesh import Mesh, Mode
@@ -24,10 +24,11 @@ from runtime.styles.registry import STYLES
 from runtime.validation.precision import FLOAT64
 
 if TYPE_CHECKING:
-    from plans.resolved_plan import ResolvedPlan
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["describe_error", "prove_task"]
+    from plans.resolved_plan import ResolvedPlan
+
+__all__ = ["ClassProof", "describe_error"]
 
 _PLANS: Mapping[Mode, tuple[str, ...]] = {
     "tp": ("tp",),
@@ -40,26 +41,6 @@ _PLANS: Mapping[Mode, tuple[str, ...]] = {
 _MAX_LENGTH = 300
 
 
-def prove_task(task: ProofTask, sizes: Sizes, timeout: float) -> Iterator[ModeResult]:
-    """Yield what becomes of a class in each mode, each as soon as it is known.
-
-    Args:
-        task: the class and the modes.
-        sizes: the sizes of tiny models.
-        timeout: seconds that the ranks of a mode may take.
-    """
-    try:
-        proof = _Proof(task, sizes, timeout, _build_model(task, sizes))
-    except Exception as error:  # what classes raise is not ours to list
-        for mode in task.modes:
-            yield ModeResult(mode, "not instantiated", describe_error(error))
-        return
-    for mode in task.modes:
-        start = time.perf_counter()
-        result = proof.prove(mode)
-        yield replace(result, seconds=time.perf_counter() - start)
-
-
 def describe_error(error: BaseException) -> str:
     """Return an error in one line: its type and what it says."""
     text = " ".join(str(error).split())
@@ -69,21 +50,38 @@ def describe_error(error: BaseException) -> str:
 def _build_model(task: ProofTask, sizes: Sizes) -> PreTrainedModel:
     config: PreTrainedConfig
     if task.config is not None:
-        config = getattr(import_module(task.module), task.class_name)(**task.config)
+        config = getattr(import_module(task.module), task.class_name).from_dict(dict(task.config))
     else:
         config = tiny_config(task.module, task.class_name, task.variant, sizes)
     return tiny_model(config, FLOAT64.dtype, task.seed)
 
 
-class _Proof:
-    """The proofs of one class; modes whose ranks take the same batches share a reference."""
+class ClassProof:
+    """The proofs of one class; modes whose ranks take the same batches share a reference.
 
-    def __init__(self, task: ProofTask, sizes: Sizes, timeout: float, model: PreTrainedModel) -> None:
-        self._task, self._sizes, self._timeout, self._model = task, sizes, timeout, model
+    Args:
+        task: the class.
+        sizes: the sizes of tiny models.
+        timeout: seconds that the ranks of a mode may take.
+    """
+
+    def __init__(self, task: ProofTask, sizes: Sizes, timeout: float) -> None:
+        self._task, self._sizes, self._timeout = task, sizes, timeout
         self._references: dict[tuple[int, int], Reference] = {}
+        self._failure = ""
+        try:
+            self._model = _build_model(task, sizes)
+        except Exception as error:  # what classes raise is not ours to list
+            self._failure = describe_error(error)
 
     def prove(self, mode: Mode) -> ModeResult:
         """Return what becomes of the class in a mode."""
+        if self._failure:
+            return ModeResult(mode, "not instantiated", self._failure)
+        start = time.perf_counter()
+        return replace(self._prove(mode), seconds=time.perf_counter() - start)
+
+    def _prove(self, mode: Mode) -> ModeResult:
         missing = self._find_missing_plan(mode)
         if missing:
             return ModeResult(mode, "no plan", f"the class has no {missing} plan")

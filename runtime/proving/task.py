@@ -52,6 +52,11 @@ class ProofTask:
     config: Mapping[str, Any] | None = None
 
     @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells a task from the others of a run."""
+        return self.module, self.class_name, self.variant
+
+    @property
     def name(self) -> str:
         """The row's name in a table."""
         return f"{self.class_name}, {self.variant}" if self.variant else self.class_name

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,25 +111,43 @@ def _is_larger(default: object, size: int) -> bool:
     return isinstance(default, int) and not isinstance(default, bool) and default > size
 
 
-def _find_model_class(config_class: type[PreTrainedConfig]) -> Any:
-    """Return the causal language model of a config class or of the class it renames, else its base model."""
-    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+def _find_model_class(config_class: type[PreTrainedConfig]) -> Callable[[PreTrainedConfig], PreTrainedModel]:
+    """Return the causal language model of a config class or of the class it renames, else its base model.
 
-    for auto in (AutoModelForCausalLM, AutoModel):
-        for known in config_class.__mro__:
+    transformers maps config classes by their names alone, so a copy's name leads to the original's model.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+    for known in config_class.__mro__:
+        if not issubclass(known, PreTrainedConfig) or known is PreTrainedConfig:
+            continue
+        for auto in (AutoModelForCausalLM, AutoModel):
             if known in auto._model_mapping:
-                return auto._model_mapping[known]
-    modeling = import_module(config_class.__module__.replace("configuration_", "modeling_"))
-    models = [
+                mapped: type[PreTrainedModel] = auto._model_mapping[known]
+                if mapped.__module__.partition(".")[0] == known.__module__.partition(".")[0]:
+                    return mapped
+        if models := _find_own_models(known):
+            return next((one for one in models if one.__name__.endswith("ForCausalLM")), models[0])
+    raise UsageError(
+        f"{config_class.__module__} has no model of {config_class.__name__} beside it",
+        hint="set `config_class` on the model's class",
+    )
+
+
+def _find_own_models(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Return the models of a config class in the modeling file beside it."""
+    name = config_class.__module__.replace("configuration_", "modeling_")
+    if find_spec(name) is None:
+        return []
+    models: list[Any] = [model for _, model in inspect.getmembers(import_module(name), _is_model)]
+    return [
         model
-        for name, model in inspect.getmembers(modeling, inspect.isclass)
-        if issubclass(model, PreTrainedModel)
-        and model.config_class in config_class.__mro__
-        and not name.endswith("PreTrainedModel")
+        for model in models
+        if model.config_class in config_class.__mro__ and not model.__name__.endswith("PreTrainedModel")
     ]
-    if not models:
-        raise UsageError(
-            f"{config_class.__name__}: {modeling.__name__} has no model of this config",
-            hint="set `config_class` on the model's class",
-        )
-    return next((model for model in models if model.__name__.endswith("ForCausalLM")), models[0])
+
+
+def _is_model(value: object) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
