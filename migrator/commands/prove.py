@@ -78,11 +78,12 @@ def command(
     quiet: bool,
     **options: object,
 ) -> int:
-    """Run the plans of config classes on tiny models, and compare with the same models unsharded.
+    """Run the plans of model source on tiny models, and compare.
 
-    THIS RUNS CODE OF YOUR TREE: each class below PATHS that has a plan is imported from the tree, in a child process
-    whose environment carries no tokens. Ranks are threads of that process, so any mesh can be proven on one machine.
-    Logits and every gradient must be equal in float64. PATHS are files or folders; the default is the current folder.
+    THIS RUNS CODE OF YOUR TREE: each config class below PATHS that has a plan is imported from the tree, in a child
+    process whose environment carries no tokens. Ranks are threads of that process, so any mesh can be proven on one
+    machine. Logits and every gradient must equal those of the unsharded model, in float64. PATHS are files or folders;
+    the default is the current folder.
 
     Exits 1 if a plan computes something else or is refused on its model, and 2 if nothing can be said of a class: it
     cannot be imported, the mesh does not fit it, or its process failed. All others are still proven.
