@@ -15,6 +15,7 @@ from migrator.options.source import ProjectRequest, read_requests
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.errors import UsageError
 from plans.gc_paused import gc_paused
+from plans.mesh import AXES
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
@@ -139,7 +140,7 @@ def plan_reshard(settings: Reshard, external: SourceSettings | None, *, quiet: b
     from runtime.checkpoint.resharding.output_files import ReshardTarget
     from runtime.hub import resolve_folder
 
-    mesh, mode = build_mesh(settings.tp, settings.ep, settings.fsdp, settings.mode)
+    mesh, mode = build_mesh(settings.mode, **{axis: getattr(settings, axis) for axis in AXES})
     layout = settings.layout or ("dcp" if mesh.world_size > 1 else "hf")
     target = ReshardTarget(layout, mesh, mode, settings.experts, settings.optimizer)
     folder = resolve_folder(settings.source, quiet=quiet)
@@ -279,7 +280,7 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
 
     folder = resolve_folder(settings.source, quiet=quiet)
     reference = resolve_folder(settings.reference, quiet=quiet) if settings.reference else None
-    sizes = {axis: size for axis in ("tp", "ep", "fsdp") if (size := getattr(settings, axis)) is not None}
+    sizes = {axis: size for axis in AXES if (size := getattr(settings, axis)) is not None}
     mesh, mode = resolve_mesh(folder, sizes, settings.mode)
     request = ValidationRequest(
         folder,

@@ -2,51 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from plans.errors import UsageError
 
-__all__ = ["MODES", "Mesh", "MeshName", "Mode"]
+__all__ = ["AXES", "MODES", "Mesh", "MeshName", "Mode"]
 
 Mode = Literal["tp", "ep", "tp_ep", "sp", "sp_ep"]
 MODES: tuple[Mode, ...] = ("tp", "ep", "tp_ep", "sp", "sp_ep")
 MeshName = Literal["dense", "experts"]
 
-_AXES: dict[MeshName, tuple[str, str]] = {"dense": ("fsdp", "tp"), "experts": ("efsdp", "ep")}
+AXES = ("tp", "ep", "fsdp", "replicate")
+"""The axes whose sizes a mesh is given by."""
+
+_PLACED_AXES: dict[MeshName, tuple[str, str]] = {"dense": ("fsdp", "tp"), "experts": ("efsdp", "ep")}
+_RANK_ORDER = ("replicate", "fsdp", "tp")
 
 
 @dataclass(frozen=True)
 class Mesh:
     """The sizes of a job's mesh axes.
 
-    The same ranks form two meshes: `dense` with the axes (fsdp, tp), and `experts` with the axes (efsdp, ep).
-    world size = fsdp * tp; rank = fsdp_rank * tp + tp_rank; ep_rank = rank mod ep; efsdp = world size / ep.
+    The same ranks form two meshes: `dense` with the axes (fsdp, tp), and `experts` with the axes (efsdp, ep), both
+    repeated over `replicate`, whose ranks hold the same shards and see other batches.
+    world size = replicate * fsdp * tp; rank = (replica * fsdp + fsdp_rank) * tp + tp_rank; ep_rank = rank mod ep;
+    efsdp = fsdp * tp / ep.
 
     Args:
         tp: the number of tensor-parallel ranks.
-        ep: the number of expert-parallel ranks, a multiple of `tp` that divides the world size; 1 for none.
+        ep: the number of expert-parallel ranks, a multiple of `tp` that divides `fsdp * tp`; 1 for none.
         fsdp: the number of FSDP ranks.
+        replicate: the number of replicas, transformers' `dp_replicate_size`.
 
     Raises:
         UsageError: the sizes do not form a mesh.
 
-    Source: `DistributedConfig` of transformers 5.23.0.
+    Source: `DistributedConfig` and `TransformersDeviceMesh` of transformers 5.24.0.
     """
 
     tp: int = 1
     ep: int = 1
     fsdp: int = 1
+    replicate: int = 1
 
     def __post_init__(self) -> None:
-        for axis, size in (("tp", self.tp), ("ep", self.ep), ("fsdp", self.fsdp)):
+        for axis, size in self.axis_sizes.items():
             if size < 1:
                 raise UsageError(
                     f"`{axis}` must be at least 1, got {size}", hint="choose a size of 1 or more", axis=axis
                 )
-        if self.ep > 1 and (self.ep % self.tp or self.world_size % self.ep):
+        if self.ep > 1 and (self.ep % self.tp or self.replica_size % self.ep):
             raise UsageError(
-                f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.world_size}",
+                f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.replica_size}",
                 hint=f"{self._describe_expert_sizes()}, or increase `tp` or `fsdp`",
                 tp=self.tp,
                 ep=self.ep,
@@ -54,39 +62,73 @@ class Mesh:
             )
 
     def __str__(self) -> str:
-        return f"tp={self.tp}, ep={self.ep}, fsdp={self.fsdp}"
+        sizes = self.axis_sizes.items()
+        return ", ".join(f"{axis}={size}" for axis, size in sizes if size > 1 or axis in ("tp", "ep", "fsdp"))
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The size of each axis by name; `Mesh(**sizes)` is the same mesh again."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def world_size(self) -> int:
         """The number of ranks."""
+        return self.replicate * self.replica_size
+
+    @property
+    def replica_size(self) -> int:
+        """The number of ranks that together hold one copy of all shards."""
         return self.fsdp * self.tp
 
     @property
     def efsdp(self) -> int:
         """The size of the FSDP axis of the experts' mesh."""
-        return self.world_size // self.ep
+        return self.replica_size // self.ep
+
+    @property
+    def one_replica(self) -> Mesh:
+        """The mesh of one replica; its ranks hold all that is distinct, and the files of a checkpoint are theirs."""
+        return replace(self, replicate=1)
 
     def axes(self, name: MeshName) -> tuple[str, str]:
-        """Return the names of a mesh's axes, outermost first."""
-        return _AXES[name]
+        """Return the names of the axes that a mesh's placements refer to, outermost first."""
+        return _PLACED_AXES[name]
 
     def sizes(self, name: MeshName) -> tuple[int, int]:
-        """Return the sizes of a mesh's axes, outermost first."""
+        """Return the sizes of these axes, outermost first."""
         return (self.fsdp, self.tp) if name == "dense" else (self.efsdp, self.ep)
 
     def coordinates(self, name: MeshName, rank: int) -> tuple[int, int]:
-        """Return a rank's index on each axis of a mesh, outermost first."""
+        """Return a rank's index on each of these axes, outermost first."""
         inner = self.sizes(name)[1]
-        return rank // inner, rank % inner
+        within = rank % self.replica_size
+        return within // inner, within % inner
+
+    def find_replica(self, rank: int) -> int:
+        """Return the number of the replica that a rank belongs to."""
+        return rank // self.replica_size % self.replicate
+
+    def find_file(self, rank: int) -> int:
+        """Return the number of the file that has a rank's bytes: the rank of `one_replica` at the same place."""
+        return rank % self.replica_size
 
     def to_json(self) -> dict[str, object]:
-        """Return the manifest form."""
-        sizes: dict[str, object] = {"tp": self.tp, "ep": self.ep, "fsdp": self.fsdp}
-        return sizes | {name: list(axes) for name, axes in _AXES.items()}
+        """Return the manifest form, which tells of replicas only where there are several."""
+        sizes: dict[str, object] = {axis: self.axis_sizes[axis] for axis in ("tp", "ep", "fsdp")}
+        sizes |= {name: list(axes) for name, axes in _PLACED_AXES.items()}
+        if self.is_plain:
+            return sizes
+        files = self.one_replica.world_size
+        return {**sizes, "replicate": self.replicate, "rank_order": list(_RANK_ORDER), "files": files}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tp, ep and fsdp alone describe the mesh."""
+        return self.replicate == 1
 
     def _describe_expert_sizes(self) -> str:
-        world = self.world_size
-        *others, last = (size for size in range(self.tp, world + 1, self.tp) if world % size == 0)
+        replica = self.replica_size
+        *others, last = (size for size in range(self.tp, replica + 1, self.tp) if replica % size == 0)
         if not others:
             return f"choose `ep={last}`"
         return f"choose `ep` as {', '.join(map(str, others))} or {last}"

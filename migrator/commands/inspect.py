@@ -38,14 +38,12 @@ __all__ = ["command", "show_inspection"]
 @report_option
 def command(
     source: str,
-    tp: int,
-    ep: int,
-    fsdp: int,
     mode: Mode | None,
     external: ExternalOptions,
     follow_links: bool,
     output_format: str,
     report: Path | None,
+    **sizes: int,
 ) -> int:
     """Show what a checkpoint contains, and what is wrong with it.
 
@@ -62,7 +60,7 @@ def command(
     from runtime.checkpoint.files import side_files
     from runtime.inspecting.inspection import inspect_checkpoint
 
-    mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
+    mesh, effective_mode = build_mesh(mode, **sizes)
     has_target = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
     with side_files.follow_links(follow_links):
         inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)

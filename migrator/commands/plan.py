@@ -24,7 +24,7 @@ __all__ = ["command"]
 @click.argument("source")
 @mesh_options
 @format_option("human", "json")
-def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, output_format: str) -> None:
+def command(source: str, output_format: str, mode: Mode | None, **sizes: int) -> None:
     """Show how a model's plan places each parameter.
 
     SOURCE is a checkpoint folder, a config.json, a model type, or hf://owner/name[@revision], of which only the config
@@ -41,7 +41,7 @@ def command(source: str, tp: int, ep: int, fsdp: int, mode: Mode | None, output_
     from runtime.planning.resolve import resolve
 
     model = build_stored_model(find_config(source))
-    mesh, effective_mode = build_mesh(tp, ep, fsdp, mode)
+    mesh, effective_mode = build_mesh(mode, **sizes)
     after = resolve(model, mesh, effective_mode)
     before = resolve(model, mesh, plan=get_released_plan(model)) if effective_mode == "tp" else after
     if output_format == "json":
@@ -90,8 +90,7 @@ def _show_plan(source: str, before: ResolvedPlan, after: ResolvedPlan) -> None:
 
 
 def _format_sizes(mesh: Mesh) -> str:
-    sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items() if axis == "tp" or size > 1)
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.axis_sizes.items() if axis == "tp" or size > 1)
 
 
 def _build_row(old: ResolvedParameter, new: ResolvedParameter, mesh: Mesh) -> tuple[str, ...]:

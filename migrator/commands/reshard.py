@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -92,9 +92,6 @@ __all__ = ["command", "print_estimate", "print_notes", "print_summary"]
 def command(
     source: str,
     destination: str,
-    tp: int,
-    ep: int,
-    fsdp: int,
     mode: Mode | None,
     external: ExternalOptions,
     follow_links: bool,
@@ -110,6 +107,7 @@ def command(
     report: Path | None,
     output_format: str,
     quiet: bool,
+    **sizes: int,
 ) -> None:
     """Write a checkpoint in another layout or for another mesh.
 
@@ -124,9 +122,11 @@ def command(
     from runtime.hub import check_repository
 
     check_address(destination)
+    shared: dict[str, Any] = {**sizes, **vars(external)}
     settings = Reshard(
-        source, Path(destination), tp, ep, fsdp, mode, layout, experts, optimizer, max_memory, overwrite, push_to,
-        follow_links, **vars(external),
+        source=source, destination=Path(destination), mode=mode, layout=layout, experts=experts,
+        optimizer=optimizer, max_memory=max_memory, overwrite=overwrite, push_to=push_to, follow_links=follow_links,
+        **shared,
     )  # fmt: skip
     if push_to is not None:
         check_repository(push_to)

@@ -95,9 +95,6 @@ __all__ = ["command", "explain_failure", "show_result"]
 @report_option
 def command(
     source: str,
-    tp: int,
-    ep: int,
-    fsdp: int,
     mode: Mode | None,
     device: Device,
     ranks: Ranks,
@@ -109,6 +106,7 @@ def command(
     follow_links: bool,
     output_format: str,
     report: Path | None,
+    **sizes: int,
 ) -> int:
     """Prove a checkpoint by running its model on a real mesh.
 
@@ -126,10 +124,10 @@ def command(
     if not is_worker:
         # Handled like Ctrl-C, which stops the workers and removes temporary folders; the default would leave both.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sizes = _read_explicit_sizes({"tp": tp, "ep": ep, "fsdp": fsdp})
     settings = Validate(
-        source, reference, sizes.get("tp"), sizes.get("ep"), sizes.get("fsdp"), mode, device, tolerance, timeout,
-        plan, allow_unexercised, ranks, follow_links,
+        source=source, reference=reference, **_read_explicit_sizes(sizes), mode=mode, device=device,
+        tolerance=tolerance, timeout=timeout, plan=plan, allow_unexercised=allow_unexercised, ranks=ranks,
+        follow_links=follow_links,
     )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":

@@ -20,7 +20,7 @@ from migrator.jobs.readers import (
 from migrator.options.external import check_external_options
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.errors import UsageError
-from plans.mesh import MODES, Mesh
+from plans.mesh import AXES, MODES, Mesh
 from plans.text import suggest_name
 
 __all__ = ["job_files", "read"]
@@ -29,7 +29,7 @@ _MAX_BYTES = 1_000_000
 _DEFAULT_NAME = "checkpoint"
 
 _MESH_SETTINGS: Mapping[str, SettingReader] = {
-    **dict.fromkeys(("tp", "ep", "fsdp"), readers.read_size),
+    **dict.fromkeys(AXES, readers.read_size),
     "mode": readers.make_choice_reader(*MODES),
 }
 _TREE_SETTINGS: Mapping[str, SettingReader] = {
@@ -208,7 +208,7 @@ def _build_reshards(output: Path, tables: Sequence[tuple[SettingLocation, _Optio
 
 def _check_mesh(location: SettingLocation, options: _Options) -> None:
     try:
-        Mesh(**{axis: options[axis] for axis in ("tp", "ep", "fsdp") if axis in options})
+        Mesh(**{axis: options[axis] for axis in AXES if axis in options})
     except UsageError as error:
         location.refuse(f"is not a valid mesh: {error}", error.hint)
 

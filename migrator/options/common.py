@@ -38,11 +38,12 @@ def follow_links_option(function: _Command) -> _Command:
 
 
 def mesh_options(function: _Command) -> _Command:
-    """Add `--tp`, `--ep`, `--fsdp` and `--mode` to a command."""
+    """Add an option for each axis of the mesh, and `--mode`, to a command."""
     options = (
         click.option("--tp", default=1, show_default=True, help="Number of ranks on the tensor parallel axis."),
         click.option("--ep", default=1, show_default=True, help="Number of ranks that share one set of experts."),
         click.option("--fsdp", default=1, show_default=True, help="Number of ranks on the data parallel axis."),
+        click.option("--replicate", default=1, show_default=True, help="Number of replicas, which repeat all shards."),
         click.option(
             "--mode",
             type=click.Choice(MODES),
@@ -54,9 +55,10 @@ def mesh_options(function: _Command) -> _Command:
     return function
 
 
-def build_mesh(tp: int, ep: int, fsdp: int, mode: Mode | None) -> tuple[Mesh, Mode]:
-    """Return the mesh that the options describe, and the mode or its default."""
-    return Mesh(tp=tp, ep=ep, fsdp=fsdp), mode or ("tp_ep" if ep > 1 else "tp")
+def build_mesh(mode: Mode | None, **sizes: int) -> tuple[Mesh, Mode]:
+    """Return the mesh of the sizes that the options give, and the mode or its default."""
+    mesh = Mesh(**sizes)
+    return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
 
 
 def format_option(*formats: str) -> Callable[[_Command], _Command]:

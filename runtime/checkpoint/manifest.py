@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from plans.errors import HeaderError, IncompleteError, UsageError
-from plans.mesh import MODES, Mesh, MeshName, Mode
+from plans.mesh import AXES, MODES, Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json, placement_to_json
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, is_weight_file
 from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, is_size, parse_strict_json
@@ -39,7 +39,8 @@ __all__ = [
 MAX_CONFIG_DEPTH = 32
 """How deep the lists and objects of a recorded config may be nested."""
 
-_VERSION = 1
+_PLAIN_VERSION, _VERSION = 1, 2
+"""The version of manifests whose mesh is tp, ep and fsdp alone, which older readers read too, and of all others."""
 
 TensorKind = Literal["parameter", "buffer", "carried"]
 
@@ -180,7 +181,7 @@ class Manifest:
         tensors |= {name: {"kind": "tied", "to": target} for name, target in self.tied.items()}
         content = {
             "format": "migrator",
-            "version": _VERSION,
+            "version": _PLAIN_VERSION if self.mesh.is_plain else _VERSION,
             "written_by": dict(self.written_by),
             "model_type": self.model_type,
             "mode": self.mode,
@@ -250,11 +251,20 @@ class _ManifestParser:
     path: Path
 
     def parse_manifest(self, content: Mapping[str, Any]) -> Manifest:
-        if content.get("format") != "migrator" or content.get("version") != _VERSION:
-            raise self.error(f"not a migrator manifest of version {_VERSION}")
+        version = content.get("version")
+        if content.get("format") == "migrator" and isinstance(version, int) and version > _VERSION:
+            raise HeaderError(
+                f"{self.path}: a manifest of version {version}, and this migrator reads those up to {_VERSION}",
+                hint="use the migrator that wrote it, or a newer one",
+                version=version,
+            )
+        if content.get("format") != "migrator" or version not in (_PLAIN_VERSION, _VERSION):
+            raise self.error(f"not a migrator manifest of version {_PLAIN_VERSION} or {_VERSION}")
         if content.get("mode") not in MODES:
             raise self.error(f"unknown mode {content.get('mode')!r}")
         mesh = self.parse_mesh(content.get("mesh"))
+        if mesh.is_plain != (version == _PLAIN_VERSION):
+            raise self.error(f"a manifest of version {version} cannot have the mesh {mesh}")
         rows = self.require_object(content.get("tensors"), "tensors", dict)
         tied = {name: row.get("to") for name, row in rows.items() if row.get("kind") == "tied"}
         tensors = {name: self.parse_entry(name, row, mesh) for name, row in rows.items() if name not in tied}
@@ -276,14 +286,14 @@ class _ManifestParser:
         )
 
     def parse_mesh(self, value: object) -> Mesh:
-        match value:
-            case {"tp": tp, "ep": ep, "fsdp": fsdp} if all(is_size(n, _MAX_WORLD) for n in (tp, ep, fsdp)):
-                try:
-                    mesh = Mesh(tp=tp, ep=ep, fsdp=fsdp)
-                except UsageError as error:
-                    raise self.error(f"impossible mesh: {error}") from error
-                if value == mesh.to_json():
-                    return mesh
+        sizes = {axis: value[axis] for axis in AXES if axis in value} if isinstance(value, dict) else {}
+        if sizes and all(is_size(size, _MAX_WORLD) for size in sizes.values()):
+            try:
+                mesh = Mesh(**sizes)
+            except UsageError as error:
+                raise self.error(f"impossible mesh: {error}") from error
+            if value == mesh.to_json():
+                return mesh
         raise self.error(f"{value!r} is not a mesh")
 
     def parse_entry(self, name: str, row: Mapping[str, Any], mesh: Mesh) -> ManifestEntry:

@@ -82,8 +82,8 @@ def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, Par
     """Return what this rank's own file holds, None if the checkpoint is sharded differently from the model."""
     entries = {name: entry for name, entry in manifest.tensors.items() if entry.kind != "carried"}
     _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, folder)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world_size != manifest.mesh.world_size or not _has_same_shards(manifest, refs, rank):
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if not _has_same_shards(manifest, refs, rank):
         return None
     stored = read_rank_header(folder, manifest, rank).tensors
     assert all(is_in_rank_file(entries[name], rank) for name in refs)

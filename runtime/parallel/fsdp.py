@@ -19,12 +19,12 @@ __all__ = ["apply_fsdp", "find_fsdp_groups"]
 
 
 def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
-    """Shard every parameter on dim 0 over its data parallel axis.
+    """Shard every parameter on dim 0 over its data parallel axis, and replicate the shards over `replicate`.
 
     Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
-    the average of the ranks' on its axis. Each layer is one group, and what no layer holds is another one; modules
-    that stay in float32 are groups of their own, because FSDP gathers one dtype at a time. With one rank on both axes
-    nothing happens.
+    the average of the ranks' on its axis and on that of the replicas. Each layer is one group, and what no layer holds
+    is another one; modules that stay in float32 are groups of their own, because FSDP gathers one dtype at a time. With
+    one data parallel rank nothing happens.
 
     Args:
         model: the model, its parameters sharded by the plan and its modules hooked.
@@ -33,15 +33,16 @@ def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -
 
     Source: `_resolve_parallel_plans` in distributed/mixin.py of transformers 5.24.0, for the groups in float32.
     """
-    if meshes.sizes.fsdp == 1:
+    replicate = meshes.sizes.replicate
+    if meshes.sizes.fsdp * replicate == 1:
         return
     experts = [row.name for row in resolved.parameters if row.mesh == "experts" and row.kind == "parameter"]
-    if meshes.sizes.efsdp > 1:
+    if meshes.sizes.efsdp * replicate > 1:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
-            _fully_shard_module(model.get_submodule(owner), meshes.axis("efsdp"))
+            _fully_shard_module(model.get_submodule(owner), meshes.data_mesh("efsdp"))
     apart = {model.get_parameter(name) for name in experts}
     for module in (*_find_groups(model, apart), model):
-        _fully_shard_module(module, meshes.axis("fsdp"), apart)
+        _fully_shard_module(module, meshes.data_mesh("fsdp"), apart)
 
 
 def find_fsdp_groups(model: nn.Module) -> dict[str, int]:
@@ -110,8 +111,8 @@ def _find_kept_modules(model: nn.Module, apart: Collection[nn.Parameter]) -> Ite
     yield from visit("", model)
 
 
-def _fully_shard_module(module: nn.Module, axis: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
-    sharded = fully_shard(module, mesh=axis, ignored_params=ignored)
+def _fully_shard_module(module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter] | None = None) -> None:
+    sharded = fully_shard(module, mesh=mesh, ignored_params=ignored)
     # Averages are left to NCCL: gloo's reduce-scatter in torch 2.8 gives the sum where it is asked for the average.
-    averages = axis.device_type == "cuda" and uses_nccl(axis.get_group())
+    averages = mesh.device_type == "cuda" and uses_nccl(mesh.get_group(mesh.ndim - 1))
     sharded.set_force_sum_reduction_for_comms(not averages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,11 +26,15 @@ class DeviceMeshes:
 
     Args:
         sizes: the sizes of the mesh axes.
-        axes: one-dimensional meshes by axis name; `ep` and `efsdp` exist if experts have axes of their own.
+        axes: one-dimensional meshes by axis name; `ep` and `efsdp` exist if experts have axes of their own, and
+            `replicate` if there are several replicas.
+        hybrid: the two-dimensional meshes of `replicate` and a data parallel axis, by that axis' name; empty unless
+            there are several replicas.
     """
 
     sizes: Mesh
     axes: Mapping[str, DeviceMesh]
+    hybrid: Mapping[str, DeviceMesh] = field(default_factory=dict)
 
     def axis(self, name: str) -> DeviceMesh:
         """Return one mesh axis.
@@ -46,10 +50,18 @@ class DeviceMeshes:
             )
         return self.axes[name]
 
+    def data_mesh(self, name: str) -> DeviceMesh:
+        """Return the mesh that FSDP works on: a data parallel axis, under that of the replicas if there are several.
+
+        Raises:
+            UsageError: the mesh has no axis with this name.
+        """
+        return self.hybrid[name] if name in self.hybrid else self.axis(name)
+
     @property
     def spanning_axes(self) -> tuple[DeviceMesh, ...]:
         """The axes that together span every rank exactly once, innermost first."""
-        dense = tuple(self.axes[name] for name in ("tp", "fsdp") if name in self.axes)
+        dense = tuple(self.axes[name] for name in ("tp", "fsdp", "replicate") if name in self.axes)
         return dense or (self.axes["ep"],)
 
 
@@ -90,19 +102,24 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
 
 def _build_device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
     axes: dict[str, DeviceMesh] = {}
+    hybrid: dict[str, DeviceMesh] = {}
+    outer = {"replicate": mesh.replicate} if mesh.replicate > 1 else {}
     for name in _MESH_NAMES if mesh.ep > 1 else _MESH_NAMES[:1]:
-        whole = init_device_mesh(device_type, mesh.sizes(name), mesh_dim_names=mesh.axes(name))
-        axes |= {axis: _get_axis(whole, axis) for axis in mesh.axes(name)}
-    return DeviceMeshes(mesh, axes)
+        sizes = {**outer, **dict(zip(mesh.axes(name), mesh.sizes(name), strict=True))}
+        whole = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        axes |= {axis: _get_axis(whole, axis) for axis in sizes}
+        if outer:
+            hybrid[mesh.axes(name)[0]] = _get_axis(whole, ("replicate", mesh.axes(name)[0]))
+    return DeviceMeshes(mesh, axes, hybrid)
 
 
 def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
     """Return device meshes for the sizes, the device mesh or the device meshes that a caller has.
 
     Args:
-        mesh: sizes, which are built on the process group's device; a device mesh with the axes `fsdp`, `tp` or both, or
-            with the single axis `ep`, over which dense parameters are replicated; or device meshes, returned as they
-            are.
+        mesh: sizes, which are built on the process group's device; a device mesh with the axes `fsdp`, `tp` or both,
+            or with `replicate` before `fsdp`, or with the single axis `ep`, over which dense parameters are replicated;
+            or device meshes, returned as they are.
 
     Raises:
         UsageError: the argument is not a mesh, its axes have other names, or `device_meshes` raises it.
@@ -119,22 +136,27 @@ def as_device_meshes(mesh: DeviceMeshes | DeviceMesh | Mesh) -> DeviceMeshes:
     sizes = dict(zip(names, mesh.shape, strict=False))
     if names == ("ep",):
         return DeviceMeshes(Mesh(tp=sizes["ep"], ep=sizes["ep"]), {"ep": mesh})
-    if not names or names not in (("tp",), ("fsdp",), ("fsdp", "tp")):
+    if not names or names not in _KNOWN_AXES:
         raise UsageError(
             f"a device mesh {f'with the axes {names}' if names else 'without axis names'} cannot carry a plan",
-            hint="name its axes ('tp',), ('ep',) or ('fsdp', 'tp'), or pass the sizes as a plans.mesh.Mesh",
+            hint="name its axes ('tp',), ('ep',), ('fsdp', 'tp') or ('replicate', 'fsdp', 'tp'), or pass the sizes as "
+            "a plans.mesh.Mesh",
             axes=list(names),
         )
-    return DeviceMeshes(Mesh(**sizes), {name: _get_axis(mesh, name) for name in names})
+    hybrid = {"fsdp": _get_axis(mesh, ("replicate", "fsdp"))} if sizes.get("replicate", 1) > 1 else {}
+    return DeviceMeshes(Mesh(**sizes), {name: _get_axis(mesh, name) for name in names}, hybrid)
 
 
-def _get_axis(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """Return one axis of a device mesh, which torch 2.8 refuses if the mesh is, or equals, a part of another mesh."""
+_KNOWN_AXES = (("tp",), ("fsdp",), ("fsdp", "tp"), ("replicate", "fsdp"), ("replicate", "fsdp", "tp"))
+
+
+def _get_axis(mesh: DeviceMesh, name: str | tuple[str, ...]) -> DeviceMesh:
+    """Return axes of a device mesh, which torch 2.8 refuses if the mesh is, or equals, a part of another mesh."""
     try:
         return mesh[name]
     except RuntimeError as error:
         raise UsageError(
-            f"torch {torch.__version__} cannot slice the axis {name!r} from this device mesh: {first_line(error)}",
+            f"torch {torch.__version__} cannot slice {name!r} from this device mesh: {first_line(error)}",
             hint="create no larger device mesh that contains this one, or install a newer torch",
             axis=name,
         ) from error

@@ -123,8 +123,13 @@ def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:
 def _describe_tensor(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return _describe([], tuple(tensor.shape))
-    placed = zip(_get_axis_names(tensor), get_plan_placements(tensor), strict=True)
-    sharded = [f"{axis}: {place}" for axis, place in placed if place != Replicate()]
+    placed = zip(_get_axis_names(tensor), tensor.device_mesh.shape, get_plan_placements(tensor), strict=True)
+    # Where there are replicas, FSDP works on the data parallel axis even if that has one rank.
+    sharded = [
+        f"{axis}: {place}"
+        for axis, size, place in placed
+        if place != Replicate() and not (size == 1 and axis in ("fsdp", "efsdp"))
+    ]
     with torch.no_grad():
         return _describe(sharded, tuple(tensor.to_local().shape))
 

@@ -58,8 +58,8 @@ def get_plan_placements(tensor: DTensor) -> list[Placement | TorchPlacement]:
     shard as strided by the tensor parallel size, where a plan relies on the order of application.
     """
     placements: list[Placement | TorchPlacement] = [from_torch(place) or place for place in tensor.placements]
-    if len(placements) > 1 and placements[-1] == Shard(0) and placements[0] == Packed(0, tensor.device_mesh.shape[-1]):
-        placements[0] = Shard(0)
+    if placements[-1] == Shard(0) and placements[-2:-1] == [Packed(0, tensor.device_mesh.shape[-1])]:
+        placements[-2] = Shard(0)
     return placements
 
 

@@ -69,7 +69,7 @@ class ValidationRequest:
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "folder": str(self.folder.absolute()),
-            "mesh": {"tp": self.mesh.tp, "ep": self.mesh.ep, "fsdp": self.mesh.fsdp},
+            "mesh": self.mesh.axis_sizes,
             "reference": str(self.reference.absolute()) if self.reference else None,
             "plan": None if self.plan is None else dict(self.plan),
         }
@@ -94,7 +94,7 @@ def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> t
 
     Args:
         folder: the checkpoint's folder.
-        sizes: the requested sizes of the mesh axes `tp`, `ep` and `fsdp`.
+        sizes: the requested sizes of mesh axes by name; the others may be any.
         mode: the requested mode, None if any will do.
 
     Raises:
@@ -105,7 +105,7 @@ def resolve_mesh(folder: Path, sizes: Mapping[str, int], mode: Mode | None) -> t
     if manifest is None:
         mesh = Mesh(**sizes)
         return mesh, mode or ("tp_ep" if mesh.ep > 1 else "tp")
-    recorded = {"tp": manifest.mesh.tp, "ep": manifest.mesh.ep, "fsdp": manifest.mesh.fsdp}
+    recorded = manifest.mesh.axis_sizes
     if any(recorded[axis] != size for axis, size in sizes.items()) or mode not in (None, manifest.mode):
         requested = [f"`{axis}={size}`" for axis, size in sizes.items()] + ([f"`mode={mode}`"] if mode else [])
         raise _mesh_mismatch_error(folder, manifest, " ".join(requested))
@@ -136,6 +136,5 @@ def _mesh_mismatch_error(folder: Path, manifest: Manifest, requested: str) -> Us
 
 
 def _format_mesh(mesh: Mesh, mode: Mode) -> str:
-    sizes = {"tp": mesh.tp, "ep": mesh.ep, "fsdp": mesh.fsdp}
-    axes = [f"`{axis}={size}`" for axis, size in sizes.items() if size > 1 or axis == "tp"]
+    axes = [f"`{axis}={size}`" for axis, size in mesh.axis_sizes.items() if size > 1 or axis == "tp"]
     return " ".join(axes + ([f"`mode={mode}`"] if mode != ("tp_ep" if mesh.ep > 1 else "tp") else []))

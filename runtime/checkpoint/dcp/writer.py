@@ -44,7 +44,7 @@ def plan_dcp_files(
     names = {name: [name] for name in entries}
     for name, target in tied.items():
         names[target].append(name)
-    ranks = [_plan_rank_files(rank, mesh, entries, tensor_maps, names) for rank in range(mesh.world_size)]
+    ranks = [_plan_rank_files(rank, mesh, entries, tensor_maps, names) for rank in range(mesh.one_replica.world_size)]
     count = max(map(len, ranks), default=0)
     return tuple(
         _plan_file(get_shard_file_name(rank, number, count), rows)

@@ -127,7 +127,7 @@ def plan_optimizer_files(
     entries = {
         name: _build_entry(info, state.parameters.get(name), resolved_plan) for name, info in state.tensors.items()
     }
-    writers = [_FileWriter(state.folder, rank) for rank in range(mesh.world_size)]
+    writers = [_FileWriter(state.folder, rank) for rank in range(mesh.one_replica.world_size)]
     saved: defaultdict[str, list[SavedChunk]] = defaultdict(list)
     for writer in writers:
         for name, entry in entries.items():

@@ -1,4 +1,7 @@
-"""The `ranks` layout: one safetensors file per rank, with the rank's local tensors exactly as in its memory."""
+"""The `ranks` layout: one safetensors file per rank, with the rank's local tensors exactly as in its memory.
+
+Replicas hold the same bytes and share their files: there are as many as one replica has ranks.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +61,8 @@ def plan_rank_file(
     """Plan a rank's file. Tensors of wider elements come first, so that each is aligned to its own element size.
 
     Args:
-        rank: the rank that the file is for.
-        mesh: the mesh of the result.
+        rank: the rank of one replica that the file is for.
+        mesh: the mesh of one replica of the result.
         entries: the manifest entries of all tensors by name.
         tensor_maps: the maps of the whole tensors by name.
     """
@@ -84,13 +87,14 @@ def group_ranks_by_copy(placements: tuple[Placement, ...], mesh: Mesh, axes: Mes
     copies: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank in range(mesh.world_size):
         coordinates = zip(placements, mesh.coordinates(axes, rank), strict=True)
-        copies[tuple(index for placement, index in coordinates if isinstance(placement, Replicate))].append(rank)
+        replicated = (index for placement, index in coordinates if isinstance(placement, Replicate))
+        copies[mesh.find_replica(rank), *replicated].append(rank)
     return [tuple(ranks) for ranks in copies.values()]
 
 
 def find_copies(manifest: Manifest, name: str) -> Iterator[TensorCopy]:
     """Yield the copies of a tensor in rank files, over local tensors named `rank/name`, the lowest ranks' first."""
-    entry, mesh = manifest.tensors[name], manifest.mesh
+    entry, mesh = manifest.tensors[name], manifest.mesh.one_replica
     logical = whole(name, entry.shape)
     for ranks in [(0,)] if entry.kind == "carried" else group_ranks_by_copy(entry.placements, mesh, entry.mesh):
         shards = ((f"{rank}/{name}", map_local_tensor(logical, entry, mesh, rank)) for rank in ranks)
@@ -105,7 +109,7 @@ def read_rank_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
         HeaderError: a header is damaged.
         MismatchError: a file does not contain what the manifest records.
     """
-    headers = [read_rank_header(folder, manifest, rank) for rank in range(manifest.mesh.world_size)]
+    headers = [read_rank_header(folder, manifest, rank) for rank in range(manifest.mesh.one_replica.world_size)]
     return Checkpoint(
         folder=folder,
         layout="ranks",
@@ -129,7 +133,8 @@ def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
         HeaderError: the header is damaged.
         MismatchError: the file does not contain what the manifest records.
     """
-    path = folder / rank_file_name(rank, manifest.mesh.world_size)
+    mesh, rank = manifest.mesh.one_replica, manifest.mesh.find_file(rank)
+    path = folder / rank_file_name(rank, mesh.world_size)
     if not path.is_file():
         raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
     check_contained(folder, path)
@@ -139,7 +144,7 @@ def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
         where = "missing from" if name in expected else "not in the manifest but in"
         raise _mismatch_error(path, f"{name!r} is {where} the file")
     for name, entry in expected.items():
-        shape = map_local_tensor(whole(name, entry.shape), entry, manifest.mesh, rank).shape
+        shape = map_local_tensor(whole(name, entry.shape), entry, mesh, rank).shape
         tensor = header.tensors[name]
         if (tensor.dtype, tensor.shape) != (entry.dtype, shape):
             raise _mismatch_error(

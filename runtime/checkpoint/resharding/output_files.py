@@ -63,7 +63,7 @@ class ReshardTarget:
         if self.layout == "hf" and self.mesh != Mesh():
             raise UsageError(
                 f"hub form stores whole tensors, but the mesh is {self.mesh}",
-                hint="omit `tp`, `ep` and `fsdp`, or choose `layout=dcp` or `layout=ranks`",
+                hint="omit the mesh, or choose `layout=dcp` or `layout=ranks`",
                 mesh=self.mesh.to_json(),
             )
         if self.layout != "hf" and self.experts:
@@ -155,8 +155,8 @@ def _plan_hub(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTar
 def _plan_ranks(checkpoint: Checkpoint, model: PreTrainedModel, target: ReshardTarget) -> OutputFiles:
     resolved = resolve(model, target.mesh, target.mode)
     manifest = _build_manifest(checkpoint, resolved)
-    ranks = range(resolved.mesh.world_size)
-    files = (plan_rank_file(rank, resolved.mesh, manifest.tensors, checkpoint.tensor_maps) for rank in ranks)
+    mesh = resolved.mesh.one_replica
+    files = (plan_rank_file(rank, mesh, manifest.tensors, checkpoint.tensor_maps) for rank in range(mesh.world_size))
     return OutputFiles(tuple(files), resolved, manifest)
 
 
