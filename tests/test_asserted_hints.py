@@ -39,7 +39,6 @@ UNASSERTED: frozenset[str] = frozenset(
         "set `experts=fused` to store its tensors as the model holds them",
         "set tie_word_embeddings to false in config.json, or save the files with one of the two",
         "the files are damaged or of several checkpoints; save the optimizer again into an empty folder",
-        "the manifest is damaged; reshard again",
         "use more ranks",
         "use more ranks, or a smaller dtype",
         "validate runs decoder-only language models",

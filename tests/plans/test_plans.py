@@ -58,6 +58,18 @@ def test_the_two_meshes_of_one_job():
     assert [mesh.coordinates("experts", rank) for rank in range(8)] == [(rank // 4, rank % 4) for rank in range(8)]
 
 
+def test_ranks_of_replicas_hold_the_same_and_share_files():
+    mesh = Mesh(tp=2, ep=4, fsdp=2, replicate=3)
+    assert (mesh.world_size, mesh.efsdp, mesh.one_replica) == (12, 1, Mesh(tp=2, ep=4, fsdp=2))
+    for rank in range(12):
+        replica, place = divmod(rank, 4)
+        assert (mesh.find_replica(rank), mesh.find_file(rank)) == (replica, place)
+        for name in ("dense", "experts"):
+            assert mesh.coordinates(name, rank) == mesh.one_replica.coordinates(name, place)
+    with pytest.raises(UsageError, match=r"ep=8 must be a multiple of tp=2 and divide fsdp\*tp=4"):
+        Mesh(tp=2, ep=8, fsdp=2, replicate=2)  # experts are never shared out over replicas
+
+
 def test_invalid_meshes_suggest_valid_sizes():
     with pytest.raises(UsageError) as caught:
         Mesh(tp=2, ep=3, fsdp=2)

@@ -63,6 +63,18 @@ def test_plan_shows_the_mesh_that_it_is_for(migrator, hub):
     assert "efsdp: Shard(0), ep: Shard(0)" in output
 
 
+def test_replicas_are_named_and_change_no_placement(migrator, hub):
+    options = ("--tp", 2, "--ep", 2, "--fsdp", 2)
+    code, output, _ = migrator("plan", hub, *options, "--replicate", 3)
+    assert code == 0
+    assert "qwen3_moe, tp_ep, tp=2, ep=2, fsdp=2, replicate=3" in output
+    assert output.splitlines()[1:] == migrator("plan", hub, *options)[1].splitlines()[1:]
+    _, output, _ = migrator("inspect", hub, *options, "--replicate", 3, "--format", "json")
+    planned = json.loads(output)["planned"]
+    assert planned["mesh"]["replicate"] == 3
+    assert planned["rank_bytes"] == planned["rank_bytes"][:4] * 3
+
+
 def test_a_note_names_experts_that_a_tp_plan_keeps_whole(migrator, hub):
     note = "note the tp plan keeps the experts whole on every rank, 'model.layers.*.mlp.experts.gate_up_proj', "
     code, output, _ = migrator("plan", "gpt_oss", "--tp", 2)

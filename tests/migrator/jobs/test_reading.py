@@ -17,7 +17,7 @@ def test_omitted_settings_are_filled_in_from_earlier_steps(tmp_path):
     file = job_file(
         tmp_path,
         '[rewrite]\npaths = ["models"]\ntarget = "dtensor"\n[check]\n[verify]\nmax_memory = 64\n[validate]\ntp = 2\n'
-        '[[reshard]]\nname = "a"\nsource = "hub"\ntp = 2\n'
+        '[[reshard]]\nname = "a"\nsource = "hub"\ntp = 2\nreplicate = 3\n'
         '[[reshard]]\nname = "b"\nsource = "hf://owner/name@v1"\ndestination = "../b"\n',
     )
     job = jobs.read(file)
@@ -27,7 +27,7 @@ def test_omitted_settings_are_filled_in_from_earlier_steps(tmp_path):
     assert dict(job.steps) == {
         "rewrite": jobs.Rewrite(models, target="dtensor"),
         "check": jobs.Check(models, target="dtensor"),
-        "reshard-a": jobs.Reshard(hub, tmp_path / "move.job/a", tp=2),
+        "reshard-a": jobs.Reshard(hub, tmp_path / "move.job/a", tp=2, replicate=3),
         "reshard-b": jobs.Reshard(hosted, b),
         "verify-a": jobs.Verify(str(tmp_path / "move.job/a"), hub, 64),
         "verify-b": jobs.Verify(str(b), hosted, 64),

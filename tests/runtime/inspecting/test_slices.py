@@ -24,7 +24,7 @@ def shard(tensor: torch.Tensor, placement: Placement, size: int, index: int) -> 
 
 @st.composite
 def cases(draw):
-    mesh = Mesh(tp=draw(st.integers(1, 4)), fsdp=draw(st.integers(1, 4)))
+    mesh = Mesh(tp=draw(st.integers(1, 4)), fsdp=draw(st.integers(1, 4)), replicate=draw(st.integers(1, 3)))
     shape = draw(st.lists(st.integers(1, 7), min_size=2, max_size=3))
     inner = draw(st.sampled_from([Replicate(), Shard(0), Shard(1), Packed(1, 2)]))
     if isinstance(inner, Packed):
@@ -40,7 +40,8 @@ def test_each_rank_holds_the_elements_of_its_slices(case):
     slices = find_slices(shape, placements, mesh, "dense")
     assert list(slices) == sorted(slices, key=lambda box: box.bounds)
     for rank in range(mesh.world_size):
-        outer, inner = mesh.coordinates("dense", rank)
+        order = torch.arange(mesh.world_size).reshape(mesh.replicate, mesh.fsdp, mesh.tp)
+        _, outer, inner = (order == rank).nonzero()[0].tolist()
         local = shard(shard(whole, placements[1], sizes[1], inner), placements[0], sizes[0], outer)
         boxes = [box.bounds for box in slices if rank in box.ranks]
         elements = [whole[tuple(slice(*bound) for bound in box)].reshape(-1) for box in boxes]

@@ -52,6 +52,7 @@ TWO: list[tuple[str, Mode, Mesh]] = [
 FOUR: list[tuple[str, Mode, Mesh]] = [
     ("qwen3_moe", "tp", Mesh(tp=2, fsdp=2)),
     ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=2, fsdp=2)),
+    ("qwen3_moe", "tp_ep", Mesh(ep=2, fsdp=2, replicate=2)),
     ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=4, fsdp=2)),
     ("llama", "tp", Mesh(tp=2, fsdp=2)),
     ("deepseek_v3", "sp_ep", Mesh(tp=2, ep=2, fsdp=2)),

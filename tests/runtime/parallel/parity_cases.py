@@ -67,13 +67,14 @@ def compared(
 
 def own_batches(name: str, mode: Mode, mesh: Mesh) -> Parity:
     """Give each data parallel rank a batch of its own, and compare with the unsharded model on all of them at once."""
-    count = 2 * mesh.fsdp, 16
-    reference, logits = after_backward(name, count, "eager")
+    batches = mesh.replicate * mesh.fsdp
+    reference, logits = after_backward(name, (2 * batches, 16), "eager")
     model = tiny_model(eager_config(name)).eval()
     resolved = parallelize(model, mesh, Plan.from_model(model, mode))
-    here, _ = mesh.coordinates("dense", dist.get_rank())
-    found = backward(model, token_ids(count).chunk(mesh.fsdp)[here])
-    return Parity(relative(found, logits.chunk(mesh.fsdp)[here]), gradient_errors(model, reference, resolved))
+    verify_sharding(model, resolved)
+    here = dist.get_rank() // mesh.tp
+    found = backward(model, token_ids((2 * batches, 16)).chunk(batches)[here])
+    return Parity(relative(found, logits.chunk(batches)[here]), gradient_errors(model, reference, resolved))
 
 
 def asked_reductions(name: str, mesh: Mesh) -> list[str]:

@@ -18,6 +18,7 @@ CASES: tuple[tuple[Mode, Mesh], ...] = (
     ("tp_ep", Mesh(tp=2, ep=2)),
     ("sp", Mesh(tp=2)),
     ("tp", Mesh(tp=2, fsdp=2)),
+    ("tp_ep", Mesh(tp=2, ep=2, replicate=2)),
     ("tp", Mesh(tp=1, fsdp=2)),
     ("tp_ep", Mesh(tp=2, ep=2, fsdp=2)),
     ("tp_ep", Mesh(tp=2, ep=4, fsdp=2)),

@@ -19,6 +19,8 @@ from tests.runtime.rank_pool import RankPool
         ("qwen3_moe", "tp", Mesh(tp=2)),
         ("qwen3_moe", "ep", Mesh(tp=2, ep=2)),
         ("qwen3_moe", "tp", Mesh(tp=2, fsdp=2)),
+        ("llama", "tp", Mesh(tp=2, replicate=2)),
+        ("qwen3_moe", "tp_ep", Mesh(ep=2, fsdp=2, replicate=2)),
         ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=4, fsdp=2)),
         ("qwen3_moe", "tp_ep", Mesh(tp=2, ep=2, fsdp=2)),
     ],

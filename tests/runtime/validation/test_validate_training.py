@@ -30,6 +30,8 @@ HubFolder = Callable[[str], Path]
         (Mesh(tp=2, ep=2, fsdp=2), [0, 0, 1, 1]),
         (Mesh(tp=1, ep=2, fsdp=4), [0, 0, 1, 1]),
         (Mesh(tp=2, ep=4, fsdp=2), [0, 0, 0, 0]),
+        (Mesh(tp=2, replicate=2), [0, 0, 1, 1]),
+        (Mesh(tp=2, ep=4, fsdp=2, replicate=2), [0, 0, 0, 0, 1, 1, 1, 1]),
     ],
     ids=str,
 )
@@ -71,6 +73,24 @@ def test_gradients_of_experts_that_another_group_reduces(
     assert mesh.efsdp == 2
     found = four_ranks.run(validation_cases.with_defect, defect, name, hub_folder("qwen3_moe"), mesh, "tp_ep")[0]
     assert {row["name"].rpartition(".")[0] for row in found["backward"]["mismatches"]} == {name}
+
+
+@pytest.mark.parametrize(
+    ("defect", "name"),
+    [
+        ("not reduced over replicas", "model.layers.1"),
+        ("not reduced over replicas", "model.layers.2.mlp.experts"),
+        ("divided by the expert group's size", "model.layers.2.mlp.experts"),
+    ],
+)
+def test_gradients_that_replicas_do_not_share(
+    defect: str, name: str, four_ranks: RankPool, hub_folder: HubFolder
+) -> None:
+    mesh = Mesh(ep=2, fsdp=2, replicate=2)
+    found = four_ranks.run(validation_cases.with_defect, defect, name, hub_folder("qwen3_moe"), mesh, "tp_ep")[0]
+    assert {part for part in validation_cases.PARTS if found[part]["mismatches"]} == {"backward"}
+    assert all(row["name"].startswith(f"{name}.") for row in found["backward"]["mismatches"])
+    assert (found["backward"]["batches"], found["content"]["mismatches"]) == (2, [])
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,14 @@ def _divide_by_world_size(model: Any, name: str, mesh: Mesh) -> None:
     model.get_submodule(name).set_gradient_divide_factor(float(mesh.world_size))
 
 
+def _leave_replicas_alone(model: Any, name: str, mesh: Mesh) -> None:
+    model.get_submodule(name).set_requires_all_reduce(False)
+
+
+def _divide_by_expert_group(model: Any, name: str, mesh: Mesh) -> None:
+    model.get_submodule(name).set_gradient_divide_factor(float(mesh.efsdp))
+
+
 def _double(model: Any, name: str, mesh: Mesh) -> None:
     _replace_gradient(model, name, lambda gradient: 2 * gradient)
 
@@ -223,6 +231,8 @@ DEFECTS: dict[str, Callable[[Any, str, Mesh], None]] = {
     "not reduced": _leave_unreduced,
     "summed": _sum_instead_of_averaging,
     "divided by the world size": _divide_by_world_size,
+    "not reduced over replicas": _leave_replicas_alone,
+    "divided by the expert group's size": _divide_by_expert_group,
     "doubled": _double,
     "turned": _turn,
 }

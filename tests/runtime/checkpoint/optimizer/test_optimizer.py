@@ -56,6 +56,7 @@ DENSE = [
     ReshardTarget("dcp", Mesh(fsdp=3)),
     ReshardTarget("hf", optimizer=True),
     ReshardTarget("dcp", Mesh(tp=4, fsdp=2)),
+    ReshardTarget("dcp", Mesh(tp=2, replicate=2)),
 ]
 EXPERTS = [
     ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),

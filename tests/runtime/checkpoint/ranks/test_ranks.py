@@ -50,6 +50,51 @@ def test_the_manifest_is_read_as_it_was_written(ranks: Path) -> None:
     assert manifest.tied == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def test_replicas_share_files_and_a_manifest_of_version_2_says_so(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, mesh in (("one", Mesh(tp=2, fsdp=2)), ("three", Mesh(tp=2, fsdp=2, replicate=3))):
+        execute_reshard(plan_reshard(checkpoint("llama"), mesh), tmp_path / name)
+    one, three = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "three"))
+    contents = [json.loads(files.pop(MANIFEST)) for files in (one, three)]
+    assert one == three
+    assert [content.pop("version") for content in contents] == [1, 2]
+    sizes, with_replicas = (content.pop("mesh") for content in contents)
+    assert contents[0] == contents[1]
+    said = {"replicate": 3, "rank_order": ["replicate", "fsdp", "tp"], "files": 4}
+    assert with_replicas == {**sizes, **said}
+    manifest = read_manifest(tmp_path / "three")
+    assert (manifest.mesh, manifest.mesh.world_size) == (Mesh(tp=2, fsdp=2, replicate=3), 12)
+    assert manifest.to_bytes() == (tmp_path / "three" / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda m: m.update(version=1),
+        lambda m: m["mesh"].update(replicate=1),
+        lambda m: m["mesh"].update(replicate=True),
+        lambda m: m["mesh"].update(files=4),
+        lambda m: m["mesh"].update(rank_order=["tp"]),
+    ],
+)
+def test_a_lie_about_replicas_is_refused(
+    lie: Callable[[dict[str, Any]], object], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    execute_reshard(plan_reshard(checkpoint("llama"), Mesh(tp=2, replicate=2)), tmp_path / "ranks")
+    edit(tmp_path / "ranks", lie)
+    with pytest.raises(HeaderError, match=r"(?s)hint: the manifest is damaged; reshard again"):
+        read_manifest(tmp_path / "ranks")
+
+
+def test_a_manifest_of_a_later_version_is_refused_by_name(ranks: Path) -> None:
+    edit(ranks, lambda m: m.update(version=3))
+    with pytest.raises(
+        HeaderError, match=r"(?s)manifest of version 3, .*up to 2.*hint: use the migrator that wrote it, or a newer one"
+    ):
+        read_manifest(ranks)
+
+
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda m: m.update(format="other"),
     "version": lambda m: m.update(version=2),

@@ -30,9 +30,11 @@ TARGETS = {
     "tp4": ReshardTarget(mesh=Mesh(tp=4)),
     "fsdp3": ReshardTarget(mesh=Mesh(fsdp=3)),
     "tp2 fsdp2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2)),
+    "tp2 fsdp2 replicate2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2, replicate=2)),
     "ep2": ReshardTarget(mesh=Mesh(tp=2, ep=2), mode="ep"),
     "ep4": ReshardTarget(mesh=Mesh(tp=4, ep=4), mode="ep"),
     "tp2 ep4 fsdp2": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
+    "dcp ep2 replicate3": ReshardTarget("dcp", Mesh(tp=2, ep=2, replicate=3), "tp_ep"),
     "sp2 ep4 fsdp4": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=4), mode="sp_ep"),
 }
 EXPERTS = [name for name in FAMILIES if name not in ("llama", "hrm_text")]
@@ -161,7 +163,7 @@ def test_a_manifest_that_names_other_stored_tensors_is_refused(checkpoint: Check
     [
         (
             {"layout": "hf", "mesh": Mesh(tp=2)},
-            r"(?s)whole tensors.*hint: omit `tp`, `ep` and `fsdp`, or choose `layout=dcp`",
+            r"(?s)whole tensors.*hint: omit the mesh, or choose `layout=dcp`",
         ),
         (
             {"layout": "ranks", "experts": "fused"},
