@@ -72,7 +72,7 @@ def test_replicas_are_named_and_change_no_placement(migrator, hub):
     _, output, _ = migrator("inspect", hub, *options, "--replicate", 3, "--format", "json")
     planned = json.loads(output)["planned"]
     assert planned["mesh"]["replicate"] == 3
-    assert planned["rank_bytes"] == planned["rank_bytes"][:4] * 3
+    assert planned["bytes_per_rank"] == planned["bytes_per_rank"][:4] * 3
 
 
 def test_a_note_names_experts_that_a_tp_plan_keeps_whole(migrator, hub):
