@@ -45,6 +45,14 @@ class LocalBox:
                 strides.append(stride)
         return StridedCopy(copy.source, copy.source_offset, copy.destination, start, length, tuple(reversed(strides)))
 
+    def locate(self, copy: StridedCopy) -> tuple[int, tuple[int, ...]]:
+        """Return where a copy to the whole tensor begins in the local one, and the local bytes between its steps."""
+        if not self.levels:
+            return copy.destination_offset, tuple(stride.destination_stride for stride in copy.strides)
+        start = self._find_local(copy.destination_offset)
+        strides = (self._find_local(copy.destination_offset + s.destination_stride) - start for s in copy.strides)
+        return start, tuple(strides)
+
     def _find_local(self, offset: int) -> int:
         rest, found = offset * 8, self.shift
         for whole_stride, local_stride in self.levels:

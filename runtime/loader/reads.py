@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.verifying.fused_sums import Place
 from runtime.loader.local_boxes import LocalBox
 from runtime.tensor_map.strided_copy import StridedCopy, split_at_blocks
 
@@ -238,6 +239,13 @@ class LoadTarget:
         if local.strides or self.memory.dtype != self.stored:
             return None
         return self.memory.view(torch.uint8)[local.destination_offset : local.destination_offset + local.length]
+
+    def locate(self, part: StridedCopy) -> Place | None:
+        """Return where in memory a part goes, None if its elements are cast."""
+        if self.memory.dtype != self.stored:
+            return None
+        start, strides = self.box.locate(part)
+        return Place(self.memory.data_ptr() + start, strides)
 
 
 def build_target(local: torch.Tensor, stored: torch.dtype, box: LocalBox = _WHOLE, number: int = 0) -> LoadTarget:

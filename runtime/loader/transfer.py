@@ -14,6 +14,7 @@ from plans.errors import UsageError
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
 from runtime.checkpoint.files.system import count_cpus
+from runtime.checkpoint.verifying.fused_sums import find_fused_sums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums
 from runtime.loader.local_boxes import plan_box_copies
 from runtime.loader.reads import CopyBatch, LoadTarget, build_target, group_reads, plan_reads
@@ -34,6 +35,8 @@ on one H200, and with 4 MiB twice as long.
 _HOST_BLOCK = 2 * 2**20
 """Bytes that stay in the processor's cache until they are digested."""
 _MIN_BLOCK = 2**20
+_MIN_KERNEL_BYTES = 2**32
+"""Importing Triton and its kernel takes as long as the kernel saves while so many bytes are loaded."""
 _BLOCKS_PER_THREAD = 4
 
 
@@ -67,10 +70,10 @@ def transfer(
     bytes_read = 0
     for device, on_device in by_device.items():
         transfer_to_device = _DeviceTransfer(source, {name: local_tensors[name] for name in on_device})
-        sums = _make_sums(len(on_device), device) if with_digests else None
+        sums = _make_sums(transfer_to_device.sizes, device, with_digests)
         transfer_to_device.run(device, threads, sums, meanwhile)
         bytes_read += sum(transfer_to_device.sizes.values())
-        if sums is not None:
+        if sums is not None and with_digests:
             digests |= zip(on_device, sums.read(), strict=True)
     return TransferResult(bytes_read, digests)
 
@@ -169,8 +172,12 @@ class _DeviceTransfer:
             run_workers(group_reads(reads, block), threads, make_worker, meanwhile)
 
 
-def _make_sums(count: int, device: torch.device) -> HostSums | DeviceSums:
-    return HostSums(count) if device.type == "cpu" else DeviceSums(count, device)
+def _make_sums(sizes: Mapping[str, int], device: torch.device, with_digests: bool) -> HostSums | DeviceSums | None:
+    """Return sums if they are wanted, or if the kernel that takes them, and rearranges bytes as well, is worth it."""
+    if device.type == "cuda":
+        is_worth_kernel = sum(sizes.values()) >= _MIN_KERNEL_BYTES and find_fused_sums(device) is not None
+        return DeviceSums(len(sizes), device) if with_digests or is_worth_kernel else None
+    return HostSums(len(sizes)) if with_digests else None
 
 
 def _make_alone_predicate(targets: Mapping[int, LoadTarget], device: torch.device) -> Callable[[StridedCopy], bool]:

@@ -27,6 +27,9 @@ __all__ = ["CudaWorker", "HostWorker", "ReadOnlyFiles", "TransferWorker", "read_
 ReadGroup = Sequence[Read]
 Targets = Mapping[int, LoadTarget]
 
+_MANY_PARTS = 4
+"""Fewer parts of a block are copied one by one, straight into place."""
+
 _MAX_OPEN = 256
 """How many descriptors stay open, well below the system's limit on open files."""
 
@@ -208,7 +211,8 @@ class CudaWorker:
     """Reads into two pinned buffers alternately, from which its own stream copies to tensors on a GPU.
 
     Bytes that are contiguous in file and tensor are copied directly into place. Others are copied as they were read
-    and rearranged on the device, which is faster there. Sums are taken behind the copies, on the same stream.
+    and rearranged on the device, which is faster there. Sums are taken behind the copies, on the same stream. Many
+    parts at once are rearranged by the kernel that takes the sums, as each call of torch waits for the interpreter.
     """
 
     def __init__(
@@ -244,10 +248,16 @@ class CudaWorker:
         offsets = compute_buffer_offsets(group)
         for read, offset in zip(group, offsets, strict=True):
             read_range(read, staging.memory[offset : offset + read.size], self._files)
+        placed = list(zip(group, offsets, strict=True))
         with torch.cuda.stream(self._stream):
-            ranges: list[SumRange] = []
-            for read, offset in zip(group, offsets, strict=True):
-                self._copy_to_device(read, offset, staging, ranges)
+            if (
+                self._sums is not None
+                and self._sums.can_write
+                and sum(len(read.parts) for read in group) >= _MANY_PARTS
+            ):
+                ranges = self._copy_together(placed, staging)
+            else:
+                ranges = [part for read, offset in placed for part in self._copy_to_device(read, offset, staging)]
             if self._sums is not None:
                 self._sums.add(ranges)
             staging.copy_done.record(self._stream)
@@ -257,8 +267,22 @@ class CudaWorker:
         self._stream.synchronize()
         self._staging_buffers.clear()
 
-    def _copy_to_device(self, read: Read, offset: int, staging: _StagingBuffer, ranges: list[SumRange]) -> None:
-        """Start copying a read, and add to the ranges where each part is on the device then."""
+    def _copy_together(self, placed: Sequence[tuple[Read, int]], staging: _StagingBuffer) -> list[SumRange]:
+        """Start copying reads in one piece, and return where each part is on the device then and where it belongs."""
+        last, offset = placed[-1]
+        on_device = self._copy_staged(staging, slice(0, offset + last.size))
+        ranges: list[SumRange] = []
+        for read, offset in placed:
+            for part in read.parts:
+                target = self._targets[part.destination]
+                place = target.locate(part)
+                if place is None:
+                    copy_elements(part, on_device, read.start - offset, target)
+                ranges.append(SumRange(on_device, _with_number(part, read.start - offset, self._targets), place))
+        return ranges
+
+    def _copy_to_device(self, read: Read, offset: int, staging: _StagingBuffer) -> Iterator[SumRange]:
+        """Start copying a read, and yield where each part is on the device then."""
         places = [self._targets[part.destination].view_bytes(part) for part in read.parts]
         if all(place is not None for place in places):
             for part, place in zip(read.parts, places, strict=True):
@@ -266,15 +290,19 @@ class CudaWorker:
                 start = offset + part.source_offset - read.start
                 # A contiguous part may have strides in the whole tensor, but none in the file.
                 place.copy_(staging.pinned[start : start + len(place)], non_blocking=True)
-                ranges.append((place, _with_number(part, part.source_offset, self._targets)))
+                yield SumRange(place, _with_number(part, part.source_offset, self._targets))
             return
+        on_device = self._copy_staged(staging, slice(offset, offset + read.size))
+        for part in read.parts:
+            copy_elements(part, on_device, read.start - offset, self._targets[part.destination])
+            yield SumRange(on_device, _with_number(part, read.start - offset, self._targets))
+
+    def _copy_staged(self, staging: _StagingBuffer, where: slice) -> torch.Tensor:
+        """Start copying a part of a buffer as it is, and return the buffer on the device."""
         if staging.on_device is None:
             staging.on_device = torch.empty_like(staging.pinned, device=self._device)
-        end = offset + read.size
-        staging.on_device[offset:end].copy_(staging.pinned[offset:end], non_blocking=True)
-        for part in read.parts:
-            copy_elements(part, staging.on_device, read.start - offset, self._targets[part.destination])
-            ranges.append((staging.on_device, _with_number(part, read.start - offset, self._targets)))
+        staging.on_device[where].copy_(staging.pinned[where], non_blocking=True)
+        return staging.on_device
 
     def _make_staging_buffer(self) -> _StagingBuffer:
         pinned = _allocate_pinned(self._block)

@@ -34,6 +34,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _EMPTY_FACTORIES: frozenset[object] = frozenset({torch.empty})
 _FILL_FACTORIES: frozenset[object] = frozenset({torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+_RANDOM_INITS = frozenset(
+    {
+        *("normal_", "trunc_normal_", "uniform_"),
+        *("kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"),
+    }
+)
+"""Functions of torch.nn.init by name, because transformers replaces them while it builds a model."""
 _LARGE = 2**24
 """The number of elements up to which filling a tensor costs no time worth saving."""
 
@@ -141,7 +148,10 @@ def _init_parameters_on_meta(build: Callable[[], Model], dtype: torch.dtype | No
 
 
 class _MetaFactoryMode(TorchFunctionMode):
-    """Creates empty tensors on meta, and filled ones of more than `largest` elements; None for no filled ones."""
+    """Creates empty tensors on meta, and filled ones of more than `largest` elements; None for no filled ones.
+
+    What is on meta is not initialized.
+    """
 
     def __init__(self, largest: int | None) -> None:
         super().__init__()
@@ -156,6 +166,11 @@ class _MetaFactoryMode(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         options = dict(kwargs or {})
+        if getattr(func, "__name__", None) in _RANDOM_INITS:
+            # On meta they change nothing, in most of the time that building a model takes.
+            tensor = args[0] if args else options["tensor"]
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
         if func in _EMPTY_FACTORIES:
             return func(*args, **{**options, "device": "meta"})
         if func in _FILL_FACTORIES and self.largest is not None:

@@ -17,7 +17,7 @@ import runtime
 from plans.errors import IncompleteError, MismatchError
 from runtime.checkpoint.digest import BLOCK, Digest
 from runtime.checkpoint.files.safetensors import read_header
-from runtime.checkpoint.verifying.fused_sums import find_fused_sums
+from runtime.checkpoint.verifying.fused_sums import SumRange, find_fused_sums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums, digest_tensor
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
@@ -40,7 +40,7 @@ def test_the_kernel_is_right_around_every_border(one_gpu: torch.device) -> None:
     offsets = sorted({max(0, border + near) for border in BORDERS for near in range(-16, 17)})
     wanted = [StridedCopy(0, 0, 0, offset, length) for offset in offsets for length in range(1, 25)]
     sums = DeviceSums(len(wanted), one_gpu)
-    sums.add([(memory, copy._replace(destination=number)) for number, copy in enumerate(wanted)])
+    sums.add([SumRange(memory, copy._replace(destination=number)) for number, copy in enumerate(wanted)])
     for copy, found in zip(wanted, sums.read(), strict=True):
         digest = Digest()  # which other tests compare with the definition
         digest.add(copy.destination_offset, content[: copy.length])
@@ -52,7 +52,7 @@ def test_the_kernel_is_right_around_every_border(one_gpu: torch.device) -> None:
 def test_the_kernel_is_what_the_definition_says(one: tuple[bytes, StridedCopy], one_gpu: torch.device) -> None:
     content, copy = one
     sums = DeviceSums(2, one_gpu)
-    sums.add([(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(one_gpu), copy)])
+    sums.add([SumRange(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(one_gpu), copy)])
     assert [str(digest) for digest in sums.read()] == ["0" * 32, expected(content, copy)]
 
 

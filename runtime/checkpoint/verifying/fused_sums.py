@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from threading import Lock
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -17,10 +17,34 @@ from plans.text import first_line
 from runtime.checkpoint.digest import Digest, word_weights
 from runtime.tensor_map.strided_copy import Stride, StridedCopy
 
-__all__ = ["FusedSums", "SumRange", "find_fused_sums"]
+__all__ = ["FusedSums", "Place", "SumRange", "find_fused_sums"]
 
-SumRange = tuple[torch.Tensor, StridedCopy]
-"""Bytes, and a copy from offsets in them to offsets in the parameter whose number is its destination."""
+
+class Place(NamedTuple):
+    """Where in memory the bytes of a copy go.
+
+    Args:
+        address: the address of the first.
+        strides: the bytes between the steps of each of the copy's strides.
+    """
+
+    address: int
+    strides: tuple[int, ...] = ()
+
+
+class SumRange(NamedTuple):
+    """Bytes whose sums are taken.
+
+    Args:
+        content: the bytes, one-dimensional and contiguous.
+        copy: a copy from offsets in them to offsets in the parameter whose number is its destination.
+        place: where to write them; None to write them nowhere.
+    """
+
+    content: torch.Tensor
+    copy: StridedCopy
+    place: Place | None = None
+
 
 _UNITS = (8, 4, 2, 1)
 _MAX_BYTES = 2**30
@@ -82,12 +106,12 @@ class FusedSums:
         self._lock = Lock()
 
     def __call__(self, ranges: Sequence[SumRange], totals: torch.Tensor) -> None:
-        """Add ranges to totals on the current stream, without waiting for it."""
+        """Add ranges to totals on the current stream, and write those that have a place, without waiting for it."""
         by_kind: defaultdict[tuple[int, int], list[list[int]]] = defaultdict(list)
-        for content, copy in ranges:
+        for content, copy, place in ranges:
             address = content.data_ptr()
-            for part in _split_large(copy, self._kernel.MAX_DIMS):
-                unit, row = _build_row(address, part, self._kernel.FIELDS)
+            for part, part_place in _split_large(copy, place, self._kernel.MAX_DIMS):
+                unit, row = _build_row(address, part, part_place, self._kernel.FIELDS)
                 by_kind[unit, self._kernel.MAX_DIMS if part.strides else 0].append(row)
         for kind, rows in by_kind.items():
             if kind in self._compiled:
@@ -103,51 +127,56 @@ class FusedSums:
         expected = Digest()
         expected.add(16, content)
         totals = torch.zeros(1, 2, dtype=torch.int64, device=self._device)
-        self([(torch.from_numpy(content).to(self._device), StridedCopy(0, 0, 0, 16, len(content)))], totals)
+        self([SumRange(torch.from_numpy(content).to(self._device), StridedCopy(0, 0, 0, 16, len(content)))], totals)
         return [lane % 2**64 for lane in totals[0].tolist()] == [expected.lane1, expected.lane2]
 
     def _launch(self, kind: tuple[int, int], rows: list[list[int]], totals: torch.Tensor) -> None:
         # torch reuses neither end of the upload before the stream is done with it.
         table = torch.empty(len(rows), len(rows[0]), dtype=torch.int64, pin_memory=self._device.type == "cuda")
         table.numpy()[...] = rows
-        most = max(row[3] for row in rows)
+        most = max(row[4] for row in rows)
         self._kernel.launch_sums(table.to(self._device, non_blocking=True), self._inner_weights, totals, *kind, most)
 
 
-def _split_large(copy: StridedCopy, max_dims: int) -> Iterator[StridedCopy]:
+def _split_large(copy: StridedCopy, place: Place | None, max_dims: int) -> Iterator[tuple[StridedCopy, Place | None]]:
     """Yield a copy in parts that the kernel can count and has dims for."""
     if copy.size <= _MAX_BYTES and len(copy.strides) <= max_dims:
-        yield copy
+        yield copy, place
         return
     if not copy.strides:
         for start in range(0, copy.length, _MAX_BYTES):
-            yield copy._replace(
+            part = copy._replace(
                 source_offset=copy.source_offset + start,
                 destination_offset=copy.destination_offset + start,
                 length=min(_MAX_BYTES, copy.length - start),
             )
+            yield part, place and Place(place.address + start)
         return
     (steps, source, destination), inner = copy.strides[0], copy.strides[1:]
     halves = (0, steps // 2, steps) if len(copy.strides) <= max_dims else range(steps + 1)
     for first, last in pairwise(halves):
-        strides = (Stride(last - first, source, destination), *inner) if last - first > 1 else inner
+        is_repeated = last - first > 1
         part = copy._replace(
             source_offset=copy.source_offset + first * source,
             destination_offset=copy.destination_offset + first * destination,
-            strides=strides,
+            strides=(Stride(last - first, source, destination), *inner) if is_repeated else inner,
         )
-        yield from _split_large(part, max_dims)
+        part_place = place and Place(
+            place.address + first * place.strides[0], place.strides if is_repeated else place.strides[1:]
+        )
+        yield from _split_large(part, part_place, max_dims)
 
 
-def _build_row(address: int, copy: StridedCopy, fields: int) -> tuple[int, list[int]]:
+def _build_row(address: int, copy: StridedCopy, place: Place | None, fields: int) -> tuple[int, list[int]]:
     """Return the widest unit that a copy allows, and what the kernel is told of it."""
     start = address + copy.source_offset
-    numbers = start | copy.destination_offset | copy.length
-    for _, source, destination in copy.strides:
-        numbers |= source | destination
+    target, written_strides = place or (0, (0,) * len(copy.strides))
+    numbers = start | target | copy.destination_offset | copy.length
+    for (_, source, destination), written in zip(copy.strides, written_strides, strict=True):
+        numbers |= source | destination | written
     unit = next(unit for unit in _UNITS if not numbers % unit)
-    row = [start, copy.destination_offset, copy.destination, copy.size // unit, copy.length // unit]
-    for steps, source, destination in reversed(copy.strides):
-        row += (steps, source // unit, destination)
-    row += [1, 0, 0] * ((fields - len(row)) // 3)
+    row = [start, target, copy.destination_offset, copy.destination, copy.size // unit, copy.length // unit]
+    for (steps, source, destination), written in zip(reversed(copy.strides), reversed(written_strides), strict=True):
+        row += (steps, source // unit, written // unit, destination)
+    row += [1, 0, 0, 0] * ((fields - len(row)) // 4)
     return unit, row

@@ -1,5 +1,7 @@
 """The sums of digests as one Triton kernel: it reads each word of many strided ranges once, wherever they are.
 
+The same kernel writes the words to where they belong, so that a load needs no other for bytes that lie scattered.
+
 Importing this module needs Triton, which torch's builds for GPUs bring; `device_sums` does without it.
 """
 
@@ -16,9 +18,10 @@ __all__ = ["FIELDS", "MAX_DIMS", "launch_sums"]
 MAX_DIMS = 3
 """How many strides a range may have."""
 
-FIELDS = 5 + 3 * MAX_DIMS
-"""Numbers that describe a range: its address, its offset in the parameter, its sum's number, its units in all, those
-that are contiguous; then steps, stride in memory and stride in the parameter of each stride, innermost first.
+FIELDS = 6 + 4 * MAX_DIMS
+"""Numbers that describe a range: its address, the address to write it to or zero, its offset in the parameter, its
+sum's number, its units in all, those that are contiguous; then of each stride, innermost first: steps, stride in
+memory, stride in the memory that is written, stride in the parameter.
 """
 
 # The kernel's arguments have no types: Triton before 3.7 takes a type's name for a variable that it cannot read.
@@ -46,18 +49,23 @@ def _mix(values):
 def _sum_ranges(ranges, inner_weights, totals, UNIT: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr):
     row = ranges + tl.program_id(0) * _FIELDS
     address = tl.load(row)
-    offset = tl.load(row + 1)
-    slot = tl.load(row + 2)
-    count = tl.load(row + 3).to(tl.int32)
-    width = tl.load(row + 4).to(tl.int32)
+    target_address = tl.load(row + 1)
+    offset = tl.load(row + 2)
+    slot = tl.load(row + 3)
+    count = tl.load(row + 4).to(tl.int32)
+    width = tl.load(row + 5).to(tl.int32)
     if UNIT == 8:
         memory = address.to(tl.pointer_type(tl.uint64))
+        target = target_address.to(tl.pointer_type(tl.uint64))
     elif UNIT == 4:
         memory = address.to(tl.pointer_type(tl.uint32))
+        target = target_address.to(tl.pointer_type(tl.uint32))
     elif UNIT == 2:
         memory = address.to(tl.pointer_type(tl.uint16))
+        target = target_address.to(tl.pointer_type(tl.uint16))
     else:
         memory = address.to(tl.pointer_type(tl.uint8))
+        target = target_address.to(tl.pointer_type(tl.uint8))
     lane1 = tl.zeros((TILE,), tl.uint64)
     lane2 = tl.zeros((TILE,), tl.uint64)
     for first in range(tl.program_id(1) * TILE, count, tl.num_programs(1) * TILE):
@@ -65,19 +73,24 @@ def _sum_ranges(ranges, inner_weights, totals, UNIT: tl.constexpr, DIMS: tl.cons
         is_inside = index < count
         if DIMS == 0:
             source = index.to(tl.int64)
+            written = source
             place = offset + source * UNIT
         else:
             rest = index // width
             source = (index - rest * width).to(tl.int64)
+            written = source
             place = offset + source * UNIT
             for dim in tl.static_range(DIMS):
-                steps = tl.load(row + 5 + 3 * dim).to(tl.int32)
+                steps = tl.load(row + 6 + 4 * dim).to(tl.int32)
                 outer = rest // steps
                 step = (rest - outer * steps).to(tl.int64)
-                source += step * tl.load(row + 6 + 3 * dim)
-                place += step * tl.load(row + 7 + 3 * dim)
+                source += step * tl.load(row + 7 + 4 * dim)
+                written += step * tl.load(row + 8 + 4 * dim)
+                place += step * tl.load(row + 9 + 4 * dim)
                 rest = outer
-        words = tl.load(memory + source, mask=is_inside, other=0).to(tl.uint64)
+        units = tl.load(memory + source, mask=is_inside, other=0)
+        tl.store(target + written, units, mask=is_inside & (target_address != 0))
+        words = units.to(tl.uint64)
         if UNIT < 8:
             words = words << ((place & 7) * 8).to(tl.uint64)
         number = place >> 3

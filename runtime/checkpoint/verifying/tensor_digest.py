@@ -40,7 +40,7 @@ def digest_tensor(tensor: torch.Tensor, offset: int = 0, stride: int | None = No
     width = len(content) // rows
     strides = (Stride(rows, width, stride),) if stride is not None and rows > 1 else ()
     sums = DeviceSums(1, content.device)
-    sums.add([(content, StridedCopy(0, 0, 0, offset, width, strides))])
+    sums.add([SumRange(content, StridedCopy(0, 0, 0, offset, width, strides))])
     return sums.read()[0]
 
 
@@ -62,19 +62,24 @@ class DeviceSums:
         if self._fused is not None:
             self._totals[0] = self._make_totals()
 
+    @property
+    def can_write(self) -> bool:
+        """Whether bytes are also written to their places while their sums are taken."""
+        return self._fused is not None
+
     def add(self, ranges: Sequence[SumRange]) -> None:
         """Add ranges of bytes to their parameters' sums, without waiting for the device.
 
         Args:
-            ranges: contents, which are bytes, one-dimensional and contiguous, each with a copy whose source offsets
-                count from the content's first byte, and whose destination is the parameter's number.
+            ranges: the ranges, on this device; those with a place are written to it, if the sums can write.
         """
         if self._fused is not None:
             self._fused(ranges, self._totals[0])
             return
         with self._lock:
             totals = self._totals.setdefault(get_ident(), self._make_totals())
-        for content, copy in ranges:
+        for content, copy, place in ranges:
+            assert place is None, "only the kernel writes"
             _add_range(totals[copy.destination], content, copy)
 
     def read(self) -> list[Digest]:

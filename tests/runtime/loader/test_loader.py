@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 import runtime.loader.reads
 from plans.errors import IncompleteError, UsageError
 from runtime.checkpoint.files.safetensors import StoredTensor
+from runtime.checkpoint.verifying import tensor_digest
+from runtime.checkpoint.verifying.fused_sums import FusedSums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums
 from runtime.loader import transfer, workers
 from runtime.loader.reads import (
@@ -170,15 +174,39 @@ def test_reads_cover_all_copies(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [None, "kernel"])
 def test_pinned_buffers_give_the_same_as_direct_reads(
-    name: str, dtype: torch.dtype | None, hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype | None, kernel: str | None, hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = (meta_model(read_config(hub_folder(name))) for _ in range(2))
     runtime.load(one, hub_folder(name), dtype=dtype)
+    moved = let_a_kernel_move_bytes(monkeypatch) if kernel else []
     with as_if_on_a_gpu(monkeypatch) as made:
         runtime.load(other, hub_folder(name), dtype=dtype, threads=3)
     assert len(made) == 3
     assert not differing(local_tensors(other), local_tensors(one))
+    assert bool(moved) == (kernel is not None)
+
+
+def let_a_kernel_move_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Use a kernel that writes bytes but sums nothing; return the list that gets how many it wrote each time."""
+    moved: list[int] = []
+
+    def launch(table: torch.Tensor, weights: object, totals: object, unit: int, dims: int, most: int) -> None:
+        for address, target, _, _, count, width, *strides in table.tolist():
+            levels = [strides[first : first + 3] for first in range(0, len(strides), 4)]
+            for index in np.ndindex(*(steps for steps, *_ in levels)):
+                source, place = (
+                    sum(int(step) * level[side] * unit for step, level in zip(index, levels, strict=True))
+                    for side in (1, 2)
+                )
+                if target:
+                    ctypes.memmove(target + place, address + source, width * unit)
+            moved.append(count * unit if target else 0)
+
+    kernel = SimpleNamespace(FIELDS=18, MAX_DIMS=3, launch_sums=launch)
+    monkeypatch.setattr(tensor_digest, "find_fused_sums", lambda device: FusedSums(kernel, device))
+    return moved
 
 
 def test_no_copy_is_pending_after_a_failed_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +262,7 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]
             return make_worker
 
         patched.setattr(transfer, "_make_worker_factory", make_factory)
-        patched.setattr(transfer, "_make_sums", DeviceSums)
+        patched.setattr(transfer, "_make_sums", lambda sizes, device, with_digests: DeviceSums(len(sizes), device))
         yield made
 
 

@@ -86,3 +86,24 @@ def test_a_real_model_of_200_gb_is_built_in_little_memory() -> None:
     model = meta_model(find_config("llama4_text"))
     assert sum(parameter.nbytes for parameter in model.parameters()) > 2e11
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+class Initialized(nn.Module):
+    """Initializes a parameter and a buffer as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 4))
+        self.register_buffer("noise", torch.zeros(4))
+        self.returned = [
+            nn.init.normal_(self.weight),
+            nn.init.uniform_(tensor=self.weight),
+            nn.init.normal_(self.noise),
+        ]
+
+
+def test_what_is_real_is_initialized() -> None:
+    model = init_on_meta(Initialized, None)
+    assert model.weight.is_meta
+    assert [tensor is model.weight for tensor in model.returned] == [True, True, False]
+    assert model.noise.count_nonzero() == 4

@@ -6,11 +6,12 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from runtime.checkpoint.digest import BLOCK, Digest, block_weights, word_weights
 from runtime.checkpoint.verifying import fused_sums
-from runtime.checkpoint.verifying.fused_sums import FusedSums, find_fused_sums
+from runtime.checkpoint.verifying.fused_sums import FusedSums, Place, SumRange, find_fused_sums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums
 from runtime.tensor_map.strided_copy import Stride, StridedCopy
 from tests.runtime.checkpoint.test_digest import by_definition
@@ -32,19 +33,22 @@ BORDERS = [0, 1, 7, 8, 9, BLOCK * 8 - 9, BLOCK * 8 - 1, BLOCK * 8, BLOCK * 8 + 1
 
 def sum_by_definition(table: Any, weights: Any, totals: Any, unit: int, dims: int, most: int) -> None:
     """Do in Python integers what the kernel is told, byte by byte, and refuse what it could not do."""
-    for address, offset, number, count, width, *strides in table.tolist():
+    for address, target, offset, number, count, width, *strides in table.tolist():
         assert count <= most < 2**31
-        assert len(strides) == 9
+        assert len(strides) == 12
         assert dims or count == width
-        levels = [strides[first : first + 3] for first in range(0, 9, 3)]
-        assert prod(steps for steps, _, _ in levels) * width == count
-        assert not (address | offset) % unit
+        levels = [strides[first : first + 4] for first in range(0, 12, 4)]
+        assert prod(steps for steps, *_ in levels) * width == count
+        assert not (address | target | offset) % unit
         for index in range(count):
             rest, column = divmod(index, width)
-            source, place = column * unit, offset + column * unit
-            for steps, inward, outward in levels:
+            source, written, place = column * unit, column * unit, offset + column * unit
+            for steps, inward, written_stride, outward in levels:
                 rest, step = divmod(rest, steps)
                 source, place = source + step * inward * unit, place + step * outward
+                written += step * written_stride * unit
+            if target:
+                ctypes.memmove(target + written, address + source, unit)
             word = int.from_bytes(ctypes.string_at(address + source, unit), "little") << place % 8 * 8
             for lane, value in ((0, word), (1, word >> 32)):
                 inner = int(word_weights(lane)[place // 8 % BLOCK])
@@ -61,15 +65,32 @@ def sums_with(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> type[DeviceSums]:
     return DeviceSums
 
 
+GAP = 8
+"""Bytes between two steps where they are written, which must stay as they are."""
+
+
+def iter_starts(copy: StridedCopy, which: Literal["source_stride", "destination_stride"]) -> Iterator[int]:
+    """Yield the offset of each contiguous piece, in the source or in the destination."""
+    begin = copy.source_offset if which == "source_stride" else copy.destination_offset
+    for index in np.ndindex(*(stride.steps for stride in copy.strides)):
+        yield begin + sum(int(step) * getattr(stride, which) for step, stride in zip(index, copy.strides, strict=True))
+
+
+def place_apart(copy: StridedCopy) -> tuple[bytearray, Place]:
+    """Return zeros with room for all pieces of a copy, a gap behind each, and where they go there."""
+    span, strides = copy.length + GAP, list[int]()
+    for stride in reversed(copy.strides):
+        strides.insert(0, span)
+        span *= stride.steps
+    memory = bytearray(span)
+    return memory, Place(ctypes.addressof(ctypes.c_char.from_buffer(memory)), tuple(strides))
+
+
 def expected(content: bytes, copy: StridedCopy) -> str:
     """Place the bytes in a parameter of zeros, and digest that by the definition."""
     reach = copy.destination_offset + copy.length + sum((s.steps - 1) * s.destination_stride for s in copy.strides)
     whole = bytearray(reach)
-    for index in np.ndindex(*(stride.steps for stride in copy.strides)):
-        source = copy.source_offset + sum(n * s.source_stride for n, s in zip(index, copy.strides, strict=True))
-        place = copy.destination_offset + sum(
-            n * s.destination_stride for n, s in zip(index, copy.strides, strict=True)
-        )
+    for source, place in zip(iter_starts(copy, "source_stride"), iter_starts(copy, "destination_stride"), strict=True):
         whole[place : place + copy.length] = content[source : source + copy.length]
     return by_definition(bytes(whole))
 
@@ -101,10 +122,15 @@ def test_ranges_are_told_as_they_are(one: tuple[bytes, StridedCopy], limit: int)
     assume(copy.size < 4000)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(fused_sums, "_MAX_BYTES", limit)
-        kernel = SimpleNamespace(FIELDS=14, MAX_DIMS=3, launch_sums=sum_by_definition)
+        kernel = SimpleNamespace(FIELDS=18, MAX_DIMS=3, launch_sums=sum_by_definition)
         sums = sums_with(kernel, monkeypatch)(2, CPU)
-        sums.add([(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy)])
+        assert sums.can_write
+        memory, place = place_apart(copy)
+        sums.add([SumRange(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy, place)])
     assert [str(digest) for digest in sums.read()] == ["0" * 32, expected(content, copy)]
+    assert bytes(memory) == b"".join(
+        content[start : start + copy.length] + bytes(GAP) for start in iter_starts(copy, "source_stride")
+    )
 
 
 @settings(max_examples=25)
@@ -112,7 +138,7 @@ def test_ranges_are_told_as_they_are(one: tuple[bytes, StridedCopy], limit: int)
 def test_sums_without_the_kernel_are_the_same(one: tuple[bytes, StridedCopy]) -> None:
     content, copy = one
     sums = DeviceSums(2, CPU)
-    sums.add([(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy)])
+    sums.add([SumRange(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy)])
     assert [str(digest) for digest in sums.read()] == ["0" * 32, expected(content, copy)]
 
 
@@ -121,7 +147,7 @@ def test_a_kernel_that_fails_or_sums_wrongly_is_not_used(monkeypatch: pytest.Mon
         raise RuntimeError("no compiler")
 
     for launch, why in ((fail, "no compiler"), (lambda *_: None, "its sums are wrong")):
-        kernel = SimpleNamespace(FIELDS=14, MAX_DIMS=3, launch_sums=launch)
+        kernel = SimpleNamespace(FIELDS=18, MAX_DIMS=3, launch_sums=launch)
         monkeypatch.setitem(sys.modules, "runtime.checkpoint.verifying.sum_kernel", kernel)
         monkeypatch.setattr("runtime.checkpoint.verifying.sum_kernel", kernel, raising=False)
         monkeypatch.setattr(fused_sums, "FusedSums", lambda kernel, device: FusedSums(kernel, CPU))
@@ -152,7 +178,10 @@ def check_kernel() -> None:
                 StridedCopy(0, 0, 0, 0, unit, (Stride(3, 64 * unit, 90 * unit), Stride(7, 8 * unit, unit * 3))),
             ):
                 totals = torch.zeros(1, 2, dtype=torch.int64)
-                fused([(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy)], totals)
+                memory, place = place_apart(copy)
+                fused([SumRange(torch.frombuffer(bytearray(content), dtype=torch.uint8), copy, place)], totals)
+                pieces = (content[start : start + copy.length] for start in iter_starts(copy, "source_stride"))
+                assert bytes(memory) == b"".join(piece + bytes(GAP) for piece in pieces)
                 assert str(Digest(*(lane % 2**64 for lane in totals[0].tolist()))) == expected(content, copy)
 
 
