@@ -116,6 +116,7 @@ class Checkpoint:
         reoriented: the tensors that transformers would read otherwise: square ones that are stored transposed, as those
             beside them are.
         notes: what was found elsewhere than in the folder itself.
+        saved_order: the names in the order in which rank files save them, empty for other layouts.
     """
 
     folder: Path
@@ -132,6 +133,7 @@ class Checkpoint:
     extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     reoriented: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    saved_order: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:

@@ -24,6 +24,7 @@ _BARE_WRAPPERS = re.compile(
 )
 """Those around a module that changes nothing: without the ones of PEFT, beside which an adapter is stored."""
 
+_ADAPTER = re.compile(r"(?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\..*")
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|param_groups)(?:\..*)?")
 _MISSING = "save the tensors that are missing too, or correct config.json"
 _COMPLETE = "the checkpoint is incomplete, or config.json belongs to another model"
@@ -132,6 +133,11 @@ def _read_names(expected: Collection[str], stored: Collection[str]) -> list[_Rea
     wrapped = [name for name in bare if name in known and bare[name] != name]
     infixes = sorted({infix for name in stored for infix in _WRAPPERS.findall(name)})
     infix = format_names(infixes)
+    adapter = [name for name in stored if _ADAPTER.fullmatch(name)]
+    if wrapped and adapter:
+        found = frozenset(name for name in bare if name in known)
+        hint = "merge the adapter before saving: `model = model.merge_and_unload()`"
+        return [_Reading(found, f"beside a PEFT adapter, {len(adapter)} tensors such as {adapter[0]!r}", hint)]
     save = "save it without its wrappers: `get_model_state_dict` of torch.distributed.checkpoint.state_dict does so"
     if wrapped:
         found = frozenset(name for name in bare if name in known)

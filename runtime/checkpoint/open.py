@@ -21,6 +21,7 @@ from runtime.checkpoint.files.file_names import CONFIG, INDEX, MANIFEST, METADAT
 from runtime.checkpoint.files.job_folders import find_config_folder, find_weights_folder
 from runtime.checkpoint.files.reading import convert_read_errors
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
+from runtime.checkpoint.fsdp.optimizer import find_rank_optimizer, read_rank_optimizer
 from runtime.checkpoint.fsdp.reader import has_rank_files, read_fsdp_checkpoint
 from runtime.checkpoint.hub.files import check_has_weights
 from runtime.checkpoint.hub.reader import read_hub_checkpoint
@@ -202,6 +203,15 @@ class CheckpointReader:
             _check_matches_model(checkpoint, model)
         if optimizer == "ignore":
             return checkpoint
+        if self.layout == "fsdp" and optimizer != "leave" and (files := find_rank_optimizer(self.folder)):
+            assert model is not None
+            names = {file.name for file in files.values()}
+            left_behind = tuple(left for left in checkpoint.side_files.left_behind if left.name not in names)
+            return replace(
+                checkpoint,
+                side_files=SideFiles(checkpoint.side_files.copied, left_behind),
+                optimizer=read_rank_optimizer(checkpoint, files, model),
+            )
         found = find_optimizer(checkpoint)
         if found is not None and optimizer != "leave":
             _check_not_renamed(checkpoint)

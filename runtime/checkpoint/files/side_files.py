@@ -156,12 +156,22 @@ def _find_reason_to_leave(folder: Path, path: Path, used: Collection[str]) -> st
         return None if _has_metadata(folder, path, used) else f"which no {METADATA} lists"
     if path.name.endswith(".index.json"):
         return "the index of other weights"
+    if path.name in _ADAPTER_FILES and path.with_name(_ADAPTER_CONFIG).is_file():
+        return "a PEFT adapter, which is not merged"
     if path.suffix == ".safetensors":
         return f"which {INDEX} does not name" if INDEX in used else "other weights"
     if path.suffix in WEIGHT_SUFFIXES:
         row = recognize_file(folder, path.relative_to(folder).as_posix())
         return row.name if row else "weights in another format"
     return None
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_FILES = (_ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+"""The files of an adapter, which jobs save beside or below the weights of its base model.
+
+Source: `peft.PeftModel.save_pretrained` of PEFT 0.17.
+"""
 
 
 def _has_metadata(folder: Path, path: Path, used: Collection[str]) -> bool:

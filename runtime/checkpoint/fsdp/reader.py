@@ -7,10 +7,11 @@ for. Where several ranks hold the same shard, as with replicated data parallelis
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from plans.errors import ConversionError, IncompleteError, MismatchError
 from plans.text import format_names, shorten
@@ -29,9 +30,9 @@ from runtime.tensor_map.tensor_map import Shape, chunk_bounds
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["has_rank_files", "read_fsdp_checkpoint"]
+__all__ = ["build_rank_chunk", "check_mesh", "find_rank_files", "has_rank_files", "read_fsdp_checkpoint"]
 
-_RANK_FILE = re.compile(r"model_world_size_([1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
+_RANK_FILE = re.compile(r"(model|optim)_world_size_([1-9][0-9]{0,5})_rank_(0|[1-9][0-9]{0,5})\.pt")
 _MAX_FILE = 2**26
 _SEVERAL = "the files belong to several checkpoints; name a folder with those of one"
 
@@ -41,7 +42,8 @@ _Ranks = Mapping[int, StateDict[RankTensor]]
 def has_rank_files(folder: Path) -> bool:
     """Return whether a folder contains rank files of an FSDP job."""
     with convert_read_errors(folder):
-        return folder.is_dir() and any(_RANK_FILE.fullmatch(path.name) for path in folder.iterdir())
+        matches = map(_RANK_FILE.fullmatch, (path.name for path in folder.iterdir())) if folder.is_dir() else ()
+        return any(match is not None and match[1] == "model" for match in matches)
 
 
 def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
@@ -58,15 +60,13 @@ def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         CheckpointError: a file cannot be read, or contains no state dict.
         ConversionError: a tensor is sharded in a way that is not supported.
     """
-    files = _find_files(folder)
-    for file in files.values():
-        check_contained(folder, file)
+    files = find_rank_files(folder, "model")
     ranks = {rank: read_state_dict(file, RankTensorParser().parse) for rank, file in files.items()}
     shapes = _check_same_tensors(folder, ranks)
     for rank, state in ranks.items():
-        _check_mesh(files[rank], rank, state)
+        check_mesh(files[rank], rank, state.tensors.values())
     chunks = [
-        _build_chunk(files[rank], rank, name, tensor)
+        build_rank_chunk(files[rank], rank, name, tensor)
         for rank, state in ranks.items()
         for name, tensor in state.tensors.items()
     ]
@@ -76,19 +76,30 @@ def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     expected = [name for name in model_tensors(model) if name not in tied]
     saved = name_chunks(folder, chunks, shapes, names, left_behind, expected, model)
     side, extra = _find_side_files(folder, names)
-    return build_model_checkpoint(folder, saved, model, layout="fsdp", side_files=side, extra_files=extra)
+    checkpoint = build_model_checkpoint(folder, saved, model, layout="fsdp", side_files=side, extra_files=extra)
+    order = dict.fromkeys(chunk.name for chunk in saved.chunks)
+    return checkpoint if saved.has_hub_names else replace(checkpoint, saved_order=tuple(order))
 
 
-def _find_files(folder: Path) -> dict[int, Path]:
-    """Return the file of every rank, in order."""
+def find_rank_files(folder: Path, kind: Literal["model", "optim"]) -> dict[int, Path]:
+    """Return the file of every rank, in order; nothing if there are none of this kind.
+
+    Raises:
+        IncompleteError: a rank's file is missing.
+        MismatchError: there are files of several numbers of ranks.
+        CheckpointError: a file is a link that leads out of the folder.
+    """
     with convert_read_errors(folder):
-        found = [match for path in folder.iterdir() if (match := _RANK_FILE.fullmatch(path.name))]
-    worlds = sorted({int(match[1]) for match in found})
+        matches = [match for path in folder.iterdir() if (match := _RANK_FILE.fullmatch(path.name))]
+    found = [match for match in matches if match[1] == kind]
+    worlds = sorted({int(match[2]) for match in found})
+    if not worlds:
+        return {}
     if len(worlds) > 1:
         raise MismatchError(
             f"{folder}: has rank files of {' and '.join(map(str, worlds))} ranks", hint=_SEVERAL, folder=str(folder)
         )
-    files = {int(match[2]): folder / match[0] for match in found}
+    files = {int(match[3]): folder / match[0] for match in found}
     absent = [rank for rank in range(worlds[0]) if rank not in files]
     if absent:
         raise IncompleteError(
@@ -97,6 +108,8 @@ def _find_files(folder: Path) -> dict[int, Path]:
             folder=str(folder),
             rank=absent[0],
         )
+    for file in files.values():
+        check_contained(folder, file)
     return {rank: files[rank] for rank in range(worlds[0])}
 
 
@@ -122,9 +135,13 @@ def _check_same_tensors(folder: Path, ranks: _Ranks) -> dict[str, Shape]:
     return shapes
 
 
-def _check_mesh(file: Path, rank: int, state: StateDict[RankTensor]) -> None:
-    """Refuse a file whose shards are those of another rank than its name says."""
-    meshes = {id(tensor.mesh): tensor.mesh for tensor in state.tensors.values() if tensor.mesh is not None}
+def check_mesh(file: Path, rank: int, tensors: Iterable[RankTensor]) -> None:
+    """Refuse a file whose shards are those of another rank than its name says.
+
+    Raises:
+        MismatchError: the mesh has the rank in another place, or not at all.
+    """
+    meshes = {id(tensor.mesh): tensor.mesh for tensor in tensors if tensor.mesh is not None}
     for mesh in meshes.values():
         if mesh.find(rank) != mesh.coordinate:
             raise MismatchError(
@@ -134,7 +151,13 @@ def _check_mesh(file: Path, rank: int, state: StateDict[RankTensor]) -> None:
             )
 
 
-def _build_chunk(file: Path, rank: int, name: str, tensor: RankTensor) -> Chunk:
+def build_rank_chunk(file: Path, rank: int, name: str, tensor: RankTensor) -> Chunk:
+    """Return the chunk that a rank stores of a tensor.
+
+    Raises:
+        MismatchError: the shard has not the shape that its placements give it.
+        ConversionError: the tensor is sharded in a way that is not supported.
+    """
     offset, shape = _compute_box(file, name, tensor)
     local = tensor.local
     if local.shape != shape:

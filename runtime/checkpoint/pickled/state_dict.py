@@ -17,7 +17,7 @@ from runtime.checkpoint.pickled.archive import Archive, BoundedFile, read_archiv
 from runtime.checkpoint.pickled.pickle import Global, PickledCall, PickledDict, describe_pickle
 from runtime.formats import PREFIX_BYTES, check_not_other_format
 
-__all__ = ["StateDict", "get_pairs", "read_state_dict"]
+__all__ = ["StateDict", "get_pairs", "open_archive", "read_state_dict"]
 
 _Tensor = TypeVar("_Tensor")
 _Pairs = Sequence[tuple[object, object]]
@@ -57,7 +57,7 @@ def read_state_dict(file: Path, parse: Callable[[Archive, object], _Tensor | Non
         IncompleteError: its content is of another format.
         CheckpointError: it contains no state dict or several, is not a regular file, or cannot be read.
     """
-    with _open_archive(file) as archive:
+    with open_archive(file) as archive:
         search = _Search(file, _MAX_STEPS)
         pairs, left_behind = search.find_state_dict(describe_pickle(archive.read_description(), str(file)))
         tensors: dict[str, _Tensor] = {}
@@ -83,7 +83,14 @@ def get_pairs(value: object) -> _Pairs | None:
 
 
 @contextmanager
-def _open_archive(file: Path) -> Iterator[Archive]:
+def open_archive(file: Path) -> Iterator[Archive]:
+    """Open a file that torch.save wrote, and give its archive.
+
+    Raises:
+        HeaderError: the archive is damaged.
+        IncompleteError: its content is of another format.
+        CheckpointError: it is not a regular file, or cannot be read.
+    """
     with open_regular(file) as stream:
         start = stream.read(PREFIX_BYTES)
     if not start.startswith(b"PK"):  # the mark of the archives that torch.save writes

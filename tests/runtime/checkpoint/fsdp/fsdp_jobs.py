@@ -11,7 +11,11 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -75,3 +79,34 @@ def shard(model: torch.nn.Module, mesh: DeviceMesh, how: str) -> None:
     if how == "compiled":
         layers = model.model.layers  # type: ignore[union-attr]
         layers[1] = torch.compile(layers[1])  # compiled when it is called, which it is not
+
+
+def save_optimizer(hub: Path, folder: Path, how: str) -> None:
+    """Train two steps with AdamW and save model and optimizer as verl does, and what torch calls each state."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = transformers.AutoModelForCausalLM.from_pretrained(hub, dtype="auto", tie_word_embeddings=False)
+    shard(model, mesh, "")
+    parameters = list(model.parameters())
+    if how == "one frozen":  # the only one of its shape
+        model.lm_head.weight.requires_grad_(False)
+        model.model.embed_tokens.weight.requires_grad_(True)
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [{"params": parameters}]
+    if how == "decay apart":
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for _ in range(2):
+        model(torch.arange(8)[None]).logits.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(model.state_dict(), folder / name_file())
+        torch.save(optimizer.state_dict(), folder / name_file().replace("model", "optim"))
+        options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
+        named = get_optimizer_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        torch.save(named, folder.parent / "expected.pt")
+    dist.barrier()
