@@ -22,8 +22,6 @@ import torch.distributed as dist
 import transformers
 from torch import multiprocessing
 
-from benchmarks.sweep_models import tiny_config, tiny_model
-from benchmarks.sweep_rows import one_line
 from migrator.actions import plan_reshard, reshard
 from migrator.settings import Reshard
 from plans.errors import MigratorError, MissingPlanError
@@ -31,6 +29,8 @@ from plans.mesh import Mesh
 from plans.plan import to_wildcard
 from plans.text import format_names
 from runtime.planning.plan import get_released_plan
+from runtime.proving.prove import describe_error
+from runtime.proving.tiny_model import tiny_config, tiny_model
 from runtime.validation.request import ValidationRequest
 from runtime.validation.results import ValidationResult
 from runtime.validation.validate import validate
@@ -157,7 +157,7 @@ def _prepare(family: str, hub: Path, ranks: Path, back: Path) -> Row | tuple[Mes
         model = _build_model(family)
         model.save_pretrained(hub)
     except Exception as error:  # What models raise is not ours to list.
-        return Row(family, "", "", "not built", one_line(error))
+        return Row(family, "", "", "not built", describe_error(error))
     try:
         get_released_plan(model)
         mesh = Mesh(tp=RANKS)
@@ -175,7 +175,7 @@ def _build_model(family: str) -> transformers.PreTrainedModel:
     """Build a family's tiny model, in float32, with random weights."""
     folder = {class_name: folder for folder, class_name in TEXT_FAMILIES}.get(family)
     if folder is not None:
-        return tiny_model(tiny_config(folder, family), torch.float32)
+        return tiny_model(tiny_config(f"transformers.models.{folder}.configuration_{folder}", family), torch.float32)
     if family == "gemma4":
         return with_noise(transformers.Gemma4ForConditionalGeneration(_build_gemma_4_config()))
     if family == "llama4":

@@ -10,7 +10,6 @@ import inspect
 import json
 import re
 import sys
-import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ DATA = Path(__file__).with_name("newest.toml")
 SWEEP = Path(__file__).parent.parent / "docs" / "sweep.md"
 
 _PLAN_ATTRIBUTE = re.compile(r"\bbase_model_\w+?_plan\b")
-_FAILED = ("wrong", "not instantiated")
+_FAILED = ("differs", "does not fit", "not instantiated", "failed")
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,12 @@ def compare_sweep(outcomes: Mapping[tuple[str, str], str], known: Mapping[tuple[
 
 def read_outcomes(page: str) -> dict[tuple[str, str], str]:
     """Return the outcome of each class and mode from the page that the sweep wrote."""
-    rows = re.findall(r"^\| (\w[^|]*?) \| (?:yes|no) \| ([\w ]+): [^|]* \| ([\w ]+): [^|]* \|$", page, re.MULTILINE)
+    table = [line.strip("| ").split(" | ") for line in page.partition("All of it:")[2].strip().splitlines()]
+    modes = [re.split("[ =]", column)[0] for column in table[0][1:]]
     return {
-        (name, mode): outcome for name, *outcomes in rows for mode, outcome in zip(("tp", "ep"), outcomes, strict=True)
+        (name, mode): cell.partition(":")[0]
+        for name, *cells in table[2:]
+        for mode, cell in zip(modes, cells, strict=True)
     }
 
 
@@ -171,18 +173,15 @@ def _list_row(what: str, names: Iterable[str], differs: bool = True) -> Row:
 
 def run_sweep() -> dict[tuple[str, str], str]:
     """Run every row of the sweep; its page stays as it is."""
-    from benchmarks.sweep import swept
-    from benchmarks.sweep_plans import rewritten_cases
+    from migrator.proofs import prove
+    from migrator.settings import Prove
 
-    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
-        cases = rewritten_cases(Path(folder) / "models")
-    outcomes: dict[tuple[str, str], str] = {}
-    for row in swept(cases):
-        for mode, result in row.results.items():
-            outcomes[row.case.name, mode] = result.outcome
-            if result.outcome != "passed":
-                print(f"  {mode}: {result.why}", flush=True)
-    return outcomes
+    report = prove(Prove(installed=True, experts_only=True))
+    results = [(row, result) for row, result in report.results if result.mode in report.modes_with_plans]
+    for row, result in results:
+        if result.outcome != "passed":
+            print(f"{row.task.name} {result.mode}: {result.outcome}: {result.why}", flush=True)
+    return {(row.task.name, result.mode): result.outcome for row, result in results}
 
 
 def main() -> int:

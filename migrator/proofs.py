@@ -79,11 +79,11 @@ def prove(
 
     start = time.perf_counter()
     work = _read_failure(settings.replay) if settings.replay else _find_work(settings, changed_only, base_ref)
-    results = _run_jobs(work, settings, advance)
+    results, versions = _run_jobs(work, settings, advance)
     rows = tuple(ProofRow(job.plan_class, job.task, found) for job, found in zip(work.jobs, results, strict=True))
     modes = tuple(mode for mode in MODES if any(mode in job.task.modes for job in work.jobs))
     saved = tuple(_save_failures(settings.save_failures, work, rows)) if settings.save_failures else ()
-    return ProofReport(rows, modes, work.errors, time.perf_counter() - start, saved)
+    return ProofReport(rows, modes, work.errors, time.perf_counter() - start, saved, versions)
 
 
 def compute_proof_exit_code(report: ProofReport) -> ExitCode:
@@ -171,11 +171,12 @@ def _choose_class(classes: Sequence[PlanClass], model_type: object, file: Path) 
     )
 
 
-def _run_jobs(work: _Work, settings: Prove, advance: Advance) -> list[dict[Mode, ModeResult]]:
-    """Return the results of each job, those of one tree after the other."""
+def _run_jobs(work: _Work, settings: Prove, advance: Advance) -> tuple[list[dict[Mode, ModeResult]], tuple[str, ...]]:
+    """Return the results of each job, those of one tree after the other, and the versions of transformers."""
     from runtime.proving.children import ChildSettings, prove_tasks
 
     results: list[dict[Mode, ModeResult]] = [{} for _ in work.jobs]
+    versions: dict[str, None] = {}
     total, done = sum(len(job.task.modes) for job in work.jobs), 0
     advance(0, total, "")
     for root in dict.fromkeys(job.root for job in work.jobs):
@@ -189,8 +190,8 @@ def _run_jobs(work: _Work, settings: Prove, advance: Advance) -> list[dict[Mode,
 
         tasks = [work.jobs[number].task for number in numbers.values()]
         limits = ChildSettings(root, work.sizes, settings.timeout, settings.max_memory * _MIB)
-        prove_tasks(tasks, limits, report)
-    return results
+        versions[prove_tasks(tasks, limits, report)] = None
+    return results, tuple(versions)
 
 
 def _save_failures(folder: Path, work: _Work, rows: Sequence[ProofRow]) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from codemods.files.sources import format_path
@@ -25,6 +25,16 @@ __all__ = [
     "proof_page_lines",
     "proof_summary_lines",
 ]
+
+
+_PAGE = """\
+# Plans proven with transformers {version}
+
+`migrator prove --format markdown` wrote this page. Each config class is made a tiny model by its own code, with the
+plans that its source has, and run on thread ranks. A mode has passed if logits and every parameter's gradient are
+within 1e-10 of the unsharded model's, both in float64 throughout, relative to the largest. "Adds" names entries that
+the plan forgets and the runtime adds; a parameter is not exercised if it has no gradient, or stacks experts that no
+token reached."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,15 @@ class ProofReport:
         errors: the files that could not be read.
         seconds: how long it took.
         saved: the files from which failures can be repeated.
+        versions: the versions of transformers whose models ran.
     """
 
     rows: tuple[ProofRow, ...]
     modes: tuple[Mode, ...]
     errors: tuple[MigratorError, ...] = ()
     seconds: float = 0.0
-    saved: tuple[Path, ...] = field(default=())
+    saved: tuple[Path, ...] = ()
+    versions: tuple[str, ...] = ()
 
     @property
     def results(self) -> Iterator[tuple[ProofRow, ModeResult]]:
@@ -120,6 +132,7 @@ def proof_summary_lines(report: ProofReport, *, failures_only: bool = False) -> 
 def proof_as_json(report: ProofReport) -> dict[str, object]:
     """Return a report as JSON values."""
     return {
+        "transformers": list(report.versions),
         "modes": list(report.modes),
         "counts": {mode: {name: report.count(mode)[name] for name in OUTCOMES} for mode in report.modes},
         "classes": [_row_as_json(row) for row in report.rows],
@@ -163,6 +176,7 @@ def proof_github_lines(report: ProofReport) -> Iterator[str]:
 def proof_page_lines(report: ProofReport) -> Iterator[str]:
     """Yield the tables of a page in Markdown: how many rows had which outcome, what did not pass, and all of it."""
     modes = report.modes_with_plans
+    yield from (_PAGE.format(version=", ".join(report.versions)), "")
     yield from _format_table(
         [format_count(len(report.rows), "row"), *OUTCOMES],
         ([_format_mode(report, mode), *(str(report.count(mode)[name]) for name in OUTCOMES)] for mode in modes),

@@ -57,13 +57,16 @@ class ChildSettings:
     count: int = 2
 
 
-def prove_tasks(tasks: Sequence[ProofTask], settings: ChildSettings, report: Report) -> None:
+def prove_tasks(tasks: Sequence[ProofTask], settings: ChildSettings, report: Report) -> str:
     """Prove classes in child processes, and report every mode's result as it comes.
 
     Args:
         tasks: the classes; each stays on one child.
         settings: the tree and the limits.
         report: called with each result.
+
+    Returns:
+        The version of transformers that the children imported.
 
     Raises:
         WorkerError: the tree's own transformers, or what it needs, cannot be imported.
@@ -74,6 +77,7 @@ def prove_tasks(tasks: Sequence[ProofTask], settings: ChildSettings, report: Rep
             run.work()
         finally:
             run.close()
+    return run.version
 
 
 def build_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -136,6 +140,7 @@ class _Run:
     folder: Path
     waiting: deque[ProofTask]
     children: list[_Child] = field(default_factory=list)
+    version: str = ""
 
     def work(self) -> None:
         """Prove all classes."""
@@ -209,7 +214,7 @@ class _Run:
         if "failed" in message:
             raise self._build_startup_error(message["failed"])
         if "ready" in message:
-            child.is_ready = True
+            child.is_ready, self.version = True, message["ready"]
             return
         if "built" in message:
             child.has_model = True

@@ -125,7 +125,7 @@ def test_counts_are_apart(run: Run) -> None:
 def test_a_failure_is_repeated_from_its_file_and_nothing_else(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     monkeypatch.setattr(
-        "runtime.proving.children.prove_tasks", lambda tasks, settings, report: given.append((tasks, settings))
+        "runtime.proving.children.prove_tasks", lambda tasks, settings, report: str(given.append((tasks, settings)))
     )
     prove(Prove(replay=run.folder / "failures" / "local_mean-Qwen3MoeConfig-tp.json"))
     (((task,), settings),) = given

@@ -11,8 +11,6 @@ import pytest
 import torch
 import transformers
 
-from benchmarks.sweep_cases import VARIANTS
-from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError, PlanError
 from plans.mesh import MODES, Mesh
 from runtime.checks.fused_layers import check_fused_layers
@@ -22,6 +20,8 @@ from runtime.checks.plan_view import PlanView
 from runtime.models.model import meta_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
+from runtime.proving.sizes import load_sizes
+from runtime.proving.tiny_model import tiny_config, tiny_model
 from tests.runtime.checks import pair_cases
 from tests.runtime.rank_pool import RankPool
 
@@ -304,7 +304,7 @@ def test_no_released_plan_is_refused_but_those_that_cannot_run() -> None:
 def check_family(family: str) -> Iterator[tuple[str, str | None]]:
     """Yield each config class of a family with the refusal of each of its plans, None for a plan that is accepted."""
     for name in find_classes_with_plans(family):
-        for variant in ("", *VARIANTS.get(name, {})):
+        for variant in ("", *load_sizes().variants.get(name, {})):
             for refusal in check_class(family, name, variant):
                 yield f"{name}, {variant}" if variant else name, refusal
 
@@ -338,7 +338,10 @@ def check_class(family: str, name: str, variant: str) -> Iterator[str | None]:
 def build_tiny_model(family: str, name: str, variant: str) -> torch.nn.Module | None:
     """Build a class's model on meta, tiny or of its default sizes; None if neither can be built."""
     module = import_module(f"transformers.models.{family}.configuration_{family}")
-    for config in (lambda: tiny_config(family, name, variant), getattr(module, name)):
+    for config in (
+        lambda: tiny_config(f"transformers.models.{family}.configuration_{family}", name, variant),
+        getattr(module, name),
+    ):
         try:
             with torch.device("meta"):
                 return tiny_model(config(), torch.float32)

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from benchmarks.sweep_models import tiny_config, tiny_model
 from plans.errors import MigratorError
 from plans.mesh import Mesh, Mode
 from runtime import Plan, parallelize, verify_sharding
 from runtime.planning.resolve import resolve
+from runtime.proving.tiny_model import tiny_config, tiny_model
 from tests.runtime.parallel.parity_cases import gradient_errors, relative, token_ids
 
+MODULE = "transformers.models.{0}.configuration_{0}"
 _LARGEST = 1_000_000
 
 
@@ -28,7 +29,7 @@ def family_errors(family: str, class_name: str, mode: Mode) -> dict[str, float]:
 
     In float64: some linear attentions are off by more than the tolerance in float32, whichever way they are cut.
     """
-    reference = tiny_model(tiny_config(family, class_name), torch.float64)
+    reference = tiny_model(tiny_config(MODULE.format(family), class_name), torch.float64)
     model = copy.deepcopy(reference)
     size = dist.get_world_size()
     mesh = Mesh(tp=size, ep=size if mode.endswith("ep") else 1)
@@ -62,7 +63,7 @@ def derivable() -> Iterator[tuple[str, str]]:
 def _derives(family: str, class_name: str, model_class: Any) -> bool:
     try:
         with torch.device("meta"):
-            model = model_class(tiny_config(family, class_name))
+            model = model_class(tiny_config(MODULE.format(family), class_name))
     except Exception:  # What models raise at sizes that do not suit them is not ours to list.
         return False
     if sum(parameter.numel() for parameter in model.parameters()) > _LARGEST:

@@ -11,17 +11,18 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 
 import runtime
-from benchmarks.sweep_models import tiny_config, tiny_inputs, tiny_model
 from plans.mesh import Mesh
 from runtime import Plan, parallelize
 from runtime.models.model import meta_model
+from runtime.proving.tiny_model import tiny_config, tiny_inputs, tiny_model
 
 HALF = torch.bfloat16
+MODULE = "transformers.models.{0}.configuration_{0}"
 
 
 def save_half(family: str, class_name: str, folder: Path) -> None:
     """Save a tiny model as transformers saves one that it has loaded in bfloat16."""
-    tiny_model(tiny_config(family, class_name), torch.float32).save_pretrained(folder)
+    tiny_model(tiny_config(MODULE.format(family), class_name), torch.float32).save_pretrained(folder)
     load_whole(folder).save_pretrained(folder)
 
 

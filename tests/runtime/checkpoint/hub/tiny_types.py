@@ -9,8 +9,7 @@ import transformers
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-from benchmarks.sweep_cases import SHRUNK
-from benchmarks.sweep_cases import SIZES as TEXT_SIZES
+from runtime.proving.sizes import load_sizes
 
 __all__ = ["UNBUILT", "model_classes", "tiny_type"]
 
@@ -33,7 +32,7 @@ _LIMITS: Mapping[str, int] = {
     "num_image_tokens": 4,
     "num_queries": 8,
     "unpadded_vocab_size": 97,
-    **SHRUNK,
+    **load_sizes().largest,
 }
 """Upper bounds by field, wherever in a config it stands."""
 
@@ -52,7 +51,7 @@ _RESNET = {
     },
 }
 _SIZES: Mapping[str, Mapping[str, object]] = {
-    **{name: sizes for name, sizes in TEXT_SIZES.items() if name != "UnlimitedOcrTextConfig"},
+    **{name: sizes for name, sizes in load_sizes().classes.items() if name != "UnlimitedOcrTextConfig"},
     "BeitConfig": {"out_indices": [1, 2, 3, 4]},
     "ConditionalDetrConfig": _RESNET,
     "Cosmos3EdgeTextConfig": {
@@ -67,7 +66,7 @@ _SIZES: Mapping[str, Mapping[str, object]] = {
     "EsmConfig": {"vocab_size": 33},
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
     "GradiumPhononTTSFlowHeadConfig": {"condition_dim": 32},
-    "HunYuanVLTextConfig": TEXT_SIZES["HunYuanMoEV1Config"],
+    "HunYuanVLTextConfig": load_sizes().classes["HunYuanMoEV1Config"],
     "LwDetrViTConfig": {"image_size": 64},
     "MaskFormerSwinConfig": {"num_heads": [2, 4, 4, 8]},
     "MimiConfig": {"upsample_groups": 32},
