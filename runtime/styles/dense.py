@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from plans.placement import Packed, Shard
@@ -75,11 +76,15 @@ def embedding_rowwise(site: HookSite, run: Forward, tokens: torch.Tensor) -> tor
 
 
 def look_up_local_vectors(site: HookSite, run: Forward, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the vectors of the tokens in this rank's slice of the vocabulary, zeros for the others."""
+    """Return the vectors of the tokens in this rank's slice of the vocabulary, zeros for the others.
+
+    A norm that the embedding applies to its vectors works on this rank's tokens only, so its gradients are summed.
+    """
     start, length = chunk_bounds(_get_weight(site).shape[0], site.axis.size(), site.axis.get_local_rank())
     inside = (tokens >= start) & (tokens < start + length)
-    with _shift_padding_index(cast(nn.Embedding, site.module), start, length):
-        vectors = _look_up_rows(site, run, torch.where(inside, tokens - start, 0), length)
+    with _shift_padding_index(cast(nn.Embedding, site.module), start, length), ExitStack() as stack:
+        inner = [value for part in site.module.children() for value in _sum_gradients_within(part, site.axis, stack)]
+        vectors = _look_up_rows(site, run, torch.where(inside, tokens - start, 0), length, inner)
     return vectors.masked_fill(~inside.unsqueeze(-1), 0)
 
 
@@ -122,13 +127,24 @@ def local_params(site: HookSite, run: Forward, *args: object, **kwargs: object) 
 @contextmanager
 def sum_parameter_gradients(site: HookSite) -> Iterator[None]:
     """Replace a module's whole parameters by tensors whose gradients, partial on each rank, are summed."""
-    whole = {name: value for name, value in site.module._parameters.items() if value is not None}
-    summed = {name: all_reduce_gradient(value, site.axis) for name, value in whole.items()}
-    site.module._parameters.update(summed)  # type: ignore[arg-type]
-    try:
+    with _sum_own_gradients(site.module, site.axis):
         yield
+
+
+@contextmanager
+def _sum_own_gradients(module: nn.Module, axis: DeviceMesh) -> Iterator[list[torch.Tensor]]:
+    whole = {name: value for name, value in module._parameters.items() if value is not None}
+    summed = {name: all_reduce_gradient(value, axis) for name, value in whole.items()}
+    module._parameters.update(summed)  # type: ignore[arg-type]
+    try:
+        yield list(summed.values())
     finally:
-        site.module._parameters.update(whole)
+        module._parameters.update(whole)
+
+
+def _sum_gradients_within(module: nn.Module, axis: DeviceMesh, stack: ExitStack) -> list[torch.Tensor]:
+    """Replace the parameters of a module and of all in it, until the stack is left; return what stands for them."""
+    return [value for part in module.modules() for value in stack.enter_context(_sum_own_gradients(part, axis))]
 
 
 @contextmanager
@@ -163,14 +179,17 @@ def _get_weight(site: HookSite) -> torch.Tensor:
     return weight
 
 
-def _look_up_rows(site: HookSite, run: Forward, tokens: torch.Tensor, length: int) -> torch.Tensor:
+def _look_up_rows(
+    site: HookSite, run: Forward, tokens: torch.Tensor, length: int, inner: Sequence[torch.Tensor]
+) -> torch.Tensor:
     if length:
         vectors: torch.Tensor = run(tokens)
         return vectors
-    # This rank has no row to look up, but its output must still depend on the weight: whether a tensor needs a gradient
-    # decides which collectives backward calls, and all ranks must call the same.
+    # This rank has no row to look up, but its output must still depend on all parameters: whether a tensor needs a
+    # gradient decides which collectives backward calls, and all ranks must call the same.
     weight = cast(DTensor, _get_weight(site))
-    return local_tensor(weight).sum().expand(*tokens.shape, weight.shape[1])
+    total = sum((value.sum() for value in inner), start=local_tensor(weight).sum())
+    return total.expand(*tokens.shape, weight.shape[1])
 
 
 def expect_slice(site: HookSite, inputs: torch.Tensor) -> None:

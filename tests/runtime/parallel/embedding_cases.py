@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from plans.mesh import Mesh
@@ -16,7 +17,7 @@ from runtime.planning.resolve import resolve
 from runtime.styles.placements import cut_local_shard
 from tests.tiny_models import DENSE, tiny_model
 
-__all__ = ["compare_reads"]
+__all__ = ["compare_norms", "compare_reads"]
 
 
 class ReadingModel(transformers.LlamaForCausalLM):
@@ -56,3 +57,36 @@ def compare_reads(style: str, mesh: Mesh) -> dict[str, Any]:
         "is_sharded": isinstance(weight, DTensor),
         "name": type(model.model.embed_tokens).__name__,
     }
+
+
+class NormedEmbedding(nn.Embedding):
+    """Normalizes the vectors that it looks up, as Inkling's does."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.norm = nn.RMSNorm(sizes[1])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = self.norm(super().forward(tokens))
+        return vectors
+
+
+def compare_norms(style: str, vocabulary: int) -> dict[str, float]:
+    """Return the errors of outputs and of the norm's gradient, if an embedding with a norm is sharded by rows."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DENSE | {"tie_word_embeddings": False, "vocab_size": vocabulary})
+    models = [tiny_model(config).double().eval() for _ in range(2)]
+    state = NormedEmbedding(vocabulary, config.hidden_size).double().state_dict()
+    for model in models:
+        model.model.embed_tokens = NormedEmbedding(vocabulary, config.hidden_size).double()
+        model.model.embed_tokens.load_state_dict(state)
+    model, mesh = models[1], Mesh(tp=torch.distributed.get_world_size())
+    plan = resolve(model, mesh, mode="sp") if style == "vocab_reduce_scatter" else {"model.embed_tokens": style}
+    parallelize(model, device_meshes(mesh, "cpu"), plan)
+    tokens = torch.arange(24).reshape(2, 12) % vocabulary
+    outputs = [one(tokens).logits for one in models]
+    for output in outputs:
+        output.square().mean().backward()
+    wanted, found = (one.model.embed_tokens.norm.weight.grad for one in models)
+    largest = (outputs[1] - outputs[0]).detach().abs().max()
+    return {"output": float(largest), "gradient": float((found - wanted).abs().max())}
