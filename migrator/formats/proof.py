@@ -176,7 +176,7 @@ def proof_github_lines(report: ProofReport) -> Iterator[str]:
 def proof_page_lines(report: ProofReport) -> Iterator[str]:
     """Yield the tables of a page in Markdown: how many rows had which outcome, what did not pass, and all of it."""
     modes = report.modes_with_plans
-    yield from (_PAGE.format(version=", ".join(report.versions)), "")
+    yield from (*_PAGE.format(version=", ".join(report.versions)).splitlines(), "")
     yield from _format_table(
         [format_count(len(report.rows), "row"), *OUTCOMES],
         ([_format_mode(report, mode), *(str(report.count(mode)[name]) for name in OUTCOMES)] for mode in modes),
