@@ -18,7 +18,7 @@ from runtime import Plan, parallelize
 from runtime.checkpoint.files.safetensors import StoredTensor
 from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.loader import replicated
-from runtime.loader.reads import CopyBatch, build_target, group_reads, plan_reads
+from runtime.loader.reads import build_target, group_reads, plan_reads
 from runtime.loader.transfer import choose_block_size
 from runtime.loader.workers import CudaWorker, HostWorker, ReadOnlyFiles, run_workers
 from runtime.models.config import read_config
@@ -98,9 +98,7 @@ def read_plain(file: Path, memory: torch.Tensor, threads: int) -> None:
     size, targets = len(memory), {0: build_target(memory, torch.uint8)}
     stored, run = StoredTensor(file, "U8", (size,), 0, size), StridedCopy(0, 0, 0, 0, size)
     block = choose_block_size(size, threads, memory.device)
-    work = group_reads(
-        plan_reads([stored], [CopyBatch(0, [run])], block, lambda part: memory.device.type == "cpu"), block
-    )
+    work = group_reads(plan_reads([stored], [run], block, lambda part: memory.device.type == "cpu"), block)
     with ReadOnlyFiles() as files:
         if memory.device.type == "cpu":
             run_workers(work, threads, lambda: HostWorker(targets, files, block))

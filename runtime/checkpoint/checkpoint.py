@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,7 @@ class Checkpoint:
         chunks: the stored chunks, by names that only this layout knows.
         side_files: the other files.
         manifest: the checkpoint's manifest, None if it has none.
-        stored_form: the hub form that the tensors came from, None if unknown.
+        find_stored_form: returns the hub form that the tensors came from, None if unknown.
         optimizer: the state of the optimizer, if it is part of what was read.
         config_folder: the folder of config.json if that is not the checkpoint's own.
         extra_files: the content of files outside the folder that belong to the checkpoint, by name.
@@ -127,13 +127,18 @@ class Checkpoint:
     chunks: Mapping[str, StoredTensor] = field(repr=False)
     side_files: SideFiles
     manifest: Manifest | None = field(default=None, repr=False)
-    stored_form: StoredForm | None = None
+    find_stored_form: Callable[[], StoredForm | None] = field(default=lambda: None, repr=False, compare=False)
     optimizer: OptimizerState | None = None
     config_folder: Path | None = None
     extra_files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     reoriented: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     saved_order: tuple[str, ...] = ()
+
+    @cached_property
+    def stored_form(self) -> StoredForm | None:
+        """The hub form that the tensors came from, None if unknown; a load does not pay for it."""
+        return self.find_stored_form()
 
     @cached_property
     def digests(self) -> Mapping[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,7 +24,6 @@ from runtime.loader.replicated import assign_readers, broadcast_tensors
 from runtime.loader.sources import LoadSource, find_source
 from runtime.loader.transfer import TransferResult, default_threads, transfer
 from runtime.loader.verification import LoadResult, check_digests
-from runtime.models.kept_dtypes import HALF_DTYPES
 from runtime.processes.agreement import raise_on_any_rank
 
 if TYPE_CHECKING:
@@ -90,19 +88,18 @@ def load(
     """
     refs = find_parameter_refs(model)
     axes = mesh_axes(refs.values())
-    # Building takes a tenth of the time that loading 16 GB takes, and can go on while others read.
-    rebuild = cache(lambda: rebuild_non_persistent(model, refs, dtype))
 
     def transfer_own_tensors() -> _Transferred:
         _check_threads(threads)
         check_dtype(dtype)
-        kept_dtypes = rebuild().kept_dtypes if dtype in HALF_DTYPES else {}
-        check_cast(dtype, refs, kept_dtypes)
+        # Not while others read: they would wait for the interpreter longer than this takes.
+        non_persistent = rebuild_non_persistent(model, refs, dtype)
+        check_cast(dtype, refs, non_persistent.kept_dtypes)
         target_device = torch.device(device) if device is not None else default_device(refs.values())
         source = find_source(_resolve_checkpoint(checkpoint), model, refs)
         if digests is not None:
             source = replace(source, digests=_select_digests(digests, refs))
-        memory = prepare_memory(model, refs, source, target_device, dtype, kept_dtypes)
+        memory = prepare_memory(model, refs, source, target_device, dtype, non_persistent.kept_dtypes)
         readers = {} if every_copy else assign_readers(refs, memory.local_tensors)
         own = [name for name in refs if name not in readers or readers[name] == dist.get_rank()]
         read = transfer(
@@ -111,9 +108,8 @@ def load(
             own,
             threads or default_threads(),
             with_digests=verify and bool(source.digests),
-            meanwhile=rebuild,
         )
-        return _Transferred(source, memory, readers, read, rebuild().buffers)
+        return _Transferred(source, memory, readers, read, non_persistent.buffers)
 
     with gc_paused(), side_files.follow_links(follow_links):
         done = _run_on_all_ranks(transfer_own_tensors, axes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import accumulate, count, groupby
+from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -17,7 +17,6 @@ from runtime.loader.local_boxes import LocalBox
 from runtime.tensor_map.strided_copy import StridedCopy, split_at_blocks
 
 __all__ = [
-    "CopyBatch",
     "LoadTarget",
     "Read",
     "build_target",
@@ -56,73 +55,26 @@ class Read:
         return self.stop - self.start
 
 
-class CopyBatch(NamedTuple):
-    """Strided copies that are planned when reads get to them.
-
-    Args:
-        first: the number of the stored tensor before which no copy of this batch, or of those after it, reads.
-        copies: the copies.
-    """
-
-    first: int
-    copies: Iterable[StridedCopy]
-
-
 def plan_reads(
-    sources: Sequence[StoredTensor], batches: Iterable[CopyBatch], limit: int, is_alone: Callable[[StridedCopy], bool]
+    sources: Sequence[StoredTensor], copies: Iterable[StridedCopy], limit: int, is_alone: Callable[[StridedCopy], bool]
 ) -> Iterator[Read]:
-    """Yield reads that cover all strided copies, by file and offset, while later batches are not planned yet.
+    """Yield reads that cover all strided copies, by file and offset.
 
     Args:
-        sources: the stored tensors that the copies refer to by number.
-        batches: the strided copies, in the order of the stored tensors that they name.
+        sources: the stored tensors that the copies refer to by index.
+        copies: the strided copies.
         limit: the maximum number of bytes of a read.
         is_alone: returns whether a part must have a read of its own.
     """
-    for file, parts in groupby(_order_parts(sources, batches, limit), lambda part: sources[part.source].file):
-        yield from _merge_reads(file, _join_contiguous(parts, limit), limit, is_alone)
-
-
-def _order_parts(sources: Sequence[StoredTensor], batches: Iterable[CopyBatch], limit: int) -> Iterator[StridedCopy]:
-    """Yield the copies in parts of at most `limit` bytes, by file and by offset in it."""
-    files = {file: number for number, file in enumerate(sorted({stored.file for stored in sources}, key=str))}
-    order = [files[stored.file] for stored in sources]
-    pending: list[tuple[int, int, int, StridedCopy]] = []
-    numbers = count()
-    for first, copies in batches:
-        start = order[first], sources[first].offset
-        while pending and pending[0][:2] < start:
-            yield heappop(pending)[-1]
-        for copy in copies:
-            file = order[copy.source]
-            moved = copy._replace(source_offset=sources[copy.source].offset + copy.source_offset)
-            assert (file, moved.source_offset) >= start, "batches are in the order of the files"
-            for dense in _split_at_gaps(moved):
-                for part in _split_by_limit(dense, limit):
-                    heappush(pending, (file, part.source_offset, next(numbers), part))
-    while pending:
-        yield heappop(pending)[-1]
-
-
-def _join_contiguous(parts: Iterable[StridedCopy], limit: int) -> Iterator[StridedCopy]:
-    """Join parts that follow one another both in the file and in the tensor."""
-    last: StridedCopy | None = None
-    for part in parts:
-        if last is None:
-            last = part
-        elif (
-            not (last.strides or part.strides)
-            and last.destination == part.destination
-            and last.source_offset + last.length == part.source_offset
-            and last.destination_offset + last.length == part.destination_offset
-            and last.length + part.length <= limit
-        ):
-            last = last._replace(length=last.length + part.length)
-        else:
-            yield last
-            last = part
-    if last is not None:
-        yield last
+    parts: defaultdict[Path, list[StridedCopy]] = defaultdict(list)
+    for copy in copies:
+        stored = sources[copy.source]
+        for dense in _split_at_gaps(copy):
+            for part in _split_by_limit(dense, limit):
+                parts[stored.file].append(part._replace(source_offset=stored.offset + part.source_offset))
+    for file in sorted(parts):
+        in_order = sorted(parts[file], key=attrgetter("source_offset"))
+        yield from _merge_reads(file, _join_contiguous(in_order, limit), limit, is_alone)
 
 
 def group_reads(reads: Iterable[Read], limit: int) -> Iterator[tuple[Read, ...]]:
@@ -181,6 +133,27 @@ def _split_by_limit(copy: StridedCopy, limit: int) -> Iterator[StridedCopy]:
     block = limit // widest * widest or limit
     for _, part in split_at_blocks(copy._replace(source_offset=0), block):
         yield part._replace(source_offset=part.source_offset + copy.source_offset)
+
+
+def _join_contiguous(parts: Iterable[StridedCopy], limit: int) -> Iterator[StridedCopy]:
+    """Join parts that follow one another both in the file and in the tensor."""
+    last: StridedCopy | None = None
+    for part in parts:
+        if last is None:
+            last = part
+        elif (
+            not (last.strides or part.strides)
+            and last.destination == part.destination
+            and last.source_offset + last.length == part.source_offset
+            and last.destination_offset + last.length == part.destination_offset
+            and last.length + part.length <= limit
+        ):
+            last = last._replace(length=last.length + part.length)
+        else:
+            yield last
+            last = part
+    if last is not None:
+        yield last
 
 
 def _merge_reads(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +16,7 @@ from runtime.checkpoint.files.system import count_cpus
 from runtime.checkpoint.verifying.fused_sums import find_fused_sums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums
 from runtime.loader.local_boxes import plan_box_copies
-from runtime.loader.reads import CopyBatch, LoadTarget, build_target, group_reads, plan_reads
+from runtime.loader.reads import LoadTarget, build_target, group_reads, plan_reads
 from runtime.loader.sources import LoadSource
 from runtime.loader.verification import HostSums
 from runtime.loader.workers import CudaWorker, HostWorker, ReadOnlyFiles, TransferWorker, run_workers
@@ -47,7 +46,6 @@ def transfer(
     threads: int,
     *,
     with_digests: bool = False,
-    meanwhile: Callable[[], object] = lambda: None,
 ) -> TransferResult:
     """Fill tensors from a checkpoint, casting those that have another dtype.
 
@@ -57,7 +55,6 @@ def transfer(
         names: the tensors to fill.
         threads: the number of reader threads.
         with_digests: whether to digest what is read.
-        meanwhile: what this thread does while others read; called at most once for each device.
 
     Raises:
         UsageError: a tensor is on a device that is neither the CPU nor a CUDA GPU.
@@ -69,10 +66,10 @@ def transfer(
     digests: dict[str, Digest] = {}
     bytes_read = 0
     for device, on_device in by_device.items():
-        transfer_to_device = _DeviceTransfer(source, {name: local_tensors[name] for name in on_device})
-        sums = _make_sums(transfer_to_device.sizes, device, with_digests)
-        transfer_to_device.run(device, threads, sums, meanwhile)
-        bytes_read += sum(transfer_to_device.sizes.values())
+        plan = _plan_transfer(source, {name: local_tensors[name] for name in on_device})
+        sums = _make_sums(len(on_device), plan.size, device, with_digests)
+        _carry_out(plan, device, threads, sums)
+        bytes_read += plan.size
         if sums is not None and with_digests:
             digests |= zip(on_device, sums.read(), strict=True)
     return TransferResult(bytes_read, digests)
@@ -112,72 +109,59 @@ class TransferResult:
 
 
 @dataclass(frozen=True)
-class _DeviceTransfer:
-    """The transfer to the tensors on one device.
+class _TransferPlan:
+    """Copies from stored tensors to places in whole tensors, and the targets that hold those places.
 
     Args:
-        source: where the tensors' bytes are.
-        local_tensors: the tensors by name, contiguous.
-        targets: the targets of the copies that have been planned so far, by number.
+        sources: the stored tensors by number.
+        copies: the copies; their destinations are numbers of targets.
+        targets: the targets by number.
     """
 
-    source: LoadSource
-    local_tensors: Mapping[str, torch.Tensor]
-    targets: dict[int, LoadTarget] = field(default_factory=dict)
+    sources: tuple[StoredTensor, ...]
+    copies: list[StridedCopy]
+    targets: dict[int, LoadTarget]
 
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """The bytes to read for each tensor."""
-        source = self.source
-        return {name: tensor_bytes(source.dtypes[name], source.tensor_maps[name].shape) for name in self.local_tensors}
+    @property
+    def size(self) -> int:
+        """The bytes that all copies move."""
+        return sum(copy.size for copy in self.copies)
 
-    @cached_property
-    def chunks(self) -> dict[str, StoredTensor]:
-        """The stored chunks by name, in the order of files and offsets; their places in it are their numbers."""
-        return dict(sorted(self.source.chunks.items(), key=lambda item: (str(item[1].file), item[1].offset)))
 
-    def plan_batches(self) -> Iterator[CopyBatch]:
-        """Plan the copies to one tensor after the other, in the order of files, and prove that they fill it."""
-        numbers = {name: number for number, name in enumerate(self.chunks)}
-        firsts = {
-            name: min(map(numbers.__getitem__, self.source.tensor_maps[name].sources))
-            for name, size in self.sizes.items()
-            if size
-        }
-        places = {name: place for place, name in enumerate(self.local_tensors)}
-        for name in sorted(firsts, key=firsts.__getitem__):
-            yield CopyBatch(firsts[name], self._plan_copies(name, places[name], numbers))
-
-    def _plan_copies(self, name: str, place: int, numbers: Mapping[str, int]) -> list[StridedCopy]:
-        source, dtype = self.source, self.source.dtypes[name]
-        copies: list[StridedCopy] = []
-        local_copies: list[StridedCopy] = []
-        maps = source.tensor_maps[name], source.local_maps[name]
-        for box, planned in plan_box_copies(*maps, source.shapes[name], BITS[dtype], numbers, len(self.targets)):
-            self.targets[len(self.targets)] = build_target(self.local_tensors[name], DTYPES[dtype], box, place)
+def _plan_transfer(source: LoadSource, local_tensors: Mapping[str, torch.Tensor]) -> _TransferPlan:
+    """Plan the copies to tensors on one device, and prove that they fill each of them exactly once."""
+    numbers = {name: number for number, name in enumerate(source.chunks)}
+    targets: dict[int, LoadTarget] = {}
+    copies: list[StridedCopy] = []
+    local_copies: list[StridedCopy] = []
+    for number, (name, local) in enumerate(local_tensors.items()):
+        dtype, maps = source.dtypes[name], (source.tensor_maps[name], source.local_maps[name])
+        for box, planned in plan_box_copies(*maps, source.shapes[name], BITS[dtype], numbers, len(targets)):
+            targets[len(targets)] = build_target(local, DTYPES[dtype], box, number)
             copies += planned
-            local_copies += (box.to_local(copy)._replace(destination=place) for copy in planned)
-        prove(covers(local_copies, {place: self.sizes[name]}), "the load does not fill every byte exactly once")
-        return copies
-
-    def run(
-        self, device: torch.device, threads: int, sums: HostSums | DeviceSums | None, meanwhile: Callable[[], object]
-    ) -> None:
-        """Read all bytes; copies are planned while the reads of those before them are carried out."""
-        block = choose_block_size(sum(self.sizes.values()), threads, device)
-        is_alone = _make_alone_predicate(self.targets, device)
-        reads = plan_reads(tuple(self.chunks.values()), self.plan_batches(), block, is_alone)
-        with ReadOnlyFiles() as files:
-            make_worker = _make_worker_factory(self.targets, files, block, device, sums)
-            run_workers(group_reads(reads, block), threads, make_worker, meanwhile)
+            local_copies += (box.to_local(copy)._replace(destination=number) for copy in planned)
+    sizes = {
+        number: tensor_bytes(source.dtypes[name], source.tensor_maps[name].shape)
+        for number, name in enumerate(local_tensors)
+    }
+    prove(covers(local_copies, sizes), "the load does not fill every byte exactly once")
+    return _TransferPlan(tuple(source.chunks.values()), copies, targets)
 
 
-def _make_sums(sizes: Mapping[str, int], device: torch.device, with_digests: bool) -> HostSums | DeviceSums | None:
+def _make_sums(count: int, size: int, device: torch.device, with_digests: bool) -> HostSums | DeviceSums | None:
     """Return sums if they are wanted, or if the kernel that takes them, and rearranges bytes as well, is worth it."""
     if device.type == "cuda":
-        is_worth_kernel = sum(sizes.values()) >= _MIN_KERNEL_BYTES and find_fused_sums(device) is not None
-        return DeviceSums(len(sizes), device) if with_digests or is_worth_kernel else None
-    return HostSums(len(sizes)) if with_digests else None
+        is_worth_kernel = size >= _MIN_KERNEL_BYTES and find_fused_sums(device) is not None
+        return DeviceSums(count, device) if with_digests or is_worth_kernel else None
+    return HostSums(count) if with_digests else None
+
+
+def _carry_out(plan: _TransferPlan, device: torch.device, threads: int, sums: HostSums | DeviceSums | None) -> None:
+    block = choose_block_size(plan.size, threads, device)
+    reads = plan_reads(plan.sources, plan.copies, block, _make_alone_predicate(plan.targets, device))
+    with ReadOnlyFiles() as files:
+        make_worker = _make_worker_factory(plan.targets, files, block, device, sums)
+        run_workers(group_reads(reads, block), threads, make_worker)
 
 
 def _make_alone_predicate(targets: Mapping[int, LoadTarget], device: torch.device) -> Callable[[StridedCopy], bool]:

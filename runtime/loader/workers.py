@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -27,6 +29,7 @@ __all__ = ["CudaWorker", "HostWorker", "ReadOnlyFiles", "TransferWorker", "read_
 ReadGroup = Sequence[Read]
 Targets = Mapping[int, LoadTarget]
 
+_SWITCH_INTERVAL = 1e-4
 _MANY_PARTS = 4
 """Fewer parts of a block are copied one by one, straight into place."""
 
@@ -89,19 +92,13 @@ class TransferWorker(Protocol):
         """Wait until all copies are complete, and let go of all buffers."""
 
 
-def run_workers(
-    groups: Iterable[ReadGroup],
-    threads: int,
-    make_worker: Callable[[], TransferWorker],
-    meanwhile: Callable[[], object] = lambda: None,
-) -> None:
+def run_workers(groups: Iterable[ReadGroup], threads: int, make_worker: Callable[[], TransferWorker]) -> None:
     """Read all groups into their targets. When it returns or raises, no thread is left and no copy is pending.
 
     Args:
         groups: the groups of reads.
         threads: the number of threads.
         make_worker: makes a worker; called once on each thread.
-        meanwhile: what this thread does while the others read; if it raises, they stop.
 
     Raises:
         IncompleteError: a file is shorter than its header says.
@@ -124,16 +121,30 @@ def run_workers(
             traceback.clear_frames(error.__traceback__)
             raise
 
-    with ThreadPoolExecutor(threads) as pool:
+    with _quick_switches(), ThreadPoolExecutor(threads) as pool:
         try:
             futures = [pool.submit(run_worker) for _ in range(threads)]
-            meanwhile()
             wait(futures, return_when=FIRST_EXCEPTION)
-        except BaseException:  # also an interrupt of this thread: the others must not go on to the last group
+        except BaseException:  # an interrupt of this thread, after which the others must not go on to the last group
             shared.stop()
             raise
     for future in futures:
         future.result()
+
+
+@contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Let threads wait 0.1 ms in place of 5 for an interpreter that another one computes with.
+
+    Readers compute little, but all of them need the interpreter behind each read: on one H200, 16 GB in hub form took
+    0.91 to 0.95 of the time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _SharedIterator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -91,9 +92,15 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 def whole(source: str, shape: Sequence[int]) -> TensorMap:
     """Return the tensor map of a tensor that is the source itself."""
     shape = tuple(shape)
-    origin = (0,) * len(shape)
-    box = StridedBox(origin, shape, (1,) * len(shape), source, 0, row_major(shape))
+    origin, steps, strides = _find_layout(shape)
+    box = StridedBox(origin, shape, steps, source, 0, strides)
     return TensorMap(shape, (box,) if prod(shape) else ())
+
+
+@lru_cache
+def _find_layout(shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the origin, the steps and the strides of a contiguous tensor."""
+    return (0,) * len(shape), (1,) * len(shape), row_major(shape)
 
 
 def narrow(tensor_map: TensorMap, dim: int, start: int, length: int) -> TensorMap:
@@ -126,7 +133,16 @@ def concatenate(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
 
 def stack(tensor_maps: Sequence[TensorMap], dim: int) -> TensorMap:
     """Return the tensor maps joined along a new dim, as `torch.stack` joins tensors."""
-    return concatenate([_unsqueeze(tensor_map, dim) for tensor_map in tensor_maps], dim)
+    if not tensor_maps:
+        raise TensorMapError("there is nothing to stack")
+    first = tensor_maps[0].shape
+    dim = _normalize_dim(dim, len(first) + 1)
+    boxes: list[StridedBox] = []
+    for index, tensor_map in enumerate(tensor_maps):
+        if tensor_map.shape != first:
+            raise TensorMapError(f"{list(first)} and {list(tensor_map.shape)} do not stack")
+        boxes += [_insert_dim(box, dim, index) for box in tensor_map.boxes]
+    return TensorMap((*first[:dim], len(tensor_maps), *first[dim:]), tuple(boxes))
 
 
 def unbind(tensor_map: TensorMap, dim: int) -> tuple[TensorMap, ...]:
@@ -213,24 +229,18 @@ def _shift(box: StridedBox, dim: int, distance: int) -> StridedBox:
     return StridedBox(offset, box.shape, box.steps, box.source, box.base, box.strides)
 
 
-def _unsqueeze(tensor_map: TensorMap, dim: int) -> TensorMap:
-    dim = _normalize_dim(dim, len(tensor_map.shape) + 1)
-
-    def insert_value(values: tuple[int, ...], value: int) -> tuple[int, ...]:
-        return (*values[:dim], value, *values[dim:])
-
-    boxes = (
-        StridedBox(
-            insert_value(box.offset, 0),
-            insert_value(box.shape, 1),
-            insert_value(box.steps, 1),
-            box.source,
-            box.base,
-            insert_value(box.strides, 0),
-        )
-        for box in tensor_map.boxes
+def _insert_dim(box: StridedBox, dim: int, index: int) -> StridedBox:
+    """Return the box in a tensor with one more dim, at one index of it."""
+    # Spelled out, because a large model has a million boxes.
+    offset, shape, steps, strides = box.offset, box.shape, box.steps, box.strides
+    return StridedBox(
+        (*offset[:dim], index, *offset[dim:]),
+        (*shape[:dim], 1, *shape[dim:]),
+        (*steps[:dim], 1, *steps[dim:]),
+        box.source,
+        box.base,
+        (*strides[:dim], 0, *strides[dim:]),
     )
-    return TensorMap(insert_value(tensor_map.shape, 1), tuple(boxes))
 
 
 def _squeeze(tensor_map: TensorMap, dim: int) -> TensorMap:

@@ -264,7 +264,7 @@ def _apply_manifest(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
             hint=_SAVED_AGAIN,
             tensors=differing,
         )
-    return replace(checkpoint, manifest=manifest, stored_form=manifest.stored_form)
+    return replace(checkpoint, manifest=manifest, find_stored_form=lambda: manifest.stored_form)
 
 
 def _find_differing(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:

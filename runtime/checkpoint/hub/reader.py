@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,7 @@ def read_hub_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
         tensor_maps=_map_to_storages(tensor_maps, hub) if hub.views else tensor_maps,
         chunks={**{name: tensor for name, tensor in hub.tensors.items() if name not in hub.views}, **hub.storages},
         side_files=hub.side_files,
-        stored_form=_build_stored_form(hub) if hub.headers else None,
+        find_stored_form=cache(lambda: _build_stored_form(hub) if hub.headers else None),
         reoriented=conversion.reoriented,
     )
 

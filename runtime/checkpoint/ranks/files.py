@@ -121,7 +121,7 @@ def read_rank_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
         },
         side_files=find_side_files(folder, {MANIFEST, *(header.file.name for header in headers)}),
         manifest=manifest,
-        stored_form=manifest.stored_form,
+        find_stored_form=lambda: manifest.stored_form,
     )
 
 

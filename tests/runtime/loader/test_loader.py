@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from runtime.checkpoint.verifying.fused_sums import FusedSums
 from runtime.checkpoint.verifying.tensor_digest import DeviceSums
 from runtime.loader import transfer, workers
 from runtime.loader.reads import (
-    CopyBatch,
     Read,
     build_target,
     compute_buffer_offsets,
@@ -33,7 +31,7 @@ from runtime.loader.reads import (
     group_reads,
     plan_reads,
 )
-from runtime.loader.workers import CudaWorker, HostWorker, ReadOnlyFiles, Targets, run_workers
+from runtime.loader.workers import CudaWorker, ReadOnlyFiles, Targets, run_workers
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from runtime.tensor_map.strided_copy import Stride, StridedCopy, plan_copies
@@ -60,7 +58,7 @@ def never_alone(part: StridedCopy) -> bool:
 def test_neighbours_share_a_read_and_wide_gaps_are_skipped() -> None:
     sources = [stored(100 * KIB, 8), stored(100 * KIB, 8 + 112 * KIB), stored(8 * KIB, 8 + 400 * KIB)]
     copies = [StridedCopy(number, 0, number, 0, source.size) for number, source in enumerate(sources)]
-    assert ranges(plan_reads(sources, [CopyBatch(0, copies)], 2**20, never_alone)) == [
+    assert ranges(plan_reads(sources, copies, 2**20, never_alone)) == [
         (8, 8 + 212 * KIB),
         (8 + 400 * KIB, 8 + 408 * KIB),
     ]
@@ -69,7 +67,7 @@ def test_neighbours_share_a_read_and_wide_gaps_are_skipped() -> None:
 def test_a_part_that_must_be_alone_is_alone() -> None:
     sources = [stored(KIB, 0), stored(KIB, KIB), stored(KIB, 2 * KIB)]
     copies = [StridedCopy(number, 0, number, 0, KIB) for number in range(3)]
-    planned = list(plan_reads(sources, [CopyBatch(0, copies)], 2**20, lambda part: part.source == 1))
+    planned = list(plan_reads(sources, copies, 2**20, lambda part: part.source == 1))
     assert [[part.source for part in read.parts] for read in planned] == [[0], [1], [2]]
     assert ranges(planned) == [(0, KIB), (KIB, 2 * KIB), (2 * KIB, 3 * KIB)]  # none reads the middle again
 
@@ -77,52 +75,27 @@ def test_a_part_that_must_be_alone_is_alone() -> None:
 def test_rows_far_apart_are_read_one_by_one_and_rows_nearby_with_their_gaps() -> None:
     size = 4 * 2**20
     far = StridedCopy(0, 0, 0, 0, KIB, (Stride(4, 2**20, KIB),))
-    assert ranges(plan_reads([stored(size)], [CopyBatch(0, [far])], size, never_alone)) == [
+    assert ranges(plan_reads([stored(size)], [far], size, never_alone)) == [
         (n * 2**20, n * 2**20 + KIB) for n in range(4)
     ]
     near = StridedCopy(0, 0, 0, 0, KIB, (Stride(4, 32 * KIB, KIB),))
-    assert ranges(plan_reads([stored(size)], [CopyBatch(0, [near])], size, never_alone)) == [(0, 97 * KIB)]
+    assert ranges(plan_reads([stored(size)], [near], size, never_alone)) == [(0, 97 * KIB)]
 
 
 def test_parts_that_follow_one_another_on_both_sides_are_one() -> None:
     sources = [stored(KIB, 0), stored(KIB, KIB), stored(KIB, 2 * KIB)]
     copies = [StridedCopy(0, 0, 7, 0, KIB), StridedCopy(1, 0, 7, KIB, KIB), StridedCopy(2, 0, 7, 0, KIB)]
-    (read,) = plan_reads(sources, [CopyBatch(0, copies)], 2**20, never_alone)
+    (read,) = plan_reads(sources, copies, 2**20, never_alone)
     assert [(part.source_offset, part.destination_offset, part.length) for part in read.parts] == [
         (0, 0, 2 * KIB),
         (2 * KIB, 0, KIB),
     ]
 
 
-def test_reads_begin_before_later_copies_are_planned() -> None:
-    sources = [stored(KIB, number * 2**20) for number in range(8)]
-    planned: list[int] = []
-
-    def plan_one_by_one() -> Iterator[CopyBatch]:
-        for number in range(len(sources)):
-            planned.append(number)
-            yield CopyBatch(number, [StridedCopy(number, 0, number, 0, KIB)])
-
-    reads = plan_reads(sources, plan_one_by_one(), 2**20, never_alone)
-    assert next(reads).start == 0
-    assert len(planned) < len(sources)
-    assert ranges(reads) == [(number * 2**20, number * 2**20 + KIB) for number in range(1, 8)]
-    assert planned == list(range(8))
-
-
-def test_copies_may_reach_over_those_of_later_batches() -> None:
-    """A tensor's chunks may lie around those of another; reads still go through the file in order."""
-    sources = [stored(KIB, 0), stored(KIB, KIB), stored(KIB, 2 * KIB)]
-    outer = CopyBatch(0, [StridedCopy(2, 0, 0, KIB, KIB), StridedCopy(0, 0, 0, 0, KIB)])
-    inner = CopyBatch(1, [StridedCopy(1, 0, 1, 0, KIB)])
-    (read,) = plan_reads(sources, [outer, inner], 2**20, never_alone)
-    assert [part.source_offset for part in read.parts] == [0, KIB, 2 * KIB]
-
-
 def test_elements_stay_aligned_wherever_tensors_begin() -> None:
     sources = [stored(9), stored(64, 9)]
     copies = [StridedCopy(0, 0, 0, 0, 9), StridedCopy(1, 0, 1, 0, 64)]
-    planned = list(plan_reads(sources, [CopyBatch(0, copies)], 2**20, never_alone))
+    planned = list(plan_reads(sources, copies, 2**20, never_alone))
     assert ranges(planned) == [(0, 9), (9, 73)]
     assert compute_buffer_offsets(planned) == [0, 16]
 
@@ -160,9 +133,7 @@ def test_reads_cover_all_copies(data: st.DataObject) -> None:
     target = build_target(torch.zeros(tensor_map.shape, dtype=torch.float32), torch.int16)
     sources = [StoredTensor(FILE, "I16", shape, 6, content.nbytes)]
     with patch.object(runtime.loader.reads, "_MAX_GAP", data.draw(st.integers(1, 64))):
-        planned = list(
-            plan_reads(sources, [CopyBatch(0, plan_copies(tensor_map, 16, {"t": 0}, 0))], limit, never_alone)
-        )
+        planned = list(plan_reads(sources, plan_copies(tensor_map, 16, {"t": 0}, 0), limit, never_alone))
     for read in planned:
         assert read.size <= limit
         buffer = torch.zeros(limit, dtype=torch.uint8)
@@ -223,20 +194,6 @@ def test_no_copy_is_pending_after_a_failed_read(tmp_path: Path, monkeypatch: pyt
     assert waited == [True]
 
 
-def test_readers_stop_if_what_is_done_meanwhile_fails(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(bytes(64))
-    targets = {0: build_target(torch.zeros(64, dtype=torch.uint8), torch.uint8)}
-    group = (Read(file, 0, 64, (StridedCopy(0, 0, 0, 0, 64),)),)
-
-    def fail() -> None:
-        raise UsageError("no model", hint="build one")
-
-    # Without an end, only a stop lets the threads return.
-    with ReadOnlyFiles() as files, pytest.raises(UsageError, match=r"(?s)no model.*hint: build one"):
-        run_workers(itertools.repeat(group), 2, lambda: HostWorker(targets, files, 64), fail)
-
-
 @contextmanager
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]]:
     """Let the GPU worker fill tensors in host memory, through small buffers."""
@@ -262,7 +219,7 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CudaWorker]
             return make_worker
 
         patched.setattr(transfer, "_make_worker_factory", make_factory)
-        patched.setattr(transfer, "_make_sums", lambda sizes, device, with_digests: DeviceSums(len(sizes), device))
+        patched.setattr(transfer, "_make_sums", lambda count, size, device, with_digests: DeviceSums(count, device))
         yield made
 
 
