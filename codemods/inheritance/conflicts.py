@@ -17,10 +17,12 @@ from weakref import WeakKeyDictionary
 from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.file_graph import list_module_files
 from codemods.inheritance.ownership import PlanLocation, Tree
+from codemods.inheritance.style_callers import StyleCall, find_style_calls
 from codemods.reading.conflicts import find_change_conflicts
 from codemods.reading.module import ClassPlans, Conflict
 from codemods.reading.scope import ANY_CLASS
 from plans.errors import MigratorError
+from plans.plan import plan_kind
 
 __all__ = ["FRAMEWORK_FILES", "OutsideConflict", "find_outside_conflicts", "is_framework_file"]
 
@@ -99,7 +101,34 @@ class _Index:
         ]
         found += self._find_inherited(location)
         found = [(path, conflict) for path, conflict in found if path != location.path]
-        yield from dict.fromkeys([*found, *self._find_of_target(location)])
+        yield from dict.fromkeys([*found, *self._find_of_target(location), *self._find_style_calls(location)])
+
+    def _find_style_calls(self, location: PlanLocation) -> Iterator[OutsideConflict]:
+        """Yield the code that gets the plan's styles from a function of another file, and tells them apart."""
+        for call in self._style_calls:
+            conflict, source = call.conflict, call.source
+            is_unknown = conflict.class_name == ANY_CLASS
+            if is_unknown or self._is_inherited(location, source, conflict.class_name):
+                yield call.path, conflict
+            if not conflict.attribute.startswith("base_model_") and (
+                is_unknown or location.path.parent == source.parent
+            ):
+                # A model's plan has the styles of its configuration's plan.
+                yield call.path, replace(conflict, attribute=f"*{plan_kind(conflict.attribute)}_plan")
+
+    def _is_inherited(self, location: PlanLocation, path: Path, name: str) -> bool:
+        """Return whether a plan's class is one that another file names, inherits from it, or gives it the plan."""
+        keys = [(path, name)] if name in (*self.tree.module(path).classes, "") else self._resolve(path, name)
+        own = (location.path, location.class_name)
+        related = [own, *((file, base.name) for file, base in self._list_ancestors(*own))]
+        return any(
+            key in related or own in ((file, base.name) for file, base in self._list_ancestors(*key)) for key in keys
+        )
+
+    @cached_property
+    def _style_calls(self) -> Sequence[StyleCall]:
+        others = [path for path in self.tree.other_files if not is_framework_file(path)]
+        return find_style_calls(self.tree, self._code_files, others)
 
     def _find_of_target(self, location: PlanLocation) -> Iterator[OutsideConflict]:
         """Yield the conflicts of the other class's plan that a literal in code replaces."""

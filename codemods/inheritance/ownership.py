@@ -69,10 +69,12 @@ class Tree(ClassGraph):
     Args:
         skims: whether plain plans may be read without a parser, which leaves the rest of their file unchecked.
         code_files: the files whose code may do more with plans than assign those that are written out.
+        other_files: the files that contain no plan's name, but may get styles from functions of others.
     """
 
     skims: bool = False
     code_files: list[Path] = field(default_factory=list)
+    other_files: list[Path] = field(default_factory=list)
     _sources: dict[Path, SourceFile] = field(default_factory=dict)
     _modules: dict[Path, Module] = field(default_factory=dict)
     _origins: dict[PlanLocation, PlanLocation | MissingOwner] = field(default_factory=dict)

@@ -19,11 +19,11 @@ from codemods.reading.entries import read_key, span
 from codemods.reading.escapes import Escape, EscapeFinder, index_parents
 from codemods.reading.expressions import iter_bindings
 from codemods.reading.local_names import find_free_parameters, find_object_plans
-from codemods.reading.module import Conflict, Unresolved
+from codemods.reading.module import Conflict, StyleSource, Unresolved
 from codemods.reading.names import Definitions, Function, get_identifier
 from codemods.reading.plan_literals import mention_experts
 from codemods.reading.scope import ANY_CLASS, Scope, find_plan_mentions, is_plan_attribute
-from codemods.reading.style_flow import StyleFlow
+from codemods.reading.style_flow import Carried, StyleFlow
 from codemods.reading.style_reads import StyleReader
 from plans.plan import plan_kind
 
@@ -66,17 +66,28 @@ class Accountant:
     def _finder(self) -> EscapeFinder:
         return EscapeFinder(self.definitions.statements, self._parents)
 
+    def find_style_sources(self) -> Iterator[StyleSource]:
+        """Yield what gives styles of plans, or plans, to other files that need not name a plan."""
+        for name, carried in self._flow.list_exports().items() if self._flow else ():
+            for is_plan, plans in ((True, carried.plans), (False, carried.styles)):
+                yield from (StyleSource(name, *plan, is_plan=is_plan) for plan in sorted(plans))
+
     def _find_style_reads(self) -> Iterator[Conflict]:
         """Yield the code that tells the styles of plans apart by their names."""
+        if self._flow:
+            yield from StyleReader(self._flow, self.definitions, self._get_function_name).find_conflicts()
+
+    @cached_property
+    def _flow(self) -> StyleFlow | None:
+        """The styles in the names of the file, None if it reads no plan."""
         nodes = (*self.definitions.statements, *self._parents)
         can_refer = (ast.Name, ast.Attribute, ast.Call, ast.Subscript)
-        references: dict[ast.AST, frozenset[tuple[str, str]]] = {
-            node: plans for node in nodes if isinstance(node, can_refer) and (plans := self._read_reference(node))
+        references: dict[ast.AST, Carried] = {
+            node: Carried(plans)
+            for node in nodes
+            if isinstance(node, can_refer) and (plans := self._read_reference(node))
         }
-        if not references:
-            return
-        flow = StyleFlow(nodes, self._parents, lambda node: references.get(node, frozenset()))
-        yield from StyleReader(flow, self.definitions, self._get_function_name).find_conflicts()
+        return StyleFlow(nodes, self._parents, lambda node: references.get(node)) if references else None
 
     def _read_reference(self, node: ast.AST) -> frozenset[tuple[str, str]]:
         """Return the plans that an expression may be whose styles can be read, plans that functions are given too."""

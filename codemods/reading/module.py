@@ -23,6 +23,7 @@ __all__ = [
     "Reference",
     "Removal",
     "StyleReading",
+    "StyleSource",
     "Unresolved",
     "are_exclusive",
     "iter_literals",
@@ -203,6 +204,23 @@ class StyleReading:
 
 
 @dataclass(frozen=True)
+class StyleSource:
+    """A name by which other files get a plan or its styles: a function, a method, an attribute, a constant.
+
+    Args:
+        name: the name.
+        class_name: the class that has the plan, as in `Conflict`.
+        attribute: the plan.
+        is_plan: whether it gives the plan itself; otherwise styles, or what they are made into.
+    """
+
+    name: str
+    class_name: str
+    attribute: str
+    is_plan: bool
+
+
+@dataclass(frozen=True)
 class Conflict:
     """A reason why a plan must stay as it is: another statement shares or changes some of its entries.
 
@@ -306,6 +324,7 @@ class Module:
         unresolved: the uses that add entries to plans which cannot be read, in order.
         outward_conflicts: the reasons that its code gives why plans of classes of other files must stay as they are.
         copies: the plans that become parts of other plans.
+        style_sources: what gives plans and their styles to other files.
         plan_classes: the names of the classes that write plans; None if each class must be examined.
     """
 
@@ -314,6 +333,7 @@ class Module:
     unresolved: tuple[Unresolved, ...] = ()
     outward_conflicts: tuple[Conflict, ...] = ()
     copies: tuple[PlanCopy, ...] = ()
+    style_sources: tuple[StyleSource, ...] = ()
     plan_classes: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property

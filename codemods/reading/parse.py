@@ -29,6 +29,7 @@ from codemods.reading.module import (
     PlanLiteral,
     Reference,
     Removal,
+    StyleSource,
     Unresolved,
 )
 from codemods.reading.names import Definitions, Function, get_dotted_name
@@ -225,8 +226,11 @@ def read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Modul
 def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Module:
     parser = create_parser(source, statements)
     parsed = [*parser.parse_classes(statements), parser.parse_outside_classes(statements)]
+    style_sources: tuple[StyleSource, ...] = ()
     if len(parser.lines) > sum(map(_is_plain_plan, _iter_class_bodies(statements))):
-        parsed = _add_unread_uses(parsed, Accountant(source, parser.definitions).find_unread_uses())
+        accountant = Accountant(source, parser.definitions)
+        parsed = _add_unread_uses(parsed, accountant.find_unread_uses())
+        style_sources = tuple(accountant.find_style_sources())
     unresolved = sorted((use for definition in parsed for use in definition.unresolved), key=lambda use: use.line)
     imports = dict(_read_imports(statements))
     return Module(
@@ -235,6 +239,7 @@ def _read_statements(source: SourceFile, statements: Sequence[ast.stmt]) -> Modu
         tuple(unresolved),
         tuple(find_outward_conflicts(parsed)),
         tuple(copy for definition in parsed for copy in definition.copies),
+        style_sources,
     )
 
 

@@ -66,12 +66,12 @@ class StyleFlow:
     Args:
         nodes: the nodes of the file.
         parents: the parent of each node.
-        resolve: returns the plans that an expression names by itself.
+        resolve: returns what an expression names by itself, None if nothing that is known.
     """
 
     nodes: Sequence[ast.AST]
     parents: Mapping[ast.AST, ast.AST]
-    resolve: Callable[[ast.AST], PlanNames]
+    resolve: Callable[[ast.AST], Carried | None]
     _carried: dict[_Variable, Carried] = field(default_factory=lambda: defaultdict(Carried))
     _active: set[ast.Lambda] = field(default_factory=set)
 
@@ -86,8 +86,8 @@ class StyleFlow:
 
     def read(self, node: ast.AST) -> Carried:
         """Return what an expression may refer to."""
-        if plans := self.resolve(node):
-            return Carried(plans)
+        if named := self.resolve(node):
+            return named
         match node:
             case ast.Name(id=name):
                 return self._carried.get((self._find_scope(node, name), name), _NOTHING)
@@ -127,6 +127,14 @@ class StyleFlow:
                 return self.read(value)
         return _NOTHING
 
+    def list_exports(self) -> Mapping[str, Carried]:
+        """Return what other files may get from this one: by a function's, an attribute's or a variable's name."""
+        exports: dict[str, Carried] = defaultdict(Carried)
+        for (scope, name), carried in self._carried.items():
+            if scope is None and carried != _NOTHING:
+                exports[name.strip(".()")] |= carried
+        return exports
+
     def find_functions(self, node: ast.expr) -> Sequence[_Callable]:
         """Return the functions of the file that an expression may be, by their name."""
         return [node] if isinstance(node, ast.Lambda) else self._functions.get(get_identifier(node), ())
@@ -147,6 +155,8 @@ class StyleFlow:
             return _join(map(self._read_result, functions))
         if name in _SILENT_FUNCTIONS:
             return _NOTHING
+        if isinstance(call.func, (ast.Name, ast.Call)):
+            arguments |= self.read(call.func)  # a function of another file that gives styles, under another name
         return Carried(styles=arguments.styles) if name in _KEY_FUNCTIONS else arguments
 
     def _read_result(self, function: _Callable) -> Carried:

@@ -26,8 +26,11 @@ _FRAMEWORK = "transformers"
 _LOOKUPS = frozenset(["__contains__", "__getitem__", "get", "pop"])
 _PART_TESTS = frozenset(["startswith", "endswith"])
 _PART_METHODS = frozenset(["find", "partition", "removeprefix", "removesuffix", "replace", "rpartition", "split"])
+_STRING_METHODS = frozenset(["casefold", "lower", "removeprefix", "removesuffix", "replace", "str", "strip", "upper"])
 _MEMBER_METHODS = frozenset(["count", "index", "remove"])
 _CONTAINER_FUNCTIONS = frozenset(["dict", "frozenset", "items", "list", "set", "sorted", "tuple", "values"])
+_OPERATORS = frozenset(["__call__", "__enter__", "__getitem__", "__iter__", "__missing__", "__next__", "__reversed__"])
+"""Methods that other files call without their names."""
 _COUNTING = frozenset(["Counter", "OrderedDict", "defaultdict", "dict", "set"])
 _WRITING_METHODS = frozenset(
     ["add", "append", "discard", "extend", "format", "insert", "join", "setdefault", "update", "write", "writerow"]
@@ -54,13 +57,17 @@ class StyleReader:
 
     def find_conflicts(self) -> Iterator[Conflict]:
         """Yield why plans must keep the names of their styles."""
+        for conflict in self.find_readings():
+            yield from self._reach(conflict)
+
+    def find_readings(self) -> Iterator[Conflict]:
+        """Yield the same, each once for every plan whose styles may arrive there."""
         for node in self.flow.nodes:
             for plans, reason, reading in self._find_readings(node):
                 line, function = getattr(node, "lineno", 1), self.get_function(node)
                 for class_name, attribute in sorted(plans):
                     if reading.is_known or is_plan_attribute(attribute):
-                        conflict = Conflict(class_name, attribute, None, line, reason, function, reading)
-                        yield from self._reach(conflict)
+                        yield Conflict(class_name, attribute, None, line, reason, function, reading)
 
     def _reach(self, conflict: Conflict) -> Iterator[Conflict]:
         """Yield a conflict for the plans whose styles arrive where one is read.
@@ -102,6 +109,10 @@ class StyleReader:
                 _PART_TESTS | _PART_METHODS | _MEMBER_METHODS
             ) and (plans := self.flow.read(style).styles):
                 yield from self._read_part(plans, style, method, part)
+            case ast.Return(value=ast.expr() as value) | ast.Yield(value=ast.expr() as value):
+                if self.get_function(node) in _OPERATORS:
+                    carried = self.flow.read(value)
+                    yield carried.plans | carried.styles, _HANDS, StyleReading(is_known=False)
             case ast.Call(args=arguments, keywords=keywords) if not self._is_harmless(node):
                 for value in (*arguments, *(keyword.value for keyword in keywords)):
                     yield self.flow.read(value).styles, _HANDS, StyleReading(is_known=False)
@@ -158,23 +169,32 @@ class StyleReader:
         found = self._find_names(part)
         if found is None:
             yield plans, _UNKNOWN, StyleReading(is_known=False)
-        elif method in _PART_TESTS:
+            return
+        if method in _PART_TESTS:
             yield plans, _TELLS, StyleReading(tests=tuple((method, name) for name in found))
-        elif self._is_container(style):
+            return
+        is_container = self._is_container(style)
+        if is_container is not False:
             yield plans, _TELLS, StyleReading(tuple((name, "=") for name in found))
-        elif found:
+        if found and not is_container:
             yield plans, _TELLS, StyleReading(tests=_test_parts(found))
 
-    def _is_container(self, node: ast.expr) -> bool:
+    def _is_container(self, node: ast.AST) -> bool | None:
+        """Return whether what is searched is a container of styles, False for a style, None if it may be both."""
         match node:
             case ast.Call(func=function):
-                return get_identifier(function) in _CONTAINER_FUNCTIONS
+                name = get_identifier(function)
+                return name in _CONTAINER_FUNCTIONS or (False if name in _LOOKUPS | _STRING_METHODS else None)
+            case ast.Attribute(attr=name):
+                kinds = set(map(self._is_container, self.definitions.find_all_values(name)))
+                return kinds.pop() if len(kinds) == 1 else None
             case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() | ast.ListComp() | ast.SetComp() | ast.DictComp():
                 return True
             case ast.GeneratorExp():
                 return True
             case ast.Name(id=name):
-                return any(self._is_container(value) for value in self._assigned.get(name, ()))
+                kinds = set(map(self._is_container, self._assigned.get(name, ())))
+                return True if True in kinds else None if None in kinds else False
         return False
 
     @cached_property

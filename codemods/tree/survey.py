@@ -154,6 +154,7 @@ def _survey_file(path: Path, survey: Survey, plan_filter: PlanFilter, *, is_name
             survey.registering.append(source)
             survey.suppressions.read_comments(source)
         if _PLAN not in source.data:
+            survey.tree.other_files += [] if survey.is_test(path) else [path]
             return
         survey.plan_files += 1
         if is_below:

@@ -297,3 +297,115 @@ def test_a_translation_holds_only_the_names_that_it_changes(tmp_path, name, is_h
     assert outcome.errors == ()
     assert bool(outcome.changes) != is_held
     assert codes(outcome) == (["MIG204"] if is_held else [])
+
+
+GETTERS = {
+    "a style": "def style_of(self, key):\n    return self.$PLAN[key]\n",
+    "get": "def get(self, key):\n    return self.$PLAN.get(key)\n",
+    "a plan": "def entries(self):\n    return dict(self.$PLAN)\n",
+    "a property": "@property\ndef entries(self):\n    return {key: style for key, style in self.$PLAN.items()}\n",
+    "a generator": "def styles(self):\n    yield from self.$PLAN.values()\n",
+    "an attribute": "def __init__(self):\n    self.entries_by_key = self.$PLAN.copy()\n",
+    "a constant": "STYLES = list($PLAN.values())\n",
+}
+CALLERS = {
+    "a style": [
+        'def f(config):\n    return config.style_of("down") == "rowwise"\n',
+        "def f(config):\n    style = config.style_of('down')\n    return TABLE[style]\n",
+        'def f(config):\n    read = config.style_of\n    return read("down").startswith("row")\n',
+        "def f(config):\n    return [place(style) for style in map(config.style_of, config.keys)]\n",
+        'def f(config):\n    return getattr(config, "style_of")("down") == "rowwise"\n',
+    ],
+    "get": ['def f(config):\n    return config.get("down") == "rowwise"\n'],
+    "a plan": ['def f(config):\n    return [k for k, v in config.entries().items() if v == "packed_colwise"]\n'],
+    "a property": ['def f(config):\n    return config.entries["down"] in ("rowwise", "rowwise_allreduce")\n'],
+    "a generator": ["def f(config):\n    return [TABLE[style] for style in config.styles()]\n"],
+    "an attribute": ['def f(config):\n    return config.entries_by_key.get("down") == "rowwise"\n'],
+    "a constant": [
+        "from models.toy.configuration_toy import ToyConfig\ndef f():\n    return 'rowwise' in ToyConfig.STYLES\n",
+    ],
+}
+PLAIN_MODEL = {"models/other/modeling_other.py": MODELING}
+
+
+def run_callers(root, getter, files):
+    text = CONFIG + WHOLE + textwrap.indent(getter, "    ")
+    other = (CONFIG + WHOLE).replace("Toy", "Other")
+    files = {TOY: text, "models/toy/modeling_toy.py": MODELING, "models/other/configuration_other.py": other, **files}
+    write_tree(root, {name: fill(content) for name, content in {**files, **PLAIN_MODEL}.items()})
+    outcome = plan_rewrites([root], source="transformers-5.23")
+    checked = check_paths([root], source="transformers-5.23")
+    assert outcome.errors == checked.errors == ()
+    assert [change.path.name for change in outcome.changes] == [change.path.name for change in checked.changes]
+    messages = [found.finding.message for found in checked.findings if found.path.name == "configuration_toy.py"]
+    return {change.path.parent.name for change in outcome.changes}, messages
+
+
+STYLE_OF = GETTERS["a style"]
+PASSED_ON = {
+    "by a function": {
+        "tools/kinds.py": "def kind_of(config):\n    return config.style_of('down')\n",
+        "tools/apply.py": "from .kinds import kind_of as kind\ndef f(config):\n    return TABLE[kind(config)]\n",
+    },
+    "by an object": {
+        "tools/kinds.py": "class Kinds:\n    def __init__(self, c):\n        self.down = c.style_of('down')\n",
+        "tools/apply.py": 'from .kinds import Kinds\ndef f(config):\n    return Kinds(config).down == "rowwise"\n',
+    },
+    "to code that does not parse": {"tools/apply.py": "def f(config):\n    print config.style_of('down')\n"},
+}
+HARMLESS_CALLERS = {
+    "a log": "def f(config):\n    print(config.style_of('down'))\n",
+    "another name": 'def f(config):\n    return config.style_of("down") == "colwise"\n',
+    "its own": "class Tokenizer:\n    def style_of(self, key):\n        return key\n"
+    '    def f(self):\n        return self.style_of("down") == "rowwise"\n',
+    "one of many of that name": "class Tokenizer:\n    def style_of(self, key):\n        return key\n"
+    "def f(tokenizer):\n    return render(tokenizer.style_of('x'))\n",
+}
+
+
+@pytest.mark.parametrize("files", PASSED_ON.values(), ids=PASSED_ON)
+def test_styles_that_functions_pass_on_hold_the_plan(tmp_path, files):
+    changed, messages = run_callers(tmp_path, STYLE_OF, files)
+    assert changed == {"other"}
+    assert any("tools/apply.py:" in message for message in messages), messages
+
+
+def test_styles_that_subclasses_inherit_a_function_for_hold_their_plan(tmp_path):
+    base = "class Base(PreTrainedConfig):\n" + textwrap.indent(STYLE_OF, "    ")
+    heir = "from ..base import Base\n" + (CONFIG + WHOLE).replace("(PreTrainedConfig)", "(Base)").replace("Toy", "Heir")
+    files = {
+        "models/base.py": base,
+        "models/heir/configuration_heir.py": heir,
+        "models/heir/modeling_heir.py": MODELING,
+    }
+    changed, _ = run_callers(tmp_path, "", {**files, "tools/apply.py": CALLERS["a style"][0]})
+    assert changed == {"other", "toy"}
+
+
+@pytest.mark.parametrize("method", ["__getitem__", "__call__"])
+def test_styles_that_operators_give_hold_the_plan(tmp_path, method):
+    changed, messages = run_callers(tmp_path, STYLE_OF.replace("style_of", method), {})
+    assert changed == {"other"}
+    assert any("hands styles to code" in message for message in messages), messages
+
+
+@pytest.mark.parametrize("caller", HARMLESS_CALLERS.values(), ids=HARMLESS_CALLERS)
+def test_other_functions_and_other_uses_of_a_style_hold_nothing(tmp_path, caller):
+    assert run_callers(tmp_path, STYLE_OF, {"tools/apply.py": caller})[0] == {"other", "toy"}
+
+
+def test_a_common_name_holds_only_where_a_style_is_named_or_the_class_is(tmp_path):
+    getter, caller = GETTERS["get"], "def f(x):\n    return TABLE[x.get('y')]\n"
+    assert run_callers(tmp_path / "far", getter, {"tools/apply.py": caller})[0] == {"other", "toy"}
+    named = f"from models.toy.configuration_toy import ToyConfig\n{caller}"
+    assert run_callers(tmp_path / "near", getter, {"tools/apply.py": named})[0] == {"other"}
+    beside = {"tests/test_apply.py": CALLERS["get"][0]}
+    assert run_callers(tmp_path / "test", getter, beside)[0] == {"other", "toy"}
+
+
+@pytest.mark.parametrize(("kind", "caller"), [(kind, text) for kind, texts in CALLERS.items() for text in texts])
+def test_styles_that_another_file_gets_from_a_function_hold_the_plan(tmp_path, kind, caller):
+    assert "_plan" not in caller
+    changed, messages = run_callers(tmp_path, GETTERS[kind], {"tools/apply.py": caller})
+    assert changed == {"other"}
+    assert any("tools/apply.py:" in message for message in messages), messages
