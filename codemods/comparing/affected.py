@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from codemods.files.headers import ImportStatement, scan_aliases, scan_classes, scan_imports
+from codemods.files.revisions import Snapshot
 from codemods.files.sources import SourceFile, is_skipped
-from codemods.inheritance.conflicts import FRAMEWORK_FILES
 from codemods.inheritance.effective import EffectivePlans, file_kind
 from codemods.inheritance.file_graph import SourceLookup
+from codemods.models.framework import FRAMEWORK_FILES, define_base_classes
 from codemods.reading.module import Module
 from plans.errors import SourceError
 
@@ -42,23 +43,33 @@ def mentions_plans(source: SourceFile | None) -> bool:
     return source is not None and b"_plan" in source.data
 
 
-def find_framework(paths: Iterable[Path]) -> Callable[[Path], bool]:
+def find_framework(snapshots: Iterable[Snapshot]) -> Callable[[Path], bool]:
     """Return a predicate of the framework's own files: those of a package of models and their base classes.
 
     A file belongs to the framework if it lies in the folder of `modeling_utils.py` and `configuration_utils.py`, but
-    outside of its folder `models`.
+    outside of its folder `models`. Where the files have other names, the folder is that of the files that define the
+    base classes. It is the framework's in all revisions if it is so in one.
 
     Args:
-        paths: every file of a revision.
+        snapshots: the revisions.
     """
-    known = set(paths)
-    roots = [path.parent for path in known if all(path.parent / name in known for name in FRAMEWORK_FILES)]
-    roots = [root for root in dict.fromkeys(roots) if any(path.is_relative_to(root / _MODELS) for path in known)]
+    snapshots = tuple(snapshots)
+    known = {path for snapshot in snapshots for path in snapshot.blobs}
+    packages = {parent.parent for path in known for parent in path.parents if parent.name == _MODELS}
+    roots = [root for root in packages if all(root / name in known for name in FRAMEWORK_FILES)]
+    if not roots:
+        roots = [root for root in packages if any(_has_base_classes(root, snapshot) for snapshot in snapshots)]
 
     def is_framework(path: Path) -> bool:
         return any(path.is_relative_to(root) and not path.is_relative_to(root / _MODELS) for root in roots)
 
     return is_framework
+
+
+def _has_base_classes(folder: Path, snapshot: Snapshot) -> bool:
+    paths = [path for path in snapshot.blobs if path.parent == folder and is_compared(path)]
+    snapshot.prefetch(paths)
+    return define_base_classes(source.data for path in paths if (source := snapshot.source(path)))
 
 
 Names = tuple[tuple[str, str], ...]

@@ -92,10 +92,9 @@ class _Comparer:
         self._snapshots = snapshots
         self._paths = tuple([path for path in snapshot.blobs if is_compared(path)] for snapshot in snapshots)
         self._source_of = tuple(cache(snapshot.source) for snapshot in snapshots)
-        frameworks = [cache(find_framework(snapshot.blobs)) for snapshot in snapshots]
         self._files = ParsedFiles()
-        pairs = zip(self._source_of, frameworks, strict=True)
-        self._plans = tuple(EffectivePlans(*pair, self._files) for pair in pairs)
+        is_framework = cache(find_framework(snapshots))
+        self._plans = tuple(EffectivePlans(source_of, is_framework, self._files) for source_of in self._source_of)
         self._changed_models = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
         self._get_touched_lines = cache(self._find_touched_lines)
 
@@ -142,7 +141,11 @@ class _Comparer:
 
     def _is_other_code(self, path: Path) -> bool:
         before, after = (source_of(path) for source_of in self._source_of)
-        return before is None or after is None or not self._files.is_same_code(before, after)
+        if before is None or after is None:
+            return True
+        if before != after:
+            self._files.add_earlier(before, after)
+        return not self._files.is_same_code(before, after)
 
     def compare_file(self, path: Path) -> Iterator[PlanDifference]:
         """Yield the entries of a file's plans that differ.

@@ -18,18 +18,16 @@ from codemods.inheritance.class_graph import ClassKey
 from codemods.inheritance.file_graph import list_module_files
 from codemods.inheritance.ownership import PlanLocation, Tree
 from codemods.inheritance.style_callers import StyleCall, find_style_calls
+from codemods.models.framework import FRAMEWORK_FILES, define_base_classes
 from codemods.reading.conflicts import find_change_conflicts
 from codemods.reading.module import ClassPlans, Conflict
 from codemods.reading.scope import ANY_CLASS
 from plans.errors import MigratorError
 from plans.plan import plan_kind
 
-__all__ = ["FRAMEWORK_FILES", "OutsideConflict", "find_outside_conflicts", "is_framework_file"]
+__all__ = ["OutsideConflict", "find_outside_conflicts", "is_framework_file"]
 
 _MODELS = "models"
-
-FRAMEWORK_FILES = ("configuration_utils.py", "modeling_utils.py")
-"""The files beside the folder `models` by which the framework's package is known; it has all of them."""
 
 OutsideConflict = tuple[Path, Conflict]
 """A conflict with the file of the statement that causes it."""
@@ -279,7 +277,10 @@ def _find_code_conflicts(
 
 @cache
 def _is_framework_folder(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in FRAMEWORK_FILES)
+    if all((folder / name).is_file() for name in FRAMEWORK_FILES):
+        return True
+    files = sorted(folder.glob("*.py")) if (folder / _MODELS).is_dir() else ()
+    return define_base_classes(path.read_bytes() for path in files if path.is_file())
 
 
 def is_framework_file(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -11,6 +12,7 @@ from codemods.files.sources import SourceFile
 from codemods.reading.module import Module
 from codemods.reading.names import NameResolver
 from codemods.reading.parse import parse_statements, read_statements
+from codemods.reading.renamed_locals import restore_local_names
 from codemods.reading.skim import skim
 from plans.errors import SourceError
 
@@ -19,8 +21,13 @@ __all__ = ["ParsedFiles"]
 
 @dataclass
 class ParsedFiles:
-    """What was parsed so far, by path and content: a file that two revisions have alike is parsed for one of them."""
+    """What was parsed so far, by path and content: a file that two revisions have alike is parsed for one of them.
 
+    Of a file that has an earlier version, functions in which only local variables have other names are read under the
+    earlier names.
+    """
+
+    _earlier: dict[SourceFile, SourceFile] = field(default_factory=dict)
     _statements: dict[SourceFile, Sequence[ast.stmt]] = field(default_factory=dict)
     _modules: dict[SourceFile, Module] = field(default_factory=dict)
     _resolvers: dict[SourceFile, NameResolver] = field(default_factory=dict)
@@ -33,8 +40,19 @@ class ParsedFiles:
             SourceError: the file cannot be parsed.
         """
         if source not in self._statements:
-            self._statements[source] = parse_statements(source)
+            statements = parse_statements(source)
+            if source in self._earlier:
+                self._restore_names(self._earlier[source], statements)
+            self._statements[source] = statements
         return self._statements[source]
+
+    def add_earlier(self, before: SourceFile, after: SourceFile) -> None:
+        """Add the earlier version of a file that has not been parsed yet."""
+        self._earlier[after] = before
+
+    def _restore_names(self, before: SourceFile, statements: Sequence[ast.stmt]) -> None:
+        with suppress(SourceError):
+            restore_local_names(self.parse(before), statements)
 
     def read_module(self, source: SourceFile) -> Module:
         """Return what a file says about plans; plain plans are read without parsing the file.

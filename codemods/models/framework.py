@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["FRAMEWORK_LEVEL", "find_alias", "is_framework_name"]
+__all__ = ["FRAMEWORK_FILES", "FRAMEWORK_LEVEL", "define_base_classes", "find_alias", "is_framework_name"]
+
+FRAMEWORK_FILES = ("configuration_utils.py", "modeling_utils.py")
+"""The files beside the folder `models` by which the framework's package is known; it has all of them."""
+
+_BASE_CLASSES = tuple(re.compile(rb"^class %s\b" % name, re.M) for name in (b"PreTrainedModel", b"Pre[Tt]rainedConfig"))
 
 FRAMEWORK_LEVEL = 3
 """The dots of a relative import that lead from a model's file to the package of the framework itself."""
 
 _Role = Literal["bases", "decorators"]
+
+
+def define_base_classes(texts: Iterable[bytes]) -> bool:
+    """Return whether some files define the base classes of all models, by which they are the framework's own."""
+    wanted = set(_BASE_CLASSES)
+    for text in texts:
+        wanted -= {pattern for pattern in wanted if pattern.search(text)}
+        if not wanted:
+            return True
+    return False
 
 
 def find_alias(name: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from codemods.files.sources import SourceFile
+from codemods.reading.entries import span
 from codemods.reading.expressions import is_empty, is_plan_reference, iter_bindings, split_expression, walk_statements
 from codemods.reading.scope import is_plan_attribute
 from plans.plan import plan_kind
@@ -274,9 +275,9 @@ class NameResolver:
                     pending += new_names
         return tuple(sorted(texts)), frozenset(names)
 
-    def parse_span(self, span: tuple[int, int]) -> ast.AST:
+    def parse_span(self, place: tuple[int, int]) -> ast.AST:
         """Return the expression at a span of the text."""
-        return parse_expression(self.source.body[slice(*span)].decode())
+        return self._expressions.get(place) or parse_expression(self.source.body[slice(*place)].decode())
 
     def find_statement(self, line: int) -> tuple[str, ast.stmt]:
         """Return the name of the enclosing function, empty if there is none, and the innermost statement on a line."""
@@ -291,6 +292,11 @@ class NameResolver:
                 pending = [node for node in ast.walk(statement) if isinstance(node, ast.stmt) and node is not statement]
         assert innermost is not None
         return function, innermost
+
+    @cached_property
+    def _expressions(self) -> Mapping[tuple[int, int], ast.expr]:
+        nodes = (node for node in walk_statements(self.statements) if isinstance(node, ast.expr))
+        return {span(node, self.source.offset): node for node in nodes}
 
     @cached_property
     def _constants(self) -> Mapping[str, ast.expr]:

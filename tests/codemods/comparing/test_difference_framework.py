@@ -196,6 +196,49 @@ def test_an_inherited_or_computed_attribute_of_a_class_is_followed(quantizing, a
     assert [one.kind for one in differences(quantizing)] == ["unread"]
 
 
+@pytest.mark.parametrize("old_name", [UTILS, f"{PACKAGE}/configuration_utils.py"])
+def test_the_framework_is_known_under_other_names_of_its_files(tree, old_name):
+    """A change of what its functions do to plans is the framework's, and not each model's."""
+    new_name = old_name.replace("utils", "base")
+    module, new_module = (name.rpartition("/")[2].removesuffix(".py") for name in (old_name, new_name))
+    for path in tree.rglob("*.py"):
+        path.write_text(path.read_text().replace(f"{module} import", f"{new_module} import"))
+    edit(tree, UTILS, '"_tp_plan", None', '"_tp_plan", {}')
+    (tree / old_name).rename(tree / new_name)
+    assert {one.variant.path.name for one in differences(tree)} <= {"modeling_utils.py", "modeling_base.py"}
+    commit(tree, "renamed")
+    edited = (tree / UTILS) if (tree / UTILS).exists() else tree / new_name
+    edit(tree, edited.relative_to(tree), '"_tp_plan", {}', '"_tp_plan", None')
+    assert {one.variant.path for one in differences(tree)} == {edited.relative_to(tree)}
+
+
+RENAMES = {
+    "a walrus": [("if plan :=", "if found :="), ("in plan.items", "in found.items")],
+    "loops": [("for name, module", "for prefix, part"), ('f"{name}.', 'f"{prefix}.'), ("(module,", "(part,")],
+    "a comprehension": [("{k}", "{key}"), ("v for k, v", "value for key, value"), (": value for", ": value for")],
+}
+
+
+@pytest.mark.parametrize("name", RENAMES)
+def test_local_variables_of_other_names_are_no_change(tree, name):
+    for before, after in RENAMES[name]:
+        edit(tree, UTILS, before, after)
+    assert differences(tree) == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("if plan :=", "if check_plan :="),
+        ("in plan.items", "in module.items"),
+        ("named_children", "named_parameters"),
+    ],
+)
+def test_other_variables_in_place_of_those_that_were_used_are_a_change(tree, before, after):
+    edit(tree, UTILS, before, after)
+    assert {one.variant.path.name for one in differences(tree)} == {"modeling_utils.py"}
+
+
 LOADER = f"{PACKAGE}/loader.py"
 LOADING = """
 from .more import make_more, make_other

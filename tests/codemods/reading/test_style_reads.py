@@ -259,13 +259,22 @@ def test_code_of_other_files_that_asks_for_no_name_holds_nothing(tmp_path, text)
     assert "MIG204" not in codes(outcome)
 
 
+FRAMEWORKS = {
+    "known by its names": {"configuration_utils.py": "", "modeling_utils.py": ""},
+    "known by its classes": {
+        "configs.py": "class PretrainedConfig:\n    pass\n",
+        "base.py": "class PreTrainedModel(nn.Module):\n    pass\n",
+    },
+}
+
+
 def test_tests_and_the_library_around_the_models_may_tell_styles_apart(tmp_path):
     outcome = run_beside(tmp_path / "tests", "tests/test_toy.py", READERS["of any model"])
     assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
-    framework = {"configuration_utils.py": "", "modeling_utils.py": "", "integrations.py": READERS["of any model"]}
-    write_tree(tmp_path / "library/tree", framework)
-    outcome = run_beside(tmp_path / "library", "other.py", "")
-    assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
+    for name, framework in FRAMEWORKS.items():
+        write_tree(tmp_path / name / "tree", {**framework, "integrations.py": READERS["of any model"]})
+        outcome = run_beside(tmp_path / name, "other.py", "")
+        assert [change.path.name for change in outcome.changes] == ["configuration_toy.py"]
 
 
 MODEL = """
