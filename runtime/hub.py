@@ -15,6 +15,7 @@ from plans.errors import CheckpointError, DestinationError, IncompleteError, Usa
 from plans.text import first_line
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MAX_INDEX, WEIGHTS, is_checkpoint_file
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
+from runtime.checkpoint.files.system import advise_on_write
 from runtime.formats import check_address, recognize_file
 
 if TYPE_CHECKING:
@@ -160,9 +161,11 @@ def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
             api.create_repo(repository, exist_ok=True)
             commit = _commit_folder(api, folder, repository)
     except Exception as error:  # the client and the network below it raise errors of many libraries
+        is_from_disk = isinstance(error, OSError) and _is_from_disk(error)
+        step = "check that the disk is well and that you may read it" if is_from_disk else "log in with `hf auth login`"
         raise DestinationError(
             f"{repository}: uploading {folder} failed: {first_line(error)}",
-            hint="log in with `hf auth login`, then run the same command again: it uploads only what is missing",
+            hint=f"{step}, then run the same command again: it uploads only what is missing",
             repository=repository,
         ) from error
     return str(commit.repo_url)
@@ -206,7 +209,7 @@ def _list_weight_files(folder: Path) -> list[str]:
 
 @contextmanager
 def _convert_hub_errors(name: HubName) -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevisionError
 
     try:
@@ -233,10 +236,36 @@ def _convert_hub_errors(name: HubName) -> Iterator[None]:
             hint="check the network, or unset HF_HUB_OFFLINE",
             source=str(name),
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the client and the network below it raise errors of many libraries
+        if isinstance(error, OSError) and _is_from_disk(error):
+            raise _cache_error(name, error) from error
         raise CheckpointError(
             f"{name}: {first_line(error)}", hint="check the network and try again", source=str(name)
         ) from error
+
+
+def _is_from_disk(error: OSError) -> bool:
+    """Return whether the system could not use a file: errors of the client have no number, those of the network do."""
+    import socket
+    import ssl
+
+    network = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+    return error.errno is not None and not isinstance(error, network)
+
+
+def _cache_error(name: HubName, error: OSError) -> CheckpointError:
+    """Return the error for a cache that cannot be used, with the variable that names another place for it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    file = Path(os.fsdecode(error.filename or HF_HUB_CACHE))
+    variable = "HF_HUB_CACHE" if file.is_relative_to(HF_HUB_CACHE) else "HF_HOME"
+    return CheckpointError(
+        f"{name}: {file}: {error.strerror}",
+        hint=f"{advise_on_write(error)}; {variable} names another folder for the files of the hub",
+        source=str(name),
+        file=str(file),
+        errno=error.errno,
+    )
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Hub:
         files: the files of each repository's last commit, by name.
         heads: the last commits of those repositories that were pushed to; the others have one, `COMMIT`.
         private: the repositories that can only be read with the token.
+        gated: the repositories that nobody has been given access to yet.
+        failing: the names of files whose content it fails to send.
         objects: the large files that were uploaded, by their digest.
         fetched: the names of files that were read.
         uploaded: the digests of large files, in the order in which they were uploaded.
@@ -40,6 +42,8 @@ class Hub:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)
+    failing: set[str] = field(default_factory=set)
     objects: dict[str, bytes] = field(default_factory=dict)
     fetched: list[str] = field(default_factory=list)
     uploaded: list[str] = field(default_factory=list)
@@ -131,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._error(404, "EntryNotFound")
             return
+        if with_body and found[2] in self.hub.failing:
+            self._error(500, "InternalError")
+            return
         if with_body:
             self.hub.fetched.append(found[2])
         self.send_response(200)
@@ -144,6 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _may_read(self, repository: str) -> bool:
         is_ours = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if repository in self.hub.gated:
+            self._error(403, "GatedRepo")
+            return False
         if repository in self.hub.files and (is_ours or repository not in self.hub.private):
             return True
         self._error(404 if is_ours else 401, "RepoNotFound")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE as CACHE
+from huggingface_hub.errors import HfHubHTTPError
 
-from plans.errors import UsageError
+from plans.errors import CheckpointError, DestinationError, UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
-from runtime.hub import HubName, parse_hub_name
+from runtime.hub import HubName, fetch, fetch_config, parse_hub_name, push
 from tests.hub_server import TOKEN, Hub, serving
 
 ASK = """
@@ -144,6 +149,112 @@ def test_a_private_repository_needs_the_token(hub: Hub, ask: Ask) -> None:
     assert isinstance(refused, dict)
     assert "hf auth login" in refused["hint"]
     assert isinstance(ask("fetch(parse_hub_name('owner/toy'))", HF_TOKEN=TOKEN), str)
+
+
+def test_a_gated_repository_needs_access(hub: Hub, ask: Ask) -> None:
+    hub.gated.add("owner/toy")
+    assert ask("fetch(parse_hub_name('owner/toy'))", HF_TOKEN=TOKEN) == {
+        "error": "CheckpointError",
+        "message": "hf://owner/toy: gated, and this account has no access yet",
+        "hint": "request access on its page, then run `hf auth login`",
+    }
+    hub.gated.clear()
+    assert isinstance(ask("fetch(parse_hub_name('owner/toy'))", HF_TOKEN=TOKEN), str)
+
+
+def test_a_server_that_fails_is_asked_again(hub: Hub, ask: Ask, tiny_hub: Path) -> None:
+    hub.failing.add("config.json")
+    refused = ask("fetch(parse_hub_name('owner/toy'))")
+    assert isinstance(refused, dict)
+    assert (refused["error"], refused["hint"]) == ("CheckpointError", "check the network and try again")
+    assert "500" in refused["message"]
+    hub.failing.clear()
+    assert files(Path(str(ask("fetch(parse_hub_name('owner/toy'))")))) == files(tiny_hub)
+
+
+FULL, FORBIDDEN, BROKEN = (
+    f"{step}; HF_HUB_CACHE names another folder for the files of the hub"
+    for step in (
+        "free some space or choose another disk",
+        "choose a folder that you may write to",
+        "check the path and that the disk is well",
+    )
+)
+
+
+@pytest.mark.parametrize(("place", "variable"), [("cache", "HF_HOME"), ("cache/hub", "HF_HUB_CACHE")])
+def test_a_cache_that_cannot_be_written_goes_elsewhere(
+    place: str, variable: str, ask: Ask, tiny_hub: Path, tmp_path: Path
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()  # where there should be a folder
+    refused = ask("fetch(parse_hub_name('owner/toy'))")
+    assert isinstance(refused, dict)
+    assert refused["error"] == "CheckpointError"
+    assert refused["message"].startswith(f"hf://owner/toy: {tmp_path / place}")
+    assert refused["hint"] == BROKEN.replace("HF_HUB_CACHE", variable)
+    folder = Path(str(ask("fetch(parse_hub_name('owner/toy'))", **{variable: str(tmp_path / "elsewhere")})))
+    assert folder.is_relative_to(tmp_path / "elsewhere")
+    assert files(folder) == files(tiny_hub)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_cache_that_may_not_be_written_is_named(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hub").mkdir(mode=0o500)
+    refused = ask("fetch(parse_hub_name('owner/toy'))")
+    assert isinstance(refused, dict)
+    assert "Permission denied" in refused["message"]
+    assert refused["hint"] == FORBIDDEN
+
+
+AGAIN = "check the network and try again"
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "hint"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device", FULL),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded", FULL),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), f"{CACHE}/1"), f"{CACHE}/1: Read-only file", FORBIDDEN),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), f"{CACHE}/1"), f"{CACHE}/1: Permission", FORBIDDEN),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error", BROKEN),
+        (OSError("file should be of size 3 but has size 2"), "file should be of size 3", AGAIN),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer", AGAIN),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "Connection timed out", AGAIN),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "Name or service not known", AGAIN),
+        (ssl.SSLError(1, "[SSL] record layer failure"), "record layer failure", AGAIN),
+        (HfHubHTTPError.__bases__[0]("Server disconnected"), "Server disconnected", AGAIN),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_fails_is_named_with_what_helps(
+    error: Exception, said: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    for read in (fetch, fetch_config):
+        with pytest.raises(CheckpointError) as caught:
+            read(HubName("owner/toy"))
+        assert said in caught.value.message
+        assert caught.value.hint == hint
+
+
+def test_a_folder_that_cannot_be_read_is_no_matter_of_the_account(
+    tiny_hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tiny_hub / "config.json"))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    with pytest.raises(DestinationError, match=r"Permission denied: .*config\.json") as caught:
+        push(tiny_hub, "owner/new")
+    assert caught.value.hint == (
+        "check that the disk is well and that you may read it, then run the same command again: "
+        "it uploads only what is missing"
+    )
 
 
 def test_a_server_that_is_gone_is_named(ask: Ask) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -14,7 +13,7 @@ from runtime.checkpoint.copying.journal import begin_journal, read_journal
 from runtime.checkpoint.files.file_names import MARKER, check_replaceable
 from runtime.checkpoint.files.lock import check_unlocked, hold_temporary_lock
 from runtime.checkpoint.files.reading import convert_read_errors
-from runtime.checkpoint.files.system import READ_ONLY
+from runtime.checkpoint.files.system import READ_ONLY, advise_on_write
 
 __all__ = [
     "Say",
@@ -286,11 +285,7 @@ def _discard(folder: Path) -> None:
 
 
 def _write_error(destination: Path, error: OSError, *, resumes: bool = False) -> DestinationError:
-    hint = (
-        "free some space or choose another disk"
-        if error.errno == errno.ENOSPC
-        else "check the path and its permissions"
-    )
+    hint = advise_on_write(error)
     hint = f"{hint}, {_RESUMES}" if resumes else hint
     return DestinationError(f"{destination}: {error.strerror or error}", hint=hint, errno=error.errno)
 

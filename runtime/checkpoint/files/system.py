@@ -23,6 +23,7 @@ except ImportError:  # Windows has no such module
 __all__ = [
     "READ_ONLY",
     "READ_WRITE",
+    "advise_on_write",
     "check_has_locks",
     "clone_range",
     "count_cpus",
@@ -50,6 +51,10 @@ _CANNOT_CLONE = frozenset(
 
 Source: ioctl_ficlonerange(2)
 """
+
+
+_NO_SPACE = frozenset((errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG))
+_FORBIDDEN = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
 
 
 def check_has_locks() -> None:
@@ -93,6 +98,15 @@ def write_at(descriptor: int, content: memoryview, offset: int) -> int:
     if not hasattr(os, "pwrite"):
         raise _missing_call_error("writes at an offset (pwrite)")
     return os.pwrite(descriptor, content, offset)
+
+
+def advise_on_write(error: OSError) -> str:
+    """Return the next step where the system cannot write a file, by what it says is wrong."""
+    if error.errno in _NO_SPACE:
+        return "free some space or choose another disk"
+    if error.errno in _FORBIDDEN:
+        return "choose a folder that you may write to"
+    return "check the path and that the disk is well"
 
 
 def sync_data(descriptor: int) -> None:
