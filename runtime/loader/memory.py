@@ -15,7 +15,7 @@ from runtime.loader.sources import LoadSource
 from runtime.models.dtypes import DTYPES
 from runtime.parallel.fsdp import find_fsdp_groups
 
-__all__ = ["ModelMemory", "check_cast", "check_dtype", "prepare_memory"]
+__all__ = ["ModelMemory", "check_cast", "check_dtype", "is_out_of_memory", "prepare_memory"]
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,20 @@ def prepare_memory(
         allocated = {
             name: torch.empty(ref.get_local().shape, dtype=dtypes[name], device=device) for name, ref in refs.items()
         }
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UsageError(
             f"{device} has too little memory for this rank's part of the model",
             hint="use more ranks, or a smaller dtype",
             device=str(device),
         ) from error
     return ModelMemory(refs, allocated, device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory could not be allocated; torch has a class of its own for GPUs only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_fsdp_groups(model: nn.Module, refs: Mapping[str, ParameterRef], dtypes: Mapping[str, torch.dtype]) -> None:

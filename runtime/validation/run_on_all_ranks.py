@@ -14,6 +14,7 @@ import torch
 
 from plans.errors import MigratorError, WorkerError
 from plans.text import first_line
+from runtime.loader.memory import is_out_of_memory
 from runtime.processes.agreement import all_gather_json
 from runtime.processes.rendezvous import EndedRun
 from runtime.processes.thread_ranks import find_thread_device
@@ -70,8 +71,7 @@ def _is_cuda_initialized() -> bool:
 
 
 def _describe_failure(failure: Exception) -> tuple[str, bool]:
-    out_of_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
-    return f"{type(failure).__name__}: {first_line(failure)}", out_of_memory
+    return f"{type(failure).__name__}: {first_line(failure)}", is_out_of_memory(failure)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import runtime
@@ -121,6 +122,30 @@ def runs_after_a_cast(hub: Path, mesh: Mesh) -> bool:
 def load_into(hub: Path, folder: Path, **options: Any) -> None:
     """Load a folder into a model built from another folder's config."""
     runtime.load(on_meta(hub, "tp", Mesh(tp=dist.get_world_size())), folder, **options)
+
+
+def place(model: Any, placement: Any, size: int) -> None:
+    """Give a parameter that every rank holds whole another placement, on a mesh of some of the ranks' size."""
+    owner = model.model.layers[0].mlp.up_proj
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // size, size), mesh_dim_names=("other", "tp"))["tp"]
+    local = owner.weight.data
+    if not placement.is_partial():
+        local = local.narrow(0, 0, local.shape[0] // size)
+    placed = DTensor.from_local(local, mesh, [placement], run_check=False)
+    owner.weight = nn.Parameter(placed)
+
+
+def load_into_placed(hub: Path, placement: Any, size: int) -> None:
+    model = meta_model(eager_config(hub))
+    place(model, placement, size)
+    runtime.load(model, hub)
+
+
+def load_then_place(hub: Path, placement: Any) -> bool:
+    model = meta_model(eager_config(hub))
+    runtime.load(model, hub)
+    place(model, placement, dist.get_world_size())
+    return bool(model.model.layers[0].mlp.up_proj.weight.placements[0].is_partial())
 
 
 def bytes_read(hub: Path, folder: Path, mode: Mode, mesh: Mesh, gap: int) -> tuple[dict[str, int], int, int]:

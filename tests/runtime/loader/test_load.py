@@ -6,20 +6,24 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import Partial
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import runtime
-from plans.errors import CheckpointError, HeaderError, IncompleteError, MismatchError, UsageError
+from plans.errors import CheckpointError, ConversionError, HeaderError, IncompleteError, MismatchError, UsageError
 from plans.mesh import Mesh, Mode
 from runtime.checkpoint.files.file_names import MANIFEST
 from runtime.checkpoint.open import open_checkpoint
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.loader import memory
 from runtime.loader.replicated import assign_by_size
 from runtime.models.config import read_config
 from runtime.models.dtypes import DTYPES
@@ -277,6 +281,54 @@ def test_invalid_arguments_are_refused(hub_folder: HubFolder) -> None:
     assert caught.value.hint.endswith(") first, load into a model on meta, or leave dtype out")
     runtime.load(meta_model(read_config(hub)), hub, dtype=torch.bfloat16)
     runtime.load(model.to(torch.bfloat16), hub, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("placement", [Partial(), _StridedShard(0, split_factor=4)], ids=["partial", "strided"])
+def test_placements_that_no_plan_makes_are_refused(placement: Any, two_ranks: RankPool, hub_folder: HubFolder) -> None:
+    hub = hub_folder("llama")
+    kind, refusal = {
+        Partial: (
+            UsageError,
+            r"(?s)up_proj\.weight has the placement P.*, which cannot be loaded.*"
+            "hint: load the checkpoint before changing the placements of the model's parameters",
+        ),
+        _StridedShard: (
+            ConversionError,
+            r"(?s)4 groups of dim 0 of \[52, 32\] do not divide by 2.*hint: choose another mesh size",
+        ),
+    }[type(placement)]
+    with pytest.raises(kind, match=refusal):
+        two_ranks.run(load_cases.load_into_placed, hub, placement, 2)
+    if kind is UsageError:
+        assert two_ranks.run(load_cases.load_then_place, hub, placement) == [True, True]
+    else:
+        two_ranks.run(load_cases.load_into_placed, hub, placement, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_too_little_memory_is_said_and_a_smaller_dtype_helps(
+    device: str, hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, allocate = hub_folder("llama"), torch.empty
+    largest = 101 * 32 * 2  # the embedding in a dtype of 16 bits
+
+    def allocate_less(*shape: Any, **options: Any) -> torch.Tensor:
+        size = allocate(*shape, **{**options, "device": "meta"}).nbytes
+        if options.get("device") != torch.device("cpu") or size <= largest:
+            return allocate(*shape, **options)
+        if device == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return allocate(2**50, dtype=torch.uint8)  # more than any machine can address
+
+    models = [meta_model(read_config(hub)) for _ in range(2)]
+    monkeypatch.setattr(memory.torch, "empty", allocate_less)
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)cpu has too little memory for this rank's part of the model.*"
+        "hint: use more ranks, or a smaller dtype",
+    ):
+        runtime.load(models[0], hub)
+    runtime.load(models[1], hub, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "laguna", "gemma3_text"])
