@@ -37,6 +37,7 @@ __all__ = ["ReferenceModel", "convert_reference_errors", "load_reference", "read
 Result = TypeVar("Result")
 
 _SOURCE_HINT = "pass the checkpoint that the folder was resharded from as the reference"
+_OTHER_HINT = "pass the checkpoint that the folder was resharded from as the reference, or none"
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,13 @@ def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> 
         )
     except Exception as error:  # transformers raises errors of many kinds while loading
         raise IncompleteError(
-            f"{folder}: transformers cannot load it: {first_line(error)}", hint=_SOURCE_HINT
+            f"{folder}: transformers cannot load it: {first_line(error)}", hint=_OTHER_HINT
         ) from error
     if missing := sorted(report["missing_keys"]):
         raise IncompleteError(
-            f"{folder}: the reference lacks {missing[0]!r}", hint="pass a complete checkpoint", tensors=missing
+            f"{folder}: transformers loads it without {format_names(missing)}",
+            hint=_OTHER_HINT,
+            tensors=missing,
         )
     # Some classes keep parameters in float32 whatever dtype is asked for, and with them their gradients.
     loaded: PreTrainedModel = model.to(device, dtype if dtype == torch.float64 else None).eval()

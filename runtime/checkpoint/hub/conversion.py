@@ -208,6 +208,7 @@ def convert(
         raise conflict_error(clashing[0], [*dropped[clashing[0]].sources, clashing[0]])
     used = [*of_model.values(), *duplicates.values(), *dropped.values()]
     prove(_is_lossless(stored, passthrough, used), "a stored tensor would be lost")
+    prove(of_model.keys().isdisjoint(passthrough), "a stored tensor would be converted and passed through")
     return Conversion(of_model, tuple(passthrough), duplicates, dropped, tuple(converter.reoriented))
 
 

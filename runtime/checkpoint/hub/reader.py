@@ -182,13 +182,6 @@ def _build_tensor_info(name: str, tensor_map: TensorMap, tensor: torch.Tensor, h
 
 
 def _build_passthrough(hub: HubCheckpoint, conversion: Conversion) -> Mapping[str, TensorInfo]:
-    for name in conversion.passthrough:
-        if name in conversion.tensor_maps:
-            raise ConversionError(
-                f"{name} is stored under its own name and also made from other tensors",
-                hint="save the checkpoint again with transformers",
-                name=name,
-            )
     passthrough = {
         name: TensorInfo("carried", hub.tensors[name].dtype, hub.tensors[name].shape) for name in conversion.passthrough
     }

@@ -117,7 +117,8 @@ def plan_reshard(
         in_files = [tensor for file in output.files for tensor in file.tensors]
         copy_plan = build_copy_plan(checkpoint.all_chunks, [*in_files, *_build_digest_destinations(checkpoint)])
     except TensorMapError as error:
-        raise ConversionError(f"{source}: {error}", hint="choose another mesh size", source=str(source)) from error
+        hint = "save the checkpoint again, with whole tensors"
+        raise ConversionError(f"{source}: {error}", hint=hint, source=str(source)) from error
     return ReshardPlan(
         checkpoint,
         str(reader.config.model_type),

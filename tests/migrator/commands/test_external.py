@@ -178,6 +178,15 @@ def test_tied_names_may_be_stored_twice_if_they_are_the_same(
     code, _, errors = migrator("reshard", llama, tmp_path / "again", *TWO)
     assert code == 2
     assert "lm_head.weight is tied to model.embed_tokens.weight but stored with other values" in errors[0]
+    assert errors[1] == ("hint: set tie_word_embeddings to false in config.json, or save the files with one of the two")
+    config = (llama / "config.json").read_text()
+    (llama / "config.json").write_text(json.dumps(json.loads(config) | {"tie_word_embeddings": False}))
+    assert migrator("reshard", llama, tmp_path / "untied", *TWO, "--quiet") == (0, "", [])
+    (llama / "config.json").write_text(config)
+    for file in llama.glob("*.safetensors"):
+        changed(file, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    assert migrator("reshard", llama, tmp_path / "tied", *TWO, "--quiet") == (0, "", [])
+    assert contents(tmp_path / "tied") == contents(hub("llama"))
 
 
 def test_verify_compares_and_reads_every_copy(llama: Path, hub: Hub, migrator: Run) -> None:

@@ -130,7 +130,11 @@ def deep(levels: int) -> dict[str, Any]:
 def test_a_record_that_is_none_is_refused(lie: object, hub_folder: HubFolder, tmp_path: Path) -> None:
     execute_reshard(plan_reshard(hub_folder("llama"), Mesh(tp=2)), tmp_path / "laid")
     edit(tmp_path / "laid", "migrator.json", lambda manifest: manifest.update(config=lie))
-    with pytest.raises(HeaderError, match=r"migrator\.json: config is not an object nested at most 32 deep"):
+    with pytest.raises(
+        HeaderError,
+        match=r"(?s)migrator\.json: config is not an object nested at most 32 deep.*"
+        "hint: the manifest is damaged; reshard again$",
+    ):
         read_manifest(tmp_path / "laid")
 
 

@@ -96,7 +96,11 @@ def test_a_load_says_whether_it_was_verified(hub_folder: HubFolder, rank_folder:
 def test_digests_must_be_those_of_the_model(hub_folder: HubFolder, rank_folder: RankFolder) -> None:
     digests = recorded(rank_folder("qwen3_moe", 2))
     del digests["model.norm.weight"]
-    with pytest.raises(UsageError, match=r"digests lacks those of 'model\.norm\.weight'"):
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)digests lacks those of 'model\.norm\.weight'.*"
+        r"hint: pass the digests of all tensors of the model, or leave digests out",
+    ):
         load_on_meta(hub_folder("qwen3_moe"), hub_folder("qwen3_moe"), digests=digests)
 
 
@@ -121,6 +125,9 @@ def test_a_flipped_byte_anywhere_is_raised(
                 flip(file, stored.offset + place, 1 << (place % 8))
                 with pytest.raises(MismatchError, match="is not what was recorded") as raised:
                     load_on_meta(folder, hub, digests=digests)
+                assert raised.value.hint == (
+                    "restore the checkpoint from a good copy; `migrator verify` shows which of its files differ"
+                )
                 flip(file, stored.offset + place, 1 << (place % 8))
                 fused = re.sub(r"experts\.\d+\.(?:gate|up)_proj\.weight", "experts.gate_up_proj", name)
                 fused = re.sub(r"experts\.\d+\.down_proj\.weight", "experts.down_proj", fused)

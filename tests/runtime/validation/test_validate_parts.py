@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
-from plans.errors import UsageError
+from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
+from runtime import run_on_ranks
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
@@ -23,7 +26,9 @@ from runtime.styles.placements import cut_local_shard
 from runtime.tensor_map.tensor_map import chunk_bounds, shard_for_rank, whole
 from runtime.validation import local as room
 from runtime.validation.local import compute_local_digest
+from runtime.validation.reference import ReferenceModel, load_reference
 from runtime.validation.request import resolve_mesh
+from tests.waiting import HANG_TIMEOUT
 
 RankFolder = Callable[[str, int], Path]
 HubFolder = Callable[[str], Path]
@@ -123,6 +128,40 @@ def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch:
     monkeypatch.undo()
     assert room.fits_in_memory(model, torch.device("cpu"))
     assert not room.fits_in_memory(torch.nn.Linear(10**6, 10**8, device="meta"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("report", "refusal"),
+    [
+        (None, "transformers cannot load it: no such kernel"),
+        ({"missing_keys": {"model.norm.weight"}}, r"transformers loads it without 'model\.norm\.weight'"),
+    ],
+    ids=["not at all", "in part"],
+)
+def test_a_reference_that_transformers_does_not_load_is_refused(
+    report: dict[str, object] | None,
+    refusal: str,
+    hub_folder: HubFolder,
+    rank_folder: RankFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load_in_part(*args: object, **options: object) -> tuple[None, dict[str, object]]:
+        if report is None:
+            raise ImportError("no such kernel")
+        return None, report
+
+    def load(folder: Path) -> list[ReferenceModel]:
+        run = partial(load_reference, folder, torch.float32, torch.device("cpu"), sharded=False)
+        return run_on_ranks(run, 1, timeout=HANG_TIMEOUT)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load_in_part)
+    with pytest.raises(
+        IncompleteError,
+        match=rf"(?s){refusal}.*"
+        "hint: pass the checkpoint that the folder was resharded from as the reference, or none",
+    ):
+        load(hub_folder("llama"))
+    assert load(rank_folder("llama", 2))[0].reading.startswith("migrator alone")
 
 
 @pytest.fixture(scope="module")

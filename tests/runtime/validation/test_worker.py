@@ -23,7 +23,7 @@ from runtime import run_on_ranks
 from runtime.processes.launch import launch
 from runtime.styles import STYLES
 from runtime.validation import worker
-from runtime.validation.request import ValidationRequest
+from runtime.validation.request import ValidationRequest, resolve_mesh
 from runtime.validation.results import PARTS
 from runtime.validation.validate import validate
 from runtime.validation.worker import run_validation
@@ -60,8 +60,13 @@ def test_no_worker_is_started_for_a_folder_of_another_mesh(
     rank_folder: RankFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.validation.worker.launch", None)
-    with pytest.raises(UsageError, match="`tp=2`, not `tp=4`"):
-        run_validation(ValidationRequest(rank_folder("llama", 2), Mesh(tp=4)))
+    folder = rank_folder("llama", 2)
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)`tp=2`, not `tp=4`.*hint: leave the mesh out, pass `tp=2`, or reshard the checkpoint",
+    ):
+        run_validation(ValidationRequest(folder, Mesh(tp=4)))
+    assert resolve_mesh(folder, {}, None) == resolve_mesh(folder, {"tp": 2}, None) == (Mesh(tp=2), "tp")
 
 
 def test_no_worker_is_started_for_more_ranks_than_a_machine_can_run(

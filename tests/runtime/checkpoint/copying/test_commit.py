@@ -295,9 +295,13 @@ def test_every_layout_of_checkpoint_is_replaced(case: str, tmp_path: Path) -> No
 def test_what_is_no_checkpoint_or_more_than_one_is_never_replaced(case: str, tmp_path: Path) -> None:
     out = filled(tmp_path / "out", KEPT[case])
     before = names(tmp_path)
-    with (
-        pytest.raises(DestinationError, match=r"would be lost|not a checkpoint"),
-        stage_folder(out, 10, overwrite=True),
-    ):
+    with pytest.raises(DestinationError) as caught, stage_folder(out, 10, overwrite=True):
         pytest.fail("the body must not run")
+    is_checkpoint = "config.json" in KEPT[case]
+    assert ("would be lost" if is_checkpoint else "not a checkpoint") in caught.value.message
+    assert caught.value.hint == (
+        "move these files away, or name a new folder" if is_checkpoint else "name a new folder"
+    )
     assert names(tmp_path) == before
+    with stage_folder(tmp_path / "new", 10, overwrite=True):
+        pass

@@ -309,6 +309,29 @@ def test_damage_is_named(case: str, with_manifest: bool, shards: Path) -> None:
         plan_reshard(shards, target=HUB)
 
 
+def add(name: str, value: torch.Tensor, *offset: int) -> Callable[[Tensors, dict[str, list[int]]], object]:
+    return lambda tensors, offsets: (tensors.update({name: value}), offsets.update({name: list(offset)}))
+
+
+def test_a_byte_that_two_files_share_is_refused(shards: Path) -> None:
+    """The two columns of a tensor of 4 bits per element: stored apart, each begins within bytes of the whole."""
+    (shards / MANIFEST).unlink()
+    before = {name: (shards / name).read_bytes() for name in (FIRST, SECOND)}
+    for column, name in enumerate(before):
+        edit(shards, name, add("more", torch.zeros(2, 1, dtype=torch.uint8), 0, column))
+        content = (shards / name).read_bytes()
+        (shards / name).write_bytes(content.replace(b'"U8","shape":[2,1]', b'"F4","shape":[4,1]'))
+    with pytest.raises(
+        ConversionError,
+        match=r"(?s)elements of 4 bits are cut within a byte.*hint: save the checkpoint again, with whole tensors",
+    ):
+        plan_reshard(shards, target=HUB)
+    for name, content in before.items():
+        (shards / name).write_bytes(content)
+    edit(shards, FIRST, add("more", torch.zeros(4, 1, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), 0, 0))
+    assert plan_reshard(shards, target=HUB)
+
+
 def test_rows_lost_as_older_torch_lost_them_are_named_tensor_by_tensor(packed: Path) -> None:
     """Older torch wrote a strided shard as one chunk at its first offset, over that of the other rank."""
     (packed / MANIFEST).unlink()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import GPT2Config
 
@@ -34,6 +36,7 @@ from runtime.models.quantized import build_stored_model
 from runtime.planning.resolve import resolve
 from tests.external_files import DEEPSEEK, MLA_WHOLE, TP, Cut, packed, shard, state_of, stored_in, write
 from tests.runtime.checkpoint.hub.test_quantized import deepseek, save_quantized
+from tests.runtime.checkpoint.hub.tiny_types import model_classes, tiny_type
 from tests.tiny_models import tiny_model
 
 Saved = Callable[[str], Path]
@@ -268,3 +271,45 @@ def test_what_ranks_do_not_hold_is_refused(
             source, target=ReshardTarget("hf"), external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan=plan)
         )
     assert what in refused.value.message
+    if "do not divide" in what:
+        assert refused.value.hint == "correct `from_tp` and `from_ep`, or give its placement in `plan`"
+        settings = ExternalSettings(FilePattern(DEEPSEEK), from_tp=2, plan={to_wildcard(GATE_UP): Packed(1, 2)})
+        assert plan_reshard(source, target=ReshardTarget("hf"), external=settings)
+
+
+def state_of_model(hub: Path) -> dict[str, torch.Tensor]:
+    model = transformers.PixioBackbone.from_pretrained(hub)
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore")  # what models warn of when they are built is not ours
+@pytest.mark.skipif("pixio" not in model_classes(), reason="no pixio in this transformers")
+@pytest.mark.parametrize("names", [state_of_model, stored_in])
+def test_names_that_the_model_and_its_hub_form_exchange_are_ambiguous(
+    names: Callable[[Path], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Pixio's backbone has two norms; what its hub form calls the one is the other's name in the model."""
+    hub = tmp_path / "hub"
+    tiny_type("pixio").save_pretrained(hub)
+    source = write(tmp_path / "foreign", hub, names(hub), {})
+    settings = ExternalSettings(FilePattern(DEEPSEEK), from_tp=1, plan={"layernorm": Replicate()})
+    with pytest.raises(
+        ConversionError,
+        match=r"(?s)'layernorm\.weight'.* may be stored as in the model or in hub form.*"
+        "hint: nothing in the files tells which; save the whole model in hub form instead",
+    ):
+        plan_reshard(source, target=ReshardTarget("hf"), external=settings)
+    assert plan_reshard(hub, target=ReshardTarget("hf"))
+
+
+def test_matrices_of_one_expert_have_one_dtype(hub_folder: Saved, tmp_path: Path) -> None:
+    hub, settings = hub_folder("qwen3_moe"), ExternalSettings(FilePattern(DEEPSEEK), from_tp=2)
+    tensors = stored_in(hub)
+    mixed = {name: tensor.half() if "up_proj" in name else tensor for name, tensor in tensors.items()}
+    source = write(tmp_path / "mixed", hub, mixed, TP, tp=2)
+    with pytest.raises(
+        ConversionError, match=r"(?s)gate_up_proj would mix F16 and F32.*hint: save the rank files in one dtype"
+    ):
+        plan_reshard(source, target=ReshardTarget("hf"), external=settings)
+    source = write(tmp_path / "one", hub, {name: tensor.half() for name, tensor in tensors.items()}, TP, tp=2)
+    assert plan_reshard(source, target=ReshardTarget("hf"), external=settings)

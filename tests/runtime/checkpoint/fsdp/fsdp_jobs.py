@@ -25,13 +25,11 @@ from tests.runtime.checkpoint.fsdp.rank_writer import build
 
 def save_ranks(hub: Path, folder: Path, sizes: dict[str, int], how: str) -> None:
     """Save a model's rank files, as verl's checkpoint manager does; `how` names what differs between jobs."""
-    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     if how == "under hub names":
-        torch.save(shard_hub_form(hub, mesh), folder / name_file())
+        torch.save(shard_hub_form(hub, make_mesh(sizes)), folder / name_file())
         dist.barrier()
         return
-    model = transformers.AutoModelForCausalLM.from_pretrained(hub, dtype="auto", tie_word_embeddings=False)
-    shard(model, mesh, how)
+    model = load_sharded(hub, sizes, how)
     with warnings.catch_warnings(action="ignore"):
         state = get_model_state_dict(model) if how == "with torch's getter" else model.state_dict()
     if how == "with a prefix":
@@ -59,6 +57,27 @@ def save_hub_names(hub: Path, folder: Path) -> None:
     state = shard_hub_form(hub, init_device_mesh("cpu", (dist.get_world_size(),)))
     dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     dist.barrier()
+
+
+def save_whole(hub: Path, folder: Path, sizes: dict[str, int], how: str) -> None:
+    """Gather a sharded model as torch does, and let one rank save all of it."""
+    model = load_sharded(hub, sizes, how)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        torch.save(state, folder / "pytorch_model.bin")
+    dist.barrier()
+
+
+def load_sharded(hub: Path, sizes: dict[str, int], how: str) -> torch.nn.Module:
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        hub, dtype="auto", tie_word_embeddings=False
+    )
+    shard(model, make_mesh(sizes), how)
+    return model
+
+
+def make_mesh(sizes: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh, how: str) -> None:

@@ -205,6 +205,33 @@ def test_files_that_contradict_one_another_are_one_clear_error(case: str, damage
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+def split_by_three(state: dict[str, Any]) -> None:
+    """Let a tensor say that FSDP split what three ranks had left of it."""
+    spec = state[Q]._spec
+    spec.placements = (type(spec.placements[0])(0, split_factor=3), *spec.placements[1:])
+
+
+def test_a_split_that_the_mesh_does_not_explain_is_refused_and_the_whole_model_is_read(
+    damaged: Any, hub: Saved, four_ranks: RankPool, tmp_path: Path
+) -> None:
+    family, sizes, how = JOBS["over tensor parallelism"]
+    folder = damaged("over tensor parallelism")
+    for rank in range(4):
+        edit(folder, rank, split_by_three)
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)a split factor of 3, which does not follow from its mesh.*hint: save the whole model instead, such "
+        "as with `get_model_state_dict` and `full_state_dict=True`",
+    ):
+        plan_reshard(folder, target=ReshardTarget("hf"))
+    for file in folder.glob("*.pt"):
+        file.unlink()
+    four_ranks.run(fsdp_jobs.save_whole, hub(family), folder, sizes, how)
+    shutil.copy(hub(family) / "config.json", folder)
+    execute_reshard(plan_reshard(folder, target=ReshardTarget("hf")), tmp_path / "hub")
+    expect_equal(tmp_path / "hub", hub(family))
+
+
 def test_states_of_the_job_are_left_behind_by_name(damaged: Any) -> None:
     folder = damaged("two ranks")
     torch.save({"state": {}}, folder / "optim_world_size_2_rank_0.pt")

@@ -12,12 +12,14 @@ from transformers import core_model_loading
 
 from plans.errors import ConversionError, HeaderError
 from plans.mesh import Mesh
+from runtime.checkpoint.external.source import ExternalSettings, FilePattern
 from runtime.checkpoint.files.file_names import WEIGHTS
 from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.verifying.verify import verify
+from tests.external_files import DEEPSEEK, write
 from tests.rank_files import assembled
 from tests.runtime.checkpoint.hub.test_model_types import same
 from tests.runtime.checkpoint.hub.tiny_types import tiny_type
@@ -107,6 +109,21 @@ def test_rows_that_the_manifest_promises_are_not_made_up(padded: Path, tmp_path:
     save_file({**load_file(path), "another": torch.zeros(4, 32)}, path, {"format": "pt"})
     with pytest.raises(HeaderError, match="the recorded hub form and the tensors differ"):
         plan_reshard(tmp_path / "ranks", target=HUB)
+
+
+def test_padded_rows_in_rank_files_of_another_stack_are_refused(
+    model: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    hub = tmp_path / "hub"
+    model.save_pretrained(hub)
+    source = write(tmp_path / "foreign", hub, load_file(hub / WEIGHTS), {})
+    with pytest.raises(
+        ConversionError,
+        match=r"(?s)no place for the rows '.*\[97:\]'.*hint: save the whole model in hub form, where they are kept",
+    ):
+        plan_reshard(source, target=HUB, external=ExternalSettings(FilePattern(DEEPSEEK), from_tp=1))
+    execute_reshard(plan_reshard(hub, target=HUB), tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (hub / WEIGHTS).read_bytes()
 
 
 def test_rows_stored_twice_are_refused(padded: Path) -> None:

@@ -105,7 +105,11 @@ def test_ranks_that_want_different_things_are_refused(
     sources: dict[str, Path], two_ranks: RankPool, tmp_path: Path
 ) -> None:
     targets = [TARGETS["ranks"], ReshardTarget("ranks", Mesh(tp=4))]
-    with pytest.raises(UsageError, match="made different plans"):
+    with pytest.raises(
+        UsageError,
+        match=r"(?s)made different plans.*"
+        "hint: run the same command, on the same source and with the same package versions, on every rank",
+    ):
         two_ranks.run(distribute_cases.reshard_differently, sources["ranks"], targets, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
