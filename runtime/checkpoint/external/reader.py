@@ -23,6 +23,7 @@ from runtime.checkpoint.external.shards import (
     reassemble_tensors,
 )
 from runtime.checkpoint.external.source import ExternalSettings
+from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.safetensors import StoredTensor, find_dtypes
 from runtime.checkpoint.files.side_files import SideFiles, find_side_files
 from runtime.checkpoint.hub.conversion import Conversion, convert
@@ -182,7 +183,7 @@ def read_external(folder: Path, model: PreTrainedModel, external: ExternalSettin
         tied=tied,
         tensor_maps={name: over_chunks(tensor_map) for name, tensor_map in conversion.tensor_maps.items()},
         chunks={chunk.key: chunk.stored for chunk in chunks},
-        side_files=find_side_files(folder, files.names),
+        side_files=find_side_files(folder, files.names if external.config is None else files.names | {CONFIG}),
     )
 
 
