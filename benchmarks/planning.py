@@ -35,8 +35,8 @@ imported = time.perf_counter()
 plan = plan_reshard(Path(sys.argv[1]), target=ReshardTarget(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
 done = time.perf_counter()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-print(json.dumps({"importing": imported - began, "planning": done - imported, "runs": len(plan.table.runs),
-                  "bytes": plan.table.bytes_written, "peak": peak}))
+print(json.dumps({"importing": imported - began, "planning": done - imported, "copies": len(plan.copy_plan.copies),
+                  "bytes": plan.copy_plan.bytes_written, "peak": peak}))
 """
 MESHES = [("tp", {"tp": 8}), ("tp_ep", {"tp": 8, "ep": 64, "fsdp": 8})]
 
@@ -53,7 +53,7 @@ def main() -> None:
             said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             print(
                 f"{mode:6} {mesh}: imports {said['importing']:.1f} s, planning {said['planning']:.1f} s, "
-                f"{said['runs']:,} runs, {said['bytes'] / 1e12:.2f} TB, peak {said['peak'] / 2**30:.2f} GiB"
+                f"{said['copies']:,} copies, {said['bytes'] / 1e12:.2f} TB, peak {said['peak'] / 2**30:.2f} GiB"
             )
 
 

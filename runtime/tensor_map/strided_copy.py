@@ -87,29 +87,31 @@ def plan_copies(
 
 
 def _plan_copy(box: StridedBox, strides: Sequence[int], bits: int, source: int, destination: int) -> StridedCopy:
-    length, repeats = bits, list[Stride]()
-    dims = zip(box.shape, box.strides, box.steps, strides, strict=True)
-    for count, inward, step, outward in reversed(list(dims)):
-        inward, outward = inward * bits, outward * step * bits
+    # Spelled out, because a large model has a hundred thousand boxes: whole bytes are counted as such, others as bits.
+    size, unit = (bits, 8) if bits % 8 else (bits // 8, 1)
+    length, repeats, start = size, list[tuple[int, int, int]](), 0
+    for dim in range(len(strides) - 1, -1, -1):
+        outward = strides[dim] * size
+        start += box.offset[dim] * outward
+        count = box.shape[dim]
         if count == 1:
             continue
+        inward, outward = box.strides[dim] * size, outward * box.steps[dim]
         if not repeats and inward == outward == length:
             length *= count
-        elif repeats and (inward, outward) == repeats[-1].outer_strides:
-            repeats[-1] = repeats[-1]._replace(steps=repeats[-1].steps * count)
+        elif repeats and inward == repeats[-1][0] * repeats[-1][1] and outward == repeats[-1][0] * repeats[-1][2]:
+            repeats[-1] = (repeats[-1][0] * count, repeats[-1][1], repeats[-1][2])
         else:
-            repeats.append(Stride(count, inward, outward))
-    start = sum(index * stride for index, stride in zip(box.offset, strides, strict=True)) * bits
-    numbers = (
-        box.base * bits,
-        start,
-        length,
-        *(number for r in repeats for number in (r.source_stride, r.destination_stride)),
+            repeats.append((count, inward, outward))
+    base = box.base * size
+    if unit == 8:
+        if any(n % 8 for n in (base, start, length, *(n for _, *pair in repeats for n in pair))):
+            raise TensorMapError(f"elements of {bits} bits are cut within a byte")
+        base, start, length = base // 8, start // 8, length // 8
+        repeats = [(count, inward // 8, outward // 8) for count, inward, outward in repeats]
+    return StridedCopy(
+        source, base, destination, start, length, tuple([Stride(*repeat) for repeat in reversed(repeats)])
     )
-    if any(number % 8 for number in numbers):
-        raise TensorMapError(f"elements of {bits} bits are cut within a byte")
-    repeated = tuple(Stride(r.steps, r.source_stride // 8, r.destination_stride // 8) for r in reversed(repeats))
-    return StridedCopy(source, box.base * bits // 8, destination, start // 8, length // 8, repeated)
 
 
 def split_at_blocks(copy: StridedCopy, block: int) -> Iterator[tuple[int, StridedCopy]]:

@@ -110,7 +110,13 @@ def narrow(tensor_map: TensorMap, dim: int, start: int, length: int) -> TensorMa
         raise TensorMapError(f"[{start}, {start + length}) is outside dim {dim} of {list(tensor_map.shape)}")
     if length == tensor_map.shape[dim]:
         return tensor_map
-    clipped = (_clip(box, dim, start, start + length) for box in tensor_map.boxes)
+    stop = start + length
+    # Most ranks hold few of many experts, so boxes outside are passed over here rather than by a call.
+    clipped = [
+        _clip(box, dim, start, stop)
+        for box in tensor_map.boxes
+        if box.offset[dim] < stop and box.offset[dim] + (box.shape[dim] - 1) * box.steps[dim] >= start
+    ]
     return TensorMap(_replace_at(tensor_map.shape, dim, length), tuple(box for box in clipped if box))
 
 

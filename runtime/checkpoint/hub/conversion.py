@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -293,8 +294,10 @@ def _group_names(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[st
 
 
 def _sort_naturally(names: Iterable[str]) -> list[str]:
+    """Return names in the order of transformers' `dot_natural_key`, asked about each part between dots once."""
+    find_part_key = cache(lambda part: dot_natural_key(part)[0])
     try:
-        return sorted(names, key=dot_natural_key)
+        return sorted(names, key=lambda name: [find_part_key(part) for part in name.split(".")])
     except ValueError as error:
         raise HeaderError(
             f"a stored tensor has a name that cannot be ordered: {error}",

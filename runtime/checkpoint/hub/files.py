@@ -187,14 +187,14 @@ def read_index(
             raise HeaderError(
                 f"{path}: no weight_map from tensors to files", hint="download the index again", file=str(path)
             )
-    for tensor, file in weight_map.items():
-        if not is_weights(file):
-            raise HeaderError(
-                f"{path}: maps tensor {tensor!r} to {file!r}, which is not a {kind} file of this folder",
-                hint="an index may only name files in its own folder; do not trust this checkpoint",
-                tensor=tensor,
-                file=file,
-            )
+    if wrong := {file for file in set(weight_map.values()) if not is_weights(file)}:
+        tensor = next(tensor for tensor, file in weight_map.items() if file in wrong)
+        raise HeaderError(
+            f"{path}: maps tensor {tensor!r} to {weight_map[tensor]!r}, which is not a {kind} file of this folder",
+            hint="an index may only name files in its own folder; do not trust this checkpoint",
+            tensor=tensor,
+            file=weight_map[tensor],
+        )
     if is_nested_deeper(content, _MAX_DEPTH):
         raise HeaderError(
             f"{path}: nested more than {_MAX_DEPTH} deep",
