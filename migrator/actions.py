@@ -124,13 +124,16 @@ def _check_project(request: ProjectRequest) -> Outcome:
     return replace(outcome, findings=(*outcome.findings, *find_unused_comments(suppressions)))
 
 
-def plan_reshard(settings: Reshard, external: SourceSettings | None, *, quiet: bool = True) -> ReshardPlan:
+def plan_reshard(
+    settings: Reshard, external: SourceSettings | None, *, quiet: bool = True, dry_run: bool = False
+) -> ReshardPlan:
     """Fetch the source if it is on the hub, and plan how to reshard it.
 
     Args:
         settings: what to reshard.
         external: how to read the source, from `migrator.options.external.read_external_settings`.
         quiet: show no progress of a download.
+        dry_run: fetch only indexes, configs and headers, which a plan is made of.
 
     Raises:
         UsageError: the sizes do not form a mesh.
@@ -143,7 +146,7 @@ def plan_reshard(settings: Reshard, external: SourceSettings | None, *, quiet: b
     mesh, mode = build_mesh(settings.mode, **{axis: getattr(settings, axis) for axis in AXES})
     layout = settings.layout or ("dcp" if mesh.world_size > 1 else "hf")
     target = ReshardTarget(layout, mesh, mode, settings.experts, settings.optimizer)
-    folder = resolve_folder(settings.source, quiet=quiet)
+    folder = resolve_folder(settings.source, quiet=quiet, headers_only=dry_run)
     from runtime.checkpoint.files.side_files import follow_links
 
     with gc_paused(), follow_links(settings.follow_links):

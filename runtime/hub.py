@@ -4,65 +4,39 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
 from plans.text import first_line
-from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MAX_INDEX, WEIGHTS, is_checkpoint_file
+from runtime.checkpoint.files.file_names import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    MAX_INDEX,
+    METADATA,
+    PICKLED_INDEX,
+    PICKLED_WEIGHTS,
+    WEIGHTS,
+    find_shard_files,
+    is_checkpoint_file,
+)
+from runtime.checkpoint.files.job_folders import find_config_folder
+from runtime.checkpoint.files.remote import register_origin
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 from runtime.checkpoint.files.system import advise_on_write
-from runtime.formats import check_address, recognize_file
+from runtime.formats import recognize_file
+from runtime.hub_files import HubFiles
+from runtime.hub_name import HubName, is_repository_name, parse_hub_name
+from runtime.remote import mount
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 __all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
-
-_PREFIX = "hf://"
-_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-
-
-@dataclass(frozen=True)
-class HubName:
-    """A checkpoint on the hub.
-
-    Args:
-        repository: `owner/name`.
-        revision: a branch, tag or commit; None for the main branch.
-    """
-
-    repository: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{_PREFIX}{self.repository}" + (f"@{self.revision}" if self.revision else "")
-
-
-def parse_hub_name(text: str) -> HubName | None:
-    """Parse `hf://owner/name[@revision]`, or a plain `owner/name` that is not a local path; None for a local path.
-
-    Raises:
-        UsageError: the text begins with `hf://` but does not name a repository, or is another address.
-    """
-    found = _NAME.fullmatch(text.removeprefix(_PREFIX))
-    if text.startswith(_PREFIX):
-        if found is None:
-            raise UsageError(
-                f"{text}: not a repository", hint="write hf://owner/name or hf://owner/name@revision", source=text
-            )
-        return HubName(found["repository"], found["revision"])
-    # Unlike the methods of Path, these functions accept names that no file system allows.
-    exists = os.path.exists(text)  # noqa: PTH110
-    if "://" in text and not exists:
-        check_address(text)
-    if found is None or exists or os.path.isdir(os.path.dirname(text)):  # noqa: PTH112, PTH120
-        return None
-    return HubName(found["repository"], found["revision"])
 
 
 def check_repository(text: str) -> None:
@@ -71,20 +45,28 @@ def check_repository(text: str) -> None:
     Raises:
         UsageError: the text is not `owner/name`.
     """
-    found = _NAME.fullmatch(text)
-    if found is None or found["revision"]:
+    if not is_repository_name(text):
         raise UsageError(f"{text}: not a repository to push to", hint="write owner/name", repository=text)
 
 
-def resolve_folder(source: str, *, quiet: bool = False) -> Path:
+def resolve_folder(source: str, *, quiet: bool = False, headers_only: bool = False) -> Path:
     """Return the folder that a user names, fetched from the hub if it is there.
+
+    Args:
+        source: a folder, or a name on the hub.
+        quiet: whether to hide progress bars.
+        headers_only: whether to read only indexes, configs and the headers of weights; the folder then has files that
+            stand for the weights, whose bytes are fetched if they are needed after all.
 
     Raises:
         CheckpointError: there is no such folder, or `fetch` raises it.
         IncompleteError: `fetch` raises it.
     """
     if (name := parse_hub_name(source)) is not None:
-        return fetch(name, quiet=quiet)
+        if name.kind == "bucket":
+            with _convert_hub_errors(name):
+                return mount(HubFiles(name), with_side_files=not headers_only)
+        return _mount_headers(name, quiet=quiet) if headers_only else fetch(name, quiet=quiet)
     # Checked before torch is imported. A name that no file system allows is not a folder either.
     if not os.path.isdir(source):  # noqa: PTH112
         raise _no_folder_error(source)
@@ -117,13 +99,47 @@ def fetch(name: HubName, *, quiet: bool = False) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    prefix = f"{name.folder}/" if name.folder else ""
     with _convert_hub_errors(name), _control_progress_bars(quiet):
-        ignored = [f"*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
-        folder = Path(snapshot_download(name.repository, revision=name.revision, ignore_patterns=ignored))
+        ignored = [f"{prefix}*{suffix}" for suffix in sorted(WEIGHT_SUFFIXES)]
+        wanted = [f"{prefix}*", *_list_configs_above(name)] if name.folder else None
+        root = Path(
+            snapshot_download(name.repository, revision=name.revision, allow_patterns=wanted, ignore_patterns=ignored)
+        )
+        folder = root / name.folder
         # By the resolved commit, so that the weights belong to the same commit as the index.
-        weights = _list_weight_files(folder)
-        snapshot_download(name.repository, revision=folder.name, allow_patterns=weights)
+        for weights in (_list_weight_files(folder), None):
+            patterns = [prefix + file for file in (weights or _list_pickled_files(folder))]
+            snapshot_download(name.repository, revision=root.name, allow_patterns=patterns)
+            if _has_safetensors(folder):
+                break
+    if not folder.is_dir():
+        raise CheckpointError(f"{name}: no such folder", hint="check the name", source=str(name))
+    register_origin([folder], str(replace(name, revision=root.name)))
     return folder
+
+
+def _list_configs_above(name: HubName) -> list[str]:
+    """Return the names of the configs that a folder without one of its own may have: those of the folders above."""
+    parts = name.folder.split("/") if name.folder else []
+    return ["/".join((*parts[:count], CONFIG)) for count in range(len(parts))][-2:]
+
+
+def _mount_headers(name: HubName, *, quiet: bool) -> Path:
+    """Return a folder of stand-ins for a repository's files; without a network, the files of the cache."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        return fetch(name, quiet=quiet)
+    with _convert_hub_errors(name):
+        try:
+            commit = HfApi().model_info(name.repository, revision=name.revision).sha
+        except HfHubHTTPError:
+            raise
+        except Exception:  # the network below the client raises errors of its own
+            return fetch(name, quiet=quiet)
+        return mount(HubFiles(replace(name, revision=commit)))
 
 
 def fetch_config(name: HubName) -> Path:
@@ -136,7 +152,11 @@ def fetch_config(name: HubName) -> Path:
     from huggingface_hub import snapshot_download
 
     with _convert_hub_errors(name), _control_progress_bars(quiet=True):
-        return Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=["config.json"]))
+        if name.kind == "bucket":
+            return mount(HubFiles(name))
+        patterns = [f"{name.folder}/{CONFIG}" if name.folder else CONFIG, *_list_configs_above(name)]
+        folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns))
+        return find_config_folder(folder / name.folder)
 
 
 def push(folder: Path, repository: str, *, quiet: bool = False) -> str:
@@ -198,13 +218,31 @@ def _list_weight_files(folder: Path) -> list[str]:
         return ["rank-*.safetensors", "shard-*.safetensors"]
     if not (folder / INDEX).is_file():
         return [WEIGHTS, "shard-*.safetensors"]
-    if (folder / INDEX).stat().st_size > MAX_INDEX:
-        return ["*.safetensors"]  # implausibly large; the reader reports it
+    return _read_weight_map(folder / INDEX, WEIGHTS, ["*.safetensors"])
+
+
+def _list_pickled_files(folder: Path) -> list[str]:
+    """Return the names, or patterns, of pickled weights and rank files, which are read where there is nothing else."""
+    ranks = ["model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt"]
+    if (folder / PICKLED_INDEX).is_file():
+        return _read_weight_map(folder / PICKLED_INDEX, PICKLED_WEIGHTS, ["pytorch_model*.bin"])
+    return [PICKLED_WEIGHTS, *ranks]
+
+
+def _read_weight_map(index: Path, single: str, every: list[str]) -> list[str]:
+    """Return the files that an index names, or those that there can be if it is damaged; its reader reports that."""
+    if index.stat().st_size > MAX_INDEX:
+        return every
     try:
-        files = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
-        return sorted({WEIGHTS, *(file for file in files if isinstance(file, str))})
+        files = json.loads(index.read_bytes())["weight_map"].values()
+        return sorted({single, *(file for file in files if isinstance(file, str))})
     except (ValueError, KeyError, AttributeError, TypeError):
-        return ["*.safetensors"]  # malformed; the reader reports it
+        return every
+
+
+def _has_safetensors(folder: Path) -> bool:
+    names = (WEIGHTS, INDEX, MANIFEST, METADATA)
+    return not folder.is_dir() or any((folder / name).exists() for name in names) or bool(find_shard_files(folder))
 
 
 @contextmanager

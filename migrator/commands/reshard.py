@@ -140,7 +140,7 @@ def command(
     reports = not is_worker_process() or os.environ["RANK"] == "0"
     output = _Output(timeout, report, output_format, quiet or not reports)
     with record_events(events if reports else None) as log:
-        plan = plan_reshard(settings, external_settings, quiet=output.quiet)
+        plan = plan_reshard(settings, external_settings, quiet=output.quiet, dry_run=dry_run)
         log.emit(
             "planned",
             source=source,

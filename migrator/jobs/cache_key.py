@@ -127,7 +127,7 @@ def _build_cache_key(step: Step) -> CacheKey:
 
 
 def locate_checkpoint(source: str) -> Path:
-    """Return a checkpoint's folder, downloaded first if it is on the hub.
+    """Return a checkpoint's folder; if it is on the hub, a folder with its headers and with stand-ins for the rest.
 
     Raises:
         CheckpointError: it cannot be downloaded.
@@ -136,7 +136,7 @@ def locate_checkpoint(source: str) -> Path:
         return Path(source)
     from runtime.hub import resolve_folder
 
-    return resolve_folder(source, quiet=True)
+    return resolve_folder(source, quiet=True, headers_only=True)
 
 
 def compute_product_digest(job: Job, name: str, step: Step) -> str | None:

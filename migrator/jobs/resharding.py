@@ -66,7 +66,7 @@ def estimate_step(step: Reshard, *, is_own_output: bool) -> dict[str, object]:
     Raises:
         MigratorError: it cannot be planned, or the destination holds something that this job did not write.
     """
-    plan = actions.plan_reshard(step, read_external_settings(step, step.source))
+    plan = actions.plan_reshard(step, read_external_settings(step, step.source), dry_run=True)
     exists = os.path.lexists(step.destination)
     is_kept = exists and not is_own_output and has_expected_files(plan, step.destination)
     if exists and not is_kept:

@@ -20,6 +20,7 @@ from runtime.checkpoint.external.source import ExternalSettings, SeparateConfig,
 from runtime.checkpoint.files.file_names import CONFIG, INDEX, MANIFEST, METADATA, WEIGHTS, find_shard_files
 from runtime.checkpoint.files.job_folders import find_config_folder, find_weights_folder
 from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.remote import get_origin
 from runtime.checkpoint.files.side_files import LeftBehind, SideFiles
 from runtime.checkpoint.fsdp.optimizer import find_rank_optimizer, read_rank_optimizer
 from runtime.checkpoint.fsdp.reader import has_rank_files, read_fsdp_checkpoint
@@ -137,6 +138,8 @@ class CheckpointReader:
 
     def list_notes(self) -> Iterator[str]:
         """Yield what was found elsewhere than in the folder itself."""
+        if (origin := get_origin(self.folder)) is not None:
+            yield f"the source is {origin}"
         if self.weights is not None and self.weights != self.folder:
             yield f"the weights are those of {self.weights.relative_to(self.folder)}"
         if self.separate_config is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from plans.errors import CheckpointError, HeaderError, IncompleteError
+from runtime.checkpoint.files.remote import find_remote
 from runtime.checkpoint.files.system import READ_ONLY, read_at
 from runtime.formats import check_not_other_format
 
@@ -110,8 +111,11 @@ def read_exactly(descriptor: int, buffer: memoryview, offset: int, file: Path) -
 
     Raises:
         IncompleteError: the file ends before the buffer is full.
-        CheckpointError: the disk fails.
+        CheckpointError: the disk or the network fails.
     """
+    if (remote := find_remote(file)) is not None:
+        buffer[:] = remote.read(offset, len(buffer))
+        return
     done = 0
     while done < len(buffer):
         with convert_read_errors(file):

@@ -13,6 +13,7 @@ from plans.errors import CheckpointError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, METADATA
 from runtime.checkpoint.files.reading import convert_read_errors
+from runtime.checkpoint.files.remote import has_changed
 from runtime.formats import recognize_file
 
 __all__ = [
@@ -106,7 +107,8 @@ def check_contained(folder: Path, path: Path) -> None:
     root, target = folder.resolve(), Path(os.path.realpath(path))
     if not target.exists():
         raise IncompleteError(f"{path}: a broken link", hint="restore its target", file=str(path))
-    is_blob = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
+    snapshot = next((path for path in (root, *root.parents) if path.parent.name == "snapshots"), None)
+    is_blob = snapshot is not None and target.parent == snapshot.parent.parent / "blobs"
     if not (_follows_links.get() or is_blob or target.is_relative_to(root)):
         raise CheckpointError(
             f"{path}: a link that leads out of the checkpoint, to {target}",
@@ -218,7 +220,8 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], left_behind: Iter
         MismatchError: a file was changed, replaced or removed.
     """
     ignored = {left.name for left in left_behind if left.is_file}
-    changed = [name for name in stamps.keys() - ignored if read_stamp(folder / name) != stamps[name]]
+    names = stamps.keys() - ignored
+    changed = [name for name in names if read_stamp(folder / name) != stamps[name] or has_changed(folder / name)]
     if changed:
         raise MismatchError(
             f"{folder}: {format_names(sorted(changed))} changed while it was read",
