@@ -146,7 +146,7 @@ def plan_reshard(
     mesh, mode = build_mesh(settings.mode, **{axis: getattr(settings, axis) for axis in AXES})
     layout = settings.layout or ("dcp" if mesh.world_size > 1 else "hf")
     target = ReshardTarget(layout, mesh, mode, settings.experts, settings.optimizer)
-    folder = resolve_folder(settings.source, quiet=quiet, headers_only=dry_run)
+    folder = resolve_folder(settings.source, quiet=quiet, content="headers" if dry_run else "side files")
     from runtime.checkpoint.files.side_files import follow_links
 
     with gc_paused(), follow_links(settings.follow_links):
@@ -281,8 +281,9 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
     from runtime.validation.request import ValidationRequest, resolve_mesh
     from runtime.validation.worker import run_validation, validate_as_rank
 
-    folder = resolve_folder(settings.source, quiet=quiet)
-    reference = resolve_folder(settings.reference, quiet=quiet) if settings.reference else None
+    # Everything, because the ranks are other processes.
+    folder = resolve_folder(settings.source, quiet=quiet, content="everything")
+    reference = resolve_folder(settings.reference, quiet=quiet, content="everything") if settings.reference else None
     sizes = {axis: size for axis in AXES if (size := getattr(settings, axis)) is not None}
     mesh, mode = resolve_mesh(folder, sizes, settings.mode)
     request = ValidationRequest(

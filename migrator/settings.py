@@ -85,7 +85,7 @@ class Reshard(ExternalOptions):
     """Bring a checkpoint to another layout and mesh.
 
     Args:
-        source: a folder, or `hf://owner/name[@revision]`.
+        source: a folder, or `hf://owner/name[@revision][/folder]`.
         destination: the new folder.
         tp, ep, fsdp, replicate: the sizes of the mesh's axes.
         mode: which of the model's plans apply, None for the mesh's default.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plans.errors import CheckpointError, DestinationError, IncompleteError, UsageError
+from plans.errors import CheckpointError, DestinationError, IncompleteError, MigratorError, UsageError
 from plans.text import first_line
 from runtime.checkpoint.files.file_names import (
     CONFIG,
@@ -31,7 +31,7 @@ from runtime.checkpoint.files.system import advise_on_write
 from runtime.formats import recognize_file
 from runtime.hub_files import HubFiles
 from runtime.hub_name import HubName, is_repository_name, parse_hub_name
-from runtime.remote import mount
+from runtime.remote import Content, mount
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -49,14 +49,14 @@ def check_repository(text: str) -> None:
         raise UsageError(f"{text}: not a repository to push to", hint="write owner/name", repository=text)
 
 
-def resolve_folder(source: str, *, quiet: bool = False, headers_only: bool = False) -> Path:
+def resolve_folder(source: str, *, quiet: bool = False, content: Content = "side files") -> Path:
     """Return the folder that a user names, fetched from the hub if it is there.
 
     Args:
         source: a folder, or a name on the hub.
         quiet: whether to hide progress bars.
-        headers_only: whether to read only indexes, configs and the headers of weights; the folder then has files that
-            stand for the weights, whose bytes are fetched if they are needed after all.
+        content: what to fetch. Of a repository that is everything unless it is `headers`. Files whose bytes are not
+            fetched are stood for by others, and ranges of them are read when they are needed, in this process.
 
     Raises:
         CheckpointError: there is no such folder, or `fetch` raises it.
@@ -65,8 +65,8 @@ def resolve_folder(source: str, *, quiet: bool = False, headers_only: bool = Fal
     if (name := parse_hub_name(source)) is not None:
         if name.kind == "bucket":
             with _convert_hub_errors(name):
-                return mount(HubFiles(name), with_side_files=not headers_only)
-        return _mount_headers(name, quiet=quiet) if headers_only else fetch(name, quiet=quiet)
+                return mount(HubFiles(name), content)
+        return _mount_headers(name, quiet=quiet) if content == "headers" else fetch(name, quiet=quiet)
     # Checked before torch is imported. A name that no file system allows is not a folder either.
     if not os.path.isdir(source):  # noqa: PTH112
         raise _no_folder_error(source)
@@ -114,7 +114,7 @@ def fetch(name: HubName, *, quiet: bool = False) -> Path:
             if _has_safetensors(folder):
                 break
     if not folder.is_dir():
-        raise CheckpointError(f"{name}: no such folder", hint="check the name", source=str(name))
+        raise CheckpointError(f"{name}: no such folder", hint="check the name of the folder", source=str(name))
     register_origin([folder], str(replace(name, revision=root.name)))
     return folder
 
@@ -139,7 +139,7 @@ def _mount_headers(name: HubName, *, quiet: bool) -> Path:
             raise
         except Exception:  # the network below the client raises errors of its own
             return fetch(name, quiet=quiet)
-        return mount(HubFiles(replace(name, revision=commit)))
+        return mount(HubFiles(replace(name, revision=commit)), "headers")
 
 
 def fetch_config(name: HubName) -> Path:
@@ -153,7 +153,7 @@ def fetch_config(name: HubName) -> Path:
 
     with _convert_hub_errors(name), _control_progress_bars(quiet=True):
         if name.kind == "bucket":
-            return mount(HubFiles(name))
+            return mount(HubFiles(name), "headers")
         patterns = [f"{name.folder}/{CONFIG}" if name.folder else CONFIG, *_list_configs_above(name)]
         folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns))
         return find_config_folder(folder / name.folder)
@@ -252,6 +252,8 @@ def _convert_hub_errors(name: HubName) -> Iterator[None]:
 
     try:
         yield
+    except MigratorError:
+        raise
     except NoRevisionError as error:
         raise CheckpointError(
             f"{name}: no such revision", hint="name a branch, tag or commit", source=str(name)

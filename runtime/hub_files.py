@@ -74,7 +74,9 @@ class HubFiles:
         rows = {path: entry for path, entry in self._walk() if path.startswith(prefix)}
         files = {path.removeprefix(prefix): entry for path, entry in rows.items()}
         if not files:
-            raise CheckpointError(f"{self.name}: no such folder", hint="check the name", source=str(self.name))
+            raise CheckpointError(
+                f"{self.name}: no such folder", hint="check the name of the folder", source=str(self.name)
+            )
         return {name: entry for name, entry in files.items() if is_needed(name, files)}
 
     def _walk(self) -> Iterator[tuple[str, RemoteEntry]]:

@@ -16,25 +16,33 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Literal, Protocol
 
 from plans.errors import CheckpointError
 from plans.text import shorten
 from runtime.checkpoint.files.file_names import METADATA
-from runtime.checkpoint.files.remote import RemoteFile, register_origin, register_remote
+from runtime.checkpoint.files.remote import STAND_INS, RemoteFile, register_origin, register_remote
 from runtime.checkpoint.files.safetensors import MAX_HEADER
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 
-__all__ = ["RemoteEntry", "RemoteFolder", "mount"]
+__all__ = ["Content", "RemoteEntry", "RemoteFolder", "mount"]
 
 _FIRST_RANGE = 2**16
 """How many bytes of a weight file are asked for at first; most headers are shorter."""
 
+_DOWNLOADS = "migrator-downloads"
+"""The name of the folder of files that are there whole, next to the one of stand-ins."""
+
 _SMALL = 2**16
 """The size up to which JSON files are fetched; those of tokenizers are larger."""
 
+_PART = 2**23
 _THREADS = 16
 _LENGTH = struct.Struct("<Q")
+
+
+Content = Literal["headers", "side files", "everything"]
+"""How much of a folder is fetched: only what a plan is made of, also the files that are copied, or weights too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +70,18 @@ class RemoteFolder(Protocol):
         """Return what changes when a file does, None if it is gone."""
 
 
-def mount(remote: RemoteFolder, *, with_side_files: bool = False) -> Path:
+def mount(remote: RemoteFolder, content: Content = "side files") -> Path:
     """Return a folder whose files stand for those of another one.
 
     Args:
         remote: the folder that lies elsewhere.
-        with_side_files: whether files that are no weights are fetched whole; else only small JSON files and indexes.
+        content: what is fetched besides the headers of weights, indexes and small JSON files.
 
     Raises:
         CheckpointError: a file has a name that no disk allows, or cannot be read.
     """
     entries = remote.list_files()
-    kept = _cache_folder() / _hash(remote.address, with_side_files)
+    kept = _cache_folder(_DOWNLOADS if content == "everything" else STAND_INS) / _hash(remote.address, content)
     root, records = kept / PurePosixPath(remote.address).name, kept / "identities"
     records.mkdir(parents=True, exist_ok=True)
     stand_ins: list[_StandIn] = []
@@ -82,11 +90,12 @@ def mount(remote: RemoteFolder, *, with_side_files: bool = False) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         read, identify = partial(remote.read, name), partial(remote.identify, name)
         file = RemoteFile(f"{remote.address}/{name}", entry.size, entry.identity, read, identify)
-        register_remote(path, file)
+        if content != "everything":
+            register_remote(path, file)
         stand_ins.append(_StandIn(path, records / _hash(name), file))
     _drop_others(root, {stand_in.path for stand_in in stand_ins})
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(partial(_create, with_side_files=with_side_files), stand_ins))
+        list(pool.map(partial(_create, content=content), stand_ins))
     register_origin([root], remote.address)
     return root
 
@@ -100,34 +109,37 @@ class _StandIn:
     file: RemoteFile
 
 
-def _create(stand_in: _StandIn, *, with_side_files: bool) -> None:
+def _create(stand_in: _StandIn, content: Content) -> None:
     """Create a local file, unless it is there already and stands for the same file."""
     path, record, file = stand_in.path, stand_in.record, stand_in.file
     if path.exists() and record.exists() and record.read_text("utf-8") == file.identity:
         return
-    beginning = b""
-    while (size := _choose_size(path, file.size, beginning, with_side_files)) > len(beginning):
-        beginning += file.read(len(beginning), size - len(beginning))
+    beginning, written = b"", 0
     descriptor, temporary = tempfile.mkstemp(dir=record.parent)
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(beginning)
+        while (size := _choose_size(path, file.size, beginning, content)) > written:
+            part = file.read(written, min(size - written, _PART))
+            beginning = beginning if written > MAX_HEADER else beginning + part
+            written += stream.write(part)
         stream.truncate(file.size)
     Path(temporary).replace(path)
     record.write_text(file.identity, "utf-8")
 
 
-def _choose_size(path: Path, size: int, beginning: bytes, with_side_files: bool) -> int:
+def _choose_size(path: Path, size: int, beginning: bytes, content: Content) -> int:
     """Return how many bytes of a file should be there, going by its name and by those that are there already."""
-    if path.suffix == ".safetensors":
-        if len(beginning) < _LENGTH.size:
-            return min(size, _FIRST_RANGE)
-        length = int(_LENGTH.unpack_from(beginning)[0])
-        return max(len(beginning), min(size, _LENGTH.size + length)) if length <= MAX_HEADER else len(beginning)
-    if path.suffix in WEIGHT_SUFFIXES or path.suffix == ".distcp":
-        return min(size, _FIRST_RANGE)
     is_index = path.name == METADATA or path.name.endswith(".index.json")
     is_small = path.suffix == ".json" and size <= _SMALL
-    return size if with_side_files or is_index or is_small else len(beginning)
+    if content == "everything" or is_index or is_small:
+        return size
+    if path.suffix == ".safetensors":
+        if len(beginning) < min(size, _LENGTH.size):
+            return min(size, _FIRST_RANGE)
+        length = int(_LENGTH.unpack_from(beginning)[0]) if len(beginning) >= _LENGTH.size else 0
+        return min(size, _LENGTH.size + length) if length <= MAX_HEADER else 0
+    if path.suffix in WEIGHT_SUFFIXES or path.suffix == ".distcp":
+        return min(size, _FIRST_RANGE)
+    return size if content == "side files" else 0
 
 
 def _locate(root: Path, name: str, address: str) -> Path:
@@ -148,9 +160,9 @@ def _drop_others(root: Path, paths: set[Path]) -> None:
             path.unlink()
 
 
-def _cache_folder() -> Path:
+def _cache_folder(name: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "migrator" / "remote"
+    return Path(base) / name
 
 
 def _hash(*parts: object) -> str:

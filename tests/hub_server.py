@@ -19,6 +19,20 @@ COMMIT = "c0ffee" * 6 + "beef"
 TOKEN = "hf_secret"
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """A file of which only the beginning is there; the server must never be asked for the rest."""
+
+    beginning: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+Content = bytes | Sparse
+
+
 @dataclass
 class Hub:
     """Its repositories, and what was asked of it.
@@ -32,6 +46,10 @@ class Hub:
         failing: the names of files whose content it fails to send.
         objects: the large files that were uploaded, by their digest.
         fetched: the names of files that were read.
+        sent: the name of a file and the number of its bytes, for each request that read any.
+        buckets: the files of each bucket, by name.
+        drops: how many answers are cut off in their middle before one is whole.
+        denied: the buckets that nobody may read.
         uploaded: the digests of large files, in the order in which they were uploaded.
         commits: the names of all files after each commit that was made.
         refuses_commits: whether it answers that committing is not allowed.
@@ -39,7 +57,11 @@ class Hub:
     """
 
     address: str = ""
-    files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    files: dict[str, dict[str, Content]] = field(default_factory=dict)
+    sent: list[tuple[str, int]] = field(default_factory=list)
+    buckets: dict[str, dict[str, Content]] = field(default_factory=dict)
+    drops: int = 0
+    denied: set[str] = field(default_factory=set)
     heads: dict[str, str] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
     gated: set[str] = field(default_factory=set)
@@ -83,14 +105,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._about(found[1], found[2] or "revision", found[3] or "main")
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path):
+            self._about(found[1], found[2] or "revision", found[3] or "main", found[4] or "")
+        elif found := re.fullmatch(r"/api/buckets/([^/]+/[^/]+)/tree(?:/(.+))?", path):
+            self._list_bucket(found[1], found[2] or "")
         else:
             self._file(with_body=True)
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if found := re.fullmatch(r"/api/buckets/([^/]+/[^/]+)/paths-info", path):
+            files = self.hub.buckets[found[1]]
+            self._json([_describe_bucket_file(n, files[n]) for n in json.loads(body)["paths"] if n in files])
+            return
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._error(401, "RepoNotFound")
         elif path == "/api/repos/create":
@@ -110,7 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.uploaded.append(digest)
         self._json({})
 
-    def _about(self, repository: str, what: str, revision: str) -> None:
+    def _list_bucket(self, bucket: str, folder: str) -> None:
+        if bucket in self.hub.denied or bucket not in self.hub.buckets:
+            self._error(403 if bucket in self.hub.denied else 404, "Forbidden")
+            return
+        rows = self.hub.buckets[bucket].items()
+        self._json([_describe_bucket_file(name, content) for name, content in rows if name.startswith(folder)])
+
+    def _about(self, repository: str, what: str, revision: str, folder: str) -> None:
         if not self._may_read(repository):
             return
         head = self.hub.heads.get(repository, COMMIT)
@@ -122,16 +157,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"id": repository, "sha": head, "siblings": [{"rfilename": name} for name in files]})
             return
         rows = [{"type": "file", "path": n, "size": len(b), "oid": _etag(b)} for n, b in files.items()]
-        self._json(rows)
+        self._json([row for row in rows if str(row["path"]).startswith(folder)])
 
     def _file(self, *, with_body: bool) -> None:
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", unquote(urlsplit(self.path).path))
+        path = unquote(urlsplit(self.path).path)
+        bucket = re.fullmatch(r"/buckets/([^/]+/[^/]+)/resolve/(.+)", path)
+        found = bucket or re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         if found is None:
             self._error(404, "EntryNotFound")
             return
-        if not self._may_read(found[1]):
+        if not bucket and not self._may_read(found[1]):
             return
-        content = self.hub.files[found[1]].get(found[2])
+        content = (self.hub.buckets if bucket else self.hub.files)[found[1]].get(found[2])
         if content is None:
             self._error(404, "EntryNotFound")
             return
@@ -140,14 +177,25 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if with_body:
             self.hub.fetched.append(found[2])
-        self.send_response(200)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        start, stop = (int(wanted[1]), min(int(wanted[2]) + 1, len(content))) if wanted else (0, len(content))
+        self.send_response(206 if wanted else 200)
         head = self.hub.heads.get(found[1], COMMIT)
         for name, value in (("ETag", f'"{_etag(content)}"'), ("X-Repo-Commit", head)):
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+        self.send_header("Content-Length", str(stop - start))
         self.end_headers()
         if with_body:
-            self.wfile.write(content)
+            self.hub.sent.append((found[2], stop - start))
+            part = _slice(content, start, stop)
+            if self.hub.drops and len(part) > 1000:
+                self.hub.drops -= 1
+                part = part[: len(part) // 2]
+                self.close_connection = True
+            with suppress(ConnectionError):
+                self.wfile.write(part)
 
     def _may_read(self, repository: str) -> bool:
         is_ours = self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -232,5 +280,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _etag(content: bytes) -> str:
-    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+def _etag(content: Content) -> str:
+    known = content.beginning if isinstance(content, Sparse) else content
+    return hashlib.sha1(known, usedforsecurity=False).hexdigest()
+
+
+def _slice(content: Content, start: int, stop: int) -> bytes:
+    if isinstance(content, bytes):
+        return content[start:stop]
+    return content.beginning[start:stop].ljust(stop - start, b"\0")
+
+
+def _describe_bucket_file(name: str, content: Content) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": len(content), "xetHash": _etag(content)}

@@ -56,7 +56,7 @@ def command(
     from runtime.hub import resolve_folder
 
     settings = read_external_settings(external, source)
-    folder = resolve_folder(source, headers_only=True)
+    folder = resolve_folder(source, content="headers")
     from runtime.checkpoint.files import side_files
     from runtime.inspecting.inspection import inspect_checkpoint
 

@@ -136,7 +136,7 @@ def locate_checkpoint(source: str) -> Path:
         return Path(source)
     from runtime.hub import resolve_folder
 
-    return resolve_folder(source, quiet=True, headers_only=True)
+    return resolve_folder(source, quiet=True, content="headers")
 
 
 def compute_product_digest(job: Job, name: str, step: Step) -> str | None:

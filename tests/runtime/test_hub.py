@@ -93,6 +93,11 @@ def ask(hub: Hub, tmp_path: Path) -> Ask:
         ("hf://owner/name", HubName("owner/name")),
         ("hf://owner/name@v1.0", HubName("owner/name", "v1.0")),
         ("hf://owner/name@refs/pr/3", HubName("owner/name", "refs/pr/3")),
+        ("hf://models/owner/name", HubName("owner/name")),
+        ("hf://owner/name/step-5/hub", HubName("owner/name", folder="step-5/hub")),
+        ("hf://owner/name@v1.0/step-5/", HubName("owner/name", "v1.0", folder="step-5")),
+        ("hf://owner/name@a%2Fb/step-5", HubName("owner/name", "a/b", folder="step-5")),
+        ("hf://buckets/owner/name/runs/5", HubName("owner/name", kind="bucket", folder="runs/5")),
         ("owner/name", HubName("owner/name")),
         ("owner/name@main", HubName("owner/name", "main")),
         ("tests/nothing", None),
@@ -103,12 +108,21 @@ def ask(hub: Hub, tmp_path: Path) -> Ask:
 )
 def test_names(text: str, found: HubName | None) -> None:
     assert parse_hub_name(text) == found
+    if found is not None:
+        assert parse_hub_name(str(found)) == found, "its own text means something else"
 
 
-@pytest.mark.parametrize("text", ["hf://", "hf://owner", "hf://owner/name/file", "hf://../x y"])
+@pytest.mark.parametrize("text", ["hf://", "hf://owner", "hf://owner/name/../x", "hf://../x y"])
 def test_what_no_hub_could_have_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="not a repository"):
+    with pytest.raises(UsageError, match="not a repository") as caught:
         parse_hub_name(text)
+    assert caught.value.hint.startswith("write hf://owner/name, with @revision or /folder behind it if you like")
+
+
+@pytest.mark.parametrize("kind", ["dataset", "space", "kernel"])
+def test_repositories_of_other_things_are_refused(kind: str) -> None:
+    with pytest.raises(UsageError, match=f"a {kind}, which holds no checkpoint"):
+        parse_hub_name(f"hf://{kind}s/owner/name")
 
 
 def test_only_the_files_needed_are_fetched_and_only_once(hub: Hub, ask: Ask, tiny_hub: Path) -> None:

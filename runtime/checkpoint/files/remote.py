@@ -6,14 +6,28 @@ Whoever reads a stand-in through `read_exactly` gets the bytes of the file that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from plans.errors import CheckpointError, IncompleteError, MigratorError
 from plans.text import first_line
 
-__all__ = ["RemoteFile", "find_remote", "get_origin", "has_changed", "register_origin", "register_remote"]
+__all__ = [
+    "STAND_INS",
+    "RemoteFile",
+    "build_remote_error",
+    "find_remote",
+    "get_origin",
+    "has_changed",
+    "reading_stand_ins",
+    "register_origin",
+    "register_remote",
+]
+
+STAND_INS = "migrator-stand-ins"
+"""The name of the folder that all stand-ins are in, by which a process recognizes those that it does not know."""
 
 _ATTEMPTS = 5
 _FIRST_WAIT = 0.2
@@ -88,6 +102,7 @@ def build_remote_error(address: str, error: Exception) -> CheckpointError:
 
 _remote_files: dict[str, RemoteFile] = {}
 _origins: dict[str, str] = {}
+_reads_stand_ins = False
 
 
 def register_remote(stand_in: Path, file: RemoteFile) -> None:
@@ -96,8 +111,32 @@ def register_remote(stand_in: Path, file: RemoteFile) -> None:
 
 
 def find_remote(path: Path) -> RemoteFile | None:
-    """Return the file that a local one stands for, None if it is an ordinary file."""
-    return _remote_files.get(str(path)) if _remote_files else None
+    """Return the file that a local one stands for, None if it is an ordinary file.
+
+    Raises:
+        CheckpointError: the file is a stand-in of another process, of which this one does not know more.
+    """
+    text = str(path)
+    if STAND_INS not in text or _reads_stand_ins:
+        return None
+    if (file := _remote_files.get(text)) is None:
+        raise CheckpointError(
+            f"{path}: stands for a file that lies elsewhere, and holds only its beginning",
+            hint="name the address that it was read from",
+            file=text,
+        )
+    return file
+
+
+@contextmanager
+def reading_stand_ins() -> Iterator[None]:
+    """Read the stand-ins themselves, holes as zeros, to measure what the disk takes; on all threads."""
+    global _reads_stand_ins
+    _reads_stand_ins = True
+    try:
+        yield
+    finally:
+        _reads_stand_ins = False
 
 
 def has_changed(path: Path) -> bool:

@@ -19,6 +19,7 @@ from runtime.checkpoint.copying.copy_plan import CopyPlan
 from runtime.checkpoint.copying.regions import OpenFiles, allocate_files, build_regions
 from runtime.checkpoint.copying.slabs import Slab
 from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.files.remote import reading_stand_ins
 from runtime.checkpoint.files.system import resident_bytes
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.resharding.plan import ReshardPlan, find_block_size, plan_block_sharing
@@ -62,7 +63,7 @@ class Estimate:
         disk_needed: the bytes of the whole result, without what it shares with the source.
         peak_memory: the peak memory of the whole process in bytes.
         reflinkable: `bytes_shared` as a fraction of `bytes_written`, 0 to 1.
-        seconds: the time to copy, extrapolated from a short sample on the destination's disk.
+        seconds: the time to copy, extrapolated from a short sample on the destination's disk, without a download.
     """
 
     groups: tuple[EstimateGroup, ...]
@@ -157,7 +158,8 @@ def _time_sample(plan: ReshardPlan, sample: CopyPlan, folder: Path, max_memory: 
         regions, _ = clone_shared_blocks(
             sample, plan.reflink_block, files, build_regions(sample.destinations, files, digests)
         )
-        execute_copy_plan(sample, regions, max_memory=max_memory)
+        with reading_stand_ins():
+            execute_copy_plan(sample, regions, max_memory=max_memory)
         return time.perf_counter() - began
 
 

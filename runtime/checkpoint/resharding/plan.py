@@ -15,6 +15,7 @@ from runtime.checkpoint.checkpoint import Checkpoint, find_config_changes
 from runtime.checkpoint.copying.clones import align_to_blocks, find_clones, probe_block_size
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.external.source import SourceSettings
+from runtime.checkpoint.files.remote import find_remote
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.files.side_files import Stamp, read_stamps
 from runtime.checkpoint.open import open_checkpoint
@@ -143,6 +144,8 @@ def find_block_size(plan: ReshardPlan, destination: Path) -> int:
         OSError: the parent folder cannot be written.
     """
     used = {plan.copy_plan.sources[copy.source].file for copy in plan.copy_plan.copies}
+    if any(find_remote(file) for file in used):
+        return 0  # the blocks of a stand-in are not those of the file that it stands for
     return probe_block_size(sorted(used), destination.absolute().parent)
 
 

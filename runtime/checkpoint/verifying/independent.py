@@ -19,6 +19,7 @@ from plans.errors import MigratorError
 from plans.text import first_line
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.files.file_names import find_shard_files
+from runtime.checkpoint.files.remote import find_remote
 from runtime.checkpoint.files.safetensors import tensor_bytes
 from runtime.checkpoint.hub.conversion import group_stored_names
 from runtime.checkpoint.verifying.tensor_digest import digest_tensor
@@ -64,6 +65,8 @@ class IndependentReading:
 def read_independently(checkpoint: Checkpoint, max_memory: int) -> IndependentReading:
     """Read a checkpoint's tensors through another program, at most `max_memory` bytes at a time."""
     names = [name for name, info in checkpoint.tensors.items() if info.kind != "carried"]
+    if any(find_remote(chunk.file) for chunk in checkpoint.chunks.values()):
+        return IndependentReading(None, {}, dict.fromkeys(names, "it is read from where it lies, by ranges"))
     if checkpoint.layout == "hf":
         reader, read = "transformers", _read_with_transformers
     elif checkpoint.layout == "dcp":
