@@ -15,8 +15,8 @@ from runtime.checkpoint.checkpoint import KeyPath
 from runtime.checkpoint.files.file_names import METADATA
 from runtime.checkpoint.files.reading import is_size, open_regular
 from runtime.checkpoint.files.side_files import check_contained
-from runtime.checkpoint.pickled.pickle import Global, PickledCall, PickledDict, read_pickle
-from runtime.checkpoint.pickled.tensors import TORCH_DTYPES
+from runtime.checkpoint.pickled.pickle import Global, PickledCall, PickledDict, is_dtype_name, read_pickle
+from runtime.checkpoint.pickled.tensors import TORCH_DTYPES, unknown_dtype_error
 from runtime.formats import check_not_other_format
 from runtime.tensor_map.tensor_map import Shape
 
@@ -82,7 +82,7 @@ def read_metadata(folder: Path) -> DcpMetadata:
     Raises:
         HeaderError: the file is not metadata of torch, names something that tensors do not need, or contradicts
             itself.
-        CheckpointError: it is not a regular file, or cannot be read.
+        CheckpointError: it is not a regular file, cannot be read, or has a tensor whose dtype is not known.
     """
     path = folder / METADATA
     check_contained(folder, path)
@@ -122,7 +122,7 @@ class _MetadataParser:
     def parse_chunks(
         self, name: str, fields: Mapping[str, object], locations: Mapping[object, StorageLocation]
     ) -> Iterator[ChunkMetadata]:
-        dtype = self.parse_dtype(fields.get("properties"))
+        dtype = self.parse_dtype(name, fields.get("properties"))
         chunks = fields.get("chunks")
         for chunk in chunks if isinstance(chunks, list) else ():
             box = self.parse_fields(chunk, f"{_MODULE}.ChunkStorageMetadata")
@@ -156,12 +156,13 @@ class _MetadataParser:
                     return StorageLocation(file, offset, size)
         raise self.error("a chunk is not in a file of this folder")
 
-    def parse_dtype(self, value: object) -> str:
+    def parse_dtype(self, name: str, value: object) -> str:
         match value:
-            case PickledCall(kind, _, (Global(dtype), *_)) if (
-                kind == f"{_MODULE}.TensorProperties" and dtype in TORCH_DTYPES
-            ):
-                return TORCH_DTYPES[dtype]
+            case PickledCall(kind, _, (Global(dtype), *_)) if kind == f"{_MODULE}.TensorProperties":
+                if dtype in TORCH_DTYPES:
+                    return TORCH_DTYPES[dtype]
+                if is_dtype_name(dtype):
+                    raise unknown_dtype_error(self.path, name, dtype)
         raise self.error("a tensor has no known dtype")
 
     def parse_shape(self, value: object) -> Shape:

@@ -15,6 +15,7 @@ classes of `.metadata` files.
 from __future__ import annotations
 
 import pickletools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -22,11 +23,12 @@ from dataclasses import dataclass, field
 
 from plans.errors import HeaderError
 
-__all__ = ["Global", "PickledCall", "PickledDict", "describe_pickle", "read_pickle"]
+__all__ = ["Global", "PickledCall", "PickledDict", "describe_pickle", "is_dtype_name", "read_pickle"]
 
 _GETATTR_NAMES = ("builtins.getattr", "__builtin__.getattr")
 """How early releases of Python 3.11, such as Debian 12's, pickle a member of an enumeration."""
 
+_DTYPE = re.compile(r"torch\.[qub]*(int|float|bits|complex)\d\w*")
 _CALLED = "what a call returned"
 _MAX_INSTRUCTIONS = 2**22
 """How many instructions a described pickle may have; a state dict has some forty for each tensor."""
@@ -65,12 +67,17 @@ class PickledDict:
     pairs: list[tuple[object, object]] = field(default_factory=list)
 
 
+def is_dtype_name(name: str) -> bool:
+    """Return whether torch would give the name to a dtype, whether or not any release has it; such names are data."""
+    return _DTYPE.fullmatch(name) is not None
+
+
 def read_pickle(content: bytes, allowed: Collection[str], where: str, enumerations: Collection[str] = ()) -> object:
     """Return what a pickle describes.
 
     Args:
         content: the pickle.
-        allowed: the full names that it may contain.
+        allowed: the full names that it may contain, besides those of dtypes.
         where: what to call it in error messages.
         enumerations: the allowed names that are enumerations, whose members may be named.
 
@@ -152,7 +159,7 @@ class _Machine:
     def push_global(self, module: object, name: object) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else ""
         is_member = full in _GETATTR_NAMES and self.enumerations
-        if self.allowed is not None and full not in self.allowed and not is_member:
+        if self.allowed is not None and full not in self.allowed and not is_member and not is_dtype_name(full):
             raise _unsafe_pickle_error(self.where, f"names {full[:200]!r}")
         self.push(Global(full))
 

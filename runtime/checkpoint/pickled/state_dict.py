@@ -15,6 +15,7 @@ from runtime.checkpoint.files.reading import open_descriptor, open_regular
 from runtime.checkpoint.files.side_files import LeftBehind
 from runtime.checkpoint.pickled.archive import Archive, BoundedFile, read_archive
 from runtime.checkpoint.pickled.pickle import Global, PickledCall, PickledDict, describe_pickle
+from runtime.checkpoint.pickled.tensors import find_unknown_dtype, unknown_dtype_error
 from runtime.formats import PREFIX_BYTES, check_not_other_format
 
 __all__ = ["StateDict", "get_pairs", "open_archive", "read_state_dict"]
@@ -178,7 +179,9 @@ def _check_name(key: object, known: dict[str, _Tensor], file: Path) -> str:
     return key
 
 
-def _unknown_tensor_error(file: Path, name: str, value: PickledCall) -> HeaderError:
+def _unknown_tensor_error(file: Path, name: str, value: PickledCall) -> CheckpointError:
+    if (dtype := find_unknown_dtype(value)) is not None:
+        return unknown_dtype_error(file, name, dtype)
     match value:
         case PickledCall("torch._tensor._rebuild_from_type_v2", (_, Global(kind), *_)):
             pass

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
+from plans.errors import CheckpointError
+from plans.text import shorten
 from runtime.checkpoint.files.reading import is_size
 from runtime.checkpoint.files.safetensors import BITS, StoredTensor, tensor_bytes
 from runtime.checkpoint.pickled.archive import Archive, BoundedFile, read_archive
@@ -18,10 +21,12 @@ __all__ = [
     "TORCH_DTYPES",
     "ArchivedTensor",
     "TensorView",
+    "find_unknown_dtype",
     "locate_tensor",
     "parse_tensor",
     "parse_view",
     "read_archived_tensor",
+    "unknown_dtype_error",
 ]
 
 
@@ -174,6 +179,29 @@ def _resolve_dtype(kind: str, storage: str, more: Sequence[object]) -> str | Non
         case "torch._utils._rebuild_tensor_v3", [Global(dtype)] if storage == _UNTYPED:
             return TORCH_DTYPES.get(dtype)
     return None
+
+
+def find_unknown_dtype(value: object) -> str | None:
+    """Return the dtype that keeps a tensor from being read, or the type of its storage; None if neither does."""
+    match value:
+        case PickledCall(kind, (PickledCall() as data, *_)) if kind in _PARAMETERS:
+            return find_unknown_dtype(data)
+        case PickledCall("torch._utils._rebuild_tensor_v2", (PickledCall("persistent", (_, Global(storage), *_)), *_)):
+            return None if storage in STORAGES else storage
+        case PickledCall("torch._utils._rebuild_tensor_v3", (*_, Global(dtype))):
+            return None if dtype in TORCH_DTYPES else dtype
+    return None
+
+
+def unknown_dtype_error(file: Path, name: str, dtype: str) -> CheckpointError:
+    """Return the error for a tensor whose dtype is not known."""
+    return CheckpointError(
+        f"{file}: {shorten(repr(name))} has the dtype {shorten(dtype)}, which is not known here",
+        hint="save the tensor in another dtype, such as torch.float32",
+        file=str(file),
+        tensor=name,
+        dtype=dtype,
+    )
 
 
 def _is_within_storage(view: TensorView, count: int) -> bool:

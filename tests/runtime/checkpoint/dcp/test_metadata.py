@@ -143,6 +143,55 @@ def test_no_other_attribute_may_be_named(owner: type, saved: Path) -> None:
         plan_reshard(saved, target=ReshardTarget("hf"))
 
 
+def save_as_distcp(state: State, folder: Path, hub: Path) -> None:
+    save(state, folder, hub)
+
+
+def save_as_bin(state: State, folder: Path, hub: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_bytes((hub / "config.json").read_bytes())
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("written", [save_as_distcp, save_as_bin])
+@pytest.mark.parametrize(
+    ("dtype", "said", "known"),
+    [
+        (torch.uint16, r"torch\.uint16", torch.float32),
+        (torch.float8_e4m3fnuz, r"torch\.float8_e4m3fnuz", torch.float32),
+        (torch.complex128, r"torch\.(complex128|ComplexDoubleStorage)", torch.complex64),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_is_not_known_is_named_and_another_one_is_read(
+    dtype: torch.dtype,
+    said: str,
+    known: torch.dtype,
+    written: Callable[[State, Path, Path], None],
+    state: State,
+    hub_folder: HubFolder,
+    tmp_path: Path,
+) -> None:
+    written({**state, "mtp.more": torch.ones(3).to(dtype)}, tmp_path / "unknown", hub_folder("llama"))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"(?s)'mtp\.more' has the dtype {said}, which is not known here.*"
+        "hint: save the tensor in another dtype, such as torch.float32",
+    ) as caught:
+        plan_reshard(tmp_path / "unknown", target=ReshardTarget("hf"))
+    assert "code" not in caught.value.hint
+    written({**state, "mtp.more": torch.ones(3).to(dtype).to(known)}, tmp_path / "known", hub_folder("llama"))
+    assert plan_reshard(tmp_path / "known", target=ReshardTarget("hf"))
+
+
+def test_a_dtype_of_a_later_torch_is_named(saved: Path) -> None:
+    content = pickle.dumps(pickle.loads((saved / METADATA).read_bytes()), protocol=2)
+    assert b"ctorch\nfloat32\n" in content
+    (saved / METADATA).write_bytes(content.replace(b"ctorch\nfloat32\n", b"ctorch\nfloat6_e3m2fn\n"))
+    with pytest.raises(CheckpointError, match=r"has the dtype torch\.float6_e3m2fn, which is not known here"):
+        plan_reshard(saved, target=ReshardTarget("hf"))
+
+
 class TestNothingRuns:
     @pytest.fixture
     def mark(self, tmp_path: Path) -> Path:
@@ -299,8 +348,13 @@ LIES: dict[str, tuple[Callable[[Any], object], type[MigratorError], str]] = {
     ),
     "an unknown dtype": (
         lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.quint8),
+        CheckpointError,
+        "has the dtype torch.quint8, which is not known here",
+    ),
+    "a function for a dtype": (
+        lambda m: setattr(m.state_dict_metadata[NORM].properties, "dtype", torch.compile),
         HeaderError,
-        r"(?s)names 'torch.quint8'.*hint: do not load this file with torch either",
+        r"(?s)names 'torch.compile'.*hint: do not load this file with torch either: it may run code",
     ),
     "a size below zero": (
         lambda m: setattr(m.state_dict_metadata[NORM], "size", torch.Size((-1,))),

@@ -143,7 +143,6 @@ SPECIAL: dict[str, tuple[Callable[[], object], str]] = {
     "sparse": (lambda: torch.eye(2).to_sparse(), "_rebuild_sparse_tensor"),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
     "of a class": (lambda: torch.ones(2).as_subclass(Scaled), r"test_state_dict\.Scaled"),
-    "of an unknown dtype": (lambda: torch.ones(2, dtype=torch.complex128), "_rebuild_tensor_v2"),
     "in a placeholder": (lambda: Holder(torch.ones(2)), r"test_state_dict\.Holder"),
 }
 
