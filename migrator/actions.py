@@ -298,6 +298,7 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
         allow_unexercised=settings.allow_unexercised,
         ranks=settings.ranks,
         follow_links=settings.follow_links,
+        by_block=settings.by_block,
     )
     return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))
 

@@ -148,6 +148,7 @@ class Validate:
         allow_unexercised: names or patterns of what need not be exercised for a proof.
         ranks: what the ranks are; `auto` takes processes where each can have a processor or a GPU, else threads.
         follow_links: read links that lead out of the checkpoints' folders.
+        by_block: compare the models block by block even where both fit in memory whole.
     """
 
     source: str
@@ -164,3 +165,4 @@ class Validate:
     allow_unexercised: tuple[str, ...] = ()
     ranks: Ranks = "auto"
     follow_links: bool = False
+    by_block: bool = False

@@ -90,6 +90,11 @@ __all__ = ["command", "explain_failure", "show_result"]
     metavar="SECONDS",
     help="How long the workers may take.",
 )
+@click.option(
+    "--by-block",
+    is_flag=True,
+    help="Compare the models block by block, with the memory of two blocks; done by itself where both do not fit.",
+)
 @follow_links_option
 @format_option("human", "json")
 @report_option
@@ -103,6 +108,7 @@ def command(
     plan: Path | None,
     allow_unexercised: tuple[str, ...],
     timeout: float,
+    by_block: bool,
     follow_links: bool,
     output_format: str,
     report: Path | None,
@@ -127,7 +133,7 @@ def command(
     settings = Validate(
         source=source, reference=reference, **_read_explicit_sizes(sizes), mode=mode, device=device,
         tolerance=tolerance, timeout=timeout, plan=plan, allow_unexercised=allow_unexercised, ranks=ranks,
-        follow_links=follow_links,
+        follow_links=follow_links, by_block=by_block,
     )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":
@@ -183,7 +189,7 @@ def show_result(source: Path, result: ValidationResult) -> None:
     for part, reason in result.skipped.items():
         console.emit_line(f"{part:<10} skipped  {reason}")
     _show_unexercised(result)
-    console.emit_line(f"{source}: {result.verdict}")
+    console.emit_line(f"{source}: {result.verdict}{', block by block' if result.by_block else ''}")
 
 
 def _show_unexercised(result: ValidationResult) -> None:
@@ -261,6 +267,10 @@ def _describe_forward(check: CheckResult, result: ValidationResult) -> str:
     if "reason" in numbers:
         return str(numbers["reason"])
     text = f"largest difference of {numbers['compared']} in {numbers['precision']} {_format_difference(numbers)}"
+    if result.by_block:
+        tied = numbers["tied_tokens"]
+        ties = f"; ties decided the experts of {pluralize(tied, 'token')}" if tied else ""
+        return f"{pluralize(numbers['blocks'], 'block')}, each on the unsharded inputs, {text}{ties}"
     text = f"{text}; {_describe_stored_dtype(numbers['as_stored'])}" if "as_stored" in numbers else text
     reading = str(numbers.get("reference_read_by", "transformers"))
     return text if reading == "transformers" else f"{text}; the reference was read by {reading}"
@@ -278,7 +288,9 @@ def _describe_backward(check: CheckResult, result: ValidationResult) -> str:
     if "reason" in numbers:
         return str(numbers["reason"])
     worst = _format_number(numbers["worst_relative_diff"])
-    text = f"{pluralize(check.checked, 'gradient')} in {numbers['precision']}, largest difference {worst} of one"
+    of_inputs = f" and those of {pluralize(numbers['input_gradients'], 'input')}" if result.by_block else ""
+    text = f"{pluralize(check.checked, 'gradient')}{of_inputs} in {numbers['precision']}"
+    text = f"{text}, largest difference {worst} of one"
     batches = f" over {numbers['batches']} batches" if numbers["batches"] > 1 else ""
     inputs = f", {pluralize(numbers['inputs'], 'input')}" if numbers["inputs"] > 1 else ""
     forced = ", the last with routing forced alike on both sides" if numbers["forced_routing"] else ""

@@ -73,6 +73,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "allow_unexercised": readers.read_texts,
         "ranks": readers.make_choice_reader("auto", "processes", "threads"),
         "follow_links": readers.read_flag,
+        "by_block": readers.read_flag,
     },
 }
 """The settings of each table, and of the top level under the empty name."""

@@ -18,7 +18,9 @@ from runtime.processes.group import uses_nccl
 __all__ = ["apply_fsdp", "find_fsdp_groups"]
 
 
-def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -> None:
+def apply_fsdp(
+    model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, roots: Collection[nn.Module] | None = None
+) -> None:
     """Shard every parameter on dim 0 over its data parallel axis, and replicate the shards over `replicate`.
 
     Experts go over `efsdp`, which has another size than `fsdp` where ep > tp; all else goes over `fsdp`. A gradient is
@@ -30,6 +32,8 @@ def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -
         model: the model, its parameters sharded by the plan and its modules hooked.
         resolved: the resolved plan.
         meshes: device meshes of the plan's sizes.
+        roots: disjoint parts of the model that hold all parameters and are each gathered and run by themselves, None
+            for the whole model.
 
     Source: `_resolve_parallel_plans` in distributed/mixin.py of transformers 5.24.0, for the groups in float32.
     """
@@ -41,8 +45,11 @@ def apply_fsdp(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes) -
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in experts):
             _fully_shard_module(model.get_submodule(owner), meshes.data_mesh("efsdp"))
     apart = {model.get_parameter(name) for name in experts}
-    for module in (*_find_groups(model, apart), model):
-        _fully_shard_module(module, meshes.data_mesh("fsdp"), apart)
+    groups = _find_groups(model, apart)
+    for root in (model,) if roots is None else roots:
+        inner = set(root.modules()) - {root}
+        for module in (*(group for group in groups if group in inner), root):
+            _fully_shard_module(module, meshes.data_mesh("fsdp"), apart)
 
 
 def find_fsdp_groups(model: nn.Module) -> dict[str, int]:

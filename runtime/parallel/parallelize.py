@@ -31,7 +31,7 @@ from runtime.styles.style import HookSite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["parallelize"]
+__all__ = ["apply_plan", "parallelize"]
 
 
 def parallelize(
@@ -62,11 +62,23 @@ def parallelize(
             on heads or an end of the sequence parallel stream, or names a style that cannot hook the module of its
             entry. The model is of no use then.
     """
+    meshes = as_device_meshes(mesh)
+    resolved = apply_plan(model, meshes, plan, styles)
+    apply_fsdp(model, resolved, meshes)
+    return resolved
+
+
+def apply_plan(
+    model: PreTrainedModel,
+    meshes: DeviceMeshes,
+    plan: ResolvedPlan | Plan | Mapping[str, str] | None,
+    styles: StyleRegistry = STYLES,
+) -> ResolvedPlan:
+    """Apply a plan to a model as `parallelize` does, and leave data parallelism out."""
     if isinstance(plan, str):
         raise UsageError(
             f"{plan!r} is not a plan", hint=f"pass Plan.from_model(model, {plan!r}), or key to style", plan=plan
         )
-    meshes = as_device_meshes(mesh)
     resolved = raise_on_any_rank(lambda: _resolve_checked(model, meshes, plan, styles), meshes.spanning_axes)
     check_same_model(model, resolved, meshes.spanning_axes)
     if not isinstance(plan, Mapping):
@@ -76,7 +88,6 @@ def parallelize(
     hook_input_embeddings(model, resolved, meshes, styles)
     if resolved.mode not in ("sp", "sp_ep"):  # where a gradient would be that of the rank's slice of the sequence
         let_others_read_embeddings(model)
-    apply_fsdp(model, resolved, meshes)
     return resolved
 
 
@@ -131,7 +142,7 @@ def _warn_about_unsharded_layers(model: nn.Module, resolved: ResolvedPlan) -> No
         warnings.warn(
             f"{type(model).__name__}: the plan cuts {', '.join(cut) or 'nothing'} only, every rank holds and computes "
             "all layers whole; pass a plan of your own",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

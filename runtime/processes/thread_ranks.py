@@ -25,10 +25,10 @@ from torch.distributed import distributed_c10d
 from plans.errors import MigratorError, UsageError, WorkerError
 from plans.mesh import Mesh
 from plans.text import first_line
-from runtime.processes.rendezvous import EndedRun, Rendezvous, format_ranks
+from runtime.processes.rendezvous import Call, EndedRun, Rendezvous, format_ranks
 from runtime.processes.thread_group import build_thread_group
 
-__all__ = ["check_thread_ranks", "find_thread_device", "run_on_ranks", "supports_thread_ranks"]
+__all__ = ["check_thread_ranks", "find_thread_device", "hand_over", "run_on_ranks", "supports_thread_ranks"]
 
 Result = TypeVar("Result")
 
@@ -115,6 +115,21 @@ def find_thread_device() -> torch.device | None:
     """Return where the calling rank computes if it is a thread, else None."""
     device: torch.device | None = getattr(_this_thread, "device", None)
     return device
+
+
+def hand_over(value: Result | None, ranks: Sequence[int]) -> Result:
+    """Return the first of some ranks' value on all of them, the very same object. Collective among these threads.
+
+    Work that a GPU has queued for the value is finished first, for the ranks' GPUs and streams may differ.
+    """
+    rank = dist.get_rank()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    run: Rendezvous = _this_thread.run
+    call = Call("hand_over", "", value if rank == ranks[0] else None)
+    place, group = list(ranks).index(rank), f"handing over to {tuple(ranks)}"
+    first: Result = run.meet(group, ranks, place, call, lambda values: values[0])
+    return first
 
 
 def supports_thread_ranks() -> bool:

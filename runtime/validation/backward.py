@@ -6,21 +6,27 @@ its gradient is their mean: a reduction that is missing, or that divides by anot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from plans.resolved_plan import ResolvedPlan
-from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
-from runtime.validation.exercise import Unexercised, find_idle_experts, find_unexercised, record_reads, stacks_experts
+from runtime.validation.exercise import Unexercised, find_unexercised, record_reads, stacks_experts
 from runtime.validation.forced_routing import can_force_routing, count_experts, force_routing
+from runtime.validation.gradients import (
+    GradientRow,
+    RankRows,
+    count_exercised,
+    evaluate_errors,
+    gather_rows,
+    is_exercised,
+    measure_gradient,
+)
 from runtime.validation.inputs import count_batches, find_batch, sample_batches
-from runtime.validation.local import detach_local, slice_local_shard
 from runtime.validation.outputs import accumulate_gradients
 from runtime.validation.precision import Precision
 from runtime.validation.reference import ReferenceModel
@@ -50,26 +56,6 @@ class BackwardCheck:
     unexercised: tuple[Unexercised, ...]
 
 
-@dataclass(frozen=True)
-class _GradientRow:
-    """One parameter's gradient on one rank.
-
-    Args:
-        error: the largest error.
-        value: the largest value of the whole gradient.
-        exercised: whether the rank's shard of the reference's gradient is nonzero; None for an empty shard.
-        idle: the experts that the whole gradient is zero for, if the parameter stacks experts.
-    """
-
-    error: float
-    value: float
-    exercised: bool | None
-    idle: tuple[int, ...] = ()
-
-
-_RankRows = Mapping[str, _GradientRow]
-
-
 def check_backward(
     model: PreTrainedModel,
     resolved: ResolvedPlan,
@@ -87,14 +73,14 @@ def check_backward(
         What was found, the reason why nothing could be compared, or the failure of the parallel model.
     """
     pair = _Pair(model, reference, resolved, request, precision)
-    rows: list[_RankRows] = []
+    rows: list[RankRows] = []
     reached = inputs = 0
     for inputs in range(1, _MOST_INPUTS + 1):
         if (ended := pair.run(inputs - 1)) is not None:
             return ended
         rows = pair.measure()
-        before, reached = reached, _count_exercised(rows)
-        if pair.is_exercised(rows) or (inputs > 1 and reached == before):
+        before, reached = reached, count_exercised(rows)
+        if is_exercised(rows, pair.read) or (inputs > 1 and reached == before):
             break
     idle = count_experts(resolved, {name: row.idle for name, row in rows[0].items()})
     if idle and can_force_routing(resolved):
@@ -113,7 +99,7 @@ def check_backward(
         "forced_routing": bool(pair.forced),
         "exercised": len(rows[0]) - len(unexercised),
     }
-    return BackwardCheck(_evaluate_errors(rows, numbers), tuple(unexercised))
+    return BackwardCheck(evaluate_errors(rows, numbers), tuple(unexercised))
 
 
 @dataclass(frozen=True)
@@ -151,6 +137,8 @@ class _Pair:
         frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
 
         def run_all_batches(model: PreTrainedModel) -> None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
             with record_reads(model, frozen, self.read):
                 for number, batch in enumerate(batches):
                     with force_routing(model, forcing, number, set()):
@@ -173,60 +161,14 @@ class _Pair:
             return PartSkip(f"rank {found.rank} ran out of memory for gradients: {found.reason}")
         return PartFailure(f"rank {found.rank}: {found.reason}")
 
-    def measure(self) -> list[_RankRows]:
+    def measure(self) -> list[RankRows]:
         """Return every parameter's gradient on every rank, by rank and name."""
-        rows = {name: self._measure_parameter(name, value) for name, value in self.model.named_parameters()}
-        gathered: list[dict[str, list[Any]]] = all_gather_json(
-            {name: [row.error, row.value, row.exercised, row.idle] for name, row in rows.items()}
+        return gather_rows(
+            {name: self._measure_parameter(name, value) for name, value in self.model.named_parameters()}
         )
-        return [
-            {
-                name: _GradientRow(error, value, exercised, tuple(idle))
-                for name, (error, value, exercised, idle) in by_name.items()
-            }
-            for by_name in gathered
-        ]
 
-    def _measure_parameter(self, name: str, parameter: torch.Tensor) -> _GradientRow:
+    def _measure_parameter(self, name: str, parameter: torch.Tensor) -> GradientRow:
         row = self.resolved.by_name[name]
         whole = self.reference.broadcast_gradient(name, row.shape, self.precision.dtype)
-        wanted = slice_local_shard(whole, row, self.resolved.mesh)
-        gradient = torch.zeros_like(wanted) if parameter.grad is None else detach_local(parameter.grad)
-        assert gradient.shape == wanted.shape, name
-        error = float((gradient - wanted).abs().max().nan_to_num(nan=inf)) if wanted.numel() else 0.0
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        idle = find_idle_experts(whole) if dist.get_rank() == 0 and stacks_experts(owner, parameter) else ()
-        exercised = bool(wanted.any()) if wanted.numel() else None
-        return _GradientRow(error, float(whole.abs().max()) if whole.numel() else 0.0, exercised, tuple(idle))
-
-    def is_exercised(self, rows: Sequence[_RankRows]) -> bool:
-        """Return whether every shard of every parameter, and every expert, has a gradient."""
-        return all(
-            name in self.read or (row.exercised is not False and not row.idle)
-            for by_name in rows
-            for name, row in by_name.items()
-        )
-
-
-def _count_exercised(rows: Sequence[_RankRows]) -> int:
-    """Return a number that grows with every shard and every expert that gets a gradient."""
-    return sum((row.exercised is True) - len(row.idle) for by_name in rows for row in by_name.values())
-
-
-def _evaluate_errors(by_rank: Sequence[_RankRows], numbers: dict[str, Any]) -> CheckResult:
-    largest = max(row.value for rows in by_rank for row in rows.values())
-    if not 0 < largest < inf:
-        reason = "the reference's gradients are " + ("not finite" if largest else "all zero")
-        return CheckResult(0, (Mismatch("gradients", "values to compare with", reason),), {"reason": reason})
-    tolerance, floor = numbers["tolerance"], numbers["floor"]
-    wrong: list[Mismatch] = []
-    worst = ("", 0.0)
-    for rank, rows in enumerate(by_rank):
-        for name, row in rows.items():
-            scale = max(row.value, floor * largest)
-            worst = max(worst, (name, row.error / scale), key=lambda pair: pair[1])
-            if not row.error <= tolerance * scale:
-                expected = f"a gradient up to {row.value:.3g}, within {tolerance * scale:.2g}"
-                wrong.append(Mismatch(name, expected, f"off by {row.error:.2g}", rank))
-    worst_numbers = {"worst_parameter": worst[0], "worst_relative_diff": worst[1], "max_abs_reference": largest}
-    return CheckResult(len(by_rank[0]), tuple(wrong), {**worst_numbers, **numbers})
+        is_stack = stacks_experts(self.model.get_submodule(name.rpartition(".")[0]), parameter)
+        return measure_gradient(parameter.grad, whole, row, self.resolved.mesh, is_stack=is_stack)

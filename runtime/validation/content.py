@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from plans.resolved_plan import ResolvedPlan
+from plans.mesh import Mesh
+from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint, TensorCopy
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.files.safetensors import tensor_bytes
@@ -26,7 +27,9 @@ from runtime.validation.results import CheckResult
 
 __all__ = [
     "check_content",
+    "compare_digests",
     "compute_file_digests",
+    "compute_shard_digest",
     "gather_file_digests",
     "list_stored_dtypes",
 ]
@@ -70,7 +73,12 @@ def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoi
     Raises:
         CheckpointError: a file of the checkpoint can no longer be read.
     """
-    shares: list[dict[str, str]] = all_gather_json(_compute_local_digests(model, resolved))
+    return compare_digests(_compute_local_digests(model, resolved), resolved, checkpoint)
+
+
+def compare_digests(own: Mapping[str, str], resolved: ResolvedPlan, checkpoint: Checkpoint) -> CheckResult:
+    """Compare copies as `check_content` does, given the digests of this rank's shards. Collective."""
+    shares: list[dict[str, str]] = all_gather_json(dict(own))
     expected = _get_expected_digests(checkpoint)
     copies = [
         _Copy(row.name, ranks)
@@ -93,15 +101,23 @@ def check_content(model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoi
 
 
 def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
-    tensors, mesh, rank = model_tensors(model), resolved.mesh, dist.get_rank()
-    digests: dict[str, str] = {}
+    tensors = model_tensors(model)
+    rows = [row for row in resolved.parameters if row.tied_to is None]
+    return {row.name: compute_shard_digest(detach_local(tensors[row.name]), row, resolved.mesh) for row in rows}
+
+
+def compute_shard_digest(local: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> str:
+    """Return the digest of this rank's shard of a tensor.
+
+    Args:
+        local: the shard.
+        row: where the plan puts the tensor.
+        mesh: the mesh.
+    """
+    sizes, coordinates = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, dist.get_rank())
+    shard = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, coordinates)
     with torch.no_grad():
-        for row in resolved.parameters:
-            if row.tied_to is None:
-                sizes, coordinates = mesh.sizes(row.mesh), mesh.coordinates(row.mesh, rank)
-                shard = shard_for_rank(whole(row.name, row.shape), row.placements, sizes, coordinates)
-                digests[row.name] = str(compute_local_digest(detach_local(tensors[row.name]), shard, row.shape))
-    return digests
+        return str(compute_local_digest(local, shard, row.shape))
 
 
 def _sum_digests(shares: Iterator[str]) -> str:

@@ -68,14 +68,14 @@ class StoredDtypeOutputs:
     expected: torch.Tensor
 
 
-def run_parallel_model(model: PreTrainedModel, tokens: torch.Tensor) -> Output | PartFailure:
+def run_parallel_model(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Output | PartFailure:
     """Run a parallel model without gradients. Collective: every rank must call it.
 
     Raises:
         UsageError: a rank ran out of memory.
     """
     with torch.no_grad():
-        found = run_on_all_ranks(lambda: compute_output(model, tokens))
+        found = run_on_all_ranks(lambda: compute_output(model, inputs))
     if not isinstance(found, RankFailure):
         return found
     if found.out_of_memory:
@@ -106,7 +106,7 @@ def run_reference_model(
     largest = 0.0
     for number, batch in enumerate(batches):
         with torch.no_grad():
-            expected = reference.run(partial(compute_output, tokens=batch.tokens))
+            expected = reference.run(partial(compute_output, inputs=batch.inputs))
         if isinstance(expected, RankFailure):
             return expected
         name: str = all_gather_json(expected.name if expected else None)[0]
@@ -119,8 +119,8 @@ def run_reference_model(
 
 
 def build_reference_error(source: Path, failure: RankFailure[Output | None]) -> UsageError:
-    """Return the error for a reference that cannot run on the tokens."""
-    return _wrong_reference_error(source, f"the unsharded model cannot run on these tokens: {failure.reason}")
+    """Return the error for a reference that cannot run on the inputs."""
+    return _wrong_reference_error(source, f"the unsharded model cannot run on these inputs: {failure.reason}")
 
 
 def check_comparable(found: Output, expected: Output, source: Path) -> None:
@@ -148,7 +148,7 @@ def run_in_stored_dtype(
     expected = run_reference_model(reference, batches, own)
     if isinstance(expected, RankFailure):
         return PartSkip(f"the unsharded model does not run in {dtype}: {expected.reason}")
-    found = run_parallel_model(model, batches[own].tokens)
+    found = run_parallel_model(model, batches[own].inputs)
     return found if isinstance(found, PartFailure) else StoredDtypeOutputs(dtype, found, expected.own.tensor)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json
@@ -21,7 +23,7 @@ __all__ = ["check_generation"]
 
 
 def check_generation(
-    model: PreTrainedModel, tokens: torch.Tensor, reference: ReferenceModel, request: ValidationRequest
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], reference: ReferenceModel, request: ValidationRequest
 ) -> CheckResult | PartSkip | PartFailure:
     """Compare the tokens that both models continue a prompt with. Collective: every rank must call it.
 
@@ -33,10 +35,10 @@ def check_generation(
     if not model.can_generate():
         return PartSkip(f"{type(model).__name__} cannot generate")
     # The reference runs first: if the model cannot generate even unsharded, its plan is not at fault.
-    expected = reference.run(lambda model: generate_tokens(model, tokens, request.new_tokens))
+    expected = reference.run(lambda model: generate_tokens(model, inputs, request.new_tokens))
     if isinstance(expected, RankFailure):
         return PartSkip(f"the unsharded model cannot generate: {expected.reason}")
-    found = run_on_all_ranks(lambda: generate_tokens(model, tokens, request.new_tokens))
+    found = run_on_all_ranks(lambda: _generate_in_parallel(model, inputs, request.new_tokens))
     if isinstance(found, RankFailure):
         if found.out_of_memory:
             return PartSkip(f"rank {found.rank} ran out of memory for generation: {found.reason}")
@@ -51,3 +53,14 @@ def check_generation(
     ]
     numbers = {"texts": len(expected_texts), "tokens_each": len(expected_texts[0])}
     return CheckResult(sum(map(len, expected_texts)), tuple(wrong), numbers)
+
+
+def _generate_in_parallel(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Generate while FSDP has gathered what lies outside of layers: `generate` also calls parts of a model directly."""
+    if not isinstance(model, FSDPModule):
+        return generate_tokens(model, inputs, count)
+    model.unshard()
+    try:
+        return generate_tokens(model, inputs, count)
+    finally:
+        model.reshard()

@@ -1,41 +1,45 @@
-"""The tokens that both models run on: a batch for each group of ranks that computes together, in one round or more."""
+"""The inputs that both models run on: a batch for each group of ranks that computes together, in one round or more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from plans.mesh import Mesh
+from runtime.models.sample_inputs import sample_inputs
 from runtime.validation.request import ValidationRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["InputBatch", "count_batches", "find_batch", "sample_batches"]
+__all__ = ["InputBatch", "count_batches", "find_batch", "place_inputs", "sample_batches"]
 
 _GROWTH = 4
 """How many times longer the rows of each further round are: more tokens reach more experts, and more positions."""
 _LONGEST = 1024
 _MOST_OUTPUTS = 2**24
 """Limits on a row's tokens, and on the outputs of one batch, in further rounds."""
-_TEXT_TOKENS = ("pad", "bos", "eos", "sep", "cls", "mask", "unk")
-"""Special tokens that stand for text; all others, such as an image's, stand for inputs that are not given."""
 
 
 @dataclass(frozen=True)
 class InputBatch:
-    """Tokens for one group of ranks, and the seed of the weights by which their outputs make one number.
+    """Inputs for one group of ranks, and the seed of the weights by which their outputs make one number.
 
     Args:
-        tokens: the tokens, `[rows, length]`.
+        inputs: the model's arguments by name.
         seed: the seed.
     """
 
-    tokens: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
     seed: int
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The tokens of text, `[rows, length]`."""
+        return self.inputs["input_ids"]
 
 
 def count_batches(mesh: Mesh) -> int:
@@ -64,46 +68,32 @@ def sample_batches(model: PreTrainedModel, request: ValidationRequest, round_num
     """
     count = count_batches(request.mesh)
     length = _choose_length(model.config, request, round_number)
-    generator = torch.Generator().manual_seed(request.seed + 1_000_003 * round_number)
-    tokens = _sample_evenly(_list_tokens(model.config), count * request.batch * length, generator)
-    device: torch.device = next(model.parameters()).device
+    inputs = sample_inputs(model, count * request.batch, length, request.seed + 1_000_003 * round_number)
     first_seed = request.seed + count * round_number
+    parts = {name: tensor.chunk(count) for name, tensor in inputs.items()}
     return [
-        InputBatch(batch.to(device), first_seed + number)
-        for number, batch in enumerate(tokens.reshape(count, request.batch, length))
+        InputBatch({name: chunks[number] for name, chunks in parts.items()}, first_seed + number)
+        for number in range(count)
     ]
+
+
+def place_inputs(
+    inputs: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor | bool]:
+    """Return a model's arguments: inputs on a device, those of floating point in a dtype, without a cache for text."""
+    placed: dict[str, torch.Tensor | bool] = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+    }
+    return placed | ({"use_cache": False} if {"input_ids", "decoder_input_ids"} & inputs.keys() else {})
 
 
 def _choose_length(config: PreTrainedConfig, request: ValidationRequest, round_number: int) -> int:
     text = config.get_text_config()
     positions: int = getattr(text, "max_position_embeddings", None) or _LONGEST
-    affordable = _MOST_OUTPUTS // (request.batch * max(text.vocab_size, 1))
+    if config.is_encoder_decoder:
+        positions = min(positions, getattr(config, "max_target_positions", None) or _LONGEST)
+    affordable = _MOST_OUTPUTS // (request.batch * max(getattr(text, "vocab_size", None) or 1, 1))
     longest: int = max(request.sequence, min(positions, affordable, _LONGEST))
     length: int = min(request.sequence * _GROWTH**round_number, longest)
     tp = request.mesh.tp
     return -(-length // tp) * tp if round_number == 0 else max(length // tp, 1) * tp
-
-
-def _list_tokens(config: PreTrainedConfig) -> torch.Tensor:
-    """Return the tokens of a config's vocabulary that stand for text."""
-    vocabulary: int = config.get_text_config().vocab_size
-    allowed = torch.ones(vocabulary, dtype=torch.bool)
-    for token in _find_placeholders(config):
-        if 0 <= token < vocabulary:
-            allowed[token] = False
-    return allowed.nonzero().flatten()
-
-
-def _find_placeholders(config: PreTrainedConfig) -> Iterator[int]:
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for name, value in vars(part).items() if part is not None else ():
-            is_token = name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-            if is_token and name.split("_")[0] not in _TEXT_TOKENS:
-                yield value
-
-
-def _sample_evenly(choices: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return `count` random choices in random order, one from each of as many equal ranges of the choices."""
-    within = torch.rand(count, generator=generator, dtype=torch.float64)
-    places = ((torch.arange(count) + within) * (len(choices) / count)).long().clamp(max=len(choices) - 1)
-    return choices[places][torch.randperm(count, generator=generator)]

@@ -26,7 +26,17 @@ from runtime.processes.thread_ranks import find_thread_device
 from runtime.styles.placements import cut_local_shard
 from runtime.tensor_map.tensor_map import TensorMap, row_major, unravel
 
-__all__ = ["check_memory", "compute_local_digest", "detach_local", "fits_in_memory", "free_memory", "slice_local_shard"]
+__all__ = [
+    "OVERHEAD_FACTOR",
+    "check_memory",
+    "compute_local_digest",
+    "count_local_bytes",
+    "detach_local",
+    "fits_in_memory",
+    "free_memory",
+    "read_free_bytes",
+    "slice_local_shard",
+]
 
 
 def detach_local(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,9 +54,14 @@ def slice_local_shard(tensor: torch.Tensor, row: ResolvedParameter, mesh: Mesh) 
 
 
 def check_memory(
-    model: nn.Module, resolved: ResolvedPlan, checkpoint: Checkpoint
+    own_bytes: int, resolved: ResolvedPlan, checkpoint: Checkpoint
 ) -> tuple[list[Mismatch], dict[str, object]]:
     """Compare the bytes that each rank holds with what the plan predicts. Collective.
+
+    Args:
+        own_bytes: the bytes of this rank's tensors.
+        resolved: the plan.
+        checkpoint: the checkpoint.
 
     Returns:
         A mismatch for each rank that holds more or less, and both numbers of all ranks.
@@ -56,7 +71,7 @@ def check_memory(
     """
     loaded = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried"}
     planned = place_by_plan(resolved).arrange(loaded).rank_bytes
-    allocated: list[int] = all_gather_json(_count_local_bytes(model))
+    allocated: list[int] = all_gather_json(own_bytes)
     wrong = [
         Mismatch("memory", f"{expected} bytes", f"{actual} bytes", rank)
         for rank, (expected, actual) in enumerate(zip(planned, allocated, strict=True))
@@ -65,13 +80,13 @@ def check_memory(
     return wrong, {"bytes_per_rank": allocated, "bytes_planned": list(planned)}
 
 
-def _count_local_bytes(model: nn.Module) -> int:
+def count_local_bytes(model: nn.Module) -> int:
     """Return the bytes of the model's local tensors, counting shared memory once."""
     local = (detach_local(tensor) for tensor in model_tensors(model).values())
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in local if tensor.numel()}.values())
 
 
-_OVERHEAD_FACTOR = 1.2
+OVERHEAD_FACTOR = 1.2
 """Factor for what activations and the allocator need besides weights and gradients."""
 
 
@@ -87,8 +102,8 @@ def fits_in_memory(model: nn.Module, device: torch.device, dtype: torch.dtype = 
     own = sum(detach_local(parameter).numel() for parameter in model.parameters())
     if find_thread_device() is not None:
         own *= dist.get_world_size()  # the shares of all ranks lie in the same memory
-    free = _read_free_bytes(device)
-    return free is None or dtype.itemsize * (2 * whole + own) * _OVERHEAD_FACTOR <= free
+    free = read_free_bytes(device)
+    return free is None or dtype.itemsize * (2 * whole + own) * OVERHEAD_FACTOR <= free
 
 
 def free_memory(device: torch.device) -> None:
@@ -98,7 +113,7 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _read_free_bytes(device: torch.device) -> int | None:
+def read_free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can be allocated, None if that is unknown."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from plans.errors import PlanError, UsageError
+from plans.errors import PlanError
 from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from runtime.checkpoint.files.reading import open_regular
 from runtime.checkpoint.manifest import Manifest
 from runtime.loader.loading import load
 from runtime.models.model import meta_model
+from runtime.models.sample_inputs import sample_inputs
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.parallelize import parallelize
@@ -26,7 +27,7 @@ from runtime.parallel.verify import compare_manifest, find_sharding_mismatches
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.styles import StyleRegistry
-from runtime.validation.local import check_memory
+from runtime.validation.local import check_memory, count_local_bytes
 from runtime.validation.reference import read_config_with_dtype
 from runtime.validation.reference_comparison import check_reference
 from runtime.validation.request import ValidationRequest
@@ -40,6 +41,7 @@ __all__ = [
     "build_parallel_model",
     "check_inputs",
     "check_loaded",
+    "check_loaded_bytes",
     "check_structure",
     "convert_plan_error",
     "load_weights",
@@ -105,13 +107,30 @@ def check_loaded(parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult
         MismatchError: the checkpoint's shapes are not the model's.
     """
     wrong = _gather_mismatches(find_sharding_mismatches(parallel.model, parallel.resolved, dist.get_rank()))
-    memory, numbers = check_memory(parallel.model, parallel.resolved, checkpoint)
-    mesh = parallel.resolved.mesh
+    return check_loaded_bytes(count_local_bytes(parallel.model), parallel.resolved, checkpoint, wrong)
+
+
+def check_loaded_bytes(
+    own_bytes: int, resolved: ResolvedPlan, checkpoint: Checkpoint, wrong: Sequence[Mismatch] = ()
+) -> CheckResult:
+    """Return the structure of a loaded model: mismatches, and the bytes that it takes. Collective.
+
+    Args:
+        own_bytes: the bytes of this rank's tensors.
+        resolved: the plan.
+        checkpoint: the checkpoint.
+        wrong: mismatches that were found before.
+
+    Raises:
+        MismatchError: the checkpoint's shapes are not the model's.
+    """
+    memory, numbers = check_memory(own_bytes, resolved, checkpoint)
+    mesh = resolved.mesh
     sharded = sum(
         any(size > 1 and place != Replicate() for size, place in zip(mesh.sizes(row.mesh), row.placements, strict=True))
-        for row in parallel.resolved.parameters
+        for row in resolved.parameters
     )
-    return CheckResult(len(parallel.resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
+    return CheckResult(len(resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
 
 
 def convert_plan_error(error: PlanError) -> CheckResult:
@@ -121,7 +140,7 @@ def convert_plan_error(error: PlanError) -> CheckResult:
 
 
 def check_inputs(request: ValidationRequest) -> None:
-    """Refuse a model that needs more than tokens, and a reference whose config is another model's.
+    """Refuse a model whose inputs are not known, and a reference whose config is another model's.
 
     Raises:
         UsageError: the model or the reference is refused.
@@ -130,12 +149,7 @@ def check_inputs(request: ValidationRequest) -> None:
     for folder in filter(None, (request.folder, request.reference)):
         _check_generation_config(folder)
     model = meta_model(read_config_with_dtype(request.folder, torch.float32))
-    if "input_ids" not in inspect.signature(model.forward).parameters or model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{type(model).__name__} needs more inputs than input_ids",
-            hint="validate runs decoder-only language models",
-            model=type(model).__name__,
-        )
+    sample_inputs(model, 1, request.sequence)
     if request.reference is not None:
         check_reference(request.folder, request.reference, model)
 

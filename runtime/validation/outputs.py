@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
-from runtime.validation.inputs import InputBatch
+from runtime.validation.inputs import InputBatch, place_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,13 +26,13 @@ class Output:
     tensor: torch.Tensor
 
 
-def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
-    """Run a model on tokens and return its logits, or its last hidden state if it has no head.
+def compute_output(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Output:
+    """Run a model on inputs and return its logits, or its last hidden state if it has no head.
 
     Raises:
         UsageError: the model returns neither.
     """
-    output = model(input_ids=tokens.to(_get_device(model)), use_cache=False)
+    output = model(**_place(model, inputs))
     for name in ("logits", "last_hidden_state"):
         tensor = getattr(output, name, None)
         if isinstance(tensor, torch.Tensor):
@@ -39,7 +40,7 @@ def compute_output(model: PreTrainedModel, tokens: torch.Tensor) -> Output:
             return Output(name, (whole if whole.dtype == torch.float64 else whole.float()).contiguous())
     raise UsageError(
         f"{type(model).__name__} returns neither logits nor a last hidden state",
-        hint="validate runs decoder-only language models",
+        hint="validate runs models that return logits or a last hidden state",
         model=type(model).__name__,
     )
 
@@ -49,29 +50,31 @@ def accumulate_gradients(model: PreTrainedModel, batch: InputBatch, share: float
 
     Args:
         model: the model, parallel or not.
-        batch: the tokens, and the seed of the random numbers.
+        batch: the inputs, and the seed of the random numbers.
         share: the batch's share of the mean over all batches, for a model that runs them one after another.
     """
-    output = compute_output(model, batch.tokens).tensor
+    output = compute_output(model, batch.inputs).tensor
     generator = torch.Generator().manual_seed(batch.seed)
     weights = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
     torch.autograd.backward((output * weights).mean() * share)
 
 
-def generate_tokens(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the tokens `[batch, count]` that a model continues a prompt with greedily, whatever its own defaults."""
+def generate_tokens(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+    """Return the tokens `[batch, count]` that a model continues inputs with greedily, whatever its own defaults."""
     from transformers import GenerationConfig
 
     generator: Any = model
     # A fresh config: no token ends a text early, and none of the checkpoint's own settings apply.
-    generator.generation_config = GenerationConfig(pad_token_id=0)
-    prompt = prompt.to(_get_device(model))
-    text: torch.Tensor = generator.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=count
-    )
-    return text[:, prompt.shape[1] :]
+    start = getattr(model.config, "decoder_start_token_id", None)
+    generator.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=start)
+    given = _place(model, {name: value for name, value in inputs.items() if name != "decoder_input_ids"})
+    given.pop("use_cache", None)
+    if isinstance(prompt := given.get("input_ids"), torch.Tensor):
+        given["attention_mask"] = torch.ones_like(prompt)
+    text: torch.Tensor = generator.generate(**given, do_sample=False, max_new_tokens=count)
+    return text[:, -count:]
 
 
-def _get_device(model: PreTrainedModel) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
+def _place(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | bool]:
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return place_inputs(inputs, parameter.device, parameter.dtype)

@@ -38,6 +38,7 @@ class ValidationRequest:
         allow_unexercised: names or patterns (`*` matches anything) of what need not be exercised for a proof.
         ranks: what ranks are; `auto` takes processes where each can have a processor, or a GPU, and threads elsewhere.
         follow_links: read links that lead out of the folders.
+        by_block: compare the models block by block even where both fit in memory whole.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class ValidationRequest:
     allow_unexercised: tuple[str, ...] = ()
     ranks: Ranks = "auto"
     follow_links: bool = False
+    by_block: bool = False
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < 1:

@@ -85,6 +85,7 @@ class ValidationResult:
         device: the kind of device that ranks computed on.
         seconds: the time that each phase took on rank 0.
         ranks: what the ranks were, `processes` or `threads`.
+        by_block: whether the models were compared block by block.
     """
 
     world_size: int
@@ -95,6 +96,7 @@ class ValidationResult:
     device: str = "cpu"
     seconds: Mapping[str, float] = field(default_factory=dict)
     ranks: str = "processes"
+    by_block: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -123,6 +125,7 @@ class ValidationResult:
             "world_size": self.world_size,
             "device": self.device,
             "ranks": self.ranks,
+            "by_block": self.by_block,
             **parts,
             "skipped": dict(self.skipped),
             "failed": dict(self.failed),
@@ -142,6 +145,7 @@ class ValidationResult:
             value["device"],
             value["seconds"],
             value["ranks"],
+            value["by_block"],
         )
 
 
@@ -183,7 +187,7 @@ class ResultBuilder:
         self.skipped.update(dict.fromkeys(parts, reason))
 
     def build(
-        self, world_size: int, ranks: str, seconds: Mapping[str, float], allowed: Iterable[str]
+        self, world_size: int, ranks: str, seconds: Mapping[str, float], allowed: Iterable[str], *, by_block: bool
     ) -> ValidationResult:
         """Return the result.
 
@@ -192,10 +196,11 @@ class ResultBuilder:
             ranks: what the ranks are, `processes` or `threads`.
             seconds: the time that each phase took on rank 0.
             allowed: the patterns of what need not be exercised.
+            by_block: whether the models were compared block by block.
         """
         unexercised = allow(self.unexercised, tuple(allowed))
         return ValidationResult(
-            world_size, self.checks, self.skipped, self.failed, unexercised, self.device.type, seconds, ranks
+            world_size, self.checks, self.skipped, self.failed, unexercised, self.device.type, seconds, ranks, by_block
         )
 
     @contextmanager

@@ -13,11 +13,14 @@ from runtime.checkpoint.files.side_files import follow_links
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.open import open_checkpoint
 from runtime.models.dtypes import DTYPES, dtype_name
+from runtime.parallel.mismatch import Mismatch
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.processes.group import select_device
 from runtime.processes.thread_ranks import find_thread_device
 from runtime.styles import STYLES, StyleRegistry
 from runtime.validation.backward import BackwardCheck, check_backward
+from runtime.validation.by_block.check import check_by_block
+from runtime.validation.by_block.room import choose_block_precision, fits_whole
 from runtime.validation.content import check_content, list_stored_dtypes
 from runtime.validation.exercise import Unexercised, find_unplaced
 from runtime.validation.file_checks import INCONSISTENT_FILES, convert_file_error
@@ -61,7 +64,7 @@ def run_checks(
     manifest: Manifest | None,
     checkpoint: Checkpoint,
     builder: ResultBuilder,
-) -> None:
+) -> bool:
     """Run the checks in order, skipping those that an earlier failure makes meaningless. Collective.
 
     Args:
@@ -70,6 +73,9 @@ def run_checks(
         manifest: the checkpoint's manifest, if it has one.
         checkpoint: the checkpoint.
         builder: collects the results.
+
+    Returns:
+        Whether the models were compared block by block.
 
     Raises:
         MigratorError: the work could not be done, or the files contradict each other; raised on every rank.
@@ -81,7 +87,16 @@ def run_checks(
         parallel = _build_checked_model(request, styles, manifest, own, builder)
     if parallel is None or not builder.checks["structure"].ok:
         builder.skip("the structure is wrong", *PARTS[1:])
-        return
+        return False
+    if request.by_block or not fits_whole(parallel.model, builder.device):
+        precision = choose_block_precision(parallel.model, builder.device)
+        structure = builder.checks["structure"]
+        wrong = (*structure.mismatches, *_compare_config(request, checkpoint))
+        builder.add("structure", replace(structure, mismatches=wrong))
+        resolved = parallel.resolved
+        del parallel
+        check_by_block(request, styles, checkpoint, resolved, precision, builder)
+        return True
     with builder.time_phase("loading"):
         load_weights(parallel, checkpoint, builder.device, None)
     with builder.time_phase("structure"):
@@ -92,7 +107,7 @@ def run_checks(
     comparison = _Comparison(request, checkpoint, precision, builder)
     if dtypes == [dtype_name(precision.dtype)]:
         comparison.run(parallel, None)
-        return
+        return False
     stored = _run_stored_dtype_models(request, parallel, dtypes, builder)
     del parallel  # frees its memory for the exact model
     free_memory(builder.device)
@@ -100,6 +115,7 @@ def run_checks(
         exact = build_parallel_model(request, precision.dtype, builder.device, styles)
         load_weights(exact, checkpoint, builder.device, precision.dtype)
     comparison.run(exact, stored)
+    return False
 
 
 def _build_checked_model(
@@ -126,10 +142,15 @@ def _build_checked_model(
 
 def _check_loaded_structure(request: ValidationRequest, parallel: ParallelModel, checkpoint: Checkpoint) -> CheckResult:
     """Compare the loaded model with its plan, and its config with the recorded one and the reference's."""
-    result, reference = check_loaded(parallel, checkpoint), request.reference
+    result = check_loaded(parallel, checkpoint)
+    return replace(result, mismatches=(*result.mismatches, *_compare_config(request, checkpoint)))
+
+
+def _compare_config(request: ValidationRequest, checkpoint: Checkpoint) -> list[Mismatch]:
+    reference = request.reference
     changed = raise_on_any_rank(lambda: compare_recorded_config(checkpoint))
     different = raise_on_any_rank(lambda: compare_configs(request.folder, reference)) if reference else []
-    return replace(result, mismatches=(*result.mismatches, *changed, *different))
+    return [*changed, *different]
 
 
 def _run_stored_dtype_models(
@@ -192,8 +213,8 @@ class _Comparison:
         with builder.time_phase("backward"):
             self._compare_gradients(parallel, reference)
         with builder.time_phase("generation"):
-            tokens = sample_batches(parallel.model, request)[0].tokens
-            builder.add("generation", check_generation(parallel.model, tokens, reference, request))
+            inputs = sample_batches(parallel.model, request)[0].inputs
+            builder.add("generation", check_generation(parallel.model, inputs, reference, request))
 
     def _compare_outputs(
         self, parallel: ParallelModel, reference: ReferenceModel, stored: StoredDtypeOutputs | None
@@ -204,7 +225,7 @@ class _Comparison:
         expected = run_reference_model(reference, batches, own)
         if isinstance(expected, RankFailure):
             raise build_reference_error(source, expected)
-        found = run_parallel_model(parallel.model, batches[own].tokens)
+        found = run_parallel_model(parallel.model, batches[own].inputs)
         if isinstance(found, PartFailure):
             self.builder.add("forward", found)
             return False
@@ -254,16 +275,17 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
     """
     device = raise_on_any_rank(lambda: select_device(request.device))
     builder = ResultBuilder(device)
+    by_block = False
     try:
         with follow_links(request.follow_links):
             manifest, checkpoint = raise_on_any_rank(lambda: _read_checkpoint(request))
-            run_checks(request, styles, manifest, checkpoint, builder)
+            by_block = run_checks(request, styles, manifest, checkpoint, builder)
     except MigratorError as error:
         builder.checks["content"] = convert_file_error(request, error)
         builder.skip(INCONSISTENT_FILES, *(part for part in PARTS if part not in builder.checks))
     seconds: dict[str, float] = all_gather_json(builder.seconds)[0]
     ranks = "processes" if find_thread_device() is None else "threads"
-    return builder.build(dist.get_world_size(), ranks, seconds, request.allow_unexercised)
+    return builder.build(dist.get_world_size(), ranks, seconds, request.allow_unexercised, by_block=by_block)
 
 
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:

@@ -31,6 +31,19 @@ def test_validate_proves_and_prints_json(hub, rank_folder):
     assert result["forward"]["max_abs_diff"] < 1e-5
 
 
+def test_validate_by_block_says_so(migrator, rank_folder):
+    source = rank_folder("qwen3_moe", 2)
+    code, output, errors = migrator("validate", source, "--tp", 2, "--by-block", "--ranks", "threads")
+    assert (code, errors) == (0, [])
+    assert re.search(r"structure  ok       36 tensors on each of 2 ranks \(threads\), \d+ of them sharded", output)
+    assert re.search(
+        r"forward    ok       6 blocks, each on the unsharded inputs, largest difference .* in float64", output
+    )
+    assert re.search(r"backward   ok       36 gradients and those of 5 inputs in float64, largest difference", output)
+    assert "generation skipped  the model was compared block by block" in output
+    assert output.endswith(f"{source}: proven, block by block\n")
+
+
 def test_validate_finds_exchanged_ranks(tmp_path, rank_folder):
     folder = Path(shutil.copytree(rank_folder("qwen3_moe", 2), tmp_path / "out"))
     first, second = sorted(folder.glob("rank-*.safetensors"))

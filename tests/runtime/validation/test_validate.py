@@ -252,21 +252,12 @@ def test_a_manifest_from_another_model_is_found(two_ranks: RankPool, rank_folder
     assert {"model_type", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.experts.gate_up_proj"} <= names
 
 
-def test_a_model_that_needs_more_than_tokens_is_refused(
+def test_a_model_whose_inputs_are_not_known_is_refused(
     two_ranks: RankPool, rank_folder: RankFolder, tmp_path: Path
 ) -> None:
     folder = copied(rank_folder("llama", 2), tmp_path)
-    config = transformers.T5GemmaConfig(
-        **{side: {**MODELS["llama"][1], "head_dim": 8} for side in ("encoder", "decoder")},
-        architectures=["T5GemmaForConditionalGeneration"],
-        vocab_size=101,
-    )
-    config.save_pretrained(folder)
-    with pytest.raises(
-        UsageError,
-        match=r"(?s)T5GemmaForConditionalGeneration needs more inputs than input_ids.*"
-        "hint: validate runs decoder-only language models",
-    ):
+    transformers.ResNetConfig(architectures=["ResNetModel"]).save_pretrained(folder)
+    with pytest.raises(UsageError, match="ResNetModel: its config has no `image_size` to make images of"):
         two_ranks.run(validation_cases.validate, folder, None)
 
 

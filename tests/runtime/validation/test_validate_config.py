@@ -58,7 +58,7 @@ def test_a_model_that_fails_unsharded_has_no_wrong_plan(
     two_ranks: RankPool, hub_folder: HubFolder, tmp_path: Path
 ) -> None:
     hub = edit(Path(shutil.copytree(hub_folder("mixtral"), tmp_path / "hub")), num_experts_per_tok=5)
-    with pytest.raises(UsageError, match=r"the unsharded model cannot run on these tokens: .*selected index k out of"):
+    with pytest.raises(UsageError, match=r"the unsharded model cannot run on these inputs: .*selected index k out of"):
         two_ranks.run(validation_cases.validate, hub)
 
 

@@ -264,8 +264,10 @@ def unread(folder: Path) -> int:
     """Return a token that models neither read nor write."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     request = ValidationRequest(folder, Mesh(tp=2))
-    tokens = sample_batches(model, request)[0].tokens
-    read = set(torch.cat([tokens, generate_tokens(model, tokens, request.new_tokens)], 1).flatten().tolist())
+    inputs = sample_batches(model, request)[0].inputs
+    read = set(
+        torch.cat([inputs["input_ids"], generate_tokens(model, inputs, request.new_tokens)], 1).flatten().tolist()
+    )
     return next(token for token in range(model.config.vocab_size) if token not in read)
 
 

@@ -182,11 +182,12 @@ def test_a_model_without_a_plan_is_proven_over_data_ranks(two_ranks: RankPool, t
         two_ranks.run(validation_cases.validate, tmp_path / "hub", None, Mesh(tp=2))
 
 
-def test_gemma_4_runs_and_its_towers_are_named(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_gemma_4_runs_and_a_tower_without_inputs_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
     hub = save_gemma_4(tmp_path / "hub")
     found = two_ranks.run(validation_cases.validate, hub)[0]
     assert (found["verdict"], found["failed"]) == ("not fully proven", {})
-    assert {row["name"].split(".")[1] for row in found["unexercised"]} == {"vision_tower", "embed_vision"}
+    # Inputs have images, but no sounds.
+    assert {row["name"].split(".")[1] for row in found["unexercised"]} == {"audio_tower", "embed_audio"}
 
 
 def test_models_that_do_not_fit_in_float64_are_compared_in_float32(two_ranks: RankPool, hub_folder: HubFolder) -> None:
@@ -197,7 +198,7 @@ def test_models_that_do_not_fit_in_float64_are_compared_in_float32(two_ranks: Ra
 
 
 def save_gemma_4(folder: Path) -> Path:
-    """Save a tiny Gemma 4 with a vision tower, and the embedding tied to the head, which its plan shards."""
+    """Save a tiny Gemma 4 with two towers, and the embedding tied to the head, which its plan shards."""
     text = {
         **{key: value for key, value in DENSE.items() if key != "num_key_value_heads"},
         **{"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2},
@@ -207,9 +208,9 @@ def save_gemma_4(folder: Path) -> Path:
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "position_embedding_size": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
     tokens = {"image_token_id": 95, "boi_token_id": 96, "eoi_token_id": 97, "boa_token_id": 98, "audio_token_id": 94}
-    config = transformers.Gemma4Config(
-        text_config=text, vision_config=vision | heads, eoa_token_index=99, video_token_id=93, **tokens
-    )
+    audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "output_proj_dims": 32}
+    towers = {"vision_config": vision | heads, "audio_config": audio | {"subsampling_conv_channels": [8, 4]}}
+    config = transformers.Gemma4Config(text_config=text, eoa_token_index=99, video_token_id=93, **towers, **tokens)
     model = transformers.Gemma4ForConditionalGeneration(config)
     with_noise(model).save_pretrained(folder)
     return folder

@@ -1,0 +1,1 @@
+"""Validation block by block, for checkpoints that do not fit in memory twice."""
