@@ -14,6 +14,7 @@ from plans.mesh import Mode
 from runtime.proving.prove import ClassProof
 from runtime.proving.sizes import load_sizes
 from runtime.proving.task import ModeResult, ProofTask
+from tests.sequence_plans import SEQUENCE_PLANS, fork_with_sequence_plan
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -82,3 +83,28 @@ def test_a_wrong_plan_is_found_wrong(classes: dict[str, PlanClass], monkeypatch:
     result = prove(one, "tp")
     assert result.outcome == "differs", result
     assert "q_a_proj" in result.why
+
+
+@pytest.mark.parametrize("family", SEQUENCE_PLANS)
+def test_sequence_parallel_plans_that_configs_carry_pass(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (one,) = find_plan_classes(
+        [fork_with_sequence_plan(tmp_path, family, SEQUENCE_PLANS[family], f"sequence_{family}")]
+    )
+    proof = ClassProof(ProofTask(one.module, one.name, ("sp", "sp_ep")), load_sizes(), 600.0)
+    for mode in ("sp", "sp_ep"):
+        result = proof.prove(mode)
+        assert result.outcome == "passed", result
+        assert result.sharded > 6
+        assert result.added == ()
+
+
+def test_a_norm_that_a_sequence_parallel_plan_forgets_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan = {key: style for key, style in SEQUENCE_PLANS["mixtral"].items() if key != "layers.*.input_layernorm"}
+    (one,) = find_plan_classes([fork_with_sequence_plan(tmp_path, "mixtral", plan, "forgetful_mixtral")])
+    result = prove(one, "sp")
+    assert result.outcome in ("refused", "differs"), result
+    assert "input_layernorm" in result.why
