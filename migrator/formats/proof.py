@@ -117,7 +117,8 @@ def proof_summary_lines(report: ProofReport, *, failures_only: bool = False) -> 
     for row, result in report.results:
         if result.outcome in FINDINGS | FAILURES:
             path, line = row.find_location(result.mode)
-            yield f"{result.outcome} {format_path(path)}:{line} {row.task.name} {result.mode}: {result.why}"
+            hint = f"; {result.hint}" if result.hint else ""
+            yield f"{result.outcome} {format_path(path)}:{line} {row.task.name} {result.mode}: {result.why}{hint}"
     yield from (f"to repeat it: migrator prove --replay {path}" for path in report.saved)
     if failures_only:
         return

@@ -52,7 +52,7 @@ def _build_model(task: ProofTask, sizes: Sizes) -> PreTrainedModel:
     if task.config is not None:
         config = getattr(import_module(task.module), task.class_name).from_dict(dict(task.config))
     else:
-        config = tiny_config(task.module, task.class_name, task.variant, sizes)
+        config = tiny_config(task.module, task.class_name, task.variant, sizes, task.tp, task.ep)
     return tiny_model(config, FLOAT64.dtype, task.seed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,8 @@ __all__ = ["Sizes", "load_sizes", "read_sizes"]
 
 _FILE = Path(__file__).with_name("sizes.toml")
 _INPUTS = ("tokens", "embeddings")
-_TABLES = ("largest", "classes", "variants", "inputs")
+_TABLES = ("largest", "divided", "classes", "variants", "inputs")
+_DIVIDED = ("heads", "tp", "ep")
 
 _Values = Mapping[str, Any]
 
@@ -27,23 +28,30 @@ class Sizes:
 
     Args:
         largest: by field, the value that a class gets whose default is larger.
+        divided: the fields that tensor parallelism divides, `heads` in common and `tp` each by itself, and those that
+            expert parallelism does, `ep`.
         classes: by class, the fields that it needs besides.
         variants: by class and by what is different about it, the fields of another shape of the class.
         inputs: by class, what its model takes; a class that is not named takes tokens.
     """
 
     largest: Mapping[str, int]
+    divided: Mapping[str, Sequence[str]]
     classes: Mapping[str, _Values]
     variants: Mapping[str, Mapping[str, _Values]]
     inputs: Mapping[str, str]
 
     def extend(self, other: Sizes) -> Sizes:
         """Return these sizes with another file's in their place, field by field."""
+        divided = {
+            kind: [*self.divided.get(kind, ()), *other.divided.get(kind, ())]
+            for kind in self.divided.keys() | other.divided.keys()
+        }
         names = self.classes.keys() | other.classes.keys()
         classes = {name: {**self.classes.get(name, {}), **other.classes.get(name, {})} for name in names}
         names = self.variants.keys() | other.variants.keys()
         variants = {name: {**self.variants.get(name, {}), **other.variants.get(name, {})} for name in names}
-        return Sizes({**self.largest, **other.largest}, classes, variants, {**self.inputs, **other.inputs})
+        return Sizes({**self.largest, **other.largest}, divided, classes, variants, {**self.inputs, **other.inputs})
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -74,6 +82,9 @@ def read_sizes(path: Path) -> Sizes:
     for name, size in tables["largest"].items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             _refuse(path, f"largest.{name}", "is not a size", "write a number of 1 or more")
+    for kind, fields in tables["divided"].items():
+        if kind not in _DIVIDED or not isinstance(fields, list) or not all(isinstance(one, str) for one in fields):
+            _refuse(path, f"divided.{kind}", "is not a list of fields", f"lists are {', '.join(_DIVIDED)}")
     for name, values in tables["classes"].items():
         _check_table(path, f"classes.{name}", values)
     for name, variants in tables["variants"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +29,9 @@ _IMAGE = (1, 4, 4)
 """One image of 4 by 4 patches."""
 
 
-def tiny_config(module: str, class_name: str, variant: str = "", sizes: Sizes | None = None) -> PreTrainedConfig:
+def tiny_config(
+    module: str, class_name: str, variant: str = "", sizes: Sizes | None = None, tp: int = 1, ep: int = 1
+) -> PreTrainedConfig:
     """Build a config class with every size cut down that is larger than the table of sizes says.
 
     Args:
@@ -36,6 +39,7 @@ def tiny_config(module: str, class_name: str, variant: str = "", sizes: Sizes | 
         class_name: the class.
         variant: another shape of the class, as the sizes name it.
         sizes: the table, None for migrator's own.
+        tp, ep: what must divide the sizes that these axes divide.
 
     Raises:
         UsageError: the sizes have no such variant.
@@ -56,7 +60,9 @@ def tiny_config(module: str, class_name: str, variant: str = "", sizes: Sizes | 
         # Latent attention has no groups of heads.
         shrunk["num_key_value_heads"] = sizes.largest["num_attention_heads"]
     own = {**sizes.classes.get(class_name, {}), **variants.get(variant, {})}
-    config: PreTrainedConfig = config_class(**{**forced, **shrunk, **own})
+    values = {**forced, **shrunk, **own}
+    fitting = _fit_mesh({**defaults, **values}, sizes, tp, ep) if max(tp, ep) > 1 else {}
+    config: PreTrainedConfig = config_class(**{**values, **fitting})
     return config
 
 
@@ -98,6 +104,24 @@ def tiny_inputs(
         patches = torch.randn(int(grid.prod()), config.num_channels * config.patch_size**2, generator=generator)
         return {"pixel_values": patches.to(dtype), "grid_thw": grid}
     return {"input_ids": torch.randint(_FIRST_TOKEN, config.vocab_size, (_BATCH, length), generator=generator)}
+
+
+def _fit_mesh(values: Mapping[str, object], sizes: Sizes, tp: int, ep: int) -> dict[str, int]:
+    """Return the sizes that the axes of a mesh do not divide, enlarged so that they do."""
+
+    def find(kind: str) -> dict[str, int]:
+        found = {name: values.get(name) for name in sizes.divided.get(kind, ())}
+        return {name: value for name, value in found.items() if isinstance(value, int) and value > 1}
+
+    heads = find("heads")
+    factor = tp // math.gcd(tp, *heads.values())
+    if not isinstance(values.get("head_dim"), int) and isinstance(width := values.get("hidden_size"), int):
+        heads["hidden_size"] = width  # shared out to the heads, which keep their width
+    return {
+        **{name: value * factor for name, value in heads.items()},
+        **{name: math.lcm(value, tp) for name, value in find("tp").items()},
+        **{name: math.lcm(value, ep) for name, value in find("ep").items()},
+    }
 
 
 def _read_defaults(config_class: type) -> dict[str, object]:
