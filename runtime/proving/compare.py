@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import inf
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +24,7 @@ from runtime.processes.thread_ranks import run_on_ranks
 from runtime.proving.sizes import Sizes
 from runtime.proving.tiny_model import tiny_inputs
 from runtime.validation.exercise import find_idle_experts, stacks_experts
+from runtime.validation.forced_routing import force_routing
 from runtime.validation.inputs import count_batches, find_batch
 from runtime.validation.local import detach_local, slice_local_shard
 from runtime.validation.precision import FLOAT64
@@ -46,24 +49,35 @@ class Reference:
         inputs: a batch for each group of ranks that computes together.
         outputs: the output for each of them.
         gradients: the gradient of each parameter, of the mean over all batches; None for a parameter without one.
+        forced: the number of experts of each module whose experts tokens chose in turn, whatever its router chose.
     """
 
     model: PreTrainedModel
     inputs: Sequence[Inputs]
     outputs: Sequence[torch.Tensor]
     gradients: Mapping[str, torch.Tensor | None]
+    forced: Mapping[str, int]
 
     @property
-    def unexercised(self) -> tuple[str, ...]:
-        """The parameters without a gradient, and those with experts that no token reached."""
-        return tuple(name for name, gradient in self.gradients.items() if self._is_idle(name, gradient))
+    def unused(self) -> frozenset[str]:
+        """The parameters without a gradient."""
+        without = (name for name, gradient in self.gradients.items() if gradient is None or not gradient.any())
+        return frozenset(name for name in without if self.model.get_parameter(name).requires_grad)
 
-    def _is_idle(self, name: str, gradient: torch.Tensor | None) -> bool:
-        if gradient is None or not gradient.any():
-            trained: bool = self.model.get_parameter(name).requires_grad
-            return trained
-        owner = self.model.get_submodule(name.rpartition(".")[0])
-        return stacks_experts(owner, gradient) and bool(find_idle_experts(gradient))
+    @property
+    def idle_experts(self) -> Mapping[str, list[int]]:
+        """The experts that no token reached, by the parameter that stacks them."""
+        found = {
+            name: find_idle_experts(gradient)
+            for name, gradient in self.gradients.items()
+            if gradient is not None and stacks_experts(self.model.get_submodule(name.rpartition(".")[0]), gradient)
+        }
+        return {name: experts for name, experts in found.items() if experts}
+
+    @property
+    def unexercised(self) -> frozenset[str]:
+        """The parameters without a gradient, and those with experts that no token reached."""
+        return self.unused | self.idle_experts.keys()
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,11 @@ class Comparison:
         """The largest error of all."""
         return max(self.output, *self.gradients.values())
 
+    def join(self, other: Comparison) -> Comparison:
+        """Return the larger errors of two comparisons of one model."""
+        gradients = {name: max(error, other.gradients[name]) for name, error in self.gradients.items()}
+        return Comparison(max(self.output, other.output), gradients, self.sharded)
+
 
 def build_inputs(model: PreTrainedModel, mesh: Mesh, seed: int, sizes: Sizes) -> list[Inputs]:
     """Return a batch for each group of ranks of a mesh that computes together."""
@@ -98,18 +117,25 @@ def build_inputs(model: PreTrainedModel, mesh: Mesh, seed: int, sizes: Sizes) ->
     return [tiny_inputs(model, FLOAT64.dtype, 1 + seed * count + number, length, sizes) for number in range(count)]
 
 
-def run_reference(model: PreTrainedModel, inputs: Sequence[Inputs]) -> Reference:
+def run_reference(
+    model: PreTrainedModel, inputs: Sequence[Inputs], forced: Mapping[str, int] = MappingProxyType({})
+) -> Reference:
     """Run the unsharded model forward and backward on all batches.
+
+    Args:
+        model: the model.
+        inputs: the batches.
+        forced: the number of experts of each module whose experts tokens are to choose in turn.
 
     Raises:
         ValueError: its outputs are not finite.
     """
-    outputs = [_run(model, batch, number, 1 / len(inputs)) for number, batch in enumerate(inputs)]
+    outputs = [_run(model, batch, number, forced, 1 / len(inputs)) for number, batch in enumerate(inputs)]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     if not all(output.isfinite().all() for output in outputs):
         raise ValueError("the unsharded model's outputs are not finite")
-    return Reference(model, inputs, outputs, gradients)
+    return Reference(model, inputs, outputs, gradients, forced)
 
 
 def compare_on_ranks(reference: Reference, resolved: ResolvedPlan, timeout: float) -> Comparison:
@@ -124,12 +150,8 @@ def compare_on_ranks(reference: Reference, resolved: ResolvedPlan, timeout: floa
         MigratorError: a check refuses the plan, or the model is not sharded as planned.
         WorkerError: a rank failed, or the ranks wait for each other.
     """
-    found = run_on_ranks(lambda: _compare_rank(reference, resolved), resolved.mesh, timeout=timeout)
-    names = reference.gradients
-    return Comparison(
-        max(one.output for one in found),
-        {name: max(one.gradients[name] for one in found) for name in names},
-        found[0].sharded,
+    return reduce(
+        Comparison.join, run_on_ranks(lambda: _compare_rank(reference, resolved), resolved.mesh, timeout=timeout)
     )
 
 
@@ -138,7 +160,7 @@ def _compare_rank(reference: Reference, resolved: ResolvedPlan) -> Comparison:
     parallelize(model, device_meshes(resolved.mesh, "cpu"), resolved)
     verify_sharding(model, resolved)
     own = find_batch(resolved.mesh, dist.get_rank())
-    output, expected = _run(model, reference.inputs[own], own), reference.outputs[own]
+    output, expected = _run(model, reference.inputs[own], own, reference.forced), reference.outputs[own]
     gradients = reference.gradients
     floor = FLOAT64.gradient_floor * max(float(one.abs().max()) for one in gradients.values() if one is not None)
     errors = {
@@ -166,16 +188,19 @@ def _measure(found: torch.Tensor, expected: torch.Tensor, scale: float) -> float
     return float((found - expected).abs().nan_to_num(nan=inf).max()) / scale if scale else inf
 
 
-def _run(model: PreTrainedModel, inputs: Inputs, number: int, share: float = 1.0) -> torch.Tensor:
+def _run(
+    model: PreTrainedModel, inputs: Inputs, number: int, forced: Mapping[str, int], share: float = 1.0
+) -> torch.Tensor:
     """Run a model and a loss that weighs every output differently; return the outputs.
 
     Args:
         model: the model, parallel or not.
         inputs: the batch.
         number: the batch's number, by which its outputs are weighed.
+        forced: see `run_reference`.
         share: the batch's share of the mean over all batches.
     """
-    with FLOAT64.computing():
+    with FLOAT64.computing(), force_routing(model, forced, number, set()):
         outputs = model(**inputs)
         tensors = (getattr(outputs, name, None) for name in _OUTPUTS)
         output = next((tensor for tensor in tensors if isinstance(tensor, torch.Tensor)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from runtime.proving.sizes import Sizes
 from runtime.proving.task import ModeResult, Outcome, ProofTask, build_mode_mesh
 from runtime.proving.tiny_model import tiny_config, tiny_model
 from runtime.styles.registry import STYLES
+from runtime.validation.forced_routing import can_force_routing, count_experts
 from runtime.validation.precision import FLOAT64
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ class ClassProof:
         if self._failure:
             return ModeResult(mode, "not instantiated", self._failure)
         start = time.perf_counter()
-        return replace(self._prove(mode), seconds=time.perf_counter() - start)
+        result = replace(self._prove(mode), seconds=time.perf_counter() - start)
+        gc.collect()  # models are cycles of modules and hooks, and their tensors are invisible to the collector
+        return result
 
     def _prove(self, mode: Mode) -> ModeResult:
         missing = self._find_missing_plan(mode)
@@ -119,6 +123,12 @@ class ClassProof:
 
     def _compare(self, mode: Mode, plan: Plan, resolved: ResolvedPlan, reference: Reference) -> ModeResult:
         comparison = compare_on_ranks(reference, resolved, self._timeout)
+        unexercised = reference.unexercised
+        idle = count_experts(resolved, reference.idle_experts)
+        if idle and can_force_routing(resolved):
+            forced = run_reference(self._model, reference.inputs, idle)
+            comparison = comparison.join(compare_on_ranks(forced, resolved, self._timeout))
+            unexercised &= forced.unexercised
         worst = comparison.worst
         declared = {key for key, _ in read_declared_entries(self._model)}
         result = ModeResult(
@@ -129,7 +139,7 @@ class ClassProof:
             worst=worst,
             sharded=comparison.sharded,
             added=tuple(sorted(plan.entries.keys() - declared)),
-            unexercised=reference.unexercised,
+            unexercised=tuple(name for name in comparison.gradients if name in unexercised),
         )
         if not comparison.sharded:
             return replace(result, outcome="differs", why="the plan shards nothing")
