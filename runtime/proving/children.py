@@ -31,6 +31,7 @@ __all__ = ["ChildSettings", "build_environment", "prove_tasks"]
 
 _SECRET = re.compile(r"AWS_.*|.*(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS?)", re.IGNORECASE)
 _OWN_PACKAGES = Path(__file__).parents[2]
+_ENTRY_POINT = "runtime.proving.process"
 _LAST_BYTES = 20_000
 _STARTUP_TIMEOUT = 600.0
 """Seconds in which a child must have imported torch and transformers."""
@@ -170,7 +171,7 @@ class _Run:
     def _start(self) -> _Child:
         ours, theirs = Pipe()
         log = self.folder / f"{time.monotonic_ns()}.log"
-        command = [sys.executable, "-P", "-W", "ignore", "-m", "runtime.proving.process"]
+        command = [sys.executable, "-P", "-W", "ignore", "-m", _ENTRY_POINT]
         with theirs, log.open("wb") as output:
             process = subprocess.Popen(
                 [*command, str(os.getpid()), str(theirs.fileno())],
