@@ -20,6 +20,7 @@ __all__ = [
     "ProofReport",
     "ProofRow",
     "build_proof_table",
+    "format_counts",
     "proof_as_json",
     "proof_github_lines",
     "proof_page_lines",
@@ -128,6 +129,12 @@ def proof_summary_lines(report: ProofReport, *, failures_only: bool = False) -> 
             f"{counts[name]} {name}" for name in OUTCOMES if counts[name]
         )
     yield f"{format_count(len(report.rows), 'row')} in {report.seconds:.0f} s"
+
+
+def format_counts(report: ProofReport) -> str:
+    """Return how many results had which outcome, over all modes."""
+    counts = Counter(result.outcome for _, result in report.results)
+    return ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name]) or "no class has a plan"
 
 
 def proof_as_json(report: ProofReport) -> dict[str, object]:

@@ -7,7 +7,7 @@ from migrator.jobs.job import Job, Step
 from migrator.jobs.reading import job_files, read
 from migrator.jobs.results import Event, Forecast, JobResult, Listener, StepForecast, StepResult
 from migrator.jobs.running import foresee, run
-from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 
 __all__ = [
     "Check",
@@ -16,6 +16,7 @@ __all__ = [
     "Job",
     "JobResult",
     "Listener",
+    "Prove",
     "Reshard",
     "Rewrite",
     "Step",

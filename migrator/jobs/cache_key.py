@@ -14,7 +14,7 @@ from migrator.jobs.job import Job, Step, is_on_hub
 from migrator.jobs.readers import list_external_files
 from migrator.jobs.state import Record, Records
 from migrator.options.common import require_runtime
-from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 from plans.dialect_file import is_dialect_file, list_dialect_files
 
 __all__ = [
@@ -33,7 +33,7 @@ _SOURCES: Mapping[type, tuple[str, ...]] = {
     Verify: ("source", "other"),
     Validate: ("source", "reference"),
 }
-_PACKAGES: Mapping[type, tuple[str, ...]] = dict.fromkeys(_SOURCES, ("torch", "transformers"))
+_PACKAGES: Mapping[type, tuple[str, ...]] = dict.fromkeys((*_SOURCES, Prove), ("torch", "transformers"))
 _FILES_PREFIX = "files of "
 _UNFINISHED = {"failed": "it failed", "stopped": "it was stopped", "started": "its run was killed"}
 
@@ -93,7 +93,7 @@ def check_up_to_date(job: Job, records: Records, name: str, step: Step) -> StepS
     Raises:
         MigratorError: a source on the hub cannot be fetched, or a path does not exist.
     """
-    if type(step) in _SOURCES:
+    if type(step) in _PACKAGES:
         require_runtime()
     cache_key, record, product = _build_cache_key(step), records.get(name), compute_product_digest(job, name, step)
     why = _find_run_reason(record, cache_key, product)
@@ -118,6 +118,9 @@ def _build_cache_key(step: Step) -> CacheKey:
             sources = {"the tree": collect_stamps(_list_tree_files(step.paths, verifies=verifies))}
             named = filter(None, (step.source, step.target))
             sources |= {name: collect_stamps(list_dialect_files(name)) for name in named if is_dialect_file(name)}
+        case Prove():
+            sources = {"the tree": collect_stamps(_list_tree_files(step.paths, verifies=False))}
+            sources |= {str(file): collect_stamps([file]) for file in (step.config, step.sizes) if file is not None}
         case _:
             sources = {
                 text: collect_stamps(list_files(locate_checkpoint(text))) for text in find_source_checkpoints(step)

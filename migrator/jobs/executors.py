@@ -7,11 +7,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from migrator import actions
+from migrator import actions, proofs
 from migrator.exit_codes import of_findings, of_validation
 from migrator.jobs.interruption import interruptible
 from migrator.jobs.results import ActionOutcome, StepContext
-from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 from plans.text import format_count
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ def _build_tree_outcome(report: SourceReport, code: int, summary: str) -> Action
     return ActionOutcome(code, summary, report_as_json(report), error=error)
 
 
+def _prove(step: Prove, context: StepContext) -> ActionOutcome:
+    from migrator.formats.proof import format_counts, proof_as_json
+
+    with interruptible():
+        report = proofs.prove(step)
+    error = report.errors[0] if report.errors else None
+    code = proofs.compute_proof_exit_code(report)
+    return ActionOutcome(code, format_counts(report), proof_as_json(report), error=error)
+
+
 def _reshard(step: Reshard, context: StepContext) -> ActionOutcome:
     from migrator.jobs.resharding import run_step
 
@@ -88,6 +98,7 @@ def _validate(step: Validate, context: StepContext) -> ActionOutcome:
 EXECUTORS: Mapping[type, Callable[[Any, StepContext], ActionOutcome]] = {
     Rewrite: _rewrite,
     Check: _check,
+    Prove: _prove,
     Reshard: _reshard,
     Verify: _verify,
     Validate: _validate,

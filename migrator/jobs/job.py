@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from migrator.options.external import HUB_PREFIX
-from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 
 __all__ = ["Job", "Step", "is_on_hub"]
 
-Step = Rewrite | Check | Reshard | Verify | Validate
+Step = Rewrite | Check | Prove | Reshard | Verify | Validate
 
 
 @dataclass(frozen=True)

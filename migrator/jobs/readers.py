@@ -146,6 +146,16 @@ def make_choice_reader(*names: str) -> SettingReader:
     return read
 
 
+def make_choices_reader(*names: str) -> SettingReader:
+    """Return a reader that accepts one of some names, or a list of them."""
+    read_one = make_choice_reader(*names)
+
+    def read(location: SettingLocation, value: object) -> tuple[object, ...]:
+        return tuple(read_one(location, one) for one in (value if isinstance(value, list) else [value]))
+
+    return read
+
+
 def read_path(location: SettingLocation, value: object) -> Path:
     """Read a path relative to the job file; its parent folders are resolved, without `..` and links."""
     path = (location.file.parent / read_text(location, value)).absolute()

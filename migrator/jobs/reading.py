@@ -18,7 +18,7 @@ from migrator.jobs.readers import (
     SettingReader,
 )
 from migrator.options.external import check_external_options
-from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
+from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 from plans.errors import UsageError
 from plans.mesh import AXES, MODES, Mesh
 from plans.text import suggest_name
@@ -41,6 +41,17 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
     "": {"output": readers.read_path},
     "rewrite": {**_TREE_SETTINGS, "verify": readers.read_flag, "in_place": readers.read_flag},
     "check": _TREE_SETTINGS,
+    "prove": {
+        "paths": readers.read_paths,
+        "installed": readers.read_flag,
+        "experts_only": readers.read_flag,
+        **dict.fromkeys(("tp", "ep", "fsdp"), readers.read_size),
+        "mode": readers.make_choices_reader(*MODES),
+        "config": readers.read_path,
+        "sizes": readers.read_path,
+        "timeout": readers.read_seconds,
+        "max_memory": readers.read_size,
+    },
     "reshard": {
         "name": readers.read_name,
         "source": readers.read_checkpoint_name,
@@ -177,6 +188,8 @@ def _build_steps(
             "check",
             Check(**_require_option("paths", checking[0], {**_select_tree_options(rewriting), **checking[1]})),
         )
+    if proving := only.get("prove"):
+        yield "prove", _build_prove(*proving, _select_tree_options(rewriting))
     for suffix, target in targets.items():
         yield f"reshard{suffix}", target
     for suffix, options in _expand_per_target(only.get("verify"), targets, _build_verify_options):
@@ -185,6 +198,13 @@ def _build_steps(
         yield f"verify{suffix}", verifying
     for suffix, options in _expand_per_target(only.get("validate"), targets, _build_validate_options):
         yield f"validate{suffix}", Validate(**options)
+
+
+def _build_prove(location: SettingLocation, options: _Options, tree: _Options) -> Prove:
+    """Build the step, which takes the paths of the rewrite unless it has others or takes what is installed."""
+    if not options.get("installed"):
+        options = _require_option("paths", location, {**{key: tree[key] for key in tree if key == "paths"}, **options})
+    return Prove(**options)
 
 
 def _select_tree_options(rewriting: tuple[SettingLocation, _Options] | None) -> _Options:

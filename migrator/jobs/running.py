@@ -34,7 +34,7 @@ from migrator.jobs.results import (
     wrap_internal_error,
 )
 from migrator.jobs.state import Record, Records, Status, read_state, write_state
-from migrator.settings import Check, Reshard, Rewrite
+from migrator.settings import Check, Prove, Reshard, Rewrite
 from migrator.terminal.events import EventLog
 from plans.errors import MigratorError
 from runtime.checkpoint.copying.signals import catch_stop_signals
@@ -285,4 +285,4 @@ def _find_outputs(step: Step) -> tuple[str, ...]:
 
 
 def _find_inputs(step: Step) -> tuple[str, ...]:
-    return tuple(map(str, step.paths)) if isinstance(step, Check) else find_source_checkpoints(step)
+    return tuple(map(str, step.paths)) if isinstance(step, Check | Prove) else find_source_checkpoints(step)

@@ -36,6 +36,15 @@ def test_omitted_settings_are_filled_in_from_earlier_steps(tmp_path):
     }
 
 
+def test_a_proof_takes_the_paths_of_the_rewrite_or_what_is_installed(tmp_path):
+    rewrite, models = '[rewrite]\npaths = ["models"]\n', (tmp_path / "models",)
+    settings = '[prove]\ntp = 4\nmode = ["tp", "sp"]\nsizes = "sizes.toml"\n'
+    job = jobs.read(job_file(tmp_path, rewrite + settings))
+    assert job.steps["prove"] == jobs.Prove(models, tp=4, mode=("tp", "sp"), sizes=tmp_path / "sizes.toml")
+    job = jobs.read(job_file(tmp_path, f'{rewrite}[prove]\ninstalled = true\nmode = "ep"\n'))
+    assert job.steps["prove"] == jobs.Prove(installed=True, mode=("ep",))
+
+
 def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
     job = jobs.read(job_file(tmp_path, '[reshard]\nsource = "hub"\n[verify]\nsource = "out"\n'))
     assert list(job.steps) == ["reshard", "verify"]
@@ -88,6 +97,8 @@ def test_a_checkpoint_of_its_own_is_held_against_nothing_else(tmp_path):
         ("[validate]\nsource = 'a'\ntimeout = nan", "validate.timeout is nan, not a number of seconds", "60"),
         ("[[validate]]\nsource = 'a'", "validate is not a table", "[validate]"),
         ("check = 3", "move.toml: check is not a table", "[check]"),
+        ("[prove]\ntp = 2", "move.toml:1: prove needs `paths`", "write paths = … below [prove]"),
+        ("[prove]\npaths = ['m']\nmode = ['tp', 'pt']", "move.toml:3: prove.mode is 'pt'", "use one of tp"),
         ("a = " + "[" * 5000, "is not TOML", "correct"),
         ("a = " + "1" * 5000, "is not TOML", "correct"),
         ("output = '/'\n[check]\npaths = ['m']", "`output` must be a folder of the job's own, got /", "of its own"),
