@@ -51,7 +51,13 @@ RankRows = Mapping[str, GradientRow]
 
 
 def measure_gradient(
-    gradient: torch.Tensor | None, whole: torch.Tensor, row: ResolvedParameter, mesh: Mesh, *, is_stack: bool
+    gradient: torch.Tensor | None,
+    whole: torch.Tensor,
+    row: ResolvedParameter,
+    mesh: Mesh,
+    *,
+    is_stack: bool,
+    count: int = 1,
 ) -> GradientRow:
     """Compare a rank's gradient with its shard of the whole one; no gradient counts as zeros.
 
@@ -61,14 +67,18 @@ def measure_gradient(
         row: where the plan puts the parameter.
         mesh: the mesh.
         is_stack: whether the parameter is a stack, such as one of experts, of which each must be exercised.
+        count: what the whole gradient is to be divided by.
     """
     wanted = slice_local_shard(whole, row, mesh)
+    wanted = wanted if count == 1 else wanted / count
     found = torch.zeros_like(wanted) if gradient is None else detach_local(gradient)
     assert found.shape == wanted.shape, row.name
     error = float((found - wanted).abs().max().nan_to_num(nan=inf)) if wanted.numel() else 0.0
     idle = find_idle_experts(whole) if dist.get_rank() == 0 and is_stack else ()
     exercised = bool(wanted.any()) if wanted.numel() else None
-    return GradientRow(error, float(whole.abs().max()) if whole.numel() else 0.0, exercised, tuple(idle))
+    # A norm needs no second tensor of the whole's size.
+    largest = float(torch.linalg.vector_norm(whole, inf)) / count if whole.numel() else 0.0
+    return GradientRow(error, largest, exercised, tuple(idle))
 
 
 def gather_rows(rows: RankRows) -> list[RankRows]:

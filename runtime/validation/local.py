@@ -116,8 +116,11 @@ def free_memory(device: torch.device) -> None:
 def read_free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can be allocated, None if that is unknown."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        allocated = torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        find_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)  # since torch 2.8
+        allowed = int(find_fraction(device) * total)
+        return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
     except OSError:

@@ -281,12 +281,14 @@ class BlockComparison:
         stored = {one.name: one.stored for one in self.weights.by_block.get(block, [])}
         for name, parameter in self.blocks[block].named_parameters(prefix=block):
             row = self.resolved.by_name[name]
-            whole = self._get_whole_gradient(name, row.shape) / count
+            whole = self._get_whole_gradient(name, row.shape)
             if stored[name] in self.weights.shared_names:
-                self._add_shared(stored[name], parameter, slice_local_shard(whole, row, self.resolved.mesh))
+                self._add_shared(stored[name], parameter, slice_local_shard(whole, row, self.resolved.mesh) / count)
                 continue
             is_stack = stacks_experts(self.model.get_submodule(name.rpartition(".")[0]), parameter)
-            rows.parameters[name] = measure_gradient(parameter.grad, whole, row, self.resolved.mesh, is_stack=is_stack)
+            rows.parameters[name] = measure_gradient(
+                parameter.grad, whole, row, self.resolved.mesh, is_stack=is_stack, count=count
+            )
 
     def _get_whole_gradient(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Return the sum of a parameter's whole gradients over all batches. Collective for processes."""

@@ -100,10 +100,9 @@ class BlockWeights:
 
     def _read(self, placed: Sequence[Placed], look: Look | None) -> None:
         locals_ = {one.stored: self._allocate(one) for one in placed}
-        if look is not None:
-            for one in placed:
-                if one.stored not in self.looked_at:
-                    self._look(one.stored, locals_.pop(one.stored), look)
+        new = {name: locals_.pop(name) for name in list(locals_) if look is not None and name not in self.looked_at}
+        if new and look is not None:
+            self._look(new, look)
         if locals_:
             transfer(self.source, locals_, list(locals_), default_threads())
 
@@ -133,13 +132,17 @@ class BlockWeights:
             _get_local(one.current).untyped_storage().resize_(one.size)
         return _get_local(one.current)
 
-    def _look(self, name: str, local: torch.Tensor, look: Look) -> None:
-        """Read a tensor as it is stored, let it be looked at, and cast it into place."""
-        stored = torch.empty(local.shape, dtype=DTYPES[self.source.dtypes[name]], device=self.device)
-        transfer(self.source, {name: stored}, [name], default_threads())
-        look(name, stored)
-        local.copy_(stored)
-        self.looked_at.add(name)
+    def _look(self, locals_: Mapping[str, torch.Tensor], look: Look) -> None:
+        """Read tensors as they are stored, let them be looked at, and cast them into place."""
+        stored = {
+            name: torch.empty(local.shape, dtype=DTYPES[self.source.dtypes[name]], device=self.device)
+            for name, local in locals_.items()
+        }
+        transfer(self.source, stored, list(stored), default_threads())
+        for name, local in locals_.items():
+            look(name, stored[name])
+            local.copy_(stored.pop(name))
+            self.looked_at.add(name)
 
 
 def prepare_weights(
