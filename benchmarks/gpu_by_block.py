@@ -1,8 +1,8 @@
 """A checkpoint more than twice the memory allowed, validated block by block with ranks as threads of one process.
 
 `python benchmarks/gpu_by_block.py` on one GPU: 24 layers of a Qwen3-MoE shape in bfloat16, about 31 GB, made by writing
-one random layer again and again, in a process that may take 12 GiB of the GPU. Prints seconds, and the peaks of what was
-allocated and reserved. `--device cpu --shape tiny --layers 4` tries the script itself.
+one random layer again and again, in a process that may take 12 GiB of the GPU. Prints seconds, and the peaks of what
+was allocated and reserved. `--device cpu --shape tiny --layers 4` tries the script itself.
 """
 
 from __future__ import annotations
