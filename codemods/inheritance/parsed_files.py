@@ -42,7 +42,7 @@ class ParsedFiles:
         if source not in self._statements:
             statements = parse_statements(source)
             if source in self._earlier:
-                self._restore_names(self._earlier[source], statements)
+                self._restore_names(self._earlier[source], source, statements)
             self._statements[source] = statements
         return self._statements[source]
 
@@ -50,9 +50,9 @@ class ParsedFiles:
         """Add the earlier version of a file that has not been parsed yet."""
         self._earlier[after] = before
 
-    def _restore_names(self, before: SourceFile, statements: Sequence[ast.stmt]) -> None:
+    def _restore_names(self, before: SourceFile, after: SourceFile, statements: Sequence[ast.stmt]) -> None:
         with suppress(SourceError):
-            restore_local_names(self.parse(before), statements)
+            restore_local_names((before, self.parse(before)), (after, statements))
 
     def read_module(self, source: SourceFile) -> Module:
         """Return what a file says about plans; plain plans are read without parsing the file.

@@ -6,22 +6,32 @@ import ast
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 
+from codemods.files.sources import SourceFile
+from codemods.reading.entries import span
 from codemods.reading.names import Function
 
 __all__ = ["restore_local_names"]
 
 
-def restore_local_names(before: Sequence[ast.stmt], after: Sequence[ast.stmt]) -> None:
+ParsedFile = tuple[SourceFile, Sequence[ast.stmt]]
+"""A file with its statements."""
+
+
+def restore_local_names(before: ParsedFile, after: ParsedFile) -> None:
     """Give the local variables of functions the names that they had, where nothing else in a function has changed.
 
     Args:
-        before: the statements of a file as it was.
-        after: those of the file as it is; their nodes are changed.
+        before: a file as it was.
+        after: the file as it is; its nodes are changed.
     """
-    earlier = dict(_iter_functions(before, ""))
-    for name, function in _iter_functions(after, ""):
-        if name in earlier:
+    earlier = dict(_iter_functions(before[1], ""))
+    for name, function in _iter_functions(after[1], ""):
+        if name in earlier and _read_text(before[0], earlier[name]) != _read_text(after[0], function):
             _restore(earlier[name], function)
+
+
+def _read_text(source: SourceFile, function: Function) -> bytes:
+    return source.body[slice(*span(function, source.offset))]
 
 
 def _iter_functions(statements: Sequence[ast.stmt], scope: str) -> Iterator[tuple[str, Function]]:
@@ -55,6 +65,8 @@ def _match_names(old: Function, new: Function) -> Mapping[str, str]:
         elif one != other:
             return {}
     renamed = {new_name: old_name for new_name, old_name in partners.items() if new_name != old_name}
+    if not renamed:
+        return {}
     is_unique = len(set(partners.values())) == len(partners)
     is_local = renamed.keys() <= _find_locals(new) and set(renamed.values()) <= _find_locals(old)
     return renamed if is_unique and is_local else {}
