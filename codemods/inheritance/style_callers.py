@@ -7,6 +7,7 @@ plans or styles to others are looked for in every file of the tree, and then tho
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,12 @@ from codemods.reading.names import Definitions
 from codemods.reading.parse import parse_statements
 from codemods.reading.style_flow import Carried, StyleFlow
 from codemods.reading.style_reads import StyleReader
+from plans.dialect import dialect_names, load_dialect
 from plans.errors import SourceError
 
 __all__ = ["StyleCall", "find_style_calls"]
 
-_COMMON_NAMES = frozenset(name for kind in (dict, list, set, str) for name in dir(kind))
+_COMMON_NAMES = frozenset(name for kind in (builtins, dict, list, set, str) for name in dir(kind))
 _SELF_NAMES = ("self", "cls")
 _SEPARATOR = "\0"
 _VAGUE = f"{_SEPARATOR}vague"
@@ -68,20 +70,27 @@ def find_style_calls(tree: Tree, code_files: Sequence[Path], other_files: Iterab
     files = [*code_files, *other_files] if given else []
     calls: dict[StyleCall, None] = {}
     names = list(given)
+    quoted_style = re.compile(rb"[\"'](?:%s)[\"']" % b"|".join(_list_styles())) if names else re.compile(b"")
     while names:
-        words = b"|".join(re.escape(name.encode()) for name in names)
-        mention = re.compile(rb"\b(?:%s)\b" % words)
+        mention = re.compile(rb"\b(?:%s)\b" % b"|".join(re.escape(name.encode()) for name in names))
         callers = [source for source in map(tree.source, files) if mention.search(source.data)]
         clear = _find_clear_names(callers, given)
         names = []
         for source in callers:
             caller = _Caller(tree, source, given, clear)
+            if not caller.is_certain and not quoted_style.search(source.data):
+                continue
             calls |= dict.fromkeys(caller.find_calls())
-            for name, carried in caller.exports.items():
+            for name, carried in caller.exports.items() if caller.is_certain else ():
                 if given[name][source.path] | carried != given[name][source.path]:
                     given[name][source.path] |= carried
                     names.append(name)
     return list(calls)
+
+
+def _list_styles() -> list[bytes]:
+    dialects = map(load_dialect, dialect_names())
+    return sorted({re.escape(style.encode()) for dialect in dialects for style in dialect.styles})
 
 
 def _find_clear_names(sources: Iterable[SourceFile], given: _Given) -> frozenset[str]:
@@ -103,14 +112,20 @@ class _Caller:
         tree: the files.
         source: the file.
         given: what other files give it.
-        clear: the names that give styles wherever they occur. By another name a file may get something else, so that
-            it counts only where the file names the styles, or the class or file that they come from.
+        clear: the names that give styles wherever they occur. By another name a file gets them for sure only if it
+            names the class or file that they come from; else it counts only if it compares with styles' names.
     """
 
     tree: Tree
     source: SourceFile
     given: _Given
     clear: frozenset[str]
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether any styles are sure to arrive here."""
+        plans = (plan for one in self._carried.values() for plan, _ in one.plans | one.styles)
+        return not all(plan.endswith(_VAGUE) for plan in plans)
 
     def find_calls(self) -> Iterator[StyleCall]:
         """Yield the code that tells styles apart."""

@@ -179,23 +179,26 @@ class StyleReader:
         if found and not is_container:
             yield plans, _TELLS, StyleReading(tests=_test_parts(found))
 
-    def _is_container(self, node: ast.AST) -> bool | None:
+    def _is_container(self, node: ast.AST, depth: int = 3) -> bool | None:
         """Return whether what is searched is a container of styles, False for a style, None if it may be both."""
         match node:
             case ast.Call(func=function):
                 name = get_identifier(function)
                 return name in _CONTAINER_FUNCTIONS or (False if name in _LOOKUPS | _STRING_METHODS else None)
-            case ast.Attribute(attr=name):
-                kinds = set(map(self._is_container, self.definitions.find_all_values(name)))
-                return kinds.pop() if len(kinds) == 1 else None
             case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() | ast.ListComp() | ast.SetComp() | ast.DictComp():
                 return True
             case ast.GeneratorExp():
                 return True
             case ast.Name(id=name):
-                kinds = set(map(self._is_container, self._assigned.get(name, ())))
-                return True if True in kinds else None if None in kinds else False
-        return False
+                values: Sequence[ast.AST] = self._assigned.get(name, ())
+            case ast.Attribute(attr=name):
+                values = self.definitions.find_all_values(name)
+            case _:
+                return False
+        kinds = {self._is_container(value, depth - 1) for value in values} if depth else {None}
+        if not kinds:
+            return None if isinstance(node, ast.Attribute) else False
+        return True if True in kinds else None if None in kinds else False
 
     @cached_property
     def _assigned(self) -> dict[str, list[ast.expr]]:

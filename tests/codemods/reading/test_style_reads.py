@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 
 from codemods.checking.check import check_paths
+from codemods.inheritance import style_callers
 from codemods.rewriting.migrate import plan_rewrites
 from tests.codemods.evaluation import BASE
 from tests.codemods.helpers import codes, write_tree
@@ -143,6 +144,9 @@ FORMS = {
     "an inverse": "by_style = {style: key for key, style in self.$PLAN.items()}\nself.x = by_style.get('rowwise')",
     "an inverse of another": "keys = {style: key for key, style in self.$PLAN.items()}\nself.x = keys.get('norm')",
     "a set": 'styles = set(self.$PLAN.values())\nself.x = "rowwise" in styles',
+    "a name of itself": "styles = list(self.$PLAN.values())\nstyles = styles\nself.x = 'rowwise' in styles",
+    "an attribute": "self.all = list(self.$PLAN.values())\nself.x = 'rowwise' in self.all",
+    "a style in an attribute": "self.down = self.$PLAN['layers.*.mlp.experts.down_proj']\nself.x = 'row' in self.down",
     "keys": 'self.x = [key == "rowwise" for key in self.$PLAN]',
     "a key": 'self.x = "norm" in self.$PLAN',
     "a word elsewhere": 'recipe = "rowwise"\nself.x = recipe == "rowwise", len(self.$PLAN)',
@@ -410,6 +414,21 @@ def test_a_common_name_holds_only_where_a_style_is_named_or_the_class_is(tmp_pat
     assert run_callers(tmp_path / "near", getter, {"tools/apply.py": named})[0] == {"other"}
     beside = {"tests/test_apply.py": CALLERS["get"][0]}
     assert run_callers(tmp_path / "test", getter, beside)[0] == {"other", "toy"}
+
+
+def test_files_that_may_mean_something_else_by_a_name_are_not_parsed(tmp_path, monkeypatch):
+    """What a file beside the class keeps under a common name, `self.model`, is no style wherever a model occurs."""
+    parsed = []
+    parse = style_callers.parse_statements
+    monkeypatch.setattr(
+        style_callers, "parse_statements", lambda source: parsed.append(source.path.name) or parse(source)
+    )
+    files = {f"tools/part{n}.py": f"def f{n}(x):\n    return TABLE[x.model]\n" for n in range(8)}
+    files["models/toy/run.py"] = "class Run:\n    def __init__(self, config):\n        self.model = config.entries()\n"
+    changed, _ = run_callers(tmp_path, GETTERS["a plan"], files)
+    assert changed == {"other", "toy"}
+    assert "run.py" in parsed
+    assert not any(name.startswith("part") for name in parsed)
 
 
 @pytest.mark.parametrize(("kind", "caller"), [(kind, text) for kind, texts in CALLERS.items() for text in texts])
