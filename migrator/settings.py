@@ -87,7 +87,7 @@ class Reshard(ExternalOptions):
     Args:
         source: a folder, or `hf://owner/name[@revision][/folder]`.
         destination: the new folder.
-        tp, ep, fsdp, replicate: the sizes of the mesh's axes.
+        tp, ep, fsdp, replicate, pp: the sizes of the mesh's axes.
         mode: which of the model's plans apply, None for the mesh's default.
         layout: the layout of the result, None for the mesh's default.
         experts: how hub form stores experts, None to keep the way they are stored.
@@ -104,6 +104,7 @@ class Reshard(ExternalOptions):
     ep: int = 1
     fsdp: int = 1
     replicate: int = 1
+    pp: int = 1
     mode: Mode | None = None
     layout: Layout | None = None
     experts: Experts | None = None
@@ -138,7 +139,7 @@ class Validate:
     Args:
         source: the checkpoint.
         reference: the checkpoint that it was made from, None to assemble the unsharded model from the source itself.
-        tp, ep, fsdp, replicate: the sizes of the mesh's axes, None for those that the checkpoint was laid out for.
+        tp, ep, fsdp, replicate, pp: the sizes of the mesh's axes, None for those that the checkpoint was laid out for.
         mode: which of the model's plans apply, None for the mode that the checkpoint was laid out for.
         device: where the ranks compute.
         tolerance: the accepted difference of outputs, relative to the largest; None for 1e-10, or 1e-5 where the models
@@ -157,6 +158,7 @@ class Validate:
     ep: int | None = None
     fsdp: int | None = None
     replicate: int | None = None
+    pp: int | None = None
     mode: Mode | None = None
     device: Device = "auto"
     tolerance: float | None = None

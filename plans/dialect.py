@@ -32,6 +32,7 @@ __all__ = [
     "is_newer_than_all",
     "is_older_than_all",
     "load_dialect",
+    "parse_minor",
     "suggest_style",
 ]
 
@@ -67,7 +68,7 @@ class Dialect:
     @property
     def sort_key(self) -> tuple[tuple[int, int], int]:
         """A key that sorts dialects from oldest to newest: stages of the branch, then releases."""
-        return (max(map(_parse_minor, self.releases), default=(0, 0)), self.stage)
+        return (max(map(parse_minor, self.releases), default=(0, 0)), self.stage)
 
     def style(self, name: str, key: str) -> Style:
         """Return the style of a plan entry.
@@ -147,7 +148,7 @@ def dialect_for_release(version: str) -> Dialect:
     Raises:
         UsageError: the release is older than every known dialect.
     """
-    wanted = _parse_minor(version)
+    wanted = parse_minor(version)
     if _BEFORE_MINOR.match(version):
         wanted = (wanted[0], wanted[1] - 1)
     older = [name for release, name in _list_releases() if release <= wanted]
@@ -163,19 +164,19 @@ def dialect_for_release(version: str) -> Dialect:
 
 def is_older_than_all(version: str) -> bool:
     """Return whether a release, or the one that a development version leads to, is older than every known dialect."""
-    return _parse_minor(version) < _list_releases()[0][0]
+    return parse_minor(version) < _list_releases()[0][0]
 
 
 def is_newer_than_all(version: str) -> bool:
     """Return whether a release, or the one that a development version leads to, is newer than every known dialect."""
-    return _parse_minor(version) > _list_releases()[-1][0]
+    return parse_minor(version) > _list_releases()[-1][0]
 
 
 @cache
 def _list_releases() -> tuple[tuple[tuple[int, int], str], ...]:
     """Return the minor versions of every dialect with its name, oldest first."""
     names = dialect_names()
-    return tuple(sorted((_parse_minor(release), name) for name in names for release in load_dialect(name).releases))
+    return tuple(sorted((parse_minor(release), name) for name in names for release in load_dialect(name).releases))
 
 
 def suggest_style(name: str, known: Iterable[str], hint: str = "") -> str:
@@ -187,7 +188,8 @@ def suggest_style(name: str, known: Iterable[str], hint: str = "") -> str:
     return hint if is_known_elsewhere else suggest_name(name, known, hint)
 
 
-def _parse_minor(version: str) -> tuple[int, int]:
+def parse_minor(version: str) -> tuple[int, int]:
+    """Return the minor version that a version belongs to, as numbers that can be compared."""
     major, minor = version.split(".")[:2]
     return int(major), int("".join(character for character in minor if character.isdigit()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,11 +14,11 @@ Mode = Literal["tp", "ep", "tp_ep", "sp", "sp_ep"]
 MODES: tuple[Mode, ...] = ("tp", "ep", "tp_ep", "sp", "sp_ep")
 MeshName = Literal["dense", "experts"]
 
-AXES = ("tp", "ep", "fsdp", "replicate")
+AXES = ("tp", "ep", "fsdp", "replicate", "pp")
 """The axes whose sizes a mesh is given by."""
 
 _PLACED_AXES: dict[MeshName, tuple[str, str]] = {"dense": ("fsdp", "tp"), "experts": ("efsdp", "ep")}
-_RANK_ORDER = ("replicate", "fsdp", "tp")
+_RANK_ORDER = ("pp", "replicate", "fsdp", "tp")
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,16 @@ class Mesh:
     """The sizes of a job's mesh axes.
 
     The same ranks form two meshes: `dense` with the axes (fsdp, tp), and `experts` with the axes (efsdp, ep), both
-    repeated over `replicate`, whose ranks hold the same shards and see other batches.
-    world size = replicate * fsdp * tp; rank = (replica * fsdp + fsdp_rank) * tp + tp_rank; ep_rank = rank mod ep;
-    efsdp = fsdp * tp / ep.
+    repeated over `replicate`, whose ranks hold the same shards and see other batches, and over `pp`, whose ranks hold
+    other layers. world size = pp * replicate * fsdp * tp; ep_rank = rank mod ep; efsdp = fsdp * tp / ep;
+    rank = ((stage * replicate + replica) * fsdp + fsdp_rank) * tp + tp_rank.
 
     Args:
         tp: the number of tensor-parallel ranks.
         ep: the number of expert-parallel ranks, a multiple of `tp` that divides `fsdp * tp`; 1 for none.
         fsdp: the number of FSDP ranks.
         replicate: the number of replicas, transformers' `dp_replicate_size`.
+        pp: the number of pipeline stages; several go with `tp` alone.
 
     Raises:
         UsageError: the sizes do not form a mesh.
@@ -45,6 +47,7 @@ class Mesh:
     ep: int = 1
     fsdp: int = 1
     replicate: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
         for axis, size in self.axis_sizes.items():
@@ -60,6 +63,13 @@ class Mesh:
                 ep=self.ep,
                 fsdp=self.fsdp,
             )
+        if self.pp > 1 and self.fsdp * self.replicate * self.ep > 1:
+            reason = "token dispatch" if self.fsdp * self.replicate == 1 else "FSDP"
+            raise UsageError(
+                f"no release of transformers combines {reason} with pipeline stages, but the mesh is {self}",
+                hint="leave `pp` out, or use `pp` with `tp` alone",
+                mesh=self.axis_sizes,
+            )
 
     def __str__(self) -> str:
         sizes = self.axis_sizes.items()
@@ -73,11 +83,11 @@ class Mesh:
     @property
     def world_size(self) -> int:
         """The number of ranks."""
-        return self.replicate * self.replica_size
+        return self.pp * self.replicate * self.replica_size
 
     @property
     def replica_size(self) -> int:
-        """The number of ranks that together hold one copy of all shards."""
+        """The number of ranks that together hold one copy of all shards, of those of one stage if there are several."""
         return self.fsdp * self.tp
 
     @property
@@ -89,6 +99,11 @@ class Mesh:
     def one_replica(self) -> Mesh:
         """The mesh of one replica; its ranks hold all that is distinct, and the files of a checkpoint are theirs."""
         return replace(self, replicate=1)
+
+    @property
+    def one_stage(self) -> Mesh:
+        """The mesh without its pipeline stages."""
+        return replace(self, pp=1)
 
     def axes(self, name: MeshName) -> tuple[str, str]:
         """Return the names of the axes that a mesh's placements refer to, outermost first."""
@@ -108,23 +123,31 @@ class Mesh:
         """Return the number of the replica that a rank belongs to."""
         return rank // self.replica_size % self.replicate
 
+    def find_stage(self, rank: int) -> int:
+        """Return the number of the pipeline stage that a rank belongs to."""
+        return rank // (self.replicate * self.replica_size)
+
     def find_file(self, rank: int) -> int:
         """Return the number of the file that has a rank's bytes: the rank of `one_replica` at the same place."""
-        return rank % self.replica_size
+        return self.find_stage(rank) * self.replica_size + rank % self.replica_size
+
+    def holds(self, rank: int, stages: Collection[int]) -> bool:
+        """Return whether a rank holds, or shares in, a tensor of these stages; none are named if there is only one."""
+        return self.pp == 1 or not stages or self.find_stage(rank) in stages
 
     def to_json(self) -> dict[str, object]:
-        """Return the manifest form, which tells of replicas only where there are several."""
+        """Return the manifest form, which tells of replicas and stages only where there are several."""
         sizes: dict[str, object] = {axis: self.axis_sizes[axis] for axis in ("tp", "ep", "fsdp")}
         sizes |= {name: list(axes) for name, axes in _PLACED_AXES.items()}
         if self.is_plain:
             return sizes
-        files = self.one_replica.world_size
-        return {**sizes, "replicate": self.replicate, "rank_order": list(_RANK_ORDER), "files": files}
+        outer: dict[str, object] = {"replicate": self.replicate, "pp": self.pp}
+        return {**sizes, **outer, "rank_order": list(_RANK_ORDER), "files": self.one_replica.world_size}
 
     @property
     def is_plain(self) -> bool:
         """Whether tp, ep and fsdp alone describe the mesh."""
-        return self.replicate == 1
+        return self.replicate == self.pp == 1
 
     def _describe_expert_sizes(self) -> str:
         replica = self.replica_size

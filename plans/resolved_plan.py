@@ -31,6 +31,7 @@ class ResolvedParameter:
         style: the style of that entry, or None.
         reason: why the tensor has these placements, in words.
         tied_to: the name of the tensor that a tied one shares its bytes with.
+        stages: the pipeline stages that hold it; empty if the mesh has only one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ResolvedParameter:
     style: str | None
     reason: str
     tied_to: str | None = None
+    stages: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the resolved parameter as JSON values."""
@@ -57,6 +59,8 @@ class ResolvedParameter:
             "style": self.style,
             "reason": self.reason,
         }
+        if self.stages:
+            row["stages"] = list(self.stages)
         return row | {"to": self.tied_to} if self.tied_to else row
 
 

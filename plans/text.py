@@ -16,6 +16,7 @@ __all__ = [
     "format_names",
     "format_numbers",
     "format_placements",
+    "format_stages",
     "matches",
     "pluralize",
     "shorten",
@@ -95,8 +96,18 @@ def shorten(text: str) -> str:
     return text if len(text) <= _MAX_LENGTH else f"{text[:half]}…{text[-half:]}"
 
 
-def format_placements(axes: MeshName, placements: Sequence[Placement], mesh: Mesh) -> str:
-    """Return the placements on mesh axes with more than one rank, such as `fsdp: Shard(0), tp: Shard(0)`."""
+def format_placements(axes: MeshName, placements: Sequence[Placement], mesh: Mesh, stages: Sequence[int] = ()) -> str:
+    """Return the placements on mesh axes with more than one rank, such as `fsdp: Shard(0), tp: Shard(0)`.
+
+    If the mesh has several pipeline stages, those that hold the tensor come first: `stage 1, tp: Shard(0)`.
+    """
     rows = zip(mesh.axes(axes), mesh.sizes(axes), placements, strict=True)
     sharded = [f"{axis}: {placement}" for axis, size, placement in rows if size > 1 and placement != Replicate()]
-    return ", ".join(sharded) or "replicated"
+    return ", ".join([*format_stages(stages), *(sharded or ["replicated"])])
+
+
+def format_stages(stages: Sequence[int]) -> list[str]:
+    """Return pipeline stages in words, such as `stage 1` or `stages 0 and 3`; nothing if none are named."""
+    if not stages:
+        return []
+    return [f"stage{'s' if len(stages) > 1 else ''} {' and '.join(map(str, stages))}"]

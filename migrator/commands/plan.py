@@ -10,6 +10,7 @@ import click
 from migrator.options.common import build_mesh, format_option, mesh_options, require_runtime
 from migrator.terminal import console
 from migrator.terminal.text import describe_unmatched, format_shape
+from plans.text import format_stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,10 +111,9 @@ def _format_placements(parameter: ResolvedParameter, mesh: Mesh) -> str:
     """Return the placement on the plan's own axis, after that on the data parallel axis if there is one."""
     axes = zip(mesh.axes(parameter.mesh), mesh.sizes(parameter.mesh), parameter.placements, strict=True)
     (outer, outer_size, outer_placement), (inner, _, placement) = axes
-    if inner == "tp" and outer_size == 1:
-        return str(placement)
-    text = f"{inner}: {placement}"
-    return text if outer_size == 1 else f"{outer}: {outer_placement}, {text}"
+    is_plain = inner == "tp" and outer_size == 1
+    parts = [*format_stages(parameter.stages), str(placement) if is_plain else f"{inner}: {placement}"]
+    return ", ".join(parts if outer_size == 1 else [*parts[:-1], f"{outer}: {outer_placement}", parts[-1]])
 
 
 def _compute_local_shape(parameter: ResolvedParameter, mesh: Mesh) -> tuple[int, ...]:

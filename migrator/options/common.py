@@ -44,6 +44,7 @@ def mesh_options(function: _Command) -> _Command:
         click.option("--ep", default=1, show_default=True, help="Number of ranks that share one set of experts."),
         click.option("--fsdp", default=1, show_default=True, help="Number of ranks on the data parallel axis."),
         click.option("--replicate", default=1, show_default=True, help="Number of replicas, which repeat all shards."),
+        click.option("--pp", default=1, show_default=True, help="Number of pipeline stages, with --tp alone."),
         click.option(
             "--mode",
             type=click.Choice(MODES),

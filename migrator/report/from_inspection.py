@@ -10,7 +10,7 @@ from migrator.report.content import MeshView, PlanRow, Report, ReportFinding, Sh
 from migrator.terminal.text import describe_tensor_placement, format_bytes
 from plans.mesh import Mesh, MeshName
 from plans.placement import Packed, Placement
-from plans.text import format_placements, pluralize
+from plans.text import format_placements, format_stages, pluralize
 from runtime.inspecting.placement import TensorSlice, find_slices
 from runtime.inspecting.results import Arrangement, Inspection, MeshPlacement, TensorGroup
 
@@ -18,7 +18,7 @@ __all__ = ["build_inspection_report"]
 
 _GATE_AND_UP = ("gate", "up")
 
-_MapKey = tuple[tuple[int, ...], MeshName, tuple[Placement, ...]]
+_MapKey = tuple[tuple[int, ...], MeshName, tuple[Placement, ...], tuple[int, ...]]
 
 
 def build_inspection_report(inspection: Inspection, before: str = "as stored", after: str = "as planned") -> Report:
@@ -105,28 +105,35 @@ def describe_mesh(arrangement: Arrangement) -> str:
 def _build_maps(group_placements: list[tuple[TensorGroup, MeshPlacement | None]], mesh: Mesh) -> Iterator[ShardMap]:
     """Yield a map for each placement that shards tensors, most bytes first, then those of whole tensors."""
     sharded: defaultdict[_MapKey, list[TensorGroup]] = defaultdict(list)
-    whole, passthrough = [], []
+    whole: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
+    passthrough = []
     for group, placement in group_placements:
         if placement is None:
             passthrough.append(group.name)
         elif placement.is_sharded(mesh):
-            sharded[group.shape, placement.axes, placement.placements].append(group)
+            sharded[group.shape, placement.axes, placement.placements, placement.stages].append(group)
         else:
-            whole.append(group.name)
+            whole[placement.stages].append(group.name)
     for key, groups in sorted(sharded.items(), key=lambda item: -sum(group.bytes for group in item[1])):
         yield _build_map(tuple(group.name for group in groups), *key, mesh)
-    if whole:
-        yield ShardMap(tuple(whole), (), "replicated", (TensorSlice((), tuple(range(mesh.world_size))),))
+    for stages, names in whole.items():
+        ranks = tuple(rank for rank in range(mesh.world_size) if mesh.holds(rank, stages))
+        yield ShardMap(tuple(names), (), ", ".join([*format_stages(stages), "replicated"]), (TensorSlice((), ranks),))
     if passthrough:
         yield ShardMap(tuple(passthrough), (), "carried, whole", (TensorSlice((), (0,)),))
 
 
 def _build_map(
-    names: tuple[str, ...], shape: tuple[int, ...], axes: MeshName, placements: tuple[Placement, ...], mesh: Mesh
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    axes: MeshName,
+    placements: tuple[Placement, ...],
+    stages: tuple[int, ...],
+    mesh: Mesh,
 ) -> ShardMap:
-    words = format_placements(axes, placements, mesh)
+    words = format_placements(axes, placements, mesh, stages)
     packed = next((placement for placement in placements if isinstance(placement, Packed)), None)
-    slices = find_slices(shape, placements, mesh, axes)
+    slices = find_slices(shape, placements, mesh, axes, stages)
     if packed is None:
         return ShardMap(names, shape, words, slices)
     return ShardMap(names, shape, words, slices, _name_parts(names, packed), packed.dim)

@@ -39,7 +39,9 @@ def sanitize(text: str, max_length: int = _MAX_LENGTH) -> str:
 
 def describe_tensor_placement(placement: MeshPlacement | None, arrangement: Arrangement) -> str:
     """Return a tensor's placement in words; passthrough tensors, which have none, lie on rank 0."""
-    return format_placements(placement.axes, placement.placements, arrangement.mesh) if placement else RANK_0
+    if placement is None:
+        return RANK_0
+    return format_placements(placement.axes, placement.placements, arrangement.mesh, placement.stages)
 
 
 def format_shape(shape: Sequence[int]) -> str:

@@ -56,6 +56,7 @@ class ManifestEntry:
         mesh: the mesh that the placements refer to.
         placements: the placement on each axis of that mesh, outermost first.
         digest: the digest of the whole tensor's bytes, empty until it is known.
+        stages: the pipeline stages that hold the tensor; empty if the mesh has only one.
     """
 
     kind: TensorKind
@@ -64,6 +65,7 @@ class ManifestEntry:
     mesh: MeshName
     placements: tuple[Placement, ...]
     digest: str = ""
+    stages: tuple[int, ...] = ()
 
     @property
     def is_sharded(self) -> bool:
@@ -78,6 +80,7 @@ class ManifestEntry:
             "shape": list(self.shape),
             "mesh": self.mesh,
             "placements": [placement_to_json(placement) for placement in self.placements],
+            **({"stages": list(self.stages)} if self.stages else {}),
             "digest": self.digest,
         }
 
@@ -319,7 +322,15 @@ class _ManifestParser:
             raise self.error(f"tensor {name!r}: {error.message}") from error
         if not _is_possible(parsed, shape, mesh.sizes(axes)):
             raise self.error(f"tensor {name!r} of {shape} cannot be placed as {placements!r}")
-        return ManifestEntry(kind, dtype, tuple(shape), axes, parsed, digest)
+        return ManifestEntry(kind, dtype, tuple(shape), axes, parsed, digest, self.parse_stages(name, row, mesh))
+
+    def parse_stages(self, name: str, row: Mapping[str, Any], mesh: Mesh) -> tuple[int, ...]:
+        stages = row.get("stages", [])
+        numbers = stages if isinstance(stages, list) and all(is_size(stage, mesh.pp - 1) for stage in stages) else [-1]
+        has_some = mesh.pp > 1 and row["kind"] != "carried"
+        if bool(numbers) != has_some or numbers != sorted(set(numbers)) or -1 in numbers:
+            raise self.error(f"tensor {name!r} cannot be on the stages {stages!r}")
+        return tuple(numbers)
 
     def parse_stored_form(self, value: object) -> StoredForm | None:
         if value is None:

@@ -51,8 +51,15 @@ def check_mode(mode: Mode, mesh: Mesh) -> None:
     """Check that a mesh has the axes that a mode uses, and no other.
 
     Raises:
-        UsageError: expert parallel modes need ep > 1 and the others ep = 1; `ep` alone needs tp = ep and no FSDP.
+        UsageError: expert parallel modes need ep > 1 and the others ep = 1; `ep` alone needs tp = ep and no FSDP;
+            pipeline stages go with `tp` only.
     """
+    if mesh.pp > 1 and mode != "tp":
+        raise UsageError(
+            f"mode {mode!r} on a mesh of {mesh}: no release of transformers combines it with pipeline stages",
+            hint="leave `pp` out, or use `mode=tp`",
+            mode=mode,
+        )
     uses_experts = mode.endswith("ep")
     if uses_experts != (mesh.ep > 1):
         raise UsageError(

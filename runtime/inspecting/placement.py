@@ -35,7 +35,7 @@ class TensorSlice:
 
 
 def find_slices(
-    shape: Sequence[int], placements: Sequence[Placement], mesh: Mesh, axes: MeshName
+    shape: Sequence[int], placements: Sequence[Placement], mesh: Mesh, axes: MeshName, stages: Sequence[int] = ()
 ) -> tuple[TensorSlice, ...]:
     """Return the boxes of a tensor that ranks hold, sorted by bounds; a packed shard has one box for each group.
 
@@ -44,10 +44,11 @@ def find_slices(
         placements: one placement per mesh axis, outermost first.
         mesh: the mesh that it is placed on.
         axes: which of the mesh's two sets of axes the placements refer to.
+        stages: the pipeline stages that hold it; empty if the mesh has only one.
     """
     tensor = whole("", shape)
     holders: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for rank in range(mesh.world_size):
+    for rank in (rank for rank in range(mesh.world_size) if mesh.holds(rank, stages)):
         for box in shard_for_rank(tensor, placements, mesh.sizes(axes), mesh.coordinates(axes, rank)).boxes:
             starts = unravel(box.base, shape)
             bounds = tuple((start, start + size) for start, size in zip(starts, box.shape, strict=True))
@@ -56,13 +57,20 @@ def find_slices(
 
 
 def compute_local_bytes(
-    dtype: str, shape: Sequence[int], placements: Sequence[Placement], mesh: Mesh, axes: MeshName
+    dtype: str,
+    shape: Sequence[int],
+    placements: Sequence[Placement],
+    mesh: Mesh,
+    axes: MeshName,
+    stages: Sequence[int] = (),
 ) -> tuple[int, ...]:
     """Return how many bytes of a tensor each rank holds; see `find_slices` for the arguments."""
     tensor, sizes = whole("", shape), mesh.sizes(axes)
-    ranks = range(mesh.world_size)
+    ranks = range(mesh.replica_size)
     shapes = (shard_for_rank(tensor, placements, sizes, mesh.coordinates(axes, rank)).shape for rank in ranks)
-    return tuple(tensor_bytes(dtype, local) if prod(local) else 0 for local in shapes)
+    in_one = tuple(tensor_bytes(dtype, local) if prod(local) else 0 for local in shapes)
+    replicas = (mesh.holds(first, stages) for first in range(0, mesh.world_size, mesh.replica_size))
+    return tuple(size * holds for holds in replicas for size in in_one)
 
 
 _MAX_RANKS = 2**14
@@ -70,15 +78,16 @@ _MAX_RANKS = 2**14
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor's shape, the mesh axes and placements that it gets, and the style that they come from."""
+    """A tensor's shape, the mesh axes, placements and stages that it gets, and the style that they come from."""
 
     shape: tuple[int, ...]
     axes: MeshName
     placements: tuple[Placement, ...]
     style: str | None
+    stages: tuple[int, ...]
 
 
-_BytesKey = tuple[str, tuple[int, ...], MeshName, tuple[Placement, ...]]
+_BytesKey = tuple[str, tuple[int, ...], MeshName, tuple[Placement, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -105,17 +114,19 @@ class PlacementTable:
         if tensor.kind == "carried":
             return None
         entry, rank_bytes = self._get_entry(name, tensor), self.get_rank_bytes(name, tensor)
-        return MeshPlacement(entry.axes, entry.placements, entry.style, min(rank_bytes), max(rank_bytes))
+        mesh = self.template.mesh
+        held = [size for rank, size in enumerate(rank_bytes) if mesh.holds(rank, entry.stages)]
+        return MeshPlacement(entry.axes, entry.placements, entry.style, min(held), max(held), entry.stages)
 
     def get_rank_bytes(self, name: str, tensor: TensorInfo) -> tuple[int, ...]:
         """Return how many bytes of a tensor each rank holds."""
         if tensor.kind == "carried":
             return (tensor_bytes(tensor.dtype, tensor.shape), *(0,) * (self.template.mesh.world_size - 1))
         entry = self._get_entry(name, tensor)
-        key = tensor.dtype, tensor.shape, entry.axes, entry.placements
+        key = tensor.dtype, tensor.shape, entry.axes, entry.placements, entry.stages
         if key not in self.cached_bytes:
             self.cached_bytes[key] = compute_local_bytes(
-                tensor.dtype, tensor.shape, entry.placements, self.template.mesh, entry.axes
+                tensor.dtype, tensor.shape, entry.placements, self.template.mesh, entry.axes, entry.stages
             )
         return self.cached_bytes[key]
 
@@ -148,7 +159,7 @@ def place_by_manifest(manifest: Manifest) -> PlacementTable:
     _check_world_size(manifest.mesh)
     template = Arrangement(manifest.mesh, manifest.mode, manifest.dialect, manifest.plan, ())
     entries = {
-        name: _PlannedTensor(entry.shape, entry.mesh, entry.placements, _find_style(manifest.plan, name))
+        name: _PlannedTensor(entry.shape, entry.mesh, entry.placements, _find_style(manifest.plan, name), entry.stages)
         for name, entry in manifest.tensors.items()
     }
     return PlacementTable(template, entries)
@@ -162,7 +173,9 @@ def place_by_plan(plan: ResolvedPlan) -> PlacementTable:
     """
     _check_world_size(plan.mesh)
     template = Arrangement(plan.mesh, plan.mode, plan.dialect, plan.plan, (), plan.unmatched)
-    entries = {row.name: _PlannedTensor(row.shape, row.mesh, row.placements, row.style) for row in plan.parameters}
+    entries = {
+        row.name: _PlannedTensor(row.shape, row.mesh, row.placements, row.style, row.stages) for row in plan.parameters
+    }
     return PlacementTable(template, entries)
 
 

@@ -27,6 +27,7 @@ class MeshPlacement:
         style: the style of the plan entry that gives these placements, if known.
         min_bytes: the bytes on the rank that holds the least of it.
         max_bytes: the bytes on the rank that holds the most of it.
+        stages: the pipeline stages that hold it; empty if the mesh has only one. Other ranks count for neither number.
     """
 
     axes: MeshName
@@ -34,6 +35,7 @@ class MeshPlacement:
     style: str | None
     min_bytes: int
     max_bytes: int
+    stages: tuple[int, ...] = ()
 
     def is_sharded(self, mesh: Mesh) -> bool:
         """Return whether ranks of a mesh hold different parts; an axis of size 1 does not shard."""
@@ -47,6 +49,7 @@ class MeshPlacement:
             "placements": [placement_to_json(placement) for placement in self.placements],
             "style": self.style,
             "bytes_per_rank": {"least": self.min_bytes, "most": self.max_bytes},
+            **({"stages": list(self.stages)} if self.stages else {}),
         }
 
 

@@ -24,6 +24,7 @@ from runtime.loader.replicated import assign_readers, broadcast_tensors
 from runtime.loader.sources import LoadSource, find_source
 from runtime.loader.transfer import TransferResult, default_threads, transfer
 from runtime.loader.verification import LoadResult, check_digests
+from runtime.parallel.pipeline import find_stage
 from runtime.processes.agreement import raise_on_any_rank
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def load(
         WorkerError: another rank died.
     """
     refs = find_parameter_refs(model)
-    axes = mesh_axes(refs.values())
+    axes, stage = mesh_axes(refs.values()), find_stage(model)
+    all_axes = (*axes, stage.axis) if stage is not None else axes
 
     def transfer_own_tensors() -> _Transferred:
         _check_threads(threads)
@@ -112,10 +114,12 @@ def load(
         return _Transferred(source, memory, readers, read, non_persistent.buffers)
 
     with gc_paused(), side_files.follow_links(follow_links):
-        done = _run_on_all_ranks(transfer_own_tensors, axes)
+        done = _run_on_all_ranks(transfer_own_tensors, all_axes)
     is_verified = verify and bool(done.source.digests)
     if is_verified:
-        check_digests(done.source, done.read.digests, axes)
+        # The ranks of a stage fail together, and the other stages with them.
+        stages = all_axes[len(axes) :]
+        _run_on_all_ranks(lambda: check_digests(done.source, done.read.digests, axes), stages)
     broadcast_tensors(done.readers, done.memory.local_tensors)
     done.memory.install(model, done.buffers)
     reason = "" if is_verified else "no digests are recorded" if verify else "not asked for"

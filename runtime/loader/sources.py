@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from runtime.checkpoint.ranks.files import is_in_rank_file, map_local_tensor, re
 from runtime.checkpoint.renamed import use_model_names
 from runtime.loader.parameter_refs import ParameterRef
 from runtime.models.dtypes import DTYPE_NAMES, DTYPES
+from runtime.models.model import init_on_meta
+from runtime.parallel.pipeline import find_stage
 from runtime.tensor_map.tensor_map import Shape, TensorMap, TensorMapError, whole
 
 if TYPE_CHECKING:
@@ -68,25 +71,33 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
         UsageError: the checkpoint is quantized, or a tensor of the model has an unsupported placement.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    stage = find_stage(model)
+    elsewhere = stage.elsewhere if stage is not None else frozenset[str]()
+    if stage is not None:  # the checkpoint is that of the whole model
+        model = init_on_meta(lambda: type(model)(copy.deepcopy(model.config)), None)
     source = None
     if opened.layout == "ranks" and opened.manifest is not None:
         manifest = use_model_names(opened.manifest, model, opened.folder)
-        source = _read_own_rank_file(opened.folder, manifest, refs)
+        source = _read_own_rank_file(opened.folder, manifest, refs, elsewhere)
     if source is None:
-        source = _map_slices(opened if isinstance(opened, Checkpoint) else opened.read_headers(model), refs)
+        read = opened if isinstance(opened, Checkpoint) else opened.read_headers(model)
+        source = _map_slices(read, refs, elsewhere)
     _check_dtype_kinds(source, refs, opened.folder)
     return source
 
 
-def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, ParameterRef]) -> LoadSource | None:
+def _read_own_rank_file(
+    folder: Path, manifest: Manifest, refs: Mapping[str, ParameterRef], elsewhere: Set[str]
+) -> LoadSource | None:
     """Return what this rank's own file holds, None if the checkpoint is sharded differently from the model."""
     entries = {name: entry for name, entry in manifest.tensors.items() if entry.kind != "carried"}
-    _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, folder)
+    _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, elsewhere, folder)
     rank = dist.get_rank() if dist.is_initialized() else 0
     if not _has_same_shards(manifest, refs, rank):
         return None
     stored = read_rank_header(folder, manifest, rank).tensors
-    assert all(is_in_rank_file(entries[name], rank) for name in refs)
+    mesh, number = manifest.mesh.one_replica, manifest.mesh.find_file(rank)
+    assert all(is_in_rank_file(entries[name], mesh, number) for name in refs)
     return LoadSource(
         folder=folder,
         dtypes={name: entries[name].dtype for name in refs},
@@ -101,15 +112,17 @@ def _read_own_rank_file(folder: Path, manifest: Manifest, refs: Mapping[str, Par
 def _has_same_shards(manifest: Manifest, refs: Mapping[str, ParameterRef], rank: int) -> bool:
     """Return whether a rank's file holds exactly the elements that the rank holds of the model."""
     for name, ref in refs.items():
-        full = whole(name, ref.shape)
-        if map_local_tensor(full, manifest.tensors[name], manifest.mesh, rank) != ref.map_local(full):
+        full, entry = whole(name, ref.shape), manifest.tensors[name]
+        if not manifest.mesh.holds(rank, entry.stages):
+            return False
+        if map_local_tensor(full, entry, manifest.mesh, rank) != ref.map_local(full):
             return False
     return True
 
 
-def _map_slices(checkpoint: Checkpoint, refs: Mapping[str, ParameterRef]) -> LoadSource:
+def _map_slices(checkpoint: Checkpoint, refs: Mapping[str, ParameterRef], elsewhere: Set[str]) -> LoadSource:
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.kind != "carried"}
-    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, refs, checkpoint.folder)
+    _check_tensors({name: tensor.shape for name, tensor in tensors.items()}, refs, elsewhere, checkpoint.folder)
     try:
         tensor_maps = {name: ref.map_local(checkpoint.tensor_maps[name]) for name, ref in refs.items()}
     except TensorMapError as error:
@@ -129,15 +142,17 @@ def _map_local(refs: Mapping[str, ParameterRef]) -> dict[str, TensorMap]:
     return {name: ref.map_local(whole(name, ref.shape)) for name, ref in refs.items()}
 
 
-def _check_tensors(shapes: Mapping[str, tuple[int, ...]], refs: Mapping[str, ParameterRef], folder: Path) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the model's, in their shapes."""
+def _check_tensors(
+    shapes: Mapping[str, tuple[int, ...]], refs: Mapping[str, ParameterRef], elsewhere: Set[str], folder: Path
+) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's, and those of its other stages, in their shapes."""
     if missing := sorted(refs.keys() - shapes.keys()):
         raise IncompleteError(
             f"{folder}: lacks {format_names(missing)}",
             hint="the checkpoint is incomplete or belongs to another model",
             tensors=missing,
         )
-    if unexpected := sorted(shapes.keys() - refs.keys()):
+    if unexpected := sorted(shapes.keys() - refs.keys() - elsewhere):
         raise MismatchError(
             f"{folder}: holds {format_names(unexpected)}, which the model lacks", hint=_OTHER_MODEL, tensors=unexpected
         )

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from plans.errors import UsageError
 from plans.placement import Packed, Placement, Replicate
+from runtime.parallel.pipeline import find_stage
 from runtime.styles.collectives import all_gather
 from runtime.styles.placements import get_plan_placements
 from runtime.tensor_map.tensor_map import chunk_bounds
@@ -31,8 +32,14 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
         On rank 0, whole tensors on the CPU by name, tied names sharing one tensor; an empty dict on other ranks.
 
     Raises:
-        UsageError: the model is still on the meta device, or a parameter's placement is not a shard or replica.
+        UsageError: the model is one stage of several, or still on the meta device, or a parameter's placement is not a
+            shard or replica.
     """
+    if find_stage(model) is not None:
+        raise UsageError(
+            "a model of several pipeline stages has no whole state on any rank",
+            hint="reshard the checkpoint that it was loaded from",
+        )
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
     # state_dict() of the model, not its parameters: FSDP reshards what a forward left unsharded.

@@ -20,6 +20,7 @@ from runtime.checks.hooks import check_hooks
 from runtime.checks.plan_view import PlanView
 from runtime.checks.sequence import find_scattering_embedding
 from runtime.parallel.mesh import DeviceMeshes
+from runtime.parallel.pipeline import PassThrough
 from runtime.planning.plan import runtime_dialect
 from runtime.styles.call import SharedInputs
 from runtime.styles.registry import StyleRegistry
@@ -174,7 +175,7 @@ def _find_hook_sites(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMes
     inputs: dict[nn.Module, SharedInputs] = defaultdict(SharedInputs)
     for name, module in model.named_modules():
         key = find_key(resolved.plan, name, is_parameter=False)
-        if key is not None:
+        if key is not None and not isinstance(module, PassThrough):
             axis = meshes.axis("ep" if key in over_experts else "tp")
             owner = model.get_submodule(name.rpartition(".")[0])
             config = getattr(model, "config", None)

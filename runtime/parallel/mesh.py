@@ -27,7 +27,7 @@ class DeviceMeshes:
     Args:
         sizes: the sizes of the mesh axes.
         axes: one-dimensional meshes by axis name; `ep` and `efsdp` exist if experts have axes of their own, and
-            `replicate` if there are several replicas.
+            `replicate` and `pp` if there are several replicas or stages.
         hybrid: the two-dimensional meshes of `replicate` and a data parallel axis, by that axis' name; empty unless
             there are several replicas.
     """
@@ -61,7 +61,7 @@ class DeviceMeshes:
     @property
     def spanning_axes(self) -> tuple[DeviceMesh, ...]:
         """The axes that together span every rank exactly once, innermost first."""
-        dense = tuple(self.axes[name] for name in ("tp", "fsdp", "replicate") if name in self.axes)
+        dense = tuple(self.axes[name] for name in ("tp", "fsdp", "replicate", "pp") if name in self.axes)
         return dense or (self.axes["ep"],)
 
 
@@ -103,12 +103,12 @@ def device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
 def _build_device_meshes(mesh: Mesh, device_type: str) -> DeviceMeshes:
     axes: dict[str, DeviceMesh] = {}
     hybrid: dict[str, DeviceMesh] = {}
-    outer = {"replicate": mesh.replicate} if mesh.replicate > 1 else {}
+    outer = {axis: size for axis, size in (("pp", mesh.pp), ("replicate", mesh.replicate)) if size > 1}
     for name in _MESH_NAMES if mesh.ep > 1 else _MESH_NAMES[:1]:
         sizes = {**outer, **dict(zip(mesh.axes(name), mesh.sizes(name), strict=True))}
         whole = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         axes |= {axis: _get_axis(whole, axis) for axis in sizes}
-        if outer:
+        if mesh.replicate > 1:
             hybrid[mesh.axes(name)[0]] = _get_axis(whole, ("replicate", mesh.axes(name)[0]))
     return DeviceMeshes(mesh, axes, hybrid)
 

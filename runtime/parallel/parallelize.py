@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,6 +22,7 @@ from runtime.parallel.embedding_reads import let_others_read_embeddings
 from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.hooks import hook_input_embeddings, hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
+from runtime.parallel.pipeline import keep_stage, run_stages
 from runtime.parallel.rank_consistency import check_same_model
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
@@ -44,7 +46,8 @@ def parallelize(
 
     In two passes: first parameters, which become DTensors on their mesh axis (on meta they stay placeholders without
     memory) where the plan shards them and stay plain tensors, whole on every rank, where not; then modules, whose
-    forwards are hooked. Tied weights are sharded once and stay tied.
+    forwards are hooked. Tied weights are sharded once and stay tied. On a mesh with pipeline stages, each rank keeps
+    the layers of its own stage; such a model computes logits and generates, but has no backward.
 
     Args:
         model: on meta, or materialized with the same weights on every rank.
@@ -65,6 +68,7 @@ def parallelize(
     meshes = as_device_meshes(mesh)
     resolved = apply_plan(model, meshes, plan, styles)
     apply_fsdp(model, resolved, meshes)
+    run_stages(model)
     return resolved
 
 
@@ -83,6 +87,7 @@ def apply_plan(
     check_same_model(model, resolved, meshes.spanning_axes)
     if not isinstance(plan, Mapping):
         _warn_about_unsharded_layers(model, resolved)
+    keep_stage(model, resolved, meshes)
     _shard_parameters(model, resolved, meshes, styles)
     hook_modules(model, resolved, meshes, styles)
     hook_input_embeddings(model, resolved, meshes, styles)
@@ -173,7 +178,9 @@ def _check_plan_fits_model(model: nn.Module, resolved: ResolvedPlan) -> None:
 
 
 def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMeshes, styles: StyleRegistry) -> None:
-    for row in resolved.parameters:
+    rank = dist.get_rank()
+    held = [row for row in resolved.parameters if resolved.mesh.holds(rank, row.stages)]
+    for row in held:
         if row.kind == "parameter" and _get_inner_placement(row) != Replicate():
             assert row.style is not None
             assert row.key is not None
@@ -181,7 +188,7 @@ def _shard_parameters(model: nn.Module, resolved: ResolvedPlan, meshes: DeviceMe
             axis = meshes.axis(_get_axis_name(row))
             site = HookSite(owner, model.get_submodule(owner), axis, getattr(model, "config", None), row.style)
             styles.style(row.style, row.key).shard(site, name, _get_inner_placement(row))
-    for row in resolved.parameters:
+    for row in held:
         if row.tied_to is not None:
             owner, _, name = row.name.rpartition(".")
             model.get_submodule(owner)._parameters[name] = model.get_parameter(row.tied_to)

@@ -16,7 +16,7 @@ from plans.mesh import Mesh
 from plans.placement import Placement, Replicate
 from plans.plan import find_key, find_unmatched_keys
 from plans.resolved_plan import ResolvedParameter, ResolvedPlan
-from plans.text import pluralize
+from plans.text import format_stages, pluralize
 from runtime.checkpoint.manifest import Manifest
 from runtime.models.model import model_tensors
 from runtime.parallel.hooks import find_hook_mismatches
@@ -44,11 +44,12 @@ def find_sharding_mismatches(model: nn.Module, resolved: ResolvedPlan, rank: int
         rank: this process's rank.
     """
     tensors = model_tensors(model)
+    held = [row for row in resolved.parameters if resolved.mesh.holds(rank, row.stages)]
     unplanned = [
         Mismatch(name, "no such tensor in the plan", _describe_tensor(tensors[name]), rank)
-        for name in sorted(tensors.keys() - resolved.by_name.keys())
+        for name in sorted(tensors.keys() - {row.name for row in held})
     ]
-    planned = (_compare_tensor(row, tensors, resolved.mesh, rank) for row in resolved.parameters)
+    planned = (_compare_tensor(row, tensors, resolved.mesh, rank) for row in held)
     hooks = (
         Mismatch(hook.name, _describe_hook(hook.expected), _describe_hook(hook.found), rank)
         for hook in find_hook_mismatches(model, resolved.plan)
@@ -66,11 +67,11 @@ def compare_manifest(manifest: Manifest, resolved: ResolvedPlan) -> list[Mismatc
     expected = {
         row.name: f"tied to {row.tied_to}"
         if row.tied_to
-        else _describe_layout(row.kind, row.shape, row.mesh, row.placements)
+        else _describe_layout(row.kind, row.shape, row.mesh, row.placements, row.stages)
         for row in resolved.parameters
     }
     found = {
-        name: _describe_layout(entry.kind, entry.shape, entry.mesh, entry.placements)
+        name: _describe_layout(entry.kind, entry.shape, entry.mesh, entry.placements, entry.stages)
         for name, entry in manifest.tensors.items()
         if entry.kind != "carried"
     } | {name: f"tied to {target}" for name, target in manifest.tied.items()}
@@ -104,8 +105,10 @@ def _label_entries(plan: Mapping[str, str]) -> dict[str, str]:
     return {f"plan[{key!r}]": style for key, style in plan.items()}
 
 
-def _describe_layout(kind: str, shape: tuple[int, ...], mesh: str, placements: tuple[Placement, ...]) -> str:
-    return f"{kind} {list(shape)} {mesh} " + ", ".join(str(placement) for placement in placements)
+def _describe_layout(
+    kind: str, shape: tuple[int, ...], mesh: str, placements: tuple[Placement, ...], stages: tuple[int, ...]
+) -> str:
+    return f"{kind} {list(shape)} {mesh} " + ", ".join([*map(str, placements), *format_stages(stages)])
 
 
 def _describe_row(row: ResolvedParameter, mesh: Mesh, rank: int) -> str:

@@ -25,6 +25,7 @@ from runtime.models.dtypes import dtype_name
 from runtime.models.model import find_tied_names, model_tensors, tensor_kind
 from runtime.models.quantized import PackedExperts
 from runtime.planning.plan import Plan, runtime_dialect
+from runtime.planning.stages import find_stages
 from runtime.styles.registry import STYLES, StyleRegistry
 from runtime.styles.style import get_owner_kind
 from runtime.tensor_map.tensor_map import chunk_bounds
@@ -176,20 +177,24 @@ def resolve(
         UnmatchedKeyError: an entry matches nothing, and is none of those that the model's classes declare.
         IndivisibleError: a mesh axis does not divide a packed parameter, the attention heads or the experts, or would
             cut a quantized weight within a block that has one scale.
-        PlanError: the model has no plan, an entry has no effect, entries of tied parameters contradict each other, FSDP
-            would cut a packed parameter, a rank's slice of a fused layer would mix its matrices, or experts would be
-            sharded across gate and up or only in part.
+        PlanError: the model has no plan or cannot be split into pipeline stages, an entry has no effect, entries of
+            tied parameters contradict each other, FSDP would cut a packed parameter, a rank's slice of a fused layer
+            would mix its matrices, or experts would be sharded across gate and up or only in part.
     """
     check_model(model)
     chosen = plan if isinstance(plan, Plan) else _choose_plan(model, mesh, mode, plan)
     check_mode(chosen.mode, mesh)
     view = PlanView(model, chosen.entries, styles.dialect(runtime_dialect()), styles)
     check_entries(view)
+    stages = find_stages(model, mesh)
     scales = find_scales(model)
     quantized_keys = {find_key(chosen.entries, scale.weight, is_parameter=True) for scale in scales.values()}
     unquantized = {key: style for key, style in chosen.entries.items() if key not in quantized_keys}
     unmatched = check_unmatched_entries(model, unquantized)
-    parameters = tuple(_resolve_tensors(model, mesh, chosen, view.dialect, scales))
+    parameters = tuple(
+        replace(parameter, stages=stages.get(parameter.name, ()))
+        for parameter in _resolve_tensors(model, mesh, chosen, view.dialect, scales)
+    )
     check_entry_effects(view, parameters, scales.keys())
     check_scale_blocks(mesh, parameters, scales)
     weights = tuple(parameter for parameter in parameters if parameter.name not in scales)

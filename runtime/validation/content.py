@@ -84,7 +84,7 @@ def compare_digests(own: Mapping[str, str], resolved: ResolvedPlan, checkpoint: 
         _Copy(row.name, ranks)
         for row in resolved.parameters
         if row.tied_to is None
-        for ranks in group_ranks_by_copy(row.placements, resolved.mesh, row.mesh)
+        for ranks in group_ranks_by_copy(row.placements, resolved.mesh, row.mesh, row.stages)
     ]
     digests = {copy: _sum_digests(shares[rank][copy.name] for rank in copy.ranks) for copy in copies}
     passthrough = gather_file_digests(
@@ -101,9 +101,9 @@ def compare_digests(own: Mapping[str, str], resolved: ResolvedPlan, checkpoint: 
 
 
 def _compute_local_digests(model: nn.Module, resolved: ResolvedPlan) -> dict[str, str]:
-    tensors = model_tensors(model)
-    rows = [row for row in resolved.parameters if row.tied_to is None]
-    return {row.name: compute_shard_digest(detach_local(tensors[row.name]), row, resolved.mesh) for row in rows}
+    tensors, mesh, rank = model_tensors(model), resolved.mesh, dist.get_rank()
+    rows = [row for row in resolved.parameters if row.tied_to is None and mesh.holds(rank, row.stages)]
+    return {row.name: compute_shard_digest(detach_local(tensors[row.name]), row, mesh) for row in rows}
 
 
 def compute_shard_digest(local: torch.Tensor, row: ResolvedParameter, mesh: Mesh) -> str:

@@ -45,14 +45,15 @@ class InputBatch:
 def count_batches(mesh: Mesh) -> int:
     """Return how many batches a mesh's ranks train on at once: one for each group that computes together.
 
-    The ranks of one tensor parallel group compute on the same tokens, and so do those that share one set of experts.
+    The ranks of one tensor parallel group compute on the same tokens, and so do those that share one set of experts,
+    and all stages of a pipeline.
     """
-    return mesh.world_size // max(mesh.tp, mesh.ep)
+    return mesh.world_size // (mesh.pp * max(mesh.tp, mesh.ep))
 
 
 def find_batch(mesh: Mesh, rank: int) -> int:
     """Return the number of the batch that a rank computes on."""
-    return rank // max(mesh.tp, mesh.ep)
+    return rank % (mesh.world_size // mesh.pp) // max(mesh.tp, mesh.ep)
 
 
 def sample_batches(model: PreTrainedModel, request: ValidationRequest, round_number: int = 0) -> list[InputBatch]:

@@ -21,6 +21,7 @@ from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from runtime.inspecting.placement import place_by_plan
 from runtime.models.model import model_tensors
 from runtime.parallel.mismatch import Mismatch
+from runtime.parallel.pipeline import find_stage
 from runtime.processes.agreement import all_gather_json
 from runtime.processes.thread_ranks import find_thread_device
 from runtime.styles.placements import cut_local_shard
@@ -98,7 +99,8 @@ def fits_in_memory(model: nn.Module, device: torch.device, dtype: torch.dtype = 
         device: the device that the copy would be on.
         dtype: the dtype of the copy, and of the rank's gradients.
     """
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    stage = find_stage(model)
+    whole = sum(parameter.numel() for parameter in model.parameters()) * (stage.count if stage is not None else 1)
     own = sum(detach_local(parameter).numel() for parameter in model.parameters())
     if find_thread_device() is not None:
         own *= dist.get_world_size()  # the shares of all ranks lie in the same memory

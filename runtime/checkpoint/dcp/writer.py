@@ -33,7 +33,8 @@ def plan_dcp_files(
     """Plan all shard files of a checkpoint.
 
     A file can contain a tensor's name only once, so a rank has as many files as its tensors have boxes: two if gate and
-    up are packed. Replicas are written by the first rank that has them, and a rank without chunks has no file.
+    up are packed. Replicas are written by the first rank that has them, and a rank without chunks has no file. Pipeline
+    stages change nothing: a reader looks for a tensor by its name, and each stage reads its own.
 
     Args:
         mesh: the mesh of the result.
@@ -44,7 +45,8 @@ def plan_dcp_files(
     names = {name: [name] for name in entries}
     for name, target in tied.items():
         names[target].append(name)
-    ranks = [_plan_rank_files(rank, mesh, entries, tensor_maps, names) for rank in range(mesh.one_replica.world_size)]
+    mesh = mesh.one_replica.one_stage
+    ranks = [_plan_rank_files(rank, mesh, entries, tensor_maps, names) for rank in range(mesh.world_size)]
     count = max(map(len, ranks), default=0)
     return tuple(
         _plan_file(get_shard_file_name(rank, number, count), rows)
@@ -81,7 +83,7 @@ def iter_rank_chunks(entry: ManifestEntry, mesh: Mesh, rank: int) -> Iterator[tu
     logical = whole("", entry.shape)
     if not logical.boxes:
         yield from [((0,) * len(entry.shape), entry.shape)] if rank == 0 else []
-    elif is_in_rank_file(entry, rank) and _is_first_copy(entry, mesh, rank):
+    elif is_in_rank_file(entry, mesh, rank) and _is_first_copy(entry, mesh, rank):
         for box in map_local_tensor(logical, entry, mesh, rank).boxes:
             yield unravel(box.base, entry.shape), box.shape
 

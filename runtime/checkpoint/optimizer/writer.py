@@ -123,11 +123,11 @@ def plan_optimizer_files(
     Returns:
         The files with tensors, and the content of the other files by name.
     """
-    mesh = resolved_plan.mesh if resolved_plan else Mesh()
+    mesh = resolved_plan.mesh.one_replica.one_stage if resolved_plan else Mesh()
     entries = {
         name: _build_entry(info, state.parameters.get(name), resolved_plan) for name, info in state.tensors.items()
     }
-    writers = [_FileWriter(state.folder, rank) for rank in range(mesh.one_replica.world_size)]
+    writers = [_FileWriter(state.folder, rank) for rank in range(mesh.world_size)]
     saved: defaultdict[str, list[SavedChunk]] = defaultdict(list)
     for writer in writers:
         for name, entry in entries.items():

@@ -1,6 +1,7 @@
 """The `ranks` layout: one safetensors file per rank, with the rank's local tensors exactly as in its memory.
 
-Replicas hold the same bytes and share their files: there are as many as one replica has ranks.
+Replicas hold the same bytes and share their files: there are as many as one replica has ranks. The files of different
+pipeline stages hold different tensors.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def rank_file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def is_in_rank_file(entry: ManifestEntry, rank: int) -> bool:
+def is_in_rank_file(entry: ManifestEntry, mesh: Mesh, rank: int) -> bool:
     """Return whether a rank's file stores the tensor; carried tensors are stored by rank 0 alone."""
-    return rank == 0 or entry.kind != "carried"
+    return mesh.holds(rank, entry.stages) and (rank == 0 or entry.kind != "carried")
 
 
 def map_local_tensor(tensor_map: TensorMap, entry: ManifestEntry, mesh: Mesh, rank: int) -> TensorMap:
@@ -66,7 +67,7 @@ def plan_rank_file(
         entries: the manifest entries of all tensors by name.
         tensor_maps: the maps of the whole tensors by name.
     """
-    names = [name for name, entry in entries.items() if is_in_rank_file(entry, rank)]
+    names = [name for name, entry in entries.items() if is_in_rank_file(entry, mesh, rank)]
     names.sort(key=lambda name: -BITS[entries[name].dtype])
     rows = (
         (name, entries[name].dtype, map_local_tensor(tensor_maps[name], entries[name], mesh, rank)) for name in names
@@ -74,7 +75,9 @@ def plan_rank_file(
     return plan_output_file(rank_file_name(rank, mesh.world_size), rows, {"format": "pt"})
 
 
-def group_ranks_by_copy(placements: tuple[Placement, ...], mesh: Mesh, axes: MeshName) -> list[tuple[int, ...]]:
+def group_ranks_by_copy(
+    placements: tuple[Placement, ...], mesh: Mesh, axes: MeshName, stages: tuple[int, ...] = ()
+) -> list[tuple[int, ...]]:
     """Return the ranks that together hold each copy of a tensor, the copy of the lowest ranks first.
 
     Ranks at the same coordinates of the axes that replicate a tensor hold different parts of the same copy.
@@ -83,12 +86,13 @@ def group_ranks_by_copy(placements: tuple[Placement, ...], mesh: Mesh, axes: Mes
         placements: the tensor's placement on each mesh axis.
         mesh: the mesh that the tensor is placed on.
         axes: the view of the mesh that the placements refer to.
+        stages: the pipeline stages that hold the tensor; empty if the mesh has only one.
     """
     copies: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for rank in range(mesh.world_size):
+    for rank in (rank for rank in range(mesh.world_size) if mesh.holds(rank, stages)):
         coordinates = zip(placements, mesh.coordinates(axes, rank), strict=True)
         replicated = (index for placement, index in coordinates if isinstance(placement, Replicate))
-        copies[mesh.find_replica(rank), *replicated].append(rank)
+        copies[mesh.find_stage(rank), mesh.find_replica(rank), *replicated].append(rank)
     return [tuple(ranks) for ranks in copies.values()]
 
 
@@ -96,7 +100,8 @@ def find_copies(manifest: Manifest, name: str) -> Iterator[TensorCopy]:
     """Yield the copies of a tensor in rank files, over local tensors named `rank/name`, the lowest ranks' first."""
     entry, mesh = manifest.tensors[name], manifest.mesh.one_replica
     logical = whole(name, entry.shape)
-    for ranks in [(0,)] if entry.kind == "carried" else group_ranks_by_copy(entry.placements, mesh, entry.mesh):
+    copies = group_ranks_by_copy(entry.placements, mesh, entry.mesh, entry.stages)
+    for ranks in [(0,)] if entry.kind == "carried" else copies:
         shards = ((f"{rank}/{name}", map_local_tensor(logical, entry, mesh, rank)) for rank in ranks)
         yield TensorCopy(name, reassemble(entry.shape, shards), ranks)
 
@@ -139,7 +144,7 @@ def read_rank_header(folder: Path, manifest: Manifest, rank: int) -> Header:
         raise IncompleteError(f"{path}: missing", hint="copy the missing file or reshard again", file=str(path))
     check_contained(folder, path)
     header = _rename_tensors(read_header(path), manifest.stored_names)
-    expected = {name: entry for name, entry in manifest.tensors.items() if is_in_rank_file(entry, rank)}
+    expected = {name: entry for name, entry in manifest.tensors.items() if is_in_rank_file(entry, mesh, rank)}
     for name in sorted(expected.keys() ^ header.tensors.keys()):
         where = "missing from" if name in expected else "not in the manifest but in"
         raise _mismatch_error(path, f"{name!r} is {where} the file")

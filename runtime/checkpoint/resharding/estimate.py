@@ -137,7 +137,9 @@ def _describe_placement(name: str, manifest: Manifest | None) -> str:
     entry = manifest.tensors.get(name) if manifest else None
     if manifest is None or entry is None:
         return _WHOLE
-    return RANK_0 if entry.kind == "carried" else format_placements(entry.mesh, entry.placements, manifest.mesh)
+    if entry.kind == "carried":
+        return RANK_0
+    return format_placements(entry.mesh, entry.placements, manifest.mesh, entry.stages)
 
 
 def _estimate_seconds(plan: ReshardPlan, destination: Path, max_memory: int) -> float:

@@ -195,7 +195,9 @@ def _build_entry(name: str, info: TensorInfo, resolved_plan: ResolvedPlan) -> Ma
             hint="config.json does not belong to these weights",
             name=name,
         )
-    return ManifestEntry(info.kind, info.dtype, info.shape, parameter.mesh, parameter.placements)
+    return ManifestEntry(
+        info.kind, info.dtype, info.shape, parameter.mesh, parameter.placements, stages=parameter.stages
+    )
 
 
 def _read_versions() -> dict[str, str]:

@@ -267,4 +267,6 @@ def _describe_files(verified: VerifiedCheckpoint, copy: TensorCopy) -> str:
     if not copy.ranks:
         return str(verified.folder)
     ranks = ", ".join(map(str, copy.ranks))
-    return f"{'rank' if len(copy.ranks) == 1 else 'ranks'} {ranks} of {verified.folder}"
+    manifest = verified.checkpoint.manifest if verified.checkpoint is not None else None
+    stage = f", stage {manifest.mesh.find_stage(copy.ranks[0])}," if manifest and manifest.mesh.pp > 1 else ""
+    return f"{'rank' if len(copy.ranks) == 1 else 'ranks'} {ranks}{stage} of {verified.folder}"
