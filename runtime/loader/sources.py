@@ -74,7 +74,7 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
     stage = find_stage(model)
     elsewhere = stage.elsewhere if stage is not None else frozenset[str]()
     if stage is not None:  # the checkpoint is that of the whole model
-        model = init_on_meta(lambda: type(model)(copy.deepcopy(model.config)), None)
+        model = _build_whole(model)
     source = None
     if opened.layout == "ranks" and opened.manifest is not None:
         manifest = use_model_names(opened.manifest, model, opened.folder)
@@ -86,13 +86,20 @@ def find_source(checkpoint: Path | Checkpoint, model: PreTrainedModel, refs: Map
     return source
 
 
+def _build_whole(stage: PreTrainedModel) -> PreTrainedModel:
+    """Return the model on meta that a pipeline stage is a part of."""
+    whole_model = init_on_meta(lambda: type(stage)(copy.deepcopy(stage.config)), None)
+    whole_model.tie_weights()
+    return whole_model
+
+
 def _read_own_rank_file(
     folder: Path, manifest: Manifest, refs: Mapping[str, ParameterRef], elsewhere: Set[str]
 ) -> LoadSource | None:
     """Return what this rank's own file holds, None if the checkpoint is sharded differently from the model."""
     entries = {name: entry for name, entry in manifest.tensors.items() if entry.kind != "carried"}
     _check_tensors({name: entry.shape for name, entry in entries.items()}, refs, elsewhere, folder)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = (dist.get_rank() if dist.is_initialized() else 0) % manifest.mesh.world_size
     if not _has_same_shards(manifest, refs, rank):
         return None
     stored = read_rank_header(folder, manifest, rank).tensors

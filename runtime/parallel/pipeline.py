@@ -60,6 +60,7 @@ class PassThrough(nn.Module):
     """Stands for a layer of another stage: returns its first input."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first input."""
         return args[0] if args else next(iter(kwargs.values()))
 
 

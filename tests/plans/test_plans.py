@@ -70,6 +70,19 @@ def test_ranks_of_replicas_hold_the_same_and_share_files():
         Mesh(tp=2, ep=8, fsdp=2, replicate=2)  # experts are never shared out over replicas
 
 
+def test_stages_go_with_tensor_parallelism_alone():
+    mesh = Mesh(tp=2, pp=3)
+    assert (mesh.world_size, mesh.replica_size, mesh.one_stage) == (6, 2, Mesh(tp=2))
+    assert [mesh.find_stage(rank) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [mesh.find_file(rank) for rank in range(6)] == list(range(6))
+    assert [mesh.coordinates("dense", rank) for rank in range(6)] == [(0, 0), (0, 1)] * 3
+    assert [rank for rank in range(6) if mesh.holds(rank, (0, 2))] == [0, 1, 4, 5]
+    for outer, reason in (({"fsdp": 2}, "FSDP"), ({"replicate": 2}, "FSDP"), ({"ep": 2}, "token dispatch")):
+        message = rf"(?s)no release of transformers combines {reason} with pipeline stages"
+        with pytest.raises(UsageError, match=rf"{message}.*hint: leave `pp` out, or use `pp` with `tp` alone"):
+            Mesh(tp=2, pp=2, **outer)
+
+
 def test_invalid_meshes_suggest_valid_sizes():
     with pytest.raises(UsageError) as caught:
         Mesh(tp=2, ep=3, fsdp=2)

@@ -61,7 +61,7 @@ def test_replicas_share_files_and_a_manifest_of_version_2_says_so(
     assert [content.pop("version") for content in contents] == [1, 2]
     sizes, with_replicas = (content.pop("mesh") for content in contents)
     assert contents[0] == contents[1]
-    said = {"replicate": 3, "rank_order": ["replicate", "fsdp", "tp"], "files": 4}
+    said = {"replicate": 3, "pp": 1, "rank_order": ["pp", "replicate", "fsdp", "tp"], "files": 4}
     assert with_replicas == {**sizes, **said}
     manifest = read_manifest(tmp_path / "three")
     assert (manifest.mesh, manifest.mesh.world_size) == (Mesh(tp=2, fsdp=2, replicate=3), 12)
