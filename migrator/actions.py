@@ -15,7 +15,7 @@ from migrator.options.source import ProjectRequest, read_requests
 from migrator.settings import Check, Reshard, Rewrite, Validate, Verify
 from plans.errors import UsageError
 from plans.gc_paused import gc_paused
-from plans.mesh import AXES
+from plans.mesh import AXES, Mesh
 
 if TYPE_CHECKING:
     from codemods.tree.outcome import Outcome
@@ -281,10 +281,12 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
     from runtime.validation.request import ValidationRequest, resolve_mesh
     from runtime.validation.worker import run_validation, validate_as_rank
 
+    sizes = {axis: size for axis in AXES if (size := getattr(settings, axis)) is not None}
+    if sizes.get("pp", 1) > 1:
+        Mesh(**sizes)  # what goes with no pipeline is refused before anything is read
     # Everything, because the ranks are other processes.
     folder = resolve_folder(settings.source, quiet=quiet, content="everything")
     reference = resolve_folder(settings.reference, quiet=quiet, content="everything") if settings.reference else None
-    sizes = {axis: size for axis in AXES if (size := getattr(settings, axis)) is not None}
     mesh, mode = resolve_mesh(folder, sizes, settings.mode)
     request = ValidationRequest(
         folder,

@@ -55,6 +55,13 @@ class Mesh:
                 raise UsageError(
                     f"`{axis}` must be at least 1, got {size}", hint="choose a size of 1 or more", axis=axis
                 )
+        if self.pp > 1 and self.fsdp * self.replicate * self.ep > 1:
+            reason = "token dispatch" if self.fsdp * self.replicate == 1 else "FSDP"
+            raise UsageError(
+                f"no release of transformers combines {reason} with pipeline stages, but the mesh is {self}",
+                hint="leave `pp` out, or use `pp` with `tp` alone",
+                mesh=self.axis_sizes,
+            )
         if self.ep > 1 and (self.ep % self.tp or self.replica_size % self.ep):
             raise UsageError(
                 f"ep={self.ep} must be a multiple of tp={self.tp} and divide fsdp*tp={self.replica_size}",
@@ -62,13 +69,6 @@ class Mesh:
                 tp=self.tp,
                 ep=self.ep,
                 fsdp=self.fsdp,
-            )
-        if self.pp > 1 and self.fsdp * self.replicate * self.ep > 1:
-            reason = "token dispatch" if self.fsdp * self.replicate == 1 else "FSDP"
-            raise UsageError(
-                f"no release of transformers combines {reason} with pipeline stages, but the mesh is {self}",
-                hint="leave `pp` out, or use `pp` with `tp` alone",
-                mesh=self.axis_sizes,
             )
 
     def __str__(self) -> str:

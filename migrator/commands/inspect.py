@@ -55,12 +55,12 @@ def command(
     require_runtime()
     from runtime.hub import resolve_folder
 
+    mesh, effective_mode = build_mesh(mode, **sizes)
     settings = read_external_settings(external, source)
     folder = resolve_folder(source, content="headers")
     from runtime.checkpoint.files import side_files
     from runtime.inspecting.inspection import inspect_checkpoint
 
-    mesh, effective_mode = build_mesh(mode, **sizes)
     has_target = mesh.world_size > 1 or mesh.ep > 1 or mode is not None
     with side_files.follow_links(follow_links):
         inspection = inspect_checkpoint(folder, mesh if has_target else None, effective_mode, settings)

@@ -41,8 +41,8 @@ def command(source: str, output_format: str, mode: Mode | None, **sizes: int) ->
     from runtime.planning.plan import get_released_plan
     from runtime.planning.resolve import resolve
 
-    model = build_stored_model(find_config(source))
     mesh, effective_mode = build_mesh(mode, **sizes)
+    model = build_stored_model(find_config(source))
     after = resolve(model, mesh, effective_mode)
     before = resolve(model, mesh, plan=get_released_plan(model)) if effective_mode == "tp" else after
     if output_format == "json":

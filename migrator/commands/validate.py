@@ -238,9 +238,11 @@ def _show_mismatch(mismatch: Mismatch) -> None:
 
 
 def _describe_structure(check: CheckResult, result: ValidationResult) -> str:
-    ranks = "1 rank" if result.world_size == 1 else f"each of {result.world_size} ranks"
+    ranks, numbers = "1 rank" if result.world_size == 1 else f"each of {result.world_size} ranks", check.numbers
+    if "stages" in numbers:
+        ranks = f"{result.world_size} ranks in {numbers['stages']} stages"
     ranks += " (threads)" if result.ranks == "threads" else ""
-    text, numbers = f"{pluralize(check.checked, 'tensor')} on {ranks}", check.numbers
+    text = f"{pluralize(check.checked, 'tensor')} on {ranks}"
     if "sharded" not in numbers:
         return text
     return f"{text}, {numbers['sharded']} of them sharded, {max(numbers['bytes_per_rank']):,} bytes at most"

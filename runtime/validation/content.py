@@ -92,7 +92,7 @@ def compare_digests(own: Mapping[str, str], resolved: ResolvedPlan, checkpoint: 
     )
     digests |= {_Copy(name, (0,)): digest for name, digest in passthrough.items()}
     wrong = tuple(
-        _build_digest_mismatch(copy, expected[copy.name], digest)
+        _build_digest_mismatch(copy, expected[copy.name], digest, resolved.mesh)
         for copy, digest in digests.items()
         if digest != expected[copy.name]
     )
@@ -144,7 +144,8 @@ def gather_file_digests(checkpoint: Checkpoint, names: list[str]) -> dict[str, s
     return {name: digest for share in all_gather_json(dict(digests)) for name, digest in share.items()}
 
 
-def _build_digest_mismatch(copy: _Copy, expected: str, found: str) -> Mismatch:
+def _build_digest_mismatch(copy: _Copy, expected: str, found: str, mesh: Mesh) -> Mismatch:
     alone = copy.ranks[0] if len(copy.ranks) == 1 else None
     where = "" if alone is not None else f" of ranks {', '.join(map(str, copy.ranks))} together"
+    where += f" in stage {mesh.find_stage(copy.ranks[0])}" if mesh.pp > 1 else ""
     return Mismatch(copy.name, f"digest {expected}", f"digest {found}{where}", alone)

@@ -130,7 +130,8 @@ def check_loaded_bytes(
         any(size > 1 and place != Replicate() for size, place in zip(mesh.sizes(row.mesh), row.placements, strict=True))
         for row in resolved.parameters
     )
-    return CheckResult(len(resolved.parameters), (*wrong, *memory), {"sharded": sharded, **numbers})
+    stages = {"stages": mesh.pp} if mesh.pp > 1 else {}
+    return CheckResult(len(resolved.parameters), (*wrong, *memory), {"sharded": sharded, **stages, **numbers})
 
 
 def convert_plan_error(error: PlanError) -> CheckResult:

@@ -75,6 +75,27 @@ def test_replicas_are_named_and_change_no_placement(migrator, hub):
     assert planned["bytes_per_rank"] == planned["bytes_per_rank"][:4] * 3
 
 
+def test_stages_are_shown_row_by_row(migrator, hub):
+    code, output, _ = migrator("plan", hub, "--tp", 2, "--pp", 2)
+    assert code == 0
+    assert "qwen3_moe, tp=2, pp=2" in output
+    norms = [line for line in output.splitlines() if "input_layernorm" in line]
+    assert [f"stage {stage}, Replicate" in line for stage, line in enumerate(norms)] == [True, True]
+    assert sorted(line.split("×")[1].split()[0] for line in norms) == ["1", "2"]  # the release says which has two
+    _, output, _ = migrator("inspect", hub, "--tp", 2, "--pp", 2, "--format", "json")
+    groups = {row["name"]: row["planned"]["stages"] for row in json.loads(output)["groups"]}
+    assert (groups["model.embed_tokens.weight"], groups["lm_head.weight"]) == ([0], [1])
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "validate", ("reshard", "out")])
+@pytest.mark.parametrize(("axis", "reason"), [("fsdp", "FSDP"), ("replicate", "FSDP"), ("ep", "token dispatch")])
+def test_what_goes_with_no_pipeline_is_refused_before_anything_is_read(migrator, tmp_path, command, axis, reason):
+    name, *destination = [command] if isinstance(command, str) else [command[0], tmp_path / command[1]]
+    code, output, errors = migrator(name, "no/such/folder", *destination, "--pp", 2, f"--{axis}", 2)
+    assert (code, output) == (2, "")
+    assert f"no release of transformers combines {reason} with pipeline stages" in errors[0]
+
+
 def test_a_note_names_experts_that_a_tp_plan_keeps_whole(migrator, hub):
     note = "note the tp plan keeps the experts whole on every rank, 'model.layers.*.mlp.experts.gate_up_proj', "
     code, output, _ = migrator("plan", "gpt_oss", "--tp", 2)

@@ -49,10 +49,10 @@ def validate(
     return validate_checkpoint(request, styles).to_json()
 
 
-def validate_allowing(folder: Path, patterns: tuple[str, ...]) -> dict[str, Any]:
+def validate_allowing(folder: Path, patterns: tuple[str, ...], mesh: Mesh | None = None) -> dict[str, Any]:
     """Validate, with patterns of what need not be exercised."""
-    mesh = Mesh(tp=dist.get_world_size())
-    return validate_checkpoint(ValidationRequest(folder, mesh, allow_unexercised=patterns)).to_json()
+    request = ValidationRequest(folder, mesh or Mesh(tp=dist.get_world_size()), allow_unexercised=patterns)
+    return validate_checkpoint(request).to_json()
 
 
 def with_style(change: str, style: str, folder: Path, mesh: Mesh | None = None, mode: Mode = "tp") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from runtime.checkpoint.resharding.plan import plan_reshard
 from tests.conftest import HubFolder, RankFolder
 from tests.runtime.checkpoint.checkpoint_families import FAMILIES
 from tests.runtime.checkpoint.dcp import dcp_cases
-from tests.runtime.checkpoint.resharding.test_layouts import EXPERTS, HUB, TARGETS, Checkpoint, files, walk
+from tests.runtime.checkpoint.resharding.test_layouts import HUB, TARGETS, Checkpoint, files, fitting, walk
 from tests.runtime.installed_torch import saves_distributed, tells_packed
 from tests.runtime.rank_pool import RankPool
 from tests.runtime.validation import validation_cases
@@ -50,7 +50,7 @@ def assert_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tens
 def test_a_walk_over_all_layouts_leads_back_to_the_same_bytes(
     family: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    names = [name for name in DCP if family in EXPERTS or "ep" not in name]
+    names = fitting(family)
     steps = [target for name in names for target in (DCP[name], TARGETS[name])]
     folders = walk(checkpoint(family), [*steps, DCP[names[-1]], HUB], tmp_path)
     assert dict(files(folders[-1])) == dict(files(folders[0]))

@@ -87,6 +87,22 @@ def test_a_lie_about_replicas_is_refused(
         read_manifest(tmp_path / "ranks")
 
 
+@pytest.mark.parametrize("stages", [None, [], [2], [1, 0], [0, 0], [True], 0, "0"])
+def test_a_lie_about_stages_is_refused(stages: object, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    execute_reshard(plan_reshard(checkpoint("llama"), Mesh(pp=2)), tmp_path / "ranks")
+    manifest = read_manifest(tmp_path / "ranks")
+    assert manifest.to_bytes() == (tmp_path / "ranks" / MANIFEST).read_bytes()
+    assert (manifest.tensors[NORM].stages, manifest.tensors["model.embed_tokens.weight"].stages) == ((0,), (0, 1))
+
+    def lie(content: dict[str, Any]) -> None:
+        content["tensors"][NORM].pop("stages")
+        content["tensors"][NORM] |= {} if stages is None else {"stages": stages}
+
+    edit(tmp_path / "ranks", lie)
+    with pytest.raises(HeaderError, match=f"tensor '{NORM}' cannot be on the stages"):
+        read_manifest(tmp_path / "ranks")
+
+
 def test_a_manifest_of_a_later_version_is_refused_by_name(ranks: Path) -> None:
     edit(ranks, lambda m: m.update(version=3))
     with pytest.raises(
@@ -140,6 +156,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "stored file of numbers": lambda m: m["stored_form"]["files"].append(3),
     "stored tensor": lambda m: m["stored_form"]["tensors"].update(x={"file": []}),
     "stored dtype": lambda m: m["stored_form"]["tensors"].update(x={"file": m["stored_form"]["files"][0], "dtype": []}),
+    "stages of a mesh without any": lambda m: m["tensors"][NORM].update(stages=[0]),
     "written by": lambda m: m.update(written_by="me"),
 }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from plans.errors import HeaderError, MismatchError, PlanError, UsageError
@@ -30,18 +32,26 @@ TARGETS = {
     "tp4": ReshardTarget(mesh=Mesh(tp=4)),
     "fsdp3": ReshardTarget(mesh=Mesh(fsdp=3)),
     "tp2 fsdp2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2)),
-    "tp2 fsdp2 replicate2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2, replicate=2)),
+    "tp2 hsdp 2x2": ReshardTarget(mesh=Mesh(tp=2, fsdp=2, replicate=2)),
     "ep2": ReshardTarget(mesh=Mesh(tp=2, ep=2), mode="ep"),
     "ep4": ReshardTarget(mesh=Mesh(tp=4, ep=4), mode="ep"),
     "tp2 ep4 fsdp2": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=2), mode="tp_ep"),
     "dcp ep2 replicate3": ReshardTarget("dcp", Mesh(tp=2, ep=2, replicate=3), "tp_ep"),
+    "tp2 pp2": ReshardTarget(mesh=Mesh(tp=2, pp=2)),
+    "dcp pp2": ReshardTarget("dcp", Mesh(pp=2)),
     "sp2 ep4 fsdp4": ReshardTarget(mesh=Mesh(tp=2, ep=4, fsdp=4), mode="sp_ep"),
 }
 EXPERTS = [name for name in FAMILIES if name not in ("llama", "hrm_text")]
 
 
+def fitting(family: str) -> list[str]:
+    """Return the names of the targets that a family's plan has, or that its model can be split for."""
+    unfit = [*([] if family in EXPERTS else ["ep"]), *(["pp"] if family == "hrm_text" else [])]
+    return [name for name in TARGETS if not any(axis in name for axis in unfit)]
+
+
 def targets(family: str) -> list[ReshardTarget]:
-    return [target for name, target in TARGETS.items() if family in EXPERTS or "ep" not in name]
+    return [TARGETS[name] for name in fitting(family)]
 
 
 def files(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -78,6 +88,34 @@ def test_the_way_over_other_meshes_does_not_matter(family: str, checkpoint: Chec
     over = walk(checkpoint(family), [*targets(family)[:-1], last], tmp_path / "over")[-1]
     straight = walk(checkpoint(family), [last], tmp_path / "straight")[-1]
     assert dict(files(over)) == dict(files(straight))
+
+
+@st.composite
+def random_targets(draw: st.DrawFn) -> ReshardTarget:
+    """Draw a target over all axes: sizes that divide the tiny models' heads and experts, in every mode that fits."""
+    size, layout = st.sampled_from([1, 2]), draw(st.sampled_from(["ranks", "dcp"]))
+    tp = draw(st.sampled_from([1, 2, 4]))
+    if draw(st.booleans()):
+        return ReshardTarget(layout, Mesh(tp=tp, pp=draw(st.integers(2, 3))))
+    fsdp, replicate = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    ep = tp * draw(size)
+    if ep > 1 and (fsdp * tp) % ep == 0 and draw(st.booleans()):
+        alone = ep == tp and fsdp == 1
+        mode = draw(st.sampled_from(["tp_ep", "sp_ep", *(["ep"] if alone else [])]))
+        return ReshardTarget(layout, Mesh(tp=tp, ep=ep, fsdp=fsdp, replicate=replicate), mode)
+    return ReshardTarget(layout, Mesh(tp=tp, fsdp=fsdp, replicate=replicate), draw(st.sampled_from(["tp", "sp"])))
+
+
+@settings(max_examples=4)
+@given(steps=st.lists(random_targets(), min_size=2, max_size=3), back=st.booleans())
+def test_a_random_walk_over_all_axes_leads_back(
+    steps: list[ReshardTarget], back: bool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A → B → A, where A is hub form or a layout for a mesh."""
+    folder, source = tmp_path_factory.mktemp("walk"), checkpoint("qwen3_moe")
+    way = walk(source, [*steps, steps[0] if back else HUB], folder)
+    assert dict(files(way[-1])) == dict(files(way[1] if back else source))
+    shutil.rmtree(folder)
 
 
 def test_hub_form_that_nothing_is_known_of_is_that_of_save_pretrained(checkpoint: Checkpoint, tmp_path: Path) -> None:
