@@ -92,7 +92,7 @@ def test_a_lie_about_stages_is_refused(stages: object, checkpoint: Callable[[str
     execute_reshard(plan_reshard(checkpoint("llama"), Mesh(pp=2)), tmp_path / "ranks")
     manifest = read_manifest(tmp_path / "ranks")
     assert manifest.to_bytes() == (tmp_path / "ranks" / MANIFEST).read_bytes()
-    assert (manifest.tensors[NORM].stages, manifest.tensors["model.embed_tokens.weight"].stages) == ((0,), (0, 1))
+    assert (manifest.tensors[NORM].stages, manifest.tensors["model.embed_tokens.weight"].stages) == ((1,), (0, 1))
 
     def lie(content: dict[str, Any]) -> None:
         content["tensors"][NORM].pop("stages")
