@@ -65,6 +65,12 @@ class ValidationRequest:
                 hint="pass a value such as 1e-5",
                 tolerance=self.tolerance,
             )
+        if self.by_block and self.mesh.pp > 1:
+            raise UsageError(
+                f"pp={self.mesh.pp} stages are not compared block by block: their blocks are on different ranks",
+                hint="leave `by_block` out, or reshard without `pp`",
+                pp=self.mesh.pp,
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, with absolute paths."""

@@ -88,7 +88,8 @@ def run_checks(
     if parallel is None or not builder.checks["structure"].ok:
         builder.skip("the structure is wrong", *PARTS[1:])
         return False
-    if request.by_block or not fits_whole(parallel.model, builder.device):
+    # The blocks of a pipeline are on other ranks, so it is compared whole.
+    if request.mesh.pp == 1 and (request.by_block or not fits_whole(parallel.model, builder.device)):
         precision = choose_block_precision(parallel.model, builder.device)
         structure = builder.checks["structure"]
         wrong = (*structure.mismatches, *_compare_config(request, checkpoint))

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from plans.errors import UsageError
 from plans.mesh import Mesh
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.ranks.files import rank_file_name
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.validation.request import ValidationRequest
 from tests.runtime.thread_pool import ThreadPool
 from tests.runtime.validation import validation_cases
 
@@ -88,6 +90,13 @@ def test_damage_in_one_stage_is_named_with_its_stage(hub_folder: HubFolder, tmp_
         (NORM, 2, True),
         (NORM, 3, True),
     ]
+
+
+def test_stages_are_not_compared_block_by_block(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"(?s)pp=2 stages are not compared.*hint: leave `by_block` out, or reshard without `pp`"
+    ):
+        ValidationRequest(tmp_path, STAGES, by_block=True)
 
 
 def test_a_loss_between_stages_shows(hub_folder: HubFolder, monkeypatch: pytest.MonkeyPatch) -> None:
