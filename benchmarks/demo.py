@@ -1,4 +1,4 @@
-"""The whole story on real input: rewrite the installed transformers' models, reshard a tiny checkpoint, prove it."""
+"""The whole story on real input: rewrite the installed transformers' models and prove them, reshard a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ MIGRATOR = str(Path(sys.executable).with_name("migrator"))
 
 def main() -> None:
     with workplace(sys.argv[1:]) as folder:
-        copy_models(folder / "models")
+        copy_tree(folder / "transformers")
         say("1. Rewrite the models folder of the installed transformers (a copy).")
-        run(MIGRATOR, "rewrite", "models", cwd=folder, last=8)
+        run(MIGRATOR, "rewrite", "transformers/models", cwd=folder, last=8)
         say("   One of the diffs:")
-        run("git", "diff", "--", "models/mixtral", cwd=folder)
-        say("2. Make a tiny Qwen3-MoE with transformers' own save_pretrained, split over several files.")
+        run("git", "diff", "--", "transformers/models/mixtral", cwd=folder)
+        say("2. Prove it: tiny models of the tree's own code, on two ranks, against the unsharded ones.")
+        run(MIGRATOR, "prove", "transformers/models/mixtral", "transformers/models/qwen3_moe", cwd=folder)
+        say("3. Make a tiny Qwen3-MoE with transformers' own save_pretrained, split over several files.")
         make_checkpoint(folder / "tiny-qwen3-moe")
         print("  ", *sorted(path.name for path in (folder / "tiny-qwen3-moe").iterdir()), flush=True)
-        say("3. Where its parameters go on two ranks.")
+        say("4. Where its parameters go on two ranks.")
         run(MIGRATOR, "plan", "tiny-qwen3-moe", "--tp", "2", cwd=folder)
-        say("4. Lay it out for two ranks.")
+        say("5. Lay it out for two ranks.")
         run(MIGRATOR, "reshard", "tiny-qwen3-moe", "out", "--tp", "2", "--layout", "ranks", cwd=folder)
-        say("5. Prove it on two processes, against the unsharded model.")
+        say("6. Prove it on two processes, against the unsharded model.")
         run(MIGRATOR, "validate", "out", "--tp", "2", "--reference", "tiny-qwen3-moe", cwd=folder)
 
 
@@ -46,12 +48,16 @@ def workplace(arguments: list[str]) -> Iterator[Path]:
         yield Path(name)
 
 
-def copy_models(destination: Path) -> None:
-    """Copy the installed models folder and commit it, so that `git diff` shows what changed."""
+def copy_tree(destination: Path) -> None:
+    """Copy the models of the installed transformers, link the rest, and commit it for `git diff`."""
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
-    shutil.copytree(Path(spec.origin).parent / "models", destination, ignore=shutil.ignore_patterns("__pycache__"))
+    installed = Path(spec.origin).parent
+    shutil.copytree(installed / "models", destination / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in installed.iterdir():
+        if path.name not in ("models", "__pycache__"):
+            (destination / path.name).symlink_to(path)
     author = ["-c", "user.name=demo", "-c", "user.email=demo@example.invalid"]
     for arguments in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "as installed"]):
         subprocess.run(["git", *arguments], cwd=destination.parent, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,21 +48,16 @@ def fork_model(folder: Path, family: str, edits: Mapping[str, str] | None = None
     return package / f"configuration_{family}.py"
 
 
-def fork_transformers(folder: Path, family: str) -> Path:
-    """Make a tree of transformers in which one family's folder is a copy and everything else the installed files.
+def fork_transformers(folder: Path) -> Path:
+    """Make a tree of transformers whose models are copies, and everything else the installed files.
 
     Returns:
-        The family's folder.
+        The models folder.
     """
-    installed = find_installed()
-    models = folder / "transformers" / "models"
-    models.mkdir(parents=True)
-    for source, target in ((installed, models.parent), (installed / "models", models)):
-        for path in source.iterdir():
-            if path.name not in ("models", family, "__pycache__"):
-                (target / path.name).symlink_to(path)
-    copy = models / family
-    copy.mkdir()
-    for path in (installed / "models" / family).glob("*.py"):
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
+    package = folder / "transformers"
+    package.mkdir(parents=True)
+    for path in find_installed().iterdir():
+        if path.name not in ("models", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    ignored = shutil.ignore_patterns("__pycache__")
+    return Path(shutil.copytree(find_installed() / "models", package / "models", ignore=ignored))

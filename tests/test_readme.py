@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from migrator.cli import main
+from tests.forks import fork_transformers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -24,11 +24,10 @@ LEFT_OUT = "[...]"
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory, installed_transformers):
-    """A folder with a copy of the installed models and a tiny checkpoint, which the shown commands work on."""
+def workspace(tmp_path_factory):
+    """A folder with a tree of transformers and a tiny checkpoint, which the shown commands work on."""
     folder = tmp_path_factory.mktemp("readme")
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(installed_transformers / "models", folder / "src/models", ignore=ignored)
+    fork_transformers(folder / "src")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 256}
@@ -41,7 +40,16 @@ def workspace(tmp_path_factory, installed_transformers):
 
 
 def test_every_command_is_shown():
-    assert [name for name, _, _ in BLOCKS] == ["rewrite", "reshard", "validate", "move", "verify", "inspect", "run"]
+    assert [name for name, _, _ in BLOCKS] == [
+        "rewrite",
+        "prove",
+        "reshard",
+        "validate",
+        "move",
+        "verify",
+        "inspect",
+        "run",
+    ]
 
 
 @pytest.mark.parametrize(("name", "command", "expected"), BLOCKS, ids=[name for name, _, _ in BLOCKS])

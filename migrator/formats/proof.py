@@ -107,10 +107,11 @@ class ProofReport:
 
 
 def build_proof_table(report: ProofReport) -> tuple[str, list[str], list[list[str]]]:
-    """Return a title, columns and a row for each class."""
+    """Return a title, columns and a row for each class, with the largest error of what ran."""
     modes = report.modes_with_plans
-    rows = [[row.task.name, *(_format_cell(row.results.get(mode)) for mode in modes)] for row in report.rows]
-    return "", ["config class", *(_format_mode(report, mode) for mode in modes)], rows
+    rows = [[row.task.name, *(_format_error(row.results[mode]) for mode in modes)] for row in report.rows]
+    title = f"{format_count(len(rows), 'row')}, transformers {', '.join(report.versions)}"
+    return title, ["config class", *(_format_mode(report, mode) for mode in modes)], rows
 
 
 def proof_summary_lines(report: ProofReport, *, failures_only: bool = False) -> Iterator[str]:
@@ -128,7 +129,7 @@ def proof_summary_lines(report: ProofReport, *, failures_only: bool = False) -> 
         yield f"{_format_mode(report, mode)}: " + ", ".join(
             f"{counts[name]} {name}" for name in OUTCOMES if counts[name]
         )
-    yield f"{format_count(len(report.rows), 'row')} in {report.seconds:.0f} s"
+    yield f"in {report.seconds:.2f} s"
 
 
 def format_counts(report: ProofReport) -> str:
@@ -196,8 +197,10 @@ def proof_page_lines(report: ProofReport) -> Iterator[str]:
         ([row.task.name, result.mode, result.outcome, result.why] for row, result in others),
     )
     yield from ("", "All of it:", "")
-    _, columns, rows = build_proof_table(report)
-    yield from _format_table(columns, rows)
+    yield from _format_table(
+        ["config class", *(_format_mode(report, mode) for mode in modes)],
+        ([row.task.name, *(_format_cell(row.results[mode]) for mode in modes)] for row in report.rows),
+    )
 
 
 def _format_table(columns: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> Iterator[str]:
@@ -218,9 +221,13 @@ def _format_mode(report: ProofReport, mode: Mode) -> str:
     return text if mode in ("tp", "ep") else f"{mode} {text}"
 
 
-def _format_cell(result: ModeResult | None) -> str:
-    if result is None:
-        return ""
+def _format_error(result: ModeResult) -> str:
+    if result.logits is None or result.gradients is None:
+        return result.outcome
+    return f"{result.outcome} {max(result.logits, result.gradients):.1e}"
+
+
+def _format_cell(result: ModeResult) -> str:
     if result.logits is None:
         return result.outcome
     text = f"{result.outcome}: logits {result.logits:.0e}, gradients {result.gradients:.0e}, {result.sharded} sharded"

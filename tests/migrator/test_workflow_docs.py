@@ -44,13 +44,30 @@ def test_the_hooks_exist():
 
 
 def test_the_workflows_commands_have_those_options():
-    steps = yaml.safe_load(block("actions"))["jobs"]["check"]["steps"]
+    jobs = yaml.safe_load(block("actions"))["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
     commands = [step["run"] for step in steps if step.get("run", "").startswith("migrator")]
-    assert len(commands) == 2
+    named = []
     for command in commands:
         plain = re.sub(r"\$\{\{.*?\}\}", "main", command).split(" > ")[0]
         _, name, *arguments = shlex.split(plain)
-        assert group.get_command(None, name).make_context(name, arguments).params["paths"]
+        named.append(name)
+        parameters = group.get_command(None, name).make_context(name, arguments).params
+        assert parameters.get("paths") or parameters["base"] == "origin/main"
+    assert named == ["check", "diff", "prove", "check"]
+
+
+def test_the_workflow_runs_a_pull_requests_code_without_secrets_and_may_only_read():
+    workflow = yaml.safe_load(block("actions"))
+    assert workflow[True] == ["pull_request"]  # YAML reads `on` as a truth value
+    assert workflow["permissions"] == {"contents": "read"}
+    running = [job for job in workflow["jobs"].values() if any("prove" in step.get("run", "") for step in job["steps"])]
+    assert len(running) == 1
+    assert "permissions" not in running[0]
+    assert [
+        step["with"]["persist-credentials"] for step in running[0]["steps"] if "checkout" in step.get("uses", "")
+    ] == [False]
+    assert "secrets." not in block("actions")
 
 
 @pytest.mark.parametrize("line", [line for line in block("completion").splitlines() if line])
