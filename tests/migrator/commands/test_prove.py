@@ -12,7 +12,7 @@ import pytest
 
 from migrator.proofs import prove
 from migrator.settings import Prove
-from tests.forks import fork_model
+from tests.forks import fork_model, fork_transformers
 from tests.migrator.source_trees import MIGRATOR
 from tests.waiting import HANG_TIMEOUT
 
@@ -152,3 +152,19 @@ def test_only_what_failed_is_saved(run: Run) -> None:
     assert saved == {path.name for path in (run.folder / "failures").iterdir()}
     assert not any(name.startswith("sound") for name in saved)
     assert "unmasked_router-Qwen3MoeConfig-ep.json" in saved
+
+
+@pytest.mark.full
+def test_a_tree_of_transformers_runs_its_own_code_not_the_installed(tmp_path: Path) -> None:
+    file = fork_transformers(tmp_path) / FAMILY / FILE
+    file.write_text(file.read_text("utf-8").replace(EXPERTS, ""), "utf-8")
+    done = run_prove(file.parent, "--mode", "tp", "--format", "github", cwd=tmp_path)
+    assert done.returncode == 1
+    line = (
+        file.read_text("utf-8").splitlines().index('        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",') + 1
+    )
+    where = file.relative_to(tmp_path)
+    assert done.stdout.startswith(
+        f"::error file={where},line={line},title=tp refused::Qwen3MoeConfig: model.layers.0.mlp"
+    )
+    assert done.stderr == ""
