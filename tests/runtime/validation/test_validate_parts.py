@@ -123,7 +123,7 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(1000, 1000, bias=False, device="meta")
     for free, fits in ((14_000_000, False), (15_000_000, True), (None, True)):
-        monkeypatch.setattr(room, "_read_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(room, "read_free_bytes", lambda device, free=free: free)
         assert room.fits_in_memory(model, torch.device("cpu")) == fits
     monkeypatch.undo()
     assert room.fits_in_memory(model, torch.device("cpu"))
