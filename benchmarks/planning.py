@@ -1,7 +1,8 @@
 """Plans the resharding of a DeepSeek-V3-shaped checkpoint, in sparse files: seconds and peak memory of the process.
 
-61 layers, 256 experts, about 46,000 hub tensors, 1.3 TB in bfloat16 that no disk has to hold, laid out for tp=8, ep=64
-and fsdp=8. Nothing is written but headers.
+61 layers, 256 experts, about 46,000 hub tensors, 1.3 TB in bfloat16 that no disk has to hold. Nothing is written but
+headers. A mesh with pipeline stages or replicas is planned right after the same mesh without them, which it must not
+exceed by more than a fifth.
 """
 
 from __future__ import annotations
@@ -31,14 +32,22 @@ from plans.mesh import Mesh
 began = time.perf_counter()
 from runtime.checkpoint.resharding.plan import plan_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
-imported = time.perf_counter()
+imported, cpu_began = time.perf_counter(), time.process_time()
 plan = plan_reshard(Path(sys.argv[1]), target=ReshardTarget(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
-done = time.perf_counter()
+done, cpu = time.perf_counter(), time.process_time()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-print(json.dumps({"importing": imported - began, "planning": done - imported, "copies": len(plan.copy_plan.copies),
+print(json.dumps({"importing": imported - began, "planning": done - imported, "cpu": cpu - cpu_began, "copies": len(plan.copy_plan.copies),
                   "bytes": plan.copy_plan.bytes_written, "peak": peak}))
 """
-MESHES = [("tp", {"tp": 8}), ("tp_ep", {"tp": 8, "ep": 64, "fsdp": 8})]
+SHARED = {"tp": 8, "ep": 32, "fsdp": 8}
+MESHES = [
+    ("tp", {"tp": 8}, False),
+    ("tp", {"tp": 8, "pp": 8}, True),
+    ("tp_ep", {"tp": 8, "ep": 64, "fsdp": 8}, False),
+    ("tp_ep", SHARED, False),
+    ("tp_ep", {**SHARED, "replicate": 8}, True),
+]
+"""Modes and meshes, and whether each is compared with the one before it."""
 
 
 def main() -> None:
@@ -48,13 +57,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         count = write_checkpoint(Path(folder), layers)
         print(f"{count:,} hub tensors of {layers} layers, {EXPERTS} experts")
-        for mode, mesh in MESHES:
+        before: dict[str, float] = {}
+        for mode, mesh, is_compared in MESHES:
             command = [sys.executable, "-c", PLAN, folder, "ranks", json.dumps(mesh), mode]
             said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             print(
-                f"{mode:6} {mesh}: imports {said['importing']:.1f} s, planning {said['planning']:.1f} s, "
-                f"{said['copies']:,} copies, {said['bytes'] / 1e12:.2f} TB, peak {said['peak'] / 2**30:.2f} GiB"
+                f"{mode:6} {mesh}: imports {said['importing']:.1f} s, planning {said['planning']:.1f} s "
+                f"({said['cpu']:.1f} s of CPU), {said['copies']:,} copies, {said['bytes'] / 1e12:.2f} TB, "
+                f"peak {said['peak'] / 2**30:.2f} GiB"
             )
+            if is_compared:
+                ratios = [said[key] / before[key] for key in ("planning", "cpu", "peak")]
+                print(
+                    "       against the mesh before: {:.2f} times, CPU {:.2f} times, peak {:.2f} times".format(*ratios)
+                )
+            before = said
 
 
 def write_checkpoint(folder: Path, layers: int) -> int:

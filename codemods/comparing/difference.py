@@ -16,8 +16,9 @@ from codemods.comparing.affected import (
     scan_imported_names,
 )
 from codemods.comparing.matching import diff_lines, find_guard_lines, is_obscured, is_same_entry, match_moved_entries
+from codemods.comparing.pipeline import PipelinePlans, compare_pipeline_plans
 from codemods.comparing.placements import PlacementReader
-from codemods.comparing.results import Comparison, DifferenceKind, PlanDifference, Side
+from codemods.comparing.results import Comparison, DifferenceKind, PipelineDifference, PlanDifference, Side
 from codemods.files.revisions import Snapshot, find_changed_paths
 from codemods.files.sources import add_error_once
 from codemods.inheritance.effective import REMOVED, UNRESOLVED, EffectiveEntry, EffectivePlans, PlanVariant, file_kind
@@ -57,14 +58,16 @@ def compare(before: Snapshot, after: Snapshot, is_included: Callable[[Path], boo
         for reader in readers:
             reader.load({path.parent for path in paths})
         differences: list[PlanDifference] = []
+        pipeline: list[PipelineDifference] = []
         errors: list[MigratorError] = []
         for path in sorted(paths):
             try:
                 differences += comparer.compare_file(path)
+                pipeline += comparer.compare_pipeline(path)
             except MigratorError as error:
                 add_error_once(errors, error)
     unchecked = sorted(path for path in excluded if path in changed and comparer.mentions_plans(path))
-    return Comparison(tuple(differences), tuple(errors), dialects, len(paths), tuple(unchecked))
+    return Comparison(tuple(differences), tuple(errors), dialects, len(paths), tuple(unchecked), tuple(pipeline))
 
 
 def _check_plans(before: Snapshot, after: Snapshot, comparer: _Comparer) -> None:
@@ -95,6 +98,7 @@ class _Comparer:
         self._files = ParsedFiles()
         is_framework = cache(find_framework(snapshots))
         self._plans = tuple(EffectivePlans(source_of, is_framework, self._files) for source_of in self._source_of)
+        self._pipelines = tuple(PipelinePlans(plans) for plans in self._plans)
         self._changed_models = frozenset(path.parent for path in changed if file_kind(path) == "modeling")
         self._get_touched_lines = cache(self._find_touched_lines)
 
@@ -171,6 +175,15 @@ class _Comparer:
                 difference = self._compare_entry(key, variants, pair, whole_class=variant.class_name not in survivors)
                 if difference is not None and not (obscured and difference.kind in ("added", "removed")):
                     yield difference
+
+    def compare_pipeline(self, path: Path) -> Iterator[PipelineDifference]:
+        """Yield the entries of a file's pipeline plans that differ.
+
+        Raises:
+            SourceError: a file cannot be parsed: it, or one that its plans come from.
+        """
+        before, after = self._pipelines
+        return compare_pipeline_plans(before, after, path)
 
     def _compare_entry(
         self,

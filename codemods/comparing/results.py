@@ -10,7 +10,7 @@ from codemods.comparing.placements import EntryEffect
 from codemods.inheritance.effective import PlanVariant
 from plans.errors import MigratorError
 
-__all__ = ["Comparison", "DifferenceKind", "PlanDifference", "Side", "name_model"]
+__all__ = ["Comparison", "DifferenceKind", "PipelineDifference", "PlanDifference", "Side", "name_model"]
 
 DifferenceKind = Literal["renamed", "meaning", "placement", "added", "removed", "condition", "unread"]
 """How an entry changed.
@@ -88,6 +88,29 @@ class PlanDifference:
 
 
 @dataclass(frozen=True)
+class PipelineDifference:
+    """An entry of a pipeline plan that differs between the revisions. It never changes the mesh.
+
+    Args:
+        path: the class's file.
+        class_name: the class's qualified name.
+        key: the entry's key, empty if the plan is no plain dict.
+        before: the entry's text in the first revision, None if it is new.
+        after: the entry's text in the second revision, None if it is gone.
+        written_in: the file that writes the entry, which another class's may be.
+        line: the entry's line in that file, counted from 1.
+    """
+
+    path: Path
+    class_name: str
+    key: str
+    before: str | None
+    after: str | None
+    written_in: Path
+    line: int
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The result of a comparison.
 
@@ -97,6 +120,7 @@ class Comparison:
         dialects: the dialects of the two revisions.
         files: how many files were compared.
         excluded: the changed files with plans that were not compared, because the project excludes them.
+        pipeline: the entries of pipeline plans that differ.
     """
 
     differences: tuple[PlanDifference, ...]
@@ -104,3 +128,4 @@ class Comparison:
     dialects: tuple[str, str]
     files: int
     excluded: tuple[Path, ...] = ()
+    pipeline: tuple[PipelineDifference, ...] = ()

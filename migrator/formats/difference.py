@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from codemods.comparing.results import Comparison, PlanDifference, Side
+from codemods.comparing.pipeline import PIPELINE_PLAN
+from codemods.comparing.results import Comparison, PipelineDifference, PlanDifference, Side, name_model
 from codemods.files.sources import format_path
 from codemods.inheritance.effective import UNRESOLVED
 from migrator.formats.github import format_workflow_command
@@ -79,9 +80,11 @@ def diff_summary_lines(report: DiffReport) -> Iterator[str]:
     """Yield a line for each failing difference, and a summary."""
     for difference in report.failing:
         yield f"unexplained {_format_location(difference.side)} {_describe_difference(difference)}"
+    yield from (f"note {_describe_pipeline(difference)}" for difference in report.comparison.pipeline)
     differences = report.comparison.differences
     if not differences:
-        yield f"no plan differs between {report.base} and {report.head}"
+        other = "other " if report.comparison.pipeline else ""
+        yield f"no {other}plan differs between {report.base} and {report.head}"
         return
     kinds = Counter(_KIND_LABELS[difference.kind] for difference in differences)
     counts = ", ".join(f"{kinds[word]:,} {word}" for word in _KIND_LABELS.values() if kinds[word])
@@ -99,6 +102,10 @@ def diff_github_lines(report: DiffReport) -> Iterator[str]:
             path = os.path.relpath(report.root / difference.side.path, report.workspace)
             properties = {"file": path.replace(os.sep, "/"), "line": str(difference.side.line), "title": "plan diff"}
             yield format_workflow_command(level, properties, _describe_difference(difference))
+    for change in report.comparison.pipeline:
+        path = os.path.relpath(report.root / change.written_in, report.workspace)
+        properties = {"file": path.replace(os.sep, "/"), "line": str(change.line), "title": "plan diff"}
+        yield format_workflow_command("notice", properties, _describe_pipeline(change))
     for error in report.comparison.errors:
         yield format_workflow_command("error", {"title": type(error).__name__}, f"{error.message}\n{error.hint}")
 
@@ -114,7 +121,22 @@ def diff_as_json(report: DiffReport) -> dict[str, object]:
         "excluded": [path.as_posix() for path in comparison.excluded],
         "unexplained": len(report.failing),
         "differences": [_difference_as_json(report, difference) for difference in comparison.differences],
+        "pipeline": [_pipeline_as_json(difference) for difference in comparison.pipeline],
         "errors": [error.to_json() for error in comparison.errors],
+    }
+
+
+def _pipeline_as_json(difference: PipelineDifference) -> dict[str, object]:
+    return {
+        "model": name_model(difference.path),
+        "path": difference.path.as_posix(),
+        "class": difference.class_name,
+        "plan": PIPELINE_PLAN,
+        "key": difference.key,
+        "before": difference.before,
+        "after": difference.after,
+        "written_in": difference.written_in.as_posix(),
+        "line": difference.line,
     }
 
 
@@ -167,6 +189,16 @@ def _describe_difference(difference: PlanDifference) -> str:
     entry = f"{_format_owner(difference)}{_format_plans(difference)} {difference.key}"
     inherited = "" if difference.side.path == difference.variant.path else f" in {difference.model}, which inherits it"
     return f"{entry}{inherited}: {_format_styles(difference)}, {_format_placements(difference)}"
+
+
+def _describe_pipeline(difference: PipelineDifference) -> str:
+    """Return which class's pipeline plan changed, how, and that nothing follows from it."""
+    entry = f"{difference.class_name}.{PIPELINE_PLAN} {difference.key}".rstrip()
+    change = _format_change(difference.before, difference.after)
+    return (
+        f"{format_path(difference.written_in)}:{difference.line} {entry}: {change}; no release of transformers splits "
+        "stages by it"
+    )
 
 
 def _format_owner(difference: PlanDifference) -> str:

@@ -71,6 +71,41 @@ def test_a_rewrite_is_clean(root):
     assert "mellum, mixtral, offspring and 1 more" in done.stdout
 
 
+PP_NORM = '"norm": (["hidden_states"], ["hidden_states"])'
+PP_NOTE = "no release of transformers splits stages by it"
+
+
+def test_pipeline_plans_are_compared_with_a_note_that_nothing_follows(root):
+    text = (root / MIXTRAL).read_text()
+    assert PP_NORM in text
+    (root / MIXTRAL).write_text(text.replace(PP_NORM, PP_NORM.replace('["hidden_states"])', '["normed"])')))
+    done = diff(root, "HEAD")
+    assert (done.returncode, done.stderr) == (0, "")
+    *notes, summary = done.stdout.splitlines()
+    line = text.split(PP_NORM)[0].count("\n") + 1
+    change = "(['hidden_states'], ['hidden_states']) → (['hidden_states'], ['normed'])"
+    assert notes == [
+        f"note {MIXTRAL}:{line} {name}.base_model_pp_plan norm: {change}; {PP_NOTE}"
+        for name in ("MixtralConfig", "OffspringConfig")
+    ]
+    assert summary == "no other plan differs between HEAD and the working tree"
+    found = json.loads(diff(root, "HEAD", "--format", "json").stdout)
+    assert (found["differences"], [row["model"] for row in found["pipeline"]]) == ([], ["mixtral", "offspring"])
+    lines = diff(root, "HEAD", "--format", "github").stdout.splitlines()
+    assert [text.startswith("::notice ") and text.endswith(PP_NOTE) for text in lines] == [True, True]
+
+
+def test_a_pipeline_plan_that_is_taken_away_is_compared_too(root):
+    with (root / MODELS / "offspring/configuration_offspring.py").open("a") as file:
+        file.write("    base_model_pp_plan = None\n")
+    done = diff(root, "HEAD")
+    assert done.returncode == 0
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note ")]
+    assert [" OffspringConfig.base_model_pp_plan" in line for line in notes] == [True] * 4
+    assert sum("base_model_pp_plan: none → None;" in line for line in notes) == 1
+    assert sum("→ none;" in line for line in notes) == 3
+
+
 def test_an_inherited_change_fails_until_it_is_allowed(moved):
     done = diff(moved, "HEAD")
     assert done.returncode == 1
