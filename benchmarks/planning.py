@@ -36,8 +36,8 @@ imported, cpu_began = time.perf_counter(), time.process_time()
 plan = plan_reshard(Path(sys.argv[1]), target=ReshardTarget(sys.argv[2], Mesh(**json.loads(sys.argv[3])), sys.argv[4]))
 done, cpu = time.perf_counter(), time.process_time()
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-print(json.dumps({"importing": imported - began, "planning": done - imported, "cpu": cpu - cpu_began, "copies": len(plan.copy_plan.copies),
-                  "bytes": plan.copy_plan.bytes_written, "peak": peak}))
+print(json.dumps({"importing": imported - began, "planning": done - imported, "cpu": cpu - cpu_began,
+                  "copies": len(plan.copy_plan.copies), "bytes": plan.copy_plan.bytes_written, "peak": peak}))
 """
 SHARED = {"tp": 8, "ep": 32, "fsdp": 8}
 MESHES = [
