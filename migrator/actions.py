@@ -229,7 +229,14 @@ def is_finished(
     return verify(comparison, progress).ok
 
 
-def verify(settings: Verify, progress: AbstractContextManager[Progress], *, quiet: bool = True) -> Verification:
+def verify(
+    settings: Verify,
+    progress: AbstractContextManager[Progress],
+    *,
+    quiet: bool = True,
+    record: Path | None = None,
+    with_sha256: bool = False,
+) -> Verification:
     """Compare a checkpoint with its manifest or with another checkpoint.
 
     Args:
@@ -237,19 +244,35 @@ def verify(settings: Verify, progress: AbstractContextManager[Progress], *, quie
         progress: entered once the checkpoints are fetched, and gives what is called with the bytes done, the bytes in
             all and the current tensor.
         quiet: show no progress of a download.
+        record: a new file for the digests of the checkpoint, which is written if nothing differs.
+        with_sha256: add the SHA-256 of each file to it.
 
     Raises:
+        DestinationError: the file cannot be written.
         MigratorError: a checkpoint cannot be found or read.
     """
     from runtime.hub import resolve_folder
 
     external = read_external_settings(settings, settings.source)
     folders = [resolve_folder(name, quiet=quiet) for name in (settings.source, settings.other) if name is not None]
+    from runtime.checkpoint.digest_file import read_digest_file, write_digest_file
     from runtime.checkpoint.files.side_files import follow_links
     from runtime.checkpoint.verifying.verify import verify
 
+    recorded = read_digest_file(settings.digests) if settings.digests is not None else None
     with progress as advance, follow_links(settings.follow_links):
-        return verify(*folders, max_memory=settings.max_memory * _MIB, progress=advance, external=external)
+        result = verify(
+            *folders,
+            max_memory=settings.max_memory * _MIB,
+            progress=advance,
+            external=external,
+            recorded=recorded,
+            reads_all=record is not None,
+        )
+        if record is not None and result.ok and result.source.checkpoint is not None:
+            digests = {copy.name: digest for copy, digest in result.source.digests.items()}
+            write_digest_file(record, result.source.checkpoint, digests, with_sha256=with_sha256)
+    return result
 
 
 @dataclass(frozen=True)
@@ -301,6 +324,7 @@ def validate(settings: Validate, *, quiet: bool = True) -> Validation:
         ranks=settings.ranks,
         follow_links=settings.follow_links,
         by_block=settings.by_block,
+        digests=settings.digests,
     )
     return Validation(request, validate_as_rank(request) if is_worker_process() else run_validation(request))
 

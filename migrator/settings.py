@@ -124,12 +124,14 @@ class Verify(ExternalOptions):
         other: the checkpoint to compare it with, None to compare it with its own manifest.
         max_memory: the memory that reading may allocate, in MiB.
         follow_links: read links that lead out of the checkpoints' folders.
+        digests: a file with the digests of the checkpoint, which `migrator verify --record` wrote.
     """
 
     source: str
     other: str | None = None
     max_memory: int = Reshard.max_memory
     follow_links: bool = False
+    digests: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Validate:
         ranks: what the ranks are; `auto` takes processes where each can have a processor or a GPU, else threads.
         follow_links: read links that lead out of the checkpoints' folders.
         by_block: compare the models block by block even where both fit in memory whole.
+        digests: a file with the digests of the checkpoint, which `migrator verify --record` wrote.
     """
 
     source: str
@@ -168,3 +171,4 @@ class Validate:
     ranks: Ranks = "auto"
     follow_links: bool = False
     by_block: bool = False
+    digests: Path | None = None

@@ -15,6 +15,7 @@ from migrator.actions import validate
 from migrator.exit_codes import of_validation
 from migrator.options.common import (
     SECONDS,
+    digests_option,
     follow_links_option,
     format_option,
     mesh_options,
@@ -95,6 +96,7 @@ __all__ = ["command", "explain_failure", "show_result"]
     is_flag=True,
     help="Compare the models block by block, with the memory of two blocks; done by itself where both do not fit.",
 )
+@digests_option
 @follow_links_option
 @format_option("human", "json")
 @report_option
@@ -109,6 +111,7 @@ def command(
     allow_unexercised: tuple[str, ...],
     timeout: float,
     by_block: bool,
+    digests: Path | None,
     follow_links: bool,
     output_format: str,
     report: Path | None,
@@ -133,7 +136,7 @@ def command(
     settings = Validate(
         source=source, reference=reference, **_read_explicit_sizes(sizes), mode=mode, device=device,
         tolerance=tolerance, timeout=timeout, plan=plan, allow_unexercised=allow_unexercised, ranks=ranks,
-        follow_links=follow_links, by_block=by_block,
+        follow_links=follow_links, by_block=by_block, digests=digests,
     )  # fmt: skip
     validation = validate(settings, quiet=False)
     if os.environ.get("RANK", "0") == "0":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,6 +10,7 @@ import click
 from migrator.actions import verify
 from migrator.exit_codes import of_findings
 from migrator.options.common import (
+    digests_option,
     follow_links_option,
     format_option,
     max_memory_option,
@@ -18,6 +20,7 @@ from migrator.options.common import (
 from migrator.options.external import ExternalOptions, external_options
 from migrator.settings import Verify
 from migrator.terminal import console
+from plans.errors import UsageError
 from plans.text import pluralize
 
 if TYPE_CHECKING:
@@ -33,10 +36,21 @@ __all__ = ["command"]
 @follow_links_option
 @max_memory_option(Verify.max_memory, "Limit on the memory that reading allocates, in MiB.")
 @format_option("human", "json")
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the digests of SOURCE to a new FILE, for --digests later, if nothing differs.",
+)
+@click.option("--sha256", is_flag=True, help="Also record the SHA-256 of each file of SOURCE.")
+@digests_option
 @click.option("--quiet", "-q", is_flag=True, help="Print differences and errors only.")
 def command(
     source: str,
     other: str | None,
+    record: Path | None,
+    sha256: bool,
+    digests: Path | None,
     external: ExternalOptions,
     follow_links: bool,
     max_memory: int,
@@ -48,14 +62,21 @@ def command(
     Reads every copy of every tensor of SOURCE and compares it with SOURCE's own manifest, or with the checkpoint OTHER,
     which may have any layout and mesh. Both are folders, or hf://owner/name[@revision]. Each tensor that differs is
     listed with its first differing element.
+
+    A digest finds damage, not tampering: who can change the weights on purpose can make others with the same digest.
     """
+    if sha256 and record is None:
+        raise UsageError("`sha256` is recorded with digests, but `record` names no file", hint="add `record=FILE`")
     require_runtime(show_downloads=not quiet)
-    settings = Verify(source, other, max_memory, follow_links, **vars(external))
-    result = verify(settings, console.progress("verifying", quiet=quiet), quiet=quiet)
+    settings = Verify(source, other, max_memory, follow_links, digests, **vars(external))
+    progress = console.progress("verifying", quiet=quiet)
+    result = verify(settings, progress, quiet=quiet, record=record, with_sha256=sha256)
     if output_format == "json":
         console.emit_json(result.to_json())
     else:
         _show_verification(result, quiet)
+        if record is not None and result.ok and not quiet:
+            console.emit_line(f"recorded {pluralize(len(result.source.digests), 'digest')} in {record}")
     return of_findings(not result.ok)
 
 
@@ -99,5 +120,6 @@ def _describe_verdict(result: Verification) -> str:
     if result.other is not None:
         return "the same content"
     if result.source.manifest_digests:
-        return "every copy matches the manifest's digest"
+        is_apart = result.source.checkpoint is not None and result.source.checkpoint.recorded_digests is not None
+        return f"every copy matches the {'recorded' if is_apart else 'manifest' + chr(39) + 's'} digest"
     return "complete by its headers; no digests are recorded, so compare it with another checkpoint"

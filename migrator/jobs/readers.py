@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from migrator.jobs.job import is_on_hub
 from migrator.options.external import ConfigName, ExternalOptions
-from migrator.settings import Validate
+from migrator.settings import Validate, Verify
 from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
 from plans.text import suggest_name
@@ -209,11 +209,12 @@ _CONFIG = "config.json"
 
 
 def list_external_files(step: object) -> tuple[Path, ...]:
-    """Return the plan file and the config.json that a step reads besides its checkpoints."""
+    """Return the files that a step reads besides its checkpoints: a plan, a config.json, and digests."""
+    digests = step.digests if isinstance(step, Verify | Validate) else None
     if isinstance(step, Validate):
-        return (step.plan,) if step.plan is not None else ()
+        return tuple(path for path in (step.plan, digests) if path is not None)
     if not isinstance(step, ExternalOptions):
         return ()
     config = Path(step.config) if step.config is not None and not is_on_hub(step.config) else None
     config = config / _CONFIG if config is not None and config.is_dir() else config
-    return tuple(path for path in (step.plan, config) if path is not None)
+    return tuple(path for path in (step.plan, config, digests) if path is not None)

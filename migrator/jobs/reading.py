@@ -71,6 +71,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "other": readers.read_checkpoint_name,
         "max_memory": readers.read_size,
         "follow_links": readers.read_flag,
+        "digests": readers.read_path,
         **EXTERNAL_SETTINGS,
     },
     "validate": {
@@ -85,6 +86,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "ranks": readers.make_choice_reader("auto", "processes", "threads"),
         "follow_links": readers.read_flag,
         "by_block": readers.read_flag,
+        "digests": readers.read_path,
     },
 }
 """The settings of each table, and of the top level under the empty name."""

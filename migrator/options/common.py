@@ -18,6 +18,7 @@ from plans.mesh import MODES, Mesh, Mode
 __all__ = [
     "SECONDS",
     "build_mesh",
+    "digests_option",
     "follow_links_option",
     "format_option",
     "max_memory_option",
@@ -35,6 +36,12 @@ def follow_links_option(function: _Command) -> _Command:
     """Add `--follow-links` to a command."""
     text = "Also read links that lead to files outside of the checkpoint's folder."
     return click.option("--follow-links", is_flag=True, help=text)(function)
+
+
+def digests_option(function: _Command) -> _Command:
+    """Add `--digests` to a command."""
+    text = "The digests of SOURCE, from `migrator verify SOURCE --record FILE`, if it has no manifest."
+    return click.option("--digests", type=click.Path(path_type=Path), metavar="FILE", help=text)(function)
 
 
 def mesh_options(function: _Command) -> _Command:

@@ -117,6 +117,7 @@ class Checkpoint:
             beside them are.
         notes: what was found elsewhere than in the folder itself.
         saved_order: the names in the order in which rank files save them, empty for other layouts.
+        recorded_digests: digests that were recorded apart from the checkpoint, None to go by its manifest.
     """
 
     folder: Path
@@ -134,6 +135,7 @@ class Checkpoint:
     reoriented: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     saved_order: tuple[str, ...] = ()
+    recorded_digests: Mapping[str, str] | None = field(default=None, repr=False)
 
     @cached_property
     def stored_form(self) -> StoredForm | None:
@@ -142,7 +144,9 @@ class Checkpoint:
 
     @cached_property
     def digests(self) -> Mapping[str, str]:
-        """The digests that the manifest records for these tensors, the optimizer's included if its state was read."""
+        """The digests that are recorded for these tensors, the optimizer's included if its state was read."""
+        if self.recorded_digests is not None:
+            return self.recorded_digests
         if self.manifest is None:
             return {}
         digests = {name: entry.digest for name, entry in self.manifest.tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from plans.errors import UsageError
 from plans.gc_paused import gc_paused
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.digest_file import read_digest_file
 from runtime.checkpoint.files import side_files
 from runtime.hub import resolve_folder
 from runtime.loader.memory import ModelMemory, check_cast, check_dtype, prepare_memory
@@ -45,7 +47,7 @@ def load(
     every_copy: bool = False,
     follow_links: bool = False,
     verify: bool = True,
-    digests: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] | str | os.PathLike[str] | None = None,
 ) -> LoadResult:
     """Load a checkpoint into a model, in place. All ranks of a parallel model must call this.
 
@@ -73,8 +75,9 @@ def load(
         every_copy: whether each rank reads replicated tensors itself, even where one rank could broadcast them.
         follow_links: whether to read links that lead out of the checkpoint's folder.
         verify: whether to compare what is read with the digests, if any are known.
-        digests: the digest of each tensor by its name in the model, as a manifest records them; by default those of the
-            checkpoint's manifest, without which the load is not verified.
+        digests: the digest of each tensor by its name in the model, as a manifest records them, or a file that
+            `migrator verify --record` wrote; by default those of the checkpoint's manifest, without which the load is
+            not verified.
 
     Returns:
         How many bytes this rank read, and whether they were verified, or why not.
@@ -100,7 +103,8 @@ def load(
         target_device = torch.device(device) if device is not None else default_device(refs.values())
         source = find_source(_resolve_checkpoint(checkpoint), model, refs)
         if digests is not None:
-            source = replace(source, digests=_select_digests(digests, refs))
+            known = digests if isinstance(digests, Mapping) else read_digest_file(Path(digests)).digests
+            source = replace(source, digests=_select_digests(known, refs))
         memory = prepare_memory(model, refs, source, target_device, dtype, non_persistent.kept_dtypes)
         readers = {} if every_copy else assign_readers(refs, memory.local_tensors)
         own = [name for name in refs if name not in readers or readers[name] == dist.get_rank()]

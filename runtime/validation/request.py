@@ -39,6 +39,7 @@ class ValidationRequest:
         ranks: what ranks are; `auto` takes processes where each can have a processor, or a GPU, and threads elsewhere.
         follow_links: read links that lead out of the folders.
         by_block: compare the models block by block even where both fit in memory whole.
+        digests: a file with the digests of the checkpoint, None to go by its manifest.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class ValidationRequest:
     ranks: Ranks = "auto"
     follow_links: bool = False
     by_block: bool = False
+    digests: Path | None = None
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not 0 < self.tolerance < 1:
@@ -79,6 +81,7 @@ class ValidationRequest:
             "folder": str(self.folder.absolute()),
             "mesh": self.mesh.axis_sizes,
             "reference": str(self.reference.absolute()) if self.reference else None,
+            "digests": str(self.digests.absolute()) if self.digests else None,
             "plan": None if self.plan is None else dict(self.plan),
         }
 
@@ -92,6 +95,7 @@ class ValidationRequest:
                 "folder": Path(value["folder"]),
                 "mesh": Mesh(**value["mesh"]),
                 "reference": Path(reference) if reference else None,
+                "digests": Path(value["digests"]) if value["digests"] else None,
                 "allow_unexercised": tuple(value["allow_unexercised"]),
             }
         )

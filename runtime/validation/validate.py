@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from plans.errors import IndivisibleError, MigratorError, MissingPlanError, PlanError
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.digest_file import apply_digests, read_digest_file
 from runtime.checkpoint.files.side_files import follow_links
 from runtime.checkpoint.manifest import Manifest
 from runtime.checkpoint.open import open_checkpoint
@@ -292,4 +293,5 @@ def validate(request: ValidationRequest, styles: StyleRegistry = STYLES) -> Vali
 def _read_checkpoint(request: ValidationRequest) -> tuple[Manifest | None, Checkpoint]:
     manifest = check_mesh(request)
     check_inputs(request)
-    return manifest, open_checkpoint(request.folder).read_headers()
+    checkpoint = open_checkpoint(request.folder).read_headers()
+    return manifest, apply_digests(checkpoint, read_digest_file(request.digests)) if request.digests else checkpoint

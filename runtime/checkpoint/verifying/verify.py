@@ -13,6 +13,7 @@ from runtime.checkpoint.copying.copy import DEFAULT_MEMORY, Progress, execute_co
 from runtime.checkpoint.copying.copy_plan import CopyPlan, Destination, build_copy_plan
 from runtime.checkpoint.copying.regions import DigestRegion
 from runtime.checkpoint.digest import Digest
+from runtime.checkpoint.digest_file import DigestFile, apply_digests, find_changed_files
 from runtime.checkpoint.external.source import SourceSettings
 from runtime.checkpoint.files.file_names import CONFIG
 from runtime.checkpoint.files.safetensors import tensor_bytes
@@ -91,6 +92,8 @@ def verify(
     max_memory: int = DEFAULT_MEMORY,
     progress: Progress | None = None,
     external: SourceSettings | None = None,
+    recorded: DigestFile | None = None,
+    reads_all: bool = False,
 ) -> Verification:
     """Verify every copy of every tensor of a checkpoint.
 
@@ -108,6 +111,8 @@ def verify(
         max_memory: the bytes that reading may allocate.
         progress: called with the bytes done, the bytes in all and the current tensor, for each checkpoint in turn.
         external: how to read the source if it consists of another stack's rank files.
+        recorded: digests that were recorded for the source apart from it.
+        reads_all: whether to read every tensor although no digest of it is known.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or is incomplete other than by lossy tensors.
@@ -117,7 +122,11 @@ def verify(
     sides = [(source, external), *([(other, None)] if other is not None else [])]
     readers = [open_checkpoint(folder, stack) for folder, stack in sides]
     renames = len({(reader.is_self_describing, find_other_release(reader.manifest)) for reader in readers}) > 1
-    results = [_verify_folder(reader, other is not None, renames, max_memory, progress) for reader in readers]
+    reads_all = reads_all or other is not None
+    results = [
+        _verify_folder(reader, reads_all, renames, max_memory, progress, recorded if reader is readers[0] else None)
+        for reader in readers
+    ]
     pending = [difference for result in results for difference in result.differences]
     verified = [result.verified for result in results]
     if other is not None:
@@ -162,7 +171,12 @@ class _VerifiedSide:
 
 
 def _verify_folder(
-    reader: CheckpointReader, reads_all: bool, renames: bool, max_memory: int, progress: Progress | None
+    reader: CheckpointReader,
+    reads_all: bool,
+    renames: bool,
+    max_memory: int,
+    progress: Progress | None,
+    recorded: DigestFile | None,
 ) -> _VerifiedSide:
     """Read a checkpoint and compare it with its manifest.
 
@@ -172,10 +186,12 @@ def _verify_folder(
         renames: whether the other side may have other names, so that both need the model's.
         max_memory: the bytes that reading may allocate.
         progress: called with the bytes done, the bytes in all and the current tensor.
+        recorded: digests that were recorded apart from it.
     """
     folder = reader.folder
     try:
         checkpoint = reader.read_headers(reader.naming_model if renames else None, "include")
+        checkpoint = apply_digests(checkpoint, recorded) if recorded is not None else checkpoint
     except (MismatchError, IncompleteError) as error:
         differences = extract_differences(error, str(folder))
         return _VerifiedSide(VerifiedCheckpoint(folder), [_PendingDifference(one) for one in differences])
@@ -185,7 +201,12 @@ def _verify_folder(
         return _VerifiedSide(VerifiedCheckpoint(folder, checkpoint, copies), [])
     digests = compute_digests(checkpoint, copies, max_memory=max_memory, progress=progress)
     verified = VerifiedCheckpoint(folder, checkpoint, copies, digests)
-    return _VerifiedSide(verified, [*_compare_digests(verified), *_compare_config_record(checkpoint)])
+    changed = find_changed_files(checkpoint, recorded) if recorded is not None else ()
+    files = [
+        _PendingDifference(CheckpointDifference(name, "content", f"SHA-256 {expected}", found))
+        for name, expected, found in changed
+    ]
+    return _VerifiedSide(verified, [*_compare_digests(verified), *files, *_compare_config_record(checkpoint)])
 
 
 def _compare_digests(verified: VerifiedCheckpoint) -> Iterator[_PendingDifference]:
@@ -197,10 +218,15 @@ def _compare_digests(verified: VerifiedCheckpoint) -> Iterator[_PendingDifferenc
     for copy, digest in verified.digests.items():
         recorded = verified.manifest_digests.get(copy.name, digest)
         if digest != recorded:
-            expected = f"digest {recorded}, which the manifest records"
+            expected = f"digest {recorded}, which {_name_record(verified)} records"
             where = _describe_files(verified, copy)
             difference = CheckpointDifference(copy.name, "content", expected, f"digest {digest}", where)
             yield _PendingDifference(difference, intact.get(copy.name), (verified, copy))
+
+
+def _name_record(verified: VerifiedCheckpoint) -> str:
+    has_own = verified.checkpoint is not None and verified.checkpoint.recorded_digests is None
+    return "the manifest" if has_own else "the file of digests"
 
 
 def _compare_config_record(checkpoint: Checkpoint) -> Iterator[_PendingDifference]:
