@@ -191,10 +191,10 @@ def _verify_folder(
     folder = reader.folder
     try:
         checkpoint = reader.read_headers(reader.naming_model if renames else None, "include")
-        checkpoint = apply_digests(checkpoint, recorded) if recorded is not None else checkpoint
     except (MismatchError, IncompleteError) as error:
         differences = extract_differences(error, str(folder))
         return _VerifiedSide(VerifiedCheckpoint(folder), [_PendingDifference(one) for one in differences])
+    checkpoint = apply_digests(checkpoint, recorded) if recorded is not None else checkpoint
     copies = list(list_copies(checkpoint))
     if not reads_all and not checkpoint.digests:
         plan_reading(checkpoint, copies)  # proves that the files make up every tensor
