@@ -106,11 +106,15 @@ def read_digest_file(path: Path) -> DigestFile:
     sums: dict[str, str] = {}
     for name, row in files.items() if isinstance(files, dict) else ():
         match row:
-            case {"sha256": str(digest)} if _SHA256.fullmatch(digest) and ".." not in Path(name).parts:
+            case {"sha256": str(digest)} if _SHA256.fullmatch(digest) and _is_inside(name):
                 sums[name] = digest
             case _:
                 raise _damaged_error(path, f"has no SHA-256 of {name!r}")
     return DigestFile(rows, sums)
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _parse_tensor(path: Path, name: str, row: object) -> tuple[str, tuple[int, ...], str]:

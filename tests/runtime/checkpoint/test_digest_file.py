@@ -159,6 +159,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a short digest": lambda content: next(iter(content["tensors"].values())).update(digest="ab"),
     "no shape": lambda content: next(iter(content["tensors"].values())).pop("shape"),
     "a file elsewhere": lambda content: content["files"].update({"../x": {"sha256": "0" * 64}}),
+    "a file by its absolute path": lambda content: content["files"].update({"/etc/hostname": {"sha256": "0" * 64}}),
     "a sum that is none": lambda content: content["files"].update({"x": {"sha256": "0"}}),
 }
 
