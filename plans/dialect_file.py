@@ -7,7 +7,6 @@ checked when it is read, because a wrong placement or meaning would be carried i
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from plans.dialect import Dialect, build_dialect, dialect_names, load_dialect
 from plans.errors import UsageError
+from plans.named_file import read_named_toml
 from plans.text import suggest_name
 from plans.translate import load_meanings
 
@@ -101,15 +101,7 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> Dialect:
 
 
 def _parse_file(path: Path) -> Mapping[str, Any]:
-    try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        hint = "name a TOML file, or one of the dialects " + ", ".join(dialect_names())
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", hint=hint, path=str(path)) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
-        raise UsageError(
-            f"{path}: is not valid TOML: {error}", hint="correct the syntax of the file", path=str(path)
-        ) from error
+    return read_named_toml(path, "name a TOML file, or one of the dialects " + ", ".join(dialect_names()))
 
 
 def _refuse(path: Path, key: str, problem: str, hint: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plans.errors import UsageError
+from plans.named_file import read_named_toml
 from plans.text import suggest_name
 
 __all__ = ["Sizes", "load_sizes", "read_sizes"]
@@ -70,12 +70,7 @@ def read_sizes(path: Path) -> Sizes:
     Raises:
         UsageError: the file cannot be read, is not TOML, or has a table or a value of another form.
     """
-    try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="name a file of sizes in TOML", path=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not TOML: {error}", hint="correct the file", path=str(path)) from error
+    document = read_named_toml(path, "name a file of sizes in TOML")
     for name in document.keys() - set(_TABLES):
         _refuse(path, name, "is not a table of sizes", suggest_name(name, _TABLES, f"tables are {', '.join(_TABLES)}"))
     tables = {name: _check_table(path, name, document.get(name, {})) for name in _TABLES}

@@ -113,7 +113,7 @@ def test_modes_are_those_that_the_mesh_has_ranks_for(tree: Path, given: Given) -
         ({"ep": 1, "mode": ("ep",)}, "mode 'ep' needs ranks for experts", "set `ep=2` or more"),
         ({"installed": True}, "`installed` takes all of the installed transformers", "leave one of them out"),
         ({"config": Path("absent.json")}, "absent.json: No such file", "name a config in JSON"),
-        ({"sizes": Path("absent.toml")}, "absent.toml: No such file", "name a file of sizes in TOML"),
+        ({"sizes": Path("absent.toml")}, "absent.toml: cannot be read: No such file", "name a file of sizes in TOML"),
         ({"replay": Path("absent.json")}, "absent.json: No such file", "name a file that `save_failures` wrote"),
     ],
 )
@@ -163,7 +163,7 @@ def test_sizes_of_ones_own_extend_those_that_come_along(tree: Path, given: Given
         ("[variants.A]\nb = 1", "variants.A.b is not a table", "write [variants.A.b]"),
         ("[inputs]\nA = 'sounds'", "inputs.A is 'sounds'", "write one of tokens, embeddings"),
         ("[divided]\nrows = []", "divided.rows is not a list of fields", "lists are heads, tp, ep"),
-        ("a = ", "is not TOML", "correct the file"),
+        ("a = ", "is not valid TOML", "correct the syntax of the file"),
     ],
 )
 def test_sizes_of_another_form_are_refused(text: str, message: str, hint: str, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from plans import dialect_file
 from plans.dialect import dialect_names, load_dialect
 from plans.dialect_file import is_dialect_file, list_dialect_files, load_named_dialect, read_dialect_file
 from plans.errors import UsageError
+from plans.named_file import read_named_toml
 
 FORK = """
 name = "our-fork"
@@ -152,8 +154,8 @@ def test_each_file_of_a_chain_is_read_once(tmp_path, monkeypatch):
         write(tmp_path, f'extends = "./m{number + 1}.toml"\n', f"m{number}.toml")
     write(tmp_path, FORK, "m20.toml")
     reads: list[Path] = []
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (reads.append(path), read(path))[1])
+    read = read_named_toml
+    monkeypatch.setattr(dialect_file, "read_named_toml", lambda path, hint: (reads.append(path), read(path, hint))[1])
     assert "our_colwise" in read_dialect_file(tmp_path / "m0.toml").styles
     assert len([path for path in reads if path.parent == tmp_path]) == 21
 
