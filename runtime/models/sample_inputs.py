@@ -30,8 +30,8 @@ def sample_inputs(model: PreTrainedModel, rows: int, length: int, seed: int = 0)
 
     Models of text get tokens, encoder-decoders those of both sides, models of images and sounds random ones of the
     sizes in their config, and models that read images in text one image for each row, where it is known how their
-    tokens stand for it. The first dim of every tensor is a multiple of the rows, in their order. The tokens of text
-    come evenly from everywhere in the vocabulary.
+    tokens stand for it and the vocabulary has these. The first dim of every tensor is a multiple of the rows, in their
+    order. The tokens of text come evenly from everywhere in the vocabulary.
 
     Args:
         model: the model, parallel or not, on meta or not; only its class and config matter.
@@ -100,13 +100,13 @@ class _Sampler:
         return getattr(self.config.get_text_config(), "vocab_size", None) is not None
 
     def _sample_text(self) -> dict[str, torch.Tensor]:
-        token = next((_get_number(self.config, name) for name in ("image_token_id", "image_token_index")), None)
+        token = self._find_token("image_token_id", "image_token_index")
         image = self._sample_image_in_text() if token is not None and "pixel_values" in self.parameters else None
         if image is None or token is None:
             return {"input_ids": self._sample_tokens(self.config, self.length), **self._sample_types()}
         length = -(-(image.tokens + _TEXT_AROUND) // self.length) * self.length
         tokens = self._sample_tokens(self.config, length)
-        start = _get_number(self.config, "vision_start_token_id")
+        start = self._find_token("vision_start_token_id")
         tokens[:, 2 : 2 + image.tokens] = token
         if start is not None:
             tokens[:, 1] = start
@@ -114,6 +114,12 @@ class _Sampler:
         if "mm_token_type_ids" in self.parameters:
             values["mm_token_type_ids"] = (tokens == token).int()
         return values
+
+    def _find_token(self, *names: str) -> int | None:
+        """Return the first token that the config has under these names; one outside of the vocabulary is none."""
+        numbers = (_get_number(self.config, name) for name in names)
+        vocabulary = self.config.get_text_config().vocab_size
+        return next((number for number in numbers if number is not None and 0 <= number < vocabulary), None)
 
     def _sample_types(self) -> dict[str, torch.Tensor]:
         """Return the segment of each token, for models with an embedding of several."""

@@ -184,7 +184,7 @@ def test_the_help_of_the_group_shows_commands_that_run(migrator):
     code, output, _ = migrator("--help")
     assert code == 0
     examples = [line.split() for line in re.findall(r"^ +(migrator .*?)  ", output, re.MULTILINE)]
-    expected = ["rewrite", "check", "diff", "explain", "plan", "reshard", "verify", "validate", "run"]
+    expected = ["rewrite", "check", "diff", "prove", "explain", "plan", "reshard", "verify", "validate", "run"]
     assert [words[1] for words in examples] == expected
     for _, name, *arguments in examples:
         group.get_command(None, name).make_context(name, arguments)

@@ -109,7 +109,9 @@ def test_a_destinations_folder_is_created_and_memory_allowed(hub: Path, tmp_path
 def test_repositories_are_written_as_hints_say() -> None:
     with pytest.raises(UsageError, match="hf://owner: not a repository") as caught:
         parse_hub_name("hf://owner")
-    assert caught.value.hint == "write hf://owner/name or hf://owner/name@revision"
+    assert caught.value.hint == (
+        "write hf://owner/name, with @revision or /folder behind it if you like, or hf://buckets/owner/name/folder"
+    )
     assert parse_hub_name("hf://owner/name@revision")
     with pytest.raises(UsageError, match="not a repository to push to") as refused:
         check_repository("owner/name@main")

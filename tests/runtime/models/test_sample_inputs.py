@@ -44,6 +44,13 @@ def test_a_row_with_an_image_keeps_the_multiple_of_its_length() -> None:
     assert sample_inputs(model, 1, 16)["input_ids"].shape == (1, 16)
 
 
+def test_an_image_whose_token_the_vocabulary_lacks_is_not_given() -> None:
+    """Small models keep the tokens of the large one that their config was made from."""
+    config = multimodal_config("gemma4")
+    config.image_token_id = config.get_text_config().vocab_size
+    assert sample_inputs(meta_model(config), 2, 8).keys() == {"input_ids"}
+
+
 @pytest.mark.parametrize(
     ("config", "architecture", "what"),
     [
