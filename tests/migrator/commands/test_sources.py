@@ -45,7 +45,7 @@ def test_links_to_another_folder_are_followed_if_allowed(linked, migrator, tmp_p
 
 
 def test_a_proof_and_a_load_follow_links_if_allowed(linked, migrator):
-    arguments = ("validate", linked, "--tp", 1, "--reference", linked)
+    arguments = ("validate", linked, "--tp", 1, "--reference", linked, "--ranks", "threads")
     code, _, errors = migrator(*arguments)
     assert (code, "a link that leads out of the checkpoint" in errors[0]) == (2, True)
     assert migrator(*arguments, "--follow-links", "--format", "json")[0] == 0

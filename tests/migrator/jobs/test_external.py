@@ -37,7 +37,7 @@ def foreign(hub_folder, tmp_path):
 
 
 def test_they_are_read_as_the_commands_read_them(foreign, hub_folder, tmp_path):
-    file = job_file(tmp_path, SAID + 'tp = 2\n[verify]\n[validate]\ndevice = "cpu"\n')
+    file = job_file(tmp_path, SAID + 'tp = 2\n[verify]\n[validate]\ndevice = "cpu"\nranks = "threads"\n')
     job = jobs.read(file)
     result = tmp_path / "move.job/checkpoint"
     assert (job.steps["verify"].source, job.steps["verify"].other) == (str(foreign), str(result))

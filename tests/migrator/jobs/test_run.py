@@ -21,6 +21,9 @@ from tests.migrator.source_trees import OWNER, family, git, texts
 from tests.waiting import HANG_TIMEOUT
 
 ALL = '[rewrite]\npaths = ["models"]\nin_place = true\n[check]\n{reshard}layout = "ranks"\n[verify]\n[validate]\n'
+THREADS = 'ranks = "threads"\n'
+"""For proofs that are not about processes, whose imports take most of the time."""
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -33,7 +36,7 @@ jobs.run(jobs.read(Path(sys.argv[1])))
 
 def test_all_steps_run_once(hub_folder, tmp_path):
     family(tmp_path / "models")
-    file = job_file(tmp_path, ALL.format(reshard=reshard(hub_folder("qwen3_moe"))))
+    file = job_file(tmp_path, ALL.format(reshard=reshard(hub_folder("qwen3_moe"))) + THREADS)
     heard = []
     first = run(file, heard.append)
     assert outcomes(first) == dict.fromkeys(("rewrite", "check", "reshard", "verify", "validate"), "ok"), first

@@ -137,11 +137,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def started(logs: Path, *arguments: object) -> list[int]:
-    """Fork four ranks with the environment that torchrun would set, but without an agent that ends them."""
-    shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def started(logs: Path, *arguments: object, count: int = 4) -> list[int]:
+    """Fork ranks with the environment that torchrun would set, but without an agent that ends them."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = []
-    for rank in range(4):
+    for rank in range(count):
         if child := os.fork():
             children.append(child)
             continue
@@ -211,7 +211,7 @@ def test_a_rank_that_hangs_is_given_up_on(sources: dict[str, Path], tmp_path: Pa
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
-    launcher = [TORCHRUN, "--nnodes", "1", "--nproc-per-node", "4", "--master-port", str(free_port()), "--no-python"]
+    launcher = [TORCHRUN, "--nnodes", "1", "--nproc-per-node", "2", "--master-port", str(free_port()), "--no-python"]
     return subprocess.run(
         [*launcher, *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -235,7 +235,8 @@ def went_on(source: Path, out: Path, alone: ReshardResult) -> None:
 def test_the_command_goes_on_under_torchrun(
     sources: dict[str, Path], planned: dict[str, ReshardPlan], tmp_path: Path, watched: Watched
 ) -> None:
-    watched(started(tmp_path, sources["hub"], TARGETS["hub"], tmp_path / "out", {1: distribute_cases.KILLED}))
+    ranks = started(tmp_path, sources["hub"], TARGETS["hub"], tmp_path / "out", {1: distribute_cases.KILLED}, count=2)
+    assert watched(ranks, 2) == {0: 2, 1: -signal.SIGKILL}
     went_on(sources["hub"], tmp_path / "out", execute_reshard(planned["hub"], tmp_path / "alone"))
 
 
