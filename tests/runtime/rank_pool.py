@@ -76,6 +76,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Any, backend: str) -> No
     dist.init_device_mesh = cache(dist.init_device_mesh)
     while True:
         function, args = pipe.recv()
+        torch.manual_seed(0)  # replicas start alike, whatever these ranks ran before
         try:
             pipe.send(("done", function(*args)))
         except MigratorError as error:
