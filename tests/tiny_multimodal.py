@@ -84,6 +84,16 @@ MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "eoi_token_index": 92,
         },
     ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "text_config": {**_TEXT, "model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
+            "vision_feature_layer": -1,
+            "image_token_index": 90,
+        },
+    ),
     "bert": ("BertModel", "BertConfig", _BERT),
     "bert_classifier": ("BertForSequenceClassification", "BertConfig", _BERT | {"num_labels": 3}),
     "qwen3_moe_base": (

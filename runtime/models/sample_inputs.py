@@ -108,7 +108,7 @@ class _Sampler:
         tokens = self._sample_tokens(self.config, length)
         start = self._find_token("vision_start_token_id")
         tokens[:, 2 : 2 + image.tokens] = token
-        if start is not None:
+        if start not in (None, token):
             tokens[:, 1] = start
         values = {"input_ids": tokens, **image.values}
         if "mm_token_type_ids" in self.parameters:
@@ -159,6 +159,8 @@ class _Sampler:
             return self._sample_patch_grid(vision)
         if "image_position_ids" in self.parameters:
             return self._sample_patches(vision)
+        if "image_sizes" in self.parameters and (sized := self._sample_sized_image(vision)):
+            return sized
         return self._sample_square_image(vision)
 
     def _sample_patch_grid(self, vision: PreTrainedConfig) -> _Image | None:
@@ -181,6 +183,15 @@ class _Sampler:
         places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
         patches = self._sample_normal(self.rows, side**2, 3 * patch**2).sigmoid()
         return _Image({"pixel_values": patches, "image_position_ids": places.expand(self.rows, -1, -1).clone()}, 4)
+
+    def _sample_sized_image(self, vision: PreTrainedConfig) -> _Image | None:
+        """Return images with their sizes; each token stands for a square of patches."""
+        merge, patch = _get_number(self.config, "spatial_merge_size"), _get_number(vision, "patch_size")
+        if merge is None or patch is None:
+            return None
+        side = 2 * merge * patch
+        images = self._sample_normal(self.rows, int(getattr(vision, "num_channels", 3)), side, side)
+        return _Image({"pixel_values": images, "image_sizes": torch.tensor([[side, side]] * self.rows)}, 4)
 
     def _sample_square_image(self, vision: PreTrainedConfig) -> _Image | None:
         """Return square images; how many tokens stand for each, the model itself tells on meta."""

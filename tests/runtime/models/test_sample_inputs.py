@@ -51,6 +51,14 @@ def test_an_image_whose_token_the_vocabulary_lacks_is_not_given() -> None:
     assert sample_inputs(meta_model(config), 2, 8).keys() == {"input_ids"}
 
 
+def test_an_image_starts_with_no_token_that_stands_for_it() -> None:
+    """Small models may have one token for the image and for its start."""
+    config = multimodal_config("qwen3_vl_moe")
+    config.vision_start_token_id = config.image_token_id
+    inputs = sample_inputs(meta_model(config), 2, 8)
+    assert (inputs["input_ids"] == config.image_token_id).sum(1).tolist() == [4, 4]
+
+
 @pytest.mark.parametrize(
     ("config", "architecture", "what"),
     [

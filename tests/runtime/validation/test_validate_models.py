@@ -26,6 +26,7 @@ CASES = (
     pytest.param("gemma4", "tp", TP, id="images as patches with places, and shared keys and values"),
     pytest.param("gemma4", "tp", FSDP, marks=pytest.mark.full, id="the same under FSDP"),
     pytest.param("gemma3", "tp", TP, marks=pytest.mark.full, id="square images"),
+    pytest.param("mistral3", "tp", TP, marks=pytest.mark.full, id="square images with their sizes"),
     pytest.param("bert_classifier", "tp", FSDP, marks=pytest.mark.full, id="a classifier of segments of text"),
     pytest.param("llama_classifier", "tp", TP, marks=pytest.mark.full, id="a classifier of text"),
     pytest.param("qwen3_moe_base", "tp", TP, marks=pytest.mark.full, id="a base model"),
