@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # `make quick` runs without torch
 
 HubFolder = Callable[[str], Path]
 RankFolder = Callable[[str, int], Path]
+
+# Two processes whose threads wait for each other in a loop stand in each other's way: tiny models need one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 SOURCE_SIDE = [

@@ -72,9 +72,11 @@ def test_a_signal_before_the_work_begins_is_not_lost(hub_folder, tmp_path, step)
     assert not (tmp_path / "move.job/checkpoint").exists()
 
 
-def test_a_second_signal_insists(tmp_path):
+def test_a_second_signal_insists(tmp_path, request):
     family(tmp_path / "models", MIGRATED)
-    before = signal.getsignal(signal.SIGINT)
+    # A shell starts what it runs in the background with this signal ignored.
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, outer))
 
     def listen(event):
         if event.name == "started":
@@ -85,7 +87,7 @@ def test_a_second_signal_insists(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         jobs.run_files([job_file(tmp_path, CHECK)], listen)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_two_jobs_make_one_thing(hub_folder, tmp_path):
