@@ -99,7 +99,7 @@ def _find_work(settings: Prove, changed_only: bool, base_ref: str | None) -> _Wo
     errors: list[MigratorError] = []
     classes = list(_find_classes(settings, changed_only, base_ref, errors))
     ep = settings.tp if settings.ep is None else settings.ep
-    base = ProofTask("", "", modes, settings.tp, ep, settings.fsdp, seed=settings.seed)
+    base = ProofTask("", "", modes, settings.tp, ep, settings.fsdp, settings.replicate, seed=settings.seed)
     if settings.config is not None:
         fields = _read_object(settings.config, "a config in JSON")
         classes = [_choose_class(classes, fields.get("model_type"), settings.config)]
@@ -125,7 +125,7 @@ def _choose_modes(settings: Prove) -> tuple[Mode, ...]:
     ep = settings.tp if settings.ep is None else settings.ep
     modes = settings.mode or tuple(mode for mode in MODES if ep > 1 or not mode.endswith("ep"))
     for mode in modes:
-        build_mode_mesh(mode, settings.tp, ep, settings.fsdp)
+        build_mode_mesh(mode, settings.tp, ep, settings.fsdp, settings.replicate)
     return modes
 
 

@@ -53,7 +53,8 @@ class Prove:
         paths: files and folders; none for the project's own.
         installed: take the installed transformers instead.
         experts_only: take only classes whose plans speak of routed experts.
-        tp, ep, fsdp: the sizes of the mesh's axes, each mode having those that it uses; `ep` is by default `tp`.
+        tp, ep, fsdp, replicate: the sizes of the mesh's axes, each mode having those that it uses; `ep` is by default
+            `tp`.
         mode: the modes, none for all that the mesh has ranks for.
         config: a config.json to prove instead of tiny sizes.
         sizes: a file of tiny sizes, which extends migrator's own.
@@ -70,6 +71,7 @@ class Prove:
     tp: int = 2
     ep: int | None = None
     fsdp: int = 1
+    replicate: int = 1
     mode: tuple[Mode, ...] = ()
     config: Path | None = None
     sizes: Path | None = None

@@ -52,6 +52,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--ep", type=click.IntRange(min=1), help="Ranks that share one set of experts; by default as --tp.")
 @click.option("--fsdp", type=click.IntRange(min=1), default=Prove.fsdp, show_default=True, help="Data parallel ranks.")
 @click.option(
+    "--replicate",
+    type=click.IntRange(min=1),
+    default=Prove.replicate,
+    show_default=True,
+    help="Replicas, which repeat all shards and have other batches.",
+)
+@click.option(
     "--mode", type=_Modes(), default=(), metavar="MODE,…", help="Which plans; by default all that the mesh allows."
 )
 @click.option("--config", type=_FILE, metavar="FILE", help="Prove the model of this config.json, not a tiny one.")

@@ -157,7 +157,7 @@ def _row_as_json(row: ProofRow) -> dict[str, object]:
         "class": row.task.class_name,
         "module": row.task.module,
         "variant": row.task.variant,
-        "mesh": {"tp": row.task.tp, "ep": row.task.ep, "fsdp": row.task.fsdp},
+        "mesh": {"tp": row.task.tp, "ep": row.task.ep, "fsdp": row.task.fsdp, "replicate": row.task.replicate},
         "seed": row.task.seed,
         "results": [_result_as_json(row, result) for result in row.results.values()],
     }
@@ -216,7 +216,7 @@ def _format_mode(report: ProofReport, mode: Mode) -> str:
         return mode
     task = report.rows[0].task
     sizes = {"tp": task.tp if mode != "ep" else 1, "ep": task.ep if "ep" in mode else 1}
-    sizes["fsdp"] = task.fsdp if mode != "ep" else 1
+    sizes |= {"fsdp": task.fsdp if mode != "ep" else 1, "replicate": task.replicate}
     text = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
     return text if mode in ("tp", "ep") else f"{mode} {text}"
 

@@ -45,7 +45,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
         "paths": readers.read_paths,
         "installed": readers.read_flag,
         "experts_only": readers.read_flag,
-        **dict.fromkeys(("tp", "ep", "fsdp"), readers.read_size),
+        **dict.fromkeys(("tp", "ep", "fsdp", "replicate"), readers.read_size),
         "mode": readers.make_choices_reader(*MODES),
         "config": readers.read_path,
         "sizes": readers.read_path,

@@ -90,7 +90,8 @@ class ClassProof:
         if missing:
             return ModeResult(mode, "no plan", f"the class has no {missing} plan")
         try:
-            mesh = build_mode_mesh(mode, self._task.tp, self._task.ep, self._task.fsdp)
+            task = self._task
+            mesh = build_mode_mesh(mode, task.tp, task.ep, task.fsdp, task.replicate)
             plan = Plan.from_model(self._model, mode)
             resolved = resolve(self._model, mesh, plan=plan)
             dialect = STYLES.dialect(runtime_dialect())

@@ -36,7 +36,7 @@ class ProofTask:
         class_name: its name in the module.
         variant: what is different from the class's plain tiny model, as the sizes name it; empty for that.
         modes: the modes.
-        tp, ep, fsdp: the sizes of the mesh's axes; each mode takes those that it has.
+        tp, ep, fsdp, replicate: the sizes of the mesh's axes; each mode takes those that it has.
         seed: the seed of weights and inputs.
         config: the fields of a config of the user's own, to use instead of tiny sizes.
     """
@@ -47,6 +47,7 @@ class ProofTask:
     tp: int = 2
     ep: int = 2
     fsdp: int = 1
+    replicate: int = 1
     variant: str = ""
     seed: int = 0
     config: Mapping[str, Any] | None = None
@@ -113,14 +114,18 @@ class ModeResult:
         return cls(**{**value, "added": tuple(value["added"]), "unexercised": tuple(value["unexercised"])})
 
 
-def build_mode_mesh(mode: Mode, tp: int, ep: int, fsdp: int) -> Mesh:
-    """Return the mesh of a mode: without experts' ranks where it has none, and with no other ranks in mode `ep`.
+def build_mode_mesh(mode: Mode, tp: int, ep: int, fsdp: int, replicate: int = 1) -> Mesh:
+    """Return the mesh of a mode: without experts' ranks where it has none, and with these alone in mode `ep`.
+
+    Every mode has the replicas.
 
     Raises:
         UsageError: the sizes do not form a mesh.
     """
     if mode in ("tp", "sp"):
-        return Mesh(tp=tp, fsdp=fsdp)
+        return Mesh(tp=tp, fsdp=fsdp, replicate=replicate)
     if ep == 1:
         raise UsageError(f"mode {mode!r} needs ranks for experts", hint="set `ep=2` or more", mode=mode)
-    return Mesh(tp=ep, ep=ep) if mode == "ep" else Mesh(tp=tp, ep=ep, fsdp=fsdp)
+    if mode == "ep":
+        return Mesh(tp=ep, ep=ep, replicate=replicate)
+    return Mesh(tp=tp, ep=ep, fsdp=fsdp, replicate=replicate)

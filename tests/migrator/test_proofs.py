@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from migrator.formats.proof import ProofReport, proof_github_lines, proof_page_lines, proof_summary_lines
+from migrator.formats.proof import (
+    ProofReport,
+    build_proof_table,
+    proof_as_json,
+    proof_github_lines,
+    proof_page_lines,
+    proof_summary_lines,
+)
 from migrator.proofs import compute_proof_exit_code, prove
 from migrator.settings import Prove
 from plans.errors import UsageError
@@ -99,17 +106,35 @@ def test_modes_are_those_that_the_mesh_has_ranks_for(tree: Path, given: Given) -
     prove(Prove((tree / "other",)))
     prove(Prove((tree / "other",), tp=4, ep=1))
     prove(Prove((tree / "other",), tp=2, ep=4, fsdp=2, mode=("sp_ep",)))
-    assert [(task.modes, task.tp, task.ep, task.fsdp) for task, _ in given] == [
-        (("tp", "ep", "tp_ep", "sp", "sp_ep"), 2, 2, 1),
-        (("tp", "sp"), 4, 1, 1),
-        (("sp_ep",), 2, 4, 2),
+    prove(Prove((tree / "other",), tp=1, replicate=2))
+    assert [(task.modes, task.tp, task.ep, task.fsdp, task.replicate) for task, _ in given] == [
+        (("tp", "ep", "tp_ep", "sp", "sp_ep"), 2, 2, 1, 1),
+        (("tp", "sp"), 4, 1, 1, 1),
+        (("sp_ep",), 2, 4, 2, 1),
+        (("tp", "sp"), 1, 1, 1, 2),
     ]
+
+
+def test_replicas_are_told_in_every_form(tree: Path, given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    report = prove(Prove((tree / "other",), ep=4, fsdp=2, replicate=3))
+    assert proof_as_json(report)["classes"][0]["mesh"] == {"tp": 2, "ep": 4, "fsdp": 2, "replicate": 3}
+    shown = ["tp=2 fsdp=2 replicate=3", "ep=4 replicate=3", "tp_ep tp=2 ep=4 fsdp=2 replicate=3"]
+    assert build_proof_table(report)[1][:4] == ["config class", *shown]
+    assert [line.split(":")[0] for line in proof_summary_lines(report)][:3] == shown
+    assert f"| {shown[0]} | 1 | 0 | 0 | 0 | 0 | 0 | 0 |" in list(proof_page_lines(report))
 
 
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
         ({"tp": 2, "ep": 3}, "ep=3 must be a multiple of tp=2", "choose `ep=2`"),
+        (
+            {"tp": 2, "ep": 8, "fsdp": 2, "replicate": 2},
+            "ep=8 must be a multiple of tp=2 and divide fsdp*tp=4",
+            "choose `ep` as 2 or 4",
+        ),
+        ({"replicate": 0}, "`replicate` must be at least 1, got 0", "choose a size of 1 or more"),
         ({"ep": 1, "mode": ("ep",)}, "mode 'ep' needs ranks for experts", "set `ep=2` or more"),
         ({"installed": True}, "`installed` takes all of the installed transformers", "leave one of them out"),
         ({"config": Path("absent.json")}, "absent.json: No such file", "name a config in JSON"),

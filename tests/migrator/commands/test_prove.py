@@ -147,6 +147,46 @@ def test_a_repeated_failure_is_the_same_in_every_bit(run: Run) -> None:
     assert (result.mode, result.outcome, result.logits) == ("tp", "differs", known["logits"])
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--replicate", 0), "Invalid value for '--replicate': 0 is not in the range x>=1."),
+        (("--replicate", "two"), "Invalid value for '--replicate': 'two' is not a valid integer"),
+        (
+            ("--tp", 2, "--ep", 8, "--fsdp", 2, "--replicate", 4),
+            "error: ep=8 must be a multiple of tp=2 and divide fsdp*tp=4\n"
+            "hint: choose --ep as 2 or 4, or increase --tp "
+            "or --fsdp\n",
+        ),
+        (("--pp", 2), "No such option '--pp'"),
+    ],
+)
+def test_a_mesh_that_no_model_can_have_is_refused_at_once(
+    options: tuple[object, ...], expected: str, tmp_path: Path
+) -> None:
+    done = run_prove("no/such/folder", *options, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr
+
+
+@pytest.mark.full
+def test_replicas_of_a_tree_and_a_mesh_that_its_model_cannot_have(tmp_path: Path) -> None:
+    fork_model(tmp_path, FAMILY)
+    mesh = ("--fsdp", 2, "--replicate", 2, "--mode", "tp,tp_ep")
+    done = run_prove(".", *mesh, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert "tp=2 fsdp=2 replicate=2: 1 passed\ntp_ep tp=2 ep=2 fsdp=2 replicate=2: 1 passed\n" in done.stdout
+    config = {"model_type": FAMILY, **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 3)}
+    sizes = {"hidden_size": 24, "head_dim": 8, "num_hidden_layers": 1, "num_experts": 2, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes, "num_experts_per_tok": 1}))
+    done = run_prove(".", *mesh, "--config", "config.json", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 2
+    (row,) = json.loads(done.stdout)["classes"]
+    assert row["mesh"] == {"tp": 2, "ep": 2, "fsdp": 2, "replicate": 2}
+    for result in row["results"]:
+        assert (result["outcome"], result["hint"]) == ("does not fit", "sizes that work: 1, 3"), result
+
+
 def test_only_what_failed_is_saved(run: Run) -> None:
     saved = {Path(path).name for path in run.report["saved"]}
     assert saved == {path.name for path in (run.folder / "failures").iterdir()}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
 from codemods.rewriting.migrate import plan_rewrites
 from codemods.tree.plan_classes import PlanClass, find_plan_classes
-from plans.mesh import Mode
+from plans.mesh import Mesh, Mode
+from runtime.parallel.parallelize import parallelize
+from runtime.proving import compare
 from runtime.proving.prove import ClassProof
 from runtime.proving.sizes import load_sizes
 from runtime.proving.task import ModeResult, ProofTask
+from tests.runtime.validation.validation_cases import DEFECTS
 from tests.sequence_plans import SEQUENCE_PLANS, fork_with_sequence_plan
 
 MODELS = Path(transformers.__file__).parent / "models"
@@ -85,15 +89,85 @@ def test_a_wrong_plan_is_found_wrong(classes: dict[str, PlanClass], monkeypatch:
     assert "q_a_proj" in result.why
 
 
-@pytest.mark.parametrize("family", SEQUENCE_PLANS)
+@pytest.mark.parametrize(
+    ("name", "mode", "sizes", "batches"),
+    [
+        ("Qwen3MoeConfig", "tp", {"tp": 2, "fsdp": 2, "replicate": 2}, 4),
+        ("Qwen3MoeConfig", "ep", {"ep": 2, "replicate": 3}, 3),
+        ("DeepseekV3Config", "tp_ep", {"tp": 1, "ep": 2, "fsdp": 2, "replicate": 2}, 2),
+        pytest.param(
+            "Glm4MoeConfig", "tp_ep", {"tp": 2, "ep": 4, "fsdp": 4, "replicate": 2}, 4, marks=pytest.mark.full
+        ),
+    ],
+)
+def test_replicas_pass_with_batches_of_their_own(
+    name: str,
+    mode: Mode,
+    sizes: dict[str, int],
+    batches: int,
+    classes: dict[str, PlanClass],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+
+    def run_reference(model: Any, inputs: Any, *forced: Any) -> compare.Reference:
+        given.append([batch["input_ids"] for batch in inputs])
+        return compare.run_reference(model, inputs, *forced)
+
+    monkeypatch.setattr("runtime.proving.prove.run_reference", run_reference)
+    result = prove(classes[name], mode, **sizes)
+    assert result.outcome == "passed", result
+    assert len({tuple(tokens.flatten().tolist()) for tokens in given[0]}) == len(given[0]) == batches
+
+
+@pytest.mark.parametrize(("mode", "ep", "work"), [("tp", 2, "1, 3"), ("ep", 3, "1, 2"), ("tp_ep", 4, "1, 3")])
+def test_a_mesh_that_the_model_cannot_have_is_refused_with_sizes_that_work(mode: Mode, ep: int, work: str) -> None:
+    sizes = {"hidden_size": 24, "head_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 3, "num_experts": 2}
+    module = "transformers.models.qwen3_moe.configuration_qwen3_moe"
+    config = {**sizes, "num_key_value_heads": 3, "vocab_size": 96, "num_experts_per_tok": 1}
+    task = ProofTask(module, "Qwen3MoeConfig", (mode,), ep=ep, fsdp=2, replicate=2, config=config)
+    result = ClassProof(task, load_sizes(), 600.0).prove(mode)
+    assert (result.outcome, result.hint) == ("does not fit", f"sizes that work: {work}"), result
+
+
+@pytest.mark.parametrize(
+    ("defect", "module"),
+    [
+        ("not reduced over replicas", "layers.1"),
+        ("not reduced over replicas", "layers.2.mlp.experts"),
+        ("divided by the expert group's size", "layers.2.mlp.experts"),
+        ("summed", "layers.1"),
+        ("summed", "layers.2.mlp.experts"),
+    ],
+)
+def test_gradients_that_replicas_do_not_share_are_found_by_name(
+    defect: str, module: str, classes: dict[str, PlanClass], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parallelize_with_defect(model: Any, *args: Any) -> None:
+        parallelize(model, *args)
+        DEFECTS[defect](model, f"model.{module}", Mesh(ep=2, fsdp=2, replicate=2))
+
+    monkeypatch.setattr(compare, "parallelize", parallelize_with_defect)
+    result = prove(classes["Qwen3MoeConfig"], "tp_ep", tp=1, ep=2, fsdp=2, replicate=2)
+    assert result.outcome == "differs", result
+    assert result.worst.startswith(f"model.{module}."), result
+    assert f"gradient of {result.worst} by" in result.why
+    assert result.logits is not None
+    assert result.logits < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("family", "replicate"),
+    [*((family, 1) for family in SEQUENCE_PLANS), pytest.param("mixtral", 2, marks=pytest.mark.full)],
+)
 def test_sequence_parallel_plans_that_configs_carry_pass(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, replicate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (one,) = find_plan_classes(
         [fork_with_sequence_plan(tmp_path, family, SEQUENCE_PLANS[family], f"sequence_{family}")]
     )
-    proof = ClassProof(ProofTask(one.module, one.name, ("sp", "sp_ep")), load_sizes(), 600.0)
+    proof = ClassProof(ProofTask(one.module, one.name, ("sp", "sp_ep"), replicate=replicate), load_sizes(), 600.0)
     for mode in ("sp", "sp_ep"):
         result = proof.prove(mode)
         assert result.outcome == "passed", result

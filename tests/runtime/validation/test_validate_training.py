@@ -81,6 +81,7 @@ def test_gradients_of_experts_that_another_group_reduces(
         ("not reduced over replicas", "model.layers.1"),
         ("not reduced over replicas", "model.layers.2.mlp.experts"),
         ("divided by the expert group's size", "model.layers.2.mlp.experts"),
+        ("summed", "model.layers.1"),
     ],
 )
 def test_gradients_that_replicas_do_not_share(
