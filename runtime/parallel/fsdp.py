@@ -10,12 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from plans.errors import IndivisibleError
+from plans.placement import Shard
 from plans.resolved_plan import ResolvedPlan
 from runtime.models.kept_dtypes import HALF_DTYPES, compile_kept_names
 from runtime.parallel.mesh import DeviceMeshes
 from runtime.processes.group import uses_nccl
 
-__all__ = ["apply_fsdp", "find_fsdp_groups"]
+__all__ = ["apply_fsdp", "check_shards_for_fsdp", "find_fsdp_groups"]
 
 
 def apply_fsdp(
@@ -50,6 +52,32 @@ def apply_fsdp(
         inner = set(root.modules()) - {root}
         for module in (*(group for group in groups if group in inner), root):
             _fully_shard_module(module, meshes.data_mesh("fsdp"), apart)
+
+
+def check_shards_for_fsdp(resolved: ResolvedPlan) -> None:
+    """Check that the plan leaves every rank a part of each parameter whose gradient FSDP reduces.
+
+    Raises:
+        IndivisibleError: a rank has none, on which FSDP's reduction would fail while the others wait; names the sizes
+            that work.
+    """
+    for row in resolved.parameters:
+        data, ranks = resolved.mesh.sizes(row.mesh)
+        inner = row.placements[-1]
+        if row.kind != "parameter" or not isinstance(inner, Shard) or data * resolved.mesh.replicate == 1:
+            continue
+        size = row.shape[inner.dim]
+        works = [count for count in range(1, ranks + 1) if -(-size // count) * (count - 1) < size]
+        if ranks not in works:
+            axis = "tp" if row.mesh == "dense" else "ep"
+            raise IndivisibleError(
+                f"{row.name}: {axis}={ranks} leaves the last rank nothing of {size} in dim {inner.dim}, and FSDP "
+                "cannot reduce the gradient of nothing",
+                hint="sizes that work: " + ", ".join(map(str, works)),
+                parameter=row.name,
+                size=size,
+                works=works,
+            )
 
 
 def find_fsdp_groups(model: nn.Module) -> dict[str, int]:

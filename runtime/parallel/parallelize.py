@@ -19,7 +19,7 @@ from plans.resolved_plan import ResolvedParameter, ResolvedPlan
 from runtime.checks.plan import check_before_sharding
 from runtime.checks.plan_view import PlanView
 from runtime.parallel.embedding_reads import let_others_read_embeddings
-from runtime.parallel.fsdp import apply_fsdp
+from runtime.parallel.fsdp import apply_fsdp, check_shards_for_fsdp
 from runtime.parallel.hooks import hook_input_embeddings, hook_modules, is_parallel
 from runtime.parallel.mesh import DeviceMeshes, as_device_meshes
 from runtime.parallel.pipeline import keep_stage, run_stages
@@ -62,8 +62,8 @@ def parallelize(
         UsageError: the model is parallel already, the mesh is not the plan's or lacks its axis, or ranks hold other
             weights or were given other plans.
         PlanError: the plan was resolved on another model, cuts a layer without those that go with it, forgets a norm
-            on heads or an end of the sequence parallel stream, or names a style that cannot hook the module of its
-            entry. The model is of no use then.
+            on heads or an end of the sequence parallel stream, names a style that cannot hook the module of its
+            entry, or leaves a rank nothing of what FSDP shards. The model is of no use then.
     """
     meshes = as_device_meshes(mesh)
     resolved = apply_plan(model, meshes, plan, styles)
@@ -118,6 +118,7 @@ def _resolve_checked(
         )
     _check_plan_fits_model(model, resolved)
     check_before_sharding(PlanView(model, resolved.plan, dialect, styles), resolved.mesh)
+    check_shards_for_fsdp(resolved)
     return resolved
 
 

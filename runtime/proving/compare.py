@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from plans.mesh import Mesh
+from plans.mesh import Mesh, Mode
 from plans.resolved_plan import ResolvedPlan
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
@@ -110,9 +110,10 @@ class Comparison:
         return Comparison(max(self.output, other.output), gradients, self.sharded)
 
 
-def build_inputs(model: PreTrainedModel, mesh: Mesh, seed: int, sizes: Sizes) -> list[Inputs]:
+def build_inputs(model: PreTrainedModel, mesh: Mesh, mode: Mode, seed: int, sizes: Sizes) -> list[Inputs]:
     """Return a batch for each group of ranks of a mesh that computes together."""
-    length = -(-_LENGTH // mesh.tp) * mesh.tp
+    slices = mesh.tp if mode.startswith("sp") else 1  # of the sequence
+    length = -(-_LENGTH // slices) * slices
     count = count_batches(mesh)
     return [tiny_inputs(model, FLOAT64.dtype, 1 + seed * count + number, length, sizes) for number in range(count)]
 
@@ -156,7 +157,7 @@ def compare_on_ranks(reference: Reference, resolved: ResolvedPlan, timeout: floa
 
 
 def _compare_rank(reference: Reference, resolved: ResolvedPlan) -> Comparison:
-    model = copy.deepcopy(reference.model)
+    model = _copy_sharing_weights(reference.model)
     parallelize(model, device_meshes(resolved.mesh, "cpu"), resolved)
     verify_sharding(model, resolved)
     own = find_batch(resolved.mesh, dist.get_rank())
@@ -169,6 +170,12 @@ def _compare_rank(reference: Reference, resolved: ResolvedPlan) -> Comparison:
     }
     sharded = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
     return Comparison(_measure(output, expected, float(expected.abs().max())), errors, sharded)
+
+
+def _copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with parameters of its own on the same memory, of which each rank then copies its shards."""
+    shared = {id(one): nn.Parameter(one.data, one.requires_grad) for one in model.parameters()}
+    return copy.deepcopy(model, shared)
 
 
 def _compare_gradient(

@@ -99,7 +99,7 @@ class ClassProof:
         except MigratorError as error:
             return self._describe_refusal(mode, error)
         try:
-            reference = self._compute_reference(mesh)
+            reference = self._compute_reference(mesh, mode)
         except Exception as error:  # what models raise is not ours to list
             return ModeResult(mode, "not instantiated", f"the unsharded model: {describe_error(error)}")
         try:
@@ -115,8 +115,8 @@ class ClassProof:
         kinds = _PLANS[mode]
         return next((kind for kind in kinds if not getattr(config, f"base_model_{kind}_plan", None)), None)
 
-    def _compute_reference(self, mesh: Mesh) -> Reference:
-        inputs = build_inputs(self._model, mesh, self._task.seed, self._sizes)
+    def _compute_reference(self, mesh: Mesh, mode: Mode) -> Reference:
+        inputs = build_inputs(self._model, mesh, mode, self._task.seed, self._sizes)
         key = len(inputs), next(iter(inputs[0].values())).shape[-1]
         if key not in self._references:
             self._references[key] = run_reference(self._model, inputs)

@@ -17,7 +17,7 @@ __all__ = ["Sizes", "load_sizes", "read_sizes"]
 _FILE = Path(__file__).with_name("sizes.toml")
 _INPUTS = ("tokens", "embeddings")
 _TABLES = ("largest", "divided", "classes", "variants", "inputs")
-_DIVIDED = ("heads", "tp", "ep")
+_DIVIDED = ("heads", "tp", "ep", "rows")
 
 _Values = Mapping[str, Any]
 
@@ -28,8 +28,8 @@ class Sizes:
 
     Args:
         largest: by field, the value that a class gets whose default is larger.
-        divided: the fields that tensor parallelism divides, `heads` in common and `tp` each by itself, and those that
-            expert parallelism does, `ep`.
+        divided: the fields that tensor parallelism divides, `heads` in common and `tp` each by itself, those that
+            expert parallelism does, `ep`, and those that tensor parallelism shares out unevenly, `rows`.
         classes: by class, the fields that it needs besides.
         variants: by class and by what is different about it, the fields of another shape of the class.
         inputs: by class, what its model takes; a class that is not named takes tokens.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +62,7 @@ def tiny_config(
         shrunk["num_key_value_heads"] = sizes.largest["num_attention_heads"]
     own = {**sizes.classes.get(class_name, {}), **variants.get(variant, {})}
     values = {**forced, **shrunk, **own}
-    fitting = _fit_mesh({**defaults, **values}, sizes, tp, ep) if max(tp, ep) > 1 else {}
+    fitting = _fit_mesh(module, {**defaults, **values}, sizes, tp, ep) if max(tp, ep) > 1 else {}
     config: PreTrainedConfig = config_class(**{**values, **fitting})
     return config
 
@@ -106,7 +107,7 @@ def tiny_inputs(
     return {"input_ids": torch.randint(_FIRST_TOKEN, config.vocab_size, (_BATCH, length), generator=generator)}
 
 
-def _fit_mesh(values: Mapping[str, object], sizes: Sizes, tp: int, ep: int) -> dict[str, int]:
+def _fit_mesh(module: str, values: Mapping[str, object], sizes: Sizes, tp: int, ep: int) -> dict[str, int]:
     """Return the sizes that the axes of a mesh do not divide, enlarged so that they do."""
 
     def find(kind: str) -> dict[str, int]:
@@ -115,13 +116,44 @@ def _fit_mesh(values: Mapping[str, object], sizes: Sizes, tp: int, ep: int) -> d
 
     heads = find("heads")
     factor = tp // math.gcd(tp, *heads.values())
-    if not isinstance(values.get("head_dim"), int) and isinstance(width := values.get("hidden_size"), int):
-        heads["hidden_size"] = width  # shared out to the heads, which keep their width
     return {
         **{name: value * factor for name, value in heads.items()},
+        **(_keep_head_width(module, values, factor) if factor > 1 else {}),
+        **{name: _fill_ranks(value, tp) for name, value in find("rows").items()},
         **{name: math.lcm(value, tp) for name, value in find("tp").items()},
         **{name: math.lcm(value, ep) for name, value in find("ep").items()},
     }
+
+
+def _keep_head_width(module: str, values: Mapping[str, object], factor: int) -> dict[str, int]:
+    """Return what keeps the width of heads whose number grows by a factor, if the class derives it from hidden_size.
+
+    Most models read `head_dim` even where their config class does not declare it; the hidden size grows for the others
+    only, because activations grow with it on every rank.
+    """
+    hidden, count = values.get("hidden_size"), values.get("num_attention_heads")
+    has_width = isinstance(values.get("head_dim"), int) or "kv_lora_rank" in values
+    if has_width or not isinstance(hidden, int) or not isinstance(count, int):
+        return {}
+    reads_width = "head_dim" in values or 'getattr(config, "head_dim"' in _read_modeling(module)
+    return {"head_dim": hidden // count} if reads_width else {"hidden_size": hidden * factor}
+
+
+def _read_modeling(module: str) -> str:
+    """Return the source of the modeling file beside a config class, empty if there is none."""
+    found = find_spec(_name_modeling(module))
+    return Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+
+
+def _name_modeling(module: str) -> str:
+    return module.replace("configuration_", "modeling_")
+
+
+def _fill_ranks(rows: int, ranks: int) -> int:
+    """Return the smallest number of rows, not below a given one, of which `torch.chunk` leaves every rank some."""
+    while -(-rows // ranks) * (ranks - 1) >= rows:
+        rows += 1
+    return rows
 
 
 def _read_defaults(config_class: type) -> dict[str, object]:
@@ -160,7 +192,7 @@ def _find_model_class(config_class: type[PreTrainedConfig]) -> Callable[[PreTrai
 
 def _find_own_models(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
     """Return the models of a config class in the modeling file beside it."""
-    name = config_class.__module__.replace("configuration_", "modeling_")
+    name = _name_modeling(config_class.__module__)
     if find_spec(name) is None:
         return []
     models: list[Any] = [model for _, model in inspect.getmembers(import_module(name), _is_model)]

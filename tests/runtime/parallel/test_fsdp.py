@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.distributed import DistributedConfig
 
-from plans.errors import UsageError
+from plans.errors import IndivisibleError, UsageError
+from plans.mesh import Mesh
+from runtime import parallelize, run_on_ranks
 from runtime.models.model import meta_model
 from tests.runtime.parallel import fsdp_cases
 from tests.runtime.rank_pool import RankPool
+from tests.tiny_models import DENSE
 
 HalfFolder = Callable[[str, str], Path]
 
@@ -86,6 +91,23 @@ def test_they_are_cast_as_the_hint_says(
     for kept, other, _ in two_ranks.run(fsdp_cases.compare_with_whole, folder, torch.bfloat16):
         assert {found.partition(".layers.")[2].partition(".")[2] for found in other} == {name}
         assert not set(kept) & set(other)
+
+
+def test_a_part_for_every_rank_is_needed_where_fsdp_reduces_gradients() -> None:
+    """Five rows over four ranks are two for each, and none for the last."""
+    refused = "model.embed_tokens.weight: tp=4 leaves the last rank nothing of 5 in dim 0, and FSDP cannot reduce"
+    for mesh in (Mesh(tp=4, fsdp=2), Mesh(tp=4, replicate=2)):
+        with pytest.raises(IndivisibleError, match=refused) as caught:
+            run_on_ranks(lambda mesh=mesh: shard_five_rows(mesh), mesh)
+        assert caught.value.hint == "sizes that work: 1, 2, 3"
+    assert run_on_ranks(lambda: shard_five_rows(Mesh(tp=4)), 4) == [2, 2, 1, 0]
+
+
+def shard_five_rows(mesh: Mesh) -> int:
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**DENSE, "vocab_size": 5}))
+    parallelize(model, mesh)
+    return len(model.lm_head.weight.to_local())
 
 
 def skip_unless_kept(folder: Path, name: str) -> None:

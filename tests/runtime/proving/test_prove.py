@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from codemods.rewriting.migrate import plan_rewrites
@@ -70,6 +71,43 @@ def test_a_row(name: str, variant: str, mode: Mode, outcome: str, why: str, clas
         assert result.logits is not None
         assert result.gradients is not None
         assert max(result.logits, result.gradients) < 1e-10
+
+
+LARGE: tuple[tuple[Mode, dict[str, int]], ...] = (
+    ("tp_ep", {"tp": 16, "ep": 32, "fsdp": 4}),
+    ("tp_ep", {"tp": 64, "ep": 64}),
+    ("ep", {"tp": 64, "ep": 64}),
+)
+LARGE_ROWS = [
+    pytest.param(name, *row, marks=() if name == "Qwen3MoeConfig" and row[0] == "ep" else pytest.mark.full)
+    for name in ("Qwen3MoeConfig", "DeepseekV3Config", "Glm4MoeConfig", "MixtralConfig", "GptOssConfig")
+    for row in LARGE
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "sizes"), LARGE_ROWS)
+def test_a_mesh_of_64_ranks(name: str, mode: Mode, sizes: dict[str, int], classes: dict[str, PlanClass]) -> None:
+    result = prove(classes[name], mode, **sizes)
+    assert result.outcome == "passed", result
+
+
+def test_ranks_share_the_memory_of_weights_and_leave_them_as_they_are(
+    classes: dict[str, PlanClass], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = classes["Qwen3MoeConfig"]
+    proof = ClassProof(ProofTask(one.module, one.name, ("tp",), fsdp=2), load_sizes(), 600.0)
+    before = {name: value.clone() for name, value in proof._model.state_dict().items()}
+    places = {value.data_ptr() for value in proof._model.parameters()}
+    copies: list[bool] = []
+
+    def parallelize_copy(model: Any, *arguments: Any) -> Any:
+        copies.append({value.data_ptr() for value in model.parameters()} == places)
+        return parallelize(model, *arguments)
+
+    monkeypatch.setattr(compare, "parallelize", parallelize_copy)
+    assert proof.prove("tp").outcome == "passed"
+    assert copies == [True] * len(copies) != []
+    assert all(torch.equal(value, before[name]) for name, value in proof._model.state_dict().items())
 
 
 def test_entries_that_the_class_forgets_are_named(classes: dict[str, PlanClass]) -> None:
