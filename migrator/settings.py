@@ -87,7 +87,7 @@ class Reshard(ExternalOptions):
     """Bring a checkpoint to another layout and mesh.
 
     Args:
-        source: a folder, or `hf://owner/name[@revision][/folder]`.
+        source: a folder, `hf://owner/name[@revision][/folder]`, or `s3://bucket/folder`.
         destination: the new folder.
         tp, ep, fsdp, replicate, pp: the sizes of the mesh's axes.
         mode: which of the model's plans apply, None for the mesh's default.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from plans.errors import UsageError
 from plans.text import first_line, suggest_name
 from runtime.checkpoint.files.job_folders import find_config_folder
-from runtime.hub import fetch_config, parse_hub_name
+from runtime.hub import resolve_config_folder
 from runtime.models.config import build_unreadable_error, read_config, transformers_version
 from runtime.models.model import default_architectures
 
@@ -22,7 +22,8 @@ def find_config(source: str) -> PreTrainedConfig:
     """Return the config that a source names.
 
     Args:
-        source: a checkpoint folder, `hf://owner/name`, the path of a config.json, or a model type.
+        source: a checkpoint folder, the address of one, such as `hf://owner/name`, the path of a config.json, or a
+            model type.
 
     Raises:
         UsageError: the source is none of these, or the model type's default config is not valid.
@@ -32,9 +33,7 @@ def find_config(source: str) -> PreTrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
-    if (name := parse_hub_name(source)) is not None:
-        return read_config(fetch_config(name))
-    if (folder := _find_config_folder(Path(source))) is not None:
+    if (folder := resolve_config_folder(source) or _find_config_folder(Path(source))) is not None:
         return read_config(folder)
     if source not in CONFIG_MAPPING:
         raise UsageError(

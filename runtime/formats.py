@@ -28,6 +28,7 @@ __all__ = [
     "check_not_other_format",
     "find_method",
     "find_tensor_format",
+    "hide_login",
     "load_formats",
     "recognize_content",
     "recognize_file",
@@ -62,6 +63,7 @@ class Format:
     methods: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()
+    destination: str = ""
     taken_by: str = ""
     read: bool = False
     state: bool = False
@@ -178,20 +180,31 @@ def find_tensor_format(name: str) -> Format | None:
     return next((row for row in load_formats() if row.keys and re.search(row.keys, name)), None)
 
 
-def check_address(text: str) -> None:
-    """Refuse an address where a path is expected; `hf://owner/name` is parsed elsewhere.
+def check_address(text: str, *, is_destination: bool = False) -> None:
+    """Refuse an address where a path is expected; those that are read are parsed elsewhere.
+
+    Args:
+        text: what the user wrote.
+        is_destination: whether something was to be written there.
 
     Raises:
         UsageError: the text is an address.
     """
+    text = hide_login(text)
     for row in load_formats():
         for scheme in row.schemes:
             if match := re.fullmatch(scheme, text):
+                step = row.destination if is_destination else row.step
                 raise UsageError(
-                    f"{shorten(text)}: {row.name}",
-                    hint=row.step.format_map({"address": text, **match.groupdict("")}),
+                    f"{shorten(text)}: {row.name}{', and nothing is written there' if is_destination else ''}",
+                    hint=step.format_map({"address": text, **match.groupdict("")}),
                     source=text,
                 )
+
+
+def hide_login(text: str) -> str:
+    """Return a text without the user names and passwords of the addresses in it."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "…@", text)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,21 @@ from runtime.formats import recognize_file
 from runtime.hub_files import HubFiles
 from runtime.hub_name import HubName, is_repository_name, parse_hub_name
 from runtime.remote import Content, mount
+from runtime.store import StoreFiles, parse_store_name
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
-__all__ = ["HubName", "check_repository", "fetch", "fetch_config", "parse_hub_name", "push", "resolve_folder"]
+__all__ = [
+    "HubName",
+    "check_repository",
+    "fetch",
+    "fetch_config",
+    "parse_hub_name",
+    "push",
+    "resolve_config_folder",
+    "resolve_folder",
+]
 
 
 def check_repository(text: str) -> None:
@@ -50,18 +60,20 @@ def check_repository(text: str) -> None:
 
 
 def resolve_folder(source: str, *, quiet: bool = False, content: Content = "side files") -> Path:
-    """Return the folder that a user names, fetched from the hub if it is there.
+    """Return the folder that a user names, fetched from the hub or the store that it is in.
 
     Args:
-        source: a folder, or a name on the hub.
+        source: a folder, a name on the hub, or the address of a folder in an object store.
         quiet: whether to hide progress bars.
-        content: what to fetch. Of a repository that is everything unless it is `headers`. Files whose bytes are not
-            fetched are stood for by others, and ranges of them are read when they are needed, in this process.
+        content: what to fetch. Of a repository on the hub that is everything unless it is `headers`. Files whose bytes
+            are not fetched are stood for by others, and ranges of them are read when they are needed, in this process.
 
     Raises:
         CheckpointError: there is no such folder, or `fetch` raises it.
         IncompleteError: `fetch` raises it.
     """
+    if (store := parse_store_name(source)) is not None:
+        return mount(StoreFiles(store), content)
     if (name := parse_hub_name(source)) is not None:
         if name.kind == "bucket":
             with _convert_hub_errors(name):
@@ -75,7 +87,7 @@ def resolve_folder(source: str, *, quiet: bool = False, content: Content = "side
 
 def _no_folder_error(source: str) -> CheckpointError:
     """Return the error for a source that is not a folder, with what a file there is."""
-    hint = "name a checkpoint's folder, or hf://owner/name"
+    hint = "name a checkpoint's folder, hf://owner/name or s3://bucket/folder"
     if not os.path.exists(source):  # noqa: PTH110
         return CheckpointError(f"{source}: no such folder", hint=hint, source=source)
     path = Path(source)
@@ -142,6 +154,21 @@ def _mount_headers(name: HubName, *, quiet: bool) -> Path:
         return mount(HubFiles(replace(name, revision=commit)), "headers")
 
 
+def resolve_config_folder(source: str) -> Path | None:
+    """Return a folder with the config.json of a checkpoint on the hub or in a store; None for a local path.
+
+    Args:
+        source: what the user names.
+
+    Raises:
+        MigratorError: `resolve_folder` raises it.
+    """
+    if (store := parse_store_name(source)) is not None:
+        return find_config_folder(mount(StoreFiles(store), "config"))
+    name = parse_hub_name(source)
+    return None if name is None else fetch_config(name)
+
+
 def fetch_config(name: HubName) -> Path:
     """Download only a checkpoint's config.json into the hub's cache, and return its folder.
 
@@ -153,7 +180,7 @@ def fetch_config(name: HubName) -> Path:
 
     with _convert_hub_errors(name), _control_progress_bars(quiet=True):
         if name.kind == "bucket":
-            return mount(HubFiles(name), "headers")
+            return find_config_folder(mount(HubFiles(name), "config"))
         patterns = [f"{name.folder}/{CONFIG}" if name.folder else CONFIG, *_list_configs_above(name)]
         folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=patterns))
         return find_config_folder(folder / name.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from plans.errors import CheckpointError
 from runtime.checkpoint.files.file_names import INDEX, PICKLED_INDEX, PICKLED_WEIGHTS, WEIGHTS
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 from runtime.hub_name import HubName
-from runtime.remote import RemoteEntry
+from runtime.remote import MAX_ABOVE, RemoteEntry
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -114,6 +114,21 @@ class HubFiles:
                 if len(content) >= size:
                     break
         return bytes(content[:size])
+
+    def read_above(self, name: str) -> tuple[str, bytes] | None:
+        """Return a small file of the folder above, or else of the one above that, with the address of its folder."""
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+        for parent in list(PurePosixPath(self.name.folder).parents)[:2]:
+            above = HubFiles(replace(self.name, folder="" if str(parent) == "." else str(parent)))
+            try:
+                return above.address, above.read(name, 0, MAX_ABOVE)
+            except EntryNotFoundError:
+                continue
+            except HfHubHTTPError as error:
+                if error.response.status_code != 404:  # which is all that buckets say
+                    raise
+        return None
 
     def identify(self, name: str) -> str | None:
         """Return what changes when a file does; what is at a commit never changes."""

@@ -20,12 +20,13 @@ from typing import Literal, Protocol
 
 from plans.errors import CheckpointError
 from plans.text import shorten
-from runtime.checkpoint.files.file_names import METADATA
+from runtime.checkpoint.files.file_names import CONFIG, MANIFEST, METADATA
+from runtime.checkpoint.files.job_folders import HUGGINGFACE_FOLDER
 from runtime.checkpoint.files.remote import STAND_INS, RemoteFile, register_origin, register_remote
 from runtime.checkpoint.files.safetensors import MAX_HEADER
 from runtime.checkpoint.files.side_files import WEIGHT_SUFFIXES
 
-__all__ = ["Content", "RemoteEntry", "RemoteFolder", "mount"]
+__all__ = ["MAX_ABOVE", "Content", "RemoteEntry", "RemoteFolder", "mount"]
 
 _FIRST_RANGE = 2**16
 """How many bytes of a weight file are asked for at first; most headers are shorter."""
@@ -41,8 +42,13 @@ _THREADS = 16
 _LENGTH = struct.Struct("<Q")
 
 
-Content = Literal["headers", "side files", "everything"]
-"""How much of a folder is fetched: only what a plan is made of, also the files that are copied, or weights too."""
+MAX_ABOVE = 2**20
+"""How many bytes of a config in a folder above are read."""
+
+Content = Literal["config", "headers", "side files", "everything"]
+"""How much of a folder is fetched: only small JSON files, also the headers and indexes that a plan is made of, also the
+files that are copied, or weights too.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,9 @@ class RemoteFolder(Protocol):
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Return at least one and at most so many bytes of a file, from an offset on."""
 
+    def read_above(self, name: str) -> tuple[str, bytes] | None:
+        """Return a small file of the folder above, or else of the one above that, with the address of its folder."""
+
     def identify(self, name: str) -> str | None:
         """Return what changes when a file does, None if it is gone."""
 
@@ -82,7 +91,7 @@ def mount(remote: RemoteFolder, content: Content = "side files") -> Path:
     """
     entries = remote.list_files()
     kept = _cache_folder(_DOWNLOADS if content == "everything" else STAND_INS) / _hash(remote.address, content)
-    root, records = kept / PurePosixPath(remote.address).name, kept / "identities"
+    root, records = kept / "files" / PurePosixPath(remote.address).name, kept / "identities"
     records.mkdir(parents=True, exist_ok=True)
     stand_ins: list[_StandIn] = []
     for name, entry in entries.items():
@@ -97,7 +106,24 @@ def mount(remote: RemoteFolder, content: Content = "side files") -> Path:
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(partial(_create, content=content), stand_ins))
     register_origin([root], remote.address)
+    _place_config_above(remote, entries, root)
     return root
+
+
+def _place_config_above(remote: RemoteFolder, entries: Mapping[str, RemoteEntry], root: Path) -> None:
+    """Put the config of a folder above where it is looked for if a checkpoint has none of its own."""
+    path = root.parent / CONFIG
+    path.unlink(missing_ok=True)
+    if any(name in entries for name in (CONFIG, f"{HUGGINGFACE_FOLDER}/{CONFIG}", MANIFEST)):
+        return
+    if (found := remote.read_above(CONFIG)) is not None:
+        address, content = found
+        path.write_bytes(content)
+        file = RemoteFile(
+            f"{address}/{CONFIG}", len(content), "", lambda start, size: content[start:][:size], lambda: ""
+        )
+        register_remote(path, file)
+        register_origin([root.parent], address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +156,10 @@ def _choose_size(path: Path, size: int, beginning: bytes, content: Content) -> i
     """Return how many bytes of a file should be there, going by its name and by those that are there already."""
     is_index = path.name == METADATA or path.name.endswith(".index.json")
     is_small = path.suffix == ".json" and size <= _SMALL
-    if content == "everything" or is_index or is_small:
+    if content == "everything" or is_small or (is_index and content != "config"):
         return size
+    if content == "config":
+        return 0
     if path.suffix == ".safetensors":
         if len(beginning) < min(size, _LENGTH.size):
             return min(size, _FIRST_RANGE)

@@ -9,7 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("runtime/checkpoint", "runtime/loader", "runtime/validation", "runtime/hub.py", "runtime/formats.py")
+SOURCES = ("runtime/checkpoint", "runtime/loader", "runtime/validation", "runtime/formats.py")
+SOURCES += ("runtime/hub.py", "runtime/hub_files.py", "runtime/remote.py", "runtime/store.py")
 
 
 def find_hints(source: str) -> Iterator[str]:

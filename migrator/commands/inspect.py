@@ -47,10 +47,10 @@ def command(
 ) -> int:
     """Show what a checkpoint contains, and what is wrong with it.
 
-    SOURCE is a folder in any layout, or hf://owner/name[@revision]. Only the headers of weight files are read;
-    `migrator verify` reads the tensors too. With a mesh or a mode, the command also shows how the model's plan would
-    place the tensors there. Exits 1 if the files contradict each other or do not cover their tensors, and names each
-    tensor that is lossy.
+    SOURCE is a folder in any layout, hf://owner/name[@revision] or s3://bucket/folder. Only the headers of weight files
+    are read; `migrator verify` reads the tensors too. With a mesh or a mode, the command also shows how the model's
+    plan would place the tensors there. Exits 1 if the files contradict each other or do not cover their tensors, and
+    names each tensor that is lossy.
     """
     require_runtime()
     from runtime.hub import resolve_folder

@@ -28,8 +28,8 @@ __all__ = ["command"]
 def command(source: str, output_format: str, mode: Mode | None, **sizes: int) -> None:
     """Show how a model's plan places each parameter.
 
-    SOURCE is a checkpoint folder, a config.json, a model type, or hf://owner/name[@revision], of which only the config
-    is downloaded.
+    SOURCE is a checkpoint folder, a config.json, a model type, or the address of a checkpoint,
+    hf://owner/name[@revision] or s3://bucket/folder, of which no weight is fetched.
 
     In mode tp, the model's own plan, read in the dialect of the installed transformers, is shown beside its
     param-level form, which must place every parameter in the same way. The other modes use the model's EP plan, or

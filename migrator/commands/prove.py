@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrator.options.common import SECONDS, format_option, max_memory_option, require_runtime
+from migrator.options.common import OUTPUT_FOLDER, SECONDS, format_option, max_memory_option, require_runtime
 from migrator.options.source import print_errors
 from migrator.proofs import compute_proof_exit_code, prove
 from migrator.settings import Prove
@@ -70,7 +70,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @max_memory_option(Prove.max_memory, "Limit on the memory that the process of a class allocates, in MiB.")
 @click.option(
     "--save-failures",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUTPUT_FOLDER,
     metavar="DIR",
     help="Write a file for each failure to this folder, for --replay.",
 )

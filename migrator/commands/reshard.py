@@ -18,6 +18,7 @@ from migrator.formats.reshard import (
     result_as_json,
 )
 from migrator.options.common import (
+    OUTPUT,
     SECONDS,
     follow_links_option,
     format_option,
@@ -82,7 +83,7 @@ __all__ = ["command", "print_estimate", "print_notes", "print_summary"]
 @click.option("--dry-run", is_flag=True, help="Only show what would move, and the disk, memory and time it would take.")
 @click.option(
     "--events",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     metavar="FILE",
     help="Append events to FILE as JSON lines as they happen.",
 )
@@ -111,17 +112,17 @@ def command(
 ) -> None:
     """Write a checkpoint in another layout or for another mesh.
 
-    SOURCE is a folder in any layout, or hf://owner/name[@revision]; DESTINATION is a new folder. Every byte is copied
-    unchanged, and the manifest records a digest of each parameter. DESTINATION appears complete or not at all: a run
-    that is killed or stopped leaves DESTINATION.partial, and the same command resumes it, an upload included. Under
-    torchrun, each rank copies its share of the bytes to a DESTINATION that all ranks can access.
+    SOURCE is a folder in any layout, hf://owner/name[@revision] or s3://bucket/folder; DESTINATION is a new folder.
+    Every byte is copied unchanged, and the manifest records a digest of each parameter. DESTINATION appears complete or
+    not at all: a run that is killed or stopped leaves DESTINATION.partial, and the same command resumes it, an upload
+    included. Under torchrun, each rank copies its share of the bytes to a DESTINATION that all ranks can access.
     """
     require_runtime(show_downloads=not quiet)
     from runtime.checkpoint.copying.commit import check_destination, check_not_nested
     from runtime.formats import check_address
     from runtime.hub import check_repository
 
-    check_address(destination)
+    check_address(destination, is_destination=True)
     shared: dict[str, Any] = {**sizes, **vars(external)}
     settings = Reshard(
         source=source, destination=Path(destination), mode=mode, layout=layout, experts=experts,

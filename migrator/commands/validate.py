@@ -126,7 +126,7 @@ def command(
     its own. What no gradient reached is listed, and SOURCE is then not fully proven. The mesh is the one that
     SOURCE was laid out for, if it records one. Exit code 1 means that something differs or was not exercised, 2
     that the model or the runtime failed. Also runs under torchrun, on several machines that can all access SOURCE.
-    SOURCE and the reference are folders in any layout, or hf://owner/name[@revision].
+    SOURCE and the reference are folders in any layout, hf://owner/name[@revision] or s3://bucket/folder.
     """
     require_runtime()
     is_worker = is_worker_process()

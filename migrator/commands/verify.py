@@ -10,6 +10,7 @@ import click
 from migrator.actions import verify
 from migrator.exit_codes import of_findings
 from migrator.options.common import (
+    OUTPUT,
     digests_option,
     follow_links_option,
     format_option,
@@ -38,7 +39,7 @@ __all__ = ["command"]
 @format_option("human", "json")
 @click.option(
     "--record",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     metavar="FILE",
     help="Write the digests of SOURCE to a new FILE, for --digests later, if nothing differs.",
 )
@@ -60,8 +61,8 @@ def command(
     """Verify a checkpoint against its digests or another checkpoint.
 
     Reads every copy of every tensor of SOURCE and compares it with SOURCE's own manifest, or with the checkpoint OTHER,
-    which may have any layout and mesh. Both are folders, or hf://owner/name[@revision]. Each tensor that differs is
-    listed with its first differing element.
+    which may have any layout and mesh. Both are folders, hf://owner/name[@revision] or s3://bucket/folder. Each tensor
+    that differs is listed with its first differing element.
 
     A digest finds damage, not tampering: who can change the weights on purpose can make others with the same digest.
     """

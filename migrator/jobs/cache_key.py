@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from migrator.jobs.files import Stamps, collect_stamps, is_regular_file, list_files
-from migrator.jobs.job import Job, Step, is_on_hub
+from migrator.jobs.job import Job, Step
 from migrator.jobs.readers import list_external_files
 from migrator.jobs.state import Record, Records
 from migrator.options.common import require_runtime
+from migrator.options.external import is_address
 from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 from plans.dialect_file import is_dialect_file, list_dialect_files
 
@@ -82,7 +83,7 @@ class StepState:
 
 
 def check_up_to_date(job: Job, records: Records, name: str, step: Step) -> StepState:
-    """Return whether a step is up to date; sources on the hub are fetched to find out.
+    """Return whether a step is up to date; of sources that are elsewhere the headers are fetched to find out.
 
     Args:
         job: the job that the step belongs to.
@@ -91,7 +92,7 @@ def check_up_to_date(job: Job, records: Records, name: str, step: Step) -> StepS
         step: the step.
 
     Raises:
-        MigratorError: a source on the hub cannot be fetched, or a path does not exist.
+        MigratorError: a source cannot be fetched, or a path does not exist.
     """
     if type(step) in _PACKAGES:
         require_runtime()
@@ -104,7 +105,7 @@ def check_up_to_date(job: Job, records: Records, name: str, step: Step) -> StepS
 
 
 def find_source_checkpoints(step: Step) -> tuple[str, ...]:
-    """Return the checkpoints that a step reads, folders or names on the hub."""
+    """Return the checkpoints that a step reads, folders or addresses."""
     sources = (getattr(step, name) for name in _SOURCES.get(type(step), ()))
     return tuple(source for source in sources if source is not None)
 
@@ -130,12 +131,12 @@ def _build_cache_key(step: Step) -> CacheKey:
 
 
 def locate_checkpoint(source: str) -> Path:
-    """Return a checkpoint's folder; if it is on the hub, a folder with its headers and with stand-ins for the rest.
+    """Return a checkpoint's folder; if it is not on a disk, a folder with its headers and with stand-ins for the rest.
 
     Raises:
         CheckpointError: it cannot be downloaded.
     """
-    if not is_on_hub(source):
+    if not is_address(source):
         return Path(source)
     from runtime.hub import resolve_folder
 

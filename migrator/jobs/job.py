@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrator.options.external import HUB_PREFIX
 from migrator.settings import Check, Prove, Reshard, Rewrite, Validate, Verify
 
-__all__ = ["Job", "Step", "is_on_hub"]
+__all__ = ["Job", "Step"]
 
 Step = Rewrite | Check | Prove | Reshard | Verify | Validate
 
@@ -64,8 +63,3 @@ class Job:
     def report(self, step: str) -> Path:
         """Return the file of a step's report for a browser."""
         return self.output / "reports" / f"{step}.html"
-
-
-def is_on_hub(source: str) -> bool:
-    """Return whether a checkpoint is named by its place on the hub."""
-    return source.startswith(HUB_PREFIX)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from migrator.jobs.cache_key import find_source_checkpoints
-from migrator.jobs.job import Job, is_on_hub
+from migrator.jobs.job import Job
 from migrator.jobs.readers import list_external_files
+from migrator.options.external import is_address
 from migrator.settings import Reshard
 from plans.errors import UsageError
 
@@ -90,7 +91,7 @@ def _iter_destinations(job: Job) -> Iterator[tuple[str, Path]]:
 def _iter_sources(job: Job) -> Iterator[tuple[str, Path]]:
     """Yield the local checkpoints that steps read, and the plan and config files that describe them."""
     for name, step in job.steps.items():
-        yield from ((name, _resolve_path(Path(text))) for text in find_source_checkpoints(step) if not is_on_hub(text))
+        yield from ((name, _resolve_path(Path(text))) for text in find_source_checkpoints(step) if not is_address(text))
         yield from ((name, _resolve_path(file)) for file in list_external_files(step))
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from migrator.jobs.job import is_on_hub
-from migrator.options.external import ConfigName, ExternalOptions
+from migrator.options.external import ConfigName, ExternalOptions, is_address
 from migrator.settings import Validate, Verify
 from plans.dialect_file import is_dialect_file
 from plans.errors import UsageError
@@ -28,6 +27,7 @@ __all__ = [
     "read_flag",
     "read_fraction",
     "read_name",
+    "read_output",
     "read_path",
     "read_paths",
     "read_seconds",
@@ -164,6 +164,17 @@ def read_path(location: SettingLocation, value: object) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
 
 
+def read_output(location: SettingLocation, value: object) -> Path:
+    """Read a path that something is written to, which cannot be an address."""
+    from runtime.formats import check_address
+
+    try:
+        check_address(read_text(location, value), is_destination=True)
+    except UsageError as error:
+        location.refuse(f"is {error.message}", error.hint)
+    return read_path(location, value)
+
+
 def read_paths(location: SettingLocation, value: object) -> tuple[Path, ...]:
     """Read a list of paths."""
     if not isinstance(value, list) or not value:
@@ -172,9 +183,9 @@ def read_paths(location: SettingLocation, value: object) -> tuple[Path, ...]:
 
 
 def read_checkpoint_name(location: SettingLocation, value: object) -> str:
-    """Read the folder of a checkpoint, relative to the job file, or its name on the hub."""
+    """Read the folder of a checkpoint, relative to the job file, or its address."""
     source = read_text(location, value)
-    return source if is_on_hub(source) else str(read_path(location, source))
+    return source if is_address(source) else str(read_path(location, source))
 
 
 def read_dialect_name(location: SettingLocation, value: object) -> str:
@@ -215,6 +226,6 @@ def list_external_files(step: object) -> tuple[Path, ...]:
         return tuple(path for path in (step.plan, digests) if path is not None)
     if not isinstance(step, ExternalOptions):
         return ()
-    config = Path(step.config) if step.config is not None and not is_on_hub(step.config) else None
+    config = Path(step.config) if step.config is not None and not is_address(step.config) else None
     config = config / _CONFIG if config is not None and config.is_dir() else config
     return tuple(path for path in (step.plan, config, digests) if path is not None)

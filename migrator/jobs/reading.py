@@ -38,7 +38,7 @@ _TREE_SETTINGS: Mapping[str, SettingReader] = {
     "target": readers.read_dialect_name,
 }
 _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
-    "": {"output": readers.read_path},
+    "": {"output": readers.read_output},
     "rewrite": {**_TREE_SETTINGS, "verify": readers.read_flag, "in_place": readers.read_flag},
     "check": _TREE_SETTINGS,
     "prove": {
@@ -55,7 +55,7 @@ _SETTINGS: Mapping[str, Mapping[str, SettingReader]] = {
     "reshard": {
         "name": readers.read_name,
         "source": readers.read_checkpoint_name,
-        "destination": readers.read_path,
+        "destination": readers.read_output,
         **_MESH_SETTINGS,
         "layout": readers.make_choice_reader("hf", "dcp", "ranks"),
         "experts": readers.make_choice_reader("fused", "separate"),

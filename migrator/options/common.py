@@ -16,6 +16,8 @@ from plans.errors import DependencyError, DestinationError
 from plans.mesh import MODES, Mesh, Mode
 
 __all__ = [
+    "OUTPUT",
+    "OUTPUT_FOLDER",
     "SECONDS",
     "build_mesh",
     "digests_option",
@@ -87,6 +89,22 @@ def max_memory_option(default: int, help_text: str) -> Callable[[_Command], _Com
     return click.option("--max-memory", type=size, default=default, show_default=True, metavar="MIB", help=help_text)
 
 
+class _OutputPath(click.Path):
+    """A path that something is written to, which cannot be an address."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        from runtime.formats import check_address
+
+        check_address(os.fspath(value), is_destination=True)
+        return super().convert(value, param, ctx)
+
+
+OUTPUT = _OutputPath(path_type=Path)
+OUTPUT_FOLDER = _OutputPath(path_type=Path, file_okay=False)
+
+
 def _check_report_path(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a report that cannot be written before the work starts, not after it."""
     if value is None:
@@ -100,7 +118,7 @@ def _check_report_path(context: click.Context, parameter: click.Parameter, value
 
 report_option = click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     metavar="FILE",
     callback=_check_report_path,
     help="Also write a report for a browser, as one HTML file.",

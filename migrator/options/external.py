@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from runtime.checkpoint.external.source import ExternalSettings, SourceSettings
 
 __all__ = [
-    "HUB_PREFIX",
     "ConfigName",
     "ExternalOptions",
     "check_external_options",
     "external_options",
+    "is_address",
     "read_external_settings",
 ]
 
 
-HUB_PREFIX = "hf://"
+def is_address(text: str) -> bool:
+    """Return whether a text is an address, on the hub or anywhere else, and not a local path."""
+    return "://" in text
 
 
 def _describe(kind: type | tuple[str, ...], help_text: str, metavar: str | None = None) -> dict[str, object]:
@@ -35,7 +37,7 @@ def _describe(kind: type | tuple[str, ...], help_text: str, metavar: str | None 
 
 
 class ConfigName(str):
-    """A config.json or its folder, or `hf://owner/name[@revision]`."""
+    """A config.json or its folder, or the address of one, such as `hf://owner/name[@revision]`."""
 
     __slots__ = ()
 
@@ -53,7 +55,7 @@ class ExternalOptions:
         from_ep: the number of ranks that share one set of experts.
         from_mode: which of the model's plans the files were sharded by.
         plan: a file with placements that differ from the model's plan.
-        config: the checkpoint's config.json, its folder or its repository on the hub; also without a pattern.
+        config: the checkpoint's config.json, its folder or an address of one; also without a pattern.
     """
 
     from_pattern: str | None = field(
@@ -128,12 +130,13 @@ def check_external_options(options: ExternalOptions, source: str) -> None:
         _check_nothing_set(options)
         return
     from runtime.hub import parse_hub_name
+    from runtime.store import parse_store_name
 
-    if parse_hub_name(source) is not None:
+    store = parse_store_name(source)
+    if store is not None or parse_hub_name(source) is not None:
+        step = f"`hf download {source} --local-dir …`" if store is None else f"`aws s3 cp --recursive {source} …`"
         raise UsageError(
-            f"{source}: `from_pattern` reads a local folder",
-            hint=f"download it first: `hf download {source} --local-dir …`",
-            source=source,
+            f"{source}: `from_pattern` reads a local folder", hint=f"download it first: {step}", source=source
         )
     if options.from_tp is None and options.from_ep is None:
         raise UsageError("`from_pattern` needs `from_tp`", hint="give the number of ranks that wrote the files")
@@ -160,12 +163,11 @@ def _check_nothing_set(options: ExternalOptions) -> None:
 
 
 def _find_config_folder(config: str) -> Path:
-    if config.startswith(HUB_PREFIX):
-        from runtime.hub import fetch_config, parse_hub_name
+    if is_address(config):
+        from runtime.hub import resolve_config_folder
 
-        name = parse_hub_name(config)
-        assert name is not None
-        return fetch_config(name)
+        if (folder := resolve_config_folder(config)) is not None:
+            return folder
     path = Path(config)
     if path.is_dir():
         return path

@@ -143,7 +143,8 @@ class CheckpointReader:
         if self.weights is not None and self.weights != self.folder:
             yield f"the weights are those of {self.weights.relative_to(self.folder)}"
         if self.separate_config is not None:
-            yield f"{CONFIG} is that of {self.separate_config.folder}"
+            folder = self.separate_config.folder
+            yield f"{CONFIG} is that of {get_origin(folder) or folder}"
 
     @cached_property
     def config(self) -> PreTrainedConfig:

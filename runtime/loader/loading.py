@@ -65,7 +65,8 @@ def load(
 
     Args:
         model: the model, parallel or not, on meta or in memory.
-        checkpoint: a folder in any layout, `hf://owner/name`, or a checkpoint that was already read.
+        checkpoint: a folder in any layout, its address, such as `hf://owner/name` or `s3://bucket/folder`, or a
+            checkpoint that was already read.
         dtype: the dtype to cast floating-point tensors to, on their device. Tensors that transformers'
             `from_pretrained` keeps in a wider dtype are kept in it here too, unless FSDP gathers them together with
             others, which supports one dtype only. By default a model on meta takes the stored dtypes, and a model in

@@ -236,13 +236,14 @@ CASES: dict[str, tuple[Build, str, str]] = {
 }
 
 ADDRESSES = {
-    "s3://bucket/model": ("an address of a bucket", "aws s3 cp --recursive s3://bucket/model FOLDER"),
+    "s3n://bucket/model": ("an address of a bucket by the name that Hadoop has for it", "write s3://bucket/model"),
     "gs://bucket/model": ("an address of a bucket", "gcloud storage cp --recursive gs://bucket/model FOLDER"),
     "https://huggingface.co/owner/name": ("an address of the Hugging Face hub", "write hf://owner/name"),
     "https://huggingface.co/owner/name/tree/main": ("an address of the Hugging Face hub", "write hf://owner/name@main"),
     "file:///data/model": ("an address of a local file", "write the path alone: /data/model"),
     "https://example.com/model.safetensors": ("an address, not a path", "copy it to a disk first"),
-    "abfs://store/model": ("an address, not a path", "copy it to a disk first"),
+    "abfs://store/model": ("an address of a container in Azure", "az storage blob download-batch"),
+    "ftp://store/model": ("an address, not a path", "copy it to a disk first"),
 }
 
 

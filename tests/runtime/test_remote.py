@@ -28,6 +28,7 @@ class Store:
     spoil: Callable[[str, bytes], bytes] = lambda name, part: part
     address: str = "store://bucket/model"
     asked: list[tuple[str, int, int]] = field(default_factory=list)
+    above: bytes | None = None
 
     def list_files(self) -> Mapping[str, RemoteEntry]:
         return {name: RemoteEntry(len(text), str(hash(text))) for name, text in self.contents.items()}
@@ -35,6 +36,9 @@ class Store:
     def read(self, name: str, offset: int, size: int) -> bytes:
         self.asked.append((name, offset, size))
         return self.spoil(name, self.contents[name][offset : offset + size])
+
+    def read_above(self, name: str) -> tuple[str, bytes] | None:
+        return None if self.above is None else ("store://bucket", self.above)
 
     def identify(self, name: str) -> str | None:
         return str(hash(self.contents[name])) if name in self.contents else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from plans.errors import CheckpointError, IncompleteError, MigratorError
 from plans.text import first_line
+from runtime.formats import hide_login
 
 __all__ = [
     "STAND_INS",
@@ -96,7 +97,7 @@ def build_remote_error(address: str, error: Exception) -> CheckpointError:
     elif isinstance(error, FileNotFoundError):
         what, hint = "not there", "check the address"
     else:
-        what, hint = first_line(error), "check the network and try again"
+        what, hint = hide_login(first_line(error)), "check the network and try again"
     return CheckpointError(f"{address}: {what}", hint=hint, source=address)
 
 

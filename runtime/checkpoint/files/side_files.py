@@ -13,7 +13,7 @@ from plans.errors import CheckpointError, IncompleteError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, MARKER, METADATA
 from runtime.checkpoint.files.reading import convert_read_errors
-from runtime.checkpoint.files.remote import has_changed
+from runtime.checkpoint.files.remote import get_origin, has_changed
 from runtime.formats import recognize_file
 
 __all__ = [
@@ -224,7 +224,7 @@ def check_unchanged(folder: Path, stamps: Mapping[str, Stamp], left_behind: Iter
     changed = [name for name in names if read_stamp(folder / name) != stamps[name] or has_changed(folder / name)]
     if changed:
         raise MismatchError(
-            f"{folder}: {format_names(sorted(changed))} changed while it was read",
+            f"{get_origin(folder) or folder}: {format_names(sorted(changed))} changed while it was read",
             hint="wait until nothing writes to this folder, then run the same command again",
             files=sorted(changed),
         )

@@ -193,7 +193,7 @@ def test_a_config_elsewhere_is_named(hub: Path, tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_named(hub: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder") as caught:
         resolve_folder(str(hub / "weights" / "none"))
-    assert caught.value.hint == "name a checkpoint's folder, or hf://owner/name"
+    assert caught.value.hint == "name a checkpoint's folder, hf://owner/name or s3://bucket/folder"
     assert resolve_folder(str(hub)) == hub
 
 
