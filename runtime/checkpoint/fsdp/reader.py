@@ -132,7 +132,23 @@ def _check_same_tensors(folder: Path, ranks: _Ranks) -> dict[str, Shape]:
                     hint=_SEVERAL,
                     name=name,
                 )
+            if (other := _describe_split(tensor)) != (first := _describe_split(ranks[0].tensors[name])):
+                raise MismatchError(
+                    f"{folder}: {shorten(repr(name))} is {first} on rank 0 but {other} on rank {rank}",
+                    hint=_SEVERAL,
+                    name=name,
+                )
     return shapes
+
+
+def _describe_split(tensor: RankTensor) -> str:
+    """Return in words how a tensor is split, which all ranks must say alike; replicas may have meshes of their own."""
+    if tensor.mesh is None:
+        return "whole"
+    dims = ", ".join(
+        "replicated" if placement.dim is None else f"dim {placement.dim}" for placement in tensor.placements
+    )
+    return f"split over a mesh of {' × '.join(map(str, tensor.mesh.sizes))} ({dims})"
 
 
 def check_mesh(file: Path, rank: int, tensors: Iterable[RankTensor]) -> None:

@@ -205,6 +205,20 @@ def test_files_that_contradict_one_another_are_one_clear_error(case: str, damage
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
+def test_ranks_of_jobs_with_different_meshes_are_refused(damaged: Any, job: Saved) -> None:
+    folder = damaged("replicas")
+    for rank in range(4):
+        for other in set(range(4)) - {rank}:
+            shutil.copy(rank_file(job("replicas"), other), folder)
+        shutil.copy(rank_file(job("over tensor parallelism"), rank), folder)
+        with pytest.raises(
+            MismatchError,
+            match=r"(?s)is split over a mesh of 2.* on rank 0 but split over.*hint: the files belong to several",
+        ) as caught:
+            plan_reshard(folder, target=ReshardTarget("hf"))
+        assert "\n" not in caught.value.message
+
+
 def split_by_three(state: dict[str, Any]) -> None:
     """Let a tensor say that FSDP split what three ranks had left of it."""
     spec = state[Q]._spec
