@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import sys
 import tracemalloc
+import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -167,6 +169,26 @@ def test_an_unknown_name_without_a_tensor_is_left_behind(tmp_path: Path) -> None
     found = read(saved({"w": torch.ones(2), "holder": Holder(3), "path": tmp_path}, tmp_path / "a.pt"))  # type: ignore[arg-type]
     assert list(found.tensors) == ["w"]
     assert [str(left) for left in found.left_behind] == ["'holder' in a.pt (no tensor)", "'path' in a.pt (no tensor)"]
+
+
+def test_a_name_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it could be: importing a module runs it."""
+    mark = tmp_path / "mark"
+    (tmp_path / "planted_module.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Thing: pass\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = types.ModuleType("planted_module")
+    module.Thing = type("Thing", (), {"__module__": "planted_module"})  # type: ignore[attr-defined]
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "planted_module", module)
+        path = saved({"w": torch.ones(2), "thing": module.Thing(), "class": module.Thing}, tmp_path / "a.pt")
+    found = read(path)
+    assert list(found.tensors) == ["w"]
+    assert [left.name for left in found.left_behind] == ["'thing' in a.pt", "'class' in a.pt"]
+    assert "planted_module" not in sys.modules
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists(), "a check of the check"
+    del sys.modules["planted_module"]
 
 
 def nest_evil(position: str, evil: Evil) -> object:
