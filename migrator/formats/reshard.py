@@ -40,6 +40,7 @@ def estimate_as_json(plan: ReshardPlan, estimate: Estimate) -> dict[str, object]
 
 def _notes_as_json(plan: ReshardPlan) -> dict[str, object]:
     return {
+        "notes": list(plan.checkpoint.notes),
         "config_changes": [asdict(change) for change in plan.config_changes],
         "unmatched": find_unmatched(plan),
         "carried": find_passthrough(plan),

@@ -101,6 +101,7 @@ def test_the_dry_run_estimates_what_the_run_does(hub: Hub, run: Run, hub_folder:
     planned = json.loads(run("reshard", "hf://owner/toy", "a", "--tp", "2", "--dry-run", "--format", "json").stdout)
     done = json.loads(run("reshard", "hf://owner/toy", "b", "--tp", "2", "--format", "json", "-q").stdout)
     assert planned["bytes_written"] == done["bytes_written"]
+    assert planned["notes"] == done["notes"] == [f"the source is hf://owner/toy@{COMMIT}"]
     run("verify", "b", str(hub_folder("qwen3_moe")))
     assert (tmp_path / "b" / "tokenizer.json").read_bytes() == b"x" * 100_000
 
