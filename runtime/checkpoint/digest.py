@@ -24,9 +24,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "MULTIPLIERS", "SEEDS", "STEP", "Digest", "block_weights", "word_weights"]
+__all__ = ["ABOUT", "BLOCK", "MULTIPLIERS", "SEEDS", "STEP", "Digest", "block_weights", "word_weights"]
 
 Words = NDArray[np.uint64]
+
+ABOUT: Final = (
+    "Each digest is two 64-bit sums over a tensor's bytes, the same in every layout. It finds damage, not tampering: "
+    "other bytes with the same digest can be made on purpose."
+)
+"""What files that record digests say of them."""
 
 BLOCK: Final = 2048
 """Words in a block; all words of a block share one factor of their weights."""

@@ -17,16 +17,14 @@ from pathlib import Path
 from plans.errors import DestinationError, HeaderError, MismatchError
 from plans.text import format_names
 from runtime.checkpoint.checkpoint import Checkpoint
+from runtime.checkpoint.digest import ABOUT
 from runtime.checkpoint.files.reading import open_descriptor, parse_strict_json, read_at_most, read_exactly
 
 __all__ = ["DigestFile", "apply_digests", "find_changed_files", "read_digest_file", "write_digest_file"]
 
 _FORMAT = "migrator digests"
 _VERSION = 1
-_ABOUT = (
-    "Each digest is two 64-bit sums over a tensor's bytes, the same in every layout. It finds damage, not tampering: "
-    "other bytes with the same digest can be made on purpose. sha256, where it is given, is that of a whole file."
-)
+_ABOUT = f"{ABOUT} sha256, where it is given, is that of a whole file."
 _MAX_BYTES = 2**28
 _PART = 2**23
 _DIGEST = re.compile(r"[0-9a-f]{32}")

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 from plans.errors import HeaderError, IncompleteError, UsageError
 from plans.mesh import AXES, MODES, Mesh, MeshName, Mode
 from plans.placement import Packed, Placement, Replicate, Shard, placement_from_json, placement_to_json
+from runtime.checkpoint.digest import ABOUT
 from runtime.checkpoint.files.file_names import INDEX, MANIFEST, is_weight_file
 from runtime.checkpoint.files.reading import convert_read_errors, is_nested_deeper, is_size, parse_strict_json
 from runtime.checkpoint.files.safetensors import BITS
@@ -191,6 +192,7 @@ class Manifest:
             "dialect": self.dialect,
             "mesh": self.mesh.to_json(),
             "plan": dict(self.plan),
+            "about_digests": ABOUT,
             "tensors": tensors,
             "stored_form": self.stored_form.to_json() if self.stored_form else None,
             **({"optimizer": dict(self.optimizer)} if self.optimizer else {}),

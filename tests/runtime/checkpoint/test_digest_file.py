@@ -79,6 +79,7 @@ def test_the_digests_are_those_of_a_manifest(record: Path, hub: Path, tmp_path: 
     }
     about = json.loads(record.read_text())["about"]
     assert "finds damage, not tampering" in about
+    assert about.startswith(json.loads((tmp_path / "ranks" / "migrator.json").read_text())["about_digests"])
 
 
 def test_verify_finds_damage(record: Path, hub: Path, migrator: Migrator) -> None:
