@@ -250,7 +250,7 @@ def _list_weight_files(folder: Path) -> list[str]:
 
 def _list_pickled_files(folder: Path) -> list[str]:
     """Return the names, or patterns, of pickled weights and rank files, which are read where there is nothing else."""
-    ranks = ["model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt"]
+    ranks = [f"{kind}_world_size_*_rank_*.pt" for kind in ("model", "optim", "extra_state")]
     if (folder / PICKLED_INDEX).is_file():
         return _read_weight_map(folder / PICKLED_INDEX, PICKLED_WEIGHTS, ["pytorch_model*.bin"])
     return [PICKLED_WEIGHTS, *ranks]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubFiles", "is_needed"]
 
-_PICKLED = ("model_world_size_", "optim_world_size_")
+_PICKLED = ("model_world_size_", "optim_world_size_", "extra_state_world_size_")
 
 
 def is_needed(name: str, names: Mapping[str, object]) -> bool:

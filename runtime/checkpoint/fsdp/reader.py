@@ -7,13 +7,13 @@ for. Where several ranks hold the same shard, as with replicated data parallelis
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from plans.errors import ConversionError, IncompleteError, MismatchError
+from plans.errors import ConversionError, IncompleteError, MigratorError, MismatchError
 from plans.text import format_names, shorten
 from runtime.checkpoint.checkpoint import Checkpoint
 from runtime.checkpoint.dcp.chunks import Chunk
@@ -23,7 +23,8 @@ from runtime.checkpoint.files.job_folders import HUGGINGFACE_FOLDER, find_config
 from runtime.checkpoint.files.reading import convert_read_errors, read_at_most
 from runtime.checkpoint.files.side_files import SideFiles, check_contained, find_side_files
 from runtime.checkpoint.fsdp.dtensor import RankTensor, RankTensorParser
-from runtime.checkpoint.pickled.state_dict import StateDict, read_state_dict
+from runtime.checkpoint.pickled.pickle import describe_pickle
+from runtime.checkpoint.pickled.state_dict import StateDict, get_pairs, open_archive, read_state_dict
 from runtime.models.model import find_tied_names, model_tensors
 from runtime.tensor_map.tensor_map import Shape, chunk_bounds
 
@@ -63,6 +64,7 @@ def read_fsdp_checkpoint(folder: Path, model: PreTrainedModel) -> Checkpoint:
     files = find_rank_files(folder, "model")
     ranks = {rank: read_state_dict(file, RankTensorParser().parse) for rank, file in files.items()}
     shapes = _check_same_tensors(folder, ranks)
+    _check_same_step(folder, list(files))
     for rank, state in ranks.items():
         check_mesh(files[rank], rank, state.tensors.values())
     chunks = [
@@ -111,6 +113,36 @@ def find_rank_files(folder: Path, kind: Literal["model", "optim"]) -> dict[int, 
     for file in files.values():
         check_contained(folder, file)
     return {rank: files[rank] for rank in range(worlds[0])}
+
+
+def _check_same_step(folder: Path, ranks: Sequence[int]) -> None:
+    """Refuse ranks of different steps, which shards do not tell but the schedulers that verl saves beside them do.
+
+    Source: `verl.utils.checkpoint.fsdp_checkpoint_manager` of verl 0.5.
+    """
+    files = {rank: folder / f"extra_state_world_size_{len(ranks)}_rank_{rank}.pt" for rank in ranks}
+    steps = {rank: step for rank, file in files.items() if file.is_file() and (step := _read_step(file)) is not None}
+    first = next(iter(steps), 0)
+    for rank, step in steps.items():
+        if step != steps[first]:
+            raise MismatchError(
+                f"{folder}: by their schedulers, rank {first} was saved at step {steps[first]} and rank {rank} at step "
+                f"{step}",
+                hint=_SEVERAL,
+                rank=rank,
+            )
+
+
+def _read_step(file: Path) -> int | None:
+    """Return how often the scheduler in a file was called, None if the file does not tell."""
+    try:
+        with open_archive(file) as archive:
+            value = describe_pickle(archive.read_description(), str(file))
+    except MigratorError:  # whatever is wrong with it, nothing of it goes along
+        return None
+    for name in ("lr_scheduler", "last_epoch"):
+        value = next((entry for key, entry in get_pairs(value) or () if key == name), None)
+    return value if type(value) is int else None
 
 
 def _check_same_tensors(folder: Path, ranks: _Ranks) -> dict[str, Shape]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -153,6 +155,18 @@ def cut(state: dict[str, Any]) -> None:
     state[Q]._local_tensor = state[Q]._local_tensor[:-1].clone()
 
 
+def save_schedulers(folder: Path, *steps: int) -> None:
+    """Save what verl does beside the weights: a scheduler and random states; rank 0 is at step 4."""
+    for rank, step in enumerate((4, *steps)):
+        scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)]), lambda step: 1.0)
+        for _ in range(step):
+            scheduler.optimizer.step()
+            scheduler.step()
+        rng = {"cpu": torch.get_rng_state(), "numpy": np.random.get_state(), "random": random.getstate()}
+        state = {"lr_scheduler": scheduler.state_dict(), "rng": rng}
+        torch.save(state, folder / f"extra_state_world_size_2_rank_{rank}.pt")
+
+
 def make_partial(state: dict[str, Any]) -> None:
     state[Q]._spec.placements = (torch.distributed.tensor.Partial(),)
 
@@ -178,6 +192,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], type[MigratorError], str]
     "a rank in another place": ("two ranks", lambda folder: edit(folder, 1, move), MismatchError, "not hold the"),
     "a replica of another step": (
         "replicas", lambda folder: edit(folder, 2, negate), MismatchError, "with other values"
+    ),
+    "ranks of different steps": (
+        "two ranks", lambda folder: save_schedulers(folder, 7), MismatchError,
+        r"(?s)rank 0 was saved at step 4 and rank 1 at step 7.*hint: the files belong to several checkpoints"
     ),
     "a shard that is too small": ("two ranks", lambda folder: edit(folder, 1, cut), MismatchError,
         r"(?s)its placements.*hint: the file is damaged or was saved by another mesh; copy or save it again"),
@@ -249,7 +267,9 @@ def test_a_split_that_the_mesh_does_not_explain_is_refused_and_the_whole_model_i
 def test_states_of_the_job_are_left_behind_by_name(damaged: Any) -> None:
     folder = damaged("two ranks")
     torch.save({"state": {}}, folder / "optim_world_size_2_rank_0.pt")
-    torch.save({"rng": {}}, folder / "extra_state_world_size_2_rank_0.pt")
+    save_schedulers(folder, 4)
     left = {left.name: left.reason for left in open_checkpoint(folder).read_headers().side_files.left_behind}
     assert set(left.values()) == {"the state of an optimizer, a scheduler or a sampler"}
-    assert len(left) == 2
+    assert len(left) == 3
+    (folder / "extra_state_world_size_2_rank_1.pt").write_bytes(b"damaged, but not read")
+    assert open_checkpoint(folder).read_headers().tensors
