@@ -128,6 +128,35 @@ def test_folders_and_types_of_repositories(hub: Hub, run: Run, hub_folder: HubFo
     assert "write hf://owner/name" in refused
 
 
+def test_a_config_on_the_hub_for_weights_elsewhere(hub: Hub, run: Run, hub_folder: HubFolder, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(hub_folder("qwen3_moe"), tmp_path / "bare"))
+    (bare / "config.json").unlink()
+    hub.buckets["owner/data"] = {"runs/config.json": hub.files["owner/toy"]["config.json"]}
+    names = ("hf://owner/toy", f"hf://owner/toy@{COMMIT}", "hf://buckets/owner/data/runs")
+    for number, name in enumerate(names):
+        run("inspect", str(bare), "--config", name)
+        run("reshard", str(bare), f"out {number}", "--config", name)
+        run("verify", f"out {number}", str(hub_folder("qwen3_moe")))
+    assert {name for name, _ in hub.sent} <= {"config.json", "runs/config.json"}
+
+
+def test_a_config_above_is_found_by_headers(hub: Hub, run: Run) -> None:
+    files = dict(hub.files["owner/toy"])
+    config = files.pop("config.json")
+    saved = {"config.json": config, **{f"checkpoint-5/{name}": content for name, content in files.items()}}
+    hub.files["owner/runs"], hub.buckets["owner/data"] = saved, {f"a/{name}": text for name, text in saved.items()}
+    for name, where in (
+        ("hf://owner/runs/checkpoint-5", f"hf://owner/runs@{COMMIT}"),
+        ("hf://buckets/owner/data/a/checkpoint-5", "hf://buckets/owner/data/a"),
+    ):
+        notes = json.loads(run("inspect", name, "--format", "json").stdout)["notes"]
+        assert notes[1:] == [f"config.json is that of {where}"]
+        run("reshard", name, "out", "--tp", "2", "--dry-run")
+        run("plan", name, "--tp", "2")
+    del hub.buckets["owner/data"]["a/config.json"]
+    assert "no config.json" in run("inspect", "hf://buckets/owner/data/a/checkpoint-5", code=2).stderr
+
+
 def test_pickled_weights_on_the_hub(hub: Hub, run: Run, hub_folder: HubFolder, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     for path in sorted(hub_folder("qwen2").glob("*.safetensors")):

@@ -91,6 +91,14 @@ def checkpointed(model: nn.Module) -> State:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def in_fsdp_1(model: nn.Module) -> State:
+    """The names that FullyShardedDataParallel gives parameters if the model and each layer are wrapped."""
+    from torch.distributed.fsdp._common_utils import FSDP_PREFIX
+
+    parts = ((re.sub(r"(layers\.\d+\.)", rf"\1{FSDP_PREFIX}", name), t) for name, t in model.state_dict().items())
+    return {f"{FSDP_PREFIX}{name}": tensor for name, tensor in parts}
+
+
 def in_parallel(model: nn.Module) -> State:
     return nn.DataParallel(model).state_dict()
 
@@ -113,6 +121,7 @@ def write_pickle(state: Mapping[str, object], hub: Path, folder: Path) -> Path:
 WRAPPED: dict[str, tuple[Callable[[nn.Module], State], str]] = {
     "compiled": (compiled, "without '_orig_mod.' in the stored names"),
     "checkpointed": (checkpointed, "without '_checkpoint_wrapped_module.' in the stored names"),
+    "FSDP 1": (in_fsdp_1, "without '_fsdp_wrapped_module.' in the stored names"),
     "DataParallel": (in_parallel, "without 'module.' in the stored names"),
     "compiled in DataParallel": (both, "without '_orig_mod.', 'module.' in the stored names"),
 }
