@@ -104,6 +104,19 @@ def test_tied_tensors_are_one_range(tmp_path: Path) -> None:
     assert found["a"] == found["b"]
 
 
+def test_archives_of_over_four_gigabytes_are_read(tmp_path: Path) -> None:
+    """They are in zip64. Torch leaves out the data, so that the file takes no disk and the test no time."""
+    state = {"a": torch.empty(3), "large": torch.empty(2**32 + 10, dtype=torch.uint8), "z": torch.empty(5, 5)}
+    with torch.serialization.skip_data():
+        path = saved(state, tmp_path / "a.pt")
+    assert path.stat().st_size > 2**32
+    with FakeTensorMode():
+        fakes = torch.load(path)
+    found = {name: (tensor.storage.offset, tensor.storage.size) for name, tensor in read(path).tensors.items()}
+    storages = {name: fake.untyped_storage() for name, fake in fakes.items()}
+    assert found == {name: (storage._checkpoint_offset, storage.nbytes()) for name, storage in storages.items()}
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module"])
 def test_a_model_saved_beside_other_state_is_found(key: str, tmp_path: Path) -> None:
     weight = torch.randn(3)
