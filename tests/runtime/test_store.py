@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -27,6 +28,7 @@ from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from runtime.store import StoreName, parse_store_name
 from tests.conftest import HubFolder
+from tests.runtime.checkpoint.test_near_names import write_dcp
 from tests.runtime.test_hub import files
 from tests.s3_server import SECRET, Store, serving
 
@@ -125,6 +127,18 @@ def test_a_lost_connection_is_taken_up_again(store: Store, run: Run, tmp_path: P
     run("verify", "out", MODEL)
 
 
+def test_digests_are_recorded_of_what_lies_there(store: Store, run: Run, tmp_path: Path) -> None:
+    """And not of the stand-ins, which are mostly holes."""
+    run("verify", MODEL, "--record", "digests.json", "--sha256")
+    recorded = json.loads((tmp_path / "digests.json").read_text("utf-8"))["files"]
+    names = {name.removeprefix("runs/model/"): name for name in store.list("bucket")}
+    names.pop("")
+    assert recorded == {
+        name: {"sha256": hashlib.sha256(store.get("bucket", key)).hexdigest()} for name, key in names.items()
+    }
+    run("verify", MODEL, "--digests", "digests.json")
+
+
 def test_pickled_weights_are_read_by_ranges(store: Store, run: Run, hub_folder: HubFolder, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     for path in sorted(hub_folder("qwen2").glob("*.safetensors")):
@@ -133,6 +147,20 @@ def test_pickled_weights_are_read_by_ranges(store: Store, run: Run, hub_folder: 
     config = (hub_folder("qwen2") / "config.json").read_bytes()
     store.put("bucket", {"old/pytorch_model.bin": (tmp_path / "saved").read_bytes(), "old/config.json": config})
     run("reshard", "s3://bucket/old", "out", "-q")
+    run("verify", "out", str(hub_folder("qwen2")))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints_are_read_by_ranges(
+    store: Store, run: Run, hub_folder: HubFolder, tmp_path: Path
+) -> None:
+    """As Trainer leaves them: in a folder below, the config in the folder above."""
+    state = AutoModelForCausalLM.from_pretrained(hub_folder("qwen2")).state_dict()
+    folder = write_dcp(state, hub_folder("qwen2"), tmp_path / "saved")
+    saved = {path.name: path.read_bytes() for path in folder.iterdir()}
+    store.put("bucket", {"job/config.json": saved.pop("config.json")})
+    store.put("bucket", {f"job/checkpoint-5/pytorch_model_fsdp_0/{name}": content for name, content in saved.items()})
+    run("reshard", "s3://bucket/job/checkpoint-5", "out", "-q")
     run("verify", "out", str(hub_folder("qwen2")))
 
 
