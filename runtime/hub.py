@@ -244,7 +244,7 @@ def _list_weight_files(folder: Path) -> list[str]:
     if (folder / MANIFEST).is_file():
         return ["rank-*.safetensors", "shard-*.safetensors"]
     if not (folder / INDEX).is_file():
-        return [WEIGHTS, "shard-*.safetensors"]
+        return [WEIGHTS, "shard-*.safetensors", "pytorch_model_fsdp_*/shard-*.safetensors"]
     return _read_weight_map(folder / INDEX, WEIGHTS, ["*.safetensors"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HubFiles", "is_needed"]
 
+_IN_JOB_FOLDER = re.compile(r"pytorch_model_fsdp_[0-9]+/shard-[^/]+")
 _PICKLED = ("model_world_size_", "optim_world_size_", "extra_state_world_size_")
 
 
@@ -33,7 +35,7 @@ def is_needed(name: str, names: Mapping[str, object]) -> bool:
     if path.suffix not in WEIGHT_SUFFIXES:
         return True
     if path.suffix == ".safetensors":
-        return len(path.parts) == 1
+        return len(path.parts) == 1 or _IN_JOB_FOLDER.fullmatch(name) is not None
     has_safetensors = any(other in names for other in (WEIGHTS, INDEX)) or any(
         other.startswith(("shard-", "rank-")) for other in names
     )

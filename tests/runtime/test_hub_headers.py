@@ -140,6 +140,15 @@ def test_a_config_on_the_hub_for_weights_elsewhere(hub: Hub, run: Run, hub_folde
     assert {name for name, _ in hub.sent} <= {"config.json", "runs/config.json"}
 
 
+def test_safetensors_in_the_folder_of_a_job(hub: Hub, run: Run, hub_folder: HubFolder, tmp_path: Path) -> None:
+    run("reshard", str(hub_folder("qwen3_moe")), "saved", "--layout", "dcp", "--tp", "2")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").glob("*.safetensors")}
+    files = {f"pytorch_model_fsdp_0/{name}": content for name, content in saved.items()}
+    hub.files["owner/job"] = {"config.json": hub.files["owner/toy"]["config.json"], **files}
+    run("inspect", "hf://owner/job")
+    run("verify", "hf://owner/job", str(hub_folder("qwen3_moe")))
+
+
 def test_a_config_above_is_found_by_headers(hub: Hub, run: Run) -> None:
     files = dict(hub.files["owner/toy"])
     config = files.pop("config.json")
