@@ -28,12 +28,21 @@ from plans.text import first_line
 from runtime.processes.rendezvous import Call, EndedRun, Rendezvous, format_ranks
 from runtime.processes.thread_group import build_thread_group
 
-__all__ = ["check_thread_ranks", "find_thread_device", "hand_over", "run_on_ranks", "supports_thread_ranks"]
+__all__ = [
+    "check_rank_count",
+    "check_thread_ranks",
+    "find_thread_device",
+    "hand_over",
+    "run_on_ranks",
+    "supports_thread_ranks",
+]
 
 Result = TypeVar("Result")
 
 _BACKEND = "threads"
 _SET_ISOLATION = "_set_thread_isolation_mode"
+_MOST_RANKS = 4096
+"""More threads than that may not start, and take minutes to end."""
 _LOOK = 0.2
 """Seconds between two looks at whether a run has failed."""
 _NOTICE_TIMEOUT = 0.5
@@ -75,9 +84,11 @@ def run_on_ranks(
         MigratorError: the first rank that failed raised it; its message is preceded by the rank's number.
         WorkerError: a rank raised another error, which is the cause; the ranks wait for each other, or disagree about a
             collective; or the time is over. It names the ranks and what each was doing.
-        UsageError: torch.distributed is in use in this process, or this torch cannot tell threads apart.
+        UsageError: torch.distributed is in use in this process, this torch cannot tell threads apart, or there are too
+            many ranks.
     """
     world_size = mesh if isinstance(mesh, int) else mesh.world_size
+    check_rank_count(world_size)
     state = _save_state()
     run = Rendezvous(world_size, _save_state, _restore_state)
     deadline = time.monotonic() + timeout
@@ -135,6 +146,20 @@ def hand_over(value: Result | None, ranks: Sequence[int]) -> Result:
 def supports_thread_ranks() -> bool:
     """Return whether this torch can tell the process groups of threads apart."""
     return hasattr(torch._C._distributed_c10d, _SET_ISOLATION)
+
+
+def check_rank_count(world_size: int) -> None:
+    """Raise if there are more ranks than threads of a process can be.
+
+    Raises:
+        UsageError: there are.
+    """
+    if world_size > _MOST_RANKS:
+        raise UsageError(
+            f"{world_size:,} ranks are too many for threads of one process, which can be {_MOST_RANKS:,}",
+            hint="use a smaller mesh",
+            world_size=world_size,
+        )
 
 
 def check_thread_ranks() -> None:

@@ -17,6 +17,7 @@ from runtime.checks.plan_view import PlanView
 from runtime.models.declared_plans import read_declared_entries
 from runtime.planning.plan import Plan, runtime_dialect
 from runtime.planning.resolve import resolve
+from runtime.processes.thread_ranks import check_rank_count
 from runtime.proving.compare import Reference, build_inputs, compare_on_ranks, run_reference
 from runtime.proving.sizes import Sizes
 from runtime.proving.task import ModeResult, Outcome, ProofTask, build_mode_mesh
@@ -92,6 +93,7 @@ class ClassProof:
         try:
             task = self._task
             mesh = build_mode_mesh(mode, task.tp, task.ep, task.fsdp, task.replicate)
+            check_rank_count(mesh.world_size)
             plan = Plan.from_model(self._model, mode)
             resolved = resolve(self._model, mesh, plan=plan)
             dialect = STYLES.dialect(runtime_dialect())

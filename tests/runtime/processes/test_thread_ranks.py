@@ -219,6 +219,11 @@ def test_a_process_with_a_group_of_its_own_is_refused(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+def test_more_ranks_than_threads_can_be_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"(?s)100,000 ranks are too many for threads.*hint: use a smaller mesh"):
+        run_on_ranks(lambda: None, Mesh(tp=2, replicate=50_000))
+
+
 def test_a_run_inside_a_run_is_refused() -> None:
     assert "process group already" in fail(lambda: run_on_ranks(dist.get_rank, 2), 2).message
 

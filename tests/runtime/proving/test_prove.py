@@ -168,6 +168,12 @@ def test_a_mesh_that_the_model_cannot_have_is_refused_with_sizes_that_work(mode:
     assert (result.outcome, result.hint) == ("does not fit", f"sizes that work: {work}"), result
 
 
+def test_more_replicas_than_threads_can_be_are_refused_before_anything_runs(classes: dict[str, PlanClass]) -> None:
+    result = prove(classes["Qwen3MoeConfig"], "tp", replicate=50_000)
+    assert (result.outcome, result.hint) == ("does not fit", "use a smaller mesh")
+    assert result.why.startswith("100,000 ranks are too many for threads of one process")
+
+
 @pytest.mark.parametrize(
     ("defect", "module"),
     [
