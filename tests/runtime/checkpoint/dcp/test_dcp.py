@@ -147,7 +147,14 @@ def test_we_read_what_transformers_writes(
 
 
 @saves_distributed
-@pytest.mark.parametrize("sizes", [{"tp_size": 2, "fsdp_size": 2}, {"fsdp_size": 4, "ep_size": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tp_size": 2, "fsdp_size": 2},
+        {"fsdp_size": 4, "ep_size": 2},
+        {"dp_replicate_size": 2, "fsdp_size": 2},
+    ],
+)
 def test_transformers_on_four_ranks_and_we_read_each_other(
     sizes: dict[str, int], hub_folder: HubFolder, four_ranks: RankPool, tmp_path: Path
 ) -> None:

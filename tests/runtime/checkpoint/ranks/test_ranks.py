@@ -22,6 +22,7 @@ from runtime.checkpoint.manifest import read_manifest
 from runtime.checkpoint.ranks.files import rank_file_name, read_rank_checkpoint
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.checkpoint.verifying.verify import verify
 
 NORM = "model.norm.weight"
 
@@ -101,6 +102,26 @@ def test_a_lie_about_stages_is_refused(stages: object, checkpoint: Callable[[str
     edit(tmp_path / "ranks", lie)
     with pytest.raises(HeaderError, match=f"tensor '{NORM}' cannot be on the stages"):
         read_manifest(tmp_path / "ranks")
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "difference"),
+    [
+        (NORM, [0], "'model.norm.weight' is missing from the file"),
+        (NORM, [0, 1], "'model.norm.weight' is missing from the file"),
+        ("model.embed_tokens.weight", [1], "'model.embed_tokens.weight' is not in the manifest but in the file"),
+    ],
+)
+def test_stages_that_the_files_contradict_are_refused(
+    name: str, stages: list[int], difference: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    execute_reshard(plan_reshard(checkpoint("llama"), Mesh(pp=2)), tmp_path / "ranks")
+    edit(tmp_path / "ranks", lambda content: content["tensors"][name].update(stages=stages))
+    first = tmp_path / "ranks" / rank_file_name(0, 2)
+    assert [str(found) for found in verify(tmp_path / "ranks").differences] == [f"{first}: {difference}"]
+    message = f"{first.name}: {difference}.*hint: the file belongs to another checkpoint; reshard again"
+    with pytest.raises(MismatchError, match=f"(?s){message}"):
+        plan_reshard(tmp_path / "ranks", Mesh(tp=2))
 
 
 def test_a_manifest_of_a_later_version_is_refused_by_name(ranks: Path) -> None:

@@ -106,13 +106,40 @@ def random_targets(draw: st.DrawFn) -> ReshardTarget:
     return ReshardTarget(layout, Mesh(tp=tp, fsdp=fsdp, replicate=replicate), draw(st.sampled_from(["tp", "sp"])))
 
 
+WALKS = given(steps=st.lists(random_targets(), min_size=2, max_size=3), back=st.booleans())
+
+
 @settings(max_examples=4)
-@given(steps=st.lists(random_targets(), min_size=2, max_size=3), back=st.booleans())
+@WALKS
 def test_a_random_walk_over_all_axes_leads_back(
     steps: list[ReshardTarget], back: bool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    check_walk("qwen3_moe", steps, back, checkpoint, tmp_path_factory)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe"])
+@settings(max_examples=25)
+@WALKS
+def test_many_random_walks_over_all_axes_lead_back(
+    family: str,
+    steps: list[ReshardTarget],
+    back: bool,
+    checkpoint: Checkpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    check_walk(family, steps, back, checkpoint, tmp_path_factory)
+
+
+def check_walk(
+    family: str,
+    steps: list[ReshardTarget],
+    back: bool,
+    checkpoint: Checkpoint,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """A → B → A, where A is hub form or a layout for a mesh."""
-    folder, source = tmp_path_factory.mktemp("walk"), checkpoint("qwen3_moe")
+    folder, source = tmp_path_factory.mktemp("walk"), checkpoint(family)
     way = walk(source, [*steps, steps[0] if back else HUB], folder)
     assert dict(files(way[-1])) == dict(files(way[1] if back else source))
     shutil.rmtree(folder)
@@ -166,7 +193,7 @@ def test_carried_tensors_come_back(checkpoint: Checkpoint, tmp_path: Path) -> No
     save_file({**load_file(file), **extra}, file, metadata={"format": "pt", "note": "ours"})
     index["weight_map"] |= dict.fromkeys(extra, file.name)
     (source / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    back = walk(source, [TARGETS["tp2 ep4 fsdp2"], HUB], tmp_path)[-1]
+    back = walk(source, [TARGETS["tp2 ep4 fsdp2"], TARGETS["tp2 hsdp 2x2"], TARGETS["tp2 pp2"], HUB], tmp_path)[-1]
     assert dict(files(back)) == dict(files(source))
 
 
