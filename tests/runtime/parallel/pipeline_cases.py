@@ -29,10 +29,10 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
-def loaded_by_the_release(folder: Path) -> tuple[dict[str, str], torch.Tensor]:
-    """Let transformers load a folder as one stage for each rank; return the digest of what it holds, and logits."""
+def loaded_by_the_release(folder: Path, tp: int = 1) -> tuple[dict[str, str], torch.Tensor]:
+    """Let transformers load a folder as stages of `tp` ranks; return digests of what this one holds, and logits."""
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
-    config = DistributedConfig(pp_size=dist.get_world_size())
+    config = DistributedConfig(pp_size=dist.get_world_size() // tp, tp_size=tp)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=tokens(), use_cache=False).logits

@@ -49,6 +49,15 @@ def test_each_stage_holds_what_transformers_loads_there(
         assert read_header(ranks / rank_file_name(rank, 2)).tensors.keys() == held.keys() - tied
 
 
+@pytest.mark.full
+def test_transformers_itself_loads_no_stages_of_tensor_parallel_ranks(
+    four_ranks: RankPool, hub_folder: HubFolder
+) -> None:
+    """5.23 and 5.24 look for the modules of a plan that they resolved before they took layers out."""
+    with pytest.raises(AssertionError, match=r"KeyError: 'model.layers.\d.self_attn.q_proj.weight'"):
+        four_ranks.run(pipeline_cases.loaded_by_the_release, hub_folder("qwen2"), 2)
+
+
 @pytest.mark.parametrize("layout", ["ranks", "dcp", "hf"])
 def test_stages_of_tensor_parallel_ranks_compute_the_same(layout: str, hub_folder: HubFolder, tmp_path: Path) -> None:
     hub = hub_folder("qwen3_moe")
