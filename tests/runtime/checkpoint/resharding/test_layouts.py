@@ -109,7 +109,7 @@ def random_targets(draw: st.DrawFn) -> ReshardTarget:
 WALKS = given(steps=st.lists(random_targets(), min_size=2, max_size=3), back=st.booleans())
 
 
-@settings(max_examples=4)
+@settings(max_examples=12)
 @WALKS
 def test_a_random_walk_over_all_axes_leads_back(
     steps: list[ReshardTarget], back: bool, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
