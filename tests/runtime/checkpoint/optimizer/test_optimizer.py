@@ -57,6 +57,7 @@ DENSE = [
     ReshardTarget("hf", optimizer=True),
     ReshardTarget("dcp", Mesh(tp=4, fsdp=2)),
     ReshardTarget("dcp", Mesh(tp=2, replicate=2)),
+    ReshardTarget("ranks", Mesh(tp=2, pp=2)),
 ]
 EXPERTS = [
     ReshardTarget("dcp", Mesh(tp=2, ep=4, fsdp=2), "tp_ep"),
