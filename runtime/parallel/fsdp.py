@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from math import prod
 
 import torch
 from torch import nn
@@ -17,7 +18,13 @@ from runtime.models.kept_dtypes import HALF_DTYPES, compile_kept_names
 from runtime.parallel.mesh import DeviceMeshes
 from runtime.processes.group import uses_nccl
 
-__all__ = ["apply_fsdp", "check_shards_for_fsdp", "find_fsdp_groups"]
+__all__ = [
+    "apply_fsdp",
+    "check_shards_for_fsdp",
+    "count_gathered",
+    "count_gathered_at_once",
+    "find_fsdp_groups",
+]
 
 
 def apply_fsdp(
@@ -102,6 +109,36 @@ def find_fsdp_groups(model: nn.Module) -> dict[str, int]:
     return groups
 
 
+def count_gathered(parameter: torch.Tensor) -> int:
+    """Return the elements of a parameter on a rank while FSDP has it gathered, 0 if FSDP never gathers it."""
+    if not _is_fsdp_sharded(parameter):
+        return 0
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    axes = zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True)
+    others = prod(size for name, size, placement in axes if "fsdp" not in name and not placement.is_replicate())
+    return -(-parameter.numel() // others)
+
+
+def count_gathered_at_once(model: nn.Module, count: Callable[[torch.Tensor], int] = count_gathered) -> int:
+    """Return the most elements that FSDP has gathered on a rank at one time.
+
+    What no layer holds, such as the embedding and the head, stays gathered from the forward to the end of the backward;
+    beside it there are one layer and the next one, which is gathered while that computes.
+
+    Args:
+        model: the model.
+        count: counts the gathered elements of a parameter; of a model that FSDP is yet to shard, all of them.
+    """
+    layers: dict[str, int] = {}
+    blocks = [f"{name}." for name, module in model.named_modules() if name and _is_block(model, module)]
+    for name, parameter in model.named_parameters():
+        layer = min((block for block in blocks if name.startswith(block)), key=len, default="")
+        layers[layer] = layers.get(layer, 0) + count(parameter)
+    rest = layers.pop("", 0)
+    return rest + sum(sorted(layers.values())[-2:])
+
+
 def _is_fsdp_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor) and any("fsdp" in name for name in tensor.device_mesh.mesh_dim_names or ())
 
@@ -111,10 +148,13 @@ def _find_groups(model: nn.Module, apart: Collection[nn.Parameter]) -> list[nn.M
 
     These are the model's repeated blocks, as transformers names them, and what stays in float32.
     """
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    names = {name for name, module in model.named_modules() if name and type(module).__name__ in blocks}
+    names = {name for name, module in model.named_modules() if name and _is_block(model, module)}
     names |= set(_find_kept_modules(model, apart))
     return [model.get_submodule(name) for name in sorted(names, key=lambda name: (-name.count("."), name))]
+
+
+def _is_block(model: nn.Module, module: nn.Module) -> bool:
+    return type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())
 
 
 def _find_kept_modules(model: nn.Module, apart: Collection[nn.Parameter]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.verifying.tensor_digest import digest_tensor
 from runtime.inspecting.placement import place_by_plan
 from runtime.models.model import model_tensors
+from runtime.parallel.fsdp import count_gathered_at_once
 from runtime.parallel.mismatch import Mismatch
 from runtime.parallel.pipeline import find_stage
 from runtime.processes.agreement import all_gather_json
@@ -95,13 +96,14 @@ def fits_in_memory(model: nn.Module, device: torch.device, dtype: torch.dtype = 
     """Return whether an unsharded copy of a model in a dtype, with gradients, fits beside the rank's own share.
 
     Args:
-        model: the rank's model, sharded or not, on meta or not; memory for its own gradients is counted too.
+        model: the rank's model, sharded or not, on meta or not. Memory for its own gradients is counted too, and for
+            what FSDP gathers at once, weights and gradients.
         device: the device that the copy would be on.
         dtype: the dtype of the copy, and of the rank's gradients.
     """
     stage = find_stage(model)
     whole = sum(parameter.numel() for parameter in model.parameters()) * (stage.count if stage is not None else 1)
-    own = sum(detach_local(parameter).numel() for parameter in model.parameters())
+    own = sum(detach_local(parameter).numel() for parameter in model.parameters()) + 2 * count_gathered_at_once(model)
     if find_thread_device() is not None:
         own *= dist.get_world_size()  # the shares of all ranks lie in the same memory
     free = read_free_bytes(device)

@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import runtime
 from plans.mesh import Mesh
 from runtime import Plan, parallelize
 from runtime.models.model import meta_model
+from runtime.parallel.fsdp import count_gathered_at_once
 from runtime.proving.tiny_model import tiny_config, tiny_inputs, tiny_model
+from tests import tiny_models
 
 HALF = torch.bfloat16
 MODULE = "transformers.models.{0}.configuration_{0}"
@@ -77,3 +80,38 @@ def _has_same_gradient(sharded: Any, whole: torch.Tensor) -> bool:
 def find_groups(folder: Path) -> list[str]:
     """Return the modules that are gathered by themselves."""
     return [name for name, module in shard(folder).named_modules() if isinstance(module, FSDPModule)]
+
+
+def watch_gathering(name: str, mesh: Mesh) -> tuple[int, int, int]:
+    """Run a step, and look at what torch has gathered around every module and at every gradient.
+
+    Returns:
+        The most elements that were gathered at one time, the elements that are counted for that, and those of the
+        group that holds the embedding and the head.
+    """
+    model = tiny_models.tiny_model(tiny_models.tiny_config(name))
+    parallelize(model, mesh)
+    counted = count_gathered_at_once(model)
+    groups = [
+        module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)
+    ]
+    seen: list[int] = []
+
+    def look(*_: object) -> None:
+        unsharded = [
+            parameter._unsharded_param
+            for group in groups
+            for parameter in (group.fsdp_params if group else ())
+            if hasattr(parameter, "_unsharded_param")
+        ]
+        local = [one.to_local() if isinstance(one, DTensor) else one for one in unsharded]
+        seen.append(sum(one.untyped_storage().size() for one in local) // torch.float32.itemsize)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(look)
+        module.register_forward_hook(look)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(look)
+    model(**tiny_inputs(model, torch.float32)).logits.float().pow(2).mean().backward()
+    root = sum(model.get_parameter(name).numel() for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    return max(seen), counted, root // mesh.tp

@@ -113,3 +113,10 @@ def shard_five_rows(mesh: Mesh) -> int:
 def skip_unless_kept(folder: Path, name: str) -> None:
     if name.rpartition(".")[2] not in fsdp_cases.load_whole(folder)._keep_in_fp32_modules_strict:
         pytest.skip("this release of transformers does not keep it in float32")
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=2), Mesh(tp=2, fsdp=2), Mesh(tp=2, ep=2, fsdp=2)], ids=str)
+@pytest.mark.filterwarnings("ignore:.torch.distributed:FutureWarning")
+def test_what_is_gathered_at_once_is_no_more_than_is_counted(mesh: Mesh) -> None:
+    for peak, counted, alone in run_on_ranks(lambda: fsdp_cases.watch_gathering("qwen3_moe", mesh), mesh):
+        assert alone < peak <= counted

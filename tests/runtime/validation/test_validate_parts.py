@@ -11,23 +11,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from plans.errors import IncompleteError, UsageError
 from plans.mesh import Mesh, Mode
 from plans.placement import Packed, Placement, Replicate, Shard
-from runtime import run_on_ranks
+from runtime import parallelize, run_on_ranks
 from runtime.checkpoint.digest import Digest
 from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import plan_reshard
+from runtime.models.model import meta_model
 from runtime.processes.group import select_device
 from runtime.styles.placements import cut_local_shard
 from runtime.tensor_map.tensor_map import chunk_bounds, shard_for_rank, whole
 from runtime.validation import local as room
+from runtime.validation.by_block import room as by_block_room
+from runtime.validation.by_block.room import fits_whole
 from runtime.validation.local import compute_local_digest
 from runtime.validation.reference import ReferenceModel, load_reference
 from runtime.validation.request import resolve_mesh
+from tests.tiny_models import tiny_config
 from tests.waiting import HANG_TIMEOUT
 
 RankFolder = Callable[[str, int], Path]
@@ -128,6 +132,42 @@ def test_a_model_has_room_where_its_weights_fit_and_gradients_twice(monkeypatch:
     monkeypatch.undo()
     assert room.fits_in_memory(model, torch.device("cpu"))
     assert not room.fits_in_memory(torch.nn.Linear(10**6, 10**8, device="meta"), torch.device("cpu"))
+
+
+def wide_model() -> PreTrainedModel:
+    """Return a model on meta of which the embedding and the head are most."""
+    config = tiny_config("qwen3_moe")
+    config.vocab_size, config.dtype = 1000, torch.float32
+    return meta_model(config)
+
+
+def has_room(ask: Callable[[PreTrainedModel, torch.device], bool], ranks: int, free: float) -> set[bool]:
+    """Return what ranks as threads say of the model over FSDP where as many elements are free."""
+
+    def run() -> bool:
+        model = wide_model()
+        parallelize(model, Mesh(fsdp=ranks))
+        return ask(model, torch.device("cpu"))
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (room, by_block_room):
+            patched.setattr(module, "read_free_bytes", lambda device: int(4 * 1.2 * free))
+        return set(run_on_ranks(run, ranks))
+
+
+@pytest.mark.parametrize(("ask", "models"), [(fits_whole, 4), (room.fits_in_memory, 3)])
+@pytest.mark.filterwarnings("ignore:.torch.distributed:FutureWarning")
+def test_what_fsdp_gathers_on_every_rank_at_once_is_counted(
+    ask: Callable[[PreTrainedModel, torch.device], bool], models: int
+) -> None:
+    """Beside the unsharded model's weights and gradients and the ranks' own, each rank gathers what no layer holds."""
+    sizes = {name: parameter.numel() for name, parameter in wide_model().named_parameters()}
+    outside = sum(size for name, size in sizes.items() if ".layers." not in name)
+    total = sum(sizes.values())
+    assert outside > total / 2
+    for ranks in (2, 8):
+        assert has_room(ask, ranks, models * total + 2 * ranks * outside) == {False}
+        assert has_room(ask, ranks, (models + 2 * ranks) * 1.1 * total) == {True}
 
 
 @pytest.mark.parametrize(
