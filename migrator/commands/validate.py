@@ -277,6 +277,8 @@ def _describe_forward(check: CheckResult, result: ValidationResult) -> str:
         ties = f"; ties decided the experts of {pluralize(tied, 'token')}" if tied else ""
         return f"{pluralize(numbers['blocks'], 'block')}, each on the unsharded inputs, {text}{ties}"
     text = f"{text}; {_describe_stored_dtype(numbers['as_stored'])}" if "as_stored" in numbers else text
+    if "dequantized_from" in numbers:
+        text = f"{text}, on weights dequantized from {numbers['dequantized_from']}"
     reading = str(numbers.get("reference_read_by", "transformers"))
     return text if reading == "transformers" else f"{text}; the reference was read by {reading}"
 

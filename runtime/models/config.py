@@ -16,7 +16,13 @@ from runtime.formats import PREFIX_BYTES, check_not_other_format
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["build_unreadable_error", "find_quantization", "read_config", "transformers_version"]
+__all__ = [
+    "build_unreadable_error",
+    "find_quantization",
+    "read_config",
+    "remove_quantization",
+    "transformers_version",
+]
 
 
 def transformers_version() -> str:
@@ -107,6 +113,13 @@ def find_quantization(config: PreTrainedConfig) -> tuple[str, Mapping[str, Any]]
         if settings:
             return where, settings if isinstance(settings, Mapping) else {"quant_method": repr(settings)}
     return None
+
+
+def remove_quantization(config: PreTrainedConfig) -> None:
+    """Make a config that of the unquantized model, which computes with dequantized weights."""
+    for _, part in _walk_configs(config, ""):
+        if getattr(part, "quantization_config", None):
+            del part.quantization_config
 
 
 def _walk_configs(config: PreTrainedConfig, where: str) -> Iterator[tuple[str, PreTrainedConfig]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from plans.errors import PlanError
+from plans.errors import PlanError, UsageError
 from plans.placement import Replicate
 from plans.resolved_plan import ResolvedPlan
 from runtime.checkpoint.checkpoint import Checkpoint
@@ -20,14 +20,18 @@ from runtime.checkpoint.manifest import Manifest
 from runtime.loader.loading import load
 from runtime.models.model import meta_model
 from runtime.models.sample_inputs import sample_inputs
+from runtime.parallel.fsdp import apply_fsdp
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.mismatch import Mismatch
-from runtime.parallel.parallelize import parallelize
+from runtime.parallel.parallelize import apply_plan, parallelize
+from runtime.parallel.pipeline import run_stages
 from runtime.parallel.verify import compare_manifest, find_sharding_mismatches
 from runtime.planning.resolve import resolve
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
 from runtime.styles import StyleRegistry
+from runtime.validation.dequantized import find_quantization_method, load_dequantized, stored_model
 from runtime.validation.local import check_memory, count_local_bytes
+from runtime.validation.precision import Precision, choose_precision
 from runtime.validation.reference import read_config_with_dtype
 from runtime.validation.reference_comparison import check_reference
 from runtime.validation.request import ValidationRequest
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ParallelModel",
+    "build_dequantized_model",
     "build_parallel_model",
+    "build_stored_parallel_model",
     "check_inputs",
     "check_loaded",
     "check_loaded_bytes",
@@ -63,12 +69,60 @@ def build_parallel_model(
 
     Raises:
         PlanError: the plan does not resolve on this model and mesh.
-        UsageError: the model is quantized, or the number of ranks is not the mesh's.
+        UsageError: the number of ranks is not the mesh's.
     """
     model = raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, dtype)))
+    return _parallelize(model, request, device, styles)
+
+
+def build_stored_parallel_model(
+    request: ValidationRequest, device: torch.device, styles: StyleRegistry
+) -> ParallelModel:
+    """Build the folder's model with the quantized tensors that it stores, parallel and on meta; it cannot run.
+
+    Raises:
+        PlanError: the plan does not resolve on this model and mesh.
+        UsageError: the quantization method is not supported, or the number of ranks is not the mesh's.
+    """
+    return _parallelize(raise_on_any_rank(lambda: stored_model(request.folder)), request, device, styles)
+
+
+def _parallelize(
+    model: PreTrainedModel, request: ValidationRequest, device: torch.device, styles: StyleRegistry
+) -> ParallelModel:
     resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, request.plan, styles))
     parallelize(model, device_meshes(request.mesh, device.type), resolved, styles)
     return ParallelModel(model, resolved)
+
+
+def build_dequantized_model(
+    request: ValidationRequest, checkpoint: Checkpoint, device: torch.device, styles: StyleRegistry
+) -> tuple[ParallelModel, Precision]:
+    """Build the parallel model that computes with dequantized weights, each rank dequantizing its own. Collective.
+
+    FSDP, which may cut within blocks of one scale, comes last.
+
+    Returns:
+        The model, and the precision that it is in.
+
+    Raises:
+        MigratorError: the checkpoint cannot be read, or the memory does not suffice.
+    """
+    meshes = device_meshes(request.mesh, device.type)
+
+    def build(model: PreTrainedModel) -> ParallelModel:
+        resolved = raise_on_any_rank(lambda: resolve(model, request.mesh, request.mode, request.plan, styles))
+        return ParallelModel(model, apply_plan(model, meshes, resolved, styles))
+
+    stored = build(raise_on_any_rank(lambda: stored_model(request.folder)))
+    sizes = raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, torch.float32)))
+    precision = choose_precision(sizes, device)
+    dtype = precision.dtype
+    parallel = build(raise_on_any_rank(lambda: meta_model(read_config_with_dtype(request.folder, dtype))))
+    raise_on_any_rank(lambda: load_dequantized(parallel.model, checkpoint, dtype, device, stored.model))
+    apply_fsdp(parallel.model, parallel.resolved, meshes)
+    run_stages(parallel.model)
+    return parallel, precision
 
 
 def load_weights(
@@ -144,13 +198,19 @@ def check_inputs(request: ValidationRequest) -> None:
     """Refuse a model whose inputs are not known, and a reference whose config is another model's.
 
     Raises:
-        UsageError: the model or the reference is refused.
+        UsageError: the model or the reference is refused, or a quantized model is to be compared block by block.
         CheckpointError: a config, or a file that transformers reads beside it, cannot be read.
     """
     for folder in filter(None, (request.folder, request.reference)):
         _check_generation_config(folder)
     model = meta_model(read_config_with_dtype(request.folder, torch.float32))
     sample_inputs(model, 1, request.sequence)
+    if request.by_block and (method := find_quantization_method(request.folder)):
+        raise UsageError(
+            f"{request.folder}: models of {method} weights are not compared block by block",
+            hint="leave `by_block` out, or validate the checkpoint that it was quantized from",
+            method=method,
+        )
     if request.reference is not None:
         check_reference(request.folder, request.reference, model)
 

@@ -15,18 +15,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError
+from plans.errors import CheckpointError, IncompleteError, MigratorError, MismatchError, UsageError
 from plans.mesh import Mesh
 from plans.text import first_line, format_names
 from runtime.checkpoint.files.job_folders import find_config_folder
 from runtime.checkpoint.open import detect_layout, open_checkpoint
 from runtime.loader.loading import load
-from runtime.models.config import read_config
+from runtime.models.config import find_quantization, read_config, remove_quantization
 from runtime.models.model import find_model_class, meta_model
 from runtime.parallel.mesh import device_meshes
 from runtime.parallel.parallelize import parallelize
 from runtime.planning.plan import Plan
 from runtime.processes.agreement import all_gather_json, raise_on_any_rank
+from runtime.validation.dequantized import find_cut_weight, find_quantization_method, load_dequantized
 from runtime.validation.run_on_all_ranks import RankFailure, run_on_all_ranks
 
 if TYPE_CHECKING:
@@ -94,9 +95,10 @@ class ReferenceModel:
 
 
 def read_config_with_dtype(folder: Path, dtype: torch.dtype) -> PreTrainedConfig:
-    """Read a config, with its dtype replaced."""
+    """Read the config of the model that runs: in a dtype, and unquantized."""
     config = read_config(find_config_folder(folder))
     config.dtype = dtype
+    remove_quantization(config)
     return config
 
 
@@ -111,10 +113,11 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sh
 
     Raises:
         CheckpointError: the reference cannot be loaded, or is incomplete.
-        UsageError: the reference is quantized.
+        UsageError: the reference is quantized, and does not fit whole.
     """
     with convert_reference_errors():
         if sharded:
+            raise_on_any_rank(lambda: _refuse_quantized(folder))
             reading = "migrator alone, because the model does not fit on one rank"
             return ReferenceModel(_load_sharded(folder, dtype, device), True, device, reading)
         is_first = dist.get_rank() == 0
@@ -128,6 +131,15 @@ def load_reference(folder: Path, dtype: torch.dtype, device: torch.device, *, sh
         return ReferenceModel(model, False, device, _describe_reading(turned))
 
 
+def _refuse_quantized(folder: Path) -> None:
+    if find_quantization_method(folder):
+        raise UsageError(
+            f"{folder}: its dequantized model does not fit in memory whole",
+            hint="validate it whole, on a machine with more memory",
+            folder=str(folder),
+        )
+
+
 def _inspect_source(folder: Path) -> tuple[str, tuple[str, ...]]:
     """Return why transformers cannot load a checkpoint, or else the tensors that it loads in the wrong orientation."""
     layout = detect_layout(folder)
@@ -136,6 +148,8 @@ def _inspect_source(folder: Path) -> tuple[str, tuple[str, ...]]:
     checkpoint = open_checkpoint(folder).read_headers()
     if any(chunk.file.suffix != ".safetensors" for chunk in checkpoint.chunks.values()):
         return "transformers would unpickle the weights", ()
+    if find_quantization_method(folder) and (name := find_cut_weight(folder)):
+        return f"transformers dequantizes whole blocks only, and the last one of {name} is cut short", ()
     return "", checkpoint.reoriented
 
 
@@ -164,7 +178,10 @@ def _load_sharded(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
 
 def _load_whole(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     model = meta_model(read_config_with_dtype(folder, dtype))
-    load(model, folder, dtype=dtype, device=device, verify=False)  # the content check does that
+    if find_quantization_method(folder):
+        load_dequantized(model, folder, dtype, device)
+    else:
+        load(model, folder, dtype=dtype, device=device, verify=False)  # the content check does that
     return model
 
 
@@ -182,7 +199,10 @@ def _describe_reading(turned: Sequence[str]) -> str:
 
 def _load_pretrained(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load a hub-form checkpoint through transformers, without unpickling, and refuse missing weights."""
-    config = read_config_with_dtype(folder, dtype)
+    config = read_config(folder)
+    config.dtype = dtype
+    if (quantization := find_quantization(config)) is not None:
+        config.quantization_config = {**quantization[1], "dequantize": True}
     load: Callable[..., Any] = find_model_class(config).from_pretrained
     try:
         model, report = load(

@@ -23,6 +23,7 @@ from runtime.validation.backward import BackwardCheck, check_backward
 from runtime.validation.by_block.check import check_by_block
 from runtime.validation.by_block.room import choose_block_precision, fits_whole
 from runtime.validation.content import check_content, list_stored_dtypes
+from runtime.validation.dequantized import find_quantization_method
 from runtime.validation.exercise import Unexercised, find_unplaced
 from runtime.validation.file_checks import INCONSISTENT_FILES, convert_file_error
 from runtime.validation.forward import (
@@ -39,7 +40,9 @@ from runtime.validation.inputs import find_batch, sample_batches
 from runtime.validation.local import fits_in_memory, free_memory
 from runtime.validation.model import (
     ParallelModel,
+    build_dequantized_model,
     build_parallel_model,
+    build_stored_parallel_model,
     check_inputs,
     check_loaded,
     check_structure,
@@ -84,13 +87,14 @@ def run_checks(
     dtypes = list_stored_dtypes(checkpoint)
     own = DTYPES[dtypes[0]] if len(dtypes) == 1 else torch.float32
     builder.unexercised.extend(find_unplaced(checkpoint))
+    method = raise_on_any_rank(lambda: find_quantization_method(request.folder))
     with builder.time_phase("structure"):
-        parallel = _build_checked_model(request, styles, manifest, own, builder)
+        parallel = _build_checked_model(request, styles, manifest, None if method else own, builder)
     if parallel is None or not builder.checks["structure"].ok:
         builder.skip("the structure is wrong", *PARTS[1:])
         return False
     # The blocks of a pipeline are on other ranks, so it is compared whole.
-    if request.mesh.pp == 1 and (request.by_block or not fits_whole(parallel.model, builder.device)):
+    if request.mesh.pp == 1 and not method and (request.by_block or not fits_whole(parallel.model, builder.device)):
         precision = choose_block_precision(parallel.model, builder.device)
         structure = builder.checks["structure"]
         wrong = (*structure.mismatches, *_compare_config(request, checkpoint))
@@ -105,6 +109,14 @@ def run_checks(
         builder.add("structure", _check_loaded_structure(request, parallel, checkpoint))
     with builder.time_phase("content"):
         builder.add("content", check_content(parallel.model, parallel.resolved, checkpoint))
+    if method:
+        builder.skip(f"the models computed with weights dequantized from {method}", _STORED)
+        del parallel  # frees its memory for the dequantized model
+        free_memory(builder.device)
+        with builder.time_phase("loading"):
+            dequantized, precision = build_dequantized_model(request, checkpoint, builder.device, styles)
+        _Comparison(request, checkpoint, precision, builder, method).run(dequantized, None)
+        return False
     precision = choose_precision(parallel.model, builder.device)
     comparison = _Comparison(request, checkpoint, precision, builder)
     if dtypes == [dtype_name(precision.dtype)]:
@@ -124,15 +136,18 @@ def _build_checked_model(
     request: ValidationRequest,
     styles: StyleRegistry,
     manifest: Manifest | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     builder: ResultBuilder,
 ) -> ParallelModel | None:
     """Parallelize the model; a plan that is refused on it is a finding, a mesh that does not fit it is none.
 
-    A checkpoint that records its plan and mesh must fit them.
+    A checkpoint that records its plan and mesh must fit them. Without a dtype the tensors are the quantized ones.
     """
     try:
-        parallel = build_parallel_model(request, dtype, builder.device, styles)
+        if dtype is None:
+            parallel = build_stored_parallel_model(request, builder.device, styles)
+        else:
+            parallel = build_parallel_model(request, dtype, builder.device, styles)
     except PlanError as error:
         if manifest is None and isinstance(error, MissingPlanError | IndivisibleError):
             raise
@@ -182,12 +197,14 @@ class _Comparison:
         checkpoint: the checkpoint.
         precision: the precision that both models compute in.
         builder: collects the results.
+        dequantized: the quantization method of the weights, which both models compute with dequantized, or empty.
     """
 
     request: ValidationRequest
     checkpoint: Checkpoint
     precision: Precision
     builder: ResultBuilder
+    dequantized: str = ""
 
     def run(self, parallel: ParallelModel, stored: StoredDtypeOutputs | None) -> None:
         """Run the checks. Collective.
@@ -237,6 +254,7 @@ class _Comparison:
             "against": reference.description,
             "reference_read_by": reference.reading,
             "batches": len(batches),
+            **self._describe_weights(),
         }
         tolerance = self.precision.tolerance(request.tolerance)
         self.builder.add("forward", check_forward(found, expected, tolerance, facts, stored))
@@ -245,12 +263,16 @@ class _Comparison:
     def _compare_gradients(self, parallel: ParallelModel, reference: ReferenceModel) -> None:
         checked = check_backward(parallel.model, parallel.resolved, reference, self.request, self.precision)
         if isinstance(checked, BackwardCheck):
-            self.builder.add("backward", checked.result)
+            numbers = {**checked.result.numbers, **self._describe_weights()}
+            self.builder.add("backward", replace(checked.result, numbers=numbers))
             self.builder.unexercised.extend(checked.unexercised)
             return
         self.builder.add("backward", checked)
         if isinstance(checked, PartSkip):
             self.builder.unexercised.append(Unexercised("backward", checked.reason))
+
+    def _describe_weights(self) -> dict[str, str]:
+        return {"dequantized_from": self.dequantized} if self.dequantized else {}
 
 
 def _load_fitting_reference(
