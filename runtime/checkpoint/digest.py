@@ -24,6 +24,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.checkpoint.scratch import Scratch
+
 __all__ = ["ABOUT", "BLOCK", "MULTIPLIERS", "SEEDS", "STEP", "Digest", "block_weights", "word_weights"]
 
 Words = NDArray[np.uint64]
@@ -38,10 +40,13 @@ BLOCK: Final = 2048
 """Words in a block; all words of a block share one factor of their weights."""
 
 _WORD: Final = 8
+_HIGH: Final = np.uint64(32)
 _MASK: Final = 2**64 - 1
 _BATCH: Final = 16
 _MIN_ROWS_PER_CALL: Final = 4
 """With fewer rows at each position in a block, one call per position costs more than it saves."""
+
+_SCRATCH: Final = Scratch()
 
 SEEDS: Final = ((0x6D69677261746F72, 0x706C616E73686172), (0x636865636B706F69, 0x64696765737432F1))
 """The seeds of the inner and outer weights, by lane."""
@@ -77,6 +82,13 @@ def block_weights(lane: int, start: int, count: int) -> Words:
 @lru_cache(4096)
 def _block_weight(lane: int, block: int) -> int:
     return int(block_weights(lane, block, 1)[0])
+
+
+def _shift_high(words: NDArray[Any]) -> Words:
+    """Return the high halves of words, in this thread's scratch memory."""
+    halves: Words = _SCRATCH.get_array(words.shape, np.uint64)
+    np.right_shift(words, _HIGH, out=halves)
+    return halves
 
 
 @dataclass(slots=True)
@@ -147,7 +159,7 @@ class Digest:
         while column < rows.shape[1]:
             block, place = divmod(start + column, BLOCK)
             words = rows[:, column : column + BLOCK - place]
-            for lane, values in ((0, words), (1, words >> np.uint64(32))):
+            for lane, values in ((0, words), (1, _shift_high(words))):
                 inner = word_weights(lane)[place : place + words.shape[1]]
                 sums = np.einsum("ij,j->i", values, inner)
                 self._accumulate(lane, int(np.dot(sums, outer[lane][block::blocks][: len(rows)])))
@@ -172,7 +184,7 @@ class Digest:
             self._add_block(block + blocks, 0, words[blocks * BLOCK :])
 
     def _add_block(self, block: int, place: int, words: NDArray[Any]) -> None:
-        for lane, values in ((0, words), (1, words >> np.uint64(32))):
+        for lane, values in ((0, words), (1, _shift_high(words))):
             partial = int(np.dot(word_weights(lane)[place : place + len(words)], values))
             self._accumulate(lane, partial * _block_weight(lane, block))
 
@@ -183,7 +195,7 @@ class Digest:
             batch = rows[first : first + _BATCH]
             part = sums[:, first : first + _BATCH]
             np.einsum("ij,j->i", batch, word_weights(0), out=part[0])
-            np.einsum("ij,j->i", batch >> np.uint64(32), word_weights(1), out=part[1])
+            np.einsum("ij,j->i", _shift_high(batch), word_weights(1), out=part[1])
         for lane in (0, 1):
             self._accumulate(lane, int(np.dot(sums[lane], block_weights(lane, block, len(rows)))))
 

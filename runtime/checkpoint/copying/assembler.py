@@ -21,8 +21,9 @@ _BlockId = tuple[int, int]
 
 @dataclass(slots=True)
 class _Block:
-    """A block of a destination, of which `missing` bytes are still to come."""
+    """A block of a destination, of which `missing` bytes are still to come; its content begins its buffer."""
 
+    buffer: Bytes
     content: Bytes
     missing: int
     closed: bool = False
@@ -79,7 +80,7 @@ class Assembler:
                 self._write_block(key, block)
             with self._lock:
                 self._open.pop(key, None)
-                self._free_buffers.append(block.content)
+                self._free_buffers.append(block.buffer)
             return
 
     def _get_block(self, key: _BlockId) -> _Block:
@@ -96,13 +97,13 @@ class Assembler:
     def _allocate_block(self, key: _BlockId) -> _Block:
         destination, number = key
         size = min(self._block, self._sizes[destination] - number * self._block)
-        content = self._free_buffers.pop() if self._free_buffers else np.empty(self._block, np.uint8)
-        content = content[:size] if len(content) >= size else np.empty(size, np.uint8)
+        buffer = self._free_buffers.pop() if self._free_buffers else np.empty(self._block, np.uint8)
+        content = buffer[:size]
         if key in self._evicted or not self._is_new:
             self._regions[destination].read(number * self._block, content)
         else:
             content[...] = 0
-        return _Block(content, self._evicted.pop(key, size))
+        return _Block(buffer, content, self._evicted.pop(key, size))
 
     def _evict_oldest(self, max_open: int) -> None:
         """Write the oldest blocks until at most `max_open` are open; no block reopens before it is written."""
@@ -113,6 +114,7 @@ class Assembler:
                     if not block.closed:
                         self._write_block(key, block)
                         self._evicted[key] = block.missing
+                        self._free_buffers.append(block.buffer)
 
     def _write_block(self, key: _BlockId, block: _Block) -> None:
         block.closed = True

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.checkpoint.scratch import Scratch
 from runtime.tensor_map.strided_copy import StridedCopy, reverse
 
 __all__ = ["Bytes", "gather_contiguous", "get_contiguous_size", "is_equal", "scatter", "split_row_groups", "view_rows"]
@@ -15,6 +16,7 @@ __all__ = ["Bytes", "gather_contiguous", "get_contiguous_size", "is_equal", "sca
 Bytes = NDArray[np.uint8]
 
 _WORDS = (8, 4, 2, 1)
+_SCRATCH = Scratch()
 
 
 def get_contiguous_size(copy: StridedCopy) -> int:
@@ -25,6 +27,8 @@ def get_contiguous_size(copy: StridedCopy) -> int:
 def gather_contiguous(copy: StridedCopy, slab: Bytes, start: int) -> Iterator[tuple[int, Bytes]]:
     """Yield (destination offset, contiguous bytes) of a copy, gathering what is strided only in the source.
 
+    The bytes are valid until the next ones are asked for.
+
     Args:
         copy: the copy to split.
         slab: the bytes of the source that it reads.
@@ -33,7 +37,12 @@ def gather_contiguous(copy: StridedCopy, slab: Bytes, start: int) -> Iterator[tu
     inner, _ = _split_contiguous(copy)
     view = _view_source(copy, slab, start, _choose_word_size(copy.length, *(s.source_stride for s in copy.strides)))
     for index, offset in _iter_outer_steps(copy, inner):
-        yield offset, np.ascontiguousarray(view[index]).reshape(-1).view(np.uint8)
+        source = view[index]
+        if not source.flags.c_contiguous:
+            gathered = _SCRATCH.get_array(source.shape, source.dtype)
+            gathered[...] = source
+            source = gathered
+        yield offset, source.reshape(-1).view(np.uint8)
 
 
 def split_row_groups(copy: StridedCopy) -> Iterator[StridedCopy]:

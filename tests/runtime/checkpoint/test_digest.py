@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -34,6 +35,26 @@ def by_definition(content: bytes) -> str:
             outer = int(block_weights(lane, index // BLOCK, 1)[0])
             lanes[lane] = (lanes[lane] + inner * outer * value) & MASK
     return f"{lanes[0]:016x}{lanes[1]:016x}"
+
+
+@pytest.mark.parametrize("in_rows", [False, True])
+def test_it_allocates_nothing_per_byte_once_a_thread_has_its_buffer(in_rows: bool) -> None:
+    content = np.full(2**22, 7, np.uint8)
+
+    def add() -> None:
+        if in_rows:
+            assert Digest().add_rows(0, content.view("<u8").reshape(-1, 1024), 2 * 8192)
+        else:
+            Digest().add(0, content)
+
+    add()
+    tracemalloc.start()
+    try:
+        add()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(content) // 32
 
 
 @given(size=st.integers(0, WORDS * 8), seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, WORDS * 8), max_size=9))

@@ -48,6 +48,19 @@ def test_every_byte_arrives_however_little_memory_there_is(block: int, blocks: i
     assert str(digest) == str(once)
 
 
+def test_blocks_that_are_put_off_leave_their_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, sizes = np.empty, []
+    memory = MemoryRegion(np.zeros(SOURCE.size, np.uint8))
+    assembler = Assembler([memory], [SOURCE.size], 5 * 64, 64, is_new=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", lambda *arguments: sizes.append(arguments[0]) or allocate(*arguments))
+        for run in rows():
+            assembler.add(run, SOURCE.reshape(-1), 0)
+        assembler.flush()
+    assert (memory.content.reshape(COLUMNS, ROWS, 2) == SOURCE.transpose(1, 0, 2)).all()
+    assert sizes == [64] * 5, "as many buffers as blocks may be open"
+
+
 def test_a_later_run_keeps_what_an_earlier_one_wrote() -> None:
     memory = MemoryRegion(np.zeros(SOURCE.size, np.uint8))
     runs = rows()
