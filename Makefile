@@ -8,7 +8,7 @@
 # make bench-reshard  those of checkpoints: 4 GiB are copied several times over
 # make gpu-test   on a machine with GPUs: loading, parity and validation with NCCL, and their figures
 # make sweep      every MoE model of the installed transformers proven on two ranks, docs/sweep.md
-# make test-torch  distributed checkpoints exchanged with other torch releases: PYTHONS="a/bin/python b/bin/python"
+# make test-torch  distributed checkpoints and thread ranks with other torch releases: PYTHONS="a/bin/python b/bin/python"
 # make test-releases  checkpoints that other releases of transformers wrote: FOLDERS="a b"
 # make newest     what differs in newer versions: TRANSFORMERS=, TORCH= and HUB=, by default the newest; ANY_SIZE=1
 PYTHON ?= python3
@@ -31,10 +31,11 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest $(WORKERS)
 
-# PYTHONS need torch, safetensors and numpy, each with a torch of its own.
+# PYTHONS need torch, transformers, pytest and hypothesis, each with a torch of its own.
 test-torch: .venv/installed
 	MIGRATOR_TORCH_PYTHONS='$(PYTHONS)' $(BIN)/python -m pytest -m full \
-		tests/runtime/checkpoint/dcp/test_torch_versions.py tests/runtime/checkpoint/fsdp/test_torch_versions.py
+		tests/runtime/checkpoint/dcp/test_torch_versions.py tests/runtime/checkpoint/fsdp/test_torch_versions.py \
+		tests/runtime/processes/test_torch_versions.py
 
 # FOLDERS hold another transformers each: pip install --no-deps --target FOLDER transformers==5.23.0
 test-releases: .venv/installed

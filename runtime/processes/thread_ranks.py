@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store, _DistributedBackendOptions
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
 
 from plans.errors import MigratorError, UsageError, WorkerError
@@ -105,6 +106,8 @@ def run_on_ranks(
             )
             for rank in range(world_size)
         ]
+        with FakeTensorMode():
+            pass  # its first use readies the process: on a rank's thread, CUDA builds of torch 2.11 crash without a GPU
         for thread in threads:
             thread.start()
         try:
