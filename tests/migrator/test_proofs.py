@@ -187,7 +187,7 @@ def test_sizes_of_ones_own_extend_those_that_come_along(tree: Path, given: Given
         ("[classes]\nA = 1", "classes.A is not a table", "write [classes.A]"),
         ("[variants.A]\nb = 1", "variants.A.b is not a table", "write [variants.A.b]"),
         ("[inputs]\nA = 'sounds'", "inputs.A is 'sounds'", "write one of tokens, embeddings"),
-        ("[divided]\nrows = []", "divided.rows is not a list of fields", "lists are heads, tp, ep"),
+        ("[divided]\ncolumns = []", "divided.columns is not a list of fields", "lists are heads, tp, ep, rows"),
         ("a = ", "is not valid TOML", "correct the syntax of the file"),
     ],
 )

@@ -167,7 +167,7 @@ def test_what_does_not_fit_whole_is_compared_block_by_block(
     assert ValidationResult.from_json(found).to_json() == found
 
 
-@pytest.mark.parametrize("mesh", [TP, Mesh(tp=2, fsdp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [TP, pytest.param(Mesh(tp=2, fsdp=2), marks=pytest.mark.full)], ids=str)
 def test_memory_does_not_grow_with_the_number_of_layers(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

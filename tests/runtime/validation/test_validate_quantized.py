@@ -111,12 +111,16 @@ MESHES: list[tuple[Mode, Mesh]] = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "mesh"), MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "mesh"), [*(pytest.param(*row, marks=pytest.mark.full) for row in MESHES[:-1]), MESHES[-1]], ids=str
+)
 def test_fp8_is_validated_in_every_mode(mode: Mode, mesh: Mesh, fp8: Path) -> None:
     assert_proven(run(fp8, mode, mesh), "fp8")
 
 
-@pytest.mark.parametrize(("mode", "mesh"), MESHES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "mesh"), [MESHES[1], *(pytest.param(*row, marks=pytest.mark.full) for row in MESHES[2:])], ids=str
+)
 def test_mxfp4_is_validated(mode: Mode, mesh: Mesh, mxfp4: Path) -> None:
     assert_proven(run(mxfp4, mode, mesh), "mxfp4")
 
