@@ -80,7 +80,8 @@ def compare(work: Path, mesh: str, ddp: int, fsdp: int) -> None:
 
 def check_equal(expected: Path, found: Path) -> None:
     names = sorted(path.name for path in expected.glob("*.safetensors*"))
-    assert names == sorted(path.name for path in found.glob("*.safetensors*"))
+    written = sorted(path.name for path in found.glob("*.safetensors*"))
+    assert names == written, (names, written)
     assert filecmp.cmpfiles(expected, found, names, shallow=False) == (names, [], [])
 
 

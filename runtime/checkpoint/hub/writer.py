@@ -193,8 +193,10 @@ def build_default_form(checkpoint: Checkpoint, model: PreTrainedModel, experts: 
     state = {name: _make_meta_tensor(name, info) for name, info in of_model.items()}
     reverted = _revert_conversion(model, state) if experts == "separate" else state
     passthrough = {name: info for name, info in passthrough.items() if not _is_part_of(name, info.shape, reverted)}
+    # The size of a view, such as an expert's part of a stack, would be counted as that of all that it is a part of.
+    apart = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in reverted.items()}
     split = split_torch_state_dict_into_shards(
-        {**reverted, **{name: _make_bytes_tensor(info) for name, info in passthrough.items()}},
+        {**apart, **{name: _make_bytes_tensor(info) for name, info in passthrough.items()}},
         filename_pattern=_FILE_PATTERN,
         max_shard_size=_MAX_FILE_SIZE,
     )
