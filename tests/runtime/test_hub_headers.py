@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from migrator.cli import main
 from plans.errors import MismatchError
 from runtime.checkpoint.files import remote
 from runtime.checkpoint.files.safetensors import encode_header, tensor_bytes
@@ -23,6 +20,7 @@ from runtime.checkpoint.resharding.execute import execute_reshard
 from runtime.checkpoint.resharding.output_files import ReshardTarget
 from runtime.checkpoint.resharding.plan import find_block_size, plan_reshard
 from runtime.hub import resolve_folder
+from tests.command_runner import Run, make_runner
 from tests.conftest import HubFolder
 from tests.hub_server import COMMIT, Hub, Sparse, serving
 
@@ -35,15 +33,6 @@ def hub(hub_folder: HubFolder) -> Iterator[Hub]:
         hub.add("owner/toy", hub_folder("qwen3_moe"))
         hub.files["owner/toy"] |= {"tokenizer.json": b"x" * 100_000, "original/consolidated.00.safetensors": b"other"}
         yield hub
-
-
-@dataclass(frozen=True)
-class Result:
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture
@@ -61,16 +50,7 @@ def run(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "stand-ins"))
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, code: int = 0) -> Result:
-        monkeypatch.setattr(sys, "argv", ["migrator", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        assert stop.value.code == code, captured
-        return Result(captured.out, captured.err)
-
-    return run
+    return make_runner(monkeypatch, capsys)
 
 
 def count_weights(hub: Hub) -> tuple[int, Counter[str]]:

@@ -6,8 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -16,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from migrator.cli import main
 from plans.errors import CheckpointError, DependencyError, MismatchError
 from runtime.checkpoint.files.safetensors import read_header
 from runtime.checkpoint.resharding.execute import execute_reshard
@@ -27,6 +25,7 @@ from runtime.loader.loading import load
 from runtime.models.config import read_config
 from runtime.models.model import meta_model
 from runtime.store import StoreName, parse_store_name
+from tests.command_runner import Run, make_runner
 from tests.conftest import HubFolder
 from tests.runtime.checkpoint.test_near_names import write_dcp
 from tests.runtime.test_hub import files
@@ -60,28 +59,9 @@ def store(server: Store, hub_folder: HubFolder, tmp_path: Path, monkeypatch: pyt
     server.drops, server.interrupt = 0, lambda path: None
 
 
-@dataclass(frozen=True)
-class Result:
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str, code: int = 0) -> Result:
-        monkeypatch.setattr(sys, "argv", ["migrator", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        assert stop.value.code == code, captured
-        assert SECRET not in captured.out + captured.err
-        return Result(captured.out, captured.err)
-
-    return run
+    return make_runner(monkeypatch, capsys, SECRET)
 
 
 MODEL = "s3://bucket/runs/model"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,13 @@ __all__ = [
 ]
 
 
+_STEPS: Mapping[int | None, str] = {
+    errno.ENOENT: "check its name, and that it was not moved",
+    errno.ENOTDIR: "check its name: something on the way there is no folder",
+}
+"""What to do about a file that cannot be read, by the number of the system's error."""
+
+
 @contextmanager
 def convert_read_errors(path: Path) -> Iterator[None]:
     """Convert the OSError of a file that cannot be read into an error for the user.
@@ -41,7 +49,7 @@ def convert_read_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}",
-            hint="check that the disk is well and that you may read it",
+            hint=_STEPS.get(error.errno, "check that the disk is well and that you may read it"),
             file=str(path),
             errno=error.errno,
         ) from error

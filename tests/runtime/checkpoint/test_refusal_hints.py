@@ -147,7 +147,15 @@ def test_what_cannot_be_read_is_named_with_what_to_look_at(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="loop: cannot be read: ") as caught:
         read_at_most(looped, 3)
     assert caught.value.hint == "check that the disk is well and that you may read it"
+    steps = {
+        "absent": "check its name, and that it was not moved",
+        "small/absent": "check its name: something on the way there is no folder",
+    }
     small.write_text("long", "utf-8")
+    for name, step in steps.items():
+        with pytest.raises(CheckpointError, match="cannot be read: ") as caught:
+            read_at_most(tmp_path / name, 3)
+        assert caught.value.hint == step
     with pytest.raises(CheckpointError, match="over 3 bytes") as refused:
         read_at_most(small, 3)
     assert refused.value.hint == "name another file"
